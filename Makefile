@@ -1,0 +1,72 @@
+# Every command of this project. A command first makes what it needs in .venv of this folder, so a fresh clone needs
+# nothing but make and Python 3.11 or newer.
+#
+#   PYTHON=/path/to/python3.12   the interpreter to make .venv from, when there is none yet
+#   ARGS='-k attention -n 0'     passed on by test and golden (to pytest) and by demo
+#   BENCH=benchmarks/NAME.py     the benchmark to run, instead of all of them
+
+PYTHON ?=
+ARGS ?=
+BENCH ?= $(sort $(wildcard benchmarks/*.py))
+
+CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
+VENV_PYTHON := .venv/bin/python
+FOLDERS := backends frontends ir models passes runtime
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint golden bench dev clean .typecheck
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+
+demo: .venv/ready-torch,text ## see a model declared, compiled, inspected and run on real weights
+	@$(VENV_PYTHON) -m treadle.demo $(ARGS)
+
+test: .venv/ready-test ## run all tests
+	@$(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+lint: dev ## check style, format and types
+	@$(VENV_PYTHON) -m ruff check
+	@$(VENV_PYTHON) -m ruff format --check
+	@$(VENV_PYTHON) -m mypy
+
+golden: .venv/ready-test ## rewrite the golden files from what is printed now; then read the diff
+	@$(VENV_PYTHON) -m pytest --update-golden $(ARGS)
+
+bench: .venv/ready-test ## run the benchmarks
+	@for file in $(BENCH); do echo "== $$file"; $(VENV_PYTHON) $$file || exit 1; done
+
+dev: .venv/ready-dev .typecheck ## make the environment for working on Treadle (editors find it in .venv)
+
+clean: ## remove caches and build output; .venv stays
+	rm -rf build dist *.egg-info .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment with the extras of its name. It is made again when pyproject.toml is newer.
+.venv/ready-%: pyproject.toml $(VENV_PYTHON)
+	@echo "installing treadle[$*] into .venv (the first time takes some minutes)"
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(VENV_PYTHON) -m ensurepip
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(VENV_PYTHON):
+	@for python in $(CANDIDATES); do \
+	  if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making .venv from $$python"; \
+	    exec $$python -m venv --clear .venv; \
+	  fi; \
+	done; \
+	echo "no Python 3.11 or newer with venv and ensurepip" >&2; \
+	for python in $(CANDIDATES); do \
+	  echo "  received  $$python: $$($$python --version 2>&1 | head -n 1)" >&2; \
+	done; \
+	echo "  try       make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.11" >&2; \
+	echo "            (on Debian and Ubuntu, venv and ensurepip are in the package python3-venv)" >&2; \
+	exit 1
+
+# The package as type checkers can follow it: links, laid anew each time since files come and go.
+.typecheck:
+	@rm -rf .typecheck && mkdir -p .typecheck/treadle
+	@for path in treadle/*.py treadle/py.typed $(FOLDERS); do ln -s ../../$$path .typecheck/treadle/; done

@@ -1,0 +1,1 @@
+"""Backends: each lowers a graph to source that a person can read, and runs it."""

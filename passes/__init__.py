@@ -1,0 +1,1 @@
+"""Passes: rewrites of a graph, one file each, and the manager that runs a flat list of them."""

@@ -1,0 +1,1 @@
+"""Runtime: what drives compiled graphs (sessions, generation, training loops, distributed launch)."""

@@ -1,0 +1,244 @@
+"""The shape of the source tree: what is packaged, which layer imports which, how modules are called."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MAY_IMPORT = {
+    "ir": set(),
+    "frontends": {"ir"},
+    "passes": {"ir"},
+    "backends": {"passes", "ir"},
+    "runtime": {"backends", "passes", "ir"},
+    "models": {"frontends", "ir"},
+    "treadle": {"models", "runtime", "backends", "passes", "frontends", "ir"},
+}
+"""The layers, one a top-level folder, and the layers below each that it may import."""
+
+LAYERS = sorted(MAY_IMPORT)
+BESIDE = ["benchmarks", "examples", "tests"]
+
+
+@cache
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Give the line and the full dotted name of everything that a file imports, inside functions too."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def layer_of(module: str) -> str | None:
+    """Return the layer that a dotted name lies in: "ir" for treadle.ir.graph, None for what is not ours."""
+    first, *rest = module.split(".")
+    if first != "treadle":
+        return None
+    return rest[0] if rest and rest[0] in MAY_IMPORT else "treadle"
+
+
+def where(path: Path, line: int | None = None) -> str:
+    return path.relative_to(ROOT).as_posix() + (f":{line}" if line else "")
+
+
+# What is packaged
+
+
+def package_folders() -> dict[str, str]:
+    """Return every package of the tree and its folder, as pyproject.toml should have them."""
+    found = {}
+    for path in python_files(*LAYERS):
+        if path.name == "__init__.py":
+            folder = where(path.parent)
+            found["treadle" if folder == "treadle" else "treadle." + folder.replace("/", ".")] = folder
+    return found
+
+
+def test_the_listed_packages_are_those_of_the_tree() -> None:
+    setuptools = pyproject()["tool"]["setuptools"]
+    assert sorted(setuptools["packages"]) == sorted(package_folders())
+    assert setuptools["package-dir"] == package_folders()
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {where(path.parent) for path in python_files(*LAYERS)}
+    assert folders == set(package_folders().values())
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy of the tree, without the network."""
+    for tool, oldest in (("pip", 21), ("setuptools", 77)):
+        try:
+            found = metadata.version(tool)
+        except metadata.PackageNotFoundError:
+            found = "0"
+        if int(found.split(".")[0]) < oldest:
+            pytest.skip(f"needs {tool} {oldest} or newer")
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    for name in LAYERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", pyproject()["project"]["readme"], "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(built)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = built.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
+    expected = set()
+    for path in (path for layer in LAYERS for path in (ROOT / layer).rglob("*") if path.is_file()):
+        if "__pycache__" not in path.parts:
+            inside = where(path)
+            expected.add(inside if inside.startswith("treadle/") else f"treadle/{inside}")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = (
+        "import importlib, json, sys\n"
+        "modules = [importlib.import_module(name) for name in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([module.__file__ for module in modules]))"
+    )
+    command = [sys.executable, "-c", program, json.dumps(sorted(package_folders()))]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for file in json.loads(result.stdout):
+        assert Path(file).is_relative_to(tmp_path / "site")
+
+
+def test_console_scripts_exist() -> None:
+    for target in pyproject()["project"]["scripts"].values():
+        module, function = target.split(":")
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        assert path.is_file(), target
+        assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree_of(path).body)
+
+
+def test_importing_treadle_loads_no_third_party_but_numpy() -> None:
+    program = (
+        "import json, sys\n"
+        "before = set(sys.modules)\n"
+        "import treadle\n"
+        "new = [name for name in set(sys.modules) - before if getattr(sys.modules[name], '__file__', None)]\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in new})))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = set(json.loads(result.stdout)) - sys.stdlib_module_names
+    assert "treadle" in loaded
+    assert loaded <= {"treadle", "numpy"}
+
+
+# Who imports whom
+
+
+def test_imports_point_down_only() -> None:
+    upward = []
+    for layer in LAYERS:
+        for path in python_files(layer):
+            for line, name in imports_of(path):
+                target = layer_of(name)
+                if target not in {None, layer} | MAY_IMPORT[layer]:
+                    upward.append(f"{where(path, line)}: {layer} must not import {name}")
+    assert upward == []
+
+
+def test_imports_are_absolute_and_by_the_full_name() -> None:
+    """`ir.graph.Graph is not treadle.ir.graph.Graph`, so no module may be loaded under its short name."""
+    short = [
+        f"{where(path, line)}: {name}"
+        for path in python_files(*LAYERS, *BESIDE)
+        for line, name in imports_of(path)
+        if name.startswith(".") or name.partition(".")[0] in MAY_IMPORT.keys() - {"treadle"}
+    ]
+    assert short == []
+
+
+# What a module may be called
+
+
+def test_no_file_is_named_after_a_library() -> None:
+    """A folder may be: `treadle.backends.torch` says what it lowers to, but no file in it is torch.py."""
+    libraries = {
+        name.partition(".")[0]
+        for path in python_files(*LAYERS, *BESIDE)
+        for _, name in imports_of(path)
+        if not name.startswith(".")
+    } - sys.stdlib_module_names
+    for path in python_files(*LAYERS):
+        own_imports = {name.partition(".")[0] for _, name in imports_of(path)}
+        assert path.stem not in (libraries | own_imports) - {"treadle"}, where(path)
+
+
+def test_no_module_is_a_drawer() -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    paths = [path for path in python_files(*LAYERS, *BESIDE) if drawers & {path.stem, path.parent.name}]
+    assert [where(path) for path in paths] == []
+
+
+def test_no_module_shares_a_name_with_what_it_exports() -> None:
+    """Else `treadle.x.name` would be the module or the function, by the order of imports."""
+    for path in python_files(*LAYERS):
+        defined = {
+            node.name
+            for node in tree_of(path).body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        }
+        assert path.stem not in defined, where(path)
+    for package, folder in package_folders().items():
+        submodules = {child.stem for child in (ROOT / folder).iterdir() if child.stem.isidentifier()}
+        exported = {
+            alias.asname or alias.name
+            for node in tree_of(ROOT / folder / "__init__.py").body
+            if isinstance(node, ast.ImportFrom) and node.module != package
+            for alias in node.names
+        }
+        assert not exported & submodules, package
+
+
+def test_every_file_begins_with_its_subject() -> None:
+    for path in python_files(*LAYERS, *BESIDE):
+        assert ast.get_docstring(tree_of(path)), where(path)

@@ -1,0 +1,55 @@
+"""Treadle, a compiler for transformers: the front door.
+
+    import treadle as t
+
+    @t.model
+    def tiny(tokens: t.i64["B S"], *, vocab=1000, dim=64): ...
+
+    exe = t.compile(tiny, backend="numpy")
+    exe(tokens=ids)
+
+The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `fetch_model`, `Graph`,
+`Target` and the errors; those are imported when they are first used.
+"""
+
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
+__version__ = "0.1.0"
+
+# In a checkout, subpackages such as `treadle.ir` are the folders beside this one. Installed, they lie inside
+# it, and there is no pyproject.toml above.
+_checkout = _Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file():
+    __path__.append(str(_checkout))
+
+from treadle.frontends import language as _language  # noqa: E402
+from treadle.frontends.language import *  # noqa: E402, F403
+
+if TYPE_CHECKING:
+    from treadle.compiling import Compiled as Compiled
+    from treadle.compiling import compile as compile
+    from treadle.fetch import fetch_model as fetch_model
+    from treadle.ir.errors import TreadleError as TreadleError
+    from treadle.ir.follow import follow as follow
+    from treadle.ir.graph import Graph as Graph
+    from treadle.ir.target import Target as Target
+
+_LAZY = {
+    "Compiled": "treadle.compiling",
+    "Graph": "treadle.ir.graph",
+    "Target": "treadle.ir.target",
+    "TreadleError": "treadle.ir.errors",
+    "compile": "treadle.compiling",
+    "fetch_model": "treadle.fetch",
+    "follow": "treadle.ir.follow",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY:
+        found = globals()[name] = getattr(_import_module(_LAZY[name]), name)
+        return found
+    return getattr(_language, name)
