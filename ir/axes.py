@@ -1,0 +1,420 @@
+"""Axis rules: one line that says how an op's axes map, from which the compiler derives the rest.
+
+    matmul       "... m k, ... k n -> ... m n"
+    softmax      "... [n] -> ... [n]"
+    rearrange    "b s (heads=12 d) -> b heads s d"
+
+A rule names factors. Each factor has one role in an application:
+
+    n         mapped     in an operand and in a result: result element n reads operand element n alone
+    n:max     reduced    in no result: combined by a monoid (sum if none is named)
+    [n]       whole      a result may read all of it; in a result also a size, as in `[n+m]`
+    [t<=s]    whole, but the result at position s reads t only up to s
+    >n        scanned    the result at n reads the operand up to n
+    @v        indexed    read at positions that another operand holds
+    ^n=S      generated  in results only, with its size
+    n=12                 a factor whose size the op's attributes give
+
+`(h d)` is one dimension that is the product of two factors, `1` a dimension of size one, and `...` stands for any
+leading dimensions, aligned at the right and broadcasting: an operand whose dimension there is the constant 1 does not
+hold that axis. docs/axis-rules.md is the reference page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+from treadle.ir.errors import RuleError
+from treadle.ir.sizes import ONE, Size, parse_size, product
+from treadle.ir.types import Dim, Factor, Type
+
+
+class Role(Enum):
+    """What an op does with a factor of its axes."""
+
+    MAPPED = "mapped"
+    REDUCED = "reduced"
+    WHOLE = "whole"
+    SCANNED = "scanned"
+    INDEXED = "indexed"
+    GENERATED = "generated"
+
+
+MONOIDS = ("sum", "max", "min", "prod", "and", "or")
+
+
+@dataclass(frozen=True, slots=True)
+class AxisFactor:
+    """A factor in one rule: its role, the monoid that combines it if reduced, the factor that limits it if whole."""
+
+    name: str
+    role: Role
+    monoid: str | None = None
+    limit: str | None = None
+
+    def __str__(self) -> str:
+        detail = f" by {self.monoid}" if self.monoid else f" up to {self.limit}" if self.limit else ""
+        return f"{self.name} is {self.role.value}{detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class AxisDim:
+    """One dimension of an operand or result, in terms of the rule's factors.
+
+    Without factors it is a 1 (or a broadcast axis that this operand does not hold), or, with `size`, a result dimension
+    whose size is an expression and that belongs to no single factor.
+    """
+
+    factors: tuple[str, ...] = ()
+    size: Size | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ellipsis:
+    """Stands for `...` until the ranks are known."""
+
+
+_Pattern = tuple[AxisDim | _Ellipsis, ...]
+
+
+@dataclass(frozen=True)
+class Application:
+    """A rule applied to operands of known types.
+
+    factors   every factor by name; those of `...` are named `...1` (the last), `...2`, ...
+    dims      each factor's dimension: its size, and the label or finer factors that it brought along
+    operands  for each operand its dimensions in factors, or None where the operand is absent
+    results   for each result its dimensions in factors
+    shapes    for each result its inferred dimensions
+    """
+
+    factors: Mapping[str, AxisFactor]
+    dims: Mapping[str, Dim]
+    operands: tuple[tuple[AxisDim, ...] | None, ...]
+    results: tuple[tuple[AxisDim, ...], ...]
+    shapes: tuple[tuple[Dim, ...], ...]
+
+    @property
+    def points(self) -> Size:
+        """The product of all factors' sizes: how many points of the iteration space the op touches."""
+        return product(d.size for d in self.dims.values())
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A parsed rule. Make it with `parse_rule`."""
+
+    text: str
+    operands: tuple[_Pattern, ...]
+    results: tuple[_Pattern, ...]
+    factors: Mapping[str, AxisFactor]
+    given: Mapping[str, Size]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def apply(self, types: Sequence[Type | None], names: Sequence[str] | None = None) -> Application:
+        """Match operands against the rule and infer the results' dimensions.
+
+        names are the operands' names, for errors. Raises RuleError where a rank or a size disagrees.
+        """
+        names = names or [f"operand {i}" for i in range(len(types))]
+        if len(types) != len(self.operands):
+            raise RuleError(f"takes {len(self.operands)} operands, received {len(types)}", within=f"rule {self.text}")
+        return _Matching(self, types, names).application()
+
+
+class _Matching:
+    """The work of one application: bind factors to sizes, then build the results."""
+
+    def __init__(self, rule: Rule, types: Sequence[Type | None], names: Sequence[str]) -> None:
+        self.rule, self.types, self.names = rule, types, names
+        self.dims: dict[str, Dim] = {n: _split_factor(n, s) for n, s in rule.given.items()}
+        self.seen_in: dict[str, str] = {}
+        self.factors: dict[str, AxisFactor] = dict(rule.factors)
+
+    def application(self) -> Application:
+        spans = [self._ellipsis_rank(i) for i in range(len(self.types))]
+        depth = max((s for s in spans if s is not None), default=0)
+        self._bind_ellipsis(spans, depth)
+        operands = tuple(
+            None if t is None else self._expand(pattern, t, span)
+            for pattern, t, span in zip(self.rule.operands, self.types, spans, strict=True)
+        )
+        products: list[tuple[int, int, AxisDim]] = []
+        for i, (dims, t) in enumerate(zip(operands, self.types, strict=True)):
+            for j, dim in enumerate(dims or ()):
+                assert t is not None
+                if len(dim.factors) == 1:
+                    self._bind(dim.factors[0], t.dims[j], i)
+                elif dim.factors:
+                    products.append((i, j, dim))
+                elif not t.dims[j].is_one and not self._is_ellipsis(i, j, spans[i], t):
+                    raise RuleError(f"dimension {j} of {self.names[i]} must be 1, is {t.dims[j].size}")
+        self._solve(products)
+        results = tuple(
+            tuple(
+                AxisDim((f"...{depth - k}",)) if isinstance(d, _Ellipsis) else d
+                for d in pattern
+                for k in range(depth if isinstance(d, _Ellipsis) else 1)
+            )
+            for pattern in self.rule.results
+        )
+        shapes = tuple(tuple(self._result_dim(d, operands) for d in dims) for dims in results)
+        return Application(self.factors, self.dims, operands, results, shapes)
+
+    # -- ellipsis ----------------------------------------------------------------------------------------------
+
+    def _ellipsis_rank(self, i: int) -> int | None:
+        """How many dimensions `...` stands for in operand i; None where it has no `...`. Checks the rank."""
+        t = self.types[i]
+        if t is None:
+            return None
+        pattern = self.rule.operands[i]
+        fixed = sum(not isinstance(d, _Ellipsis) for d in pattern)
+        if fixed == len(pattern):
+            if t.rank != fixed:
+                raise RuleError(f"{self.names[i]} must have rank {fixed}, has rank {t.rank}")
+            return None
+        if t.rank < fixed:
+            raise RuleError(f"{self.names[i]} must have rank {fixed} or more, has rank {t.rank}")
+        return t.rank - fixed
+
+    def _start(self, i: int) -> int:
+        return next(k for k, d in enumerate(self.rule.operands[i]) if isinstance(d, _Ellipsis))
+
+    def _is_ellipsis(self, i: int, j: int, span: int | None, t: Type) -> bool:
+        return span is not None and self._start(i) <= j < self._start(i) + span
+
+    def _bind_ellipsis(self, spans: Sequence[int | None], depth: int) -> None:
+        for k in range(1, depth + 1):
+            name = f"...{k}"
+            self.factors[name] = AxisFactor(name, Role.MAPPED)
+            unit: Dim | None = None
+            for i, span in enumerate(spans):
+                if span is None or span < k:
+                    continue
+                t = self.types[i]
+                assert t is not None
+                dim = t.dims[self._start(i) + span - k]
+                if dim.is_one:
+                    unit = unit or dim
+                else:
+                    self._bind(name, dim, i)
+            if name not in self.dims:
+                self.dims[name] = unit or Dim.of(1)
+
+    def _expand(self, pattern: _Pattern, t: Type, span: int | None) -> tuple[AxisDim, ...]:
+        out: list[AxisDim] = []
+        for d in pattern:
+            if isinstance(d, _Ellipsis):
+                for k in range(span or 0, 0, -1):
+                    name, j = f"...{k}", len(out)
+                    broadcast = t.dims[j].is_one and not self.dims[name].is_one
+                    out.append(AxisDim() if broadcast else AxisDim((name,)))
+            else:
+                out.append(d)
+        return tuple(out)
+
+    # -- sizes -------------------------------------------------------------------------------------------------
+
+    def _bind(self, name: str, dim: Dim, i: int) -> None:
+        known = self.dims.get(name)
+        if known is None:
+            self.dims[name] = dim
+            self.seen_in[name] = self.names[i]
+        elif known.size != dim.size:
+            where = f"in {self.seen_in[name]}" if name in self.seen_in else "by its attributes"
+            axis = "" if name.startswith("...") else f"axis {name} "
+            raise RuleError(f"{axis}sizes disagree: {known.size} {where}, {dim.size} in {self.names[i]}")
+        elif _detail(dim) > _detail(known):
+            self.dims[name] = dim
+
+    def _solve(self, products: list[tuple[int, int, AxisDim]]) -> None:
+        """Bind the factors of product dimensions; a dimension with one unknown factor determines it."""
+        waiting = products
+        while waiting:
+            left = [p for p in waiting if not self._solve_one(*p)]
+            if len(left) == len(waiting):
+                i, j, axis = left[0]
+                unknown = [n for n in axis.factors if n not in self.dims]
+                raise RuleError(
+                    f"cannot tell the sizes of {' and '.join(unknown)} in dimension {j} of {self.names[i]}",
+                    hint=f"give all but one, such as {unknown[0]}=2",
+                )
+            waiting = left
+
+    def _solve_one(self, i: int, j: int, axis: AxisDim) -> bool:
+        t = self.types[i]
+        assert t is not None
+        dim = t.dims[j]
+        unknown = [n for n in axis.factors if n not in self.dims]
+        if len(dim.factors) == len(axis.factors) and all(
+            n in unknown or self.dims[n].size == f.size for n, f in zip(axis.factors, dim.factors, strict=True)
+        ):
+            for name, factor in zip(axis.factors, dim.factors, strict=True):
+                self._bind(name, Dim([factor]), i)
+            return True
+        if len(unknown) > 1:
+            return False
+        known = product(self.dims[n].size for n in axis.factors if n in self.dims)
+        if unknown:
+            rest = dim.size.divide(known)
+            if rest is None:
+                raise RuleError(f"dimension {j} of {self.names[i]} is {dim.size}, not a multiple of {known}")
+            self.dims[unknown[0]] = _split_factor(unknown[0], rest)
+            self.seen_in[unknown[0]] = self.names[i]
+        elif known != dim.size:
+            raise RuleError(
+                f"dimension {j} of {self.names[i]} is {dim.size}, but its factors "
+                f"({' '.join(axis.factors)}) make {known}"
+            )
+        return True
+
+    def _result_dim(self, axis: AxisDim, operands: Sequence[tuple[AxisDim, ...] | None]) -> Dim:
+        if axis.size is not None:
+            return Dim.of(axis.size.substitute({n: d.size for n, d in self.dims.items() if n.isidentifier()}))
+        if not axis.factors:
+            return Dim.of(ONE)
+        if len(axis.factors) == 1:
+            return self.dims[axis.factors[0]]
+        for dims, t in zip(operands, self.types, strict=True):
+            for j, other in enumerate(dims or ()):
+                if other.factors == axis.factors and t is not None:
+                    return t.dims[j]
+        return Dim(f for name in axis.factors for f in self.dims[name].factors)
+
+
+def _detail(dim: Dim) -> int:
+    return len(dim.factors) + sum(f.label is not None for f in dim.factors)
+
+
+def _split_factor(name: str, size: Size) -> Dim:
+    """A factor that a rule splits off carries the rule's name as its label where that is a word, not a letter."""
+    return Dim([Factor(size, name if len(name) > 1 else None)])
+
+
+# -- parsing ---------------------------------------------------------------------------------------------------
+
+_SIZE = r"(?:[^\s,()]|\((?:[^\s()]|\((?:[^\s()]|\([^\s()]*\))*\))*\))+"  # parentheses nest three deep
+_TOKEN = re.compile(
+    rf"""\s*(?:
+      (?P<dots>\.\.\.) | (?P<open>\() | (?P<close>\))
+    | (?P<whole>\[[^\[\]]*\])
+    | (?P<mark>[>@^]?)(?P<name>[A-Za-z_]\w*)(?::(?P<monoid>[a-z]+)|=(?P<size>{_SIZE}))?
+    | (?P<one>1)(?!\w)
+    )""",
+    re.VERBOSE,
+)
+_MARKS = {"": Role.MAPPED, ">": Role.SCANNED, "@": Role.INDEXED, "^": Role.GENERATED}
+
+
+@lru_cache(maxsize=8192)
+def parse_rule(text: str) -> Rule:
+    """Parse one rule. Raises RuleError with the column where it is malformed."""
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise RuleError(f"an axis rule needs '->': {text!r}")
+    reader = _RuleReader(text)
+    operands = tuple(reader.pattern(part, False) for part in left.split(",")) if left.strip() else ()
+    results = tuple(reader.pattern(part, True) for part in right.split(","))
+    return reader.rule(operands, results)
+
+
+class _RuleReader:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.marked: dict[str, AxisFactor] = {}
+        self.given: dict[str, Size] = {}
+        self.in_operands: list[str] = []
+        self.in_results: list[str] = []
+
+    def error(self, why: str) -> RuleError:
+        return RuleError(f"malformed axis rule: {why}", received=self.text)
+
+    def pattern(self, part: str, is_result: bool) -> _Pattern:
+        dims: list[AxisDim | _Ellipsis] = []
+        group: list[str] | None = None
+        at, part = 0, part.rstrip()
+        while at < len(part):
+            match = _TOKEN.match(part, at)
+            if match is None:
+                raise self.error(f"cannot read {part[at:].strip()!r}")
+            at = match.end()
+            if match["dots"]:
+                if any(isinstance(d, _Ellipsis) for d in dims) or group is not None:
+                    raise self.error("... may stand once in an operand, outside parentheses")
+                dims.append(_Ellipsis())
+            elif match["open"]:
+                if group is not None:
+                    raise self.error("parentheses do not nest")
+                group = []
+            elif match["close"]:
+                if group is None:
+                    raise self.error("')' without '('")
+                dims.append(AxisDim(tuple(group)))
+                group = None
+            elif match["one"]:
+                if group is None:
+                    dims.append(AxisDim())
+            elif match["whole"]:
+                dims.append(self.whole(match["whole"][1:-1].replace(" ", ""), is_result))
+            else:
+                name = self.factor(match, is_result)
+                if group is None:
+                    dims.append(AxisDim((name,)))
+                else:
+                    group.append(name)
+        if group is not None:
+            raise self.error("'(' without ')'")
+        return tuple(dims)
+
+    def mark(self, factor: AxisFactor, is_result: bool) -> str:
+        known = self.marked.get(factor.name)
+        if known is None or known.role is Role.MAPPED:
+            self.marked[factor.name] = factor
+        elif factor.role is not Role.MAPPED and factor.role is not known.role:
+            raise self.error(f"{factor.name} is both {known.role.value} and {factor.role.value}")
+        (self.in_results if is_result else self.in_operands).append(factor.name)
+        return factor.name
+
+    def factor(self, match: re.Match[str], is_result: bool) -> str:
+        name, monoid = match["name"], match["monoid"]
+        if monoid is not None and monoid not in MONOIDS:
+            raise self.error(f"unknown monoid {monoid!r}, expected one of {', '.join(MONOIDS)}")
+        if match["size"] is not None:
+            self.given[name] = parse_size(match["size"])
+        return self.mark(AxisFactor(name, Role.REDUCED if monoid else _MARKS[match["mark"]], monoid), is_result)
+
+    def whole(self, inner: str, is_result: bool) -> AxisDim:
+        name, limited, limit = inner.partition("<=")
+        if name.isidentifier():
+            return AxisDim((self.mark(AxisFactor(name, Role.WHOLE, limit=limit if limited else None), is_result),))
+        if not is_result:
+            raise self.error(f"an operand's whole axis must be a name, not {inner!r}")
+        return AxisDim((), parse_size(inner))
+
+    def rule(self, operands: tuple[_Pattern, ...], results: tuple[_Pattern, ...]) -> Rule:
+        factors: dict[str, AxisFactor] = {}
+        for name, factor in self.marked.items():
+            role = factor.role
+            if name not in self.in_operands and role is not Role.GENERATED:
+                raise self.error(f"{name} is in no operand; write ^{name} if the op generates it")
+            if role is Role.GENERATED and (name in self.in_operands or name not in self.given):
+                raise self.error(f"a generated factor is in results only and has a size: ^{name}=4")
+            if role is Role.REDUCED and name in self.in_results:
+                raise self.error(f"{name} is reduced, so no result can hold it")
+            if role is Role.MAPPED and name not in self.in_results:
+                factor = AxisFactor(name, Role.REDUCED, "sum")
+            factors[name] = factor
+        for factor in factors.values():
+            if factor.limit is not None and factor.limit not in factors:
+                raise self.error(f"{factor.name} is limited by {factor.limit}, which is no factor")
+        dots = [any(isinstance(d, _Ellipsis) for d in p) for p in (*operands, *results)]
+        if any(dots) and not all(dots[len(operands) :]):
+            raise self.error("'...' in an operand must be in every result")
+        return Rule(self.text, operands, results, factors, self.given)

@@ -1,0 +1,284 @@
+"""Building graphs: a `Builder` adds nodes to a function; an `Expr` is a value with the operators one expects.
+
+    b = Builder(Graph("example"))
+    x = b.input("x", "f32[B, 8]")
+    w = b.parameter("w", "f32[8]", Init("ones"))
+    b.outputs(y=b.rms_norm(x, w, eps=1e-5) * 2.0)
+    print(b.graph)
+
+Every op is a method of the builder under its own name: operands by position, attributes by keyword. The same vocabulary
+serves op bodies, gradients, patterns and the DSL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from treadle.ir.errors import GraphError, TreadleError
+from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
+from treadle.ir.op import OPS, Op, find_op
+from treadle.ir.sizes import Bounds, Size
+from treadle.ir.source_lines import user_line
+from treadle.ir.types import DType, Type, parse_type
+
+
+
+class Builder:
+    """Adds nodes to one function of a graph, checking every op as it is added.
+
+    scope    the path under which nodes are added ("h.3.attn"); see `scoped`
+    source   the line that nodes are said to come from; None asks the stack for the user's line
+    """
+
+    def __init__(self, graph: Graph, function: Function | None = None) -> None:
+        self.graph = graph
+        self.function = function or graph.main
+        self.scope = ""
+        self.source: Source | None = None
+
+    # -- arguments and results ---------------------------------------------------------------------------------
+
+    def input(self, name: str, type: Type | str) -> Expr:
+        """Add an input. Its symbols become the graph's. Raises GraphError if the name is taken."""
+        value = Value("input", parse_type(type) if isinstance(type, str) else type, name)
+        if any(v.name == name for v in self.function.inputs):
+            raise GraphError(f"the function has an input {name!r} already")
+        for symbol in sorted(value.type.symbols):
+            self.graph.symbols.setdefault(symbol, Bounds())
+        self.function.inputs.append(value)
+        return Expr(self, value)
+
+    def parameter(self, name: str, type: Type | str, init: Init | None = None) -> Expr:
+        """The parameter of that name, added if new. Raises GraphError if it exists with another type."""
+        wanted = parse_type(type) if isinstance(type, str) else type
+        known = self.function.parameters.get(name)
+        if known is None:
+            known = self.function.parameters[name] = Value("parameter", wanted, name)
+            if init is not None and self.function is self.graph.main:
+                self.graph.initial[name] = init
+        elif known.type != wanted:
+            raise GraphError(
+                f"parameter {name} is used with two types",
+                received=f"{known.type}, then {wanted}",
+                source=str(self.source or user_line() or "") or None,
+            )
+        return Expr(self, known)
+
+    def outputs(self, **outputs: Expr) -> Function:
+        """Name the function's outputs, in order."""
+        self.function.outputs = {name: expr.value for name, expr in outputs.items()}
+        return self.function
+
+    def constant(self, value: Any, dtype: DType | None = None) -> Expr:
+        """A constant from a number, nested list or array."""
+        return Expr(self, Value.constant(Literal.of(value, dtype)))
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def emit(self, op: Op, operands: Sequence[Value | None], name: str | None = None) -> Node:
+        """Append a node. Raises RuleError, with the user's line and scope, where the operands do not fit the op."""
+        source = self.source or user_line()
+        try:
+            types = op.infer([None if v is None else v.type for v in operands])
+        except TreadleError as error:
+            error.source = error.source or describe_source(source, self.scope)
+            raise
+        node = Node(op, operands, types, name=name, scope=self.scope, source=source)
+        self.function.nodes.append(node)
+        return node
+
+    def apply(self, kind: str | type[Op], *operands: Any, name: str | None = None, **attributes: Any) -> Any:
+        """Apply an op: operands by position (Exprs, numbers or None), attributes by keyword.
+
+        A number becomes a constant of the dtype of the first Expr operand. Returns an Expr, or a tuple of them for an op
+        with several results. Raises GraphError for an unknown op or attribute, RuleError where operands do not fit.
+        """
+        cls = find_op(kind) if isinstance(kind, str) else kind
+        try:
+            given = cls.arrange(operands)
+            op = cls(**attributes)
+        except TypeError as error:
+            known = ", ".join(cls.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
+            raise GraphError(
+                f"{cls.name}: {str(error).replace('.__init__()', '').replace(cls.__name__, cls.name)}",
+                source=describe_source(self.source or user_line(), self.scope),
+                hint=f"attributes of {cls.name}: {known}",
+            ) from None
+        except TreadleError as error:
+            error.source = error.source or describe_source(self.source or user_line(), self.scope)
+            raise
+        like = next((x.dtype for x in given if isinstance(x, Expr)), None)
+        node = self.emit(op, [self._value(x, like) for x in given], name)
+        results = tuple(Expr(self, v) for v in node.results)
+        return results[0] if len(results) == 1 else results
+
+    def _value(self, x: Any, like: DType | None) -> Value | None:
+        if isinstance(x, Expr):
+            return x.value
+        if x is None or isinstance(x, Value):
+            return x
+        return Value.constant(Literal.of(x, like))
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in OPS:
+            try:
+                find_op(name)
+            except GraphError as error:
+                error.source = describe_source(self.source or user_line(), self.scope)
+                raise
+        return lambda *operands, **attributes: self.apply(name, *operands, **attributes)
+
+    def call(self, function: Function, arguments: Sequence[Expr | Value]) -> tuple[Expr, ...]:
+        """Call a function of the graph with its inputs, then its parameters. Returns its outputs."""
+        from treadle.ir.ops.call import Call
+
+        op = Call.of(function)
+        node = self.emit(op, [a.value if isinstance(a, Expr) else a for a in arguments], function.name)
+        return tuple(Expr(self, v) for v in node.results)
+
+    # -- where nodes come from ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def scoped(self, name: str) -> Iterator[None]:
+        """Add nodes under `scope.name` for a while."""
+        outer = self.scope
+        self.scope = f"{outer}.{name}" if outer and name else outer or name
+        try:
+            yield
+        finally:
+            self.scope = outer
+
+    @contextmanager
+    def placed_as(self, node: Node) -> Iterator[None]:
+        """Add nodes that say they come from where `node` does."""
+        scope, source = self.scope, self.source
+        self.scope, self.source = node.scope, node.source
+        try:
+            yield
+        finally:
+            self.scope, self.source = scope, source
+
+    def expr(self, value: Value) -> Expr:
+        """An existing value as an Expr of this builder."""
+        return Expr(self, value)
+
+
+def describe_source(source: Source | None, scope: str) -> str | None:
+    """`gpt2.py:41, scope h.0.ln_1`, or what is known of it."""
+    parts = [str(source)] if source else []
+    if scope:
+        parts.append(f"scope {scope}")
+    return ", ".join(parts) or None
+
+
+class Expr:
+    """A value and the builder that may add to it. Operators build nodes; numbers take the other side's dtype."""
+
+    __slots__ = ("builder", "value")
+    __array_ufunc__ = None  # NumPy scalars defer to these operators
+
+    def __init__(self, builder: Builder, value: Value) -> None:
+        self.builder = builder
+        self.value = value
+
+    @property
+    def type(self) -> Type:
+        return self.value.type
+
+    @property
+    def dtype(self) -> DType:
+        return self.value.type.dtype
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        return self.value.type.shape
+
+    @property
+    def rank(self) -> int:
+        return self.value.type.rank
+
+    def cast(self, to: DType | str) -> Expr:
+        """The value in another dtype; itself if it has that already."""
+        return self if str(self.dtype) == str(to) else self._apply("cast", self, to=to)
+
+    def _apply(self, op: str, *operands: Any, **attributes: Any) -> Expr:
+        result = self.builder.apply(op, *operands, **attributes)
+        assert isinstance(result, Expr)
+        return result
+
+    def _flipped(self, op: str, other: Any) -> Expr:
+        return self._apply(op, self.builder.constant(other, self.dtype) if not isinstance(other, Expr) else other, self)
+
+    def __add__(self, other: Any) -> Expr:
+        return self._apply("add", self, other)
+
+    def __radd__(self, other: Any) -> Expr:
+        return self._flipped("add", other)
+
+    def __sub__(self, other: Any) -> Expr:
+        return self._apply("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Expr:
+        return self._flipped("sub", other)
+
+    def __mul__(self, other: Any) -> Expr:
+        return self._apply("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Expr:
+        return self._flipped("mul", other)
+
+    def __truediv__(self, other: Any) -> Expr:
+        return self._apply("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Expr:
+        return self._flipped("div", other)
+
+    def __pow__(self, other: Any) -> Expr:
+        return self._apply("pow", self, other)
+
+    def __neg__(self) -> Expr:
+        return self._apply("neg", self)
+
+    def __matmul__(self, other: Expr) -> Expr:
+        return self._apply("matmul", self, other)
+
+    def __lt__(self, other: Any) -> Expr:
+        return self._apply("less", self, other)
+
+    def __le__(self, other: Any) -> Expr:
+        return self._apply("less_equal", self, other)
+
+    def __gt__(self, other: Any) -> Expr:
+        return self._apply("greater", self, other)
+
+    def __ge__(self, other: Any) -> Expr:
+        return self._apply("greater_equal", self, other)
+
+    def __and__(self, other: Any) -> Expr:
+        return self._apply("logical_and", self, other)
+
+    def __or__(self, other: Any) -> Expr:
+        return self._apply("logical_or", self, other)
+
+    def __invert__(self) -> Expr:
+        return self._apply("logical_not", self)
+
+    def __bool__(self) -> bool:
+        raise GraphError(
+            "a traced value has no truth value: a graph has no data-dependent branches",
+            received=str(self.type),
+            source=describe_source(user_line(), self.builder.scope),
+            hint="where(condition, a, b) chooses element by element",
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        raise GraphError("a traced value cannot be iterated over", received=str(self.type))
+
+    def __repr__(self) -> str:
+        return f"{self.value.name}: {self.type}"
+
+

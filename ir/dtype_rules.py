@@ -1,0 +1,59 @@
+"""Dtype rules: one line beside an op's axis rule that says which dtypes it takes and gives.
+
+    "f, i -> f"      a float and an integer in; the float's dtype out
+    "t, t -> bool"   two of any one dtype in; bool out
+
+One entry an operand, in order. `t` is any dtype, `n` any number, `f` any float, `i` any integer; the same letter is the
+same dtype wherever it stands, and a digit makes another variable of the same class (`f1`). Anything else is a dtype's
+name. `t*` stands for a variadic operand. Nothing is promoted: a cast is an op.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from treadle.ir.errors import RuleError
+from treadle.ir.types import DTYPES, DType
+
+_CLASSES = {
+    "t": ("any dtype", lambda d: True),
+    "n": ("a number", lambda d: d.kind != "bool"),
+    "f": ("a float", lambda d: d.kind == "float"),
+    "i": ("an integer", lambda d: d.kind == "int"),
+}
+
+
+@lru_cache(maxsize=512)
+def _parse(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise RuleError(f"a dtype rule needs '->': {text!r}")
+    sides = tuple(tuple(p.strip() for p in side.split(",") if p.strip()) for side in (left, right))
+    for entry in (*sides[0], *sides[1]):
+        if not (re.fullmatch(r"[tnfi]\d?\*?", entry) or entry in DTYPES):
+            raise RuleError(f"malformed dtype rule: {entry!r}", received=text)
+    return sides[0], sides[1]
+
+
+def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]) -> tuple[DType, ...]:
+    """The results' dtypes; None stands for an absent operand. Raises RuleError where an operand does not fit."""
+    wanted, results = _parse(text)
+    if wanted and wanted[-1].endswith("*"):
+        wanted = (*wanted[:-1], *[wanted[-1][:-1]] * (len(dtypes) - len(wanted) + 1))
+    bound: dict[str, tuple[DType, str]] = {}
+    for entry, dtype, name in zip(wanted, dtypes, names, strict=True):
+        if dtype is None:
+            continue
+        if entry in DTYPES:
+            if dtype is not DTYPES[entry]:
+                raise RuleError(f"{name} must be {entry}, is {dtype}", hint=f"cast({name}, {entry})")
+            continue
+        words, fits = _CLASSES[entry[0]]
+        if not fits(dtype):
+            raise RuleError(f"{name} must be {words}, is {dtype}")
+        known, first = bound.setdefault(entry, (dtype, name))
+        if known is not dtype:
+            raise RuleError(f"dtypes disagree: {first} is {known}, {name} is {dtype}", hint=f"cast({name}, {known})")
+    return tuple(DTYPES[r] if r in DTYPES else bound[r][0] for r in results)

@@ -1,0 +1,305 @@
+"""The graph: functions of nodes in program order, in SSA form, with weights held beside it.
+
+    Graph      functions by name, callees first, the last one `main`; bounds of its symbols; initial values of weights
+    Function   inputs, parameters, nodes, outputs
+    Node       an op on values, with the scope and the user's line it came from
+    Value      what flows: an input, a parameter (weight), a constant, or a node's result
+
+A repeated block is one function; a node whose op is `Call` applies it with its own weights. Symbols are the graph's:
+`S` means the same size in every function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treadle.ir.errors import GraphError
+from treadle.ir.sizes import Bounds
+from treadle.ir.types import DType, Type, dtype_of
+
+if TYPE_CHECKING:
+    import networkx
+
+    from treadle.ir.op import Op
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A line of the user's: the file as it should be shown (relative where possible) and the line number."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes = field(repr=False)
+
+    @staticmethod
+    def of(value: Any, dtype: DType | None = None) -> Literal:
+        """From a Python number, nested list or NumPy array; `dtype` converts. Raises GraphError."""
+        array = np.asarray(value)
+        if dtype is not None and dtype.numpy is not None:
+            array = array.astype(dtype.numpy)
+        kind = dtype or dtype_of(array)
+        if kind is None or kind.numpy is None:
+            raise GraphError(f"a constant cannot hold {dtype or array.dtype}")
+        contiguous = np.ascontiguousarray(array, dtype=kind.numpy.newbyteorder("<"))
+        return Literal(kind, tuple(array.shape), contiguous.tobytes())
+
+    @property
+    def array(self) -> np.ndarray[Any, Any]:
+        """A read-only array of the elements."""
+        assert self.dtype.numpy is not None
+        return np.frombuffer(self.data, dtype=self.dtype.numpy).reshape(self.shape)
+
+    @property
+    def scalar(self) -> float | int | bool | None:
+        """The Python number of a rank-0 constant, else None."""
+        return self.array.item() if self.shape == () else None
+
+    @property
+    def type(self) -> Type:
+        return self.dtype[self.shape] if self.shape else Type(self.dtype)
+
+
+class Value:
+    """One tensor in a function. Compared by identity.
+
+    kind   "input", "parameter", "constant" or "result"
+    name   an input's or parameter's own name; for a result a hint that the printer makes unique
+    node   the node that makes a result, else None; `index` tells which of its results this is
+    """
+
+    __slots__ = ("index", "kind", "literal", "name", "node", "type")
+
+    def __init__(self, kind: str, type: Type, name: str, literal: Literal | None = None) -> None:
+        self.kind = kind
+        self.type = type
+        self.name = name
+        self.literal = literal
+        self.node: Node | None = None
+        self.index = 0
+
+    @staticmethod
+    def constant(literal: Literal) -> Value:
+        """A constant; scalars print in place."""
+        return Value("constant", literal.type, "constant", literal)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.name}: {self.type}>"
+
+
+class Node:
+    """An op applied to operands (None where an optional one is absent), giving results."""
+
+    __slots__ = ("op", "operands", "results", "scope", "source")
+
+    def __init__(
+        self,
+        op: Op,
+        operands: Sequence[Value | None],
+        types: Sequence[Type],
+        *,
+        name: str | None = None,
+        scope: str = "",
+        source: Source | None = None,
+    ) -> None:
+        self.op = op
+        self.operands: tuple[Value | None, ...] = tuple(operands)
+        self.scope = scope
+        self.source = source
+        self.results: tuple[Value, ...] = tuple(Value("result", t, name or op.name) for t in types)
+        for index, value in enumerate(self.results):
+            value.node, value.index = self, index
+
+    @property
+    def result(self) -> Value:
+        """The only result."""
+        (value,) = self.results
+        return value
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """The operands that are present."""
+        return tuple(v for v in self.operands if v is not None)
+
+    def __repr__(self) -> str:
+        return f"<{self.op.name} {self.scope or '-'} {self.source or ''}>"
+
+
+class Function:
+    """A list of nodes in program order between inputs, parameters and named outputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.inputs: list[Value] = []
+        self.parameters: dict[str, Value] = {}
+        self.nodes: list[Node] = []
+        self.outputs: dict[str, Value] = {}
+
+    @property
+    def arguments(self) -> tuple[Value, ...]:
+        """What a call passes: the inputs, then the parameters, in order."""
+        return (*self.inputs, *self.parameters.values())
+
+    def uses(self) -> dict[Value, list[tuple[Node, int]]]:
+        """For each used value, the nodes and operand positions that read it, in program order."""
+        found: dict[Value, list[tuple[Node, int]]] = {}
+        for node in self.nodes:
+            for position, value in enumerate(node.operands):
+                if value is not None:
+                    found.setdefault(value, []).append((node, position))
+        return found
+
+    def __repr__(self) -> str:
+        return f"<function {self.name}: {len(self.nodes)} nodes>"
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """How a parameter starts when no checkpoint gives it: `zeros`, `ones`, `normal(0.02)`, `uniform(0.1)`."""
+
+    kind: str
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.scale is None else f"{self.kind}({self.scale!r})"
+
+    def draw(self, shape: tuple[int, ...], dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+        """An array of initial values. Raises GraphError for an unknown kind."""
+        assert dtype.numpy is not None
+        match self.kind:
+            case "zeros":
+                return np.zeros(shape, dtype.numpy)
+            case "ones":
+                return np.ones(shape, dtype.numpy)
+            case "normal":
+                drawn = rng.standard_normal(shape, np.float32) * np.float32(self.scale or 1.0)
+            case "uniform":
+                drawn = (rng.random(shape, np.float32) * 2 - 1) * np.float32(self.scale or 1.0)
+            case _:
+                raise GraphError(f"unknown initial value {self.kind!r}", hint="zeros, ones, normal or uniform")
+        return drawn.astype(dtype.numpy, copy=False)
+
+
+class Graph:
+    """A whole program: its functions (callees before callers, `main` last), symbols and initial values."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.functions: dict[str, Function] = {"main": Function("main")}
+        self.symbols: dict[str, Bounds] = {}
+        self.initial: dict[str, Init] = {}
+
+    @property
+    def main(self) -> Function:
+        return self.functions["main"]
+
+    @property
+    def parameters(self) -> Mapping[str, Value]:
+        """The weights by their full names."""
+        return self.main.parameters
+
+    def add_function(self, function: Function) -> None:
+        """Put a function before `main`. Raises GraphError if the name is taken."""
+        if function.name in self.functions:
+            raise GraphError(f"the graph has a function {function.name!r} already")
+        main = self.functions.pop("main")
+        self.functions[function.name] = function
+        self.functions["main"] = main
+
+    def bound(self, symbol: str, bounds: Bounds) -> None:
+        """Narrow a symbol's bounds. Raises GraphError if nothing is left."""
+        narrowed = self.symbols.get(symbol, Bounds()).intersect(bounds)
+        if narrowed.upper is not None and narrowed.upper < narrowed.lower:
+            raise GraphError(
+                f"no size is left for {symbol}",
+                received=f"{self.symbols[symbol].around(symbol)}, {bounds.around(symbol)}",
+            )
+        self.symbols[symbol] = narrowed
+
+    def callee(self, node: Node) -> Function | None:
+        """The function that a call applies, or None for any other op. Raises GraphError if it does not exist."""
+        name = node.op.callee
+        if name is None:
+            return None
+        if name not in self.functions:
+            raise GraphError(f"call of an unknown function {name!r}", hint="one of " + ", ".join(self.functions))
+        return self.functions[name]
+
+    def walk(self) -> Iterator[tuple[Function, Node]]:
+        """Every node of every distinct function, callees first."""
+        for function in self.functions.values():
+            for node in function.nodes:
+                yield function, node
+
+    def __eq__(self, other: object) -> bool:
+        """Structural equality: ops, attributes, types and wiring; not value names, scopes or source lines."""
+        if not isinstance(other, Graph):
+            return NotImplemented
+        from treadle.ir.hashing import canonical_form
+
+        return canonical_form(self) == canonical_form(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        from treadle.ir.printer import print_graph
+
+        return print_graph(self)
+
+    def __repr__(self) -> str:
+        return f"<graph {self.name}: {sum(len(f.nodes) for f in self.functions.values())} nodes>"
+
+    def to_networkx(self, function: str = "main") -> networkx.MultiDiGraph:
+        """One function as a networkx graph: a vertex per argument, constant and node; an edge per use of a value.
+
+        Vertices are integers in program order with `label`, `op` (or `kind`), `type`, `scope` and `source`; edges carry
+        `value` (its type as text), `result` and `operand` positions. For dominators, cuts, intervals and layouts.
+        """
+        import networkx
+
+        body = self.functions[function]
+        out = networkx.MultiDiGraph(name=f"{self.name}.{function}")
+        ids: dict[object, int] = {}
+
+        def vertex(key: object, **notes: object) -> None:
+            ids[key] = len(ids)
+            out.add_node(ids[key], **notes)
+
+        for value in body.arguments:
+            vertex(value, label=value.name, kind=value.kind, type=str(value.type))
+        for node in body.nodes:
+            for value in node.inputs:
+                if value.literal is not None and value not in ids:
+                    vertex(value, label="constant", kind="constant", type=str(value.type))
+            vertex(
+                node,
+                label=node.op.name,
+                op=node.op.name,
+                type=", ".join(str(v.type) for v in node.results),
+                scope=node.scope,
+                source=str(node.source or ""),
+            )
+            for position, operand in enumerate(node.operands):
+                if operand is not None:
+                    origin = ids[operand.node if operand.node is not None else operand]
+                    out.add_edge(origin, ids[node], value=str(operand.type), result=operand.index, operand=position)
+        for name, value in body.outputs.items():
+            vertex(("output", name), label=name, kind="output", type=str(value.type))
+            origin = ids.get(value.node if value.node is not None else value)
+            if origin is not None:
+                out.add_edge(origin, ids["output", name], value=str(value.type), result=value.index, operand=0)
+        return out

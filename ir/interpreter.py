@@ -1,0 +1,144 @@
+"""The meaning of a graph: every op's NumPy reference, node by node.
+
+Slow, and right by definition: backends and passes are held against it. With `float64=True` weights, inputs and constants
+are widened first, so that its own rounding does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.composites import body_of
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.op import Composite
+from treadle.ir.types import Type
+
+Array = np.ndarray[Any, Any]
+Watch = Callable[[Node, Sequence[Array]], None]
+
+
+def interpret(
+    graph: Graph,
+    inputs: Mapping[str, Any],
+    weights: Mapping[str, Array] | None = None,
+    *,
+    float64: bool = False,
+    watch: Watch | None = None,
+) -> dict[str, Array]:
+    """Run `main` on named inputs and weights; returns its outputs by name.
+
+    watch, if given, sees every node of every call with its results. Raises GraphError for a missing or unknown input or
+    weight, or a shape that does not fit.
+    """
+    weights = weights or {}
+    missing = [v.name for v in graph.main.inputs if v.name not in inputs]
+    missing += [name for name in graph.main.parameters if name not in weights]
+    if missing:
+        raise GraphError(f"no value for {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
+    run = _Run(graph, float64, watch)
+    named = [(v, inputs[v.name]) for v in graph.main.inputs]
+    named += [(v, weights[name]) for name, v in graph.main.parameters.items()]
+    arguments = [run.widen(np.asarray(array)) for _, array in named]
+    for (value, _), array in zip(named, arguments, strict=True):
+        run.bind(value, array)
+    results = run.function(graph.main, arguments)
+    return dict(zip(graph.main.outputs, results, strict=True))
+
+
+def interpret_function(function: Function, arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
+    """Run one call-free function on its arguments (inputs, then parameters) where the symbols have these sizes."""
+    run = _Run(None, False, None)
+    run.sizes.update(sizes)
+    return run.function(function, list(arguments))
+
+
+def interpret_body(op: Composite, operands: Sequence[Array | None]) -> Any:
+    """A composite's meaning through its body, on arrays."""
+    from treadle.ir.types import dtype_of
+
+    types: list[Type | None] = []
+    for array in operands:
+        dtype = None if array is None else dtype_of(array)
+        types.append(None if array is None or dtype is None else Type(dtype, dtype[array.shape].dims))
+    results = interpret_function(body_of(op, types), [a for a in operands if a is not None], {})
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def solve_sizes(type: Type, shape: Sequence[int], sizes: dict[str, int]) -> str | None:
+    """Match an array's shape against a type, adding the sizes of bare symbols; returns what does not fit, or None."""
+    if len(shape) != type.rank:
+        return f"must have rank {type.rank}, has rank {len(shape)}"
+    for position, (wanted, got) in enumerate(zip(type.shape, shape, strict=True)):
+        name = wanted.as_symbol
+        if name is not None and name not in sizes:
+            sizes[name] = int(got)
+        elif wanted.symbols <= sizes.keys() and wanted.evaluate(sizes) != got:
+            known = ", ".join(f"{s} = {sizes[s]}" for s in sorted(wanted.symbols))
+            return f"dimension {position} must be {wanted}" + (f" ({known})" if known else "") + f", is {got}"
+    return None
+
+
+class _Run:
+    def __init__(self, graph: Graph | None, float64: bool, watch: Watch | None) -> None:
+        self.graph, self.float64, self.watch = graph, float64, watch
+        self.sizes: dict[str, int] = {}
+
+    def bind(self, value: Value, array: Array) -> None:
+        wrong = solve_sizes(value.type, array.shape, self.sizes)
+        if wrong:
+            raise GraphError(f"{value.kind} {value.name} {wrong}", received=f"{array.dtype}{list(array.shape)}")
+
+    def widen(self, array: Array) -> Array:
+        return array.astype(np.float64) if self.float64 and array.dtype.kind == "f" else array
+
+    def function(self, function: Function, arguments: list[Array]) -> list[Array]:
+        values: dict[Value, Array] = dict(zip(function.arguments, arguments, strict=True))
+
+        def read(value: Value | None) -> Array | None:
+            if value is None:
+                return None
+            return self.widen(value.literal.array) if value.literal is not None else values[value]
+
+        for node in function.nodes:
+            operands = [read(v) for v in node.operands]
+            results = self.node(node, operands)
+            if self.watch is not None and node.op.callee is None:
+                self.watch(node, results)
+            values.update(zip(node.results, results, strict=True))
+        found = [read(v) for v in function.outputs.values()]
+        return [a for a in found if a is not None]
+
+    def node(self, node: Node, operands: list[Array | None]) -> list[Array]:
+        if node.op.callee is not None:
+            if self.graph is None:
+                raise GraphError("a call cannot be interpreted without its graph")
+            callee = self.graph.callee(node)
+            assert callee is not None
+            return self.function(callee, [a for a in operands if a is not None])
+        op = node.op.at(self.sizes)
+        with np.errstate(all="ignore"):
+            made = op.reference(*operands)
+        arrays = [np.asarray(a) for a in (made if isinstance(made, tuple) else (made,))]
+        for value, array in zip(node.results, arrays, strict=True):
+            wanted = value.type.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None
+            if wanted is not None and array.shape != wanted:
+                raise GraphError(
+                    f"{node.op.name}: its reference gives shape {list(array.shape)}, its rule {list(wanted)}",
+                    source=str(node.source or "") or None,
+                )
+        return [self._as(value.type, array) for value, array in zip(node.results, arrays, strict=True)]
+
+    def _as(self, type: Type, array: Array) -> Array:
+        if type.dtype.is_float:
+            return array if self.float64 or array.dtype == type.dtype.numpy else self._narrow(type, array)
+        return array.astype(type.dtype.numpy, copy=False)
+
+    def _narrow(self, type: Type, array: Array) -> Array:
+        """In a body that runs in another precision than its types say (float64 samples), keep the precision."""
+        return array if self.graph is None or type.dtype.numpy is None else array.astype(type.dtype.numpy)
+
+

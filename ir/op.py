@@ -1,0 +1,336 @@
+"""Ops: a class that says everything about one operation, in one place.
+
+    @op("rms_norm", axes="... [d], d -> ... [d]", dtypes="f, f -> f", linear="")
+    class RMSNorm(Composite):
+        \"\"\"y = x / sqrt(mean(x^2 over d) + eps) * weight        (Zhang & Sennrich 2019)\"\"\"
+        x = Operand()
+        weight = Operand()
+        eps: float = 1e-6                                     # annotated fields are attributes
+
+        def body(self, b, x, weight): ...                     # in primitives: cost, sharding, refusals come from here
+        def reference(self, x, weight): ...                   # NumPy; THE meaning
+        def gradient(self, b, grads, inputs, outputs): ...    # builds IR; a composite's default differentiates its body
+        samples = [S("f32[2,3,8]", "f32[8]"), ...]
+        errors = [(S("f32[2,8]", "f32[7]"), "axis d sizes disagree"), ...]
+
+An instance is the op with its attributes, frozen and hashable; a `Node` applies it to values. A **primitive** has one
+axis rule and names the operands it is linear in. A **composite** has a body of primitives as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+
+import numpy as np
+
+from treadle.ir.axes import Application, Rule, parse_rule
+from treadle.ir.dtype_rules import infer_dtypes
+from treadle.ir.errors import GraphError, RuleError
+from treadle.ir.samples import Sample
+from treadle.ir.sizes import Size, SizeLike
+from treadle.ir.types import DTYPES, DType, Type
+
+if TYPE_CHECKING:
+    from treadle.ir.builder import Builder, Expr
+
+Array = np.ndarray[Any, Any]
+Grads = Sequence[Any]
+"""One entry an operand or result: an Expr, or None where it is absent or has no gradient."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operand:
+    """Declares an operand of an op, in order. A variadic one is last and takes one or more values, or, if it is
+    optional, any number."""
+
+    optional: bool = False
+    variadic: bool = False
+
+
+class Op:
+    """Base of all ops. See `Primitive`, `Composite` and `op`."""
+
+    name: ClassVar[str]
+    operands: ClassVar[Mapping[str, Operand]] = {}
+    rule_text: ClassVar[str | None] = None
+    dtype_text: ClassVar[str | None] = None
+    linear_text: ClassVar[str] = ""
+    flops: ClassVar[int] = 1
+    step: ClassVar[str | None] = None
+    """How an axis that the op scans or generates goes on in a generation step ("carries the running sum"); None: not."""
+    pairs: ClassVar[tuple[str, str] | None] = None
+    """For self-attention: the factors of queries and keys, which one axis may be at once."""
+    callee: str | None = None
+    samples: ClassVar[Sequence[Sample]] = ()
+    errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            coerced = _coerce(str(field.type), value)
+            if coerced is not value:
+                object.__setattr__(self, field.name, coerced)
+
+    # -- what an op may say beyond its class line --------------------------------------------------------------
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        """The axis rule as text; a pure function of the attributes and the operands' ranks (None: absent)."""
+        if self.rule_text is None:
+            raise GraphError(f"op {self.name} has no axis rule")
+        return self.rule_text
+
+    def dtypes(self) -> str:
+        """The dtype rule, such as `"f, i -> f"`; see `treadle.ir.dtype_rules`."""
+        if self.dtype_text is None:
+            raise GraphError(f"op {self.name} has no dtype rule")
+        return self.dtype_text
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        """Raise RuleError for what the rules cannot say (an attribute out of range, ...)."""
+
+    def reference(self, *operands: Any) -> Any:
+        """The meaning, in NumPy: arrays in (None where absent), an array or a tuple of arrays out.
+
+        Works in the operands' precision, float64 included; may allocate and be slow. Attributes that are sizes are
+        constants by then.
+        """
+        raise GraphError(f"op {self.name} has no reference")
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        """The gradient of a scalar with respect to each operand, given those of the results (None: zero).
+
+        inputs and outputs are the op's own. Returns one entry per operand: an Expr of the operand's type, or None where
+        no gradient flows.
+        """
+        return [None] * len(inputs)
+
+    @property
+    def positional(self) -> frozenset[str]:
+        """The factors along which the op reads the position itself: attention's s and t under a causal mask.
+
+        What a mapped factor promises is then less: restricting it to a prefix commutes with the op, permuting it or
+        taking another part of it need not.
+        """
+        return frozenset()
+
+    def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
+        """Floating-point operations on operands of these types where each symbol has a value.
+
+        None: count from the rule or the body. Another answer overrides that count, for an op whose work is not a
+        product of its factors.
+        """
+        return None
+
+    # -- what is derived from it -------------------------------------------------------------------------------
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The attributes by name, in order."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def attribute_defaults(cls) -> dict[str, Any]:
+        """The attributes that have a default, with it."""
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+    def operand_names(self, count: int) -> list[str]:
+        """A name for each of `count` operands, no two alike; those of a variadic operand are numbered."""
+        names = [n for n, o in self.operands.items() if not o.variadic]
+        variadic = [n for n, o in self.operands.items() if o.variadic]
+        if variadic:
+            names += [f"{variadic[0]}{i}" for i in range(count - len(names))]
+        return names
+
+    @classmethod
+    def arrange(cls, given: Sequence[Any]) -> list[Any]:
+        """Pad absent optional operands with None and check the count. Raises GraphError."""
+        operands = list(given)
+        fixed = [n for n, o in cls.operands.items() if not o.variadic]
+        variadic = [o for o in cls.operands.values() if o.variadic]
+        operands += [None] * (len(fixed) - len(operands))
+        if len(operands) > len(fixed) and not variadic:
+            raise GraphError(f"{cls.name} takes {len(fixed)} operands, received {len(operands)}")
+        if variadic and not variadic[0].optional and len(operands) == len(fixed):
+            raise GraphError(f"{cls.name} takes one operand or more")
+        for name, value in zip(fixed, operands, strict=False):
+            if value is None and not cls.operands[name].optional:
+                raise GraphError(f"{cls.name}: operand {name} is missing")
+        return operands
+
+    def rule(self, ranks: Sequence[int | None]) -> Rule:
+        """The parsed axis rule for operands of these ranks."""
+        return parse_rule(self.axes(ranks))
+
+    def apply(self, types: Sequence[Type | None]) -> Application:
+        """The axis rule matched against operand types. Raises RuleError."""
+        rule = self.rule([None if t is None else t.rank for t in types])
+        return rule.apply(types, self.operand_names(len(types)))
+
+    def infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
+        """The results' types. Raises RuleError, its text led by the op's name, where the operands do not fit."""
+        key = tuple(None if t is None else t.text for t in types)
+        cache = _inferred(self)
+        found = cache.get(key)
+        if found is None:
+            found = cache[key] = self._infer(types)
+        return found
+
+    def _infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
+        try:
+            self.check(types)
+            names = self.operand_names(len(types))
+            dtypes = infer_dtypes(self.dtypes(), [None if t is None else t.dtype for t in types], names)
+            shapes = self.apply(types).shapes
+        except RuleError as error:
+            received = ", ".join(
+                f"{n}: {t}" for n, t in zip(self.operand_names(len(types)), types, strict=True) if t is not None
+            )
+            raise RuleError(
+                f"{self.name}: {error.what}", received=error.received or received, hint=error.hint
+            ) from None
+        return tuple(Type(d, s) for d, s in zip(dtypes, shapes, strict=True))
+
+    @property
+    def linear(self) -> tuple[frozenset[str], ...]:
+        """Groups of operands in which the op is linear together, the others held fixed."""
+        return tuple(frozenset(group.split()) for group in self.linear_text.split("|") if group.strip())
+
+    def at(self, values: Mapping[str, int]) -> Op:
+        """The op with its symbolic sizes evaluated."""
+        changed = {n: _evaluate(v, values) for n, v in self.attributes.items() if _has_size(v)}
+        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Primitive(Op):
+    """An op with one axis rule, a reference and a gradient of its own."""
+
+
+class Composite(Op):
+    """An op with a body of primitives (or simpler composites), from which everything else can be derived."""
+
+    def body(self, b: Builder, *operands: Any) -> Any:
+        """Build the op's meaning from simpler ops: Exprs in (None where absent), an Expr or a tuple of them out."""
+        raise GraphError(f"composite op {self.name} has no body")
+
+    def reference(self, *operands: Any) -> Any:
+        from treadle.ir.interpreter import interpret_body
+
+        return interpret_body(self, operands)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        from treadle.ir.differentiate import body_gradient
+
+        return body_gradient(self, b, grads, inputs)
+
+
+OPS: dict[str, type[Op]] = {}
+"""Every registered op by name."""
+
+_OpClass = TypeVar("_OpClass", bound=type[Op])
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def op(
+    name: str, *, axes: str | None = None, dtypes: str | None = None, linear: str = "", flops: int = 1
+) -> Callable[[_OpClass], _OpClass]:
+    """Register an op class under `name`.
+
+    axes    the axis rule, or None if the class defines the method `axes`
+    dtypes  the dtype rule, or None if the class defines the method `dtypes`
+    linear  operand groups it is linear in: `"a | b"` is linear in each alone, `"a b"` in both together
+    flops   floating-point operations per point of its iteration space (0 for ops that only move data)
+    """
+
+    def register(cls: _OpClass) -> _OpClass:
+        if name in OPS:
+            raise GraphError(f"op {name!r} is registered already, by {OPS[name].__qualname__}")
+        cls.name = name
+        cls.operands = {k: v for k, v in vars(cls).items() if isinstance(v, Operand)}
+        if axes is not None:
+            cls.rule_text = axes
+        if dtypes is not None:
+            cls.dtype_text = dtypes
+        cls.linear_text = linear
+        cls.flops = flops
+        made = dataclasses.dataclass(frozen=True, kw_only=True, repr=True)(cls)
+        OPS[name] = made
+        return made
+
+    return register
+
+
+def find_op(name: str) -> type[Op]:
+    """The op class of that name. Raises GraphError with the nearest names."""
+    found = OPS.get(name)
+    if found is None:
+        import treadle.ir.ops  # noqa: F401  (registers them all; here, since the op files import this one)
+
+        found = OPS.get(name)
+    if found is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, OPS, n=3, cutoff=0.5)
+        raise GraphError(f"unknown op {name!r}", hint=f"did you mean {' or '.join(near)}?" if near else None)
+    return found
+
+
+@lru_cache(maxsize=8192)
+def _inferred(op: Op) -> dict[tuple[str | None, ...], tuple[Type, ...]]:
+    """The inference cache of one op with its attributes, keyed by operand types as text (labels tell them apart)."""
+    return {}
+
+
+# -- attributes ------------------------------------------------------------------------------------------------
+
+_CODECS: dict[str, Callable[[Any], Any]] = {}
+
+
+def attribute_codec(annotation: str, read: Callable[[Any], Any]) -> None:
+    """Register how a value given for an attribute with this annotation becomes the attribute (in tuples as well)."""
+    _CODECS[annotation] = read
+
+
+def _read_size(value: SizeLike) -> Size:
+    return Size.of(value)
+
+
+def _read_dtype(value: DType | str) -> DType:
+    if isinstance(value, DType):
+        return value
+    if value not in DTYPES:
+        raise GraphError(f"unknown dtype {value!r}", hint="one of " + ", ".join(DTYPES))
+    return DTYPES[value]
+
+
+attribute_codec("Size", _read_size)
+attribute_codec("DType", _read_dtype)
+attribute_codec("float", float)
+
+
+def _coerce(annotation: str, value: Any) -> Any:
+    if value is None:
+        return None
+    base = annotation.replace(" | None", "")
+    if base.startswith("tuple["):
+        inner = base[6:-1].removesuffix(", ...")
+        read = _CODECS.get(inner)
+        return tuple(read(v) if read and v is not None else v for v in value)
+    read = _CODECS.get(base)
+    return read(value) if read else value
+
+
+def _has_size(value: Any) -> bool:
+    return isinstance(value, Size) or (isinstance(value, tuple) and any(isinstance(v, Size) for v in value))
+
+
+def _evaluate(value: Any, values: Mapping[str, int]) -> Any:
+    if isinstance(value, Size):
+        return Size.of(value.evaluate(values))
+    return tuple(_evaluate(v, values) for v in value) if isinstance(value, tuple) else value

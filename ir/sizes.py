@@ -1,0 +1,395 @@
+"""Sizes: polynomials over bounded symbols and floor-divisions, kept in one canonical form.
+
+    size   = sum of terms             3*B*S + 1
+    term   = coefficient * atoms      atoms multiply
+    atom   = symbol | size // size    S, (S + 2)//4
+
+Two sizes are equal when their canonical forms are: `2*S` equals `S + S`, while `2*(S//2)` and `S` stay apart, since they
+differ for odd S. A size answers questions about all values that its symbols may take through `bounds`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Union
+
+from treadle.ir.errors import SizeError
+
+SizeLike = Union["Size", int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The values that a symbol may take: lower <= symbol <= upper; an upper of None is no limit."""
+
+    lower: int = 1
+    upper: int | None = None
+
+    def __contains__(self, value: int) -> bool:
+        return value >= self.lower and (self.upper is None or value <= self.upper)
+
+    def intersect(self, other: Bounds) -> Bounds:
+        """The values that both allow."""
+        uppers = [b for b in (self.upper, other.upper) if b is not None]
+        return Bounds(max(self.lower, other.lower), min(uppers) if uppers else None)
+
+    def around(self, name: str) -> str:
+        """Text such as `S`, `S <= 1024` or `2 <= S <= 1024`; the lower bound 1 goes unsaid."""
+        low = f"{self.lower} <= " if self.lower != 1 else ""
+        return f"{low}{name}" + (f" <= {self.upper}" if self.upper is not None else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Quotient:
+    """The atom `numerator // denominator`, rounded down."""
+
+    numerator: Size
+    denominator: Size
+
+    def __str__(self) -> str:
+        return f"{_grouped(self.numerator)}//{_grouped(self.denominator)}"
+
+
+Atom = Union[str, Quotient]
+Monomial = tuple[Atom, ...]
+
+
+def _atom_key(atom: Atom) -> tuple[int, str]:
+    return (0, atom) if isinstance(atom, str) else (1, str(atom))
+
+
+class Size:
+    """A canonical size expression. Immutable, hashable; arithmetic gives sizes again."""
+
+    __slots__ = ("_hash", "terms")
+    terms: tuple[tuple[Monomial, int], ...]
+
+    def __init__(self, terms: Iterable[tuple[Monomial, int]]) -> None:
+        """Prefer `Size.of`, which reads integers and text, and arithmetic."""
+        self.terms = tuple(terms)
+        self._hash = hash(self.terms)
+
+    # -- making ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def of(value: SizeLike) -> Size:
+        """A size from an integer, from text such as `"2*S + 1"`, or from itself. Raises SizeError."""
+        if isinstance(value, Size):
+            return value
+        if isinstance(value, str):
+            return parse_size(value)
+        return _constant(int(value))
+
+    @staticmethod
+    def symbol(name: str) -> Size:
+        """The size that is one symbol."""
+        return _symbol(name)
+
+    @staticmethod
+    def _from(table: Mapping[Monomial, int]) -> Size:
+        terms = [(mono, coeff) for mono, coeff in table.items() if coeff]
+        if len(terms) > 1:
+            terms.sort(key=lambda term: (-len(term[0]), [_atom_key(a) for a in term[0]]))
+        return Size(terms)
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def constant(self) -> int | None:
+        """Its value if it holds no symbol, else None."""
+        if not self.terms:
+            return 0
+        if len(self.terms) == 1 and not self.terms[0][0]:
+            return self.terms[0][1]
+        return None
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The names of all symbols in it."""
+        found: set[str] = set()
+        for mono, _ in self.terms:
+            for atom in mono:
+                if isinstance(atom, str):
+                    found.add(atom)
+                else:
+                    found |= atom.numerator.symbols | atom.denominator.symbols
+        return frozenset(found)
+
+    @property
+    def as_symbol(self) -> str | None:
+        """The symbol's name if this is one bare symbol, else None."""
+        if len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1:
+            atom = self.terms[0][0][0]
+            return atom if isinstance(atom, str) else None
+        return None
+
+    def evaluate(self, values: Mapping[str, int]) -> int:
+        """Its value where each symbol has one. Raises SizeError for a symbol without a value or a zero divisor."""
+        total = 0
+        for mono, coeff in self.terms:
+            product = coeff
+            for atom in mono:
+                if isinstance(atom, str):
+                    if atom not in values:
+                        raise SizeError(f"size {self} needs a value for {atom}", received=f"{dict(values)}")
+                    product *= values[atom]
+                else:
+                    divisor = atom.denominator.evaluate(values)
+                    if divisor == 0:
+                        raise SizeError(f"size {self} divides by zero", received=f"{dict(values)}")
+                    product *= atom.numerator.evaluate(values) // divisor
+            total += product
+        return total
+
+    def substitute(self, values: Mapping[str, SizeLike]) -> Size:
+        """The size with some symbols replaced by sizes."""
+        total = ZERO
+        for mono, coeff in self.terms:
+            product = _constant(coeff)
+            for atom in mono:
+                if isinstance(atom, str):
+                    product = product * (Size.of(values[atom]) if atom in values else _symbol(atom))
+                else:
+                    product = product * (atom.numerator.substitute(values) // atom.denominator.substitute(values))
+            total = total + product
+        return total
+
+    def bounds(self, symbols: Mapping[str, Bounds]) -> Bounds:
+        """An interval that holds every value it takes (interval arithmetic: sound, not always tight)."""
+        low: float = 0
+        high: float = 0
+        for mono, coeff in self.terms:
+            lo: float = coeff
+            hi: float = coeff
+            for atom in mono:
+                a_lo, a_hi = _atom_bounds(atom, symbols)
+                corners = [_times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
+                lo, hi = min(corners), max(corners)
+            low, high = low + lo, high + hi
+        lower = int(low) if low != float("-inf") else -(2**62)
+        return Bounds(lower, None if high == float("inf") else int(high))
+
+    # -- arithmetic --------------------------------------------------------------------------------------------
+
+    def __add__(self, other: SizeLike) -> Size:
+        table = dict(self.terms)
+        for mono, coeff in Size.of(other).terms:
+            table[mono] = table.get(mono, 0) + coeff
+        return Size._from(table)
+
+    def __neg__(self) -> Size:
+        return Size((mono, -coeff) for mono, coeff in self.terms)
+
+    def __sub__(self, other: SizeLike) -> Size:
+        return self + -Size.of(other)
+
+    def __mul__(self, other: SizeLike) -> Size:
+        other = Size.of(other)
+        if self.terms == ONE_TERMS:
+            return other
+        if other.terms == ONE_TERMS:
+            return self
+        table: dict[Monomial, int] = {}
+        for left, a in self.terms:
+            for right, b in other.terms:
+                mono = tuple(sorted(left + right, key=_atom_key))
+                table[mono] = table.get(mono, 0) + a * b
+        return Size._from(table)
+
+    def divide(self, other: SizeLike) -> Size | None:
+        """The quotient if `other` divides it for all values of the symbols, else None."""
+        other = Size.of(other)
+        if not other.terms:
+            return None
+        if not self.terms:
+            return ZERO
+        if other.terms == ONE_TERMS:
+            return self
+        rest, quotient = self, ZERO
+        lead_mono, lead_coeff = other.terms[0]
+        for _ in range(len(self.terms) * (len(other.terms) + 1)):
+            if not rest.terms:
+                return quotient
+            for mono, coeff in rest.terms:
+                left = _without(mono, lead_mono)
+                if left is not None and coeff % lead_coeff == 0:
+                    piece = Size([(left, coeff // lead_coeff)])
+                    break
+            else:
+                return None
+            quotient = quotient + piece
+            rest = rest - piece * other
+        return None if rest.terms else quotient
+
+    def __floordiv__(self, other: SizeLike) -> Size:
+        other = Size.of(other)
+        divisor = other.constant
+        if divisor == 0:
+            raise SizeError(f"size {self} divides by zero")
+        exact = self.divide(other)
+        if exact is not None:
+            return exact
+        value = self.constant
+        if value is not None and divisor is not None:
+            return _constant(value // divisor)
+        return Size([((Quotient(self, other),), 1)])
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: SizeLike) -> Size:
+        return Size.of(other) - self
+
+    # -- identity and text -------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Size):
+            return self.terms == other.terms
+        return self.constant == other if isinstance(other, int) else NotImplemented
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        """Compact text that `parse_size` reads back: `2*S+1`, `(S+3)//4`."""
+        if not self.terms:
+            return "0"
+        pieces: list[str] = []
+        for mono, coeff in self.terms:
+            atoms = [a if isinstance(a, str) else f"({a})" if len(self.terms) + len(mono) > 2 or coeff != 1 else str(a)
+                     for a in mono]
+            magnitude = abs(coeff)
+            factors = ([str(magnitude)] if magnitude != 1 or not atoms else []) + atoms
+            sign = "-" if coeff < 0 else "+" if pieces else ""
+            pieces.append(sign + "*".join(factors))
+        return "".join(pieces)
+
+    def __repr__(self) -> str:
+        return f"Size({self})"
+
+
+def _times(x: float, y: float) -> float:
+    return 0 if x == 0 or y == 0 else x * y
+
+
+def _atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
+    if isinstance(atom, str):
+        b = symbols.get(atom, Bounds())
+        return b.lower, float("inf") if b.upper is None else b.upper
+    top, bottom = atom.numerator.bounds(symbols), atom.denominator.bounds(symbols)
+    if bottom.lower < 1:
+        return float("-inf"), float("inf")
+    most = float("inf") if top.upper is None else top.upper // bottom.lower
+    divisor = bottom.lower if top.lower < 0 else bottom.upper
+    least: float = 0 if divisor is None else top.lower // divisor
+    return least, most
+
+
+def _without(mono: Monomial, part: Monomial) -> Monomial | None:
+    left = list(mono)
+    for atom in part:
+        if atom not in left:
+            return None
+        left.remove(atom)
+    return tuple(left)
+
+
+def _grouped(size: Size) -> str:
+    text = str(size)
+    return text if re.fullmatch(r"\w+", text) else f"({text})"
+
+
+@lru_cache(maxsize=4096)
+def _constant(value: int) -> Size:
+    return Size([((), value)] if value else [])
+
+
+@lru_cache(maxsize=4096)
+def _symbol(name: str) -> Size:
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise SizeError(f"{name!r} is not a symbol's name", hint="letters, digits and _, not starting with a digit")
+    return Size([((name,), 1)])
+
+
+ONE_TERMS: tuple[tuple[Monomial, int], ...] = (((), 1),)
+ZERO = _constant(0)
+ONE = _constant(1)
+
+
+def product(sizes: Iterable[SizeLike]) -> Size:
+    """The product of sizes; of none, 1."""
+    total = ONE
+    for size in sizes:
+        total = total * size
+    return total
+
+
+# -- the grammar of sizes: sum = term (("+"|"-") term)*, term = power (("*"|"//") power)*, power = int | name | (sum) ------
+
+_TOKEN = re.compile(r"\s*(//|[-+*()]|\d+|[A-Za-z_]\w*)")
+
+
+@lru_cache(maxsize=4096)
+def parse_size(text: str) -> Size:
+    """Read a size such as `S`, `2*S+1`, `(n + 2*p - k)//s + 1`. Raises SizeError with the column."""
+    tokens: list[tuple[str, int]] = []
+    at = 0
+    stripped = text.rstrip()
+    while at < len(stripped):
+        match = _TOKEN.match(stripped, at)
+        if match is None:
+            raise SizeError(f"not a size: {text!r}", within=f"column {at + 1}")
+        tokens.append((match.group(1), match.start(1)))
+        at = match.end()
+    if len(tokens) > 200:
+        raise SizeError("a size expression is too long", received=f"{len(tokens)} tokens", hint="at most 200")
+    reader = _SizeReader(text, tokens)
+    size = reader.sum()
+    if reader.at != len(tokens):
+        raise reader.error()
+    return size
+
+
+class _SizeReader:
+    def __init__(self, text: str, tokens: list[tuple[str, int]]) -> None:
+        self.text, self.tokens, self.at = text, tokens, 0
+
+    def error(self) -> SizeError:
+        column = self.tokens[self.at][1] + 1 if self.at < len(self.tokens) else len(self.text) + 1
+        return SizeError(f"not a size: {self.text!r}", within=f"column {column}")
+
+    def take(self, *wanted: str) -> str | None:
+        if self.at < len(self.tokens) and self.tokens[self.at][0] in wanted:
+            self.at += 1
+            return self.tokens[self.at - 1][0]
+        return None
+
+    def sum(self) -> Size:
+        negative = self.take("-")
+        total = -self.term() if negative else self.term()
+        while sign := self.take("+", "-"):
+            term = self.term()
+            total = total + term if sign == "+" else total - term
+        return total
+
+    def term(self) -> Size:
+        total = self.power()
+        while sign := self.take("*", "//"):
+            right = self.power()
+            total = total * right if sign == "*" else total // right
+        return total
+
+    def power(self) -> Size:
+        if self.take("("):
+            inner = self.sum()
+            if not self.take(")"):
+                raise self.error()
+            return inner
+        if self.at >= len(self.tokens) or not re.match(r"\w", self.tokens[self.at][0]):
+            raise self.error()
+        self.at += 1
+        token = self.tokens[self.at - 1][0]
+        return _constant(int(token)) if token.isdigit() else _symbol(token)

@@ -1,0 +1,38 @@
+"""Which line of the user's is running: the innermost frame that is not part of the compiler."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+
+from treadle.ir.graph import Source
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in ("ir", "frontends", "passes", "backends", "treadle"))
+
+
+@lru_cache(maxsize=1024)
+def _is_compiler(filename: str) -> bool:
+    return os.path.abspath(filename).startswith(_COMPILER)
+
+
+@lru_cache(maxsize=4096)
+def _source(filename: str, line: int) -> Source:
+    """The path relative to the compiler's own folder or to the working directory, else the bare file name: text made
+    from a graph should not name a machine's folders."""
+    path = os.path.abspath(filename)
+    for base in (_ROOT, os.getcwd()):
+        if path.startswith(base + os.sep):
+            return Source(os.path.relpath(path, base).replace(os.sep, "/"), line)
+    return Source(os.path.basename(path), line)
+
+
+def user_line() -> Source | None:
+    """The user's line that led here, or None where no frame of the user's is on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _is_compiler(frame.f_code.co_filename):
+            return _source(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

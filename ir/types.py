@@ -1,0 +1,262 @@
+"""Types: a dtype and dimensions, where a dimension is an ordered product of factors with sizes and labels.
+
+    f32[B, S, 768]                      plain dimensions
+    f32[B, heads=12, S, 64]             a labelled factor
+    f32[B, S, (heads=12 64)]            one dimension of 768 that remembers its two factors
+
+Sizes, identities and labels are three things. Two types are equal when dtypes and sizes are; factors and labels are
+notes that travel along. Which axes are *the same* is never read off a type: `treadle.ir.follow` finds that out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import ParseError
+from treadle.ir.sizes import Bounds, Size, SizeLike, parse_size, product
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type: its name, kind (`float`, `int` or `bool`) and width in bytes."""
+
+    name: str
+    kind: str
+    bytes: int
+
+    def __getitem__(self, dims: str | int | tuple[SizeLike, ...]) -> Type:
+        """`f32["B S 768"]`, `i64["B, S"]` or `f32[2, 3]`: the tensor type of these dimensions."""
+        if isinstance(dims, str):
+            return parse_type(f"{self.name}[{dims}]")
+        if isinstance(dims, int):
+            dims = (dims,)
+        return Type(self, tuple(Dim.of(d) for d in dims))
+
+    @property
+    def numpy(self) -> np.dtype[Any] | None:
+        """The NumPy dtype of the same bits, or None (bf16 has none)."""
+        return _NUMPY.get(self.name)
+
+    @property
+    def is_float(self) -> bool:
+        return self.kind == "float"
+
+    @property
+    def is_int(self) -> bool:
+        return self.kind == "int"
+
+    def __str__(self) -> str:
+        return self.name
+
+    __repr__ = __str__
+
+
+f64, f32, f16, bf16 = (DType(n, "float", w) for n, w in (("f64", 8), ("f32", 4), ("f16", 2), ("bf16", 2)))
+i64, i32, i16, i8, u8 = (
+    DType(n, "int", w) for n, w in (("i64", 8), ("i32", 4), ("i16", 2), ("i8", 1), ("u8", 1))
+)
+boolean = DType("bool", "bool", 1)
+
+DTYPES: Mapping[str, DType] = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean)}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "f64": np.dtype(np.float64),
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "i64": np.dtype(np.int64),
+    "i32": np.dtype(np.int32),
+    "i16": np.dtype(np.int16),
+    "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+_FROM_NUMPY = {dtype: DTYPES[name] for name, dtype in _NUMPY.items()}
+
+
+def dtype_of(array: np.ndarray[Any, Any]) -> DType | None:
+    """The dtype that holds an array's elements, or None if there is none."""
+    return _FROM_NUMPY.get(array.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One factor of a dimension. The label names it to people; it takes no part in equality."""
+
+    size: Size
+    label: str | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.label}={self.size}" if self.label else str(self.size)
+
+
+class Dim:
+    """One dimension: an ordered product of factors, outermost first. Equal when the sizes are."""
+
+    __slots__ = ("factors", "size")
+
+    def __init__(self, factors: Iterable[Factor]) -> None:
+        flat = tuple(factors)
+        self.factors = flat
+        self.size = flat[0].size if len(flat) == 1 else product(f.size for f in flat)
+
+    @staticmethod
+    def of(value: DimLike, label: str | None = None) -> Dim:
+        """A dimension of one factor from a size, an integer or text such as `S+1`."""
+        return value if isinstance(value, Dim) else Dim([Factor(Size.of(value), label)])
+
+    @property
+    def is_one(self) -> bool:
+        return self.size.constant == 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dim) and self.size == other.size
+
+    def __hash__(self) -> int:
+        return hash(self.size)
+
+    def __str__(self) -> str:
+        if len(self.factors) == 1:
+            return str(self.factors[0])
+        return "(" + " ".join(map(str, self.factors)) + ")"
+
+    def __repr__(self) -> str:
+        return f"Dim({self})"
+
+
+DimLike = Dim | SizeLike
+
+
+@dataclass(frozen=True)
+class Type:
+    """A tensor's dtype and dimensions; rank 0 is a scalar."""
+
+    dtype: DType
+    dims: tuple[Dim, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return len(self.dims)
+
+    @cached_property
+    def shape(self) -> tuple[Size, ...]:
+        """The dimensions' sizes."""
+        return tuple(d.size for d in self.dims)
+
+    @cached_property
+    def elements(self) -> Size:
+        """The number of elements."""
+        return product(self.shape)
+
+    @cached_property
+    def symbols(self) -> frozenset[str]:
+        return frozenset().union(*(s.symbols for s in self.shape))
+
+    @property
+    def static_shape(self) -> tuple[int, ...] | None:
+        """The shape as integers, or None if a size holds a symbol."""
+        sizes = tuple(s.constant for s in self.shape)
+        return None if None in sizes else sizes  # type: ignore[return-value]
+
+    def evaluate(self, values: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where each symbol has a value."""
+        return tuple(s.evaluate(values) for s in self.shape)
+
+    def bytes_at(self, values: Mapping[str, int]) -> int:
+        """Bytes that a dense tensor of this type takes where each symbol has a value."""
+        return self.elements.evaluate(values) * self.dtype.bytes
+
+    def __or__(self, other: None) -> OptionalType:
+        """`i64["B"] | None`: a model's input that may be left out."""
+        return OptionalType(self)
+
+    def with_dtype(self, dtype: DType) -> Type:
+        return self if dtype is self.dtype else Type(dtype, self.dims)
+
+    @cached_property
+    def text(self) -> str:
+        """`f32[B, S, 768]`, factors and labels included: what tells two types apart in every detail."""
+        return f"{self.dtype}[{', '.join(map(str, self.dims))}]"
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class OptionalType:
+    """The type of an input that a model may be declared with or without."""
+
+    type: Type
+
+
+_TYPE = re.compile(r"\s*([a-z]\w*)\s*\[(.*)\]\s*", re.DOTALL)
+
+
+@lru_cache(maxsize=4096)
+def parse_type(text: str) -> Type:
+    """Read `f32[B, S, (heads=12 64)]`; dimensions are parted by commas, or by spaces where there is no comma.
+
+    Raises ParseError for an unknown dtype or a malformed dimension.
+    """
+    match = _TYPE.fullmatch(text)
+    if match is None:
+        raise ParseError(f"not a type: {text!r}", hint="a dtype and dimensions, such as f32[B, S, 768]")
+    name, inner = match.groups()
+    if name not in DTYPES:
+        raise ParseError(f"unknown dtype {name!r}", received=text, hint="one of " + ", ".join(DTYPES))
+    return Type(DTYPES[name], tuple(_parse_dim(part, text) for part in _split_dims(inner)))
+
+
+def parse_bounded(text: str) -> tuple[str, Bounds]:
+    """Read a symbol with its bounds: `S`, `S <= 1024`, `2 <= S <= 1024`. Raises ParseError."""
+    match = re.fullmatch(r"\s*(?:(\d+)\s*<=\s*)?([A-Za-z_]\w*)\s*(?:<=\s*(\d+))?\s*", text)
+    if match is None:
+        raise ParseError(f"not a symbol with bounds: {text!r}", hint="such as S, or 2 <= S <= 1024")
+    lower, name, upper = match.groups()
+    return name, Bounds(int(lower) if lower else 1, int(upper) if upper else None)
+
+
+def _split_dims(inner: str) -> Iterator[str]:
+    separators = "," if _has_outer_comma(inner) else " \t\n"
+    depth, start = 0, 0
+    for at, char in enumerate(inner):
+        depth += (char == "(") - (char == ")")
+        if depth == 0 and char in separators:
+            if inner[start:at].strip() or separators == ",":
+                yield inner[start:at]
+            start = at + 1
+    if inner[start:].strip():
+        yield inner[start:]
+
+
+def _has_outer_comma(inner: str) -> bool:
+    depth = 0
+    for char in inner:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            return True
+    return False
+
+
+def _parse_dim(part: str, text: str) -> Dim:
+    part = part.strip()
+    if not part:
+        raise ParseError(f"not a type: {text!r}", hint="a dimension is empty")
+    group = re.fullmatch(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)", part)
+    if group and " " in group.group(1).strip():
+        return Dim(_parse_factor(piece) for piece in _split_dims(group.group(1)))
+    return Dim([_parse_factor(part)])
+
+
+def _parse_factor(text: str) -> Factor:
+    label, equals, size = text.rpartition("=")
+    if equals and not re.fullmatch(r"[A-Za-z_]\w*", label.strip()):
+        raise ParseError(f"not a label: {label!r}", received=text)
+    return Factor(parse_size(size), label.strip() if equals else None)
