@@ -1,0 +1,404 @@
+"""Binding: which checkpoint tensor, or which part of one, each parameter of a model is.
+
+A table maps parameter names to the checkpoint's, both as patterns in which `{i}` stands for a number:
+
+    "wte.weight":             "embeddings.weight"                             another name
+    "h.{i}.attn.q.weight":    Source("h.{i}.attn.c_attn.weight", transpose=True, rows=(0, 768))
+    "h.{i}.ln_1.weight":      ("h.{i}.ln_1.weight", "h.{i}.ln_1.gamma")       the first that the file has
+    "lm_head.weight":         ("lm_head.weight", "wte.weight")                tied where it is not stored
+
+A parameter that no pattern matches is looked up under its own name. Slices and transposes are views.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.contained_files import printable
+from treadle.frontends.nearest_names import NearestNames
+from treadle.frontends.safetensors_file import TensorRecord
+from treadle.ir.errors import CheckpointError
+from treadle.ir.types import DTYPES, DType
+
+Shape = tuple[int, ...]
+Array = npt.NDArray[Any]
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+_NUMBER = re.compile(r"(?<![0-9A-Za-z_])(?:0|[1-9][0-9]{0,8})(?![0-9A-Za-z_])")  # a part of a name by itself
+_SEARCHES = 100  # missing names for which the nearest is looked for
+_UNUSED_LINES = 40  # of an error
+
+
+class TensorStore(Protocol):
+    """What holds tensors by name: a `Checkpoint`, a `SafetensorsFile`."""
+
+    @property
+    def label(self) -> str:
+        """The file's name in errors."""
+
+    def names(self) -> tuple[str, ...]:
+        """All tensors' names."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def record(self, name: str, /) -> TensorRecord:
+        """dtype and shape of a tensor."""
+
+    def array(self, name: str, /) -> Array:
+        """A tensor, read-only."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint tensor, or a part of it, as a parameter: first transposed, then cut.
+
+    transpose   the stored matrix [m, n] is read as [n, m] (GPT-2 stores its weights input by output)
+    rows        [start, stop) of the first axis, after the transpose
+    cols        [start, stop) of the second axis, after the transpose
+    """
+
+    name: str
+    transpose: bool = False
+    rows: tuple[int, int] | None = None
+    cols: tuple[int, int] | None = None
+
+    def shape(self, stored: Shape) -> Shape | None:
+        """The shape that a stored one gives; None if it has other axes, or a slice reaches past its end."""
+        if self.transpose:
+            if len(stored) != 2:
+                return None
+            stored = stored[::-1]
+        shape = list(stored)
+        for axis, cut in enumerate((self.rows, self.cols)):
+            if cut is not None:
+                if axis >= len(shape) or not 0 <= cut[0] <= cut[1] <= shape[axis]:
+                    return None
+                shape[axis] = cut[1] - cut[0]
+        return tuple(shape)
+
+    def view(self, array: Array) -> Array:
+        """The part of a stored array that this names, without a copy."""
+        array = array.T if self.transpose else array
+        if self.rows is not None:
+            array = array[slice(*self.rows)]
+        return array if self.cols is None else array[:, slice(*self.cols)]
+
+    @property
+    def part(self) -> str:
+        """What is read of the tensor, as NumPy would write it: `.T[0:768]`; empty for all of it."""
+        rows, cols = (f"{cut[0]}:{cut[1]}" if cut else ":" for cut in (self.rows, self.cols))
+        cut = f"[{rows}, {cols}]" if self.cols else f"[{rows}]" if self.rows else ""
+        return (".T" if self.transpose else "") + cut
+
+    def __str__(self) -> str:
+        return printable(self.name) + self.part
+
+
+Entry = str | Source | Sequence[str | Source]
+Table = Mapping[str, Entry]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A model's parameters as a checkpoint gives them.
+
+    arrays      each parameter's array, read-only; a view of the file where dtypes agree
+    sources     where each came from, with the name as the file has it
+    converted   the parameters whose dtype is not the file's: (the file's, theirs)
+    unused      the file's tensors that no parameter took, in the file's order
+    """
+
+    arrays: dict[str, Array]
+    sources: dict[str, Source]
+    converted: dict[str, tuple[str, str]]
+    unused: tuple[str, ...]
+
+
+def bind(
+    parameters: Mapping[str, tuple[Sequence[int], str | DType]],
+    table: Table,
+    checkpoint: TensorStore,
+    *,
+    prefixes: Sequence[str] = ("",),
+    ignore: Iterable[str] = (),
+) -> Binding:
+    """Find every parameter in a checkpoint.
+
+    parameters   name -> (shape, dtype): what the model needs
+    table        parameter name or pattern -> Source, checkpoint name, or several of them in order of
+                 preference; an exact name goes before a pattern, and else the first that matches counts
+    prefixes     what may stand before the table's names in the file, in order of preference: ("", "bert.")
+    ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
+
+    A floating-point tensor is converted to the parameter's dtype, an integer one where every value of its
+    dtype fits; a bf16 parameter is held as float32, since NumPy has no bf16.
+
+    Raises one CheckpointError that lists all tensors which are missing (with the nearest names that the file
+    has) and all whose shape or dtype does not fit (with both); no tensor is read before all are found right.
+    Raises CheckpointError if a conversion would turn a finite value infinite.
+    """
+    lookup = _Lookup(table, prefixes, checkpoint)
+    sources: dict[str, Source] = {}
+    missing: list[_Wanted] = []
+    misfits: list[_Line] = []
+    for name, (shape, dtype) in parameters.items():
+        wanted = lookup.wanted(name)
+        found = lookup.find(wanted)
+        if found is None:
+            missing.append(wanted)
+            continue
+        sources[name] = wanted.filled(found)
+        record = checkpoint.record(sources[name].name)
+        misfit = _misfit(wanted.pattern, tuple(shape), str(dtype), found, record)
+        if misfit:
+            misfits.append((misfit, wanted.numbers))
+    used = {source.name for source in sources.values()}
+    ignored = [_pattern(prefix + pattern) for pattern in ignore for prefix in prefixes]
+    unused = tuple(
+        name
+        for name in checkpoint.names()
+        if name not in used and not any(pattern.fullmatch(name) for pattern in ignored)
+    )
+    if missing or misfits:
+        raise _mismatch(missing, misfits, len(parameters), unused, checkpoint)
+
+    arrays: dict[str, Array] = {}
+    converted: dict[str, tuple[str, str]] = {}
+    stored: dict[str, Array] = {}  # so that three slices of one bf16 tensor widen it once
+    for name, source in sources.items():
+        if source.name not in stored:
+            stored[source.name] = checkpoint.array(source.name)
+        arrays[name] = source.view(stored[source.name])
+        held, needed = checkpoint.record(source.name).dtype, str(parameters[name][1])
+        if held != needed:
+            converted[name] = held, needed
+            arrays[name] = _convert(name, arrays[name], needed, source, checkpoint)
+    return Binding(arrays, sources, converted, unused)
+
+
+# A line of an error as a pattern, and its numbers: lines that differ in these alone are folded.
+_Line = tuple[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The pattern that matched a parameter and with which numbers, and what the file may call it."""
+
+    pattern: str
+    numbers: Mapping[str, str]
+    alternatives: tuple[Source, ...]  # their names are patterns still
+
+    def filled(self, source: Source) -> Source:
+        return replace(source, name=_fill(source.name, self.numbers))
+
+
+class _Lookup:
+    """The table, ready to answer which tensor of the file a parameter is."""
+
+    def __init__(self, table: Table, prefixes: Sequence[str], checkpoint: TensorStore) -> None:
+        self._table = {pattern: _alternatives(entry) for pattern, entry in table.items()}
+        self._patterns = {pattern: _pattern(pattern) for pattern in table if _PLACEHOLDER.search(pattern)}
+        self._prefixes = prefixes
+        self._checkpoint = checkpoint
+
+    def wanted(self, parameter: str) -> _Wanted:
+        if parameter in self._table:
+            return _Wanted(parameter, {}, self._table[parameter])
+        for pattern, compiled in self._patterns.items():
+            match = compiled.fullmatch(parameter)
+            if match:
+                return _Wanted(pattern, match.groupdict(), self._table[pattern])
+        return _Wanted(parameter, {}, (Source(parameter),))
+
+    def find(self, wanted: _Wanted) -> Source | None:
+        """The alternative that the file has, with its prefix, its name still a pattern."""
+        for source in wanted.alternatives:
+            for prefix in self._prefixes:
+                found = replace(source, name=prefix + source.name)
+                if wanted.filled(found).name in self._checkpoint:
+                    return found
+        return None
+
+
+def _alternatives(entry: Entry) -> tuple[Source, ...]:
+    listed = (entry,) if isinstance(entry, str | Source) else tuple(entry)
+    return tuple(Source(item) if isinstance(item, str) else item for item in listed)
+
+
+def _pattern(pattern: str) -> re.Pattern[str]:
+    """`h.{i}.x.{i}` as a regular expression: `{i}` is a number, the same wherever it stands again."""
+    parts: list[str] = []
+    seen: set[str] = set()
+    at = 0
+    for match in _PLACEHOLDER.finditer(pattern):
+        name = match.group(1)
+        parts.append(re.escape(pattern[at : match.start()]))
+        parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[0-9]+)")
+        seen.add(name)
+        at = match.end()
+    return re.compile("".join(parts) + re.escape(pattern[at:]))
+
+
+def _fill(pattern: str, numbers: Mapping[str, str]) -> str:
+    return _PLACEHOLDER.sub(lambda m: numbers.get(m.group(1), m.group(0)), pattern) if numbers else pattern
+
+
+def _unfill(name: str, numbers: Mapping[str, str]) -> str:
+    """A file's name as a pattern: its first parts that equal the numbers become their placeholders."""
+    for placeholder, number in numbers.items():
+        name = re.sub(rf"(?<![0-9]){number}(?![0-9])", f"{{{placeholder}}}", name, count=1)
+    return name
+
+
+def _misfit(name: str, shape: Shape, dtype: str, source: Source, record: TensorRecord) -> str | None:
+    """One line about a tensor that cannot be the parameter, its names as patterns; None if it can."""
+    given = source.shape(record.shape)
+    told = f"{printable(name)} needs {dtype}{_text(shape)}; {printable(source.name)} is {record}"
+    if given is None:
+        return f"{told} and has no part {source.part}"
+    if given != shape:
+        return told + (f", and {source} is {record.dtype}{_text(given)}" if source.part else "")
+    return None if _convertible(record.dtype, dtype) else f"{told}, which does not convert"
+
+
+def _text(shape: Shape) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _convertible(held: str, needed: str) -> bool:
+    if held == needed:
+        return True
+    of, to = DTYPES.get(held), DTYPES.get(needed)
+    if to is None:
+        return False
+    if of is not None and of.is_float:
+        return to.is_float
+    if to.is_int and to.numpy is not None and held in _INTEGERS:
+        return np.can_cast(_INTEGERS[held], to.numpy)
+    return False
+
+
+_INTEGERS = {f"{kind}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)}
+
+
+def _convert(name: str, array: Array, needed: str, source: Source, checkpoint: TensorStore) -> Array:
+    dtype = DTYPES[needed].numpy or np.dtype(np.float32)
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype.kind == "f" and dtype.itemsize < array.dtype.itemsize:
+        lost = np.isinf(result) & np.isfinite(array)
+        if lost.any():
+            worst = float(np.abs(array[lost]).max())
+            raise CheckpointError(
+                f"{printable(name)}: as {needed}, {int(lost.sum())} finite values would become infinite",
+                received=f"{source}, {checkpoint.record(source.name)}, with values up to {worst:g}",
+                within=checkpoint.label,
+                hint="declare the parameter as f32 or bf16",
+            )
+    result.flags.writeable = False
+    return result
+
+
+def _mismatch(
+    missing: list[_Wanted],
+    misfits: list[_Line],
+    needed: int,
+    unused: Sequence[str],
+    checkpoint: TensorStore,
+) -> CheckpointError:
+    counts = []
+    lines = [checkpoint.label]
+    if missing:
+        counts.append(f"lacks {len(missing)} of the {needed} tensors that the model needs")
+        lines += ["missing:", *_fold_lines(_missing_lines(missing, unused, checkpoint))]
+    if misfits:
+        counts.append(f"holds {len(misfits)} that do not fit")
+        lines += ["do not fit:", *_fold_lines(misfits)]
+    if unused:
+        folded = _fold_names(unused)
+        rest = len(folded) - _UNUSED_LINES
+        lines += [f"unused by the model ({len(unused)}):", *folded[:_UNUSED_LINES]]
+        lines += [f"  and {rest} more lines"] if rest > 0 else []
+    return CheckpointError(
+        "the checkpoint " + " and ".join(counts),
+        received=f"{len(checkpoint.names())} tensors",
+        within="\n".join(lines),
+        hint="check that config.json and the table of names belong to these weights",
+    )
+
+
+def _missing_lines(missing: list[_Wanted], unused: Sequence[str], checkpoint: TensorStore) -> list[_Line]:
+    """What the file may call each missing parameter, and the nearest name that it has."""
+    # A tensor that nothing else took is likelier what was meant than one that is in its place.
+    free, held = NearestNames(unused), NearestNames(checkpoint.names())
+    found_for: dict[str, list[str]] = {}  # pattern -> nearest names found so far, as patterns
+    searches = 0
+    lines: list[_Line] = []
+    for item in missing:
+        known = found_for.setdefault(item.pattern, [])
+        near = next((n for n in known if _fill(n, item.numbers) in checkpoint), None)
+        if near is None and searches < _SEARCHES:
+            searches += 1
+            names = [item.filled(source).name for source in item.alternatives]
+            found = [n for name in names for n in free.of(name)] or [
+                n for name in names for n in held.of(name)
+            ]
+            if found:
+                near = _unfill(found[0], item.numbers)
+                known.append(near)
+        wanted = " or ".join(printable(source.name) for source in item.alternatives)
+        line = printable(item.pattern) + (f" <- {wanted}" if wanted != item.pattern else "")
+        lines.append((line + (f"; nearest: {printable(near)}" if near else ""), item.numbers))
+    return lines
+
+
+def _fold_lines(lines: list[_Line]) -> list[str]:
+    """Lines; equal ones become one that ends in the numbers for which it holds."""
+    groups: dict[str, list[Mapping[str, str]]] = {}
+    for line, numbers in lines:
+        groups.setdefault(line, []).append(numbers)
+    return [
+        f"  {_fill(line, many[0])}" if len(many) == 1 else f"  {line}; {_ranges(many)}"
+        for line, many in groups.items()
+    ]
+
+
+def _ranges(many: list[Mapping[str, str]]) -> str:
+    """`i = 0..3, 7` for one placeholder; each set of numbers for several."""
+    if len(many[0]) != 1:
+        return "; ".join(", ".join(f"{k} = {v}" for k, v in numbers.items()) for numbers in many)
+    (placeholder,) = many[0]
+    return f"{placeholder} = {_runs(int(numbers[placeholder]) for numbers in many)}"
+
+
+def _runs(values: Iterable[int]) -> str:
+    """Numbers in order, with runs written short: 0..3, 7."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1][1:] = [value]
+        else:
+            runs.append([value])
+    return ", ".join("..".join(map(str, run)) for run in runs)
+
+
+def _fold_names(names: Sequence[str]) -> list[str]:
+    """Names; those that differ in their first number alone become one line: `h.{0..11}.attn.bias`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        match = _NUMBER.search(name)
+        around = (name[: match.start()], name[match.end() :]) if match else (name, "")
+        groups.setdefault(around, []).extend([int(match.group())] if match else [])
+    lines = []
+    for (before, after), numbers in groups.items():
+        number = f"{{{_runs(numbers)}}}" if len(numbers) > 1 else _runs(numbers)
+        lines.append(f"  {printable(before + number + after, 400)}")
+    return lines

@@ -1,0 +1,370 @@
+"""A Hugging Face model folder: config.json and safetensors weights, plain or in the hub's cache.
+
+    folder/config.json
+    folder/model.safetensors                or  folder/model.safetensors.index.json
+                                                folder/model-00001-of-00002.safetensors, ...
+
+    models--org--name/refs/main                            names a revision
+    models--org--name/snapshots/<revision>/config.json     -> ../../blobs/<hash>
+    models--org--name/blobs/<hash>
+
+Sources: `from_pretrained` of Hugging Face transformers for the names of files; the cache layout of
+huggingface_hub, https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Nothing outside the
+model's folder is read: for a snapshot of the hub's cache the folder is its `models--org--name`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.contained_files import (
+    PathLike,
+    canonical,
+    contained,
+    printable,
+    read_regular,
+    shown_path,
+)
+from treadle.frontends.nearest_names import NearestNames
+from treadle.frontends.safetensors_file import (
+    CONVERSION,
+    PICKLE_SUFFIXES,
+    Limits,
+    SafetensorsFile,
+    TensorRecord,
+    refuse_pickle,
+)
+from treadle.frontends.strict_json import JsonReader, read_json_object
+from treadle.ir.errors import CheckpointError
+
+_CONFIG = "config.json"
+_CACHED = "models--"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_REVISION_BYTES = 256
+_LISTED = 8  # entries of a folder that an error names
+_ENTRIES = 10_000  # entries of a folder that are looked at for an error
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where a model's files lie: the folder that holds them, and the folder that bounds what may be read.
+
+    path    the folder with config.json, links followed
+    root    nothing outside is read: `path` itself, or the `models--org--name` around a cached snapshot
+    shown   the folder's name in errors, as the user gave it
+    """
+
+    path: Path
+    root: Path
+    shown: str
+
+    @classmethod
+    def find(cls, folder: PathLike) -> ModelFolder:
+        """The model folder that a path means: itself, or the revision of a hub cache's `models--org--name`.
+
+        Raises CheckpointError if it is not a folder, or if the cache names no revision.
+        """
+        shown = shown_path(folder)
+        path = canonical(folder, shown)
+        if not os.path.isdir(path):
+            refuse_pickle(path.name, shown)
+            raise CheckpointError(
+                "a model is a folder, not a file", within=shown, hint=f"name the folder with its {_CONFIG}"
+            )
+        named = Path(os.path.abspath(folder))
+        if any(p.name.startswith(_CACHED) for p in (named, path)) and os.path.isdir(path / "snapshots"):
+            revision = _revision(path, shown)
+            shown = os.path.join(shown, "snapshots", revision)
+            return cls(contained(path / "snapshots" / revision, path, shown), path, shown)
+        # The path as it was named comes first: a snapshot that is itself a link out of its cache is refused.
+        for lies in (named, path):
+            for above in lies.parents:
+                if above.name == "snapshots" and above.parent.name.startswith(_CACHED):
+                    root = canonical(above.parent, shown)
+                    return cls(contained(path, root, shown), root, shown)
+        return cls(path, path, shown)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of this name, a dangling link included."""
+        return os.path.lexists(self.path / name)
+
+    def show(self, name: str) -> str:
+        """A file's name in errors."""
+        return os.path.join(self.shown, printable(name))
+
+    def file(self, name: str) -> Path:
+        """The canonical path of a file that is named relative to the folder.
+
+        Raises CheckpointError for an absolute name, for `..`, for a link out of `root`, and where there is
+        no file.
+        """
+        parts = re.split(r"[/\\]", name)
+        if not name or "" in parts or "." in parts or ".." in parts or ":" in name or not name.isprintable():
+            raise CheckpointError(
+                "a file's name must be relative and stay in the model's folder",
+                received=printable(name),
+                within=self.shown,
+            )
+        return contained(self.path / name, self.root, self.show(name))
+
+    def entries(self) -> list[str]:
+        """Names in the folder, sorted, for errors."""
+        return _entries(self.path)
+
+
+class Checkpoint:
+    """A model's configuration and its tensors by name. A file is mapped when it is first asked for a tensor.
+
+    folder    where the files lie
+    config    config.json
+    """
+
+    folder: ModelFolder
+    config: dict[str, Any]
+
+    def __init__(self, folder: ModelFolder, config: dict[str, Any], limits: Limits) -> None:
+        self.folder = folder
+        self.config = config
+        self.limits = limits
+        self.sharded = not folder.has(_SINGLE)
+        self._files: dict[str, SafetensorsFile] = {}
+
+    @property
+    def label(self) -> str:
+        """The file that lists the tensors, by its name in errors."""
+        return self.folder.show(_INDEX if self.sharded else _SINGLE)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The weight files' names, relative to the folder, in the order of their first tensors."""
+        return tuple(self._tensors_of)
+
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the order of the file or of the index.
+
+        Raises CheckpointError if the file or the index is damaged; shards are checked when they are first
+        read.
+        """
+        return tuple(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def record(self, name: str) -> TensorRecord:
+        """dtype, shape and place of a tensor.
+
+        Raises CheckpointError if there is none of this name (with the nearest names), or its file is damaged.
+        """
+        return self._holder(name)[name]
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """A tensor as a read-only array, a view of its file where possible: see `SafetensorsFile.array`.
+
+        Raises CheckpointError as `record` does, and where NumPy cannot hold the dtype.
+        """
+        return self._holder(name).array(name)
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes in its file, a view u8[nbytes]. Raises CheckpointError as `record`."""
+        return self._holder(name).raw(name)
+
+    @cached_property
+    def _file_of(self) -> Mapping[str, str]:
+        if self.sharded:
+            return self._read_index()
+        return dict.fromkeys(self._open(_SINGLE), _SINGLE)
+
+    @cached_property
+    def _tensors_of(self) -> Mapping[str, list[str]]:
+        tensors: dict[str, list[str]] = {}
+        for name, file in self._file_of.items():
+            tensors.setdefault(file, []).append(name)
+        return tensors
+
+    def _holder(self, name: str) -> SafetensorsFile:
+        shard = self._file_of.get(name)
+        if shard is None:
+            near = NearestNames(self._file_of).of(name, 3)
+            raise CheckpointError(
+                f"the checkpoint has no tensor {printable(name)}",
+                received=f"{len(self)} tensors",
+                within=self.label,
+                hint="did you mean " + " or ".join(map(printable, near)) if near else None,
+            )
+        return self._open(shard)
+
+    def _open(self, name: str) -> SafetensorsFile:
+        file = self._files.get(name)
+        if file is None:
+            file = SafetensorsFile.open(self.folder.file(name), self.limits, shown=self.folder.show(name))
+            if self.sharded:
+                self._check_shard(name, file)
+            self._files[name] = file
+        return file
+
+    def _check_shard(self, shard: str, file: SafetensorsFile) -> None:
+        absent = [name for name in self._tensors_of[shard] if name not in file]
+        if absent:
+            more = f" and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
+            raise CheckpointError(
+                f"the index places {len(absent)} tensors in a shard that does not hold them",
+                received=", ".join(map(printable, absent[:_LISTED])) + more,
+                within=self.folder.show(shard),
+                hint="fetch the index and the shards again: they are not of one checkpoint",
+            )
+
+    def _read_index(self) -> dict[str, str]:
+        data = read_regular(
+            self.folder.file(_INDEX), self.limits.header_bytes, self.label, "Limits(header_bytes=...)"
+        )
+        reader = JsonReader(data, self.label, nesting=self.limits.nesting, values=self.limits.values)
+        places: dict[str, str] | None = None
+        for key in reader.members("a JSON object"):
+            reader.place = printable(key)
+            if key == "weight_map":
+                places = self._read_places(reader)
+            else:
+                reader.value()
+            reader.place = ""
+        reader.end()
+        if places is None:
+            reader.fail("the index has no weight_map")
+        return places
+
+    def _read_places(self, reader: JsonReader) -> dict[str, str]:
+        places: dict[str, str] = {}
+        shards: set[str] = set()
+        for tensor in reader.members("an object of tensor names and file names"):
+            if len(places) == self.limits.tensors:
+                reader.fail(
+                    "the index lists more tensors than the limit",
+                    received=f"limit {self.limits.tensors}",
+                    hint="Limits(tensors=...), if you trust the file",
+                )
+            reader.next_byte()
+            at = reader.position
+            shard = reader.string("the name of a file")
+            if shard not in shards:
+                refuse_pickle(shard, self.folder.show(shard))
+                if not shard.endswith(".safetensors"):
+                    reader.fail("a shard must be a .safetensors file", received=printable(shard), at=at)
+                self.folder.file(shard)
+                shards.add(shard)
+            places[tensor] = shard
+        return places
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.folder.shown!r})"
+
+
+def open_checkpoint(folder: PathLike, limits: Limits | None = None) -> Checkpoint:
+    """Open the model in a folder, in a hub cache's `models--org--name`, or in one of its snapshots.
+
+    Reads config.json. Weights are `model.safetensors`, else the shards of `model.safetensors.index.json`;
+    they are mapped when first asked for. Nothing outside the folder is read, no code is run, and no pickle
+    is loaded.
+
+    Raises CheckpointError if config.json or the weights are not there or are damaged, if the weights are
+    pickles, if a path or a link leads out of the folder, or past a limit.
+    """
+    limits = limits or Limits()
+    place = ModelFolder.find(folder)
+    if not place.has(_CONFIG):
+        raise _no_config(place)
+    shown = place.show(_CONFIG)
+    data = read_regular(place.file(_CONFIG), limits.config_bytes, shown, "Limits(config_bytes=...)")
+    config = read_json_object(data, shown, nesting=limits.nesting, values=limits.values)
+    if not place.has(_SINGLE) and not place.has(_INDEX):
+        raise _no_weights(place)
+    return Checkpoint(place, config, limits)
+
+
+def _revision(path: Path, shown: str) -> str:
+    """The revision that a hub cache's `models--org--name` stands at: refs/main, else its only snapshot."""
+    ref = path / "refs" / "main"
+    if os.path.lexists(ref):
+        ref_shown = os.path.join(shown, "refs", "main")
+        data = read_regular(contained(ref, path, ref_shown), _REVISION_BYTES, ref_shown)
+        revision = data.decode("utf-8", "replace").strip()
+        if not _REVISION.fullmatch(revision):
+            raise CheckpointError(
+                "not the name of a revision", received=printable(revision), within=ref_shown
+            )
+        return revision
+    snapshots = _entries(contained(path / "snapshots", path, os.path.join(shown, "snapshots")))
+    if len(snapshots) != 1:
+        raise CheckpointError(
+            "the cache has no refs/main, and not one snapshot that could be meant",
+            received=f"{len(snapshots)} snapshots: " + ", ".join(map(printable, snapshots[:_LISTED])),
+            within=shown,
+            hint="name a snapshot: " + os.path.join(shown, "snapshots", "<revision>"),
+        )
+    return snapshots[0]
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names in a folder, sorted, no more than an error needs; none where it may not be read."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(entry.name for entry in itertools.islice(found, _ENTRIES))
+    except OSError:
+        return []
+
+
+def _no_config(place: ModelFolder) -> CheckpointError:
+    entries = place.entries()
+    models = [name for name in entries if name.startswith(_CACHED)]
+    if models:
+        return CheckpointError(
+            f"a cache of several models has no {_CONFIG} of its own",
+            received=_list(models),
+            within=place.shown,
+            hint=f"name one of them: {place.show(models[0])}",
+        )
+    return CheckpointError(
+        f"the folder has no {_CONFIG}",
+        received=_list(entries),
+        within=place.shown,
+        hint=f"name the folder of a Hugging Face model: {_CONFIG} and {_SINGLE}",
+    )
+
+
+def _no_weights(place: ModelFolder) -> CheckpointError:
+    entries = place.entries()
+    pickles = [name for name in entries if Path(name).suffix.lower() in PICKLE_SUFFIXES]
+    if pickles:
+        return CheckpointError(
+            "the weights are pickles, which can run any code when they are loaded, so none is ever loaded",
+            received=_list(pickles),
+            within=place.shown,
+            hint=CONVERSION,
+        )
+    return CheckpointError(
+        f"the folder has neither {_SINGLE} nor {_INDEX}",
+        received=_list(entries),
+        within=place.shown,
+        hint="fetch the weights beside the configuration",
+    )
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (", ".join(map(printable, names[:_LISTED])) or "an empty folder") + more

@@ -1,0 +1,44 @@
+"""The names in a file that lie nearest to one it lacks, in time that a hostile file cannot stretch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+_LONGEST = 200  # characters; difflib's time is quadratic in them
+_POOL = 300  # names compared for one query
+_PARTS = re.compile(r"[A-Za-z]+|[0-9]+")
+
+
+class NearestNames:
+    """Answers queries about one set of names: an index by parts picks a small pool, difflib orders it."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = [name for name in names if len(name) <= _LONGEST]
+        self._holders: dict[str, list[int]] = defaultdict(list)
+        if len(self._names) > _POOL:
+            for at, name in enumerate(self._names):
+                for part in set(_PARTS.findall(name)):
+                    self._holders[part].append(at)
+
+    def of(self, wanted: str, count: int = 1, similarity: float = 0.6) -> list[str]:
+        """At most `count` names whose difflib ratio to `wanted` is at least `similarity`, nearest first."""
+        if len(wanted) > _LONGEST:
+            return []
+        return difflib.get_close_matches(wanted, self._pool(wanted), count, similarity)
+
+    def _pool(self, wanted: str) -> list[str]:
+        if len(self._names) <= _POOL:
+            return self._names
+        # Rare parts tell more than common ones: `c_attn` and `7` shared is more than `weight` shared.
+        parts = sorted((len(self._holders[p]), p) for p in set(_PARTS.findall(wanted)) if p in self._holders)
+        score: dict[int, float] = defaultdict(float)
+        for holders, part in parts:
+            if score and holders > 20 * _POOL:
+                break
+            for at in self._holders[part][: 20 * _POOL]:
+                score[at] += 1 / holders
+        best = sorted(score, key=lambda at: (-score[at], at))[:_POOL]
+        return [self._names[at] for at in best]

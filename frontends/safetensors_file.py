@@ -1,0 +1,451 @@
+"""One safetensors file, memory-mapped: its header is checked whole before any array is handed out.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format
+
+    8 bytes   n, an unsigned little-endian integer
+    n bytes   the header, a JSON object in UTF-8 that begins with '{' and may end in spaces:
+                {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...,
+                 "__metadata__": {"text": "text", ...}}
+    the rest  the tensors' bytes, little-endian, row-major; begin and end count from here
+
+Refused, with the byte or the field: a key that stands twice, an unknown dtype or field, a size that does
+not equal dtype x shape, ranges that overlap, that leave bytes unclaimed, or that reach past the end of the
+file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import PurePath
+from types import MappingProxyType
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.contained_files import PathLike, open_regular, printable, shown_path
+from treadle.frontends.nearest_names import NearestNames
+from treadle.frontends.strict_json import JsonReader
+from treadle.ir.errors import CheckpointError, UsageError
+
+_LENGTH_BYTES = 8
+_LARGEST = 2**63 - 1
+_DAMAGED = "fetch the file again: it is damaged, or not a safetensors file"
+
+# Bits of each dtype that the format knows. Our name of a dtype is the format's in lower case.
+_BITS: Mapping[str, int] = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_NUMPY: Mapping[str, np.dtype[Any]] = {
+    name: np.dtype(code)
+    for name, code in (
+        ("f64", "<f8"), ("f32", "<f4"), ("f16", "<f2"), ("c64", "<c8"), ("bool", "?"),
+        ("i64", "<i8"), ("i32", "<i4"), ("i16", "<i2"), ("i8", "i1"),
+        ("u64", "<u8"), ("u32", "<u4"), ("u16", "<u2"), ("u8", "u1"),
+    )
+}  # fmt: skip
+
+# What often lies under the name of a safetensors file, by its first bytes.
+_WHERE_TRUSTED = "convert it to safetensors where you trust it"
+_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
+    (b"PK\x03\x04", "a zip archive, as PyTorch's pickle files are", _WHERE_TRUSTED),
+    (b"\x80\x02", "a pickle", _WHERE_TRUSTED),
+    (b"GGUF", "a GGUF file", "give it its own suffix, .gguf"),
+    (b"<!", "a web page", "fetch the file again: the download gave a page in its place"),
+    (b"<htm", "a web page", "fetch the file again: the download gave a page in its place"),
+)
+PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
+CONVERSION = """where you trust the file, convert it:
+tensors = torch.load(file, weights_only=True)
+safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items()}, 'model.safetensors')"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a checkpoint may ask for before it is refused; every field may be set higher.
+
+    header_bytes    length of a safetensors header, and of the index of a sharded checkpoint
+    tensors         tensors in one file, and in one index
+    rank            dimensions of a tensor (NumPy holds at most 64)
+    config_bytes    length of config.json
+    values          values in config.json, and in the metadata of a file or of an index
+    nesting         how deep JSON objects and arrays lie in each other (at most 100)
+
+    Raises UsageError for a limit that is not a positive integer, or is past what can be held.
+    """
+
+    header_bytes: int = 32 * 2**20
+    tensors: int = 250_000
+    rank: int = 16
+    config_bytes: int = 4 * 2**20
+    values: int = 200_000
+    nesting: int = 32
+
+    def __post_init__(self) -> None:
+        ceilings = {"rank": 64, "nesting": 100}
+        for field in fields(self):
+            value, most = getattr(self, field.name), ceilings.get(field.name, _LARGEST)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise UsageError(
+                    f"Limits: {field.name} must be an integer from 1 to {most}", received=repr(value)
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """What a file says of one tensor.
+
+    dtype         f64 f32 f16 bf16, i64 i32 i16 i8, u64 u32 u16 u8, bool, c64, or a narrow float: f8_e4m3, ...
+    begin, end    the bytes that it takes in the file, counted from the file's start
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
+        return self.end - self.begin
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+class SafetensorsFile:
+    """The tensors of one file: a mapping from names, in the header's order, to records and arrays.
+
+    Needs no closing: arrays keep the mapping alive, and it goes with the last of them. The file must not be
+    changed while it is mapped. A file that has been cut is noticed before each array is made; the operating
+    system ends a process that reads an array whose file is cut later (this is so for every memory-mapped
+    file).
+
+    path            the file's name in errors
+    metadata        the header's text-to-text map, read-only
+    """
+
+    path: str
+    metadata: Mapping[str, str]
+
+    def __init__(
+        self, path: str, records: Mapping[str, TensorRecord], metadata: Mapping[str, str], data: mmap.mmap
+    ) -> None:
+        self.path = path
+        self.metadata = MappingProxyType(dict(metadata))
+        self._records = dict(records)
+        self._data = data
+
+    @classmethod
+    def open(
+        cls, path: PathLike, limits: Limits | None = None, *, shown: str | None = None
+    ) -> SafetensorsFile:
+        """Map the file and check its header. Reads the header alone; of the tensors only sizes are looked at.
+
+        `shown` is the file's name in errors, by default the path. Raises CheckpointError for a file that is
+        not there, is not regular, is a pickle by its name, breaks the format, or is past a limit.
+        """
+        shown = shown or shown_path(path)
+        refuse_pickle(PurePath(path).name, shown)
+        with open_regular(path, shown) as file:
+            try:
+                return _open(file, shown, limits or Limits())
+            except (OSError, ValueError, OverflowError) as error:
+                raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
+
+    @property
+    def label(self) -> str:
+        """The file's name in errors."""
+        return self.path
+
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the header's order."""
+        return tuple(self._records)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __getitem__(self, name: str) -> TensorRecord:
+        """What the file says of a tensor. Raises CheckpointError, with the nearest names, if it has none."""
+        record = self._records.get(name)
+        if record is None:
+            near = NearestNames(self._records).of(name, 3)
+            raise CheckpointError(
+                f"the file has no tensor {printable(name)}",
+                received=f"{len(self._records)} tensors",
+                within=self.path,
+                hint="did you mean " + " or ".join(map(printable, near)) if near else None,
+            )
+        return record
+
+    record = __getitem__
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes as they lie in the file, u8[nbytes]: a read-only view, whatever the dtype.
+
+        Raises CheckpointError if there is no such tensor, or the file has been cut since it was opened.
+        """
+        record = self[name]
+        if self._data.size() < len(self._data):
+            raise CheckpointError(
+                "the file has become shorter since it was opened",
+                received=f"{self._data.size()} bytes, {len(self._data)} when it was opened",
+                within=self.path,
+            )
+        return np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """A tensor as a read-only array of its shape, without a copy: a view of the mapped file.
+
+        Two kinds are copies: bf16, which NumPy lacks, comes widened to float32 (exact; `raw` gives its
+        bits), and data that does not lie on a multiple of its element size is moved to where it does.
+
+        Raises CheckpointError if there is no such tensor, if NumPy has nothing that holds its dtype (narrow
+        floats), if a bool is neither 0 nor 1, or if the file has been cut since it was opened.
+        """
+        record, raw = self[name], self.raw(name)
+        if record.dtype == "bf16":
+            wide = raw.view("<u2") if record.begin % 2 == 0 else raw.copy().view("<u2")
+            bits = wide.astype(np.uint32)
+            bits <<= np.uint32(16)
+            array: npt.NDArray[Any] = bits.view(np.float32)
+        else:
+            dtype = _NUMPY.get(record.dtype)
+            if dtype is None:
+                raise CheckpointError(
+                    "NumPy has no dtype that holds the tensor",
+                    received=str(record),
+                    within=f"{self.path}: tensor {printable(name)}",
+                    hint="convert the checkpoint to bf16, f16 or f32",
+                )
+            if record.dtype == "bool":
+                self._check_bools(record, raw)
+            array = (raw if record.begin % dtype.itemsize == 0 else raw.copy()).view(dtype)
+        array = array.reshape(record.shape)
+        array.flags.writeable = False
+        return array
+
+    def _check_bools(self, record: TensorRecord, raw: npt.NDArray[np.uint8]) -> None:
+        if raw.size and raw.max() > 1:
+            at = int(np.argmax(raw > 1))
+            raise CheckpointError(
+                "a bool tensor holds a byte that is neither 0 nor 1",
+                received=f"byte 0x{raw[at]:02x}",
+                within=f"{self.path}: byte {record.begin + at}, tensor {printable(record.name)}",
+                hint=_DAMAGED,
+            )
+
+    def __repr__(self) -> str:
+        return f"SafetensorsFile({self.path!r}, {len(self)} tensors)"
+
+
+def refuse_pickle(name: str, shown: str) -> None:
+    """Raise CheckpointError for a file name that PyTorch's pickles use."""
+    if PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
+        raise CheckpointError(
+            "a pickle can run any code when it is loaded, so none is ever loaded",
+            received=printable(name),
+            within=shown,
+            hint=CONVERSION,
+        )
+
+
+def _open(file: BinaryIO, shown: str, limits: Limits) -> SafetensorsFile:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(64)
+
+    def fail(what: str, received: str, place: str, hint: str) -> NoReturn:
+        if any(start[4:8]):  # as a length past 4 GiB, so these are no length at all
+            for magic, nature, remedy in _FOREIGN:
+                if start.startswith(magic):
+                    received, hint = f"{received}; the first bytes are those of {nature}", remedy
+        raise CheckpointError(what, received=received, within=f"{shown}: {place}", hint=hint)
+
+    if len(start) < _LENGTH_BYTES:
+        fail("the file is too short for a header", f"{size} bytes", "byte 0, header length", _DAMAGED)
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if length > size - _LENGTH_BYTES:
+        fail(
+            "the header is longer than the file",
+            f"a header length of {length} bytes, in a file of {size}",
+            "byte 0, header length",
+            _DAMAGED,
+        )
+    if length > limits.header_bytes:
+        fail(
+            "the header is longer than the limit",
+            f"a header length of {length} bytes, limit {limits.header_bytes}",
+            "byte 0, header length",
+            f"Limits(header_bytes={length}), if you trust the file",
+        )
+    file.seek(_LENGTH_BYTES)
+    header = file.read(length)
+    if len(header) != length:
+        fail("the file has become shorter while it was read", f"{len(header)} bytes", "header", _DAMAGED)
+    if header[:1] != b"{":
+        received = f"byte 0x{header[0]:02x}" if header else "a header of 0 bytes"
+        fail("the header must begin with '{'", received, f"byte {_LENGTH_BYTES}, header", _DAMAGED)
+    base = _LENGTH_BYTES + length
+    reader = JsonReader(
+        header, f"{shown}: header", nesting=limits.nesting, values=limits.values, base=_LENGTH_BYTES
+    )
+    records, metadata = _read_header(reader, limits, base)
+    _check_ranges(records, shown, base, size)
+    return SafetensorsFile(shown, records, metadata, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+
+
+def _read_header(
+    reader: JsonReader, limits: Limits, base: int
+) -> tuple[dict[str, TensorRecord], dict[str, str]]:
+    records: dict[str, TensorRecord] = {}
+    metadata: dict[str, str] = {}
+    for name in reader.members():
+        if name == "__metadata__":
+            reader.place = "__metadata__"
+            if not reader.take_null():
+                for key in reader.members("an object of texts"):
+                    if len(metadata) == limits.values:
+                        reader.fail(
+                            "the metadata has more members than the limit",
+                            received=f"limit {limits.values}",
+                            hint="Limits(values=...), if you trust the file",
+                        )
+                    metadata[key] = reader.string("a text")
+        elif len(records) == limits.tensors:
+            reader.fail(
+                "the file declares more tensors than the limit",
+                received=f"limit {limits.tensors}",
+                hint="Limits(tensors=...), if you trust the file",
+            )
+        else:
+            records[name] = _read_record(reader, name, limits, base)
+        reader.place = ""
+    reader.end()
+    return records, metadata
+
+
+def _read_record(reader: JsonReader, name: str, limits: Limits, base: int) -> TensorRecord:
+    tensor = f"tensor {printable(name)}"
+    reader.place = tensor
+    dtype, shape, offsets = None, None, None
+    for key in reader.members("an object of dtype, shape and data_offsets"):
+        reader.place = f"{tensor}, {printable(key)}"
+        if key == "dtype":
+            dtype = _read_dtype(reader)
+        elif key == "shape":
+            shape = _read_shape(reader, limits.rank)
+        elif key == "data_offsets":
+            offsets = _read_offsets(reader)
+        else:
+            reader.fail("the format has no such field", hint="the fields are dtype, shape and data_offsets")
+    reader.place = tensor
+    if dtype is None or shape is None or offsets is None:
+        given = (("dtype", dtype), ("shape", shape), ("data_offsets", offsets))
+        reader.fail("a tensor lacks " + " and ".join(key for key, value in given if value is None))
+    begin, end = offsets
+    elements = 1
+    for dim in shape:
+        elements *= dim
+    bits = elements * _BITS[dtype]
+    if bits % 8:
+        reader.fail("a tensor does not end on a whole byte", received=f"{dtype}{list(shape)}, {bits} bits")
+    if end - begin != bits // 8:
+        reader.fail(
+            "a tensor's bytes are not those of its dtype and shape",
+            received=f"data_offsets [{begin}, {end}] are {end - begin} bytes, "
+            f"{dtype}{list(shape)} needs {bits // 8}",
+            hint=_DAMAGED,
+        )
+    return TensorRecord(name, dtype.lower(), shape, base + begin, base + end)
+
+
+def _read_dtype(reader: JsonReader) -> str:
+    dtype = reader.string()
+    if dtype not in _BITS:
+        reader.fail("unknown dtype", received=printable(dtype), hint="the format has " + " ".join(_BITS))
+    return dtype
+
+
+def _read_shape(reader: JsonReader, rank: int) -> tuple[int, ...]:
+    dims: list[int] = []
+    # Bytes, at most, with sizes of 0 counted as 1: NumPy can address no array where these are past 2^63.
+    span = 8
+    for count in reader.items("an array of sizes"):
+        if count == rank:
+            reader.fail(
+                "the tensor has more dimensions than the limit",
+                received=f"limit {rank}",
+                hint="Limits(rank=...), if you trust the file",
+            )
+        dims.append(reader.size("a size"))
+        span *= dims[-1] or 1
+        if span > _LARGEST:
+            reader.fail("the product of the shape is past 2^63 bytes", received=str(dims))
+    return tuple(dims)
+
+
+def _read_offsets(reader: JsonReader) -> tuple[int, int]:
+    reader.expect(b"[", "before [begin, end]")
+    begin = reader.size("begin")
+    reader.expect(b",", "between begin and end")
+    end = reader.size("end")
+    reader.expect(b"]", "after [begin, end]")
+    if end < begin:
+        reader.fail("a tensor ends before it begins", received=f"[{begin}, {end}]", hint=_DAMAGED)
+    return begin, end
+
+
+def _check_ranges(records: Mapping[str, TensorRecord], shown: str, base: int, size: int) -> None:
+    """The tensors must tile the bytes from `base` to `size`: each begins where the one before it ends."""
+
+    def fail(what: str, received: str, record: TensorRecord, hint: str = _DAMAGED) -> NoReturn:
+        place = f"tensor {printable(record.name)}, data_offsets [{record.begin - base}, {record.end - base}]"
+        raise CheckpointError(what, received=received, within=f"{shown}: {place}", hint=hint)
+
+    ordered = sorted(records.values(), key=lambda r: (r.begin, r.end))
+    reached, before = base, ""
+    for record in ordered:
+        if record.end > size:
+            fail(
+                "the file ends before its tensors do",
+                f"{size} bytes, of the {max(r.end for r in ordered)} that the header declares",
+                record,
+                "fetch the file again: its end is missing",
+            )
+        if record.begin < reached:
+            fail(
+                "two tensors share bytes",
+                f"bytes {record.begin} to {min(record.end, reached)} of the file, also {printable(before)}'s",
+                record,
+            )
+        if record.begin > reached:
+            fail(
+                "bytes before a tensor belong to none",
+                f"bytes {reached} to {record.begin} of the file",
+                record,
+            )
+        reached, before = record.end, record.name
+    if reached != size:
+        raise CheckpointError(
+            "bytes after the last tensor belong to none",
+            received=f"bytes {reached} to {size} of the file",
+            within=f"{shown}: byte {reached}",
+            hint=_DAMAGED,
+        )
