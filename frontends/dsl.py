@@ -1,0 +1,295 @@
+"""The DSL: a model is a Python function whose calls, when traced, add ops to a graph.
+
+    @t.model
+    def tiny(tokens: t.i64["B S"], *, vocab=1000, dim=64, layers=2):
+        x = t.embed(tokens, vocab, dim, name="wte")
+        for _ in t.stack("h", layers):
+            x += t.mlp(t.layer_norm(x, name="ln"), 4 * dim, name="mlp")
+        return t.unembed(x, tied="wte")
+
+Positional arguments are inputs and say their types; keyword-only arguments are the configuration. Tracing runs plain
+Python: there is no parser of Python source, and no control flow in a graph beyond calls of repeated blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, overload
+
+from treadle.ir.builder import Builder, Expr, describe_source
+from treadle.ir.errors import FrontendError, TreadleError
+from treadle.ir.graph import Graph, Init
+from treadle.ir.outline import Region, outline
+from treadle.ir.sizes import Bounds, Size, SizeLike
+from treadle.ir.source_lines import user_line
+from treadle.ir.types import Dim, DType, OptionalType, Type, f32
+
+Tensor = Expr
+"""A traced value: what a model's function receives and returns."""
+
+
+class Trace(Builder):
+    """A builder that also remembers which nodes the repetitions of each stack added."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.regions: list[Region] = []
+        self.depth = 0
+
+
+_current: ContextVar[Trace | None] = ContextVar("treadle_trace", default=None)
+
+
+def trace() -> Trace:
+    """The trace under way. Raises FrontendError outside a model."""
+    found = _current.get()
+    if found is None:
+        raise FrontendError(
+            "this can only be used while a model is traced",
+            source=describe_source(user_line(), ""),
+            hint="call it inside a function decorated with @t.model",
+        )
+    return found
+
+
+# -- inside a model --------------------------------------------------------------------------------------------
+
+
+def stack(name: str, count: int) -> Iterator[int]:
+    """`for i in t.stack("h", 12):` repeats a block under the scopes h.0, h.1, ...
+
+    Repetitions with the same structure become one function of the graph.
+    """
+    tracing = trace()
+    source = user_line()
+    for i in range(count):
+        outer, start = tracing.scope, len(tracing.function.nodes)
+        tracing.scope = f"{outer}.{name}.{i}" if outer else f"{name}.{i}"
+        tracing.depth += 1
+        scope, depth = tracing.scope, tracing.depth
+        try:
+            yield i
+        finally:
+            tracing.scope = outer
+            tracing.depth -= 1
+            nodes = tracing.function.nodes[start:]
+            tracing.regions.append(Region(name, scope, nodes, source, depth))
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Name the parameters and ops inside: `with t.scope("encoder"): ...`"""
+    with trace().scoped(name):
+        yield
+
+
+def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dtype: DType = f32) -> Tensor:
+    """The parameter `name` under the current scope, declared where it is new.
+
+    init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`.
+    """
+    tracing = trace()
+    full = f"{tracing.scope}.{name}" if tracing.scope else name
+    start = (Init("normal", 0.02) if init == "normal" else Init(init)) if isinstance(init, str) else init
+    return tracing.parameter(full, Type(dtype, tuple(Dim.of(s) for s in shape)), start)
+
+
+def shared_parameter(path: str) -> Tensor:
+    """A parameter declared earlier, by its full path. Raises FrontendError with the nearest names."""
+    tracing = trace()
+    known = tracing.function.parameters
+    if path not in known:
+        import difflib
+
+        near = difflib.get_close_matches(path, known, n=3)
+        raise FrontendError(
+            f"there is no parameter {path!r} to share",
+            source=describe_source(user_line(), tracing.scope),
+            hint=f"did you mean {' or '.join(near)}?" if near else "declare it first",
+        )
+    return tracing.expr(known[path])
+
+
+def constant(value: Any, dtype: DType | None = None) -> Tensor:
+    """A constant from a number, nested list or NumPy array."""
+    return trace().constant(value, dtype)
+
+
+def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
+    """Promise that a symbolic axis stays within bounds; calls outside them are refused."""
+    trace().graph.bound(symbol, Bounds(lower, upper))
+
+
+def size_of(x: Tensor, axis: int) -> Size:
+    """The size of an axis: an integer, a symbol or an expression."""
+    return x.shape[axis]
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Input:
+    """A declared input: its name, type, and whether the model may be traced without it."""
+
+    name: str
+    type: Type
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model declaration with its configuration; made by `@t.model`.
+
+    function  the traced function
+    config    configuration values that differ from the declaration's defaults
+    given     names of the optional inputs that are present
+    """
+
+    function: Callable[..., Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    given: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def description(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def source(self) -> str:
+        """The text of the declaration."""
+        return textwrap.dedent(inspect.getsource(self.function))
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.function, eval_str=True)
+
+    @cached_property
+    def declared_inputs(self) -> tuple[Input, ...]:
+        """All inputs, optional ones included. Raises FrontendError for one without a type."""
+        found = []
+        for p in self._signature.parameters.values():
+            if p.kind is inspect.Parameter.KEYWORD_ONLY:
+                continue
+            kind = p.annotation
+            if not isinstance(kind, Type | OptionalType) or p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+                raise FrontendError(
+                    f"input {p.name} of model {self.name} needs a type",
+                    source=_definition(self.function),
+                    hint=f'such as {p.name}: t.i64["B S"]; configuration goes after *',
+                )
+            optional = isinstance(kind, OptionalType)
+            found.append(Input(p.name, kind.type if isinstance(kind, OptionalType) else kind, optional))
+        return tuple(found)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The configuration's names and default values."""
+        found = self._signature.parameters.values()
+        return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def configure(self, *, inputs: tuple[str, ...] | None = None, **config: Any) -> Model:
+        """The model with some configuration changed, or with optional inputs present.
+
+        Raises FrontendError for an unknown name.
+        """
+        unknown = [n for n in config if n not in self.defaults]
+        optional = [i.name for i in self.declared_inputs if i.optional]
+        unknown_inputs = [n for n in inputs or () if n not in optional]
+        if unknown or unknown_inputs:
+            raise FrontendError(
+                f"model {self.name} has no {'optional input' if unknown_inputs else 'option'} "
+                f"{', '.join(unknown_inputs or unknown)}",
+                source=_definition(self.function),
+                hint="one of " + ", ".join(optional if unknown_inputs else self.defaults),
+            )
+        return Model(self.function, {**self.config, **config}, self.given if inputs is None else tuple(inputs))
+
+    def graph(self) -> Graph:
+        """Trace the declaration into a graph. Raises the error of the line at fault."""
+        g = Graph(self.name)
+        tracing = Trace(g)
+        token = _current.set(tracing)
+        try:
+            arguments = {
+                i.name: tracing.input(i.name, i.type) if not i.optional or i.name in self.given else None
+                for i in self.declared_inputs
+            }
+            tracing.outputs(**_name_outputs(self, self.function(**arguments, **self._configuration())))
+        except TreadleError as error:
+            error.source = error.source or describe_source(user_line(), tracing.scope) or _definition(self.function)
+            raise
+        finally:
+            _current.reset(token)
+        outline(g, tracing.regions)
+        return g
+
+    def _configuration(self) -> dict[str, Any]:
+        values = {**self.defaults, **self.config}
+        missing = [n for n, v in values.items() if v is inspect.Parameter.empty]
+        if missing:
+            raise FrontendError(
+                f"model {self.name} needs a value for {', '.join(missing)}",
+                source=_definition(self.function),
+                hint=f"{self.name}.configure({missing[0]}=...)",
+            )
+        return values
+
+    def __call__(self, *inputs: Tensor | None, **config: Any) -> Any:
+        """Use the model inside another: its ops and parameters go under the current scope."""
+        if _current.get() is None:
+            raise FrontendError(
+                f"model {self.name} is declared, not compiled",
+                hint=f"treadle.compile({self.name}) gives something that runs",
+            )
+        inner = self.configure(**config)
+        return inner.function(*inputs, **inner._configuration())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+        return f"<model {self.name}({shown})>"
+
+
+@overload
+def model(function: Callable[..., Any]) -> Model: ...
+@overload
+def model() -> Callable[[Callable[..., Any]], Model]: ...
+def model(function: Callable[..., Any] | None = None) -> Any:
+    """Declare a model: decorate a function whose positional arguments are typed inputs."""
+    return Model if function is None else Model(function)
+
+
+def _definition(function: Callable[..., Any]) -> str:
+    code = function.__code__
+    return f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}, model {function.__name__}"
+
+
+def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
+    if isinstance(returned, Expr):
+        hint = returned.value.name
+        named = {hint if returned.value.node is not None and hint != returned.value.node.op.name else "output": returned}
+    elif isinstance(returned, Mapping):
+        named = dict(returned)
+    elif isinstance(returned, tuple | list):
+        named = {f"output{i}": value for i, value in enumerate(returned)}
+    else:
+        named = {"output": returned}
+    for name, value in named.items():
+        if not isinstance(value, Expr):
+            raise FrontendError(
+                f"output {name} of model {declared.name} is not a traced value",
+                received=type(value).__name__,
+                source=_definition(declared.function),
+                hint="return a tensor, a dict of them by name, or a tuple of them",
+            )
+    return named

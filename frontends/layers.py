@@ -1,0 +1,206 @@
+"""Layers of the DSL: ops with the parameters they declare. Shapes are written in the paper's letters.
+
+Every layer takes `name`, the scope under which its parameters are declared: `t.linear(x, 64, name="q")` declares
+`q.weight` [64, d] and `q.bias` [64].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from treadle.frontends.dsl import Tensor, parameter, shared_parameter, trace
+from treadle.ir.masking import Biases, Masks, attend
+from treadle.ir.masking import causal as causal_mask
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import FrontendError
+from treadle.ir.graph import Init
+from treadle.ir.sizes import Bounds, Size, SizeLike
+from treadle.ir.types import Dim
+from treadle.ir.source_lines import user_line
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def linear(x: Tensor, out: SizeLike | Dim, *, bias: bool = True, name: str) -> Tensor:
+    """y = x W^T + b, with W [out, d] and b [out]; x [..., d]. `Dim.of(3072, "ffn")` as out names the new axis."""
+    b = trace()
+    with b.scoped(name):
+        weight = parameter("weight", out, x.shape[-1])
+        offset = parameter("bias", out, init="zeros") if bias else None
+        return _tensor(b.linear(x, weight, offset, name=name))
+
+
+def embed(ids: Tensor, count: int, dim: SizeLike, *, name: str) -> Tensor:
+    """Rows of a table [count, dim] at ids [...], giving [..., dim].
+
+    Where ids are `positions` of a symbolic axis, that axis is bounded by the table: S <= count.
+    """
+    b = trace()
+    made_by = ids.value.node.op.name if ids.value.node is not None else None
+    if made_by == "positions":
+        symbol = ids.shape[-1].as_symbol
+        if symbol is not None:
+            b.graph.bound(symbol, Bounds(upper=count))
+    with b.scoped(name):
+        return _tensor(b.embedding(parameter("weight", count, dim), ids, name=name))
+
+
+def unembed(x: Tensor, vocab: int | None = None, *, tied: str | None = None, bias: bool = False, name: str = "logits"
+            ) -> Tensor:
+    """Logits over a vocabulary: x W^T (+ b). `tied` names the embedding whose table is W."""
+    b = trace()
+    if tied is None:
+        if vocab is None:
+            raise FrontendError("unembed needs vocab=, or tied= the scope of an embedding")
+        return linear(x, vocab, bias=bias, name=name)
+    weight = shared_parameter(f"{tied}.weight")
+    with b.scoped(name):
+        offset = parameter("bias", weight.shape[0], init="zeros") if bias else None
+        return _tensor(b.linear(x, weight, offset, name=name))
+
+
+def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis                  (Ba et al. 2016)"""
+    b = trace()
+    with b.scoped(name):
+        weight = parameter("weight", x.shape[-1], init="ones")
+        offset = parameter("bias", x.shape[-1], init="zeros") if bias else None
+        return _tensor(b.layer_norm(x, weight, offset, eps=eps, name=name))
+
+
+def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis               (Zhang & Sennrich 2019)"""
+    b = trace()
+    with b.scoped(name):
+        return _tensor(b.rms_norm(x, parameter("weight", x.shape[-1], init="ones"), eps=eps, name=name))
+
+
+def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = True, name: str = "mlp") -> Tensor:
+    """down(act(up(x))): the position-wise feed-forward network; `act` is gelu where none is given."""
+    with trace().scoped(name):
+        inner = (act or _gelu)(linear(x, Dim.of(hidden, "ffn"), bias=bias, name="up"))
+        return linear(inner, x.shape[-1], bias=bias, name="down")
+
+
+def gated_mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = False, name: str = "mlp") -> Tensor:
+    """down(act(gate(x)) * up(x)); `act` is silu where none is given                      (Shazeer 2020)"""
+    with trace().scoped(name):
+        wide = Dim.of(hidden, "ffn")
+        gate = (act or _silu)(linear(x, wide, bias=bias, name="gate"))
+        return linear(gate * linear(x, wide, bias=bias, name="up"), x.shape[-1], bias=bias, name="down")
+
+
+def split_heads(x: Tensor, heads: int, label: str = "heads") -> Tensor:
+    """[B, S, heads * d] -> [B, heads, S, d]"""
+    return _tensor(trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d"))
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, S, d] -> [B, S, heads * d]"""
+    return _tensor(trace().rearrange(x, pattern="b heads s d -> b s (heads d)"))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Masks | None = None,
+    bias: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale + bias, masked) v, with q [B, H, S, d], k [B, G, T, d], v [B, G, T, e] -> [B, H, S, e].
+
+    H is a multiple of G (grouped-query heads). `mask` combines terms with &: `t.causal & t.padding(lengths)`;
+    `scale` is 1/sqrt(d) where none is given. A fully masked row gives zeros.
+    """
+    return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
+
+
+def multi_head_attention(
+    x: Tensor,
+    context: Tensor,
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    head_dim: SizeLike | None = None,
+    mask: Masks | None = None,
+    bias: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    projection_bias: bool = True,
+    rotate: Callable[[Tensor], Tensor] | None = None,
+    name: str = "attn",
+) -> Tensor:
+    """Project, split into heads, attend, merge, project                                (Vaswani et al. 2017, 3.2.2)
+
+    x [B, S, D] gives queries, context [B, T, C] keys and values. Declares q, k, v and out under `name`. `rotate` is
+    applied to the queries and keys [B, heads, S, d].
+    """
+    b = trace()
+    width = x.shape[-1]
+    groups = kv_heads or heads
+    per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
+    with b.scoped(name):
+        q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads)
+        k = split_heads(linear(context, per_head * groups, bias=projection_bias, name="k"), groups, "kv_heads")
+        v = split_heads(linear(context, per_head * groups, bias=projection_bias, name="v"), groups, "kv_heads")
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        y = attend(b, q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
+        return linear(merge_heads(y), width, bias=projection_bias, name="out")
+
+
+def self_attention(x: Tensor, heads: int, *, causal: bool = False, mask: Masks | None = None, **options: Any
+                   ) -> Tensor:
+    """Multi-head attention of a sequence x [B, S, D] to itself; `causal` lets position i see positions up to i.
+
+    Options are those of `multi_head_attention`.
+    """
+    if causal:
+        mask = causal_mask if mask is None else causal_mask & mask
+    return multi_head_attention(x, x, heads, mask=mask, **options)
+
+
+def cross_attention(x: Tensor, context: Tensor, heads: int, **options: Any) -> Tensor:
+    """Multi-head attention of x [B, S, D] to another sequence, context [B, T, C]. Options as above."""
+    return multi_head_attention(x, context, heads, **options)
+
+
+def convolution(
+    x: Tensor, channels: int, kernel: Sequence[int], *, bias: bool = True, name: str, **options: Any
+) -> Tensor:
+    """A convolution over the trailing axes of x [B, C, *spatial]; options are those of the op `conv`."""
+    b = trace()
+    groups = int(options.get("groups", 1))
+    channels_in = x.shape[1] // groups
+    with b.scoped(name):
+        weight = parameter("weight", channels, channels_in, *kernel, init=Init("normal", 0.02))
+        offset = parameter("bias", channels, init="zeros") if bias else None
+        return _tensor(b.conv(x, weight, offset, name=name, **options))
+
+
+def _head_dim(width: Size, heads: int) -> Size:
+    per_head = width.divide(heads)
+    if per_head is None:
+        raise FrontendError(
+            f"a width of {width} does not split into {heads} heads",
+            source=describe_source(user_line(), trace().scope),
+            hint="choose heads that divide it, or give head_dim=",
+        )
+    return per_head
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return _tensor(trace().gelu(x))
+
+
+def _silu(x: Tensor) -> Tensor:
+    return _tensor(trace().silu(x))
+
+
+def _tensor(value: Any) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,166 @@
+"""Outlining: repeated regions of a function become one function, called once for each repetition.
+
+    x1 = ...; x2 = ...; x3 = ...        -->        x1 = h(x); x2 = h(x1); x3 = h(x2)
+
+Regions whose nodes, attributes, constants, types and wiring agree share one function, whatever weights they use: a call
+passes its own. A region that differs gets a function of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from treadle.ir.graph import Function, Graph, Node, Source, Value
+from treadle.ir.ops.call import Call
+
+
+@dataclass
+class Region:
+    """One repetition: consecutive nodes of `main` under one scope, at a nesting depth (1 is outermost)."""
+
+    name: str
+    scope: str
+    nodes: list[Node]
+    source: Source | None = None
+    depth: int = 1
+
+
+def outline(graph: Graph, regions: Sequence[Region]) -> None:
+    """Replace regions of `main` by calls, innermost first."""
+    for depth in sorted({r.depth for r in regions}, reverse=True):
+        replaced = _outline_level(graph, [r for r in regions if r.depth == depth and r.nodes])
+        for region in regions:
+            if region.depth < depth:
+                region.nodes = list(_follow_replacement(region.nodes, replaced))
+
+
+def _follow_replacement(nodes: Sequence[Node], replaced: dict[Node, Node]) -> Iterator[Node]:
+    last: Node | None = None
+    for node in nodes:
+        new = replaced.get(node, node)
+        if new is not last:
+            yield new
+        last = new
+
+
+@dataclass
+class _Repetition:
+    """A region read relative to itself: what it takes from outside, and its body in those terms."""
+
+    region: Region
+    inputs: list[Value] = field(default_factory=list)
+    weights: list[Value] = field(default_factory=list)
+    outs: list[Value] = field(default_factory=list)
+    body: list[Any] = field(default_factory=list)
+
+    def local_name(self, weight: Value) -> str:
+        return weight.name.removeprefix(self.region.scope + ".")
+
+    def key(self) -> tuple[Any, ...]:
+        return (
+            self.region.name,
+            tuple(v.type.text for v in self.inputs),
+            tuple((self.local_name(w), w.type.text) for w in self.weights),
+            tuple(self.body),
+        )
+
+
+def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, Node]:
+    main = graph.main
+    inside = {node: region for region in regions for node in region.nodes}
+    escaping = {v for v in main.outputs.values() if v.node is not None}
+    for node in main.nodes:
+        home = inside.get(node)
+        escaping.update(v for v in node.inputs if v.node is not None and inside.get(v.node) is not home)
+
+    groups: dict[tuple[Any, ...], list[_Repetition]] = {}
+    for region in regions:
+        repetition = _read(region, escaping)
+        groups.setdefault(repetition.key(), []).append(repetition)
+
+    renamed: dict[Value, Value] = {}
+    replaced: dict[Node, Node] = {}
+    for group in groups.values():
+        outs = sorted({_position(r, v) for r in group for v in r.outs})
+        function = _build(graph, group[0], outs)
+        op = Call.of(function)
+        for repetition in group:
+            region = repetition.region
+            call = Node(
+                op, [*repetition.inputs, *repetition.weights], op.gives, name=region.name, scope=region.scope,
+                source=region.source,
+            )
+            for (at, index), result in zip(outs, call.results, strict=True):
+                renamed[region.nodes[at].results[index]] = result
+            replaced.update(dict.fromkeys(region.nodes, call))
+
+    main.nodes = list(_follow_replacement(main.nodes, replaced))
+    for node in main.nodes:
+        node.operands = tuple(renamed.get(v, v) if v is not None else None for v in node.operands)
+    main.outputs = {name: renamed.get(v, v) for name, v in main.outputs.items()}
+    return replaced
+
+
+def _read(region: Region, escaping: set[Value]) -> _Repetition:
+    rep = _Repetition(region)
+    places: dict[Value, tuple[str, int, int]] = {}
+    for at, node in enumerate(region.nodes):
+        refs: list[Any] = []
+        for value in node.operands:
+            if value is None or value.literal is not None:
+                refs.append(value and value.literal)
+                continue
+            place = places.get(value)
+            if place is None:
+                pool = rep.weights if value.kind == "parameter" else rep.inputs
+                place = places[value] = ("weight" if pool is rep.weights else "input", len(pool), 0)
+                pool.append(value)
+            refs.append(place)
+        rep.body.append((type(node.op), node.op, tuple(refs)))
+        for value in node.results:
+            places[value] = ("node", at, value.index)
+            if value in escaping:
+                rep.outs.append(value)
+    return rep
+
+
+def _position(rep: _Repetition, value: Value) -> tuple[int, int]:
+    assert value.node is not None
+    return rep.region.nodes.index(value.node), value.index
+
+
+def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> Function:
+    region, name, count = rep.region, rep.region.name, 1
+    while name in graph.functions:
+        count += 1
+        name = f"{region.name}_{count}"
+    function = Function(name)
+    formal: dict[Value, Value] = {}
+    taken: set[str] = set()
+    for value in rep.inputs:
+        label, n = value.name, 1
+        while label in taken:
+            n += 1
+            label = f"{value.name}_{n}"
+        taken.add(label)
+        formal[value] = Value("input", value.type, label)
+    for value in rep.weights:
+        local = rep.local_name(value)
+        formal[value] = function.parameters[local] = Value("parameter", value.type, local)
+    function.inputs = [formal[v] for v in rep.inputs]
+    for node in region.nodes:
+        scope = node.scope[len(region.scope) :].lstrip(".") if node.scope.startswith(region.scope) else node.scope
+        inner = Node(
+            node.op, [formal.get(v, v) if v is not None else None for v in node.operands],
+            [v.type for v in node.results], scope=scope, source=node.source,
+        )
+        for old, new in zip(node.results, inner.results, strict=True):
+            new.name, formal[old] = old.name, new
+        function.nodes.append(inner)
+    for number, (at, index) in enumerate(outs):
+        value = formal[region.nodes[at].results[index]]
+        function.outputs[value.name if value.name not in function.outputs else f"{value.name}_{number}"] = value
+    graph.add_function(function)
+    return function

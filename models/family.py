@@ -1,0 +1,119 @@
+"""What a model family hands to the front door: its declaration, and how a checkpoint's config and names map to it.
+
+The functions below read a config.json, which a stranger wrote: each raises CheckpointError, with the option's name,
+for a value that it does not take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.frontends.binding import Table
+from treadle.frontends.contained_files import printable
+from treadle.frontends.dsl import Model
+from treadle.ir.errors import CheckpointError
+
+Config = Mapping[str, Any]
+
+_LARGEST = 2**31 - 1
+_MOST_LAYERS = 10_000  # tracing takes time in proportion to them
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of the zoo.
+
+    name         the name on the command line ("gpt2")
+    model        the declaration with its defaults
+    model_types  the `model_type` values of a Hugging Face config.json that it reads
+    from_config  a config.json's content as a configured model. Raises CheckpointError for an option that it does
+                 not know
+    checkpoint   a config.json's content as the table of checkpoint names: our parameter names to the file's
+    prefixes     what a checkpoint may put before every name
+    """
+
+    name: str
+    model: Model
+    model_types: tuple[str, ...]
+    from_config: Callable[[Config], Model]
+    checkpoint: Callable[[Config], Table]
+    prefixes: tuple[str, ...] = ("",)
+
+
+def require(config: Config, **expected: Any) -> None:
+    """Check options that a declaration takes for granted; a missing one is fine. Names the first that differs."""
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise _unsupported(name, config[name], [value])
+
+
+def choose(config: Config, name: str, options: Mapping[str, Any], default: str | None = None) -> Any:
+    """What the named option stands for, such as an activation."""
+    key = config.get(name, default)
+    if not isinstance(key, str) or key not in options:
+        raise _unsupported(name, key, options)
+    return options[key]
+
+
+def choose_architecture(config: Config, options: Mapping[str, Any]) -> Any:
+    """What the class that the weights were saved from stands for; the first of the options where none is named."""
+    named = config.get("architectures")
+    if named is None:
+        return next(iter(options.values()))
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str) or named[0] not in options:
+        raise _unsupported("architectures", named, options)
+    return options[named[0]]
+
+
+def read_int(config: Config, name: str, default: int | None = None, *, most: int = _LARGEST) -> int:
+    """A positive integer up to `most`; the default where it is missing or null."""
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise CheckpointError(
+            f"config.json: {name} must be a positive integer" + (f" up to {most}" if most < _LARGEST else ""),
+            received=_shown(value),
+        )
+    return value
+
+
+def read_layers(config: Config, name: str, default: int | None = None) -> int:
+    """A number of layers: a positive integer, limited since each of them is traced."""
+    return read_int(config, name, default, most=_MOST_LAYERS)
+
+
+def read_float(config: Config, name: str, default: float) -> float:
+    """A finite number, 0 or more; the default where it is missing."""
+    value = config.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise CheckpointError(f"config.json: {name} must be a number, 0 or more", received=_shown(value))
+    return float(value)
+
+
+def read_flag(config: Config, name: str, default: bool) -> bool:
+    """True or false; the default where it is missing."""
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {name} must be true or false", received=_shown(value))
+    return value
+
+
+def count_labels(config: Config) -> int:
+    """How many classes a classifier tells apart: as many as `id2label` has, 2 where it is missing."""
+    labels = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    if not isinstance(labels, Mapping) or not labels:
+        raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(labels))
+    return len(labels)
+
+
+def _unsupported(name: str, value: object, supported: Any) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: {name} is {_shown(value)}, which this family does not support",
+        hint="supported: " + ", ".join(map(repr, supported)),
+    )
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value))

@@ -1,0 +1,46 @@
+"""The zoo: families by name and by a config's `model_type`, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.models.family import Config, Family
+
+_MODULES: dict[str, tuple[str, ...]] = {
+    "bert": ("bert",),
+    "gpt2": ("gpt2",),
+    "t5": ("t5", "mt5"),
+}
+"""Each family's module and the `model_type` values that it reads; here too, so that looking one up imports no other."""
+
+
+def family_names() -> list[str]:
+    """The names of all families."""
+    return list(_MODULES)
+
+
+def find_family(name: str) -> Family:
+    """The family of that name. Raises UsageError with the nearest names."""
+    if name not in _MODULES:
+        near = difflib.get_close_matches(name, _MODULES, n=3)
+        raise UsageError(
+            f"there is no model {name!r} in the zoo",
+            hint=f"did you mean {' or '.join(near)}?" if near else "one of " + ", ".join(_MODULES),
+        )
+    found = import_module(f"treadle.models.{name}").FAMILY
+    assert isinstance(found, Family)
+    return found
+
+
+def family_of(config: Config) -> Family:
+    """The family that reads this config.json. Raises CheckpointError where none does."""
+    kind = config.get("model_type")
+    for name, kinds in _MODULES.items():
+        if kind in kinds:
+            return find_family(name)
+    supported = sorted(k for kinds in _MODULES.values() for k in kinds)
+    raise CheckpointError(
+        f"config.json: model_type is {kind!r}, which no family of the zoo reads", hint="supported: " + ", ".join(supported)
+    )

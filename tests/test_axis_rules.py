@@ -1,0 +1,201 @@
+"""The rules are tested, not trusted: what each op's axis rule promises is checked on every sample against the reference.
+
+    mapped     taking some positions of the axis, or permuting it, commutes with the op
+    reduced    the op on two halves, combined by the monoid, is the op on the whole
+    scanned    a prefix of the result is the result on a prefix
+    limited    so it is for attention's [t<=s], both axes cut
+    indexed    rows that no index names do not matter
+    linear     f(a x + b y) = a f(x) + b f(y) in each group of operands, the others fixed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle.ir.ops  # noqa: F401  (registers the ops)
+from treadle.ir.axes import Application, AxisDim, Role, Rule
+from treadle.ir.errors import RuleError
+from treadle.ir.op import OPS, Op
+from treadle.ir.samples import Sample
+
+Array = np.ndarray[Any, Any]
+Operands = list[Array | None]
+
+COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply, "and": np.logical_and,
+           "or": np.logical_or}  # fmt: skip
+CASES = [
+    pytest.param(name, number, id=f"{name}-{number}")
+    for name, cls in sorted(OPS.items())
+    if name != "call"
+    for number in range(len(cls.samples))
+]
+
+
+class Case:
+    """An op on one sample's values, in float64."""
+
+    def __init__(self, name: str, number: int) -> None:
+        sample: Sample = OPS[name].samples[number]
+        self.op: Op = OPS[name](**sample.attributes)
+        self.types = list(sample.types)
+        self.operands: Operands = sample.draw(seed=number)
+        self.rule: Rule = self.op.rule([None if t is None else t.rank for t in self.types])
+        self.application: Application = self.op.apply(self.types)
+        self.results = self.run(self.operands)
+
+    def run(self, operands: Sequence[Array | None]) -> tuple[Array, ...]:
+        with np.errstate(all="ignore"):
+            made = self.op.reference(*operands)
+        return tuple(np.asarray(a) for a in (made if isinstance(made, tuple) else (made,)))
+
+    def factors(self, *roles: Role) -> Iterator[str]:
+        for name, factor in self.application.factors.items():
+            if factor.role in roles and self.size(name) > 1:
+                yield name
+
+    def size(self, factor: str) -> int:
+        size = self.application.dims[factor].size.constant
+        assert size is not None
+        return size
+
+    def take(self, array: Array, dims: Sequence[AxisDim], factor: str, index: Array) -> Array:
+        """The positions `index` of a factor, wherever a value holds it; other values stay as they are."""
+        for at, dim in enumerate(dims):
+            if factor in dim.factors:
+                inner = [self.size(f) for f in dim.factors]
+                split = array.reshape(*array.shape[:at], *inner, *array.shape[at + 1 :])
+                split = np.take(split, index, axis=at + dim.factors.index(factor))
+                array = split.reshape(*array.shape[:at], -1, *array.shape[at + 1 :])
+        return array
+
+    def take_operands(self, factor: str, index: Array) -> Operands:
+        return [
+            a if a is None or dims is None else self.take(a, dims, factor, index)
+            for a, dims in zip(self.operands, self.application.operands, strict=True)
+        ]
+
+    def take_results(self, factor: str, index: Array) -> list[Array]:
+        return [self.take(a, dims, factor, index) for a, dims in zip(self.results, self.application.results, strict=True)]
+
+    def fits(self, operands: Sequence[Array | None]) -> bool:
+        """Whether the op takes operands of these shapes: an attribute may fix a size."""
+        types = [
+            None if t is None or a is None else t.dtype[a.shape] if a.shape else t
+            for t, a in zip(self.types, operands, strict=True)
+        ]
+        try:
+            self.op.infer(types)
+        except RuleError:
+            return False
+        return True
+
+
+def same(found: Sequence[Array], wanted: Sequence[Array], what: str) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape, what
+        if a.dtype.kind == "f":
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11, err_msg=what)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=what)
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_mapped_axes_restrict_and_permute(name: str, number: int) -> None:
+    case = Case(name, number)
+    rng = np.random.default_rng(number)
+    for factor in case.factors(Role.MAPPED):
+        size = case.size(factor)
+        if factor not in case.op.positional:
+            index = rng.permutation(size)
+            same(case.run(case.take_operands(factor, index)), case.take_results(factor, index), f"permuting {factor}")
+        for index in (np.arange(size - 1), np.arange(1)) if factor in case.op.positional else (rng.permutation(size)[: size - 1],):
+            cut = case.take_operands(factor, index)
+            if not case.fits(cut):
+                assert factor in case.rule.given or OPS[name].attribute_defaults() != case.op.attributes, factor
+                continue
+            same(case.run(cut), case.take_results(factor, index), f"restricting {factor}")
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_reduced_axes_split_and_combine(name: str, number: int) -> None:
+    case = Case(name, number)
+    names = case.op.operand_names(len(case.operands))
+    for factor in case.factors(Role.REDUCED):
+        monoid = case.application.factors[factor].monoid
+        assert monoid is not None
+        size = case.size(factor)
+        parts = []
+        for index in (np.arange(size // 2), np.arange(size // 2, size)):
+            cut = case.take_operands(factor, index)
+            if parts and monoid == "sum":
+                cut = [once(case, factor, n, a) for n, a in zip(names, cut, strict=True)]
+            parts.append(case.run(cut))
+        for first, second, whole in zip(*parts, case.results, strict=True):
+            same([COMBINE[monoid](first, second)], [whole], f"splitting {factor}")
+
+
+def once(case: Case, factor: str, name: str, array: Array | None) -> Array | None:
+    """An operand that is added once (a bias): it lacks the factor, and is linear together with one that holds it."""
+    names = case.op.operand_names(len(case.operands))
+    holds = {
+        n for n, dims in zip(names, case.application.operands, strict=True) for d in dims or () if factor in d.factors
+    }
+    is_added = name not in holds and any(name in group and group & holds for group in case.op.linear)
+    return np.zeros_like(array) if array is not None and is_added else array
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_scans_and_causal_attention_ignore_the_suffix(name: str, number: int) -> None:
+    case = Case(name, number)
+    cuts = [(f,) for f in case.factors(Role.SCANNED)]
+    cuts += [(f, limit) for f in case.factors(Role.WHOLE) if (limit := case.application.factors[f].limit) is not None]
+    for factors in cuts:
+        for length in range(1, min(case.size(f) for f in factors) + 1):
+            cut, wanted = case, list(case.results)
+            operands = case.operands
+            for factor in factors:
+                index = np.arange(length)
+                operands = [
+                    a if a is None or dims is None else case.take(a, dims, factor, index)
+                    for a, dims in zip(operands, case.application.operands, strict=True)
+                ]
+                wanted = [cut.take(a, dims, factor, index) for a, dims in zip(wanted, case.application.results, strict=True)]
+            same(case.run(operands), wanted, f"a prefix of {' and '.join(factors)}")
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_rows_that_no_index_names_do_not_matter(name: str, number: int) -> None:
+    case = Case(name, number)
+    for factor in case.factors(Role.INDEXED):
+        if any(factor in d.factors for dims in case.application.results for d in dims):
+            continue  # written by index, not read: the result holds the axis
+        size = case.size(factor)
+        longer = []
+        for array, dims in zip(case.operands, case.application.operands, strict=True):
+            if array is not None and dims is not None and any(factor in d.factors for d in dims):
+                array = case.take(array, dims, factor, np.append(np.arange(size), 0))
+            longer.append(array)
+        same(case.run(longer), case.results, f"a row more along {factor}")
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_linear_in_the_operands_it_names(name: str, number: int) -> None:
+    case = Case(name, number)
+    names = case.op.operand_names(len(case.operands))
+    other: Operands = OPS[name].samples[number].draw(seed=number + 1)
+    for group in case.op.linear:
+        assert group <= {*names, *OPS[name].operands}, f"{name} is linear in {sorted(group)}, which it does not take"
+        linear = [n in group or n.rstrip("0123456789") in group for n in names]
+        if any(a is not None and a.dtype.kind != "f" for a, yes in zip(case.operands, linear, strict=True) if yes):
+            continue
+        second = [y if yes else x for x, y, yes in zip(case.operands, other, linear, strict=True)]
+        mixed = [
+            x if not yes or x is None or y is None else 2.0 * x - 3.0 * y
+            for x, y, yes in zip(case.operands, other, linear, strict=True)
+        ]
+        wanted = [2.0 * a - 3.0 * b for a, b in zip(case.results, case.run(second), strict=True)]
+        same(case.run(mixed), wanted, f"linear in {sorted(group)}")

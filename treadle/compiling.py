@@ -1,0 +1,135 @@
+"""`compile`: from what a user names to something that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.protocol import Executable, Outputs, Port
+from treadle.backends.registry import find_backend
+from treadle.frontends.dsl import Model
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph, Init
+from treadle.ir.target import Target
+from treadle.passes.manager import Optimized, Pass, PassManager
+from treadle.passes.pass_log import PassLog
+from treadle.passes.pipelines import DEFAULT
+from treadle.resolving import resolve
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model: call it with arrays by name, and ask it what was done.
+
+    name        the model's
+    optimized   the graph as declared, as every pass left it, and the log
+    executable  what the backend made
+    backend     the backend's name
+    target      what it was compiled for
+    weights     the weights by name; memory-mapped where they come from a checkpoint
+    unused      the checkpoint's tensors that the model does not take
+    seed        the seed that drew the weights, or None where a checkpoint or the caller gave them
+    """
+
+    name: str
+    optimized: Optimized
+    executable: Executable
+    backend: str
+    target: Target
+    weights: Mapping[str, Array]
+    unused: tuple[str, ...] = ()
+    seed: int | None = None
+
+    @property
+    def graph(self) -> Graph:
+        """The optimized graph."""
+        return self.optimized.graph
+
+    @property
+    def log(self) -> PassLog:
+        """What every pass did, and what it refused and why."""
+        return self.optimized.log
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """What a call takes: name, dtype, axes."""
+        return self.executable.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """What a call answers: name, dtype, axes."""
+        return self.executable.outputs
+
+    @property
+    def source(self) -> str:
+        """The code that runs, for a person to read."""
+        return self.executable.source
+
+    def __call__(self, **arrays: Any) -> Outputs:
+        """Run on arrays by name; answers by name. Raises BackendError where they are not what `inputs` says."""
+        return self.executable(**arrays)
+
+    def __repr__(self) -> str:
+        takes = ", ".join(str(p) for p in self.inputs)
+        gives = ", ".join(str(p) for p in self.outputs)
+        return f"<compiled {self.name} on {self.backend}: ({takes}) -> ({gives})>"
+
+
+def compile(
+    model: Model | Graph | str | Path,
+    *,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    weights: Mapping[str, Array] | None = None,
+    passes: Sequence[Pass] = DEFAULT,
+    inputs: Sequence[str] | None = None,
+    seed: int = 0,
+    **config: Any,
+) -> Compiled:
+    """Compile a model for a backend and a target.
+
+    model    a declaration, a graph, or a name: `file.py:function`, a zoo name, or a folder with a checkpoint
+    weights  arrays by parameter name, in place of the checkpoint's; without either, initial values drawn from `seed`
+    passes   the pipeline, a flat list
+    inputs   optional inputs of the declaration to include, such as ("lengths",)
+    config   configuration of the declaration
+
+    Raises the error of the part that refuses: UsageError, FrontendError, CheckpointError, PassError, BackendError.
+    """
+    resolved = resolve(model, inputs=None if inputs is None else tuple(inputs), **config)
+    optimized = PassManager(passes).run(resolved.graph)
+    given = weights if weights is not None else resolved.weights
+    bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
+    where = target if isinstance(target, Target) else Target(target)
+    executable = find_backend(backend).compile(optimized.graph, where, bound)
+    return Compiled(
+        resolved.name, optimized, executable, backend, where, bound, resolved.unused, seed if given is None else None
+    )
+
+
+def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
+    """Initial values of every weight, each drawn from the seed and its own name, so that adding one changes no other."""
+    drawn = {}
+    for name, value in graph.parameters.items():
+        shape = value.type.static_shape
+        if shape is None or value.type.dtype.numpy is None:
+            raise UsageError(f"parameter {name}: {value.type} cannot be drawn", hint="pass weights=")
+        rng = np.random.default_rng([seed, *name.encode()])
+        drawn[name] = graph.initial.get(name, Init("normal", 0.02)).draw(shape, value.type.dtype, rng)
+    return drawn
+
+
+def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
+    missing = [name for name in graph.parameters if name not in weights]
+    if missing:
+        raise UsageError(
+            f"weights= lacks {len(missing)} of {len(graph.parameters)} parameters",
+            received=", ".join(missing[:8]) + (", ..." if len(missing) > 8 else ""),
+        )
+    return {name: weights[name] for name in graph.parameters}
