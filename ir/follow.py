@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.composites import body_of
@@ -49,6 +49,7 @@ class Encounter:
     paired   attention's keys and queries both lie along the axis
     resized  the axis is cut, padded, joined or strided over: the result has another one
     squared  a result holds the axis in two dimensions: it is about pairs of positions
+    kept     the result has the axis too (a scatter writes along it; a lookup reads it away)
     scope    the full scope of the first place where this happens; `count` places in all
     within   the composite whose body was opened to find this, if any
     """
@@ -61,6 +62,7 @@ class Encounter:
     paired: bool = False
     resized: bool = False
     squared: bool = False
+    kept: bool = False
     count: int = 1
     within: Node | None = None
 
@@ -152,7 +154,7 @@ class Following:
                 if opened.role is Role.REDUCED:
                     combine.append(opened)
                 elif opened.role is Role.INDEXED:
-                    combine.append(_with(opened, monoid="sum"))
+                    combine += [] if opened.kept else [_with(opened, monoid="sum")]
                 else:
                     against.append(opened)
         return Verdict("split", self.axis, tuple(against), tuple(combine))
@@ -222,8 +224,6 @@ def _opened(e: Encounter) -> Iterator[Encounter]:
 
 
 def _with(e: Encounter, **changes: object) -> Encounter:
-    from dataclasses import replace
-
     return replace(e, **changes)  # type: ignore[arg-type]
 
 
@@ -231,7 +231,7 @@ def _counted(encounters: Sequence[Encounter]) -> tuple[Encounter, ...]:
     """The same op met in several calls of its function counts as one encounter."""
     groups: dict[tuple[object, ...], list[Encounter]] = {}
     for e in encounters:
-        key = (e.node, e.role, e.monoid, e.limited, e.paired, e.resized, e.squared, e.within)
+        key = tuple(getattr(e, f.name) for f in fields(e) if f.name not in ("scope", "count"))
         groups.setdefault(key, []).append(e)
     return tuple(_with(group[0], count=len({e.scope for e in group})) for group in groups.values())
 
@@ -356,12 +356,15 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
                 coordinates.update(dict.fromkeys(_locate(application, dim, place)))
     reached = [p for c in coordinates for value, dims in slots for p in _places_of(application, value, dims, *c)]
     names = {name for name, _, _ in coordinates}
+    held = {v: _dims_held(v, (*here, *reached)) for v in (*node.inputs, *node.results)}
+    pairs_given = any(held[v] > 1 for v in node.inputs)
     encounters = []
     for name in sorted(names, key=list(application.factors).index):
         factor = application.factors[name]
         if factor.role is Role.MAPPED:
             continue
-        grown = factor.role is Role.WHOLE and not any(name in d.factors for dims in application.results for d in dims)
+        kept = any(name in d.factors for dims in application.results for d in dims)
+        grown = factor.role is Role.WHOLE and not kept
         partners = _partners(application, name)
         encounters.append(
             Encounter(
@@ -370,14 +373,17 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
                 node.scope,
                 factor.monoid,
                 limited=factor.limit is not None and factor.limit in names,
-                paired=factor.role is Role.WHOLE and node.op.pairs is not None and set(node.op.pairs) <= names,
+                paired=factor.role is Role.WHOLE
+                and node.op.pairs is not None
+                and set(node.op.pairs) <= names
+                and not pairs_given,
+                kept=kept,
                 resized=grown and not partners and any(d.size is not None for dims in application.results for d in dims),
             )
         )
     if resized and not any(e.resized for e in encounters):
         encounters.append(Encounter(node, Role.WHOLE, node.scope, resized=True))
-    held = {p: _dims_held(p, (*here, *reached)) for p in (*node.inputs, *node.results)}
-    if any(held[v] > 1 for v in node.results) and not any(held[v] > 1 for v in node.inputs):
+    if any(held[v] > 1 for v in node.results) and not pairs_given:
         encounters.append(Encounter(node, Role.MAPPED, node.scope, squared=True))
     return reached, encounters
 

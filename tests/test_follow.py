@@ -1,0 +1,159 @@
+"""`follow` and its three answers: what may be stepped, packed and split, and the line of what stands against it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import treadle as t
+from treadle.ir.errors import GraphError
+from treadle.ir.follow import Verdict, follow
+from treadle.ir.graph import Graph
+from treadle.models.bert import bert
+from treadle.models.gpt2 import gpt2
+from treadle.models.t5 import t5, t5_encoder
+
+SMALL = {"vocab": 100, "dim": 64, "heads": 4, "layers": 3}
+
+
+@pytest.fixture(scope="module")
+def gpt2_graph() -> Graph:
+    return gpt2.configure(**SMALL).graph()
+
+
+def line_of(model: t.Model, text: str) -> str:
+    """The user's line on which a model's source has this text, as errors show it."""
+    lines, first = inspect.getsourcelines(model.function)
+    (offset,) = [i for i, line in enumerate(lines) if text in line]
+    return f"test_follow.py:{first + offset}"
+
+
+def lines(verdict: Verdict) -> set[str]:
+    return {e.line.rpartition("/")[2] for e in verdict.against}
+
+
+def test_gpt2_sequence_may_be_stepped_and_packed(gpt2_graph: Graph) -> None:
+    found = follow(gpt2_graph, "S")
+    assert found.step() and found.pack()
+    assert found.outputs == {"logits": 1}
+    assert [(e.node.op.name, e.count) for e in found.encounters] == [("positions", 1), ("attention", 3)]
+
+
+def test_a_decoder_of_t5_may_be_stepped() -> None:
+    found = follow(t5.configure(**SMALL).graph(), "T")
+    assert found.step()
+    assert all(e.node.op.name in ("attention", "iota", "positions") for e in found.encounters)
+
+
+def test_encoders_may_be_packed_and_not_stepped() -> None:
+    for model in (bert.configure(**SMALL), t5_encoder.configure(**SMALL)):
+        found = follow(model.graph(), "S")
+        assert found.pack(), str(found.pack())
+        step = found.step()
+        assert not step
+        assert "attention" in {e.node.op.name for e in step.against}
+
+
+@t.model
+def mean_decoder(tokens: t.i64["B S"], *, dim=32):
+    x = t.embed(tokens, 100, dim, name="wte")
+    for _ in t.stack("h", 2):
+        x += t.self_attention(x, 4, causal=True, name="attn")
+        x += t.expand(t.reduce_mean(x, axes=(1,), keep=True), shape=x.shape)
+    return t.unembed(x, tied="wte")
+
+
+@t.model
+def convolution_decoder(tokens: t.i64["B S"], *, dim=32):
+    x = t.embed(tokens, 100, dim, name="wte")
+    for _ in t.stack("h", 2):
+        x += t.self_attention(x, 4, causal=True, name="attn")
+        y = t.rearrange(x, pattern="b s d -> b d s")
+        y = t.convolution(y, dim, (3,), padding=(1,), name="conv")
+        x += t.rearrange(y, pattern="b d s -> b s d")
+    return t.unembed(x, tied="wte")
+
+
+@t.model
+def attention_by_hand(tokens: t.i64["B S"], *, dim=32):
+    x = t.embed(tokens, 100, dim, name="wte")
+    scores = t.einsum(t.linear(x, dim, name="q"), x, equation="b s d, b t d -> b s t")
+    return t.einsum(t.softmax(scores), x, equation="b s t, b t d -> b s d")
+
+
+def test_a_mean_over_the_sequence_is_named_with_its_line() -> None:
+    found = follow(mean_decoder.graph(), "S")
+    assert not found.step()
+    assert lines(found.step()) == {line_of(mean_decoder, "reduce_mean")}
+    assert found.pack(), "a mean over a ragged axis is the mean over a row's own tokens"
+
+
+def test_a_convolution_over_the_sequence_is_named_with_its_line() -> None:
+    found = follow(convolution_decoder.graph(), "S")
+    for verdict in (found.step(), found.pack()):
+        assert not verdict
+        assert line_of(convolution_decoder, "t.convolution") in lines(verdict)
+        assert "conv" in {e.node.op.name for e in verdict.against}
+
+
+def test_pairs_of_positions_outside_attention_cannot_be_packed() -> None:
+    verdict = follow(attention_by_hand.graph(), "S").pack()
+    assert lines(verdict) == {line_of(attention_by_hand, "scores =")}
+    assert "paired with itself" in str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("axis", "rows", "columns"),
+    [("heads", "attn.q.weight", "attn.out.weight"), ("ffn", "mlp.up.weight", "mlp.down.weight")],
+)
+def test_heads_and_ffn_split_with_one_sum_a_block(gpt2_graph: Graph, axis: str, rows: str, columns: str) -> None:
+    found = follow(gpt2_graph, axis)
+    split = found.split()
+    assert split, str(split)
+    assert [(e.node.op.name, e.monoid, e.count) for e in split.combine] == [("linear", "sum", 3)]
+    for i in range(3):
+        assert found.parameters[f"h.{i}.{rows}"] == 0
+        assert found.parameters[f"h.{i}.{rows.replace('weight', 'bias')}"] == 0
+        assert found.parameters[f"h.{i}.{columns}"] == 1
+        assert f"h.{i}.{columns.replace('weight', 'bias')}" not in found.parameters, "added once, after the sum"
+
+
+def test_the_vocabulary_splits_with_a_sum_at_the_lookup(gpt2_graph: Graph) -> None:
+    found = follow(gpt2_graph, "wte.weight[0]")
+    split = found.split()
+    assert split
+    assert [(e.node.op.name, e.monoid) for e in split.combine] == [("embedding", "sum")]
+    assert found.outputs == {"logits": 2}, "the logits keep the axis: each device has its part"
+
+
+def test_one_layer_alone_may_be_split(gpt2_graph: Graph) -> None:
+    found = follow(gpt2_graph, "h.1.mlp.up.weight[0]")
+    assert found.parameters == {"h.1.mlp.up.weight": 0, "h.1.mlp.up.bias": 0, "h.1.mlp.down.weight": 1}
+
+
+def test_a_softmax_over_a_split_axis_combines_a_max_and_a_sum() -> None:
+    @t.model
+    def head(x: t.f32["B D"], *, vocab=64):
+        return t.softmax(t.linear(x, t.Dim.of(vocab, "vocab"), name="logits"))
+
+    split = follow(head.graph(), "vocab").split()
+    assert split
+    assert {e.monoid for e in split.combine} == {"max", "sum"}
+    assert {e.within.op.name for e in split.combine if e.within} == {"softmax"}
+
+
+def test_equal_sizes_are_not_one_axis() -> None:
+    @t.model
+    def two(x: t.f32["B S D"], y: t.f32["B S D"]):
+        return {"x": t.softmax(x, axis=1), "y": y}
+
+    g = two.graph()
+    assert follow(g, "x[1]").outputs == {"x": 1}
+    assert follow(g, "y[1]").encounters == ()
+
+
+def test_an_unknown_axis_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(GraphError, match="no axis 'Q'") as error:
+        follow(gpt2.configure(**SMALL).graph(), "Q")
+    assert "heads" in (error.value.hint or "") and "S" in (error.value.hint or "")
