@@ -1,0 +1,143 @@
+"""Masks and biases with their operands, and `attend`, which applies attention with them.
+
+    attend(b, q, k, v, masks=causal & window(128) & padding(lengths))
+    attend(b, q, k, v, masks=causal, biases=alibi(slopes) + tensor_bias(x, "h s t"))
+
+Masks intersect (`&`), biases add up (`+`); what each means says `treadle.ir.attention_terms`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from treadle.ir.attention_terms import (
+    Alibi,
+    BooleanMask,
+    Causal,
+    Padding,
+    Segments,
+    T5Relative,
+    TensorBias,
+    Term,
+    Window,
+)
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import GraphError
+from treadle.ir.source_lines import user_line
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """Terms, each with its operands."""
+
+    entries: tuple[tuple[Term, tuple[Expr, ...]], ...] = ()
+    sign: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f" {self.sign} ".join(term.text for term, _ in self.entries)
+
+
+@dataclass(frozen=True)
+class Masks(_Applied):
+    """What a query may see: the keys that every one of these masks keeps. Without any, all."""
+
+    sign = "&"
+
+    def __and__(self, other: object) -> Masks:
+        """Raises GraphError for anything but masks."""
+        if not isinstance(other, Masks):
+            raise _mismatch("masks intersect with masks only", other)
+        return Masks(self.entries + other.entries)
+
+
+@dataclass(frozen=True)
+class Biases(_Applied):
+    """What is added to the scores: the sum of these."""
+
+    sign = "+"
+
+    def __add__(self, other: object) -> Biases:
+        """Raises GraphError for anything but biases."""
+        if not isinstance(other, Biases):
+            raise _mismatch("biases add to biases only", other)
+        return Biases(self.entries + other.entries)
+
+
+def _mismatch(what: str, other: object) -> GraphError:
+    hint = None
+    if isinstance(other, _Applied):
+        hint = "attention takes both: masks=..., biases=..."
+    elif isinstance(other, Expr):
+        hint = "boolean_mask(x, axes) or tensor_bias(x, axes) says which of b, h, s and t a tensor has"
+    return GraphError(what, received=str(other), source=str(user_line() or "") or None, hint=hint)
+
+
+# -- masks ---------------------------------------------------------------------------------------------------
+
+causal = Masks(((Causal(), ()),))
+"""Keys up to the query's own position."""
+
+
+def window(size: int) -> Masks:
+    """Keys less than `size` positions away, either side; with causal, the last `size`. Raises GraphError."""
+    return Masks(((Window(size), ()),))
+
+
+def padding(lengths: Expr) -> Masks:
+    """A row's first lengths[b] keys. lengths: i64[b]."""
+    return Masks(((Padding(), (lengths,)),))
+
+
+def segments(queries: Expr, keys: Expr | None = None) -> Masks:
+    """Keys of the query's own segment. queries: i64[b, s]; keys: i64[b, t], the queries' if not given."""
+    return Masks(((Segments(), (queries, queries if keys is None else keys)),))
+
+
+def boolean_mask(mask: Expr, axes: str = "b h s t") -> Masks:
+    """Keys where mask is true. mask: bool, of these axes, some of b, h, s and t. Raises GraphError."""
+    return Masks(((BooleanMask(axes), (mask,)),))
+
+
+# -- biases --------------------------------------------------------------------------------------------------
+
+
+def tensor_bias(x: Expr, axes: str = "b h s t") -> Biases:
+    """A tensor of these axes, some of b, h, s and t. Raises GraphError."""
+    return Biases(((TensorBias(axes), (x,)),))
+
+
+def t5_relative(
+    table: Expr, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
+) -> Biases:
+    """T5's learned bias by distance. table: float[buckets, h]. Raises GraphError."""
+    return Biases(((T5Relative(buckets, max_distance, bidirectional), (table,)),))
+
+
+def alibi(slopes: Expr) -> Biases:
+    """Each head's slope times (j - i). slopes: float[h]."""
+    return Biases(((Alibi(), (slopes,)),))
+
+
+def attend(
+    b: Builder,
+    q: Expr,
+    k: Expr,
+    v: Expr,
+    *,
+    masks: Masks | None = None,
+    biases: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Expr:
+    """Apply attention: q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e].
+
+    The op's terms are the masks, then the biases, in their order. Raises RuleError where shapes do not fit,
+    GraphError where biases are given as masks or masks as biases.
+    """
+    # By `&` and `+`, which refuse what is not theirs.
+    entries = (Masks() & (masks or Masks())).entries + (Biases() + (biases or Biases())).entries
+    terms = tuple(term for term, _ in entries)
+    operands = [x for _, given in entries for x in given]
+    out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap)
+    return out

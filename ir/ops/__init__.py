@@ -1,0 +1,16 @@
+"""The ops, a file a family. Importing this package registers them all."""
+
+# ruff: noqa: F401
+
+import treadle.ir.ops.activations
+import treadle.ir.ops.arithmetic
+import treadle.ir.ops.attention
+import treadle.ir.ops.call
+import treadle.ir.ops.convolution
+import treadle.ir.ops.elementwise
+import treadle.ir.ops.indexing
+import treadle.ir.ops.logic
+import treadle.ir.ops.normalization
+import treadle.ir.ops.products
+import treadle.ir.ops.reductions
+import treadle.ir.ops.shapes

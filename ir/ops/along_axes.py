@@ -1,0 +1,54 @@
+"""Axis rules and gradients of ops that act along some axes of one operand and map the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.ops.axis_names import place
+
+
+def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """The positions that `axes` mean in a tensor of this rank, in order.
+
+    Raises RuleError where there is no such axis, or one is named twice.
+    """
+    found = sorted(place(axis, rank) for axis in axes)
+    for before, after in pairwise(found):
+        if before == after:
+            raise RuleError(f"axis {after} is named twice in {tuple(axes)}")
+    return tuple(found)
+
+
+def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
+    """The axis rule of an op that acts along `axes` of its operand and maps the others; axis i is named `ai`.
+
+    read    how such an axis is written in the operand, `{}` standing for its name
+    given   how it is written in each result; empty where the result does not have it
+
+        rule_along([-1], 3, "[{}]", "[{}]")      "... [a2] -> ... [a2]"
+        rule_along([1], 3, "{}:max", "")         "... a1:max a2 -> ... a2"
+
+    Raises RuleError as `places` does.
+    """
+    chosen = places(axes, rank)
+    first = min(chosen, default=rank)
+
+    def side(written: str) -> str:
+        dims = [written.format(f"a{i}") if i in chosen else f"a{i}" for i in range(first, rank)]
+        return " ".join(["...", *filter(None, dims)])
+
+    return f"{side(read)} -> {', '.join(map(side, given))}"
+
+
+def with_ones(b: Builder, x: Expr, axes: Sequence[int], rank: int) -> Expr:
+    """The result of a reduction that dropped `axes` of a tensor of this rank, with ones in their place."""
+    chosen = places(axes, rank)
+    if x.rank == rank:
+        return x
+    names = [f"a{i}" for i in range(rank)]
+    left = " ".join(n for i, n in enumerate(names) if i not in chosen)
+    right = " ".join("1" if i in chosen else n for i, n in enumerate(names))
+    return b.rearrange(x, pattern=f"{left} -> {right}")  # type: ignore[no-any-return]

@@ -1,0 +1,217 @@
+"""Elementwise arithmetic on two operands, broadcasting dimensions of constant size 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.op import Grads, Operand, Primitive, op
+from treadle.ir.samples import S
+from treadle.ir.types import Type
+
+
+def unbroadcast(b: Builder, grad: Expr, like: Type) -> Expr:
+    """Sum a gradient over the axes along which an operand of type `like` was broadcast."""
+    extra = grad.rank - like.rank
+    held = zip(like.dims, grad.type.dims[extra:], strict=True)
+    stretched = [extra + i for i, (own, full) in enumerate(held) if own.is_one and not full.is_one]
+    if stretched:
+        grad = b.reduce_sum(grad, axes=tuple(stretched), keep=True)
+    return b.reduce_sum(grad, axes=tuple(range(extra))) if extra else grad
+
+
+@op("add", axes="..., ... -> ...", dtypes="n, n -> n", linear="x y")
+class Add(Primitive):
+    """z = x + y"""
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.add(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y) = grads, inputs
+        return [unbroadcast(b, g, x.type), unbroadcast(b, g, y.type)]
+
+    samples = [S("f32[2,3]", "f32[2,3]"), S("f32[2,1,4]", "f32[3,1]"), S("i64[4]", "i64[]")]
+    errors = [
+        (S("f32[2,3]", "f32[4]"), "sizes disagree: 3 in x, 4 in y"),
+        (S("f32[2]", "i64[2]"), "dtypes disagree"),
+    ]
+
+
+@op("sub", axes="..., ... -> ...", dtypes="n, n -> n", linear="x y")
+class Sub(Primitive):
+    """z = x - y"""
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.subtract(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y) = grads, inputs
+        return [unbroadcast(b, g, x.type), unbroadcast(b, -g, y.type)]
+
+    samples = [S("f32[2,3]", "f32[2,3]"), S("f32[3,1]", "f32[2,1,4]"), S("i64[]", "i64[4]")]
+    errors = [(S("f32[2,3]", "f32[2]"), "sizes disagree"), (S("bool[2]", "bool[2]"), "x must be a number")]
+
+
+@op("mul", axes="..., ... -> ...", dtypes="n, n -> n", linear="x | y")
+class Mul(Primitive):
+    """z = x * y"""
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.multiply(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y) = grads, inputs
+        return [unbroadcast(b, g * y, x.type), unbroadcast(b, g * x, y.type)]
+
+    samples = [S("f32[2,3]", "f32[2,3]"), S("f32[2,1,4]", "f32[3,1]"), S("i64[4]", "i64[]")]
+    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree")]
+
+
+@op("div", axes="..., ... -> ...", dtypes="f, f -> f", linear="x")
+class Div(Primitive):
+    """z = x / y
+
+    Floats only; of integers, `floor_divide` or cast first.
+    """
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.divide(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y), (z,) = grads, inputs, outputs
+        share = g / y
+        return [unbroadcast(b, share, x.type), unbroadcast(b, -share * z, y.type)]
+
+    samples = [S("f32[2,3]", "f32[2,3] > 0"), S("f32[2,1,4]", "f32[3,1] > 0"), S("f32[]", "f32[4] > 0")]
+    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("i64[2]", "i64[2]"), "x must be a float")]
+
+
+@op("pow", axes="..., ... -> ...", dtypes="f, f -> f", linear="")
+class Pow(Primitive):
+    """z = x^y, as IEEE 754's pow: NaN for a negative x unless y is a whole number
+
+    dz/dx = y x^(y-1), and 0 where y = 0;   dz/dy = x^y ln x, and 0 where x <= 0, where it has no real value.
+    """
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.power(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y), (z,) = grads, inputs, outputs
+        zero, one = b.constant(0.0, g.dtype), b.constant(1.0, g.dtype)
+        by_x = b.where(b.equal(y, zero), zero, y * x ** (y - one))
+        if y.value.literal is not None:
+            return [unbroadcast(b, g * by_x, x.type), None]
+        # ln is taken of a harmless 1 where x <= 0, so that a backend that traps on NaN stays quiet
+        by_y = b.where(x > zero, z * b.log(b.where(x > zero, x, one)), zero)
+        return [unbroadcast(b, g * by_x, x.type), unbroadcast(b, g * by_y, y.type)]
+
+    samples = [S("f32[2,3] > 0", "f32[2,3]"), S("f32[2,1,4] > 0", "f32[3,1]"), S("f32[4] > 0", "f32[]")]
+    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("i64[2]", "i64[2]"), "x must be a float")]
+
+
+@op("maximum", axes="..., ... -> ...", dtypes="n, n -> n", linear="")
+class Maximum(Primitive):
+    """z = max(x, y); a NaN in either gives NaN
+
+    Where x = y, half of the gradient goes to each, as torch.maximum has it.
+    """
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.maximum(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y) = grads, inputs
+        return _shared_by_extremum(b, g, x, y, x > y)
+
+    samples = [S("f32[2,3]", "f32[2,3]"), S("f32[2,1,4]", "f32[3,1]"), S("i64[4]", "i64[]")]
+    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]
+
+
+@op("minimum", axes="..., ... -> ...", dtypes="n, n -> n", linear="")
+class Minimum(Primitive):
+    """z = min(x, y); a NaN in either gives NaN
+
+    Where x = y, half of the gradient goes to each, as torch.minimum has it.
+    """
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.minimum(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y) = grads, inputs
+        return _shared_by_extremum(b, g, x, y, x < y)
+
+    samples = [S("f32[2,3]", "f32[2,3]"), S("f32[2,1,4]", "f32[3,1]"), S("i64[4]", "i64[]")]
+    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]
+
+
+def _shared_by_extremum(b: Builder, g: Expr, x: Expr, y: Expr, x_wins: Expr) -> list[Expr | None]:
+    """The gradient g to whichever of x and y was chosen, halves of it where they are equal."""
+    to_x = b.where(b.equal(x, y), g * 0.5, b.where(x_wins, g, b.constant(0.0, g.dtype)))
+    return [unbroadcast(b, to_x, x.type), unbroadcast(b, g - to_x, y.type)]
+
+
+@op("floor_divide", axes="..., ... -> ...", dtypes="n, n -> n", linear="")
+class FloorDivide(Primitive):
+    """z = floor(x / y)
+
+    Rounds towards minus infinity, integers as well (as NumPy, Python and torch.floor_divide; C truncates). An
+    integer divided by zero is undefined. Constant between its steps, so no gradient flows.
+    """
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.floor_divide(x, y)
+
+    samples = [S("f32[2,3]", "f32[2,3] > 0"), S("f32[2,1,4]", "f32[3,1] > 0"), S("i64[4] < 50", "i64[4] > 0")]
+    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]
+
+
+@op("mod", axes="..., ... -> ...", dtypes="n, n -> n", linear="")
+class Mod(Primitive):
+    """z = x - floor(x / y) y
+
+    What `floor_divide` leaves: it has the sign of y, as in NumPy, Python and torch.remainder; in C that of x.
+    An integer modulo zero is undefined.
+    """
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.mod(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, y) = grads, inputs
+        return [unbroadcast(b, g, x.type), unbroadcast(b, -g * b.floor_divide(x, y), y.type)]
+
+    samples = [S("f32[2,3]", "f32[2,3] > 0"), S("f32[2,1,4]", "f32[3,1] > 0"), S("i64[4] < 50", "i64[4] > 0")]
+    errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]

@@ -1,0 +1,241 @@
+"""Attention: one composite op; its masks and biases are the terms of `treadle.ir.attention_terms`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from treadle.ir.attention_terms import (
+    Alibi,
+    BiasTerm,
+    BooleanMask,
+    Causal,
+    Grid,
+    Padding,
+    Segments,
+    T5Relative,
+    TensorBias,
+    Term,
+    TermOperand,
+    Window,
+    live_pairs,
+    reach_of,
+)
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.differentiate import backward, operand_gradients
+from treadle.ir.errors import RuleError
+from treadle.ir.op import Composite, Grads, Operand, op
+from treadle.ir.samples import S
+from treadle.ir.types import Type
+
+T = TypeVar("T")
+
+
+@op("attention", linear="v")
+class Attention(Composite):
+    """out[b, h, i] = sum_j p[b, h, i, j] v[b, h, j],   p = softmax over the keys j that i may see of
+    softcap(scale q[b, h, i] · k[b, h, j]) + biases        (Vaswani et al. 2017)
+
+    q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
+
+    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A
+    query that may see no key gets zeros, and so does its gradient.
+
+    terms    masks and biases, in any order; their operands follow v in the order of the terms
+    scale    None: 1/sqrt(d)
+    softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    """
+
+    q = Operand()
+    k = Operand()
+    v = Operand()
+    operand = Operand(variadic=True, optional=True)
+    terms: tuple[Term, ...] = ()
+    scale: float | None = None
+    softcap: float | None = None
+    pairs = ("s", "t")
+
+    # -- rules -----------------------------------------------------------------------------------------------
+
+    @property
+    def _taken(self) -> list[TermOperand]:
+        return [operand for term in self.terms for operand in term.operands]
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        """A query that sees no key after its own position reads t only up to s."""
+        furthest = reach_of(self.terms)[1]
+        t = "[t<=s]" if furthest is not None and furthest <= 0 else "[t]"
+        operands = ["b (g r) s [d]", f"b g {t} [d]", f"b g {t} e", *(o.rule for o in self._taken)]
+        return f"{', '.join(operands)} -> b (g r) s e"
+
+    def dtypes(self) -> str:
+        return f"{', '.join(['f', 'f', 'f', *(o.dtype for o in self._taken)])} -> f"
+
+    @property
+    def positional(self) -> frozenset[str]:
+        return frozenset().union(*(term.positional for term in self.terms))
+
+    def operand_names(self, count: int) -> list[str]:
+        """q, k, v and the terms' own names, numbered from the second of a name."""
+        names: list[str] = []
+        for name in ["q", "k", "v", *(o.name for o in self._taken)]:
+            again = sum(n.rstrip("0123456789") == name for n in names)
+            names.append(f"{name}{again + 1}" if again else name)
+        return [*names, *(f"operand{n}" for n in range(len(names), count))][:count]
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        names = self.operand_names(3 + len(self._taken))
+        if len(types) != len(names):
+            raise RuleError(f"takes {', '.join(names)}, received {len(types)} operands")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise RuleError(f"softcap must be positive, is {self.softcap}")
+        q = types[0]
+        if self.scale is None and q is not None and q.rank == 4 and not q.shape[-1].constant:
+            raise RuleError(f"has no default scale for heads of size {q.shape[-1]}", hint="give scale")
+        for term, operands in self._with_operands(types[3:]):
+            if isinstance(term, T5Relative) and (table := operands[0]) is not None and table.rank == 2:
+                rows = table.shape[0]
+                if rows != term.buckets:
+                    raise RuleError(f"the table of {term} must have {term.buckets} buckets, has {rows}")
+
+    def _with_operands(self, given: Sequence[T]) -> Iterator[tuple[Term, tuple[T, ...]]]:
+        """Each term with its own of the operands that follow v."""
+        rest = iter(given)
+        for term in self.terms:
+            yield term, tuple(next(rest) for _ in term.operands)
+
+    def scale_for(self, d: int) -> float:
+        """What q k is multiplied by, for heads of size d."""
+        return 1 / math.sqrt(d) if self.scale is None else self.scale
+
+    # -- meaning ---------------------------------------------------------------------------------------------
+
+    def reference(self, q: Any, k: Any, v: Any, *given: Any) -> Any:
+        shared = q.shape[1] // k.shape[1]
+        k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
+        scores = self.scale_for(q.shape[-1]) * (q @ np.swapaxes(k, -1, -2))
+        if self.softcap is not None:
+            scores = self.softcap * np.tanh(scores / self.softcap)
+        i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])
+        keep = np.ones((), np.bool_)
+        for term, operands in self._with_operands(given):
+            if isinstance(term, BiasTerm):
+                scores = scores + term.reference(i, j, *operands)
+            else:
+                keep = keep & term.reference(i, j, *operands)
+        scores = np.where(keep, scores, -np.inf)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
+        total = weights.sum(axis=-1, keepdims=True)
+        return (weights / np.where(total > 0, total, 1)) @ v
+
+    def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
+        weights = _weights(b, self._scores(b, q, k, given))
+        out = b.einsum(weights, v, equation="b g r s t, b g t e -> b g r s e")
+        merged: Expr = b.rearrange(out, pattern="b g r s e -> b (g r) s e")
+        return merged
+
+    def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
+        """[b, g, r, s, t], with -inf where a mask says no."""
+        grid = Grid(b, k.shape[1], q.shape[2], k.shape[2])
+        scaled = q * self.scale_for(q.shape[-1].constant or 1)
+        scores: Expr = b.einsum(_grouped(b, scaled, k), k, equation="b g r s d, b g t d -> b g r s t")
+        if self.softcap is not None:
+            scores = b.tanh(scores / self.softcap) * self.softcap
+        keep: Expr | None = None
+        for term, operands in self._with_operands(given):
+            made = term.body(grid, *operands)
+            if isinstance(term, BiasTerm):
+                scores = scores + made
+            else:
+                keep = made if keep is None else keep & made
+        if keep is not None:
+            scores = b.where(keep, scores, b.constant(-math.inf, scores.dtype))
+        return scores
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        """With weights p:  dv = p' dout,  dscores = p (dout v' - sum_e dout out); then the scores' body's."""
+        (g,), (q, k, v, *given), (out,) = grads, inputs, outputs
+        start = len(b.function.nodes)
+        scores = self._scores(b, q, k, [x for x in given if x is not None])
+        nodes = b.function.nodes[start:]
+        weights = _weights(b, scores)
+        g_out = _grouped(b, g, k)
+        g_weights = b.einsum(g_out, v, equation="b g r s e, b g t e -> b g r s t")
+        mean = _grouped(b, b.reduce_sum(g * out, axes=(3,), keep=True), k)
+        found = backward(b, nodes, {scores.value: weights * (g_weights - mean)})
+        g_v = b.einsum(weights, g_out, equation="b g r s t, b g r s e -> b g t e")
+        g_q, g_k, _, *g_given = operand_gradients(found, [q, k, None, *given])
+        return [g_q, g_k, g_v, *g_given]
+
+    # -- cost ------------------------------------------------------------------------------------------------
+
+    def live_pairs(self, queries: int, keys: int) -> int:
+        """How many pairs of a query and a key have a score, in one head of one row; see `attention_terms`."""
+        return live_pairs(self.terms, queries, keys)
+
+    def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
+        """A live pair costs 2 (d + e) in the two products, and a few in between: scale, maximum, difference,
+        exponential and sum, 3 for a soft-cap, 1 for each bias."""
+        q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
+        between = 5 + 3 * (self.softcap is not None) + sum(isinstance(t, BiasTerm) for t in self.terms)
+        return q[0] * q[1] * self.live_pairs(q[2], k[2]) * (2 * (q[3] + v[3]) + between)
+
+    # -- samples ---------------------------------------------------------------------------------------------
+
+    _SELF = ("f32[2,4,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]")
+    _GROUPED = ("f32[2,4,5,3]", "f32[2,2,5,3]", "f32[2,2,5,2]")
+    _CROSS = ("f32[2,2,3,4]", "f32[2,1,6,4]", "f32[2,1,6,2]")
+    samples = [
+        S(*_SELF),
+        S(*_CROSS, scale=1.0),
+        S(*_GROUPED, terms=(Causal(),), softcap=2.0),
+        S(*_CROSS, terms=(Causal(),)),
+        S(*_SELF, terms=(Causal(), Window(2))),
+        S(*_CROSS, terms=(Window(3),)),
+        S(*_GROUPED, "i64[2] < 6", terms=(Padding(),)),
+        S(*_SELF, "i64[2,5] < 3", "i64[2,5] < 3", terms=(Segments(), Causal())),
+        S(*_CROSS, "i64[2,3] < 3", "i64[2,6] < 3", terms=(Segments(),)),
+        S(*_GROUPED, "bool[2,4,5,5]", terms=(BooleanMask(),)),
+        S(*_CROSS, "bool[2,6]", terms=(BooleanMask("b t"),)),
+        S(*_GROUPED, "f32[2,4,5,5]", terms=(TensorBias(),)),
+        S(*_CROSS, "f32[2,3,6]", "f32[6]", terms=(TensorBias("h s t"), TensorBias("t"))),
+        S(*_GROUPED, "f32[8,4]", terms=(T5Relative(8, 4, True),), scale=1.0),
+        S(*_CROSS, "f32[6,2]", terms=(T5Relative(6, 5), Causal())),
+        S(*_GROUPED, "f32[4]", terms=(Causal(), Alibi())),
+        S(*_GROUPED, "i64[2] < 6", "f32[4]", terms=(Causal(), Window(3), Padding(), Alibi()), softcap=3.0),
+    ]
+    errors = [
+        (S("f32[2,6,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]"), "dimension 1 of q is 6, not a multiple of 4"),
+        (S("f32[2,4,5,3]", "f32[2,4,5,2]", "f32[2,4,5,3]"), "axis d sizes disagree: 3 in q, 2 in k"),
+        (S("f32[2,4,5,3]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "axis t sizes disagree: 5 in k, 6 in v"),
+        (S("f32[2,4,5]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "q must have rank 4, has rank 3"),
+        (S("f32[2,4,5,D]", "f32[2,4,5,D]", "f32[2,4,5,3]"), "no default scale for heads of size D"),
+        (S(*_SELF, softcap=0.0), "softcap must be positive"),
+        (S(*_SELF, terms=(Padding(),)), "takes q, k, v, lengths, received 3 operands"),
+        (S(*_SELF, "i64[3]", terms=(Padding(),)), "axis b sizes disagree: 2 in q, 3 in lengths"),
+        (S(*_SELF, "i32[2]", terms=(Padding(),)), "lengths must be i64, is i32"),
+        (S(*_CROSS, "i64[2,6]", "i64[2,6]", terms=(Segments(),)), "3 in q, 6 in query_segments"),
+        (S(*_SELF, "bool[2,5,5]", terms=(BooleanMask(),)), "mask must have rank 4, has rank 3"),
+        (S(*_SELF, "f32[2,3]", terms=(TensorBias("b t"),)), "axis t sizes disagree: 5 in k, 3 in bias"),
+        (S(*_SELF, "f32[16,4]", terms=(T5Relative(),)), "must have 32 buckets, has 16"),
+        (S(*_SELF, "f32[6]", terms=(Alibi(),)), "dimension 0 of slopes is 6"),
+    ]
+
+
+def _grouped(b: Builder, x: Expr, k: Expr) -> Expr:
+    """[b, (g r), s, d] with its heads grouped by those of k."""
+    made: Expr = b.rearrange(x, pattern=f"b (g={k.shape[1]} r) s d -> b g r s d")
+    return made
+
+
+def _weights(b: Builder, scores: Expr) -> Expr:
+    """The softmax over the last axis, with zeros for a row that is -inf throughout."""
+    zero, one = (b.constant(x, scores.dtype) for x in (0, 1))
+    peak = b.reduce_max(scores, axes=(4,), keep=True)
+    weights = b.exp(scores - b.where(peak > -math.inf, peak, zero))
+    total = b.reduce_sum(weights, axes=(4,), keep=True)
+    return weights / b.where(total > 0, total, one)  # type: ignore[no-any-return]

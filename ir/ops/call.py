@@ -1,0 +1,49 @@
+"""Call: a function of the graph applied to values and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from treadle.ir.errors import GraphError, RuleError
+from treadle.ir.graph import Function
+from treadle.ir.op import Operand, Primitive, op
+from treadle.ir.types import Type
+
+
+@op("call", flops=0)
+class Call(Primitive):
+    """y, ... = f(x, ..., weights)
+
+    Operands are the function's inputs, then its parameters. The function's signature is held as text, so that a call
+    says its types by itself; the verifier compares it with the function. It has no axis rule: analyses enter the callee.
+    """
+
+    arguments = Operand(variadic=True)
+    function: str
+    takes: tuple[Type, ...]
+    gives: tuple[Type, ...]
+
+    @staticmethod
+    def of(function: Function) -> Call:
+        """A call with this function's signature."""
+        return Call(
+            function=function.name,
+            takes=tuple(v.type for v in function.arguments),
+            gives=tuple(v.type for v in function.outputs.values()),
+        )
+
+    @property
+    def callee(self) -> str:  # type: ignore[override]
+        return self.function
+
+    def infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
+        if len(types) != len(self.takes):
+            raise RuleError(f"{self.function} takes {len(self.takes)} arguments, received {len(types)}")
+        for position, (wanted, got) in enumerate(zip(self.takes, types, strict=True)):
+            if wanted != got:
+                raise RuleError(f"{self.function}: argument {position} must be {wanted}, is {got}")
+        return self.gives
+
+    def reference(self, *operands: Any) -> Any:
+        raise GraphError("a call has no reference of its own: interpret the graph")

@@ -1,0 +1,236 @@
+"""Convolution, and the sliding windows that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.op import Composite, Grads, Operand, Primitive, op
+from treadle.ir.ops.axis_names import axis_letters, place
+from treadle.ir.ops.shapes import not_below, resized, sized
+from treadle.ir.samples import S
+from treadle.ir.sizes import Size, SizeLike
+from treadle.ir.types import Type
+
+
+def window_count(size: Size, window: SizeLike, stride: int, dilation: int) -> Size:
+    """How many windows fit on an axis: floor((size - dilation (window - 1) - 1) / stride) + 1."""
+    return (size - (Size.of(window) - 1) * dilation - 1) // stride + 1
+
+
+def _positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise RuleError(f"{name} must be 1 or more, is {number}")
+
+
+@op("windows", dtypes="t -> t", linear="x", flops=0)
+class Windows(Primitive):
+    """y[..., i, ..., k] = x[..., i stride + k dilation, ...]: windows of `size` elements along one axis
+
+    The axis becomes that of the windows; the elements of each lie along a new last one. What is left over at
+    the end and fills no window is dropped.
+    """
+
+    x = Operand()
+    axis: int
+    size: Size
+    stride: int = 1
+    dilation: int = 1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        *names, element = axis_letters((ranks[0] or 0) + 1, self.size.symbols)
+        axis = place(self.axis, len(names))
+        count = window_count(Size.symbol(names[axis]), self.size, self.stride, self.dilation)
+        left, right = resized(names, axis, count)
+        return f"{left} -> {right} ^{element}={self.size}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        assert x is not None
+        _positive(stride=self.stride, dilation=self.dilation)
+        not_below(self.size, Size.of(1), f"size must be 1 or more, is {self.size}")
+        size, span = x.shape[place(self.axis, x.rank)], (self.size - 1) * self.dilation + 1
+        not_below(size, span, f"a window spans {span} elements, the axis has {size}")
+
+    def reference(self, x: Any) -> Any:
+        axis = place(self.axis, x.ndim)
+        span = (self.size.evaluate({}) - 1) * self.dilation + 1
+        every = np.lib.stride_tricks.sliding_window_view(x, span, axis=axis)
+        index = [slice(None)] * every.ndim
+        index[axis], index[-1] = slice(None, None, self.stride), slice(None, None, self.dilation)
+        return every[tuple(index)]
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        axis = place(self.axis, x.rank)
+        return [b.fold_windows(g, axis=axis, size=x.shape[axis], stride=self.stride, dilation=self.dilation)]
+
+    samples = [
+        S("f32[2,7]", axis=1, size=3),
+        S("f32[8,2]", axis=0, size=2, stride=3, dilation=2),
+        S("f32[2,5,3]", axis=-2, size=2, stride=2),
+        S("i64[4]", axis=0, size=4),
+    ]
+    errors = [
+        (S("f32[4]", axis=0, size=3, dilation=2), "a window spans 5 elements, the axis has 4"),
+        (S("f32[4]", axis=0, size=2, stride=0), "stride must be 1 or more"),
+        (S("f32[4]", axis=0, size=0), "size must be 1 or more"),
+    ]
+
+
+@op("fold_windows", dtypes="n -> n", linear="x")
+class FoldWindows(Primitive):
+    """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added where they lie
+
+    The transpose of `windows`.
+
+    size   the size of the axis that the windows were taken from
+    """
+
+    x = Operand()
+    axis: int
+    size: Size
+    stride: int = 1
+    dilation: int = 1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        *names, element = axis_letters(ranks[0] or 0, self.size.symbols)
+        left, right = resized(names, place(self.axis, len(names)), self.size)
+        return f"{left} [{element}] -> {right}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        assert x is not None
+        _positive(stride=self.stride, dilation=self.dilation)
+        if x.rank < 2:
+            raise RuleError("x needs an axis of windows and a last one of their elements")
+        count = window_count(self.size, x.shape[-1], self.stride, self.dilation)
+        found = x.shape[place(self.axis, x.rank - 1)]
+        if found != count:
+            raise RuleError(f"an axis of size {self.size} has {count} windows, x has {found}")
+
+    def reference(self, x: Any) -> Any:
+        axis = place(self.axis, x.ndim - 1)
+        shape = list(x.shape[:-1])
+        shape[axis] = self.size.evaluate({})
+        y = np.zeros(shape, x.dtype)
+        moved, reach = np.moveaxis(y, axis, 0), (x.shape[axis] - 1) * self.stride + 1
+        for k in range(x.shape[-1]):
+            first = k * self.dilation
+            moved[first : first + reach : self.stride] += np.moveaxis(x[..., k], axis, 0)
+        return y
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        axis = place(self.axis, x.rank - 1)
+        return [b.windows(g, axis=axis, size=x.shape[-1], stride=self.stride, dilation=self.dilation)]
+
+    samples = [
+        S("f32[2,5,3]", axis=1, size=7),
+        S("f32[2,2,2]", axis=0, size=8, stride=3, dilation=2),
+        S("f32[2,2,3,2]", axis=-2, size=5, stride=2),
+        S("i64[1,4]", axis=0, size=4),
+    ]
+    errors = [
+        (S("f32[2,5,3]", axis=1, size=8), "an axis of size 8 has 6 windows, x has 5"),
+        (S("f32[3]", axis=0, size=3), "x needs an axis of windows"),
+    ]
+
+
+@op("conv", dtypes="f, f, f -> f", linear="x bias | weight bias", flops=2)
+class Conv(Composite):
+    """y[b, o, i...] = bias[o] + sum_{c, k...} x[b, c, i stride + k dilation - padding...] weight[o, c, k...]
+
+    Cross-correlation over any number of spatial axes, which goes by the name of convolution in deep learning
+    (Dumoulin & Visin 2016). x is [b, c, *spatial], weight [o, c / groups, *kernel], y [b, o, *spatial].
+
+    strides, dilations   a number a spatial axis; empty means 1
+    padding              zeros before each spatial axis, then after each (ONNX's pads); half as many numbers
+                         pad both sides alike; empty means none. Causal: (dilation (k - 1), 0)
+    groups               output group j reads input group j alone
+    """
+
+    x = Operand()
+    weight = Operand()
+    bias = Operand(optional=True)
+    strides: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    groups: int = 1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        spatial = (ranks[0] or 0) - 2
+        if spatial < 1:
+            raise RuleError("x must be [b, c, *spatial], with a spatial axis or more")
+        each = self.spatial(spatial)
+        sizes, kernel = [f"n{i}" for i in range(spatial)], [f"k{i}" for i in range(spatial)]
+        counts = [
+            sized(window_count(Size.symbol(n) + before + after, Size.symbol(k), stride, dilation))
+            for n, k, (before, after, stride, dilation) in zip(sizes, kernel, each, strict=True)
+        ]
+        c, o = (f"(g={self.groups} c)", "(g o)") if self.groups != 1 else ("c", "o")
+        weight = f"{o} c {' '.join(f'[{k}]' for k in kernel)}"
+        return f"b {c} {' '.join(f'[{n}]' for n in sizes)}, {weight}, {o} -> b {o} {' '.join(counts)}"
+
+    def spatial(self, count: int) -> list[tuple[int, int, int, int]]:
+        """Padding before, padding after, stride and dilation of each spatial axis. Raises RuleError."""
+        padding = self.padding * (2 if len(self.padding) == count else 1) or (0,) * (2 * count)
+        strides, dilations = self.strides or (1,) * count, self.dilations or (1,) * count
+        for name, numbers, wanted in (
+            ("strides", strides, count),
+            ("dilations", dilations, count),
+            ("padding", padding, 2 * count),
+        ):
+            if len(numbers) != wanted:
+                raise RuleError(f"{name} has {len(numbers)} numbers for {count} spatial axes")
+        return list(zip(padding[:count], padding[count:], strides, dilations, strict=True))
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        x, weight, _ = types
+        assert x is not None
+        assert weight is not None
+        _positive(groups=self.groups)
+        for size, window, (before, after, stride, dilation) in zip(
+            x.shape[2:], weight.shape[2:], self.spatial(x.rank - 2), strict=False
+        ):
+            _positive(stride=stride, dilation=dilation)
+            padded, span = size + before + after, (window - 1) * dilation + 1
+            not_below(padded, span, f"the kernel spans {span} elements, the padded axis has {padded}")
+
+    def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
+        spatial = x.rank - 2
+        for axis, (before, after, stride, dilation) in enumerate(self.spatial(spatial), start=2):
+            if before or after:
+                x = b.pad(x, axis=axis, before=before, after=after)
+            x = b.windows(x, axis=axis, size=weight.shape[axis], stride=stride, dilation=dilation)
+        names = axis_letters(2 * spatial, "bcgo")
+        places, kernel = " ".join(names[:spatial]), " ".join(names[spatial:])
+        if self.groups == 1:
+            y = b.einsum(x, weight, equation=f"b c {places} {kernel}, o c {kernel} -> b o {places}")
+        else:
+            group = f"g={self.groups}"
+            x = b.rearrange(x, pattern=f"b ({group} c) {places} {kernel} -> b g c {places} {kernel}")
+            weight = b.rearrange(weight, pattern=f"({group} o) c {kernel} -> g o c {kernel}")
+            y = b.einsum(x, weight, equation=f"b g c {places} {kernel}, g o c {kernel} -> b g o {places}")
+            y = b.rearrange(y, pattern=f"b g o {places} -> b (g o) {places}")
+        return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
+
+    samples = [
+        S("f32[2,3,8]", "f32[4,3,3]", "f32[4]", padding=(2, 0)),
+        S("f32[2,4,5,6]", "f32[6,2,3,2]", None, strides=(2, 1), padding=(1, 0), groups=2),
+        S("f32[1,2,9]", "f32[2,1,2]", "f32[2]", dilations=(3,), strides=(2,), groups=2),
+        S("f32[1,2,3,3,3]", "f32[2,2,2,2,2]", None),
+    ]
+    errors = [
+        (S("f32[1,2,8]", "f32[4,3,3]", None), "axis c sizes disagree: 2 in x, 3 in weight"),
+        (S("f32[1,3,8]", "f32[4,1,3]", None, groups=2), "its factors (g c) make 2"),
+        (S("f32[1,3,2]", "f32[4,3,3]", None), "the kernel spans 3 elements, the padded axis has 2"),
+        (S("f32[1,3,8]", "f32[4,3,3]", "f32[3]"), "sizes disagree: 4 in weight, 3 in bias"),
+        (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
+        (S("f32[3,8]", "f32[3,3]", None), "with a spatial axis or more"),
+    ]

@@ -1,0 +1,270 @@
+"""Ops that read and write at positions which another operand holds, and the positions themselves.
+
+An indexed axis (`@v`) is read, or in a scatter written, wherever the indices point; a scatter's result holds
+it.
+
+    gather       "@v d, i -> i d"
+    index_add    "@v d, i, i d -> @v d"      i is reduced by sum; target is added once
+
+An index below 0 or past the axis is an error in the reference, as it is undefined in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import GraphError, RuleError
+from treadle.ir.op import Composite, Grads, Operand, Primitive, op
+from treadle.ir.ops.axis_names import axis_letters, place
+from treadle.ir.ops.shapes import zeros
+from treadle.ir.samples import S
+from treadle.ir.sizes import Size
+from treadle.ir.types import DType, Type, i64
+
+
+def _inside(op: str, indices: Any, size: int) -> Any:
+    """The indices, checked against the axis that they point into. Raises GraphError."""
+    outside = (indices < 0) | (indices >= size)
+    if np.any(outside):
+        raise GraphError(f"{op}: index {indices[outside].flat[0]} is outside an axis of size {size}")
+    return indices
+
+
+def _elements(indices: Any, axis: int) -> tuple[Any, ...]:
+    """NumPy's index for the elements that `indices` picks along one axis, elsewhere its own positions."""
+    grid = list(np.indices(indices.shape, sparse=True))
+    grid[axis] = indices
+    return tuple(grid)
+
+
+# -- slices --------------------------------------------------------------------------------------------------
+
+
+@op("gather", dtypes="t, i -> t", linear="x", flops=0)
+class Gather(Primitive):
+    """y[..., i..., ...] = x[..., indices[i...], ...]: slices of x along one axis, at indices of any rank"""
+
+    x = Operand()
+    indices = Operand()
+    axis: int = 0
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        before, v, after, picked = _slice_names(self.axis, ranks[0] or 0, ranks[1] or 0)
+        return f"{before} @{v} {after}, {picked} -> {before} {picked} {after}"
+
+    def reference(self, x: Any, indices: Any) -> Any:
+        return np.take(x, _inside("gather", indices, x.shape[self.axis]), axis=self.axis)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, indices) = grads, inputs
+        axis = place(self.axis, x.rank)
+        return [b.index_add(zeros(b, x.type), indices, g, axis=axis), None]
+
+    samples = [
+        S("f32[5,3]", "i64[2,4] < 5"),
+        S("f32[2,5,3]", "i64[4] < 5", axis=1),
+        S("f32[2,3]", "i32[2,2] < 3", axis=-1),
+        S("f32[4,3]", "i64[] < 4"),
+        S("i64[4]", "i64[3] < 4"),
+    ]
+    errors = [
+        (S("f32[4]", "f32[2]"), "indices must be an integer"),
+        (S("f32[4]", "i64[2]", axis=1), "there is no axis 1"),
+    ]
+
+
+@op("index_add", dtypes="n, i, n -> n", linear="target updates")
+class IndexAdd(Primitive):
+    """y = target, then y[..., indices[i...], ...] += updates[..., i..., ...] for every i
+
+    The transpose of `gather`. Where indices repeat, all of their updates are added.
+    """
+
+    target = Operand()
+    indices = Operand()
+    updates = Operand()
+    axis: int = 0
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        before, v, after, picked = _slice_names(self.axis, ranks[0] or 0, ranks[1] or 0)
+        target = f"{before} @{v} {after}"
+        return f"{target}, {picked}, {before} {picked} {after} -> {target}"
+
+    def reference(self, target: Any, indices: Any, updates: Any) -> Any:
+        y = target.copy()
+        axis = place(self.axis, y.ndim)
+        rows = np.moveaxis(updates, range(axis, axis + indices.ndim), range(indices.ndim))
+        np.add.at(np.moveaxis(y, axis, 0), _inside("index_add", indices, y.shape[axis]), rows)
+        return y
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (_, indices, _) = grads, inputs
+        return [g, None, b.gather(g, indices, axis=self.axis)]
+
+    samples = [
+        S("f32[5,3]", "i64[2,4] < 5", "f32[2,4,3]"),
+        S("f32[2,5,3]", "i64[4] < 5", "f32[2,4,3]", axis=1),
+        S("f32[2,3]", "i32[4] < 3", "f32[2,4]", axis=-1),
+        S("f32[4,3]", "i64[] < 4", "f32[3]"),
+        S("i64[4]", "i64[3] < 4", "i64[3]"),
+    ]
+    errors = [
+        (S("f32[4,3]", "i64[2]", "f32[2,2]"), "sizes disagree"),
+        (S("f32[4,3]", "i64[2]", "f32[3]"), "updates must have rank 2"),
+    ]
+
+
+def _slice_names(axis: int, rank: int, picked: int) -> tuple[str, str, str, str]:
+    """Names before the axis, its own, those after it, and those of the indices."""
+    axis = place(axis, rank)
+    names = axis_letters(rank + picked)
+    return " ".join(names[:axis]), names[axis], " ".join(names[axis + 1 : rank]), " ".join(names[rank:])
+
+
+@op("embedding", axes="@v d, ... -> ... d", dtypes="t, i -> t", linear="table", flops=0)
+class Embedding(Composite):
+    """y[..., d] = table[indices[...], d]"""
+
+    table = Operand()
+    indices = Operand()
+
+    def body(self, b: Builder, table: Expr, indices: Expr) -> Any:
+        return b.gather(table, indices, axis=0)
+
+    samples = [S("f32[5,3]", "i64[2,4] < 5"), S("f32[5,3]", "i32[] < 5")]
+    errors = [
+        (S("f32[5]", "i64[2]"), "table must have rank 2"),
+        (S("f32[5,3]", "f32[2]"), "indices must be an integer"),
+    ]
+
+
+# -- elements ------------------------------------------------------------------------------------------------
+
+
+@op("take_along_axis", dtypes="t, i -> t", linear="x", flops=0)
+class TakeAlongAxis(Primitive):
+    """y[..., i, ...] = x[..., indices[..., i, ...], ...]: elements of x along one axis
+
+    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes beside the axis.
+    """
+
+    x = Operand()
+    indices = Operand()
+    axis: int = -1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        source, picked = _element_names(self.axis, ranks[0] or 0)
+        return f"{source}, {picked} -> {picked}"
+
+    def reference(self, x: Any, indices: Any) -> Any:
+        return np.take_along_axis(x, _inside("take_along_axis", indices, x.shape[self.axis]), self.axis)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, indices) = grads, inputs
+        return [b.scatter_add(zeros(b, x.type), indices, g, axis=self.axis), None]
+
+    samples = [
+        S("f32[2,5]", "i64[2,3] < 5"),
+        S("f32[5,2,3]", "i64[2,2,3] < 5", axis=0),
+        S("i64[4]", "i32[2] < 4"),
+    ]
+    errors = [
+        (S("f32[2,5]", "i64[3,1]"), "sizes disagree: 2 in x, 3 in indices"),
+        (S("f32[2,5]", "i64[2]"), "indices must have rank 2"),
+    ]
+
+
+@op("scatter_add", dtypes="n, i, n -> n", linear="target updates")
+class ScatterAdd(Primitive):
+    """y = target, then y[..., indices[..., i, ...], ...] += updates[..., i, ...] for every i
+
+    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and updates have one shape: the rank of
+    target, and its sizes beside the axis. Where indices repeat, all of their updates are added.
+    """
+
+    target = Operand()
+    indices = Operand()
+    updates = Operand()
+    axis: int = -1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        target, picked = _element_names(self.axis, ranks[0] or 0)
+        return f"{target}, {picked}, {picked} -> {target}"
+
+    def reference(self, target: Any, indices: Any, updates: Any) -> Any:
+        y = target.copy()
+        np.add.at(y, _elements(_inside("scatter_add", indices, y.shape[self.axis]), self.axis), updates)
+        return y
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (_, indices, _) = grads, inputs
+        return [g, None, b.take_along_axis(g, indices, axis=self.axis)]
+
+    samples = [
+        S("f32[2,5]", "i64[2,3] < 5", "f32[2,3]"),
+        S("f32[5,2,3]", "i64[6,2,3] < 5", "f32[6,2,3]", axis=0),
+        S("i64[4]", "i32[2] < 4", "i64[2]"),
+    ]
+    errors = [
+        (S("f32[2,5]", "i64[2,3]", "f32[2,4]"), "sizes disagree"),
+        (S("f32[2,5]", "i64[2]", "f32[2]"), "indices must have rank 2"),
+    ]
+
+
+def _element_names(axis: int, rank: int) -> tuple[str, str]:
+    """The dimensions of the tensor with the indexed axis, and those of the indices."""
+    axis = place(axis, rank)
+    names = axis_letters(rank + 1)
+    before, after = names[:axis], names[axis + 1 : rank]
+    return " ".join([*before, f"@{names[axis]}", *after]), " ".join([*before, names[rank], *after])
+
+
+# -- positions -----------------------------------------------------------------------------------------------
+
+
+@op("iota", flops=0)
+class Iota(Primitive):
+    """y[n] = n: the numbers from 0 to size - 1"""
+
+    step = "counts on from the past length"
+    size: Size
+    dtype: DType = i64
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        (name,) = axis_letters(1, self.size.symbols)
+        return f"-> ^{name}={self.size}"
+
+    def dtypes(self) -> str:
+        return f"-> {self.dtype}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.dtype.kind == "bool":
+            raise RuleError("counts in numbers, not bool")
+
+    def reference(self) -> Any:
+        return np.arange(self.size.evaluate({}), dtype=self.dtype.numpy)
+
+    samples = [S(size=5), S(size=3, dtype="f32")]
+    errors = [(S(size=3, dtype="bool"), "counts in numbers")]
+
+
+@op("positions", axes="... >s -> ... >s", dtypes="t -> i64", flops=0)
+class Positions(Primitive):
+    """y[..., i] = i: where each element of x lies along the last axis
+
+    A count of the elements before each one, so the axis is scanned; in a generation step it goes on from the
+    row's past length. It reads no element.
+    """
+
+    x = Operand()
+    step = "adds the past length of the row"
+
+    def reference(self, x: Any) -> Any:
+        return np.broadcast_to(np.arange(x.shape[-1]), x.shape)
+
+    samples = [S("i64[2,5]"), S("f32[4]")]
+    errors = [(S("f32[]"), "x must have rank 1 or more")]

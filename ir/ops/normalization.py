@@ -1,0 +1,161 @@
+"""Softmax and the normalizations: ops that look along a whole axis and keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.op import Composite, Grads, Operand, op
+from treadle.ir.ops.along_axes import rule_along
+from treadle.ir.ops.arithmetic import unbroadcast
+from treadle.ir.samples import S
+
+
+@op("softmax", dtypes="f -> f")
+class Softmax(Composite):
+    """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
+
+    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there.
+    """
+
+    x = Operand()
+    axis: int = -1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        weights = b.exp(x - b.reduce_max(x, axes=(self.axis,), keep=True))
+        return weights / b.reduce_sum(weights, axes=(self.axis,), keep=True)
+
+    def reference(self, x: Any) -> Any:
+        weights = np.exp(x - np.max(x, self.axis, keepdims=True))
+        return weights / np.sum(weights, self.axis, keepdims=True)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (y,) = grads, outputs
+        return [y * (g - b.reduce_sum(g * y, axes=(self.axis,), keep=True))]
+
+    samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0), S("f32[2,3,4]", axis=1)]
+    errors = [(S("f32[2,3]", axis=2), "there is no axis 2"), (S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("log_softmax", dtypes="f -> f")
+class LogSoftmax(Composite):
+    """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x"""
+
+    x = Operand()
+    axis: int = -1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        shifted = x - b.reduce_max(x, axes=(self.axis,), keep=True)
+        return shifted - b.log(b.reduce_sum(b.exp(shifted), axes=(self.axis,), keep=True))
+
+    def reference(self, x: Any) -> Any:
+        shifted = x - np.max(x, self.axis, keepdims=True)
+        return shifted - np.log(np.sum(np.exp(shifted), self.axis, keepdims=True))
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (y,) = grads, outputs
+        return [g - b.exp(y) * b.reduce_sum(g, axes=(self.axis,), keep=True)]
+
+    samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0)]
+    errors = [(S("f32[2,3]", axis=2), "there is no axis 2"), (S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("layer_norm", axes="... [d], d, d -> ... [d]", dtypes="f, f, f -> f")
+class LayerNorm(Composite):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        (Ba, Kiros & Hinton 2016)
+
+    Mean and variance are over the last axis, the variance divided by its size. With n the normalized x,
+    r = 1/sqrt(...) and h = weight * dL/dy:   dL/dx = r (h - mean(h) - n mean(h n))
+    """
+
+    x = Operand()
+    weight = Operand(optional=True)
+    bias = Operand(optional=True)
+    eps: float = 1e-5
+
+    def body(self, b: Builder, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
+        y, _ = self.normalized(b, x)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    def normalized(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
+        """(x - mean(x)) / sqrt(var(x) + eps), and the factor 1 / sqrt(var(x) + eps)."""
+        centered = x - b.reduce_mean(x, axes=(-1,), keep=True)
+        factor = b.rsqrt(b.reduce_mean(centered * centered, axes=(-1,), keep=True) + self.eps)
+        return centered * factor, factor
+
+    def reference(self, x: Any, weight: Any, bias: Any) -> Any:
+        centered = x - np.mean(x, -1, keepdims=True)
+        y = centered / np.sqrt(np.mean(centered * centered, -1, keepdims=True) + self.eps)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, weight, bias) = grads, inputs
+        n, factor = self.normalized(b, x)
+        h = g if weight is None else g * weight
+        mean_h, mean_hn = (b.reduce_mean(v, axes=(-1,), keep=True) for v in (h, h * n))
+        return [
+            factor * (h - mean_h - n * mean_hn),
+            None if weight is None else unbroadcast(b, g * n, weight.type),
+            None if bias is None else unbroadcast(b, g, bias.type),
+        ]
+
+    samples = [
+        S("f32[2,3,8]", "f32[8]", "f32[8]"),
+        S("f32[3,8]", "f32[8]", None, eps=1e-3),
+        S("f32[3,8]", None, "f32[8]"),
+        S("f32[8]", None, None),
+    ]
+    errors = [
+        (S("f32[2,8]", "f32[7]", "f32[8]"), "axis d sizes disagree: 8 in x, 7 in weight"),
+        (S("f32[2,8]", "f32[8]", "f32[2,8]"), "bias must have rank 1"),
+        (S("f32[]", None, None), "x must have rank 1 or more"),
+    ]
+
+
+@op("rms_norm", axes="... [d], d -> ... [d]", dtypes="f, f -> f")
+class RMSNorm(Composite):
+    """y = x / sqrt(mean(x^2) + eps) * weight        (Zhang & Sennrich 2019)
+
+    The mean is over the last axis. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy:
+    dL/dx = r (h - n mean(h n))
+    """
+
+    x = Operand()
+    weight = Operand(optional=True)
+    eps: float = 1e-6
+
+    def body(self, b: Builder, x: Expr, weight: Expr | None) -> Expr:
+        y, _ = self.normalized(b, x)
+        return y if weight is None else y * weight
+
+    def normalized(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
+        """x / sqrt(mean(x^2) + eps), and the factor 1 / sqrt(mean(x^2) + eps)."""
+        factor = b.rsqrt(b.reduce_mean(x * x, axes=(-1,), keep=True) + self.eps)
+        return x * factor, factor
+
+    def reference(self, x: Any, weight: Any) -> Any:
+        y = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + self.eps)
+        return y if weight is None else y * weight
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, weight) = grads, inputs
+        n, factor = self.normalized(b, x)
+        h = g if weight is None else g * weight
+        return [
+            factor * (h - n * b.reduce_mean(h * n, axes=(-1,), keep=True)),
+            None if weight is None else unbroadcast(b, g * n, weight.type),
+        ]
+
+    samples = [S("f32[2,3,8]", "f32[8]"), S("f32[3,8]", None, eps=1e-5), S("f32[8]", "f32[8]")]
+    errors = [(S("f32[2,8]", "f32[7]"), "axis d sizes disagree: 8 in x, 7 in weight")]

@@ -1,0 +1,197 @@
+"""Sums of products: matmul, linear and einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.axes import Application, AxisDim, Role, parse_rule
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.op import Grads, Operand, Primitive, op
+from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.samples import S
+from treadle.ir.types import Type, f32
+
+
+def contraction_gradient(
+    b: Builder, application: Application, grad: Expr, operands: Sequence[Expr | None]
+) -> list[Expr]:
+    """The gradient of a sum of products by each operand: `grad` times the other operands, summed.
+
+    application is the op's rule applied to the operands; every dimension in it is one factor. An axis that
+    one operand alone holds, and not the result, is generated again in that operand's gradient.
+    """
+    dotted = [name for name in application.factors if name.startswith("...")]
+    names = {name: name for name in application.factors}
+    names |= dict(zip(dotted, axis_letters(len(dotted), names), strict=True))
+    result = _names(application.results[0], names)
+    axes = [_names(dims or (), names) for dims in application.operands]
+    present = [(x, held) for x, held in zip(operands, axes, strict=False) if x is not None]
+    terms = [(_squeezed(b, x, held), [n for n in held if n != "1"]) for x, held in present]
+
+    def one(position: int) -> Expr:
+        x, wanted = present[position]
+        factors = [(grad, result), *terms[:position], *terms[position + 1 :]]
+        reached = {n for _, held in factors for n in held}
+        made, kept = grad, result
+        if len(factors) > 1:
+            kept = [n for n in wanted if n in reached]
+            left = ", ".join(" ".join(held) for _, held in factors)
+            made = b.einsum(*[y for y, _ in factors], equation=f"{left} -> {' '.join(kept)}")
+        if kept != wanted:
+            made = b.rearrange(
+                made, pattern=f"{' '.join(kept)} -> {' '.join(n if n in reached else '1' for n in wanted)}"
+            )
+        return made if made.type == x.type else b.expand(made, shape=x.shape)
+
+    return [one(position) for position in range(len(present))]
+
+
+def _names(dims: Sequence[AxisDim], names: dict[str, str]) -> list[str]:
+    """The name of each dimension; "1" for one that broadcasts, and so does not hold its axis."""
+    return [names[d.factors[0]] if d.factors else "1" for d in dims]
+
+
+def _squeezed(b: Builder, x: Expr, held: list[str]) -> Expr:
+    if "1" not in held:
+        return x
+    made: Expr = b.rearrange(x, pattern=f"{' '.join(held)} -> {' '.join(n for n in held if n != '1')}")
+    return made
+
+
+@op("matmul", axes="... m k, ... k n -> ... m n", dtypes="n, n -> n", linear="x | y", flops=2)
+class MatMul(Primitive):
+    """z[..., m, n] = sum_k x[..., m, k] y[..., k, n]
+
+    Leading dimensions broadcast. A vector needs its second axis spelled: rearrange, or einsum.
+    """
+
+    x = Operand()
+    y = Operand()
+
+    def reference(self, x: Any, y: Any) -> Any:
+        return np.matmul(x, y)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,) = grads
+        return contraction_gradient(b, self.apply([x.type for x in inputs]), g, inputs)
+
+    samples = [
+        S("f32[2,3]", "f32[3,4]"),
+        S("f32[2,3,4]", "f32[2,4,5]"),
+        S("f32[2,1,3,4]", "f32[5,4,2]"),
+        S("f32[3,1]", "f32[2,1,3]"),
+        S("i64[2,3]", "i64[3,2]"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[4,5]"), "axis k sizes disagree: 3 in x, 4 in y"),
+        (S("f32[3]", "f32[3,4]"), "x must have rank 2 or more"),
+        (S("f32[2,3]", "f64[3,4]"), "dtypes disagree"),
+    ]
+
+
+@op("linear", axes="... k, n k, n -> ... n", dtypes="f, f, f -> f", linear="x bias | weight bias", flops=2)
+class Linear(Primitive):
+    """y[..., n] = sum_k x[..., k] weight[n, k] + bias[n]
+
+    The weight is [out, in], as checkpoints of PyTorch hold it (torch.nn.functional.linear).
+    """
+
+    x = Operand()
+    weight = Operand()
+    bias = Operand(optional=True)
+
+    def reference(self, x: Any, weight: Any, bias: Any) -> Any:
+        y = np.matmul(x, weight.T)
+        return y if bias is None else y + bias
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x, weight, bias) = grads, inputs
+        application = self.apply([None if v is None else v.type for v in inputs])
+        made = contraction_gradient(b, application, g, [x, weight])
+        if bias is None:
+            return [*made, None]
+        return [*made, b.reduce_sum(g, axes=tuple(range(g.rank - 1)), keep=False) if g.rank > 1 else g]
+
+    samples = [
+        S("f32[2,3,4]", "f32[5,4]", "f32[5]"),
+        S("f32[3,4]", "f32[5,4]", None),
+        S("f32[4]", "f32[5,4]", "f32[5]"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[3,4]", None), "axis k sizes disagree: 3 in x, 4 in weight"),
+        (S("f32[2,3]", "f32[4,3]", "f32[3]"), "axis n sizes disagree: 4 in weight, 3 in bias"),
+    ]
+
+
+@op("einsum", dtypes="n* -> n", flops=2)
+class Einsum(Primitive):
+    """z = the sum, over all axes that the result does not name, of the product of the operands
+
+    equation   "b h s d, b h t d -> b h s t": a name an axis, parted by spaces, as in einops (Rogozhnikov
+               2022); `...` stands for leading dimensions that broadcast. A name stands once in an operand: a
+               diagonal is refused.
+    """
+
+    x = Operand(variadic=True)
+    equation: str
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        return self.equation
+
+    @property
+    def linear(self) -> tuple[frozenset[str], ...]:
+        """In each operand alone."""
+        count = len(self.equation.partition("->")[0].split(","))
+        return tuple(frozenset([name]) for name in self.operand_names(count))
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        rule = parse_rule(self.equation)
+        if len(rule.results) != 1:
+            raise RuleError("an equation has one result", received=self.equation)
+        plain = all(f.role is Role.MAPPED or f.monoid == "sum" for f in rule.factors.values())
+        for pattern in (*rule.operands, *rule.results):
+            dims = [d for d in pattern if isinstance(d, AxisDim)]
+            if rule.given or not plain or any(len(d.factors) != 1 for d in dims):
+                raise RuleError(
+                    "an equation holds names and `...` only",
+                    received=self.equation,
+                    hint="rearrange splits and joins axes",
+                )
+            names = [d.factors[0] for d in dims]
+            repeated = [n for n in names if names.count(n) > 1]
+            if repeated:
+                raise RuleError(f"axis {repeated[0]} stands twice in one term", received=self.equation)
+
+    def reference(self, *operands: Any) -> Any:
+        application = self.apply([f32[x.shape] for x in operands])
+        numbers = {name: number for number, name in enumerate(application.factors)}
+        arguments: list[Any] = []
+        for x, dims in zip(operands, application.operands, strict=True):
+            held = [(numbers[d.factors[0]], n) for d, n in zip(dims or (), x.shape, strict=True) if d.factors]
+            arguments += [x.reshape([n for _, n in held]), [number for number, _ in held]]
+        return np.einsum(*arguments, [numbers[d.factors[0]] for d in application.results[0]])
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,) = grads
+        return contraction_gradient(b, self.apply([x.type for x in inputs]), g, inputs)
+
+    samples = [
+        S("f32[2,3,4,5]", "f32[2,3,6,5]", equation="b h s d, b h t d -> b h s t"),
+        S("f32[2,3]", "f32[3,4]", "f32[4,2]", equation="i j, j k, k l -> i l"),
+        S("f32[2,3,4]", equation="i j k -> k i"),
+        S("f32[3,4]", "f32[3]", equation="i j, i -> i"),
+        S("f32[3]", "f32[3]", equation="i, i ->"),
+        S("f32[2,1,3]", "f32[4,3,5]", equation="... d, ... d e -> ... e"),
+        S("f32[2,3,4]", "f32[4,5]", equation="b ... d, d e -> b ... e"),
+        S("f32[3]", equation="i ->"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[4,5]", equation="i j, j k -> i k"), "axis j sizes disagree"),
+        (S("f32[2,2]", equation="i i -> i"), "axis i stands twice in one term"),
+        (S("f32[2,3]", equation="i [j] -> i [j]"), "names and `...` only"),
+        (S("f32[2,3]", equation="i j -> i k"), "k is in no operand"),
+    ]

@@ -1,0 +1,302 @@
+"""Reductions along axes, and what else looks along an axis: cumsum, argmax and top-k."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from treadle.ir.axes import Rule, parse_rule
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.op import Composite, Grads, Op, Operand, Primitive, op
+from treadle.ir.ops.along_axes import places, rule_along, with_ones
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.shapes import not_below, zeros
+from treadle.ir.samples import S
+from treadle.ir.sizes import Size, product
+from treadle.ir.types import DType, Type, i64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reduction(Op):
+    """Combines the elements along some axes by a monoid; without one, the rule calls them whole.
+
+    axes   the axes to reduce; a negative one counts from the end
+    keep   leave a dimension of size 1 in the place of each
+    """
+
+    monoid: ClassVar[str | None] = None
+    # The attribute has the name of the method that gives other ops' rules, so `rule` is overridden instead.
+    # `field()` keeps that method from being the attribute's default.
+    axes: tuple[int, ...] = dataclasses.field()  # type: ignore[assignment]
+    keep: bool = False
+
+    def rule(self, ranks: Sequence[int | None]) -> Rule:
+        read = f"{{}}:{self.monoid}" if self.monoid else "[{}]"
+        return parse_rule(rule_along(self.axes, ranks[0] or 0, read, "1" if self.keep else ""))
+
+
+class _Extremum(_Reduction, Primitive):
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        if x is not None and any(x.shape[i].constant == 0 for i in places(self.axes, x.rank)):
+            raise RuleError(f"an axis of size 0 has no {self.monoid}")
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,), (y,) = grads, inputs, outputs
+        g, y = (with_ones(b, v, self.axes, x.rank) for v in (g, y))
+        chosen = b.equal(x, y).cast(x.dtype)
+        return [chosen * (g / b.reduce_sum(chosen, axes=self.axes, keep=True))]
+
+    samples = [
+        S("f32[2,3,5] distinct", axes=(-1,)),
+        S("f32[2,3,5] distinct", axes=(0, 2), keep=True),
+        S("f32[2,3,5] distinct", axes=(1,)),
+        S("f32[2,3] distinct", axes=(0, 1)),
+        S("f32[2,3]", axes=()),
+        S("i64[4,3]", axes=(0,)),
+    ]
+    errors = [
+        (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
+        (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
+        (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no"),
+        (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
+    ]
+
+
+@op("reduce_sum", dtypes="n -> n", linear="x")
+class ReduceSum(_Reduction, Primitive):
+    """y = sum of x over `axes`, accumulated in its own dtype"""
+
+    x = Operand()
+    monoid = "sum"
+
+    def reference(self, x: Any) -> Any:
+        return np.sum(x, axis=self.axes, keepdims=self.keep, dtype=x.dtype)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        return [b.expand(with_ones(b, g, self.axes, x.rank), shape=x.shape)]
+
+    samples = [
+        S("f32[2,3,5]", axes=(-1,)),
+        S("f32[2,3,5]", axes=(0, 2), keep=True),
+        S("f32[2,3,5]", axes=(1,)),
+        S("f32[2,3]", axes=(0, 1)),
+        S("f32[]", axes=()),
+        S("i64[4,3]", axes=(0,)),
+    ]
+    errors = [
+        (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
+        (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
+        (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
+    ]
+
+
+@op("reduce_max", dtypes="n -> n")
+class ReduceMax(_Extremum):
+    """y = max of x over `axes`; a NaN gives NaN
+
+    The gradient is shared evenly among equal maxima, as torch.amax has it.
+    """
+
+    x = Operand()
+    monoid = "max"
+
+    def reference(self, x: Any) -> Any:
+        return np.max(x, axis=self.axes, keepdims=self.keep)
+
+
+@op("reduce_min", dtypes="n -> n")
+class ReduceMin(_Extremum):
+    """y = min of x over `axes`; a NaN gives NaN
+
+    The gradient is shared evenly among equal minima, as torch.amin has it.
+    """
+
+    x = Operand()
+    monoid = "min"
+
+    def reference(self, x: Any) -> Any:
+        return np.min(x, axis=self.axes, keepdims=self.keep)
+
+
+@op("reduce_mean", dtypes="f -> f")
+class ReduceMean(_Reduction, Composite):
+    """y = (sum of x over `axes`) / (number of its terms)
+
+    The mean of two parts is no function of their means alone, so the axes are whole; the sum is in the body.
+    """
+
+    x = Operand()
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        return b.reduce_sum(x, axes=self.axes, keep=self.keep) / self.terms(b, x)
+
+    def reference(self, x: Any) -> Any:
+        return np.mean(x, axis=self.axes, keepdims=self.keep, dtype=x.dtype)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        share = g / self.terms(b, x)
+        return [b.expand(with_ones(b, share, self.axes, x.rank), shape=x.shape)]
+
+    def terms(self, b: Builder, x: Expr) -> Expr:
+        """How many elements of x make one of y, as a scalar of x's dtype."""
+        count = product(x.shape[i] for i in places(self.axes, x.rank))
+        if count.constant is not None:
+            return b.constant(count.constant, x.dtype)
+        return b.size(value=count, dtype=x.dtype)  # type: ignore[no-any-return]
+
+    samples = [
+        S("f32[2,3,5]", axes=(-1,)),
+        S("f32[2,3,5]", axes=(0, 2), keep=True),
+        S("f32[2,3]", axes=(0, 1)),
+    ]
+    errors = [
+        (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
+        (S("i64[2]", axes=(0,)), "x must be a float, is i64"),
+    ]
+
+
+@op("size", axes="->", flops=0)
+class SizeOf(Primitive):
+    """y = the value of a size expression, a scalar: the count that a mean over a symbolic axis divides by"""
+
+    value: Size
+    dtype: DType = i64
+
+    def dtypes(self) -> str:
+        return f"-> {self.dtype}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.dtype.kind == "bool":
+            raise RuleError("a size is a number, not a bool")
+
+    def reference(self) -> Any:
+        return np.asarray(self.value.evaluate({}), self.dtype.numpy or np.float32)
+
+    samples = [S(value=12), S(value="2*3+1", dtype="f32")]
+    errors = [(S(value=3, dtype="bool"), "a size is a number")]
+
+
+@op("cumsum", dtypes="n -> n", linear="x")
+class CumSum(Primitive):
+    """y[i] = sum of x[j] over j <= i, along `axis`
+
+    exclusive   j < i instead: starts at 0
+    reverse     j >= i (or j > i): sums from the end. The result at i then reads what comes after i, so the
+                axis is whole and not scanned.
+    """
+
+    x = Operand()
+    axis: int
+    exclusive: bool = False
+    reverse: bool = False
+    step = "carries the running sum"
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        mark = "[{}]" if self.reverse else ">{}"
+        return rule_along([self.axis], ranks[0] or 0, mark, mark)
+
+    def reference(self, x: Any) -> Any:
+        terms = np.moveaxis(x, self.axis, 0)
+        if self.reverse:
+            terms = terms[::-1]
+        if self.exclusive:
+            terms = np.concatenate([np.zeros_like(terms[:1]), terms[:-1]])
+        sums = np.cumsum(terms, axis=0, dtype=x.dtype)
+        return np.moveaxis(sums[::-1] if self.reverse else sums, 0, self.axis)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,) = grads
+        return [b.cumsum(g, axis=self.axis, exclusive=self.exclusive, reverse=not self.reverse)]
+
+    samples = [
+        S("f32[2,5]", axis=-1),
+        S("f32[4,2]", axis=0, exclusive=True),
+        S("f32[2,3,4]", axis=1, reverse=True),
+        S("f32[5]", axis=0, exclusive=True, reverse=True),
+        S("i64[2,3]", axis=1),
+    ]
+    errors = [(S("f32[2,3]", axis=2), "there is no axis 2"), (S("f32[]", axis=0), "there is no axis 0")]
+
+
+@op("argmax", dtypes="n -> i64")
+class ArgMax(Primitive):
+    """y = the position of the greatest element along `axis`; the first of equal ones
+
+    keep   leave a dimension of size 1 in its place
+    """
+
+    x = Operand()
+    axis: int
+    keep: bool = False
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        return rule_along([self.axis], ranks[0] or 0, "[{}]", "1" if self.keep else "")
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        if x is not None and x.shape[place(self.axis, x.rank)].constant == 0:
+            raise RuleError("an axis of size 0 has no greatest element")
+
+    def reference(self, x: Any) -> Any:
+        return np.argmax(x, axis=self.axis, keepdims=self.keep)
+
+    samples = [
+        S("f32[2,5] distinct", axis=-1),
+        S("f32[4,2,3] distinct", axis=0),
+        S("f32[4,3] distinct", axis=1, keep=True),
+        S("i64[4,6] < 3", axis=1),
+    ]
+    errors = [(S("f32[2,3]", axis=2), "there is no axis 2"), (S("f32[0]", axis=0), "an axis of size 0")]
+
+
+@op("top_k", dtypes="n -> n, i64")
+class TopK(Primitive):
+    """values, indices = the k greatest elements along `axis`, greatest first, and their positions
+
+    Of equal elements the one with the lower index comes first. A NaN counts as greater than any number.
+    """
+
+    x = Operand()
+    k: int
+    axis: int = -1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        return rule_along([self.axis], ranks[0] or 0, "[{}]", f"^k={self.k}", f"^k={self.k}")
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        if self.k < 1:
+            raise RuleError(f"k must be 1 or more, is {self.k}")
+        if x is not None:
+            size = x.shape[place(self.axis, x.rank)]
+            not_below(size, Size.of(self.k), f"k is {self.k}, but axis {self.axis} has {size} elements")
+
+    def reference(self, x: Any) -> Any:
+        # A stable ascending sort of the reversed axis, read backwards, descends with lower indices first.
+        backwards = np.flip(x, self.axis)
+        order = np.flip(np.argsort(backwards, axis=self.axis, kind="stable"), self.axis)
+        indices = x.shape[self.axis] - 1 - np.take(order, np.arange(self.k), self.axis)
+        return np.take_along_axis(x, indices, self.axis), indices
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g, _), (x,), (_, indices) = grads, inputs, outputs
+        return [None if g is None else b.scatter_add(zeros(b, x.type), indices, g, axis=self.axis)]
+
+    samples = [
+        S("f32[2,5] distinct", k=3),
+        S("f32[4,2] distinct", k=4, axis=0),
+        S("f32[2,5,3] distinct", k=1, axis=1),
+        S("i64[3,6] < 3", k=4),
+    ]
+    errors = [
+        (S("f32[2,3]", k=4), "k is 4, but axis -1 has 3 elements"),
+        (S("f32[2,3]", k=0), "k must be 1 or more"),
+        (S("f32[2,3]", k=1, axis=2), "there is no axis 2"),
+    ]

@@ -1,0 +1,465 @@
+"""Ops that move elements and leave them as they are: rearrange, expand, reshape, concat, slice and pad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.axes import Application, AxisDim, Role
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError, SizeError
+from treadle.ir.op import Grads, Op, Operand, Primitive, op
+from treadle.ir.ops.arithmetic import unbroadcast
+from treadle.ir.ops.axis_names import axis_letters, place
+from treadle.ir.samples import S
+from treadle.ir.sizes import ZERO, Size, product
+from treadle.ir.types import Type, f32
+
+
+def zeros(b: Builder, type: Type) -> Expr:
+    """Zeros of a type, which no constant holds in full."""
+    made: Expr = b.expand(b.constant(0, type.dtype), shape=type.shape)
+    return made
+
+
+def sized(size: Size) -> str:
+    """A result dimension of this size, in a rule. Parentheses keep a bare symbol from naming a factor."""
+    return f"[({size})]"
+
+
+def resized(names: Sequence[str], axis: int, size: Size) -> tuple[str, str]:
+    """The two sides of a rule that maps every axis but one, which is whole and gets another size."""
+    before, after = names[:axis], names[axis + 1 :]
+    return " ".join([*before, f"[{names[axis]}]", *after]), " ".join([*before, sized(size), *after])
+
+
+def not_below(larger: Size, smaller: Size, otherwise: str) -> None:
+    """Raise RuleError(otherwise) if `larger` is surely below `smaller`; where symbols decide, trust them."""
+    difference = (larger - smaller).constant
+    if difference is not None and difference < 0:
+        raise RuleError(otherwise)
+
+
+# -- rearrange -----------------------------------------------------------------------------------------------
+
+
+@op("rearrange", dtypes="t -> t", linear="x", flops=0)
+class Rearrange(Primitive):
+    """Split, permute and join axes: "b s (heads=12 d) -> b heads s d"        (einops, Rogozhnikov 2022)
+
+    pattern   the axis rule itself. Every name stands once on each side; `(h d)` is one dimension, h
+              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. Where a
+              dimension is split, all its factors but one give their size.
+    """
+
+    x = Operand()
+    pattern: str
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        left, _, right = self.pattern.partition("->")
+        if not left.strip():
+            return f"... -> ... {right}"  # a rule without a left side would have no operand
+        return self.pattern
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        rule = self.rule(())
+        if len(rule.operands) != 1 or len(rule.results) != 1:
+            raise RuleError("a pattern has one side before '->' and one after", received=self.pattern)
+        lost = [f.name for f in rule.factors.values() if f.role is Role.REDUCED]
+        if lost:
+            raise RuleError(f"axis {lost[0]} is not after '->'", received=self.pattern)
+        left, right = (_dims(side) for side in (*rule.operands, *rule.results))
+        moved = all(f.role is Role.MAPPED for f in rule.factors.values())
+        if not moved or any(d.size is not None for d in right):
+            raise RuleError(
+                "a pattern holds names, sizes, 1, `...` and parentheses only", received=self.pattern
+            )
+        for names in (_factors(left), _factors(right)):
+            for name in names:
+                if names.count(name) > 1:
+                    raise RuleError(f"axis {name} stands twice on one side", received=self.pattern)
+        for dim in left:
+            unknown = [n for n in dim.factors if n not in rule.given]
+            if len(unknown) > 1:
+                raise RuleError(
+                    f"cannot tell the sizes of {' and '.join(unknown)}",
+                    received=self.pattern,
+                    hint=f"give all but one, such as {unknown[0]}=2",
+                )
+
+    def at(self, values: Mapping[str, int]) -> Op:
+        rule = self.rule(())
+        if not any(size.symbols for size in rule.given.values()):
+            return self
+        sizes = {name: Size.of(size.evaluate(values)) for name, size in rule.given.items()}
+        return replace(self, pattern=f"{_side(rule.operands[0], sizes)} -> {_side(rule.results[0], {})}")
+
+    def reference(self, x: Any) -> Any:
+        application = self.apply([f32[x.shape]])
+        before, after = _factors(application.operands[0] or ()), _factors(application.results[0])
+        split = x.reshape([_number(application.dims[n].size) for n in before])
+        return split.transpose([before.index(n) for n in after]).reshape(
+            [_number(d.size) for d in application.shapes[0]]
+        )
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        rule = self.rule(())
+        dims = self.apply([x.type]).dims
+        sizes: dict[str, Size] = {}
+        for joined in _dims(rule.results[0]):
+            # The reverse splits this dimension; one factor is inferred, if possible one with symbols.
+            inferred = max(joined.factors, key=lambda n: len(dims[n].size.symbols), default=None)
+            sizes |= {n: dims[n].size for n in joined.factors if n != inferred}
+        return [b.rearrange(g, pattern=f"{_side(rule.results[0], sizes)} -> {_side(rule.operands[0], {})}")]
+
+    samples = [
+        S("f32[2,3,8]", pattern="b s (heads=4 d) -> b heads s d"),
+        S("f32[2,4,3,2]", pattern="b h s d -> b s (h d)"),
+        S("f32[2,3,4]", pattern="... a b -> ... b a"),
+        S("f32[3,4]", pattern="a b -> 1 b 1 a"),
+        S("f32[1,3,1]", pattern="1 a 1 -> a"),
+        S("f32[6,6]", pattern="(a b=3) (c=3 d) -> (c a) d b"),
+        S("f32[]", pattern="-> 1 1"),
+        S("i64[2,3]", pattern="a b -> (b a)"),
+    ]
+    errors = [
+        (S("f32[2,9]", pattern="a (b=2 c) -> a b c"), "not a multiple of 2"),
+        (S("f32[2,8]", pattern="a (b c) -> a b c"), "cannot tell the sizes of b and c"),
+        (S("f32[2,3]", pattern="a b -> a"), "axis b is not after '->'"),
+        (S("f32[2,3]", pattern="a b -> a b c"), "c is in no operand"),
+        (S("f32[2,3]", pattern="a b -> a b a"), "axis a stands twice"),
+        (S("f32[2,3]", pattern="a [b] -> a [b]"), "names, sizes, 1"),
+        (S("f32[2,3]", pattern="1 b -> b"), "must be 1"),
+    ]
+
+
+def _dims(side: Sequence[object]) -> list[AxisDim]:
+    return [d for d in side if isinstance(d, AxisDim)]
+
+
+def _factors(dims: Sequence[AxisDim]) -> list[str]:
+    return [name for d in dims for name in d.factors]
+
+
+def _number(size: Size) -> int:
+    return size.evaluate({})
+
+
+def _side(dims: Sequence[object], sizes: Mapping[str, Size]) -> str:
+    """One side of a pattern as text, with these sizes in it."""
+    texts = []
+    for d in dims:
+        if not isinstance(d, AxisDim):
+            texts.append("...")
+            continue
+        names = [f"{n}={sizes[n]}" if n in sizes else n for n in d.factors]
+        texts.append("1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})")
+    return " ".join(texts)
+
+
+# -- expand, reshape -----------------------------------------------------------------------------------------
+
+
+@op("expand", dtypes="t -> t", linear="x", flops=0)
+class Expand(Primitive):
+    """y[..., i, ...] = x[..., 0, ...]: x repeated along dimensions of size 1 and new leading ones
+
+    shape   the result's sizes. None, or the size that x has there, keeps a dimension and maps its axis;
+            another size needs a 1 in x, or no dimension at all, and generates an axis.
+    """
+
+    step = "repeats its one element"
+    x = Operand()
+    shape: tuple[Size | None, ...]
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        """The rule where no size is that of x: see `apply`."""
+        rank = ranks[0] or 0
+        names = axis_letters(len(self.shape), _symbols(self.shape))
+        results = [n if size is None else f"^{n}={size}" for n, size in zip(names, self.shape, strict=True)]
+        kept = zip(names[len(names) - rank :], self.shape[len(names) - rank :], strict=True)
+        operand = [n if size is None else "1" for n, size in kept]
+        if not rank:
+            return f"... -> ... {' '.join(results)}"  # a rule without a left side would have no operand
+        return f"{' '.join(operand)} -> {' '.join(results)}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        assert x is not None
+        new = len(self.shape) - x.rank
+        if new < 0:
+            raise RuleError(f"x has rank {x.rank}, more than the {len(self.shape)} dimensions to expand to")
+        if None in self.shape[:new]:
+            raise RuleError("a new dimension needs a size")
+        for position, (dim, size) in enumerate(zip(x.dims, self.shape[new:], strict=True)):
+            if size is not None and size != dim.size and not dim.is_one:
+                raise RuleError(f"dimension {position} of x is {dim.size}: it must be 1 to expand to {size}")
+
+    def apply(self, types: Sequence[Type | None]) -> Application:
+        (x,) = types
+        assert x is not None
+        new = len(self.shape) - x.rank
+        old = zip(x.dims, self.shape[new:], strict=True)
+        shape = (*self.shape[:new], *[None if size == dim.size else size for dim, size in old])
+        return super(Expand, replace(self, shape=shape)).apply(types)
+
+    def reference(self, x: Any) -> Any:
+        new = len(self.shape) - x.ndim
+        here = (*[None] * new, *x.shape)
+        shape = [n if size is None else _number(size) for n, size in zip(here, self.shape, strict=True)]
+        return np.broadcast_to(x, shape)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        return [unbroadcast(b, g, x.type)]
+
+    samples = [
+        S("f32[2,1]", shape=(None, 3)),
+        S("f32[1,4]", shape=(2, 3, None)),
+        S("f32[3]", shape=(2, None)),
+        S("f32[]", shape=(2, 3)),
+        S("i64[1,1]", shape=(1, 2)),
+        S("f32[3,1,4]", shape=(2, 3, 5, 4)),
+    ]
+    errors = [
+        (S("f32[2,3]", shape=(2, 4)), "dimension 1 of x is 3: it must be 1"),
+        (S("f32[2,3]", shape=(6,)), "x has rank 2"),
+        (S("f32[3]", shape=(None, 3)), "a new dimension needs a size"),
+    ]
+
+
+def _symbols(sizes: Sequence[Size | None]) -> set[str]:
+    return {symbol for size in sizes if size is not None for symbol in size.symbols}
+
+
+@op("reshape", dtypes="t -> t", linear="x", flops=0)
+class Reshape(Primitive):
+    """The elements of x, in row-major order, under another shape.
+
+    For importers: it does not say which axis becomes which, so every axis ends here. Who knows it uses
+    `rearrange`.
+
+    shape   the result's sizes, as many elements as x has for all values of the symbols
+    """
+
+    x = Operand()
+    shape: tuple[Size, ...]
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        rank = ranks[0] or 0
+        names = axis_letters(rank, _symbols(self.shape))
+        results = " ".join(sized(size) for size in self.shape)
+        return f"{' '.join(f'[{n}]' for n in names)} -> {results}" if rank else f"... -> ... {results}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        assert x is not None
+        if x.elements != product(self.shape):
+            raise RuleError(f"x has {x.elements} elements, the shape {product(self.shape)}")
+
+    def reference(self, x: Any) -> Any:
+        return x.reshape([_number(size) for size in self.shape])
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        return [b.reshape(g, shape=x.shape)]
+
+    samples = [
+        S("f32[2,6]", shape=(3, 4)),
+        S("f32[2,3,4]", shape=(24,)),
+        S("f32[]", shape=(1, 1)),
+        S("i64[1,1]", shape=()),
+    ]
+    errors = [(S("f32[2,3]", shape=(4, 2)), "x has 6 elements, the shape 8")]
+
+
+# -- concat, slice, pad --------------------------------------------------------------------------------------
+
+
+@op("concat", dtypes="t* -> t", linear="parts", flops=0)
+class Concat(Primitive):
+    """The parts laid end to end along one axis; elsewhere they have the same sizes."""
+
+    parts = Operand(variadic=True)
+    axis: int = -1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        rank = ranks[0] or 0
+        names = axis_letters(rank + len(ranks) - 1)
+        axis = place(self.axis, rank)
+        joined = [names[axis], *names[rank:]]
+        total = Size.of("+".join(joined))
+        sides = [resized([*names[:axis], n, *names[axis + 1 : rank]], axis, total) for n in joined]
+        return f"{', '.join(left for left, _ in sides)} -> {sides[0][1]}"
+
+    def reference(self, *parts: Any) -> Any:
+        return np.concatenate(parts, axis=self.axis)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,) = grads
+        made, start = [], ZERO
+        for x in inputs:
+            stop = start + x.shape[self.axis]
+            made.append(b.slice(g, axis=self.axis, start=start, stop=stop))
+            start = stop
+        return made
+
+    samples = [
+        S("f32[2,3]", "f32[2,1]", "f32[2,2]"),
+        S("f32[2,3]", "f32[4,3]", axis=0),
+        S("i64[2,3,2]", "i64[2,1,2]", axis=1),
+        S("f32[3]"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[3,3]"), "sizes disagree: 2 in parts0, 3 in parts1"),
+        (S("f32[2,3]", "f32[2]"), "parts1 must have rank 2"),
+        (S("f32[2,3]", axis=2), "there is no axis 2"),
+    ]
+
+
+@op("slice", dtypes="t -> t", linear="x", flops=0)
+class Slice(Primitive):
+    """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
+
+    start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
+                  the end. They are not clamped: what is known to lie outside is refused.
+    stride        1 or more
+    """
+
+    x = Operand()
+    axis: int
+    start: Size = ZERO
+    stop: Size | None = None
+    stride: int = 1
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        names = axis_letters(ranks[0] or 0, _symbols([self.start, self.stop]))
+        axis = place(self.axis, len(names))
+        start, stop = self.span(Size.symbol(names[axis]))
+        left, right = resized(names, axis, (stop - start + self.stride - 1) // self.stride)
+        return f"{left} -> {right}"
+
+    def span(self, size: Size) -> tuple[Size, Size]:
+        """Start and stop on an axis of this size."""
+        start, stop = (
+            size + edge if edge.constant is not None and edge.constant < 0 else edge
+            for edge in (self.start, size if self.stop is None else self.stop)
+        )
+        return start, stop
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        assert x is not None
+        if self.stride < 1:
+            raise RuleError(f"stride must be 1 or more, is {self.stride}")
+        size = x.shape[place(self.axis, x.rank)]
+        start, stop = self.span(size)
+        for larger, smaller in ((start, ZERO), (stop, start), (size, stop)):
+            not_below(larger, smaller, f"from {start} to {stop} is outside an axis of size {size}")
+
+    def at(self, values: Mapping[str, int]) -> Op:
+        for edge in (self.start, self.stop):
+            if edge is not None and edge.constant is None and edge.evaluate(values) < 0:
+                raise SizeError(f"slice: {edge} is negative", received=f"{dict(values)}")
+        return super().at(values)
+
+    def reference(self, x: Any) -> Any:
+        start, stop = self.span(Size.of(x.shape[self.axis]))
+        return x[_along(x.ndim, self.axis, slice(_number(start), _number(stop), self.stride))]
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        axis = place(self.axis, x.rank)
+        size, taken = x.shape[axis], g.shape[axis]
+        if taken.constant == 0:
+            return [zeros(b, x.type)]
+        start, _ = self.span(size)
+        reach = (taken - 1) * self.stride + 1
+        spread = g if self.stride == 1 else _spread(b, g, axis, self.stride, reach)
+        return [b.pad(spread, axis=axis, before=start, after=size - start - reach)]
+
+    samples = [
+        S("f32[2,5]", axis=1, start=1, stop=4),
+        S("f32[5,2]", axis=0, start=-3),
+        S("f32[7]", axis=0, start=1, stop=-1, stride=3),
+        S("f32[2,6,3]", axis=-2, stride=2),
+        S("i64[4]", axis=0, stop=2),
+    ]
+    errors = [
+        (S("f32[3]", axis=0, stop=4), "from 0 to 4 is outside an axis of size 3"),
+        (S("f32[3]", axis=0, start=-4), "outside an axis of size 3"),
+        (S("f32[3]", axis=0, start=2, stop=1), "from 2 to 1"),
+        (S("f32[3]", axis=0, stride=0), "stride must be 1 or more"),
+        (S("f32[3]", axis=1), "there is no axis 1"),
+    ]
+
+
+def _along(rank: int, axis: int, part: slice) -> tuple[slice, ...]:
+    index = [slice(None)] * rank
+    index[axis] = part
+    return tuple(index)
+
+
+def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
+    """The elements of x along an axis, `stride` apart with zeros between, `size` in all."""
+    names = axis_letters(x.rank + 1)
+    gap, before, name, after = names[-1], names[:axis], names[axis], names[axis + 1 : -1]
+    single = " ".join([*before, name, *after])
+    apart = b.rearrange(x, pattern=f"{single} -> {' '.join([*before, name, '1', *after])}")
+    padded = b.pad(apart, axis=axis + 1, after=stride - 1)
+    split = " ".join([*before, name, gap, *after])
+    merged = b.rearrange(padded, pattern=f"{split} -> {' '.join([*before, f'({name} {gap})', *after])}")
+    made: Expr = b.slice(merged, axis=axis, stop=size)
+    return made
+
+
+@op("pad", dtypes="t -> t", linear="x", flops=0)
+class Pad(Primitive):
+    """x with `before` elements of `value` before it along one axis, and `after` behind it."""
+
+    x = Operand()
+    axis: int
+    before: Size = ZERO
+    after: Size = ZERO
+    value: float = 0.0
+
+    @property
+    def linear(self) -> tuple[frozenset[str], ...]:
+        """Linear where it pads with zeros."""
+        return super().linear if self.value == 0 else ()
+
+    def axes(self, ranks: Sequence[int | None]) -> str:
+        names = axis_letters(ranks[0] or 0, _symbols([self.before, self.after]))
+        axis = place(self.axis, len(names))
+        left, right = resized(names, axis, self.before + Size.symbol(names[axis]) + self.after)
+        return f"{left} -> {right}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        for size in (self.before, self.after):
+            not_below(size, ZERO, f"cannot pad by {size}")
+
+    def reference(self, x: Any) -> Any:
+        widths = [(0, 0)] * x.ndim
+        widths[self.axis] = (_number(self.before), _number(self.after))
+        return np.pad(x, widths, constant_values=self.value)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        stop = self.before + x.shape[self.axis]
+        return [b.slice(g, axis=self.axis, start=self.before, stop=stop)]
+
+    samples = [
+        S("f32[2,3]", axis=1, before=1, after=2),
+        S("f32[2,3]", axis=0, after=1, value=-1.5),
+        S("f32[2,3,2]", axis=-2, before=2),
+        S("i64[3]", axis=0, before=1),
+        S("bool[3]", axis=0, after=1),
+    ]
+    errors = [
+        (S("f32[3]", axis=0, before=-1), "cannot pad by -1"),
+        (S("f32[3]", axis=2), "there is no axis 2"),
+    ]

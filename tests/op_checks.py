@@ -1,0 +1,164 @@
+"""One op on one sample: as a graph, with its gradient as a graph, and what their numbers are held against.
+
+The op suites take every registered op through this. A backend joins in `RUNNERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+import treadle.ir.ops  # noqa: F401  (registers the ops)
+from treadle.ir.builder import Builder
+from treadle.ir.differentiate import backward
+from treadle.ir.graph import Graph, Value
+from treadle.ir.interpreter import interpret
+from treadle.ir.op import OPS, Op
+from treadle.ir.samples import Sample
+from treadle.ir.types import Type, f64
+
+Array = np.ndarray[Any, Any]
+Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
+
+RUNNERS: dict[str, Runner] = {
+    "interpreter": interpret,
+}
+"""How each backend runs a graph on named inputs. The suites run every op through each of them."""
+
+TESTED = sorted(name for name in OPS if name != "call")
+"""The ops that have samples; a call means what its function does."""
+
+EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
+"""The spacing of each float dtype's numbers just above 1."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op with operands."""
+
+    op: Op
+    types: tuple[Type | None, ...]
+    operands: tuple[Array | None, ...]
+
+    @staticmethod
+    def of(name: str, number: int) -> Case:
+        """A registered op on the sample of that number, in the sample's own dtypes."""
+        sample: Sample = OPS[name].samples[number]
+        return Case(OPS[name](**sample.attributes), sample.types, tuple(sample.draw(seed=number, dtype=None)))
+
+    @property
+    def widened(self) -> Case:
+        """The same in float64: the operands, and the op's attributes that are dtypes, such as a cast's."""
+        return Case(
+            self.op.in_float64(),
+            tuple(t.with_dtype(f64) if t is not None and t.dtype.is_float else t for t in self.types),
+            tuple(_wide(x) for x in self.operands),
+        )
+
+    @property
+    def results(self) -> tuple[Array, ...]:
+        """What the op's reference gives."""
+        return self.evaluate(self.operands)
+
+    def evaluate(self, operands: Sequence[Array | None]) -> tuple[Array, ...]:
+        """What the op's reference gives on other operands of the same types."""
+        with np.errstate(all="ignore"):
+            made = self.op.reference(*operands)
+        return tuple(np.asarray(a) for a in (made if isinstance(made, tuple) else (made,)))
+
+    @cached_property
+    def inputs(self) -> dict[str, Array]:
+        """The operands that are present, by name: the inputs of its graphs."""
+        names = self.op.operand_names(len(self.types))
+        return {n: x for n, x in zip(names, self.operands, strict=True) if x is not None}
+
+    @cached_property
+    def seeds(self) -> dict[int, Array]:
+        """A random gradient for each result that is a float, by the result's position."""
+        rng = np.random.default_rng(len(self.types))
+        drawn = [(n, t, rng.standard_normal(t.evaluate({}))) for n, t in enumerate(self.op.infer(self.types))]
+        return {n: seed.astype(t.dtype.numpy or np.float32) for n, t, seed in drawn if t.dtype.is_float}
+
+    def forward_graph(self) -> Graph:
+        """The op alone: operands by name in, `y0`, `y1`, ... out."""
+        b = Builder(Graph("forward"))
+        made = self._emit(b)
+        b.outputs(**{f"y{n}": b.expr(v) for n, v in enumerate(made)})
+        return b.graph
+
+    def gradient_graph(self, seeded: Sequence[int]) -> Graph:
+        """Its gradient: operands and `seed0`, ... in; out, under each operand's name, what flows to it."""
+        b = Builder(Graph("gradient"))
+        made = self._emit(b)
+        given = {made[n]: b.input(f"seed{n}", made[n].type) for n in seeded}
+        found = backward(b, list(b.function.nodes), given)
+        b.outputs(**{v.name: found[v] for v in b.function.inputs if v in found and v not in given})
+        return b.graph
+
+    def _emit(self, b: Builder) -> Sequence[Value]:
+        names = self.op.operand_names(len(self.types))
+        operands = [
+            None if t is None else b.input(n, t).value for n, t in zip(names, self.types, strict=True)
+        ]
+        return b.emit(self.op, operands).results
+
+    def seed_inputs(self, seeded: Sequence[int]) -> dict[str, Array]:
+        """All inputs of `gradient_graph`."""
+        return self.inputs | {f"seed{n}": self.seeds[n] for n in seeded}
+
+    def differences(self, seeded: Sequence[int]) -> dict[str, Array]:
+        """By central differences, for each float64 operand: the gradient of sum(seed * result)."""
+        found: dict[str, Array] = {}
+        for position, name in enumerate(self.op.operand_names(len(self.types))):
+            x = self.operands[position]
+            if x is not None and x.dtype == np.float64:
+                slopes = [self._slope(position, index, seeded) for index in np.ndindex(x.shape)]
+                found[name] = np.reshape(slopes, x.shape)
+        return found
+
+    def _slope(self, position: int, index: tuple[int, ...], seeded: Sequence[int]) -> float:
+        """A step of the spacing's cube root balances the difference's rounding against the curve's bend."""
+        values = self.operands[position]
+        assert values is not None
+        step = EPSILON["f64"] ** (1 / 3) * max(1.0, abs(values[index]))
+
+        def moved(by: float) -> tuple[Array, ...]:
+            other = values.copy()
+            other[index] += by
+            return self.evaluate((*self.operands[:position], other, *self.operands[position + 1 :]))
+
+        above, below = moved(step), moved(-step)
+        return float(sum(np.sum(self.seeds[n] * (above[n] - below[n])) for n in seeded) / (2 * step))
+
+
+def seedings(case: Case) -> list[list[int]]:
+    """Which results have a gradient given: all that can, and each alone, as the others may be left unused."""
+    together = list(case.seeds)
+    return [together, *([n] for n in together if len(together) > 1)]
+
+
+def resolution(graph: Graph) -> float:
+    """The spacing of the coarsest float dtype that a graph computes in."""
+    values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
+    return max((EPSILON[v.type.dtype.name] for v in values if v.type.dtype.is_float), default=EPSILON["f64"])
+
+
+def assert_close(got: Array, expected: Array, tolerance: float, what: str) -> None:
+    """Equal shapes and elements, floats up to a tolerance relative to the largest magnitude (1 at least)."""
+    if expected.dtype.kind != "f":
+        np.testing.assert_array_equal(got, expected, err_msg=what, strict=True)
+        return
+    finite = np.abs(expected[np.isfinite(expected)])
+    scale = max(1.0, float(np.max(finite, initial=0.0)))
+    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), expected, rtol=0, atol=tolerance * scale, err_msg=what
+    )
+
+
+def _wide(x: Array | None) -> Array | None:
+    return x.astype(np.float64) if x is not None and x.dtype.kind == "f" else x

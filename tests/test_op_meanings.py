@@ -1,0 +1,134 @@
+"""What an op promises where random samples do not come: ties, signs, special values, symbolic sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.ir.builder import Builder
+from treadle.ir.differentiate import backward
+from treadle.ir.error_function import erf
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.op import find_op
+
+Array = np.ndarray[Any, Any]
+
+
+def reference(name: str, *operands: Any, **attributes: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return find_op(name)(**attributes).reference(*map(np.asarray, operands))
+
+
+def gradients(build: Callable[..., Any], type: str, *operands: Any) -> list[Array]:
+    """The gradient of the sum of what `build` makes of operands of one type, with respect to each."""
+    b = Builder(Graph("gradients"))
+    inputs = [b.input(f"x{n}", type) for n in range(len(operands))]
+    result = build(b, *inputs)
+    ones = b.expand(b.constant(1.0, result.dtype), shape=result.shape)
+    found = backward(b, list(b.function.nodes), {result.value: ones})
+    b.outputs(**{x.value.name: found[x.value] for x in inputs})
+    made = interpret(b.graph, {f"x{n}": np.asarray(x, np.float64) for n, x in enumerate(operands)})
+    return list(made.values())
+
+
+def test_erf_is_right_to_the_last_bits_of_float64() -> None:
+    rng = np.random.default_rng(0)
+    tiny = rng.standard_normal(20_000) * 10.0 ** rng.uniform(-300, 0, 20_000)
+    x = np.concatenate([rng.uniform(-7, 7, 100_000), tiny, [0.46875, 4.0, 6.0, 5e-324, np.inf, -np.inf]])
+    exact = np.array([math.erf(v) for v in x])
+    # a rational function of two dozen operations, whose errors mostly cancel: four half spacings
+    assert np.all(np.abs(erf(x) - exact) <= 2 * 2.0**-52 * np.abs(exact))
+    assert np.isnan(erf(np.array(np.nan)))
+    assert math.copysign(1.0, float(erf(np.array(-0.0)))) == -1.0
+    assert erf(np.float32([0.5])).dtype == np.float32
+
+
+def test_floor_division_and_mod_of_integers_follow_python() -> None:
+    pairs = [(x, y) for x in range(-7, 8) for y in (-3, -2, 2, 3)]
+    x, y = np.array(pairs, np.int64).T
+    assert reference("floor_divide", x, y).tolist() == [a // c for a, c in pairs]
+    assert reference("mod", x, y).tolist() == [a % c for a, c in pairs]
+
+
+def test_top_k_puts_the_first_of_equal_elements_first() -> None:
+    values, indices = reference("top_k", [1.0, 3.0, 3.0, 0.0, 3.0, 1.0], k=5)
+    assert values.tolist() == [3.0, 3.0, 3.0, 1.0, 1.0]
+    assert indices.tolist() == [1, 2, 4, 0, 5]
+    values, indices = reference("top_k", np.array([0, 255, 7, 255], np.uint8), k=3)
+    assert (values.tolist(), indices.tolist()) == ([255, 255, 7], [1, 3, 2])
+    assert reference("top_k", [1.0, np.nan, 2.0], k=2)[1].tolist() == [1, 2]
+
+
+def test_argmax_takes_the_first_of_equal_elements() -> None:
+    assert reference("argmax", [[1, 4, 4], [2, 2, 2]], axis=1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["reduce_max", "reduce_min"])
+def test_an_extremum_shares_its_gradient_among_ties(name: str) -> None:
+    x = np.array([[1.0, 2.0, 2.0], [5.0, 5.0, 5.0]]) * (1 if name == "reduce_max" else -1)
+    (grad,) = gradients(lambda b, x: b.apply(name, x, axes=(1,)), "f64[2, 3]", x)
+    assert grad.tolist() == [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]]
+
+
+@pytest.mark.parametrize("name", ["maximum", "minimum"])
+def test_equal_operands_of_an_extremum_get_half_each(name: str) -> None:
+    x, y = gradients(lambda b, x, y: b.apply(name, x, y), "f64[1]", [2.0], [2.0])
+    assert (x.tolist(), y.tolist()) == ([0.5], [0.5])
+
+
+def test_gradients_at_special_points_are_finite() -> None:
+    base, exponent = gradients(lambda b, x, y: x**y, "f64[4]", [0.0, 0.0, -2.0, 3.0], [0.0, 2.0, 2.0, 0.0])
+    np.testing.assert_allclose(base, [0, 0, -4, 0])
+    np.testing.assert_allclose(exponent, [0, 0, 0, math.log(3)])
+    for name in ("relu", "abs"):
+        assert gradients(lambda b, x, name=name: b.apply(name, x), "f64[1]", [0.0])[0].tolist() == [0.0]
+
+
+def test_where_stops_the_gradient_of_what_it_does_not_choose() -> None:
+    (grad,) = gradients(lambda b, x: b.where(x > 0.0, x, b.log(x)), "f64[2]", [2.0, 4.0])
+    assert grad.tolist() == [1.0, 1.0]
+
+
+def test_softmax_takes_scores_that_exp_alone_would_not() -> None:
+    row = np.array([1e4, 1e4, -np.inf], np.float32)
+    assert reference("softmax", row).tolist() == [0.5, 0.5, 0.0]
+    half = -math.log(2)
+    np.testing.assert_allclose(reference("log_softmax", row), [half, half, -np.inf], rtol=1e-6)
+
+
+def test_a_mean_over_a_symbolic_axis_divides_by_its_size() -> None:
+    b = Builder(Graph("mean"))
+    x = b.input("x", "f32[B, S]")
+    mean = b.reduce_mean(x, axes=(-1,))
+    found = backward(b, list(b.function.nodes), {mean.value: mean})
+    b.outputs(mean=mean, grad=found[x.value])
+    for shape in ((2, 3), (1, 7)):
+        value = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+        made = interpret(b.graph, {"x": value})
+        share = np.broadcast_to(value.mean(1)[:, None] / shape[1], shape)
+        np.testing.assert_allclose(made["mean"], value.mean(1), rtol=1e-6)
+        np.testing.assert_allclose(made["grad"], share, rtol=1e-6)
+
+
+def test_a_cast_to_bf16_rounds_as_torch_does() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal(10_000) * 10.0 ** rng.uniform(-30, 30, 10_000)).astype(np.float32)
+    halfway = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, np.inf, -0.0, np.nan, 3.4e38], np.float32)
+    x = np.concatenate([x, halfway])
+    expected = torch.from_numpy(x).to(torch.bfloat16).to(torch.float32).numpy()
+    np.testing.assert_array_equal(reference("cast", x, to="bf16"), expected)
+
+
+def test_float64_interpretation_does_not_round_at_casts() -> None:
+    b = Builder(Graph("casts"))
+    x = b.input("x", "f32[1]")
+    b.outputs(y=b.cast(b.cast(x, to="f16"), to="f32"))
+    third = np.float32([1 / 3])
+    assert interpret(b.graph, {"x": third}, float64=True)["y"].tolist() == third.tolist()
+    assert interpret(b.graph, {"x": third})["y"].tolist() == np.float32(np.float16(third)).tolist()
