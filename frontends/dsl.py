@@ -13,6 +13,7 @@ Python: there is no parser of Python source, and no control flow in a graph beyo
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -101,19 +102,23 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
 
 
 def shared_parameter(path: str) -> Tensor:
-    """A parameter declared earlier, by its full path. Raises FrontendError with the nearest names."""
+    """A parameter declared earlier, by its path from the current scope or one around it; the innermost counts.
+
+    So a model that ties its weights does so inside another as well. Raises FrontendError with the nearest names.
+    """
     tracing = trace()
     known = tracing.function.parameters
-    if path not in known:
-        import difflib
-
-        near = difflib.get_close_matches(path, known, n=3)
-        raise FrontendError(
-            f"there is no parameter {path!r} to share",
-            source=describe_source(user_line(), tracing.scope),
-            hint=f"did you mean {' or '.join(near)}?" if near else "declare it first",
-        )
-    return tracing.expr(known[path])
+    around = tracing.scope.split(".") if tracing.scope else []
+    for depth in range(len(around), -1, -1):
+        full = ".".join([*around[:depth], path])
+        if full in known:
+            return tracing.expr(known[full])
+    near = difflib.get_close_matches(path, known, n=3)
+    raise FrontendError(
+        f"there is no parameter {path!r} to share",
+        source=describe_source(user_line(), tracing.scope),
+        hint=f"did you mean {' or '.join(near)}?" if near else "declare it first",
+    )
 
 
 def constant(value: Any, dtype: DType | None = None) -> Tensor:
@@ -277,7 +282,9 @@ def _definition(function: Callable[..., Any]) -> str:
 def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
     if isinstance(returned, Expr):
         hint = returned.value.name
-        named = {hint if returned.value.node is not None and hint != returned.value.node.op.name else "output": returned}
+        named = {
+            hint if returned.value.node is not None and hint != returned.value.node.op.name else "output": returned
+        }
     elif isinstance(returned, Mapping):
         named = dict(returned)
     elif isinstance(returned, tuple | list):

@@ -8,6 +8,8 @@ has an op's name (`t.layer_norm`), the op itself is `t.ops.layer_norm`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from treadle.frontends.dsl import (
@@ -39,6 +41,8 @@ from treadle.frontends.layers import (
     split_heads,
     unembed,
 )
+from treadle.ir.errors import FrontendError
+from treadle.ir.graph import Init
 from treadle.ir.masking import (
     alibi,
     boolean_mask,
@@ -49,8 +53,8 @@ from treadle.ir.masking import (
     tensor_bias,
     window,
 )
-from treadle.ir.graph import Init
 from treadle.ir.op import OPS, find_op
+from treadle.ir.source_lines import user_line
 from treadle.ir.types import Dim, Factor, bf16, boolean, f16, f32, f64, i8, i16, i32, i64, u8
 
 
@@ -68,12 +72,27 @@ class OpFunction:
         return self.name
 
 
+class UnknownNameError(FrontendError, AttributeError):
+    """The DSL has no layer, op or type of that name. An AttributeError too, so that `hasattr` answers no."""
+
+
+def _unknown(name: str, known: Iterable[str]) -> UnknownNameError:
+    near = difflib.get_close_matches(name, known, n=3)
+    return UnknownNameError(
+        f"the DSL has no {name!r}",
+        source=str(user_line() or "") or None,
+        hint="did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its words",
+    )
+
+
 class Ops:
     """Every op by name, as functions of traced values."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in OPS:
-            raise AttributeError(f"there is no op {name!r}")
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in OPS:
+            raise _unknown(name, OPS)
         return OpFunction(name)
 
     def __dir__(self) -> list[str]:
@@ -84,9 +103,11 @@ ops = Ops()
 
 
 def __getattr__(name: str) -> Any:
-    if name in OPS and not name.startswith("_"):
-        return OpFunction(name)
-    raise AttributeError(f"the DSL has no {name!r}")
+    if name.startswith("_"):
+        raise AttributeError(name)
+    if name not in OPS:
+        raise _unknown(name, __dir__())
+    return OpFunction(name)
 
 
 def __dir__() -> list[str]:
@@ -94,9 +115,51 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "Dim", "Factor", "Init", "Model", "Tensor", "alibi", "attention", "bf16", "boolean", "boolean_mask", "bound",
-    "causal", "constant", "convolution", "cross_attention", "embed", "f16", "f32", "f64", "gated_mlp", "i8", "i16",
-    "i32", "i64", "layer_norm", "linear", "merge_heads", "mlp", "model", "multi_head_attention", "ops", "padding",
-    "parameter", "rms_norm", "scope", "segments", "self_attention", "shared_parameter", "size_of", "split_heads",
-    "stack", "t5_relative", "tensor_bias", "trace", "u8", "unembed", "window",
+    "Dim",
+    "Factor",
+    "Init",
+    "Model",
+    "Tensor",
+    "alibi",
+    "attention",
+    "bf16",
+    "boolean",
+    "boolean_mask",
+    "bound",
+    "causal",
+    "constant",
+    "convolution",
+    "cross_attention",
+    "embed",
+    "f16",
+    "f32",
+    "f64",
+    "gated_mlp",
+    "i8",
+    "i16",
+    "i32",
+    "i64",
+    "layer_norm",
+    "linear",
+    "merge_heads",
+    "mlp",
+    "model",
+    "multi_head_attention",
+    "ops",
+    "padding",
+    "parameter",
+    "rms_norm",
+    "scope",
+    "segments",
+    "self_attention",
+    "shared_parameter",
+    "size_of",
+    "split_heads",
+    "stack",
+    "t5_relative",
+    "tensor_bias",
+    "trace",
+    "u8",
+    "unembed",
+    "window",
 ]

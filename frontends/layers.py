@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from treadle.frontends.dsl import Tensor, parameter, shared_parameter, trace
-from treadle.ir.masking import Biases, Masks, attend
-from treadle.ir.masking import causal as causal_mask
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Init
+from treadle.ir.masking import Biases, Masks, attend
+from treadle.ir.masking import causal as causal_mask
 from treadle.ir.sizes import Bounds, Size, SizeLike
-from treadle.ir.types import Dim
 from treadle.ir.source_lines import user_line
+from treadle.ir.types import Dim
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -46,8 +46,9 @@ def embed(ids: Tensor, count: int, dim: SizeLike, *, name: str) -> Tensor:
         return _tensor(b.embedding(parameter("weight", count, dim), ids, name=name))
 
 
-def unembed(x: Tensor, vocab: int | None = None, *, tied: str | None = None, bias: bool = False, name: str = "logits"
-            ) -> Tensor:
+def unembed(
+    x: Tensor, vocab: int | None = None, *, tied: str | None = None, bias: bool = False, name: str = "logits"
+) -> Tensor:
     """Logits over a vocabulary: x W^T (+ b). `tied` names the embedding whose table is W."""
     b = trace()
     if tied is None:
@@ -83,7 +84,9 @@ def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = T
         return linear(inner, x.shape[-1], bias=bias, name="down")
 
 
-def gated_mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = False, name: str = "mlp") -> Tensor:
+def gated_mlp(
+    x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = False, name: str = "mlp"
+) -> Tensor:
     """down(act(gate(x)) * up(x)); `act` is silu where none is given                      (Shazeer 2020)"""
     with trace().scoped(name):
         wide = Dim.of(hidden, "ffn")
@@ -91,14 +94,14 @@ def gated_mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bo
         return linear(gate * linear(x, wide, bias=bias, name="up"), x.shape[-1], bias=bias, name="down")
 
 
-def split_heads(x: Tensor, heads: int, label: str = "heads") -> Tensor:
-    """[B, S, heads * d] -> [B, heads, S, d]"""
-    return _tensor(trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d"))
+def split_heads(x: Tensor, heads: int, *, label: str = "heads", name: str = "heads") -> Tensor:
+    """[B, S, heads * d] -> [B, heads, S, d], the new axis labelled"""
+    return _tensor(trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name))
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """[B, heads, S, d] -> [B, S, heads * d]"""
-    return _tensor(trace().rearrange(x, pattern="b heads s d -> b s (heads d)"))
+    return _tensor(trace().rearrange(x, pattern="b heads s d -> b s (heads d)", name="merged"))
 
 
 def attention(
@@ -144,17 +147,24 @@ def multi_head_attention(
     groups = kv_heads or heads
     per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
     with b.scoped(name):
-        q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads)
-        k = split_heads(linear(context, per_head * groups, bias=projection_bias, name="k"), groups, "kv_heads")
-        v = split_heads(linear(context, per_head * groups, bias=projection_bias, name="v"), groups, "kv_heads")
+        label = "heads" if groups == heads else "kv_heads"
+        q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads, name="q_heads")
+        k, v = (
+            split_heads(
+                linear(context, per_head * groups, bias=projection_bias, name=part),
+                groups,
+                label=label,
+                name=f"{part}_heads",
+            )
+            for part in ("k", "v")
+        )
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        y = attend(b, q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
+        y = attend(b, q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap, name=name)
         return linear(merge_heads(y), width, bias=projection_bias, name="out")
 
 
-def self_attention(x: Tensor, heads: int, *, causal: bool = False, mask: Masks | None = None, **options: Any
-                   ) -> Tensor:
+def self_attention(x: Tensor, heads: int, *, causal: bool = False, mask: Masks | None = None, **options: Any) -> Tensor:
     """Multi-head attention of a sequence x [B, S, D] to itself; `causal` lets position i see positions up to i.
 
     Options are those of `multi_head_attention`.

@@ -387,7 +387,9 @@ class _RuleReader:
         if monoid is not None and monoid not in MONOIDS:
             raise self.error(f"unknown monoid {monoid!r}, expected one of {', '.join(MONOIDS)}")
         if match["size"] is not None:
-            self.given[name] = parse_size(match["size"])
+            size = parse_size(match["size"])
+            if self.given.setdefault(name, size) != size:
+                raise self.error(f"{name} has two sizes, {self.given[name]} and {size}")
         return self.mark(AxisFactor(name, Role.REDUCED if monoid else _MARKS[match["mark"]], monoid), is_result)
 
     def whole(self, inner: str, is_result: bool) -> AxisDim:

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from treadle.ir.dtype_rules import operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
 from treadle.ir.op import OPS, Op, find_op
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import DType, Type, parse_type
-
 
 
 class Builder:
@@ -92,13 +92,14 @@ class Builder:
     def apply(self, kind: str | type[Op], *operands: Any, name: str | None = None, **attributes: Any) -> Any:
         """Apply an op: operands by position (Exprs, numbers or None), attributes by keyword.
 
-        A number becomes a constant of the dtype of the first Expr operand. Returns an Expr, or a tuple of them for an op
-        with several results. Raises GraphError for an unknown op or attribute, RuleError where operands do not fit.
+        A number becomes a constant of the dtype that the op needs beside its other operands. Returns an Expr, or a tuple
+        of them for an op with several results. Raises GraphError for an unknown op or attribute, RuleError where operands
+        do not fit.
         """
         cls = find_op(kind) if isinstance(kind, str) else kind
         try:
             given = cls.arrange(operands)
-            op = cls(**attributes)
+            op = cls.make(**attributes)
         except TypeError as error:
             known = ", ".join(cls.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
             raise GraphError(
@@ -109,17 +110,22 @@ class Builder:
         except TreadleError as error:
             error.source = error.source or describe_source(self.source or user_line(), self.scope)
             raise
-        like = next((x.dtype for x in given if isinstance(x, Expr)), None)
-        node = self.emit(op, [self._value(x, like) for x in given], name)
+        node = self.emit(op, self._values(op, given), name)
         results = tuple(Expr(self, v) for v in node.results)
         return results[0] if len(results) == 1 else results
 
-    def _value(self, x: Any, like: DType | None) -> Value | None:
-        if isinstance(x, Expr):
-            return x.value
-        if x is None or isinstance(x, Value):
-            return x
-        return Value.constant(Literal.of(x, like))
+    def _values(self, op: Op, given: Sequence[Any]) -> list[Value | None]:
+        """Operands as values. A number takes the dtype that the op's rule ties it to, else the first Expr's."""
+        numbers = [i for i, x in enumerate(given) if x is not None and not isinstance(x, Expr | Value)]
+        values = [x.value if isinstance(x, Expr) else x if isinstance(x, Value) else None for x in given]
+        if numbers:
+            entries = operand_entries(op.dtypes(), len(given))
+            known = [v.type.dtype if v is not None else None for v in values]
+            for i in numbers:
+                present = [(entry != entries[i], d) for d, entry in zip(known, entries, strict=True) if d is not None]
+                like = min(present, key=lambda found: found[0])[1] if present else None
+                values[i] = Value.constant(Literal.of(given[i], like))
+        return values
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -280,5 +286,3 @@ class Expr:
 
     def __repr__(self) -> str:
         return f"{self.value.name}: {self.type}"
-
-

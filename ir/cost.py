@@ -1,8 +1,8 @@
 """What a graph costs: floating-point operations and bytes, derived from axis rules and bodies.
 
-A primitive's operations are its points (the product of its rule's factors) times its `flops` a point; a composite's are
-its body's; attention counts its live pairs. Bytes are what an op reads and writes once, as if nothing stayed in a cache:
-an operand that is looked up is read only as often as the result is written.
+A primitive's operations are its points (the product of its rule's factors) times its `flops` a point; a composite's
+are its body's; attention counts its live pairs. Bytes are what an op reads and writes once, as if nothing stayed in a
+cache: an operand that is looked up is read only as often as the result is written.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def _flops(op: Op, types: tuple[Type | None, ...], values: tuple[tuple[str, int]
         return counted
     if isinstance(op, Composite):
         body = body_of(op, types)
-        return sum(
-            _flops(n.op, _key([None if v is None else v.type for v in n.operands]), values) for n in body.nodes
-        )
+        return sum(_flops(n.op, _key([None if v is None else v.type for v in n.operands]), values) for n in body.nodes)
     return op.apply(types).points.evaluate(sizes) * op.flops if op.flops else 0
 
 

@@ -11,13 +11,13 @@ name. `t*` stands for a variadic operand. Nothing is promoted: a cast is an op.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from treadle.ir.errors import RuleError
 from treadle.ir.types import DTYPES, DType
 
-_CLASSES = {
+_CLASSES: dict[str, tuple[str, Callable[[DType], bool]]] = {
     "t": ("any dtype", lambda d: True),
     "n": ("a number", lambda d: d.kind != "bool"),
     "f": ("a float", lambda d: d.kind == "float"),
@@ -37,11 +37,17 @@ def _parse(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return sides[0], sides[1]
 
 
+def operand_entries(text: str, count: int) -> tuple[str, ...]:
+    """The rule's entry for each of `count` operands, a variadic one's repeated."""
+    wanted, _ = _parse(text)
+    if wanted and wanted[-1].endswith("*"):
+        return (*wanted[:-1], *[wanted[-1][:-1]] * (count - len(wanted) + 1))
+    return wanted
+
+
 def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]) -> tuple[DType, ...]:
     """The results' dtypes; None stands for an absent operand. Raises RuleError where an operand does not fit."""
-    wanted, results = _parse(text)
-    if wanted and wanted[-1].endswith("*"):
-        wanted = (*wanted[:-1], *[wanted[-1][:-1]] * (len(dtypes) - len(wanted) + 1))
+    wanted, results = operand_entries(text, len(dtypes)), _parse(text)[1]
     bound: dict[str, tuple[DType, str]] = {}
     for entry, dtype, name in zip(wanted, dtypes, names, strict=True):
         if dtype is None:

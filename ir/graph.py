@@ -19,7 +19,7 @@ import numpy as np
 
 from treadle.ir.errors import GraphError
 from treadle.ir.sizes import Bounds
-from treadle.ir.types import DType, Type, dtype_of
+from treadle.ir.types import DType, Type, bf16, dtype_of
 
 if TYPE_CHECKING:
     import networkx
@@ -40,7 +40,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Literal:
-    """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major."""
+    """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major.
+
+    NumPy has no bf16: such elements are kept in their two bytes, and read and written as float32.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
@@ -50,18 +53,19 @@ class Literal:
     def of(value: Any, dtype: DType | None = None) -> Literal:
         """From a Python number, nested list or NumPy array; `dtype` converts. Raises GraphError."""
         array = np.asarray(value)
-        if dtype is not None and dtype.numpy is not None:
-            array = array.astype(dtype.numpy)
         kind = dtype or dtype_of(array)
-        if kind is None or kind.numpy is None:
-            raise GraphError(f"a constant cannot hold {dtype or array.dtype}")
-        contiguous = np.ascontiguousarray(array, dtype=kind.numpy.newbyteorder("<"))
+        if kind is None or array.dtype.kind not in "biuf":
+            raise GraphError(f"a constant cannot hold {array.dtype}")
+        stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)
+        contiguous = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
         return Literal(kind, tuple(array.shape), contiguous.tobytes())
 
     @property
     def array(self) -> np.ndarray[Any, Any]:
         """A read-only array of the elements."""
-        assert self.dtype.numpy is not None
+        if self.dtype is bf16:
+            words = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
+            return words.view(np.float32).reshape(self.shape)
         return np.frombuffer(self.data, dtype=self.dtype.numpy).reshape(self.shape)
 
     @property
@@ -72,6 +76,14 @@ class Literal:
     @property
     def type(self) -> Type:
         return self.dtype[self.shape] if self.shape else Type(self.dtype)
+
+
+def _to_bfloat16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The upper halves of float32 words, rounded to nearest even; a NaN stays one."""
+    values = np.ascontiguousarray(array, dtype=np.float32)
+    words = values.view(np.uint32).astype(np.uint64)
+    rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
 class Value:
@@ -299,7 +311,7 @@ class Graph:
                     out.add_edge(origin, ids[node], value=str(operand.type), result=operand.index, operand=position)
         for name, value in body.outputs.items():
             vertex(("output", name), label=name, kind="output", type=str(value.type))
-            origin = ids.get(value.node if value.node is not None else value)
-            if origin is not None:
-                out.add_edge(origin, ids["output", name], value=str(value.type), result=value.index, operand=0)
+            end = ids.get(value.node if value.node is not None else value)
+            if end is not None:
+                out.add_edge(end, ids["output", name], value=str(value.type), result=value.index, operand=0)
         return out

@@ -1,7 +1,7 @@
 """The meaning of a graph: every op's NumPy reference, node by node.
 
-Slow, and right by definition: backends and passes are held against it. With `float64=True` weights, inputs and constants
-are widened first, so that its own rounding does not count.
+Slow, and right by definition: backends and passes are held against it. With `float64=True` weights, inputs and
+constants are widened first, so that its own rounding does not count.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class _Run:
             assert callee is not None
             return self.function(callee, [a for a in operands if a is not None])
         op = node.op.at(self.sizes)
+        if self.float64:
+            op = op.in_float64()
         with np.errstate(all="ignore"):
             made = op.reference(*operands)
         arrays = [np.asarray(a) for a in (made if isinstance(made, tuple) else (made,))]
@@ -140,5 +142,3 @@ class _Run:
     def _narrow(self, type: Type, array: Array) -> Array:
         """In a body that runs in another precision than its types say (float64 samples), keep the precision."""
         return array if self.graph is None or type.dtype.numpy is None else array.astype(type.dtype.numpy)
-
-

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 import numpy as np
@@ -31,7 +31,7 @@ from treadle.ir.dtype_rules import infer_dtypes
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.samples import Sample
 from treadle.ir.sizes import Size, SizeLike
-from treadle.ir.types import DTYPES, DType, Type
+from treadle.ir.types import DTYPES, DType, Type, f64
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
@@ -55,12 +55,14 @@ class Op:
 
     name: ClassVar[str]
     operands: ClassVar[Mapping[str, Operand]] = {}
+    arity: ClassVar[tuple[tuple[tuple[int, str], ...], int | None]] = ((), 0)
+    """The positions and names of the operands that must be there, and the most there may be (None: any number)."""
     rule_text: ClassVar[str | None] = None
     dtype_text: ClassVar[str | None] = None
     linear_text: ClassVar[str] = ""
     flops: ClassVar[int] = 1
     step: ClassVar[str | None] = None
-    """How an axis that the op scans or generates goes on in a generation step ("carries the running sum"); None: not."""
+    """How an axis that it scans or generates goes on in a generation step ("carries the running sum"); None: not."""
     pairs: ClassVar[tuple[str, str] | None] = None
     """For self-attention: the factors of queries and keys, which one axis may be at once."""
     callee: str | None = None
@@ -72,11 +74,11 @@ class Op:
             value = getattr(self, field.name)
             coerced = _coerce(str(field.type), value)
             if coerced is not value:
-                object.__setattr__(self, field.name, coerced)
+                object.__setattr__(self, field.name, coerced)  # the dataclass is frozen
 
     # -- what an op may say beyond its class line --------------------------------------------------------------
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """The axis rule as text; a pure function of the attributes and the operands' ranks (None: absent)."""
         if self.rule_text is None:
             raise GraphError(f"op {self.name} has no axis rule")
@@ -149,21 +151,32 @@ class Op:
     def arrange(cls, given: Sequence[Any]) -> list[Any]:
         """Pad absent optional operands with None and check the count. Raises GraphError."""
         operands = list(given)
-        fixed = [n for n, o in cls.operands.items() if not o.variadic]
-        variadic = [o for o in cls.operands.values() if o.variadic]
-        operands += [None] * (len(fixed) - len(operands))
-        if len(operands) > len(fixed) and not variadic:
-            raise GraphError(f"{cls.name} takes {len(fixed)} operands, received {len(operands)}")
-        if variadic and not variadic[0].optional and len(operands) == len(fixed):
+        required, most = cls.arity
+        fixed = len(cls.operands) if most is not None else len(cls.operands) - 1
+        operands += [None] * (fixed - len(operands))
+        if most is not None and len(operands) > most:
+            raise GraphError(f"{cls.name} takes {most} operands, received {len(operands)}")
+        if most is None and len(operands) == fixed and not list(cls.operands.values())[-1].optional:
             raise GraphError(f"{cls.name} takes one operand or more")
-        for name, value in zip(fixed, operands, strict=False):
-            if value is None and not cls.operands[name].optional:
+        for position, name in required:
+            if operands[position] is None:
                 raise GraphError(f"{cls.name}: operand {name} is missing")
         return operands
 
+    @classmethod
+    def make(cls, **attributes: Any) -> Op:
+        """The op with these attributes: one object for equal attributes, so that what is known of it is found fast.
+
+        Raises TypeError for an unknown attribute, GraphError or RuleError for a wrong one.
+        """
+        try:
+            return _interned(cls, tuple(attributes.items()))
+        except TypeError:  # an attribute given as a list, or an unknown one
+            return cls(**attributes)
+
     def rule(self, ranks: Sequence[int | None]) -> Rule:
         """The parsed axis rule for operands of these ranks."""
-        return parse_rule(self.axes(ranks))
+        return parse_rule(self.axis_rule(ranks))
 
     def apply(self, types: Sequence[Type | None]) -> Application:
         """The axis rule matched against operand types. Raises RuleError."""
@@ -172,12 +185,15 @@ class Op:
 
     def infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
         """The results' types. Raises RuleError, its text led by the op's name, where the operands do not fit."""
-        key = tuple(None if t is None else t.text for t in types)
-        cache = _inferred(self)
-        found = cache.get(key)
+        key = tuple([None if t is None else t.text for t in types])  # labels tell equal types apart
+        found = self._inferred.get(key)
         if found is None:
-            found = cache[key] = self._infer(types)
+            found = self._inferred[key] = self._infer(types)
         return found
+
+    @cached_property
+    def _inferred(self) -> dict[tuple[str | None, ...], tuple[Type, ...]]:
+        return {}
 
     def _infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
         try:
@@ -202,6 +218,11 @@ class Op:
     def at(self, values: Mapping[str, int]) -> Op:
         """The op with its symbolic sizes evaluated."""
         changed = {n: _evaluate(v, values) for n, v in self.attributes.items() if _has_size(v)}
+        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+    def in_float64(self) -> Op:
+        """The op with f64 in place of every float dtype among its attributes: a cast to f16 then rounds nothing."""
+        changed = {n: f64 for n, v in self.attributes.items() if isinstance(v, DType) and v.is_float}
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def __str__(self) -> str:
@@ -230,6 +251,24 @@ class Composite(Op):
         return body_gradient(self, b, grads, inputs)
 
 
+def _arity(operands: Mapping[str, Operand]) -> tuple[tuple[tuple[int, str], ...], int | None]:
+    variadic = any(o.variadic for o in operands.values())
+    required = tuple((i, n) for i, (n, o) in enumerate(operands.items()) if not o.optional and not o.variadic)
+    return required, None if variadic else len(operands)
+
+
+def _remembered(compute: Callable[[Any], int]) -> Callable[[Any], int]:
+    """A hash that is computed once an object: ops are keys wherever graphs are compared."""
+
+    def remembered(self: Op) -> int:
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = self.__dict__["_hash"] = compute(self)
+        return int(found)
+
+    return remembered
+
+
 OPS: dict[str, type[Op]] = {}
 """Every registered op by name."""
 
@@ -242,7 +281,7 @@ def op(
 ) -> Callable[[_OpClass], _OpClass]:
     """Register an op class under `name`.
 
-    axes    the axis rule, or None if the class defines the method `axes`
+    axes    the axis rule, or None if the class defines the method `axis_rule`
     dtypes  the dtype rule, or None if the class defines the method `dtypes`
     linear  operand groups it is linear in: `"a | b"` is linear in each alone, `"a b"` in both together
     flops   floating-point operations per point of its iteration space (0 for ops that only move data)
@@ -253,6 +292,7 @@ def op(
             raise GraphError(f"op {name!r} is registered already, by {OPS[name].__qualname__}")
         cls.name = name
         cls.operands = {k: v for k, v in vars(cls).items() if isinstance(v, Operand)}
+        cls.arity = _arity(cls.operands)
         if axes is not None:
             cls.rule_text = axes
         if dtypes is not None:
@@ -260,8 +300,9 @@ def op(
         cls.linear_text = linear
         cls.flops = flops
         made = dataclasses.dataclass(frozen=True, kw_only=True, repr=True)(cls)
+        made.__hash__ = _remembered(made.__hash__)  # type: ignore[method-assign]
         OPS[name] = made
-        return made
+        return made  # type: ignore[return-value]  # the decorated class is the class
 
     return register
 
@@ -282,9 +323,8 @@ def find_op(name: str) -> type[Op]:
 
 
 @lru_cache(maxsize=8192)
-def _inferred(op: Op) -> dict[tuple[str | None, ...], tuple[Type, ...]]:
-    """The inference cache of one op with its attributes, keyed by operand types as text (labels tell them apart)."""
-    return {}
+def _interned(cls: type[Op], attributes: tuple[tuple[str, Any], ...]) -> Op:
+    return cls(**dict(attributes))
 
 
 # -- attributes ------------------------------------------------------------------------------------------------

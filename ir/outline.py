@@ -89,7 +89,11 @@ def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, Node]:
         for repetition in group:
             region = repetition.region
             call = Node(
-                op, [*repetition.inputs, *repetition.weights], op.gives, name=region.name, scope=region.scope,
+                op,
+                [*repetition.inputs, *repetition.weights],
+                op.gives,
+                name=function.name,
+                scope=region.scope,
                 source=region.source,
             )
             for (at, index), result in zip(outs, call.results, strict=True):
@@ -118,7 +122,7 @@ def _read(region: Region, escaping: set[Value]) -> _Repetition:
                 place = places[value] = ("weight" if pool is rep.weights else "input", len(pool), 0)
                 pool.append(value)
             refs.append(place)
-        rep.body.append((type(node.op), node.op, tuple(refs)))
+        rep.body.append((node.op, tuple(refs)))
         for value in node.results:
             places[value] = ("node", at, value.index)
             if value in escaping:
@@ -153,8 +157,11 @@ def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> F
     for node in region.nodes:
         scope = node.scope[len(region.scope) :].lstrip(".") if node.scope.startswith(region.scope) else node.scope
         inner = Node(
-            node.op, [formal.get(v, v) if v is not None else None for v in node.operands],
-            [v.type for v in node.results], scope=scope, source=node.source,
+            node.op,
+            [formal.get(v, v) if v is not None else None for v in node.operands],
+            [v.type for v in node.results],
+            scope=scope,
+            source=node.source,
         )
         for old, new in zip(node.results, inner.results, strict=True):
             new.name, formal[old] = old.name, new

@@ -4,8 +4,8 @@
     term   = coefficient * atoms      atoms multiply
     atom   = symbol | size // size    S, (S + 2)//4
 
-Two sizes are equal when their canonical forms are: `2*S` equals `S + S`, while `2*(S//2)` and `S` stay apart, since they
-differ for odd S. A size answers questions about all values that its symbols may take through `bounds`.
+Two sizes are equal when their canonical forms are: `2*S` equals `S + S`, while `2*(S//2)` and `S` stay apart, since
+they differ for odd S. A size answers questions about all values that its symbols may take through `bounds`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Union
+from typing import TypeAlias
 
 from treadle.ir.errors import SizeError
 
-SizeLike = Union["Size", int, str]
+SizeLike: TypeAlias = "Size | int | str"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,11 @@ class Quotient:
         return f"{_grouped(self.numerator)}//{_grouped(self.denominator)}"
 
 
-Atom = Union[str, Quotient]
+# Text that someone else wrote may ask for any product; these bound the work and keep every size printable.
+MOST_TERMS = 4096
+LARGEST = 2**127
+
+Atom: TypeAlias = str | Quotient
 Monomial = tuple[Atom, ...]
 
 
@@ -64,13 +68,14 @@ def _atom_key(atom: Atom) -> tuple[int, str]:
 class Size:
     """A canonical size expression. Immutable, hashable; arithmetic gives sizes again."""
 
-    __slots__ = ("_hash", "terms")
+    __slots__ = ("_hash", "_text", "terms")
     terms: tuple[tuple[Monomial, int], ...]
 
     def __init__(self, terms: Iterable[tuple[Monomial, int]]) -> None:
         """Prefer `Size.of`, which reads integers and text, and arithmetic."""
         self.terms = tuple(terms)
         self._hash = hash(self.terms)
+        self._text: str | None = None
 
     # -- making ------------------------------------------------------------------------------------------------
 
@@ -192,11 +197,15 @@ class Size:
             return other
         if other.terms == ONE_TERMS:
             return self
+        if len(self.terms) * len(other.terms) > MOST_TERMS:
+            raise SizeError("a size expression has too many terms", hint=f"at most {MOST_TERMS}")
         table: dict[Monomial, int] = {}
         for left, a in self.terms:
             for right, b in other.terms:
                 mono = tuple(sorted(left + right, key=_atom_key))
                 table[mono] = table.get(mono, 0) + a * b
+                if abs(table[mono]) > LARGEST:
+                    raise SizeError("a size is too large", hint=f"at most {LARGEST}")
         return Size._from(table)
 
     def divide(self, other: SizeLike) -> Size | None:
@@ -255,12 +264,19 @@ class Size:
 
     def __str__(self) -> str:
         """Compact text that `parse_size` reads back: `2*S+1`, `(S+3)//4`."""
+        if self._text is None:
+            self._text = self._spell()
+        return self._text
+
+    def _spell(self) -> str:
         if not self.terms:
             return "0"
         pieces: list[str] = []
         for mono, coeff in self.terms:
-            atoms = [a if isinstance(a, str) else f"({a})" if len(self.terms) + len(mono) > 2 or coeff != 1 else str(a)
-                     for a in mono]
+            atoms = [
+                a if isinstance(a, str) else f"({a})" if len(self.terms) + len(mono) > 2 or coeff != 1 else str(a)
+                for a in mono
+            ]
             magnitude = abs(coeff)
             factors = ([str(magnitude)] if magnitude != 1 or not atoms else []) + atoms
             sign = "-" if coeff < 0 else "+" if pieces else ""
@@ -327,7 +343,7 @@ def product(sizes: Iterable[SizeLike]) -> Size:
     return total
 
 
-# -- the grammar of sizes: sum = term (("+"|"-") term)*, term = power (("*"|"//") power)*, power = int | name | (sum) ------
+# -- the grammar: sum = term (("+"|"-") term)*, term = power (("*"|"//") power)*, power = int | name | (sum) -------
 
 _TOKEN = re.compile(r"\s*(//|[-+*()]|\d+|[A-Za-z_]\w*)")
 
@@ -392,4 +408,8 @@ class _SizeReader:
             raise self.error()
         self.at += 1
         token = self.tokens[self.at - 1][0]
-        return _constant(int(token)) if token.isdigit() else _symbol(token)
+        if not token.isdigit():
+            return _symbol(token)
+        if len(token) > 18:
+            raise SizeError("a number in a size is too large", received=token[:40], hint="at most 18 digits")
+        return _constant(int(token))

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -58,9 +58,7 @@ class DType:
 
 
 f64, f32, f16, bf16 = (DType(n, "float", w) for n, w in (("f64", 8), ("f32", 4), ("f16", 2), ("bf16", 2)))
-i64, i32, i16, i8, u8 = (
-    DType(n, "int", w) for n, w in (("i64", 8), ("i32", 4), ("i16", 2), ("i8", 1), ("u8", 1))
-)
+i64, i32, i16, i8, u8 = (DType(n, "int", w) for n, w in (("i64", 8), ("i32", 4), ("i16", 2), ("i8", 1), ("u8", 1)))
 boolean = DType("bool", "bool", 1)
 
 DTYPES: Mapping[str, DType] = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean)}
@@ -128,7 +126,7 @@ class Dim:
         return f"Dim({self})"
 
 
-DimLike = Dim | SizeLike
+DimLike: TypeAlias = "Dim | Size | int | str"
 
 
 @dataclass(frozen=True)

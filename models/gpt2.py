@@ -19,8 +19,18 @@ ACTIVATIONS = {"gelu_new": t.gelu_tanh, "gelu_pytorch_tanh": t.gelu_tanh, "gelu"
 
 
 @t.model
-def gpt2(tokens: t.i64["B S"], *, vocab=50257, context=1024, dim=768, heads=12, layers=12, hidden=None,
-         act=t.gelu_tanh, eps=1e-5):
+def gpt2(
+    tokens: t.i64["B S"],
+    *,
+    vocab=50257,
+    context=1024,
+    dim=768,
+    heads=12,
+    layers=12,
+    hidden=None,
+    act=t.gelu_tanh,
+    eps=1e-5,
+):
     """GPT-2: next-token logits [B, S, vocab] of tokens [B, S]."""
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens), context, dim, name="wpe")
     for _ in t.stack("h", layers):
@@ -32,8 +42,13 @@ def gpt2(tokens: t.i64["B S"], *, vocab=50257, context=1024, dim=768, heads=12, 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face GPT2Config."""
     choose_architecture(config, {"GPT2LMHeadModel": gpt2})
-    require(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-            add_cross_attention=False)
+    require(
+        config,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True,
+        add_cross_attention=False,
+    )
     return gpt2.configure(
         vocab=read_int(config, "vocab_size"),
         context=read_int(config, "n_positions"),

@@ -42,5 +42,6 @@ def family_of(config: Config) -> Family:
             return find_family(name)
     supported = sorted(k for kinds in _MODULES.values() for k in kinds)
     raise CheckpointError(
-        f"config.json: model_type is {kind!r}, which no family of the zoo reads", hint="supported: " + ", ".join(supported)
+        f"config.json: model_type is {kind!r}, which no family of the zoo reads",
+        hint="supported: " + ", ".join(supported),
     )

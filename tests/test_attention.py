@@ -320,13 +320,13 @@ def test_one_value_as_several_operands_counts_once_each(through_body: bool) -> N
 
 
 def test_the_rule_follows_the_terms() -> None:
-    assert Attention().axes([]) == "b (g r) s [d], b g [t] [d], b g [t] e -> b (g r) s e"
+    assert Attention().axis_rule([]) == "b (g r) s [d], b g [t] [d], b g [t] e -> b (g r) s e"
     assert Attention().positional == frozenset()
     op = Attention(terms=(Causal(), Padding(), TensorBias("h t")))
-    assert op.axes([]) == "b (g r) s [d], b g [t<=s] [d], b g [t<=s] e, b, (g r) [t] -> b (g r) s e"
+    assert op.axis_rule([]) == "b (g r) s [d], b g [t<=s] [d], b g [t<=s] e, b, (g r) [t] -> b (g r) s e"
     assert op.positional == {"s", "t"}
-    assert Attention(terms=(Window(1),)).axes([]).count("[t<=s]") == 2
-    assert Attention(terms=(Window(2),)).axes([]).count("[t<=s]") == 0
+    assert Attention(terms=(Window(1),)).axis_rule([]).count("[t<=s]") == 2
+    assert Attention(terms=(Window(2),)).axis_rule([]).count("[t<=s]") == 0
 
 
 def test_two_terms_of_a_kind_have_operands_of_their_own() -> None:

@@ -1,11 +1,11 @@
-"""The rules are tested, not trusted: what each op's axis rule promises is checked on every sample against the reference.
+"""The rules are tested, not trusted: what an op's axis rule promises is checked on every sample against the reference.
 
-    mapped     taking some positions of the axis, or permuting it, commutes with the op
-    reduced    the op on two halves, combined by the monoid, is the op on the whole
-    scanned    a prefix of the result is the result on a prefix
-    limited    so it is for attention's [t<=s], both axes cut
-    indexed    rows that no index names do not matter
-    linear     f(a x + b y) = a f(x) + b f(y) in each group of operands, the others fixed
+mapped     taking some positions of the axis, or permuting it, commutes with the op
+reduced    the op on two halves, combined by the monoid, is the op on the whole
+scanned    a prefix of the result is the result on a prefix
+limited    so it is for attention's [t<=s], both axes cut
+indexed    rows that no index names do not matter
+linear     f(a x + b y) = a f(x) + b f(y) in each group of operands, the others fixed
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Case:
 
     def __init__(self, name: str, number: int) -> None:
         sample: Sample = OPS[name].samples[number]
-        self.op: Op = OPS[name](**sample.attributes)
+        self.op: Op = OPS[name](**sample.attributes).in_float64()
         self.types = list(sample.types)
         self.operands: Operands = sample.draw(seed=number)
         self.rule: Rule = self.op.rule([None if t is None else t.rank for t in self.types])
@@ -79,7 +79,9 @@ class Case:
         ]
 
     def take_results(self, factor: str, index: Array) -> list[Array]:
-        return [self.take(a, dims, factor, index) for a, dims in zip(self.results, self.application.results, strict=True)]
+        return [
+            self.take(a, dims, factor, index) for a, dims in zip(self.results, self.application.results, strict=True)
+        ]
 
     def fits(self, operands: Sequence[Array | None]) -> bool:
         """Whether the op takes operands of these shapes: an attribute may fix a size."""
@@ -112,7 +114,11 @@ def test_mapped_axes_restrict_and_permute(name: str, number: int) -> None:
         if factor not in case.op.positional:
             index = rng.permutation(size)
             same(case.run(case.take_operands(factor, index)), case.take_results(factor, index), f"permuting {factor}")
-        for index in (np.arange(size - 1), np.arange(1)) if factor in case.op.positional else (rng.permutation(size)[: size - 1],):
+        for index in (
+            (np.arange(size - 1), np.arange(1))
+            if factor in case.op.positional
+            else (rng.permutation(size)[: size - 1],)
+        ):
             cut = case.take_operands(factor, index)
             if not case.fits(cut):
                 assert factor in case.rule.given or OPS[name].attribute_defaults() != case.op.attributes, factor
@@ -163,7 +169,9 @@ def test_scans_and_causal_attention_ignore_the_suffix(name: str, number: int) ->
                     a if a is None or dims is None else case.take(a, dims, factor, index)
                     for a, dims in zip(operands, case.application.operands, strict=True)
                 ]
-                wanted = [cut.take(a, dims, factor, index) for a, dims in zip(wanted, case.application.results, strict=True)]
+                wanted = [
+                    cut.take(a, dims, factor, index) for a, dims in zip(wanted, case.application.results, strict=True)
+                ]
             same(case.run(operands), wanted, f"a prefix of {' and '.join(factors)}")
 
 

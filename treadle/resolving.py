@@ -65,7 +65,8 @@ def resolve(model: Model | Graph | str | Path, *, inputs: tuple[str, ...] | None
         return _from_folder(Path(text), inputs, config)
     raise UsageError(
         f"there is no model {text!r}",
-        hint="file.py:function, a folder with config.json and model.safetensors, or one of " + ", ".join(family_names()),
+        hint="file.py:function, a folder with config.json and model.safetensors, or one of "
+        + ", ".join(family_names()),
     )
 
 
@@ -106,7 +107,8 @@ def _load_declaration(path: Path, function: str) -> Model:
     models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
     if function not in models:
         raise UsageError(
-            f"{path.name} declares no model {function!r}", hint="one of " + ", ".join(models) if models else "decorate it with @t.model"
+            f"{path.name} declares no model {function!r}",
+            hint="one of " + ", ".join(models) if models else "decorate it with @t.model",
         )
     return models[function]
 
@@ -120,5 +122,3 @@ def _line_in(error: BaseException, path: Path) -> str | None:
             found = f"{path.name}:{frame.tb_lineno}"
         frame = frame.tb_next
     return found
-
-

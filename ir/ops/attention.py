@@ -64,7 +64,7 @@ class Attention(Composite):
     def _taken(self) -> list[TermOperand]:
         return [operand for term in self.terms for operand in term.operands]
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """A query that sees no key after its own position reads t only up to s."""
         furthest = reach_of(self.terms)[1]
         t = "[t<=s]" if furthest is not None and furthest <= 0 else "[t]"

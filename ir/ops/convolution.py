@@ -42,7 +42,7 @@ class Windows(Primitive):
     stride: int = 1
     dilation: int = 1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         *names, element = axis_letters((ranks[0] or 0) + 1, self.size.symbols)
         axis = place(self.axis, len(names))
         count = window_count(Size.symbol(names[axis]), self.size, self.stride, self.dilation)
@@ -98,7 +98,7 @@ class FoldWindows(Primitive):
     stride: int = 1
     dilation: int = 1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         *names, element = axis_letters(ranks[0] or 0, self.size.symbols)
         left, right = resized(names, place(self.axis, len(names)), self.size)
         return f"{left} [{element}] -> {right}"
@@ -163,7 +163,7 @@ class Conv(Composite):
     dilations: tuple[int, ...] = ()
     groups: int = 1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         spatial = (ranks[0] or 0) - 2
         if spatial < 1:
             raise RuleError("x must be [b, c, *spatial], with a spatial axis or more")

@@ -52,7 +52,7 @@ class Gather(Primitive):
     indices = Operand()
     axis: int = 0
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         before, v, after, picked = _slice_names(self.axis, ranks[0] or 0, ranks[1] or 0)
         return f"{before} @{v} {after}, {picked} -> {before} {picked} {after}"
 
@@ -89,7 +89,7 @@ class IndexAdd(Primitive):
     updates = Operand()
     axis: int = 0
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         before, v, after, picked = _slice_names(self.axis, ranks[0] or 0, ranks[1] or 0)
         target = f"{before} @{v} {after}"
         return f"{target}, {picked}, {before} {picked} {after} -> {target}"
@@ -156,7 +156,7 @@ class TakeAlongAxis(Primitive):
     indices = Operand()
     axis: int = -1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         source, picked = _element_names(self.axis, ranks[0] or 0)
         return f"{source}, {picked} -> {picked}"
 
@@ -191,7 +191,7 @@ class ScatterAdd(Primitive):
     updates = Operand()
     axis: int = -1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         target, picked = _element_names(self.axis, ranks[0] or 0)
         return f"{target}, {picked}, {picked} -> {target}"
 
@@ -234,7 +234,7 @@ class Iota(Primitive):
     size: Size
     dtype: DType = i64
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         (name,) = axis_letters(1, self.size.symbols)
         return f"-> ^{name}={self.size}"
 

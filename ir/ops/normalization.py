@@ -24,7 +24,7 @@ class Softmax(Composite):
     x = Operand()
     axis: int = -1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
 
     def body(self, b: Builder, x: Expr) -> Any:
@@ -50,7 +50,7 @@ class LogSoftmax(Composite):
     x = Operand()
     axis: int = -1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
 
     def body(self, b: Builder, x: Expr) -> Any:

@@ -139,7 +139,7 @@ class Einsum(Primitive):
     x = Operand(variadic=True)
     equation: str
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return self.equation
 
     @property

@@ -198,7 +198,7 @@ class CumSum(Primitive):
     reverse: bool = False
     step = "carries the running sum"
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         mark = "[{}]" if self.reverse else ">{}"
         return rule_along([self.axis], ranks[0] or 0, mark, mark)
 
@@ -236,7 +236,7 @@ class ArgMax(Primitive):
     axis: int
     keep: bool = False
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "1" if self.keep else "")
 
     def check(self, types: Sequence[Type | None]) -> None:
@@ -267,7 +267,7 @@ class TopK(Primitive):
     k: int
     axis: int = -1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", f"^k={self.k}", f"^k={self.k}")
 
     def check(self, types: Sequence[Type | None]) -> None:

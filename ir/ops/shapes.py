@@ -58,7 +58,7 @@ class Rearrange(Primitive):
     x = Operand()
     pattern: str
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         left, _, right = self.pattern.partition("->")
         if not left.strip():
             return f"... -> ... {right}"  # a rule without a left side would have no operand
@@ -176,7 +176,7 @@ class Expand(Primitive):
     x = Operand()
     shape: tuple[Size | None, ...]
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """The rule where no size is that of x: see `apply`."""
         rank = ranks[0] or 0
         names = axis_letters(len(self.shape), _symbols(self.shape))
@@ -249,7 +249,7 @@ class Reshape(Primitive):
     x = Operand()
     shape: tuple[Size, ...]
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         rank = ranks[0] or 0
         names = axis_letters(rank, _symbols(self.shape))
         results = " ".join(sized(size) for size in self.shape)
@@ -287,7 +287,7 @@ class Concat(Primitive):
     parts = Operand(variadic=True)
     axis: int = -1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         rank = ranks[0] or 0
         names = axis_letters(rank + len(ranks) - 1)
         axis = place(self.axis, rank)
@@ -336,7 +336,7 @@ class Slice(Primitive):
     stop: Size | None = None
     stride: int = 1
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         names = axis_letters(ranks[0] or 0, _symbols([self.start, self.stop]))
         axis = place(self.axis, len(names))
         start, stop = self.span(Size.symbol(names[axis]))
@@ -432,7 +432,7 @@ class Pad(Primitive):
         """Linear where it pads with zeros."""
         return super().linear if self.value == 0 else ()
 
-    def axes(self, ranks: Sequence[int | None]) -> str:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         names = axis_letters(ranks[0] or 0, _symbols([self.before, self.after]))
         axis = place(self.axis, len(names))
         left, right = resized(names, axis, self.before + Size.symbol(names[axis]) + self.after)

@@ -1,0 +1,190 @@
+"""Sentence embeddings: a sentence's meaning as a vector of length one, so that a dot product tells how near two are.
+
+    embedder = SentenceEmbedder.open(folder)
+    vectors = embedder.embed(["A cat sits.", "A kitten rests."])      # f32[2, D]
+    vectors @ vectors.T                                               # cosine similarities
+
+Hidden states of the folder's model, pooled over a sentence's real tokens (Reimers & Gurevych 2019, section 3). The
+folder's modules.json and its 1_Pooling/config.json say how, in the format of sentence-transformers; where they are
+missing, the mean is taken and scaled to length one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.compiling import Compiled, compile
+from treadle.frontends.contained_files import printable, read_regular
+from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.strict_json import JsonReader, read_json_object
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.target import Target
+
+Vectors = npt.NDArray[np.float32]
+
+_CONFIG_BYTES = 1 << 20
+_NESTING, _VALUES = 16, 10_000
+_MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first"}
+"""The ways of pooling, as sentence-transformers has named them over time, and as `Pooling` does."""
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How hidden states become a vector.
+
+    mode       "mean" over real tokens, or the "first" token
+    normalize  whether vectors are scaled to length one
+    max_tokens what sentences are cut to; None: as the tokenizer says
+    """
+
+    mode: str = "mean"
+    normalize: bool = True
+    max_tokens: int | None = None
+
+    def __call__(self, hidden: Vectors, lengths: npt.NDArray[np.int64]) -> Vectors:
+        """hidden [B, S, D], of which row b has lengths[b] real tokens, as vectors [B, D]."""
+        if self.mode == "first":
+            pooled = hidden[:, 0]
+        else:
+            real = np.arange(hidden.shape[1]) < lengths[:, None]
+            pooled = np.where(real[:, :, None], hidden, 0).sum(1) / np.maximum(lengths, 1)[:, None]
+        if self.normalize:
+            pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
+        return pooled.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class SentenceEmbedder:
+    """A model that embeds sentences. Make it with `open`."""
+
+    model: Compiled
+    tokenizer: TextTokenizer
+    pooling: Pooling
+
+    @classmethod
+    def open(cls, folder: str | Path, *, backend: str = "numpy", target: str | Target = "cpu", **config: Any) -> SentenceEmbedder:
+        """Compile the model of a folder, with its tokenizer and its way of pooling.
+
+        Raises CheckpointError where a file is missing, damaged or asks for a pooling that is not known here,
+        UsageError where the model takes no token ids or gives no hidden states, and what `compile` raises.
+        """
+        place = ModelFolder.find(folder)
+        pooling = read_pooling(place)
+        model = compile(place.shown, backend=backend, target=target, inputs=("lengths",), **config)
+        takes, gives = [p.name for p in model.inputs], [p.name for p in model.outputs]
+        if takes != ["tokens", "lengths"] or "hidden" not in gives:
+            raise UsageError(
+                f"{model.name} does not embed sentences",
+                received=f"({', '.join(map(str, model.inputs))}) -> ({', '.join(map(str, model.outputs))})",
+                hint="a model from tokens and lengths to hidden, such as an encoder without a head",
+            )
+        tokenizer = TextTokenizer.open(folder, max_tokens=pooling.max_tokens, context=_positions(model))
+        return cls(model, tokenizer, pooling)
+
+    @property
+    def width(self) -> int | None:
+        """How many numbers a vector has."""
+        (hidden,) = (p for p in self.model.outputs if p.name == "hidden")
+        return hidden.type.shape[-1].constant
+
+    def embed(self, sentences: Sequence[str], *, batch_size: int = 32) -> Vectors:
+        """Vectors [len(sentences), D] in the sentences' order. Raises UsageError for none."""
+        return self.embed_reporting(sentences, batch_size=batch_size)[0]
+
+    def embed_reporting(
+        self, sentences: Sequence[str], *, batch_size: int = 32
+    ) -> tuple[Vectors, list[int], list[int]]:
+        """Vectors; each sentence's number of tokens; and which sentences were too long and lost their end."""
+        if not sentences:
+            raise UsageError("there is no sentence to embed")
+        order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))  # little padding in a batch
+        parts, counts, cut = [], [0] * len(sentences), []
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = self.tokenizer.batch([sentences[i] for i in chosen])
+            hidden = np.asarray(self.model(tokens=batch.ids, lengths=batch.lengths)["hidden"])
+            parts.append(self.pooling(hidden, batch.lengths))
+            for i, length, was_cut in zip(chosen, batch.lengths, batch.cut, strict=True):
+                counts[i] = int(length)
+                cut += [i] if was_cut else []
+        return np.concatenate(parts)[np.argsort(order)], counts, sorted(cut)
+
+
+def read_pooling(place: ModelFolder) -> Pooling:
+    """How a folder says that sentences are embedded. Raises CheckpointError for a way that is not known here."""
+    if not place.has("modules.json"):
+        return Pooling(max_tokens=_max_length(place))
+    modules = _read_modules(place)
+    kinds = [kind.rpartition(".")[2] for kind, _ in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0][1]:
+        raise CheckpointError(
+            "the folder embeds sentences in a way that is not known",
+            received=", ".join(map(printable, kinds)) or "no module",
+            within=place.show("modules.json"),
+            hint="Transformer, Pooling and perhaps Normalize, the first in the folder itself",
+        )
+    path = f"{modules[1][1]}/config.json"
+    pooling = _read_object(place, path)
+    chosen = _chosen_modes(pooling)
+    if len(chosen) != 1 or chosen[0] not in _MODES:
+        raise CheckpointError(
+            "the folder pools tokens in a way that is not known",
+            received=", ".join(map(printable, chosen)) or "none",
+            within=place.show(path),
+            hint="one of " + ", ".join(_MODES),
+        )
+    return Pooling(_MODES[chosen[0]], "Normalize" in kinds, _max_length(place))
+
+
+def _chosen_modes(pooling: Mapping[str, Any]) -> list[str]:
+    """The modes that a 1_Pooling/config.json names: `"pooling_mode": "mean"`, or, in older files,
+    `"pooling_mode_mean_tokens": true`.
+    """
+    named = pooling.get("pooling_mode")
+    if named is not None:
+        return [str(mode) for mode in (named if isinstance(named, list) else [named])]
+    prefix = "pooling_mode_"
+    return [key.removeprefix(prefix) for key, on in pooling.items() if key.startswith(prefix) and on is True]
+
+
+def _read_modules(place: ModelFolder) -> list[tuple[str, str]]:
+    """The type and the folder of each module in modules.json."""
+    shown = place.show("modules.json")
+    data = read_regular(place.file("modules.json"), _CONFIG_BYTES, shown)
+    reader = JsonReader(data, shown, nesting=_NESTING, values=_VALUES)
+    modules = reader.value()
+    reader.end()
+    if isinstance(modules, list) and all(isinstance(m, Mapping) for m in modules):
+        found = [(m.get("type"), m.get("path")) for m in modules]
+        if all(isinstance(kind, str) and isinstance(path, str) for kind, path in found):
+            return found
+    raise CheckpointError("modules.json must list objects with a type and a path", within=shown)
+
+
+def _max_length(place: ModelFolder) -> int | None:
+    name = "sentence_bert_config.json"
+    if not place.has(name):
+        return None
+    length = _read_object(place, name).get("max_seq_length")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        raise CheckpointError("max_seq_length must be a positive integer", received=printable(repr(length)), within=place.show(name))
+    return length
+
+
+def _read_object(place: ModelFolder, name: str) -> dict[str, Any]:
+    shown = place.show(name)
+    return read_json_object(read_regular(place.file(name), _CONFIG_BYTES, shown), shown, nesting=_NESTING, values=_VALUES)
+
+
+def _positions(model: Compiled) -> int | None:
+    """How many tokens of a row the model takes: the bound of its second axis."""
+    (tokens,) = (p for p in model.inputs if p.name == "tokens")
+    symbol = tokens.type.shape[-1].as_symbol
+    return None if symbol is None else model.graph.symbols[symbol].upper
