@@ -28,7 +28,7 @@ from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.outline import Region, outline
 from treadle.ir.sizes import Bounds, Size, SizeLike
-from treadle.ir.source_lines import user_line
+from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.types import Dim, DType, OptionalType, Type, f32
 
 Tensor = Expr
@@ -97,8 +97,11 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
     """
     tracing = trace()
     full = f"{tracing.scope}.{name}" if tracing.scope else name
-    start = (Init("normal", 0.02) if init == "normal" else Init(init)) if isinstance(init, str) else init
-    return tracing.parameter(full, Type(dtype, tuple(Dim.of(s) for s in shape)), start)
+    start = _INITS.get(init) or Init(init) if isinstance(init, str) else init
+    return tracing.parameter(full, f"{dtype}[{', '.join(map(str, shape))}]", start)
+
+
+_INITS = {"normal": Init("normal", 0.02), "zeros": Init("zeros"), "ones": Init("ones")}
 
 
 def shared_parameter(path: str) -> Tensor:
@@ -204,21 +207,23 @@ class Model:
         return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def configure(self, *, inputs: tuple[str, ...] | None = None, **config: Any) -> Model:
-        """The model with some configuration changed, or with optional inputs present.
+        """The model with some configuration changed, or with those optional inputs present that `inputs` names.
 
-        Raises FrontendError for an unknown name.
+        `inputs` may name required ones too, which are always present. Raises FrontendError for an unknown name.
         """
         unknown = [n for n in config if n not in self.defaults]
-        optional = [i.name for i in self.declared_inputs if i.optional]
-        unknown_inputs = [n for n in inputs or () if n not in optional]
+        known_inputs = [i.name for i in self.declared_inputs]
+        unknown_inputs = [n for n in inputs or () if n not in known_inputs]
         if unknown or unknown_inputs:
             raise FrontendError(
-                f"model {self.name} has no {'optional input' if unknown_inputs else 'option'} "
+                f"model {self.name} has no {'input' if unknown_inputs else 'option'} "
                 f"{', '.join(unknown_inputs or unknown)}",
                 source=_definition(self.function),
-                hint="one of " + ", ".join(optional if unknown_inputs else self.defaults),
+                hint="one of " + ", ".join(known_inputs if unknown_inputs else self.defaults),
             )
-        return Model(self.function, {**self.config, **config}, self.given if inputs is None else tuple(inputs))
+        optional = [i.name for i in self.declared_inputs if i.optional]
+        given = self.given if inputs is None else tuple(n for n in optional if n in inputs)
+        return Model(self.function, {**self.config, **config}, given)
 
     def graph(self) -> Graph:
         """Trace the declaration into a graph. Raises the error of the line at fault."""
@@ -232,12 +237,20 @@ class Model:
             }
             tracing.outputs(**_name_outputs(self, self.function(**arguments, **self._configuration())))
         except TreadleError as error:
-            error.source = error.source or describe_source(user_line(), tracing.scope) or _definition(self.function)
+            error.source = error.source or self._line_of(error, tracing)
             raise
+        except Exception as error:  # Python's own, from the model's code: a misspelt attribute, a wrong argument
+            raise FrontendError(
+                f"model {self.name} cannot be traced: {type(error).__name__}: {error}",
+                source=self._line_of(error, tracing),
+            ) from error
         finally:
             _current.reset(token)
         outline(g, tracing.regions)
         return g
+
+    def _line_of(self, error: Exception, tracing: Trace) -> str:
+        return describe_source(raising_line(error), tracing.scope) or _definition(self.function)
 
     def _configuration(self) -> dict[str, Any]:
         values = {**self.defaults, **self.config}

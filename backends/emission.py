@@ -1,0 +1,416 @@
+"""Emission: a graph as the text of a Python module, one function a graph function and one line a node.
+
+    def h(
+        x,  # f32[B, S, 768]
+        ln_1_weight,  # f32[768]
+        ...
+    ):
+        B, S, _ = x.shape
+        ln_1 = F.layer_norm(x, (768,), ln_1_weight, ln_1_bias, 1e-05)   # f32[B, S, 768]  ln_1
+        ...
+
+What a node looks like is the dialect's business: a table from op names to Python expressions. Everything else
+is done here, once: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their
+weights, and `del` of what no later line reads, so that memory falls as the program runs.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Function, Graph, Literal, Node, Value
+from treadle.ir.op import Op
+from treadle.ir.sizes import Size
+from treadle.ir.types import Type
+
+_COMMENT_COLUMN = 72  # type comments line up, but no further right than this
+_BUILTINS = frozenset(dir(builtins))
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How nodes are spelled.
+
+    name         of the backend
+    imports      the lines at the head of the module
+    spellings    op name -> a template such as `np.exp({x})`, or a function of the `Line` that gives an
+                 expression; for an op with several results, an expression of that many
+    otherwise    the spelling of any other primitive op; None: there is none
+    """
+
+    name: str
+    imports: tuple[str, ...]
+    spellings: Mapping[str, Spelling]
+    otherwise: Callable[[Line], str] | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that emitted text refers to: what the imports bind, and the tables."""
+        return frozenset(line.split()[-1] for line in self.imports) | {
+            "constants",
+            "reference",
+            "weights",
+            "device",
+        }
+
+    def spell(self, line: Line) -> str:
+        """The expression of a node. Raises BackendError for an op that the dialect cannot say."""
+        spelling = self.spellings.get(line.op.name, self.otherwise)
+        if spelling is None:
+            raise BackendError(f"the {self.name} backend has no spelling of op {line.op.name!r}")
+        return spelling.format_map(line) if isinstance(spelling, str) else spelling(line)
+
+
+@dataclass(frozen=True)
+class Program:
+    """An emitted module and what its text refers to.
+
+    text        the module; `main` takes the graph's inputs in order, then `weights`
+    constants   what `constants[i]` holds
+    bundles     for each `weights["scope.*"]`, the names of the weights in it, in the callee's order
+    references  for each `reference.name(...)`, the node whose NumPy reference it is
+    nodes       the node that a line number of the text is about
+    """
+
+    text: str
+    constants: tuple[Literal, ...]
+    bundles: Mapping[str, tuple[str, ...]]
+    references: Mapping[str, Node]
+    nodes: Mapping[int, Node]
+
+
+def emit(graph: Graph, dialect: Dialect) -> Program:
+    """Write a graph as a Python module. Raises BackendError where a needed symbol is no input's dimension."""
+    return _ProgramWriter(graph, dialect).program()
+
+
+class Line:
+    """A node about to be written, as a spelling sees it: `line.x` is the text of the op's operand x.
+
+    A scalar constant stands as a number, but only beside an operand of the same dtype, so that it cannot change
+    the result's dtype.
+    """
+
+    def __init__(self, writer: _FunctionWriter, node: Node) -> None:
+        self._writer = writer
+        self.node = node
+        self.op: Any = node.op
+        self.names = node.op.operand_names(len(node.operands))
+        self._values = dict(zip(self.names, node.operands, strict=True))
+        self._dtypes = {v.type.dtype for v in node.inputs if v.literal is None or v.literal.shape != ()}
+
+    def __getitem__(self, name: str) -> str:
+        value = self._values[name]
+        return "None" if value is None else self._text(value)
+
+    def __getattr__(self, name: str) -> str:
+        if name not in self._values:
+            raise AttributeError(name)
+        return self[name]
+
+    def _text(self, value: Value) -> str:
+        if value.literal is not None and value.literal.shape == () and value.type.dtype in self._dtypes:
+            return number(value.literal)
+        return self._writer.read(value)
+
+    @property
+    def arrays(self) -> str:
+        """All operands that are present, as arrays."""
+        return ", ".join(self._writer.read(v) for v in self.node.inputs)
+
+    def array(self, name: str) -> str:
+        """An operand as an array, also where it is a scalar constant."""
+        value = self._values[name]
+        return "None" if value is None else self._writer.read(value)
+
+    def has(self, name: str) -> bool:
+        """Whether an optional operand is present."""
+        return self._values[name] is not None
+
+    def type(self, name: str) -> Type:
+        """The type of an operand that is present."""
+        value = self._values[name]
+        assert value is not None
+        return value.type
+
+    @property
+    def result(self) -> Type:
+        """The type of the first result."""
+        return self.node.results[0].type
+
+    def size(self, size: Size) -> str:
+        """A size as an expression of the function's symbols."""
+        return self._writer.size(size)
+
+    def shape(self, sizes: Iterable[Size]) -> str:
+        """Sizes as a tuple."""
+        return as_tuple([self.size(s) for s in sizes])
+
+    def by_reference(self) -> str:
+        """A call of the op's NumPy reference, with the sizes that its attributes need."""
+        symbols = sorted({s for v in self.node.op.attributes.values() for s in _symbols_of(v)})
+        sizes = [f"{s}={self.size(Size.symbol(s))}" for s in symbols]
+        operands = ["None" if v is None else self._writer.read(v) for v in self.node.operands]
+        return f"reference.{self._writer.program.reference(self.node)}({', '.join([*operands, *sizes])})"
+
+
+Spelling = str | Callable[[Line], str]
+
+
+def number(literal: Literal) -> str:
+    """A scalar constant as a Python number, with no more digits than its dtype needs."""
+    scalar = literal.array[()]
+    # A float16 may be computed with in float32, where the shortest digits of its own would be another number.
+    text = repr(scalar.item()) if literal.dtype.name != "f32" else str(scalar)
+    return text if text.lstrip("-") not in ("inf", "nan") else f'float("{text}")'
+
+
+def as_tuple(items: Sequence[str]) -> str:
+    """Python text of a tuple, or of a tuple's pattern."""
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+
+
+def _symbols_of(value: Any) -> frozenset[str]:
+    """The symbols in an attribute that is a size or a tuple of them."""
+    if isinstance(value, Size):
+        return value.symbols
+    if isinstance(value, tuple):
+        return frozenset().union(*map(_symbols_of, value))
+    return frozenset()
+
+
+class _Names:
+    """Identifiers that are given out once each: `linear`, `linear_1`, ..."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.taken = set(taken)
+
+    def new(self, hint: str) -> str:
+        base = re.sub(r"\W+", "_", hint, flags=re.ASCII).strip("_") or "value"
+        base = f"v{base}" if base[0].isdigit() else base
+        name, count = base, 0
+        while name in self.taken or keyword.iskeyword(name) or name in _BUILTINS:
+            count += 1
+            name = f"{base}_{count}"
+        self.taken.add(name)
+        return name
+
+
+@dataclass
+class _Text:
+    """A function's lines; each may have a comment, and a node that it is about."""
+
+    lines: list[tuple[str, str, Node | None]] = field(default_factory=list)
+
+    def add(self, code: str, comment: str = "", node: Node | None = None) -> None:
+        self.lines.append((code, comment, node))
+
+    def rendered(self) -> list[tuple[str, Node | None]]:
+        widths = [len(code) for code, comment, _ in self.lines if comment]
+        column = max((w for w in widths if w <= _COMMENT_COLUMN), default=0)
+        return [(f"{code:<{column}}  # {comment}" if comment else code, node) for code, comment, node in self.lines]
+
+
+class _ProgramWriter:
+    def __init__(self, graph: Graph, dialect: Dialect) -> None:
+        self.graph, self.dialect = graph, dialect
+        self.constants: dict[Literal, int] = {}
+        self.bundles: dict[str, tuple[str, ...]] = {}
+        self.references: dict[str, Node] = {}
+        self.reference_names = _Names(())
+        self.named_ops: dict[tuple[Op, tuple[Type, ...]], str] = {}
+        names = _Names({*dialect.names, "main"})
+        self.function_names = {name: "main" if name == "main" else names.new(name) for name in graph.functions}
+        symbols = _Names({*names.taken, "_"})
+        self.symbols = {s: symbols.new(s) for s in sorted(_all_symbols(graph))}
+        self.needs: dict[str, list[str]] = {}
+
+    def program(self) -> Program:
+        bodies = [_FunctionWriter(self, function).write() for function in self.graph.functions.values()]
+        lines: list[tuple[str, Node | None]] = [(line, None) for line in self._header()]
+        for body in bodies:
+            lines += [("", None), ("", None), *body.rendered()]
+        return Program(
+            text="\n".join(line for line, _ in lines) + "\n",
+            constants=tuple(self.constants),
+            bundles=self.bundles,
+            references=self.references,
+            nodes={at: node for at, (_, node) in enumerate(lines, 1) if node is not None},
+        )
+
+    def _header(self) -> list[str]:
+        header = [f"# {self.graph.name}, for the {self.dialect.name} backend.", *self.dialect.imports]
+        notes = []
+        if self.bundles:
+            notes.append(f'weights["{next(iter(self.bundles))}"]: all weights of that block, in its own order')
+        notes += [f"constants[{i}]: {literal.type}" for literal, i in self.constants.items()]
+        notes += [
+            f"reference.{name}: the NumPy reference of {_op_text(node.op)}" for name, node in self.references.items()
+        ]
+        return [*header, *([""] if notes else []), *(f"# {note}" for note in notes)]
+
+    def constant(self, literal: Literal) -> str:
+        return f"constants[{self.constants.setdefault(literal, len(self.constants))}]"
+
+    def reference(self, node: Node) -> str:
+        key = (node.op, tuple(v.type for v in node.results))
+        if key not in self.named_ops:
+            self.named_ops[key] = name = self.reference_names.new(node.op.name)
+            self.references[name] = node
+        return self.named_ops[key]
+
+
+def _all_symbols(graph: Graph) -> set[str]:
+    found = set(graph.symbols)
+    for function in graph.functions.values():
+        for value in function.arguments:
+            found |= value.type.symbols
+    for _, node in graph.walk():
+        for value in node.op.attributes.values():
+            found |= _symbols_of(value)
+        for result in node.results:
+            found |= result.type.symbols
+    return found
+
+
+def _op_text(op: Op) -> str:
+    defaults = op.attribute_defaults()
+    said = [f"{n}={v}" for n, v in op.attributes.items() if n not in defaults or defaults[n] != v]
+    return f"{op.name}({', '.join(said)})"
+
+
+class _FunctionWriter:
+    def __init__(self, program: _ProgramWriter, function: Function) -> None:
+        self.program, self.function = program, function
+        self.is_main = function is program.graph.main
+        self.used: set[str] = set()
+        self.names = _Names({*program.dialect.names, *program.symbols.values(), *program.function_names.values()})
+        self.text: dict[Value, str] = {}
+        named = function.inputs if self.is_main else function.arguments
+        for value in named:
+            self.text[value] = self.names.new(value.name)
+        if self.is_main:
+            self.text |= {v: f'weights["{_escaped(name)}"]' for name, v in function.parameters.items()}
+
+    # -- what a line asks for --------------------------------------------------------------------------------
+
+    def read(self, value: Value) -> str:
+        """A value as an array."""
+        return self.program.constant(value.literal) if value.literal is not None else self.text[value]
+
+    def size(self, size: Size) -> str:
+        """A size as Python text; notes its symbols as needed."""
+        self.used |= size.symbols
+        renamed = {s: n for s, n in self.program.symbols.items() if s != n and s in size.symbols}
+        return str(size.substitute(renamed) if renamed else size)
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def write(self) -> _Text:
+        body = _Text()
+        last = self._last_reads()
+        for at, node in enumerate(self.function.nodes):
+            expression = self._call(node) if node.op.callee is not None else self._spelled(node)
+            for result in node.results:
+                self.text[result] = self.names.new(result.name)
+            target = ", ".join(self.text[r] for r in node.results)
+            types = ", ".join(str(r.type) for r in node.results)
+            body.add(f"    {target} = {expression}", f"{types}  {node.scope}".rstrip(), node)
+            dead = [self.text[v] for v in last.get(at, ())]
+            if dead:
+                body.add(f"    del {', '.join(dead)}")
+        body.add(f"    return {self._returned()}")
+
+        head = _Text()
+        bindings = self._bindings()  # says which symbols the caller has to pass
+        head.add(f"def {self.program.function_names[self.function.name]}(")
+        for value in self.function.inputs if self.is_main else self.function.arguments:
+            head.add(f"    {self.text[value]},", str(value.type))
+        if self.is_main:
+            head.add("    weights,")
+        for symbol in self.program.needs[self.function.name]:
+            head.add(f"    {self.program.symbols[symbol]},")
+        head.add("):")
+        for line in bindings:
+            head.add(f"    {line}")
+        return _Text([*_aligned(head), *_aligned(body)])
+
+    def _spelled(self, node: Node) -> str:
+        return self.program.dialect.spell(Line(self, node))
+
+    def _last_reads(self) -> dict[int, list[Value]]:
+        """By position of a node: the results of nodes that no later node reads and that are not returned."""
+        last: dict[Value, int] = {}
+        for at, node in enumerate(self.function.nodes):
+            last |= dict.fromkeys(node.results, at)
+            last |= {v: at for v in node.inputs if v.node is not None}
+        for value in self.function.outputs.values():
+            last.pop(value, None)
+        dead: dict[int, list[Value]] = {}
+        for value, at in last.items():
+            dead.setdefault(at, []).append(value)
+        return dead
+
+    def _returned(self) -> str:
+        outputs = {name: self.read(value) for name, value in self.function.outputs.items()}
+        if self.is_main:
+            return "{" + ", ".join(f'"{_escaped(name)}": {text}' for name, text in outputs.items()) + "}"
+        return ", ".join(outputs.values())
+
+    def _call(self, node: Node) -> str:
+        callee = self.program.graph.callee(node)
+        assert callee is not None
+        count = len(callee.inputs)
+        arguments = [self.read(v) for v in node.inputs[:count]]
+        arguments += self._bundle(node, callee) or [self.read(v) for v in node.inputs[count:]]
+        arguments += [f"{s}={self.size(Size.symbol(s))}" for s in self.program.needs[callee.name]]
+        return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
+
+    def _bundle(self, node: Node, callee: Function) -> list[str] | None:
+        """`*weights["h.0.*"]`, if the call passes the weights under its scope, in the callee's order."""
+        weights = node.inputs[len(callee.inputs) :]
+        names = tuple(f"{node.scope}.{name}" for name in callee.parameters)
+        if not self.is_main or not names or [self.function.parameters.get(n) for n in names] != list(weights):
+            return None
+        self.program.bundles[f"{node.scope}.*"] = names
+        return [f'*weights["{_escaped(node.scope)}.*"]']
+
+    def _bindings(self) -> list[str]:
+        """Lines that read the needed symbols from the arguments' shapes; the rest the caller passes."""
+        wanted = sorted(self.used)
+        lines = []
+        for value in self.function.arguments:
+            symbols = [s.as_symbol for s in value.type.shape]
+            new = [s for s in dict.fromkeys(symbols) if s in wanted]
+            if not new:
+                continue
+            wanted = [s for s in wanted if s not in new]
+            if len(new) == 1:
+                lines.append(f"{self.program.symbols[new[0]]} = {self.text[value]}.shape[{symbols.index(new[0])}]")
+            else:
+                first = [s if s in new and symbols.index(s) == i else None for i, s in enumerate(symbols)]
+                pattern = ", ".join("_" if s is None else self.program.symbols[s] for s in first)
+                lines.append(f"{pattern} = {self.text[value]}.shape")
+        self.program.needs[self.function.name] = wanted
+        if wanted and self.is_main:
+            names = ", ".join(wanted)
+            raise BackendError(
+                f"{self.program.graph.name} needs the size of {names}, which no input has as a dimension",
+                received=", ".join(f"{v.name}: {v.type}" for v in self.function.inputs),
+                hint=f"an input with a dimension {wanted[0]}",
+            )
+        return lines
+
+
+def _aligned(text: _Text) -> list[tuple[str, str, Node | None]]:
+    return [(code, "", node) for code, node in text.rendered()]
+
+
+def _escaped(name: str) -> str:
+    return name.replace("\\", "\\\\").replace('"', '\\"')

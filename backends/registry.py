@@ -1,0 +1,73 @@
+"""Finding backends by name: our own, and those that installed packages register as entry points.
+
+    [project.entry-points."treadle.backends"]
+    mine = "my_package.backend:MyBackend"
+
+An entry point names a class (or function) that is called without arguments and gives a `Backend`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+
+from treadle.backends.protocol import Backend
+from treadle.ir.errors import BackendError
+
+GROUP = "treadle.backends"
+_OURS = {
+    "numpy": ("treadle.backends.numpy_backend", "NumpyBackend"),
+    "torch": ("treadle.backends.torch_backend", "TorchBackend"),
+}
+
+
+def backend_names() -> list[str]:
+    """The names of all registered backends, available or not: ours, then others' in alphabetical order."""
+    return [*_OURS, *sorted(_theirs())]
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of that name, imported now.
+
+    Raises BackendError where there is none (with the nearest names), or where a third party's cannot be loaded.
+    """
+    if name in _OURS:
+        module, attribute = _OURS[name]
+        made: Backend = getattr(importlib.import_module(module), attribute)()
+        return made
+    found = _theirs().get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, backend_names(), n=1)
+        others = ", ".join(backend_names())
+        raise BackendError(
+            f"there is no backend {name!r}",
+            hint=(f"{near[0]}, or another of: " if near else "one of ") + others,
+        )
+    return _load(found)
+
+
+def _theirs() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in _OURS}
+
+
+def _load(point: EntryPoint) -> Backend:
+    package = f" of {point.dist.name} {point.dist.version}" if point.dist is not None else ""
+    within = f"entry point {point.name} = {point.value}{package}"
+    try:
+        made = point.load()()
+    except Exception as error:  # whatever somebody else's module raises while it is imported
+        raise BackendError(
+            f"backend {point.name!r} cannot be loaded",
+            received=f"{type(error).__name__}: {error}",
+            within=within,
+            hint="repair or uninstall the package that registers it",
+        ) from error
+    if not isinstance(made, Backend):
+        raise BackendError(
+            f"backend {point.name!r} is not a backend",
+            received=type(made).__name__,
+            within=within,
+            hint="it needs name, available, supports and compile",
+        )
+    return made

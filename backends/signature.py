@@ -1,0 +1,162 @@
+"""Checking a call: names, dtypes and shapes of what was passed, against the types of a graph's inputs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.protocol import Port
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.interpreter import solve_sizes
+from treadle.ir.sizes import Bounds, Size
+
+Array = np.ndarray[Any, Any]
+Convert = Callable[[Port, Any], Any]
+"""Makes an array of the port's dtype of what was passed, without looking at its shape. Raises BackendError."""
+
+
+class Signature:
+    """What a graph takes. Made once; `bind` checks each call."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.name = graph.name
+        self.ports = tuple(Port(v.name, v.type) for v in graph.main.inputs)
+        self.bounds = dict(graph.symbols)
+        self.derived = _sizes_that_may_be_negative(graph)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.ports))})"
+
+    def bind(self, given: Mapping[str, Any], convert: Convert) -> list[Any]:
+        """The arrays in the order of the inputs. Raises BackendError where names, dtypes or shapes do not fit."""
+        self._check_names(given)
+        arrays = {port.name: convert(port, given[port.name]) for port in self.ports}
+        self._check_shapes({name: tuple(int(n) for n in array.shape) for name, array in arrays.items()})
+        return list(arrays.values())
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        names = [port.name for port in self.ports]
+        unknown = [name for name in given if name not in names]
+        missing = [name for name in names if name not in given]
+        if not unknown and not missing:
+            return
+        what = f"{self.name} has no input {', '.join(unknown)}" if unknown else f"no value for {', '.join(missing)}"
+        near = difflib.get_close_matches(unknown[0], missing, n=1) if unknown else []
+        raise BackendError(
+            what,
+            received=", ".join(given) or "no inputs",
+            within=str(self),
+            hint=", ".join(f"{n}=..." for n in near or missing or names) or None,
+        )
+
+    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        sizes: dict[str, int] = {}
+        first_in: dict[str, Port] = {}
+        for again in (False, True):  # a size such as 2*S may stand before the input that tells S
+            for port in self.ports:
+                shape = shapes[port.name]
+                wrong = solve_sizes(port.type, shape, sizes)
+                if len(shape) != port.type.rank:
+                    raise self._refusal(port, f" {wrong}", shapes, f"an array [{', '.join(port.axes)}]")
+                if wrong is not None and again:
+                    told = [f"{s} is {sizes[s]} in {first_in[s].name}" for s in sizes if f"{s} = " in wrong]
+                    raise self._refusal(port, f": {wrong}", shapes, ", ".join(told))
+                for symbol in sizes:
+                    first_in.setdefault(symbol, port)
+        for symbol, port in first_in.items():
+            size, bounds = sizes[symbol], self.bounds.get(symbol, Bounds())
+            if size not in bounds:
+                position = [s.as_symbol for s in port.type.shape].index(symbol)
+                limit = f"at least {bounds.lower}" if size < bounds.lower else f"at most {bounds.upper}"
+                wrong = f": dimension {position} must be {limit}, is {size}"
+                raise self._refusal(
+                    port, wrong, shapes, f"{bounds.around(symbol)}" if size else f"{symbol} of 1 or more"
+                )
+        for extent, node in self.derived:
+            if extent.symbols <= sizes.keys() and extent.evaluate(sizes) < 0:
+                raise BackendError(
+                    f"{node.op.name}: a dimension of size {extent} would be {extent.evaluate(sizes)}",
+                    received=_shown(shapes, self.ports),
+                    within=str(self),
+                    source=describe_source(node.source, node.scope),
+                    hint="larger inputs",
+                )
+
+    def _refusal(self, port: Port, wrong: str, shapes: Mapping[str, tuple[int, ...]], hint: str) -> BackendError:
+        return BackendError(
+            f"input {port.name}{wrong}",
+            received=_shown(shapes, self.ports),
+            within=str(self),
+            hint=hint or None,
+        )
+
+
+def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> str:
+    return ", ".join(f"{p.name}: {p.dtype}[{', '.join(map(str, shapes[p.name]))}]" for p in ports)
+
+
+def _sizes_that_may_be_negative(graph: Graph) -> list[tuple[Size, Node]]:
+    """Sizes of results such as S - 4, each with the first node that has it."""
+    found: dict[Size, Node] = {}
+    for _, node in graph.walk():
+        for value in node.results:
+            for size in value.type.shape:
+                if size.symbols and size not in found and size.bounds(graph.symbols).lower < 0:
+                    found[size] = node
+    return list(found.items())
+
+
+# -- dtypes --------------------------------------------------------------------------------------------------
+
+
+def refuse_dtype(port: Port, found: str, hint: str, shape: Sequence[int] | None = None) -> BackendError:
+    """The error for an input of another dtype; shape is that of an array."""
+    received = found if shape is None else f"{found}[{', '.join(map(str, shape))}]"
+    return BackendError(
+        f"input {port.name} must be {port.dtype}, is {found}",
+        received=f"{port.name}: {received}",
+        within=str(port),
+        hint=hint,
+    )
+
+
+def as_numpy(port: Port, value: Any) -> Array:
+    """What was passed, as a NumPy array of the port's dtype, which NumPy has.
+
+    An array of that dtype is taken as it is. Another dtype of the same kind is converted if each of its values has
+    a place (int32 for i64, float16 for f32). Python numbers and lists have no dtype: integers are taken for any
+    integer or float dtype that holds them exactly, floats are rounded to a float dtype. Raises BackendError for
+    anything else.
+    """
+    wanted = port.dtype.numpy
+    assert wanted is not None
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        if array.dtype == wanted and array.dtype.isnative:
+            return array
+        if _kind(array.dtype) == _kind(wanted) and np.can_cast(array.dtype, wanted, "safe"):
+            return array.astype(wanted)
+        raise refuse_dtype(port, str(array.dtype), f"{port.name}.astype({wanted.name!r})", array.shape)
+    given, an_array = f"a {type(value).__name__}", f"an array of {port.dtype}"
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise refuse_dtype(port, f"{given} whose rows differ in length", an_array) from error
+    held_by = {"b": "b", "i": "if", "f": "f"}.get(_kind(array.dtype), "")
+    if array.size and _kind(wanted) not in held_by:
+        raise refuse_dtype(port, f"{given} of {array.dtype}", an_array)
+    with np.errstate(all="ignore"):
+        converted = array.astype(wanted)
+        exact = _kind(array.dtype) != "i" or np.array_equal(converted.astype(array.dtype), array)
+    if not exact:
+        raise refuse_dtype(port, f"{given} of numbers that {port.dtype} does not hold exactly", an_array)
+    return converted
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    return "i" if dtype.kind == "u" else dtype.kind

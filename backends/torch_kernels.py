@@ -1,0 +1,159 @@
+"""Kernels in PyTorch that emitted source calls: what one expression cannot say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treadle.ir.attention_terms import T5Relative
+
+# -- along an axis -------------------------------------------------------------------------------------------
+
+
+def cumsum(x: Tensor, axis: int, *, exclusive: bool, reverse: bool) -> Tensor:
+    """Running sums of what stands up to an element (before it, if exclusive), or from it on (after it) if reverse."""
+    terms = x.flip(axis) if reverse else x
+    sums = torch.cumsum(terms, axis, dtype=x.dtype)
+    if exclusive:
+        sums = torch.cat((torch.zeros_like(sums.narrow(axis, 0, 1)), sums.narrow(axis, 0, x.shape[axis] - 1)), axis)
+    return sums.flip(axis) if reverse else sums
+
+
+def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
+    """The k greatest elements, greatest first, and their positions; of equal ones the first.
+
+    torch.topk leaves open which of equal ones it takes, so all are sorted.
+    """
+    values, indices = torch.sort(x, dim=axis, descending=True, stable=True)
+    return values.narrow(axis, 0, k), indices.narrow(axis, 0, k)
+
+
+def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """Slices of x along an axis, at indices of any rank."""
+    axis %= x.dim()
+    picked = x.index_select(axis, indices.reshape(-1))
+    return picked.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
+
+
+def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
+    """The transpose of `take`: updates added to target."""
+    axis %= target.dim()
+    rows = updates.reshape((*target.shape[:axis], indices.numel(), *target.shape[axis + 1 :]))
+    return target.index_add(axis, indices.reshape(-1), rows)
+
+
+def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) -> Tensor:
+    """Windows, whose elements lie along the last axis, added where they lie."""
+    axis %= x.dim() - 1
+    shape = [*x.shape[:-1]]
+    shape[axis] = size
+    y = x.new_zeros(shape)
+    moved, reach = y.movedim(axis, 0), (x.shape[axis] - 1) * stride + 1
+    for k in range(x.shape[-1]):
+        first = k * dilation
+        moved[first : first + reach : stride] += x[..., k].movedim(axis, 0)
+    return y
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    masks: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+    softcap: float | None = None,
+) -> Tensor:
+    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see `treadle.ir.ops.attention`.
+
+    Masks and biases broadcast against [b, h, s, t]. A query that may see no key gets zeros: PyTorch leaves it open.
+    """
+    mask: Tensor | None = None
+    for keep in masks:
+        mask = keep if mask is None else mask & keep
+    if biases:
+        bias = biases[0]
+        for other in biases[1:]:
+            bias = bias + other
+        mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        out = _capped(q, k, v, scale, softcap, mask)
+    if mask is None:
+        return out
+    seen = mask if mask.dtype == torch.bool else mask > -math.inf
+    return torch.where(seen.any(-1, keepdim=True), out, 0.0)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, mask: Tensor | None) -> Tensor:
+    """Attention whose scores are capped, which PyTorch's own does not offer."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
+    scores = softcap * torch.tanh((q * scale) @ k.transpose(-1, -2) / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ v
+
+
+def causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[s, t]: j <= i"""
+    return torch.arange(keys, device=device) <= torch.arange(queries, device=device)[:, None]
+
+
+def window(queries: int, keys: int, size: int, device: torch.device) -> Tensor:
+    """[s, t]: |i - j| < size"""
+    offsets = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
+    return offsets.abs() < size
+
+
+def padding(lengths: Tensor, keys: int) -> Tensor:
+    """[b, 1, 1, t]: j < lengths[b]"""
+    return torch.arange(keys, device=lengths.device) < lengths[:, None, None, None]
+
+
+def segments(of_queries: Tensor, of_keys: Tensor) -> Tensor:
+    """[b, 1, s, t]: of_queries[b, i] == of_keys[b, j]"""
+    return of_queries[:, None, :, None] == of_keys[:, None, None, :]
+
+
+def laid_out(x: Tensor, axes: str) -> Tensor:
+    """A tensor of some of the axes b, h, s and t, with 1 for each that it lacks."""
+    sizes = dict(zip(axes.split(), x.shape, strict=True))
+    return x.reshape([sizes.get(axis, 1) for axis in "bhst"])
+
+
+def t5_relative(table: Tensor, queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """[1, h, s, t]: table[bucket(j - i), h]"""
+    bucket = _t5_buckets(buckets, max_distance, bidirectional, table.device)
+    offsets = _offsets(queries, keys, table.device).clamp(-max_distance, max_distance) + max_distance
+    return _by_offset(table[bucket[offsets]].T, keys)
+
+
+@lru_cache(maxsize=64)
+def _t5_buckets(buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
+    return torch.from_numpy(T5Relative(buckets, max_distance, bidirectional).bucket_by_offset).to(device)
+
+
+def alibi(slopes: Tensor, queries: int, keys: int) -> Tensor:
+    """[1, h, s, t]: slopes[h] (j - i)"""
+    return _by_offset(slopes[:, None] * _offsets(queries, keys, slopes.device).to(slopes.dtype), keys)
+
+
+def _offsets(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Every j - i, ascending."""
+    return torch.arange(1 - queries, keys, device=device)
+
+
+def _by_offset(values: Tensor, keys: int) -> Tensor:
+    """[h, s + t - 1], a value for each j - i, as [1, h, s, t]: row i is the window that starts at s - 1 - i."""
+    return values.unfold(-1, keys, 1).flip(1)[None]

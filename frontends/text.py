@@ -1,0 +1,147 @@
+"""Text as token ids: the tokenizer.json of a model's folder, run by the tokenizers library.
+
+    tokenizer = TextTokenizer.open(folder)
+    batch = tokenizer.batch(["a cat", "a longer sentence"])
+    batch.ids        # i64[2, S], padded to the longest
+    batch.lengths    # i64[2], how many of a row's ids are real
+
+Source: the format of Hugging Face tokenizers, https://huggingface.co/docs/tokenizers. The file holds data only. Padding
+that it asks for is replaced by ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.contained_files import PathLike, printable, read_regular
+from treadle.frontends.huggingface import ModelFolder
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+
+_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
+_UNLIMITED = 1 << 31  # files say 10^30 where they mean no limit
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Texts as ids.
+
+    ids      i64[B, S], each row padded at its end to the longest
+    lengths  i64[B], how many ids of each row are real, special ones included
+    cut      bool[B], whether a text was longer than the limit and lost its end
+    """
+
+    ids: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    cut: npt.NDArray[np.bool_]
+
+
+class TextTokenizer:
+    """The tokenizer of a model's folder."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int | None) -> None:
+        """`tokenizer` is a `tokenizers.Tokenizer` without padding; texts are cut to `max_tokens` ids."""
+        self._tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def open(
+        cls,
+        folder: PathLike,
+        *,
+        max_tokens: int | None = None,
+        context: int | None = None,
+        limit_bytes: int = _FILE_BYTES,
+    ) -> TextTokenizer:
+        """Read tokenizer.json of a model's folder, or of its place in a hub cache.
+
+        max_tokens   what texts are cut to, special tokens included; without it, what tokenizer_config.json says
+                     (model_max_length), else tokenizer.json (truncation)
+        context      how many positions the model has: texts are cut to these, whatever the files say
+        limit_bytes  the longest file that is read
+
+        Raises CheckpointError where the file is missing, leads out of the folder, is too long or damaged, and
+        FrontendError where the tokenizers library is not installed.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise FrontendError(
+                "reading text needs the package tokenizers",
+                received=str(error),
+                hint="pip install 'treadle[text]'",
+            ) from error
+        place = ModelFolder.find(folder)
+        shown = place.show(_FILE)
+        data = read_regular(place.file(_FILE), limit_bytes, shown, "limit_bytes=")
+        made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
+        made.no_padding()
+        asked = max_tokens if max_tokens is not None else _longest_input(place, limit_bytes)
+        if asked is None and made.truncation is not None:
+            asked = int(made.truncation["max_length"])
+        most = min((n for n in (asked, context) if n is not None), default=None)
+        if most is None:
+            made.no_truncation()
+        else:
+            _guarded(lambda: made.enable_truncation(most), f"texts cannot be cut to {most} tokens", shown)
+        return cls(made, most)
+
+    def batch(self, texts: Sequence[str]) -> TokenBatch:
+        """Texts as one padded array. Raises UsageError for no texts, and for one that is not valid Unicode."""
+        if not texts:
+            raise UsageError("there is no text")
+        for text in texts:
+            if not text.isascii():
+                _refuse_surrogates(text)
+        encoded = _guarded(
+            lambda: self._tokenizer.encode_batch(list(texts)), "the tokenizer failed on a text", _FILE
+        )
+        lengths = np.array([len(e.ids) for e in encoded], np.int64)
+        ids = np.zeros((len(encoded), max(1, int(lengths.max()))), np.int64)
+        for row, e in zip(ids, encoded, strict=True):
+            row[: len(e.ids)] = e.ids
+        return TokenBatch(ids, lengths, np.array([bool(e.overflowing) for e in encoded]))
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            "a text is not valid Unicode",
+            received=f"{printable(text, 60)}, character {error.start}",
+            hint="text in UTF-8",
+        ) from None
+
+
+def _longest_input(place: ModelFolder, limit_bytes: int) -> int | None:
+    """`model_max_length` of tokenizer_config.json: the number of tokens that the model was made for."""
+    if not place.has(_SETTINGS):
+        return None
+    shown = place.show(_SETTINGS)
+    data = read_regular(place.file(_SETTINGS), limit_bytes, shown, "limit_bytes=")
+    try:
+        settings = json.loads(data)  # the strict reader refuses integers as long as these files hold
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("the file is not JSON", received=str(error), within=shown) from None
+    length = settings.get("model_max_length") if isinstance(settings, dict) else None
+    return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
+
+
+def _guarded(action: Callable[[], T], what: str, shown: str) -> T:
+    """What the library answers; its failures, of which a hostile file can bring about some, as CheckpointError."""
+    try:
+        return action()
+    except BaseException as error:
+        # A panic of the library's Rust is a BaseException of a class that cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(what, received=printable(str(error), 400), within=shown) from None

@@ -1,0 +1,149 @@
+"""BERT: an encoder that reads in both directions, with the norm after each part (Devlin et al. 2019).
+
+One declaration with a head to choose: in the paper, too, tasks differ in no more than the last layer (figures 1 and 4).
+"""
+
+from __future__ import annotations
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Table
+from treadle.ir.errors import FrontendError
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    count_labels,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+)
+
+ACTIVATIONS = {"gelu": t.gelu, "gelu_new": t.gelu_tanh, "gelu_pytorch_tanh": t.gelu_tanh, "relu": t.relu}
+
+HEADS = ("pooler", "masked_lm", "classifier", "token_classifier")
+
+ARCHITECTURES = {
+    "BertModel": None,
+    "BertForMaskedLM": "masked_lm",
+    "BertForSequenceClassification": "classifier",
+    "BertForTokenClassification": "token_classifier",
+    "BertForQuestionAnswering": "token_classifier",
+}
+"""The head of each of Hugging Face's classes. Where an answer starts and where it ends are two labels of a token."""
+
+
+@t.model
+def bert(
+    tokens: t.i64["B S"],
+    lengths: t.i64["B"] | None,
+    token_types: t.i64["B S"] | None,
+    *,
+    vocab=30522,
+    context=512,
+    types=2,
+    dim=768,
+    heads=12,
+    layers=12,
+    hidden=3072,
+    act=t.gelu,
+    eps=1e-12,
+    head=None,
+    labels=2,
+):
+    """BERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+
+    lengths      [B], how many tokens of each row are real; absent: all
+    token_types  [B, S], which segment each token is of; absent: the first
+    head         None, or one of HEADS
+    """
+    with t.scope("embeddings"):
+        x = t.embed(tokens, vocab, dim, name="word")
+        x += t.embed(t.positions(tokens), context, dim, name="position")
+        x += t.embed(t.constant(0) if token_types is None else token_types, types, dim, name="token_type")
+        x = t.layer_norm(x, eps=eps, name="norm")
+
+    mask = None if lengths is None else t.padding(lengths)
+    for _ in t.stack("layer", layers):
+        x = t.layer_norm(x + t.self_attention(x, heads, mask=mask, name="attn"), eps=eps, name="attn_norm")
+        x = t.layer_norm(x + t.mlp(x, hidden, act=act, name="mlp"), eps=eps, name="mlp_norm")
+
+    match head:
+        case None:
+            return {"hidden": x}
+        case "pooler":
+            return {"hidden": x, "pooled": pool(x)}
+        case "masked_lm":
+            with t.scope("masked_lm"):
+                x = t.layer_norm(act(t.linear(x, dim, name="transform")), eps=eps, name="norm")
+                return t.unembed(x, tied="embeddings.word", bias=True)
+        case "classifier":
+            return t.linear(pool(x), labels, name="logits")
+        case "token_classifier":
+            return t.linear(x, labels, name="logits")
+        case _:
+            raise FrontendError(f"bert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def pool(x: t.Tensor) -> t.Tensor:
+    """A sequence [B, S, D] as one vector [B, D]: its first token's, through a layer of its own."""
+    first = t.gather(x, t.constant(0), axis=1)
+    return t.tanh(t.linear(first, x.shape[-1], name="pooler"))
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face BertConfig; its `architectures` choose the head."""
+    require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    head = choose_architecture(config, ARCHITECTURES)
+    if head == "masked_lm":
+        require(config, tie_word_embeddings=True)
+    return bert.configure(
+        vocab=read_int(config, "vocab_size"),
+        context=read_int(config, "max_position_embeddings"),
+        types=read_int(config, "type_vocab_size", 2),
+        dim=read_int(config, "hidden_size"),
+        heads=read_int(config, "num_attention_heads"),
+        layers=read_layers(config, "num_hidden_layers"),
+        hidden=read_int(config, "intermediate_size"),
+        act=choose(config, "hidden_act", ACTIVATIONS),
+        eps=read_float(config, "layer_norm_eps", 1e-12),
+        head=head,
+        labels=count_labels(config),
+    )
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. Checkpoints of before 2019 call a norm's weight gamma and its bias beta."""
+    block = "encoder.layer.{i}"
+    table: dict[str, Entry] = {
+        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.position.weight": "embeddings.position_embeddings.weight",
+        "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
+        "masked_lm.logits.bias": ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    }
+    for ours, theirs in {
+        "layer.{i}.attn.q": f"{block}.attention.self.query",
+        "layer.{i}.attn.k": f"{block}.attention.self.key",
+        "layer.{i}.attn.v": f"{block}.attention.self.value",
+        "layer.{i}.attn.out": f"{block}.attention.output.dense",
+        "layer.{i}.mlp.up": f"{block}.intermediate.dense",
+        "layer.{i}.mlp.down": f"{block}.output.dense",
+        "masked_lm.transform": "cls.predictions.transform.dense",
+        "pooler": "pooler.dense",
+    }.items():
+        table |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
+    for ours, theirs in {
+        "embeddings.norm": "embeddings.LayerNorm",
+        "layer.{i}.attn_norm": f"{block}.attention.output.LayerNorm",
+        "layer.{i}.mlp_norm": f"{block}.output.LayerNorm",
+        "masked_lm.norm": "cls.predictions.transform.LayerNorm",
+    }.items():
+        table[f"{ours}.weight"] = (f"{theirs}.weight", f"{theirs}.gamma")
+        table[f"{ours}.bias"] = (f"{theirs}.bias", f"{theirs}.beta")
+    for part in ("weight", "bias"):
+        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}")
+    return table
+
+
+FAMILY = Family("bert", bert, ("bert",), from_config, checkpoint, prefixes=("", "bert."))

@@ -1,0 +1,179 @@
+"""T5: an encoder and a decoder whose only positions are a bias of attention by distance (Raffel et al. 2020).
+
+Also its version 1.1 and mT5 (Xue et al. 2021): a gated feed-forward network, and an output that is not tied.
+"""
+
+from __future__ import annotations
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Table
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    read_flag,
+    read_float,
+    read_int,
+    read_layers,
+)
+
+FEED_FORWARD = {
+    "relu": {"act": t.relu, "gated": False},
+    "gelu": {"act": t.gelu, "gated": False},
+    "gated-gelu": {"act": t.gelu_tanh, "gated": True},
+    "gated-silu": {"act": t.silu, "gated": True},
+}
+
+
+@t.model
+def t5_encoder(
+    tokens: t.i64["B S"],
+    lengths: t.i64["B"] | None,
+    *,
+    vocab=32128,
+    dim=512,
+    heads=8,
+    head_dim=64,
+    hidden=2048,
+    layers=6,
+    buckets=32,
+    max_distance=128,
+    act=t.relu,
+    gated=False,
+    eps=1e-6,
+):
+    """T5's encoder: hidden states [B, S, dim] of tokens [B, S].
+
+    lengths  [B], how many tokens of each row are real; absent: all
+    """
+    mask = None if lengths is None else t.padding(lengths)
+    attention = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
+    feed_forward = t.gated_mlp if gated else t.mlp
+    x = t.embed(tokens, vocab, dim, name="shared")
+    with t.scope("encoder"):
+        table = t.parameter("distance.weight", buckets, heads)
+        bias = t.t5_relative(table, buckets=buckets, max_distance=max_distance, bidirectional=True)
+        for _ in t.stack("block", layers):
+            y = t.rms_norm(x, eps=eps, name="attn_norm")
+            x += t.self_attention(y, mask=mask, bias=bias, name="attn", **attention)
+            y = t.rms_norm(x, eps=eps, name="mlp_norm")
+            x += feed_forward(y, hidden, act=act, bias=False, name="mlp")
+        return {"hidden": t.rms_norm(x, eps=eps, name="norm")}
+
+
+@t.model
+def t5(
+    tokens: t.i64["B S"],
+    decoder_tokens: t.i64["B T"],
+    lengths: t.i64["B"] | None,
+    *,
+    vocab=32128,
+    dim=512,
+    heads=8,
+    head_dim=64,
+    hidden=2048,
+    layers=6,
+    decoder_layers=6,
+    buckets=32,
+    max_distance=128,
+    act=t.relu,
+    gated=False,
+    eps=1e-6,
+    tied=True,
+):
+    """T5: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+
+    lengths  [B], how many of each row's tokens are real; absent: all
+    tied     logits are scaled by dim**-0.5 and multiplied by the table of embeddings, else by a matrix of their own
+    """
+    memory = t5_encoder(
+        tokens, lengths, vocab=vocab, dim=dim, heads=heads, head_dim=head_dim, hidden=hidden, layers=layers,
+        buckets=buckets, max_distance=max_distance, act=act, gated=gated, eps=eps,
+    )["hidden"]  # fmt: skip
+    mask = None if lengths is None else t.padding(lengths)
+    attention = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
+    feed_forward = t.gated_mlp if gated else t.mlp
+    x = t.embed(decoder_tokens, vocab, dim, name="shared")
+    with t.scope("decoder"):
+        table = t.parameter("distance.weight", buckets, heads)
+        bias = t.t5_relative(table, buckets=buckets, max_distance=max_distance)
+        for _ in t.stack("block", decoder_layers):
+            y = t.rms_norm(x, eps=eps, name="attn_norm")
+            x += t.self_attention(y, causal=True, bias=bias, name="attn", **attention)
+            y = t.rms_norm(x, eps=eps, name="cross_norm")
+            x += t.cross_attention(y, memory, mask=mask, name="cross", **attention)
+            y = t.rms_norm(x, eps=eps, name="mlp_norm")
+            x += feed_forward(y, hidden, act=act, bias=False, name="mlp")
+        x = t.rms_norm(x, eps=eps, name="norm")
+    return {"logits": t.unembed(x * dim**-0.5, tied="shared") if tied else t.unembed(x, vocab, name="lm_head")}
+
+
+ARCHITECTURES = {
+    "T5ForConditionalGeneration": t5,
+    "T5WithLMHeadModel": t5,
+    "T5EncoderModel": t5_encoder,
+    "MT5ForConditionalGeneration": t5,
+    "MT5EncoderModel": t5_encoder,
+}
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face T5Config or MT5Config."""
+    mt5 = config.get("model_type") == "mt5"
+    layers = read_layers(config, "num_layers")
+    model: t.Model = choose_architecture(config, ARCHITECTURES)
+    model = model.configure(
+        vocab=read_int(config, "vocab_size"),
+        dim=read_int(config, "d_model"),
+        heads=read_int(config, "num_heads"),
+        head_dim=read_int(config, "d_kv"),
+        hidden=read_int(config, "d_ff"),
+        layers=layers,
+        buckets=read_int(config, "relative_attention_num_buckets", 32, most=256),
+        max_distance=read_int(config, "relative_attention_max_distance", 128, most=4096),
+        eps=read_float(config, "layer_norm_epsilon", 1e-6),
+        **choose(config, "feed_forward_proj", FEED_FORWARD, "gated-gelu" if mt5 else "relu"),
+    )
+    if model.name == "t5":
+        model = model.configure(
+            decoder_layers=read_layers(config, "num_decoder_layers", layers),
+            tied=not mt5 and read_flag(config, "scale_decoder_outputs", _may_lack_output(config)),
+        )
+    return model
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. The first block of a stack holds the bias by distance that all of its blocks share."""
+    table: dict[str, Entry] = {
+        "shared.weight": ("shared.weight", "encoder.embed_tokens.weight"),
+        "lm_head.weight": ("lm_head.weight", "shared.weight") if _may_lack_output(config) else "lm_head.weight",
+    }
+    for stack, last in (("encoder", 1), ("decoder", 2)):
+        block = f"{stack}.block.{{i}}"
+        table |= {
+            f"{stack}.distance.weight": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{stack}.norm.weight": f"{stack}.final_layer_norm.weight",
+            f"{block}.attn_norm.weight": f"{block}.layer.0.layer_norm.weight",
+            f"{block}.cross_norm.weight": f"{block}.layer.1.layer_norm.weight",
+            f"{block}.mlp_norm.weight": f"{block}.layer.{last}.layer_norm.weight",
+            f"{block}.mlp.gate.weight": f"{block}.layer.{last}.DenseReluDense.wi_0.weight",
+            f"{block}.mlp.up.weight": tuple(f"{block}.layer.{last}.DenseReluDense.{n}.weight" for n in ("wi", "wi_1")),
+            f"{block}.mlp.down.weight": f"{block}.layer.{last}.DenseReluDense.wo.weight",
+        }
+        for ours, theirs in zip(("q", "k", "v", "out"), "qkvo", strict=True):
+            table[f"{block}.attn.{ours}.weight"] = f"{block}.layer.0.SelfAttention.{theirs}.weight"
+            table[f"{block}.cross.{ours}.weight"] = f"{block}.layer.1.EncDecAttention.{theirs}.weight"
+    return table
+
+
+def _may_lack_output(config: Config) -> bool:
+    """Whether the file may do without lm_head, for which the embeddings then stand.
+
+    Hugging Face 5 says so of every model; where the matrix is one of its own, the file has it nevertheless, and
+    `scale_decoder_outputs` still tells what the model was trained as.
+    """
+    return read_flag(config, "tie_word_embeddings", True)
+
+
+FAMILY = Family("t5", t5, ("t5", "mt5"), from_config, checkpoint)

@@ -1,0 +1,262 @@
+"""Models of the zoo from Hugging Face folders: the same numbers, and what a folder that does not fit gets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from treadle.backends.registry import backend_names, find_backend
+from treadle.frontends.binding import bind
+from treadle.frontends.huggingface import open_checkpoint
+from treadle.ir.errors import CheckpointError, FrontendError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.target import Target
+from treadle.resolving import Resolved, resolve
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from tests.hf_models import TINY, VOCAB, answer, save
+
+Array = np.ndarray[Any, Any]
+Run = Callable[..., Mapping[str, Array]]
+
+TOLERANCE = 2e-5
+"""Of max|a - b| / max|b|, with float32 on one side or both. Its spacing is 1.2e-7; a sum of some tens of products, in
+another order each time, is a few spacings off, and a dozen sums follow each other: far more than rounding, and far less
+than a norm's eps, an approximate gelu or a bias by distance that is one bucket off make.
+"""
+
+
+# -- the same numbers ------------------------------------------------------------------------------------------
+
+
+def prepare(runner: str, graph: Graph, weights: Mapping[str, Array]) -> Run:
+    """The graph as a function of its inputs: the reference in float64, or a backend's executable."""
+    if runner == "interpreter":
+        return lambda **inputs: interpret(graph, inputs, weights, float64=True)
+    backend = find_backend(runner)
+    reason = backend.available()
+    if reason is not None:
+        pytest.skip(f"backend {runner}: {reason}")
+    return backend.compile(graph, Target("cpu"), weights)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tiny model: Hugging Face's, and its folder."""
+
+    name: str
+    folder: Path
+    theirs: Any
+
+    def resolve(self, *inputs: str) -> Resolved:
+        return resolve(self.folder, inputs=inputs, **TINY[self.name].given)
+
+
+@pytest.fixture(scope="module", params=[name for name in TINY if name != "distilbert"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    return Saved(name, folder, save(name, folder))
+
+
+def draw(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Inputs of a model of the zoo where its symbols have these sizes; in each batch one row is whole."""
+    rng = np.random.default_rng(list(sizes.values()))
+    batch, length = sizes["B"], sizes["S"]
+    ranges = {"tokens": VOCAB, "decoder_tokens": VOCAB, "token_types": 3}
+    drawn = {
+        v.name: rng.integers(0, ranges[v.name], v.type.evaluate(sizes))
+        for v in graph.main.inputs
+        if v.name != "lengths"
+    }
+    if any(v.name == "lengths" for v in graph.main.inputs):
+        drawn["lengths"] = rng.permutation(np.append(rng.integers(1, length + 1, batch - 1), length))
+    return drawn
+
+
+SIZES = [{"B": 1, "S": 1, "T": 1}, {"B": 3, "S": 7, "T": 4}, {"B": 2, "S": 16, "T": 24}]
+
+
+def assert_close(ours: Mapping[str, Array], theirs: Mapping[str, Array], case: str) -> None:
+    """Assert that each of our outputs is theirs of the same name."""
+    assert ours
+    assert ours.keys() <= theirs.keys()
+    for name in ours:
+        assert ours[name].shape == theirs[name].shape
+        worst = np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
+        assert worst < TOLERANCE, f"{name} of {case}"
+
+
+@pytest.mark.parametrize("runner", ["interpreter", *backend_names()])
+def test_equals_hugging_face(saved: Saved, runner: str) -> None:
+    """One compilation serves every size and answers what Hugging Face's model does, whichever inputs are present."""
+    model = saved.resolve().model
+    assert model is not None
+    optional = [i.name for i in model.declared_inputs if i.optional]
+    for count in range(len(optional) + 1):
+        resolved = saved.resolve(*optional[:count])
+        assert resolved.weights is not None
+        run = prepare(runner, resolved.graph, resolved.weights)
+        for sizes in SIZES:
+            inputs = draw(resolved.graph, sizes)
+            assert_close(run(**inputs), answer(saved.theirs, inputs), f"{', '.join(inputs)} at {sizes}")
+
+
+def test_takes_every_tensor(saved: Saved) -> None:
+    """What a folder holds and the model leaves is the pooler, where nothing asks for it."""
+    unused = saved.resolve().unused
+    assert set(unused) == ({"pooler.dense.weight", "pooler.dense.bias"} if saved.name == "bert" else set())
+
+
+def test_the_family_of_the_documentation(tmp_path: Path) -> None:
+    """The file that docs/models.md shows reads DistilBERT and answers what Hugging Face's does."""
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(compile(code, "distilbert.py", "exec"), names)
+    theirs = save("distilbert", tmp_path)
+
+    checkpoint, family = open_checkpoint(tmp_path), names["FAMILY"]
+    graph = family.from_config(checkpoint.config).configure(inputs=("lengths",)).graph()
+    wanted = {name: (value.type.static_shape or (), value.type.dtype) for name, value in graph.parameters.items()}
+    binding = bind(wanted, family.checkpoint(checkpoint.config), checkpoint, prefixes=family.prefixes)
+    assert not binding.unused
+    inputs = draw(graph, SIZES[1])
+    assert_close(interpret(graph, inputs, binding.arrays, float64=True), answer(theirs, inputs), "distilbert")
+
+
+def test_old_names(tmp_path: Path) -> None:
+    """The first checkpoints of BERT say gamma and beta, and put `bert.` before a model without a head."""
+    save("bert-pooler", tmp_path)
+    new = resolve(tmp_path, head="pooler").weights
+    tensors = load_file(tmp_path / "model.safetensors")
+    for now, then in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+        tensors = {name.replace(now, then): x for name, x in tensors.items()}
+    save_file({f"bert.{name}": x for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    old = resolve(tmp_path, head="pooler").weights
+    assert new is not None
+    assert old is not None
+    assert old.keys() == new.keys()
+    assert all(np.array_equal(old[name], new[name]) for name in new)
+
+
+def test_separate_output(tmp_path: Path) -> None:
+    """T5 1.1 holds an output matrix; where its config says that there must be one, the embeddings do not stand in."""
+    save("t5-gated", tmp_path)
+    change_config(tmp_path, tie_word_embeddings=False)
+    weights = resolve(tmp_path).weights
+    assert weights is not None
+    assert not np.array_equal(weights["lm_head.weight"], weights["shared.weight"])
+    change_tensors(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 of") as caught:
+        resolve(tmp_path)
+    assert "lm_head.weight" in str(caught.value)
+
+
+# -- folders that do not fit -----------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, **options: Any) -> None:
+    """Set options of a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Array]], object]) -> None:
+    """Change a folder's tensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole folder of BERT's, to be damaged."""
+    save("bert-masked-lm", tmp_path)
+    return tmp_path
+
+
+def test_missing_and_misshapen_tensors_are_all_listed(folder: Path) -> None:
+    def damage(tensors: dict[str, Array]) -> None:
+        name = "bert.encoder.layer.1.attention.self.query.weight"
+        tensors["bert.encoder.layer.1.attention.self.qeury.weight"] = tensors.pop(name)
+        del tensors["cls.predictions.bias"]
+        tensors["bert.embeddings.LayerNorm.weight"] = np.ones(23, np.float32)
+
+    change_tensors(folder, damage)
+    with pytest.raises(CheckpointError) as caught:
+        resolve(folder)
+    text = str(caught.value)
+    assert "lacks 2 of the" in text
+    assert "holds 1 that do not fit" in text
+    assert "nearest: bert.encoder.layer.1.attention.self.qeury.weight" in text
+    assert "masked_lm.logits.bias <- cls.predictions.bias or cls.predictions.decoder.bias" in text
+    assert "embeddings.norm.weight needs f32[24]; bert.embeddings.LayerNorm.weight is f32[23]" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"hidden_act": "mish"}, "config.json: hidden_act is 'mish'"),
+        ({"hidden_act": ["gelu"]}, "config.json: hidden_act is ['gelu']"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"architectures": ["BertForMultipleChoice"]}, "architectures is ['BertForMultipleChoice']"),
+        ({"architectures": "BertModel"}, "architectures is 'BertModel'"),
+        ({"model_type": "barts"}, "model_type is 'barts'"),
+        ({"model_type": ["bert"]}, "model_type is ['bert']"),
+        ({"vocab_size": -1}, "vocab_size must be a positive integer"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a positive integer up to 10000"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps must be a number"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a number"),
+        ({"id2label": []}, "id2label must be an object"),
+    ],
+)  # fmt: skip
+def test_unknown_option(folder: Path, options: dict[str, Any], what: str) -> None:
+    change_config(folder, **options)
+    with pytest.raises(CheckpointError) as caught:
+        resolve(folder)
+    assert what in caught.value.what
+    assert caught.value.hint or caught.value.received
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt2", {"architectures": ["GPT2ForSequenceClassification"]}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"n_inner": "wide"}),
+        ("t5", {"architectures": ["T5ForTokenClassification"]}),
+        ("t5", {"feed_forward_proj": "gated-mish"}),
+        ("t5", {"scale_decoder_outputs": "yes"}),
+        ("t5", {"relative_attention_max_distance": 10**9}),
+    ],
+)
+def test_unknown_option_of(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    save(name, tmp_path)
+    change_config(tmp_path, **options)
+    (option,) = options
+    with pytest.raises(CheckpointError, match=f"config.json: {option}"):
+        resolve(tmp_path)
+
+
+def test_heads_that_do_not_divide_the_width(folder: Path) -> None:
+    change_config(folder, num_attention_heads=5)
+    with pytest.raises(FrontendError, match="a width of 24 does not split into 5 heads") as caught:
+        resolve(folder)
+    assert caught.value.source is not None
+    assert caught.value.source.startswith("models/bert.py:")

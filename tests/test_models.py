@@ -1,0 +1,120 @@
+"""The zoo's declarations: the shape of their graphs, and how they refuse what they do not know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import treadle.frontends.language as t
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.ir.follow import follow
+from treadle.ir.parser import parse_graph
+from treadle.ir.printer import print_graph
+from treadle.models.bert import HEADS, bert
+from treadle.models.family import read_float, read_int
+from treadle.models.gpt2 import gpt2
+from treadle.models.registry import family_names, family_of, find_family
+from treadle.models.t5 import t5, t5_encoder
+from treadle.resolving import resolve
+
+SMALL = {"vocab": 11, "dim": 12, "heads": 3, "head_dim": 5, "hidden": 20, "layers": 4, "decoder_layers": 3}
+
+
+def small(model: t.Model, **config: Any) -> t.Model:
+    """The model with small sizes and all of its optional inputs."""
+    sizes = {name: size for name, size in SMALL.items() if name in model.defaults}
+    return model.configure(inputs=tuple(i.name for i in model.declared_inputs if i.optional), **{**sizes, **config})
+
+
+ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
+    "gpt2": (small(gpt2), {"h": 4}),
+    **{f"bert {head}": (small(bert, head=head), {"layer": 4}) for head in (None, *HEADS)},
+    "t5": (small(t5), {"block": 4, "block_2": 3}),
+    "t5 gated": (small(t5, gated=True, tied=False), {"block": 4, "block_2": 3}),
+    "t5_encoder": (small(t5_encoder), {"block": 4}),
+}
+"""Every declaration, with the functions of its graph beside main and how often each is called."""
+
+
+def test_every_family_is_here() -> None:
+    declared = {model.name for model, _ in ZOO.values()}
+    assert {find_family(name).model.name for name in family_names()} <= declared
+    for name in family_names():
+        family = find_family(name)
+        assert family.name == name
+        assert all(family_of({"model_type": kind}) is family for kind in family.model_types)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_blocks_are_functions(name: str) -> None:
+    """A stack is one function, called once a block, however deep: no block differs from the others."""
+    model, expected = ZOO[name]
+    graph = model.graph()
+    calls = [node.op.callee for node in graph.main.nodes if node.op.callee is not None]
+    assert {function: calls.count(function) for function in graph.functions if function != "main"} == expected
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_prints_and_parses(name: str) -> None:
+    graph = ZOO[name][0].graph()
+    text = print_graph(graph)
+    again = parse_graph(text)
+    assert again == graph
+    assert print_graph(again) == text
+    assert again != ZOO["gpt2" if name != "gpt2" else "t5"][0].graph()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_rows_of_a_head_may_be_packed(head: str) -> None:
+    """The pooler's first token is an index into a row, not a cut of the batch."""
+    verdict = follow(ZOO[f"bert {head}"][0].graph(), "S").pack()
+    assert verdict, str(verdict)
+
+
+def test_positions_bound_the_sequence() -> None:
+    assert gpt2.configure(context=40).graph().symbols["S"].upper == 40
+    assert bert.graph().symbols["S"].upper == 512
+    assert t5.graph().symbols["S"].upper is None
+
+
+def test_a_model_inside_another() -> None:
+    """Its parameters go under the scope, and what it ties is its own."""
+    inner = small(gpt2)
+
+    @t.model
+    def twins(tokens: t.i64["B S"]):
+        with t.scope("left"):
+            left = inner(tokens)
+        with t.scope("right"):
+            right = inner(tokens)
+        return left + right
+
+    graph = twins.graph()
+    alone = inner.graph().parameters
+    assert set(graph.parameters) == {f"{side}.{name}" for side in ("left", "right") for name in alone}
+    tied = [node.operands[1] for node in graph.main.nodes if node.op.name == "linear"]
+    assert [weight.name for weight in tied if weight is not None] == ["left.wte.weight", "right.wte.weight"]
+
+
+# -- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_unknown_head_option_and_input() -> None:
+    with pytest.raises(FrontendError, match="bert has no head 'masked'") as caught:
+        resolve("bert", head="masked")
+    assert all(head in str(caught.value) for head in HEADS)
+    with pytest.raises(FrontendError, match="model bert has no option width"):
+        resolve("bert", width=12)
+    with pytest.raises(FrontendError, match="model t5 has no optional input token_types"):
+        resolve("t5", inputs=("token_types",))
+    with pytest.raises(UsageError, match="there is no model 'bret'"):
+        resolve("bret")
+
+
+def test_defaults_of_a_config() -> None:
+    assert read_int({"n": None}, "n", 3) == 3
+    assert read_float({}, "eps", 1e-5) == 1e-5
+    for bad in ({}, {"n": 1.0}, {"n": 0}):
+        with pytest.raises(CheckpointError, match="n must be a positive integer"):
+            read_int(bad, "n")
