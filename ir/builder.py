@@ -111,13 +111,14 @@ class Builder:
             error.source = error.source or describe_source(self.source or user_line(), self.scope)
             raise
         node = self.emit(op, self._values(op, given), name)
-        results = tuple(Expr(self, v) for v in node.results)
-        return results[0] if len(results) == 1 else results
+        if len(node.results) == 1:
+            return Expr(self, node.results[0])
+        return tuple(Expr(self, v) for v in node.results)
 
     def _values(self, op: Op, given: Sequence[Any]) -> list[Value | None]:
         """Operands as values. A number takes the dtype that the op's rule ties it to, else the first Expr's."""
-        numbers = [i for i, x in enumerate(given) if x is not None and not isinstance(x, Expr | Value)]
         values = [x.value if isinstance(x, Expr) else x if isinstance(x, Value) else None for x in given]
+        numbers = [i for i, v in enumerate(values) if v is None and given[i] is not None]
         if numbers:
             entries = operand_entries(op.dtypes(), len(given))
             known = [v.type.dtype if v is not None else None for v in values]
@@ -148,15 +149,9 @@ class Builder:
 
     # -- where nodes come from ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def scoped(self, name: str) -> Iterator[None]:
-        """Add nodes under `scope.name` for a while."""
-        outer = self.scope
-        self.scope = f"{outer}.{name}" if outer and name else outer or name
-        try:
-            yield
-        finally:
-            self.scope = outer
+    def scoped(self, name: str) -> _Scoped:
+        """`with b.scoped("attn"):` adds nodes under `scope.attn`."""
+        return _Scoped(self, name)
 
     @contextmanager
     def placed_as(self, node: Node) -> Iterator[None]:
@@ -171,6 +166,22 @@ class Builder:
     def expr(self, value: Value) -> Expr:
         """An existing value as an Expr of this builder."""
         return Expr(self, value)
+
+
+class _Scoped:
+    """A scope while it is open. (A class: it is entered for every layer, and costs half of a generator.)"""
+
+    __slots__ = ("builder", "name", "outer")
+
+    def __init__(self, builder: Builder, name: str) -> None:
+        self.builder, self.name, self.outer = builder, name, builder.scope
+
+    def __enter__(self) -> None:
+        self.outer = self.builder.scope
+        self.builder.scope = f"{self.outer}.{self.name}" if self.outer and self.name else self.outer or self.name
+
+    def __exit__(self, *_: object) -> None:
+        self.builder.scope = self.outer
 
 
 def describe_source(source: Source | None, scope: str) -> str | None:

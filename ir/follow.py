@@ -24,6 +24,7 @@ from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.op import Composite
 from treadle.ir.sizes import ONE, Size
+from treadle.ir.types import Factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +334,10 @@ class _Tracer:
         inside = {_moved(p, formal) for p in here for actual, formal in pairs if actual is p.value}
         closure = self.close(callee, frozenset(inside))
         reached = [
-            _moved(p, actual) for p in closure.places for actual, formal in pairs if formal is p.value and actual is not None
+            _moved(p, actual)
+            for p in closure.places
+            for actual, formal in pairs
+            if formal is p.value and actual is not None
         ]
         scoped = [_with(e, scope=_join(node.scope, e.scope)) for e in closure.encounters]
         return reached, scoped
@@ -343,7 +347,9 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
     """Carry places across one node by its axis rule."""
     application = node.op.apply([None if v is None else v.type for v in node.operands])
     slots: list[tuple[Value, tuple[AxisDim, ...]]] = [
-        (v, dims) for v, dims in zip(node.operands, application.operands, strict=True) if v is not None and dims is not None
+        (v, dims)
+        for v, dims in zip(node.operands, application.operands, strict=True)
+        if v is not None and dims is not None
     ]
     slots += zip(node.results, application.results, strict=True)
     coordinates: dict[tuple[str, Size, Size], None] = {}
@@ -378,7 +384,9 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
                 and set(node.op.pairs) <= names
                 and not pairs_given,
                 kept=kept,
-                resized=grown and not partners and any(d.size is not None for dims in application.results for d in dims),
+                resized=grown
+                and not partners
+                and any(d.size is not None for dims in application.results for d in dims),
             )
         )
     if resized and not any(e.resized for e in encounters):
@@ -416,9 +424,8 @@ def _locate(application: Application, dim: AxisDim, place: Place) -> Iterator[tu
                 rest = size.divide(offset)
                 if rest is not None and rest != 1 and place.size.divide(rest) is not None:
                     yield name, offset, rest
-        elif running.divide(place.inner) is not None and (place.inner * place.size).divide(end) is not None:
-            if size != 1:
-                yield name, ONE, size
+        elif size != 1 and running.divide(place.inner) and (place.inner * place.size).divide(end):
+            yield name, ONE, size
         running = end
 
 
@@ -452,7 +459,7 @@ def _values(graph: Graph) -> Iterator[Value]:
         yield from _ordered(function)
 
 
-def _factors(value: Value) -> Iterator[object]:
+def _factors(value: Value) -> Iterator[Factor]:
     for dim in value.type.dims:
         yield from dim.factors
 
@@ -464,5 +471,3 @@ def _size_symbols(node: Node) -> set[str]:
             if isinstance(item, Size):
                 found |= item.symbols
     return found
-
-

@@ -129,6 +129,7 @@ def attend(
     biases: Biases | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    name: str | None = None,
 ) -> Expr:
     """Apply attention: q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e].
 
@@ -139,5 +140,5 @@ def attend(
     entries = (Masks() & (masks or Masks())).entries + (Biases() + (biases or Biases())).entries
     terms = tuple(term for term, _ in entries)
     operands = [x for _, given in entries for x in given]
-    out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap)
+    out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
     return out

@@ -169,8 +169,9 @@ class Op:
 
         Raises TypeError for an unknown attribute, GraphError or RuleError for a wrong one.
         """
+        floats = tuple([str(v) for v in attributes.values() if type(v) is float])  # 0.0 equals -0.0
         try:
-            return _interned(cls, tuple(attributes.items()))
+            return _interned(cls, tuple(attributes.items()), floats)
         except TypeError:  # an attribute given as a list, or an unknown one
             return cls(**attributes)
 
@@ -323,7 +324,7 @@ def find_op(name: str) -> type[Op]:
 
 
 @lru_cache(maxsize=8192)
-def _interned(cls: type[Op], attributes: tuple[tuple[str, Any], ...]) -> Op:
+def _interned(cls: type[Op], attributes: tuple[tuple[str, Any], ...], floats: tuple[str, ...]) -> Op:
     return cls(**dict(attributes))
 
 

@@ -8,6 +8,7 @@ passes its own. A region that differs gets a function of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +74,9 @@ def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, Node]:
     escaping = {v for v in main.outputs.values() if v.node is not None}
     for node in main.nodes:
         home = inside.get(node)
-        escaping.update(v for v in node.inputs if v.node is not None and inside.get(v.node) is not home)
+        for value in node.operands:
+            if value is not None and value.node is not None and inside.get(value.node) is not home:
+                escaping.add(value)
 
     groups: dict[tuple[Any, ...], list[_Repetition]] = {}
     for region in regions:
@@ -135,12 +138,18 @@ def _position(rep: _Repetition, value: Value) -> tuple[int, int]:
     return rep.region.nodes.index(value.node), value.index
 
 
-def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> Function:
-    region, name, count = rep.region, rep.region.name, 1
+def _free_name(graph: Graph, wanted: str) -> str:
+    """`encoder_block` for the scopes encoder.block.0, 1, ...; numbered if blocks differ."""
+    name, count = wanted, 1
     while name in graph.functions:
         count += 1
-        name = f"{region.name}_{count}"
-    function = Function(name)
+        name = f"{wanted}_{count}"
+    return name
+
+
+def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> Function:
+    region = rep.region
+    function = Function(_free_name(graph, re.sub(r"\.\d+(?=\.|$)", "", region.scope).replace(".", "_")))
     formal: dict[Value, Value] = {}
     taken: set[str] = set()
     for value in rep.inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import lru_cache
+from types import FrameType
 
 from treadle.ir.graph import Source
 
@@ -28,11 +29,23 @@ def _source(filename: str, line: int) -> Source:
     return Source(os.path.basename(path), line)
 
 
+def raising_line(error: BaseException) -> Source | None:
+    """The user's line that an exception passed through last, or None where it passed through none."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        if not _is_compiler(trace.tb_frame.f_code.co_filename):
+            found = _source(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
 def user_line() -> Source | None:
     """The user's line that led here, or None where no frame of the user's is on the stack."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if not _is_compiler(frame.f_code.co_filename):
-            return _source(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
+        code = frame.f_code
+        generated = code.co_filename == "<string>" and code.co_name == "__init__"  # a dataclass's
+        if not generated and not _is_compiler(code.co_filename):
+            return _source(code.co_filename, frame.f_lineno)
+        frame = frame.f_back
     return None

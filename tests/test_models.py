@@ -30,9 +30,9 @@ def small(model: t.Model, **config: Any) -> t.Model:
 ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     "gpt2": (small(gpt2), {"h": 4}),
     **{f"bert {head}": (small(bert, head=head), {"layer": 4}) for head in (None, *HEADS)},
-    "t5": (small(t5), {"block": 4, "block_2": 3}),
-    "t5 gated": (small(t5, gated=True, tied=False), {"block": 4, "block_2": 3}),
-    "t5_encoder": (small(t5_encoder), {"block": 4}),
+    "t5": (small(t5), {"encoder_block": 4, "decoder_block": 3}),
+    "t5 gated": (small(t5, gated=True, tied=False), {"encoder_block": 4, "decoder_block": 3}),
+    "t5_encoder": (small(t5_encoder), {"encoder_block": 4}),
 }
 """Every declaration, with the functions of its graph beside main and how often each is called."""
 
@@ -106,7 +106,7 @@ def test_unknown_head_option_and_input() -> None:
     assert all(head in str(caught.value) for head in HEADS)
     with pytest.raises(FrontendError, match="model bert has no option width"):
         resolve("bert", width=12)
-    with pytest.raises(FrontendError, match="model t5 has no optional input token_types"):
+    with pytest.raises(FrontendError, match="model t5 has no input token_types"):
         resolve("t5", inputs=("token_types",))
     with pytest.raises(UsageError, match="there is no model 'bret'"):
         resolve("bret")

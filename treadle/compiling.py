@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from treadle.frontends.dsl import Model
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.target import Target
-from treadle.passes.manager import Optimized, Pass, PassManager
+from treadle.passes.manager import Optimized, Pass, PassManager, debug_level
 from treadle.passes.pass_log import PassLog
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
@@ -108,6 +109,8 @@ def compile(
     bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
     where = target if isinstance(target, Target) else Target(target)
     executable = find_backend(backend).compile(optimized.graph, where, bound)
+    if debug_level() >= 4:
+        print(executable.source, file=sys.stderr)
     return Compiled(
         resolved.name, optimized, executable, backend, where, bound, resolved.unused, seed if given is None else None
     )

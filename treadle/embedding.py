@@ -1,6 +1,6 @@
 """Sentence embeddings: a sentence's meaning as a vector of length one, so that a dot product tells how near two are.
 
-    embedder = SentenceEmbedder.open(folder)
+    embedder = SentenceEmbedder.open("minilm")                        # a fetched model, or a folder
     vectors = embedder.embed(["A cat sits.", "A kitten rests."])      # f32[2, D]
     vectors @ vectors.T                                               # cosine similarities
 
@@ -26,6 +26,7 @@ from treadle.frontends.strict_json import JsonReader, read_json_object
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
+from treadle.resolving import find_folder
 
 Vectors = npt.NDArray[np.float32]
 
@@ -61,6 +62,20 @@ class Pooling:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """Sentences as vectors.
+
+    vectors  f32[N, D]
+    tokens   how many tokens of each sentence were read, special ones included
+    cut      the indices of sentences that were too long, and lost their end
+    """
+
+    vectors: Vectors
+    tokens: tuple[int, ...]
+    cut: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class SentenceEmbedder:
     """A model that embeds sentences. Make it with `open`."""
 
@@ -69,24 +84,26 @@ class SentenceEmbedder:
     pooling: Pooling
 
     @classmethod
-    def open(cls, folder: str | Path, *, backend: str = "numpy", target: str | Target = "cpu", **config: Any) -> SentenceEmbedder:
-        """Compile the model of a folder, with its tokenizer and its way of pooling.
+    def open(
+        cls, model: str | Path, *, backend: str = "numpy", target: str | Target = "cpu", **config: Any
+    ) -> SentenceEmbedder:
+        """Compile the model of a folder, or a fetched one, with its tokenizer and its way of pooling.
 
         Raises CheckpointError where a file is missing, damaged or asks for a pooling that is not known here,
         UsageError where the model takes no token ids or gives no hidden states, and what `compile` raises.
         """
-        place = ModelFolder.find(folder)
-        pooling = read_pooling(place)
-        model = compile(place.shown, backend=backend, target=target, inputs=("lengths",), **config)
-        takes, gives = [p.name for p in model.inputs], [p.name for p in model.outputs]
+        folder = find_folder(model)
+        pooling = read_pooling(ModelFolder.find(folder))
+        made = compile(folder, backend=backend, target=target, inputs=("lengths",), **config)
+        takes, gives = [p.name for p in made.inputs], [p.name for p in made.outputs]
         if takes != ["tokens", "lengths"] or "hidden" not in gives:
             raise UsageError(
-                f"{model.name} does not embed sentences",
-                received=f"({', '.join(map(str, model.inputs))}) -> ({', '.join(map(str, model.outputs))})",
+                f"{made.name} does not embed sentences",
+                received=f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})",
                 hint="a model from tokens and lengths to hidden, such as an encoder without a head",
             )
-        tokenizer = TextTokenizer.open(folder, max_tokens=pooling.max_tokens, context=_positions(model))
-        return cls(model, tokenizer, pooling)
+        tokenizer = TextTokenizer.open(folder, max_tokens=pooling.max_tokens, context=_positions(made))
+        return cls(made, tokenizer, pooling)
 
     @property
     def width(self) -> int | None:
@@ -95,13 +112,11 @@ class SentenceEmbedder:
         return hidden.type.shape[-1].constant
 
     def embed(self, sentences: Sequence[str], *, batch_size: int = 32) -> Vectors:
-        """Vectors [len(sentences), D] in the sentences' order. Raises UsageError for none."""
-        return self.embed_reporting(sentences, batch_size=batch_size)[0]
+        """Vectors [len(sentences), D] in the sentences' order. Raises UsageError for no sentence."""
+        return self.embed_reporting(sentences, batch_size=batch_size).vectors
 
-    def embed_reporting(
-        self, sentences: Sequence[str], *, batch_size: int = 32
-    ) -> tuple[Vectors, list[int], list[int]]:
-        """Vectors; each sentence's number of tokens; and which sentences were too long and lost their end."""
+    def embed_reporting(self, sentences: Sequence[str], *, batch_size: int = 32) -> Embedded:
+        """The same, with how many tokens each sentence has and which lost their end. Raises UsageError as `embed`."""
         if not sentences:
             raise UsageError("there is no sentence to embed")
         order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))  # little padding in a batch
@@ -114,7 +129,7 @@ class SentenceEmbedder:
             for i, length, was_cut in zip(chosen, batch.lengths, batch.cut, strict=True):
                 counts[i] = int(length)
                 cut += [i] if was_cut else []
-        return np.concatenate(parts)[np.argsort(order)], counts, sorted(cut)
+        return Embedded(np.concatenate(parts)[np.argsort(order)], tuple(counts), tuple(sorted(cut)))
 
 
 def read_pooling(place: ModelFolder) -> Pooling:

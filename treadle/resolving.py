@@ -1,7 +1,14 @@
-"""MODEL, as the command line and `compile` take it: `file.py:function`, a zoo name, or a folder."""
+"""MODEL, as the command line and `compile` take it.
+
+    file.py:function    a declaration in a Python file, which is imported
+    path/to/folder      config.json and weights; what exists as a path goes before the names below
+    gpt2                a family of the zoo, with the configuration that its declaration has
+    minilm              a fetched model, see `treadle.fetch`
+"""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -14,8 +21,10 @@ import numpy as np
 from treadle.frontends.binding import bind
 from treadle.frontends.dsl import Model
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
+from treadle.fetch import PINNED, fetched_model
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.source_lines import raising_line
 from treadle.models.registry import family_names, family_of, find_family
 
 Array = np.ndarray[Any, Any]
@@ -58,16 +67,35 @@ def resolve(model: Model | Graph | str | Path, *, inputs: tuple[str, ...] | None
     if colon and path.endswith(".py"):
         declared = _load_declaration(Path(path), function).configure(inputs=inputs, **config)
         return Resolved(declared.name, declared.graph(), declared)
-    if text in family_names() and not Path(text).is_dir():
+    if text in family_names() and not Path(text).exists():
         declared = find_family(text).model.configure(inputs=inputs, **config)
         return Resolved(text, declared.graph(), declared)
-    if Path(text).is_dir():
-        return _from_folder(Path(text), inputs, config)
-    raise UsageError(
-        f"there is no model {text!r}",
-        hint="file.py:function, a folder with config.json and model.safetensors, or one of "
-        + ", ".join(family_names()),
-    )
+    return _from_folder(find_folder(text), inputs, config)
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder that MODEL names: itself a path, or a fetched model's name. Raises UsageError where there is none."""
+    name = str(model)
+    if Path(name).exists():
+        if name.endswith(".py"):
+            raise UsageError("a model in a file is named with its function", received=name, hint=f"{name}:FUNCTION")
+        return Path(name)
+    if name not in PINNED:
+        known = [*family_names(), *PINNED]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(
+            f"there is no model {name!r}",
+            hint=(f"{near[0]}? " if near else "")
+            + f"file.py:function, a folder with config.json and model.safetensors, or one of {', '.join(known)}",
+        )
+    folder = fetched_model(name)
+    if folder is None:
+        raise UsageError(f"{name} was not fetched yet", hint=f"treadle fetch {name}")
+    if not folder.is_dir():
+        raise UsageError(
+            f"{name} is in a format that Treadle does not read yet", received=folder.name, within=str(folder.parent)
+        )
+    return folder
 
 
 def load_weights(graph: Graph, checkpoint: Checkpoint) -> tuple[dict[str, Array], tuple[str, ...]]:
@@ -101,8 +129,11 @@ def _load_declaration(path: Path, function: str) -> Model:
         spec.loader.exec_module(module)
     except TreadleError:
         raise
+    except SyntaxError as error:
+        at = f"{Path(error.filename or path).name}:{error.lineno}"
+        raise FrontendError(f"{path.name} is not Python: {error.msg}", source=at) from error
     except Exception as error:
-        at = _line_in(error, path)
+        at = str(raising_line(error) or path.name)
         raise FrontendError(f"{path.name} cannot be imported: {type(error).__name__}: {error}", source=at) from error
     models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
     if function not in models:
@@ -111,14 +142,3 @@ def _load_declaration(path: Path, function: str) -> Model:
             hint="one of " + ", ".join(models) if models else "decorate it with @t.model",
         )
     return models[function]
-
-
-def _line_in(error: BaseException, path: Path) -> str | None:
-    if isinstance(error, SyntaxError):
-        return f"{path.name}:{error.lineno}"
-    frame, found = error.__traceback__, None
-    while frame is not None:
-        if Path(frame.tb_frame.f_code.co_filename) == path:
-            found = f"{path.name}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return found

@@ -19,7 +19,7 @@ class Call(Primitive):
     says its types by itself; the verifier compares it with the function. It has no axis rule: analyses enter the callee.
     """
 
-    arguments = Operand(variadic=True)
+    arguments = Operand(optional=True, variadic=True)
     function: str
     takes: tuple[Type, ...]
     gives: tuple[Type, ...]

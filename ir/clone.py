@@ -1,0 +1,61 @@
+"""Copies of graphs: new values and nodes. What never changes is shared: ops, types, contents of constants, sources."""
+
+from __future__ import annotations
+
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Function, Graph, Node, Value
+
+
+def clone_graph(graph: Graph) -> Graph:
+    """A graph equal to this one, down to names, scopes and source lines, that shares nothing that can change.
+
+    Raises GraphError where a function uses a value that it does not define before.
+    """
+    copy = Graph(graph.name)
+    copy.symbols = dict(graph.symbols)
+    copy.initial = dict(graph.initial)
+    copy.functions = {name: clone_function(function) for name, function in graph.functions.items()}
+    return copy
+
+
+def clone_function(function: Function, name: str | None = None) -> Function:
+    """A copy of one function, under another name if one is given. Raises GraphError as `clone_graph` does."""
+    copy = Function(function.name if name is None else name)
+    values: dict[Value | None, Value | None] = {None: None}
+    for value in function.inputs:
+        values[value] = made = clone_value(value)
+        copy.inputs.append(made)
+    for parameter, value in function.parameters.items():
+        values[value] = copy.parameters[parameter] = clone_value(value)
+    for node in function.nodes:
+        copy.nodes.append(clone_node(node, values, function))
+    for output, value in function.outputs.items():
+        copy.outputs[output] = copied_value(value, values, function)
+    return copy
+
+
+def clone_value(value: Value) -> Value:
+    """A value of the same kind, type, name and constant content, that belongs to no node."""
+    return Value(value.kind, value.type, value.name, value.literal)
+
+
+def clone_node(node: Node, values: dict[Value | None, Value | None], function: Function) -> Node:
+    """The node on what `values` gives for its operands; its results, and its constants, are added to `values`."""
+    operands = [None if v is None else copied_value(v, values, function) for v in node.operands]
+    copy = Node(node.op, operands, [v.type for v in node.results], scope=node.scope, source=node.source)
+    for old, new in zip(node.results, copy.results, strict=True):
+        new.name = old.name
+        values[old] = new
+    return copy
+
+
+def copied_value(value: Value, values: dict[Value | None, Value | None], function: Function) -> Value:
+    """What `values` gives for a value; a constant is copied when first met. Raises GraphError for an unknown value."""
+    found = values.get(value)
+    if found is None:
+        if value.literal is None:
+            raise GraphError(
+                f"{function.name} uses {value.name}, which it does not define before", received=repr(value)
+            )
+        found = values[value] = clone_value(value)
+    return found

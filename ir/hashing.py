@@ -1,0 +1,117 @@
+"""Structural identity: one canonical text a graph, in which names of values, scopes and source lines do not appear.
+
+Two graphs are equal when their canonical forms are; a structural hash is the SHA-256 of a canonical form, the same in
+every process. It covers ops, attributes, types, wiring, constants' content, the names of inputs, outputs and functions,
+and the order of nodes; for a graph also its parameters by name, their initial values, and its symbols' bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import sha256
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any
+
+from treadle.ir.attributes import attribute_fields, attribute_text
+from treadle.ir.graph import Function, Graph, Literal, Value
+from treadle.ir.op import Op
+from treadle.ir.types import Type
+
+_IN_PLACE = 64
+
+
+def canonical_form(graph: Graph) -> str:
+    """Text that two graphs share exactly if they are structurally equal."""
+    symbols = ",".join(f"{b.lower}<={quote(s)}<={b.upper}" for s, b in sorted(graph.symbols.items()))
+    initial = ",".join(
+        f"{quote(n)}={quote(i.kind)}({attribute_text(i.scale)})" for n, i in sorted(graph.initial.items())
+    )
+    functions = (line for f in graph.functions.values() for line in _lines(f, in_order=f is not graph.main))
+    return "\n".join([f"symbols {symbols}", f"initial {initial}", *functions])
+
+
+def structural_hash(of: Function | Graph) -> str:
+    """64 hexadecimal digits that agree for structurally equal graphs, or functions.
+
+    A function's hash covers its calls by name and signature: functions of different graphs are compared by it only if
+    they call nothing, or the same.
+    """
+    text = canonical_form(of) if isinstance(of, Graph) else "\n".join(_lines(of, in_order=True))
+    return sha256(text.encode()).hexdigest()
+
+
+def function_key(function: Function) -> str:
+    """A structural hash in which inputs, parameters and outputs count by position, not by name.
+
+    Two functions of one graph with the same key compute the same from their arguments: one may stand for the other.
+    """
+    return sha256("\n".join(_lines(function, in_order=True, names=False)).encode()).hexdigest()
+
+
+def _lines(function: Function, *, in_order: bool, names: bool = True) -> Iterator[str]:
+    """A line an argument and a node. `in_order` tells whether the order of parameters counts, as it does for calls."""
+    ids: dict[Value | None, str] = {None: "-"}
+    if names:
+        yield f"function {quote(function.name)}"
+    for number, value in enumerate(function.inputs):
+        ids[value] = f"i{number}"
+        yield f"input {quote(value.name) if names else ''}:{type_key(value.type)}"
+    parameters = function.parameters.items() if in_order else sorted(function.parameters.items())
+    for number, (name, value) in enumerate(parameters):
+        ids[value] = f"p{number}"
+        yield f"parameter {quote(name) if names else ''}:{type_key(value.type)}"
+
+    def reference(value: Value | None) -> str:
+        found = ids.get(value)
+        if found is None:
+            literal = value.literal if value is not None else None
+            found = literal_key(literal) if literal is not None else "?"  # "?": defined nowhere before
+        return found
+
+    for number, node in enumerate(function.nodes):
+        operands = ",".join([reference(v) for v in node.operands])
+        results = node.results
+        if len(results) == 1:
+            ids[results[0]] = str(number)
+            types = type_key(results[0].type)
+        else:
+            for value in results:
+                ids[value] = f"{number}.{value.index}"
+            types = ",".join([type_key(v.type) for v in results])
+        yield f"{op_key(node.op)}({operands}){types}"
+    for name, value in function.outputs.items():
+        yield f"output {quote(name) if names else ''}:{reference(value)}:{type_key(value.type)}"
+
+
+# -- keys of the parts ---------------------------------------------------------------------------------------------
+
+
+def op_key(op: Op) -> str:
+    """The op with all its attributes. Kept with the op, which is immutable: equality would take 0.0 for -0.0."""
+    key: str | None = op.__dict__.get("_structural_key")
+    if key is None:
+        attributes = ",".join([attribute_key(getattr(op, name)) for name in attribute_fields(type(op))])
+        key = op.__dict__["_structural_key"] = f"{op.name}[{attributes}]"
+    return key
+
+
+def attribute_key(value: Any) -> str:
+    """An attribute's value: its text, or for types, whose labels do not count, their sizes."""
+    if isinstance(value, Type):
+        return type_key(value)
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(attribute_key, value))}]"
+    return attribute_text(value)
+
+
+@lru_cache(maxsize=16384)
+def type_key(type: Type) -> str:
+    """A type without its factors and labels."""
+    return f"{type.dtype.name}[{','.join(map(str, type.shape))}]"
+
+
+def literal_key(literal: Literal) -> str:
+    """A constant by its content; long ones by the hash of it."""
+    data = literal.data.hex() if len(literal.data) <= _IN_PLACE else sha256(literal.data).hexdigest()
+    return f"{literal.dtype.name}{literal.shape}{len(literal.data)}:{data}"

@@ -1,0 +1,285 @@
+"""Reading text piece by piece: the scanner under the parser knows positions, limits and how names are written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+from treadle.ir.errors import ParseError, TreadleError
+from treadle.ir.types import Type, parse_type
+
+RESERVED = frozenset({"false", "inf", "nan", "none", "return", "true", "with"})
+"""Words that cannot stand for a value; an input of such a name is written in quotes."""
+
+_BARE_NAME = re.compile(r"[A-Za-z_]\w*")
+_BARE_PATH = re.compile(r"\w+(?:\.\w+)*")
+_STRING = re.compile(r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
+_SKIP = re.compile(r"(?:\s++|#[^\n]*+)*+")
+_WORD = re.compile(r"\w+")
+_NUMBER = re.compile(r"-?(?:inf|nan|\d{1,40}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,5})?)(?![\w.])")
+_TYPE = re.compile(r"[a-z]\w*\[[^\]\n]*\]")
+_EXPRESSION_PIECE = re.compile(r'[^()\[\]{},"#\n]++|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What text may ask for; a text that asks for more is refused with a ParseError.
+
+    operands  of all nodes together
+    items     in one bracket of an attribute, and operands of one op (calls have as many as their function)
+    nesting   of brackets in an attribute
+    """
+
+    characters: int = 256 * 2**20
+    functions: int = 10_000
+    nodes: int = 1_000_000
+    operands: int = 20_000_000
+    parameters: int = 1_000_000
+    literal_bytes: int = 128 * 2**20
+    rank: int = 64
+    items: int = 1024
+    nesting: int = 32
+    type_characters: int = 4_000
+    expression_characters: int = 100_000
+
+
+# -- how names are written -----------------------------------------------------------------------------------------
+
+
+def quoted(text: str) -> str:
+    """Text in double quotes with JSON's escapes; printable letters of any script stay as they are."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+@lru_cache(maxsize=16384)
+def name_text(name: str) -> str:
+    """A name: bare where it can be told apart from everything else, else in quotes."""
+    return name if _BARE_NAME.fullmatch(name) and name not in RESERVED else quoted(name)
+
+
+@lru_cache(maxsize=16384)
+def path_text(path: str) -> str:
+    """A path such as `h.0.ln_1.weight`; in quotes where it holds anything but words and dots."""
+    return path if _BARE_PATH.fullmatch(path) else quoted(path)
+
+
+@lru_cache(maxsize=8192)
+def _read_back(text: str) -> Type | None:
+    try:
+        return parse_type(text)
+    except TreadleError:
+        return None
+
+
+def type_text(type: Type) -> str:
+    """A type that `parse_type` reads back: with its factors and labels, or plain where those cannot be written."""
+    return type.text if _read_back(type.text) == type else f"{type.dtype}[{', '.join(map(str, type.shape))}]"
+
+
+def _shortened(text: str) -> str:
+    """Text that may quote what was read, for an error."""
+    return text if len(text) <= 400 else f"{text[:300]} ... {text[-60:]}"
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+class Scanner:
+    """Text and a position in it, which stands right after the last piece read."""
+
+    def __init__(self, text: str, limits: Limits) -> None:
+        self.text, self.limits, self.at = text, limits, 0
+        if len(text) > limits.characters:
+            raise ParseError(f"the text is too long: {len(text)} characters", hint=f"at most {limits.characters}")
+
+    # -- errors ----------------------------------------------------------------------------------------------------
+
+    def error(
+        self, what: str, at: int | None = None, *, received: str | None = None, hint: str | None = None
+    ) -> ParseError:
+        """A ParseError that shows the line at a position (by default the next piece) with a mark below the column."""
+        if at is None:
+            at = self.ahead()
+        start = self.text.rfind("\n", 0, at) + 1
+        end = self.text.find("\n", at)
+        line, column = self.text[start : end if end >= 0 else len(self.text)], at - start
+        shown_from = max(0, column - 80)
+        shown = line[shown_from : shown_from + 120].replace("\t", " ")
+        number = self.text.count("\n", 0, at) + 1
+        within = f"line {number}, column {column + 1}\n{shown}\n{' ' * (column - shown_from)}^"
+        return ParseError(_shortened(what), received=received and _shortened(received), within=within, hint=hint)
+
+    @contextmanager
+    def located(self, at: int) -> Iterator[None]:
+        """Errors of the family that arise inside become ParseErrors at this position."""
+        try:
+            yield
+        except TreadleError as error:
+            if isinstance(error, ParseError) and error.within:
+                raise
+            raise self.error(error.what, at, received=error.received, hint=error.hint) from None
+        except ValueError as error:  # a number of more digits than Python reads
+            raise self.error(f"cannot be read: {error}", at) from None
+
+    def found(self) -> str:
+        """The next piece, in words for an error."""
+        at = self.ahead()
+        if at >= len(self.text):
+            return "the end of the text"
+        match = _STRING.match(self.text, at) or _WORD.match(self.text, at)
+        return repr(match[0][:40] if match else self.text[at])
+
+    # -- pieces ----------------------------------------------------------------------------------------------------
+
+    def ahead(self) -> int:
+        """Where the next piece begins: after white space and comments."""
+        match = _SKIP.match(self.text, self.at)
+        return match.end() if match is not None else self.at
+
+    def skip(self) -> int:
+        """Go to where the next piece begins, and return the place."""
+        self.at = self.ahead()
+        return self.at
+
+    def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """Read a piece if the text goes on with the pattern; if not, stay, before any comment."""
+        found = pattern.match(self.text, self.ahead())
+        if found is not None:
+            self.at = found.end()
+        return found
+
+    def sees(self, pattern: re.Pattern[str]) -> bool:
+        """Whether the text goes on with the pattern."""
+        return pattern.match(self.text, self.ahead()) is not None
+
+    def accept(self, sign: str) -> bool:
+        """Read this punctuation if it comes next."""
+        at = self.ahead()
+        if not self.text.startswith(sign, at):
+            return False
+        self.at = at + len(sign)
+        return True
+
+    def expect(self, sign: str) -> None:
+        """Read this punctuation. Raises ParseError if something else comes next."""
+        if not self.accept(sign):
+            raise self.error(f"expected {sign!r}, found {self.found()}")
+
+    def accept_word(self, word: str) -> bool:
+        """Read this word if it comes next."""
+        match = _WORD.match(self.text, self.ahead())
+        if match is None or match[0] != word:
+            return False
+        self.at = match.end()
+        return True
+
+    def expect_word(self, word: str) -> None:
+        """Read this word. Raises ParseError if something else comes next."""
+        if not self.accept_word(word):
+            raise self.error(f"expected {word!r}, found {self.found()}")
+
+    def accept_name(self) -> str | None:
+        """Read a name, bare or in quotes, if one comes next."""
+        at = self.ahead()
+        match = _BARE_NAME.match(self.text, at)
+        if match is None:
+            return self.string() if self.text.startswith('"', at) else None
+        if match[0] in RESERVED:
+            return None
+        self.at = match.end()
+        return match[0]
+
+    def name(self, what: str) -> str:
+        """Read a name. Raises ParseError if none comes next."""
+        found = self.accept_name()
+        if found is None:
+            raise self.error(f"expected {what}, found {self.found()}")
+        return found
+
+    def path(self, what: str) -> str:
+        """Read a path, bare or in quotes. Raises ParseError if none comes next."""
+        match = self.match(_BARE_PATH)
+        if match is not None:
+            return match[0]
+        if self.text.startswith('"', self.ahead()):
+            return self.string()
+        raise self.error(f"expected {what}, found {self.found()}")
+
+    def string(self) -> str:
+        """Read text in quotes. Raises ParseError where it is malformed."""
+        start = self.skip()
+        match = self.match(_STRING)
+        if match is None:
+            raise self.error(f"expected text in quotes, found {self.found()}")
+        try:
+            return str(json.loads(match[0]))
+        except ValueError:
+            raise self.error("malformed text in quotes", start, hint="JSON's escapes") from None
+
+    def integer(self, what: str) -> int:
+        """Read an integer. Raises ParseError if none comes next."""
+        start = self.at
+        number = self.accept_number()
+        if not isinstance(number, int):
+            self.at = start
+            raise self.error(f"expected {what}, found {self.found()}")
+        return number
+
+    def accept_number(self) -> int | float | None:
+        """Read an integer or (with `.`, `e`, or as `inf` and `nan`) a float, if one comes next."""
+        start = self.skip()
+        match = self.match(_NUMBER)
+        if match is None:
+            return None
+        text = match[0]
+        if text.lstrip("-").isdigit():
+            return int(text)
+        number = float(text)
+        if number in (float("inf"), float("-inf")) and not text.endswith("inf"):
+            raise self.error(f"{text} is out of range", start)
+        return number
+
+    def type(self) -> Type:
+        """Read a type. Raises ParseError if none comes next."""
+        start = self.skip()
+        match = self.match(_TYPE)
+        if match is None:
+            raise self.error(f"expected a type, found {self.found()}", hint="such as f32[B, S, 768]")
+        return self.type_of(match[0], start)
+
+    def type_of(self, text: str, at: int) -> Type:
+        """The type that this piece of the text, which starts at a position, says."""
+        if len(text) > self.limits.type_characters:
+            raise self.error("the type is too long", at, hint=f"at most {self.limits.type_characters} characters")
+        with self.located(at):
+            type = parse_type(text)
+        if type.rank > self.limits.rank:
+            raise self.error(f"rank {type.rank} is too high", at, hint=f"at most {self.limits.rank}")
+        return type
+
+    def expression(self) -> str:
+        """Read up to the next comma or closing bracket outside brackets and quotes: a size, an attention term."""
+        start = self.skip()
+        depth = 0
+        while self.at < len(self.text):
+            char = self.text[self.at]
+            if depth == 0 and char in ",)]}":
+                break
+            if char in "()[]{},":
+                depth += (char in "([{") - (char in ")]}")
+                self.at += 1
+                continue
+            match = _EXPRESSION_PIECE.match(self.text, self.at)
+            if match is None:
+                break
+            self.at = match.end()
+        text = self.text[start : self.at].strip()
+        if not text:
+            raise self.error(f"expected an expression, found {self.found()}", start)
+        if len(text) > self.limits.expression_characters:
+            raise self.error("the expression is too long", start)
+        return text

@@ -1,0 +1,174 @@
+"""The verifier: everything that must hold in a graph, checked anew from the ops' own rules.
+
+    graph      main is there and last; symbols have bounds that some size meets; initial values belong to parameters
+    function   inputs, parameters and outputs have names of their own; types use declared symbols only
+    node       operands are defined before, in the same function; results and node point at each other
+    types      are what the op's rules infer from the operands; a constant's are those of its content
+    calls      name a function that comes before (so there is no recursion) and agree with its signature
+
+It runs after every pass.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+from treadle.ir.attributes import attribute_symbols
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import TreadleError, VerifyError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.call import Call
+from treadle.ir.printer import excerpt
+from treadle.ir.types import Type, boolean
+
+
+def verify(graph: Graph) -> None:
+    """Raises VerifyError for the first invariant that does not hold, with the nodes around and the user's line."""
+    if next(reversed(graph.functions), None) != "main":
+        raise VerifyError("a graph's last function must be main", received=", ".join(graph.functions) or "no function")
+    for symbol, bounds in graph.symbols.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", symbol):
+            raise VerifyError(f"{symbol!r} is not a symbol's name", within="the graph's symbols")
+        if bounds.upper is not None and bounds.upper < bounds.lower:
+            raise VerifyError(f"no size is left for {symbol}", received=bounds.around(symbol))
+    for name in graph.initial:
+        if name not in graph.parameters:
+            raise VerifyError(f"an initial value is given for {name!r}, which is no parameter")
+    earlier: dict[str, Function] = {}
+    for name, function in graph.functions.items():
+        if function.name != name:
+            raise VerifyError(f"the graph knows function {function.name!r} as {name!r}")
+        _FunctionCheck(graph, function, earlier).run()
+        earlier[name] = function
+
+
+class _FunctionCheck:
+    def __init__(self, graph: Graph, function: Function, earlier: dict[str, Function]) -> None:
+        self.graph, self.function, self.earlier = graph, function, earlier
+        self.defined: set[Value] = set()
+        self.checked_types: set[Type] = set()
+
+    def run(self) -> None:
+        names: set[str] = set()
+        for value in self.function.inputs:
+            if value.name in names:
+                raise self.error(f"there are two inputs {value.name!r}")
+            names.add(value.name)
+            self.argument(value, "input")
+        for name, value in self.function.parameters.items():
+            if value.name != name:
+                raise self.error(f"parameter {value.name!r} is held as {name!r}")
+            self.argument(value, "parameter")
+        for index, node in enumerate(self.function.nodes):
+            self.node(node, index)
+        for name, value in self.function.outputs.items():
+            if value.literal is None and value not in self.defined:
+                raise self.error(f"output {name!r} is not defined in {self.function.name}", received=repr(value))
+            if value.literal is not None:
+                self.constant(value, None)
+
+    def argument(self, value: Value, kind: str) -> None:
+        if value.kind != kind or value.node is not None or value.literal is not None:
+            raise self.error(f"{value.name!r} is among the {kind}s, but is no {kind}", received=repr(value))
+        self.symbols(value.type, None)
+        self.defined.add(value)
+
+    def node(self, node: Node, index: int) -> None:
+        for position, value in enumerate(node.operands):
+            if value is None or value in self.defined:
+                continue
+            if value.kind == "constant" or value.literal is not None:
+                self.constant(value, index)
+            else:
+                raise self.error(
+                    f"operand {position} of {node.op.name} is not defined before it is used",
+                    index,
+                    received=repr(value),
+                )
+        self.arity(node, index)
+        if node.op.callee is not None:
+            self.call(node, index)
+        inferred = self.inferred(node, index)
+        given = tuple(v.type for v in node.results)
+        if given != inferred:
+            raise self.error(
+                f"{node.op.name}: a result has another type than the op's rules infer",
+                index,
+                received=f"{_listed(given)}; inferred: {_listed(inferred)}",
+            )
+        for position, value in enumerate(node.results):
+            if value.kind != "result" or value.node is not node or value.index != position or value.literal is not None:
+                raise self.error(f"result {position} of {node.op.name} does not point back at it", index)
+            if value in self.defined:
+                raise self.error(f"result {position} of {node.op.name} is defined twice", index)
+            self.symbols(value.type, index)
+            self.defined.add(value)
+        if undeclared := attribute_symbols(node.op) - self.graph.symbols.keys():
+            raise self.error(f"{node.op.name}: symbol {min(undeclared)} is not declared", index)
+
+    def arity(self, node: Node, index: int) -> None:
+        try:
+            complete = len(node.op.arrange(node.operands)) == len(node.operands)
+        except TreadleError as error:
+            raise self.error(error.what, index) from None
+        if not complete:
+            raise self.error(f"{node.op.name}: absent operands must be None, not left out", index)
+
+    def inferred(self, node: Node, index: int) -> tuple[Type, ...]:
+        try:
+            return node.op.infer([None if v is None else v.type for v in node.operands])
+        except TreadleError as error:
+            raise self.error(error.what, index, received=error.received, hint=error.hint) from None
+
+    def call(self, node: Node, index: int) -> None:
+        callee = self.earlier.get(node.op.callee or "")
+        if callee is None:
+            known = node.op.callee in self.graph.functions
+            why = "does not come before it" if known else "is not in the graph"
+            raise self.error(f"{self.function.name} calls {node.op.callee!r}, which {why}", index)
+        signature = Call.of(callee)
+        if node.op != signature:
+            takes, gives = (_listed(getattr(node.op, part, ())) for part in ("takes", "gives"))
+            raise self.error(
+                f"a call of {callee.name} does not agree with its signature",
+                index,
+                received=f"({takes}) -> ({gives}); {callee.name} is ({_listed(signature.takes)}) -> "
+                f"({_listed(signature.gives)})",
+            )
+
+    def constant(self, value: Value, index: int | None) -> None:
+        literal = value.literal
+        if literal is None or value.kind != "constant" or value.node is not None:
+            raise self.error("a value with a content must be a constant, and a constant must have one", index)
+        if literal.dtype is boolean and literal.data.strip(b"\0\1"):
+            raise self.error("a truth value's byte is 0 or 1", index)
+        if value.type != literal.type or len(literal.data) != prod(literal.shape) * literal.dtype.bytes:
+            raise self.error(
+                "a constant has another type than its content",
+                index,
+                received=f"{value.type} for {len(literal.data)} bytes of {literal.type}",
+            )
+
+    def symbols(self, type: Type, index: int | None) -> None:
+        if type in self.checked_types:
+            return
+        if undeclared := type.symbols - self.graph.symbols.keys():
+            raise self.error(
+                f"symbol {min(undeclared)} is not declared", index, received=str(type), hint="Graph.bound declares it"
+            )
+        self.checked_types.add(type)
+
+    def error(
+        self, what: str, index: int | None = None, *, received: str | None = None, hint: str | None = None
+    ) -> VerifyError:
+        within, source = self.function.name, None
+        if index is not None:
+            node = self.function.nodes[index]
+            within = f"{within}, op {index}\n{excerpt(self.graph, self.function, index)}"
+            source = describe_source(node.source, node.scope)
+        return VerifyError(what, received=received, within=within, source=source, hint=hint)
+
+
+def _listed(types: tuple[Type, ...]) -> str:
+    return ", ".join(map(str, types))

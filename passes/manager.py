@@ -1,0 +1,142 @@
+"""Passes and the manager that runs a flat list of them, checks what they leave, and keeps a record of each.
+
+    optimized = PassManager(DEFAULT).run(graph)
+    optimized.graph                          # the result; the graph that was given is untouched
+    optimized.after("fuse-gelu")             # the graph as that pass left it
+    print(optimized.log)                     # a table, one line a pass
+
+TREADLE_DEBUG=1 prints the table to stderr, 2 also the graph after each pass that changed it, 3 also the
+refusals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.ir.clone import clone_graph
+from treadle.ir.errors import PassError, TreadleError, UsageError
+from treadle.ir.graph import Function, Graph
+from treadle.ir.verifier import verify
+from treadle.passes.pass_log import PassLog, PassRecord, count_ops
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One transformation of a graph; its fields are its options.
+
+    A pass changes what it is given, in place. It sees each distinct function once, callees first, so its work
+    does not grow with the number of times that a block is repeated.
+    """
+
+    @property
+    def name(self) -> str:
+        """The class's name in lower case: `fuse-gelu`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self).__name__).lower()
+
+    @property
+    def options(self) -> str:
+        """The fields that differ from their default, as text."""
+        fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+        return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        """Transform one function, writing to the log what was matched or refused; returns the number of changes."""
+        return 0
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        """Transform the whole graph: by default every function, callees first."""
+        return sum(self.run(function, graph, log) for function in list(graph.functions.values()))
+
+
+class BrokenPassError(PassError):
+    """A pass failed, or left a graph that does not verify. `graph` is the graph as it was before that pass."""
+
+    graph: Graph
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What a pipeline made of a graph: the source as it was given, the result, and the log with every stage."""
+
+    source: Graph
+    graph: Graph
+    log: PassLog
+
+    def after(self, name: str) -> Graph:
+        """The graph as the (last) pass of that name left it. Raises UsageError for a pass that was not run."""
+        for record in reversed(self.log):
+            if record.name == name and record.graph is not None:
+                return record.graph
+        known = ", ".join(dict.fromkeys(r.name for r in self.log))
+        raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
+
+
+class PassManager:
+    """Runs passes in order, verifying after each that changed something."""
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self.passes = tuple(passes)
+
+    def run(self, graph: Graph) -> Optimized:
+        """Optimize a copy of the graph.
+
+        Raises VerifyError where the graph given is broken already, BrokenPassError (a PassError) where a pass
+        fails.
+        """
+        debug = debug_level()
+        verify(graph)
+        snapshot = clone_graph(graph)
+        working = clone_graph(graph)
+        before = count_ops(working)
+        records: list[PassRecord] = []
+        for each in self.passes:
+            record = PassRecord(each.name, each.options, before)
+            started = time.perf_counter()
+            try:
+                record.changes = each.run_graph(working, record)
+                record.after = count_ops(working)
+                if record.changed:
+                    verify(working)
+            except Exception as error:
+                raise _broken(each, error, snapshot) from error
+            record.seconds = time.perf_counter() - started
+            if record.changed:
+                snapshot = clone_graph(working)
+            record.graph = snapshot
+            records.append(record)
+            before = record.after
+            if debug >= 2 and record.changed:
+                print(f"# {record.summary}\n{snapshot}", file=sys.stderr)
+        log = PassLog(records)
+        if debug >= 1:
+            print(log, file=sys.stderr)
+        if debug >= 3:
+            print(log.explain(), file=sys.stderr)
+        return Optimized(graph, snapshot, log)
+
+
+def _broken(each: Pass, error: Exception, before: Graph) -> BrokenPassError:
+    known = error if isinstance(error, TreadleError) else None
+    broken = BrokenPassError(
+        f"pass {each.name} failed: {known.what if known else f'{type(error).__name__}: {error}'}",
+        received=known.received if known else None,
+        within=known.within if known else None,
+        source=known.source if known else None,
+        hint=f"this is a fault of the pass, not of the model; a pipeline without {each.name} avoids it",
+    )
+    broken.graph = before
+    return broken
+
+
+def debug_level() -> int:
+    """TREADLE_DEBUG, 0 where it is not set; README has the table. Raises UsageError for anything but a number."""
+    text = os.environ.get("TREADLE_DEBUG", "") or "0"
+    if not text.isdigit():
+        raise UsageError("TREADLE_DEBUG must be a number from 0 to 4", received=repr(text))
+    return int(text)

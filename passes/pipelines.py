@@ -1,0 +1,29 @@
+"""Pipelines: flat lists of passes, which read as a table of contents of what happens to a graph."""
+
+from __future__ import annotations
+
+from treadle.passes.canonicalize import Canonicalize
+from treadle.passes.common_subexpressions import CommonSubexpressions
+from treadle.passes.dead_code import DeadCode
+from treadle.passes.fold_constants import FoldConstants
+from treadle.passes.fuse_gelu import FuseGelu
+from treadle.passes.fuse_linear import FuseLinear
+from treadle.passes.fuse_normalization import FuseNormalization
+from treadle.passes.fuse_softmax import FuseSoftmax
+from treadle.passes.manager import Pass
+
+DEFAULT: tuple[Pass, ...] = (
+    # one spelling for everything, no work done twice
+    FoldConstants(),
+    Canonicalize(),
+    CommonSubexpressions(),
+    # spelled-out functions as the ops that they are
+    FuseNormalization(),
+    FuseSoftmax(),
+    FuseGelu(),
+    FuseLinear(),
+    # what is left over
+    CommonSubexpressions(),
+    DeadCode(),
+)
+"""For every graph and every backend."""

@@ -1,0 +1,167 @@
+"""Rearranges by what they do: a normal form in which equal ones are equal, and two in a row are one.
+
+    b s (heads=12 d) -> b heads s d        (0)(1)(2 3) -> (0)(2)(1)(3)
+
+A form lists, for each dimension before and after, the atoms that it is the product of, outermost first. Atoms
+of size 1 are left out, and atoms that stay neighbours throughout are one atom, so that splitting and joining
+again is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+
+from treadle.ir.axes import AxisDim
+from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.ops.shapes import Rearrange
+from treadle.ir.sizes import Size, product
+from treadle.ir.types import Type
+
+Atoms = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a rearrange does.
+
+    before, after   the atoms of each dimension, numbered as they come before
+    sizes, names    of each atom; a name is None where the rearranges that it comes from agree on none
+    given           the atoms whose size they said
+    """
+
+    before: Atoms
+    after: Atoms
+    sizes: tuple[Size, ...] = field(compare=False)
+    names: tuple[str | None, ...] = field(compare=False)
+    given: frozenset[int] = field(compare=False)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.before == self.after
+
+    @property
+    def is_transposition(self) -> bool:
+        """Whether it swaps the two axes of a matrix."""
+        return len(self.before) == len(self.after) == 2 and self.after == self.before[::-1]
+
+    @property
+    def pattern(self) -> str:
+        """The form as a rearrange's pattern."""
+        symbols = {s for size in self.sizes for s in size.symbols}
+        taken = symbols | {n for n in self.names if n}
+        letters = iter(axis_letters(len(self.names), taken))
+        names = [n if n and n not in symbols else next(letters) for n in self.names]
+        inferred = {
+            max(dim, key=lambda a: (len(self.sizes[a].symbols), a not in self.given)) for dim in self.before if dim
+        }
+        given = {a: f"{names[a]}={self.sizes[a]}" for dim in self.before for a in dim if a not in inferred}
+        left = [_side([given.get(a, names[a]) for a in dim]) for dim in self.before]
+        right = [_side([names[a] for a in dim]) for dim in self.after]
+        return f"{' '.join(left)} -> {' '.join(right)}".strip()
+
+
+@lru_cache(maxsize=2048)
+def form_of(pattern: str, type: Type) -> Form:
+    """The form of one rearrange, applied to an operand of this type."""
+    before, after, atoms = _read(pattern, type)
+    return _normal(before, after, atoms)
+
+
+@lru_cache(maxsize=2048)
+def composed(first: str, second: str, type: Type) -> Form | None:
+    """The form of two rearranges in a row, or None where their splits of one dimension do not divide each other."""
+    before, between, atoms = _read(first, type)
+    (middle,) = Rearrange(pattern=first).infer([type])
+    taken, after, others = _read(second, middle)
+    atoms |= {f"second {name}": atom for name, atom in others.items()}
+    pieces: dict[str, list[str]] = {}
+    for ours, theirs in zip(between, taken, strict=True):
+        if not _refine(list(ours), [f"second {n}" for n in theirs], atoms, pieces):
+            return None
+
+    def refined(dims: Sequence[Sequence[str]], prefix: str = "") -> list[list[str]]:
+        return [[piece for name in dim for piece in pieces.get(prefix + name, [prefix + name])] for dim in dims]
+
+    return _normal(refined(before), refined(after, "second "), atoms)
+
+
+@dataclass(frozen=True)
+class _Atom:
+    size: Size
+    name: str | None = None
+    given: bool = False
+
+
+def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, _Atom]]:
+    """A pattern's dimensions before and after in factor names, without those of size 1, and the factors."""
+    application = Rearrange(pattern=pattern).apply([type])
+    sized = {n: d.size for n, d in application.dims.items() if not d.is_one}
+    given = Rearrange(pattern=pattern).rule([type.rank]).given
+    atoms = {n: _Atom(size, n if n.isidentifier() else None, n in given) for n, size in sized.items()}
+
+    def dims(side: Sequence[AxisDim]) -> list[list[str]]:
+        return [[n for n in d.factors if n in sized] for d in side]
+
+    return dims(application.operands[0] or ()), dims(application.results[0]), atoms
+
+
+def _refine(ours: list[str], theirs: list[str], atoms: dict[str, _Atom], pieces: dict[str, list[str]]) -> bool:
+    """Cut two products of one size into the same pieces, outermost first; False where a cut does not come out even."""
+    a, b = (ours.pop(0) if ours else None), (theirs.pop(0) if theirs else None)
+    while a is not None and b is not None:
+        size_a, size_b = atoms[a].size, atoms[b].size
+        if size_a == size_b:
+            piece = a if atoms[a].name else b
+            rest_a = rest_b = None
+        elif (quotient := size_a.divide(size_b)) is not None:
+            piece, rest_a, rest_b = b, f"rest of {a}", None
+            atoms[rest_a] = _Atom(quotient)
+        elif (quotient := size_b.divide(size_a)) is not None:
+            piece, rest_a, rest_b = a, None, f"rest of {b}"
+            atoms[rest_b] = _Atom(quotient)
+        else:
+            return False
+        _extend(pieces, a, piece, rest_a)
+        _extend(pieces, b, piece, rest_b)
+        a = rest_a or (ours.pop(0) if ours else None)
+        b = rest_b or (theirs.pop(0) if theirs else None)
+    return a is None and b is None
+
+
+def _extend(pieces: dict[str, list[str]], whole: str, piece: str, rest: str | None) -> None:
+    """Note that the factor which `whole` is, or is the rest of, begins with this piece."""
+    origin = whole
+    while origin.startswith("rest of "):
+        origin = origin.removeprefix("rest of ")
+    pieces.setdefault(origin, []).append(piece)
+
+
+def _normal(before: list[list[str]], after: list[list[str]], atoms: dict[str, _Atom]) -> Form:
+    """Join atoms that are neighbours in that order on both sides, and number what is left."""
+    follower = {pair for dim in after for pair in pairwise(dim)}
+    groups: list[list[str]] = []
+    numbered: list[tuple[int, ...]] = []
+    for dim in before:
+        start = len(groups)
+        for name in dim:
+            if len(groups) > start and (groups[-1][-1], name) in follower:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        numbered.append(tuple(range(start, len(groups))))
+    number = {group[0]: i for i, group in enumerate(groups)}
+    names = [atoms[group[0]].name if len(group) == 1 else None for group in groups]
+    return Form(
+        before=tuple(numbered),
+        after=tuple(tuple(number[n] for n in dim if n in number) for dim in after),
+        sizes=tuple(product(atoms[n].size for n in group) for group in groups),
+        names=tuple(n if n not in names[:i] else None for i, n in enumerate(names)),
+        given=frozenset(i for i, group in enumerate(groups) if all(atoms[n].given for n in group)),
+    )
+
+
+def _side(names: Sequence[str]) -> str:
+    return "1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})"

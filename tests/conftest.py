@@ -1,0 +1,22 @@
+"""What all tests share: the option --update-golden and the fixture `golden`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.golden import Golden
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the files in tests/golden/ from what is printed now"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Compare text with a file in tests/golden/: `golden("printer/block.txt", text)`."""
+    update = request.config.getoption("--update-golden") or os.environ.get("TREADLE_UPDATE_GOLDEN") == "1"
+    return Golden(bool(update))

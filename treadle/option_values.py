@@ -1,0 +1,121 @@
+"""The values of command line options: `--set layers=2`, `--sizes B=1,S=128`, `--input tokens=1,2,3`.
+
+Values are JSON, or words taken as they stand; nothing is evaluated as Python.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from treadle.frontends.contained_files import printable
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.npy_files import Array, read_npy
+
+DEFAULT_SIZE = 128
+"""What a symbolic axis counts where no size is said: a row of 128 tokens. A leading axis, the batch, counts 1."""
+
+_INLINE_BYTES = 1 << 20
+
+
+def parse_config(assignments: Iterable[str]) -> dict[str, Any]:
+    """`layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else a text."""
+    import treadle.frontends.language as language
+
+    config = {}
+    for name, text in map(lambda each: _assignment(each, "--set layers=2"), assignments):
+        config[name] = getattr(language, text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
+    return config
+
+
+def parse_sizes(text: str | None) -> dict[str, int]:
+    """`B=1,S=128`. Raises UsageError for anything but positive integers."""
+    sizes = {}
+    for part in (text or "").split(",") if text else []:
+        name, value = _assignment(part, "--sizes B=1,S=128")
+        if not re.fullmatch(r"[1-9][0-9]{0,11}", value):
+            raise UsageError(f"the size of {name} must be a positive integer", received=printable(value))
+        sizes[name] = int(value)
+    return sizes
+
+
+def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
+    """A size for every symbol: as asked, else 1 for a leading axis of the inputs and 128 for others, within bounds.
+
+    Raises UsageError for a symbol that the graph does not have, and for a size outside its bounds.
+    """
+    unknown = [name for name in asked if name not in graph.symbols]
+    if unknown:
+        raise UsageError(
+            f"{graph.name} has no symbolic axis {', '.join(map(printable, unknown))}",
+            hint="one of " + ", ".join(graph.symbols) if graph.symbols else "all of its sizes are fixed",
+        )
+    leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
+    sizes = {}
+    for name, bounds in graph.symbols.items():
+        size = asked.get(name, 1 if name in leading else DEFAULT_SIZE)
+        if name not in asked:
+            size = max(bounds.lower, size if bounds.upper is None else min(size, bounds.upper))
+        if size not in bounds:
+            raise UsageError(f"{name} cannot be {size}", within=graph.name, hint=bounds.around(name))
+        sizes[name] = size
+    return sizes
+
+
+def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """`tokens=ids.npy`, `tokens=[[1, 2], [3, 4]]`, or `tokens=1,2,3`: one row, with a leading axis of 1 for each that
+    the input has beside its last.
+
+    ranks  the number of axes of each input that is known
+
+    Raises UsageError for text that is none of these, CheckpointError for a file that cannot be read.
+    """
+    inputs: dict[str, Any] = {}
+    for name, text in (_assignment(each, "--input tokens=ids.npy") for each in assignments):
+        if text.endswith(".npy"):
+            inputs[name] = read_npy(text)
+            continue
+        row = not text.lstrip().startswith("[")
+        value = _numbers(name, f"[{text}]" if row else text)
+        for _ in range(ranks.get(name, 1) - 1 if row else 0):
+            value = [value]
+        inputs[name] = value
+    return inputs
+
+
+def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
+    """The names to which values are assigned."""
+    return tuple(_assignment(each, "--input tokens=ids.npy")[0] for each in assignments)
+
+
+def _assignment(text: str, example: str) -> tuple[str, str]:
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name.isidentifier() or not value:
+        raise UsageError("an option must be NAME=VALUE", received=printable(text) if text else "nothing", hint=example)
+    return name, value
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _numbers(name: str, text: str) -> Any:
+    """A number, or lists of numbers in lists."""
+    try:
+        if len(text) > _INLINE_BYTES:
+            raise ValueError(f"{len(text)} characters")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"input {name} is neither a .npy file nor numbers",
+            received=printable(text, 80),
+            within=str(error),
+            hint=f"{name}=ids.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]",
+        ) from None
+    return value
