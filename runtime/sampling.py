@@ -1,0 +1,72 @@
+"""Sampling: which token comes next, given the logits of a row.
+
+Greedy takes the largest logit, the lowest id of equals. Otherwise a token is drawn from softmax(logits / temperature),
+cut to the k likeliest (top-k) and to the smallest set whose probability reaches p (top-p, Holtzman et al. 2020).
+Everything is computed in float64, and a draw depends on the seed, the row and the step alone, so that a run can be
+repeated and a row's text does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import UsageError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token.
+
+    temperature  0 is greedy; 1 leaves the model's distribution as it is
+    top_k        keep the k likeliest tokens (0: all)
+    top_p        keep the likeliest tokens until their probabilities reach p (1: all)
+    seed         of the draws
+
+    Raises UsageError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < float("inf")):
+            raise UsageError("temperature must be 0 or more", received=repr(self.temperature))
+        if self.top_k < 0:
+            raise UsageError("top_k must be 0 or more", received=repr(self.top_k))
+        if not 0 < self.top_p <= 1:
+            raise UsageError("top_p must lie between 0 and 1", received=repr(self.top_p))
+        if self.seed < 0:
+            raise UsageError("a seed must be 0 or more", received=repr(self.seed))
+
+    def choose(self, logits: Array, *, row: int = 0, step: int = 0) -> int:
+        """The next token's id, of logits [vocab]. Raises UsageError where none is finite."""
+        scores = logits.astype(np.float64)
+        if not np.isfinite(scores).any() or np.isnan(scores).any():
+            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify finds the op")
+        if self.temperature == 0:
+            return int(scores.argmax())
+        order, probabilities = self.distribution(scores)
+        drawn = np.random.default_rng([self.seed, row, step]).random()
+        at = int(np.searchsorted(np.cumsum(probabilities), drawn, side="right"))
+        return int(order[min(at, len(order) - 1)])
+
+    def distribution(self, logits: Array) -> tuple[Array, Array]:
+        """The ids that may be drawn from logits [vocab], likeliest first (the lower id of equals), and their
+        probabilities, which add up to 1."""
+        order = np.argsort(-logits, kind="stable")
+        if self.top_k:
+            order = order[: self.top_k]
+        scaled = logits[order] / max(self.temperature, 1e-300)
+        weights = np.exp(scaled - scaled[0])
+        probabilities = weights / weights.sum()
+        before = np.cumsum(probabilities) - probabilities
+        kept = before < self.top_p
+        kept[0] = True
+        return order[kept], probabilities[kept] / probabilities[kept].sum()

@@ -1,0 +1,102 @@
+"""Sampling and generation by recomputing the prefix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import treadle as t
+from treadle.ir.errors import UsageError
+from treadle.runtime.generation import Stepper, generate
+from treadle.runtime.sampling import Sampling
+
+SMALL = {"vocab": 50, "dim": 32, "heads": 4, "layers": 2, "context": 16}
+
+
+@pytest.fixture(scope="module")
+def model() -> Stepper:
+    exe = t.compile("gpt2", seed=3, **SMALL)
+    return Stepper.of(exe.graph, exe)
+
+
+def continued(model: Stepper, prompts: list[list[int]], **options: object) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in prompts]
+    for token in generate(model, prompts, **options):  # type: ignore[arg-type]
+        rows[token.row].append(token.id)
+    return rows
+
+
+def test_greedy_is_the_argmax_of_the_whole_prefix_each_time(model: Stepper) -> None:
+    (row,) = continued(model, [[1, 2, 3]], most=5)
+    prefix = [1, 2, 3]
+    for token in row:
+        logits = model.run(tokens=np.array([prefix]))["logits"]
+        assert token == int(logits[0, -1].argmax())
+        prefix.append(token)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=7)])
+def test_a_row_does_not_depend_on_its_neighbours(model: Stepper, sampling: Sampling) -> None:
+    prompts = [[1, 2, 3], [9], [4, 5, 6, 7, 8]]
+    together = continued(model, prompts, most=6, sampling=sampling)
+    (first,) = continued(model, prompts[:1], most=6, sampling=sampling)
+    assert together[0] == first
+    assert together == continued(model, prompts, most=6, sampling=sampling)
+
+
+def test_a_row_ends_at_a_stop_token_and_at_the_context(model: Stepper) -> None:
+    (free,) = continued(model, [[1, 2, 3]], most=5)
+    tokens = list(generate(model, [[1, 2, 3]], most=5, stop=[free[1]]))
+    assert [k.id for k in tokens] == free[: free.index(free[1]) + 1]
+    assert tokens[-1].last
+    tokens = list(generate(model, [list(range(14))], most=10))
+    assert len(tokens) == 3, "a context of 16 has room for two more tokens, whose logits give a third"
+    assert tokens[-1].last
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.1]))
+    sampling = Sampling(temperature=1.0, seed=11)
+    draws = np.bincount([sampling.choose(logits, step=i) for i in range(20_000)], minlength=4) / 20_000
+    # Four standard deviations of a binomial share at 20,000 draws are at most 0.0142.
+    np.testing.assert_allclose(draws, [0.5, 0.25, 0.15, 0.1], atol=0.0142)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "ids", "probabilities"),
+    [
+        (Sampling(temperature=1.0, top_k=2), [1, 0], [2 / 3, 1 / 3]),
+        (Sampling(temperature=1.0, top_p=0.5), [1], [1.0]),
+        (Sampling(temperature=1.0, top_p=0.51), [1, 0], [2 / 3, 1 / 3]),
+        (Sampling(temperature=0.5), [1, 0, 2, 3], [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
+    ],
+)
+def test_what_may_be_drawn(sampling: Sampling, ids: list[int], probabilities: list[float]) -> None:
+    order, found = sampling.distribution(np.log(np.array([0.25, 0.5, 0.15, 0.1])))
+    assert list(order) == ids
+    np.testing.assert_allclose(found, probabilities, rtol=1e-12)
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    assert Sampling().choose(np.array([1.0, 3.0, 3.0])) == 1
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}])
+def test_sampling_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_continued_is_refused_with_the_reason(model: Stepper) -> None:
+    encoder = t.compile("bert", dim=32, heads=4, layers=2, hidden=64, vocab=50, head="masked_lm")
+    with pytest.raises(UsageError, match="attention: the axis is whole"):
+        Stepper.of(encoder.graph, encoder)
+    with pytest.raises(UsageError, match="one input"):
+        pair = t.compile("t5", vocab=50, dim=32, heads=4, head_dim=8, hidden=64, layers=1, decoder_layers=1)
+        Stepper.of(pair.graph, pair)
+    with pytest.raises(UsageError, match="prompt 0 is empty"):
+        list(generate(model, [[]], most=1))
+    with pytest.raises(UsageError, match="17 tokens, the model takes 16"):
+        list(generate(model, [[0] * 17], most=1))
+    with pytest.raises(UsageError, match="not finite"):
+        Sampling().choose(np.array([np.nan, 1.0]))
