@@ -132,6 +132,7 @@ def default_texts(cls: type[Op]) -> Mapping[str, str]:
     return found
 
 
+@lru_cache(maxsize=8192)
 def attribute_symbols(op: Op) -> frozenset[str]:
     """The symbols in an op's attributes."""
     found: set[str] = set()

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from treadle.ir.dtype_rules import operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
-from treadle.ir.op import OPS, Op, find_op
+from treadle.ir.op import Op, find_op
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import DType, Type, parse_type
@@ -129,15 +130,20 @@ class Builder:
         return values
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
+        """An op as a method. It becomes one of the class when it is first asked for: looking it up is then cheap."""
         if name.startswith("_"):
             raise AttributeError(name)
-        if name not in OPS:
-            try:
-                find_op(name)
-            except GraphError as error:
-                error.source = describe_source(self.source or user_line(), self.scope)
-                raise
-        return lambda *operands, **attributes: self.apply(name, *operands, **attributes)
+        try:
+            cls = find_op(name)
+        except GraphError as error:
+            error.source = describe_source(self.source or user_line(), self.scope)
+            raise
+
+        def method(self: Builder, *operands: Any, **attributes: Any) -> Any:
+            return self.apply(cls, *operands, **attributes)
+
+        setattr(Builder, name, method)
+        return partial(method, self)
 
     def call(self, function: Function, arguments: Sequence[Expr | Value]) -> tuple[Expr, ...]:
         """Call a function of the graph with its inputs, then its parameters. Returns its outputs."""
@@ -223,7 +229,8 @@ class Expr:
         return self if str(self.dtype) == str(to) else self._apply("cast", self, to=to)
 
     def _apply(self, op: str, *operands: Any, **attributes: Any) -> Expr:
-        result = self.builder.apply(op, *operands, **attributes)
+        """Apply an op that an operator stands for. What it gives is called x, as one would in a formula."""
+        result = self.builder.apply(op, *operands, name="x", **attributes)
         assert isinstance(result, Expr)
         return result
 

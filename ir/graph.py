@@ -96,13 +96,21 @@ class Value:
 
     __slots__ = ("index", "kind", "literal", "name", "node", "type")
 
-    def __init__(self, kind: str, type: Type, name: str, literal: Literal | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        type: Type,
+        name: str,
+        literal: Literal | None = None,
+        node: Node | None = None,
+        index: int = 0,
+    ) -> None:
         self.kind = kind
         self.type = type
         self.name = name
         self.literal = literal
-        self.node: Node | None = None
-        self.index = 0
+        self.node = node
+        self.index = index
 
     @staticmethod
     def constant(literal: Literal) -> Value:
@@ -132,9 +140,8 @@ class Node:
         self.operands: tuple[Value | None, ...] = tuple(operands)
         self.scope = scope
         self.source = source
-        self.results: tuple[Value, ...] = tuple(Value("result", t, name or op.name) for t in types)
-        for index, value in enumerate(self.results):
-            value.node, value.index = self, index
+        hint = name or op.name
+        self.results: tuple[Value, ...] = tuple([Value("result", t, hint, None, self, i) for i, t in enumerate(types)])
 
     @property
     def result(self) -> Value:
@@ -181,7 +188,9 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """How a parameter starts when no checkpoint gives it: `zeros`, `ones`, `normal(0.02)`, `uniform(0.1)`."""
+    """How a parameter starts when no checkpoint gives it: `zeros`, `ones`, `constant(2.5)`, `normal(0.02)`,
+    `uniform(0.1)`.
+    """
 
     kind: str
     scale: float | None = None
@@ -197,12 +206,14 @@ class Init:
                 return np.zeros(shape, dtype.numpy)
             case "ones":
                 return np.ones(shape, dtype.numpy)
+            case "constant":
+                return np.full(shape, self.scale or 0.0, dtype.numpy)
             case "normal":
                 drawn = rng.standard_normal(shape, np.float32) * np.float32(self.scale or 1.0)
             case "uniform":
                 drawn = (rng.random(shape, np.float32) * 2 - 1) * np.float32(self.scale or 1.0)
             case _:
-                raise GraphError(f"unknown initial value {self.kind!r}", hint="zeros, ones, normal or uniform")
+                raise GraphError(f"unknown initial value {self.kind!r}", hint="zeros, ones, constant, normal or uniform")
         return drawn.astype(dtype.numpy, copy=False)
 
 

@@ -56,16 +56,14 @@ class _Repetition:
     outs: list[Value] = field(default_factory=list)
     body: list[Any] = field(default_factory=list)
 
-    def local_name(self, weight: Value) -> str:
-        return weight.name.removeprefix(self.region.scope + ".")
+    def local_names(self) -> list[str]:
+        """The weights' names, those under the region's scope without it."""
+        prefix = self.region.scope + "."
+        return [w.name.removeprefix(prefix) for w in self.weights]
 
     def key(self) -> tuple[Any, ...]:
-        return (
-            self.region.name,
-            tuple(v.type.text for v in self.inputs),
-            tuple((self.local_name(w), w.type.text) for w in self.weights),
-            tuple(self.body),
-        )
+        types = [v.type.text for v in (*self.inputs, *self.weights)]  # text: labels tell equal types apart
+        return self.region.name, len(self.inputs), tuple(types), tuple(self.local_names()), tuple(self.body)
 
 
 def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, Node]:
@@ -100,7 +98,9 @@ def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, Node]:
                 source=region.source,
             )
             for (at, index), result in zip(outs, call.results, strict=True):
-                renamed[region.nodes[at].results[index]] = result
+                inner = region.nodes[at].results[index]
+                result.name = inner.name
+                renamed[inner] = result
             replaced.update(dict.fromkeys(region.nodes, call))
 
     main.nodes = list(_follow_replacement(main.nodes, replaced))
@@ -112,20 +112,21 @@ def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, Node]:
 
 def _read(region: Region, escaping: set[Value]) -> _Repetition:
     rep = _Repetition(region)
-    places: dict[Value, tuple[str, int, int]] = {}
+    places: dict[Value | None, Any] = {None: None}
+    body, weights, inputs = rep.body, rep.weights, rep.inputs
     for at, node in enumerate(region.nodes):
-        refs: list[Any] = []
         for value in node.operands:
-            if value is None or value.literal is not None:
-                refs.append(value and value.literal)
+            if value in places or value is None:
                 continue
-            place = places.get(value)
-            if place is None:
-                pool = rep.weights if value.kind == "parameter" else rep.inputs
-                place = places[value] = ("weight" if pool is rep.weights else "input", len(pool), 0)
-                pool.append(value)
-            refs.append(place)
-        rep.body.append((node.op, tuple(refs)))
+            if value.literal is not None:
+                places[value] = value.literal
+            elif value.kind == "parameter":
+                places[value] = ("weight", len(weights), 0)
+                weights.append(value)
+            else:
+                places[value] = ("input", len(inputs), 0)
+                inputs.append(value)
+        body.append((node.op, *[places[v] for v in node.operands]))
         for value in node.results:
             places[value] = ("node", at, value.index)
             if value in escaping:
@@ -159,8 +160,7 @@ def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> F
             label = f"{value.name}_{n}"
         taken.add(label)
         formal[value] = Value("input", value.type, label)
-    for value in rep.weights:
-        local = rep.local_name(value)
+    for value, local in zip(rep.weights, rep.local_names(), strict=True):
         formal[value] = function.parameters[local] = Value("parameter", value.type, local)
     function.inputs = [formal[v] for v in rep.inputs]
     for node in region.nodes:

@@ -18,6 +18,7 @@ from treadle.ir.attributes import attribute_symbols
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import TreadleError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.op import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.printer import excerpt
 from treadle.ir.types import Type, boolean
@@ -48,6 +49,7 @@ class _FunctionCheck:
         self.graph, self.function, self.earlier = graph, function, earlier
         self.defined: set[Value] = set()
         self.checked_types: set[Type] = set()
+        self.checked_calls: set[Op] = set()
 
     def run(self) -> None:
         names: set[str] = set()
@@ -122,6 +124,8 @@ class _FunctionCheck:
             raise self.error(error.what, index, received=error.received, hint=error.hint) from None
 
     def call(self, node: Node, index: int) -> None:
+        if node.op in self.checked_calls:  # the other calls of a block
+            return
         callee = self.earlier.get(node.op.callee or "")
         if callee is None:
             known = node.op.callee in self.graph.functions
@@ -136,6 +140,7 @@ class _FunctionCheck:
                 received=f"({takes}) -> ({gives}); {callee.name} is ({_listed(signature.takes)}) -> "
                 f"({_listed(signature.gives)})",
             )
+        self.checked_calls.add(node.op)
 
     def constant(self, value: Value, index: int | None) -> None:
         literal = value.literal

@@ -24,7 +24,7 @@ class CommonSubexpressions(Pass):
         merged: dict[Value, Value] = {}
         kept: list[Node] = []
         for node in function.nodes:
-            if any(v in merged for v in node.inputs):
+            if merged and any(v in merged for v in node.inputs):
                 node.operands = tuple(v if v is None else merged.get(v, v) for v in node.operands)
             key = (node.op, *[v if v is None or v.literal is None else v.literal for v in node.operands])
             first = known.setdefault(key, node)

@@ -17,6 +17,8 @@ from treadle.passes.pass_log import Event, PassRecord
 class FoldConstants(Pass):
     """op(c1, c2, ...)   -->   c        for constants c1, c2, ... and sizes without symbols
 
+    In the graph's own precision: a float32 constant rounds as the float32 op would at run time.
+
     limit_bytes   a fold whose results would take more is refused
     small_bytes   a fold that makes more bytes than it reads (iota, expand) is refused past this
 
@@ -78,6 +80,6 @@ def _evaluated(op: Op, node: Node) -> list[Literal] | None:
             made = op.reference(*operands)
         results = made if isinstance(made, tuple) else (made,)
         literals = [Literal.of(r, v.type.dtype) for r, v in zip(results, node.results, strict=True)]
-    except (TreadleError, ArithmeticError, ValueError, TypeError):
+    except (TreadleError, ArithmeticError, IndexError, TypeError, ValueError):
         return None
     return literals if all(x.type == v.type for x, v in zip(literals, node.results, strict=True)) else None

@@ -11,7 +11,7 @@ from treadle.passes.rewrite import Match, Refusal, Rewrite, RewriteSet
 
 
 @dataclass(frozen=True)
-class MatMulTransposed(Rewrite):
+class MatmulTransposed(Rewrite):
     """matmul(x, transpose(w))   -->   linear(x, w)
 
     Refuses: a w that is no weight (it is computed, as keys in an attention are).
@@ -62,4 +62,4 @@ class FuseLinear(RewriteSet):
     Refuses: a w that is no weight; a product that is used elsewhere without the bias.
     """
 
-    rules: ClassVar[tuple[Rewrite, ...]] = (MatMulTransposed(), LinearBias())
+    rules: ClassVar[tuple[Rewrite, ...]] = (MatmulTransposed(), LinearBias())

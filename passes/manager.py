@@ -37,7 +37,7 @@ class Pass:
     @property
     def name(self) -> str:
         """The class's name in lower case: `fuse-gelu`."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self).__name__).lower()
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(self).__name__).lower()
 
     @property
     def options(self) -> str:

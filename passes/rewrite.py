@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder, Expr, describe_source
@@ -141,7 +141,6 @@ class _Sweep:
             pattern = _traced(rule)
             for op in pattern.root_ops:
                 self.rules_by_root.setdefault(op, []).append((rule, pattern))
-        self.users: dict[Value, list[Node]] = {v: [n for n, _ in uses] for v, uses in function.uses().items()}
         self.outputs = set(function.outputs.values())
         self.replaced: dict[Value, Value] = {}
         self.gone: set[Node] = set()
@@ -149,12 +148,17 @@ class _Sweep:
         self.near_misses: list[tuple[Node, Event]] = []
         self.applied = 0
 
+    @cached_property
+    def users(self) -> dict[Value, list[Node]]:
+        """Who reads a value. Found when first asked for: most functions hold nothing that matches."""
+        return {v: [n for n, _ in uses] for v, uses in self.function.uses().items()}
+
     def run(self) -> int:
         kept: list[Node] = []
         pending = self.function.nodes[::-1]
         while pending:
             node = pending.pop()
-            if any(v in self.replaced for v in node.inputs):
+            if self.replaced and any(v in self.replaced for v in node.inputs):
                 node.operands = tuple(None if v is None else self._current(v) for v in node.operands)
             made = self._rewritten(node)
             if made is None:
