@@ -209,7 +209,7 @@ class _Text:
     lines: list[tuple[str, str, Node | None]] = field(default_factory=list)
 
     def add(self, code: str, comment: str = "", node: Node | None = None) -> None:
-        self.lines.append((code, comment, node))
+        self.lines.append((code, _on_one_line(comment), node))
 
     def rendered(self) -> list[tuple[str, Node | None]]:
         widths = [len(code) for code, comment, _ in self.lines if comment]
@@ -245,7 +245,7 @@ class _ProgramWriter:
         )
 
     def _header(self) -> list[str]:
-        header = [f"# {self.graph.name}, for the {self.dialect.name} backend.", *self.dialect.imports]
+        title = f"# {_on_one_line(self.graph.name)}, for the {self.dialect.name} backend."
         notes = []
         if self.bundles:
             notes.append(f'weights["{next(iter(self.bundles))}"]: all weights of that block, in its own order')
@@ -253,7 +253,7 @@ class _ProgramWriter:
         notes += [
             f"reference.{name}: the NumPy reference of {_op_text(node.op)}" for name, node in self.references.items()
         ]
-        return [*header, *([""] if notes else []), *(f"# {note}" for note in notes)]
+        return [title, *self.dialect.imports, *([""] if notes else []), *(f"# {_on_one_line(n)}" for n in notes)]
 
     def constant(self, literal: Literal) -> str:
         return f"constants[{self.constants.setdefault(literal, len(self.constants))}]"
@@ -369,7 +369,8 @@ class _FunctionWriter:
         count = len(callee.inputs)
         arguments = [self.read(v) for v in node.inputs[:count]]
         arguments += self._bundle(node, callee) or [self.read(v) for v in node.inputs[count:]]
-        arguments += [f"{s}={self.size(Size.symbol(s))}" for s in self.program.needs[callee.name]]
+        needed = self.program.needs[callee.name]
+        arguments += [f"{self.program.symbols[s]}={self.size(Size.symbol(s))}" for s in needed]
         return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
 
     def _bundle(self, node: Node, callee: Function) -> list[str] | None:
@@ -413,4 +414,12 @@ def _aligned(text: _Text) -> list[tuple[str, str, Node | None]]:
 
 
 def _escaped(name: str) -> str:
-    return name.replace("\\", "\\\\").replace('"', '\\"')
+    """The inside of a string literal in double quotes. Names may come from a file, and text must not end early."""
+    plain = name.isprintable()
+    text = name.replace("\\", "\\\\") if plain else name.encode("unicode_escape").decode("ascii")
+    return text.replace('"', '\\"')
+
+
+def _on_one_line(comment: str) -> str:
+    """A comment as it may be written: what it quotes may come from a file, and no part of it may become code."""
+    return comment if comment.isprintable() else comment.encode("unicode_escape").decode("ascii")

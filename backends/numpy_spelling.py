@@ -56,6 +56,7 @@ SPELLINGS: dict[str, Spelling] = {
     # products
     "matmul": "{x} @ {y}",
     "attention": attention,
+    "rotary": Line.by_reference,
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "transpose"),
     "slice": sliced,

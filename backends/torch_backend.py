@@ -24,7 +24,7 @@ from treadle.backends.python_executable import (
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.torch_spelling import DTYPES, SPELLINGS, TORCH, keeps
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Graph, Literal, Node
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
 
@@ -87,7 +87,7 @@ class TorchBackend:
         program = emit(legalize(graph, keeps), TORCH)
         arrays = _TorchArrays(device)
         namespace = {
-            "constants": tuple(arrays.lifted(literal.array) for literal in program.constants),
+            "constants": tuple(map(arrays.constant, program.constants)),
             "device": device,
         }
         return PythonExecutable(graph, program, collect_weights(graph, weights, arrays.weight), namespace, arrays)
@@ -157,6 +157,10 @@ class _TorchArrays:
             # Nothing writes to arguments, weights or constants: results that share their memory are copied.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return self.torch.from_numpy(array).to(self.device)
+
+    def constant(self, literal: Literal) -> torch.Tensor:
+        """A constant as a tensor; NumPy holds those of bf16 in float32, which loses nothing."""
+        return self.lifted(literal.array).to(self._dtype(literal.dtype))
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
         """A weight as a tensor; arrays that are one weight under several names stay one."""

@@ -60,6 +60,20 @@ def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) ->
     return y
 
 
+# -- rotary positions ----------------------------------------------------------------------------------------
+
+
+def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, layout: str) -> Tensor:
+    """Pairs of the last axis of x [b, h, s, d], turned by positions [b, s] times frequencies [f]; the rest of d stays."""
+    angles = (positions[:, None, :, None] * frequencies).to(frequencies.dtype)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turned, rest = x.tensor_split((2 * frequencies.shape[0],), dim=-1)
+    first, second = turned.chunk(2, dim=-1) if layout == "half" else (turned[..., ::2], turned[..., 1::2])
+    pairs = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.cat(pairs, -1) if layout == "half" else torch.stack(pairs, -1).flatten(-2)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
 # -- attention -----------------------------------------------------------------------------------------------
 
 

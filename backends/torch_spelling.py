@@ -247,6 +247,12 @@ def _log_softmax(line: Line) -> str:
     return f"torch.log_softmax({line.array('x')}, {line.op.axis})"
 
 
+@_spells("rotary")
+def _rotary(line: Line) -> str:
+    operands = f"{line.array('x')}, {line.array('positions')}, {line.array('frequencies')}"
+    return f'kernels.rotary({operands}, "{line.op.layout}")'
+
+
 @_spells("layer_norm")
 def _layer_norm(line: Line) -> str:
     width = line.shape(line.type("x").shape[-1:])

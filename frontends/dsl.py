@@ -7,8 +7,9 @@
             x += t.mlp(t.layer_norm(x, name="ln"), 4 * dim, name="mlp")
         return t.unembed(x, tied="wte")
 
-Positional arguments are inputs and say their types; keyword-only arguments are the configuration. Tracing runs plain
-Python: there is no parser of Python source, and no control flow in a graph beyond calls of repeated blocks.
+Positional arguments are inputs and say their types; keyword-only arguments are the configuration. An axis that is named
+as an integer of the configuration has that size: `t.f32["B channels height width"]`. Tracing runs plain Python: there
+is no parser of Python source, and no control flow in a graph beyond calls of repeated blocks.
 """
 
 from __future__ import annotations
@@ -62,16 +63,17 @@ def trace() -> Trace:
 # -- inside a model --------------------------------------------------------------------------------------------
 
 
-def stack(name: str, count: int) -> Iterator[int]:
+def stack(name: str, count: int, *, shared: bool = False) -> Iterator[int]:
     """`for i in t.stack("h", 12):` repeats a block under the scopes h.0, h.1, ...
 
-    Repetitions with the same structure become one function of the graph.
+    Repetitions with the same structure become one function of the graph. If `shared`, all of them are under the one
+    scope h, and so have the same parameters.
     """
     tracing = trace()
     source = user_line()
     for i in range(count):
         outer, start = tracing.scope, len(tracing.function.nodes)
-        tracing.scope = f"{outer}.{name}.{i}" if outer else f"{name}.{i}"
+        tracing.scope = ".".join(filter(None, (outer, name, "" if shared else str(i))))
         tracing.depth += 1
         scope, depth = tracing.scope, tracing.depth
         try:
@@ -93,11 +95,18 @@ def scope(name: str) -> Iterator[None]:
 def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dtype: DType = f32) -> Tensor:
     """The parameter `name` under the current scope, declared where it is new.
 
-    init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`.
+    init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another
+    word.
     """
     tracing = trace()
     full = f"{tracing.scope}.{name}" if tracing.scope else name
-    start = _INITS.get(init) or Init(init) if isinstance(init, str) else init
+    start = _INITS.get(init) if isinstance(init, str) else init
+    if start is None:
+        raise FrontendError(
+            f"parameter {full}: unknown initial value {init!r}",
+            source=describe_source(user_line(), tracing.scope),
+            hint="one of " + ", ".join(_INITS) + ", or an Init",
+        )
     return tracing.parameter(full, f"{dtype}[{', '.join(map(str, shape))}]", start)
 
 
@@ -130,8 +139,14 @@ def constant(value: Any, dtype: DType | None = None) -> Tensor:
 
 
 def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
-    """Promise that a symbolic axis stays within bounds; calls outside them are refused."""
-    trace().graph.bound(symbol, Bounds(lower, upper))
+    """Promise that a symbolic axis stays within bounds; calls outside them are refused.
+
+    Raises FrontendError for a symbol that no input has, GraphError where no size is left.
+    """
+    graph = trace().graph
+    if symbol not in graph.symbols:
+        raise FrontendError(f"no input has an axis {symbol!r}", hint="one of " + ", ".join(graph.symbols))
+    graph.bound(symbol, Bounds(lower, upper))
 
 
 def size_of(x: Tensor, axis: int) -> Size:
@@ -180,11 +195,21 @@ class Model:
 
     @cached_property
     def _signature(self) -> inspect.Signature:
-        return inspect.signature(self.function, eval_str=True)
+        try:
+            return inspect.signature(self.function, eval_str=True)
+        except Exception as error:  # whatever an annotation in quotes raises
+            raise FrontendError(
+                f"the inputs' types of model {self.name} cannot be read: {type(error).__name__}: {error}",
+                source=_definition(self.function),
+            ) from error
 
     @cached_property
     def declared_inputs(self) -> tuple[Input, ...]:
-        """All inputs, optional ones included. Raises FrontendError for one without a type."""
+        """All inputs, optional ones included, in the sizes of the configuration.
+
+        Raises FrontendError for one without a type.
+        """
+        sizes = {n: v for n, v in {**self.defaults, **self.config}.items() if type(v) is int}
         found = []
         for p in self._signature.parameters.values():
             if p.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -197,7 +222,8 @@ class Model:
                     hint=f'such as {p.name}: t.i64["B S"]; configuration goes after *',
                 )
             optional = isinstance(kind, OptionalType)
-            found.append(Input(p.name, kind.type if isinstance(kind, OptionalType) else kind, optional))
+            declared = kind.type if isinstance(kind, OptionalType) else kind
+            found.append(Input(p.name, declared.substitute(sizes), optional))
         return tuple(found)
 
     @property
@@ -264,14 +290,18 @@ class Model:
         return values
 
     def __call__(self, *inputs: Tensor | None, **config: Any) -> Any:
-        """Use the model inside another: its ops and parameters go under the current scope."""
+        """Use the model inside another: its ops and parameters go under the current scope.
+
+        Optional inputs at the end may be left out.
+        """
         if _current.get() is None:
             raise FrontendError(
                 f"model {self.name} is declared, not compiled",
                 hint=f"treadle.compile({self.name}) gives something that runs",
             )
         inner = self.configure(**config)
-        return inner.function(*inputs, **inner._configuration())
+        absent = [None for i in inner.declared_inputs[len(inputs) :] if i.optional]
+        return inner.function(*inputs, *absent, **inner._configuration())
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.config.items())
@@ -304,6 +334,13 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
         named = {f"output{i}": value for i, value in enumerate(returned)}
     else:
         named = {"output": returned}
+    if not named or not all(isinstance(name, str) for name in named):
+        raise FrontendError(
+            f"model {declared.name} returns {'outputs whose names are no text' if named else 'no outputs'}",
+            received=", ".join(map(repr, named)) or None,
+            source=_definition(declared.function),
+            hint='return a tensor, or a dict of them such as {"hidden": x}',
+        )
     for name, value in named.items():
         if not isinstance(value, Expr):
             raise FrontendError(

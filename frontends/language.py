@@ -38,9 +38,11 @@ from treadle.frontends.layers import (
     multi_head_attention,
     rms_norm,
     self_attention,
+    sinusoidal_positions,
     split_heads,
     unembed,
 )
+from treadle.frontends.rotary import rotary_frequencies
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Init
 from treadle.ir.masking import (
@@ -149,10 +151,12 @@ __all__ = [
     "padding",
     "parameter",
     "rms_norm",
+    "rotary_frequencies",
     "scope",
     "segments",
     "self_attention",
     "shared_parameter",
+    "sinusoidal_positions",
     "size_of",
     "split_heads",
     "stack",

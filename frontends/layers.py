@@ -6,6 +6,7 @@ Every layer takes `name`, the scope under which its parameters are declared: `t.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from treadle.ir.masking import Biases, Masks, attend
 from treadle.ir.masking import causal as causal_mask
 from treadle.ir.sizes import Bounds, Size, SizeLike
 from treadle.ir.source_lines import user_line
-from treadle.ir.types import Dim
+from treadle.ir.types import Dim, f32, f64
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -39,11 +40,31 @@ def embed(ids: Tensor, count: int, dim: SizeLike, *, name: str) -> Tensor:
     b = trace()
     made_by = ids.value.node.op.name if ids.value.node is not None else None
     if made_by == "positions":
-        symbol = ids.shape[-1].as_symbol
-        if symbol is not None:
-            b.graph.bound(symbol, Bounds(upper=count))
+        size = ids.shape[-1]
+        if size.as_symbol is not None:
+            b.graph.bound(size.as_symbol, Bounds(upper=count))
+        elif size.constant is not None and size.constant > count:
+            raise FrontendError(
+                f"there are {size} positions, and {count} rows in the table {name}",
+                source=describe_source(user_line(), b.scope),
+            )
     with b.scoped(name):
         return _tensor(b.embedding(parameter("weight", count, dim), ids, name=name))
+
+
+def sinusoidal_positions(positions: Tensor, dim: int, *, interleaved: bool = True, base: float = 10000.0) -> Tensor:
+    """sin(p / base^(2i/dim)) and cos(p / base^(2i/dim)) of positions p [...], giving [..., dim]
+
+    The two of a frequency i lie side by side (Vaswani et al. 2017, 3.5), or, where not `interleaved`, all sines come
+    before all cosines (Marian).
+    """
+    b = trace()
+    j, half = b.iota(size=dim), (dim + 1) // 2
+    i, is_cosine = (b.floor_divide(j, 2), b.mod(j, 2)) if interleaved else (b.mod(j, half), b.floor_divide(j, half))
+    # In float64: a float32 angle near 1000 is 3e-5 off. So a cosine may be the sine of a quarter turn more.
+    p, i, is_cosine = (b.cast(x, to=f64) for x in (b.rearrange(positions, pattern="... -> ... 1"), i, is_cosine))
+    angles = p * b.exp(i * (-2.0 * math.log(base) / dim)) + is_cosine * (math.pi / 2)
+    return _tensor(b.cast(b.sin(angles), to=f32, name="sinusoids"))
 
 
 def unembed(
@@ -134,13 +155,16 @@ def multi_head_attention(
     scale: float | None = None,
     softcap: float | None = None,
     projection_bias: bool = True,
+    key_bias: bool | None = None,
+    output_bias: bool | None = None,
     rotate: Callable[[Tensor], Tensor] | None = None,
     name: str = "attn",
 ) -> Tensor:
     """Project, split into heads, attend, merge, project                                (Vaswani et al. 2017, 3.2.2)
 
-    x [B, S, D] gives queries, context [B, T, C] keys and values. Declares q, k, v and out under `name`. `rotate` is
-    applied to the queries and keys [B, heads, S, d].
+    x [B, S, D] gives queries, context [B, T, C] keys and values. Declares q, k, v and out under `name`, with biases
+    where `projection_bias`, or for k alone `key_bias` and for out alone `output_bias`, says so. `rotate` is applied to
+    the queries and keys [B, heads, S, d].
     """
     b = trace()
     width = x.shape[-1]
@@ -151,17 +175,18 @@ def multi_head_attention(
         q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads, name="q_heads")
         k, v = (
             split_heads(
-                linear(context, per_head * groups, bias=projection_bias, name=part),
+                linear(context, per_head * groups, bias=with_bias, name=part),
                 groups,
                 label=label,
                 name=f"{part}_heads",
             )
-            for part in ("k", "v")
+            for part, with_bias in (("k", projection_bias if key_bias is None else key_bias), ("v", projection_bias))
         )
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         y = attend(b, q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap, name=name)
-        return linear(merge_heads(y), width, bias=projection_bias, name="out")
+        with_bias = projection_bias if output_bias is None else output_bias
+        return linear(merge_heads(y), width, bias=with_bias, name="out")
 
 
 def self_attention(x: Tensor, heads: int, *, causal: bool = False, mask: Masks | None = None, **options: Any) -> Tensor:

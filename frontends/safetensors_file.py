@@ -66,7 +66,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
 CONVERSION = """where you trust the file, convert it:
-tensors = torch.load(file, weights_only=True)
+tensors = torch.load(file, weights_only=True, map_location='cpu')
 safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items()}, 'model.safetensors')"""
 
 
@@ -251,6 +251,11 @@ class SafetensorsFile:
                 within=f"{self.path}: byte {record.begin + at}, tensor {printable(record.name)}",
                 hint=_DAMAGED,
             )
+
+    @property
+    def head(self) -> bytes:
+        """What lies before the tensors, as it is in the file: the header's length and the header."""
+        return self._data[: min((record.begin for record in self._records.values()), default=len(self._data))]
 
     def __repr__(self) -> str:
         return f"SafetensorsFile({self.path!r}, {len(self)} tensors)"

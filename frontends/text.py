@@ -101,9 +101,7 @@ class TextTokenizer:
         for text in texts:
             if not text.isascii():
                 _refuse_surrogates(text)
-        encoded = _guarded(
-            lambda: self._tokenizer.encode_batch(list(texts)), "the tokenizer failed on a text", _FILE
-        )
+        encoded = _guarded(lambda: self._tokenizer.encode_batch(list(texts)), "the tokenizer failed on a text", _FILE)
         lengths = np.array([len(e.ids) for e in encoded], np.int64)
         ids = np.zeros((len(encoded), max(1, int(lengths.max()))), np.int64)
         for row, e in zip(ids, encoded, strict=True):

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-from treadle.ir.errors import RuleError
+from treadle.ir.errors import RuleError, SizeError
 from treadle.ir.sizes import ONE, Size, parse_size, product
 from treadle.ir.types import Dim, Factor, Type
 
@@ -321,6 +321,7 @@ def parse_rule(text: str) -> Rule:
         raise RuleError(f"an axis rule needs '->': {text!r}")
     reader = _RuleReader(text)
     operands = tuple(reader.pattern(part, False) for part in left.split(",")) if left.strip() else ()
+    reader.start = len(left) + len(arrow)
     results = tuple(reader.pattern(part, True) for part in right.split(","))
     return reader.rule(operands, results)
 
@@ -328,19 +329,26 @@ def parse_rule(text: str) -> Rule:
 class _RuleReader:
     def __init__(self, text: str) -> None:
         self.text = text
+        self.start = 0
+        """Where the pattern that is read next begins."""
+        self.at: int | None = 0
+        """Where the piece under consideration begins; None when it is the rule as a whole."""
         self.marked: dict[str, AxisFactor] = {}
         self.given: dict[str, Size] = {}
         self.in_operands: list[str] = []
         self.in_results: list[str] = []
 
     def error(self, why: str) -> RuleError:
-        return RuleError(f"malformed axis rule: {why}", received=self.text)
+        within = None if self.at is None else f"column {self.at + 1}"
+        return RuleError(f"malformed axis rule: {why}", received=self.text, within=within)
 
     def pattern(self, part: str, is_result: bool) -> _Pattern:
         dims: list[AxisDim | _Ellipsis] = []
         group: list[str] | None = None
+        start, self.start = self.start, self.start + len(part) + 1
         at, part = 0, part.rstrip()
         while at < len(part):
+            self.at = start + len(part) - len(part[at:].lstrip())
             match = _TOKEN.match(part, at)
             if match is None:
                 raise self.error(f"cannot read {part[at:].strip()!r}")
@@ -362,6 +370,8 @@ class _RuleReader:
                 if group is None:
                     dims.append(AxisDim())
             elif match["whole"]:
+                if group is not None:
+                    raise self.error("a whole axis stands outside parentheses")
                 dims.append(self.whole(match["whole"][1:-1].replace(" ", ""), is_result))
             else:
                 name = self.factor(match, is_result)
@@ -379,6 +389,10 @@ class _RuleReader:
             self.marked[factor.name] = factor
         elif factor.role is not Role.MAPPED and factor.role is not known.role:
             raise self.error(f"{factor.name} is both {known.role.value} and {factor.role.value}")
+        elif factor.role is not Role.MAPPED and factor != known:
+            if (known.monoid or known.limit) and (factor.monoid or factor.limit):
+                raise self.error(f"{known}, and also {factor}")
+            self.marked[factor.name] = factor if factor.limit else known
         (self.in_results if is_result else self.in_operands).append(factor.name)
         return factor.name
 
@@ -387,7 +401,7 @@ class _RuleReader:
         if monoid is not None and monoid not in MONOIDS:
             raise self.error(f"unknown monoid {monoid!r}, expected one of {', '.join(MONOIDS)}")
         if match["size"] is not None:
-            size = parse_size(match["size"])
+            size = self.size(match["size"])
             if self.given.setdefault(name, size) != size:
                 raise self.error(f"{name} has two sizes, {self.given[name]} and {size}")
         return self.mark(AxisFactor(name, Role.REDUCED if monoid else _MARKS[match["mark"]], monoid), is_result)
@@ -398,9 +412,16 @@ class _RuleReader:
             return AxisDim((self.mark(AxisFactor(name, Role.WHOLE, limit=limit if limited else None), is_result),))
         if not is_result:
             raise self.error(f"an operand's whole axis must be a name, not {inner!r}")
-        return AxisDim((), parse_size(inner))
+        return AxisDim((), self.size(inner))
+
+    def size(self, text: str) -> Size:
+        try:
+            return parse_size(text)
+        except SizeError as error:
+            raise self.error(error.what) from None
 
     def rule(self, operands: tuple[_Pattern, ...], results: tuple[_Pattern, ...]) -> Rule:
+        self.at = None
         factors: dict[str, AxisFactor] = {}
         for name, factor in self.marked.items():
             role = factor.role
@@ -417,6 +438,6 @@ class _RuleReader:
             if factor.limit is not None and factor.limit not in factors:
                 raise self.error(f"{factor.name} is limited by {factor.limit}, which is no factor")
         dots = [any(isinstance(d, _Ellipsis) for d in p) for p in (*operands, *results)]
-        if any(dots) and not all(dots[len(operands) :]):
-            raise self.error("'...' in an operand must be in every result")
+        if any(dots[: len(operands)]) != any(dots) or (any(dots) and not all(dots[len(operands) :])):
+            raise self.error("'...' stands in an operand and in every result, or nowhere")
         return Rule(self.text, operands, results, factors, self.given)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from treadle.ir.dtype_rules import operand_entries
+from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
 from treadle.ir.op import Op, find_op
@@ -63,7 +63,7 @@ class Builder:
             raise GraphError(
                 f"parameter {name} is used with two types",
                 received=f"{known.type}, then {wanted}",
-                source=str(self.source or user_line() or "") or None,
+                source=describe_source(self.source or user_line(), self.scope),
             )
         return Expr(self, known)
 
@@ -99,8 +99,8 @@ class Builder:
         """
         cls = find_op(kind) if isinstance(kind, str) else kind
         try:
-            given = cls.arrange(operands)
             op = cls.make(**attributes)
+            values = self._values(op, cls.arrange(operands))
         except TypeError as error:
             known = ", ".join(cls.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
             raise GraphError(
@@ -111,22 +111,21 @@ class Builder:
         except TreadleError as error:
             error.source = error.source or describe_source(self.source or user_line(), self.scope)
             raise
-        node = self.emit(op, self._values(op, given), name)
+        node = self.emit(op, values, name)
         if len(node.results) == 1:
             return Expr(self, node.results[0])
         return tuple(Expr(self, v) for v in node.results)
 
     def _values(self, op: Op, given: Sequence[Any]) -> list[Value | None]:
-        """Operands as values. A number takes the dtype that the op's rule ties it to, else the first Expr's."""
+        """Operands as values. A number takes the dtype that the op's rule ties it to, else its own (f32, i64, bool)."""
         values = [x.value if isinstance(x, Expr) else x if isinstance(x, Value) else None for x in given]
         numbers = [i for i, v in enumerate(values) if v is None and given[i] is not None]
         if numbers:
             entries = operand_entries(op.dtypes(), len(given))
             known = [v.type.dtype if v is not None else None for v in values]
             for i in numbers:
-                present = [(entry != entries[i], d) for d, entry in zip(known, entries, strict=True) if d is not None]
-                like = min(present, key=lambda found: found[0])[1] if present else None
-                values[i] = Value.constant(Literal.of(given[i], like))
+                literal = Literal.of(given[i], number_dtype(entries, i, known))
+                values[i], known[i] = Value.constant(literal), literal.dtype
         return values
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -234,32 +233,30 @@ class Expr:
         assert isinstance(result, Expr)
         return result
 
-    def _flipped(self, op: str, other: Any) -> Expr:
-        return self._apply(op, self.builder.constant(other, self.dtype) if not isinstance(other, Expr) else other, self)
 
     def __add__(self, other: Any) -> Expr:
         return self._apply("add", self, other)
 
     def __radd__(self, other: Any) -> Expr:
-        return self._flipped("add", other)
+        return self._apply("add", other, self)
 
     def __sub__(self, other: Any) -> Expr:
         return self._apply("sub", self, other)
 
     def __rsub__(self, other: Any) -> Expr:
-        return self._flipped("sub", other)
+        return self._apply("sub", other, self)
 
     def __mul__(self, other: Any) -> Expr:
         return self._apply("mul", self, other)
 
     def __rmul__(self, other: Any) -> Expr:
-        return self._flipped("mul", other)
+        return self._apply("mul", other, self)
 
     def __truediv__(self, other: Any) -> Expr:
         return self._apply("div", self, other)
 
     def __rtruediv__(self, other: Any) -> Expr:
-        return self._flipped("div", other)
+        return self._apply("div", other, self)
 
     def __pow__(self, other: Any) -> Expr:
         return self._apply("pow", self, other)
@@ -282,6 +279,14 @@ class Expr:
     def __ge__(self, other: Any) -> Expr:
         return self._apply("greater_equal", self, other)
 
+    def __eq__(self, other: object) -> Expr:  # type: ignore[override]  # element by element, as < is
+        return NotImplemented if other is None else self._apply("equal", self, other)
+
+    def __ne__(self, other: object) -> Expr:  # type: ignore[override]
+        return NotImplemented if other is None else self._apply("not_equal", self, other)
+
+    __hash__ = object.__hash__
+
     def __and__(self, other: Any) -> Expr:
         return self._apply("logical_and", self, other)
 
@@ -300,7 +305,11 @@ class Expr:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        raise GraphError("a traced value cannot be iterated over", received=str(self.type))
+        raise GraphError(
+            "a traced value cannot be iterated over",
+            received=str(self.type),
+            source=describe_source(user_line(), self.builder.scope),
+        )
 
     def __repr__(self) -> str:
         return f"{self.value.name}: {self.type}"

@@ -45,7 +45,10 @@ def body_gradient(op: Composite, b: Builder, grads: Grads, inputs: Grads) -> lis
     start = len(b.function.nodes)
     results = as_results(op.body(b, *inputs))
     nodes = b.function.nodes[start:]
-    given = {r.value: g for r, g in zip(results, grads, strict=True) if g is not None}
+    given: dict[Value, Expr] = {}
+    for result, grad in zip(results, grads, strict=True):
+        if grad is not None:
+            given[result.value] = given[result.value] + grad if result.value in given else grad
     found = backward(b, nodes, given)
     return operand_gradients(found, inputs)
 

@@ -34,6 +34,9 @@ def _parse(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for entry in (*sides[0], *sides[1]):
         if not (re.fullmatch(r"[tnfi]\d?\*?", entry) or entry in DTYPES):
             raise RuleError(f"malformed dtype rule: {entry!r}", received=text)
+    taken = {entry.removesuffix("*") for entry in sides[0]} | DTYPES.keys()
+    if any("*" in entry for entry in (*sides[0][:-1], *sides[1])) or not taken.issuperset(sides[1]):
+        raise RuleError("malformed dtype rule: a result without an operand, or '*' before the last", received=text)
     return sides[0], sides[1]
 
 
@@ -62,4 +65,23 @@ def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]
         known, first = bound.setdefault(entry, (dtype, name))
         if known is not dtype:
             raise RuleError(f"dtypes disagree: {first} is {known}, {name} is {dtype}", hint=f"cast({name}, {known})")
+    unknown = [r for r in results if r not in DTYPES and r not in bound]
+    if unknown:
+        raise RuleError(f"nothing tells the result's dtype: every operand that could be {unknown[0]} is absent")
     return tuple(DTYPES[r] if r in DTYPES else bound[r][0] for r in results)
+
+
+def number_dtype(entries: Sequence[str], position: int, dtypes: Sequence[DType | None]) -> DType | None:
+    """The dtype for a number at a position, among operands of these dtypes (None: not known yet).
+
+    What its entry names, or shares with another operand; else that of the first operand which could stand in its place
+    and has a choice itself. None if none of these tells.
+    """
+    entry = entries[position]
+    if entry in DTYPES:
+        return DTYPES[entry]
+    _, fits = _CLASSES[entry[0]]
+    others = [(e, d) for e, d in zip(entries, dtypes, strict=True) if d is not None and e not in DTYPES]
+    tied = [d for e, d in others if e == entry]
+    loose = [d for _, d in others if fits(d)]
+    return next(iter(tied or loose), None)

@@ -19,7 +19,7 @@ import numpy as np
 
 from treadle.ir.errors import GraphError
 from treadle.ir.sizes import Bounds
-from treadle.ir.types import DType, Type, bf16, dtype_of
+from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 
 if TYPE_CHECKING:
     import networkx
@@ -51,12 +51,25 @@ class Literal:
 
     @staticmethod
     def of(value: Any, dtype: DType | None = None) -> Literal:
-        """From a Python number, nested list or NumPy array; `dtype` converts. Raises GraphError."""
-        array = np.asarray(value)
+        """From a number, nested list or NumPy array.
+
+        `dtype` converts: floats round, integers and truth values must be exact. Without it Python's floats are f32.
+        Raises GraphError.
+        """
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # lists of different lengths
+            raise GraphError("a constant cannot be made of this", received=str(error)) from None
+        if dtype is None and array.dtype == np.float64 and not isinstance(value, np.ndarray | np.generic):
+            dtype = f32
         kind = dtype or dtype_of(array)
         if kind is None or array.dtype.kind not in "biuf":
             raise GraphError(f"a constant cannot hold {array.dtype}")
-        stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)
+        with np.errstate(invalid="ignore"):
+            stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)
+        if not kind.is_float and array.dtype != stored.dtype and not np.array_equal(stored, array):
+            wrong = array[stored != array].flat[0]
+            raise GraphError(f"{wrong} is no {kind}", hint="cast the other operand, or round the number")
         contiguous = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
         return Literal(kind, tuple(array.shape), contiguous.tobytes())
 
@@ -199,8 +212,10 @@ class Init:
         return self.kind if self.scale is None else f"{self.kind}({self.scale!r})"
 
     def draw(self, shape: tuple[int, ...], dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-        """An array of initial values. Raises GraphError for an unknown kind."""
-        assert dtype.numpy is not None
+        """An array of initial values. Raises GraphError for an unknown kind, or a dtype that NumPy does not have."""
+        if dtype.numpy is None:
+            raise GraphError(f"initial values cannot be drawn in {dtype}")
+        scale = np.float32(1.0 if self.scale is None else self.scale)
         match self.kind:
             case "zeros":
                 return np.zeros(shape, dtype.numpy)
@@ -209,9 +224,9 @@ class Init:
             case "constant":
                 return np.full(shape, self.scale or 0.0, dtype.numpy)
             case "normal":
-                drawn = rng.standard_normal(shape, np.float32) * np.float32(self.scale or 1.0)
+                drawn = rng.standard_normal(shape, np.float32) * scale
             case "uniform":
-                drawn = (rng.random(shape, np.float32) * 2 - 1) * np.float32(self.scale or 1.0)
+                drawn = (rng.random(shape, np.float32) * 2 - 1) * scale
             case _:
                 raise GraphError(f"unknown initial value {self.kind!r}", hint="zeros, ones, constant, normal or uniform")
         return drawn.astype(dtype.numpy, copy=False)
@@ -245,11 +260,12 @@ class Graph:
 
     def bound(self, symbol: str, bounds: Bounds) -> None:
         """Narrow a symbol's bounds. Raises GraphError if nothing is left."""
-        narrowed = self.symbols.get(symbol, Bounds()).intersect(bounds)
+        known = self.symbols.get(symbol, Bounds())
+        narrowed = known.intersect(bounds)
         if narrowed.upper is not None and narrowed.upper < narrowed.lower:
             raise GraphError(
                 f"no size is left for {symbol}",
-                received=f"{self.symbols[symbol].around(symbol)}, {bounds.around(symbol)}",
+                received=f"{known.around(symbol)}, {bounds.around(symbol)}",
             )
         self.symbols[symbol] = narrowed
 
@@ -291,9 +307,12 @@ class Graph:
 
         Vertices are integers in program order with `label`, `op` (or `kind`), `type`, `scope` and `source`; edges carry
         `value` (its type as text), `result` and `operand` positions. For dominators, cuts, intervals and layouts.
+        Raises GraphError for an unknown function.
         """
         import networkx
 
+        if function not in self.functions:
+            raise GraphError(f"the graph has no function {function!r}", hint="one of " + ", ".join(self.functions))
         body = self.functions[function]
         out = networkx.MultiDiGraph(name=f"{self.name}.{function}")
         ids: dict[object, int] = {}
@@ -321,8 +340,9 @@ class Graph:
                     origin = ids[operand.node if operand.node is not None else operand]
                     out.add_edge(origin, ids[node], value=str(operand.type), result=operand.index, operand=position)
         for name, value in body.outputs.items():
+            if value.literal is not None and value not in ids:
+                vertex(value, label="constant", kind="constant", type=str(value.type))
             vertex(("output", name), label=name, kind="output", type=str(value.type))
-            end = ids.get(value.node if value.node is not None else value)
-            if end is not None:
-                out.add_edge(end, ids["output", name], value=str(value.type), result=value.index, operand=0)
+            origin = ids[value.node if value.node is not None else value]
+            out.add_edge(origin, ids["output", name], value=str(value.type), result=value.index, operand=0)
         return out

@@ -35,16 +35,24 @@ def interpret(
     weight, or a shape that does not fit.
     """
     weights = weights or {}
-    missing = [v.name for v in graph.main.inputs if v.name not in inputs]
+    wanted = [v.name for v in graph.main.inputs]
+    missing = [name for name in wanted if name not in inputs]
     missing += [name for name in graph.main.parameters if name not in weights]
     if missing:
         raise GraphError(f"no value for {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
+    unknown = [name for name in inputs if name not in wanted]
+    unknown += [name for name in weights if name not in graph.main.parameters]
+    if unknown:
+        raise GraphError(
+            f"there is no input or weight {', '.join(unknown[:5])}" + (" and more" if len(unknown) > 5 else "")
+        )
     run = _Run(graph, float64, watch)
     named = [(v, inputs[v.name]) for v in graph.main.inputs]
     named += [(v, weights[name]) for name, v in graph.main.parameters.items()]
     arguments = [run.widen(np.asarray(array)) for _, array in named]
-    for (value, _), array in zip(named, arguments, strict=True):
-        run.bind(value, array)
+    for _ in range(2):  # a size such as 2*S may stand before the input that tells S
+        for (value, _), array in zip(named, arguments, strict=True):
+            run.bind(value, array)
     results = run.function(graph.main, arguments)
     return dict(zip(graph.main.outputs, results, strict=True))
 

@@ -20,6 +20,7 @@ axis rule and names the operands it is linear in. A **composite** has a body of 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
@@ -72,7 +73,10 @@ class Op:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            coerced = _coerce(str(field.type), value)
+            try:
+                coerced = _coerce(str(field.type), value)
+            except (TypeError, ValueError):
+                raise GraphError(f"{self.name}: {field.name} must be {field.type}, is {value!r}") from None
             if coerced is not value:
                 object.__setattr__(self, field.name, coerced)  # the dataclass is frozen
 
@@ -350,19 +354,34 @@ def _read_dtype(value: DType | str) -> DType:
     return DTYPES[value]
 
 
+def _read_bool(value: Any) -> bool:
+    if value not in (False, True):
+        raise TypeError
+    return bool(value)
+
+
+def _read_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 attribute_codec("Size", _read_size)
 attribute_codec("DType", _read_dtype)
 attribute_codec("float", float)
+attribute_codec("int", operator.index)
+attribute_codec("bool", _read_bool)
+attribute_codec("str", _read_str)
 
 
 def _coerce(annotation: str, value: Any) -> Any:
-    if value is None:
+    if value is None and "None" in annotation:
         return None
     base = annotation.replace(" | None", "")
     if base.startswith("tuple["):
         inner = base[6:-1].removesuffix(", ...")
         read = _CODECS.get(inner)
-        return tuple(read(v) if read and v is not None else v for v in value)
+        return tuple([v if read is None or (v is None and "None" in annotation) else read(v) for v in value])
     read = _CODECS.get(base)
     return read(value) if read else value
 

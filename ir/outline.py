@@ -9,7 +9,7 @@ passes its own. A region that differs gets a function of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +57,12 @@ class _Repetition:
     body: list[Any] = field(default_factory=list)
 
     def local_names(self) -> list[str]:
-        """The weights' names, those under the region's scope without it."""
+        """The weights' names, those under the region's scope without it; numbered where two would be alike."""
         prefix = self.region.scope + "."
-        return [w.name.removeprefix(prefix) for w in self.weights]
+        names: list[str] = []
+        for weight in self.weights:
+            names.append(_free_name(weight.name.removeprefix(prefix), names))
+        return names
 
     def key(self) -> tuple[Any, ...]:
         types = [v.type.text for v in (*self.inputs, *self.weights)]  # text: labels tell equal types apart
@@ -139,10 +142,10 @@ def _position(rep: _Repetition, value: Value) -> tuple[int, int]:
     return rep.region.nodes.index(value.node), value.index
 
 
-def _free_name(graph: Graph, wanted: str) -> str:
-    """`encoder_block` for the scopes encoder.block.0, 1, ...; numbered if blocks differ."""
+def _free_name(wanted: str, taken: Container[str]) -> str:
+    """The name, numbered if it is taken."""
     name, count = wanted, 1
-    while name in graph.functions:
+    while name in taken:
         count += 1
         name = f"{wanted}_{count}"
     return name
@@ -150,14 +153,13 @@ def _free_name(graph: Graph, wanted: str) -> str:
 
 def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> Function:
     region = rep.region
-    function = Function(_free_name(graph, re.sub(r"\.\d+(?=\.|$)", "", region.scope).replace(".", "_")))
+    # `encoder_block` for the scopes encoder.block.0, 1, ...; numbered if blocks differ
+    scopes = re.sub(r"\.\d+(?=\.|$)", "", region.scope).replace(".", "_")
+    function = Function(_free_name(scopes, graph.functions))
     formal: dict[Value, Value] = {}
     taken: set[str] = set()
     for value in rep.inputs:
-        label, n = value.name, 1
-        while label in taken:
-            n += 1
-            label = f"{value.name}_{n}"
+        label = _free_name(value.name, taken)
         taken.add(label)
         formal[value] = Value("input", value.type, label)
     for value, local in zip(rep.weights, rep.local_names(), strict=True):
@@ -175,8 +177,8 @@ def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> F
         for old, new in zip(node.results, inner.results, strict=True):
             new.name, formal[old] = old.name, new
         function.nodes.append(inner)
-    for number, (at, index) in enumerate(outs):
+    for at, index in outs:
         value = formal[region.nodes[at].results[index]]
-        function.outputs[value.name if value.name not in function.outputs else f"{value.name}_{number}"] = value
+        function.outputs[_free_name(value.name, function.outputs)] = value
     graph.add_function(function)
     return function

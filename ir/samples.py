@@ -36,6 +36,8 @@ class SampleOperand:
             raise GraphError(f"a sample needs a static shape and a NumPy dtype, not {self.type}")
         if kind.kind == "bool":
             return rng.random(shape) < 0.5
+        if kind.is_int and self.distinct:
+            return rng.permutation(int(np.prod(shape))).reshape(shape).astype(kind.numpy)
         if kind.is_int:
             return rng.integers(int(self.positive), self.below or 7, shape).astype(kind.numpy)
         if self.distinct:

@@ -10,6 +10,7 @@ they differ for odd S. A size answers questions about all values that its symbol
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class Size:
     def __init__(self, terms: Iterable[tuple[Monomial, int]]) -> None:
         """Prefer `Size.of`, which reads integers and text, and arithmetic."""
         self.terms = tuple(terms)
-        self._hash = hash(self.terms)
+        constant = self.constant
+        self._hash = hash(self.terms if constant is None else constant)  # equal to an integer, so hashed like it
         self._text: str | None = None
 
     # -- making ------------------------------------------------------------------------------------------------
@@ -86,7 +88,10 @@ class Size:
             return value
         if isinstance(value, str):
             return parse_size(value)
-        return _constant(int(value))
+        try:
+            return _constant(operator.index(value))
+        except TypeError:
+            raise SizeError(f"a size is an integer or an expression of symbols, not {value!r}") from None
 
     @staticmethod
     def symbol(name: str) -> Size:
@@ -163,7 +168,14 @@ class Size:
         return total
 
     def bounds(self, symbols: Mapping[str, Bounds]) -> Bounds:
-        """An interval that holds every value it takes (interval arithmetic: sound, not always tight)."""
+        """An interval that holds every value it takes (interval arithmetic: sound, not always tight).
+
+        A lower bound of -2**62 stands for none.
+        """
+        low, high = self._interval(symbols)
+        return Bounds(-(2**62) if low == -_INFINITY else int(low), None if high == _INFINITY else int(high))
+
+    def _interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
         low: float = 0
         high: float = 0
         for mono, coeff in self.terms:
@@ -174,8 +186,7 @@ class Size:
                 corners = [_times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
                 lo, hi = min(corners), max(corners)
             low, high = low + lo, high + hi
-        lower = int(low) if low != float("-inf") else -(2**62)
-        return Bounds(lower, None if high == float("inf") else int(high))
+        return low, high
 
     # -- arithmetic --------------------------------------------------------------------------------------------
 
@@ -287,21 +298,31 @@ class Size:
         return f"Size({self})"
 
 
+_INFINITY = float("inf")
+
+
 def _times(x: float, y: float) -> float:
     return 0 if x == 0 or y == 0 else x * y
+
+
+def _over(x: float, y: float) -> float:
+    """x // y, where y >= 1 and either may be infinite."""
+    if abs(x) == _INFINITY:
+        return x
+    if y == _INFINITY:
+        return -1 if x < 0 else 0
+    return x // y
 
 
 def _atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
     if isinstance(atom, str):
         b = symbols.get(atom, Bounds())
-        return b.lower, float("inf") if b.upper is None else b.upper
-    top, bottom = atom.numerator.bounds(symbols), atom.denominator.bounds(symbols)
-    if bottom.lower < 1:
-        return float("-inf"), float("inf")
-    most = float("inf") if top.upper is None else top.upper // bottom.lower
-    divisor = bottom.lower if top.lower < 0 else bottom.upper
-    least: float = 0 if divisor is None else top.lower // divisor
-    return least, most
+        return b.lower, _INFINITY if b.upper is None else b.upper
+    low, high = atom.numerator._interval(symbols)
+    small, large = atom.denominator._interval(symbols)
+    if small < 1:
+        return -_INFINITY, _INFINITY
+    return _over(low, small if low < 0 else large), _over(high, large if high < 0 else small)
 
 
 def _without(mono: Monomial, part: Monomial) -> Monomial | None:
@@ -325,7 +346,7 @@ def _constant(value: int) -> Size:
 
 @lru_cache(maxsize=4096)
 def _symbol(name: str) -> Size:
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise SizeError(f"{name!r} is not a symbol's name", hint="letters, digits and _, not starting with a digit")
     return Size([((name,), 1)])
 
@@ -345,7 +366,8 @@ def product(sizes: Iterable[SizeLike]) -> Size:
 
 # -- the grammar: sum = term (("+"|"-") term)*, term = power (("*"|"//") power)*, power = int | name | (sum) -------
 
-_TOKEN = re.compile(r"\s*(//|[-+*()]|\d+|[A-Za-z_]\w*)")
+_TOKEN = re.compile(r"\s*(//|[-+*()]|\d+|[A-Za-z_]\w*)", re.ASCII)
+MOST_TOKENS = 200
 
 
 @lru_cache(maxsize=4096)
@@ -357,16 +379,23 @@ def parse_size(text: str) -> Size:
     while at < len(stripped):
         match = _TOKEN.match(stripped, at)
         if match is None:
-            raise SizeError(f"not a size: {text!r}", within=f"column {at + 1}")
+            at += len(stripped[at:]) - len(stripped[at:].lstrip())
+            raise SizeError(f"not a size: {_shortened(text)}", within=f"column {at + 1}")
         tokens.append((match.group(1), match.start(1)))
         at = match.end()
-    if len(tokens) > 200:
-        raise SizeError("a size expression is too long", received=f"{len(tokens)} tokens", hint="at most 200")
+        if len(tokens) > MOST_TOKENS:
+            raise SizeError(
+                "a size expression is too long", received=_shortened(text), hint=f"at most {MOST_TOKENS} tokens"
+            )
     reader = _SizeReader(text, tokens)
     size = reader.sum()
     if reader.at != len(tokens):
         raise reader.error()
     return size
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) <= 200 else f"{text[:100]!r} ... {text[-40:]!r}"
 
 
 class _SizeReader:
@@ -375,7 +404,7 @@ class _SizeReader:
 
     def error(self) -> SizeError:
         column = self.tokens[self.at][1] + 1 if self.at < len(self.tokens) else len(self.text) + 1
-        return SizeError(f"not a size: {self.text!r}", within=f"column {column}")
+        return SizeError(f"not a size: {_shortened(self.text)}", within=f"column {column}")
 
     def take(self, *wanted: str) -> str | None:
         if self.at < len(self.tokens) and self.tokens[self.at][0] in wanted:

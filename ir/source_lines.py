@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from functools import lru_cache
-from types import FrameType
+from types import CodeType, FrameType
 
 from treadle.ir.graph import Source
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in ("ir", "frontends", "passes", "backends", "treadle"))
+_PARTS = ("ir", "frontends", "passes", "backends", "runtime", "treadle")  # not models: those are read as a user's
+_COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
+_FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
+"""Installed, the files of `treadle/` lie beside the other parts."""
+_LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 
 @lru_cache(maxsize=1024)
 def _is_compiler(filename: str) -> bool:
-    return os.path.abspath(filename).startswith(_COMPILER)
+    """Whether a file is the compiler's own, or of Python's library (contextlib is between a `with` and its function)."""
+    path = os.path.abspath(filename)
+    if path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen "):
+        return True
+    return path.startswith(_LIBRARY) and "site-packages" not in path
+
+
+def _is_users(code: CodeType) -> bool:
+    generated = code.co_filename == "<string>" and code.co_name == "__init__"  # a dataclass's
+    return not generated and not _is_compiler(code.co_filename)
 
 
 @lru_cache(maxsize=4096)
@@ -33,7 +46,7 @@ def raising_line(error: BaseException) -> Source | None:
     """The user's line that an exception passed through last, or None where it passed through none."""
     trace, found = error.__traceback__, None
     while trace is not None:
-        if not _is_compiler(trace.tb_frame.f_code.co_filename):
+        if _is_users(trace.tb_frame.f_code):
             found = _source(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     return found
@@ -43,9 +56,7 @@ def user_line() -> Source | None:
     """The user's line that led here, or None where no frame of the user's is on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        generated = code.co_filename == "<string>" and code.co_name == "__init__"  # a dataclass's
-        if not generated and not _is_compiler(code.co_filename):
-            return _source(code.co_filename, frame.f_lineno)
+        if _is_users(frame.f_code):
+            return _source(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return None

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from treadle.ir.errors import ParseError
+from treadle.ir.errors import ParseError, SizeError
 from treadle.ir.sizes import Bounds, Size, SizeLike, parse_size, product
 
 
@@ -30,13 +30,11 @@ class DType:
     kind: str
     bytes: int
 
-    def __getitem__(self, dims: str | int | tuple[SizeLike, ...]) -> Type:
+    def __getitem__(self, dims: DimLike | tuple[DimLike, ...]) -> Type:
         """`f32["B S 768"]`, `i64["B, S"]` or `f32[2, 3]`: the tensor type of these dimensions."""
         if isinstance(dims, str):
             return parse_type(f"{self.name}[{dims}]")
-        if isinstance(dims, int):
-            dims = (dims,)
-        return Type(self, tuple(Dim.of(d) for d in dims))
+        return Type(self, tuple(Dim.of(d) for d in (dims if isinstance(dims, tuple) else (dims,))))
 
     @property
     def numpy(self) -> np.dtype[Any] | None:
@@ -164,6 +162,13 @@ class Type:
         """The shape where each symbol has a value."""
         return tuple(s.evaluate(values) for s in self.shape)
 
+    def substitute(self, values: Mapping[str, SizeLike]) -> Type:
+        """The type with sizes put in the place of symbols; labels stay."""
+        if not self.symbols.intersection(values):
+            return self
+        factors = [[Factor(f.size.substitute(values), f.label) for f in dim.factors] for dim in self.dims]
+        return Type(self.dtype, tuple(map(Dim, factors)))
+
     def bytes_at(self, values: Mapping[str, int]) -> int:
         """Bytes that a dense tensor of this type takes where each symbol has a value."""
         return self.elements.evaluate(values) * self.dtype.bytes
@@ -201,7 +206,7 @@ _TYPE = re.compile(r"\s*([a-z]\w*)\s*\[(.*)\]\s*", re.DOTALL)
 def parse_type(text: str) -> Type:
     """Read `f32[B, S, (heads=12 64)]`; dimensions are parted by commas, or by spaces where there is no comma.
 
-    Raises ParseError for an unknown dtype or a malformed dimension.
+    Raises ParseError for an unknown dtype or a malformed dimension, SizeError for a malformed size in one.
     """
     match = _TYPE.fullmatch(text)
     if match is None:
@@ -209,7 +214,11 @@ def parse_type(text: str) -> Type:
     name, inner = match.groups()
     if name not in DTYPES:
         raise ParseError(f"unknown dtype {name!r}", received=text, hint="one of " + ", ".join(DTYPES))
-    return Type(DTYPES[name], tuple(_parse_dim(part, text) for part in _split_dims(inner)))
+    try:
+        return Type(DTYPES[name], tuple(_parse_dim(part, text) for part in _split_dims(inner)))
+    except SizeError as error:
+        error.received = error.received or text
+        raise
 
 
 def parse_bounded(text: str) -> tuple[str, Bounds]:
@@ -247,10 +256,21 @@ def _parse_dim(part: str, text: str) -> Dim:
     part = part.strip()
     if not part:
         raise ParseError(f"not a type: {text!r}", hint="a dimension is empty")
-    group = re.fullmatch(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)", part)
-    if group and " " in group.group(1).strip():
-        return Dim(_parse_factor(piece) for piece in _split_dims(group.group(1)))
+    if part.startswith("(") and part.endswith(")") and _is_balanced(part[1:-1]):
+        pieces = list(_split_dims(part[1:-1]))
+        if len(pieces) > 1:
+            return Dim([_parse_factor(piece) for piece in pieces])
     return Dim([_parse_factor(part)])
+
+
+def _is_balanced(text: str) -> bool:
+    """Whether each parenthesis in the text closes one that the text opened."""
+    depth = 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _parse_factor(text: str) -> Factor:

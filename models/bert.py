@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
+from treadle.frontends.layers import Activation
 from treadle.ir.errors import FrontendError
+from treadle.ir.masking import Masks
 from treadle.models.family import (
     Config,
     Family,
@@ -66,8 +68,7 @@ def bert(
 
     mask = None if lengths is None else t.padding(lengths)
     for _ in t.stack("layer", layers):
-        x = t.layer_norm(x + t.self_attention(x, heads, mask=mask, name="attn"), eps=eps, name="attn_norm")
-        x = t.layer_norm(x + t.mlp(x, hidden, act=act, name="mlp"), eps=eps, name="mlp_norm")
+        x = block(x, heads, hidden, mask=mask, act=act, eps=eps)
 
     match head:
         case None:
@@ -75,9 +76,7 @@ def bert(
         case "pooler":
             return {"hidden": x, "pooled": pool(x)}
         case "masked_lm":
-            with t.scope("masked_lm"):
-                x = t.layer_norm(act(t.linear(x, dim, name="transform")), eps=eps, name="norm")
-                return t.unembed(x, tied="embeddings.word", bias=True)
+            return unmask(x, dim, act=act, eps=eps)
         case "classifier":
             return t.linear(pool(x), labels, name="logits")
         case "token_classifier":
@@ -86,10 +85,25 @@ def bert(
             raise FrontendError(f"bert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
 
 
-def pool(x: t.Tensor) -> t.Tensor:
+def block(
+    x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None, act: Activation, eps: float
+) -> t.Tensor:
+    """One layer of the encoder: attention, then a feed-forward network, each added to its input and then normalized."""
+    x = t.layer_norm(x + t.self_attention(x, heads, mask=mask, name="attn"), eps=eps, name="attn_norm")
+    return t.layer_norm(x + t.mlp(x, hidden, act=act, name="mlp"), eps=eps, name="mlp_norm")
+
+
+def pool(x: t.Tensor, *, act: Activation = t.tanh) -> t.Tensor:
     """A sequence [B, S, D] as one vector [B, D]: its first token's, through a layer of its own."""
     first = t.gather(x, t.constant(0), axis=1)
-    return t.tanh(t.linear(first, x.shape[-1], name="pooler"))
+    return act(t.linear(first, x.shape[-1], name="pooler"))
+
+
+def unmask(x: t.Tensor, dim: int, *, act: Activation, eps: float) -> t.Tensor:
+    """Logits [B, S, vocab] of what stands behind each mask, by the table of embeddings, whose width is dim."""
+    with t.scope("masked_lm"):
+        x = t.layer_norm(act(t.linear(x, dim, name="transform")), eps=eps, name="norm")
+        return t.unembed(x, tied="embeddings.word", bias=True)
 
 
 def from_config(config: Config) -> t.Model:

@@ -68,12 +68,13 @@ def choose_architecture(config: Config, options: Mapping[str, Any]) -> Any:
     return options[named[0]]
 
 
-def read_int(config: Config, name: str, default: int | None = None, *, most: int = _LARGEST) -> int:
-    """A positive integer up to `most`; the default where it is missing or null."""
+def read_int(config: Config, name: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST) -> int:
+    """An integer, positive unless `least` says otherwise, up to `most`; the default where it is missing or null."""
     value = default if config.get(name) is None else config[name]
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise CheckpointError(
-            f"config.json: {name} must be a positive integer" + (f" up to {most}" if most < _LARGEST else ""),
+            f"config.json: {name} must be {'a positive integer' if least == 1 else f'an integer from {least}'}"
+            + (f" up to {most}" if most < _LARGEST else ""),
             received=_shown(value),
         )
     return value

@@ -5,13 +5,26 @@ from __future__ import annotations
 import difflib
 from importlib import import_module
 
+from treadle.frontends.binding import Table
+from treadle.frontends.dsl import Model
+from treadle.frontends.gguf_file import GGUFFile
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.models.family import Config, Family
 
 _MODULES: dict[str, tuple[str, ...]] = {
+    "albert": ("albert",),
+    "bart": ("bart",),
     "bert": ("bert",),
+    "clip": ("clip", "clip_text_model", "clip_vision_model"),
+    "distilbert": ("distilbert",),
     "gpt2": ("gpt2",),
+    "llama": ("llama", "mistral", "qwen2", "gemma"),
+    "marian": ("marian",),
+    "roberta": ("roberta", "xlm-roberta"),
     "t5": ("t5", "mt5"),
+    "transformer": ("transformer",),
+    "vit": ("vit", "deit"),
+    "whisper": ("whisper",),
 }
 """Each family's module and the `model_type` values that it reads; here too, so that looking one up imports no other."""
 
@@ -45,3 +58,13 @@ def family_of(config: Config) -> Family:
         f"config.json: model_type is {kind!r}, which no family of the zoo reads",
         hint="supported: " + ", ".join(supported),
     )
+
+
+def read_gguf(file: GGUFFile) -> tuple[Model, Table]:
+    """The model in a GGUF file, configured, and the table of its tensors' names.
+
+    Raises CheckpointError, with the key, where none of the zoo reads it.
+    """
+    from treadle.models import llama_gguf  # of which alone there is one so far
+
+    return llama_gguf.from_gguf(file), llama_gguf.table()

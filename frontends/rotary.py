@@ -1,0 +1,117 @@
+"""Frequencies of rotary positions: how fast each pair of a head's dimensions turns, and how longer contexts slow it.
+
+    frequencies = t.rotary_frequencies(64, base=10000.0)                       # constants: base ** (-2 i / dims)
+    frequencies = t.rotary_frequencies(64, scaling=Dynamic(2.0, 2048), length=t.size_of(tokens, 1))
+    q = t.rotary(q, t.positions(tokens), frequencies)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.dsl import Tensor, trace
+from treadle.ir.errors import FrontendError
+from treadle.ir.sizes import SizeLike
+from treadle.ir.source_lines import user_line
+from treadle.ir.types import f32
+
+Frequencies = npt.NDArray[np.float64]
+
+_MOST_DIMS = 1 << 16  # known heads have up to 576; a config.json may say anything
+
+
+@dataclass(frozen=True)
+class Linear:
+    """frequency / factor: positions of a context `factor` times as long are pressed into the old one (Chen et al. 2023)"""
+
+    factor: float
+
+    def apply(self, frequencies: Frequencies) -> Frequencies:
+        """The frequencies, scaled."""
+        scaled: Frequencies = frequencies / self.factor
+        return scaled
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Llama 3.1's: long waves are slowed by `factor`, short ones are not, those between by a part (Grattafiori et al. 2024)
+
+    A wave is long past context / low_freq_factor positions, and short below context / high_freq_factor.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    context: int
+
+    def apply(self, frequencies: Frequencies) -> Frequencies:
+        """The frequencies, scaled."""
+        turns = self.context * frequencies / (2 * math.pi)
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        scaled: Frequencies = kept * frequencies + (1 - kept) * frequencies / self.factor
+        return scaled
+
+
+@dataclass(frozen=True)
+class Divided:
+    """frequency i / factors[i]: what a file lists, such as the tensor rope_freqs of a GGUF file"""
+
+    factors: tuple[float, ...]
+
+    def apply(self, frequencies: Frequencies) -> Frequencies:
+        """The frequencies, scaled. Raises FrontendError for another number of factors."""
+        if len(self.factors) != len(frequencies):
+            raise FrontendError(f"{len(self.factors)} factors for {len(frequencies)} rotary frequencies")
+        scaled: Frequencies = frequencies / np.array(self.factors)
+        return scaled
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """A base that grows with the sequence's length once that is past the context ("dynamic NTK", as Hugging Face has it)
+
+    base' = base (factor length / context - factor + 1) ** (dims / (dims - 2)) for length > context. The frequencies are
+    made in the graph from the length, so that every call has its own; a model with them cannot be run a step at a time.
+    """
+
+    factor: float
+    context: int
+
+
+Scaling = Linear | Llama3 | Divided | Dynamic
+
+
+def rotary_frequencies(
+    dims: int, *, base: float = 10000.0, scaling: Scaling | None = None, length: SizeLike | None = None
+) -> Tensor:
+    """Frequencies f32[dims / 2] in radians a position: base ** (-2 i / dims), scaled        (Su et al. 2021, 3.2.2)
+
+    length is the sequence's, which `Dynamic` needs. Raises FrontendError for an odd number of dims, for a base that is
+    not positive, and for `Dynamic` without a length.
+    """
+    if not 2 <= dims <= _MOST_DIMS or dims % 2 or not 0 < base < math.inf:
+        raise _misfit(
+            f"rotary positions turn pairs of up to {_MOST_DIMS} dimensions, with a positive base",
+            f"dims {dims}, base {base}",
+        )
+    b = trace()
+    exponents = -np.arange(0, dims, 2) / dims
+    frequencies = base**exponents
+    if not isinstance(scaling, Dynamic):
+        return b.constant((frequencies if scaling is None else scaling.apply(frequencies)).astype(np.float32), f32)
+    if length is None or dims == 2:
+        raise _misfit("dynamic scaling needs the sequence's length, and more than 2 dims", f"length {length}")
+    longest = b.maximum(b.size(value=length, dtype=f32), float(scaling.context))
+    growth = longest * (scaling.factor / scaling.context) - (scaling.factor - 1)
+    slowed = b.pow(growth, b.constant((exponents * dims / (dims - 2)).astype(np.float32), f32))
+    made = b.mul(slowed, b.constant(frequencies.astype(np.float32), f32), name="frequencies")
+    assert isinstance(made, Tensor)
+    return made
+
+
+def _misfit(what: str, received: str) -> FrontendError:
+    return FrontendError(what, received=received, source=str(user_line() or "") or None)

@@ -1,0 +1,131 @@
+"""ALBERT: BERT with one layer's weights for all layers, and a narrow table of embeddings (Lan et al. 2020)."""
+
+from __future__ import annotations
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Table
+from treadle.ir.errors import FrontendError
+from treadle.models.bert import ACTIVATIONS, HEADS, block, pool, unmask
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    count_labels,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+)
+
+ARCHITECTURES = {
+    "AlbertModel": None,
+    "AlbertForMaskedLM": "masked_lm",
+    "AlbertForSequenceClassification": "classifier",
+    "AlbertForTokenClassification": "token_classifier",
+    "AlbertForQuestionAnswering": "token_classifier",
+}
+
+
+@t.model
+def albert(
+    tokens: t.i64["B S"],
+    lengths: t.i64["B"] | None,
+    token_types: t.i64["B S"] | None,
+    *,
+    vocab=30000,
+    context=512,
+    types=2,
+    embedding=128,
+    dim=768,
+    heads=12,
+    layers=12,
+    hidden=3072,
+    act=t.gelu_tanh,
+    eps=1e-12,
+    head=None,
+    labels=2,
+):
+    """ALBERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+
+    embedding  the width of the tables of embeddings (E in the paper), which a layer of its own widens to dim (H)
+
+    lengths, token_types and head are BERT's.
+    """
+    with t.scope("embeddings"):
+        x = t.embed(tokens, vocab, embedding, name="word")
+        x += t.embed(t.positions(tokens), context, embedding, name="position")
+        x += t.embed(t.constant(0) if token_types is None else token_types, types, embedding, name="token_type")
+        x = t.linear(t.layer_norm(x, eps=eps, name="norm"), dim, name="widen")
+
+    mask = None if lengths is None else t.padding(lengths)
+    for _ in t.stack("layer", layers, shared=True):
+        x = block(x, heads, hidden, mask=mask, act=act, eps=eps)
+
+    match head:
+        case None:
+            return {"hidden": x}
+        case "pooler":
+            return {"hidden": x, "pooled": pool(x)}
+        case "masked_lm":
+            return unmask(x, embedding, act=act, eps=eps)
+        case "classifier":
+            return t.linear(pool(x), labels, name="logits")
+        case "token_classifier":
+            return t.linear(x, labels, name="logits")
+        case _:
+            raise FrontendError(f"albert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face AlbertConfig; its `architectures` choose the head."""
+    require(config, position_embedding_type="absolute", num_hidden_groups=1, inner_group_num=1)
+    head = choose_architecture(config, ARCHITECTURES)
+    if head == "masked_lm":
+        require(config, tie_word_embeddings=True)
+    return albert.configure(
+        vocab=read_int(config, "vocab_size"),
+        context=read_int(config, "max_position_embeddings"),
+        types=read_int(config, "type_vocab_size", 2),
+        embedding=read_int(config, "embedding_size", 128),
+        dim=read_int(config, "hidden_size"),
+        heads=read_int(config, "num_attention_heads"),
+        layers=read_layers(config, "num_hidden_layers"),
+        hidden=read_int(config, "intermediate_size"),
+        act=choose(config, "hidden_act", ACTIVATIONS, "gelu_new"),
+        eps=read_float(config, "layer_norm_eps", 1e-12),
+        head=head,
+        labels=count_labels(config),
+    )
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names, in which the one layer is the first of the first group."""
+    layer = "encoder.albert_layer_groups.0.albert_layers.0"
+    table: dict[str, Entry] = {
+        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.position.weight": "embeddings.position_embeddings.weight",
+        "embeddings.token_type.weight": "embeddings.token_type_embeddings.weight",
+        "masked_lm.logits.bias": ("predictions.bias", "predictions.decoder.bias"),
+    }
+    for ours, theirs in {
+        "embeddings.norm": "embeddings.LayerNorm",
+        "embeddings.widen": "encoder.embedding_hidden_mapping_in",
+        "layer.attn.q": f"{layer}.attention.query",
+        "layer.attn.k": f"{layer}.attention.key",
+        "layer.attn.v": f"{layer}.attention.value",
+        "layer.attn.out": f"{layer}.attention.dense",
+        "layer.attn_norm": f"{layer}.attention.LayerNorm",
+        "layer.mlp.up": f"{layer}.ffn",
+        "layer.mlp.down": f"{layer}.ffn_output",
+        "layer.mlp_norm": f"{layer}.full_layer_layer_norm",
+        "masked_lm.transform": "predictions.dense",
+        "masked_lm.norm": "predictions.LayerNorm",
+    }.items():
+        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
+    for part in ("weight", "bias"):
+        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}")
+    return table
+
+
+FAMILY = Family("albert", albert, ("albert",), from_config, checkpoint, prefixes=("", "albert."))

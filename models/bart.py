@@ -1,0 +1,132 @@
+"""BART: the Transformer of 2017 with learned positions, normalized embeddings and gelu (Lewis et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Source, Table
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    read_flag,
+    read_int,
+    read_layers,
+    require,
+)
+from treadle.models.transformer import decode, encode
+
+ACTIVATIONS = {
+    "gelu": t.gelu,
+    "gelu_new": t.gelu_tanh,
+    "relu": t.relu,
+    "swish": t.silu,
+    "silu": t.silu,
+}
+
+
+@t.model
+def bart(
+    tokens: t.i64["B S"],
+    decoder_tokens: t.i64["B T"],
+    lengths: t.i64["B"] | None,
+    *,
+    vocab=50265,
+    context=1024,
+    dim=768,
+    encoder_heads=12,
+    encoder_layers=6,
+    encoder_hidden=3072,
+    decoder_heads=12,
+    decoder_layers=6,
+    decoder_hidden=3072,
+    act=t.gelu,
+    scaled=False,
+    logits=True,
+):
+    """BART: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+
+    lengths  [B], how many of each row's tokens are real; absent: all
+    scaled   embeddings are multiplied by sqrt(dim)
+    logits   else the hidden states [B, T, dim] of the decoder
+    """
+    mask = None if lengths is None else t.padding(lengths)
+    x, y = (t.embed(ids, vocab, dim, name="shared") for ids in (tokens, decoder_tokens))
+    if scaled:
+        x, y = x * dim**0.5, y * dim**0.5
+    with t.scope("encoder"):
+        x = t.layer_norm(x + t.embed(t.positions(tokens), context, dim, name="positions"), name="norm")
+        memory = encode(x, encoder_layers, encoder_hidden, act, mask, heads=encoder_heads)
+    with t.scope("decoder"):
+        y = t.layer_norm(y + t.embed(t.positions(decoder_tokens), context, dim, name="positions"), name="norm")
+        y = decode(y, memory, decoder_layers, decoder_hidden, act, mask, heads=decoder_heads)
+    if not logits:
+        return {"hidden": y}
+    return {"logits": t.unembed(y, tied="shared") + t.parameter("logits_bias", 1, vocab, init="zeros")}
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face BartConfig."""
+    require(config, tie_word_embeddings=True, normalize_before=False, add_final_layer_norm=False)
+    require(config, normalize_embedding=True, static_position_embeddings=False, is_encoder_decoder=True)
+    return bart.configure(
+        logits=choose_architecture(config, {"BartForConditionalGeneration": True, "BartModel": False}),
+        context=read_int(config, "max_position_embeddings"),
+        **read_sizes(config),
+    )
+
+
+def read_sizes(config: Config) -> dict[str, Any]:
+    """The options that BART's and Marian's configurations share."""
+    return {
+        "vocab": read_int(config, "vocab_size"),
+        "dim": read_int(config, "d_model"),
+        "encoder_heads": read_int(config, "encoder_attention_heads"),
+        "encoder_layers": read_layers(config, "encoder_layers"),
+        "encoder_hidden": read_int(config, "encoder_ffn_dim"),
+        "decoder_heads": read_int(config, "decoder_attention_heads"),
+        "decoder_layers": read_layers(config, "decoder_layers"),
+        "decoder_hidden": read_int(config, "decoder_ffn_dim"),
+        "act": choose(config, "activation_function", ACTIVATIONS),
+        "scaled": read_flag(config, "scale_embedding", False),
+    }
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. Its tables of positions begin with two rows that nothing reads, after fairseq's padding."""
+    context = read_int(config, "max_position_embeddings")
+    table = name_blocks() | {"shared.weight": SHARED, "logits_bias": "final_logits_bias"}
+    for stack in ("encoder", "decoder"):
+        table[f"{stack}.positions.weight"] = Source(f"{stack}.embed_positions.weight", rows=(2, 2 + context))
+        for part in ("weight", "bias"):
+            table[f"{stack}.norm.{part}"] = f"{stack}.layernorm_embedding.{part}"
+    return table
+
+
+SHARED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+"""A file holds the table that embeds both sequences and makes the logits under one of these names, or all."""
+
+
+def name_blocks() -> dict[str, Entry]:
+    """Hugging Face's names of what `encode` and `decode` declare."""
+    table: dict[str, Entry] = {}
+    for stack in ("encoder", "decoder"):
+        layer = f"{stack}.layers.{{i}}"
+        modules = {
+            "attn_norm": "self_attn_layer_norm",
+            "mlp.up": "fc1",
+            "mlp.down": "fc2",
+            "mlp_norm": "final_layer_norm",
+        }
+        modules |= {"cross_norm": "encoder_attn_layer_norm"}
+        for ours, theirs in {"attn": "self_attn", "cross": "encoder_attn"}.items():
+            modules |= {f"{ours}.{part}": f"{theirs}.{part}_proj" for part in ("q", "k", "v", "out")}
+        for ours, theirs in modules.items():
+            for part in ("weight", "bias"):
+                table[f"{stack}.layer.{{i}}.{ours}.{part}"] = f"{layer}.{theirs}.{part}"
+    return table
+
+
+FAMILY = Family("bart", bart, ("bart",), from_config, checkpoint, prefixes=("", "model."))

@@ -1,0 +1,254 @@
+"""CLIP: two encoders, of texts and of images, whose answers lie near each other where both say the same
+(Radford et al. 2021, figures 1 and 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Table
+from treadle.ir.errors import CheckpointError
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    read_float,
+    read_int,
+    read_layers,
+)
+from treadle.models.vit import ACTIVATIONS, block, embed_patches, prepend, read_image
+
+
+@t.model
+def clip_text(
+    tokens: t.i64["B S"],
+    lengths: t.i64["B"] | None,
+    *,
+    vocab=49408,
+    context=77,
+    dim=512,
+    heads=8,
+    layers=12,
+    hidden=2048,
+    act=t.quick_gelu,
+    eps=1e-5,
+    end=None,
+    projection=None,
+):
+    """CLIP's text encoder: hidden states [B, S, dim] of tokens [B, S], and that of each text's end.
+
+    lengths     [B], how many tokens of each row are real; absent: all
+    end         the token that ends a text, at its first place in a row; None: the one with the greatest number
+    projection  the width to which the end's state is projected; None: it is answered as it is
+    """
+    with t.scope("embeddings"):
+        x = t.embed(tokens, vocab, dim, name="word") + t.embed(t.positions(tokens), context, dim, name="position")
+
+    mask = t.causal if lengths is None else t.causal & t.padding(lengths)
+    for _ in t.stack("layer", layers):
+        x = block(x, heads, hidden, mask=mask, act=act, eps=eps)
+    x = t.layer_norm(x, eps=eps, name="norm")
+
+    place = t.argmax(tokens if end is None else t.equal(tokens, end).cast(t.i64), axis=1)
+    index = t.expand(t.rearrange(place, pattern="b -> b 1 1"), shape=(None, None, dim))
+    pooled = t.rearrange(t.take_along_axis(x, index, axis=1), pattern="b 1 d -> b d")
+    return _project({"hidden": x, "pooled": pooled}, "text_embeds", projection)
+
+
+@t.model
+def clip_vision(
+    pixels: t.f32["N channels height width"],
+    *,
+    channels=3,
+    height=224,
+    width=224,
+    patch=32,
+    dim=768,
+    heads=12,
+    layers=12,
+    hidden=3072,
+    act=t.quick_gelu,
+    eps=1e-5,
+    projection=None,
+):
+    """CLIP's image encoder, a ViT: hidden states [N, 1 + patches, dim] of images, and their class token's, normalized.
+
+    projection  the width to which the class token's state is projected; None: it is answered as it is
+    """
+    with t.scope("embeddings"):
+        x = prepend(embed_patches(pixels, dim, patch, bias=False), t.parameter("class", dim))
+        x = t.layer_norm(x + t.parameter("position", x.shape[1], dim), eps=eps, name="norm")
+
+    for _ in t.stack("layer", layers):
+        x = block(x, heads, hidden, act=act, eps=eps)
+
+    pooled = t.layer_norm(t.gather(x, t.constant(0), axis=1), eps=eps, name="norm")
+    return _project({"hidden": x, "pooled": pooled}, "image_embeds", projection)
+
+
+def _project(outputs: dict[str, t.Tensor], name: str, width: int | None) -> dict[str, t.Tensor]:
+    """The outputs with their pooled states projected, if there is a width."""
+    if width is None:
+        return outputs
+    return {"hidden": outputs["hidden"], name: t.linear(outputs["pooled"], width, bias=False, name="projection")}
+
+
+@t.model
+def clip(
+    tokens: t.i64["B S"],
+    pixels: t.f32["N channels height width"],
+    lengths: t.i64["B"] | None,
+    *,
+    channels=3,
+    height=224,
+    width=224,
+    projection=512,
+    text=None,
+    vision=None,
+):
+    """CLIP: how well each of B texts fits each of N images, [B, N] and [N, B], and the vectors that say so.
+
+    projection  the width of the vectors
+    text        the configuration of `clip_text`, where it differs from its defaults
+    vision      the same of `clip_vision`
+    """
+    with t.scope("text"):
+        text_embeds = _unit(clip_text(tokens, lengths, projection=projection, **text or {})["text_embeds"])
+    with t.scope("vision"):
+        image_embeds = _unit(clip_vision(pixels, projection=projection, **vision or {})["image_embeds"])
+    scale = t.exp(t.parameter("logit_scale", init=t.Init("constant", math.log(1 / 0.07))))
+    logits = t.einsum(text_embeds, image_embeds, equation="b d, n d -> b n") * scale
+    return {
+        "logits_per_text": logits,
+        "logits_per_image": t.rearrange(logits, pattern="b n -> n b"),
+        "text_embeds": text_embeds,
+        "image_embeds": image_embeds,
+    }
+
+
+def _unit(x: t.Tensor) -> t.Tensor:
+    """Vectors of length 1 in the direction of x [..., D]."""
+    unit: t.Tensor = x / t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True))
+    return unit
+
+
+ARCHITECTURES = {
+    "CLIPModel": (clip, False),
+    "CLIPTextModel": (clip_text, False),
+    "CLIPTextModelWithProjection": (clip_text, True),
+    "CLIPVisionModel": (clip_vision, False),
+    "CLIPVisionModelWithProjection": (clip_vision, True),
+}
+"""The declaration of each of Hugging Face's classes, and whether an encoder by itself is projected."""
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face CLIPConfig, CLIPTextConfig or CLIPVisionConfig."""
+    model, projected = choose_architecture(config, ARCHITECTURES)
+    if model.name == "clip":
+        text, vision = read_text(_part(config, "text")), read_vision(_part(config, "vision"))
+        image = {name: vision.pop(name) for name in ("channels", "height", "width")}
+        return model.configure(projection=read_int(config, "projection_dim", 512), text=text, vision=vision, **image)
+    if projected:
+        model = model.configure(projection=read_int(config, "projection_dim", 512))
+    return model.configure(**(read_text(config) if model.name == "clip_text" else read_vision(config)))
+
+
+def read_text(config: Config) -> dict[str, Any]:
+    """The configuration of `clip_text` in a CLIPTextConfig.
+
+    Configurations of before 2023 say that texts end with token 2, and mean the greatest.
+    """
+    end = read_int(config, "eos_token_id", 49407, least=0)
+    return {
+        "vocab": read_int(config, "vocab_size", 49408),
+        "context": read_int(config, "max_position_embeddings", 77),
+        "dim": read_int(config, "hidden_size", 512),
+        "heads": read_int(config, "num_attention_heads", 8),
+        "hidden": read_int(config, "intermediate_size", 2048),
+        "end": None if end == 2 else end,
+        **_read_encoder(config),
+    }
+
+
+def read_vision(config: Config) -> dict[str, Any]:
+    """The configuration of `clip_vision` in a CLIPVisionConfig."""
+    height, width, patch = read_image(config, 32)
+    return {
+        "channels": read_int(config, "num_channels", 3),
+        "height": height,
+        "width": width,
+        "patch": patch,
+        "dim": read_int(config, "hidden_size", 768),
+        "heads": read_int(config, "num_attention_heads", 12),
+        "hidden": read_int(config, "intermediate_size", 3072),
+        **_read_encoder(config),
+    }
+
+
+def _read_encoder(config: Config) -> dict[str, Any]:
+    return {
+        "layers": read_layers(config, "num_hidden_layers", 12),
+        "act": choose(config, "hidden_act", ACTIVATIONS, "quick_gelu"),
+        "eps": read_float(config, "layer_norm_eps", 1e-5),
+    }
+
+
+def _part(config: Config, name: str) -> Config:
+    """The configuration of one encoder; what stands under the older of its two names goes before the other."""
+    for key in (f"{name}_config_dict", f"{name}_config"):
+        found = config.get(key)
+        if isinstance(found, Mapping):
+            return found
+        if found is not None:
+            raise CheckpointError(f"config.json: {key} must be an object", received=type(found).__name__)
+    return {}
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. An encoder by itself has them with or without the prefix that it has in the whole."""
+    if config.get("model_type") == "clip":
+        whole: dict[str, Entry] = {"logit_scale": "logit_scale"}
+        for ours, theirs, projection in (("text", "text_model", "text"), ("vision", "vision_model", "visual")):
+            table = _encoder_table(f"{theirs}.", projection)
+            whole |= {f"{ours}.{name}": entry for name, entry in table.items()}
+        return whole
+    return _encoder_table("", "text" if config.get("model_type") == "clip_text_model" else "visual")
+
+
+def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
+    """The names of one encoder, `text` or `visual` in the name of its projection."""
+    layer = f"{prefix}encoder.layers.{{i}}"
+    positions = f"{prefix}embeddings.position_embedding.weight"
+    table: dict[str, Entry] = {
+        "embeddings.word.weight": f"{prefix}embeddings.token_embedding.weight",
+        "embeddings.patch.weight": f"{prefix}embeddings.patch_embedding.weight",
+        "embeddings.class": f"{prefix}embeddings.class_embedding",
+        "embeddings.position.weight": positions,
+        "embeddings.position": positions,
+        "projection.weight": f"{projection}_projection.weight",
+    }
+    for ours, theirs in {
+        "embeddings.norm": f"{prefix}pre_layrnorm",
+        "layer.{i}.attn.q": f"{layer}.self_attn.q_proj",
+        "layer.{i}.attn.k": f"{layer}.self_attn.k_proj",
+        "layer.{i}.attn.v": f"{layer}.self_attn.v_proj",
+        "layer.{i}.attn.out": f"{layer}.self_attn.out_proj",
+        "layer.{i}.attn_norm": f"{layer}.layer_norm1",
+        "layer.{i}.mlp.up": f"{layer}.mlp.fc1",
+        "layer.{i}.mlp.down": f"{layer}.mlp.fc2",
+        "layer.{i}.mlp_norm": f"{layer}.layer_norm2",
+        "norm": prefix + ("final_layer_norm" if projection == "text" else "post_layernorm"),
+    }.items():
+        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
+    return table
+
+
+FAMILY = Family(
+    "clip", clip, ("clip", "clip_text_model", "clip_vision_model"), from_config, checkpoint,
+    prefixes=("", "text_model.", "vision_model."),
+)  # fmt: skip

@@ -1,0 +1,119 @@
+"""DistilBERT: BERT with half of its layers, and without token types (Sanh et al. 2019)."""
+
+from __future__ import annotations
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Table
+from treadle.ir.errors import FrontendError
+from treadle.models.bert import ACTIVATIONS, block, pool, unmask
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    count_labels,
+    read_int,
+    read_layers,
+    require,
+)
+
+HEADS = ("masked_lm", "classifier", "token_classifier")
+
+ARCHITECTURES = {
+    "DistilBertModel": None,
+    "DistilBertForMaskedLM": "masked_lm",
+    "DistilBertForSequenceClassification": "classifier",
+    "DistilBertForTokenClassification": "token_classifier",
+    "DistilBertForQuestionAnswering": "token_classifier",
+}
+
+
+@t.model
+def distilbert(
+    tokens: t.i64["B S"],
+    lengths: t.i64["B"] | None,
+    *,
+    vocab=30522,
+    context=512,
+    dim=768,
+    heads=12,
+    layers=6,
+    hidden=3072,
+    act=t.gelu,
+    eps=1e-12,
+    head=None,
+    labels=2,
+):
+    """DistilBERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+
+    lengths  [B], how many tokens of each row are real; absent: all
+    head     None, or one of HEADS
+    """
+    with t.scope("embeddings"):
+        x = t.embed(tokens, vocab, dim, name="word") + t.embed(t.positions(tokens), context, dim, name="position")
+        x = t.layer_norm(x, eps=eps, name="norm")
+
+    mask = None if lengths is None else t.padding(lengths)
+    for _ in t.stack("layer", layers):
+        x = block(x, heads, hidden, mask=mask, act=act, eps=eps)
+
+    match head:
+        case None:
+            return {"hidden": x}
+        case "masked_lm":
+            return unmask(x, dim, act=act, eps=eps)
+        case "classifier":
+            return t.linear(pool(x, act=t.relu), labels, name="logits")
+        case "token_classifier":
+            return t.linear(x, labels, name="logits")
+        case _:
+            raise FrontendError(f"distilbert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face DistilBertConfig; its `architectures` choose the head."""
+    head = choose_architecture(config, ARCHITECTURES)
+    if head == "masked_lm":
+        require(config, tie_word_embeddings=True)
+    return distilbert.configure(
+        vocab=read_int(config, "vocab_size"),
+        context=read_int(config, "max_position_embeddings"),
+        dim=read_int(config, "dim"),
+        heads=read_int(config, "n_heads"),
+        layers=read_layers(config, "n_layers"),
+        hidden=read_int(config, "hidden_dim"),
+        act=choose(config, "activation", ACTIVATIONS, "gelu"),
+        head=head,
+        labels=count_labels(config),
+    )
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. Sinusoidal positions, too, are a table in the file."""
+    block = "transformer.layer.{i}"
+    table: dict[str, Entry] = {
+        "embeddings.word.weight": "embeddings.word_embeddings.weight",
+        "embeddings.position.weight": "embeddings.position_embeddings.weight",
+        "masked_lm.logits.bias": "vocab_projector.bias",
+    }
+    for ours, theirs in {
+        "embeddings.norm": "embeddings.LayerNorm",
+        "layer.{i}.attn.q": f"{block}.attention.q_lin",
+        "layer.{i}.attn.k": f"{block}.attention.k_lin",
+        "layer.{i}.attn.v": f"{block}.attention.v_lin",
+        "layer.{i}.attn.out": f"{block}.attention.out_lin",
+        "layer.{i}.attn_norm": f"{block}.sa_layer_norm",
+        "layer.{i}.mlp.up": f"{block}.ffn.lin1",
+        "layer.{i}.mlp.down": f"{block}.ffn.lin2",
+        "layer.{i}.mlp_norm": f"{block}.output_layer_norm",
+        "masked_lm.transform": "vocab_transform",
+        "masked_lm.norm": "vocab_layer_norm",
+        "pooler": "pre_classifier",
+    }.items():
+        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
+    for part in ("weight", "bias"):
+        table[f"logits.{part}"] = (f"classifier.{part}", f"qa_outputs.{part}")
+    return table
+
+
+FAMILY = Family("distilbert", distilbert, ("distilbert",), from_config, checkpoint, prefixes=("", "distilbert."))

@@ -1,0 +1,107 @@
+"""Models of the Llama kind in GGUF files: their metadata and tensor names, as llama.cpp writes them.
+
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's convert_hf_to_gguf.py for what
+it does to weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs that turn
+together lie side by side: weights are taken as they are, and turned in the layout "interleaved". Qwen2's are not reordered.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Table
+from treadle.frontends.gguf_file import GGUFFile
+from treadle.frontends.rotary import Divided, Linear, Scaling
+from treadle.ir.errors import CheckpointError
+from treadle.models.llama import llama
+
+LAYOUTS = {"llama": "interleaved", "qwen2": "half"}
+"""The architectures that are read, and how q and k are laid out."""
+
+_LAYERS = 10_000
+_ROTARY_DIMS = 1 << 16
+_FACTORS = "rope_freqs.weight"
+_BLOCK_TENSORS = 9  # without biases
+
+
+def from_gguf(file: GGUFFile) -> t.Model:
+    """The model that a file holds. Raises CheckpointError, with the key, for what is not supported or not there."""
+    kind = file.architecture
+    if kind not in LAYOUTS:
+        file.fail("general.architecture", "is not supported", f"{kind!r}; supported: {', '.join(LAYOUTS)}")
+    if file.integer(f"{kind}.expert_count", 0, least=0):
+        file.fail(f"{kind}.expert_count", "is not supported: the feed-forward networks are experts")
+    layers = file.integer(f"{kind}.block_count", most=_LAYERS)
+    if layers * _BLOCK_TENSORS > len(file):  # before as many are traced
+        file.fail(f"{kind}.block_count", "is more than the file has tensors for", f"{layers}, of {len(file)} tensors")
+    embeddings = file.record("token_embd.weight").shape
+    dim = file.integer(f"{kind}.embedding_length")
+    heads = file.integer(f"{kind}.attention.head_count")
+    kv_heads = file.integer(f"{kind}.attention.head_count_kv", heads)
+    if heads % kv_heads:
+        file.fail(f"{kind}.attention.head_count_kv", "must divide the number of heads", f"{kv_heads}, of {heads} heads")
+    if dim % heads and not file.has(f"{kind}.attention.key_length"):
+        file.fail(f"{kind}.attention.head_count", "must divide the embedding's length", f"{heads}, of {dim}")
+    head_dim = file.integer(f"{kind}.attention.key_length", dim // heads)
+    if file.integer(f"{kind}.attention.value_length", head_dim) != head_dim:
+        file.fail(f"{kind}.attention.value_length", "must be key_length", f"key_length {head_dim}")
+    dimensions = f"{kind}.rope.dimension_count"
+    rotary_dims = file.integer(dimensions, head_dim, most=min(head_dim, _ROTARY_DIMS))
+    if rotary_dims % 2 or rotary_dims > _ROTARY_DIMS:
+        file.fail(dimensions, f"must be an even number up to {_ROTARY_DIMS}", f"{rotary_dims}")
+    first = "blk.0"
+    return llama.configure(
+        vocab=embeddings[0],
+        dim=dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        layers=layers,
+        hidden=file.integer(f"{kind}.feed_forward_length"),
+        eps=file.number(f"{kind}.attention.layer_norm_rms_epsilon"),
+        tied="output.weight" not in file,
+        base=file.number(f"{kind}.rope.freq_base", 10000.0, least=1.0),
+        scaling=read_scaling(file, kind, rotary_dims),
+        rotary_dims=rotary_dims,
+        layout=LAYOUTS[kind],
+        qkv_bias=f"{first}.attn_q.bias" in file,
+        out_bias=f"{first}.attn_output.bias" in file,
+        mlp_bias=f"{first}.ffn_gate.bias" in file,
+    )
+
+
+def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
+    """What slows the rotary frequencies: a factor in the metadata, or a tensor of factors (Llama 3.1 and later)."""
+    key = f"{kind}.rope.scaling.type"
+    named = file.text(key, "none")
+    if named not in ("none", "linear"):
+        file.fail(key, "is not supported", f"{named[:40]!r}; supported: none, linear")
+    factor_key = f"{kind}.rope.scaling.factor" if named == "linear" else f"{kind}.rope.scale_linear"
+    factor = file.number(factor_key, 1.0, least=1e-3, most=1e6)
+    if _FACTORS not in file:
+        return Linear(factor) if factor != 1.0 else None
+    record = file.record(_FACTORS)
+    factors = file.array(_FACTORS) if record.shape == (dims // 2,) and record.dtype == "f32" else np.zeros(1)
+    if factor != 1.0 or not np.all((factors >= 1e-3) & (factors <= 1e6)):
+        raise CheckpointError(
+            f"{_FACTORS} must be a factor for each pair of dimensions, from 0.001 to 1000000",
+            received=f"{record}, for {dims} dimensions; linear factor {factor:g}",
+            within=f"{file.path}: byte {record.begin}, tensor {_FACTORS}",
+        )
+    return Divided(tuple(factors.tolist()))
+
+
+def table() -> Table:
+    """The file's names."""
+    modules = {
+        "embed": "token_embd",
+        "norm": "output_norm",
+        "lm_head": "output",
+        **{f"layer.{{i}}.attn.{part}": f"blk.{{i}}.attn_{part}" for part in "qkv"},
+        "layer.{i}.attn.out": "blk.{i}.attn_output",
+        **{f"layer.{{i}}.mlp.{part}": f"blk.{{i}}.ffn_{part}" for part in ("gate", "up", "down")},
+        "layer.{i}.attn_norm": "blk.{i}.attn_norm",
+        "layer.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    }
+    return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")}

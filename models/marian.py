@@ -1,0 +1,78 @@
+"""Marian: the Transformer of 2017 as a translator's toolkit has it, with swish and a bias of logits.
+
+Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++"; the sines of its positions come before
+the cosines.
+"""
+
+from __future__ import annotations
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Table
+from treadle.models.bart import SHARED, name_blocks, read_sizes
+from treadle.models.family import Config, Family, choose_architecture, read_flag, read_int, require
+from treadle.models.transformer import decode, encode
+
+
+@t.model
+def marian(
+    tokens: t.i64["B S"],
+    decoder_tokens: t.i64["B T"],
+    lengths: t.i64["B"] | None,
+    *,
+    vocab=58101,
+    decoder_vocab=None,
+    dim=512,
+    encoder_heads=8,
+    encoder_layers=6,
+    encoder_hidden=2048,
+    decoder_heads=8,
+    decoder_layers=6,
+    decoder_hidden=2048,
+    act=t.silu,
+    scaled=True,
+):
+    """Marian: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+
+    lengths        [B], how many of each row's tokens are real; absent: all
+    decoder_vocab  the decoder's tokens where they are not the encoder's; then each has a table of its own
+    scaled         embeddings are multiplied by sqrt(dim)
+    """
+    mask = None if lengths is None else t.padding(lengths)
+    source, target = ("shared", "shared") if decoder_vocab is None else ("encoder.tokens", "decoder.tokens")
+    target_vocab = decoder_vocab or vocab
+
+    def embed(ids: t.Tensor, count: int, name: str) -> t.Tensor:
+        x = t.embed(ids, count, dim, name=name)
+        return (x * dim**0.5 if scaled else x) + t.sinusoidal_positions(t.positions(ids), dim, interleaved=False)
+
+    x, y = embed(tokens, vocab, source), embed(decoder_tokens, target_vocab, target)
+    with t.scope("encoder"):
+        memory = encode(x, encoder_layers, encoder_hidden, act, mask, heads=encoder_heads)
+    with t.scope("decoder"):
+        y = decode(y, memory, decoder_layers, decoder_hidden, act, mask, heads=decoder_heads)
+    return {"logits": t.unembed(y, tied=target) + t.parameter("logits_bias", 1, target_vocab, init="zeros")}
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face MarianConfig."""
+    require(config, tie_word_embeddings=True, normalize_before=False, add_final_layer_norm=False)
+    require(config, normalize_embedding=False, static_position_embeddings=True, is_encoder_decoder=True)
+    choose_architecture(config, {"MarianMTModel": marian})
+    shared = read_flag(config, "share_encoder_decoder_embeddings", True)
+    return marian.configure(
+        decoder_vocab=None if shared else read_int(config, "decoder_vocab_size", read_int(config, "vocab_size")),
+        **read_sizes(config),
+    )
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. Files of before its version 5 hold the sinusoids as weights, too, which stay unused."""
+    return name_blocks() | {
+        "shared.weight": SHARED,
+        "encoder.tokens.weight": "encoder.embed_tokens.weight",
+        "decoder.tokens.weight": ("decoder.embed_tokens.weight", "lm_head.weight"),
+        "logits_bias": "final_logits_bias",
+    }
+
+
+FAMILY = Family("marian", marian, ("marian",), from_config, checkpoint, prefixes=("", "model."))

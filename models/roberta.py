@@ -1,0 +1,109 @@
+"""RoBERTa: BERT, trained for longer and without the next-sentence task (Liu et al. 2019). XLM-R has the same layers."""
+
+from __future__ import annotations
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Source, Table
+from treadle.models import bert as base
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    count_labels,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+)
+
+ARCHITECTURES = {
+    f"{prefix}{name}": head
+    for prefix in ("Roberta", "XLMRoberta")
+    for name, head in {
+        "Model": None,
+        "ForMaskedLM": "masked_lm",
+        "ForSequenceClassification": "classifier",
+        "ForTokenClassification": "token_classifier",
+        "ForQuestionAnswering": "token_classifier",
+    }.items()
+}
+
+
+@t.model
+def roberta(
+    tokens: t.i64["B S"],
+    lengths: t.i64["B"] | None,
+    token_types: t.i64["B S"] | None,
+    *,
+    vocab=50265,
+    context=512,
+    types=1,
+    dim=768,
+    heads=12,
+    layers=12,
+    hidden=3072,
+    act=t.gelu,
+    eps=1e-5,
+    head=None,
+    labels=2,
+):
+    """RoBERTa: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
+
+    Rows are padded at their ends. lengths, token_types and head are BERT's.
+    """
+    return base.bert(
+        tokens, lengths, token_types, vocab=vocab, context=context, types=types, dim=dim, heads=heads, layers=layers,
+        hidden=hidden, act=act, eps=eps, head=head, labels=labels,
+    )  # fmt: skip
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face RobertaConfig or XLMRobertaConfig; its `architectures` choose the head."""
+    require(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    head = choose_architecture(config, ARCHITECTURES)
+    if head == "masked_lm":
+        require(config, tie_word_embeddings=True, hidden_act="gelu")  # the head's own is always gelu
+    first, end = _positions(config)
+    return roberta.configure(
+        vocab=read_int(config, "vocab_size"),
+        context=end - first,
+        types=read_int(config, "type_vocab_size", 2),
+        dim=read_int(config, "hidden_size"),
+        heads=read_int(config, "num_attention_heads"),
+        layers=read_layers(config, "num_hidden_layers"),
+        hidden=read_int(config, "intermediate_size"),
+        act=choose(config, "hidden_act", base.ACTIVATIONS, "gelu"),
+        eps=read_float(config, "layer_norm_eps", 1e-12),
+        head=head,
+        labels=count_labels(config),
+    )
+
+
+def checkpoint(config: Config) -> Table:
+    """BERT's names, but for the heads; the rows of positions that no token has are left out."""
+    table: dict[str, Entry] = {
+        **base.checkpoint(config),
+        "embeddings.position.weight": Source("embeddings.position_embeddings.weight", rows=_positions(config)),
+        "masked_lm.logits.bias": ("lm_head.bias", "lm_head.decoder.bias"),
+    }
+    for part in ("weight", "bias"):
+        table[f"masked_lm.transform.{part}"] = f"lm_head.dense.{part}"
+        table[f"masked_lm.norm.{part}"] = f"lm_head.layer_norm.{part}"
+        table[f"pooler.{part}"] = (f"classifier.dense.{part}", f"pooler.dense.{part}")
+        table[f"logits.{part}"] = (f"classifier.out_proj.{part}", f"classifier.{part}", f"qa_outputs.{part}")
+    return table
+
+
+def _positions(config: Config) -> tuple[int, int]:
+    """The rows of the table of positions that tokens have.
+
+    Padding has the row of its own token's number, and the first token the one after it (fairseq's way).
+    """
+    first = read_int(config, "pad_token_id", 1, least=0) + 1
+    return first, read_int(config, "max_position_embeddings", least=first + 1)
+
+
+FAMILY = Family(
+    "roberta", roberta, ("roberta", "xlm-roberta"), from_config, checkpoint, prefixes=("", "roberta.")
+)

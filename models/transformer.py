@@ -1,0 +1,83 @@
+"""The Transformer: an encoder and a decoder made of attention alone (Vaswani et al. 2017).
+
+`encode` and `decode` are the two columns of the paper's figure 1, between the embeddings and the output. BART and
+Marian have them too, and differ in what lies around.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Table
+from treadle.models.family import Config, Family, read_int, read_layers, require
+
+
+def encode(x: t.Tensor, layers: int, hidden: int, act: Any, mask: Any, **attention: Any) -> t.Tensor:
+    """The left column: self-attention, then a feed-forward network, each added to its input and normalized."""
+    for _ in t.stack("layer", layers):
+        x = t.layer_norm(x + t.self_attention(x, mask=mask, name="attn", **attention), name="attn_norm")
+        x = t.layer_norm(x + t.mlp(x, hidden, act=act, name="mlp"), name="mlp_norm")
+    return x
+
+
+def decode(x: t.Tensor, memory: t.Tensor, layers: int, hidden: int, act: Any, mask: Any, **attention: Any) -> t.Tensor:
+    """The right column: causal self-attention, attention to the encoder's output, then a feed-forward network."""
+    for _ in t.stack("layer", layers):
+        x = t.layer_norm(x + t.self_attention(x, causal=True, name="attn", **attention), name="attn_norm")
+        x = t.layer_norm(x + t.cross_attention(x, memory, mask=mask, name="cross", **attention), name="cross_norm")
+        x = t.layer_norm(x + t.mlp(x, hidden, act=act, name="mlp"), name="mlp_norm")
+    return x
+
+
+@t.model
+def transformer(
+    tokens: t.i64["B S"],
+    decoder_tokens: t.i64["B T"],
+    lengths: t.i64["B"] | None,
+    *,
+    vocab=37000,
+    dim=512,
+    heads=8,
+    layers=6,
+    hidden=2048,
+):
+    """The Transformer: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
+
+    One table embeds both sequences and makes the logits (3.4). The projections of attention have no biases (3.2.2),
+    the feed-forward network has (equation 2).
+
+    lengths  [B], how many of each row's tokens are real; absent: all
+    """
+    mask = None if lengths is None else t.padding(lengths)
+    attention = {"heads": heads, "projection_bias": False}
+
+    def embed(ids: t.Tensor) -> t.Tensor:
+        x = t.embed(ids, vocab, dim, name="shared") * dim**0.5
+        return x + t.sinusoidal_positions(t.positions(ids), dim)
+
+    x, y = embed(tokens), embed(decoder_tokens)
+    with t.scope("encoder"):
+        memory = encode(x, layers, hidden, t.relu, mask, **attention)
+    with t.scope("decoder"):
+        y = decode(y, memory, layers, hidden, t.relu, mask, **attention)
+    return {"logits": t.unembed(y, tied="shared")}
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a config.json that says `"model_type": "transformer"` and the declaration's own options.
+
+    Hugging Face has no class of this model: such a folder is one's own, with the weights under our names.
+    """
+    require(config, architectures=None)
+    base = transformer.defaults
+    sizes: dict[str, Any] = {name: read_int(config, name, base[name]) for name in ("vocab", "dim", "heads", "hidden")}
+    return transformer.configure(layers=read_layers(config, "layers", base["layers"]), **sizes)
+
+
+def checkpoint(config: Config) -> Table:
+    """Every weight is stored under its own name."""
+    return {}
+
+
+FAMILY = Family("transformer", transformer, ("transformer",), from_config, checkpoint)

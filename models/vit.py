@@ -1,0 +1,191 @@
+"""ViT: an image as a sequence of its patches (Dosovitskiy et al. 2021), and DeiT, with a token that learns from a
+teacher (Touvron et al. 2021).
+"""
+
+from __future__ import annotations
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Table
+from treadle.frontends.layers import Activation
+from treadle.ir.errors import CheckpointError, FrontendError
+from treadle.ir.masking import Masks
+from treadle.models.bert import pool
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    count_labels,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+)
+
+ACTIVATIONS = {
+    "gelu": t.gelu,
+    "gelu_new": t.gelu_tanh,
+    "gelu_pytorch_tanh": t.gelu_tanh,
+    "quick_gelu": t.quick_gelu,
+    "relu": t.relu,
+}
+
+HEADS = ("pooler", "classifier", "distilled_classifier")
+
+ARCHITECTURES = {
+    "vit": {"ViTModel": None, "ViTForImageClassification": "classifier"},
+    "deit": {
+        "DeiTModel": None,
+        "DeiTForImageClassification": "classifier",
+        "DeiTForImageClassificationWithTeacher": "distilled_classifier",
+    },
+}
+
+
+@t.model
+def vit(
+    pixels: t.f32["B channels height width"],
+    *,
+    channels=3,
+    height=224,
+    width=224,
+    patch=16,
+    dim=768,
+    heads=12,
+    layers=12,
+    hidden=3072,
+    act=t.gelu,
+    eps=1e-12,
+    distilled=False,
+    head=None,
+    labels=1000,
+):
+    """ViT: hidden states [B, 1 + patches, dim] of images [B, channels, height, width], or what a head makes of them.
+
+    distilled  whether a distillation token follows the class token, as in DeiT
+    head       None, or one of HEADS: "classifier" looks at the class token, "distilled_classifier" at the distillation
+               token too, and answers the mean of both
+    """
+    with t.scope("embeddings"):
+        learned = [t.parameter(name, 1, 1, dim) for name in ("class", "distillation")[: 1 + distilled]]
+        x = prepend(embed_patches(pixels, dim, patch), *learned)
+        x += t.parameter("position", 1, x.shape[1], dim)
+
+    for _ in t.stack("layer", layers):
+        x = block(x, heads, hidden, act=act, eps=eps)
+    x = t.layer_norm(x, eps=eps, name="norm")
+
+    match head:
+        case None:
+            return {"hidden": x}
+        case "pooler":
+            return {"hidden": x, "pooled": pool(x)}
+        case "classifier":
+            return t.linear(t.gather(x, t.constant(0), axis=1), labels, name="logits")
+        case "distilled_classifier" if distilled:
+            by_class = t.linear(t.gather(x, t.constant(0), axis=1), labels, name="logits")
+            by_teacher = t.linear(t.gather(x, t.constant(1), axis=1), labels, name="teacher_logits")
+            return {"logits": (by_class + by_teacher) / 2.0}
+        case "distilled_classifier":
+            raise FrontendError("a distilled_classifier needs a distillation token", hint="distilled=True")
+        case _:
+            raise FrontendError(f"vit has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def embed_patches(pixels: t.Tensor, dim: int, patch: int, *, bias: bool = True) -> t.Tensor:
+    """Images [B, C, H, W] as sequences [B, H/patch * W/patch, dim], row by row of patches.
+
+    Each patch, flattened, is projected by one matrix: a convolution whose windows do not overlap.
+    """
+    x = t.convolution(pixels, dim, (patch, patch), strides=(patch, patch), bias=bias, name="patch")
+    projected: t.Tensor = t.rearrange(x, pattern="b d h w -> b (h w) d")
+    return projected
+
+
+def prepend(x: t.Tensor, *learned: t.Tensor) -> t.Tensor:
+    """Learned tokens, [D] or [1, 1, D] each, before every sequence [B, N, D]."""
+    batch, _, dim = x.shape
+    longer: t.Tensor = t.concat(*(t.expand(token, shape=(batch, 1, dim)) for token in learned), x, axis=1)
+    return longer
+
+
+def block(
+    x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None = None, act: Activation, eps: float
+) -> t.Tensor:
+    """One layer: attention, then a feed-forward network, each of its normalized input and added to it."""
+    x += t.self_attention(t.layer_norm(x, eps=eps, name="attn_norm"), heads, mask=mask, name="attn")
+    return x + t.mlp(t.layer_norm(x, eps=eps, name="mlp_norm"), hidden, act=act, name="mlp")
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face ViTConfig or DeiTConfig; its `architectures` choose the head."""
+    kind = "deit" if config.get("model_type") == "deit" else "vit"
+    dim = read_int(config, "hidden_size")
+    require(config, qkv_bias=True, pooler_act="tanh", pooler_output_size=dim)
+    height, width, patch = read_image(config)
+    return vit.configure(
+        channels=read_int(config, "num_channels", 3),
+        height=height,
+        width=width,
+        patch=patch,
+        dim=dim,
+        heads=read_int(config, "num_attention_heads"),
+        layers=read_layers(config, "num_hidden_layers"),
+        hidden=read_int(config, "intermediate_size"),
+        act=choose(config, "hidden_act", ACTIVATIONS, "gelu"),
+        eps=read_float(config, "layer_norm_eps", 1e-12),
+        distilled=kind == "deit",
+        head=choose_architecture(config, ARCHITECTURES[kind]),
+        labels=count_labels(config),
+    )
+
+
+def read_image(config: Config, patch: int = 16) -> tuple[int, int, int]:
+    """An image's height and width and the side of a patch; each size is one number or [height, width].
+
+    Raises CheckpointError for patches that are not square, or higher or wider than the image.
+    """
+    sides = {}
+    for name, default in (("image_size", 224), ("patch_size", patch)):
+        value = config.get(name, default)
+        pair = value if isinstance(value, list) and len(value) == 2 else (value, value)
+        sides[name] = [read_int({name: side}, name) for side in pair]
+    height, width = sides["image_size"]
+    side, other = sides["patch_size"]
+    if side != other or side > min(height, width):
+        raise CheckpointError(
+            "config.json: patch_size must be one side of a square that fits into image_size",
+            received=f"patch_size {side} x {other}, image_size {height} x {width}",
+        )
+    return height, width, side
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names. DeiT's classifiers are `cls_classifier` and `distillation_classifier` where it has both."""
+    block = "encoder.layer.{i}"
+    table: dict[str, Entry] = {
+        "embeddings.class": "embeddings.cls_token",
+        "embeddings.distillation": "embeddings.distillation_token",
+        "embeddings.position": "embeddings.position_embeddings",
+    }
+    for ours, theirs in {
+        "embeddings.patch": "embeddings.patch_embeddings.projection",
+        "layer.{i}.attn_norm": f"{block}.layernorm_before",
+        "layer.{i}.attn.q": f"{block}.attention.attention.query",
+        "layer.{i}.attn.k": f"{block}.attention.attention.key",
+        "layer.{i}.attn.v": f"{block}.attention.attention.value",
+        "layer.{i}.attn.out": f"{block}.attention.output.dense",
+        "layer.{i}.mlp_norm": f"{block}.layernorm_after",
+        "layer.{i}.mlp.up": f"{block}.intermediate.dense",
+        "layer.{i}.mlp.down": f"{block}.output.dense",
+        "norm": "layernorm",
+        "pooler": "pooler.dense",
+        "teacher_logits": "distillation_classifier",
+    }.items():
+        table |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
+    for part in ("weight", "bias"):
+        table[f"logits.{part}"] = (f"classifier.{part}", f"cls_classifier.{part}")
+    return table
+
+
+FAMILY = Family("vit", vit, ("vit", "deit"), from_config, checkpoint, prefixes=("", "vit.", "deit."))

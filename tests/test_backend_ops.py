@@ -1,0 +1,220 @@
+"""What the op suite does not say of the backends: meanings that libraries leave open, spellings, what has no form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.backend_checks import assert_near, both, compiled, graph_of, message, needs_torch
+from tests.op_checks import TESTED, Case, held, refusal
+from treadle.backends import numpy_kernels
+from treadle.backends.axis_spelling import einsum_letters
+from treadle.backends.registry import find_backend
+from treadle.ir.attention_terms import BooleanMask, Causal, MaskTerm, Padding, Term, Window
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.composites import body_of
+from treadle.ir.error_function import erf
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.op import OPS, Composite, Operand, Primitive, op
+from treadle.ir.types import DTYPES
+
+# -- meanings that libraries leave open ------------------------------------------------------------------------------
+
+
+def attention_graph(*terms: Term) -> Graph:
+    def build(b: Builder) -> Expr:
+        q, k, v = (b.input(n, t) for n, t in (("q", "f32[2,4,S,8]"), ("k", "f32[2,2,T,8]"), ("v", "f32[2,2,T,4]")))
+        types = {"lengths": "i64[2]", "mask": "bool[2,4,S,T]"}
+        extra = [b.input(o.name, types[o.name]) for term in terms for o in term.operands]
+        made: Expr = b.attention(q, k, v, *extra, terms=terms)
+        return made
+
+    return graph_of(build, "attention")
+
+
+def attention_inputs(queries: int, keys: int, **extra: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(3)
+    shapes = {"q": (2, 4, queries, 8), "k": (2, 2, keys, 8), "v": (2, 2, keys, 4)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} | extra
+
+
+MASKED = {
+    "padding": ((Padding(),), attention_inputs(3, 5, lengths=np.array([0, 5])), (0, slice(None))),
+    "window": ((Causal(), Window(2)), attention_inputs(6, 3), (slice(None), slice(5, 6))),
+    "mask": ((BooleanMask(),), attention_inputs(3, 3, mask=np.zeros((2, 4, 3, 3), bool)), (slice(None), slice(None))),
+}
+
+
+@both
+@pytest.mark.parametrize("case", MASKED)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_query_that_sees_no_key_gets_zeros(case: str, softcap: float | None, backend: str) -> None:
+    terms, given, (row, query) = MASKED[case]
+    graph = attention_graph(*terms)
+    (node,) = graph.main.nodes
+    node.op = replace(node.op, softcap=softcap)  # type: ignore[type-var]
+    out = compiled(backend, graph)(**given).y
+    np.testing.assert_array_equal(out[row, :, query], np.zeros_like(out[row, :, query]))
+    assert_near(out, interpret(graph, given, float64=True)["y"])
+
+
+@dataclass(frozen=True, repr=False)
+class EveryOther(MaskTerm):
+    """A term that no backend knows: keys at even positions."""
+
+    name = "every_other"
+
+    def reference(self, i: Any, j: Any, *operands: Any) -> Any:
+        return j % 2 == 0
+
+    def body(self, grid: Any, *operands: Expr) -> Expr:
+        kept: Expr = grid.b.equal(grid.b.mod(grid.j, 2), 0)
+        return kept
+
+
+@both
+def test_attention_with_an_unknown_term_is_run_by_its_body(backend: str) -> None:
+    graph = attention_graph(EveryOther())
+    exe = compiled(backend, graph)
+    assert "kernels.attention" not in exe.source
+    given = attention_inputs(3, 5)
+    assert_near(exe(**given).y, interpret(graph, given, float64=True)["y"])
+
+
+def test_numpy_attention_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    exe = compiled("numpy", attention_graph(Causal(), Padding()))
+    given = attention_inputs(7, 5, lengths=np.array([2, 5]))
+    whole = exe(**given).y
+    for scores in (1, 4 * 5 * 2, 4 * 5 * 7):
+        monkeypatch.setattr(numpy_kernels, "_SCORES", scores)
+        assert_near(exe(**given).y, whole.astype(np.float64))
+
+
+@both
+def test_ties_go_to_the_lower_index(backend: str) -> None:
+    def build(b: Builder) -> dict[str, Expr]:
+        x = b.input("x", "f32[N]")
+        values, indices = b.top_k(x, k=4)
+        return {"values": values, "indices": indices, "first": b.argmax(x, axis=0)}
+
+    x = np.zeros(100, np.float32)
+    x[[70, 90]] = 1
+    out = compiled(backend, graph_of(build))(x=x)
+    np.testing.assert_array_equal(out.indices, [70, 90, 0, 1])
+    np.testing.assert_array_equal(out["values"], [1, 1, 0, 0])
+    assert out.first == 70
+
+
+@both
+def test_integers_are_divided_towards_minus_infinity(backend: str) -> None:
+    def build(b: Builder) -> dict[str, Expr]:
+        x, y = b.input("x", "i64[4]"), b.input("y", "i64[4]")
+        return {"quotient": b.floor_divide(x, y), "rest": b.mod(x, y), "by_constant": b.floor_divide(x, 2)}
+
+    x, y = np.array([7, -7, 7, -7]), np.array([2, 2, -2, -2])
+    out = compiled(backend, graph_of(build))(x=x, y=y)
+    np.testing.assert_array_equal(out.quotient, [3, -4, -4, 3])
+    np.testing.assert_array_equal(out.rest, [1, 1, -1, -1])
+    np.testing.assert_array_equal(out.by_constant, [3, -4, 3, -4])
+
+
+@both
+@pytest.mark.parametrize("value", [0.1, -0.0, float("inf"), float("-inf"), 1e30, 3.0])
+def test_scalar_constants_keep_the_dtype(value: float, backend: str) -> None:
+    def build(b: Builder) -> dict[str, Expr]:
+        x = b.input("x", "f32[2]")
+        both_constant = b.where(x > 0.0, b.constant(value, x.dtype), b.constant(1.0, x.dtype))
+        power = b.pow(b.constant(value, x.dtype), x)
+        return {"sum": x + value, "power": power, "chosen": both_constant}
+
+    x = np.array([1.0, -2.0], np.float32)
+    out = compiled(backend, graph_of(build))(x=x)
+    single = np.float32(value)
+    assert {array.dtype for array in out.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(out.sum, x + single)
+    np.testing.assert_array_equal(out.chosen, np.array([single, 1], np.float32))
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(out.power, np.power(single, x), rtol=2.0**-21)
+
+
+FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_float]
+NUMBERS = [0.1, -1 / 3, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519.0, 1e-7, -0.0, float("inf")]
+"""Among them ties of bf16, of which the even one is nearest, and what f16 holds as a subnormal."""
+
+
+@both
+@pytest.mark.parametrize(("source", "to"), list(product(FLOATS, FLOATS)))
+def test_a_cast_rounds_as_its_reference_does(source: str, to: str, backend: str) -> None:
+    graph = graph_of(lambda b: b.cast(b.input("x", f"{source}[8]"), to=to))
+    if refusal(backend, graph):
+        assert "NumPy has no bf16" in message(lambda: compiled(backend, graph))
+        return
+    with np.errstate(over="ignore"):  # bf16 holds more than f16 does
+        x = held(np.array(NUMBERS), DTYPES[source])
+        expected = held(x, DTYPES[to])
+    np.testing.assert_array_equal(compiled(backend, graph)(x=x).y, expected, strict=True)
+
+
+EQUATIONS = ["bhsd,bhtd->bhst", "ij,jk->ki", "ab,cd->dbca", "abc,cb->a", "ij,kj->", "i,i->i", "abx,bcy->ca"]
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_numpy_einsum_through_matmul(equation: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = {c: 2 + i for i, c in enumerate(sorted(set(equation) - set(",->")))}
+    operands = [rng.standard_normal([sizes[c] for c in term]) for term in equation.split("->")[0].split(",")]
+    np.testing.assert_allclose(
+        numpy_kernels.einsum(equation, *operands), np.einsum(equation, *operands), rtol=1e-13, atol=1e-13
+    )
+
+
+def test_einsum_names_become_letters() -> None:
+    assert einsum_letters("b heads s d, b heads t d -> b heads s t") == "bhsd,bhtd->bhst"
+    assert einsum_letters("... head h, h -> ... head") == "...ha,a->...h"
+
+
+def test_float32_erf() -> None:
+    x = np.linspace(-6, 6, 100_001, dtype=np.float32)
+    made = numpy_kernels.erf(x)
+    assert made.dtype == np.float32
+    assert np.max(np.abs(made - erf(x.astype(np.float64)))) < 3.2e-7  # under three of float32's roundings at 1
+
+
+# -- what has no form --------------------------------------------------------------------------------------------------
+
+
+@needs_torch
+def test_torch_refuses_a_primitive_that_it_cannot_spell() -> None:
+    try:
+
+        @op("triple", axes="... -> ...", dtypes="f -> f")
+        class Triple(Primitive):
+            """y = 3 x"""
+
+            x = Operand()
+
+            def reference(self, x: Any) -> Any:
+                return 3 * x
+
+        graph = graph_of(lambda b: b.triple(b.input("x", "f32[N]")))
+    finally:
+        OPS.pop("triple", None)
+    assert "triple has no form in PyTorch" in message(lambda: compiled("torch", graph))
+    exe = compiled("numpy", graph)  # which runs it by its reference
+    assert "reference.triple(x)" in exe.source
+    assert exe(x=np.ones(2, np.float32)).y.tolist() == [3, 3]
+
+
+def test_every_primitive_of_every_body_has_a_form_in_torch() -> None:
+    torch_backend = find_backend("torch")
+    refused = []
+    for case in [Case.of(name, number) for name in TESTED for number in range(len(OPS[name].samples))]:
+        (node,) = case.forward_graph().main.nodes
+        nodes = [node, *(body_of(case.op, case.types).nodes if isinstance(case.op, Composite) else ())]
+        refused += [why for n in nodes if (why := torch_backend.supports(n)) is not None]
+    assert refused == []

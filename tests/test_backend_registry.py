@@ -1,0 +1,105 @@
+"""Finding backends: by name, by entry point, on which target; and that torch is imported only when it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backend_checks import CPU, block_model, compiled, message
+from treadle.backends import registry
+from treadle.backends.registry import backend_names, find_backend
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_targets() -> None:
+    assert str(CPU) == CPU.kind == "cpu"
+    assert (CPU.cores() or 0) >= 1
+    assert Target("cuda").cores() is None
+    with pytest.raises(UsageError, match="unknown target 'tpu'"):
+        Target("tpu")
+    graph, weights = block_model()
+    assert "runs on the CPU only" in message(lambda: find_backend("numpy").compile(graph, Target("cuda"), weights))
+
+
+def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    graph, weights = block_model()
+    text = message(lambda: find_backend("torch").compile(graph, Target("cuda"), weights))
+    assert "PyTorch finds no CUDA device" in text
+
+
+class Recorded:
+    """A third party's backend."""
+
+    name = "mine"
+
+    def available(self) -> str | None:
+        return "no device"
+
+    def supports(self, node: Any) -> str | None:
+        return None
+
+    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = __name__
+    monkeypatch.setitem(sys.modules, "a_third_party", sys.modules[here])
+    points = [
+        EntryPoint("mine", "a_third_party:Recorded", registry.GROUP),
+        EntryPoint("broken", "no_such_module:Backend", registry.GROUP),
+        EntryPoint("odd", "a_third_party:Path", registry.GROUP),
+        EntryPoint("numpy", "a_third_party:Recorded", registry.GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+
+
+@pytest.mark.usefixtures("third_parties")
+def test_third_parties_register_by_entry_point() -> None:
+    assert backend_names() == ["numpy", "torch", "broken", "mine", "odd"]
+    assert find_backend("mine").available() == "no device"
+    assert type(find_backend("numpy")).__name__ == "NumpyBackend"
+    text = message(lambda: find_backend("broken"))
+    assert "backend 'broken' cannot be loaded" in text
+    assert "ModuleNotFoundError" in text
+    assert "entry point broken = no_such_module:Backend" in text
+    assert "backend 'odd' is not a backend" in message(lambda: find_backend("odd"))
+    assert "numpy, or another of: " in message(lambda: find_backend("numpi"))
+
+
+def test_torch_is_imported_only_when_it_is_used() -> None:
+    program = (
+        "import sys, numpy as np\n"
+        "import treadle, treadle.ir.ops\n"
+        "from treadle.backends.registry import backend_names, find_backend\n"
+        "from treadle.ir.builder import Builder\n"
+        "from treadle.ir.graph import Graph\n"
+        "from treadle.ir.target import Target\n"
+        "b = Builder(Graph('g'))\n"
+        "b.outputs(y=b.gelu(b.input('x', 'f32[N]')))\n"
+        "find_backend('numpy').compile(b.graph, Target('cpu'), {})(x=np.ones(2, np.float32))\n"
+        "torch = find_backend('torch')\n"
+        "torch.available(), torch.supports(b.graph.main.nodes[0])\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_without_torch_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'treadle[torch]'" in str(find_backend("torch").available())
+    assert "torch backend is not available" in message(lambda: compiled("torch", block_model()[0]))

@@ -1,0 +1,325 @@
+"""Executables: one for every size, weights in place, results the caller's own, errors that name the user's line."""
+
+from __future__ import annotations
+
+import tracemalloc
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.backend_checks import assert_near, block_model, both, compiled, graph_of, message
+from tests.golden import Golden
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Function, Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.types import DTYPES
+
+
+def test_an_executable_tells_its_signature() -> None:
+    graph, weights = block_model()
+    exe = compiled("numpy", graph, weights)
+    (tokens,), (logits,) = exe.inputs, exe.outputs
+    assert (tokens.name, str(tokens.dtype), tokens.axes) == ("tokens", "i64", ("B", "S"))
+    assert str(logits) == "logits: f32[B, S, 11]"
+    out = exe(tokens=[[1, 2]])
+    assert list(out) == ["logits"]
+    with pytest.raises(AttributeError, match="no output 'logit'; there are logits"):
+        _ = out.logit
+
+
+@both
+def test_one_compilation_serves_every_size(backend: str) -> None:
+    graph, weights = block_model()
+    exe = compiled(backend, graph, weights)
+    for rows, length in ((1, 1), (3, 5), (2, 17), (1, 1)):
+        ids = np.arange(rows * length).reshape(rows, length) % 11
+        expected = interpret(graph, {"tokens": ids}, weights, float64=True)
+        assert_near(exe(tokens=ids).logits, expected["logits"])
+
+
+@both
+def test_source_reads_well(backend: str, golden: Golden) -> None:
+    graph, weights = block_model()
+    golden(f"executables/{backend}_source.txt", compiled(backend, graph, weights).source)
+
+
+@both
+def test_sizes_are_expressions_of_symbols(backend: str) -> None:
+    def build(b: Builder) -> Expr:
+        x = b.input("x", "f32[B, 2*S+1]")
+        padded = b.pad(b.input("y", "f32[S]"), axis=0, before="S//2", after=1)
+        strided = b.slice(x, axis=1, start="S", stride=2)
+        return b.concat(strided, b.expand(padded, shape=("B", None)), axis=1)
+
+    graph = graph_of(build)
+    exe = compiled(backend, graph)
+    for rows, size in ((1, 1), (2, 4), (3, 7)):
+        given = {
+            "x": np.arange(rows * (2 * size + 1), dtype=np.float32).reshape(rows, -1),
+            "y": np.ones(size, np.float32),
+        }
+        np.testing.assert_array_equal(exe(**given).y, interpret(graph, given)["y"])
+
+
+@both
+def test_a_block_is_passed_the_symbols_that_its_arguments_do_not_tell(backend: str) -> None:
+    graph = Graph("example")
+    h = Function("h")
+    graph.add_function(h)
+    b = Builder(graph, h)
+    b.outputs(y=b.rearrange(b.input("x", "f32[2*S]"), pattern="(s=S two) -> s two") * 2.0)
+    main = Builder(graph)
+    x = main.input("x", "f32[S]")
+    (y,) = main.call(h, [main.concat(x, x, axis=0)])
+    main.outputs(y=y)
+    exe = compiled(backend, graph)
+    assert "S=S" in exe.source
+    x_value = np.arange(3, dtype=np.float32)
+    np.testing.assert_array_equal(exe(x=x_value).y, np.tile(x_value, 2).reshape(3, 2) * 2)
+
+
+@both
+def test_a_symbol_that_no_input_tells_is_refused(backend: str) -> None:
+    with pytest.raises(BackendError, match="needs the size of S, which no input has as a dimension"):
+        compiled(backend, graph_of(lambda b: b.rearrange(b.input("x", "f32[2*S]"), pattern="(s=S two) -> s two")))
+
+
+@both
+def test_names_clash_with_nothing(backend: str) -> None:
+    """Inputs, outputs and symbols may be called what the emitted text calls its own."""
+
+    def build(b: Builder) -> dict[str, Expr]:
+        x = b.input("weights", "f32[np, F]")
+        y = b.input("class", "f32[np, F]")
+        return {"main": b.expand(b.reduce_sum(x + y, axes=(0, 1)), shape=("np+F",)), 'say "y"': x * y}
+
+    graph = graph_of(build, "np")
+    given = {"weights": np.full((2, 3), 2, np.float32), "class": np.ones((2, 3), np.float32)}
+    out = compiled(backend, graph)(**given)
+    np.testing.assert_array_equal(out.main, np.full(5, 18))
+    np.testing.assert_array_equal(out['say "y"'], given["weights"])
+
+
+@both
+def test_weights_that_no_scope_names_are_passed_one_by_one(backend: str) -> None:
+    graph, _ = block_model(0)
+    h = graph.functions["h"]
+    main = Builder(graph)
+    main.function.nodes.clear()
+    x = main.input("x", "f32[B, S, 8]")
+    main.function.inputs.pop(0)
+    shared = [main.parameter(f"shared.{name}", v.type) for name, v in h.parameters.items()]
+    for i in range(2):
+        with main.scoped(f"h.{i}"):
+            (x,) = main.call(h, [x, *shared])
+    main.outputs(y=x)
+    weights = {n: np.full(v.type.static_shape, 0.5, np.float32) for n, v in graph.parameters.items()}
+    exe = compiled(backend, graph, weights)
+    assert 'weights["shared.ln.weight"], weights["shared.ln.bias"]' in exe.source
+    given = {"x": np.random.default_rng(0).standard_normal((1, 3, 8)).astype(np.float32)}
+    assert_near(exe(**given).y, interpret(graph, given, weights, float64=True)["y"])
+
+
+@both
+def test_memory_falls_as_the_program_runs(backend: str) -> None:
+    def build(b: Builder) -> Expr:
+        x = b.input("x", "f32[N]")
+        for _ in range(12):
+            x = b.exp(x)
+        return x
+
+    exe = compiled(backend, graph_of(build))
+    assert exe.source.count("    del ") == 11
+    if backend == "numpy":  # whose memory Python counts
+        x = np.full(1 << 18, -1e3, np.float32)
+        tracemalloc.start()
+        exe(x=x)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3 * x.nbytes  # a value, the next one, and small change; not twelve
+
+
+@both
+def test_weights_stay_where_they_are(backend: str, tmp_path: Path) -> None:
+    mapped = np.lib.format.open_memmap(tmp_path / "w.npy", mode="w+", dtype=np.float32, shape=(4,))
+    mapped[:] = 1
+    read_only = np.lib.format.open_memmap(tmp_path / "w.npy", mode="r")
+    graph = graph_of(lambda b: b.input("x", "f32[4]") * b.parameter("w", "f32[4]"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exe = compiled(backend, graph, {"w": read_only})
+    mapped[:] = 3
+    mapped.flush()
+    np.testing.assert_array_equal(exe(x=np.ones(4, np.float32)).y, np.full(4, 3))
+
+
+@both
+def test_results_are_the_callers_own(backend: str) -> None:
+    """A result is never a view of an input, a weight or a constant, nor one element that stands for many."""
+
+    def build(b: Builder) -> dict[str, Expr]:
+        x, w = b.input("x", "f32[2,3]"), b.parameter("w", "f32[2,3]")
+        y = x + w
+        return {
+            "input": x,
+            "weight": b.rearrange(w, pattern="a b -> b a"),
+            "constant": b.constant([1.0, 2.0], DTYPES["f32"]),
+            "expanded": b.expand(b.reduce_sum(x, axes=(0, 1)), shape=(4,)),
+            "one": y,
+            "part": b.slice(y, axis=0, stop=1),
+        }
+
+    weights = {"w": np.ones((2, 3), np.float32)}
+    weights["w"].flags.writeable = False
+    x = np.zeros((2, 3), np.float32)
+    exe = compiled(backend, graph_of(build), weights)
+    out = exe(x=x)
+    before = {name: array.copy() for name, array in exe(x=x).items()}
+    for array in out.values():
+        array[0] += 7
+        assert np.count_nonzero(array == array.flat[0]) <= array[0].size
+    np.testing.assert_array_equal(x, np.zeros((2, 3)))
+    for name, array in exe(x=x).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_tensors_in_tensors_out() -> None:
+    torch = pytest.importorskip("torch")
+    graph, weights = block_model()
+    exe = compiled("torch", graph, weights)
+    ids = torch.arange(6).reshape(2, 3)
+    out = exe(tokens=ids).logits
+    assert isinstance(out, torch.Tensor)
+    assert isinstance(exe(tokens=ids.numpy()).logits, np.ndarray)
+    np.testing.assert_array_equal(out.numpy(), exe(tokens=ids.numpy()).logits)
+    assert isinstance(compiled("numpy", graph, weights)(tokens=ids).logits, np.ndarray)
+
+
+def test_bf16_runs_on_torch() -> None:
+    """Its weights come from checkpoints as float32, since NumPy has no bf16; so do its results go."""
+    torch = pytest.importorskip("torch")
+    graph = graph_of(lambda b: b.input("x", "bf16[3]") * b.parameter("w", "bf16[3]"))
+    exe = compiled("torch", graph, {"w": np.array([0.5, 1.0, 2.0], np.float32)})
+    x = np.array([1.5, -2.0, 3.0], np.float32)
+    assert exe(x=torch.from_numpy(x).bfloat16()).y.dtype == torch.bfloat16
+    np.testing.assert_array_equal(exe(x=x).y, x * [0.5, 1.0, 2.0])
+    with pytest.raises(BackendError, match="a float32 that bf16 does not hold"):
+        exe(x=np.full(3, 0.1, np.float32))
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@both
+def test_what_a_call_says_of_wrong_inputs(backend: str, golden: Golden) -> None:
+    def build(b: Builder) -> Expr:
+        graph = b.graph
+        ids, mask = b.input("ids", "i64[B, S]"), b.input("mask", "f32[B, S]")
+        pairs = b.input("pairs", "u8[2*S]")
+        graph.symbols["S"] = replace(graph.symbols["S"], upper=8)
+        with b.scoped("tail"):
+            short = b.slice(mask, axis=1, start=0, stop="S-3")
+        return (
+            b.reduce_sum(short, axes=(0, 1))
+            + b.cast(b.reduce_sum(ids, axes=(0, 1)), to="f32")
+            + 0 * pairs_sum(b, pairs)
+        )
+
+    def pairs_sum(b: Builder, pairs: Expr) -> Expr:
+        return b.cast(b.reduce_sum(pairs, axes=(0,)), to="f32")
+
+    graph = graph_of(build, "scores")
+    for node in graph.main.nodes:
+        node.source = None
+    good: dict[str, Any] = {
+        "ids": np.ones((2, 4), np.int64),
+        "mask": np.ones((2, 4), np.float32),
+        "pairs": np.ones(8, np.uint8),
+    }
+    wrong: dict[str, dict[str, Any]] = {
+        "an unknown name": good | {"idz": good["ids"]},
+        "a near name": {"ids": good["ids"], "mask": good["mask"], "pair": good["pairs"]},
+        "missing": {"ids": good["ids"]},
+        "another kind of number": good | {"ids": good["mask"]},
+        "a dtype that may not fit": good | {"mask": np.ones((2, 4))},
+        "a list of floats for integers": good | {"ids": [[1.5, 2, 3, 4]]},
+        "a number that is too great": good | {"pairs": [1, 2, 3, 300, 5, 6, 7, 8]},
+        "rows of several lengths": good | {"ids": [[1, 2], [3]]},
+        "text": good | {"ids": [["a"]]},
+        "another rank": good | {"ids": good["ids"][0]},
+        "one symbol, two sizes": good | {"mask": np.ones((2, 5), np.float32)},
+        "a size that follows from a symbol": good | {"pairs": np.ones(7, np.uint8)},
+        "past a bound": {
+            "ids": np.ones((1, 9), np.int64),
+            "mask": np.ones((1, 9), np.float32),
+            "pairs": np.ones(18, np.uint8),
+        },
+        "no row": {
+            "ids": np.ones((0, 4), np.int64),
+            "mask": np.ones((0, 4), np.float32),
+            "pairs": np.ones(8, np.uint8),
+        },
+        "a negative size": {
+            "ids": np.ones((1, 2), np.int64),
+            "mask": np.ones((1, 2), np.float32),
+            "pairs": np.ones(4, np.uint8),
+        },
+    }
+    exe = compiled(backend, graph)
+    assert exe(**good).y == 10.0
+    texts = [f"{title}\n\n{message(partial(exe, **given))}\n" for title, given in wrong.items()]
+    golden("executables/wrong_inputs.txt", "\n".join(texts))
+
+
+@both
+def test_what_is_converted(backend: str) -> None:
+    exe = compiled(backend, graph_of(lambda b: b.input("x", "i64[N]").cast("f32") + b.input("y", "f32[N]")))
+    y = np.array([0.5, 0.5], np.float32)
+    for x in (np.array([1, 2], np.int32), np.array([1, 2], np.uint8), [1, 2], (1, 2), np.array([1, 2], ">i8")):
+        for other in (y, y.astype(np.float16), [0.5, 0.5], y[::-1]):
+            np.testing.assert_array_equal(exe(x=x, y=other).y, [1.5, 2.5])
+
+
+@both
+def test_which_tensors_are_converted(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    exe = compiled(backend, graph_of(lambda b: b.input("x", "i64[N]").cast("f32") + b.input("y", "f32[N]")))
+    tensors = {"x": torch.tensor([1, 2], dtype=torch.int16), "y": torch.tensor([0.5, 0.5], dtype=torch.float16)}
+    np.testing.assert_array_equal(exe(**tensors).y, [1.5, 2.5])
+    assert "x must be i64, is float32" in message(lambda: exe(x=torch.ones(2), y=[0.5, 0.5]))
+
+
+@both
+def test_a_failing_node_names_its_line(backend: str) -> None:
+    def build(b: Builder) -> Expr:
+        with b.scoped("wte"):
+            made: Expr = b.embedding(b.parameter("w", "f32[5,3]"), b.input("ids", "i64[N]"))
+        return made
+
+    graph = graph_of(build)
+    exe = compiled(backend, graph, {"w": np.ones((5, 3), np.float32)})
+    for index in (5, -1):
+        text = message(lambda i=index: exe(ids=np.array([0, i])))
+        assert text.startswith("embedding: failed while running\n")
+        assert 'weights["w"]' in text
+        assert "test_executables.py:" in text
+        assert "scope wte" in text
+
+
+@both
+def test_missing_and_misshapen_weights(backend: str) -> None:
+    graph, weights = block_model()
+    text = message(lambda: compiled(backend, graph, {k: v for k, v in weights.items() if "ln" not in k}))
+    assert "h.0.ln.weight: f32[8]" in text
+    assert "h.1.ln.bias: f32[8]" in text
+    name = "h.0.out.weight"
+    for wrong in (weights[name][:4], weights[name].astype(np.float64)):
+        assert f"weight {name} must be f32[8, 8]" in message(
+            lambda w=wrong: compiled(backend, graph, weights | {name: w})
+        )

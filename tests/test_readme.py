@@ -1,0 +1,110 @@
+"""Examples in README and docs: every `python` block runs, and says what the `text` block behind it shows.
+
+Blocks of one page run in order, in one namespace. Where a block raises an error of Treadle's, the `text` block behind
+it is the error's text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treadle.ir.errors import TreadleError
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/dsl.md", "docs/architecture.md", "docs/cli.md")
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
+    """The blocks in a language, each with the `text` block that stands directly behind it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for match in _BLOCK.finditer(text):
+        if match[1] == language:
+            behind = re.match(r"\n+```text\n(.*?)^```$", text[match.end() :], re.DOTALL | re.MULTILINE)
+            yield match[2], behind[1] if behind else None
+
+
+def run(code: str, namespace: dict[str, Any]) -> str:
+    """What a block prints, or the text of the error that it ends with."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            exec(compile(code, "model.py", "exec"), namespace)
+        except TreadleError as error:
+            print(error)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_and_print_what_is_shown(page: str) -> None:
+    namespace: dict[str, Any] = {"__name__": "model"}
+    for code, expected in blocks(page, "python"):
+        said = run(code, namespace)
+        if expected is not None:
+            assert said == expected, f"{page}, the block that begins with\n{code[:200]}"
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """The `treadle` commands in a page's shell blocks."""
+    for text, _ in blocks(page, "sh"):
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["treadle"] and not words[1].startswith("-"):
+                yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_shell_commands_take_the_options_that_are_shown(page: str) -> None:
+    """Each command line is parsed as typer would, without running it: a wrong name or option would be refused."""
+    import typer
+
+    from treadle.cli import app
+
+    group = typer.main.get_command(app)
+    for words in commands(page):
+        command = group.commands[words[0]]  # type: ignore[attr-defined]
+        with command.make_context(words[0], list(words[1:])):
+            pass
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]:
+        folder = (ROOT / page).parent
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert (folder / target).exists(), f"{page} links to {target}"
+
+
+def test_the_page_of_the_language_has_all_its_words() -> None:
+    import treadle.frontends.language as language
+    from treadle.ir.op import OPS
+
+    inside = {"call", "size"}  # what tracing and differentiation add by themselves
+    page = (ROOT / "docs/dsl.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", re.sub(_BLOCK, "", page)))))
+    known = {*language.__all__, *OPS} - inside - {"Factor", "Model", "trace"}  # for those who extend it
+    assert sorted(known - words) == []
+
+
+def test_files_that_pages_name_are_there() -> None:
+    for page in PAGES:
+        text = re.sub(_BLOCK, "", (ROOT / page).read_text(encoding="utf-8"))
+        for name in re.findall(
+            r"\b(?:treadle|ir|frontends|passes|backends|models|runtime|docs)/\w+\.(?:py|md)\b", text
+        ):
+            assert (ROOT / name).is_file(), f"{page} names {name}"
+
+
+def test_readme_names_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets

@@ -1,0 +1,79 @@
+"""SmolLM2 from its GGUF file: greedy continuations equal Hugging Face's on the same weights.
+
+benchmarks/smollm2_greedy.py does ten prompts by 32 tokens; this is its short form.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treadle.compiling import Compiled
+from treadle.fetch import fetched_model
+from treadle.frontends.gguf_file import GGUFFile
+from treadle.frontends.gguf_tokenizer import gguf_end_tokens
+from treadle.resolving import resolve
+
+pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from benchmarks.smollm2_greedy import (
+    NEAR,
+    PROMPTS,
+    continue_ours,
+    continue_theirs,
+    divergence,
+    hugging_face,
+    open_smollm2,
+)
+
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    found = fetched_model("smollm2")
+    if found is None:
+        pytest.skip("smollm2 was not fetched: treadle fetch smollm2")
+    return found
+
+
+@pytest.fixture(scope="module")
+def opened(path: Path) -> tuple[Compiled, Any]:
+    return open_smollm2(path, "torch")
+
+
+def test_continues_as_hugging_face_does(opened: tuple[Compiled, Any]) -> None:
+    model, tokenizer = opened
+    theirs = hugging_face(model)
+    prompts = [tokenizer.encode(text).ids for text in PROMPTS[:3]]
+    ours = continue_ours(model, prompts, TOKENS)
+    assert tokenizer.decode(ours[0]).startswith(" Paris")
+    for prompt, found in zip(prompts, ours, strict=True):
+        split = divergence(found, continue_theirs(theirs, prompt, TOKENS))
+        assert split is None or split[1] < NEAR, tokenizer.decode(found)
+
+
+def test_vocabulary(path: Path, opened: tuple[Compiled, Any]) -> None:
+    tokenizer = opened[1]
+    assert tokenizer.encode("The capital of France is").ids == [504, 3575, 282, 4649, 314]
+    chat = tokenizer.encode("<|im_start|>user\nHi 20<|im_end|>").ids
+    assert chat[0] == 1
+    assert gguf_end_tokens(GGUFFile.open(path)) == (2,) == (chat[-1],)
+    assert tokenizer.encode(" 20").ids == [216, 34, 32]  # each digit by itself
+    for text in ("  two  spaces\n\n\ttab", "naïve café, Привет, 你好 \U0001f600", "don't 3.14 x=f(a[0])"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_types_of_blocks_are_kept(path: Path) -> None:
+    resolved = resolve("smollm2")
+    assert resolved.unused == ()
+    assert resolved.folder == path
+    assert resolved.blocks["embed.weight"] == "q8_0"
+    assert resolved.blocks["layer.29.attn.q.weight"] == "q4_1"
+    assert resolved.blocks["norm.weight"] == "f32"
+    assert resolved.blocks.keys() == resolved.graph.parameters.keys()

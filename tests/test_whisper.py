@@ -1,0 +1,112 @@
+"""Whisper from Hugging Face folders: the same numbers at every number of frames, and what its axes may do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.backends.registry import backend_names
+from treadle.ir.errors import CheckpointError
+from treadle.ir.follow import follow
+from treadle.models.whisper import whisper
+from treadle.resolving import resolve
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+from tests.hf_models import VOCAB, Tiny
+from tests.test_huggingface_models import assert_close, change_config, prepare
+
+Array = np.ndarray[Any, Any]
+
+TINY = Tiny(
+    "WhisperForConditionalGeneration",
+    {
+        "vocab_size": VOCAB,
+        "d_model": 24,
+        "max_source_positions": 20,
+        "max_target_positions": 24,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 40,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 3,
+        "decoder_ffn_dim": 36,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("whisper")
+    model = TINY.build()
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def answer(model: Any, mel: Array, tokens: Array) -> dict[str, Array]:
+    """Hugging Face's logits. It takes one number of frames, so its positions are cut to what is given."""
+    encoder = model.model.encoder
+    positions, frames = encoder.embed_positions, mel.shape[-1]
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions.weight[: frames // 2])
+    model.config.max_source_positions = frames // 2
+    try:
+        with torch.no_grad():
+            out = model(input_features=torch.from_numpy(mel), decoder_input_ids=torch.from_numpy(tokens))
+        return {"logits": out["logits"].numpy()}
+    finally:
+        encoder.embed_positions = positions
+        model.config.max_source_positions = positions.num_embeddings
+
+
+@pytest.mark.parametrize("runner", ["interpreter", *backend_names()])
+def test_equals_hugging_face(theirs: tuple[Path, Any], runner: str) -> None:
+    folder, model = theirs
+    resolved = resolve(folder)
+    assert resolved.weights is not None
+    assert not resolved.unused
+    run = prepare(runner, resolved.graph, resolved.weights)
+    for batch, frames, length in ((1, 2, 1), (3, 14, 5), (2, 40, 24)):
+        rng = np.random.default_rng(frames)
+        mel = rng.normal(size=(batch, 80, frames)).astype(np.float32)
+        tokens = rng.integers(0, VOCAB, (batch, length))
+        assert_close(run(mel=mel, decoder_tokens=tokens), answer(model, mel, tokens), f"{frames} frames")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_mel_bins": 128},
+        {"scale_embedding": True},
+        {"architectures": ["WhisperForAudioClassification"]},
+        {"max_source_positions": 0},
+    ],
+)
+def test_unknown_option(theirs: tuple[Path, Any], tmp_path: Path, options: dict[str, Any]) -> None:
+    theirs[1].save_pretrained(tmp_path)
+    change_config(tmp_path, **options)
+    (option,) = options
+    with pytest.raises(CheckpointError, match=f"config.json: {option}"):
+        resolve(tmp_path)
+
+
+def test_follow() -> None:
+    """Text may be generated; the convolutions over the frames stand against stepping and packing these, by line."""
+    graph = whisper.configure(layers=2, decoder_layers=2).graph()
+    assert graph.symbols["F"].upper == 3000
+    assert graph.symbols["T"].upper == 448
+    step = follow(graph, "T").step()
+    assert step, str(step)
+    for verdict in (follow(graph, "F").step(), follow(graph, "F").pack()):
+        assert not verdict
+        assert "conv: the axis is cut, padded, joined or strided over" in str(verdict)
+        assert "models/whisper.py:" in str(verdict)

