@@ -356,7 +356,9 @@ class _Reader:
         self.place = "version"
         self.strings = 0
 
-    def fail(self, what: str, received: str | None = None, hint: str | None = _DAMAGED, at: int | None = None) -> NoReturn:
+    def fail(
+        self, what: str, received: str | None = None, hint: str | None = _DAMAGED, at: int | None = None
+    ) -> NoReturn:
         """Raise CheckpointError at a byte, the cursor's unless said otherwise."""
         place = f"byte {self.at if at is None else at}, {self.place}"
         raise CheckpointError(what, received=received, within=f"{self.shown}: {place}", hint=hint)
@@ -368,14 +370,13 @@ class _Reader:
             self.fail("the file ends too early", f"{count} bytes are needed, and {self.end - at} are left")
         self.at = at + count
         if self.at > self.limits.header_bytes:
-            self.past("header_bytes", self.limits.header_bytes)
+            self.past("header_bytes", "all before the tensors' blocks is longer")
         return at
 
-    def past(self, limit: str, most: int) -> NoReturn:
+    def past(self, limit: str, what: str) -> NoReturn:
         """Refuse what is past a limit."""
-        self.fail(
-            f"the file has more {limit} than the limit", f"limit {most}", f"GGUFLimits({limit}=...), if you trust the file"
-        )
+        most = getattr(self.limits, limit)
+        self.fail(f"{what} than the limit", f"limit {most}", f"GGUFLimits({limit}=...), if you trust the file")
 
     def u32(self) -> int:
         return int(struct.unpack_from("<I", self.data, self.take(4))[0])
@@ -385,19 +386,19 @@ class _Reader:
 
     def count(self, limit: str) -> int:
         """A number of entries, held against a limit."""
-        number, most = self.u64(), getattr(self.limits, limit)
-        if number > most:
+        number = self.u64()
+        if number > getattr(self.limits, limit):
             self.at -= 8
-            self.past(limit, most)
+            self.past(limit, f"the file says that it has more {limit}")
         return number
 
     def skip_string(self) -> None:
         """Move past a string."""
-        length = self.u64()
-        if length > self.limits.text_bytes:
-            self.at -= 8
-            self.past("text_bytes", self.limits.text_bytes)
-        self.take(length)
+        at = self.at
+        self.take(self.u64())
+        if self.at - at - 8 > self.limits.text_bytes:
+            self.at = at
+            self.past("text_bytes", "a string is longer")
 
     def string(self) -> str:
         """A string that is a name."""
@@ -475,7 +476,7 @@ class _Reader:
         self.strings += count
         if self.strings > self.limits.strings:
             self.at = at
-            self.past("strings", self.limits.strings)
+            self.past("strings", "the arrays hold more strings")
         return _Value(kind, start, count, self.string_starts(count))
 
     def string_starts(self, count: int) -> array[int]:
@@ -540,10 +541,14 @@ class _Reader:
             entries[name] = blocks, shape, offset, nbytes, at
             reached = offset + nbytes + -nbytes % alignment
             if offset + nbytes > self.end:
-                self.fail("the file ends before its tensors do", f"{nbytes} bytes of blocks, a file of {self.end}", at=at)
+                self.fail(
+                    "the file ends before its tensors do", f"{nbytes} bytes of blocks, a file of {self.end}", at=at
+                )
         return self.placed(entries, self.at + -self.at % alignment)
 
-    def placed(self, entries: Mapping[str, tuple[str, tuple[int, ...], int, int, int]], base: int) -> dict[str, GGUFTensor]:
+    def placed(
+        self, entries: Mapping[str, tuple[str, tuple[int, ...], int, int, int]], base: int
+    ) -> dict[str, GGUFTensor]:
         """The tensors at their places in the file, whose blocks begin at `base`."""
         tensors = {}
         for name, (blocks, shape, offset, nbytes, at) in entries.items():

@@ -59,6 +59,7 @@ class TextTokenizer:
         *,
         max_tokens: int | None = None,
         context: int | None = None,
+        cut: bool = True,
         limit_bytes: int = _FILE_BYTES,
     ) -> TextTokenizer:
         """Read tokenizer.json of a model's folder, or of its place in a hub cache.
@@ -66,6 +67,7 @@ class TextTokenizer:
         max_tokens   what texts are cut to, special tokens included; without it, what tokenizer_config.json says
                      (model_max_length), else tokenizer.json (truncation)
         context      how many positions the model has: texts are cut to these, whatever the files say
+        cut          False keeps texts whole, whatever their length
         limit_bytes  the longest file that is read
 
         Raises CheckpointError where the file is missing, leads out of the folder, is too long or damaged, and
@@ -87,7 +89,7 @@ class TextTokenizer:
         asked = max_tokens if max_tokens is not None else _longest_input(place, limit_bytes)
         if asked is None and made.truncation is not None:
             asked = int(made.truncation["max_length"])
-        most = min((n for n in (asked, context) if n is not None), default=None)
+        most = min((n for n in (asked, context) if n is not None), default=None) if cut else None
         if most is None:
             made.no_truncation()
         else:
@@ -107,6 +109,13 @@ class TextTokenizer:
         for row, e in zip(ids, encoded, strict=True):
             row[: len(e.ids)] = e.ids
         return TokenBatch(ids, lengths, np.array([bool(e.overflowing) for e in encoded]))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text, special ones left out; bytes that are no whole character come as U+FFFD."""
+        decoded = _guarded(
+            lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True), "ids are no text", _FILE
+        )
+        return str(decoded)
 
 
 def _refuse_surrogates(text: str) -> None:

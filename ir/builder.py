@@ -233,7 +233,6 @@ class Expr:
         assert isinstance(result, Expr)
         return result
 
-
     def __add__(self, other: Any) -> Expr:
         return self._apply("add", self, other)
 

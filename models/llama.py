@@ -25,7 +25,13 @@ from treadle.models.family import (
     require,
 )
 
-ACTIVATIONS = {"silu": t.silu, "gelu": t.gelu, "gelu_pytorch_tanh": t.gelu_tanh, "gelu_new": t.gelu_tanh, "relu": t.relu}
+ACTIVATIONS = {
+    "silu": t.silu,
+    "gelu": t.gelu,
+    "gelu_pytorch_tanh": t.gelu_tanh,
+    "gelu_new": t.gelu_tanh,
+    "relu": t.relu,
+}
 
 
 @t.model

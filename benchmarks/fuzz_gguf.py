@@ -1,0 +1,413 @@
+"""Fuzzing the GGUF reader: a damaged file is refused with our error, or read as the library reads it.
+
+    python benchmarks/fuzz_gguf.py [--count 10000] [--seed 0]
+
+Half of the mutations know the format (they edit counts, types, lengths, sizes and offsets, and copy, drop and move whole
+entries), half flip, cut and copy bytes at random. Each file is opened, all its tensors are dequantised, its vocabulary is
+built, and the model is traced and bound to its weights. A mutation fails the run if that raises anything but
+CheckpointError, reads another name, shape or number than the library, makes more calls than a multiple of the file's
+length, or takes more than a second; the run fails if its memory ever grows by more than twice the file plus 64 MiB. Exit
+status 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import resource
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
+
+from treadle.frontends.gguf_file import GGUFFile
+from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
+from treadle.ir.errors import CheckpointError
+from treadle.resolving import resolve
+
+Array = np.ndarray[Any, Any]
+
+# Calls (Python and C) that opening, dequantising and building the vocabulary may make: a base, and so many for a byte.
+CALLS_BASE, CALLS_A_BYTE = 10_000, 4
+SECONDS = 1.0
+MEMORY = 64 << 20
+
+MERGES = ("Ġ t", "h e", "Ġt he", "i n", "Ġ a")
+SPECIAL = ("<|end|>", "<|start|>")
+
+
+# -- valid files -------------------------------------------------------------------------------------------------
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, every byte, and what the merges make."""
+    return [*SPECIAL, *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A small model's."""
+
+    dim: int = 32
+    heads: int = 4
+    kv_heads: int = 2
+    layers: int = 2
+    hidden: int = 64
+    architecture: str = "llama"
+    base: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+def tensors(sizes: Sizes) -> dict[str, Array]:
+    """Random weights under GGUF's names."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(vocabulary()), sizes.dim), "output_norm": (sizes.dim,)}
+    for i in range(sizes.layers):
+        wide, narrow = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+        block = {
+            "attn_norm": (sizes.dim,), "ffn_norm": (sizes.dim,), "attn_q": (wide, sizes.dim),
+            "attn_k": (narrow, sizes.dim), "attn_v": (narrow, sizes.dim), "attn_output": (sizes.dim, wide),
+            "ffn_gate": (sizes.hidden, sizes.dim), "ffn_up": (sizes.hidden, sizes.dim),
+            "ffn_down": (sizes.dim, sizes.hidden),
+        }  # fmt: skip
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
+    drawn = {name: rng.standard_normal(shape).astype(np.float32) * 0.2 for name, shape in shapes.items()}
+    return {f"{name}.weight": x + (1 if x.ndim == 1 else 0) for name, x in drawn.items()}
+
+
+def write_model(path: Path, sizes: Sizes, weights: Mapping[str, Array], blocks: str = "F32") -> None:
+    """A GGUF file with the library's writer: metadata, vocabulary and weights, matrices stored in the type `blocks`."""
+    writer = gguf.GGUFWriter(path, sizes.architecture)
+    writer.add_name("caf\u00e9")
+    writer.add_block_count(sizes.layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(sizes.dim)
+    writer.add_feed_forward_length(sizes.hidden)
+    writer.add_head_count(sizes.heads)
+    writer.add_head_count_kv(sizes.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(sizes.base)
+    writer.add_rope_dimension_count(sizes.head_dim)
+    tokens = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges(list(MERGES))
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
+    for name, weight in weights.items():
+        kind = gguf.GGMLQuantizationType[blocks if weight.ndim > 1 else "F32"]
+        writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def seeds() -> list[bytes]:
+    """Valid files: a model in several block types, and one of another architecture."""
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        for blocks, architecture in (("F32", "qwen2"), ("Q4_1", "llama"), ("Q8_0", "llama"), ("F16", "llama")):
+            sizes = Sizes(architecture=architecture, layers=1)
+            write_model(path, sizes, tensors(sizes), blocks)
+            made.append(path.read_bytes())
+    return made
+
+
+# -- mutations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a valid file's header: what it is, and its bytes."""
+
+    kind: str
+    at: int
+    width: int
+
+
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def fields(file: bytes) -> tuple[list[Field], list[tuple[int, int]]]:
+    """The fields of a valid file's header, and the bytes of each entry of its two tables."""
+    found = [Field("magic", 0, 4), Field("version", 4, 4), Field("tensors", 8, 8), Field("keys", 16, 8)]
+    entries: list[tuple[int, int]] = []
+    at = 24
+
+    def number(kind: str, width: int) -> int:
+        nonlocal at
+        found.append(Field(kind, at, width))
+        at += width
+        return int.from_bytes(file[at - width : at], "little")
+
+    def string(kind: str) -> None:
+        nonlocal at
+        length = number(f"{kind} length", 8)
+        found.append(Field(kind, at, length))
+        at += length
+
+    for _ in range(int.from_bytes(file[16:24], "little")):
+        start = at
+        string("key")
+        kind = number("type", 4)
+        if kind == 8:
+            string("string")
+        elif kind == 9:
+            inner = number("items' type", 4)
+            for item in range(number("count", 8)):
+                if inner != 8:
+                    number("item", _WIDTHS[inner])
+                elif item < 40:  # of a long array a few stand for all
+                    string("item")
+                else:
+                    at += 8 + int.from_bytes(file[at : at + 8], "little")
+        else:
+            number("value", _WIDTHS[kind])
+        entries.append((start, at))
+    for _ in range(int.from_bytes(file[8:16], "little")):
+        start = at
+        string("name")
+        for _ in range(number("rank", 4)):
+            number("size", 8)
+        number("block type", 4)
+        number("offset", 8)
+        entries.append((start, at))
+    return found, entries
+
+
+EDGES = (0, 1, 2, 3, 5, 7, 8, 9, 12, 13, 31, 32, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1,
+         2**63, 2**64 - 32, 2**64 - 1)  # fmt: skip
+ODD_TEXT = (b"", b"\x00", b"\xff\xfe", b"\xc0\x80", b"general.alignment", b"llama.block_count", b"token_embd.weight",
+            b"general.architecture", b"\x1b[2J\xe2\x80\xae", b"a" * 300, b"llama", b" ")  # fmt: skip
+
+
+def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """`count` damaged files, each with the name of what was done; alternately by structure and at random."""
+    rng = random.Random(seed)
+    valid = [(file, *fields(file)) for file in seeds()]
+    for number in range(count):
+        file, known, entries = rng.choice(valid)
+        yield by_structure(rng, file, known, entries) if number % 2 == 0 else at_random(rng, file, known[-1].at)
+
+
+def by_structure(
+    rng: random.Random, file: bytes, known: list[Field], entries: list[tuple[int, int]]
+) -> tuple[str, bytes]:
+    """A mutation of a field or an entry; once in a while two in a row."""
+    wanted = "value" if rng.random() < 0.3 else rng.choice(sorted({f.kind for f in known}))
+    field = rng.choice([f for f in known if f.kind == wanted])
+    (start, stop), (other, end) = rng.choice(entries), rng.choice(entries)
+    before, after = file[: field.at], file[field.at + field.width :]
+    value = int.from_bytes(file[field.at : field.at + field.width], "little")
+    text = rng.choice((*ODD_TEXT, file[field.at : field.at + field.width] + b"x"))
+    written = text if field.kind in ("key", "string", "item", "name") else rng.choice(EDGES).to_bytes(8, "little")
+
+    def nudged() -> bytes:
+        moved = (value + rng.choice((1, -1, 2, 8, -8, 32, -32, 256))) % (1 << 8 * max(field.width, 1))
+        return before + moved.to_bytes(max(field.width, 1), "little") + after
+
+    def renamed() -> bytes:
+        """A text with its length mended."""
+        length = struct.pack("<Q", len(text))
+        return before[:-8] + length + text + after if field.kind in ("key", "string", "item", "name") else nudged()
+
+    edits: list[tuple[str, Callable[[], bytes]]] = [
+        (f"{field.kind} set", lambda: before + written[: field.width].ljust(field.width, b"\0") + after),
+        (f"{field.kind} set", lambda: before + rng.choice(EDGES).to_bytes(8, "little")[: field.width] + after),
+        (f"{field.kind} nudged", nudged),
+        (f"{field.kind} renamed", renamed),
+        (f"cut at {field.kind}", lambda: before),
+        (f"{field.kind} dropped", lambda: before + after),
+        ("entry dropped", lambda: file[:start] + file[stop:]),
+        ("entry doubled", lambda: file[:stop] + file[start:stop] + file[stop:]),
+        ("entry replaced", lambda: file[:start] + file[other:end] + file[stop:]),
+        ("entry added", lambda: counted(file, start, stop)),
+        ("tail cut", lambda: file[: -rng.choice((1, 8, 32, 1000))]),
+        ("tail added", lambda: file + bytes(rng.choice((1, 32, 4096)))),
+    ]
+    kind, edit = rng.choice(edits)
+    made = edit()
+    return (f"{kind} and bytes", at_random(rng, made, len(made))[1]) if rng.random() < 0.1 else (kind, made)
+
+
+def counted(file: bytes, start: int, stop: int) -> bytes:
+    """An entry twice, and the number of keys mended."""
+    keys = int.from_bytes(file[16:24], "little") + 1
+    return file[:16] + struct.pack("<Q", keys) + file[24:stop] + file[start:stop] + file[stop:]
+
+
+def at_random(rng: random.Random, file: bytes, header: int) -> tuple[str, bytes]:
+    """Bytes flipped, set, removed, inserted, copied elsewhere, or the end cut off; mostly in the header."""
+    edited = bytearray(file)
+    kind = rng.choice(("flip", "set", "remove", "insert", "copy", "cut"))
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        if not edited:
+            break
+        at = rng.randrange(min(header, len(edited)) if rng.random() < 0.8 else len(edited))
+        length = rng.choice((1, 1, 2, 8))
+        if kind == "flip":
+            edited[at] ^= 1 << rng.randrange(8)
+        elif kind == "set":
+            edited[at] = rng.choice(b"\x00\x01\x08\x7f\x80\xff")
+        elif kind == "remove":
+            del edited[at : at + length]
+        elif kind == "insert":
+            edited[at:at] = bytes(rng.choice(b"\x00\x01\x08\xff") for _ in range(length))
+        elif kind == "copy":
+            start = rng.randrange(len(edited))
+            edited[at:at] = edited[start : start + length * 8]
+        else:
+            del edited[at:]
+    return kind, bytes(edited)
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one file.
+
+    outcome  "read", or at what it was refused: "opening", "tensors", "vocabulary", "model"
+    reason   the error's first line if it was refused
+    calls    Python and C calls that opening, dequantising and building the vocabulary made
+    seconds  all of it took
+    failure  what is wrong with our reader, or None
+    """
+
+    outcome: str
+    reason: str
+    calls: int
+    seconds: float
+    failure: str | None = None
+
+
+def judge(file: bytes, path: Path) -> Verdict:
+    """Write the file to `path`, and read all that it holds."""
+    path.write_bytes(file)
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    outcome, reason, failure = "opening", "", None
+    opened: GGUFFile | None = None
+    arrays: dict[str, Array] = {}
+    started = time.perf_counter()
+    try:
+        sys.setprofile(count)
+        opened = GGUFFile.open(path)
+        outcome = "tensors"
+        arrays = {name: opened.array(name) for name in opened.names()}
+        outcome = "vocabulary"
+        build_gguf_tokenizer(opened)
+        sys.setprofile(None)
+        outcome = "model"
+        resolve(path)
+        outcome = "read"
+    except CheckpointError as error:
+        reason = error.what
+        if str(path) not in (error.within or ""):
+            failure = f"the error does not name the file: {error}"
+        str(error).encode()
+    except Exception as error:
+        failure = f"{outcome}: raised {error!r}"
+    finally:
+        sys.setprofile(None)
+    seconds = time.perf_counter() - started
+    if failure is None and calls > CALLS_BASE + CALLS_A_BYTE * len(file):
+        failure = f"{calls} calls for {len(file)} bytes"
+    if failure is None and opened is not None and outcome != "tensors":
+        failure = difference(opened, arrays, path)
+    return Verdict(outcome, reason, calls, seconds, failure)
+
+
+def difference(opened: GGUFFile, arrays: Mapping[str, Array], path: Path) -> str | None:
+    """How our reading of tensors differs from the library's, or None."""
+    try:
+        theirs = gguf.GGUFReader(path)
+    except Exception as error:
+        return f"read what the library refuses: {error!r}"
+    if [tensor.name for tensor in theirs.tensors] != list(arrays):
+        return f"other names: {sorted({t.name for t in theirs.tensors} ^ set(arrays))}"
+    for tensor in theirs.tensors:
+        ours, record = arrays[tensor.name], opened.record(tensor.name)
+        if record.blocks != tensor.tensor_type.name.lower() or list(record.shape) != tensor.shape.tolist()[::-1]:
+            return f"{tensor.name}: {record}, not {tensor.tensor_type.name} {tensor.shape}"
+        with np.errstate(all="ignore"):
+            plain = record.dtype != "f32" or record.blocks == "f32"
+            expected = tensor.data if plain else gguf.dequantize(tensor.data, tensor.tensor_type)
+        if ours.tobytes() != np.ascontiguousarray(expected).tobytes() or ours.flags.writeable:
+            return f"{tensor.name}: other numbers"
+    return None
+
+
+def peak() -> int:
+    """The most memory that the process has held, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000, help="mutations (default 10000)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    outcomes: collections.Counter[str] = collections.Counter()
+    reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    failures: list[str] = []
+    slowest, most = 0.0, 0.0
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, valid in enumerate(seeds()):
+            verdict = judge(valid, Path(folder) / f"valid-{number}.gguf")
+            if verdict.outcome != "read" or verdict.failure:
+                failures.append(f"a valid file: {verdict}")
+        before, longest = peak(), max(map(len, seeds()))
+        for number, (kind, file) in enumerate(mutations(options.count, options.seed)):
+            # A new name each time: a file that is mapped must not be written over.
+            path = Path(folder) / f"{number}.gguf"
+            verdict = judge(file, path)
+            path.unlink()
+            outcomes[verdict.outcome] += 1
+            if verdict.reason:
+                reasons[verdict.outcome][verdict.reason.split(":")[0][:90]] += 1
+            slowest = max(slowest, verdict.seconds)
+            most = max(most, verdict.calls / (CALLS_BASE + CALLS_A_BYTE * len(file)))
+            if verdict.failure or verdict.seconds > SECONDS:
+                failures.append(f"mutation {number} ({kind}): {verdict.failure or f'{verdict.seconds:.2f} s'}")
+        grown = peak() - before
+    if grown > 2 * longest + MEMORY:
+        failures.append(f"memory grew by {grown >> 20} MiB, with files of up to {longest >> 10} KiB")
+    print(f"{options.count} mutations, seed {options.seed}, {time.perf_counter() - started:.1f} s")
+    for outcome, many in sorted(outcomes.items()):
+        print(f"  {many:6d}  {'read' if outcome == 'read' else f'refused at {outcome}'}")
+        for reason, times in reasons[outcome].most_common(12):
+            print(f"            {times:6d}  {reason}")
+    print(f"  work: at most {most:.0%} of {CALLS_BASE} + {CALLS_A_BYTE} calls a byte; slowest {slowest:.2f} s")
+    print(f"  memory: grew by {grown / 2**20:.0f} MiB over the run")
+    print(f"  {len(failures)} failures")
+    for failure in failures[:20]:
+        print(f"    {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

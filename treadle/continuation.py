@@ -1,0 +1,104 @@
+"""Continuing text: a language model with its tokenizer, from a folder, a GGUF file or a fetched model.
+
+writer = TextWriter.open("smollm2", backend="torch")
+for piece in writer.continued(["The capital of France is"], most=8):
+    print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treadle.compiling import Compiled, compile
+from treadle.frontends.contained_files import read_regular
+from treadle.frontends.gguf_file import GGUFFile
+from treadle.frontends.gguf_tokenizer import gguf_end_tokens, gguf_text_tokenizer
+from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.strict_json import read_json_object
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import CheckpointError
+from treadle.ir.target import Target
+from treadle.resolving import GGUF_SUFFIX, find_folder
+from treadle.runtime.generation import Stepper, generate
+from treadle.runtime.sampling import Sampling
+
+_CONFIG_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one row's continuation, as soon as it is known.
+
+    row   the prompt's number
+    text  what is new of the text: none where a character's bytes are not complete
+    id    the token
+    last  whether the row ends with it
+    """
+
+    row: int
+    text: str
+    id: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class TextWriter:
+    """A compiled causal language model, its tokenizer, and the ids that end a text."""
+
+    model: Compiled
+    tokenizer: TextTokenizer
+    end: tuple[int, ...]
+
+    @classmethod
+    def open(
+        cls, model: str | Path, *, backend: str = "numpy", target: str | Target = "cpu", **config: Any
+    ) -> TextWriter:
+        """Compile a model that has a tokenizer.
+
+        Raises UsageError where MODEL names no weights or no causal language model, and the errors of reading it.
+        """
+        place = find_folder(model)
+        if place.suffix == GGUF_SUFFIX:
+            file = GGUFFile.open(place)
+            tokenizer, end = gguf_text_tokenizer(file), gguf_end_tokens(file)
+        else:
+            tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
+        made = compile(model, backend=backend, target=target, **config)
+        Stepper.of(made.graph, made)  # refuses what cannot be continued before anything is asked of it
+        return cls(made, tokenizer, end)
+
+    def continued(self, prompts: Sequence[str], *, most: int, sampling: Sampling | None = None) -> Iterator[Piece]:
+        """Continue each prompt by up to `most` tokens, or to the model's end of text. Raises UsageError for an empty
+        prompt, or one that leaves no room."""
+        batch = self.tokenizer.batch(prompts)
+        rows = [[int(i) for i in ids[:length]] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
+        written: list[list[int]] = [[] for _ in rows]
+        shown = [""] * len(rows)
+        stepper = Stepper.of(self.model.graph, self.model)
+        for token in generate(stepper, rows, most=most, sampling=sampling, stop=self.end):
+            written[token.row].append(token.id)
+            text = self.tokenizer.text(written[token.row])
+            whole = text if token.last else text.rstrip("\N{REPLACEMENT CHARACTER}")
+            new, shown[token.row] = whole[len(shown[token.row]) :], whole
+            yield Piece(token.row, new, token.id, token.last)
+
+
+def _folder_end_tokens(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, else of config.json: a number, or several."""
+    place = ModelFolder.find(folder)
+    for name in ("generation_config.json", "config.json"):
+        if not place.has(name):
+            continue
+        shown = place.show(name)
+        data = read_regular(place.file(name), _CONFIG_BYTES, shown)
+        found = read_json_object(data, shown, nesting=32, values=200_000).get("eos_token_id")
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise CheckpointError("eos_token_id must be a token's id, or several", received=repr(found), within=shown)
+        return tuple(ids)
+    return ()
