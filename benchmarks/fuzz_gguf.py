@@ -37,7 +37,7 @@ from treadle.resolving import resolve
 Array = np.ndarray[Any, Any]
 
 # Calls (Python and C) that opening, dequantising and building the vocabulary may make: a base, and so many for a byte.
-CALLS_BASE, CALLS_A_BYTE = 10_000, 4
+CALLS_BASE, CALLS_A_BYTE = 2_000, 1
 SECONDS = 1.0
 MEMORY = 64 << 20
 

@@ -1,8 +1,9 @@
 """Models of the Llama kind in GGUF files: their metadata and tensor names, as llama.cpp writes them.
 
-Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's convert_hf_to_gguf.py for what
-it does to weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs that turn
-together lie side by side: weights are taken as they are, and turned in the layout "interleaved". Qwen2's are not reordered.
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's convert_hf_to_gguf.py for
+what it does to weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs that
+turn together lie side by side: weights are taken as they are, and turned in the layout "interleaved". Qwen2's are not
+reordered.
 """
 
 from __future__ import annotations

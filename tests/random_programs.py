@@ -1,0 +1,145 @@
+"""Random programs in which passes find something to do: functions as models spell them out, and near misses of them.
+
+In float64, and of values about one, so that what a rewrite changes shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from random import Random
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph
+from treadle.ir.types import f64
+
+WIDTH = 6
+
+Step = Callable[[Builder, Random, Expr], Expr]
+"""From a value f64[B, S, 6] to another one."""
+
+
+def random_program(seed: int) -> Graph:
+    """A chain of about six steps, with a block that is called twice in every third program; the same for the same seed."""
+    r = Random(seed)
+    graph = Graph("random")
+    main = Builder(graph)
+    x = main.input("x", f"f64[B, S, {WIDTH}]")
+    if seed % 3 == 0:
+        block = Function("block")
+        graph.add_function(block)
+        inside = Builder(graph, block)
+        inside.outputs(y=chain(inside, r, inside.input("x", x.type)))
+        for i in range(2):
+            weights = [main.parameter(f"h.{i}.{name}", v.type) for name, v in block.parameters.items()]
+            (x,) = main.call(block, [x, *weights])
+    main.outputs(y=chain(main, r, x))
+    return graph
+
+
+def chain(b: Builder, r: Random, x: Expr) -> Expr:
+    """Steps one after the other; some values are used again further on, where they must still be what they were."""
+    made = [x]
+    for _ in range(r.randint(3, 6)):
+        made.append(r.choice(STEPS)(b, r, r.choice(made[-2:])))
+    return made[-1] + r.choice(made) * 0.5
+
+
+def parameter(b: Builder, *shape: int) -> Expr:
+    return b.parameter(f"w{len(b.function.parameters)}", f64[shape])
+
+
+# -- steps -----------------------------------------------------------------------------------------------------
+
+
+def gelu(b: Builder, r: Random, x: Expr) -> Expr:
+    gate = b.erf(r.choice((x * math.sqrt(0.5), x / math.sqrt(2), x * 0.7))) + 1
+    return r.choice(((x * 0.5) * gate, x * (gate / 2), (x * gate) * 0.5, gate * (x / 2)))
+
+
+def gelu_tanh(b: Builder, r: Random, x: Expr) -> Expr:
+    cube = r.choice((x**3 * 0.044715, x * x * x * 0.044715, x * 0.044715 * x * x, x**3 * 0.04))
+    return x * 0.5 * (b.tanh((x + cube) * math.sqrt(2 / math.pi)) + 1)
+
+
+def gated(b: Builder, r: Random, x: Expr) -> Expr:
+    return r.choice((x * b.sigmoid(x), x / (b.exp(-x) + 1), x * b.sigmoid(x * 1.702), x * b.sigmoid(x * 1.7)))
+
+
+def layer_norm(b: Builder, r: Random, x: Expr) -> Expr:
+    axes = r.choice(((-1,), (2,), (1,)))
+    centered = x - b.reduce_mean(x, axes=axes, keep=True)
+    square = r.choice((centered * centered, centered**2))
+    return scaled(b, r, centered, b.reduce_mean(square, axes=axes, keep=True))
+
+
+def rms_norm(b: Builder, r: Random, x: Expr) -> Expr:
+    return scaled(b, r, x, b.reduce_mean(x**2, axes=r.choice(((-1,), (1,))), keep=True))
+
+
+def scaled(b: Builder, r: Random, x: Expr, square: Expr) -> Expr:
+    shifted = square + r.choice((1e-5, 1e-3))
+    y = r.choice((x * b.rsqrt(shifted), x / b.sqrt(shifted), x * b.reciprocal(b.sqrt(shifted))))
+    y = y * parameter(b, WIDTH) if r.random() < 0.7 else y
+    return y + parameter(b, WIDTH) if r.random() < 0.5 else y
+
+
+def softmax(b: Builder, r: Random, x: Expr) -> Expr:
+    over_max, over_sum = r.choice((((-1,), (2,)), ((1,), (1,)), ((1,), (2,)), ((0, 1), (0, 1))))
+    weights = b.exp(x - b.reduce_max(x, axes=over_max, keep=True))
+    return weights / b.reduce_sum(weights, axes=over_sum, keep=True)
+
+
+def linear(b: Builder, r: Random, x: Expr) -> Expr:
+    w = parameter(b, WIDTH, WIDTH)
+    w = r.choice((w, w, w + 0.1))
+    y = r.choice((b.linear(x, w), b.matmul(x, b.rearrange(w, pattern="o i -> i o"))))
+    return b.tanh(y + parameter(b, WIDTH)) if r.random() < 0.7 else b.tanh(y)
+
+
+def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
+    return r.choice((x + 0, x - 0, x * 1, x / 1, x**1, -(-x), b.cast(b.cast(x, to="f64"), to="f64")))
+
+
+def powers(b: Builder, r: Random, x: Expr) -> Expr:
+    return b.tanh(r.choice((x / 4, x / 3, x**2, 2.0 * x)))
+
+
+def chosen(b: Builder, r: Random, x: Expr) -> Expr:
+    here = b.constant(r.random() < 0.5)
+    return b.where(r.choice((here, b.logical_not(b.logical_not(x > 0.0)))), x, x * 0.5)
+
+
+def moved(b: Builder, r: Random, x: Expr) -> Expr:
+    y = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
+    if r.random() < 0.3:
+        return b.rearrange(b.rearrange(y, pattern="b h s d -> b s d h"), pattern="b s d h -> b s (d h)")
+    return b.rearrange(y, pattern="b h s d -> b s (h d)")
+
+
+def reshaped(b: Builder, r: Random, x: Expr) -> Expr:
+    return b.reshape(b.reshape(x, shape=("B", "S", 2, 3)), shape=("B", "S", WIDTH))
+
+
+def expanded(b: Builder, r: Random, x: Expr) -> Expr:
+    mean = b.reduce_mean(x, axes=(-1,), keep=True)
+    return x + b.expand(b.expand(mean, shape=("B", "S", 1)), shape=("B", "S", WIDTH))
+
+
+def twice(b: Builder, r: Random, x: Expr) -> Expr:
+    return b.tanh(x) * 0.5 + b.tanh(x)
+
+
+def by_a_constant(b: Builder, r: Random, x: Expr) -> Expr:
+    return x * (b.constant(2.0, f64) * b.exp(b.constant(-r.random(), f64)))
+
+
+def idle(b: Builder, r: Random, x: Expr) -> Expr:
+    b.exp(x * parameter(b, WIDTH))
+    return x
+
+
+STEPS: tuple[Step, ...] = (
+    *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, linear),
+    *(unchanged, powers, chosen, moved, reshaped, expanded, twice, by_a_constant, idle),
+)

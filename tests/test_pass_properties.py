@@ -1,0 +1,56 @@
+"""Whatever the program, every pass of the default pipeline leaves a graph that verifies and means the same numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.pass_programs import numbers
+from tests.random_programs import random_program
+from treadle.ir.verifier import verify
+from treadle.passes.manager import Optimized, PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.passes.rewrite import Rewrite, RewriteSet
+
+PROGRAMS = 150
+# Some hundred roundings, which a normalization of equal numbers multiplies by 1 / sqrt(1e-5), about 300.
+TOLERANCE = 1000 * 300 * 2.0**-52
+
+
+def optimized(seed: int) -> Optimized:
+    return PassManager(DEFAULT).run(random_program(seed))
+
+
+@pytest.mark.parametrize("start", range(0, PROGRAMS, 10))
+def test_every_pass_keeps_the_graph_sound_and_its_numbers(start: int) -> None:
+    for seed in range(start, start + 10):
+        made = optimized(seed)
+        wanted = numbers(made.source)["y"]
+        scale = max(1.0, float(np.abs(wanted).max()))
+        for record in made.log:
+            if record.changed and record.graph is not None:
+                verify(record.graph)
+                got = numbers(record.graph)["y"]
+                what = f"seed {seed}, after {record.name}:\n{record.graph}"
+                np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE * scale, err_msg=what)
+
+
+def rules() -> Iterator[str]:
+    """Every rewrite of the pipeline, by the name that the log has it under."""
+    for each in DEFAULT:
+        for rule in each.rules if isinstance(each, RewriteSet) else (each,):
+            yield rule.name
+
+
+def test_the_programs_leave_no_rewrite_idle() -> None:
+    """Otherwise the test above would hold for a rewrite that it never saw."""
+    logs = [optimized(seed).log for seed in range(PROGRAMS)]
+    matched = Counter(event.rule for log in logs for record in log for event in record.matches)
+    changed = Counter(record.name for log in logs for record in log if record.changed)
+    refused = Counter(event.rule for log in logs for record in log for event in record.refusals)
+    print(matched, changed, refused)
+    assert {rule: matched[rule] + changed[rule] for rule in rules() if not matched[rule] + changed[rule]} == {}
+    assert refused
