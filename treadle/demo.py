@@ -100,7 +100,7 @@ def demonstrate(out: Console) -> None:
 
     _step(out, 7, "A text continued")
     _bring(out, "smollm2")
-    _continue(out, "The capital of France is", most=12)
+    _continue(out, "The sun rises in the east and", most=5)
 
     _step(out, 8, "Where to look next")
     out.print(NEXT, soft_wrap=True)
