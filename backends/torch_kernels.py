@@ -64,7 +64,7 @@ def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) ->
 
 
 def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, layout: str) -> Tensor:
-    """Pairs of the last axis of x [b, h, s, d], turned by positions [b, s] times frequencies [f]; the rest of d stays."""
+    """Pairs of dimensions of x [b, h, s, d], turned by positions [b, s] times frequencies [f]; the rest of d stays."""
     angles = (positions[:, None, :, None] * frequencies).to(frequencies.dtype)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     turned, rest = x.tensor_split((2 * frequencies.shape[0],), dim=-1)

@@ -2,12 +2,12 @@
 
     python benchmarks/fuzz_gguf.py [--count 10000] [--seed 0]
 
-Half of the mutations know the format (they edit counts, types, lengths, sizes and offsets, and copy, drop and move whole
-entries), half flip, cut and copy bytes at random. Each file is opened, all its tensors are dequantised, its vocabulary is
-built, and the model is traced and bound to its weights. A mutation fails the run if that raises anything but
-CheckpointError, reads another name, shape or number than the library, makes more calls than a multiple of the file's
-length, or takes more than a second; the run fails if its memory ever grows by more than twice the file plus 64 MiB. Exit
-status 1 if any fails.
+Half of the mutations know the format (they edit counts, types, lengths, sizes and offsets, and copy, drop and move
+whole entries), half flip, cut and copy bytes at random. Each file is opened, all its tensors are dequantised, its
+vocabulary is built, and the model is traced and bound to its weights. A mutation fails the run if that raises anything
+but CheckpointError, reads another name, shape or number than the library, makes more calls than a multiple of the
+file's length, or takes more than a second; the run fails if its memory ever grows by more than twice the file plus
+64 MiB. Exit status 1 if any fails.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def fields(file: bytes) -> tuple[list[Field], list[tuple[int, int]]]:
     return found, entries
 
 
-EDGES = (0, 1, 2, 3, 5, 7, 8, 9, 12, 13, 31, 32, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1,
-         2**63, 2**64 - 32, 2**64 - 1)  # fmt: skip
+EDGES = (0, 1, 2, 3, 5, 7, 8, 9, 12, 13, 31, 32, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62,
+         2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1)  # fmt: skip
 ODD_TEXT = (b"", b"\x00", b"\xff\xfe", b"\xc0\x80", b"general.alignment", b"llama.block_count", b"token_embd.weight",
             b"general.architecture", b"\x1b[2J\xe2\x80\xae", b"a" * 300, b"llama", b" ")  # fmt: skip
 

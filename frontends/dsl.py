@@ -324,10 +324,8 @@ def _definition(function: Callable[..., Any]) -> str:
 
 def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
     if isinstance(returned, Expr):
-        hint = returned.value.name
-        named = {
-            hint if returned.value.node is not None and hint != returned.value.node.op.name else "output": returned
-        }
+        node, hint = returned.value.node, returned.value.name
+        named = {"output" if node is None or hint in (node.op.name, "x") else hint: returned}  # x: an operator's
     elif isinstance(returned, Mapping):
         named = dict(returned)
     elif isinstance(returned, tuple | list):

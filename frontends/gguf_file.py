@@ -10,9 +10,9 @@ Source: the GGUF format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.
     string    length u64, then bytes in UTF-8
     array     type u32, count u64, then the values
 
-The reader is ours, and strict: a count, length or size is held against the bytes that are left before it is believed, so
-that the work is in proportion to the file. The `gguf` library says how large a block of each type is and dequantises;
-its own reader neither checks lengths nor bounds its work. Arrays of arrays are refused, as llama.cpp does.
+The reader is ours, and strict: a count, length or size is held against the bytes that are left before it is believed,
+so that the work is in proportion to the file. The `gguf` library says how large a block of each type is and
+dequantises; its own reader neither checks lengths nor bounds its work. Arrays of arrays are refused, as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import mmap
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
@@ -67,8 +67,8 @@ class GGUFLimits:
 
     header_bytes: int = 32 << 20
     keys: int = 10_000
-    tensors: int = 100_000
-    strings: int = 2_000_000
+    tensors: int = 20_000
+    strings: int = 1_000_000
     text_bytes: int = 1 << 20
 
 

@@ -26,7 +26,7 @@ _MOST_DIMS = 1 << 16  # known heads have up to 576; a config.json may say anythi
 
 @dataclass(frozen=True)
 class Linear:
-    """frequency / factor: positions of a context `factor` times as long are pressed into the old one (Chen et al. 2023)"""
+    """frequency / factor: a context `factor` times as long is pressed into the old one     (Chen et al. 2023)"""
 
     factor: float
 
@@ -38,7 +38,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Llama 3.1's: long waves are slowed by `factor`, short ones are not, those between by a part (Grattafiori et al. 2024)
+    """Llama 3.1's: long waves are slowed by `factor`, short ones not, those between in part (Grattafiori et al. 2024)
 
     A wave is long past context / low_freq_factor positions, and short below context / high_freq_factor.
     """
@@ -72,7 +72,7 @@ class Divided:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A base that grows with the sequence's length once that is past the context ("dynamic NTK", as Hugging Face has it)
+    """A base that grows with the sequence's length once that is past the context: Hugging Face's "dynamic" (NTK)
 
     base' = base (factor length / context - factor + 1) ** (dims / (dims - 2)) for length > context. The frequencies are
     made in the graph from the length, so that every call has its own; a model with them cannot be run a step at a time.

@@ -93,9 +93,9 @@ class Builder:
     def apply(self, kind: str | type[Op], *operands: Any, name: str | None = None, **attributes: Any) -> Any:
         """Apply an op: operands by position (Exprs, numbers or None), attributes by keyword.
 
-        A number becomes a constant of the dtype that the op needs beside its other operands. Returns an Expr, or a tuple
-        of them for an op with several results. Raises GraphError for an unknown op or attribute, RuleError where operands
-        do not fit.
+        A number becomes a constant of the dtype that the op needs beside its other operands. Returns an Expr, or a
+        tuple of them for an op with several results. Raises GraphError for an unknown op or attribute, RuleError where
+        operands do not fit.
         """
         cls = find_op(kind) if isinstance(kind, str) else kind
         try:

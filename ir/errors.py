@@ -1,6 +1,7 @@
 """The error family: every failure that a user can cause is one of these, and reads the same way.
 
-An error says, in this order: what is wrong, what was received, where in the graph, which line of the user's, what to do.
+An error says, in this order: what is wrong, what was received, where in the graph, which line of the user's, what to
+do.
 """
 
 from __future__ import annotations

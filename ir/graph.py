@@ -228,7 +228,8 @@ class Init:
             case "uniform":
                 drawn = (rng.random(shape, np.float32) * 2 - 1) * scale
             case _:
-                raise GraphError(f"unknown initial value {self.kind!r}", hint="zeros, ones, constant, normal or uniform")
+                kinds = "zeros, ones, constant, normal or uniform"
+                raise GraphError(f"unknown initial value {self.kind!r}", hint=kinds)
         return drawn.astype(dtype.numpy, copy=False)
 
 

@@ -175,7 +175,7 @@ class Op:
         """
         floats = tuple([str(v) for v in attributes.values() if type(v) is float])  # 0.0 equals -0.0
         try:
-            return _interned(cls, tuple(attributes.items()), floats)
+            return _interned(cls, tuple(attributes.items()), floats)  # type: ignore[arg-type]  # a class has a hash
         except TypeError:  # an attribute given as a list, or an unknown one
             return cls(**attributes)
 
@@ -305,7 +305,7 @@ def op(
         cls.linear_text = linear
         cls.flops = flops
         made = dataclasses.dataclass(frozen=True, kw_only=True, repr=True)(cls)
-        made.__hash__ = _remembered(made.__hash__)  # type: ignore[method-assign]
+        made.__hash__ = _remembered(made.__hash__)  # type: ignore[assignment, method-assign]
         OPS[name] = made
         return made  # type: ignore[return-value]  # the decorated class is the class
 

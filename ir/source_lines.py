@@ -19,7 +19,7 @@ _LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 @lru_cache(maxsize=1024)
 def _is_compiler(filename: str) -> bool:
-    """Whether a file is the compiler's own, or of Python's library (contextlib is between a `with` and its function)."""
+    """Whether a file is the compiler's own, or Python's (contextlib is between a `with` and its function)."""
     path = os.path.abspath(filename)
     if path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen "):
         return True

@@ -85,9 +85,7 @@ def bert(
             raise FrontendError(f"bert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
 
 
-def block(
-    x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None, act: Activation, eps: float
-) -> t.Tensor:
+def block(x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None, act: Activation, eps: float) -> t.Tensor:
     """One layer of the encoder: attention, then a feed-forward network, each added to its input and then normalized."""
     x = t.layer_norm(x + t.self_attention(x, heads, mask=mask, name="attn"), eps=eps, name="attn_norm")
     return t.layer_norm(x + t.mlp(x, hidden, act=act, name="mlp"), eps=eps, name="mlp_norm")

@@ -137,25 +137,26 @@ def _unit(x: t.Tensor) -> t.Tensor:
 
 
 ARCHITECTURES = {
-    "CLIPModel": (clip, False),
-    "CLIPTextModel": (clip_text, False),
-    "CLIPTextModelWithProjection": (clip_text, True),
-    "CLIPVisionModel": (clip_vision, False),
-    "CLIPVisionModelWithProjection": (clip_vision, True),
+    "clip": {"CLIPModel": False},
+    "clip_text_model": {"CLIPTextModel": False, "CLIPTextModelWithProjection": True},
+    "clip_vision_model": {"CLIPVisionModel": False, "CLIPVisionModelWithProjection": True},
 }
-"""The declaration of each of Hugging Face's classes, and whether an encoder by itself is projected."""
+"""Hugging Face's classes by the configuration's model_type, and whether an encoder by itself is projected."""
 
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face CLIPConfig, CLIPTextConfig or CLIPVisionConfig."""
-    model, projected = choose_architecture(config, ARCHITECTURES)
-    if model.name == "clip":
+    kind = config["model_type"]
+    projected = choose_architecture(config, ARCHITECTURES[kind])
+    width = read_int(config, "projection_dim", 512)
+    if kind == "clip":
         text, vision = read_text(_part(config, "text")), read_vision(_part(config, "vision"))
         image = {name: vision.pop(name) for name in ("channels", "height", "width")}
-        return model.configure(projection=read_int(config, "projection_dim", 512), text=text, vision=vision, **image)
-    if projected:
-        model = model.configure(projection=read_int(config, "projection_dim", 512))
-    return model.configure(**(read_text(config) if model.name == "clip_text" else read_vision(config)))
+        return clip.configure(projection=width, text=text, vision=vision, **image)
+    projection = width if projected else None
+    if kind == "clip_text_model":
+        return clip_text.configure(projection=projection, **read_text(config))
+    return clip_vision.configure(projection=projection, **read_vision(config))
 
 
 def read_text(config: Config) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Models of the Llama kind in GGUF files: their metadata and tensor names, as llama.cpp writes them.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's convert_hf_to_gguf.py for
-what it does to weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs that
-turn together lie side by side: weights are taken as they are, and turned in the layout "interleaved". Qwen2's are not
-reordered.
+what it does to weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs
+that turn together lie side by side: weights are taken as they are, and turned in the layout "interleaved". Qwen2's are
+not reordered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from treadle.models.llama import llama
 LAYOUTS = {"llama": "interleaved", "qwen2": "half"}
 """The architectures that are read, and how q and k are laid out."""
 
-_LAYERS = 10_000
+_LAYERS = 1_000
 _ROTARY_DIMS = 1 << 16
 _FACTORS = "rope_freqs.weight"
 _BLOCK_TENSORS = 9  # without biases

@@ -104,6 +104,4 @@ def _positions(config: Config) -> tuple[int, int]:
     return first, read_int(config, "max_position_embeddings", least=first + 1)
 
 
-FAMILY = Family(
-    "roberta", roberta, ("roberta", "xlm-roberta"), from_config, checkpoint, prefixes=("", "roberta.")
-)
+FAMILY = Family("roberta", roberta, ("roberta", "xlm-roberta"), from_config, checkpoint, prefixes=("", "roberta."))

@@ -109,9 +109,7 @@ def prepend(x: t.Tensor, *learned: t.Tensor) -> t.Tensor:
     return longer
 
 
-def block(
-    x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None = None, act: Activation, eps: float
-) -> t.Tensor:
+def block(x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None = None, act: Activation, eps: float) -> t.Tensor:
     """One layer: attention, then a feed-forward network, each of its normalized input and added to it."""
     x += t.self_attention(t.layer_norm(x, eps=eps, name="attn_norm"), heads, mask=mask, name="attn")
     return x + t.mlp(t.layer_norm(x, eps=eps, name="mlp_norm"), hidden, act=act, name="mlp")
@@ -119,7 +117,7 @@ def block(
 
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face ViTConfig or DeiTConfig; its `architectures` choose the head."""
-    kind = "deit" if config.get("model_type") == "deit" else "vit"
+    kind = config["model_type"]
     dim = read_int(config, "hidden_size")
     require(config, qkv_bias=True, pooler_act="tanh", pooler_output_size=dim)
     height, width, patch = read_image(config)

@@ -11,12 +11,12 @@ Three comparisons, each with a tolerance that follows from the dtypes and from t
 
 Since an op alone is given right operands, its error is its own: what an earlier op did wrong does not count again.
 
-**Tolerances.** Numbers of a dtype with spacing eps (2^-23 for f32) are a relative eps apart, and no way to compute f can
-be nearer than what a change of its operands' last bit makes of it. So the reference is evaluated once more with every
-operand changed by a relative eps, its sign drawn; `moved` is the largest change. A sum of n terms adds n roundings of
-either sign, which grow as their square root. An op may differ by 8 (eps max|f| + sqrt(n) moved), with n the points of
-its iteration space for one result; a model of n ops, whose weights and inputs are changed alike, by the same with that
-n. The 8 stands for the several roundings inside a function such as erf. Integers and truth values must be equal, except
+**Tolerances.** Numbers of a dtype lie a relative eps apart (2^-23 for f32), and no way to compute f can be nearer than
+what a change of its operands' last bit makes of it. So the reference is evaluated once more with every operand changed
+by a relative eps, its sign drawn; `moved` is the largest change of a result. A sum of n terms adds n roundings of
+either sign, which grow as their square root. An op may differ by 8 (eps max|f| + sqrt(n) moved), with n the points of its
+iteration space for one result; a model of n ops, whose weights and inputs are changed alike, by the same with that n.
+The 8 stands for the several roundings inside a function such as erf. Integers and truth values must be equal, except
 where the changed operands give another one: there the reference itself is undecided.
 """
 
@@ -31,7 +31,6 @@ import numpy as np
 
 from treadle.backends.protocol import Backend, Executable
 from treadle.backends.registry import backend_names, find_backend
-from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.hashing import canonical_form
@@ -64,7 +63,7 @@ class Difference:
 
     def worse(self, other: Difference) -> Difference:
         """The one that is further past its tolerance, or nearer to it."""
-        return max(self, other, key=lambda d: (d.exceeds, d.value / d.tolerance if d.tolerance else d.value))
+        return max(other, self, key=lambda d: (d.exceeds, d.value / d.tolerance if d.tolerance else d.value))
 
     def __str__(self) -> str:
         return f"{self.value:.2g} (at most {self.tolerance:.2g})"
@@ -156,21 +155,17 @@ class VerificationReport:
     def __str__(self) -> str:
         sizes = "; ".join(", ".join(f"{k}={v}" for k, v in s.items()) for s in self.sizes if s)
         lines = [f"{self.model} on {self.target}, seed {self.seed}" + (f", at {sizes}" if sizes else "")]
-        rows = [("rewrites", self.rewrites.exceeds, str(self.rewrites))]
+        width = max(len(name) for name in ("rewrites", *(b.backend for b in self.backends)))
+        marks = {True: "ok", False: "WRONG", None: "-"}
+        lines.append(f"  {'rewrites':<{width}}  {marks[not self.rewrites.exceeds]:<5}  {self.rewrites}")
         for b in self.backends:
             told = f"not run: {b.refused}" if b.refused else f"failed: {b.failure}" if b.failure else str(b.difference)
-            rows.append((b.backend, b.passed is False, told))
-        width = max(len(name) for name, _, _ in rows)
-        for name, wrong, told in rows:
-            lines.append(
-                f"  {name:<{width}}  {'WRONG' if wrong else 'ok' if 'not run' not in told else '-':<5}  {told}"
-            )
-            fault = next((b.fault for b in self.backends if b.backend == name and b.fault), None)
-            if fault is not None:
-                lines.append(f"  {'':<{width}}         first op: {fault}")
-            elif wrong and name != "rewrites":
+            lines.append(f"  {b.backend:<{width}}  {marks[b.passed]:<5}  {told}")
+            if b.fault is not None:
+                lines.append(f"  {'':<{width}}         first op: {b.fault}")
+            elif b.passed is False:
                 lines.append(
-                    f"  {'':<{width}}         every op alone is right: what differs is how they are put together"
+                    f"  {'':<{width}}         every op alone is right: the fault lies in how they are put together"
                 )
         return "\n".join(lines)
 

@@ -199,9 +199,7 @@ TINY = {
     "deit": Tiny("DeiTModel", _VIT),
     "deit-classifier": Tiny("DeiTForImageClassification", {**_VIT, "num_labels": 5}),
     "deit-distilled": Tiny("DeiTForImageClassificationWithTeacher", {**_VIT, "num_labels": 5}),
-    "clip": Tiny(
-        "CLIPModel", {"text_config": _CLIP_TEXT, "vision_config": _CLIP_VISION, "projection_dim": 16}
-    ),
+    "clip": Tiny("CLIPModel", {"text_config": _CLIP_TEXT, "vision_config": _CLIP_VISION, "projection_dim": 16}),
     "clip-text": Tiny("CLIPTextModel", {**_CLIP_TEXT, "eos_token_id": 2}),
     "clip-text-projected": Tiny("CLIPTextModelWithProjection", {**_CLIP_TEXT, "projection_dim": 16}),
     "clip-vision": Tiny("CLIPVisionModel", {**_CLIP_VISION, "hidden_act": "gelu"}),

@@ -20,7 +20,7 @@ Step = Callable[[Builder, Random, Expr], Expr]
 
 
 def random_program(seed: int) -> Graph:
-    """A chain of about six steps, with a block that is called twice in every third program; the same for the same seed."""
+    """A chain of some steps, in every third program behind a block that is called twice. Equal seeds give equal programs."""
     r = Random(seed)
     graph = Graph("random")
     main = Builder(graph)
@@ -52,24 +52,32 @@ def parameter(b: Builder, *shape: int) -> Expr:
 # -- steps -----------------------------------------------------------------------------------------------------
 
 
+def one_of(r: Random, *spellings: Callable[[], Expr]) -> Expr:
+    """One of several spellings; the others are not built."""
+    return r.choice(spellings)()
+
+
 def gelu(b: Builder, r: Random, x: Expr) -> Expr:
-    gate = b.erf(r.choice((x * math.sqrt(0.5), x / math.sqrt(2), x * 0.7))) + 1
-    return r.choice(((x * 0.5) * gate, x * (gate / 2), (x * gate) * 0.5, gate * (x / 2)))
+    inner = one_of(r, lambda: x * math.sqrt(0.5), lambda: x / math.sqrt(2), lambda: x * 0.7)
+    gate = b.erf(inner) + 1
+    return one_of(r, lambda: (x * 0.5) * gate, lambda: x * (gate / 2), lambda: (x * gate) * 0.5, lambda: gate * (x / 2))
 
 
 def gelu_tanh(b: Builder, r: Random, x: Expr) -> Expr:
-    cube = r.choice((x**3 * 0.044715, x * x * x * 0.044715, x * 0.044715 * x * x, x**3 * 0.04))
+    factor = r.choice((0.044715, 0.044715, 0.04))
+    cube = one_of(r, lambda: x**3 * factor, lambda: x * x * x * factor, lambda: x * factor * x * x)
     return x * 0.5 * (b.tanh((x + cube) * math.sqrt(2 / math.pi)) + 1)
 
 
 def gated(b: Builder, r: Random, x: Expr) -> Expr:
-    return r.choice((x * b.sigmoid(x), x / (b.exp(-x) + 1), x * b.sigmoid(x * 1.702), x * b.sigmoid(x * 1.7)))
+    factor = r.choice((1.702, 1.702, 1.7))
+    return one_of(r, lambda: x * b.sigmoid(x), lambda: x / (b.exp(-x) + 1), lambda: x * b.sigmoid(x * factor))
 
 
 def layer_norm(b: Builder, r: Random, x: Expr) -> Expr:
     axes = r.choice(((-1,), (2,), (1,)))
     centered = x - b.reduce_mean(x, axes=axes, keep=True)
-    square = r.choice((centered * centered, centered**2))
+    square = one_of(r, lambda: centered * centered, lambda: centered**2)
     return scaled(b, r, centered, b.reduce_mean(square, axes=axes, keep=True))
 
 
@@ -78,8 +86,14 @@ def rms_norm(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def scaled(b: Builder, r: Random, x: Expr, square: Expr) -> Expr:
+    """x / sqrt(square + eps), sometimes with a weight and a bias."""
     shifted = square + r.choice((1e-5, 1e-3))
-    y = r.choice((x * b.rsqrt(shifted), x / b.sqrt(shifted), x * b.reciprocal(b.sqrt(shifted))))
+    y = one_of(
+        r,
+        lambda: x * b.rsqrt(shifted),
+        lambda: x / b.sqrt(shifted),
+        lambda: x * b.reciprocal(b.sqrt(shifted)),
+    )
     y = y * parameter(b, WIDTH) if r.random() < 0.7 else y
     return y + parameter(b, WIDTH) if r.random() < 0.5 else y
 
@@ -92,28 +106,38 @@ def softmax(b: Builder, r: Random, x: Expr) -> Expr:
 
 def linear(b: Builder, r: Random, x: Expr) -> Expr:
     w = parameter(b, WIDTH, WIDTH)
-    w = r.choice((w, w, w + 0.1))
-    y = r.choice((b.linear(x, w), b.matmul(x, b.rearrange(w, pattern="o i -> i o"))))
-    return b.tanh(y + parameter(b, WIDTH)) if r.random() < 0.7 else b.tanh(y)
+    w = w + 0.1 if r.random() < 0.3 else w
+    y = one_of(r, lambda: b.linear(x, w), lambda: b.matmul(x, b.rearrange(w, pattern="o i -> i o")))
+    return b.tanh(y + parameter(b, WIDTH) if r.random() < 0.7 else y)
 
 
 def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
-    return r.choice((x + 0, x - 0, x * 1, x / 1, x**1, -(-x), b.cast(b.cast(x, to="f64"), to="f64")))
+    return one_of(
+        r,
+        *(lambda: x + 0, lambda: x - 0, lambda: x * 1, lambda: x / 1, lambda: x**1, lambda: b.neg(-x)),
+        *(lambda: b.cast(x, to="f64"), lambda: b.rearrange(x, pattern="b s d -> b s d")),
+    )
 
 
 def powers(b: Builder, r: Random, x: Expr) -> Expr:
-    return b.tanh(r.choice((x / 4, x / 3, x**2, 2.0 * x)))
+    return b.tanh(one_of(r, lambda: x / 4, lambda: x / 3, lambda: x**2, lambda: 2.0 * x))
 
 
-def chosen(b: Builder, r: Random, x: Expr) -> Expr:
-    here = b.constant(r.random() < 0.5)
-    return b.where(r.choice((here, b.logical_not(b.logical_not(x > 0.0)))), x, x * 0.5)
+def selected(b: Builder, r: Random, x: Expr) -> Expr:
+    condition = one_of(
+        r, lambda: b.constant(r.random() < 0.5), lambda: b.logical_not(b.logical_not(x > 0.0)), lambda: x > 0.0
+    )
+    return b.where(condition, x, x * 0.5)
+
+
+def counted(b: Builder, r: Random, x: Expr) -> Expr:
+    return x * b.cast(b.cast(x > 0.0, to=r.choice(("i8", "bf16", "f32"))), to="f64")
 
 
 def moved(b: Builder, r: Random, x: Expr) -> Expr:
     y = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
     if r.random() < 0.3:
-        return b.rearrange(b.rearrange(y, pattern="b h s d -> b s d h"), pattern="b s d h -> b s (d h)")
+        y = b.rearrange(b.rearrange(y, pattern="b h s d -> b s d h"), pattern="b s d h -> b h s d")
     return b.rearrange(y, pattern="b h s d -> b s (h d)")
 
 
@@ -122,7 +146,7 @@ def reshaped(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def expanded(b: Builder, r: Random, x: Expr) -> Expr:
-    mean = b.reduce_mean(x, axes=(-1,), keep=True)
+    mean = b.reduce_mean(x, axes=(1, 2), keep=True)
     return x + b.expand(b.expand(mean, shape=("B", "S", 1)), shape=("B", "S", WIDTH))
 
 
@@ -135,11 +159,12 @@ def by_a_constant(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def idle(b: Builder, r: Random, x: Expr) -> Expr:
+    """An op whose result nobody uses."""
     b.exp(x * parameter(b, WIDTH))
     return x
 
 
 STEPS: tuple[Step, ...] = (
-    *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, linear),
-    *(unchanged, powers, chosen, moved, reshaped, expanded, twice, by_a_constant, idle),
+    *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, linear, unchanged, unchanged),
+    *(powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle),
 )

@@ -91,8 +91,8 @@ def test_what_cannot_be_continued_is_refused_with_the_reason(model: Stepper) -> 
     encoder = t.compile("bert", dim=32, heads=4, layers=2, hidden=64, vocab=50, head="masked_lm")
     with pytest.raises(UsageError, match="attention: the axis is whole"):
         Stepper.of(encoder.graph, encoder)
+    pair = t.compile("t5", vocab=50, dim=32, heads=4, head_dim=8, hidden=64, layers=1, decoder_layers=1)
     with pytest.raises(UsageError, match="one input"):
-        pair = t.compile("t5", vocab=50, dim=32, heads=4, head_dim=8, hidden=64, layers=1, decoder_layers=1)
         Stepper.of(pair.graph, pair)
     with pytest.raises(UsageError, match="prompt 0 is empty"):
         list(generate(model, [[]], most=1))

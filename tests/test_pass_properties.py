@@ -13,7 +13,7 @@ from tests.random_programs import random_program
 from treadle.ir.verifier import verify
 from treadle.passes.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
-from treadle.passes.rewrite import Rewrite, RewriteSet
+from treadle.passes.rewrite import RewriteSet
 
 PROGRAMS = 150
 # Some hundred roundings, which a normalization of equal numbers multiplies by 1 / sqrt(1e-5), about 300.

@@ -15,9 +15,11 @@ from treadle.fetch import fetch_model
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.resolving import resolve
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
+import torch
+import transformers
 from safetensors.torch import save_file
 
 from tests.test_huggingface_models import TOLERANCE, prepare

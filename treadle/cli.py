@@ -1,4 +1,4 @@
-"""The command line: `treadle compile | inspect | run | embed | models | fetch`. docs/cli.md is its page.
+"""The command line: `treadle compile | inspect | run | verify | generate | embed | models | fetch`; see docs/cli.md.
 
 An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, as do wrong options;
 anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing
@@ -151,6 +151,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
+    from treadle.artifacts import is_artifact, open_artifact
     from treadle.ir.follow import follow as follow_axis
     from treadle.ir.printer import print_graph
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
@@ -161,9 +162,14 @@ def inspect(
 
     if raw and after:
         raise UsageError("--raw and --after name two stages of the graph", hint="one of them")
-    declared = resolve(model, inputs=_names(inputs), **parse_config(config or ())).graph
-    optimized = PassManager(() if raw else DEFAULT).run(declared)
-    graph = optimized.after(after) if after else optimized.graph
+    if is_artifact(model):
+        _refuse_for_artifact(config=config, inputs=inputs, after=after)
+        optimized = open_artifact(model).optimized
+        graph = optimized.source if raw else optimized.graph
+    else:
+        declared = resolve(model, inputs=_names(inputs), **parse_config(config or ())).graph
+        optimized = PassManager(() if raw else DEFAULT).run(declared)
+        graph = optimized.after(after) if after else optimized.graph
     stage = "as declared" if raw else f"after {after}" if after else "optimized"
     facts = graph_facts(graph, choose_sizes(graph, parse_sizes(sizes)))
     facts["stage"] = stage
@@ -184,6 +190,12 @@ def inspect(
 @_command
 def compile(
     model: ModelName,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE.treadle", help="Write an artifact, which `run` takes.", show_default=False
+        ),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what each pass refused, and why.")] = False,
     config: Config = None,
     inputs: OptionalInputs = None,
@@ -193,21 +205,27 @@ def compile(
     as_json: AsJson = False,
 ) -> None:
     """Compile a model and tell what every pass did, how long it took, and what runs where."""
+    from treadle.artifacts import SUFFIX, is_artifact
     from treadle.option_values import parse_config
-    from treadle.reports import compiled_facts, compiled_lines, console, pass_table
+    from treadle.reports import compiled_facts, compiled_lines, console, human, pass_table
 
+    if output is not None and not is_artifact(output):
+        raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     started = time.perf_counter()
     chosen = parse_config(config or ())
     made = treadle.compile(model, backend=backend, target=target, inputs=_names(inputs), seed=seed, **chosen)
     seconds = time.perf_counter() - started
+    written = {"file": str(output), "seal": made.save(output)} if output is not None else {}
     if as_json:
-        _print_json(compiled_facts(made, seconds))
+        _print_json({**compiled_facts(made, seconds), **written})
         return
     out = console()
     out.print(pass_table(made.log))
     if explain:
         print("\n" + (made.log.explain() or "no pass refused anything"))
     print("", *compiled_lines(made, seconds), sep="\n")
+    if output is not None:
+        print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")
 
 
 @_command
@@ -226,20 +244,33 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Write each output to DIR/NAME.npy.", show_default=False)
     ] = None,
     config: Config = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="By default numpy, or what an artifact was made for.", show_default=False),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="By default cpu, or what an artifact was made for.", show_default=False),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a model on arrays."""
     import numpy as np
 
+    from treadle.artifacts import is_artifact, load
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_config, parse_inputs
     from treadle.reports import array_facts, array_table, console, weights_text
 
     assigned, chosen = values or [], parse_config(config or ())
-    made = treadle.compile(model, backend=backend, target=target, inputs=input_names(assigned), seed=seed, **chosen)
+    if is_artifact(model):
+        _refuse_for_artifact(config=config)
+        made = load(model, backend=backend, target=target)
+    else:
+        given = input_names(assigned)
+        chosen |= {"backend": backend or "numpy", "target": target or "cpu"}
+        made = treadle.compile(model, inputs=given, seed=seed, **chosen)
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     started = time.perf_counter()
     outputs = {name: np.asarray(array) for name, array in made(**arrays).items()}
@@ -250,8 +281,8 @@ def run(
         _print_json(
             {
                 "model": made.name,
-                "backend": backend,
-                "target": target,
+                "backend": made.backend,
+                "target": str(made.target),
                 "weights": weights_text(made),
                 "seconds": seconds,
                 "outputs": facts,
@@ -263,9 +294,48 @@ def run(
     for name, told in facts.items():
         if "values" in told:
             print(f"\n{name} = {json.dumps(told['values'])}")
-    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {target}, its weights {weights_text(made)}")
+    where = f"in {made.backend} on {made.target}"
+    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}, its weights {weights_text(made)}")
     for file in files:
         print(f"wrote {file}")
+
+
+@_command
+def verify(
+    model: ModelName,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", help="A backend to verify; all that are registered, if not said. Repeatable."),
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="B=1,S=16", help="Sizes to run at. Repeatable; a few small ones, if not said."),
+    ] = None,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    target: TargetName = "cpu",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the inputs, and weights that are not given.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Hold every backend against the float64 meaning of a model, whole and op by op. Exit code 1 if one is wrong."""
+    from treadle.option_values import parse_config, parse_sizes
+    from treadle.verifying import verify_model
+
+    report = verify_model(
+        model,
+        backends=backend,
+        target=target,
+        inputs=_names(inputs),
+        sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
+        seed=seed,
+        **parse_config(config or ()),
+    )
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        print(report)
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 @_command
@@ -416,6 +486,17 @@ def fetch(
 
 def _print_json(facts: Any) -> None:
     print(json.dumps(facts, indent=2, allow_nan=False))
+
+
+def _refuse_for_artifact(**options: Any) -> None:
+    """An artifact is configured, and its passes have run: options that would change that are refused."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        told = {"config": "--set", "inputs": "--inputs", "after": "--after"}
+        raise UsageError(
+            "an artifact is what was compiled, and takes no " + " or ".join(told[name] for name in given),
+            hint="treadle compile MODEL -o FILE.treadle, with other options",
+        )
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

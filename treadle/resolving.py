@@ -88,6 +88,8 @@ def find_folder(model: str | Path) -> Path:
     if Path(name).exists():
         if name.endswith(".py"):
             raise UsageError("a model in a file is named with its function", received=name, hint=f"{name}:FUNCTION")
+        if name.endswith(".treadle"):
+            raise UsageError("an artifact is compiled already", received=name, hint=f"treadle.load({name!r})")
         return Path(name)
     if name in family_names():
         raise UsageError(

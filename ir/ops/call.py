@@ -15,8 +15,8 @@ from treadle.ir.types import Type
 class Call(Primitive):
     """y, ... = f(x, ..., weights)
 
-    Operands are the function's inputs, then its parameters. The function's signature is held as text, so that a call
-    says its types by itself; the verifier compares it with the function. It has no axis rule: analyses enter the callee.
+    Operands are the function's inputs, then its parameters. A call holds the function's signature, so that it says its
+    types by itself; the verifier compares it with the function. It has no axis rule: analyses enter the callee.
     """
 
     arguments = Operand(optional=True, variadic=True)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from treadle.ir.axes import Rule, parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op import Composite, Grads, Op, Operand, Primitive, op
@@ -29,14 +28,12 @@ class _Reduction(Op):
     """
 
     monoid: ClassVar[str | None] = None
-    # The attribute has the name of the method that gives other ops' rules, so `rule` is overridden instead.
-    # `field()` keeps that method from being the attribute's default.
-    axes: tuple[int, ...] = dataclasses.field()  # type: ignore[assignment]
+    axes: tuple[int, ...]
     keep: bool = False
 
-    def rule(self, ranks: Sequence[int | None]) -> Rule:
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
         read = f"{{}}:{self.monoid}" if self.monoid else "[{}]"
-        return parse_rule(rule_along(self.axes, ranks[0] or 0, read, "1" if self.keep else ""))
+        return rule_along(self.axes, ranks[0] or 0, read, "1" if self.keep else "")
 
 
 class _Extremum(_Reduction, Primitive):

@@ -20,8 +20,8 @@ LAYOUTS = ("half", "interleaved")
 class Rotary(Composite):
     """y_i = x_i cos a_i - x_j sin a_i,   y_j = x_j cos a_i + x_i sin a_i,   a_i = positions[b, s] frequencies[i]
 
-    RoPE (Su et al. 2021). x [b, h, s, d], positions [b, s], frequencies [f] in radians a position. The first 2f of the d
-    dimensions are turned, in f pairs (i, j); the others stay. Queries and keys turned so have products that depend on
+    RoPE (Su et al. 2021). x [b, h, s, d], positions [b, s], frequencies [f] in radians a position. The first 2f of the
+    d dimensions are turned, in f pairs (i, j); the others stay. Queries and keys turned so have products that depend on
     the difference of their positions alone. Angles are computed in the frequencies' dtype, which should be f32 or wider
     whatever x is.
 

@@ -1,0 +1,321 @@
+"""GGUF files: small models written with the library's writer equal Hugging Face's; damaged ones are refused by field."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.backends.registry import backend_names
+from treadle.frontends.gguf_file import GGUFFile, GGUFLimits
+from treadle.frontends.rotary import Divided
+from treadle.ir.errors import CheckpointError
+from treadle.resolving import resolve
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+
+from benchmarks.fuzz_gguf import MERGES, Sizes, judge, mutations, tensors, vocabulary, write_model
+from tests.test_huggingface_models import TOLERANCE, prepare
+from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer, gguf_end_tokens, gguf_text_tokenizer
+
+Array = np.ndarray[Any, Any]
+
+SIZES = Sizes()
+
+HF_NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def hugging_face(weights: Mapping[str, Array], sizes: Sizes, kind: str, **options: Any) -> Any:
+    """Hugging Face's model of weights under GGUF's names."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(vocabulary()), hidden_size=sizes.dim, intermediate_size=sizes.hidden,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
+        tie_word_embeddings=True, **options,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    state = {}
+    for name, weight in weights.items():
+        *block, ours, part = name.split(".")
+        if ours in ("attn_q", "attn_k") and kind == "Llama":  # llama.cpp's permute, undone
+            pairs = weight.reshape(-1, sizes.head_dim // 2, 2, *weight.shape[1:])
+            weight = pairs.swapaxes(1, 2).reshape(weight.shape)
+        place = f"model.layers.{block[1]}." if block else ""
+        state[f"{place}{HF_NAMES[ours]}.{part}"] = torch.from_numpy(np.array(weight))
+    model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
+    return model
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A whole file."""
+    path = tmp_path / "small.gguf"
+    write_model(path, SIZES, tensors(SIZES), "Q4_1")
+    return path
+
+
+# -- the same numbers ------------------------------------------------------------------------------------------
+
+
+def assert_same(path: Path, theirs: Any, runner: str) -> None:
+    resolved = resolve(path)
+    assert resolved.unused == ()
+    assert resolved.weights is not None
+    run = prepare(runner, resolved.graph, resolved.weights)
+    for shape in ((1, 1), (3, 7), (2, 24)):
+        tokens = np.random.default_rng(shape).integers(0, len(vocabulary()), shape)
+        with torch.no_grad():
+            expected = theirs(input_ids=torch.from_numpy(tokens)).logits.numpy()
+        ours = run(tokens=tokens)["logits"]
+        assert np.abs(ours - expected).max() / np.abs(expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("runner", ["interpreter", *backend_names()])
+@pytest.mark.parametrize("blocks", ["F32", "F16", "BF16", "Q4_1", "Q8_0"])
+def test_llama_equals_hugging_face(tmp_path: Path, blocks: str, runner: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(path, SIZES, tensors(SIZES), blocks)
+    file = GGUFFile.open(path)
+    stored = {name: file.array(name).astype(np.float32) for name in file.names()}
+    assert_same(path, hugging_face(stored, SIZES, "Llama"), runner)
+
+
+def test_qwen2_equals_hugging_face(tmp_path: Path) -> None:
+    """Its q, k and v have biases, and its rows are in Hugging Face's order."""
+    sizes = Sizes(architecture="qwen2", base=1e6)
+    weights = tensors(sizes)
+    for i in range(sizes.layers):
+        for n, part in enumerate("qkv"):
+            rows = weights[f"blk.{i}.attn_{part}.weight"].shape[0]
+            weights[f"blk.{i}.attn_{part}.bias"] = np.random.default_rng([i, n]).normal(size=rows).astype(np.float32)
+    path = tmp_path / "model.gguf"
+    write_model(path, sizes, weights)
+    theirs = hugging_face(weights, sizes, "Qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    assert_same(path, theirs, "torch")
+
+
+def test_frequencies_in_a_tensor(tmp_path: Path) -> None:
+    """Llama 3.1 and later: llama.cpp writes the factors of the frequencies as a tensor of their own."""
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    theirs = hugging_face(tensors(SIZES), SIZES, "Llama", rope_parameters=scaling)
+    plain = 10000.0 ** (-np.arange(0, SIZES.head_dim, 2) / SIZES.head_dim)
+    factors = (plain / theirs.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+    assert np.unique(factors.round(3)).size == 3  # as they are, in between, and slowed
+    path = tmp_path / "model.gguf"
+    write_model(path, SIZES, {**tensors(SIZES), "rope_freqs.weight": factors})
+    assert_same(path, theirs, "torch")
+    model = resolve(path).model
+    assert model is not None
+    assert model.config["scaling"] == Divided(tuple(factors.tolist()))
+
+    write_model(path.with_stem("wrong"), SIZES, {**tensors(SIZES), "rope_freqs.weight": factors * 0})
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight must be a factor for each pair"):
+        resolve(path.with_stem("wrong"))
+
+
+def test_types_of_blocks_are_kept(small: Path) -> None:
+    resolved = resolve(small)
+    assert set(resolved.blocks) == set(resolved.graph.parameters)
+    assert resolved.blocks["layer.1.attn.q.weight"] == "q4_1"
+    assert resolved.blocks["norm.weight"] == "f32"
+    assert str(GGUFFile.open(small).record("blk.0.attn_q.weight")) == "f32[32, 32] stored as q4_1"
+
+
+# -- the vocabulary --------------------------------------------------------------------------------------------
+
+
+def test_vocabulary(small: Path) -> None:
+    file = GGUFFile.open(small)
+    tokenizer = build_gguf_tokenizer(file)
+    known = vocabulary()
+    assert [known[i] for i in tokenizer.encode("the in<|end|>").ids] == ["t", "he", "Ġ", "in", "<|end|>"]
+    assert [known[i] for i in tokenizer.encode(" the").ids] == ["Ġthe"]
+    assert tokenizer.decode(tokenizer.encode("naïve 42 你好").ids) == "naïve 42 你好"
+    assert gguf_end_tokens(file) == (0,)
+    assert gguf_text_tokenizer(file, max_tokens=3).batch(["the the the"]).lengths.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("h e", b"h_e", "tokenizer.ggml.merges must hold two tokens each"),
+        ("h e", b"h \x01", "the vocabulary is damaged"),
+        ("smollm", b"smolll", "tokenizer.ggml.pre is not known"),
+        ("gpt2", b"gpt3", "tokenizer.ggml.model is a vocabulary that is not read yet"),
+        ("<|end|>", b"<|end|\xff", "a string of tokenizer.ggml.tokens is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_damaged_vocabulary(small: Path, old: str, new: bytes, what: str) -> None:
+    data = small.read_bytes()
+    other = small.with_stem("other")
+    other.write_bytes(data.replace(string(old.encode()), string(new), 1))
+    assert other.read_bytes() != data
+    with pytest.raises(CheckpointError) as caught:
+        build_gguf_tokenizer(GGUFFile.open(other))
+    assert what in caught.value.what
+    assert "key tokenizer.ggml" in (caught.value.within or "")
+
+
+# -- files that do not fit -------------------------------------------------------------------------------------
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def header(*entries: bytes, keys: int | None = None, count: int = 0, version: int = 3) -> bytes:
+    """A file's start; the last `count` entries are tensors."""
+    keys = len(entries) - count if keys is None else keys
+    return b"GGUF" + struct.pack("<IQQ", version, count, keys) + b"".join(entries)
+
+
+def tensor(name: bytes, sizes: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0) -> bytes:
+    return string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+
+
+KEY = string(b"k") + struct.pack("<I", 4) + struct.pack("<I", 7)
+ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "place"),
+    [
+        (b"", "not a GGUF file", "byte 0, magic"),
+        (b"GGML" + bytes(40), "not a GGUF file", "byte 0, magic"),
+        (b"GGUF\x03", "the file ends too early", "byte 4, version"),
+        (header(version=1), "of a version that is not read", "byte 4, version"),
+        (header(version=3 << 24), "of a version that is not read", "byte 4, version"),
+        (header(keys=2**63), "more keys than the limit", "byte 16, number of keys"),
+        (header(count=0, keys=5), "the file ends too early", "byte 24, key 0 of 5"),
+        (header(KEY, KEY), "a key stands twice", "key k"),
+        (header(string(b"\xff") + KEY[9:]), "a name is not UTF-8", "byte 32, key 0 of 1"),
+        (header(string(b"k") + struct.pack("<I", 99)), "there is no such type of a value", "byte 33, key k"),
+        (header(string(b"k") + struct.pack("<IB", 7, 2)), "a bool is neither 0 nor 1", "byte 37, key k"),
+        (header(string(b"k") + struct.pack("<IQ", 8, 2**60)), "the file ends too early", "key k"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 0, 2**60)), "the file ends too early", "key k"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 8, 2**60)), "the file ends too early", "key k"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 9, 1)), "an array holds arrays", "key k"),
+        (header(ALIGNMENT), "the alignment must be a power of two", "key general.alignment"),
+        (header(tensor(b"t", ()), count=1), "a tensor has 1 to 4 dimensions", "tensor t"),
+        (header(tensor(b"t", (1, 1, 1, 1, 1)), count=1), "a tensor has 1 to 4 dimensions", "tensor t"),
+        (header(tensor(b"t", (0,)), count=1), "a tensor's sizes must be positive", "tensor t"),
+        (header(tensor(b"t", (2**40, 2**40)), count=1), "their product below 2^60", "tensor t"),
+        (header(tensor(b"t", kind=99), count=1), "there is no such block type", "tensor t"),
+        (header(tensor(b"t", (33,), kind=3), count=1), "rows of 33 are not whole blocks of 32", "tensor t"),
+        (header(tensor(b"t", offset=32), count=1), "does not begin where the one before it ends", "tensor t"),
+        (header(tensor(b"t"), tensor(b"t", offset=32), count=2), "a tensor's name stands twice", "tensor t"),
+        (header(tensor(b"t", (2**50,)), count=1), "the file ends before its tensors do", "tensor t"),
+        (header(tensor(b"t"), count=1), "the file ends before its tensors do", "tensor t"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        GGUFFile.open(path)
+    assert what in caught.value.what
+    within = caught.value.within or ""
+    assert within.startswith(f"{path}: byte ")
+    assert place in within
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("general.architecture", "mamba", "general.architecture is not supported"),
+        ("llama.block_count", 3, "llama.block_count is more than the file has tensors for"),
+        ("llama.block_count", 2**31, "llama.block_count must be an integer from 1 to 1000"),
+        ("llama.attention.head_count", 5, "llama.attention.head_count_kv must divide"),
+        ("llama.attention.head_count_kv", 3, "llama.attention.head_count_kv must divide the number of heads"),
+        ("llama.rope.dimension_count", 7, "llama.rope.dimension_count must be an even number"),
+        ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base must be a number"),
+        ("llama.attention.layer_norm_rms_epsilon", None, "is missing from the metadata"),
+        ("llama.embedding_length", 64, "the checkpoint holds"),
+        ("llama.expert_count", 8, "llama.expert_count is not supported"),
+        ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type is not supported"),
+    ],
+)  # fmt: skip
+def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: Any, what: str) -> None:
+    class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+            self.kv_data[0].pop(key, None)
+            if value is not None:
+                self.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value=value, type=kinds[type(value)])
+            super().write_header_to_file(path)
+
+    path = tmp_path / "model.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Writer)
+        write_model(path, SIZES, tensors(SIZES))
+    with pytest.raises(CheckpointError) as caught:
+        resolve(path)
+    assert what in caught.value.what
+    assert str(path) in (caught.value.within or "")
+
+
+def test_limits(small: Path) -> None:
+    for limits in (GGUFLimits(keys=3), GGUFLimits(tensors=3), GGUFLimits(strings=9), GGUFLimits(header_bytes=99)):
+        with pytest.raises(CheckpointError, match="than the limit") as caught:
+            GGUFFile.open(small, limits)
+        assert "if you trust the file" in str(caught.value)
+
+
+def test_work_and_memory_of_a_vocabulary(tmp_path: Path) -> None:
+    """A string costs 8 bytes of a file, and 8 more to remember, until it is asked for: 49 and its letters then."""
+    count = 100_000
+    path = tmp_path / "many.gguf"
+    path.write_bytes(header(string(b"k") + struct.pack("<IIQ", 9, 8, count) + string(b"") * count))
+    tracemalloc.start()
+    file = GGUFFile.open(path)
+    opening = tracemalloc.get_traced_memory()[1]
+    assert file.texts("k") == [""] * count
+    tracemalloc.stop()
+    assert opening < 2 * path.stat().st_size + 100_000
+
+
+def test_a_tensor_is_a_view_where_it_can_be(small: Path) -> None:
+    file = GGUFFile.open(small)
+    norm, embedding = file.array("output_norm.weight"), file.array("token_embd.weight")
+    assert norm.base is not None
+    assert not norm.flags.owndata
+    for x in (norm, embedding):
+        assert x.dtype == np.float32
+        assert not x.flags.writeable
+    assert np.array_equal(norm, tensors(SIZES)["output_norm.weight"])
+    expected = gguf.quantize(tensors(SIZES)["token_embd.weight"], gguf.GGMLQuantizationType.Q4_1)
+    assert np.array_equal(embedding, gguf.dequantize(expected, gguf.GGMLQuantizationType.Q4_1))
+
+
+def test_mutations(tmp_path: Path) -> None:
+    """400 damaged files; benchmarks/fuzz_gguf.py does 10,000 of the same kind."""
+    outcomes = set()
+    for number, (kind, file) in enumerate(mutations(400, seed=7)):
+        verdict = judge(file, tmp_path / f"{number}.gguf")
+        assert verdict.failure is None, f"mutation {number} ({kind}): {verdict.failure}"
+        outcomes.add(verdict.outcome)
+    assert outcomes == {"read", "opening", "vocabulary", "model"}
+
+
+def test_merges_are_of_the_vocabulary() -> None:
+    """The seeds of the fuzzer are valid: what is merged is there."""
+    known = set(vocabulary())
+    assert all(part in known for merge in MERGES for part in [*merge.split(" "), merge.replace(" ", "")])

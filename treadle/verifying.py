@@ -1,0 +1,64 @@
+"""`verify_model`: every available backend held against the float64 meaning of a model.
+
+`treadle.runtime.verification` says what is compared, and how near it must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.artifacts import is_artifact, open_artifact
+from treadle.compiling import initial_weights
+from treadle.frontends.dsl import Model
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+from treadle.passes.manager import Pass, PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.resolving import resolve
+from treadle.runtime.verification import VerificationReport, verify_backends
+
+Array = np.ndarray[Any, Any]
+
+
+def verify_model(
+    model: Model | Graph | str | Path,
+    *,
+    backends: Sequence[str] | None = None,
+    target: str | Target = "cpu",
+    weights: Mapping[str, Array] | None = None,
+    passes: Sequence[Pass] = DEFAULT,
+    inputs: Sequence[str] | None = None,
+    sizes: Sequence[Mapping[str, int]] | None = None,
+    seed: int = 0,
+    **config: Any,
+) -> VerificationReport:
+    """Run a model in every backend over drawn inputs, and compare with the float64 reference, whole and op by op.
+
+    model     as `treadle.compile` takes it, or an artifact, whose own graphs and weights are then verified
+    backends  by name; all that are registered, if not said
+    sizes     at which to run; a few small ones, if not said
+    seed      draws the inputs, and the weights where none are given
+    the rest  as for `treadle.compile`
+
+    The reference computes every op in float64, so a large model takes its time. Raises what `compile` does for a model
+    that cannot be read or traced, and UsageError where no input can be drawn; a backend that fails is in the report.
+    """
+    where = target if isinstance(target, Target) else Target(target)
+    if is_artifact(model):
+        if config or inputs or weights is not None:
+            raise UsageError("an artifact takes no configuration, inputs or weights", received=str(model))
+        held = open_artifact(str(model))
+        optimized, given = held.optimized, dict(held.weights)
+        for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
+            given.setdefault(name, np.zeros(value.type.evaluate({}), value.type.dtype.numpy or np.float32))
+    else:
+        resolved = resolve(model, inputs=None if inputs is None else tuple(inputs), **config)
+        optimized = PassManager(passes).run(resolved.graph)
+        found = weights if weights is not None else resolved.weights
+        given = initial_weights(optimized.source, seed) if found is None else dict(found)
+    return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed)
