@@ -25,7 +25,7 @@ from typing import Any
 
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
-from treadle.ir.op import Op
+from treadle.ir.operation import Op
 from treadle.ir.sizes import Size
 from treadle.ir.types import Type
 

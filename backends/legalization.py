@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from treadle.ir.composites import body_of
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.op import Composite, Op
+from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
 
 Keeps = Callable[[Op, Sequence[Type | None]], bool]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from treadle.backends.attention_spelling import attention, knows
 from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.emission import Dialect, Line, Spelling
-from treadle.ir.op import Op
+from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
 from treadle.ir.types import DType, Type
 

@@ -8,7 +8,7 @@ from treadle.backends.attention_spelling import attention, knows, scale_of
 from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.emission import Dialect, Line, Spelling
 from treadle.ir.attention_terms import Causal
-from treadle.ir.op import Op
+from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.convolution import Conv
 from treadle.ir.types import DType, Type

@@ -27,7 +27,7 @@ from typing import Any, overload
 from treadle.ir.builder import Builder, Expr, describe_source
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.graph import Graph, Init
-from treadle.ir.outline import Region, outline
+from treadle.ir.outline import Region, outline_regions
 from treadle.ir.sizes import Bounds, Size, SizeLike
 from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.types import Dim, DType, OptionalType, Type, f32
@@ -272,7 +272,7 @@ class Model:
             ) from error
         finally:
             _current.reset(token)
-        outline(g, tracing.regions)
+        outline_regions(g, tracing.regions)
         return g
 
     def _line_of(self, error: Exception, tracing: Trace) -> str:

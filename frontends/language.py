@@ -55,7 +55,7 @@ from treadle.ir.masking import (
     tensor_bias,
     window,
 )
-from treadle.ir.op import OPS, find_op
+from treadle.ir.operation import OPS, find_op
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import Dim, Factor, bf16, boolean, f16, f32, f64, i8, i16, i32, i64, u8
 

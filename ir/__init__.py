@@ -3,9 +3,9 @@
     errors            the error family                    samples           what an op is tested on
     sizes, types      size expressions, dtypes, dims      composites        bodies of composite ops
     axes, dtype_rules the two rule notations              interpreter       the meaning of a graph, in NumPy
-    op, ops/          what an op is, and all of them      differentiate     gradients
+    operation, ops/   what an op is, and all of them      differentiate     gradients
     graph, builder    functions of nodes; making them     outline, inline   repeated blocks folded and unfolded
-    printer, parser   text and back                       follow            where an axis goes
+    printer, parser   text and back                       following         where an axis goes
     verifier          what every graph must satisfy       cost              operations and bytes
     hashing, clone    structural identity, copies         target            what a graph is compiled for
 """

@@ -18,7 +18,7 @@ import numpy as np
 
 from treadle.ir.attention_terms import Term, parse_term
 from treadle.ir.errors import GraphError
-from treadle.ir.op import Op
+from treadle.ir.operation import Op
 from treadle.ir.scanner import RESERVED, Scanner, quoted, type_text
 from treadle.ir.sizes import Size, parse_size
 from treadle.ir.types import DTYPES, DType, Type

@@ -20,7 +20,7 @@ from typing import Any
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
-from treadle.ir.op import Op, find_op
+from treadle.ir.operation import Op, find_op
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import DType, Type, parse_type

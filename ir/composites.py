@@ -8,7 +8,7 @@ from typing import Any
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Source, Value
-from treadle.ir.op import Composite
+from treadle.ir.operation import Composite
 from treadle.ir.types import Type
 
 _BODY_SOURCE = Source("body", 0)

@@ -15,7 +15,7 @@ from treadle.ir.axes import Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Function, Graph, Node
-from treadle.ir.op import Composite, Op
+from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
 
 

@@ -8,7 +8,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import as_results
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Node, Value
-from treadle.ir.op import Composite, Grads
+from treadle.ir.operation import Composite, Grads
 
 
 def backward(b: Builder, nodes: Sequence[Node], grads: Mapping[Value, Expr]) -> dict[Value, Expr]:

@@ -24,7 +24,7 @@ from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 if TYPE_CHECKING:
     import networkx
 
-    from treadle.ir.op import Op
+    from treadle.ir.operation import Op
 
 
 @dataclass(frozen=True, slots=True)

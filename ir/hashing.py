@@ -15,7 +15,7 @@ from typing import Any
 
 from treadle.ir.attributes import attribute_fields, attribute_text
 from treadle.ir.graph import Function, Graph, Literal, Value
-from treadle.ir.op import Op
+from treadle.ir.operation import Op
 from treadle.ir.types import Type
 
 _IN_PLACE = 64

@@ -14,7 +14,7 @@ import numpy as np
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.op import Composite
+from treadle.ir.operation import Composite
 from treadle.ir.types import Type
 
 Array = np.ndarray[Any, Any]

@@ -28,7 +28,7 @@ class Region:
     depth: int = 1
 
 
-def outline(graph: Graph, regions: Sequence[Region]) -> None:
+def outline_regions(graph: Graph, regions: Sequence[Region]) -> None:
     """Replace regions of `main` by calls, innermost first."""
     for depth in sorted({r.depth for r in regions}, reverse=True):
         replaced = _outline_level(graph, [r for r in regions if r.depth == depth and r.nodes])

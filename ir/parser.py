@@ -17,7 +17,7 @@ from treadle.ir.attributes import attribute_fields, attribute_symbols, default_t
 from treadle.ir.constants import ConstantReader
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Node, Source, Value
-from treadle.ir.op import OPS, Op
+from treadle.ir.operation import OPS, Op
 from treadle.ir.ops.call import Call
 from treadle.ir.scanner import Limits, Scanner
 from treadle.ir.sizes import Bounds

@@ -5,7 +5,7 @@
     f32[B, S, (heads=12 64)]            one dimension of 768 that remembers its two factors
 
 Sizes, identities and labels are three things. Two types are equal when dtypes and sizes are; factors and labels are
-notes that travel along. Which axes are *the same* is never read off a type: `treadle.ir.follow` finds that out.
+notes that travel along. Which axes are *the same* is never read off a type: `treadle.ir.following` finds that out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from treadle.ir.errors import ParseError, SizeError
-from treadle.ir.sizes import Bounds, Size, SizeLike, parse_size, product
+from treadle.ir.sizes import Size, SizeLike, parse_size, product
 
 
 @dataclass(frozen=True)
@@ -221,15 +221,6 @@ def parse_type(text: str) -> Type:
         raise
 
 
-def parse_bounded(text: str) -> tuple[str, Bounds]:
-    """Read a symbol with its bounds: `S`, `S <= 1024`, `2 <= S <= 1024`. Raises ParseError."""
-    match = re.fullmatch(r"\s*(?:(\d+)\s*<=\s*)?([A-Za-z_]\w*)\s*(?:<=\s*(\d+))?\s*", text)
-    if match is None:
-        raise ParseError(f"not a symbol with bounds: {text!r}", hint="such as S, or 2 <= S <= 1024")
-    lower, name, upper = match.groups()
-    return name, Bounds(int(lower) if lower else 1, int(upper) if upper else None)
-
-
 def _split_dims(inner: str) -> Iterator[str]:
     separators = "," if _has_outer_comma(inner) else " \t\n"
     depth, start = 0, 0
@@ -259,8 +250,8 @@ def _parse_dim(part: str, text: str) -> Dim:
     if part.startswith("(") and part.endswith(")") and _is_balanced(part[1:-1]):
         pieces = list(_split_dims(part[1:-1]))
         if len(pieces) > 1:
-            return Dim([_parse_factor(piece) for piece in pieces])
-    return Dim([_parse_factor(part)])
+            return Dim([_parse_factor(piece, text) for piece in pieces])
+    return Dim([_parse_factor(part, text)])
 
 
 def _is_balanced(text: str) -> bool:
@@ -273,8 +264,8 @@ def _is_balanced(text: str) -> bool:
     return depth == 0
 
 
-def _parse_factor(text: str) -> Factor:
-    label, equals, size = text.rpartition("=")
+def _parse_factor(part: str, text: str) -> Factor:
+    label, equals, size = part.rpartition("=")
     if equals and not re.fullmatch(r"[A-Za-z_]\w*", label.strip()):
         raise ParseError(f"not a label: {label!r}", received=text)
     return Factor(parse_size(size), label.strip() if equals else None)

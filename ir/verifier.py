@@ -18,7 +18,7 @@ from treadle.ir.attributes import attribute_symbols
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import TreadleError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.op import Op
+from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.printer import excerpt
 from treadle.ir.types import Type, boolean

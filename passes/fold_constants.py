@@ -8,7 +8,7 @@ import numpy as np
 
 from treadle.ir.errors import SizeError, TreadleError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
-from treadle.ir.op import Op
+from treadle.ir.operation import Op
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import Event, PassRecord
 

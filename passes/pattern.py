@@ -26,7 +26,7 @@ from typing import Any
 
 import treadle.ir.ops  # noqa: F401  (registers every op)
 from treadle.ir.errors import PassError
-from treadle.ir.op import find_op
+from treadle.ir.operation import find_op
 
 COMMUTATIVE = frozenset(("add", "mul", "maximum", "minimum", "equal", "not_equal", "logical_and", "logical_or"))
 Number = float | int | bool

@@ -18,7 +18,7 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
 from treadle.ir.inline import inline_calls
-from treadle.ir.op import Composite
+from treadle.ir.operation import Composite
 from treadle.ir.types import bf16
 
 Array = np.ndarray[Any, Any]

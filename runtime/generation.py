@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import UsageError
-from treadle.ir.follow import follow
+from treadle.ir.following import follow
 from treadle.ir.graph import Graph, Value
 from treadle.runtime.sampling import Sampling
 

@@ -14,9 +14,9 @@ Since an op alone is given right operands, its error is its own: what an earlier
 **Tolerances.** Numbers of a dtype lie a relative eps apart (2^-23 for f32), and no way to compute f can be nearer than
 what a change of its operands' last bit makes of it. So the reference is evaluated once more with every operand changed
 by a relative eps, its sign drawn; `moved` is the largest change of a result. A sum of n terms adds n roundings of
-either sign, which grow as their square root. An op may differ by 8 (eps max|f| + sqrt(n) moved), with n the points of its
-iteration space for one result; a model of n ops, whose weights and inputs are changed alike, by the same with that n.
-The 8 stands for the several roundings inside a function such as erf. Integers and truth values must be equal, except
+either sign, which grow as their square root. An op may differ by 8 (eps max|f| + sqrt(n) moved), with n the points of
+its iteration space for one result; a model of n ops, whose weights and inputs are changed alike, by the same with that
+n. The 8 stands for the several roundings inside a function such as erf. Integers and truth values must be equal, except
 where the changed operands give another one: there the reference itself is undecided.
 """
 

@@ -17,7 +17,7 @@ import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Source, Value
-from treadle.ir.op import OPS
+from treadle.ir.operation import OPS
 from treadle.ir.sizes import Bounds
 from treadle.ir.types import DTYPES, Type, boolean, f32, i64, parse_type
 

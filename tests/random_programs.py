@@ -20,7 +20,7 @@ Step = Callable[[Builder, Random, Expr], Expr]
 
 
 def random_program(seed: int) -> Graph:
-    """A chain of some steps, in every third program behind a block that is called twice. Equal seeds give equal programs."""
+    """A chain of steps, in every third program behind a block that is called twice. A seed gives one program."""
     r = Random(seed)
     graph = Graph("random")
     main = Builder(graph)

@@ -21,7 +21,7 @@ import pytest
 from tests import op_checks
 from tests.op_checks import RUNNERS, TESTED
 from treadle.ir.axes import Application, AxisDim, Role, Rule
-from treadle.ir.op import OPS, Op
+from treadle.ir.operation import OPS, Op
 from treadle.ir.samples import Sample
 from treadle.ir.types import Type, f64
 

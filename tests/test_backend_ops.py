@@ -20,7 +20,7 @@ from treadle.ir.composites import body_of
 from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.op import OPS, Composite, Operand, Primitive, op
+from treadle.ir.operation import OPS, Composite, Operand, Primitive, op
 from treadle.ir.types import DTYPES
 
 # -- meanings that libraries leave open ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 import treadle.frontends.language as t
 from treadle.ir.errors import CheckpointError, FrontendError
-from treadle.ir.follow import follow
+from treadle.ir.following import follow
 from treadle.ir.interpreter import interpret
 from treadle.models.clip import clip_text
 from treadle.models.distilbert import distilbert

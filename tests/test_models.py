@@ -8,7 +8,7 @@ import pytest
 
 import treadle.frontends.language as t
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
-from treadle.ir.follow import follow
+from treadle.ir.following import follow
 from treadle.ir.parser import parse_graph
 from treadle.ir.printer import print_graph
 from treadle.models.albert import albert

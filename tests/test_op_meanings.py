@@ -14,7 +14,7 @@ from treadle.ir.differentiate import backward
 from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.op import find_op
+from treadle.ir.operation import find_op
 
 Array = np.ndarray[Any, Any]
 

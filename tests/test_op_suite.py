@@ -16,7 +16,7 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import BackendError, GraphError, RuleError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_function
-from treadle.ir.op import OPS, Composite
+from treadle.ir.operation import OPS, Composite
 from treadle.ir.types import DTYPES
 
 # An op on a sample chains some dozens of roundings at most, each up to half a spacing, in both directions.

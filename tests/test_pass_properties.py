@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,9 +47,7 @@ def rules() -> Iterator[str]:
 def test_the_programs_leave_no_rewrite_idle() -> None:
     """Otherwise the test above would hold for a rewrite that it never saw."""
     logs = [optimized(seed).log for seed in range(PROGRAMS)]
-    matched = Counter(event.rule for log in logs for record in log for event in record.matches)
-    changed = Counter(record.name for log in logs for record in log if record.changed)
-    refused = Counter(event.rule for log in logs for record in log for event in record.refusals)
-    print(matched, changed, refused)
-    assert {rule: matched[rule] + changed[rule] for rule in rules() if not matched[rule] + changed[rule]} == {}
-    assert refused
+    at_work = {event.rule for log in logs for record in log for event in record.matches}
+    at_work |= {record.name for log in logs for record in log if record.changed}
+    assert [rule for rule in rules() if rule not in at_work] == []
+    assert any(record.refusals for log in logs for record in log)

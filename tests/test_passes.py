@@ -10,7 +10,7 @@ import pytest
 
 from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, optimize, program
 from treadle.ir.graph import Literal
-from treadle.ir.op import find_op
+from treadle.ir.operation import find_op
 from treadle.ir.parser import parse_graph
 from treadle.ir.types import Type
 from treadle.passes.canonicalize import Canonicalize, is_lossless

@@ -23,7 +23,7 @@ from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
 from treadle.ir.hashing import canonical_form, function_key, structural_hash
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
-from treadle.ir.op import OPS
+from treadle.ir.operation import OPS
 from treadle.ir.parser import parse_graph
 from treadle.ir.printer import print_function, print_graph
 from treadle.ir.scanner import Limits

@@ -10,7 +10,7 @@ import pytest
 
 from treadle.backends.registry import backend_names
 from treadle.ir.errors import CheckpointError
-from treadle.ir.follow import follow
+from treadle.ir.following import follow
 from treadle.models.whisper import whisper
 from treadle.resolving import resolve
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from treadle.compiling import compile as compile
     from treadle.fetch import fetch_model as fetch_model
     from treadle.ir.errors import TreadleError as TreadleError
-    from treadle.ir.follow import follow as follow
+    from treadle.ir.following import follow as follow
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
 
@@ -46,7 +46,7 @@ _LAZY = {
     "TreadleError": "treadle.ir.errors",
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
-    "follow": "treadle.ir.follow",
+    "follow": "treadle.ir.following",
     "load": "treadle.artifacts",
     "save": "treadle.artifacts",
 }

@@ -152,7 +152,7 @@ def inspect(
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
     from treadle.artifacts import is_artifact, open_artifact
-    from treadle.ir.follow import follow as follow_axis
+    from treadle.ir.following import follow as follow_axis
     from treadle.ir.printer import print_graph
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
     from treadle.passes.manager import PassManager

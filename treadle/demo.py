@@ -19,7 +19,7 @@ from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import PINNED, fetch_model, fetched_model
 from treadle.frontends.dsl import Model
 from treadle.ir.errors import TreadleError
-from treadle.ir.follow import follow
+from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.printer import print_function
 from treadle.models.bert import bert

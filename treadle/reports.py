@@ -18,7 +18,7 @@ from treadle.backends.protocol import Port
 from treadle.compiling import Compiled
 from treadle.ir.cost import graph_cost, parameter_bytes, parameter_count
 from treadle.ir.errors import TreadleError
-from treadle.ir.follow import Encounter, Following, Verdict
+from treadle.ir.following import Encounter, Following, Verdict
 from treadle.ir.graph import Graph
 from treadle.passes.pass_log import PassLog
 

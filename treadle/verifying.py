@@ -17,9 +17,11 @@ from treadle.frontends.dsl import Model
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.option_values import choose_sizes
 from treadle.passes.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
+from treadle.runtime.drawn_inputs import small_sizes
 from treadle.runtime.verification import VerificationReport, verify_backends
 
 Array = np.ndarray[Any, Any]
@@ -41,7 +43,7 @@ def verify_model(
 
     model     as `treadle.compile` takes it, or an artifact, whose own graphs and weights are then verified
     backends  by name; all that are registered, if not said
-    sizes     at which to run; a few small ones, if not said
+    sizes     at which to run, small ones for the symbols that one leaves out; a few small ones, if not said
     seed      draws the inputs, and the weights where none are given
     the rest  as for `treadle.compile`
 
@@ -61,4 +63,7 @@ def verify_model(
         optimized = PassManager(passes).run(resolved.graph)
         found = weights if weights is not None else resolved.weights
         given = initial_weights(optimized.source, seed) if found is None else dict(found)
+    if sizes is not None:
+        least = small_sizes(optimized.source)[-1] if optimized.source.symbols else {}
+        sizes = [choose_sizes(optimized.source, {**least, **each}) for each in sizes]
     return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed)

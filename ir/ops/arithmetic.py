@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.op import Grads, Operand, Primitive, op
+from treadle.ir.operation import Grads, Operand, Primitive, op
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 

@@ -27,7 +27,7 @@ from treadle.ir.attention_terms import (
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.differentiate import backward, operand_gradients
 from treadle.ir.errors import RuleError
-from treadle.ir.op import Composite, Grads, Operand, op
+from treadle.ir.operation import Composite, Grads, Operand, op
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.graph import Function
-from treadle.ir.op import Operand, Primitive, op
+from treadle.ir.operation import Operand, Primitive, op
 from treadle.ir.types import Type
 
 

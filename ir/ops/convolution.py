@@ -9,7 +9,7 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.op import Composite, Grads, Operand, Primitive, op
+from treadle.ir.operation import Composite, Grads, Operand, Primitive, op
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.ops.shapes import not_below, resized, sized
 from treadle.ir.samples import S

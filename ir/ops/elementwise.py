@@ -10,7 +10,7 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.error_function import erf
-from treadle.ir.op import Grads, Operand, Primitive, op
+from treadle.ir.operation import Grads, Operand, Primitive, op
 from treadle.ir.samples import S
 from treadle.ir.types import DType
 

@@ -10,7 +10,7 @@ import numpy as np
 from treadle.ir.axes import Application, AxisDim, Role, parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.op import Grads, Operand, Primitive, op
+from treadle.ir.operation import Grads, Operand, Primitive, op
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.samples import S
 from treadle.ir.types import Type, f32

@@ -10,7 +10,7 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.op import Composite, Grads, Op, Operand, Primitive, op
+from treadle.ir.operation import Composite, Grads, Op, Operand, Primitive, op
 from treadle.ir.ops.along_axes import places, rule_along, with_ones
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import not_below, zeros

@@ -11,7 +11,7 @@ import numpy as np
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError, SizeError
-from treadle.ir.op import Grads, Op, Operand, Primitive, op
+from treadle.ir.operation import Grads, Op, Operand, Primitive, op
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.samples import S

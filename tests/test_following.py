@@ -8,7 +8,7 @@ import pytest
 
 import treadle as t
 from treadle.ir.errors import GraphError
-from treadle.ir.follow import Verdict, follow
+from treadle.ir.following import Verdict, follow
 from treadle.ir.graph import Graph
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
@@ -26,7 +26,7 @@ def line_of(model: t.Model, text: str) -> str:
     """The user's line on which a model's source has this text, as errors show it."""
     lines, first = inspect.getsourcelines(model.function)
     (offset,) = [i for i, line in enumerate(lines) if text in line]
-    return f"test_follow.py:{first + offset}"
+    return f"test_following.py:{first + offset}"
 
 
 def lines(verdict: Verdict) -> set[str]:

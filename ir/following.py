@@ -22,7 +22,7 @@ from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.op import Composite
+from treadle.ir.operation import Composite
 from treadle.ir.sizes import ONE, Size
 from treadle.ir.types import Factor
 

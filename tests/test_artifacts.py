@@ -1,0 +1,362 @@
+"""Artifacts: what is saved comes back with the same bits, equal builds are equal files, and no file is trusted."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import treadle
+from benchmarks.fuzz_artifact import Parts, judge, mutations, put
+from tests.op_checks import BACKENDS
+from tests.test_models import ZOO
+from treadle.artifacts import ArtifactLimits, load, open_artifact
+from treadle.backends.registry import find_backend
+from treadle.cli import app
+from treadle.ir.builder import Builder
+from treadle.ir.errors import BackendError, CheckpointError, ParseError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.parser import parse_graph
+from treadle.ir.scanner import Limits as TextLimits
+from treadle.ir.target import Target
+from treadle.models.gpt2 import gpt2
+from treadle.runtime.drawn_inputs import draw_inputs, small_sizes
+
+SMALL = {"vocab": 11, "dim": 12, "heads": 3, "layers": 2}
+
+
+def save_small(path: Path, **options: Any) -> treadle.Compiled:
+    made = treadle.compile(gpt2, **options, **SMALL)
+    made.save(path)
+    return made
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+# -- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_of_the_zoo_comes_back(name: str, backend: str, tmp_path: Path) -> None:
+    if reason := find_backend(backend).available():
+        pytest.skip(reason)
+    made = treadle.compile(ZOO[name][0], backend=backend, seed=3)
+    seal = made.save(tmp_path / "model.treadle")
+    again = load(tmp_path / "model.treadle")
+    assert (again.name, again.backend, str(again.target), again.seed) == (made.name, backend, "cpu", 3)
+    assert again.graph == made.graph
+    assert again.optimized.source == made.optimized.source
+    assert again.log.as_dict() == made.log.as_dict()
+    sizes = small_sizes(made.optimized.source)[-1]
+    inputs = draw_inputs(made.optimized.source, sizes, [1])
+    assert same_bits(made(**inputs), again(**inputs))
+    assert again.save(tmp_path / "again.treadle") == seal
+    assert (tmp_path / "again.treadle").read_bytes() == (tmp_path / "model.treadle").read_bytes()
+
+
+def test_weights_are_mapped_and_aligned(tmp_path: Path) -> None:
+    path = tmp_path / "small.treadle"
+    save_small(path)
+    for array in load(path).weights.values():
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+    parts = Parts.of(path.read_bytes())
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    assert len(parts.sections) > 20
+    assert all((8 + length + header[name]["data_offsets"][0]) % 64 == 0 for name in parts.sections)
+
+
+def test_every_dtype_comes_back(tmp_path: Path) -> None:
+    """bf16 too, which NumPy lacks: its arrays are float32 on both sides."""
+    pytest.importorskip("torch")
+    b = Builder(Graph("dtypes"))
+    arrays: dict[str, Any] = {
+        "f64": np.array([0.1, -0.0]), "f32": np.float32([1 / 3, 2]), "f16": np.float16([1.5, 65504]),
+        "bf16": np.float32([1.5, -3.0]), "i64": np.array([2**62, -1]), "i32": np.int32([7, 8]),
+        "i16": np.int16([7, -8]), "i8": np.int8([-128, 3]), "u8": np.uint8([255, 0]), "bool": np.array([True, False]),
+    }  # fmt: skip
+    for name in arrays:
+        x = b.parameter(f"w.{name}", f"{name}[2]")
+        b.function.outputs[name] = b.concat(x, x, axis=0).value
+    b.parameter("none", "f32[0, 3]")
+    weights = {f"w.{name}": array for name, array in arrays.items()} | {"none": np.zeros((0, 3), np.float32)}
+    made = treadle.compile(b.graph, backend="torch", weights=weights, passes=())
+    made.save(tmp_path / "dtypes.treadle")
+    again = load(tmp_path / "dtypes.treadle")
+    assert same_bits(made(), again())
+    assert all(np.array_equal(again()[name][:2], array) for name, array in arrays.items())
+
+
+def test_another_backend_than_it_was_made_for(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = tmp_path / "small.treadle"
+    made = save_small(path, backend="torch")
+    other = load(path, backend="numpy")
+    assert other.backend == "numpy"
+    tokens = np.arange(8).reshape(2, 4)
+    np.testing.assert_allclose(other(tokens=tokens).logits, made(tokens=tokens).logits, rtol=1e-4, atol=1e-6)
+    with pytest.raises(BackendError, match="runs on the CPU only"):
+        load(path, backend="numpy", target="cuda")
+
+
+def test_what_it_cannot_do(tmp_path: Path) -> None:
+    path = tmp_path / "small.treadle"
+    save_small(path)
+    with pytest.raises(UsageError, match="an artifact is compiled already"):
+        treadle.compile(path)
+    with pytest.raises(UsageError, match="the artifact cannot be written"):
+        load(path).save(tmp_path / "no" / "such" / "folder.treadle")
+
+
+# -- equal builds ----------------------------------------------------------------------------------------------------
+
+BUILD = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.test_models import ZOO
+import treadle
+for name in ("gpt2", "bert masked_lm", "t5 gated"):
+    for backend in {backends!r}:
+        treadle.compile(ZOO[name][0], backend=backend).save(f"{{name}} {{backend}}.treadle")
+"""
+
+
+def test_builds_under_other_hash_seeds_are_byte_identical(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parent.parent)
+    backends = [name for name in BACKENDS if find_backend(name).available() is None]
+    folders = []
+    for seed in ("1", "4242"):
+        folder = tmp_path / f"built under {seed}"
+        folder.mkdir()
+        folders.append(folder)
+        code = BUILD.format(root=root, backends=backends)
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    names = sorted(file.name for file in folders[0].iterdir())
+    assert len(names) == 3 * len(backends)
+    for name in names:
+        data = (folders[0] / name).read_bytes()
+        assert data == (folders[1] / name).read_bytes(), name
+        assert not any(place.encode() in data for place in (root, str(tmp_path), str(Path.home())))
+
+
+def test_other_weights_or_options_have_other_seals(tmp_path: Path) -> None:
+    seals = [
+        treadle.compile(gpt2, seed=seed, **{**SMALL, "dim": dim}).save(tmp_path / "x.treadle")
+        for seed, dim in ((0, 12), (1, 12), (0, 24), (0, 12))
+    ]
+    assert len(set(seals)) == 3
+    assert seals[0] == seals[3]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.treadle"
+    made = save_small(path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="cannot be written") as caught:
+        made.save(path)
+    assert "no space left" in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# -- what is not trusted ---------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.treadle"
+    save_small(path)
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not those that were written") as caught:
+        load(path)
+    assert "section weight/" in str(caught.value)
+    load(path, check=False)  # which says that it does not look
+    data[int.from_bytes(data[:8], "little") + 20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not those that were written"):
+        load(path, check=False)  # texts are always compared
+
+
+def edited(path: Path, change: Any) -> Path:
+    """A file whose parts were changed, its hashes right again."""
+    parts = Parts.of(path.read_bytes())
+    change(parts)
+    result = path.with_name("edited.treadle")
+    result.unlink(missing_ok=True)
+    result.write_bytes(parts.file())
+    return result
+
+
+def replace(name: str, old: str, new: str) -> Any:
+    def change(parts: Parts) -> None:
+        text = parts.sections[name][2].decode()
+        assert old in text
+        put(parts, name, text.replace(old, new, 1).encode())
+
+    return change
+
+
+def drop_weight(parts: Parts) -> None:
+    del parts.sections["weight/wte.weight"]
+
+
+def extra_weight(parts: Parts) -> None:
+    parts.sections["weight/more"] = ("F32", [1], bytes(4))
+
+
+def other_weight(parts: Parts) -> None:
+    parts.sections["weight/wte.weight"] = ("F32", [1, 11, 12], parts.sections["weight/wte.weight"][2])
+
+
+def unknown_section(parts: Parts) -> None:
+    parts.sections["code"] = ("U8", [4], b"pass")
+
+
+def other_version(parts: Parts) -> None:
+    parts.metadata["version"] = "2"
+
+
+def unknown_field(parts: Parts) -> None:
+    parts.metadata["hook"] = "os.system"
+
+
+HOSTILE: list[tuple[Any, str, str]] = [
+    (drop_weight, "a weight is missing", "section weight/wte.weight"),
+    (extra_weight, "a weight that the graph does not take", "section weight/more"),
+    (other_weight, "the weight must be f32[11, 12]", "section weight/wte.weight"),
+    (unknown_section, "the format has no such section", "section code"),
+    (other_version, "the artifact has another version", "__metadata__, version"),
+    (unknown_field, "the format has no such field", "__metadata__, hook"),
+    (replace("graph", "attention(", "attenshun("), "unknown op", "section graph, line"),
+    (replace("declared", "main(", "main[("), "expected '('", "section declared, line"),
+    (replace("graph", "main(tokens:", "main(ids:"), "", "section graph"),
+    (replace("log", '"passes"', '"pass"'), "the pass log has no list of passes", "section log"),
+    (replace("log", '"changes":0', '"changes":null'), "the pass log is not as it is written", "section log, pass"),
+    (replace("log", "[", "{"), "expected", "section log, byte"),
+]
+
+
+@pytest.mark.parametrize(("change", "what", "place"), HOSTILE)
+def test_a_hostile_file_is_refused_with_its_place(change: Any, what: str, place: str, tmp_path: Path) -> None:
+    save_small(tmp_path / "x.treadle")
+    path = edited(tmp_path / "x.treadle", change)
+    with pytest.raises((CheckpointError, ParseError)) as caught:
+        load(path)
+    assert what in caught.value.what
+    assert place in (caught.value.within or "")
+    assert str(path) in (caught.value.within or "")
+
+
+def test_foreign_and_truncated_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.treadle"
+    save_small(path)
+    whole = path.read_bytes()
+    for length in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
+        cut = tmp_path / f"{length}.treadle"
+        cut.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError) as caught:
+            load(cut)
+        assert str(cut) in (caught.value.within or "")
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "plain.treadle")
+    with pytest.raises(CheckpointError, match="not an artifact"):
+        load(tmp_path / "plain.treadle")
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        load(tmp_path / "nothing.treadle")
+
+
+def test_limits_hold_and_can_be_raised(tmp_path: Path) -> None:
+    path = tmp_path / "x.treadle"
+    save_small(path)
+    with pytest.raises(ParseError, match="too many nodes"):
+        load(path, limits=ArtifactLimits(graph=TextLimits(nodes=10)))
+    with pytest.raises(CheckpointError, match="the section is longer than the limit"):
+        load(path, limits=ArtifactLimits(log_bytes=100))
+    deep = Builder(Graph("deep"))
+    x = deep.input("x", "f32[S]")
+    for _ in range(ArtifactLimits().graph.nodes + 1):
+        x = -x
+    deep.outputs(y=x)
+    treadle.compile(deep.graph, passes=()).save(path)
+    with pytest.raises(ParseError, match="too many nodes"):
+        open_artifact(path)
+    held = open_artifact(path, limits=ArtifactLimits(graph=TextLimits()))
+    assert len(held.optimized.graph.main.nodes) == ArtifactLimits().graph.nodes + 1
+
+
+def test_text_of_a_file_never_becomes_code() -> None:
+    """Names and scopes are quoted in what backends emit; none of them can end its comment or its quotes."""
+    attack = "\\n    import builtins; builtins.treadle_ran = 1 #"
+    text = f"""graph "g{attack}" {{
+      symbols S
+      parameters {{ "w\\"{attack}": f32[3] }}
+      block "b{attack}"(x: f32[S]) -> (y: f32[S])
+        weights "w{attack}": f32[3]
+      {{
+        y = neg(x)                                   # f32[S]  "{attack}"
+        return y = y
+      }}
+      main("x{attack}": f32[S]) -> ("y{attack}": f32[S], w: f32[3]) {{
+        y = "b{attack}"("x{attack}") with {{"w{attack}": $"w\\"{attack}"}}       # f32[S]  "s{attack}"
+        return "y{attack}" = y, w = $"w\\"{attack}"
+      }}
+    }}"""
+    graph = parse_graph(text)
+    (parameter,) = graph.parameters
+    for name in BACKENDS:
+        if find_backend(name).available() is None:
+            exe = find_backend(name).compile(graph, Target("cpu"), {parameter: np.ones(3, np.float32)})
+            made = exe(**{graph.main.inputs[0].name: np.ones(2, np.float32)})
+            assert [array.tolist() for array in made.values()] == [[-1, -1], [1, 1, 1]]
+    assert not hasattr(builtins, "treadle_ran")
+
+
+def test_mutations(tmp_path: Path) -> None:
+    """400 damaged files; benchmarks/fuzz_artifact.py does 10,000 of the same kind, with a clock and a scale."""
+    outcomes = set()
+    for number, (kind, file, valid) in enumerate(mutations(400, seed=11)):
+        verdict = judge(file, tmp_path / f"{number}.treadle", valid)
+        assert verdict.failure is None, f"mutation {number} ({kind}): {verdict.failure}"
+        outcomes.add(verdict.outcome)
+    assert outcomes >= {"refused", "loaded"}
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_compile_run_and_inspect(tmp_path: Path) -> None:
+    path = tmp_path / "small.treadle"
+    sets = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    runner = CliRunner()
+    made = runner.invoke(app, ["compile", "gpt2", *sets, "-o", str(path), "--json"])
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["seal"] == open_artifact(path).seal
+    np.save(tmp_path / "ids.npy", np.array([[1, 2, 3]]))
+    ran = runner.invoke(app, ["run", str(path), "--input", f"tokens={tmp_path / 'ids.npy'}", "--json"])
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["outputs"]["logits"]["shape"] == [1, 3, 11]
+    for options, op in (([], "linear("), (["--raw"], "linear(")):
+        shown = runner.invoke(app, ["inspect", str(path), *options])
+        assert shown.exit_code == 0, shown.output
+        assert op in shown.stdout
+    assert runner.invoke(app, ["run", str(path), "--set", "layers=3"]).exit_code == 2
+    assert runner.invoke(app, ["compile", "gpt2", *sets, "-o", str(tmp_path / "small.bin")]).exit_code == 2

@@ -1,0 +1,259 @@
+"""Verification: a right backend passes on drawn inputs, and what is planted wrong is found, named and placed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import treadle
+import treadle.frontends.language as t
+from tests.test_models import ZOO
+from treadle.backends import numpy_spelling
+from treadle.backends.numpy_backend import NumpyBackend
+from treadle.cli import app
+from treadle.ir.builder import Builder
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Function, Graph
+from treadle.ir.types import boolean, f32, i64
+from treadle.passes.manager import Pass
+from treadle.passes.pass_log import PassRecord
+from treadle.runtime import verification
+from treadle.runtime.drawn_inputs import Range, draw_inputs, index_ranges, small_sizes
+from treadle.runtime.verification import compare
+from treadle.verifying import verify_model
+
+
+@t.model
+def toy(tokens: t.i64["B S"], *, layers=2):
+    x = t.embed(tokens, 9, 8, name="table")
+    for _ in t.stack("h", layers):
+        x = x + t.linear(t.gelu_tanh(t.linear(x, 16, name="up")), 8, name="down")
+    return t.softmax(x, axis=-1)
+
+
+def line_of(text: str) -> str:
+    """The file and line of this file where the toy's text stands."""
+    lines, first = inspect.getsourcelines(toy.function)
+    at = next(number for number, line in enumerate(lines, first) if text in line)
+    return f"{Path(__file__).name}:{at}"
+
+
+# -- what is right ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert masked_lm", "t5", "whisper_encoder"])
+def test_the_zoo_is_right(name: str) -> None:
+    report = verify_model(ZOO[name][0], seed=5)
+    ran = [b for b in report.backends if b.refused is None]
+    assert report.passed, str(report)
+    assert "numpy" in [b.backend for b in ran]
+    assert len(report.sizes) == 3
+    # Every tolerance is far below what a wrong formula would give, and what is measured is not exact either.
+    assert all(0 < b.difference.value < b.difference.tolerance < 1e-3 for b in ran)
+    assert json.loads(json.dumps(report.as_dict()))["backends"][0]["first_fault"] is None
+
+
+def test_the_same_seed_gives_the_same_report() -> None:
+    first, second = (verify_model(toy, backends=["numpy"], seed=1).as_dict() for _ in range(2))
+    assert first == second
+    assert verify_model(toy, backends=["numpy"], seed=2).as_dict() != first
+
+
+def test_an_artifact_is_verified(tmp_path: Path) -> None:
+    treadle.compile(toy).save(tmp_path / "toy.treadle")
+    report = verify_model(tmp_path / "toy.treadle", backends=["numpy"])
+    assert report.passed, str(report)
+    with pytest.raises(UsageError, match="takes no configuration"):
+        verify_model(tmp_path / "toy.treadle", layers=3)
+
+
+# -- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_kernel_is_found_with_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by one part in ten thousand, in the second op of a block; softmax after it hides most of that."""
+    monkeypatch.setitem(numpy_spelling.SPELLINGS, "gelu_tanh", "kernels.gelu_tanh({x}) * np.float32(1.0001)")
+    report = verify_model(toy)
+    wrong = next(b for b in report.backends if b.backend == "numpy")
+    assert not report.passed
+    assert wrong.passed is False
+    assert wrong.fault is not None
+    assert (wrong.fault.op, wrong.fault.scope) == ("gelu_tanh", "h.0")
+    assert wrong.fault.line.endswith(line_of("gelu_tanh"))
+    assert wrong.fault.difference is not None
+    assert wrong.fault.difference.value == pytest.approx(1e-4, rel=0.01)
+    assert all(b.passed is not False for b in report.backends if b is not wrong)
+    assert "WRONG" in str(report)
+    assert f"first op: {wrong.fault}" in str(report)
+
+
+def test_the_first_of_two_wrong_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(numpy_spelling.SPELLINGS, "softmax", lambda line: f"np.exp({line.x})")
+    monkeypatch.setitem(
+        numpy_spelling.SPELLINGS, "embedding", "kernels.take({table}, {indices}, 0) * np.float32(1.001)"
+    )
+    (report,) = verify_model(toy, backends=["numpy"]).backends
+    assert report.fault is not None
+    assert report.fault.op == "embedding"
+    assert report.fault.line.endswith(line_of("t.embed"))
+
+
+def test_a_kernel_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(numpy_spelling.SPELLINGS, "gelu_tanh", "kernels.gelu_tan({x})")
+    (report,) = verify_model(toy, backends=["numpy"]).backends
+    assert report.failure is not None
+    assert "gelu_tan" in report.failure
+    assert report.fault is not None
+    assert report.fault.op == "gelu_tanh"
+    assert "gelu_tan" in (report.fault.failure or "")
+
+
+def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(numpy_spelling.SPELLINGS, "gelu_tanh", "{x} * np.float32(np.nan)")
+    report = verify_model(toy, backends=["numpy"])
+    assert not report.passed
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["passed"] is False
+
+
+def test_right_ops_put_together_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that errs only where a graph has more than one op: no op can be named, and the report says so."""
+
+    class Careless(NumpyBackend):
+        def compile(self, graph: Graph, target: Any, weights: Any) -> Any:
+            made = super().compile(graph, target, weights)
+            if len(graph.main.nodes) == 1:
+                return made
+            return lambda **arrays: {name: array * 1.01 for name, array in made(**arrays).items()}
+
+    monkeypatch.setattr(verification, "find_backend", lambda name: Careless())
+    report = verify_model(toy, backends=["numpy"])
+    assert report.backends[0].passed is False
+    assert report.backends[0].fault is None
+    assert "every op alone is right" in str(report)
+
+
+@dataclass(frozen=True)
+class ForgetTheResidual(Pass):
+    """x + f(x)   -->   f(x), which is wrong."""
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        adds = [node for node in function.nodes if node.op.name == "add"]
+        for node in adds:
+            node.operands = (node.operands[1], node.operands[1])
+        return len(adds)
+
+
+def test_a_wrong_rewrite_is_told_from_a_wrong_backend() -> None:
+    report = verify_model(toy, backends=["numpy"], passes=[ForgetTheResidual()])
+    assert report.rewrites.exceeds
+    assert not report.passed
+    assert report.backends[0].fault is None  # every op does what the rewritten graph says
+
+
+def test_a_refusal_is_not_a_fault() -> None:
+    b = Builder(Graph("half"))
+    b.outputs(y=-b.input("x", "bf16[S]"))
+    report = verify_model(b.graph, backends=["numpy"])
+    assert report.backends[0].passed is None
+    assert "NumPy has no bf16" in (report.backends[0].refused or "")
+    assert not report.passed  # nothing ran, so nothing was shown
+
+
+# -- differences -----------------------------------------------------------------------------------------------------
+
+
+def test_an_undecided_integer_may_differ() -> None:
+    decided, undecided = np.array([1, 2]), np.array([1, 5])
+    assert not compare(np.array([1, 2]), decided, undecided, 0.0, 1, i64[(2,)]).exceeds
+    assert not compare(np.array([1, 5]), decided, undecided, 0.0, 1, i64[(2,)]).exceeds
+    assert compare(np.array([7, 2]), decided, undecided, 0.0, 1, i64[(2,)]).exceeds
+    true, false = np.array([True]), np.array([False])
+    assert compare(false, true, true, 0.0, 1, boolean[(1,)]).exceeds
+
+
+def test_masks_do_not_hide_the_rest() -> None:
+    """The least float32 in a result sets no scale for the others; infinities must agree."""
+    least = float(np.finfo(np.float32).min)
+    expected = np.array([least, 1.0, -np.inf])
+    eps = verification.SPACING["f32"]
+    near = compare(np.float32([least, 1 + 2 * eps, -np.inf]), expected, expected, eps, 1, f32[(3,)])
+    assert not near.exceeds
+    assert near.value == pytest.approx(2 * eps)
+    assert compare(np.float32([least, 1.001, -np.inf]), expected, expected, eps, 1, f32[(3,)]).exceeds
+    assert compare(np.float32([least, 1, 0]), expected, expected, eps, 1, f32[(3,)]).exceeds
+    assert compare(np.float32([0, 1, -np.inf]), expected, expected, eps, 1, f32[(3,)]).exceeds
+
+
+# -- drawn inputs ----------------------------------------------------------------------------------------------------
+
+
+def test_indices_are_found_through_what_moves_them() -> None:
+    b = Builder(Graph("indices"))
+    table = b.parameter("table", "f32[10, 4]")
+    short = b.parameter("short", "f32[3, 4]")
+    direct, shifted, both, moved, free = (
+        b.input(n, "i64[B, S]") for n in ("direct", "shifted", "both", "moved", "free")
+    )
+    narrow = b.input("narrow", "i32[B, S]")
+    outputs = {
+        "a": b.embedding(table, direct),
+        "b": b.embedding(table, shifted + 2),
+        "c": b.embedding(table, both) + b.gather(short, both, axis=0),
+        "d": b.embedding(table, b.slice(b.rearrange(moved, pattern="b s -> s b"), axis=0, start=0, stop=1)),
+        "e": b.cast(free, to=f32),
+        "f": b.embedding(short, b.cast(narrow, to=i64)),
+    }
+    b.outputs(**outputs)
+    ranges = index_ranges(b.graph, {"B": 2, "S": 5})
+    assert ranges == {
+        "direct": Range(0, 9),
+        "shifted": Range(-2, 7),
+        "both": Range(0, 2),
+        "moved": Range(0, 9),
+        "narrow": Range(0, 2),
+    }
+
+
+def test_positions_are_not_indices_of_what_they_count() -> None:
+    """Positions of tokens index a table of 40; the tokens themselves index one of 11."""
+    graph = ZOO["gpt2"][0].configure(context=40).graph()
+    sizes = small_sizes(graph)
+    assert all(s["S"] <= 40 for s in sizes)
+    assert len({(s["B"], s["S"]) for s in sizes}) == 3
+    assert index_ranges(graph, sizes[-1]) == {"tokens": Range(0, 10)}
+    drawn = draw_inputs(graph, sizes[-1], [0])["tokens"]
+    assert drawn.shape == (sizes[-1]["B"], sizes[-1]["S"])
+    assert (drawn.min(), drawn.max()) == (0, 10)
+
+
+def test_inputs_that_cannot_be_drawn() -> None:
+    b = Builder(Graph("never"))
+    x = b.input("x", "i64[S]")
+    b.outputs(y=b.embedding(b.parameter("a", "f32[3, 4]"), x), z=b.embedding(b.parameter("b", "f32[3, 4]"), x - 7))
+    with pytest.raises(UsageError, match="no value of input x points inside"):
+        verify_model(b.graph, backends=["numpy"])
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["verify", f"{__file__}:toy", "--backend", "numpy", "--sizes", "S=5"]
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, told.output
+    assert "numpy     ok" in told.stdout
+    monkeypatch.setitem(numpy_spelling.SPELLINGS, "gelu_tanh", "{x}")
+    told = CliRunner().invoke(app, [*arguments, "--json"])
+    assert told.exit_code == 1
+    facts = json.loads(told.stdout)
+    assert facts["backends"][0]["first_fault"]["op"] == "gelu_tanh"
+    assert facts["sizes"][0]["S"] == 5
+    refused = CliRunner().invoke(app, ["verify", f"{__file__}:toy", "--sizes", "Q=5"])
+    assert refused.exit_code == 2
