@@ -1,14 +1,15 @@
 """The vocabulary in a GGUF file's metadata, as a tokenizer: byte-level BPE, which the format calls "gpt2".
 
-tokenizer = gguf_text_tokenizer(GGUFFile.open(path))
-tokenizer.batch(["The capital of France is"]).ids
+    tokenizer = gguf_text_tokenizer(GGUFFile.open(path))
+    tokenizer.batch(["The capital of France is"]).ids
 
-tokenizer.ggml.model            "gpt2"; SentencePiece ("llama") is not read yet
-tokenizer.ggml.pre              how text is cut before merging: one of PRE_TOKENIZERS
-tokenizer.ggml.tokens, merges   the vocabulary in the order of its ids, and "left right", the first to apply first
-tokenizer.ggml.token_type       1 normal, 3 control, 4 defined by a user, ...
+    tokenizer.ggml.model            "gpt2"; SentencePiece ("llama") is not read yet
+    tokenizer.ggml.pre              how text is cut before merging: one of PRE_TOKENIZERS
+    tokenizer.ggml.tokens, merges   the vocabulary by its ids, and "left right", the first to apply first
+    tokenizer.ggml.token_type       1 normal, 3 control, 4 defined by a user, ...
 
-tokenizer.ggml.tokens, merges   the vocabulary by its ids, and "left right", the first to apply first
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's llama-vocab.cpp for how each
+name of `pre` cuts.
 """
 
 from __future__ import annotations

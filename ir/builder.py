@@ -118,8 +118,16 @@ class Builder:
 
     def _values(self, op: Op, given: Sequence[Any]) -> list[Value | None]:
         """Operands as values. A number takes the dtype that the op's rule ties it to, else its own (f32, i64, bool)."""
-        values = [x.value if isinstance(x, Expr) else x if isinstance(x, Value) else None for x in given]
-        numbers = [i for i, v in enumerate(values) if v is None and given[i] is not None]
+        values: list[Value | None] = []
+        numbers = []
+        for i, x in enumerate(given):
+            if type(x) is Expr:
+                values.append(x.value)
+            elif x is None or isinstance(x, Value):
+                values.append(x)
+            else:
+                values.append(None)
+                numbers.append(i)
         if numbers:
             entries = operand_entries(op.dtypes(), len(given))
             known = [v.type.dtype if v is not None else None for v in values]

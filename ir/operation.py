@@ -173,6 +173,8 @@ class Op:
 
         Raises TypeError for an unknown attribute, GraphError or RuleError for a wrong one.
         """
+        if not attributes:
+            return _interned(cls, (), ())  # type: ignore[arg-type]
         floats = tuple([str(v) for v in attributes.values() if type(v) is float])  # 0.0 equals -0.0
         try:
             return _interned(cls, tuple(attributes.items()), floats)  # type: ignore[arg-type]  # a class has a hash

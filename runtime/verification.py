@@ -396,12 +396,11 @@ def compare(made: Any, expected: Array, changed: Array, spacing: float, terms: i
         wide, wanted = got.astype(np.float64), expected.astype(np.float64)
         narrow = np.float32 if type.dtype.numpy is None else type.dtype.numpy
         most = float(np.finfo(narrow).max)
-        # Masks are often written as the least number of a dtype: such elements say nothing of the scale of others.
+        # Masks are often written as the least number of a dtype, or as -inf: such elements say nothing of the scale of
+        # the others. They must be as large, and of the same sign.
         plain = np.isfinite(wanted) & (np.abs(wanted) < most / 4)
-        large_agree = (wide == wanted) | (np.isnan(wide) & np.isnan(wanted))
-        large_agree |= np.abs(wide - wanted) <= _ROUNDINGS * spacing * np.abs(wanted)
-        large_agree |= (np.abs(wanted) >= most / 4) & (np.sign(wide) == np.sign(wanted)) & (np.abs(wide) >= most / 8)
-        if not large_agree[~plain].all():
+        as_large = (np.sign(wide) == np.sign(wanted)) & (np.abs(wide) >= most / 8)
+        if not (as_large | (np.isnan(wide) & np.isnan(wanted)))[~plain].all():
             return Difference(math.inf)
         scale = float(np.max(np.abs(wanted), initial=0.0, where=plain)) or 1.0
         moved = np.abs(changed.astype(np.float64) - wanted)

@@ -1,4 +1,4 @@
-"""GGUF files: small models written with the library's writer equal Hugging Face's; damaged ones are refused by field."""
+"""GGUF files: small models written by the library equal Hugging Face's; damaged ones are refused by field."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from treadle.frontends.rotary import Divided
 from treadle.ir.errors import CheckpointError
 from treadle.resolving import resolve
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import gguf
 import torch
 import transformers
 
@@ -254,7 +255,7 @@ def test_refusals(tmp_path: Path, data: bytes, what: str, place: str) -> None:
     ],
 )  # fmt: skip
 def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: Any, what: str) -> None:
-    class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
+    class Writer(gguf.GGUFWriter):
         def write_header_to_file(self, path: Path | None = None) -> None:
             kinds = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
             self.kv_data[0].pop(key, None)
