@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
+from treadle.ir.attributes import attribute_symbols
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError
@@ -45,12 +46,15 @@ class Encounter:
     """An op that does more with the axis than map it.
 
     role     what it does (see `treadle.ir.axes`)
+    factor   the factor of its rule in which the axis lies
     monoid   what combines a reduced factor
     limited  the axis is whole here, but each of its positions reads only positions up to itself (causal)
     paired   attention's keys and queries both lie along the axis
     resized  the axis is cut, padded, joined or strided over: the result has another one
     squared  a result holds the axis in two dimensions: it is about pairs of positions
     kept     the result has the axis too (a scatter writes along it; a lookup reads it away)
+    reordered  the axis is divided, and its parts do not stay side by side in their order
+    final    it is an output of the graph that is meant
     scope    the full scope of the first place where this happens; `count` places in all
     within   the composite whose body was opened to find this, if any
     """
@@ -58,12 +62,15 @@ class Encounter:
     node: Node
     role: Role
     scope: str
+    factor: str = ""
     monoid: str | None = None
     limited: bool = False
     paired: bool = False
     resized: bool = False
     squared: bool = False
     kept: bool = False
+    reordered: bool = False
+    final: bool = False
     count: int = 1
     within: Node | None = None
 
@@ -74,7 +81,8 @@ class Encounter:
 
     def __str__(self) -> str:
         what = "cut, padded, joined or strided over" if self.resized else self.role.value
-        what = "paired with itself" if self.squared else what
+        what = "paired with itself" if self.squared else "reordered" if self.reordered else what
+        what += " in an output" if self.final else ""
         detail = f" by {self.monoid}" if self.monoid else " up to each position" if self.limited else ""
         name = self.node.op.name if self.within is None else f"{self.within.op.name} ({self.node.op.name} inside)"
         where = ", ".join(part for part in (self.line, f"scope {self.scope}" if self.scope else "") if part)
@@ -148,15 +156,18 @@ class Following:
 
     def split(self) -> Verdict:
         """May the axis be divided among devices? A reduction leaves partial results to combine by its monoid, a lookup
-        in a divided table a sum. Composites are opened where they need the whole axis."""
+        in a divided table a sum, a scan an offset from the parts before. Composites are opened where they need the
+        whole axis; self-attention along it needs every pair, and is against."""
         against, combine = [], []
         for e in self.encounters:
-            for opened in _opened(e):
+            for opened in [e] if e.paired else _opened(e):
                 if opened.role is Role.REDUCED:
                     combine.append(opened)
                 elif opened.role is Role.INDEXED:
                     combine += [] if opened.kept else [_with(opened, monoid="sum")]
-                else:
+                elif opened.role is Role.SCANNED:
+                    combine.append(_with(opened, monoid="scan"))
+                elif not opened.reordered and not (opened.role is Role.GENERATED and _steps(opened)):
                     against.append(opened)
         return Verdict("split", self.axis, tuple(against), tuple(combine))
 
@@ -179,7 +190,9 @@ def follow(graph: Graph, axis: str) -> Following:
         raise GraphError(f"there is no axis {axis!r}", hint="one of " + ", ".join(known) + ", or a dimension as x[0]")
     order = {v: i for i, v in enumerate(_ordered(graph.main))}
     places = sorted(closure.places, key=lambda p: (order[p.value], p.dim, str(p.inner)))
-    return Following(axis, graph, tuple(places), _counted(closure.encounters))
+    outputs = [v for v in graph.main.outputs.values() if v.node is not None and _dims_held(v, places) > 1]
+    finals = [Encounter(v.node, Role.MAPPED, v.node.scope, squared=True, final=True) for v in outputs if v.node]
+    return Following(axis, graph, tuple(places), (*_counted(closure.encounters), *finals))
 
 
 # -- verdicts --------------------------------------------------------------------------------------------------
@@ -187,14 +200,16 @@ def follow(graph: Graph, axis: str) -> Following:
 
 def _steps(e: Encounter) -> bool:
     if e.squared:
-        return True  # what reads the pairs decides
+        return not e.final  # else what reads the pairs decides
+    if e.resized or e.reordered:
+        return False
     if e.role is Role.WHOLE:
-        return e.limited and not e.resized
+        return e.limited
     return e.role in (Role.SCANNED, Role.GENERATED) and e.node.op.step is not None
 
 
 def _packs(e: Encounter) -> bool:
-    if e.squared or e.role is Role.WHOLE:
+    if e.squared or e.resized or e.reordered or e.role is Role.WHOLE:
         return False
     return e.role is not Role.GENERATED or e.node.op.step is not None
 
@@ -208,16 +223,13 @@ def _opened(e: Encounter) -> Iterator[Encounter]:
     types = [None if v is None else v.type for v in e.node.operands]
     body = body_of(op, types)
     application = op.apply(types)
-    wholes = {f.name for f in application.factors.values() if f.role is Role.WHOLE}
     seeds = set()
     formals = iter(body.inputs)
     for dims in application.operands:
         if dims is None:
             continue
         formal = next(formals)
-        for j, dim in enumerate(dims):
-            if wholes & set(dim.factors):
-                seeds.add(Place(formal, j, ONE, formal.type.shape[j]))
+        seeds.update(_places_of(application, formal, dims, e.factor, ONE, application.dims[e.factor].size))
     inner = _Tracer(Graph(op.name), "").close(body, frozenset(seeds))
     for found in _counted(inner.encounters):
         for deeper in _opened(found):
@@ -281,6 +293,18 @@ class _Tracer:
                         yield Place(value, dim, inner, factor.size)
                     inner = inner * factor.size
 
+    def generated_seeds(self, function: Function) -> Iterator[Place]:
+        """Where a symbol's axis is generated: `iota(size=S)` counts along it."""
+        for node in function.nodes if self.symbol is not None else ():
+            if node.op.callee is not None or self.symbol not in attribute_symbols(node.op):
+                continue
+            application = node.op.apply([None if v is None else v.type for v in node.operands])
+            for name, factor in application.factors.items():
+                size = application.dims[name].size
+                if factor.role is Role.GENERATED and size.as_symbol == self.symbol:
+                    for value, dims in zip(node.results, application.results, strict=True):
+                        yield from _places_of(application, value, dims, name, ONE, size)
+
     def close(self, function: Function, seeds: frozenset[Place]) -> _Closure:
         key = (function.name, seeds)
         found = self.memo.get(key)
@@ -305,7 +329,8 @@ class _Tracer:
 
         add(seeds)
         add(self.label_seeds(function))
-        if self.symbol is None and self.axis.isidentifier():
+        add(self.generated_seeds(function))
+        if self.symbol is not None or self.axis.isidentifier():  # it may start anew in a callee
             pending.update(dict.fromkeys(n for n in function.nodes if n.op.callee is not None))
         met: dict[Node, list[Encounter]] = {}
         while pending:
@@ -320,8 +345,9 @@ class _Tracer:
             add(reached)
         if self.symbol is not None:
             for node in function.nodes:
-                if node not in met and node.op.callee is None and self.symbol in _size_symbols(node):
-                    met[node] = [Encounter(node, Role.GENERATED, node.scope)]
+                if node not in met and node.op.callee is None and self.symbol in attribute_symbols(node.op):
+                    # It computes with the length, but not along the axis: 2*S numbers, or S itself.
+                    met[node] = [Encounter(node, Role.GENERATED, node.scope, resized=True)]
         flat = tuple(e for node in function.nodes for e in met.get(node, ()))
         return _Closure(frozenset(p for held in places.values() for p in held), flat)
 
@@ -353,15 +379,18 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
     ]
     slots += zip(node.results, application.results, strict=True)
     coordinates: dict[tuple[str, Size, Size], None] = {}
-    resized = False
+    resized = reordered = False
     for place in here:
         for value, dims in slots:
             if value is place.value:
                 dim = dims[place.dim]
                 resized |= dim.size is not None
-                coordinates.update(dict.fromkeys(_locate(application, dim, place)))
+                pieces = list(_locate(application, dim, place))
+                reordered |= len(pieces) > 1 and not _side_by_side([name for name, _, _ in reversed(pieces)], slots)
+                coordinates.update(dict.fromkeys(pieces))
     reached = [p for c in coordinates for value, dims in slots for p in _places_of(application, value, dims, *c)]
     names = {name for name, _, _ in coordinates}
+    filled = {n for n, offset, size in coordinates if offset == 1 and size == application.dims[n].size}
     held = {v: _dims_held(v, (*here, *reached)) for v in (*node.inputs, *node.results)}
     pairs_given = any(held[v] > 1 for v in node.inputs)
     encounters = []
@@ -372,16 +401,19 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
         kept = any(name in d.factors for dims in application.results for d in dims)
         grown = factor.role is Role.WHOLE and not kept
         partners = _partners(application, name)
+        # Order along a factor is order along the axis only where the axis is all of the factor.
+        role = Role.WHOLE if factor.role is Role.SCANNED and name not in filled else factor.role
         encounters.append(
             Encounter(
                 node,
-                factor.role,
+                role,
                 node.scope,
+                name,
                 factor.monoid,
-                limited=factor.limit is not None and factor.limit in names,
-                paired=factor.role is Role.WHOLE
+                limited={name, factor.limit} <= filled and not pairs_given,
+                paired=role is Role.WHOLE
                 and node.op.pairs is not None
-                and set(node.op.pairs) <= names
+                and set(node.op.pairs) <= filled
                 and not pairs_given,
                 kept=kept,
                 resized=grown
@@ -391,9 +423,22 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
         )
     if resized and not any(e.resized for e in encounters):
         encounters.append(Encounter(node, Role.WHOLE, node.scope, resized=True))
-    if any(held[v] > 1 for v in node.results) and not pairs_given:
+    if reordered:
+        encounters.append(Encounter(node, Role.MAPPED, node.scope, reordered=True))
+    if any(held[v] > 1 for v in node.results) and not pairs_given and not reordered:
         encounters.append(Encounter(node, Role.MAPPED, node.scope, squared=True))
     return reached, encounters
+
+
+def _side_by_side(names: Sequence[str], slots: Sequence[tuple[Value, Sequence[AxisDim]]]) -> bool:
+    """Whether factors, wherever a value holds one of them, stand together in one dimension in this order."""
+    for _, dims in slots:
+        for dim in dims:
+            if set(names) & set(dim.factors):
+                at = dim.factors.index(names[0]) if names[0] in dim.factors else 0
+                if list(dim.factors[at : at + len(names)]) != list(names):
+                    return False
+    return True
 
 
 def _dims_held(value: Value, places: Sequence[Place]) -> int:
@@ -462,12 +507,3 @@ def _values(graph: Graph) -> Iterator[Value]:
 def _factors(value: Value) -> Iterator[Factor]:
     for dim in value.type.dims:
         yield from dim.factors
-
-
-def _size_symbols(node: Node) -> set[str]:
-    found: set[str] = set()
-    for value in node.op.attributes.values():
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Size):
-                found |= item.symbols
-    return found

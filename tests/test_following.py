@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 
@@ -151,6 +152,79 @@ def test_equal_sizes_are_not_one_axis() -> None:
     g = two.graph()
     assert follow(g, "x[1]").outputs == {"x": 1}
     assert follow(g, "y[1]").encounters == ()
+
+
+def refused(build: Callable[[t.Tensor], t.Tensor], type: t.Type, axis: str, reason: str) -> bool:
+    """Whether a model of one input may not be stepped along an axis, for this reason."""
+
+    def probe(x):
+        return build(x)
+
+    probe.__annotations__["x"] = type
+    verdict = follow(t.model(probe).graph(), axis).step()
+    return not verdict and reason in str(verdict)
+
+
+def test_an_order_along_a_merged_axis_is_not_the_sequence_s() -> None:
+    def causal_over_heads_and_positions(x: t.Tensor) -> t.Tensor:
+        q = t.rearrange(x, pattern="b s (h=2 d) -> b 1 (h s) d")
+        y = t.attention(q, q, q, mask=t.causal)
+        return t.rearrange(y, pattern="b 1 (h=2 s) d -> b s (h d)")
+
+    def sum_over_heads_and_positions(x: t.Tensor) -> t.Tensor:
+        y = t.cumsum(t.rearrange(x, pattern="b s (h=2 d) -> b (h s) d"), axis=1)
+        return t.rearrange(y, pattern="b (h=2 s) d -> b s (h d)")
+
+    def causal_over_the_batch(x: t.Tensor) -> t.Tensor:
+        q = t.rearrange(x, pattern="b s d -> 1 1 (b s) d")
+        return t.attention(q, q, q, mask=t.causal)
+
+    for build in (causal_over_heads_and_positions, sum_over_heads_and_positions, causal_over_the_batch):
+        assert refused(build, t.f32["B S 8"], "S", "the axis is whole"), build.__name__
+
+
+def test_a_shuffled_axis_is_named() -> None:
+    def shuffled(x: t.Tensor) -> t.Tensor:
+        y = t.rearrange(x, pattern="b (s r=2) d -> b 1 (r s) d")
+        return t.attention(y, y, y, mask=t.causal)
+
+    assert refused(shuffled, t.f32["B 8 4"], "x[1]", "rearrange: the axis is reordered")
+
+
+def test_what_is_made_from_the_length_is_followed() -> None:
+    def from_the_end(x: t.Tensor) -> t.Tensor:
+        back = t.reduce_max(t.iota(size="S"), axes=(0,)) - t.iota(size="S")
+        return x + t.rearrange(back.cast("f32"), pattern="s -> s 1")
+
+    def by_the_length(x: t.Tensor) -> t.Tensor:
+        return x * t.reduce_sum(t.iota(size="S", dtype="f32"), axes=(0,))
+
+    def by_another_length(x: t.Tensor) -> t.Tensor:
+        return x * t.reduce_sum(t.iota(size="2*S", dtype="f32"), axes=(0,))
+
+    def in_a_block(x: t.Tensor) -> t.Tensor:
+        c = t.parameter("c", 1, 8)
+        for _ in t.stack("h", 2):
+            c = c * t.ops.size(value="S", dtype="f32") + 1.0
+        return x + t.rearrange(c, pattern="b d -> b 1 d")
+
+    assert refused(from_the_end, t.f32["B S 8"], "S", "reduce_max: the axis is reduced")
+    assert refused(by_the_length, t.f32["B S 8"], "S", "reduce_sum: the axis is reduced")
+    assert refused(by_another_length, t.f32["B S 8"], "S", "iota")
+    assert refused(in_a_block, t.f32["B S 8"], "S", "size")
+
+
+def test_pairs_in_an_output_cannot_be_stepped() -> None:
+    def scores(x: t.Tensor) -> t.Tensor:
+        return t.einsum(x, x, equation="b s d, b t d -> b s t")
+
+    assert refused(scores, t.f32["B S 8"], "S", "paired with itself in an output")
+
+
+def test_splitting_the_sequence_names_self_attention_alone(gpt2_graph: Graph) -> None:
+    split = follow(gpt2_graph, "S").split()
+    assert [e.node.op.name for e in split.against] == ["attention"]
+    assert [(e.node.op.name, e.monoid) for e in split.combine] == [("positions", "scan")]
 
 
 def test_an_unknown_axis_is_an_error_that_lists_the_known() -> None:
