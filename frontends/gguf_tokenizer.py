@@ -8,8 +8,8 @@
     tokenizer.ggml.tokens, merges   the vocabulary by its ids, and "left right", the first to apply first
     tokenizer.ggml.token_type       1 normal, 3 control, 4 defined by a user, ...
 
-Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's llama-vocab.cpp for how each
-name of `pre` cuts.
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's llama-vocab.cpp for how
+each name of `pre` cuts.
 """
 
 from __future__ import annotations

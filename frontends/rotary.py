@@ -1,8 +1,10 @@
 """Frequencies of rotary positions: how fast each pair of a head's dimensions turns, and how longer contexts slow it.
 
-frequencies = t.rotary_frequencies(64, base=10000.0)                       # constants: base ** (-2 i / dims)
-frequencies = t.rotary_frequencies(64, scaling=Dynamic(2.0, 2048), length=t.size_of(tokens, 1))
-q = t.rotary(q, t.positions(tokens), frequencies)
+    frequencies = t.rotary_frequencies(64, base=10000.0)                       # constants: base ** (-2 i / dims)
+    frequencies = t.rotary_frequencies(64, scaling=Dynamic(2.0, 2048), length=t.size_of(tokens, 1))
+    q = t.rotary(q, t.positions(tokens), frequencies)
+
+docs/decisions/0003-rotary-frequencies.md says why the op takes them as an operand.
 """
 
 from __future__ import annotations

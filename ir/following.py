@@ -50,6 +50,7 @@ class Encounter:
     monoid   what combines a reduced factor
     limited  the axis is whole here, but each of its positions reads only positions up to itself (causal)
     paired   attention's keys and queries both lie along the axis
+    aligned  and the axis is all of each, so that a query's own position is known
     resized  the axis is cut, padded, joined or strided over: the result has another one
     squared  a result holds the axis in two dimensions: it is about pairs of positions
     kept     the result has the axis too (a scatter writes along it; a lookup reads it away)
@@ -66,6 +67,7 @@ class Encounter:
     monoid: str | None = None
     limited: bool = False
     paired: bool = False
+    aligned: bool = False
     resized: bool = False
     squared: bool = False
     kept: bool = False
@@ -149,7 +151,7 @@ class Following:
         another way than by reducing it, have no such form."""
         against = []
         for e in self.encounters:
-            if not e.paired:
+            if not e.aligned:
                 opened = [e] if e.node.op.pairs is not None else list(_opened(e))
                 against += [inner for inner in opened if not _packs(inner)]
         return Verdict("packed", self.axis, tuple(against))
@@ -403,6 +405,7 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
         partners = _partners(application, name)
         # Order along a factor is order along the axis only where the axis is all of the factor.
         role = Role.WHOLE if factor.role is Role.SCANNED and name not in filled else factor.role
+        paired = role is Role.WHOLE and node.op.pairs is not None and set(node.op.pairs) <= names
         encounters.append(
             Encounter(
                 node,
@@ -411,10 +414,8 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
                 name,
                 factor.monoid,
                 limited={name, factor.limit} <= filled and not pairs_given,
-                paired=role is Role.WHOLE
-                and node.op.pairs is not None
-                and set(node.op.pairs) <= filled
-                and not pairs_given,
+                paired=paired,
+                aligned=paired and set(node.op.pairs or ()) <= filled and not pairs_given,
                 kept=kept,
                 resized=grown
                 and not partners

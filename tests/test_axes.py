@@ -65,7 +65,7 @@ def test_the_rules_of_the_page_are_read() -> None:
     assert len(rules) > 6
     for rule in rules:
         assert parse_rule(rule).text == rule
-    rows = re.findall(r'^\|.*\| (\w+)(?:, limited)? \|.*"([^"]*)" \|$', page, re.MULTILINE)
+    rows = re.findall(r'^\|.*\| (\w+) \|.*"([^"]*)"` \|$', page, re.MULTILINE)
     assert {role for role, _ in rows} == {role.value for role in Role}
     for role, rule in rows:
         found = {f.role.value for f in parse_rule(rule).factors.values()}
@@ -87,11 +87,11 @@ def test_the_rules_of_the_page_are_read() -> None:
         ("b s (h=6 d) -> b h s d", ["B, S, (heads=12 64)"], ["B, 6, S, 128"]),
         ("(a b=3) -> b a", ["6*S"], ["3, 2*S"]),
         ("(a b) -> a b", ["(S 4)"], ["S, 4"]),
-        ("(a b c) (d a) b=2 -> a b c d", ["24, 15, 2"], ["3, 2, 4, 5"]),
+        ("(a b c) (d=5 a) b -> a b c d", ["24, 15, 2"], ["3, 2, 4, 5"]),
         ("a 1 -> 1 a 1", ["5, 1"], ["1, 5, 1"]),
         ("() a -> a", ["1, 5"], ["5"]),
         ("(1 a) -> a", ["5"], ["5"]),
-        ("n, m -> [n+m]", ["S, 3".split(", ")[0], "3"], ["S+3"]),
+        ("n, m -> [n+m]", ["S", "3"], ["S+3"]),
         ("[n] -> [(n+2-3)//2+1]", ["S"], ["((S-1)//2)+1"]),
         ("[n] -> [2*n]", ["2*S+1"], ["4*S+2"]),
         ("[n] -> [(S)]", ["7"], ["S"]),  # a symbol of the graph, not of the rule

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import treadle.frontends.language as t
+from treadle.frontends.rotary import Dynamic
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.ir.following import follow
 from treadle.ir.parser import parse_graph
@@ -19,6 +20,7 @@ from treadle.models.distilbert import HEADS as DISTILBERT_HEADS
 from treadle.models.distilbert import distilbert
 from treadle.models.family import read_float, read_int
 from treadle.models.gpt2 import gpt2
+from treadle.models.llama import llama
 from treadle.models.marian import marian
 from treadle.models.registry import family_names, family_of, find_family
 from treadle.models.roberta import roberta
@@ -54,6 +56,11 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
         small(clip, projection=6, text={"dim": 12, "heads": 3, "layers": 2}, vision={"dim": 12, "heads": 3}),
         {"text_layer": 2, "vision_layer": 12},
     ),
+    "llama": (small(llama, head_dim=6), {"layer": 4}),
+    "llama, all options": (
+        small(llama, head_dim=6, tied=True, window=3, scaling=Dynamic(2.0, 8), rotary_dims=4, norm_offset=1.0),
+        {"layer": 4},
+    ),
     "t5": (small(t5), {"encoder_block": 4, "decoder_block": 3}),
     "t5 gated": (small(t5, gated=True, tied=False), {"encoder_block": 4, "decoder_block": 3}),
     "t5_encoder": (small(t5_encoder), {"encoder_block": 4}),
@@ -62,7 +69,8 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     "bart hidden": (small(bart, logits=False), {"encoder_layer": 6, "decoder_layer": 3}),
     "marian": (small(marian, encoder_heads=4, decoder_heads=2), {"encoder_layer": 6, "decoder_layer": 3}),
     "marian, two vocabularies": (
-        small(marian, decoder_vocab=13, encoder_heads=4, decoder_heads=2), {"encoder_layer": 6, "decoder_layer": 3}
+        small(marian, decoder_vocab=13, encoder_heads=4, decoder_heads=2),
+        {"encoder_layer": 6, "decoder_layer": 3},
     ),
     "whisper": (small(whisper), {"encoder_layer": 4, "decoder_layer": 3}),
     "whisper_encoder": (small(whisper_encoder), {"encoder_layer": 4}),
