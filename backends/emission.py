@@ -25,6 +25,7 @@ from typing import Any
 
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
+from treadle.ir.hashing import op_key
 from treadle.ir.operation import Op
 from treadle.ir.sizes import Size
 from treadle.ir.types import Type
@@ -167,7 +168,15 @@ def number(literal: Literal) -> str:
     """A scalar constant as a Python number, with no more digits than its dtype needs."""
     scalar = literal.array[()]
     # A float16 may be computed with in float32, where the shortest digits of its own would be another number.
-    text = repr(scalar.item()) if literal.dtype.name != "f32" else str(scalar)
+    return _as_python(repr(scalar.item()) if literal.dtype.name != "f32" else str(scalar))
+
+
+def float_text(value: float) -> str:
+    """An attribute that is a float, as a Python number."""
+    return _as_python(repr(value))
+
+
+def _as_python(text: str) -> str:
     return text if text.lstrip("-") not in ("inf", "nan") else f'float("{text}")'
 
 
@@ -224,7 +233,7 @@ class _ProgramWriter:
         self.bundles: dict[str, tuple[str, ...]] = {}
         self.references: dict[str, Node] = {}
         self.reference_names = _Names(())
-        self.named_ops: dict[tuple[Op, tuple[Type, ...]], str] = {}
+        self.named_ops: dict[tuple[str, tuple[Type, ...]], str] = {}
         names = _Names({*dialect.names, "main"})
         self.function_names = {name: "main" if name == "main" else names.new(name) for name in graph.functions}
         symbols = _Names({*names.taken, "_"})
@@ -259,7 +268,7 @@ class _ProgramWriter:
         return f"constants[{self.constants.setdefault(literal, len(self.constants))}]"
 
     def reference(self, node: Node) -> str:
-        key = (node.op, tuple(v.type for v in node.results))
+        key = (op_key(node.op), tuple(v.type for v in node.results))
         if key not in self.named_ops:
             self.named_ops[key] = name = self.reference_names.new(node.op.name)
             self.references[name] = node
@@ -386,6 +395,7 @@ class _FunctionWriter:
         """Lines that read the needed symbols from the arguments' shapes; the rest the caller passes."""
         wanted = sorted(self.used)
         lines = []
+        told = {s for v in self.function.arguments for size in v.type.shape if (s := size.as_symbol) is not None}
         for value in self.function.arguments:
             symbols = [s.as_symbol for s in value.type.shape]
             new = [s for s in dict.fromkeys(symbols) if s in wanted]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from treadle.backends.attention_spelling import attention, knows
 from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
-from treadle.backends.emission import Dialect, Line, Spelling
+from treadle.backends.emission import Dialect, Line, Spelling, float_text
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
 from treadle.ir.types import DType, Type
@@ -120,7 +120,8 @@ def _pad(line: Line) -> str:
     rank = line.type("x").rank
     widths = ["(0, 0)"] * rank
     widths[line.op.axis] = f"({line.size(line.op.before)}, {line.size(line.op.after)})"
-    value = f", constant_values={line.op.value!r}" if line.op.value else ""
+    fill = float_text(line.op.value)
+    value = f", constant_values={fill}" if fill != "0.0" else ""
     return f"np.pad({line.array('x')}, ({', '.join(widths)},){value})"
 
 

@@ -71,16 +71,18 @@ class Signature:
         for symbol, port in first_in.items():
             size, bounds = sizes[symbol], self.bounds.get(symbol, Bounds())
             if size not in bounds:
-                position = [s.as_symbol for s in port.type.shape].index(symbol)
+                bare = [s.as_symbol for s in port.type.shape]
+                what = f"dimension {bare.index(symbol)}" if symbol in bare else symbol
                 limit = f"at least {bounds.lower}" if size < bounds.lower else f"at most {bounds.upper}"
-                wrong = f": dimension {position} must be {limit}, is {size}"
+                wrong = f": {what} must be {limit}, is {size}"
                 raise self._refusal(
                     port, wrong, shapes, f"{bounds.around(symbol)}" if size else f"{symbol} of 1 or more"
                 )
-        for extent, node in self.derived:
+        for extent, otherwise, node in self.derived:
             if extent.symbols <= sizes.keys() and extent.evaluate(sizes) < 0:
+                known = ", ".join(f"{s} = {sizes[s]}" for s in sorted(extent.symbols))
                 raise BackendError(
-                    f"{node.op.name}: a dimension of size {extent} would be {extent.evaluate(sizes)}",
+                    f"{node.op.name}: {otherwise}, where {known}",
                     received=_shown(shapes, self.ports),
                     within=str(self),
                     source=describe_source(node.source, node.scope),
@@ -100,15 +102,16 @@ def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> st
     return ", ".join(f"{p.name}: {p.dtype}[{', '.join(map(str, shapes[p.name]))}]" for p in ports)
 
 
-def _sizes_that_may_be_negative(graph: Graph) -> list[tuple[Size, Node]]:
-    """Sizes of results such as S - 4, each with the first node that has it."""
-    found: dict[Size, Node] = {}
+def _sizes_that_may_be_negative(graph: Graph) -> list[tuple[Size, str, Node]]:
+    """Sizes such as S - 4 that ops demand or results have, each with what to say of it and the first node with it."""
+    found: dict[Size, tuple[str, Node]] = {}
     for _, node in graph.walk():
-        for value in node.results:
-            for size in value.type.shape:
-                if size.symbols and size not in found and size.bounds(graph.symbols).lower < 0:
-                    found[size] = node
-    return list(found.items())
+        demanded = [*node.op.demands([None if v is None else v.type for v in node.operands])]
+        made = [(s, f"it would make a dimension of size {s}") for v in node.results for s in v.type.shape]
+        for size, otherwise in (*demanded, *made):
+            if size.symbols and size not in found and size.bounds(graph.symbols).lower < 0:
+                found[size] = otherwise, node
+    return [(size, otherwise, node) for size, (otherwise, node) in found.items()]
 
 
 # -- dtypes --------------------------------------------------------------------------------------------------

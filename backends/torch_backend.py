@@ -152,7 +152,8 @@ class _TorchArrays:
         """An array as a tensor on the device: the same memory on the CPU, wherever PyTorch can address it."""
         tileable = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
         if not (tileable and array.flags.aligned and array.dtype.isnative):
-            array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+            # ascontiguousarray would leave a negative stride along an axis of one element
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
         with warnings.catch_warnings():
             # Nothing writes to arguments, weights or constants: results that share their memory are copied.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from treadle.backends.attention_spelling import attention, knows, scale_of
 from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
-from treadle.backends.emission import Dialect, Line, Spelling
+from treadle.backends.emission import Dialect, Line, Spelling, float_text
 from treadle.ir.attention_terms import Causal
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
@@ -51,7 +51,6 @@ SPELLINGS: dict[str, Spelling] = {
     "sin": "torch.sin({x})",
     "cos": "torch.cos({x})",
     "abs": "torch.abs({x})",
-    "sign": "torch.sign({x})",
     "floor": "torch.floor({x})",
     "relu": "F.relu({x})",
     "gelu": "F.gelu({x})",
@@ -68,7 +67,7 @@ SPELLINGS: dict[str, Spelling] = {
     "logical_and": "{x} & {y}",
     "logical_or": "{x} | {y}",
     "logical_not": "~{x}",
-    "where": "torch.where({condition}, {x}, {y})",
+    "where": lambda line: f"torch.where({line.array('condition')}, {line.x}, {line.y})",
     # products
     "matmul": "{x} @ {y}",
     # shapes and positions
@@ -96,6 +95,13 @@ def _cast(line: Line) -> str:
     return f"{line.array('x')}.to({dtype_text(line.op.to)})"
 
 
+@_spells("sign")
+def _sign(line: Line) -> str:
+    """PyTorch gives 0 for NaN."""
+    x = line.array("x")
+    return f"torch.where({x} == {x}, torch.sign({x}), {x})" if line.result.dtype.is_float else f"torch.sign({x})"
+
+
 @_spells("linear")
 def _linear(line: Line) -> str:
     bias = f", {line.bias}" if line.has("bias") else ""
@@ -104,7 +110,9 @@ def _linear(line: Line) -> str:
 
 @_spells("einsum")
 def _einsum(line: Line) -> str:
-    return f'torch.einsum("{einsum_letters(line.op.equation)}", {line.arrays})'
+    dtype = line.result.dtype
+    told = "" if dtype.is_float else f".to({dtype_text(dtype)})"  # sums of small integers are int64 in PyTorch
+    return f'torch.einsum("{einsum_letters(line.op.equation)}", {line.arrays}){told}'
 
 
 @_spells("expand")
@@ -127,7 +135,8 @@ def _pad(line: Line) -> str:
     rank = line.type("x").rank
     inner = rank - 1 - line.op.axis % rank  # F.pad counts axes from the last
     widths = "0, 0, " * inner + f"{line.size(line.op.before)}, {line.size(line.op.after)}"
-    value = f", value={line.op.value!r}" if line.op.value else ""
+    fill = float_text(line.op.value)
+    value = f", value={fill}" if fill != "0.0" else ""
     return f"F.pad({line.array('x')}, ({widths}){value})"
 
 

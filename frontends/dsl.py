@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -37,12 +37,17 @@ Tensor = Expr
 
 
 class Trace(Builder):
-    """A builder that also remembers which nodes the repetitions of each stack added."""
+    """A builder that also remembers what the model's text says once.
+
+    regions   the nodes that the repetitions of each stack added
+    declared  the parameters that may not be declared again; a repetition of a shared stack may declare the others'
+    """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.regions: list[Region] = []
         self.depth = 0
+        self.declared: set[str] = set()
 
 
 _current: ContextVar[Trace | None] = ContextVar("treadle_trace", default=None)
@@ -71,7 +76,10 @@ def stack(name: str, count: int, *, shared: bool = False) -> Iterator[int]:
     """
     tracing = trace()
     source = user_line()
+    before, declared = frozenset(tracing.declared), set(tracing.declared)
     for i in range(count):
+        if shared:
+            tracing.declared = set(before)
         outer, start = tracing.scope, len(tracing.function.nodes)
         tracing.scope = ".".join(filter(None, (outer, name, "" if shared else str(i))))
         tracing.depth += 1
@@ -81,6 +89,9 @@ def stack(name: str, count: int, *, shared: bool = False) -> Iterator[int]:
         finally:
             tracing.scope = outer
             tracing.depth -= 1
+            if shared:
+                declared |= tracing.declared
+                tracing.declared = declared
             nodes = tracing.function.nodes[start:]
             tracing.regions.append(Region(name, scope, nodes, source, depth))
 
@@ -93,13 +104,20 @@ def scope(name: str) -> Iterator[None]:
 
 
 def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dtype: DType = f32) -> Tensor:
-    """The parameter `name` under the current scope, declared where it is new.
+    """Declare the parameter `name` under the current scope.
 
     init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another
-    word.
+    word, for a name that is declared already, and for a shape that is not known while tracing.
     """
     tracing = trace()
     full = f"{tracing.scope}.{name}" if tracing.scope else name
+    if full in tracing.declared:
+        raise FrontendError(
+            f"parameter {full} is declared twice",
+            source=describe_source(user_line(), tracing.scope),
+            hint=f"another name= or scope for one of the two, or t.shared_parameter({full!r}) to use it again",
+        )
+    tracing.declared.add(full)
     start = _INITS.get(init) if isinstance(init, str) else init
     if start is None:
         raise FrontendError(
@@ -107,7 +125,16 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
             source=describe_source(user_line(), tracing.scope),
             hint="one of " + ", ".join(_INITS) + ", or an Init",
         )
-    return tracing.parameter(full, f"{dtype}[{', '.join(map(str, shape))}]", start)
+    made = tracing.parameter(full, f"{dtype}[{', '.join(map(str, shape))}]", start)
+    sizes = made.type.static_shape
+    if sizes is None or min(sizes, default=0) < 0:
+        raise FrontendError(
+            f"the shape of parameter {full} must be of numbers from 0 on",
+            received=str(made.type),
+            source=describe_source(user_line(), tracing.scope),
+            hint="a weight has one size for all calls; give the input's axis a number" if sizes is None else None,
+        )
+    return made
 
 
 _INITS = {"normal": Init("normal", 0.02), "zeros": Init("zeros"), "ones": Init("ones")}
@@ -141,7 +168,7 @@ def constant(value: Any, dtype: DType | None = None) -> Tensor:
 def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
     """Promise that a symbolic axis stays within bounds; calls outside them are refused.
 
-    Raises FrontendError for a symbol that no input has, GraphError where no size is left.
+    Raises FrontendError for a symbol that no input has, GraphError for a lower bound below 1 or where no size is left.
     """
     graph = trace().graph
     if symbol not in graph.symbols:
@@ -207,7 +234,7 @@ class Model:
     def declared_inputs(self) -> tuple[Input, ...]:
         """All inputs, optional ones included, in the sizes of the configuration.
 
-        Raises FrontendError for one without a type.
+        Raises FrontendError for one without a type, or with a negative size.
         """
         sizes = {n: v for n, v in {**self.defaults, **self.config}.items() if type(v) is int}
         found = []
@@ -223,7 +250,14 @@ class Model:
                 )
             optional = isinstance(kind, OptionalType)
             declared = kind.type if isinstance(kind, OptionalType) else kind
-            found.append(Input(p.name, declared.substitute(sizes), optional))
+            sized = declared.substitute(sizes)
+            if any(size.constant is not None and size.constant < 0 for size in sized.shape):
+                raise FrontendError(
+                    f"input {p.name} of model {self.name} has a negative size",
+                    received=str(sized),
+                    source=_definition(self.function),
+                )
+            found.append(Input(p.name, sized, optional))
         return tuple(found)
 
     @property
@@ -232,11 +266,13 @@ class Model:
         found = self._signature.parameters.values()
         return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
-    def configure(self, *, inputs: tuple[str, ...] | None = None, **config: Any) -> Model:
+    def configure(self, /, *, inputs: Sequence[str] | None = None, **config: Any) -> Model:
         """The model with some configuration changed, or with those optional inputs present that `inputs` names.
 
         `inputs` may name required ones too, which are always present. Raises FrontendError for an unknown name.
         """
+        if isinstance(inputs, str):
+            raise FrontendError("inputs= is a list of names", received=repr(inputs), hint=f"inputs=[{inputs!r}]")
         unknown = [n for n in config if n not in self.defaults]
         known_inputs = [i.name for i in self.declared_inputs]
         unknown_inputs = [n for n in inputs or () if n not in known_inputs]
@@ -289,7 +325,7 @@ class Model:
             )
         return values
 
-    def __call__(self, *inputs: Tensor | None, **config: Any) -> Any:
+    def __call__(self, /, *inputs: Tensor | None, **config: Any) -> Any:
         """Use the model inside another: its ops and parameters go under the current scope.
 
         Optional inputs at the end may be left out.

@@ -13,7 +13,7 @@ from typing import Any
 from treadle.frontends.dsl import Tensor, parameter, shared_parameter, trace
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import FrontendError
-from treadle.ir.graph import Init
+from treadle.ir.graph import Init, Value
 from treadle.ir.masking import Biases, Masks, attend
 from treadle.ir.masking import causal as causal_mask
 from treadle.ir.sizes import Bounds, Size, SizeLike
@@ -35,17 +35,18 @@ def linear(x: Tensor, out: SizeLike | Dim, *, bias: bool = True, name: str) -> T
 def embed(ids: Tensor, count: int, dim: SizeLike, *, name: str) -> Tensor:
     """Rows of a table [count, dim] at ids [...], giving [..., dim].
 
-    Where ids are `positions` of a symbolic axis, that axis is bounded by the table: S <= count.
+    Where ids are `positions` of a symbolic axis, or these and a constant, that axis is bounded by the table:
+    S + constant <= count.
     """
     b = trace()
-    made_by = ids.value.node.op.name if ids.value.node is not None else None
-    if made_by == "positions":
+    first = _first_position(ids.value)
+    if first is not None:
         size = ids.shape[-1]
         if size.as_symbol is not None:
-            b.graph.bound(size.as_symbol, Bounds(upper=count))
-        elif size.constant is not None and size.constant > count:
+            b.graph.bound(size.as_symbol, Bounds(upper=count - first))
+        elif size.constant is not None and size.constant + first > count:
             raise FrontendError(
-                f"there are {size} positions, and {count} rows in the table {name}",
+                f"there are {size} positions{f' from {first} on' if first else ''}, and {count} rows in the table {name}",
                 source=describe_source(user_line(), b.scope),
             )
     with b.scoped(name):
@@ -215,6 +216,20 @@ def convolution(
         weight = parameter("weight", channels, channels_in, *kernel, init=Init("normal", 0.02))
         offset = parameter("bias", channels, init="zeros") if bias else None
         return _tensor(b.conv(x, weight, offset, name=name, **options))
+
+
+def _first_position(ids: Value) -> int | None:
+    """The first of ids that are `positions`, to which constants may have been added; None for others."""
+    node = ids.node
+    if node is not None and node.op.name == "positions":
+        return 0
+    if node is not None and node.op.name == "add":
+        x, y = node.inputs
+        for positions, added in ((x, y), (y, x)):
+            first = _first_position(positions) if added.literal is not None else None
+            if first is not None and isinstance(offset := added.literal.scalar, int):
+                return first + offset
+    return None
 
 
 def _head_dim(width: Size, heads: int) -> Size:

@@ -432,7 +432,13 @@ def parse_term(text: str) -> Term:
     return cls(**values)
 
 
-attribute_codec("Term", lambda value: parse_term(value) if isinstance(value, str) else value)
+def _read_term(value: Term | str) -> Term:
+    if not isinstance(value, Term | str):
+        raise TypeError
+    return parse_term(value) if isinstance(value, str) else value
+
+
+attribute_codec("Term", _read_term)
 
 
 def _require(condition: bool, what: str, term: Term) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
@@ -67,7 +67,7 @@ class Builder:
             )
         return Expr(self, known)
 
-    def outputs(self, **outputs: Expr) -> Function:
+    def outputs(self, /, **outputs: Expr) -> Function:
         """Name the function's outputs, in order."""
         self.function.outputs = {name: expr.value for name, expr in outputs.items()}
         return self.function
@@ -265,14 +265,35 @@ class Expr:
     def __rtruediv__(self, other: Any) -> Expr:
         return self._apply("div", other, self)
 
+    def __floordiv__(self, other: Any) -> Expr:
+        return self._apply("floor_divide", self, other)
+
+    def __rfloordiv__(self, other: Any) -> Expr:
+        return self._apply("floor_divide", other, self)
+
+    def __mod__(self, other: Any) -> Expr:
+        return self._apply("mod", self, other)
+
+    def __rmod__(self, other: Any) -> Expr:
+        return self._apply("mod", other, self)
+
     def __pow__(self, other: Any) -> Expr:
         return self._apply("pow", self, other)
+
+    def __rpow__(self, other: Any) -> Expr:
+        return self._apply("pow", other, self)
 
     def __neg__(self) -> Expr:
         return self._apply("neg", self)
 
-    def __matmul__(self, other: Expr) -> Expr:
+    def __abs__(self) -> Expr:
+        return self._apply("abs", self)
+
+    def __matmul__(self, other: Any) -> Expr:
         return self._apply("matmul", self, other)
+
+    def __rmatmul__(self, other: Any) -> Expr:
+        return self._apply("matmul", other, self)
 
     def __lt__(self, other: Any) -> Expr:
         return self._apply("less", self, other)
@@ -309,6 +330,14 @@ class Expr:
             received=str(self.type),
             source=describe_source(user_line(), self.builder.scope),
             hint="where(condition, a, b) chooses element by element",
+        )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise GraphError(
+            "a traced value has no [ ]: its axes are cut and looked up by ops",
+            received=str(self.type),
+            source=describe_source(user_line(), self.builder.scope),
+            hint="slice(x, axis=1, start=0, stop=4) for a part of an axis, gather(x, 0, axis=1) for one place on it",
         )
 
     def __iter__(self) -> Iterator[Any]:

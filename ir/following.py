@@ -225,7 +225,7 @@ def _opened(e: Encounter) -> Iterator[Encounter]:
     types = [None if v is None else v.type for v in e.node.operands]
     body = body_of(op, types)
     application = op.apply(types)
-    seeds = set()
+    seeds: set[Place] = set()
     formals = iter(body.inputs)
     for dims in application.operands:
         if dims is None:

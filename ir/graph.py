@@ -53,7 +53,8 @@ class Literal:
     def of(value: Any, dtype: DType | None = None) -> Literal:
         """From a number, nested list or NumPy array.
 
-        `dtype` converts: floats round, integers and truth values must be exact. Without it Python's floats are f32.
+        `dtype` converts: floats round, but not to infinity; integers and truth values must be exact. Without it
+        Python's floats are f32.
         Raises GraphError.
         """
         try:
@@ -65,8 +66,15 @@ class Literal:
         kind = dtype or dtype_of(array)
         if kind is None or array.dtype.kind not in "biuf":
             raise GraphError(f"a constant cannot hold {array.dtype}")
-        with np.errstate(invalid="ignore"):
-            stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)
+        try:
+            with np.errstate(invalid="ignore", over="raise"):
+                stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)
+        except FloatingPointError:
+            largest = array.flat[np.argmax(np.abs(np.where(np.isfinite(array), array, 0)))]
+            raise GraphError(
+                f"{largest} is past the greatest number of {kind}",
+                hint='float("inf"), or cast the other operand to a wider dtype',
+            ) from None
         if not kind.is_float and array.dtype != stored.dtype and not np.array_equal(stored, array):
             wrong = array[stored != array].flat[0]
             raise GraphError(f"{wrong} is no {kind}", hint="cast the other operand, or round the number")
@@ -92,10 +100,15 @@ class Literal:
 
 
 def _to_bfloat16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The upper halves of float32 words, rounded to nearest even; a NaN stays one."""
+    """The upper halves of float32 words, rounded to nearest even; a NaN stays one.
+
+    Raises FloatingPointError where a finite number would become infinite.
+    """
     values = np.ascontiguousarray(array, dtype=np.float32)
     words = values.view(np.uint32).astype(np.uint64)
     rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
+    if np.any(((rounded & 0x7FFF) == 0x7F80) & np.isfinite(values)):
+        raise FloatingPointError
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
@@ -260,7 +273,13 @@ class Graph:
         self.functions["main"] = main
 
     def bound(self, symbol: str, bounds: Bounds) -> None:
-        """Narrow a symbol's bounds. Raises GraphError if nothing is left."""
+        """Narrow a symbol's bounds. Raises GraphError for a lower bound below 1, or if nothing is left."""
+        if bounds.lower < 1:
+            raise GraphError(
+                f"{symbol} has no sizes below 1",
+                received=bounds.around(symbol),
+                hint="an axis that may be empty has a size such as S-1",
+            )
         known = self.symbols.get(symbol, Bounds())
         narrowed = known.intersect(bounds)
         if narrowed.upper is not None and narrowed.upper < narrowed.lower:

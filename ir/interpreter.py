@@ -77,16 +77,27 @@ def interpret_body(op: Composite, operands: Sequence[Array | None]) -> Any:
 
 
 def solve_sizes(type: Type, shape: Sequence[int], sizes: dict[str, int]) -> str | None:
-    """Match an array's shape against a type, adding the sizes of bare symbols; returns what does not fit, or None."""
+    """Match an array's shape against a type, adding the sizes of the symbols that it tells: S of S, and of 2*S+1.
+
+    Returns what does not fit, or None.
+    """
     if len(shape) != type.rank:
         return f"must have rank {type.rank}, has rank {len(shape)}"
     for position, (wanted, got) in enumerate(zip(type.shape, shape, strict=True)):
-        name = wanted.as_symbol
-        if name is not None and name not in sizes:
-            sizes[name] = int(got)
-        elif wanted.symbols <= sizes.keys() and wanted.evaluate(sizes) != got:
-            known = ", ".join(f"{s} = {sizes[s]}" for s in sorted(wanted.symbols))
-            return f"dimension {position} must be {wanted}" + (f" ({known})" if known else "") + f", is {got}"
+        known = {s: sizes[s] for s in sorted(wanted.symbols) if s in sizes}
+        left = wanted.substitute(known) if known else wanted
+        told = left.as_linear
+        if told is not None:
+            symbol, coefficient, offset = told
+            size, rest = divmod(int(got) - offset, coefficient)
+            fits = rest == 0 and size >= 0
+            if fits:
+                sizes[symbol] = size
+        else:
+            fits = left.constant is None or left.constant == got
+        if not fits:
+            where = ", ".join(f"{s} = {n}" for s, n in known.items())
+            return f"dimension {position} must be {wanted}" + (f" ({where})" if where else "") + f", is {got}"
     return None
 
 
@@ -127,6 +138,10 @@ class _Run:
             callee = self.graph.callee(node)
             assert callee is not None
             return self.function(callee, [a for a in operands if a is not None])
+        for size, otherwise in node.op.demands([None if v is None else v.type for v in node.operands]):
+            if size.symbols <= self.sizes.keys() and size.evaluate(self.sizes) < 0:
+                known = ", ".join(f"{s} = {self.sizes[s]}" for s in sorted(size.symbols))
+                raise GraphError(f"{node.op.name}: {otherwise}", received=known, source=str(node.source or "") or None)
         op = node.op.at(self.sizes)
         if self.float64:
             op = op.in_float64()

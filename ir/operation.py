@@ -97,6 +97,14 @@ class Op:
     def check(self, types: Sequence[Type | None]) -> None:
         """Raise RuleError for what the rules cannot say (an attribute out of range, ...)."""
 
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        """Sizes that must not be negative, such as S - 4 where an axis of size S is cut at 4, each with what to say of
+        one that is.
+
+        A constant one is refused here, with RuleError; one with symbols at each call, when their sizes are known.
+        """
+        return ()
+
     def reference(self, *operands: Any) -> Any:
         """The meaning, in NumPy: arrays in (None where absent), an array or a tuple of arrays out.
 
@@ -205,6 +213,9 @@ class Op:
     def _infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
         try:
             self.check(types)
+            for size, otherwise in self.demands(types):
+                if size.constant is not None and size.constant < 0:
+                    raise RuleError(otherwise)
             names = self.operand_names(len(types))
             dtypes = infer_dtypes(self.dtypes(), [None if t is None else t.dtype for t in types], names)
             shapes = self.apply(types).shapes
@@ -381,6 +392,8 @@ def _coerce(annotation: str, value: Any) -> Any:
         return None
     base = annotation.replace(" | None", "")
     if base.startswith("tuple["):
+        if isinstance(value, str):  # whose letters would be its items
+            raise TypeError
         inner = base[6:-1].removesuffix(", ...")
         read = _CODECS.get(inner)
         return tuple([v if read is None or (v is None and "None" in annotation) else read(v) for v in value])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.ir.graph import Function, Graph, Node, Source, Value
+from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 
 
@@ -129,7 +130,7 @@ def _read(region: Region, escaping: set[Value]) -> _Repetition:
             else:
                 places[value] = ("input", len(inputs), 0)
                 inputs.append(value)
-        body.append((node.op, *[places[v] for v in node.operands]))
+        body.append((op_key(node.op), *[places[v] for v in node.operands]))
         for value in node.results:
             places[value] = ("node", at, value.index)
             if value in escaping:

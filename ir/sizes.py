@@ -136,6 +136,15 @@ class Size:
             return atom if isinstance(atom, str) else None
         return None
 
+    @property
+    def as_linear(self) -> tuple[str, int, int] | None:
+        """(S, c, d) if this is c*S + d for one bare symbol S and numbers c and d, else None."""
+        linear = [(mono, coeff) for mono, coeff in self.terms if mono]
+        if len(linear) != 1 or len(linear[0][0]) != 1:
+            return None
+        ((atom,), coeff), offset = linear[0], sum(c for mono, c in self.terms if not mono)
+        return (atom, coeff, offset) if isinstance(atom, str) else None
+
     def evaluate(self, values: Mapping[str, int]) -> int:
         """Its value where each symbol has one. Raises SizeError for a symbol without a value or a zero divisor."""
         total = 0

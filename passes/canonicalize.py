@@ -32,10 +32,13 @@ class AddZero(Rewrite):
 
 @dataclass(frozen=True)
 class SubZero(Rewrite):
-    """x - 0   -->   x"""
+    """x - 0   -->   x        (not x - -0.0, which of x = -0.0 is 0.0)"""
 
     def pattern(self, p: Any, x: Any) -> Any:
-        return x - 0
+        return x - p.constant("zero")
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.zero == 0 and math.copysign(1, m.zero) > 0)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return m.x
@@ -257,10 +260,8 @@ class Canonicalize(RewriteSet):
      3. -(-x), not not x  -->  x
      4. where of a constant condition  -->  the chosen side
      5. cast to the same dtype, cast of a lossless cast
-     6. rearrange, reshape, expand: two in a row are one; those, slice, pad and concat that change nothing
-                                                                                                            --
-                                                                                                            >
-                                                                                                            x
+     6. two of rearrange, reshape or expand in a row  -->  one
+     7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
 
     They keep every bit but one: x + 0 turns -0.0 into 0.0, and x does not. Left alone, since it would change
     numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.hashing import op_key
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import Event, PassRecord
 
@@ -26,7 +27,7 @@ class CommonSubexpressions(Pass):
         for node in function.nodes:
             if merged and any(v in merged for v in node.inputs):
                 node.operands = tuple(v if v is None else merged.get(v, v) for v in node.operands)
-            key = (node.op, *[v if v is None or v.literal is None else v.literal for v in node.operands])
+            key = (op_key(node.op), *[v if v is None or v.literal is None else v.literal for v in node.operands])
             first = known.setdefault(key, node)
             if first is node:
                 kept.append(node)

@@ -24,7 +24,7 @@ class GeluErf(Rewrite):
     """x/2 * (1 + erf(x / sqrt 2))   -->   gelu(x)        (Hendrycks & Gimpel 2016)"""
 
     def pattern(self, p: Any, x: Any) -> Any:
-        scaled = p.either(x * math.sqrt(0.5), x / math.sqrt(2))
+        scaled = p.either(x * p.near(math.sqrt(0.5)), x / p.near(math.sqrt(2)))
         return _halved(p, x, p.erf(scaled) + 1)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -36,7 +36,7 @@ class GeluTanh(Rewrite):
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))   -->   gelu_tanh(x)        (Hendrycks & Gimpel 2016)"""
 
     def pattern(self, p: Any, x: Any) -> Any:
-        scale, cubic = math.sqrt(2 / math.pi), 0.044715
+        scale, cubic = p.near(math.sqrt(2 / math.pi)), 0.044715
         square = p.shared(p.either(x * x, x**2))
         third = p.either(
             p.either(square * x, x**3) * cubic,  # 0.044715 * x^3

@@ -8,12 +8,13 @@ are scalar constants, and these say what an op cannot:
 
     p.either(a, b, ...)     any of these; None stands for an absent operand
     p.constant("scale")     any scalar constant, captured as a Python number
+    p.near(0.7978845)       a scalar constant at most one spacing of its dtype from this number
     p.attribute("eps")      any value of an attribute, captured; a wildcard in an attribute's place does the same
     p.shared(a)             a's value may be used outside the match: the rewrite does not need it gone
     p.named("scores", a)    a captured under a name, for `check` to look at
 
-Commutative ops match in both orders. Numbers match scalar constants within the rounding of their dtype. An attribute
-that the pattern leaves out must have its default.
+Commutative ops match in both orders. A number matches a scalar constant that is the number rounded to its
+dtype, and no other. An attribute that the pattern leaves out must have its default.
 """
 
 from __future__ import annotations
@@ -105,10 +106,11 @@ class Wildcard(Term):
 
 @dataclass(frozen=True, eq=False)
 class ConstantTerm(Term):
-    """A scalar constant: of this value, or of any value captured under `name`."""
+    """A scalar constant: of this value (or `near` it), or of any value captured under `name`."""
 
     value: Number | None = None
     name: str | None = None
+    near: bool = False
 
     def __str__(self) -> str:
         return "a scalar constant" if self.value is None else f"constant {self.value:g}"
@@ -155,6 +157,10 @@ class Vocabulary:
     def constant(self, name: str) -> Term:
         """Any scalar constant, captured under this name as a Python number."""
         return ConstantTerm(name=name)
+
+    def near(self, number: float) -> Term:
+        """A scalar constant that a model may have computed in its own dtype: at most one spacing from the number."""
+        return ConstantTerm(number, near=True)
 
     def attribute(self, name: str) -> Wildcard:
         """Any value of an attribute, captured under this name."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from treadle.ir.graph import Node, Value
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Literal, Node, Value
+from treadle.ir.types import DType
 from treadle.passes.pattern import COMMUTATIVE, ConstantTerm, EitherTerm, Number, OpTerm, Pattern, Term, Wildcard
 
 
@@ -176,7 +179,7 @@ class Search:
             capture = None if known else wanted.name
         elif isinstance(wanted, ConstantTerm):
             number = found.literal.scalar if self._plausible(wanted, found) else None
-            if number is None or not (wanted.value is None or _close(number, wanted.value, found)):
+            if number is None or not (wanted.value is None or _is_wanted(number, wanted, found.type.dtype)):
                 self._missed(edge, wanted)
                 return
             capture, found = wanted.name, number
@@ -213,12 +216,24 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _close(number: Number, wanted: Number, value: Value) -> bool:
-    dtype = value.type.dtype
+def _is_wanted(number: Number, term: ConstantTerm, dtype: DType) -> bool:
+    """Whether a constant's number is the term's, or for one that is `near`, at most one of the dtype's spacings off."""
+    assert term.value is not None
     if not dtype.is_float:
-        return number == wanted
-    rounding = _BFLOAT16_EPS if dtype.numpy is None else float(np.finfo(dtype.numpy).eps)
-    return bool(abs(number - wanted) <= rounding * abs(wanted))
+        return number == term.value
+    if not term.near:
+        return number == _rounded(term.value, dtype)
+    spacing = _BFLOAT16_EPS if dtype.numpy is None else float(np.finfo(dtype.numpy).eps)
+    return bool(abs(number - term.value) <= spacing * abs(term.value))
+
+
+@lru_cache(maxsize=1024)
+def _rounded(wanted: Number, dtype: DType) -> Number | None:
+    """The number as a dtype of floats holds it, or None where it is past the greatest."""
+    try:
+        return Literal.of(wanted, dtype).scalar
+    except GraphError:
+        return None
 
 
 def _coerced(node: Node, attribute: str, wanted: Any) -> Any:

@@ -122,7 +122,7 @@ def constants() -> Graph:
 def odd_names() -> Graph:
     """Names that need quotes, functions named like ops, calls whose weights follow no prefix."""
     graph = Graph("x y")
-    graph.bound("S", Bounds(0, 7))
+    graph.bound("S", Bounds(1, 7))
     block = Function("add")
     b = Builder(graph, block)
     b.source = Source("a b.py", 3)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Compiled:
         """The code that runs, for a person to read."""
         return self.executable.source
 
-    def __call__(self, **arrays: Any) -> Outputs:
+    def __call__(self, /, **arrays: Any) -> Outputs:
         """Run on arrays by name; answers by name. Raises BackendError where they are not what `inputs` says."""
         return self.executable(**arrays)
 
@@ -109,8 +110,16 @@ def compile(
 
     Raises the error of the part that refuses: UsageError, FrontendError, CheckpointError, PassError, BackendError.
     """
-    resolved = resolve(model, inputs=None if inputs is None else tuple(inputs), **config)
+    if not isinstance(passes, Sequence) or not all(isinstance(p, Pass) for p in passes):
+        raise UsageError(
+            "passes= is a list of passes",
+            received=f"{passes!r}"[:80],
+            hint="leave it out for the default pipeline; [] compiles the graph as declared",
+        )
+    resolved = resolve(model, inputs=inputs, **config)
     optimized = PassManager(passes).run(resolved.graph)
+    if weights is not None:
+        _refuse_unknown(weights, resolved.graph.parameters)
     given = weights if weights is not None else resolved.weights
     bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
     where = target if isinstance(target, Target) else Target(target)
@@ -123,7 +132,12 @@ def compile(
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Initial values of every weight, each drawn from the seed and its name, so that adding one changes no other."""
+    """Initial values of every weight, each drawn from the seed and its name, so that adding one changes no other.
+
+    Raises UsageError for a negative seed, or a weight that cannot be drawn.
+    """
+    if seed < 0:
+        raise UsageError(f"a seed is 0 or more, not {seed}")
     drawn = {}
     for name, value in graph.parameters.items():
         shape = value.type.static_shape
@@ -134,11 +148,26 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     return drawn
 
 
+def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted({*weights}.difference(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise UsageError(
+            f"weights= has {len(unknown)} that the model does not take",
+            received=_few(unknown),
+            hint=f"{near[0]}?" if near else None,
+        )
+
+
 def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
     missing = [name for name in graph.parameters if name not in weights]
     if missing:
         raise UsageError(
             f"weights= lacks {len(missing)} of {len(graph.parameters)} parameters",
-            received=", ".join(missing[:8]) + (", ..." if len(missing) > 8 else ""),
+            received=_few(missing),
         )
     return {name: weights[name] for name in graph.parameters}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

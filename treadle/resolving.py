@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Resolved:
     blocks: Mapping[str, str] = field(default_factory=dict)
 
 
-def resolve(model: Model | Graph | str | Path, *, inputs: tuple[str, ...] | None = None, **config: Any) -> Resolved:
+def resolve(model: Model | Graph | str | Path, *, inputs: Sequence[str] | None = None, **config: Any) -> Resolved:
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include
@@ -70,6 +70,12 @@ def resolve(model: Model | Graph | str | Path, *, inputs: tuple[str, ...] | None
     if isinstance(model, Model):
         configured = model.configure(inputs=inputs, **config)
         return Resolved(model.name, configured.graph(), configured)
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            "a model is a declaration, a graph, a name or a path",
+            received=f"{model!r}"[:80],
+            hint="decorate the function with @t.model" if callable(model) else None,
+        )
     text = str(model)
     path, colon, function = text.rpartition(":")
     if colon and path.endswith(".py"):
@@ -122,7 +128,7 @@ def load_weights(graph: Graph, checkpoint: Checkpoint) -> tuple[dict[str, Array]
     return binding.arrays, binding.unused
 
 
-def _from_folder(folder: Path, inputs: tuple[str, ...] | None, config: Mapping[str, Any]) -> Resolved:
+def _from_folder(folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
     checkpoint = open_checkpoint(folder)
     family = family_of(checkpoint.config)
     declared = family.from_config(checkpoint.config).configure(inputs=inputs, **config)
@@ -131,7 +137,7 @@ def _from_folder(folder: Path, inputs: tuple[str, ...] | None, config: Mapping[s
     return Resolved(family.name, graph, declared, weights, unused, folder)
 
 
-def _from_gguf(path: Path, inputs: tuple[str, ...] | None, config: Mapping[str, Any]) -> Resolved:
+def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
     file = GGUFFile.open(path)
     model, table = read_gguf(file)
     declared = model.configure(inputs=inputs, **config)

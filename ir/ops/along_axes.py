@@ -8,6 +8,7 @@ from itertools import pairwise
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.ops.axis_names import place
+from treadle.ir.types import bf16, f16, f32
 
 
 def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -41,6 +42,11 @@ def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
         return " ".join(["...", *filter(None, dims)])
 
     return f"{side(read)} -> {', '.join(map(side, given))}"
+
+
+def widened(x: Expr) -> Expr:
+    """x, in f32 if it is of 16 bits: its squares and sums may be past what those hold."""
+    return x.cast(f32) if x.dtype in (f16, bf16) else x
 
 
 def with_ones(b: Builder, x: Expr, axes: Sequence[int], rank: int) -> Expr:

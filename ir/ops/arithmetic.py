@@ -104,7 +104,7 @@ class Div(Primitive):
 
 @op("pow", axes="..., ... -> ...", dtypes="f, f -> f", linear="")
 class Pow(Primitive):
-    """z = x^y, as IEEE 754's pow: NaN for a negative x unless y is a whole number
+    """z = x^y: NaN for a negative x unless y is a whole number
 
     dz/dx = y x^(y-1), and 0 where y = 0;   dz/dy = x^y ln x, and 0 where x <= 0, where it has no real value.
     """

@@ -9,9 +9,9 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Grads, Operand, Primitive, op
+from treadle.ir.operation import Composite, Demand, Grads, Operand, Primitive, op
 from treadle.ir.ops.axis_names import axis_letters, place
-from treadle.ir.ops.shapes import not_below, resized, sized
+from treadle.ir.ops.shapes import resized, sized
 from treadle.ir.samples import S
 from treadle.ir.sizes import Size, SizeLike
 from treadle.ir.types import Type
@@ -50,12 +50,16 @@ class Windows(Primitive):
         return f"{left} -> {right} ^{element}={self.size}"
 
     def check(self, types: Sequence[Type | None]) -> None:
+        _positive(stride=self.stride, dilation=self.dilation)
+
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         (x,) = types
         assert x is not None
-        _positive(stride=self.stride, dilation=self.dilation)
-        not_below(self.size, Size.of(1), f"size must be 1 or more, is {self.size}")
         size, span = x.shape[place(self.axis, x.rank)], (self.size - 1) * self.dilation + 1
-        not_below(size, span, f"a window spans {span} elements, the axis has {size}")
+        return [
+            (self.size - 1, f"size must be 1 or more, is {self.size}"),
+            (size - span, f"a window spans {span} elements, the axis has {size}"),
+        ]
 
     def reference(self, x: Any) -> Any:
         axis = place(self.axis, x.ndim)
@@ -191,16 +195,23 @@ class Conv(Composite):
         return list(zip(padding[:count], padding[count:], strides, dilations, strict=True))
 
     def check(self, types: Sequence[Type | None]) -> None:
+        x, _, _ = types
+        assert x is not None
+        _positive(groups=self.groups)
+        for _, _, stride, dilation in self.spatial(x.rank - 2):
+            _positive(stride=stride, dilation=dilation)
+
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         x, weight, _ = types
         assert x is not None
         assert weight is not None
-        _positive(groups=self.groups)
-        for size, window, (before, after, stride, dilation) in zip(
+        found = []
+        for size, window, (before, after, _, dilation) in zip(
             x.shape[2:], weight.shape[2:], self.spatial(x.rank - 2), strict=False
         ):
-            _positive(stride=stride, dilation=dilation)
             padded, span = size + before + after, (window - 1) * dilation + 1
-            not_below(padded, span, f"the kernel spans {span} elements, the padded axis has {padded}")
+            found.append((padded - span, f"the kernel spans {span} elements, the padded axis has {padded}"))
+        return found
 
     def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
         spatial = x.rank - 2

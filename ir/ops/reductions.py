@@ -10,10 +10,10 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Grads, Op, Operand, Primitive, op
+from treadle.ir.operation import Composite, Demand, Grads, Op, Operand, Primitive, op
 from treadle.ir.ops.along_axes import places, rule_along, with_ones
 from treadle.ir.ops.axis_names import place
-from treadle.ir.ops.shapes import not_below, zeros
+from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
 from treadle.ir.sizes import Size, product
 from treadle.ir.types import DType, Type, i64
@@ -268,12 +268,14 @@ class TopK(Primitive):
         return rule_along([self.axis], ranks[0] or 0, "[{}]", f"^k={self.k}", f"^k={self.k}")
 
     def check(self, types: Sequence[Type | None]) -> None:
-        (x,) = types
         if self.k < 1:
             raise RuleError(f"k must be 1 or more, is {self.k}")
-        if x is not None:
-            size = x.shape[place(self.axis, x.rank)]
-            not_below(size, Size.of(self.k), f"k is {self.k}, but axis {self.axis} has {size} elements")
+
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        (x,) = types
+        assert x is not None
+        size = x.shape[place(self.axis, x.rank)]
+        return [(size - self.k, f"k is {self.k}, but axis {self.axis} has {size} elements")]
 
     def reference(self, x: Any) -> Any:
         # A stable ascending sort of the reversed axis, read backwards, descends with lower indices first.

@@ -11,7 +11,7 @@ import numpy as np
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError, SizeError
-from treadle.ir.operation import Grads, Op, Operand, Primitive, op
+from treadle.ir.operation import Demand, Grads, Op, Operand, Primitive, op
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.samples import S
@@ -34,13 +34,6 @@ def resized(names: Sequence[str], axis: int, size: Size) -> tuple[str, str]:
     """The two sides of a rule that maps every axis but one, which is whole and gets another size."""
     before, after = names[:axis], names[axis + 1 :]
     return " ".join([*before, f"[{names[axis]}]", *after]), " ".join([*before, sized(size), *after])
-
-
-def not_below(larger: Size, smaller: Size, otherwise: str) -> None:
-    """Raise RuleError(otherwise) if `larger` is surely below `smaller`; where symbols decide, trust them."""
-    difference = (larger - smaller).constant
-    if difference is not None and difference < 0:
-        raise RuleError(otherwise)
 
 
 # -- rearrange -----------------------------------------------------------------------------------------------
@@ -326,7 +319,7 @@ class Slice(Primitive):
     """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
 
     start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
-                  the end. They are not clamped: what is known to lie outside is refused.
+                  the end. They are not clamped: what lies outside is refused.
     stride        1 or more
     """
 
@@ -352,14 +345,16 @@ class Slice(Primitive):
         return start, stop
 
     def check(self, types: Sequence[Type | None]) -> None:
-        (x,) = types
-        assert x is not None
         if self.stride < 1:
             raise RuleError(f"stride must be 1 or more, is {self.stride}")
+
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        (x,) = types
+        assert x is not None
         size = x.shape[place(self.axis, x.rank)]
         start, stop = self.span(size)
-        for larger, smaller in ((start, ZERO), (stop, start), (size, stop)):
-            not_below(larger, smaller, f"from {start} to {stop} is outside an axis of size {size}")
+        otherwise = f"from {start} to {stop} is outside an axis of size {size}"
+        return [(inside, otherwise) for inside in (start, stop - start, size - stop)]
 
     def at(self, values: Mapping[str, int]) -> Op:
         for edge in (self.start, self.stop):
@@ -438,9 +433,8 @@ class Pad(Primitive):
         left, right = resized(names, axis, self.before + Size.symbol(names[axis]) + self.after)
         return f"{left} -> {right}"
 
-    def check(self, types: Sequence[Type | None]) -> None:
-        for size in (self.before, self.after):
-            not_below(size, ZERO, f"cannot pad by {size}")
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return [(size, f"cannot pad by {size}") for size in (self.before, self.after)]
 
     def reference(self, x: Any) -> Any:
         widths = [(0, 0)] * x.ndim
