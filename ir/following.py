@@ -81,15 +81,25 @@ class Encounter:
         """The user's line, `gpt2.py:41`, or an empty text."""
         return str((self.within or self.node).source or "")
 
+    @property
+    def op(self) -> str:
+        """The op's name, and that of the composite in whose body it was found."""
+        return self.node.op.name if self.within is None else f"{self.within.op.name} ({self.node.op.name} inside)"
+
+    @property
+    def place(self) -> str:
+        """`  (gpt2.py:41, scope h.0.attn, 12 times)`, or what is known of it."""
+        scope = f"scope {self.scope}" if self.scope else ""
+        times = f"{self.count} times" if self.count > 1 else ""
+        known = ", ".join(part for part in (self.line, scope, times) if part)
+        return f"  ({known})" if known else ""
+
     def __str__(self) -> str:
         what = "cut, padded, joined or strided over" if self.resized else self.role.value
         what = "paired with itself" if self.squared else "reordered" if self.reordered else what
         what += " in an output" if self.final else ""
         detail = f" by {self.monoid}" if self.monoid else " up to each position" if self.limited else ""
-        name = self.node.op.name if self.within is None else f"{self.within.op.name} ({self.node.op.name} inside)"
-        where = ", ".join(part for part in (self.line, f"scope {self.scope}" if self.scope else "") if part)
-        times = f", {self.count} times" if self.count > 1 else ""
-        return f"{name}: the axis is {what}{detail}" + (f"  ({where}{times})" if where else "")
+        return f"{self.op}: the axis is {what}{detail}{self.place}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Verdict:
     def __str__(self) -> str:
         lines = [f"{self.axis} may {'' if self else 'not '}be {self.question}"]
         lines += [f"  {e}" for e in self.against]
-        lines += [f"  combine by {e.monoid}: {e}" for e in self.combine]
+        lines += [f"  combine by {e.monoid} at {e.op}{e.place}" for e in self.combine]
         return "\n".join(lines)
 
 
@@ -182,8 +192,10 @@ def follow(graph: Graph, axis: str) -> Following:
     """Follow an axis of a graph.
 
     axis is a symbol (`"S"`), a label (`"heads"`), or a dimension of an input or parameter of `main`
-    (`"tokens[1]"`, `"wte.weight[0]"`). Raises GraphError where there is no such axis.
+    (`"tokens[1]"`, `"wte.weight[0]"`). A compiled model stands for its graph. Raises GraphError where there is no such
+    axis.
     """
+    graph = getattr(graph, "graph", graph)
     tracer = _Tracer(graph, axis)
     seeds = set(tracer.seeds())
     closure = tracer.close(graph.main, frozenset(seeds))

@@ -9,7 +9,7 @@ Masks intersect (`&`), biases add up (`+`); what each means says `treadle.ir.att
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from treadle.ir.attention_terms import (
     Alibi,
@@ -33,9 +33,28 @@ class _Applied:
 
     entries: tuple[tuple[Term, tuple[Expr, ...]], ...] = ()
     sign: ClassVar[str]
+    noun: ClassVar[str]
 
     def __str__(self) -> str:
         return f" {self.sign} ".join(term.text for term, _ in self.entries)
+
+    def __bool__(self) -> bool:
+        """Raises GraphError: `a and b` would silently be b alone."""
+        raise GraphError(
+            f"{self.noun} have no truth value",
+            received=str(self) or None,
+            source=str(user_line() or "") or None,
+            hint=f"a {self.sign} b combines them; `mask is None` asks whether there is one",
+        )
+
+    def __call__(self, *_: object) -> NoReturn:
+        """Raises GraphError: `causal` is a mask, not a function that makes one."""
+        raise GraphError(
+            f"{self.noun} are not called",
+            received=str(self) or None,
+            source=str(user_line() or "") or None,
+            hint="t.causal, without parentheses",
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Masks(_Applied):
     """What a query may see: the keys that every one of these masks keeps. Without any, all."""
 
     sign = "&"
+    noun = "masks"
 
     def __and__(self, other: object) -> Masks:
         """Raises GraphError for anything but masks."""
@@ -50,12 +70,17 @@ class Masks(_Applied):
             raise _mismatch("masks intersect with masks only", other)
         return Masks(self.entries + other.entries)
 
+    def __add__(self, other: object) -> NoReturn:
+        """Raises GraphError: masks intersect."""
+        raise _mismatch("masks do not add up", other, "a & b keeps what both keep")
+
 
 @dataclass(frozen=True)
 class Biases(_Applied):
     """What is added to the scores: the sum of these."""
 
     sign = "+"
+    noun = "biases"
 
     def __add__(self, other: object) -> Biases:
         """Raises GraphError for anything but biases."""
@@ -64,11 +89,10 @@ class Biases(_Applied):
         return Biases(self.entries + other.entries)
 
 
-def _mismatch(what: str, other: object) -> GraphError:
-    hint = None
-    if isinstance(other, _Applied):
+def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
+    if hint is None and isinstance(other, _Applied):
         hint = "attention takes both: masks=..., biases=..."
-    elif isinstance(other, Expr):
+    elif hint is None and isinstance(other, Expr):
         hint = "boolean_mask(x, axes) or tensor_bias(x, axes) says which of b, h, s and t a tensor has"
     return GraphError(what, received=str(other), source=str(user_line() or "") or None, hint=hint)
 
@@ -79,6 +103,20 @@ causal = Masks(((Causal(), ()),))
 """Keys up to the query's own position."""
 
 
+def _given(x: Expr | None, what: str) -> Expr:
+    """The tensor of a mask or bias. Raises GraphError where an optional input was left out."""
+    if isinstance(x, Expr):
+        return x
+    raise GraphError(
+        f"{what} must be a tensor of the model",
+        received="None" if x is None else type(x).__name__,
+        source=str(user_line() or "") or None,
+        hint="test an optional input for None before masking by it, or include it: inputs=(...,)"
+        if x is None
+        else None,
+    )
+
+
 def window(size: int) -> Masks:
     """Keys less than `size` positions away, either side; with causal, the last `size`. Raises GraphError."""
     return Masks(((Window(size), ()),))
@@ -86,17 +124,17 @@ def window(size: int) -> Masks:
 
 def padding(lengths: Expr) -> Masks:
     """A row's first lengths[b] keys. lengths: i64[b]."""
-    return Masks(((Padding(), (lengths,)),))
+    return Masks(((Padding(), (_given(lengths, "lengths"),)),))
 
 
 def segments(queries: Expr, keys: Expr | None = None) -> Masks:
     """Keys of the query's own segment. queries: i64[b, s]; keys: i64[b, t], the queries' if not given."""
-    return Masks(((Segments(), (queries, queries if keys is None else keys)),))
+    return Masks(((Segments(), (_given(queries, "segments"), _given(queries if keys is None else keys, "segments"))),))
 
 
 def boolean_mask(mask: Expr, axes: str = "b h s t") -> Masks:
     """Keys where mask is true. mask: bool, of these axes, some of b, h, s and t. Raises GraphError."""
-    return Masks(((BooleanMask(axes), (mask,)),))
+    return Masks(((BooleanMask(axes), (_given(mask, "a mask"),)),))
 
 
 # -- biases --------------------------------------------------------------------------------------------------
@@ -104,19 +142,17 @@ def boolean_mask(mask: Expr, axes: str = "b h s t") -> Masks:
 
 def tensor_bias(x: Expr, axes: str = "b h s t") -> Biases:
     """A tensor of these axes, some of b, h, s and t. Raises GraphError."""
-    return Biases(((TensorBias(axes), (x,)),))
+    return Biases(((TensorBias(axes), (_given(x, "a bias"),)),))
 
 
-def t5_relative(
-    table: Expr, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
-) -> Biases:
+def t5_relative(table: Expr, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> Biases:
     """T5's learned bias by distance. table: float[buckets, h]. Raises GraphError."""
-    return Biases(((T5Relative(buckets, max_distance, bidirectional), (table,)),))
+    return Biases(((T5Relative(buckets, max_distance, bidirectional), (_given(table, "a table of biases"),)),))
 
 
 def alibi(slopes: Expr) -> Biases:
     """Each head's slope times (j - i). slopes: float[h]."""
-    return Biases(((Alibi(), (slopes,)),))
+    return Biases(((Alibi(), (_given(slopes, "slopes"),)),))
 
 
 def attend(
@@ -137,7 +173,8 @@ def attend(
     GraphError where biases are given as masks or masks as biases.
     """
     # By `&` and `+`, which refuse what is not theirs.
-    entries = (Masks() & (masks or Masks())).entries + (Biases() + (biases or Biases())).entries
+    entries = (Masks() & (Masks() if masks is None else masks)).entries
+    entries += (Biases() + (Biases() if biases is None else biases)).entries
     terms = tuple(term for term, _ in entries)
     operands = [x for _, given in entries for x in given]
     out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)

@@ -35,6 +35,7 @@ from treadle.ir.errors import GraphError, ParseError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_body
 from treadle.ir.masking import (
+    Biases,
     Masks,
     alibi,
     attend,
@@ -492,3 +493,16 @@ def test_masks_and_biases_do_not_mix() -> None:
     with pytest.raises(GraphError) as mismatch:
         causal & slopes
     assert "boolean_mask(x, axes)" in (mismatch.value.hint or "")
+
+
+def test_masks_are_combined_by_their_signs_alone() -> None:
+    """`a and b` is b in Python: a mask that was lost in silence would let a model look ahead."""
+    for careless in (lambda: causal and window(3), lambda: not causal, lambda: bool(Biases())):
+        with pytest.raises(GraphError, match="have no truth value"):
+            careless()
+    with pytest.raises(GraphError, match="masks do not add up"):
+        causal + window(3)
+    with pytest.raises(GraphError, match="masks are not called"):
+        causal()
+    with pytest.raises(GraphError, match="lengths must be a tensor"):
+        padding(None)

@@ -135,7 +135,7 @@ def test_one_layer_alone_may_be_split(gpt2_graph: Graph) -> None:
 
 def test_a_softmax_over_a_split_axis_combines_a_max_and_a_sum() -> None:
     @t.model
-    def head(x: t.f32["B D"], *, vocab=64):
+    def head(x: t.f32["B 32"], *, vocab=64):
         return t.softmax(t.linear(x, t.Dim.of(vocab, "vocab"), name="logits"))
 
     split = follow(head.graph(), "vocab").split()

@@ -152,6 +152,7 @@ def inspect(
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
     from treadle.artifacts import is_artifact, open_artifact
+    from treadle.backends.registry import find_backend
     from treadle.ir.following import follow as follow_axis
     from treadle.ir.printer import print_graph
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
@@ -162,6 +163,9 @@ def inspect(
 
     if raw and after:
         raise UsageError("--raw and --after name two stages of the graph", hint="one of them")
+    if follow is not None and (source or unfold):
+        raise UsageError("--follow prints no graph and no source", hint="one of them")
+    find_backend(backend)
     if is_artifact(model):
         _refuse_for_artifact(config=config, inputs=inputs, after=after)
         optimized = open_artifact(model).optimized
