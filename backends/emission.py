@@ -395,7 +395,6 @@ class _FunctionWriter:
         """Lines that read the needed symbols from the arguments' shapes; the rest the caller passes."""
         wanted = sorted(self.used)
         lines = []
-        told = {s for v in self.function.arguments for size in v.type.shape if (s := size.as_symbol) is not None}
         for value in self.function.arguments:
             symbols = [s.as_symbol for s in value.type.shape]
             new = [s for s in dict.fromkeys(symbols) if s in wanted]
@@ -408,15 +407,29 @@ class _FunctionWriter:
                 first = [s if s in new and symbols.index(s) == i else None for i, s in enumerate(symbols)]
                 pattern = ", ".join("_" if s is None else self.program.symbols[s] for s in first)
                 lines.append(f"{pattern} = {self.text[value]}.shape")
+        if self.is_main:
+            solved = {symbol: text for symbol in wanted if (text := self._solved(symbol)) is not None}
+            lines += [f"{self.program.symbols[symbol]} = {text}" for symbol, text in solved.items()]
+            wanted = [symbol for symbol in wanted if symbol not in solved]
         self.program.needs[self.function.name] = wanted
         if wanted and self.is_main:
             names = ", ".join(wanted)
             raise BackendError(
-                f"{self.program.graph.name} needs the size of {names}, which no input has as a dimension",
+                f"{self.program.graph.name} needs the size of {names}, which no input's dimensions tell",
                 received=", ".join(f"{v.name}: {v.type}" for v in self.function.inputs),
                 hint=f"an input with a dimension {wanted[0]}",
             )
         return lines
+
+    def _solved(self, symbol: str) -> str | None:
+        """A symbol read from a dimension c*S + d, or None where there is no such dimension."""
+        for value in self.function.arguments:
+            for position, size in enumerate(value.type.shape):
+                if size.as_linear is not None and size.as_linear[0] == symbol:
+                    _, coefficient, offset = size.as_linear
+                    read = f"{self.text[value]}.shape[{position}]"
+                    return f"({read} - {offset}) // {coefficient}" if offset else f"{read} // {coefficient}"
+        return None
 
 
 def _aligned(text: _Text) -> list[tuple[str, str, Node | None]]:

@@ -15,6 +15,7 @@ import numpy as np
 from treadle.ir.attention_terms import T5Relative
 from treadle.ir.error_function import erf as exact_erf
 from treadle.ir.errors import BackendError
+from treadle.ir.ops.along_axes import wide_array
 
 Array = np.ndarray[Any, Any]
 
@@ -116,22 +117,24 @@ def log_softmax(x: Array, axis: int) -> Array:
 
 
 def layer_norm(x: Array, weight: Array | None, bias: Array | None, eps: float) -> Array:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis"""
-    y: Array = x - np.mean(x, axis=-1, keepdims=True)
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, of float16 in float32"""
+    wide = wide_array(x)
+    y: Array = wide - np.mean(wide, axis=-1, keepdims=True)
     y /= np.sqrt(np.mean(y * y, axis=-1, keepdims=True) + eps)
     if weight is not None:
         y *= weight
     if bias is not None:
         y += bias
-    return y
+    return y.astype(x.dtype, copy=False)
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis"""
-    y: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, of float16 in float32"""
+    wide = wide_array(x)
+    y: Array = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)
     if weight is not None:
         y *= weight
-    return y
+    return y.astype(x.dtype, copy=False)
 
 
 def take(x: Array, indices: Array, axis: int) -> Array:

@@ -63,7 +63,7 @@ class Executable(Protocol):
     @property
     def source(self) -> str: ...
 
-    def __call__(self, **arrays: Any) -> Outputs:
+    def __call__(self, /, **arrays: Any) -> Outputs:
         """Run on arrays by name. Raises BackendError where they are not what `inputs` says.
 
         An array of another dtype of the same kind is converted where no value could change (int32 for i64, float16 for

@@ -66,7 +66,7 @@ class PythonExecutable:
         self._held = frozenset(map(arrays.storage, (*weights.values(), *namespace["constants"])))
         self._file, self._main = _load(graph.name, program.text, namespace)
 
-    def __call__(self, **given: Any) -> Outputs:
+    def __call__(self, /, **given: Any) -> Outputs:
         """Run on arrays by name. Raises BackendError where they are not what `inputs` says, or where a node fails."""
         arguments = self.signature.bind(given, self._arrays.take)
         with self._arrays.running():

@@ -86,7 +86,7 @@ class Signature:
                     received=_shown(shapes, self.ports),
                     within=str(self),
                     source=describe_source(node.source, node.scope),
-                    hint="larger inputs",
+                    hint=f"sizes for which {extent} is 0 or more",
                 )
 
     def _refusal(self, port: Port, wrong: str, shapes: Mapping[str, tuple[int, ...]], hint: str) -> BackendError:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, overload
 
 from treadle.ir.builder import Builder, Expr, describe_source
@@ -30,7 +30,7 @@ from treadle.ir.graph import Graph, Init
 from treadle.ir.outline import Region, outline_regions
 from treadle.ir.sizes import Bounds, Size, SizeLike
 from treadle.ir.source_lines import raising_line, user_line
-from treadle.ir.types import Dim, DType, OptionalType, Type, f32
+from treadle.ir.types import Dim, DType, OptionalType, Type, f32, parse_type
 
 Tensor = Expr
 """A traced value: what a model's function receives and returns."""
@@ -115,7 +115,7 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
         raise FrontendError(
             f"parameter {full} is declared twice",
             source=describe_source(user_line(), tracing.scope),
-            hint=f"another name= or scope for one of the two, or t.shared_parameter({full!r}) to use it again",
+            hint=f"another name= or scope for one of the two; t.shared_parameter({full!r}) uses it again",
         )
     tracing.declared.add(full)
     start = _INITS.get(init) if isinstance(init, str) else init
@@ -125,16 +125,24 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
             source=describe_source(user_line(), tracing.scope),
             hint="one of " + ", ".join(_INITS) + ", or an Init",
         )
-    made = tracing.parameter(full, f"{dtype}[{', '.join(map(str, shape))}]", start)
-    sizes = made.type.static_shape
-    if sizes is None or min(sizes, default=0) < 0:
+    text = f"{dtype}[{', '.join(map(str, shape))}]"
+    type = _type_of_a_weight(text)
+    if type is None:
         raise FrontendError(
             f"the shape of parameter {full} must be of numbers from 0 on",
-            received=str(made.type),
+            received=text,
             source=describe_source(user_line(), tracing.scope),
-            hint="a weight has one size for all calls; give the input's axis a number" if sizes is None else None,
+            hint="a weight has one size for all calls: give the axis a number" if parse_type(text).symbols else None,
         )
-    return made
+    return tracing.parameter(full, type, start)
+
+
+@lru_cache(maxsize=4096)  # layers repeat
+def _type_of_a_weight(text: str) -> Type | None:
+    """The type, or None where its shape holds a symbol or a negative size. Raises as `parse_type` does."""
+    type = parse_type(text)
+    sizes = type.static_shape
+    return None if sizes is None or min(sizes, default=0) < 0 else type
 
 
 _INITS = {"normal": Init("normal", 0.02), "zeros": Init("zeros"), "ones": Init("ones")}
@@ -328,7 +336,7 @@ class Model:
     def __call__(self, /, *inputs: Tensor | None, **config: Any) -> Any:
         """Use the model inside another: its ops and parameters go under the current scope.
 
-        Optional inputs at the end may be left out.
+        Optional inputs may be left out at the end.
         """
         if _current.get() is None:
             raise FrontendError(
@@ -336,8 +344,8 @@ class Model:
                 hint=f"treadle.compile({self.name}) gives something that runs",
             )
         inner = self.configure(**config)
-        absent = [None for i in inner.declared_inputs[len(inputs) :] if i.optional]
-        return inner.function(*inputs, *absent, **inner._configuration())
+        absent = {i.name: None for i in inner.declared_inputs[len(inputs) :] if i.optional}
+        return inner.function(*inputs, **absent, **inner._configuration())
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.config.items())

@@ -32,25 +32,40 @@ def linear(x: Tensor, out: SizeLike | Dim, *, bias: bool = True, name: str) -> T
         return _tensor(b.linear(x, weight, offset, name=name))
 
 
-def embed(ids: Tensor, count: int, dim: SizeLike, *, name: str) -> Tensor:
-    """Rows of a table [count, dim] at ids [...], giving [..., dim].
+def embed(
+    ids: Tensor,
+    count: int | None = None,
+    dim: SizeLike | None = None,
+    *,
+    tied: str | None = None,
+    name: str | None = None,
+) -> Tensor:
+    """Rows of a table [count, dim] at ids [...], giving [..., dim]. `tied` names another embedding whose table it is.
 
     Where ids are `positions` of a symbolic axis, or these and a constant, that axis is bounded by the table:
     S + constant <= count.
     """
     b = trace()
-    first = _first_position(ids.value)
-    if first is not None:
+    if tied is not None:
+        name, table = name or tied, shared_parameter(f"{tied}.weight")
+    elif count is None or dim is None or name is None:
+        raise FrontendError("embed needs count, dim and name=, or tied= the scope of an embedding")
+    else:
+        with b.scoped(name):
+            table = parameter("weight", count, dim)
+    count, first = table.shape[0].constant, _first_position(ids.value)
+    if first is not None and count is not None:
         size = ids.shape[-1]
         if size.as_symbol is not None:
             b.graph.bound(size.as_symbol, Bounds(upper=count - first))
         elif size.constant is not None and size.constant + first > count:
+            beginning = f" from {first} on" if first else ""
             raise FrontendError(
-                f"there are {size} positions{f' from {first} on' if first else ''}, and {count} rows in the table {name}",
+                f"there are {size} positions{beginning}, and {count} rows in the table {name}",
                 source=describe_source(user_line(), b.scope),
             )
     with b.scoped(name):
-        return _tensor(b.embedding(parameter("weight", count, dim), ids, name=name))
+        return _tensor(b.embedding(table, ids, name=name))
 
 
 def sinusoidal_positions(positions: Tensor, dim: int, *, interleaved: bool = True, base: float = 10000.0) -> Tensor:
@@ -225,10 +240,10 @@ def _first_position(ids: Value) -> int | None:
         return 0
     if node is not None and node.op.name == "add":
         x, y = node.inputs
-        for positions, added in ((x, y), (y, x)):
-            first = _first_position(positions) if added.literal is not None else None
-            if first is not None and isinstance(offset := added.literal.scalar, int):
-                return first + offset
+        for literal, positions in ((x.literal, y), (y.literal, x)):
+            added = None if literal is None else literal.scalar
+            if isinstance(added, int) and (first := _first_position(positions)) is not None:
+                return first + added
     return None
 
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import numpy as np
-
+from treadle.ir.errors import GraphError
 from treadle.ir.graph import Literal, Value
 from treadle.ir.scanner import Limits, Scanner
 from treadle.ir.types import DTYPES, DType, Type, boolean, f32, i64, u8
@@ -85,8 +84,7 @@ def _exact_numbers(literal: Literal) -> list[str] | None:
 
 
 def _bytes_of(numbers: Sequence[Any], dtype: DType) -> bytes:
-    with np.errstate(over="ignore"):
-        return Literal.of(numbers, dtype).data
+    return Literal.of(numbers, dtype).data
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -203,12 +201,10 @@ class ConstantReader:
                 raise s.error(f"{str(number).lower()} is no {dtype}", at)
             if dtype.is_int and not _least(dtype) <= number <= _greatest(dtype):
                 raise s.error(f"{number} is out of the range of {dtype}", at)
-        literal = Literal(dtype, shape, _bytes_of(numbers, dtype))
-        if dtype.is_float:
-            for number, element in zip(numbers, literal.array.flat, strict=True):
-                if np.isinf(element) and abs(number) != float("inf"):
-                    raise s.error(f"{number} is out of the range of {dtype}", at)
-        return literal
+        try:
+            return Literal(dtype, shape, _bytes_of(numbers, dtype))
+        except GraphError as error:  # a float past the greatest
+            raise s.error(error.what, at) from None
 
 
 def _least(dtype: DType) -> int:

@@ -72,7 +72,7 @@ class Literal:
         except FloatingPointError:
             largest = array.flat[np.argmax(np.abs(np.where(np.isfinite(array), array, 0)))]
             raise GraphError(
-                f"{largest} is past the greatest number of {kind}",
+                f"{largest} is out of the range of {kind}",
                 hint='float("inf"), or cast the other operand to a wider dtype',
             ) from None
         if not kind.is_float and array.dtype != stored.dtype and not np.array_equal(stored, array):

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
 """One entry an operand or result: an Expr, or None where it is absent or has no gradient."""
+Demand = tuple[Size, str]
+"""A size that must not be negative, and what is wrong where it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,10 +100,10 @@ class Op:
         """Raise RuleError for what the rules cannot say (an attribute out of range, ...)."""
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
-        """Sizes that must not be negative, such as S - 4 where an axis of size S is cut at 4, each with what to say of
-        one that is.
+        """What sizes must be for the op to be defined: S - 4 not negative, where an axis of size S is cut at 4.
 
-        A constant one is refused here, with RuleError; one with symbols at each call, when their sizes are known.
+        Asked after `check`. `infer` refuses a constant that is negative; one with symbols is looked at when their sizes
+        are known, at each call.
         """
         return ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
-from treadle.models.bert import ACTIVATIONS, HEADS, block, pool, unmask
+from treadle.models.bert import ACTIVATIONS, HEADS, block, embed_tokens, pool, unmask
 from treadle.models.family import (
     Config,
     Family,
@@ -53,10 +53,8 @@ def albert(
     lengths, token_types and head are BERT's.
     """
     with t.scope("embeddings"):
-        x = t.embed(tokens, vocab, embedding, name="word")
-        x += t.embed(t.positions(tokens), context, embedding, name="position")
-        x += t.embed(t.constant(0) if token_types is None else token_types, types, embedding, name="token_type")
-        x = t.linear(t.layer_norm(x, eps=eps, name="norm"), dim, name="widen")
+        x = embed_tokens(tokens, token_types, vocab=vocab, context=context, types=types, dim=embedding, eps=eps)
+        x = t.linear(x, dim, name="widen")
 
     mask = None if lengths is None else t.padding(lengths)
     for _ in t.stack("layer", layers, shared=True):

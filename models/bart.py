@@ -53,7 +53,7 @@ def bart(
     logits   else the hidden states [B, T, dim] of the decoder
     """
     mask = None if lengths is None else t.padding(lengths)
-    x, y = (t.embed(ids, vocab, dim, name="shared") for ids in (tokens, decoder_tokens))
+    x, y = t.embed(tokens, vocab, dim, name="shared"), t.embed(decoder_tokens, tied="shared")
     if scaled:
         x, y = x * dim**0.5, y * dim**0.5
     with t.scope("encoder"):

@@ -61,10 +61,7 @@ def bert(
     head         None, or one of HEADS
     """
     with t.scope("embeddings"):
-        x = t.embed(tokens, vocab, dim, name="word")
-        x += t.embed(t.positions(tokens), context, dim, name="position")
-        x += t.embed(t.constant(0) if token_types is None else token_types, types, dim, name="token_type")
-        x = t.layer_norm(x, eps=eps, name="norm")
+        x = embed_tokens(tokens, token_types, vocab=vocab, context=context, types=types, dim=dim, eps=eps)
 
     mask = None if lengths is None else t.padding(lengths)
     for _ in t.stack("layer", layers):
@@ -83,6 +80,21 @@ def bert(
             return t.linear(x, labels, name="logits")
         case _:
             raise FrontendError(f"bert has no head {head!r}", hint="one of None, " + ", ".join(HEADS))
+
+
+def embed_tokens(
+    tokens: t.Tensor, token_types: t.Tensor | None, *, vocab: int, context: int, types: int, dim: int, eps: float
+) -> t.Tensor:
+    """What a token is, where it stands and which of some types it is of, added up and normalized: [B, S, dim].
+
+    token_types  None: all of the first type
+    types        0: tokens have none
+    """
+    x = t.embed(tokens, vocab, dim, name="word")
+    x += t.embed(t.positions(tokens), context, dim, name="position")
+    if types:
+        x += t.embed(t.constant(0) if token_types is None else token_types, types, dim, name="token_type")
+    return t.layer_norm(x, eps=eps, name="norm")
 
 
 def block(x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None, act: Activation, eps: float) -> t.Tensor:

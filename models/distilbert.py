@@ -5,7 +5,7 @@ from __future__ import annotations
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
-from treadle.models.bert import ACTIVATIONS, block, pool, unmask
+from treadle.models.bert import ACTIVATIONS, block, embed_tokens, pool, unmask
 from treadle.models.family import (
     Config,
     Family,
@@ -50,8 +50,7 @@ def distilbert(
     head     None, or one of HEADS
     """
     with t.scope("embeddings"):
-        x = t.embed(tokens, vocab, dim, name="word") + t.embed(t.positions(tokens), context, dim, name="position")
-        x = t.layer_norm(x, eps=eps, name="norm")
+        x = embed_tokens(tokens, None, vocab=vocab, context=context, types=0, dim=dim, eps=eps)
 
     mask = None if lengths is None else t.padding(lengths)
     for _ in t.stack("layer", layers):

@@ -41,11 +41,14 @@ def marian(
     source, target = ("shared", "shared") if decoder_vocab is None else ("encoder.tokens", "decoder.tokens")
     target_vocab = decoder_vocab or vocab
 
-    def embed(ids: t.Tensor, count: int, name: str) -> t.Tensor:
-        x = t.embed(ids, count, dim, name=name)
+    def place(x: t.Tensor, ids: t.Tensor) -> t.Tensor:
         return (x * dim**0.5 if scaled else x) + t.sinusoidal_positions(t.positions(ids), dim, interleaved=False)
 
-    x, y = embed(tokens, vocab, source), embed(decoder_tokens, target_vocab, target)
+    x = place(t.embed(tokens, vocab, dim, name=source), tokens)
+    if target == source:
+        y = place(t.embed(decoder_tokens, tied=source), decoder_tokens)
+    else:
+        y = place(t.embed(decoder_tokens, target_vocab, dim, name=target), decoder_tokens)
     with t.scope("encoder"):
         memory = encode(x, encoder_layers, encoder_hidden, act, mask, heads=encoder_heads)
     with t.scope("decoder"):

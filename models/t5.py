@@ -94,7 +94,7 @@ def t5(
     mask = None if lengths is None else t.padding(lengths)
     attention = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
     feed_forward = t.gated_mlp if gated else t.mlp
-    x = t.embed(decoder_tokens, vocab, dim, name="shared")
+    x = t.embed(decoder_tokens, tied="shared")
     with t.scope("decoder"):
         table = t.parameter("distance.weight", buckets, heads)
         bias = t.t5_relative(table, buckets=buckets, max_distance=max_distance)

@@ -52,11 +52,11 @@ def transformer(
     mask = None if lengths is None else t.padding(lengths)
     attention = {"heads": heads, "projection_bias": False}
 
-    def embed(ids: t.Tensor) -> t.Tensor:
-        x = t.embed(ids, vocab, dim, name="shared") * dim**0.5
-        return x + t.sinusoidal_positions(t.positions(ids), dim)
+    def place(x: t.Tensor, ids: t.Tensor) -> t.Tensor:
+        return x * dim**0.5 + t.sinusoidal_positions(t.positions(ids), dim)
 
-    x, y = embed(tokens), embed(decoder_tokens)
+    x = place(t.embed(tokens, vocab, dim, name="shared"), tokens)
+    y = place(t.embed(decoder_tokens, tied="shared"), decoder_tokens)
     with t.scope("encoder"):
         memory = encode(x, layers, hidden, t.relu, mask, **attention)
     with t.scope("decoder"):

@@ -440,6 +440,12 @@ def test_terms_are_given_as_text_too() -> None:
     assert hash(op) == hash(dataclasses.replace(op))
 
 
+@pytest.mark.parametrize("terms", [(5,), "causal", 5, (("causal",),)])
+def test_what_is_no_sequence_of_terms_is_refused(terms: Any) -> None:
+    with pytest.raises(GraphError, match=r"attention: terms must be tuple\[Term, \.\.\.\], is"):
+        Attention(terms=terms)
+
+
 # -- masking -------------------------------------------------------------------------------------------------
 
 

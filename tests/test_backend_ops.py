@@ -142,6 +142,46 @@ def test_scalar_constants_keep_the_dtype(value: float, backend: str) -> None:
         np.testing.assert_allclose(out.power, np.power(single, x), rtol=2.0**-21)
 
 
+@both
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.5, float("inf"), float("-inf"), float("nan")])
+def test_pad_fills_with_any_number(value: float, backend: str) -> None:
+    graph = graph_of(lambda b: b.pad(b.input("x", "f32[1]"), axis=0, before=1, value=value))
+    filled, one = compiled(backend, graph)(x=np.ones(1, np.float32)).y
+    np.testing.assert_array_equal([filled, one], [value, 1])
+    assert np.signbit(filled) == np.signbit(value)
+
+
+@both
+@pytest.mark.parametrize("dtype", ["f16", "f32", "f64"])
+def test_the_sign_of_nan_is_nan(dtype: str, backend: str) -> None:
+    graph = graph_of(lambda b: b.sign(b.input("x", f"{dtype}[4]")))
+    x = np.array([np.nan, -np.inf, 0.0, 3.0], DTYPES[dtype].numpy)
+    np.testing.assert_array_equal(compiled(backend, graph)(x=x).y, np.array([np.nan, -1, 0, 1], x.dtype), strict=True)
+
+
+@both
+@pytest.mark.parametrize("condition", [True, False])
+def test_where_takes_a_constant_condition(condition: bool, backend: str) -> None:
+    def build(b: Builder) -> Expr:
+        made: Expr = b.where(b.constant(condition), b.input("x", "bool[2]"), b.input("y", "bool[2]"))
+        return made
+
+    x = np.array([True, False])
+    np.testing.assert_array_equal(compiled(backend, graph_of(build))(x=x, y=~x).y, x if condition else ~x)
+
+
+@both
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_normalization_of_f16_squares_in_f32(name: str, backend: str) -> None:
+    """800 squared is more than f16 holds. f16's own spacing is all that the result may be off by."""
+    graph = graph_of(lambda b: b.apply(name, b.input("x", "f16[4]")))
+    x = np.array([400, -400, 800, -800], np.float16)
+    expected = np.array([1, -1, 2, -2]) / np.sqrt(2.5)
+    for made in (compiled(backend, graph)(x=x).y, interpret(graph, {"x": x})["y"]):
+        assert made.dtype == np.float16
+        np.testing.assert_allclose(made, expected, rtol=2.0**-10)
+
+
 FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_float]
 NUMBERS = [0.1, -1 / 3, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519.0, 1e-7, -0.0, float("inf")]
 """Among them ties of bf16, of which the even one is nearest, and what f16 holds as a subnormal."""

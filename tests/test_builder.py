@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,17 @@ def test_numbers_that_no_operand_ties() -> None:
     assert chosen.tolist() == [[1.0, -2.5, -2.5, 1.0]]
 
 
+@pytest.mark.parametrize(("dtype", "number"), [("f16", 1e6), ("f16", -70_000), ("bf16", 3.4e38), ("f32", 1e300)])
+def test_a_number_does_not_become_infinite(dtype: str, number: float) -> None:
+    b = Builder(Graph("g"))
+    x = b.input("x", f"{dtype}[4]")
+    with pytest.raises(GraphError, match=f"{re.escape(str(number))} is out of the range of {dtype}"):
+        x + number
+    with pytest.raises(GraphError, match="is out of the range"):
+        b.constant([0.0, number, float("-inf")], DTYPES[dtype])
+    assert (x + float("-inf")).dtype is DTYPES[dtype]
+
+
 def test_arrays_and_lists_are_constants() -> None:
     b, x, _, _ = start()
     ones = np.ones((1, 4), np.float32)
@@ -285,6 +297,8 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "-": lambda a, c: a - c,
     "*": lambda a, c: a * c,
     "/": lambda a, c: a / c,
+    "//": lambda a, c: a // c,
+    "%": lambda a, c: a % c,
     "**": lambda a, c: a**c,
     "<": lambda a, c: a < c,
     "<=": lambda a, c: a <= c,
@@ -304,8 +318,7 @@ def test_operators_mean_what_they_mean_in_numpy(sign: str) -> None:
     x, y = b.input("x", "f32[1, 4]"), b.input("y", "f32[1, 4]")
     np.testing.assert_array_equal(interpret_one(b, apply(x, y), x=left, y=right), apply(left, right))
     np.testing.assert_array_equal(interpret_one(b, apply(x, 2.0), x=left, y=right), apply(left, np.float32(2)))
-    if sign != "**":
-        np.testing.assert_array_equal(interpret_one(b, apply(2.0, x), x=left, y=right), apply(np.float32(2), left))
+    np.testing.assert_array_equal(interpret_one(b, apply(2.0, x), x=left, y=right), apply(np.float32(2), left))
 
 
 def test_operators_of_one_value_and_of_truth() -> None:
@@ -313,11 +326,13 @@ def test_operators_of_one_value_and_of_truth() -> None:
     values = np.array([[0.5, -1.0, 2.0, 3.0]], np.float32)
     truth = np.array([[True, True, False, False]])
     np.testing.assert_array_equal(interpret_one(b, -x, x=values), -values)
+    np.testing.assert_array_equal(interpret_one(b, abs(x), x=values), abs(values))
     np.testing.assert_array_equal(interpret_one(b, ~m, m=truth), ~truth)
     np.testing.assert_array_equal(interpret_one(b, m & (x > 0.0), x=values, m=truth), truth & (values > 0))
     np.testing.assert_array_equal(interpret_one(b, m | (x > 0.0), x=values, m=truth), truth | (values > 0))
     w = b.parameter("w", "f32[4, 3]")
     assert (x @ w).type == f32["B 3"]
+    assert (np.ones((2, 4)) @ w).type == f32[2, 3]
 
 
 def test_values_are_told_apart_though_equality_is_an_op() -> None:

@@ -1,15 +1,19 @@
-"""What a declaration may say of its inputs and its stacks."""
+"""What a declaration may say of its inputs, its parameters and its stacks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle.ir.errors import GraphError
+from treadle.compiling import compile
+from treadle.ir.errors import FrontendError, GraphError
 from treadle.ir.interpreter import interpret
 from treadle.ir.parser import parse_graph
 from treadle.ir.printer import print_graph
+from treadle.ir.sizes import Bounds
 
 
 @t.model
@@ -69,3 +73,144 @@ def test_layers_of_a_shared_stack_must_agree() -> None:
 
     with pytest.raises(GraphError, match=r"parameter layer.step.weight is used with two types"):
         tapered.graph()
+
+
+def test_a_shared_stack_in_a_shared_stack() -> None:
+    @t.model
+    def nested(x: t.f32["B 4"]):
+        for _ in t.stack("outer", 2, shared=True):
+            x = t.linear(x, 4, bias=False, name="first")
+            for _ in t.stack("inner", 2, shared=True):
+                x = t.linear(x, 4, bias=False, name="step")
+        return x
+
+    assert list(nested.graph().parameters) == ["outer.first.weight", "outer.inner.step.weight"]
+
+
+def twice_in_a_row(x: t.Tensor) -> t.Tensor:
+    return t.linear(t.linear(x, 4, name="step"), 4, name="step")
+
+
+def two_stacks(x: t.Tensor) -> t.Tensor:
+    for _ in range(2):
+        for _ in t.stack("h", 2):
+            x = t.linear(x, 4, name="step")
+    return x
+
+
+def twice_in_a_shared_stack(x: t.Tensor) -> t.Tensor:
+    for _ in t.stack("h", 2, shared=True):
+        x = twice_in_a_row(x)
+    return x
+
+
+def again_after_a_shared_stack(x: t.Tensor) -> t.Tensor:
+    for i in t.stack("h", 2, shared=True):
+        x = t.linear(x, 4, name=f"step{i}")
+    return t.linear(x, 4, name="h.step0")
+
+
+def one_model_twice(x: t.Tensor) -> t.Tensor:
+    return repeated(repeated(x, depth=1)["y"], depth=1)["y"]
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (twice_in_a_row, "step.weight"),
+        (two_stacks, "h.0.step.weight"),
+        (twice_in_a_shared_stack, "h.step.weight"),
+        (again_after_a_shared_stack, "h.step0.weight"),
+        (one_model_twice, "encoder.layer.step.weight"),
+    ],
+)
+def test_two_layers_of_one_name_are_refused(body: Callable[[t.Tensor], t.Tensor], name: str) -> None:
+    @t.model
+    def declared(x: t.f32["B 4"]):
+        return body(x)
+
+    with pytest.raises(FrontendError, match=f"parameter {name} is declared twice") as caught:
+        declared.graph()
+    assert f"t.shared_parameter('{name}')" in str(caught.value.hint)
+
+
+def test_a_table_is_shared_by_asking_for_it() -> None:
+    @t.model
+    def translation(tokens: t.i64["B S"], answers: t.i64["B T"]):
+        x, y = t.embed(tokens, 10, 4, name="shared"), t.embed(answers, tied="shared")
+        return t.unembed(y + t.reduce_mean(x, axes=(1,), keep=True), tied="shared")
+
+    assert list(translation.graph().parameters) == ["shared.weight"]
+
+    @t.model
+    def neither(tokens: t.i64["B S"]):
+        return t.embed(tokens, 10, name="wte")
+
+    with pytest.raises(FrontendError, match="embed needs count, dim and name=, or tied="):
+        neither.graph()
+
+
+@pytest.mark.parametrize("size", ["S", "2*S+1", -4])
+def test_a_parameter_has_a_size_that_is_known(size: str | int) -> None:
+    @t.model
+    def biased(x: t.f32["B S"]):
+        return x + t.parameter("offset", size)
+
+    with pytest.raises(FrontendError, match="the shape of parameter offset must be of numbers from 0 on"):
+        biased.graph()
+
+
+def test_an_input_has_no_negative_size() -> None:
+    assert str(rows.configure(width=0).declared_inputs[0].type) == "f32[B, 0]"
+    with pytest.raises(FrontendError, match="input x of model rows has a negative size") as caught:
+        rows.configure(width=-2).graph()
+    assert caught.value.received == "f32[B, -2]"
+
+
+def test_an_input_and_an_output_may_have_any_name() -> None:
+    @t.model
+    def named(self: t.f32["B"], given: t.f32["B"], arrays: t.f32["B"]):
+        return {"self": self + given + arrays}
+
+    ones = np.ones(3, np.float32)
+    assert compile(named)(self=ones, given=ones, arrays=ones)["self"].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("positions", "longest"),
+    [
+        (lambda p: p, 10),
+        (lambda p: p + 2, 8),
+        (lambda p: 2 + p, 8),
+        (lambda p: 1 + p + 2, 7),
+        (lambda p: p + p, None),
+        (lambda p: p * 2, None),
+    ],
+)
+def test_a_table_of_positions_bounds_their_axis(positions: Callable[[t.Tensor], t.Tensor], longest: int | None) -> None:
+    @t.model
+    def placed(tokens: t.i64["B S"]):
+        return t.embed(positions(t.positions(tokens)), 10, 4, name="position")
+
+    assert placed.graph().symbols["S"] == Bounds(upper=longest)
+
+
+def test_positions_of_a_fixed_axis_must_fit_from_their_first() -> None:
+    @t.model
+    def placed(tokens: t.i64["B 8"], *, first=2):
+        return t.embed(t.positions(tokens) + first, 10, 4, name="position")
+
+    assert len(placed.graph().parameters) == 1
+    with pytest.raises(FrontendError, match="there are 8 positions from 3 on, and 10 rows in the table position"):
+        placed.configure(first=3).graph()
+
+
+def test_a_bound_below_one_is_refused() -> None:
+    @t.model
+    def bounded(x: t.f32["B S"], *, lower=1):
+        t.bound("S", lower=lower, upper=8)
+        return x
+
+    assert bounded.graph().symbols["S"] == Bounds(1, 8)
+    with pytest.raises(GraphError, match="S has no sizes below 1"):
+        bounded.configure(lower=0).graph()

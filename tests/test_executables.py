@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from tests.backend_checks import assert_near, block_model, both, compiled, graph_of, message
 from tests.golden import Golden
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.types import DTYPES
@@ -86,8 +88,21 @@ def test_a_block_is_passed_the_symbols_that_its_arguments_do_not_tell(backend: s
 
 @both
 def test_a_symbol_that_no_input_tells_is_refused(backend: str) -> None:
-    with pytest.raises(BackendError, match="needs the size of S, which no input has as a dimension"):
-        compiled(backend, graph_of(lambda b: b.rearrange(b.input("x", "f32[2*S]"), pattern="(s=S two) -> s two")))
+    with pytest.raises(BackendError, match="needs the size of S, T, which no input's dimensions tell"):
+        compiled(backend, graph_of(lambda b: b.rearrange(b.input("x", "f32[S*T]"), pattern="(s=S t) -> s t")))
+
+
+@both
+def test_a_symbol_is_read_from_a_multiple_of_it(backend: str) -> None:
+    def build(b: Builder) -> Expr:
+        pairs = b.slice(b.input("x", "f32[2*S+1]"), axis=0, start=1)
+        made: Expr = b.rearrange(pairs, pattern="(s=S two) -> s two")
+        return b.expand(b.reduce_sum(made, axes=(0, 1)), shape=("S",))
+
+    x = np.arange(7, dtype=np.float32)
+    exe = compiled(backend, graph_of(build))
+    assert "S = (x.shape[0] - 1) // 2" in exe.source
+    np.testing.assert_array_equal(exe(x=x).y, [21, 21, 21])
 
 
 @both
@@ -213,6 +228,15 @@ def test_bf16_runs_on_torch() -> None:
         exe(x=np.full(3, 0.1, np.float32))
 
 
+@both
+def test_an_array_may_be_laid_out_backwards(backend: str) -> None:
+    """Along an axis of one element, which NumPy calls contiguous whatever its stride, as well."""
+    exe = compiled(backend, graph_of(lambda b: b.input("x", "f32[B, 3]") * 2.0))
+    for rows in (1, 2):
+        x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)[::-1]
+        np.testing.assert_array_equal(exe(x=x).y, x * 2)
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +299,50 @@ def test_what_a_call_says_of_wrong_inputs(backend: str, golden: Golden) -> None:
     assert exe(**good).y == 10.0
     texts = [f"{title}\n\n{message(partial(exe, **given))}\n" for title, given in wrong.items()]
     golden("executables/wrong_inputs.txt", "\n".join(texts))
+
+
+TOO_SHORT: dict[str, tuple[Callable[[Builder, Expr], Expr], str]] = {
+    "slice": (lambda b, x: b.slice(x, axis=1, start=1, stop=5), "from 1 to 5 is outside an axis of size S"),
+    "slice, from the end": (
+        lambda b, x: b.slice(x, axis=1, start=-5, stop=-4),
+        "from S-5 to S-4 is outside an axis of size S",
+    ),
+    "top_k": (lambda b, x: b.top_k(x, k=5)[0], "k is 5, but axis -1 has S elements"),
+    "windows": (
+        lambda b, x: b.windows(x, axis=1, size=5),
+        "a window spans 5 elements, the axis has S",
+    ),
+    "conv": (
+        lambda b, x: b.conv(b.rearrange(x, pattern="b s -> b 1 s"), b.constant(np.ones((1, 1, 5), np.float32))),
+        "the kernel spans 5 elements, the padded axis has S",
+    ),
+}
+"""Ops that need five elements, and what they say of four."""
+
+
+@pytest.mark.parametrize("name", TOO_SHORT)
+@both
+def test_what_an_op_needs_of_a_symbolic_axis_is_looked_at_in_each_call(name: str, backend: str) -> None:
+    build, text = TOO_SHORT[name]
+    graph = graph_of(lambda b: build(b, b.input("x", "f32[B, S]")))
+    exe = compiled(backend, graph)
+    enough, short = (np.arange(2 * n, dtype=np.float32).reshape(2, n) for n in (5, 4))
+    assert_near(exe(x=enough).y, interpret(graph, {"x": enough})["y"])
+    assert f"{text}, where S = 4" in message(lambda: exe(x=short))
+    with pytest.raises(GraphError, match=re.escape(text)):
+        interpret(graph, {"x": short})
+
+
+@both
+def test_a_size_that_is_no_multiple_is_refused(backend: str) -> None:
+    graph = graph_of(lambda b: b.input("x", "f32[B, 2*S+1]") * 2.0)
+    exe = compiled(backend, graph)
+    assert exe(x=np.ones((1, 5), np.float32)).y.shape == (1, 5)
+    x = np.ones((1, 6), np.float32)
+    assert "input x: dimension 1 must be 2*S+1, is 6" in message(lambda: exe(x=x))
+    with pytest.raises(GraphError, match=r"dimension 1 must be 2\*S\+1, is 6"):
+        interpret(graph, {"x": x})
+    assert "input x: S must be at least 1, is 0" in message(lambda: exe(x=x[:, :1]))
 
 
 @both

@@ -13,8 +13,9 @@ from treadle.ir.builder import Builder
 from treadle.ir.differentiate import backward
 from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
-from treadle.ir.interpreter import interpret
-from treadle.ir.operation import find_op
+from treadle.ir.interpreter import interpret, interpret_body
+from treadle.ir.operation import Composite, find_op
+from treadle.ir.types import DTYPES
 
 Array = np.ndarray[Any, Any]
 
@@ -113,6 +114,40 @@ def test_a_mean_over_a_symbolic_axis_divides_by_its_size() -> None:
         share = np.broadcast_to(value.mean(1)[:, None] / shape[1], shape)
         np.testing.assert_allclose(made["mean"], value.mean(1), rtol=1e-6)
         np.testing.assert_allclose(made["grad"], share, rtol=1e-6)
+
+
+BIG = np.array([400, -400, 800, -800], np.float16)
+"""The squares are more than f16 holds."""
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_normalization_of_f16_takes_its_means_in_f32(name: str) -> None:
+    """Reference, body and gradient are off by f16's own spacing at most, from what they are in f64."""
+    op = find_op(name)()
+    assert isinstance(op, Composite)
+    others = [None] * (len(op.operands) - 1)
+    exact = op.reference(BIG.astype(np.float64), *others)
+    for made in (op.reference(BIG, *others), interpret_body(op, [BIG, *others])):
+        assert made.dtype == np.float16
+        np.testing.assert_allclose(made, exact, rtol=2.0**-10)
+
+    def gradient(dtype: str) -> Array:
+        b = Builder(Graph("gradient"))
+        x, g = (b.input(n, f"{dtype}[4]") for n in ("x", "g"))
+        made = b.apply(name, x)
+        b.outputs(x=backward(b, list(b.function.nodes), {made.value: g})[x.value])
+        given = {"x": BIG, "g": np.array([512, 256, -512, 1024])}
+        return interpret(b.graph, {n: v.astype(DTYPES[dtype].numpy) for n, v in given.items()})["x"]
+
+    np.testing.assert_allclose(gradient("f16"), gradient("f64"), rtol=2.0**-10)
+
+
+def test_a_mean_of_f16_counts_further_than_f16_does() -> None:
+    ones = np.ones(70_000, np.float16)
+    op = find_op("reduce_mean")(axes=(0,))
+    assert isinstance(op, Composite)
+    for made in (op.reference(ones), interpret_body(op, [ones])):
+        assert (made, made.dtype) == (1.0, np.float16)
 
 
 def test_a_cast_to_bf16_rounds_as_torch_does() -> None:

@@ -44,12 +44,24 @@ def unary(
     return Case(name, each, program(f"x: {x}", f"y: {y or x}", *before), program(f"x: {x}", f"y: {y or x}", *after))
 
 
+def swapped(lines: Sequence[str], old: str, new: str) -> list[str]:
+    """Lines with one text in them replaced."""
+    assert any(old in line for line in lines)
+    return [line.replace(old, new) for line in lines]
+
+
 X = "return y = x"
 
 CANONICALIZED = [
     unary("add-zero", Canonicalize(), ["a = add(x, 0.0)", "return y = a"], [X]),
     unary("zero-add", Canonicalize(), ["a = add(0.0, x)", "return y = a"], [X]),
     unary("sub-zero", Canonicalize(), ["a = sub(x, 0.0)", "return y = a"], [X]),
+    unary(
+        "sub-negative-zero",
+        Canonicalize(),
+        ["a = sub(x, -0.0)", "return y = a"],
+        ["a = sub(x, -0.0)", "return y = a"],
+    ),
     unary("mul-one", Canonicalize(), ["a = mul(1.0, x)", "return y = a"], [X]),
     unary("mul-one-integer", Canonicalize(), ["a = mul(x, 1)", "return y = a"], [X], x="i64[B]"),
     unary("div-one", Canonicalize(), ["a = div(x, 1.0)", "return y = a"], [X]),
@@ -58,6 +70,15 @@ CANONICALIZED = [
     ),
     unary("div-other", Canonicalize(), ["a = div(x, 3.0)", "return y = a"], ["a = div(x, 3.0)", "return y = a"]),
     unary("mul-zero", Canonicalize(), ["a = mul(x, 0.0)", "return y = a"], ["a = mul(x, 0.0)", "return y = a"]),
+    *(
+        unary(
+            f"{op}-nearly-{number}",
+            Canonicalize(),
+            ["p = abs(x)", f"a = {op}(p, {number})", "return y = a"],
+            ["p = abs(x)", f"a = {op}(p, {number})", "return y = a"],
+        )
+        for op, number in (("mul", 1.0000001), ("pow", 1.0000001), ("pow", 1.9999999))
+    ),
     unary("pow-one", Canonicalize(), ["a = pow(x, 1.0)", "return y = a"], [X]),
     unary("pow-two", Canonicalize(), ["a = pow(x, 2.0)", "return y = a"], ["a = mul(x, x)", "return y = a"]),
     unary("neg-neg", Canonicalize(), ["a = neg(x)", "b = neg(a)", "return y = b"], [X]),
@@ -156,6 +177,9 @@ FUSED = [
         FuseGelu(),
         ["b = div(x, 1.4142135)", "c = erf(b)", "d = add(1.0, c)", "e = mul(x, d)", "f = div(e, 2.0)", "return y = f"],
         ["a = gelu(x)", "return y = a"],
+    ),
+    unary(
+        "gelu-one-spacing-off", FuseGelu(), swapped(GELU, "0.70710678", "0.7071067"), ["a = gelu(x)", "return y = a"]
     ),
     unary(
         "gelu-tanh",
@@ -306,6 +330,14 @@ SHARED = [
         ["a = div(x, 0.0)", "b = div(x, -0.0)", "c = maximum(a, b)", "return y = c"],
     ),
     unary(
+        "common-not-signed-zero-attributes",
+        CommonSubexpressions(),
+        ["a = pad(x, axis=0, after=1)", "b = pad(x, axis=0, after=1, value=-0.0)", "c = concat(a, b)", "return y = c"],
+        ["a = pad(x, axis=0, after=1)", "b = pad(x, axis=0, after=1, value=-0.0)", "c = concat(a, b)", "return y = c"],
+        x="f32[3]",
+        y="f32[8]",
+    ),
+    unary(
         "dead", DeadCode(), ["a = exp(x)", "b = neg(x)", "c = neg(a)", "return y = b"], ["b = neg(x)", "return y = b"]
     ),
 ]
@@ -322,12 +354,6 @@ def test_before_and_expected(case: Case) -> None:
 
 
 # -- near misses: left alone, with the reason ---------------------------------------------------------------------
-
-
-def swapped(lines: Sequence[str], old: str, new: str) -> list[str]:
-    """Lines with one text in them replaced."""
-    assert any(old in line for line in lines)
-    return [line.replace(old, new) for line in lines]
 
 
 REFUSED = [
@@ -467,6 +493,13 @@ def test_a_form_keeps_names_and_given_sizes() -> None:
     assert form is not None
     assert form.pattern == "b s (heads=2 d) -> b heads s d"
     assert form_of("a b -> b a", Literal.of(np.zeros((2, 3))).type).is_transposition
+
+
+def test_a_bf16_constant_is_one_only_if_it_is_one() -> None:
+    """bf16 holds nothing between 1 and 1.0078125."""
+    for number, nodes in ((1.0, 0), (1.0078125, 1)):
+        before = program("x: bf16[2]", "y: bf16[2]", f"a = mul(x, {number}:bf16)", "return y = a")
+        assert len(optimize(before, Canonicalize()).graph.main.nodes) == nodes
 
 
 def test_lossless_casts_keep_every_value_of_small_dtypes() -> None:

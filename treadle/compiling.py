@@ -110,14 +110,9 @@ def compile(
 
     Raises the error of the part that refuses: UsageError, FrontendError, CheckpointError, PassError, BackendError.
     """
-    if not isinstance(passes, Sequence) or not all(isinstance(p, Pass) for p in passes):
-        raise UsageError(
-            "passes= is a list of passes",
-            received=f"{passes!r}"[:80],
-            hint="leave it out for the default pipeline; [] compiles the graph as declared",
-        )
+    manager = PassManager(_pipeline(passes))
     resolved = resolve(model, inputs=inputs, **config)
-    optimized = PassManager(passes).run(resolved.graph)
+    optimized = manager.run(resolved.graph)
     if weights is not None:
         _refuse_unknown(weights, resolved.graph.parameters)
     given = weights if weights is not None else resolved.weights
@@ -146,6 +141,16 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
         rng = np.random.default_rng([seed, *name.encode()])
         drawn[name] = graph.initial.get(name, Init("normal", 0.02)).draw(shape, value.type.dtype, rng)
     return drawn
+
+
+def _pipeline(passes: object) -> tuple[Pass, ...]:
+    if isinstance(passes, Sequence) and all(isinstance(p, Pass) for p in passes):
+        return tuple(passes)
+    raise UsageError(
+        "passes= is a list of passes",
+        received=f"{passes!r}"[:80],
+        hint="leave it out for the default pipeline; [] compiles the graph as declared",
+    )
 
 
 def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:

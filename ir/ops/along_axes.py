@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
+
+import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.ops.axis_names import place
-from treadle.ir.types import bf16, f16, f32
+from treadle.ir.types import Type, bf16, f16, f32
 
 
 def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -21,6 +24,12 @@ def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
         if before == after:
             raise RuleError(f"axis {after} is named twice in {tuple(axes)}")
     return tuple(found)
+
+
+def refuse_empty(x: Type | None, axes: Sequence[int], what: str) -> None:
+    """Raise RuleError where one of the axes is known to be empty, and so has no `what`."""
+    if x is not None and x.rank and any(x.shape[i].constant == 0 for i in places(axes, x.rank)):
+        raise RuleError(f"an axis of size 0 has no {what}")
 
 
 def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
@@ -47,6 +56,11 @@ def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
 def widened(x: Expr) -> Expr:
     """x, in f32 if it is of 16 bits: its squares and sums may be past what those hold."""
     return x.cast(f32) if x.dtype in (f16, bf16) else x
+
+
+def wide_array(x: Any) -> Any:
+    """The same of NumPy's arrays, which hold bf16 in float32 already."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
 def with_ones(b: Builder, x: Expr, axes: Sequence[int], rank: int) -> Expr:

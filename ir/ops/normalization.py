@@ -9,9 +9,10 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.operation import Composite, Grads, Operand, op
-from treadle.ir.ops.along_axes import rule_along
+from treadle.ir.ops.along_axes import refuse_empty, rule_along, wide_array, widened
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.samples import S
+from treadle.ir.types import Type
 
 
 @op("softmax", dtypes="f -> f")
@@ -23,6 +24,9 @@ class Softmax(Composite):
 
     x = Operand()
     axis: int = -1
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        refuse_empty(types[0], (self.axis,), "softmax")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
@@ -40,7 +44,11 @@ class Softmax(Composite):
         return [y * (g - b.reduce_sum(g * y, axes=(self.axis,), keep=True))]
 
     samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0), S("f32[2,3,4]", axis=1)]
-    errors = [(S("f32[2,3]", axis=2), "there is no axis 2"), (S("i64[2]"), "x must be a float, is i64")]
+    errors = [
+        (S("f32[2,3]", axis=2), "there is no axis 2"),
+        (S("f32[2,0]"), "an axis of size 0 has no softmax"),
+        (S("i64[2]"), "x must be a float, is i64"),
+    ]
 
 
 @op("log_softmax", dtypes="f -> f")
@@ -49,6 +57,9 @@ class LogSoftmax(Composite):
 
     x = Operand()
     axis: int = -1
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        refuse_empty(types[0], (self.axis,), "softmax")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
@@ -66,15 +77,20 @@ class LogSoftmax(Composite):
         return [g - b.exp(y) * b.reduce_sum(g, axes=(self.axis,), keep=True)]
 
     samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0)]
-    errors = [(S("f32[2,3]", axis=2), "there is no axis 2"), (S("i64[2]"), "x must be a float, is i64")]
+    errors = [
+        (S("f32[2,3]", axis=2), "there is no axis 2"),
+        (S("f32[2,0]"), "an axis of size 0 has no softmax"),
+        (S("i64[2]"), "x must be a float, is i64"),
+    ]
 
 
 @op("layer_norm", axes="... [d], d, d -> ... [d]", dtypes="f, f, f -> f")
 class LayerNorm(Composite):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        (Ba, Kiros & Hinton 2016)
 
-    Mean and variance are over the last axis, the variance divided by its size. With n the normalized x,
-    r = 1/sqrt(...) and h = weight * dL/dy:   dL/dx = r (h - mean(h) - n mean(h n))
+    Mean and variance are over the last axis, the variance divided by its size; 16-bit floats are computed with in f32,
+    and the result is rounded. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy:
+    dL/dx = r (h - mean(h) - n mean(h n))
     """
 
     x = Operand()
@@ -82,32 +98,38 @@ class LayerNorm(Composite):
     bias = Operand(optional=True)
     eps: float = 1e-5
 
+    def check(self, types: Sequence[Type | None]) -> None:
+        refuse_empty(types[0], (-1,), "mean")
+
     def body(self, b: Builder, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
         y, _ = self.normalized(b, x)
-        y = y if weight is None else y * weight
-        return y if bias is None else y + bias
+        y = y if weight is None else y * widened(weight)
+        return (y if bias is None else y + widened(bias)).cast(x.dtype)
 
     def normalized(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
-        """(x - mean(x)) / sqrt(var(x) + eps), and the factor 1 / sqrt(var(x) + eps)."""
+        """(x - mean(x)) / sqrt(var(x) + eps), and the factor 1 / sqrt(var(x) + eps), both `widened`."""
+        x = widened(x)
         centered = x - b.reduce_mean(x, axes=(-1,), keep=True)
         factor = b.rsqrt(b.reduce_mean(centered * centered, axes=(-1,), keep=True) + self.eps)
         return centered * factor, factor
 
     def reference(self, x: Any, weight: Any, bias: Any) -> Any:
-        centered = x - np.mean(x, -1, keepdims=True)
+        wide = wide_array(x)
+        centered = wide - np.mean(wide, -1, keepdims=True)
         y = centered / np.sqrt(np.mean(centered * centered, -1, keepdims=True) + self.eps)
         y = y if weight is None else y * weight
-        return y if bias is None else y + bias
+        return (y if bias is None else y + bias).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, weight, bias) = grads, inputs
         n, factor = self.normalized(b, x)
-        h = g if weight is None else g * weight
+        g = widened(g)
+        h = g if weight is None else g * widened(weight)
         mean_h, mean_hn = (b.reduce_mean(v, axes=(-1,), keep=True) for v in (h, h * n))
         return [
-            factor * (h - mean_h - n * mean_hn),
-            None if weight is None else unbroadcast(b, g * n, weight.type),
-            None if bias is None else unbroadcast(b, g, bias.type),
+            (factor * (h - mean_h - n * mean_hn)).cast(x.dtype),
+            None if weight is None else unbroadcast(b, g * n, weight.type).cast(x.dtype),
+            None if bias is None else unbroadcast(b, g, bias.type).cast(x.dtype),
         ]
 
     samples = [
@@ -119,6 +141,7 @@ class LayerNorm(Composite):
     errors = [
         (S("f32[2,8]", "f32[7]", "f32[8]"), "axis d sizes disagree: 8 in x, 7 in weight"),
         (S("f32[2,8]", "f32[8]", "f32[2,8]"), "bias must have rank 1"),
+        (S("f32[2,0]", None, None), "an axis of size 0 has no mean"),
         (S("f32[]", None, None), "x must have rank 1 or more"),
     ]
 
@@ -127,35 +150,44 @@ class LayerNorm(Composite):
 class RMSNorm(Composite):
     """y = x / sqrt(mean(x^2) + eps) * weight        (Zhang & Sennrich 2019)
 
-    The mean is over the last axis. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy:
-    dL/dx = r (h - n mean(h n))
+    The mean is over the last axis; 16-bit floats are computed with in f32, and the result is rounded. With n the
+    normalized x, r = 1/sqrt(...) and h = weight * dL/dy:   dL/dx = r (h - n mean(h n))
     """
 
     x = Operand()
     weight = Operand(optional=True)
     eps: float = 1e-6
 
+    def check(self, types: Sequence[Type | None]) -> None:
+        refuse_empty(types[0], (-1,), "mean")
+
     def body(self, b: Builder, x: Expr, weight: Expr | None) -> Expr:
         y, _ = self.normalized(b, x)
-        return y if weight is None else y * weight
+        return (y if weight is None else y * widened(weight)).cast(x.dtype)
 
     def normalized(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
-        """x / sqrt(mean(x^2) + eps), and the factor 1 / sqrt(mean(x^2) + eps)."""
+        """x / sqrt(mean(x^2) + eps), and the factor 1 / sqrt(mean(x^2) + eps), both `widened`."""
+        x = widened(x)
         factor = b.rsqrt(b.reduce_mean(x * x, axes=(-1,), keep=True) + self.eps)
         return x * factor, factor
 
     def reference(self, x: Any, weight: Any) -> Any:
-        y = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + self.eps)
-        return y if weight is None else y * weight
+        wide = wide_array(x)
+        y = wide / np.sqrt(np.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (y if weight is None else y * weight).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, weight) = grads, inputs
         n, factor = self.normalized(b, x)
-        h = g if weight is None else g * weight
+        g = widened(g)
+        h = g if weight is None else g * widened(weight)
         return [
-            factor * (h - n * b.reduce_mean(h * n, axes=(-1,), keep=True)),
-            None if weight is None else unbroadcast(b, g * n, weight.type),
+            (factor * (h - n * b.reduce_mean(h * n, axes=(-1,), keep=True))).cast(x.dtype),
+            None if weight is None else unbroadcast(b, g * n, weight.type).cast(x.dtype),
         ]
 
     samples = [S("f32[2,3,8]", "f32[8]"), S("f32[3,8]", None, eps=1e-5), S("f32[8]", "f32[8]")]
-    errors = [(S("f32[2,8]", "f32[7]"), "axis d sizes disagree: 8 in x, 7 in weight")]
+    errors = [
+        (S("f32[2,8]", "f32[7]"), "axis d sizes disagree: 8 in x, 7 in weight"),
+        (S("f32[2,0]", None), "an axis of size 0 has no mean"),
+    ]

@@ -11,7 +11,7 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Composite, Demand, Grads, Op, Operand, Primitive, op
-from treadle.ir.ops.along_axes import places, rule_along, with_ones
+from treadle.ir.ops.along_axes import places, refuse_empty, rule_along, wide_array, widened, with_ones
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
@@ -38,9 +38,7 @@ class _Reduction(Op):
 
 class _Extremum(_Reduction, Primitive):
     def check(self, types: Sequence[Type | None]) -> None:
-        (x,) = types
-        if x is not None and any(x.shape[i].constant == 0 for i in places(self.axes, x.rank)):
-            raise RuleError(f"an axis of size 0 has no {self.monoid}")
+        refuse_empty(types[0], self.axes, str(self.monoid))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
@@ -125,20 +123,25 @@ class ReduceMin(_Extremum):
 class ReduceMean(_Reduction, Composite):
     """y = (sum of x over `axes`) / (number of its terms)
 
-    The mean of two parts is no function of their means alone, so the axes are whole; the sum is in the body.
+    The mean of two parts is no function of their means alone, so the axes are whole; the sum is in the body, for 16-bit
+    floats in f32.
     """
 
     x = Operand()
 
+    def check(self, types: Sequence[Type | None]) -> None:
+        refuse_empty(types[0], self.axes, "mean")
+
     def body(self, b: Builder, x: Expr) -> Any:
-        return b.reduce_sum(x, axes=self.axes, keep=self.keep) / self.terms(b, x)
+        wide = widened(x)
+        return (b.reduce_sum(wide, axes=self.axes, keep=self.keep) / self.terms(b, wide)).cast(x.dtype)
 
     def reference(self, x: Any) -> Any:
-        return np.mean(x, axis=self.axes, keepdims=self.keep, dtype=x.dtype)
+        return np.mean(wide_array(x), axis=self.axes, keepdims=self.keep).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs
-        share = g / self.terms(b, x)
+        share = (widened(g) / self.terms(b, widened(x))).cast(x.dtype)
         return [b.expand(with_ones(b, share, self.axes, x.rank), shape=x.shape)]
 
     def terms(self, b: Builder, x: Expr) -> Expr:
@@ -155,6 +158,7 @@ class ReduceMean(_Reduction, Composite):
     ]
     errors = [
         (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
+        (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no mean"),
         (S("i64[2]", axes=(0,)), "x must be a float, is i64"),
     ]
 
@@ -237,9 +241,7 @@ class ArgMax(Primitive):
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "1" if self.keep else "")
 
     def check(self, types: Sequence[Type | None]) -> None:
-        (x,) = types
-        if x is not None and x.shape[place(self.axis, x.rank)].constant == 0:
-            raise RuleError("an axis of size 0 has no greatest element")
+        refuse_empty(types[0], (self.axis,), "greatest element")
 
     def reference(self, x: Any) -> Any:
         return np.argmax(x, axis=self.axis, keepdims=self.keep)

@@ -67,9 +67,7 @@ class Rearrange(Primitive):
         left, right = (_dims(side) for side in (*rule.operands, *rule.results))
         moved = all(f.role is Role.MAPPED for f in rule.factors.values())
         if not moved or any(d.size is not None for d in right):
-            raise RuleError(
-                "a pattern holds names, sizes, 1, `...` and parentheses only", received=self.pattern
-            )
+            raise RuleError("a pattern holds names, sizes, 1, `...` and parentheses only", received=self.pattern)
         for names in (_factors(left), _factors(right)):
             for name in names:
                 if names.count(name) > 1:

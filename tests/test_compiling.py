@@ -1,0 +1,52 @@
+"""What `compile` takes, and how it refuses what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle.frontends.language as t
+from treadle.compiling import compile
+from treadle.ir.errors import TreadleError
+from treadle.passes.canonicalize import Canonicalize
+
+ONES = {"head.weight": np.ones((3, 4), np.float32), "head.bias": np.ones(3, np.float32)}
+
+
+@t.model
+def example(x: t.f32["B 4"], y: t.f32["B 4"] | None, z: t.f32["B 4"] | None):
+    for given in (y, z):
+        x = x if given is None else x + given
+    return t.linear(x, 3, name="head")
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "passes by name": (lambda: compile(example, passes="default"), "passes= is a list of passes"),  # type: ignore[arg-type]
+    "no passes": (lambda: compile(example, passes=None), "passes= is a list of passes"),  # type: ignore[arg-type]
+    "a pass's class": (lambda: compile(example, passes=[Canonicalize]), "passes= is a list of passes"),  # type: ignore[list-item]
+    "negative seed": (lambda: compile(example, seed=-1), "a seed is 0 or more, not -1"),
+    "letters": (lambda: compile(example, inputs="yz"), "inputs= is a list of names"),
+    "function": (lambda: compile(lambda x: x), "decorate the function with @t.model"),  # type: ignore[arg-type]
+    "number": (lambda: compile(3), "a model is a declaration, a graph, a name or a path"),  # type: ignore[arg-type]
+    "weights": (lambda: compile(example, weights={**ONES, "head.wieght": 0}), "head.weight?"),  # type: ignore[dict-item]
+    "too few weights": (lambda: compile(example, weights={"head.bias": ONES["head.bias"]}), "weights= lacks 1 of 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_does_not_take_is_refused(case: str) -> None:
+    use, said = REFUSED[case]
+    with pytest.raises(TreadleError) as caught:
+        use()
+    assert said in str(caught.value)
+
+
+def test_arguments_mean_what_they_say() -> None:
+    made = compile(example, inputs=["z"], passes=(Canonicalize(),), weights=ONES)
+    assert [port.name for port in made.inputs] == ["x", "z"]
+    assert [record.name for record in made.log] == ["canonicalize"]
+    x = np.ones((2, 4), np.float32)
+    assert made(x=x, z=x)["head"].tolist() == [[9.0] * 3] * 2

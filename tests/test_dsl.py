@@ -1,0 +1,498 @@
+"""The DSL: what a declaration may say, what becomes of its names and bounds, and how mistakes in it are told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle.frontends.language as t
+from treadle.compiling import initial_weights
+from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
+from treadle.ir.graph import Init
+from treadle.ir.sizes import Bounds
+from treadle.ir.verifier import verify
+
+FILE = Path(__file__).name
+
+
+def at(function: Callable[..., Any], text: str) -> str:
+    """The place of a function's line that holds a text, as errors name it."""
+    lines, first = inspect.getsourcelines(function)
+    (number,) = [n for n, each in enumerate(lines, first) if text in each]
+    return f"tests/{FILE}:{number}"
+
+
+# -- declarations --------------------------------------------------------------------------------------------------
+
+
+@t.model
+def sample(x: t.f32["B 4"], y: t.f32["B 4"] | None, *, scale=2.0, bias=True):
+    """Scales its input.
+
+    The rest is not its description.
+    """
+    x = x * scale
+    if y is not None:
+        x = x + y
+    return x + t.parameter("b", 4) if bias else x
+
+
+def test_a_declaration_describes_itself() -> None:
+    assert (sample.name, sample.description) == ("sample", "Scales its input.")
+    assert [(i.name, str(i.type), i.optional) for i in sample.declared_inputs] == [
+        ("x", "f32[B, 4]", False),
+        ("y", "f32[B, 4]", True),
+    ]
+    assert sample.defaults == {"scale": 2.0, "bias": True}
+    assert sample.source.startswith("@t.model\ndef sample(")
+    assert repr(sample.configure(scale=3.0)) == "<model sample(scale=3.0)>"
+
+
+def test_configuring_changes_a_copy() -> None:
+    changed = sample.configure(scale=3.0).configure(bias=False, inputs=("y",))
+    assert changed.config == {"scale": 3.0, "bias": False}
+    assert changed.given == ("y",)
+    assert changed.configure(scale=1.0).given == ("y",), "what is not said stays"
+    assert changed.configure(inputs=("x",)).given == (), "a required input may be named"
+    assert (sample.config, sample.given) == ({}, ())
+
+
+def test_optional_inputs_are_in_the_graph_when_given() -> None:
+    assert [v.name for v in sample.graph().main.inputs] == ["x"]
+    assert [n.op.name for n in sample.graph().main.nodes] == ["mul", "add"]
+    assert [v.name for v in sample.configure(inputs=("y",)).graph().main.inputs] == ["x", "y"]
+    assert [n.op.name for n in sample.configure(inputs=("y",), bias=False).graph().main.nodes] == ["mul", "add"]
+
+
+def test_a_decorator_may_be_called() -> None:
+    @t.model()
+    def model(x: t.f32["B"]):
+        return x
+
+    assert model.name == "model"
+
+
+def no_type(x):
+    return x
+
+
+def type_of_python(x: int):
+    return x
+
+
+def any_number(*x: t.f32["B"]):
+    return x
+
+
+def any_options(x: t.f32["B"], **options):
+    return x
+
+
+@pytest.mark.parametrize("function", [no_type, type_of_python, any_number, any_options], ids=lambda f: f.__name__)
+def test_inputs_need_types(function: Callable[..., Any]) -> None:
+    model = t.model(function)
+    name = "options" if function is any_options else "x"
+    for use in (model.graph, lambda: model.configure(), lambda: model.declared_inputs):
+        with pytest.raises(FrontendError) as caught:
+            use()
+        assert caught.value.what == f"input {name} of model {function.__name__} needs a type"
+        assert caught.value.source == f"{FILE}:{inspect.getsourcelines(function)[1]}, model {function.__name__}"
+
+
+def test_a_type_that_python_cannot_read() -> None:
+    def model(x: missing.f32["B"]):
+        return x
+
+    for use in (t.model(model).graph, t.model(model).configure):
+        with pytest.raises(FrontendError, match="the inputs' types of model model cannot be read: NameError") as caught:
+            use()
+        assert caught.value.source is not None
+        assert caught.value.source.startswith(FILE)
+
+
+def test_unknown_options_and_inputs() -> None:
+    with pytest.raises(FrontendError, match="model sample has no option size") as option:
+        sample.configure(size=3, scale=1.0)
+    assert option.value.hint == "one of scale, bias"
+    with pytest.raises(FrontendError, match="model sample has no input z") as unknown:
+        sample.configure(inputs=("z", "y"))
+    assert unknown.value.hint == "one of x, y"
+
+
+def test_an_option_without_a_default() -> None:
+    @t.model
+    def model(x: t.f32["B"], *, factor):
+        return x * factor
+
+    with pytest.raises(FrontendError, match="model model needs a value for factor") as caught:
+        model.graph()
+    assert caught.value.hint == "model.configure(factor=...)"
+    assert len(model.configure(factor=2.0).graph().main.nodes) == 1
+
+
+# -- what a model returns ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (lambda x: x, ["output"]),
+        (lambda x: x * 2.0, ["output"]),
+        (lambda x: t.tanh(x), ["output"]),
+        (lambda x: t.tanh(x, name="gate"), ["gate"]),
+        (lambda x: t.linear(x, 3, name="head"), ["head"]),
+        (lambda x: {"a": x, "b": t.tanh(x)}, ["a", "b"]),
+        (lambda x: (x, t.tanh(x)), ["output0", "output1"]),
+        (lambda x: [x], ["output0"]),
+        (lambda x: t.top_k(x, k=2), ["output0", "output1"]),
+        (lambda x: t.constant(1.0), ["output"]),
+    ],
+    ids=str,
+)
+def test_outputs_have_names(returned: Callable[..., Any], names: list[str]) -> None:
+    @t.model
+    def model(x: t.f32["B 4"]):
+        return returned(x)
+
+    graph = model.graph()
+    verify(graph)
+    assert list(graph.main.outputs) == names
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda x: None, "output output of model model is not a traced value\n  received  NoneType"),
+        (lambda x: 3, "output output of model model is not a traced value\n  received  int"),
+        (lambda x: {"a": x, "b": None}, "output b of model model is not a traced value\n  received  NoneType"),
+        (lambda x: (x, [x]), "output output1 of model model is not a traced value\n  received  list"),
+        (lambda x: {}, "model model returns no outputs"),
+        (lambda x: (), "model model returns no outputs"),
+        (lambda x: {1: x}, "model model returns outputs whose names are no text\n  received  1"),
+    ],
+    ids=str,
+)
+def test_returning_anything_else(returned: Callable[..., Any], said: str) -> None:
+    @t.model
+    def model(x: t.f32["B 4"]):
+        return returned(x)
+
+    with pytest.raises(FrontendError) as caught:
+        model.graph()
+    assert str(caught.value).startswith(said)
+    assert f"from      {FILE}:" in str(caught.value)
+
+
+# -- tracing -------------------------------------------------------------------------------------------------------
+
+
+OUTSIDE: dict[str, Callable[[], Any]] = {
+    "op": lambda: t.gelu(None),
+    "layer": lambda: t.linear(None, 3, name="f"),  # type: ignore[arg-type]
+    "parameter": lambda: t.parameter("w", 3),
+    "scope": lambda: t.scope("a").__enter__(),
+    "stack": lambda: next(iter(t.stack("h", 2))),
+    "constant": lambda: t.constant(1.0),
+    "bound": lambda: t.bound("S", upper=3),
+    "shared": lambda: t.shared_parameter("w"),
+}
+
+
+@pytest.mark.parametrize("use", OUTSIDE)
+def test_outside_a_model(use: str) -> None:
+    with pytest.raises(FrontendError, match="this can only be used while a model is traced") as caught:
+        OUTSIDE[use]()
+    first = inspect.getsourcelines(OUTSIDE[use])[1]
+    assert caught.value.source == f"tests/{FILE}:{first}"
+
+
+def test_a_model_is_no_function_outside_another() -> None:
+    with pytest.raises(FrontendError, match="model sample is declared, not compiled") as caught:
+        sample(1.0)
+    assert caught.value.hint == "treadle.compile(sample) gives something that runs"
+
+
+def wrong_sizes(x: t.f32["B 4"]):
+    with t.scope("inner"):
+        return x + t.parameter("w", 5)
+
+
+def misspelt(x: t.f32["B 4"]):
+    return x.reshaped(4)
+
+
+def index(x: t.f32["B 4"]):
+    return x[0]
+
+
+def truth(x: t.f32["B 4"]):
+    return x if x > 0.0 else -x
+
+
+def wrong_name(x: t.f32["B 4"]):
+    return t.gelo(x)
+
+
+def half_a_head(x: t.f32["B S 8"]):
+    return t.self_attention(x, 3)
+
+
+def float_width(x: t.f32["B 4"]):
+    return t.mlp(x, 8 / 3 * 4)
+
+
+def ragged(x: t.f32["B 4"]):
+    return x + t.constant([[1, 2], [3]])
+
+
+def strange_start(x: t.f32["B 4"]):
+    return x * t.parameter("w", 4, init="xavier")
+
+
+def declared_twice(x: t.f32["B 4"]):
+    x = t.linear(x, 4, name="f")
+    return t.linear(x, 4, name="f")
+
+
+def nothing_to_share(x: t.f32["B 4"]):
+    return x * t.parameter("word.weight", 4) + t.shared_parameter("wrd.weight")
+
+
+def bound_of_nothing(x: t.f32["B 4"]):
+    t.bound("S", upper=4)
+    return x
+
+
+def bound_too_tight(x: t.f32["B 4"]):
+    t.bound("B", lower=5)
+    t.bound("B", upper=4)
+    return x
+
+
+def positions_beyond_the_table(x: t.i64["B 16"]):
+    return t.embed(t.positions(x), 8, 4, name="wpe")
+
+
+def no_vocabulary(x: t.f32["B 4"]):
+    return t.unembed(x)
+
+
+def division(x: t.f32["B 4"]):
+    return x * (1 / 0)
+
+
+MISTAKES: list[tuple[Callable[..., Any], str, type[TreadleError], str]] = [
+    (wrong_sizes, "x + t", RuleError, "add: sizes disagree: 4 in x, 5 in y"),
+    (misspelt, "return", FrontendError, "AttributeError: 'Expr' object has no attribute 'reshaped'"),
+    (index, "return", GraphError, "a traced value has no [ ]"),
+    (truth, "return", GraphError, "no data-dependent branches"),
+    (wrong_name, "return", FrontendError, "did you mean t.gelu"),
+    (half_a_head, "return", FrontendError, "a width of 8 does not split into 3 heads"),
+    (float_width, "return", TreadleError, "a size is an integer or an expression of symbols, not 10.6"),
+    (ragged, "return", GraphError, "a constant cannot be made of this"),
+    (strange_start, "return", FrontendError, "parameter w: unknown initial value 'xavier'"),
+    (declared_twice, "return", FrontendError, "parameter f.weight is declared twice"),
+    (nothing_to_share, "return", FrontendError, "did you mean word.weight?"),
+    (bound_of_nothing, "t.bound", FrontendError, "no input has an axis 'S'"),
+    (bound_too_tight, "upper=4", GraphError, "no size is left for B"),
+    (positions_beyond_the_table, "return", FrontendError, "there are 16 positions, and 8 rows in the table wpe"),
+    (no_vocabulary, "return", FrontendError, "unembed needs vocab=, or tied= the scope of an embedding"),
+    (division, "return", FrontendError, "ZeroDivisionError: division by zero"),
+]
+
+
+@pytest.mark.parametrize(("function", "text", "kind", "said"), MISTAKES, ids=[m[0].__name__ for m in MISTAKES])
+def test_mistakes_name_their_line(function: Callable[..., Any], text: str, kind: type[TreadleError], said: str) -> None:
+    with pytest.raises(kind) as caught:
+        t.model(function).graph()
+    assert said in str(caught.value)
+    assert caught.value.source is not None
+    assert caught.value.source.split(",")[0] == at(function, text)
+
+
+def test_a_mistake_in_the_users_helper_is_told_there() -> None:
+    def helper(x: t.Tensor) -> t.Tensor:
+        return x + t.parameter("w", 5)
+
+    @t.model
+    def model(x: t.f32["B 4"]):
+        for _ in t.stack("h", 2):
+            with t.scope("inner"):
+                x = helper(x)
+        return x
+
+    with pytest.raises(RuleError) as caught:
+        model.graph()
+    assert caught.value.source == f"{at(helper, 'return')}, scope h.0.inner"
+
+
+def test_a_failed_trace_leaves_nothing_behind() -> None:
+    with pytest.raises(RuleError):
+        t.model(wrong_sizes).graph()
+    with pytest.raises(FrontendError, match="while a model is traced"):
+        t.trace()
+    assert sample.graph() == sample.graph()
+
+
+def test_a_value_of_another_trace_is_caught() -> None:
+    kept: list[t.Tensor] = []
+
+    @t.model
+    def first(x: t.f32["B 4"]):
+        kept.append(x * 2.0)
+        return x
+
+    @t.model
+    def second(x: t.f32["B 4"]):
+        return x + kept[0]
+
+    first.graph()
+    with pytest.raises(TreadleError, match="operand 1 of add is not defined before it is used") as caught:
+        verify(second.graph())
+    assert caught.value.source == at(second.function, "x + kept")
+
+
+# -- names, scopes and bounds --------------------------------------------------------------------------------------
+
+
+def test_scopes_name_parameters() -> None:
+    @t.model
+    def model(x: t.f32["B 4"]):
+        with t.scope("encoder"):
+            for _ in t.stack("layer", 2):
+                x = t.mlp(t.layer_norm(x, name="ln"), 8)
+        return t.linear(x, 3, bias=False, name="head")
+
+    per_layer = ("ln.weight", "ln.bias", "mlp.up.weight", "mlp.up.bias", "mlp.down.weight", "mlp.down.bias")
+    graph = model.graph()
+    assert list(graph.parameters) == [f"encoder.layer.{i}.{p}" for i in range(2) for p in per_layer] + ["head.weight"]
+    assert graph.initial["encoder.layer.0.ln.weight"] == Init("ones")
+    assert graph.initial["encoder.layer.1.mlp.up.bias"] == Init("zeros")
+    assert graph.initial["head.weight"] == Init("normal", 0.02)
+
+
+def test_the_innermost_shared_parameter_counts() -> None:
+    @t.model
+    def model(x: t.f32["B 4"]):
+        t.parameter("w", 4)
+        with t.scope("a"):
+            x = x * t.shared_parameter("w")
+            t.parameter("w", 4)
+            with t.scope("b"):
+                return x + t.shared_parameter("w")
+
+    mul, add = model.graph().main.nodes
+    assert [v.name for v in (*mul.inputs[1:], *add.inputs[1:])] == ["w", "a.w"]
+
+
+def test_positions_bound_their_axis() -> None:
+    @t.model
+    def model(tokens: t.i64["B S"], *, context=32, twice=16):
+        x = t.embed(tokens, 100, 4, name="wte")
+        return x + t.embed(t.positions(tokens), context, 4, name="a") + t.embed(t.positions(tokens), twice, 4, name="b")
+
+    assert model.graph().symbols == {"B": Bounds(), "S": Bounds(1, 16)}, "the tighter of two counts; wte bounds nothing"
+    assert model.configure(twice=64).graph().symbols["S"] == Bounds(1, 32)
+
+
+def test_bounds_by_hand() -> None:
+    @t.model
+    def model(x: t.f32["B S"]):
+        t.bound("S", lower=2, upper=64)
+        t.bound("S", upper=100)
+        return x
+
+    assert model.graph().symbols == {"B": Bounds(), "S": Bounds(2, 64)}
+
+
+def test_positions_of_a_fixed_axis_fit_their_table() -> None:
+    @t.model
+    def model(x: t.i64["B 16"]):
+        return t.embed(t.positions(x), 16, 4, name="wpe")
+
+    assert model.graph().symbols == {"B": Bounds()}
+
+
+# -- a model in a model --------------------------------------------------------------------------------------------
+
+
+def test_a_model_inside_another() -> None:
+    @t.model
+    def outer(x: t.f32["B 4"]):
+        with t.scope("first"):
+            x = sample(x)
+        with t.scope("second"):
+            return sample(x, x, scale=4.0)
+
+    graph = outer.graph()
+    assert list(graph.parameters) == ["first.b", "second.b"]
+    assert [n.op.name for n in graph.main.nodes] == ["mul", "add", "mul", "add", "add"]
+
+
+def test_a_model_inside_another_is_called_right() -> None:
+    @t.model
+    def unknown(x: t.f32["B 4"]):
+        return sample(x, depth=3)
+
+    with pytest.raises(FrontendError, match="model sample has no option depth"):
+        unknown.graph()
+
+    @t.model
+    def too_few(x: t.f32["B 4"]):
+        return sample()
+
+    with pytest.raises(FrontendError, match="missing 1 required positional argument: 'x'") as caught:
+        too_few.graph()
+    assert caught.value.source == at(too_few.function, "return sample()")
+
+
+def test_tracing_one_model_while_another_is_traced() -> None:
+    @t.model
+    def outer(x: t.f32["B 4"]):
+        inner = sample.graph()
+        assert len(inner.parameters) == 1
+        return x * 2.0
+
+    graph = outer.graph()
+    assert [n.op.name for n in graph.main.nodes] == ["mul"]
+    assert graph.parameters == {}
+
+
+# -- initial weights -----------------------------------------------------------------------------------------------
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    @t.model
+    def model(x: t.f32["B 4"], *, extra=False):
+        if extra:
+            x = t.linear(x, 4, name="before")
+        for _ in t.stack("h", 3 if extra else 2):
+            x = t.linear(x, 4, name="f")
+        return x * t.parameter("gain", 4, init="ones")
+
+    plain = initial_weights(model.graph())
+    more = initial_weights(model.configure(extra=True).graph())
+    assert set(plain) < set(more)
+    for name, array in plain.items():
+        np.testing.assert_array_equal(array, more[name])
+    assert (plain["gain"] == 1).all()
+    assert not np.array_equal(plain["h.0.f.weight"], plain["h.1.f.weight"])
+    assert not np.array_equal(plain["h.0.f.weight"], initial_weights(model.graph(), seed=1)["h.0.f.weight"])
+    np.testing.assert_array_equal(plain["h.0.f.weight"], initial_weights(model.graph())["h.0.f.weight"])
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_op_is_a_word() -> None:
+    assert repr(t.ops.layer_norm) == "layer_norm"
+    assert t.layer_norm is not t.ops.layer_norm, "a layer has the name, its op is under ops"
+    assert {"softmax", "einsum", "linear", "stack"} <= set(dir(t))
+    assert not hasattr(t, "no_such_word")
+    with pytest.raises(FrontendError, match=r"did you mean t\.softmax"):
+        _ = t.softmx
