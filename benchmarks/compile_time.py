@@ -36,9 +36,7 @@ def seconds(layers: int, runs: int) -> list[float]:
 
 def fresh(layers: int) -> list[float]:
     """Times in a process of their own, imports apart."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--once", str(layers)], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, __file__, "--once", str(layers)], check=True, capture_output=True, text=True)
     return [float(x) for x in json.loads(done.stdout)]
 
 

@@ -46,9 +46,7 @@ def seeds() -> list[bytes]:
         for part, shape in (("attn.weight", (4, 4)), ("attn.bias", (4,)), ("ln.weight", (4,)))
     }
     edges = {"scalar": np.array(3.5), "none": np.zeros((0, 7), np.float32), "one": np.ones(1, np.uint8)}
-    halves = header_and_data(
-        {"w": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}, bytes(range(6)), pad=1
-    )
+    halves = header_and_data({"w": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}, bytes(range(6)), pad=1)
     return [
         save(every),
         save(block, {"format": "pt", "note": "caf\u00e9 \\ \" \n"}),
@@ -101,9 +99,7 @@ def by_structure(rng: random.Random, file: bytes) -> tuple[str, bytes]:
         lambda: file + bytes(rng.choice((1, 2, 8, 4096))),
         lambda: header_and_data(insert(rng, json.dumps(header).encode(), rng.choice(ODD_TEXT)), data),
         lambda: header_and_data(rng.choice((b" ", b"\n", b"")) + json.dumps(header).encode() + b"  \n", data),
-        lambda: header_and_data(
-            {**header, "__metadata__": rng.choice((*ODD_VALUES, {"k": 1}, {"k": "v"}))}, data
-        ),
+        lambda: header_and_data({**header, "__metadata__": rng.choice((*ODD_VALUES, {"k": 1}, {"k": "v"}))}, data),
         lambda: header_and_data(rng.choice(ODD_VALUES), data),
     ]
     if names:
@@ -267,9 +263,7 @@ def read(file: SafetensorsFile, name: str) -> tuple[np.ndarray[Any, Any], np.nda
     return file.raw(name), None if narrow else file.array(name)
 
 
-def difference(
-    ours: SafetensorsFile, arrays: dict[str, Any], theirs: dict[str, Any] | None, path: Path
-) -> str | None:
+def difference(ours: SafetensorsFile, arrays: dict[str, Any], theirs: dict[str, Any] | None, path: Path) -> str | None:
     """How our reading of a file differs from the library's, or None."""
     if theirs is None:
         return "accepted what the library refuses"

@@ -348,9 +348,7 @@ def _missing_lines(missing: list[_Wanted], unused: Sequence[str], checkpoint: Te
         if near is None and searches < _SEARCHES:
             searches += 1
             names = [item.filled(source).name for source in item.alternatives]
-            found = [n for name in names for n in free.of(name)] or [
-                n for name in names for n in held.of(name)
-            ]
+            found = [n for name in names for n in free.of(name)] or [n for name in names for n in held.of(name)]
             if found:
                 near = _unfill(found[0], item.numbers)
                 known.append(near)
@@ -366,8 +364,7 @@ def _fold_lines(lines: list[_Line]) -> list[str]:
     for line, numbers in lines:
         groups.setdefault(line, []).append(numbers)
     return [
-        f"  {_fill(line, many[0])}" if len(many) == 1 else f"  {line}; {_ranges(many)}"
-        for line, many in groups.items()
+        f"  {_fill(line, many[0])}" if len(many) == 1 else f"  {line}; {_ranges(many)}" for line, many in groups.items()
     ]
 
 

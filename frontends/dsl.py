@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, overload
 
+from treadle.frontends.call_errors import call_hint
 from treadle.ir.builder import Builder, Expr, describe_source
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.graph import Graph, Init
@@ -76,6 +77,12 @@ def stack(name: str, count: int, *, shared: bool = False) -> Iterator[int]:
     """
     tracing = trace()
     source = user_line()
+    if type(count) is not int or count < 0:
+        raise FrontendError(
+            f"stack {name!r} needs a number of repetitions, 0 or more",
+            received=repr(count),
+            source=describe_source(source, tracing.scope),
+        )
     before, declared = frozenset(tracing.declared), set(tracing.declared)
     for i in range(count):
         if shared:
@@ -291,6 +298,21 @@ class Model:
                 source=_definition(self.function),
                 hint="one of " + ", ".join(known_inputs if unknown_inputs else self.defaults),
             )
+        for name, value in config.items():
+            default = self.defaults[name]
+            if type(default) is int and type(value) is not int and not (value is None or callable(value)):
+                raise FrontendError(
+                    f"option {name} of model {self.name} must be an integer, as its default {default} is",
+                    received=repr(value),
+                    source=_definition(self.function),
+                )
+            if callable(default) and isinstance(value, str):
+                raise FrontendError(
+                    f"option {name} of model {self.name} is a function",
+                    received=repr(value),
+                    source=_definition(self.function),
+                    hint=f"{name}=t.{value}; on the command line, --set {name}=t.{value}",
+                )
         optional = [i.name for i in self.declared_inputs if i.optional]
         given = self.given if inputs is None else tuple(n for n in optional if n in inputs)
         return Model(self.function, {**self.config, **config}, given)
@@ -313,6 +335,7 @@ class Model:
             raise FrontendError(
                 f"model {self.name} cannot be traced: {type(error).__name__}: {error}",
                 source=self._line_of(error, tracing),
+                hint=call_hint(error),
             ) from error
         finally:
             _current.reset(token)

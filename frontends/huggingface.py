@@ -232,9 +232,7 @@ class Checkpoint:
             )
 
     def _read_index(self) -> dict[str, str]:
-        data = read_regular(
-            self.folder.file(_INDEX), self.limits.header_bytes, self.label, "Limits(header_bytes=...)"
-        )
+        data = read_regular(self.folder.file(_INDEX), self.limits.header_bytes, self.label, "Limits(header_bytes=...)")
         reader = JsonReader(data, self.label, nesting=self.limits.nesting, values=self.limits.values)
         places: dict[str, str] | None = None
         for key in reader.members("a JSON object"):
@@ -305,9 +303,7 @@ def _revision(path: Path, shown: str) -> str:
         data = read_regular(contained(ref, path, ref_shown), _REVISION_BYTES, ref_shown)
         revision = data.decode("utf-8", "replace").strip()
         if not _REVISION.fullmatch(revision):
-            raise CheckpointError(
-                "not the name of a revision", received=printable(revision), within=ref_shown
-            )
+            raise CheckpointError("not the name of a revision", received=printable(revision), within=ref_shown)
         return revision
     snapshots = _entries(contained(path / "snapshots", path, os.path.join(shown, "snapshots")))
     if len(snapshots) != 1:

@@ -185,6 +185,12 @@ def multi_head_attention(
     b = trace()
     width = x.shape[-1]
     groups = kv_heads or heads
+    if heads % groups:
+        raise FrontendError(
+            f"{heads} heads do not split among kv_heads={groups}",
+            source=describe_source(user_line(), b.scope),
+            hint="kv_heads must divide heads",
+        )
     per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
     with b.scoped(name):
         label = "heads" if groups == heads else "kv_heads"

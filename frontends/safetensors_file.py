@@ -96,9 +96,7 @@ class Limits:
         for field in fields(self):
             value, most = getattr(self, field.name), ceilings.get(field.name, _LARGEST)
             if not isinstance(value, int) or not 1 <= value <= most:
-                raise UsageError(
-                    f"Limits: {field.name} must be an integer from 1 to {most}", received=repr(value)
-                )
+                raise UsageError(f"Limits: {field.name} must be an integer from 1 to {most}", received=repr(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +146,7 @@ class SafetensorsFile:
         self._data = data
 
     @classmethod
-    def open(
-        cls, path: PathLike, limits: Limits | None = None, *, shown: str | None = None
-    ) -> SafetensorsFile:
+    def open(cls, path: PathLike, limits: Limits | None = None, *, shown: str | None = None) -> SafetensorsFile:
         """Map the file and check its header. Reads the header alone; of the tensors only sizes are looked at.
 
         `shown` is the file's name in errors, by default the path. Raises CheckpointError for a file that is
@@ -308,17 +304,13 @@ def _open(file: BinaryIO, shown: str, limits: Limits) -> SafetensorsFile:
         received = f"byte 0x{header[0]:02x}" if header else "a header of 0 bytes"
         fail("the header must begin with '{'", received, f"byte {_LENGTH_BYTES}, header", _DAMAGED)
     base = _LENGTH_BYTES + length
-    reader = JsonReader(
-        header, f"{shown}: header", nesting=limits.nesting, values=limits.values, base=_LENGTH_BYTES
-    )
+    reader = JsonReader(header, f"{shown}: header", nesting=limits.nesting, values=limits.values, base=_LENGTH_BYTES)
     records, metadata = _read_header(reader, limits, base)
     _check_ranges(records, shown, base, size)
     return SafetensorsFile(shown, records, metadata, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
 
 
-def _read_header(
-    reader: JsonReader, limits: Limits, base: int
-) -> tuple[dict[str, TensorRecord], dict[str, str]]:
+def _read_header(reader: JsonReader, limits: Limits, base: int) -> tuple[dict[str, TensorRecord], dict[str, str]]:
     records: dict[str, TensorRecord] = {}
     metadata: dict[str, str] = {}
     for name in reader.members():
@@ -374,8 +366,7 @@ def _read_record(reader: JsonReader, name: str, limits: Limits, base: int) -> Te
     if end - begin != bits // 8:
         reader.fail(
             "a tensor's bytes are not those of its dtype and shape",
-            received=f"data_offsets [{begin}, {end}] are {end - begin} bytes, "
-            f"{dtype}{list(shape)} needs {bits // 8}",
+            received=f"data_offsets [{begin}, {end}] are {end - begin} bytes, {dtype}{list(shape)} needs {bits // 8}",
             hint=_DAMAGED,
         )
     return TensorRecord(name, dtype.lower(), shape, base + begin, base + end)

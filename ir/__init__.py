@@ -1,11 +1,11 @@
 """The IR: what a model is made of, and what can be said about it. Imports nothing of the project outside this folder.
 
-    errors            the error family                    samples           what an op is tested on
-    sizes, types      size expressions, dtypes, dims      composites        bodies of composite ops
-    axes, dtype_rules the two rule notations              interpreter       the meaning of a graph, in NumPy
-    operation, ops/   what an op is, and all of them      differentiate     gradients
-    graph, builder    functions of nodes; making them     outline, inline   repeated blocks folded and unfolded
-    printer, parser   text and back                       following         where an axis goes
-    verifier          what every graph must satisfy       cost              operations and bytes
-    hashing, clone    structural identity, copies         target            what a graph is compiled for
+errors            the error family                    samples           what an op is tested on
+sizes, types      size expressions, dtypes, dims      composites        bodies of composite ops
+axes, dtype_rules the two rule notations              interpreter       the meaning of a graph, in NumPy
+operation, ops/   what an op is, and all of them      differentiate     gradients
+graph, builder    functions of nodes; making them     outline, inline   repeated blocks folded and unfolded
+printer, parser   text and back                       following         where an axis goes
+verifier          what every graph must satisfy       cost              operations and bytes
+hashing, clone    structural identity, copies         target            what a graph is compiled for
 """

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
-from treadle.ir.operation import Op, find_op
+from treadle.ir.operation import OPS, Op, find_op
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import DType, Type, parse_type
@@ -205,6 +205,24 @@ def describe_source(source: Source | None, scope: str) -> str | None:
     return ", ".join(parts) or None
 
 
+class NoSuchMethod(GraphError, AttributeError):
+    """A traced value was asked for a method that arrays of other libraries have."""
+
+
+_METHODS = {
+    "mean": "t.reduce_mean(x, axes=(-1,))",
+    "sum": "t.reduce_sum(x, axes=(-1,))",
+    "max": "t.reduce_max(x, axes=(-1,))",
+    "min": "t.reduce_min(x, axes=(-1,))",
+    **dict.fromkeys(("T", "mT", "transpose", "permute"), 't.rearrange(x, pattern="b s d -> b d s")'),
+    **dict.fromkeys(("reshape", "view", "flatten"), 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")'),
+    **dict.fromkeys(("unsqueeze", "squeeze"), 't.rearrange(x, pattern="b d -> b 1 d")'),
+    **dict.fromkeys(("to", "astype", "type_as"), "x.cast(t.f32)"),
+    **dict.fromkeys(("size", "ndim", "dim"), "x.shape, x.rank"),
+}
+"""What to write instead of the methods that one reaches for first."""
+
+
 class Expr:
     """A value and the builder that may add to it. Operators build nodes; numbers take the other side's dtype."""
 
@@ -338,6 +356,18 @@ class Expr:
             received=str(self.type),
             source=describe_source(user_line(), self.builder.scope),
             hint="slice(x, axis=1, start=0, stop=4) for a part of an axis, gather(x, 0, axis=1) for one place on it",
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Raises NoSuchMethod, which names the op of that name where there is one."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        spelled = _METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
+        raise NoSuchMethod(
+            f"a traced value has no .{name}: what is done to it are ops",
+            received=str(self.type),
+            source=describe_source(user_line(), self.builder.scope),
+            hint=spelled,
         )
 
     def __iter__(self) -> Iterator[Any]:

@@ -103,7 +103,7 @@ causal = Masks(((Causal(), ()),))
 """Keys up to the query's own position."""
 
 
-def _given(x: Expr | None, what: str) -> Expr:
+def _given(x: object, what: str) -> Expr:
     """The tensor of a mask or bias. Raises GraphError where an optional input was left out."""
     if isinstance(x, Expr):
         return x

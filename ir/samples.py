@@ -1,10 +1,10 @@
 """Samples: operand types and attributes on which an op is tested, with how to draw values for them.
 
-    S("f32[2,3,8]", "f32[8]", eps=1e-5)
-    S("f32[5,3]", "i64[2,4] < 5")        integers from 0 to 4
-    S("f32[3] > 0")                      positive floats, away from zero; positive integers
-    S("f32[3] distinct")                 no two elements alike: an op with ties (max, top-k) has a gradient there
-    S("f32[2,8]", None, "f32[8]")        an absent optional operand
+S("f32[2,3,8]", "f32[8]", eps=1e-5)
+S("f32[5,3]", "i64[2,4] < 5")        integers from 0 to 4
+S("f32[3] > 0")                      positive floats, away from zero; positive integers
+S("f32[3] distinct")                 no two elements alike: an op with ties (max, top-k) has a gradient there
+S("f32[2,8]", None, "f32[8]")        an absent optional operand
 """
 
 from __future__ import annotations
@@ -75,6 +75,4 @@ def _parse(text: str) -> SampleOperand:
     match = re.fullmatch(r"\s*(\w+\s*\[[^\]]*\])\s*(?:<\s*(\d+)|(>\s*0)|(distinct))?\s*", text)
     if match is None:
         raise GraphError(f"not a sample operand: {text!r}")
-    return SampleOperand(
-        parse_type(match[1]), int(match[2]) if match[2] else None, bool(match[3]), bool(match[4])
-    )
+    return SampleOperand(parse_type(match[1]), int(match[2]) if match[2] else None, bool(match[3]), bool(match[4]))

@@ -74,9 +74,7 @@ def torch_attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
     return np.asarray(out)
 
 
-def gradients(
-    op: Attention, operands: list[Array], seed: Array, through_body: bool = False
-) -> list[Array | None]:
+def gradients(op: Attention, operands: list[Array], seed: Array, through_body: bool = False) -> list[Array | None]:
     """The gradients of sum(seed * op(operands)) in every operand, as the op builds them."""
     b = Builder(Graph("gradients"))
     inputs = [b.input(f"x{n}", Type(_dtype(x), _dtype(x)[x.shape].dims)) for n, x in enumerate(operands)]

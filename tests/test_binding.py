@@ -130,9 +130,7 @@ def test_alternative_names(tmp_path: Path, weight: str, bias: str) -> None:
 
 def test_patterns(tmp_path: Path) -> None:
     """Several numbers, one that stands twice, an exact name before a pattern, the first pattern of two."""
-    held = {
-        name: np.full(1, at, np.float32) for at, name in enumerate(["b.2.e.7", "c.4", "special", "first.5"])
-    }
+    held = {name: np.full(1, at, np.float32) for at, name in enumerate(["b.2.e.7", "c.4", "special", "first.5"])}
     table = {
         "moe.{layer}.{expert}.w": "b.{layer}.e.{expert}",
         "twice.{i}.{i}": "c.{i}",
@@ -147,8 +145,7 @@ def test_patterns(tmp_path: Path) -> None:
         "moe.2.7.w": 0, "twice.4.4": 1, "x.5": 3, "x.9": 2, "special": 2, "a.b*c": 1,
     }  # fmt: skip
     assert (
-        "lacks 2"
-        in mismatch({"twice.4.5": ((1,), "f32"), "a.bbc": ((1,), "f32")}, table, store(tmp_path, held)).what
+        "lacks 2" in mismatch({"twice.4.5": ((1,), "f32"), "a.bbc": ((1,), "f32")}, table, store(tmp_path, held)).what
     )
 
 
@@ -259,9 +256,7 @@ def test_missing_names_are_told_apart_where_they_differ(tmp_path: Path) -> None:
         "h.3.mlp.cfc.weight": draw(2),
     }
     needed = {f"h.{i}.up": ((2,), "f32") for i in range(4)}
-    lines = (
-        mismatch(needed, {"h.{i}.up": "h.{i}.mlp.c_fc.weight"}, store(tmp_path, held)).within or ""
-    ).splitlines()
+    lines = (mismatch(needed, {"h.{i}.up": "h.{i}.mlp.c_fc.weight"}, store(tmp_path, held)).within or "").splitlines()
     assert lines[2:4] == [
         "  h.{i}.up <- h.{i}.mlp.c_fc.weight; nearest: h.{i}.mlp.c_fc.wieght; i = 0..1",
         "  h.3.up <- h.3.mlp.c_fc.weight; nearest: h.3.mlp.cfc.weight",

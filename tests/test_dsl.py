@@ -223,7 +223,7 @@ def wrong_sizes(x: t.f32["B 4"]):
 
 
 def misspelt(x: t.f32["B 4"]):
-    return x.reshaped(4)
+    return x.shape.reversed()
 
 
 def index(x: t.f32["B 4"]):
@@ -288,7 +288,7 @@ def division(x: t.f32["B 4"]):
 
 MISTAKES: list[tuple[Callable[..., Any], str, type[TreadleError], str]] = [
     (wrong_sizes, "x + t", RuleError, "add: sizes disagree: 4 in x, 5 in y"),
-    (misspelt, "return", FrontendError, "AttributeError: 'Expr' object has no attribute 'reshaped'"),
+    (misspelt, "return", FrontendError, "AttributeError: 'tuple' object has no attribute 'reversed'"),
     (index, "return", GraphError, "a traced value has no [ ]"),
     (truth, "return", GraphError, "no data-dependent branches"),
     (wrong_name, "return", FrontendError, "did you mean t.gelu"),

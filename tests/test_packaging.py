@@ -139,9 +139,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
     )
     command = [sys.executable, "-c", program, json.dumps(sorted(package_folders()))]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for file in json.loads(result.stdout):
         assert Path(file).is_relative_to(tmp_path / "site")
@@ -163,9 +161,7 @@ def test_importing_treadle_loads_no_third_party_but_numpy() -> None:
         "new = [name for name in set(sys.modules) - before if getattr(sys.modules[name], '__file__', None)]\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in new})))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     loaded = set(json.loads(result.stdout)) - sys.stdlib_module_names
     assert "treadle" in loaded

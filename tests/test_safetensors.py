@@ -96,9 +96,7 @@ def test_dtypes_as_torch_writes_them(path: Path, dtype: str, ours: str) -> None:
 def test_bf16_widens_every_bit_pattern(path: Path) -> None:
     """Every bf16, infinities and NaN payloads among them, is the upper half of its float32."""
     bits = np.arange(2**16, dtype="<u2")
-    array = SafetensorsFile.open(write(path, {"w": entry("BF16", [2**16], 0, 2**17)}, bits.tobytes())).array(
-        "w"
-    )
+    array = SafetensorsFile.open(write(path, {"w": entry("BF16", [2**16], 0, 2**17)}, bits.tobytes())).array("w")
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array.view(np.uint32), bits.astype(np.uint32) << 16)
 
@@ -316,9 +314,7 @@ RULES: list[tuple[str, object, bytes, str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("header", "data", "words", "place"), [r[1:] for r in RULES], ids=[r[0] for r in RULES]
-)
+@pytest.mark.parametrize(("header", "data", "words", "place"), [r[1:] for r in RULES], ids=[r[0] for r in RULES])
 def test_rule(path: Path, header: object, data: bytes, words: str, place: str) -> None:
     error = refusal(write(path, header, data))
     assert words in error.what
@@ -343,9 +339,7 @@ def test_every_truncation_is_refused(path: Path) -> None:
 def test_limits(path: Path) -> None:
     header = {f"t{i}": entry("U8", [1, 1, 1], i, i + 1) for i in range(5)}
     write(path, {"__metadata__": {"a": "", "b": "", "c": ""}, **header}, bytes(5))
-    assert (
-        len(SafetensorsFile.open(path, Limits(tensors=5, rank=3, values=3, header_bytes=600, nesting=3))) == 5
-    )
+    assert len(SafetensorsFile.open(path, Limits(tensors=5, rank=3, values=3, header_bytes=600, nesting=3))) == 5
     for limits, words, hint in [
         (Limits(tensors=4), "more tensors", "Limits(tensors="),
         (Limits(rank=2), "more dimensions", "Limits(rank="),

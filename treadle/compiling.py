@@ -14,7 +14,7 @@ import numpy as np
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
 from treadle.frontends.dsl import Model
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.target import Target
 from treadle.passes.manager import Optimized, Pass, PassManager, debug_level
@@ -73,8 +73,11 @@ class Compiled:
         """The code that runs, for a person to read."""
         return self.executable.source
 
-    def __call__(self, /, **arrays: Any) -> Outputs:
+    def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
         """Run on arrays by name; answers by name. Raises BackendError where they are not what `inputs` says."""
+        if unnamed:
+            names = ", ".join(f"{port.name}=..." for port in self.inputs)
+            raise BackendError("inputs are given by name", hint=f"exe({names})")
         return self.executable(**arrays)
 
     def save(self, path: str | Path) -> str:
