@@ -406,10 +406,17 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
             source=_definition(declared.function),
             hint='return a tensor, or a dict of them such as {"hidden": x}',
         )
+    if returned is None:
+        raise FrontendError(
+            f"model {declared.name} returns nothing",
+            source=_definition(declared.function),
+            hint="is a `return` missing?",
+        )
     for name, value in named.items():
         if not isinstance(value, Expr):
+            which = "what model" if value is returned else f"output {name} of model"
             raise FrontendError(
-                f"output {name} of model {declared.name} is not a traced value",
+                f"{which} {declared.name}{' returns' if value is returned else ''} is not a traced value",
                 received=type(value).__name__,
                 source=_definition(declared.function),
                 hint="return a tensor, a dict of them by name, or a tuple of them",
