@@ -26,6 +26,7 @@ from typing import Any, overload
 
 from treadle.frontends.call_errors import call_hint
 from treadle.ir.builder import Builder, Expr, describe_source
+from treadle.ir.collection import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.outline import Region, outline_regions
@@ -319,6 +320,10 @@ class Model:
 
     def graph(self) -> Graph:
         """Trace the declaration into a graph. Raises the error of the line at fault."""
+        with collection_paused():
+            return self._trace()
+
+    def _trace(self) -> Graph:
         g = Graph(self.name)
         tracing = Trace(g)
         token = _current.set(tracing)
@@ -390,6 +395,7 @@ def _definition(function: Callable[..., Any]) -> str:
 
 
 def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
+    named: dict[str, Any]
     if isinstance(returned, Expr):
         node, hint = returned.value.node, returned.value.name
         named = {"output" if node is None or hint in (node.op.name, "x") else hint: returned}  # x: an operator's

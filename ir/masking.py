@@ -173,8 +173,8 @@ def attend(
     GraphError where biases are given as masks or masks as biases.
     """
     # By `&` and `+`, which refuse what is not theirs.
-    entries = (Masks() & (Masks() if masks is None else masks)).entries
-    entries += (Biases() + (Biases() if biases is None else biases)).entries
+    entries = () if masks is None else (Masks() & masks).entries
+    entries += () if biases is None else (Biases() + biases).entries
     terms = tuple(term for term, _ in entries)
     operands = [x for _, given in entries for x in given]
     out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)

@@ -217,6 +217,9 @@ class Size:
             return other
         if other.terms == ONE_TERMS:
             return self
+        value, factor = self.constant, other.constant
+        if value is not None and factor is not None and abs(value * factor) <= LARGEST:
+            return _constant(value * factor)
         if len(self.terms) * len(other.terms) > MOST_TERMS:
             raise SizeError("a size expression has too many terms", hint=f"at most {MOST_TERMS}")
         table: dict[Monomial, int] = {}
@@ -237,6 +240,9 @@ class Size:
             return ZERO
         if other.terms == ONE_TERMS:
             return self
+        value, divisor = self.constant, other.constant
+        if value is not None and divisor is not None:
+            return None if value % divisor else _constant(value // divisor)
         rest, quotient = self, ZERO
         lead_mono, lead_coeff = other.terms[0]
         for _ in range(len(self.terms) * (len(other.terms) + 1)):

@@ -152,7 +152,7 @@ class Type:
     def symbols(self) -> frozenset[str]:
         return frozenset().union(*(s.symbols for s in self.shape))
 
-    @property
+    @cached_property
     def static_shape(self) -> tuple[int, ...] | None:
         """The shape as integers, or None if a size holds a symbol."""
         sizes = tuple(s.constant for s in self.shape)

@@ -156,7 +156,7 @@ class _FunctionCheck:
             )
 
     def symbols(self, type: Type, index: int | None) -> None:
-        if type in self.checked_types:
+        if not type.symbols or type in self.checked_types:
             return
         if undeclared := type.symbols - self.graph.symbols.keys():
             raise self.error(

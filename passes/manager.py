@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treadle.ir.clone import clone_graph
+from treadle.ir.collection import collection_paused
 from treadle.ir.errors import PassError, TreadleError, UsageError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.verifier import verify
@@ -89,10 +90,13 @@ class PassManager:
         Raises VerifyError where the graph given is broken already, BrokenPassError (a PassError) where a pass
         fails.
         """
+        with collection_paused():
+            return self._run(graph)
+
+    def _run(self, graph: Graph) -> Optimized:
         debug = debug_level()
         verify(graph)
-        snapshot = clone_graph(graph)
-        working = clone_graph(graph)
+        snapshot, working = graph, clone_graph(graph)
         before = count_ops(working)
         records: list[PassRecord] = []
         for each in self.passes:
@@ -118,7 +122,7 @@ class PassManager:
             print(log, file=sys.stderr)
         if debug >= 3:
             print(log.explain(), file=sys.stderr)
-        return Optimized(graph, snapshot, log)
+        return Optimized(graph, working, log)
 
 
 def _broken(each: Pass, error: Exception, before: Graph) -> BrokenPassError:

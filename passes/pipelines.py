@@ -13,10 +13,11 @@ from treadle.passes.fuse_softmax import FuseSoftmax
 from treadle.passes.manager import Pass
 
 DEFAULT: tuple[Pass, ...] = (
-    # one spelling for everything, no work done twice
+    # one spelling for everything, no work done twice, and none that nobody reads, which would keep others from fusing
     FoldConstants(),
     Canonicalize(),
     CommonSubexpressions(),
+    DeadCode(),
     # spelled-out functions as the ops that they are
     FuseNormalization(),
     FuseSoftmax(),
