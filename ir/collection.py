@@ -1,7 +1,7 @@
 """Pausing the cyclic garbage collector while a graph is made.
 
-A graph is many small objects that all live on. A collection in the middle finds nothing, and looks at each of them again:
-7 % of the time that a deep model's trace takes. Reference counting goes on as ever.
+A graph is many small objects that all live on. A collection in the middle finds nothing, and looks at each of them
+again: 7 % of the time that a deep model's trace takes. Reference counting goes on as ever.
 """
 
 from __future__ import annotations
