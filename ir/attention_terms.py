@@ -72,11 +72,11 @@ class Term:
 
     def reference(self, i: Array, j: Array, *operands: Array) -> Array:
         """The meaning in NumPy, with i: [s, 1] and j: [t]; broadcasts against [b, h, s, t]."""
-        raise NotImplementedError
+        raise GraphError(f"term {type(self).__name__} has no reference")
 
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         """The same in primitives, with `grid.i` and `grid.j`; broadcasts against [b, g, r, s, t]."""
-        raise NotImplementedError
+        raise GraphError(f"term {type(self).__name__} has no body")
 
     @property
     def text(self) -> str:
