@@ -54,6 +54,12 @@ class NumpyBackend:
                 received=str(target),
                 hint='Target("cpu"), or backend torch',
             )
+        if target.threads is not None:
+            raise BackendError(
+                "the numpy backend does not choose the number of threads",
+                received=f"threads={target.threads}",
+                hint="the environment variable of NumPy's own library, such as OPENBLAS_NUM_THREADS, or another backend",
+            )
         refuse_nodes(graph, self.name, self.supports)
         program = emit(legalize(graph, keeps), NUMPY)
         references = {name: _Reference(node) for name, node in program.references.items()}

@@ -19,6 +19,7 @@ GROUP = "treadle.backends"
 _OURS = {
     "numpy": ("treadle.backends.numpy_backend", "NumpyBackend"),
     "torch": ("treadle.backends.torch_backend", "TorchBackend"),
+    "tvm": ("treadle.backends.tvm_backend", "TvmBackend"),
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,11 @@ class TorchBackend:
             raise BackendError(
                 "PyTorch finds no CUDA device", received=f"torch {torch.__version__}", hint='Target("cpu")'
             )
+        if target.kind == "isa":
+            raise BackendError(
+                f"the torch backend does not generate code for {target}",
+                hint='Target("cpu") or Target("cuda"), or backend tvm',
+            )
         device = torch.device(target.kind)
 
         def refusal(node: Node) -> str | None:
@@ -85,7 +90,7 @@ class TorchBackend:
 
         refuse_nodes(graph, self.name, refusal)
         program = emit(legalize(graph, keeps), TORCH)
-        arrays = _TorchArrays(device)
+        arrays = _TorchArrays(device, target.threads)
         namespace = {
             "constants": tuple(map(arrays.constant, program.constants)),
             "device": device,
@@ -96,10 +101,10 @@ class TorchBackend:
 class _TorchArrays:
     """Tensors on one device; see `treadle.backends.python_executable.Arrays`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, threads: int | None) -> None:
         import torch
 
-        self.torch, self.device = torch, device
+        self.torch, self.device, self.threads = torch, device, threads
         self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @cached_property
@@ -133,8 +138,18 @@ class _TorchArrays:
             raise refuse_dtype(port, "a float32 that bf16 does not hold", f"a tensor, {port.name}.to(torch.bfloat16)")
         return narrow.to(self.device)
 
-    def running(self) -> AbstractContextManager[Any]:
-        return self.torch.inference_mode()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inference mode, with as many threads as the target says; PyTorch's own number is put back."""
+        before = self.torch.get_num_threads()
+        if self.threads is not None and self.threads != before:
+            self.torch.set_num_threads(self.threads)
+        try:
+            with self.torch.inference_mode():
+                yield
+        finally:
+            if self.torch.get_num_threads() != before:
+                self.torch.set_num_threads(before)
 
     def storage(self, array: torch.Tensor) -> int:
         return array.untyped_storage().data_ptr() if array.numel() else id(array)

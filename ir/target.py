@@ -8,29 +8,39 @@ from dataclasses import dataclass
 from treadle.ir.errors import UsageError
 
 TARGETS = {
-    "cpu": "the processor of this machine",
+    "cpu": "the processor of this machine, with all that it can",
     "cuda": "an NVIDIA GPU, the current one",
+    "x86-64-v4": "a processor with AVX-512",
+    "x86-64-v3": "a processor with AVX2 and FMA",
+    "x86-64-v2": "a processor with SSE4.2",
+    "x86-64": "any 64-bit x86 processor",
+    "arm64": "a 64-bit ARM processor, with NEON",
 }
-"""Every known target's name, with a line on what it is."""
+"""Every known target's name, with a line on what it is. Levels of x86-64 are those of its psABI."""
 
 
 @dataclass(frozen=True)
 class Target:
     """Hardware by name: `Target("cpu")`, `Target("cuda")`. Making one touches no device and loads no library.
 
-    Raises UsageError for a name that is not in `TARGETS`.
+    threads   how many threads may work at once on a processor; None: one for each core that the process may use
+
+    Raises UsageError for a name that is not in `TARGETS`, or for fewer than one thread.
     """
 
     name: str
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in TARGETS:
             raise UsageError(f"unknown target {self.name!r}", hint="one of " + ", ".join(TARGETS))
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"a target has 1 thread or more, not {self.threads}")
 
     @property
     def kind(self) -> str:
-        """The kind of device, `cpu` or `cuda`."""
-        return self.name
+        """The kind of device: `cpu` for this machine's processor, `cuda`, or `isa` for processors by what they can."""
+        return self.name if self.name in ("cpu", "cuda") else "isa"
 
     @property
     def description(self) -> str:
@@ -38,9 +48,9 @@ class Target:
         return TARGETS[self.name]
 
     def cores(self) -> int | None:
-        """How many cores this process may use, read from the machine; None where the target is not this machine."""
-        if self.kind != "cpu":
-            return None
+        """How many cores to use: `threads`, or all that this process may; None where the target is not this machine."""
+        if self.threads is not None or self.kind != "cpu":
+            return self.threads
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))
         return os.cpu_count()

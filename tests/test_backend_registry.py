@@ -69,7 +69,7 @@ def third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("third_parties")
 def test_third_parties_register_by_entry_point() -> None:
-    assert backend_names() == ["numpy", "torch", "broken", "mine", "odd"]
+    assert backend_names() == ["numpy", "torch", "tvm", "broken", "mine", "odd"]
     assert find_backend("mine").available() == "no device"
     assert type(find_backend("numpy")).__name__ == "NumpyBackend"
     text = message(lambda: find_backend("broken"))

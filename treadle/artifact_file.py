@@ -27,7 +27,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.graph import Literal
 from treadle.ir.types import DType, bf16
 from treadle.ir.types import u8 as _U8
-from treadle.whole_files import replacing
+from treadle.backends.whole_files import replacing
 
 Array = np.ndarray[Any, Any]
 
@@ -189,20 +189,19 @@ class SectionFile:
     def _check_layout(self) -> None:
         """Every section is known and aligned, has a hash if it is not padding, and padding is zeros."""
         for record in self._records():
-            place = f"byte {record.begin}, section {printable(record.name)}"
             if record.name == _SEAL:
                 continue
             if record.name.startswith(_PADDING):
                 data = self._file.raw(record.name)
                 if record.dtype != "u8" or len(data) >= ALIGNMENT or data.any():
-                    self.fail("padding must be fewer than 64 bytes, all zero", place, _DAMAGED)
+                    self.fail("padding must be fewer than 64 bytes, all zero", _place(record), _DAMAGED)
                 continue
             if record.name not in _TEXTS and not record.name.startswith(_WEIGHT):
-                self.fail("the format has no such section", place, f"this Treadle reads version {VERSION}")
+                self.fail("the format has no such section", _place(record), f"this Treadle reads version {VERSION}")
             if record.begin % ALIGNMENT:
-                self.fail(f"a section must begin at a multiple of {ALIGNMENT}", place, _DAMAGED)
+                self.fail(f"a section must begin at a multiple of {ALIGNMENT}", _place(record), _DAMAGED)
             if record.name not in self._hashes:
-                self.fail("a section has no hash", place, _DAMAGED)
+                self.fail("a section has no hash", _place(record), _DAMAGED)
         for name in (*_TEXTS, *self._hashes):
             if name not in self._file or name.startswith(_PADDING) or name == _SEAL:
                 self.fail("a section is missing", f"section {printable(name)}", _DAMAGED)
@@ -220,3 +219,7 @@ class SectionFile:
 
     def _records(self) -> Iterator[TensorRecord]:
         return (self._file[name] for name in self._file)
+
+
+def _place(record: TensorRecord) -> str:
+    return f"byte {record.begin}, section {printable(record.name)}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from treadle.frontends.contained_files import open_regular, printable, shown_path
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.whole_files import replacing
+from treadle.backends.whole_files import replacing
 
 Array = np.ndarray[Any, Any]
 

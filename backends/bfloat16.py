@@ -1,0 +1,63 @@
+"""bf16 at the border to NumPy, which has none: inside uint16, outside float32 arrays or PyTorch's tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.protocol import Port
+from treadle.backends.signature import as_numpy, refuse_dtype
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Literal
+from treadle.ir.types import bf16, f32
+
+Array = np.ndarray[Any, Any]
+
+
+def numpy_taken(port: Port, value: Any) -> Array:
+    """What a caller passed for an input of a dtype that NumPy has."""
+    try:
+        return as_numpy(port, value)
+    except (TypeError, RuntimeError) as error:  # a tensor of PyTorch's on a device, or one that needs a gradient
+        raise BackendError(
+            f"input {port.name} is no array that NumPy can read",
+            received=f"{type(value).__name__}: {error}",
+            within=str(port),
+            hint=f"{port.name}.detach().cpu()",
+        ) from error
+
+
+def bf16_taken(port: Port, value: Any) -> Array:
+    """The bits of a bf16 tensor, or of float32 numbers that bf16 holds exactly."""
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+        import torch
+
+        bits: Array = value.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+        return bits
+    wide = numpy_taken(Port(port.name, port.type.with_dtype(f32)), value)
+    bits = rounded(wide)
+    if not np.array_equal(widened(bits), wide, equal_nan=True):
+        raise refuse_dtype(port, "a float32 that bf16 does not hold", f"a tensor, {port.name}.to(torch.bfloat16)")
+    return bits
+
+
+def bf16_given(bits: Array, tensor: bool) -> Any:
+    """Bits as a float32 array, or as a bf16 tensor."""
+    if not tensor:
+        return widened(bits)
+    import torch
+
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+
+
+def rounded(wide: Array) -> Array:
+    """float32 numbers as bits of bf16, to the nearest, ties to even."""
+    with np.errstate(all="ignore"):
+        data = Literal.of(np.ascontiguousarray(wide, np.float32), bf16).data
+    return np.frombuffer(data, np.uint16).reshape(wide.shape)
+
+
+def widened(bits: Array) -> Array:
+    """Bits of bf16 as the float32 numbers that they are."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

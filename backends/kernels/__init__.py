@@ -1,0 +1,1 @@
+"""Our own kernels for the TVM backend: generators, each a frozen spec that writes loops. See docs/kernels.md."""

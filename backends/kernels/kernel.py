@@ -1,0 +1,59 @@
+"""Kernels: frozen specs that write their loops, and steps that apply them to views.
+
+    @dataclass(frozen=True)
+    class Scale(Kernel):
+        \"\"\"y[i] = factor * x[i] for i < n\"\"\"
+        factor: float
+
+        def emit(self, k):
+            x, y = k.pointer("x", f32), k.pointer("y", f32)
+            n = k.size("n")
+            x, y = k.view(x, [n]), k.view(y, [n])
+            with k.parallel(n) as i:
+                k.store(y, [i], k.load(x, [i]) * k.number(self.factor, f32))
+
+A spec's fields decide its code, all of it: two specs that are equal, on one instruction set, are one kernel, compiled
+once and kept by content (`treadle.backends.kernel_cache`). What may differ from call to call (pointers, sizes,
+strides) is passed: first every pointer, then every size, in the order in which `emit` asks for them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from treadle.backends.kernels.emitter import Emitter
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Base of all kernel specs. A spec is a frozen dataclass of numbers, text, dtypes, and tuples of such.
+
+    generic   whether it computes element by element: right for every case, and named in the log as slow
+    """
+
+    generic: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """A short name for people, an identifier: `matmul_768x3072_gelu`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def emit(self, k: Emitter) -> None:
+        """Write the kernel: ask for pointers and sizes, then emit loops."""
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        """All that decides the code, as text."""
+        return f"{type(self).__name__}({', '.join(f'{f.name}={_text(getattr(self, f.name))}' for f in fields(self))})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Kernel):
+        return value.key
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_text, value)) + ")"
+    return value.hex() if isinstance(value, float) else repr(value)

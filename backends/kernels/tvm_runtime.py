@@ -1,0 +1,105 @@
+"""The part of TVM that runs kernels, through its C interface: no import of the package, which takes seconds.
+
+address = launcher()          what a kernel's parallel loops call
+set_threads(2)                how many threads they use, from the calling thread
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import threading
+from functools import cache
+from pathlib import Path
+
+from treadle.ir.errors import BackendError
+
+_INT = 1  # the type index of an integer in an argument of the interface
+
+
+def missing() -> str | None:
+    """None if TVM is installed, else the reason why it cannot be used."""
+    if importlib.util.find_spec("tvm") is None or importlib.util.find_spec("tvm_ffi") is None:
+        return "TVM is not installed: pip install 'treadle[tvm]'"
+    return None
+
+
+def version() -> str:
+    """The version of the installed package, read from its metadata."""
+    from importlib.metadata import version as installed
+
+    return f"{installed('apache-tvm')}/{installed('apache-tvm-ffi')}"
+
+
+def launcher() -> int:
+    """The address of the function that runs a parallel loop's iterations on TVM's pool of threads."""
+    return ctypes.cast(_libraries()[1].TVMBackendParallelLaunch, ctypes.c_void_p).value or 0
+
+
+def set_threads(count: int) -> None:
+    """Let kernels called from this thread use so many threads. Each calling thread has a pool of its own.
+
+    TVM takes the most that it may use from the environment, each time it looks, and half of the cores where nothing is
+    said; so it is told there. What a user has set there does not count: the caller's answer does.
+    """
+    if getattr(_configured, "count", None) == count:
+        return
+    os.environ["TVM_BIND_THREADS"] = "0"  # the system decides where they run: a core of ours may be busy
+    os.environ["TVM_NUM_THREADS"] = str(max(count, os.cpu_count() or 1))
+    _call("runtime.config_threadpool", 1, count)
+    _configured.count = count
+
+
+def threads() -> int:
+    """How many threads kernels called from this thread use."""
+    return _call("runtime.NumThreads")
+
+
+_configured = threading.local()
+
+
+class _Any(ctypes.Structure):
+    """An argument of the interface: a type index, padding, and eight bytes."""
+
+    _fields_ = [("type_index", ctypes.c_int32), ("padding", ctypes.c_int32), ("value", ctypes.c_int64)]
+
+
+class _Bytes(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_char_p), ("size", ctypes.c_size_t)]
+
+
+@cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The interface and the runtime, loaded so that kernels find what they refer to."""
+    folders = {}
+    for name in ("tvm_ffi", "tvm"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise BackendError("the tvm backend is not available", received=missing())
+        folders[name] = Path(next(iter(spec.submodule_search_locations))) / "lib"
+    try:
+        interface = ctypes.CDLL(str(folders["tvm_ffi"] / "libtvm_ffi.so"), mode=ctypes.RTLD_GLOBAL)
+        return interface, ctypes.CDLL(str(folders["tvm"] / "libtvm_runtime.so"), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise BackendError(
+            "TVM's runtime cannot be loaded", received=str(error), hint="pip install --force-reinstall 'treadle[tvm]'"
+        ) from error
+
+
+@cache
+def _function(name: str) -> ctypes.c_void_p:
+    interface, _ = _libraries()
+    encoded, found = name.encode(), ctypes.c_void_p()
+    key = _Bytes(encoded, len(encoded))
+    if interface.TVMFFIFunctionGetGlobal(ctypes.byref(key), ctypes.byref(found)) or not found:
+        raise BackendError(f"TVM's runtime has no {name}", received=version())
+    return found
+
+
+def _call(name: str, *numbers: int) -> int:
+    arguments = (_Any * len(numbers))(*[_Any(_INT, 0, n) for n in numbers])
+    result = _Any()
+    if _libraries()[0].TVMFFIFunctionCall(_function(name), arguments, len(numbers), ctypes.byref(result)):
+        raise BackendError(f"TVM's {name} failed", received=", ".join(map(str, numbers)))
+    return int(result.value)

@@ -1,0 +1,56 @@
+"""Kernel programs as text: the steps a line each, then every distinct kernel as TVMScript."""
+
+from __future__ import annotations
+
+from treadle.backends.kernels.cache import tvm_script
+from treadle.backends.kernels.isa import Isa
+from treadle.backends.kernels.kernel import Kernel
+from treadle.backends.lowering.program import Call, KernelProgram, Routine, Step, View
+
+_COLUMN = 72  # comments line up, but no further right than this
+
+
+def list_program(name: str, program: KernelProgram, isa: Isa) -> str:
+    """The whole program, to be read: routines, then kernels."""
+    kernels = list(dict.fromkeys(s.kernel for r in program.routines for s in r.walk()))
+    titles = unique_titles(kernels)
+    parts = [f"# {name}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
+    parts += [_routine(routine, titles) for routine in program.routines]
+    parts += [f"# {kernel.key}\n{tvm_script(kernel, isa)}" for kernel in kernels]
+    return "\n\n".join(parts)
+
+
+def unique_titles(kernels: list[Kernel]) -> dict[Kernel, str]:
+    """A name for each kernel, no two alike."""
+    counts: dict[str, int] = {}
+    titles = {}
+    for kernel in kernels:
+        count = counts.get(kernel.title, 0)
+        counts[kernel.title] = count + 1
+        titles[kernel] = f"{kernel.title}_{count}" if count else kernel.title
+    return titles
+
+
+def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
+    lines = [(f"def {routine.name}({', '.join(b.name for b in routine.arguments)}):", "")]
+    lines += [_step(step, titles) for step in routine.steps]
+    lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
+    width = max((len(code) for code, note in lines if note and len(code) <= _COLUMN), default=0)
+    return "\n".join(f"{code:<{width}}  # {note}" if note else code for code, note in lines)
+
+
+def _step(step: Step | Call, titles: dict[Kernel, str]) -> tuple[str, str]:
+    if isinstance(step, Call):
+        made = ", ".join(v.buffer.name for v in step.results)
+        given = ", ".join(v.buffer.name for v in step.arguments)
+        return f"    {made} = {step.routine.name}({given})", step.node.scope
+    reads, writes = step.pointers[: -step.writes], step.pointers[-step.writes :]
+    made = ", ".join(map(_shown, writes))
+    where = step.node.scope if step.node is not None else ""
+    source = str(step.node.source) if step.node is not None and step.node.source is not None else ""
+    code = f"    {made} = {titles[step.kernel]}({', '.join(v.buffer.name for v in reads)})"
+    return code, "  ".join(t for t in (source, where, step.note) if t)
+
+
+def _shown(view: View) -> str:
+    return str(view)
