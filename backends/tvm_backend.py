@@ -58,7 +58,7 @@ class TvmBackend:
         refuse_nodes(graph, self.name, self.supports)
         program = lower(legalize(graph, keeps), isa, RULES)
         cache = KernelCache(isa)
-        packed = pack_weights(graph, program, weights)
+        packed = pack_weights(graph, program, weights, threads=target.cores() or 1)
         executable = KernelExecutable(graph, program, cache, packed, target.cores() or 1)
         if runs_here(isa):
             executable.prepare()

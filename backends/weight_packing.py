@@ -1,25 +1,94 @@
-"""Weights in the layouts that kernels read: as they are, or in panels."""
+"""Weights in the layouts that kernels read: as they are, or in panels.
+
+A parameter that is read as it is stays where it is, a mapped file included. One that is read in panels is packed. Where
+the weights come from a file, the panels go to a file of the user's cache, named after a hash of what was packed and
+how, and are memory-mapped from then on: the second compilation packs nothing, and processes share the pages. Weights
+that lie in memory (drawn, or being trained) are packed in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import mmap
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from treadle.backends.arena import ALIGNMENT
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.lowering.program import KernelProgram, Panels, Slot
 from treadle.backends.python_executable import collect_weights, misfit, shape_fits
+from treadle.backends.user_cache import cache_folder
+from treadle.backends.whole_files import replacing
+from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import Type
 
 Array = np.ndarray[Any, Any]
 
+_FORMAT = "treadle panels 1"
+SMALLEST = 1 << 20  # bytes of panels that are worth a file
 
-def pack_weights(graph: Graph, program: KernelProgram, weights: Mapping[str, Any]) -> dict[Slot, Array]:
-    """An array for each parameter in each of its layouts. Raises BackendError for a missing weight or a misfit."""
+
+def pack_weights(
+    graph: Graph, program: KernelProgram, weights: Mapping[str, Any], *, threads: int = 1, folder: Path | None = None
+) -> dict[Slot, Array]:
+    """An array for each parameter in each of its layouts.
+
+    folder   where files of panels lie, by default in the user's cache
+
+    Raises BackendError for a missing weight or a misfit.
+    """
     arrays = collect_weights(graph, weights, _taken)
-    return {slot: _laid_out(arrays[slot.name], slot.layout) for slot in program.weights}
+    made = {slot: arrays[slot.name] for slot in program.weights if slot.layout is None}
+    packed = [slot for slot in program.weights if slot.layout is not None]
+    from_file = [slot for slot in packed if is_mapped(arrays[slot.name])]
+    in_memory = [slot for slot in packed if slot not in set(from_file)]
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        made |= dict(zip(in_memory, pool.map(lambda s: panels(arrays[s.name], _layout(s)), in_memory), strict=True))
+        made |= _through_file(from_file, arrays, pool, folder)
+    return made
+
+
+def panels(array: Array, layout: Panels) -> Array:
+    """A matrix in panels; see `treadle.backends.lowering.program.Panels`."""
+    made = np.empty(_packed_shape(array, layout), array.dtype)
+    _fill(made, array, layout)
+    return made
+
+
+def is_mapped(array: Array) -> bool:
+    """Whether an array lies in a mapped file."""
+    base: Any = array
+    while base is not None:
+        if isinstance(base, np.memmap | mmap.mmap):
+            return True
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    return False
+
+
+def _fill(made: Array, array: Array, layout: Panels) -> None:
+    matrix = array.T if layout.transposed else array
+    whole = len(matrix) // layout.width
+    for panel in range(whole):
+        made[panel] = matrix[panel * layout.width : (panel + 1) * layout.width].T
+    if whole < len(made):
+        rest = matrix[whole * layout.width :]
+        made[whole, :, : len(rest)] = rest.T
+        made[whole, :, len(rest) :] = 0
+
+
+def _packed_shape(array: Array, layout: Panels) -> tuple[int, int, int]:
+    n, k = array.shape[::-1] if layout.transposed else array.shape
+    return -(-n // layout.width), k, layout.width
+
+
+def _layout(slot: Slot) -> Panels:
+    assert slot.layout is not None
+    return slot.layout
 
 
 def _taken(name: str, wanted: Type, value: Any) -> Array:
@@ -30,14 +99,80 @@ def _taken(name: str, wanted: Type, value: Any) -> Array:
     return rounded(array) if wanted.dtype.numpy is None else array
 
 
-def _laid_out(array: Array, layout: Panels | None) -> Array:
-    if layout is None:
-        return array
-    matrix = array.T if layout.transposed else array
-    n, k = matrix.shape
-    panels = -(-n // layout.width)
-    made = np.zeros((panels, k, layout.width), array.dtype)
-    for panel in range(panels):
-        rows = matrix[panel * layout.width : (panel + 1) * layout.width]
-        made[panel, :, : len(rows)] = rows.T
-    return made
+# -- files of panels -----------------------------------------------------------------------------------------
+
+
+def _through_file(
+    slots: Sequence[Slot], arrays: Mapping[str, Array], pool: ThreadPoolExecutor, folder: Path | None
+) -> dict[Slot, Array]:
+    """Panels mapped from the file that holds them, which is made where it is not there."""
+    shapes = [_packed_shape(arrays[s.name], _layout(s)) for s in slots]
+    sizes = [int(np.prod(shape)) * arrays[s.name].itemsize for s, shape in zip(slots, shapes, strict=True)]
+    offsets = [0]
+    for size in sizes:
+        offsets.append(-(-(offsets[-1] + size) // ALIGNMENT) * ALIGNMENT)
+    path = _path(slots, arrays, pool, folder) if offsets[-1] >= SMALLEST else None
+    data = None if path is None else _mapped_file(path, offsets[-1])
+    if path is not None and data is None:
+        data = _written(path, slots, shapes, offsets, arrays, pool)
+    if data is None:
+        return dict(zip(slots, pool.map(lambda s: panels(arrays[s.name], _layout(s)), slots), strict=True))
+    return {
+        slot: data[at : at + size].view(arrays[slot.name].dtype).reshape(shape)
+        for slot, at, size, shape in zip(slots, offsets[:-1], sizes, shapes, strict=True)
+    }
+
+
+def _path(
+    slots: Sequence[Slot], arrays: Mapping[str, Array], pool: ThreadPoolExecutor, folder: Path | None
+) -> Path | None:
+    """Named by content: every matrix's bytes, shape and dtype, and its layout."""
+    try:
+        folder = cache_folder() / "panels" if folder is None else folder
+    except UsageError:
+        return None
+    digest = hashlib.sha256(_FORMAT.encode())
+    content = pool.map(lambda s: hashlib.sha256(memoryview(arrays[s.name]).cast("B")).hexdigest(), slots)
+    for slot, found in zip(slots, content, strict=True):
+        array = arrays[slot.name]
+        digest.update(f"{found} {array.shape} {array.dtype.str} {slot.layout}\n".encode())
+    return folder / f"{digest.hexdigest()[:32]}.panels"
+
+
+def _mapped_file(path: Path, size: int) -> Array | None:
+    """The file's bytes, if it is there and as long as it should be; it was written whole or not at all."""
+    try:
+        if path.stat().st_size != size:
+            return None
+        return np.memmap(path, np.uint8, "r")
+    except OSError:
+        return None
+
+
+def _written(
+    path: Path,
+    slots: Sequence[Slot],
+    shapes: Sequence[tuple[int, int, int]],
+    offsets: Sequence[int],
+    arrays: Mapping[str, Array],
+    pool: ThreadPoolExecutor,
+) -> Array | None:
+    """Write the file and map it; None where the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with replacing(path) as file:
+            file.truncate(offsets[-1])
+            data = np.memmap(file.name, np.uint8, "r+")
+
+            def fill(i: int) -> None:
+                array = arrays[slots[i].name]
+                size = int(np.prod(shapes[i])) * array.itemsize
+                _fill(
+                    data[offsets[i] : offsets[i] + size].view(array.dtype).reshape(shapes[i]), array, _layout(slots[i])
+                )
+
+            list(pool.map(fill, range(len(slots))))
+            data.flush()
+    except OSError:
+        return None
+    return _mapped_file(path, offsets[-1])

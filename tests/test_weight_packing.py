@@ -1,0 +1,112 @@
+"""Weights for kernels: in panels, packed once into a file that is mapped from then on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.backends import weight_packing
+from treadle.backends.kernels.isa import ISAS
+from treadle.backends.kernels.matmul import panel_width
+from treadle.backends.legalization import legalize
+from treadle.backends.lowering.program import KernelProgram, Panels
+from treadle.backends.lowering.routine_writer import lower
+from treadle.backends.lowering.rules import RULES, keeps
+from treadle.backends.weight_packing import is_mapped, pack_weights, panels
+from treadle.ir.builder import Builder
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph
+
+ISA = ISAS["x86-64-v4"]
+SHAPE = (530, 500)  # a megabyte, and the last panel not full
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("columns", [1, 47, 48, 100])
+def test_element_n_k_lies_where_panels_say(columns: int, transposed: bool) -> None:
+    matrix = np.arange(columns * 5, dtype=np.float32).reshape(columns, 5)
+    layout = Panels(48, transposed)
+    flat = panels(np.ascontiguousarray(matrix.T) if transposed else matrix, layout).ravel()
+    n, k = np.indices(matrix.shape)
+    np.testing.assert_array_equal(flat[((n // 48) * 5 + k) * 48 + n % 48], matrix)
+    assert flat.size == layout.elements([*map(_size, matrix.T.shape if transposed else matrix.shape)]).constant
+    assert flat.sum() == matrix.sum()  # what fills the last panel up is zero
+
+
+def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, program = linear_program()
+    weights = mapped_weights(tmp_path)
+    first = packed(graph, program, weights, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
+    second = packed(graph, program, weights, tmp_path / "cache")
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [file.name]
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, panels(np.asarray(weights["w"]), Panels(panel_width(SHAPE[0], ISA))))
+    assert is_mapped(first) and is_mapped(second)
+    assert not second.flags.writeable
+
+
+def test_another_content_is_another_file(tmp_path: Path) -> None:
+    graph, program = linear_program()
+    weights = mapped_weights(tmp_path)
+    before = packed(graph, program, weights, tmp_path / "cache").copy()
+    changed = mapped_weights(tmp_path, "other.bin", seed=1)
+    assert not np.array_equal(before, packed(graph, program, changed, tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_file_of_another_length_is_packed_again(tmp_path: Path) -> None:
+    graph, program = linear_program()
+    weights = mapped_weights(tmp_path)
+    right = packed(graph, program, weights, tmp_path / "cache").copy()
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:-64])
+    np.testing.assert_array_equal(packed(graph, program, weights, tmp_path / "cache"), right)
+
+
+def test_weights_in_memory_make_no_file(tmp_path: Path) -> None:
+    graph, program = linear_program()
+    weights = {"w": np.ones(SHAPE, np.float32)}
+    assert not is_mapped(packed(graph, program, weights, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path: Path) -> None:
+    graph, program = linear_program()
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    weights = mapped_weights(tmp_path)
+    made = packed(graph, program, weights, tmp_path / "cache")
+    np.testing.assert_array_equal(made, panels(np.asarray(weights["w"]), Panels(panel_width(SHAPE[0], ISA))))
+
+
+def test_a_misfit_is_named(tmp_path: Path) -> None:
+    graph, program = linear_program()
+    with pytest.raises(BackendError, match=r"weight w must be f32\[530, 500\]"):
+        pack_weights(graph, program, {"w": np.ones((500, 530), np.float32)}, folder=tmp_path)
+
+
+def _size(n: int) -> Any:
+    from treadle.ir.sizes import Size
+
+    return Size.of(n)
+
+
+def linear_program() -> tuple[Graph, KernelProgram]:
+    b = Builder(Graph("one"))
+    x, w = b.input("x", f"f32[N, {SHAPE[1]}]"), b.parameter("w", f"f32[{SHAPE[0]}, {SHAPE[1]}]")
+    b.outputs(y=b.linear(x, w))
+    return b.graph, lower(legalize(b.graph, keeps), ISA, RULES)
+
+
+def mapped_weights(folder: Path, name: str = "weights.bin", seed: int = 0) -> dict[str, Any]:
+    np.random.default_rng(seed).standard_normal(SHAPE, np.float32).tofile(folder / name)
+    return {"w": np.memmap(folder / name, np.float32, "r", shape=SHAPE)}
+
+
+def packed(graph: Graph, program: KernelProgram, weights: dict[str, Any], folder: Path) -> np.ndarray[Any, Any]:
+    ((_, array),) = pack_weights(graph, program, weights, folder=folder).items()
+    return array
