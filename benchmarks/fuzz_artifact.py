@@ -1,12 +1,15 @@
 """Fuzzing the artifact reader: a damaged or hostile `.treadle` file is refused with our error, or loads.
 
-    python benchmarks/fuzz_artifact.py [--count 10000] [--seed 0]
+    python benchmarks/fuzz_artifact.py [--count 10000] [--seed 0] [--hostile]
 
 Half of the mutations know the format: they edit graphs, log, fields, weights and layout, and then make the hashes and
 the seal right again, so that what lies behind these is met. The other half flip, cut and copy bytes at random, and must
 be noticed unless the bytes are the same. A mutation fails the run if loading raises anything but our error, accepts
 bytes that were changed, runs text of the file as code, takes longer than a second, or more memory than twice the file
 and 64 MiB. Exit status 1 if any fails.
+
+Before them come the files of benchmarks/hostile_artifacts.py, made to cost time: they must end as is said there, within
+the same second. --hostile runs these alone.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from treadle.models.gpt2 import gpt2
 if __name__ == "__main__":  # run as a file, which has only its own folder on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.fuzz_safetensors import by_structure, header_and_data, scramble, split
+from benchmarks.hostile_artifacts import METADATA, SHAPES, Shape
 
 SECONDS = 1.0
 MEMORY_BASE, MEMORY_TIMES = 64 << 20, 2
@@ -85,6 +89,11 @@ class Parts:
                 out += bytes(fill)
         header["seal"] = {"dtype": "U8", "shape": [32], "data_offsets": [len(out), len(out) + 32]}
         return sealed(header_and_data(header, bytes(out) + bytes(32), pad=1))
+
+
+def hostile_file(shape: Shape) -> bytes:
+    """A file of this shape."""
+    return Parts(dict(METADATA), shape.sections()).file()
 
 
 def sealed(file: bytes) -> bytes:
@@ -285,14 +294,39 @@ def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
     return Verdict("equal" if valid is not None else "loaded", "")
 
 
+def time_hostile() -> list[str]:
+    """Load each hostile file once, and print what came of it and when; returns what is wrong."""
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        judge(seeds()[0], Path(folder) / "first.treadle", None)  # imports are no file's cost
+        for number, (name, shape) in enumerate(SHAPES.items()):
+            path, file = Path(folder) / f"{number}.treadle", hostile_file(shape)
+            path.write_bytes(file)
+            began, what = time.perf_counter(), None
+            try:
+                load(path)
+            except TreadleError as error:
+                what = error.what
+            seconds = time.perf_counter() - began
+            print(f"  {seconds * 1e3:5.0f} ms  {len(file) / 2**20:5.1f} MiB  {name}: {(what or 'loads')[:60]}")
+            if (what is None) != (shape.refusal is None) or not (what or "").startswith(shape.refusal or ""):
+                failures.append(f"{name}: {what}")
+            if seconds > SECONDS:
+                failures.append(f"{name}: took {seconds:.2f} s")
+    return failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000, help="mutations (default 10000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hostile", action="store_true", help="the hostile files alone, no mutations")
     options = parser.parse_args()
+    failures = time_hostile()
+    if options.hostile:
+        options.count = 0
     outcomes: collections.Counter[str] = collections.Counter()
     reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    failures: list[str] = []
     slowest, most = 0.0, 0.0
     started = time.perf_counter()
     tracemalloc.start()

@@ -133,7 +133,7 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
             source=describe_source(user_line(), tracing.scope),
             hint="one of " + ", ".join(_INITS) + ", or an Init",
         )
-    text = f"{dtype}[{', '.join(map(str, shape))}]"
+    text = f"{dtype!s}[{', '.join([str(d) for d in shape])}]"
     type = _type_of_a_weight(text)
     if type is None:
         raise FrontendError(

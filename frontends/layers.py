@@ -192,18 +192,13 @@ def multi_head_attention(
             hint="kv_heads must divide heads",
         )
     per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
-    with b.scoped(name):
-        label = "heads" if groups == heads else "kv_heads"
+    label, inner = "heads" if groups == heads else "kv_heads", per_head * groups
+    key_bias = projection_bias if key_bias is None else key_bias
+    # All of it comes from one line, unless a function of the user's takes part: asking once is faster.
+    with b.scoped(name, None if rotate else user_line()):
         q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads, name="q_heads")
-        k, v = (
-            split_heads(
-                linear(context, per_head * groups, bias=with_bias, name=part),
-                groups,
-                label=label,
-                name=f"{part}_heads",
-            )
-            for part, with_bias in (("k", projection_bias if key_bias is None else key_bias), ("v", projection_bias))
-        )
+        k = split_heads(linear(context, inner, bias=key_bias, name="k"), groups, label=label, name="k_heads")
+        v = split_heads(linear(context, inner, bias=projection_bias, name="v"), groups, label=label, name="v_heads")
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         y = attend(b, q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap, name=name)

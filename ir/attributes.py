@@ -134,7 +134,10 @@ def default_texts(cls: type[Op]) -> Mapping[str, str]:
 
 @lru_cache(maxsize=8192)
 def attribute_symbols(op: Op) -> frozenset[str]:
-    """The symbols in an op's attributes."""
+    """The symbols in an op's attributes. Kept with the op, which is immutable: a call has many types among them."""
+    known: frozenset[str] | None = op.__dict__.get("_attribute_symbols")
+    if known is not None:
+        return known
     found: set[str] = set()
     waiting = list(op.attributes.values())
     while waiting:
@@ -143,7 +146,8 @@ def attribute_symbols(op: Op) -> frozenset[str]:
             waiting.extend(value)
         elif isinstance(value, Size | Type):
             found |= value.symbols
-    return frozenset(found)
+    known = op.__dict__["_attribute_symbols"] = frozenset(found)
+    return known
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

@@ -80,13 +80,15 @@ class Builder:
 
     def emit(self, op: Op, operands: Sequence[Value | None], name: str | None = None) -> Node:
         """Append a node. Raises RuleError, with the user's line and scope, where the operands do not fit the op."""
-        source = self.source or user_line()
+        return self._append(op, operands, name, self.source or user_line())
+
+    def _append(self, op: Op, operands: Sequence[Value | None], name: str | None, source: Source | None) -> Node:
         try:
-            types = op.infer([None if v is None else v.type for v in operands])
+            types = op.infer_for(operands)
         except TreadleError as error:
             error.source = error.source or describe_source(source, self.scope)
             raise
-        node = Node(op, operands, types, name=name, scope=self.scope, source=source)
+        node = Node(op, operands, types, name, self.scope, source)
         self.function.nodes.append(node)
         return node
 
@@ -97,10 +99,17 @@ class Builder:
         tuple of them for an op with several results. Raises GraphError for an unknown op or attribute, RuleError where
         operands do not fit.
         """
-        cls = find_op(kind) if isinstance(kind, str) else kind
+        return self._add(find_op(kind) if isinstance(kind, str) else kind, operands, name, attributes)
+
+    def _add(self, cls: type[Op], operands: Sequence[Any], name: str | None, attributes: dict[str, Any]) -> Any:
+        """What `apply` does, for a caller in this file (whose frame need not be looked at for the user's line)."""
         try:
             op = cls.make(**attributes)
-            values = self._values(op, cls.arrange(operands))
+            values: Sequence[Value | None] = [x.value if type(x) is Expr else None for x in operands]
+            if None in values:  # an absent operand, a number, ...
+                values = self._values(op, cls.arrange(operands))
+            elif len(values) != cls.arity[1]:
+                values = cls.arrange(values)
         except TypeError as error:
             known = ", ".join(cls.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
             raise GraphError(
@@ -111,23 +120,13 @@ class Builder:
         except TreadleError as error:
             error.source = error.source or describe_source(self.source or user_line(), self.scope)
             raise
-        node = self.emit(op, values, name)
-        if len(node.results) == 1:
-            return Expr(self, node.results[0])
-        return tuple(Expr(self, v) for v in node.results)
+        results = self._append(op, values, name, self.source or user_line(beyond=2)).results
+        return Expr(self, results[0]) if len(results) == 1 else tuple(Expr(self, v) for v in results)
 
     def _values(self, op: Op, given: Sequence[Any]) -> list[Value | None]:
         """Operands as values. A number takes the dtype that the op's rule ties it to, else its own (f32, i64, bool)."""
-        values: list[Value | None] = []
-        numbers = []
-        for i, x in enumerate(given):
-            if type(x) is Expr:
-                values.append(x.value)
-            elif x is None or isinstance(x, Value):
-                values.append(x)
-            else:
-                values.append(None)
-                numbers.append(i)
+        values = [x.value if type(x) is Expr else x if isinstance(x, Value) else None for x in given]
+        numbers = [i for i, x in enumerate(given) if values[i] is None and x is not None]
         if numbers:
             entries = operand_entries(op.dtypes(), len(given))
             known = [v.type.dtype if v is not None else None for v in values]
@@ -146,8 +145,8 @@ class Builder:
             error.source = describe_source(self.source or user_line(), self.scope)
             raise
 
-        def method(self: Builder, *operands: Any, **attributes: Any) -> Any:
-            return self.apply(cls, *operands, **attributes)
+        def method(self: Builder, *operands: Any, name: str | None = None, **attributes: Any) -> Any:
+            return self._add(cls, operands, name, attributes)
 
         setattr(Builder, name, method)
         return partial(method, self)
@@ -162,9 +161,9 @@ class Builder:
 
     # -- where nodes come from ---------------------------------------------------------------------------------
 
-    def scoped(self, name: str) -> _Scoped:
-        """`with b.scoped("attn"):` adds nodes under `scope.attn`."""
-        return _Scoped(self, name)
+    def scoped(self, name: str, source: Source | None = None) -> _Scoped:
+        """`with b.scoped("attn"):` adds nodes under `scope.attn`; if `source` is given, as coming from that line."""
+        return _Scoped(self, name, source)
 
     @contextmanager
     def placed_as(self, node: Node) -> Iterator[None]:
@@ -184,17 +183,19 @@ class Builder:
 class _Scoped:
     """A scope while it is open. (A class: it is entered for every layer, and costs half of a generator.)"""
 
-    __slots__ = ("builder", "name", "outer")
+    __slots__ = ("builder", "name", "outer", "source")
 
-    def __init__(self, builder: Builder, name: str) -> None:
-        self.builder, self.name, self.outer = builder, name, builder.scope
+    def __init__(self, builder: Builder, name: str, source: Source | None) -> None:
+        self.builder, self.name, self.source = builder, name, source
 
     def __enter__(self) -> None:
-        self.outer = self.builder.scope
-        self.builder.scope = f"{self.outer}.{self.name}" if self.outer and self.name else self.outer or self.name
+        b = self.builder
+        outer, _ = self.outer = b.scope, b.source
+        b.scope = f"{outer}.{self.name}" if outer and self.name else outer or self.name
+        b.source = b.source or self.source
 
     def __exit__(self, *_: object) -> None:
-        self.builder.scope = self.outer
+        self.builder.scope, self.builder.source = self.outer
 
 
 def describe_source(source: Source | None, scope: str) -> str | None:
@@ -255,7 +256,7 @@ class Expr:
 
     def _apply(self, op: str, *operands: Any, **attributes: Any) -> Expr:
         """Apply an op that an operator stands for. What it gives is called x, as one would in a formula."""
-        result = self.builder.apply(op, *operands, name="x", **attributes)
+        result = self.builder._add(find_op(op), operands, "x", attributes)
         assert isinstance(result, Expr)
         return result
 

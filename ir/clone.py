@@ -41,7 +41,7 @@ def clone_value(value: Value) -> Value:
 
 def clone_node(node: Node, values: dict[Value | None, Value | None], function: Function) -> Node:
     """The node on what `values` gives for its operands; its results, and its constants, are added to `values`."""
-    operands = [None if v is None else copied_value(v, values, function) for v in node.operands]
+    operands = [v if v is None else values.get(v) or copied_value(v, values, function) for v in node.operands]
     copy = Node(node.op, operands, [v.type for v in node.results], scope=node.scope, source=node.source)
     for old, new in zip(node.results, copy.results, strict=True):
         new.name = old.name

@@ -23,6 +23,7 @@ IN_PLACE = 16
 """The most elements that are written as numbers."""
 
 _LINE = 96
+_CONSTANT_WORK = 25  # of keeping it, beside that of its text
 _SUFFIX = re.compile(r":([a-z]\w*)")
 _BOOL = re.compile(r"(true|false)(?!\w)")
 _BLOB = re.compile(r"@(\d{1,9})")
@@ -125,6 +126,7 @@ class ConstantReader:
         if shape is None or min(shape, default=0) < 0:
             raise s.error("a constant's dimensions are integers", start, received=str(type))
         self.claim(prod(shape) * type.dtype.bytes, start)
+        s.spend(_CONSTANT_WORK, start)
         s.expect("{")
         blob = s.match(_BLOB)
         if blob is not None:
@@ -137,11 +139,14 @@ class ConstantReader:
             while not s.sees(_CLOSE):
                 if numbers:
                     s.expect(",")
-                word = s.match(_BOOL)
-                number = word[1] == "true" if word is not None else s.accept_number()
+                number = s.accept_number()
                 if number is None:
-                    raise s.error(f"expected an element, found {s.found()}")
+                    word = s.match(_BOOL)
+                    if word is None:
+                        raise s.error(f"expected an element, found {s.found()}")
+                    number = word[1] == "true"
                 numbers.append(number)
+                s.spend(1, start)
             value = Value.constant(self.literal(type.dtype, shape, numbers, start))
         s.expect("}")
         return value
@@ -166,9 +171,10 @@ class ConstantReader:
     def base64(self) -> bytes:
         s = self.scanner
         start = s.skip()
-        pieces = [s.string()]
-        while s.sees(_QUOTE):
-            pieces.append(s.string())
+        pieces: list[str] = []
+        while not pieces or s.sees(_QUOTE):
+            run = s.match(_PIECES)  # there may be many lines of them
+            pieces += run[0].split('"')[1::2] if run is not None else [s.string()]
         try:
             return base64.b64decode("".join(pieces), validate=True)
         except (binascii.Error, ValueError):
@@ -217,3 +223,4 @@ def _greatest(dtype: DType) -> int:
 
 _CLOSE = re.compile(r"\}")
 _QUOTE = re.compile(r'"')
+_PIECES = re.compile(r'(?:"[\w+/=]*+"\s*+)++', re.ASCII)

@@ -157,7 +157,6 @@ class Node:
         op: Op,
         operands: Sequence[Value | None],
         types: Sequence[Type],
-        *,
         name: str | None = None,
         scope: str = "",
         source: Source | None = None,
@@ -167,7 +166,11 @@ class Node:
         self.scope = scope
         self.source = source
         hint = name or op.name
-        self.results: tuple[Value, ...] = tuple([Value("result", t, hint, None, self, i) for i, t in enumerate(types)])
+        self.results: tuple[Value, ...]
+        if len(types) == 1:  # nearly always
+            self.results = (Value("result", types[0], hint, None, self),)
+        else:
+            self.results = tuple([Value("result", t, hint, None, self, i) for i, t in enumerate(types)])
 
     @property
     def result(self) -> Value:
@@ -178,7 +181,7 @@ class Node:
     @property
     def inputs(self) -> tuple[Value, ...]:
         """The operands that are present."""
-        return tuple(v for v in self.operands if v is not None)
+        return tuple([v for v in self.operands if v is not None])
 
     def __repr__(self) -> str:
         return f"<{self.op.name} {self.scope or '-'} {self.source or ''}>"

@@ -36,6 +36,7 @@ from treadle.ir.types import DTYPES, DType, Type, f64
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
+    from treadle.ir.graph import Value
 
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
@@ -166,12 +167,13 @@ class Op:
         """Pad absent optional operands with None and check the count. Raises GraphError."""
         operands = list(given)
         required, most = cls.arity
-        fixed = len(cls.operands) if most is not None else len(cls.operands) - 1
-        operands += [None] * (fixed - len(operands))
-        if most is not None and len(operands) > most:
-            raise GraphError(f"{cls.name} takes {most} operands, received {len(operands)}")
-        if most is None and len(operands) == fixed and not list(cls.operands.values())[-1].optional:
-            raise GraphError(f"{cls.name} takes one operand or more")
+        if len(operands) != most:
+            fixed = len(cls.operands) if most is not None else len(cls.operands) - 1
+            operands += [None] * (fixed - len(operands))
+            if most is not None and len(operands) > most:
+                raise GraphError(f"{cls.name} takes {most} operands, received {len(operands)}")
+            if most is None and len(operands) == fixed and not list(cls.operands.values())[-1].optional:
+                raise GraphError(f"{cls.name} takes one operand or more")
         for position, name in required:
             if operands[position] is None:
                 raise GraphError(f"{cls.name}: operand {name} is missing")
@@ -185,9 +187,9 @@ class Op:
         """
         if not attributes:
             return _interned(cls, (), ())  # type: ignore[arg-type]
-        floats = tuple([str(v) for v in attributes.values() if type(v) is float])  # 0.0 equals -0.0
+        zeros = tuple([str(v) for v in attributes.values() if type(v) is float and v == 0.0])  # 0.0 equals -0.0
         try:
-            return _interned(cls, tuple(attributes.items()), floats)  # type: ignore[arg-type]  # a class has a hash
+            return _interned(cls, tuple(attributes.items()), zeros)  # type: ignore[arg-type]  # a class has a hash
         except TypeError:  # an attribute given as a list, or an unknown one
             return cls(**attributes)
 
@@ -207,6 +209,11 @@ class Op:
         if found is None:
             found = self._inferred[key] = self._infer(types)
         return found
+
+    def infer_for(self, operands: Sequence[Value | None]) -> tuple[Type, ...]:
+        """What `infer` says for the operands' types; asked for every node that is built, so it looks there first."""
+        found = self._inferred.get(tuple([None if v is None else v.type.text for v in operands]))
+        return self.infer([None if v is None else v.type for v in operands]) if found is None else found
 
     @cached_property
     def _inferred(self) -> dict[tuple[str | None, ...], tuple[Type, ...]]:
@@ -343,7 +350,7 @@ def find_op(name: str) -> type[Op]:
 
 
 @lru_cache(maxsize=8192)
-def _interned(cls: type[Op], attributes: tuple[tuple[str, Any], ...], floats: tuple[str, ...]) -> Op:
+def _interned(cls: type[Op], attributes: tuple[tuple[str, Any], ...], zeros: tuple[str, ...]) -> Op:
     return cls(**dict(attributes))
 
 

@@ -9,7 +9,7 @@ passes its own. A region that differs gets a function of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,37 +32,36 @@ class Region:
 def outline_regions(graph: Graph, regions: Sequence[Region]) -> None:
     """Replace regions of `main` by calls, innermost first."""
     for depth in sorted({r.depth for r in regions}, reverse=True):
-        replaced = _outline_level(graph, [r for r in regions if r.depth == depth and r.nodes])
+        outlined = _outline_level(graph, [r for r in regions if r.depth == depth and r.nodes])
         for region in regions:
             if region.depth < depth:
-                region.nodes = list(_follow_replacement(region.nodes, replaced))
-
-
-def _follow_replacement(nodes: Sequence[Node], replaced: dict[Node, Node]) -> Iterator[Node]:
-    last: Node | None = None
-    for node in nodes:
-        new = replaced.get(node, node)
-        if new is not last:
-            yield new
-        last = new
+                region.nodes = _with_calls(region.nodes, outlined)
 
 
 @dataclass
 class _Repetition:
-    """A region read relative to itself: what it takes from outside, and its body in those terms."""
+    """A region read relative to itself: what it takes from outside, and its body in those terms.
+
+    outs  what is read outside: the positions of nodes, and which of their results
+    call  what stands for the region in the end
+    """
 
     region: Region
     inputs: list[Value] = field(default_factory=list)
     weights: list[Value] = field(default_factory=list)
-    outs: list[Value] = field(default_factory=list)
     body: list[Any] = field(default_factory=list)
+    outs: list[tuple[int, int]] = field(default_factory=list)
+    call: Node | None = None
 
     def local_names(self) -> list[str]:
         """The weights' names, those under the region's scope without it; numbered where two would be alike."""
         prefix = self.region.scope + "."
+        wanted = [weight.name.removeprefix(prefix) for weight in self.weights]
+        if len(set(wanted)) == len(wanted):
+            return wanted
         names: list[str] = []
-        for weight in self.weights:
-            names.append(_free_name(weight.name.removeprefix(prefix), names))
+        for name in wanted:
+            names.append(_free_name(name, names))
         return names
 
     def key(self) -> tuple[Any, ...]:
@@ -70,77 +69,80 @@ class _Repetition:
         return self.region.name, len(self.inputs), tuple(types), tuple(self.local_names()), tuple(self.body)
 
 
-def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, Node]:
+def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, _Repetition]:
+    """Replace disjoint regions; returns the repetition that each of their nodes was part of."""
     main = graph.main
-    inside = {node: region for region in regions for node in region.nodes}
-    escaping = {v for v in main.outputs.values() if v.node is not None}
-    for node in main.nodes:
-        home = inside.get(node)
-        for value in node.operands:
-            if value is not None and value.node is not None and inside.get(value.node) is not home:
-                escaping.add(value)
-
+    home: dict[Node, _Repetition] = {}
     groups: dict[tuple[Any, ...], list[_Repetition]] = {}
+    read_outside: set[Value | None] = set(main.outputs.values())
     for region in regions:
-        repetition = _read(region, escaping)
+        repetition = _read(region)
+        home.update(dict.fromkeys(region.nodes, repetition))
         groups.setdefault(repetition.key(), []).append(repetition)
+        read_outside.update(repetition.inputs)
+    for node in main.nodes:
+        if node not in home:
+            read_outside.update(node.operands)
+    for value in read_outside:
+        if value is not None and value.node in home:
+            made_in = home[value.node]
+            made_in.outs.append((made_in.region.nodes.index(value.node), value.index))
 
     renamed: dict[Value, Value] = {}
-    replaced: dict[Node, Node] = {}
     for group in groups.values():
-        outs = sorted({_position(r, v) for r in group for v in r.outs})
+        outs = sorted({out for repetition in group for out in repetition.outs})
         function = _build(graph, group[0], outs)
         op = Call.of(function)
         for repetition in group:
-            region = repetition.region
-            call = Node(
-                op,
-                [*repetition.inputs, *repetition.weights],
-                op.gives,
-                name=function.name,
-                scope=region.scope,
-                source=region.source,
-            )
+            region, operands = repetition.region, [*repetition.inputs, *repetition.weights]
+            call = Node(op, operands, op.gives, function.name, region.scope, region.source)
             for (at, index), result in zip(outs, call.results, strict=True):
                 inner = region.nodes[at].results[index]
                 result.name = inner.name
                 renamed[inner] = result
-            replaced.update(dict.fromkeys(region.nodes, call))
+            repetition.call = call
 
-    main.nodes = list(_follow_replacement(main.nodes, replaced))
+    main.nodes = _with_calls(main.nodes, home)
     for node in main.nodes:
-        node.operands = tuple(renamed.get(v, v) if v is not None else None for v in node.operands)
+        node.operands = tuple([renamed.get(v, v) for v in node.operands])  # type: ignore[arg-type]  # None stays
     main.outputs = {name: renamed.get(v, v) for name, v in main.outputs.items()}
-    return replaced
+    return home
 
 
-def _read(region: Region, escaping: set[Value]) -> _Repetition:
+def _with_calls(nodes: Sequence[Node], home: dict[Node, _Repetition]) -> list[Node]:
+    """The nodes, with the one call of each repetition in the place of what it is made of."""
+    return list(dict.fromkeys([home[node].call or node if node in home else node for node in nodes]))
+
+
+def _read(region: Region) -> _Repetition:
+    """The body is one flat list: for each node its op's key, a text, then what stands for each operand.
+
+    That is None, a constant's content, or a number: -1, -2, ... for the weights, else 0, 1, ... for the inputs and
+    results, both in the order in which the region meets them.
+    """
     rep = _Repetition(region)
     places: dict[Value | None, Any] = {None: None}
     body, weights, inputs = rep.body, rep.weights, rep.inputs
-    for at, node in enumerate(region.nodes):
+    met = 0
+    for node in region.nodes:
+        body.append(op_key(node.op))
         for value in node.operands:
-            if value in places or value is None:
-                continue
-            if value.literal is not None:
-                places[value] = value.literal
-            elif value.kind == "parameter":
-                places[value] = ("weight", len(weights), 0)
-                weights.append(value)
-            else:
-                places[value] = ("input", len(inputs), 0)
-                inputs.append(value)
-        body.append((op_key(node.op), *[places[v] for v in node.operands]))
+            if value not in places:
+                assert value is not None
+                if value.literal is not None:
+                    places[value] = value.literal
+                elif value.kind == "parameter":
+                    weights.append(value)
+                    places[value] = -len(weights)
+                else:
+                    inputs.append(value)
+                    places[value] = met
+                    met += 1
+            body.append(places[value])
         for value in node.results:
-            places[value] = ("node", at, value.index)
-            if value in escaping:
-                rep.outs.append(value)
+            places[value] = met
+            met += 1
     return rep
-
-
-def _position(rep: _Repetition, value: Value) -> tuple[int, int]:
-    assert value.node is not None
-    return rep.region.nodes.index(value.node), value.index
 
 
 def _free_name(wanted: str, taken: Container[str]) -> str:

@@ -19,7 +19,7 @@ from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Node, Source, Value
 from treadle.ir.operation import OPS, Op
 from treadle.ir.ops.call import Call
-from treadle.ir.scanner import Limits, Scanner
+from treadle.ir.scanner import RESERVED, Limits, Scanner
 from treadle.ir.sizes import Bounds
 from treadle.ir.types import DTYPES, Type
 
@@ -29,6 +29,10 @@ _TENSOR = re.compile(r"[a-z]\w*\[")
 _NAME_START = re.compile(r'[A-Za-z_"]')
 _OPEN = re.compile(r"\{")
 _CLOSE = re.compile(r"\}")
+
+_OPERAND = r"(?:\$[A-Za-z_]\w*+(?:\.\w++)*+|[A-Za-z_]\w*+)"
+_PLAIN_OPERANDS = re.compile(rf"{_OPERAND}(?:, {_OPERAND})*(?=\)|, )")
+_PLAIN_HEAD = re.compile(r"([A-Za-z_]\w*+) = ([A-Za-z_]\w*+)(?=\()")
 
 _TYPE = r"[a-z]\w*\[[^\]\n]*\]"
 _STRING = r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"'
@@ -40,6 +44,13 @@ _NOTE = re.compile(
 )
 _NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
 _ONE_TYPE = re.compile(_TYPE)
+
+# What follows the reading costs too, and is counted with it: verifying, and what a backend does.
+_NODE_WORK = 30
+_APPLICATION_WORK = 60
+_ARGUMENT_WORK = 15
+_PARAMETER_WORK = 20
+_NOTE_CHARACTERS_OF_WORK = 16
 
 
 def parse_graph(text: str, limits: Limits | None = None) -> Graph:
@@ -54,6 +65,8 @@ class _Parser:
         self.constants = ConstantReader(self.s, limits)
         self.nodes = 0
         self.operands = 0
+        self.arguments_left = limits.arguments
+        self.applied: dict[tuple[Any, ...], tuple[Op, tuple[Type, ...], int]] = {}
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
@@ -95,6 +108,8 @@ class _Parser:
             raise s.error(f"no size is left for {name}", start)
         if name in self.result.symbols:
             raise s.error(f"{name} is declared twice", start)
+        if len(self.result.symbols) >= self.limits.symbols:
+            raise s.error("too many symbols", start, hint=f"at most {self.limits.symbols}")
         self.result.symbols[name] = Bounds(lower, upper)
 
     def declared_type(self) -> Type:
@@ -136,6 +151,7 @@ class _Parser:
                 name = s.path("a parameter's name")
                 self.parameter(name, *self.parameter_type(), start)
                 continue
+            s.spend(_PARAMETER_WORK, start)
             this = (match[1], int(match[2]), int(match[3]))
             if this != run:
                 expand()
@@ -163,6 +179,7 @@ class _Parser:
             raise self.s.error(f"there are two parameters {name}", at)
         if len(parameters) >= self.limits.parameters:
             raise self.s.error("too many parameters", at, hint=f"at most {self.limits.parameters}")
+        self.s.spend(_PARAMETER_WORK, at)
         parameters[name] = Value("parameter", type, name)
         if init is not None:
             self.result.initial[name] = init
@@ -221,7 +238,16 @@ class _Parser:
             name = s.name("a name")
             s.expect(":")
             found.append((name, self.declared_type(), start))
+            self.argument(start)
         return found
+
+    def argument(self, at: int) -> None:
+        """Count an input, an output or a weight of a function."""
+        self.arguments_left -= 1
+        if self.arguments_left < 0:
+            most = f"at most {self.limits.arguments} inputs, outputs and weights of functions"
+            raise self.s.error("too many arguments", at, hint=most)
+        self.s.spend(_ARGUMENT_WORK, at)
 
     def weight(self) -> None:
         s = self.s
@@ -230,6 +256,7 @@ class _Parser:
         s.expect(":")
         if name in self.current.parameters:
             raise s.error(f"there are two weights {name}", start)
+        self.argument(start)
         self.current.parameters[name] = Value("parameter", self.declared_type(), name)
 
     def outputs(self) -> None:
@@ -246,6 +273,7 @@ class _Parser:
                 raise s.error("an output cannot be none", start)
             if name in outputs:
                 raise s.error(f"there are two outputs {name}", start)
+            self.argument(start)
             outputs[name] = value
 
     # -- statements ------------------------------------------------------------------------------------------------
@@ -253,15 +281,15 @@ class _Parser:
     def statement(self) -> None:
         s = self.s
         start = s.skip()
-        names = [s.name("a statement or return")]
-        while s.accept(","):
-            names.append(s.name("a result's name"))
-        if not s.accept("="):
-            if len(names) > 1:
-                raise s.error(f"expected '=', found {s.found()}")
-            names, s.at = [], start
-        at = s.skip()
-        node = self.application()
+        head = _PLAIN_HEAD.match(s.text, start)
+        if head is not None and self.is_plain(head):
+            names, at = [head[1]], head.start(2)
+            s.at = head.end()
+            node = self.apply(head[2], at)
+        else:
+            names = self.statement_names()
+            at = s.skip()
+            node = self.application()
         if len(names) != len(node.results):
             types = ", ".join(str(v.type) for v in node.results)
             raise s.error(f"{node.op.name} has {len(node.results)} results, {len(names)} are named", at, received=types)
@@ -272,32 +300,66 @@ class _Parser:
             self.values[name] = value
         self.note(node)
         self.current.nodes.append(node)
+        s.spend(_NODE_WORK + 2 * len(node.operands), start)
         self.nodes += 1
         self.operands += len(node.operands)
         if self.nodes > self.limits.nodes or self.operands > self.limits.operands:
             limits = f"at most {self.limits.nodes} with {self.limits.operands} operands"
             raise s.error("too many nodes", start, hint=limits)
 
+    def is_plain(self, head: re.Match[str]) -> bool:
+        """Whether `name = op` can be taken as it stands."""
+        return head[1] not in RESERVED and head[2] != "op" and len(head[0]) <= self.limits.name_characters
+
+    def statement_names(self) -> list[str]:
+        """Read the results' names and what parts them from the application; there need not be any."""
+        s = self.s
+        start = s.at
+        names = [s.name("a statement or return")]
+        while s.accept(","):
+            names.append(s.name("a result's name"))
+        if not s.accept("="):
+            if len(names) > 1:
+                raise s.error(f"expected '=', found {s.found()}")
+            names, s.at = [], start
+        return names
+
     def application(self) -> Node:
         s = self.s
         start = s.at
         name = s.name("an op or a function")
-        is_op = name == "op" and s.sees(_NAME_START)
-        if is_op:
-            name = s.name("an op")
+        if name == "op" and s.sees(_NAME_START):
+            return self.apply(s.name("an op"), start, is_op=True)
+        return self.apply(name, start)
+
+    def apply(self, name: str, start: int, *, is_op: bool = False) -> Node:
+        """Read what follows an op's or a function's name."""
         callee = None if is_op or name == "main" else self.result.functions.get(name)
         if callee is not None:
             return self.call(callee, start)
         cls = OPS.get(name)
         if cls is None or cls is Call:
-            raise s.error(
+            raise self.s.error(
                 f"unknown op or function {name!r}", start, hint=_nearest(name, [*self.result.functions, *OPS])
             )
         return self.op(cls, start)
 
     def op(self, cls: type[Op], start: int) -> Node:
+        operands, attributes, said = self.arguments(cls)
+        # The same op on the same types comes again and again; labels, too, are in a type's text.
+        key = (cls, said, *[None if v is None else v.type.text for v in operands])
+        found = self.applied.get(key)
+        if found is None:
+            self.s.spend(_APPLICATION_WORK + len(said) + sum([len(text) for text in key[2:] if text]), start)
+            found = self.applied[key] = self.infer(cls, operands, attributes, start)
+        op, types, absent = found
+        return Node(op, [*operands, *[None] * absent], types)
+
+    def infer(
+        self, cls: type[Op], operands: list[Value | None], attributes: dict[str, Any], start: int
+    ) -> tuple[Op, tuple[Type, ...], int]:
+        """An op, its results' types, and how many operands are left out at the end."""
         s = self.s
-        operands, attributes = self.arguments(cls)
         missing = [n for n in attribute_fields(cls).keys() - default_texts(cls).keys() if n not in attributes]
         if missing:
             raise s.error(f"{cls.name}: attribute {min(missing)} is missing", start)
@@ -312,11 +374,13 @@ class _Parser:
                 # An op's own code may take for granted what builders see to; text may say anything.
                 raise GraphError(f"{cls.name} cannot have these attributes and operands: {error}") from None
         self.declared(attribute_symbols(op), start)
-        return Node(op, arranged, types)
+        for type in types:
+            s.inferred(type, start)
+        return op, types, len(arranged) - len(operands)
 
     def call(self, callee: Function, start: int) -> Node:
         s = self.s
-        inputs, _ = self.arguments(None)
+        inputs, *_ = self.arguments(None)
         if len(inputs) != len(callee.inputs):
             raise s.error(f"{callee.name} takes {len(callee.inputs)} inputs, received {len(inputs)}", start)
         weights = self.weights(callee, start) if s.accept_word("with") else {}
@@ -352,12 +416,13 @@ class _Parser:
                     bound[name] = self.weight_named(f"{prefix}.{name}", start)
         return bound
 
-    def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any]]:
-        """Read operands and attributes in parentheses; a function (None) has no attributes."""
+    def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any], str]:
+        """Read operands and attributes in parentheses, and the attributes' text; a function (None) has none."""
         s = self.s
-        operands: list[Value | None] = []
-        attributes: dict[str, Any] = {}
         s.expect("(")
+        operands = self.plain_operands()
+        attributes: dict[str, Any] = {}
+        began = s.at
         while not s.accept(")"):
             if operands or attributes:
                 s.expect(",")
@@ -365,9 +430,8 @@ class _Parser:
             if key is None:
                 if attributes:
                     raise s.error("operands come before attributes")
-                if len(operands) == s.limits.items and cls is not None:
-                    raise s.error("too many operands", hint=f"at most {s.limits.items}")
                 operands.append(self.operand())
+                began = s.at
                 continue
             name = key[1]
             fields = attribute_fields(cls) if cls is not None else {}
@@ -376,7 +440,25 @@ class _Parser:
                 known = ", ".join(fields)
                 raise s.error(f"{name} {why}", key.start(), hint=f"attributes: {known}" if known else None)
             attributes[name] = read_attribute(s, fields[name].annotation)
-        return operands, attributes
+        if len(operands) > s.limits.items and cls is not None:
+            raise s.error("too many operands", hint=f"at most {s.limits.items}")
+        return operands, attributes, s.text[began : s.at]
+
+    def plain_operands(self) -> list[Value | None]:
+        """Read operands that are bare names, all at once. None are read where any of them is something else."""
+        s = self.s
+        match = s.match(_PLAIN_OPERANDS)
+        found: list[Value | None] = []
+        for word in match[0].split(", ") if match is not None else ():
+            if word[0] == "$":
+                value = self.current.parameters.get(word[1:])
+            else:
+                value = None if word in RESERVED else self.values.get(word)
+            if value is None:  # read one by one, it is found out what this is, or what is wrong with it
+                s.at = match.start()
+                return []
+            found.append(value)
+        return found
 
     def operand(self) -> Value | None:
         s = self.s
@@ -413,6 +495,7 @@ class _Parser:
             if start is not None and start[1] in DTYPES:
                 raise s.error("malformed note", start.start(1), hint="# types  file:line  scope")
             return
+        s.spend((match.end() - match.start()) // _NOTE_CHARACTERS_OF_WORK, match.start("types"))
         types = [s.type_of(text, match.start("types")) for text in _ONE_TYPE.findall(match["types"])]
         if types != [v.type for v in node.results]:
             given = ", ".join(str(v.type) for v in node.results)

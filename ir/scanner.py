@@ -25,13 +25,24 @@ _TYPE = re.compile(r"[a-z]\w*\[[^\]\n]*\]")
 _EXPRESSION_PIECE = re.compile(r'[^()\[\]{},"#\n]++|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
 
 
+_CHARACTERS_OF_WORK = 64
+"""Characters that are passed over, in names and comments, in the time that one piece takes."""
+_TYPE_WORK = 15
+
+
 @dataclass(frozen=True)
 class Limits:
     """What text may ask for; a text that asks for more is refused with a ParseError.
 
-    operands  of all nodes together
-    items     in one bracket of an attribute, and operands of one op (calls have as many as their function)
-    nesting   of brackets in an attribute
+    operands               of all nodes together
+    symbols                of the graph
+    arguments              inputs, outputs and weights of all functions together, beside main's parameters
+    items                  in one bracket of an attribute, and operands of one op (calls have as many as their function)
+    nesting                of brackets in an attribute
+    name_characters        of a name, a path, or a text in quotes; not of constants
+    type_characters        of one type, whether it is written or inferred
+    expression_characters  of a size or a term among the attributes
+    work                   what reading takes, in all: see `Scanner.spend`; about a microsecond each
     """
 
     characters: int = 256 * 2**20
@@ -45,6 +56,10 @@ class Limits:
     nesting: int = 32
     type_characters: int = 4_000
     expression_characters: int = 100_000
+    symbols: int = 100_000
+    arguments: int = 10_000_000
+    name_characters: int = 1_000_000
+    work: int = 1_000_000_000
 
 
 # -- how names are written -----------------------------------------------------------------------------------------
@@ -93,6 +108,9 @@ class Scanner:
 
     def __init__(self, text: str, limits: Limits) -> None:
         self.text, self.limits, self.at = text, limits, 0
+        self.left = limits.work - len(text) // _CHARACTERS_OF_WORK
+        self._looked = self._next = -1  # where `ahead` looked last, and what it found
+        self._types: dict[str, Type] = {}
         if len(text) > limits.characters:
             raise ParseError(f"the text is too long: {len(text)} characters", hint=f"at most {limits.characters}")
 
@@ -137,12 +155,27 @@ class Scanner:
 
     def ahead(self) -> int:
         """Where the next piece begins: after white space and comments."""
-        match = _SKIP.match(self.text, self.at)
-        return match.end() if match is not None else self.at
+        if self._looked != self.at:
+            match = _SKIP.match(self.text, self.at)
+            self._looked = self.at
+            self._next = match.end() if match is not None else self.at
+            self.left -= 1
+            if self.left < 0:
+                self.spend(0, self._next)
+        return self._next
+
+    def spend(self, work: int, at: int) -> None:
+        """Count what reading something takes, beside one for each piece of text. Raises ParseError past the limit."""
+        self.left -= work
+        if self.left < 0:
+            self.left = 0  # the error itself looks at text
+            raise self.error(
+                "the text takes too long to read", at, hint=f"Limits(work=...) past {self.limits.work}, if you trust it"
+            )
 
     def skip(self) -> int:
         """Go to where the next piece begins, and return the place."""
-        self.at = self.ahead()
+        self.at = self._looked = self.ahead()
         return self.at
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
@@ -190,8 +223,7 @@ class Scanner:
             return self.string() if self.text.startswith('"', at) else None
         if match[0] in RESERVED:
             return None
-        self.at = match.end()
-        return match[0]
+        return self._named(match)
 
     def name(self, what: str) -> str:
         """Read a name. Raises ParseError if none comes next."""
@@ -204,7 +236,7 @@ class Scanner:
         """Read a path, bare or in quotes. Raises ParseError if none comes next."""
         match = self.match(_BARE_PATH)
         if match is not None:
-            return match[0]
+            return self._named(match)
         if self.text.startswith('"', self.ahead()):
             return self.string()
         raise self.error(f"expected {what}, found {self.found()}")
@@ -216,9 +248,18 @@ class Scanner:
         if match is None:
             raise self.error(f"expected text in quotes, found {self.found()}")
         try:
-            return str(json.loads(match[0]))
+            return str(json.loads(self._named(match)))
         except ValueError:
             raise self.error("malformed text in quotes", start, hint="JSON's escapes") from None
+
+    def _named(self, match: re.Match[str]) -> str:
+        """What was matched, if it is not too long for a name; the position is after it."""
+        self.at = match.end()
+        text = match[0]
+        if len(text) > self.limits.name_characters:
+            most = f"at most {self.limits.name_characters} characters"
+            raise self.error("a name or text is too long", match.start(), received=text, hint=most)
+        return text
 
     def integer(self, what: str) -> int:
         """Read an integer. Raises ParseError if none comes next."""
@@ -253,13 +294,38 @@ class Scanner:
 
     def type_of(self, text: str, at: int) -> Type:
         """The type that this piece of the text, which starts at a position, says."""
-        if len(text) > self.limits.type_characters:
+        found = self._types.get(text)
+        if found is None:
+            self._claim_type(text, at)
+            with self.located(at):
+                found = parse_type(text)
+            if found.rank > self.limits.rank:
+                raise self.error(f"rank {found.rank} is too high", at, hint=f"at most {self.limits.rank}")
+            self._types[text] = found
+            self._claim_sizes(found, at)
+            self.inferred(found, at)  # which may be longer than it was written
+        return found
+
+    def inferred(self, type: Type, at: int) -> None:
+        """Hold a type to the limits that was not read, but follows from what was."""
+        if type.text not in self._types:
+            self._claim_type(type.text, at)
+            self._claim_sizes(type, at)
+            self._types[type.text] = type
+
+    def _claim_type(self, text: str, at: int) -> None:
+        self._refuse_long_type(len(text), at)
+        self.spend(_TYPE_WORK + 2 * len(text), at)
+
+    def _claim_sizes(self, type: Type, at: int) -> None:
+        """A product of factors that are sums is longer than its text."""
+        length = sum(len(str(d.size)) for d in type.dims if len(d.factors) > 1)
+        self._refuse_long_type(length, at)
+        self.spend(length, at)
+
+    def _refuse_long_type(self, length: int, at: int) -> None:
+        if length > self.limits.type_characters:
             raise self.error("the type is too long", at, hint=f"at most {self.limits.type_characters} characters")
-        with self.located(at):
-            type = parse_type(text)
-        if type.rank > self.limits.rank:
-            raise self.error(f"rank {type.rank} is too high", at, hint=f"at most {self.limits.rank}")
-        return type
 
     def expression(self) -> str:
         """Read up to the next comma or closing bracket outside brackets and quotes: a size, an attention term."""
@@ -270,6 +336,7 @@ class Scanner:
             if depth == 0 and char in ",)]}":
                 break
             if char in "()[]{},":
+                self.spend(1, self.at)
                 depth += (char in "([{") - (char in ")]}")
                 self.at += 1
                 continue
@@ -282,4 +349,5 @@ class Scanner:
             raise self.error(f"expected an expression, found {self.found()}", start)
         if len(text) > self.limits.expression_characters:
             raise self.error("the expression is too long", start)
+        self.spend(len(text), start)
         return text

@@ -55,7 +55,9 @@ class Quotient:
 
 
 # Text that someone else wrote may ask for any product; these bound the work and keep every size printable.
-MOST_TERMS = 4096
+MOST_TERMS = 256
+MOST_FACTORS = 64
+MOST_DIVIDED = 64
 LARGEST = 2**127
 
 Atom: TypeAlias = str | Quotient
@@ -69,14 +71,20 @@ def _atom_key(atom: Atom) -> tuple[int, str]:
 class Size:
     """A canonical size expression. Immutable, hashable; arithmetic gives sizes again."""
 
-    __slots__ = ("_hash", "_text", "terms")
+    __slots__ = ("_hash", "_text", "constant", "terms")
     terms: tuple[tuple[Monomial, int], ...]
+    constant: int | None
+    """Its value if it holds no symbol, else None."""
 
     def __init__(self, terms: Iterable[tuple[Monomial, int]]) -> None:
         """Prefer `Size.of`, which reads integers and text, and arithmetic."""
         self.terms = tuple(terms)
-        constant = self.constant
-        self._hash = hash(self.terms if constant is None else constant)  # equal to an integer, so hashed like it
+        if not self.terms:
+            self.constant = 0
+        else:
+            mono, coeff = self.terms[0]
+            self.constant = coeff if len(self.terms) == 1 and not mono else None
+        self._hash = hash(self.terms if self.constant is None else self.constant)  # as the equal integer's
         self._text: str | None = None
 
     # -- making ------------------------------------------------------------------------------------------------
@@ -102,19 +110,12 @@ class Size:
     def _from(table: Mapping[Monomial, int]) -> Size:
         terms = [(mono, coeff) for mono, coeff in table.items() if coeff]
         if len(terms) > 1:
+            if len(terms) > MOST_TERMS:
+                raise SizeError("a size expression has too many terms", hint=f"at most {MOST_TERMS}")
             terms.sort(key=lambda term: (-len(term[0]), [_atom_key(a) for a in term[0]]))
         return Size(terms)
 
     # -- reading -----------------------------------------------------------------------------------------------
-
-    @property
-    def constant(self) -> int | None:
-        """Its value if it holds no symbol, else None."""
-        if not self.terms:
-            return 0
-        if len(self.terms) == 1 and not self.terms[0][0]:
-            return self.terms[0][1]
-        return None
 
     @property
     def symbols(self) -> frozenset[str]:
@@ -222,6 +223,8 @@ class Size:
             return _constant(value * factor)
         if len(self.terms) * len(other.terms) > MOST_TERMS:
             raise SizeError("a size expression has too many terms", hint=f"at most {MOST_TERMS}")
+        if self.terms and other.terms and len(self.terms[0][0]) + len(other.terms[0][0]) > MOST_FACTORS:
+            raise SizeError("a term of a size has too many factors", hint=f"at most {MOST_FACTORS}")
         table: dict[Monomial, int] = {}
         for left, a in self.terms:
             for right, b in other.terms:
@@ -243,8 +246,15 @@ class Size:
         value, divisor = self.constant, other.constant
         if value is not None and divisor is not None:
             return None if value % divisor else _constant(value // divisor)
-        rest, quotient = self, ZERO
         lead_mono, lead_coeff = other.terms[0]
+        if len(other.terms) == 1:
+            parts = [(_without(mono, lead_mono), *divmod(coeff, lead_coeff)) for mono, coeff in self.terms]
+            if any(left is None or rest for left, _, rest in parts):
+                return None
+            return Size._from({left: whole for left, whole, _ in parts if left is not None})
+        if len(self.terms) * len(other.terms) > MOST_DIVIDED:
+            raise SizeError("a size expression has too many terms to be divided", hint=f"at most {MOST_DIVIDED}")
+        rest, quotient = self, ZERO
         for _ in range(len(self.terms) * (len(other.terms) + 1)):
             if not rest.terms:
                 return quotient

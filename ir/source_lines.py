@@ -17,18 +17,25 @@ _FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else N
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 
-@lru_cache(maxsize=1024)
-def _is_compiler(filename: str) -> bool:
-    """Whether a file is the compiler's own, or Python's (contextlib is between a `with` and its function)."""
-    path = os.path.abspath(filename)
-    if path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen "):
-        return True
-    return path.startswith(_LIBRARY) and "site-packages" not in path
+class _CompilerFiles(dict[str, bool]):
+    """Whether a file is the compiler's own, or Python's (contextlib is between a `with` and its function); by name.
+
+    A dictionary that finds out what it is asked: every op's line is looked for, through ten frames of such files.
+    """
+
+    def __missing__(self, filename: str) -> bool:
+        path = os.path.abspath(filename)
+        known = path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen ")
+        self[filename] = known or (path.startswith(_LIBRARY) and "site-packages" not in path)
+        return self[filename]
+
+
+_is_compiler = _CompilerFiles()
 
 
 def _is_users(code: CodeType) -> bool:
-    generated = code.co_filename == "<string>" and code.co_name == "__init__"  # a dataclass's
-    return not generated and not _is_compiler(code.co_filename)
+    filename = code.co_filename
+    return not _is_compiler[filename] and (filename != "<string>" or code.co_name != "__init__")  # a dataclass's
 
 
 @lru_cache(maxsize=4096)
@@ -52,11 +59,15 @@ def raising_line(error: BaseException) -> Source | None:
     return found
 
 
-def user_line() -> Source | None:
-    """The user's line that led here, or None where no frame of the user's is on the stack."""
-    frame: FrameType | None = sys._getframe(1)
+def user_line(*, beyond: int = 0) -> Source | None:
+    """The user's line that led here, or None where no frame of the user's is on the stack.
+
+    beyond  how many frames, the caller's first, are known to be the compiler's: each one looked at takes its time
+    """
+    frame: FrameType | None = sys._getframe(beyond + 1)
     while frame is not None:
-        if _is_users(frame.f_code):
-            return _source(frame.f_code.co_filename, frame.f_lineno)
+        code = frame.f_code
+        if not _is_compiler[code.co_filename] and _is_users(code):  # in this order: most frames are the compiler's
+            return _source(code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return None

@@ -47,7 +47,7 @@ def verify(graph: Graph) -> None:
 class _FunctionCheck:
     def __init__(self, graph: Graph, function: Function, earlier: dict[str, Function]) -> None:
         self.graph, self.function, self.earlier = graph, function, earlier
-        self.defined: set[Value] = set()
+        self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.checked_types: set[Type] = set()
         self.checked_calls: set[Op] = set()
 
@@ -73,11 +73,12 @@ class _FunctionCheck:
     def argument(self, value: Value, kind: str) -> None:
         if value.kind != kind or value.node is not None or value.literal is not None:
             raise self.error(f"{value.name!r} is among the {kind}s, but is no {kind}", received=repr(value))
-        self.symbols(value.type, None)
+        if value.type.symbols:
+            self.symbols(value.type, None)
         self.defined.add(value)
 
     def node(self, node: Node, index: int) -> None:
-        for position, value in enumerate(node.operands):
+        for position, value in enumerate(() if self.defined.issuperset(node.operands) else node.operands):
             if value is None or value in self.defined:
                 continue
             if value.kind == "constant" or value.literal is not None:

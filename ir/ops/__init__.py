@@ -14,4 +14,5 @@ import treadle.ir.ops.normalization
 import treadle.ir.ops.products
 import treadle.ir.ops.reductions
 import treadle.ir.ops.rotary
+import treadle.ir.ops.rounding
 import treadle.ir.ops.shapes

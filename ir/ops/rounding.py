@@ -1,0 +1,105 @@
+"""Rounding: to whole numbers, and to float formats that are narrower than the dtype which holds the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import RuleError
+from treadle.ir.operation import Operand, Primitive, op
+from treadle.ir.samples import S
+from treadle.ir.types import Type
+
+
+@op("round", axes="... -> ...", dtypes="f -> f")
+class Round(Primitive):
+    """y = the whole number nearest to x, of two equally near the even one; no gradient flows"""
+
+    x = Operand()
+
+    def reference(self, x: Any) -> Any:
+        return np.rint(x)
+
+    samples = [S("f32[2,3]"), S("f32[]")]
+    errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A binary float format without its bits' order: which numbers it has.
+
+    fraction   bits after the leading one
+    least      the exponent of its least normal number; below, numbers are spaced as they are there
+    largest    its largest finite number
+    beyond     what a number past it becomes where it does not saturate: inf, nan, or None (always saturates)
+    signed     whether it has numbers below zero
+    minus_zero whether it has a zero of either sign
+    """
+
+    fraction: int
+    least: int
+    largest: float
+    beyond: float | None
+    signed: bool = True
+    minus_zero: bool = True
+
+
+FORMATS = {
+    "bf16": FloatFormat(7, -126, (2 - 2.0**-7) * 2.0**127, np.inf),
+    "f8e4m3fn": FloatFormat(3, -6, 448.0, np.nan),
+    "f8e4m3fnuz": FloatFormat(3, -7, 240.0, np.nan, minus_zero=False),
+    "f8e5m2": FloatFormat(2, -14, 57344.0, np.inf),
+    "f8e5m2fnuz": FloatFormat(2, -15, 57344.0, np.nan, minus_zero=False),
+    "f4e2m1": FloatFormat(1, 0, 6.0, None),
+}
+"""By name: bf16; the 8-bit formats of Micikevicius et al. 2022 (fn: finite, no inf) and of Noune et al. 2022 (fnuz: one
+NaN, one zero); the 4-bit format of the OCP microscaling formats, which has neither inf nor NaN."""
+
+
+@op("round_to", axes="... -> ...", dtypes="f -> f")
+class RoundTo(Primitive):
+    """y = the number of a narrower float format nearest to x, ties to the even one, in the dtype of x
+
+    format     a name of `FORMATS`
+    saturate   numbers past the format's largest, infinite ones as well, become the largest; otherwise they become what
+               the format has beyond: inf or NaN. A NaN stays one; in a format without any it becomes 0.
+    """
+
+    x = Operand()
+    format: str
+    saturate: bool = False
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.format not in FORMATS:
+            raise RuleError(f"unknown float format {self.format!r}", hint="one of " + ", ".join(FORMATS))
+
+    def reference(self, x: Any) -> Any:
+        known = FORMATS[self.format]
+        wide = np.asarray(x, np.float64)
+        finite = np.where(np.isfinite(wide), wide, 0)
+        _, above = np.frexp(finite)  # |x| is in [2^(above - 1), 2^above)
+        spacing = np.maximum(above - 1, known.least) - known.fraction
+        y = np.ldexp(np.rint(np.ldexp(finite, -spacing)), spacing)
+        past = np.isinf(wide) | (np.abs(y) > known.largest)
+        beyond = known.largest if self.saturate or known.beyond is None else known.beyond
+        y = np.where(past, np.copysign(beyond, wide), y)
+        y = np.where(np.isnan(wide), 0.0 if known.beyond is None else np.nan, y)
+        if not known.minus_zero:
+            y = y + 0.0
+        return y.astype(np.asarray(x).dtype)
+
+    samples = [
+        S("f32[2,3]", format="bf16"),
+        S("f32[4]", format="f8e4m3fn", saturate=True),
+        S("f32[4]", format="f8e4m3fnuz"),
+        S("f32[]", format="f8e5m2"),
+        S("f32[2,2]", format="f8e5m2fnuz", saturate=True),
+        S("f32[5]", format="f4e2m1"),
+    ]
+    errors = [
+        (S("f32[2]", format="f8"), "unknown float format 'f8'"),
+        (S("i64[2]", format="bf16"), "x must be a float, is i64"),
+    ]

@@ -1,0 +1,214 @@
+"""The kernel cache: kernels by content, right whatever is killed and however many fill it at once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+
+from treadle.backends.kernel_executable import address
+from treadle.backends.kernels import cache as kernel_cache
+from treadle.backends.kernels import isa as instruction_sets
+from treadle.backends.kernels import tvm_runtime
+from treadle.backends.kernels.cache import KernelCache, assembly, tvm_script
+from treadle.backends.kernels.isa import ISAS, host_isa, isa_of, runs_here
+from treadle.backends.kernels.kernel import Kernel
+from treadle.ir.errors import BackendError
+from treadle.ir.target import TARGETS, Target
+from treadle.ir.types import f32
+
+if TYPE_CHECKING:
+    from treadle.backends.kernels.emitter import Emitter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Scale(Kernel):
+    """y = factor x"""
+
+    factor: float
+
+    def emit(self, k: Emitter) -> None:
+        px, py = k.pointer("x", f32), k.pointer("y", f32)
+        n = k.size("n")
+        x, y = k.view(px, [n]), k.view(py, [n])
+        with k.parallel(n) as i:
+            k.store(y, [i], k.load(x, [i]) * k.number(self.factor, f32))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process had loaded no kernel yet."""
+    monkeypatch.setattr(kernel_cache, "_loaded", {})
+
+
+def scaled(cache: KernelCache, kernel: Scale, count: int = 5) -> np.ndarray:
+    """What the kernel makes of 0, 1, 2, ..."""
+    function, handle = cache.entries([kernel])[kernel]
+    x, y = np.arange(count, dtype=np.float32), np.zeros(count, np.float32)
+    words = np.array([[4, address(x)], [4, address(y)], [1, count]], np.int64)
+    result = np.zeros(2, np.int64)
+    call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
+    assert call(function)(handle, address(words), len(words), address(result)) == 0
+    return y
+
+
+def expected(factor: float, count: int = 5) -> np.ndarray:
+    return np.arange(count, dtype=np.float32) * np.float32(factor)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, kernel = KernelCache(host_isa(), tmp_path), Scale(3.0)
+    np.testing.assert_array_equal(scaled(first, kernel), expected(3.0))
+    assert first.compiled == 1
+    monkeypatch.setattr(kernel_cache, "_loaded", {})
+    again = KernelCache(host_isa(), tmp_path)
+    np.testing.assert_array_equal(scaled(again, kernel), expected(3.0))
+    assert again.compiled == 0
+    np.testing.assert_array_equal(scaled(again, Scale(4.0)), expected(4.0))
+    assert again.compiled == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+@pytest.mark.usefixtures("fresh")
+def test_a_damaged_file_is_compiled_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Scale(5.0)
+    scaled(KernelCache(host_isa(), tmp_path), kernel)
+    path = KernelCache(host_isa(), tmp_path).path(kernel)
+    assert path is not None
+    data = path.read_bytes()
+    middle = len(data) // 2
+    made = {
+        "cut": data[:middle],
+        "empty": b"",
+        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "text": b"not a shared object\n" * 100,
+    }[damage]
+    path.unlink()  # the loaded one stays whole
+    path.write_bytes(made)
+    monkeypatch.setattr(kernel_cache, "_loaded", {})
+    again = KernelCache(host_isa(), tmp_path)
+    np.testing.assert_array_equal(scaled(again, kernel), expected(5.0))
+    assert again.compiled == 1
+    assert path.read_bytes() == data
+
+
+FILL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from tests.test_kernel_cache import Scale, scaled, expected
+from treadle.backends.kernels.cache import KernelCache
+from treadle.backends.kernels.isa import host_isa
+print("ready", flush=True)
+for i in range(int(sys.argv[3])):
+    assert (scaled(KernelCache(host_isa(), Path(sys.argv[2])), Scale(float(i))) == expected(float(i))).all()
+print("done", flush=True)
+"""
+
+
+def filling(folder: Path, count: int) -> subprocess.Popen[str]:
+    """A process that compiles so many kernels into a folder."""
+    command = [sys.executable, "-c", FILL, str(ROOT), str(folder), str(count)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
+
+
+def test_processes_that_fill_it_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    processes = [filling(folder, 6) for _ in range(2)]
+    outputs = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    assert all(text.endswith("done\n") for text in outputs)
+    assert len(list(folder.iterdir())) == 6  # and nothing half-written
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
+@pytest.mark.usefixtures("fresh")
+def test_what_is_killed_at_any_moment_leaves_no_wrong_kernel(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        process = filling(folder, 500)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(float(rng.uniform(0.05, 1.0)))  # any moment will do
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    kernels = [Scale(float(i)) for i in range(8)]
+    cache = KernelCache(host_isa(), folder)
+    for i, kernel in enumerate(kernels):
+        np.testing.assert_array_equal(scaled(cache, kernel), expected(float(i)))
+    left = [f.name for f in folder.iterdir() if f.name.startswith(".")]
+    assert len(left) <= 3 * (os.cpu_count() or 1)  # a file that was being written, at most
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_linker_kernels_live_in_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "_linker", lambda: None)
+    np.testing.assert_array_equal(scaled(KernelCache(host_isa(), tmp_path), Scale(7.0)), expected(7.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    np.testing.assert_array_equal(scaled(KernelCache(host_isa(), blocked / "kernels"), Scale(8.0)), expected(8.0))
+
+
+@pytest.mark.parametrize("name", [name for name, isa in ISAS.items() if runs_here(isa)])
+@pytest.mark.usefixtures("fresh")
+def test_every_instruction_set_of_this_machine_runs(name: str, tmp_path: Path) -> None:
+    np.testing.assert_array_equal(scaled(KernelCache(ISAS[name], tmp_path), Scale(0.5), 100), expected(0.5, 100))
+
+
+@pytest.mark.parametrize("lacking", ["avx512f", "avx2"])
+def test_a_machine_without_a_feature_gets_the_next_best(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ISAS["x86-64-v4"].needs | {"sse4_2", "popcnt"}
+    monkeypatch.setattr(instruction_sets.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(instruction_sets, "cpu_flags", lambda: flags - {lacking})
+    assert host_isa.__wrapped__().name == {"avx512f": "x86-64-v3", "avx2": "x86-64-v2"}[lacking]
+
+
+def test_another_machine_can_be_read_and_not_run() -> None:
+    other = ISAS["arm64" if host_isa().machine != "aarch64" else "x86-64-v3"]
+    text = assembly(Scale(3.0), other)
+    assert ("fmul" if other.name == "arm64" else "vmulss") in text
+    with pytest.raises(BackendError, match="do not run on this machine"):
+        KernelCache(other).entries([Scale(2.0)])
+
+
+def test_targets_name_instruction_sets() -> None:
+    assert {name for name in TARGETS if Target(name).kind == "isa"} == set(ISAS)
+    assert isa_of(Target("cpu")) is host_isa()
+    assert isa_of(Target("x86-64-v3")) is ISAS["x86-64-v3"]
+    with pytest.raises(BackendError, match="generates no code for cuda"):
+        isa_of(Target("cuda"))
+
+
+def test_a_kernel_is_read_as_tvm_script() -> None:
+    text = tvm_script(Scale(2.0), host_isa())
+    assert text.startswith("@T.prim_func")
+    assert "y[i] = x[i] * T.float32(2.0)" in text.replace("p]", "i]").replace("[p", "[i")
+
+
+def test_threads_are_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "3")
+    for count in (1, 2, 1):
+        tvm_runtime.set_threads(count)
+        assert tvm_runtime.threads() == count
