@@ -6,7 +6,6 @@ every kernel call a record. Later calls write the addresses of inputs and output
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,10 @@ import numpy as np
 from treadle.backends.arena import ALIGNMENT, Lifetime, check_arena, plan_arena
 from treadle.backends.kernels import tvm_runtime
 from treadle.backends.kernels.cache import Entry, KernelCache, assembly
+from treadle.backends.kernels.calling import INTEGER, POINTER, address, function_of
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.runner import RECORD, Runner
+from treadle.backends.lowering.leftovers import leftovers
 from treadle.backends.lowering.listing import list_program
 from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Slot, Step, View
 from treadle.backends.protocol import Outputs, Port, ports
@@ -33,7 +34,6 @@ from treadle.ir.types import DType
 
 Array = np.ndarray[Any, Any]
 
-_POINTER, _INTEGER = 4, 1  # type indices of TVM's interface
 PLANS = 32  # sets of sizes that are kept
 
 
@@ -54,10 +54,12 @@ class Plan:
 
     table      a record a kernel call; see `treadle.backends.kernels.runner`
     words      all arguments, 16 bytes each: a type index and a value
-    moves      by the name of an input or output, or "" for the arena: which words hold its addresses
+    moves      by the name of an input or output, "" for the arena, or "status": which words hold its addresses
     arena      bytes that locals need
     shapes     of the outputs
     steps      for each record the step that it came from
+    status     four words for each record that is given indices, in order; see `program.STATUS`
+    tellers    the steps of these records
     """
 
     table: Array
@@ -67,6 +69,8 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     steps: Sequence[Step]
     lives: Mapping[str, Sequence[Lifetime]]
+    status: Array
+    tellers: Sequence[Step]
 
 
 class KernelExecutable:
@@ -74,6 +78,7 @@ class KernelExecutable:
 
     program   the steps
     threads   how many threads kernels use
+    notes     what runs element by element, since no fast kernel covers it
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class KernelExecutable:
         self.inputs = self.signature.ports
         self.outputs = ports(graph.main.outputs)
         self.program, self.cache, self.threads = program, cache, threads
+        self.notes = leftovers(program, graph.symbols)
         self.compiled = 0
         self._weights = {program.weights[slot]: array for slot, array in weights.items()}
         self._constants: dict[Buffer, Array] = {}
@@ -132,7 +138,8 @@ class KernelExecutable:
         with self._lock:
             plan = self._plan(sizes)
             made = {p.name: np.empty(plan.shapes[p.name], stored(p.dtype)) for p in self.outputs}
-            self._run(plan, {**{f"in {n}": a for n, a in arrays.items()}, **{f"out {n}": a for n, a in made.items()}})
+            places = {f"in {n}": a for n, a in arrays.items()} | {f"out {n}": a for n, a in made.items()}
+            self._run(plan, places | {"status": plan.status})
         tensors = any(_is_tensor(value) for value in given.values())
         return Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
 
@@ -168,6 +175,8 @@ class KernelExecutable:
             step = plan.steps[failed]
             source = describe_source(step.node.source, step.node.scope) if step.node is not None else None
             raise BackendError(f"kernel {step.kernel.title}: failed while running", source=source)
+        if plan.status.size and plan.status.any():
+            raise _outside(plan)
 
     def entry(self, kernel: Kernel) -> Entry:
         """Where a kernel's code is."""
@@ -188,19 +197,26 @@ class KernelExecutable:
         return f"<executable {self.name}({takes}) -> {gives}>"
 
 
+def _outside(plan: Plan) -> BackendError:
+    """The error that the first kernel tells which met an index outside its axis; the words are cleared."""
+    first = int(np.flatnonzero(plan.status[:, 0])[0])
+    _, index, size, _ = plan.status[first].tolist()
+    plan.status[:] = 0
+    node = plan.tellers[first].node
+    return BackendError(
+        f"{node.op.name if node else plan.tellers[first].kernel.title}: "
+        f"index {index} is outside an axis of size {size}",
+        source=describe_source(node.source, node.scope) if node else None,
+    )
+
+
 def run_table(runner: Entry, table: Array, result: Array) -> int:
     """Run a table's calls; -1, or the number of the call that failed."""
-    words = np.zeros((3, 2), np.int64)
-    words[:, 0] = (_POINTER, _POINTER, _INTEGER)
-    words[:, 1] = (address(table), address(result), len(table))
+    words = np.array([[POINTER, address(table)], [POINTER, address(result)], [INTEGER, len(table)]], np.int64)
     ignored = np.zeros(2, np.int64)
-    call = _PROTOTYPE(runner[0])
-    if call(runner[1], address(words), len(words), address(ignored)):
+    if function_of(runner)(address(words), len(words), address(ignored)):
         return 0
     return int(result[0])
-
-
-_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
 
 
 # -- planning ------------------------------------------------------------------------------------------------
@@ -215,6 +231,7 @@ class Planner:
         self.words: list[tuple[int, int]] = []
         self.moves: dict[str, Relocation] = {}
         self.steps: list[Step] = []
+        self.tellers: list[Step] = []
         self.frames: dict[str, tuple[dict[Buffer, int], int, int]] = {}
         self.lives: dict[str, list[Lifetime]] = {}
 
@@ -232,7 +249,8 @@ class Planner:
         _, _, arena = self.frames[program.main.name]
         shapes = {n: tuple(s.evaluate(self.sizes) for s in v.shape) for n, v in program.outputs.items()}
         moves = {name: move.arrays() for name, move in self.moves.items()}
-        return Plan(table, words, moves, arena, shapes, self.steps, self.lives)
+        status = np.zeros((len(self.tellers), 4), np.int64)
+        return Plan(table, words, moves, arena, shapes, self.steps, self.lives, status, self.tellers)
 
     def _frame(self, routine: Routine) -> None:
         """Offsets of a routine's locals from where its frame begins; that of a callee begins where they end."""
@@ -259,13 +277,15 @@ class Planner:
                 self._expand(step.routine, dict(zip(buffers, resolved, strict=True)), base + end)
                 continue
             first = len(self.words)
+            if any(name == "status" for name, _ in resolved):
+                self.tellers.append(step)
             for name, value in resolved:
                 if name != "absolute":
                     move = self.moves.setdefault(name, Relocation())
                     move.at.append(len(self.words))
                     move.offsets.append(value)
-                self.words.append((_POINTER, value))
-            self.words += [(_INTEGER, n) for n in sizes]
+                self.words.append((POINTER, value))
+            self.words += [(INTEGER, n) for n in sizes]
             self.records.append((self.executable.entry(step.kernel), first, len(self.words) - first))
             self.steps.append(step)
 
@@ -298,6 +318,8 @@ class Planner:
         base: int,
     ) -> tuple[str, int]:
         """In what a pointer lies, and where: the arena, an input, an output, or an address that stays."""
+        if buffer.kind == "status":
+            return "status", 32 * len(self.tellers)
         if buffer in offsets:
             return "", base + offsets[buffer] + at
         if buffer in places:
@@ -309,11 +331,6 @@ class Planner:
 
 
 # -- arrays --------------------------------------------------------------------------------------------------
-
-
-def address(array: Array) -> int:
-    """Where an array's first element lies."""
-    return int(array.__array_interface__["data"][0])
 
 
 def stored(dtype: DType) -> np.dtype[Any]:

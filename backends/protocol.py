@@ -52,6 +52,8 @@ class Executable(Protocol):
     inputs   what a call takes, by name
     outputs  what a call answers, by name
     source   the code that runs, for a person to read
+
+    It may have `notes` as well, lines on what it runs slowly and why: `compile` puts them into the log.
     """
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,11 +16,11 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from treadle.backends.kernel_executable import address
 from treadle.backends.kernels import cache as kernel_cache
 from treadle.backends.kernels import isa as instruction_sets
 from treadle.backends.kernels import tvm_runtime
 from treadle.backends.kernels.cache import KernelCache, assembly, tvm_script
+from treadle.backends.kernels.calling import bind
 from treadle.backends.kernels.isa import ISAS, host_isa, isa_of, runs_here
 from treadle.backends.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
@@ -56,12 +55,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scaled(cache: KernelCache, kernel: Scale, count: int = 5) -> np.ndarray:
     """What the kernel makes of 0, 1, 2, ..."""
-    function, handle = cache.entries([kernel])[kernel]
     x, y = np.arange(count, dtype=np.float32), np.zeros(count, np.float32)
-    words = np.array([[4, address(x)], [4, address(y)], [1, count]], np.int64)
-    result = np.zeros(2, np.int64)
-    call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
-    assert call(function)(handle, address(words), len(words), address(result)) == 0
+    bind(kernel, [x, y], [count], cache=cache)()
     return y
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.target import Target
 from treadle.passes.manager import Optimized, Pass, PassManager, debug_level
-from treadle.passes.pass_log import PassLog
+from treadle.passes.pass_log import PassLog, PassRecord
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 
@@ -122,11 +123,21 @@ def compile(
     bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
     where = target if isinstance(target, Target) else Target(target)
     executable = find_backend(backend).compile(optimized.graph, where, bound)
+    optimized = _with_notes(optimized, backend, getattr(executable, "notes", ()))
     if debug_level() >= 4:
         print(executable.source, file=sys.stderr)
     return Compiled(
         resolved.name, optimized, executable, backend, where, bound, resolved.unused, seed if given is None else None
     )
+
+
+def _with_notes(optimized: Optimized, backend: str, notes: Sequence[str]) -> Optimized:
+    """With what the backend says of its lowering as the last record of the log."""
+    if not notes:
+        return optimized
+    ops = Counter(node.op.name for _, node in optimized.graph.walk())
+    record = PassRecord(f"lower-to-{backend}", "", ops, ops, notes=list(notes), graph=optimized.graph)
+    return replace(optimized, log=PassLog([*optimized.log, record]))
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
