@@ -29,11 +29,13 @@ from treadle.backends.signature import Signature
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
-from treadle.ir.interpreter import solve_sizes
+from treadle.ir.sizes import product
 from treadle.ir.types import DType
 
 Array = np.ndarray[Any, Any]
 
+# What a core does, roughly, and what it takes to wake a pool of threads and wait for it.
+_BYTES_A_SECOND, _FLOPS_A_SECOND, _WAKING = 20e9, 50e9, 10e-6
 PLANS = 32  # sets of sizes that are kept
 
 
@@ -133,8 +135,9 @@ class KernelExecutable:
         """Run on arrays by name. Raises BackendError where they are not what `inputs` says."""
         if self._runner is None:
             self.prepare()
-        arrays = dict(zip(self.program.inputs, self.signature.bind(given, take), strict=True))
-        sizes = self._sizes(arrays)
+        taken = self.signature.bind(given, take)
+        sizes = self.signature.sizes([array.shape for array in taken])
+        arrays = dict(zip(self.program.inputs, taken, strict=True))
         with self._lock:
             plan = self._plan(sizes)
             made = {p.name: np.empty(plan.shapes[p.name], stored(p.dtype)) for p in self.outputs}
@@ -142,13 +145,6 @@ class KernelExecutable:
             self._run(plan, places | {"status": plan.status})
         tensors = any(_is_tensor(value) for value in given.values())
         return Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
-
-    def _sizes(self, arrays: Mapping[str, Array]) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for _ in range(2):  # a size such as 2*S may stand before the input that tells S
-            for port in self.inputs:
-                solve_sizes(port.type, arrays[port.name].shape, sizes)
-        return sizes
 
     def _plan(self, sizes: Mapping[str, int]) -> Plan:
         key = tuple(sorted(sizes.items()))
@@ -245,12 +241,25 @@ class Planner:
         table = np.zeros((len(self.records), RECORD), np.int64)
         words = np.array(self.words, np.int64).reshape(-1, 2)
         for i, ((function, handle), first, count) in enumerate(self.records):
-            table[i] = (function, handle, address(words) + 16 * first, count)
+            alone = self.executable.threads == 1 or not self._worth_threads(self.steps[i])
+            table[i] = (function, handle, address(words) + 16 * first, count, alone)
         _, _, arena = self.frames[program.main.name]
         shapes = {n: tuple(s.evaluate(self.sizes) for s in v.shape) for n, v in program.outputs.items()}
         moves = {name: move.arrays() for name, move in self.moves.items()}
         status = np.zeros((len(self.tellers), 4), np.int64)
         return Plan(table, words, moves, arena, shapes, self.steps, self.lives, status, self.tellers)
+
+    def _worth_threads(self, step: Step) -> bool:
+        """Whether a step takes longer than it takes to wake threads: by the bytes it touches and its operations."""
+        if step not in self._known_worth:
+            touched = sum(product(v.shape).evaluate(self.sizes) * v.dtype.bytes for v in step.views)
+            flops = step.kernel.flops([s.evaluate(self.sizes) for s in step.sizes])
+            self._known_worth[step] = max(touched / _BYTES_A_SECOND, flops / _FLOPS_A_SECOND) > _WAKING
+        return self._known_worth[step]
+
+    @cached_property
+    def _known_worth(self) -> dict[Step, bool]:
+        return {}
 
     def _frame(self, routine: Routine) -> None:
         """Offsets of a routine's locals from where its frame begins; that of a callee begins where they end."""

@@ -37,6 +37,7 @@ SPELLINGS: dict[str, Spelling] = {
     "abs": "np.abs({x})",
     "sign": "np.sign({x})",
     "floor": "np.floor({x})",
+    "round": "np.rint({x})",
     "relu": "np.maximum({x}, 0.0)",
     "gelu": "kernels.gelu({x})",
     "gelu_tanh": "kernels.gelu_tanh({x})",

@@ -20,6 +20,9 @@ Convert = Callable[[Port, Any], Any]
 """Makes an array of the port's dtype of what was passed, without looking at its shape. Raises BackendError."""
 
 
+_REMEMBERED = 256  # sets of shapes that were found to fit
+
+
 class Signature:
     """What a graph takes. Made once; `bind` checks each call."""
 
@@ -28,6 +31,7 @@ class Signature:
         self.ports = tuple(Port(v.name, v.type) for v in graph.main.inputs)
         self.bounds = dict(graph.symbols)
         self.derived = _sizes_that_may_be_negative(graph)
+        self._fitting: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.ports))})"
@@ -35,9 +39,20 @@ class Signature:
     def bind(self, given: Mapping[str, Any], convert: Convert) -> list[Any]:
         """The arrays in the order of the inputs. Raises BackendError where names, dtypes or shapes do not fit."""
         self._check_names(given)
-        arrays = {port.name: convert(port, given[port.name]) for port in self.ports}
-        self._check_shapes({name: tuple(int(n) for n in array.shape) for name, array in arrays.items()})
-        return list(arrays.values())
+        arrays = [convert(port, given[port.name]) for port in self.ports]
+        self.sizes([tuple(array.shape) for array in arrays])
+        return arrays
+
+    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
+        """The sizes of the symbols where the inputs have these shapes. Raises BackendError where one does not fit."""
+        key = tuple(shapes)
+        if key not in self._fitting:
+            named = {port.name: tuple(map(int, shape)) for port, shape in zip(self.ports, shapes, strict=True)}
+            found = self._check_shapes(named)
+            if len(self._fitting) >= _REMEMBERED:
+                self._fitting.clear()
+            self._fitting[key] = found
+        return self._fitting[key]
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         names = [port.name for port in self.ports]
@@ -54,7 +69,7 @@ class Signature:
             hint=", ".join(f"{n}=..." for n in near or missing or names) or None,
         )
 
-    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         sizes: dict[str, int] = {}
         first_in: dict[str, Port] = {}
         for again in (False, True):  # a size such as 2*S may stand before the input that tells S
@@ -88,6 +103,7 @@ class Signature:
                     source=describe_source(node.source, node.scope),
                     hint=f"sizes for which {extent} is 0 or more",
                 )
+        return sizes
 
     def _refusal(self, port: Port, wrong: str, shapes: Mapping[str, tuple[int, ...]], hint: str) -> BackendError:
         return BackendError(

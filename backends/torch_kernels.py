@@ -11,6 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.ir.attention_terms import T5Relative
+from treadle.ir.ops.rounding import FORMATS
+
+# -- element by element --------------------------------------------------------------------------------------
+
+
+def round_to(x: Tensor, format: str, *, saturate: bool) -> Tensor:
+    """The nearest numbers of a narrower float format, in the dtype of x; see `treadle.ir.ops.rounding`."""
+    known = FORMATS[format]
+    wide = x.double()
+    finite = torch.where(wide.isfinite(), wide, 0.0)
+    spacing = (torch.frexp(finite).exponent - 1).clamp(min=known.least) - known.fraction
+    y = torch.ldexp(torch.round(torch.ldexp(finite, -spacing)), spacing)
+    beyond = known.largest if saturate or known.beyond is None else known.beyond
+    y = torch.where(wide.isinf() | (y.abs() > known.largest), torch.full_like(wide, beyond).copysign(wide), y)
+    y = torch.where(wide.isnan(), 0.0 if known.beyond is None else math.nan, y)
+    return (y if known.minus_zero else y + 0.0).to(x.dtype)
+
 
 # -- along an axis -------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ SPELLINGS: dict[str, Spelling] = {
     "cos": "torch.cos({x})",
     "abs": "torch.abs({x})",
     "floor": "torch.floor({x})",
+    "round": "torch.round({x})",
     "relu": "F.relu({x})",
     "gelu": "F.gelu({x})",
     "gelu_tanh": 'F.gelu({x}, approximate="tanh")',
@@ -100,6 +101,11 @@ def _sign(line: Line) -> str:
     """PyTorch gives 0 for NaN."""
     x = line.array("x")
     return f"torch.where({x} == {x}, torch.sign({x}), {x})" if line.result.dtype.is_float else f"torch.sign({x})"
+
+
+@_spells("round_to")
+def _round_to(line: Line) -> str:
+    return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
 
 
 @_spells("linear")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-RUNS = 7
+RUNS = 15
 
 
 def seconds(layers: int, runs: int) -> list[float]:

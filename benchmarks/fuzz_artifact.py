@@ -9,7 +9,7 @@ bytes that were changed, runs text of the file as code, takes longer than a seco
 and 64 MiB. Exit status 1 if any fails.
 
 Before them come the files of benchmarks/hostile_artifacts.py, made to cost time: they must end as is said there, within
-the same second. --hostile runs these alone.
+a second of the processor. --hostile runs these alone.
 """
 
 from __future__ import annotations
@@ -295,25 +295,38 @@ def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
 
 
 def time_hostile() -> list[str]:
-    """Load each hostile file once, and print what came of it and when; returns what is wrong."""
+    """Load each hostile file, for its time and again for its memory, and print both; returns what is wrong."""
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         judge(seeds()[0], Path(folder) / "first.treadle", None)  # imports are no file's cost
         for number, (name, shape) in enumerate(SHAPES.items()):
             path, file = Path(folder) / f"{number}.treadle", hostile_file(shape)
             path.write_bytes(file)
-            began, what = time.perf_counter(), None
-            try:
-                load(path)
-            except TreadleError as error:
-                what = error.what
-            seconds = time.perf_counter() - began
-            print(f"  {seconds * 1e3:5.0f} ms  {len(file) / 2**20:5.1f} MiB  {name}: {(what or 'loads')[:60]}")
+            began = time.process_time()
+            what = refusal(path)
+            seconds = time.process_time() - began
+            tracemalloc.start()
+            refusal(path)
+            memory = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            sizes = f"{len(file) / 2**20:5.1f} MiB, in {memory / 2**20:5.1f} MiB"
+            print(f"  {seconds * 1e3:5.0f} ms  {sizes}  {name}: {(what or 'loads')[:60]}")
             if (what is None) != (shape.refusal is None) or not (what or "").startswith(shape.refusal or ""):
                 failures.append(f"{name}: {what}")
             if seconds > SECONDS:
                 failures.append(f"{name}: took {seconds:.2f} s")
+            if memory > MEMORY_BASE + MEMORY_TIMES * len(file):
+                failures.append(f"{name}: took {memory} bytes for a file of {len(file)}")
     return failures
+
+
+def refusal(path: Path) -> str | None:
+    """What our error says when the file is loaded, or None where it loads."""
+    try:
+        load(path)
+    except TreadleError as error:
+        return error.what
+    return None
 
 
 def main() -> int:

@@ -28,10 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.frontends.contained_files import PathLike, open_regular, printable, shown_path
+from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.safetensors_file import Limits, TensorRecord
 from treadle.ir.errors import CheckpointError
 
+_NAME = "model.bin"
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_PICKLES = (b"PK", b"\x80")
 _VERSION = 6
 _DAMAGED = "fetch the file again: it is damaged, or not a model.bin of CTranslate2"
 _DTYPES = (("f32", 4), ("i8", 1), ("i16", 2), ("i32", 4), ("f16", 2), ("bf16", 2))
@@ -39,6 +43,22 @@ _DTYPES = (("f32", 4), ("i8", 1), ("i16", 2), ("i32", 4), ("f16", 2), ("bf16", 2
 _NUMPY = {"f32": "<f4", "i8": "i1", "i16": "<i2", "i32": "<i4", "f16": "<f2"}
 _LONGEST = 512  # bytes of a text
 _LARGEST = 2**60  # elements
+
+
+def find_ctranslate2(folder: PathLike) -> CTranslate2File | None:
+    """The model.bin of a folder in CTranslate2's layout, opened; None where the folder has another layout.
+
+    Safetensors in the same folder go before it, and PyTorch's pickles, which some give the same name, are none.
+    Raises CheckpointError where it is damaged, or leads out of the folder.
+    """
+    place = ModelFolder.find(folder)
+    if not place.has(_NAME) or any(place.has(f"model{suffix}") for suffix in _WEIGHTS):
+        return None
+    path, shown = place.file(_NAME), place.show(_NAME)
+    with open_regular(path, shown) as file:
+        if file.read(2).startswith(_PICKLES):
+            return None
+    return CTranslate2File.open(path, shown=shown)
 
 
 class CTranslate2File:

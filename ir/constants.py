@@ -174,7 +174,7 @@ class ConstantReader:
         pieces: list[str] = []
         while not pieces or s.sees(_QUOTE):
             run = s.match(_PIECES)  # there may be many lines of them
-            pieces += run[0].split('"')[1::2] if run is not None else [s.string()]
+            pieces.append(run[0].translate(_BETWEEN) if run is not None else s.string())
         try:
             return base64.b64decode("".join(pieces), validate=True)
         except (binascii.Error, ValueError):
@@ -223,4 +223,5 @@ def _greatest(dtype: DType) -> int:
 
 _CLOSE = re.compile(r"\}")
 _QUOTE = re.compile(r'"')
+_BETWEEN = str.maketrans("", "", '" \t\n\r\f\v')
 _PIECES = re.compile(r'(?:"[\w+/=]*+"\s*+)++', re.ASCII)

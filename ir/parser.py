@@ -66,7 +66,7 @@ class _Parser:
         self.nodes = 0
         self.operands = 0
         self.arguments_left = limits.arguments
-        self.applied: dict[tuple[Any, ...], tuple[Op, tuple[Type, ...], int]] = {}
+        self.applied: dict[tuple[type[Op], str, tuple[str | None, ...]], tuple[Op, tuple[Type, ...], int]] = {}
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
@@ -347,13 +347,14 @@ class _Parser:
     def op(self, cls: type[Op], start: int) -> Node:
         operands, attributes, said = self.arguments(cls)
         # The same op on the same types comes again and again; labels, too, are in a type's text.
-        key = (cls, said, *[None if v is None else v.type.text for v in operands])
+        types = tuple([None if v is None else v.type.text for v in operands])
+        key = (cls, said, types)
         found = self.applied.get(key)
         if found is None:
-            self.s.spend(_APPLICATION_WORK + len(said) + sum([len(text) for text in key[2:] if text]), start)
+            self.s.spend(_APPLICATION_WORK + len(said) + sum([len(text) for text in types if text]), start)
             found = self.applied[key] = self.infer(cls, operands, attributes, start)
-        op, types, absent = found
-        return Node(op, [*operands, *[None] * absent], types)
+        op, results, absent = found
+        return Node(op, [*operands, *[None] * absent], results)
 
     def infer(
         self, cls: type[Op], operands: list[Value | None], attributes: dict[str, Any], start: int
@@ -449,7 +450,9 @@ class _Parser:
         s = self.s
         match = s.match(_PLAIN_OPERANDS)
         found: list[Value | None] = []
-        for word in match[0].split(", ") if match is not None else ():
+        if match is None:
+            return found
+        for word in match[0].split(", "):
             if word[0] == "$":
                 value = self.current.parameters.get(word[1:])
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.contained_files import printable
 from treadle.frontends.ctranslate2_file import CTranslate2File
 from treadle.ir.errors import CheckpointError
 from treadle.models.bart import name_blocks
@@ -129,7 +130,12 @@ def from_ctranslate2(file: CTranslate2File) -> t.Model:
     Raises CheckpointError for another kind of model, and for one that this declaration does not compute.
     """
     if file.specification != "WhisperSpec":
-        raise CheckpointError("the file holds no Whisper", received=file.specification, within=file.label)
+        raise CheckpointError(
+            "the file holds no Whisper",
+            received=printable(file.specification),
+            within=file.label,
+            hint="of what CTranslate2 converts, WhisperSpec is read",
+        )
     expected = {"activation": _GELU, "pre_norm": 1, "scale_embeddings": 0, "alibi": 0, "start_from_zero_embedding": 0}
     for option, value in expected.items():
         if _read_scalar(file, f"decoder/{option}") != value:

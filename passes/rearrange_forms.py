@@ -67,7 +67,7 @@ class Form:
 def form_of(pattern: str, type: Type) -> Form:
     """The form of one rearrange, applied to an operand of this type."""
     before, after, atoms = _read(pattern, type)
-    return _normal(before, after, atoms)
+    return normal_form(before, after, atoms)
 
 
 @lru_cache(maxsize=2048)
@@ -85,22 +85,24 @@ def composed(first: str, second: str, type: Type) -> Form | None:
     def refined(dims: Sequence[Sequence[str]], prefix: str = "") -> list[list[str]]:
         return [[piece for name in dim for piece in pieces.get(prefix + name, [prefix + name])] for dim in dims]
 
-    return _normal(refined(before), refined(after, "second "), atoms)
+    return normal_form(refined(before), refined(after, "second "), atoms)
 
 
 @dataclass(frozen=True)
-class _Atom:
+class Atom:
+    """A factor of a dimension: its size, the name that a pattern gives it, and whether the pattern says its size."""
+
     size: Size
     name: str | None = None
     given: bool = False
 
 
-def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, _Atom]]:
+def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, Atom]]:
     """A pattern's dimensions before and after in factor names, without those of size 1, and the factors."""
     application = Rearrange(pattern=pattern).apply([type])
     sized = {n: d.size for n, d in application.dims.items() if not d.is_one}
     given = Rearrange(pattern=pattern).rule([type.rank]).given
-    atoms = {n: _Atom(size, n if n.isidentifier() else None, n in given) for n, size in sized.items()}
+    atoms = {n: Atom(size, n if n.isidentifier() else None, n in given) for n, size in sized.items()}
 
     def dims(side: Sequence[AxisDim]) -> list[list[str]]:
         return [[n for n in d.factors if n in sized] for d in side]
@@ -108,7 +110,7 @@ def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], d
     return dims(application.operands[0] or ()), dims(application.results[0]), atoms
 
 
-def _refine(ours: list[str], theirs: list[str], atoms: dict[str, _Atom], pieces: dict[str, list[str]]) -> bool:
+def _refine(ours: list[str], theirs: list[str], atoms: dict[str, Atom], pieces: dict[str, list[str]]) -> bool:
     """Cut two products of one size into the same pieces, outermost first; False where a cut does not come out even."""
     a, b = (ours.pop(0) if ours else None), (theirs.pop(0) if theirs else None)
     while a is not None and b is not None:
@@ -118,10 +120,10 @@ def _refine(ours: list[str], theirs: list[str], atoms: dict[str, _Atom], pieces:
             rest_a = rest_b = None
         elif (quotient := size_a.divide(size_b)) is not None:
             piece, rest_a, rest_b = b, f"rest of {a}", None
-            atoms[rest_a] = _Atom(quotient)
+            atoms[rest_a] = Atom(quotient)
         elif (quotient := size_b.divide(size_a)) is not None:
             piece, rest_a, rest_b = a, None, f"rest of {b}"
-            atoms[rest_b] = _Atom(quotient)
+            atoms[rest_b] = Atom(quotient)
         else:
             return False
         _extend(pieces, a, piece, rest_a)
@@ -139,8 +141,8 @@ def _extend(pieces: dict[str, list[str]], whole: str, piece: str, rest: str | No
     pieces.setdefault(origin, []).append(piece)
 
 
-def _normal(before: list[list[str]], after: list[list[str]], atoms: dict[str, _Atom]) -> Form:
-    """Join atoms that are neighbours in that order on both sides, and number what is left."""
+def normal_form(before: list[list[str]], after: list[list[str]], atoms: dict[str, Atom]) -> Form:
+    """The form of dimensions in named atoms: those that are neighbours in that order on both sides are one."""
     follower = {pair for dim in after for pair in pairwise(dim)}
     groups: list[list[str]] = []
     numbered: list[tuple[int, ...]] = []

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,13 @@ import pytest
 
 import treadle as t
 from tests.backend_checks import both
+from tests.test_models import ZOO
 from treadle.backends.registry import find_backend
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
 from treadle.models.t5 import t5
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"vocab": 13, "dim": 12, "heads": 3, "hidden": 20, "layers": 2}
 MODELS = {
     "gpt2": gpt2.configure(**SMALL),
@@ -52,23 +54,52 @@ def everything(name: str) -> Iterator[str]:
             yield hashlib.sha256(answers(exe)).hexdigest()
 
 
-def test_another_process_with_another_hash_seed_says_the_same() -> None:
-    """Python orders sets of strings by a seed that differs from process to process unless it is given."""
-    program = f"from {__name__} import *\nprint(*(text for name in MODELS for text in everything(name)), sep='\\n')"
+def under_two_hash_seeds(program: str, *arguments: Sequence[str]) -> tuple[bytes, bytes]:
+    """What a program prints in two processes that differ in their hash seeds, and take these arguments, if any."""
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=Path(__file__).parent.parent,
+            [sys.executable, "-c", program, *given],
+            cwd=ROOT,
             env={**os.environ, "PYTHONHASHSEED": seed},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for seed in ("1", "2")
+        for seed, given in zip(("1", "4242"), arguments or ((), ()), strict=True)
     ]
-    (first, said), (second, said_too) = [run.communicate(timeout=120) for run in runs]
+    (first, said), (second, said_too) = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], (said + said_too).decode()
+    return first, second
+
+
+def test_another_process_with_another_hash_seed_says_the_same() -> None:
+    """Python orders sets of strings by a seed that differs from process to process unless it is given."""
+    program = f"from {__name__} import *\nprint(*(text for name in MODELS for text in everything(name)), sep='\\n')"
+    first, second = under_two_hash_seeds(program)
     assert first.count(b"\n") > 500
     assert first.splitlines() == second.splitlines()  # by lines, so that a failure shows which
+
+
+def save_every_model(folder: str) -> None:
+    """An artifact of each of the zoo's declarations, numbered in order, and on PyTorch of the first."""
+    for number, (model, _) in enumerate(ZOO.values()):
+        t.compile(model).save(Path(folder) / f"{number}.treadle")
+    if find_backend("torch").available() is None:
+        t.compile(next(iter(ZOO.values()))[0], backend="torch").save(Path(folder) / "torch.treadle")
+
+
+def test_artifacts_of_every_model_are_byte_identical_in_another_process(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "another"]
+    for folder in folders:
+        folder.mkdir()
+    program = f"import sys\nfrom {__name__} import save_every_model\nsave_every_model(sys.argv[1])"
+    under_two_hash_seeds(program, *([str(folder)] for folder in folders))
+    names = {f"{number}.treadle": name for number, name in enumerate(ZOO)}
+    made, made_too = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
+    assert made.keys() == made_too.keys()
+    assert made.keys() - {"torch.treadle"} == names.keys()
+    for file, data in made.items():
+        assert data == made_too[file], names.get(file, file)
+        assert not any(place.encode() in data for place in (str(ROOT), str(tmp_path), str(Path.home())))
 
 
 @both

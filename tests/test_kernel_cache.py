@@ -68,7 +68,7 @@ def expected(factor: float, count: int = 5) -> np.ndarray:
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, kernel = KernelCache(host_isa(), tmp_path), Scale(3.0)
     np.testing.assert_array_equal(scaled(first, kernel), expected(3.0))
-    assert first.compiled == 1
+    assert first.compiled == 2  # with the runner, which every process needs
     monkeypatch.setattr(kernel_cache, "_loaded", {})
     again = KernelCache(host_isa(), tmp_path)
     np.testing.assert_array_equal(scaled(again, kernel), expected(3.0))
@@ -103,6 +103,7 @@ def test_a_damaged_file_is_compiled_again(damage: str, tmp_path: Path, monkeypat
 
 FILL = """
 import sys
+sys.modules["torch"] = None  # which TVM imports where it can, for seconds
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from tests.test_kernel_cache import Scale, scaled, expected
@@ -128,7 +129,7 @@ def test_processes_that_fill_it_at_once(tmp_path: Path) -> None:
     outputs = [p.communicate(timeout=120)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0]
     assert all(text.endswith("done\n") for text in outputs)
-    assert len(list(folder.iterdir())) == 6  # and nothing half-written
+    assert len(list(folder.iterdir())) == 7  # with the runner, and nothing half-written
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")

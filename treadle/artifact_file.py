@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from treadle.backends.whole_files import replacing
 from treadle.frontends.contained_files import PathLike, printable, shown_path
 from treadle.frontends.safetensors_file import Limits as HeaderLimits
 from treadle.frontends.safetensors_file import SafetensorsFile, TensorRecord
@@ -27,7 +28,6 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.graph import Literal
 from treadle.ir.types import DType, bf16
 from treadle.ir.types import u8 as _U8
-from treadle.backends.whole_files import replacing
 
 Array = np.ndarray[Any, Any]
 

@@ -25,6 +25,7 @@ from treadle.compiling import Compiled
 from treadle.frontends.contained_files import PathLike, printable
 from treadle.frontends.safetensors_file import Limits as HeaderLimits
 from treadle.frontends.strict_json import JsonReader
+from treadle.ir.collection import collection_paused
 from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.parser import parse_graph
@@ -37,6 +38,26 @@ from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
 
 SUFFIX = ".treadle"
 
+HEADER_LIMITS = HeaderLimits(header_bytes=4 * 2**20, tensors=10_000, values=10_000)
+GRAPH_LIMITS = TextLimits(
+    characters=8 * 2**20,
+    functions=500,
+    nodes=4_000,
+    operands=20_000,
+    parameters=5_000,
+    literal_bytes=8 * 2**20,
+    rank=16,
+    items=256,
+    nesting=8,
+    type_characters=300,
+    expression_characters=1_000,
+    symbols=500,
+    arguments=5_000,
+    name_characters=1_000,
+    work=300_000,
+)
+"""What each of an artifact's two graphs may ask for."""
+
 _FIELDS = ("name", "backend", "target", "passes", "seed")
 
 
@@ -46,13 +67,14 @@ class ArtifactLimits:
 
     header      of the file: its length, the number of sections
     graph       of each of the two graphs: characters, nodes, operands, parameters, ...
-    log_bytes   length of the pass log, and `log_values`, the values in it
+    log_bytes   length of the pass log
+    log_values  values in it, and counts of ops that are carried from pass to pass
     """
 
-    header: HeaderLimits = field(default_factory=lambda: HeaderLimits(header_bytes=16 * 2**20, tensors=50_000))
-    graph: TextLimits = field(default_factory=lambda: TextLimits(32 * 2**20, 1_000, 8_000, 80_000, 50_000))
-    log_bytes: int = 8 * 2**20
-    log_values: int = 100_000
+    header: HeaderLimits = field(default_factory=lambda: HEADER_LIMITS)
+    graph: TextLimits = field(default_factory=lambda: GRAPH_LIMITS)
+    log_bytes: int = 4 * 2**20
+    log_values: int = 50_000
 
 
 def is_artifact(model: object) -> bool:
@@ -109,6 +131,7 @@ class Artifact:
     seal: str
 
 
+@collection_paused()
 def open_artifact(path: PathLike, *, limits: ArtifactLimits | None = None, check: bool = True) -> Artifact:
     """Read an artifact without compiling it.
 
@@ -143,6 +166,7 @@ def open_artifact(path: PathLike, *, limits: ArtifactLimits | None = None, check
     )
 
 
+@collection_paused()
 def load(
     path: PathLike,
     *,
@@ -238,7 +262,12 @@ def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: Artifact
         file.fail("the pass log has no list of passes", "section log")
     counts = count_ops(declared)
     records: list[PassRecord] = []
+    carried = 0
     for number, said in enumerate(passes):
+        carried += len(counts)
+        if carried > limits.log_values:
+            hint = "ArtifactLimits(log_values=...), if you trust the file"
+            file.fail("the pass log counts more ops than the limit", f"section log, pass {number}", hint)
         try:
             records.append(_read_record(said, counts))
         except (TypeError, KeyError, AttributeError, ValueError):

@@ -1,4 +1,6 @@
-"""The command line: `treadle compile | inspect | run | verify | generate | embed | models | fetch`; see docs/cli.md.
+"""The command line: `treadle compile | inspect | run | verify | export | embed | generate | models | fetch`.
+
+docs/cli.md describes each.
 
 An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, as do wrong options;
 anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing
@@ -340,6 +342,55 @@ def verify(
         print(report)
     if not report.passed:
         raise typer.Exit(1)
+
+
+@_command
+def export(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.onnx", help="Where to write the ONNX model.")],
+    opset: Annotated[int, typer.Option("--opset", help="Version of ONNX's operators.")] = 23,
+    external_above: Annotated[
+        int, typer.Option(metavar="BYTES", help="Larger weights go to FILE.onnx.data.", min=0)
+    ] = 2**20,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's optimized graph with its weights as ONNX."""
+    from treadle.artifacts import is_artifact, open_artifact
+    from treadle.backends.onnx_export import export_onnx
+    from treadle.compiling import initial_weights
+    from treadle.option_values import parse_config
+    from treadle.passes.manager import PassManager
+    from treadle.passes.pipelines import DEFAULT
+    from treadle.reports import human
+    from treadle.resolving import resolve
+
+    if output.suffix != ".onnx":
+        raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
+    if is_artifact(model):
+        _refuse_for_artifact(config=config, inputs=inputs)
+        held = open_artifact(model)
+        graph, weights = held.optimized.graph, held.weights
+    else:
+        resolved = resolve(model, inputs=_names(inputs), **parse_config(config or ()))
+        graph = PassManager(DEFAULT).run(resolved.graph).graph
+        weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
+    made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
+    files = [path for path in (made.path, made.data) if path is not None]
+    if as_json:
+        facts = {"model": graph.name, "opset": made.opset, "files": list(map(str, files)), "operators": made.operators}
+        _print_json({**facts, "inputs": made.inputs, "outputs": made.outputs})
+        return
+    for name, inside in (*made.inputs.items(), *made.outputs.items()):
+        if name != inside:
+            print(f"{name} is called {inside} in the file")
+    for path in files:
+        print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
+    counts = sorted(made.operators.items(), key=lambda each: -each[1])
+    told = ", ".join(f"{count} {name}" for name, count in counts)
+    print(f"{sum(made.operators.values())} nodes of opset {made.opset}: {told}")
 
 
 @_command

@@ -1,7 +1,7 @@
 """MODEL, as the command line and `compile` take it.
 
     file.py:function    a declaration in a Python file, which is imported
-    path/to/folder      config.json and weights
+    path/to/folder      config.json and weights, or model.bin in CTranslate2's layout
     path/to/file.gguf   metadata and weights in one file
     gpt2                a family of the zoo, with the configuration that its declaration has
     minilm              a fetched model, see `treadle.fetch`
@@ -23,6 +23,7 @@ import numpy as np
 
 from treadle.fetch import PINNED, fetched_model
 from treadle.frontends.binding import bind
+from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.dsl import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
@@ -85,7 +86,12 @@ def resolve(model: Model | Graph | str | Path, *, inputs: Sequence[str] | None =
         declared = find_family(text).model.configure(inputs=inputs, **config)
         return Resolved(text, declared.graph(), declared)
     place = find_folder(text)
-    return (_from_gguf if place.suffix == GGUF_SUFFIX else _from_folder)(place, inputs, config)
+    if place.suffix == GGUF_SUFFIX and not place.is_dir():
+        return _from_gguf(place, inputs, config)
+    converted = find_ctranslate2(place)
+    if converted is not None:
+        return _from_ctranslate2(converted, place, inputs, config)
+    return _from_folder(place, inputs, config)
 
 
 def find_folder(model: str | Path) -> Path:
@@ -147,6 +153,20 @@ def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, An
     blocks = {name: file.record(source.name).blocks for name, source in binding.sources.items()}
     unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # which is in the configuration
     return Resolved(declared.name, graph, declared, binding.arrays, unused, path, blocks)
+
+
+def _from_ctranslate2(
+    file: CTranslate2File, folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]
+) -> Resolved:
+    from treadle.models.whisper import ctranslate2_table, from_ctranslate2  # of which alone there is one so far
+
+    model = from_ctranslate2(file)
+    declared = model.configure(inputs=inputs, **config)
+    graph = declared.graph()
+    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
+    binding = bind(wanted, ctranslate2_table(model.config["dim"]), file)
+    unused = tuple(name for name in binding.unused if file.record(name).shape)  # without dimensions it is an option
+    return Resolved(declared.name, graph, declared, binding.arrays, unused, folder)
 
 
 def _load_declaration(path: Path, function: str) -> Model:

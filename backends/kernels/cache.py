@@ -23,16 +23,21 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treadle.backends.kernels import tvm_runtime
 from treadle.backends.kernels.isa import Isa, runs_here
 from treadle.backends.kernels.kernel import Kernel
+from treadle.backends.kernels.runner import LAUNCH, POOL, Runner
 from treadle.backends.user_cache import cache_folder
 from treadle.backends.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from treadle.backends.kernels.emitter import Emitter
 
 _SYMBOL = "kernel"
 _LINKERS = (("ld", "-shared"), ("ld.lld", "-shared"), ("cc", "-shared", "-nostdlib"), ("clang", "-shared", "-nostdlib"))
@@ -45,6 +50,7 @@ Entry = tuple[int, int]
 
 _loaded: dict[tuple[str, str], Entry] = {}
 _alive: list[Any] = []  # what the addresses are in
+_launcher: list[int] = []  # the function that loaded kernels call for a parallel loop; the last one counts
 _lock = threading.Lock()
 
 
@@ -70,11 +76,12 @@ class KernelCache:
                 f"kernels for {self.isa} do not run on this machine",
                 hint="inspect them (exe.source, exe.assembly), or compile for Target('cpu')",
             )
-        wanted = list(dict.fromkeys(kernels))
+        wanted = list(dict.fromkeys([Runner(), *kernels]))  # the runner first: others launch their loops through it
         with _lock:
             absent = [k for k in wanted if self._key(k) not in _loaded and not self._found(k)]
-            if absent:
-                self._compile(absent)
+            for group in (absent[:1], absent[1:]):
+                if group:
+                    self._compile(group)
         return {kernel: _loaded[self._key(kernel)] for kernel in wanted}
 
     def path(self, kernel: Kernel) -> Path | None:
@@ -102,14 +109,16 @@ class KernelCache:
         return True
 
     def _load(self, kernel: Kernel, path: Path) -> None:
-        launch = tvm_runtime.launcher()
         try:
             library = ctypes.CDLL(str(path))
             entry = getattr(library, f"__tvm_ffi_{_SYMBOL}")
         except (OSError, AttributeError) as error:
             raise BackendError(f"kernel {kernel.title} cannot be loaded", received=str(error)) from error
+        if isinstance(kernel, Runner):
+            _variable(library, POOL).value = tvm_runtime.launcher()
+            _launcher.append(ctypes.cast(getattr(library, LAUNCH), ctypes.c_void_p).value or 0)
         if hasattr(library, "__TVMBackendParallelLaunch"):
-            ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch").value = launch
+            _variable(library, "__TVMBackendParallelLaunch").value = _launcher[-1]
         _alive.append(library)
         _loaded[self._key(kernel)] = ctypes.cast(entry, ctypes.c_void_p).value or 0, 0
 
@@ -155,16 +164,44 @@ class KernelCache:
 
     def _compile_in_memory(self, kernel: Kernel) -> None:
         """Without a linker: through TVM's own loader, which makes a function object; it is called as such."""
-        function = _executable(kernel, self.isa).jit()[_SYMBOL]
+        compiled = _executable(kernel, self.isa).jit() if kernel.llvm is None else compile_module(kernel, self.isa)
+        function = compiled[_SYMBOL]
         _alive.append(function)
         handle = int(function.__chandle__())
         safe_call = ctypes.c_void_p.from_address(handle + _OBJECT_HEADER).value or 0
         _loaded[self._key(kernel)] = safe_call, handle
 
 
+def _variable(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
+    return ctypes.c_void_p.in_dll(library, name)
+
+
 def compile_module(kernel: Kernel, isa: Isa) -> Any:
     """A kernel compiled by TVM, as its module: `write_to_file(path, "o" | "s" | "ll")`."""
-    return _executable(kernel, isa).mod
+    if kernel.llvm is None:
+        return _executable(kernel, isa).mod
+    import tvm
+
+    with tempfile.TemporaryDirectory(prefix="treadle-") as folder:
+        path = Path(folder) / "kernel.ll"
+        path.write_text(_machine_lines(isa) + kernel.llvm)
+        return tvm.runtime.load_module(str(path))
+
+
+def _machine_lines(isa: Isa) -> str:
+    """What an LLVM module says of the machine it is for, as TVM writes it."""
+    text = str(_executable(_Nothing(), isa).mod.inspect_source("ll"))
+    return "".join(f"{line}\n" for line in text.splitlines() if line.startswith("target "))
+
+
+@dataclass(frozen=True)
+class _Nothing(Kernel):
+    """Does nothing."""
+
+    def emit(self, k: Emitter) -> None:
+        k.size("n")
+        with k.loop(1):
+            pass
 
 
 def assembly(kernel: Kernel, isa: Isa) -> str:

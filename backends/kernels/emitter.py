@@ -12,28 +12,32 @@ Facts that the layer knows so that generators need not:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from treadle.backends.bfloat16 import rounded
+from treadle.backends.kernels.conversions import narrow_cast
 from treadle.backends.kernels.isa import Isa
 from treadle.backends.kernels.kernel import Kernel
-from treadle.ir.types import DType, boolean
+from treadle.ir.types import DType, bf16, boolean
 
 Expr = Any
 """An expression of TVM's; indices may be Python integers."""
 
-_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32"}
+_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32"}
 _NAMES |= {"i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
 
 
 def tvm_dtype(dtype: DType, lanes: int = 1) -> str:
-    """TVM's name of a dtype. A bool in memory is a uint8: see `Emitter.load`."""
+    """TVM's name of a dtype. A bool in memory is a uint8, see `Emitter.load`; a bf16 is its bits: see `conversions`."""
     return _NAMES[dtype.name] + (f"x{lanes}" if lanes > 1 else "")
 
 
@@ -62,6 +66,7 @@ class Emitter:
         """`imported`: the LLVM text that the kernel refers to, by function, as an earlier attempt found out."""
         self.isa = isa
         self.imported: dict[str, str] = dict(imported)
+        self._known = dict(imported)
         self._frames: list[Any] = []
 
     def close(self) -> None:
@@ -163,7 +168,9 @@ class Emitter:
     def number(self, value: float | int | bool, dtype: DType, lanes: int = 1) -> Expr:
         """A constant."""
         name = tvm_dtype(dtype)
-        if dtype.is_float:
+        if dtype is bf16:
+            made = tirx.IntImm(name, int(rounded(np.float32(value))))
+        elif dtype.is_float:
             if value != value or value in (float("inf"), float("-inf")):  # which an immediate does not hold
                 made = _not_finite(value, name)
             else:
@@ -185,8 +192,9 @@ class Emitter:
         return _ramp(_index(first), lanes) if lanes > 1 else _index(first)
 
     def cast(self, value: Expr, dtype: DType, lanes: int = 1) -> Expr:
-        """A value converted as C converts: a float to an integer by dropping its fraction."""
-        return tirx.Cast(tvm_dtype(dtype, lanes), value)
+        """A value converted as C converts: a float to an integer by dropping its fraction. See `conversions`."""
+        made = narrow_cast(self, value, re.sub(r"x\d+$", "", str(value.ty)), dtype, lanes)
+        return tirx.Cast(tvm_dtype(dtype, lanes), value) if made is None else made
 
     def select(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
         """By lane. Both sides are computed, so both must be safe."""
@@ -199,6 +207,18 @@ class Emitter:
     def both(self, x: Expr, y: Expr) -> Expr:
         """Whether both conditions hold."""
         return tirx.And(x, y)
+
+    def any_of(self, x: Expr, y: Expr) -> Expr:
+        """Whether one of the conditions holds, by lane."""
+        return tirx.Or(x, y)
+
+    def equal(self, x: Expr, y: Expr) -> Expr:
+        """By lane, as an expression at once; `x == y` waits for where it is used."""
+        return tirx.EQ(x, y)
+
+    def is_nan(self, x: Expr) -> Expr:
+        """By lane; of a float32 or float64. `x != x` would be folded away."""
+        return tirx.isnan(x)
 
     def least(self, x: Expr, y: Expr) -> Expr:
         """The smaller; which one for a NaN is open."""
@@ -241,6 +261,10 @@ class Emitter:
         suffix = "f" if dtype.name == "f32" else ""
         return tirx.call_pure_extern(tvm_dtype(dtype), name + suffix, *operands)
 
+    def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
+        """The vector of these lanes of some vectors side by side."""
+        return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
+
     # -- LLVM ------------------------------------------------------------------------------------------------
 
     def llvm(self, name: str, text: Callable[[], str], result: str, *operands: Expr) -> Expr:
@@ -253,8 +277,8 @@ class Emitter:
         return tirx.call_pure_extern(result, name, *operands)
 
     def _import(self) -> None:
-        if self.imported and not self._frames:
-            text = "\n".join(self.imported.values())
+        if self._known and not self._frames:  # not for what is found out on the way: a frame may be open by then
+            text = "\n".join(self._known.values())
             self._frames.append(T.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", text))
             self._frames[-1].__enter__()
 

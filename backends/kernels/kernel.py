@@ -20,6 +20,7 @@ strides) is passed: first every pointer, then every size, in the order in which 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,9 +42,18 @@ class Kernel:
         """A short name for people, an identifier: `matmul_768x3072_gelu`."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
+    @property
+    def llvm(self) -> str | None:
+        """The kernel as a module of LLVM's, with a function `__tvm_ffi_kernel`; None: `emit` says it."""
+        return None
+
     def emit(self, k: Emitter) -> None:
         """Write the kernel: ask for pointers and sizes, then emit loops."""
         raise NotImplementedError
+
+    def flops(self, sizes: Sequence[int]) -> int:
+        """About how many operations a call with these sizes takes; 0: its bytes tell how long it takes."""
+        return 0
 
     @property
     def key(self) -> str:

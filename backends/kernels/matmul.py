@@ -47,11 +47,12 @@ class Matmul(Kernel):
     k, n     the sizes, where they are known when the kernel is made; None: passed
     width    of a panel of w
     epilogue what is done with the sum, the chain's first input; None: it is stored as it is
-    extras   for each further input of the chain how it lies: `n` a vector over n, `mn` a matrix like c, `1` one number
+    extras   for each further input of the chain how it lies: `n` a vector over n, `m` one number a row, `mn` a matrix
+             like c, `1` one number
     batch    whether there are two batch dimensions, over which all of them may have strides
 
-    Passed: a, w, the extras, c; m, then k and n where they are not known; a's stride of rows, `mn` extras' and c's
-    strides of rows; with batch: the two sizes, then for each pointer its two strides.
+    Passed: a, w, the extras, c; m, then k and n where they are not known; a's stride of rows, `m` and `mn` extras' and
+    c's strides of rows; with batch: the two sizes, then for each pointer its two strides.
     """
 
     k: int | None
@@ -66,6 +67,12 @@ class Matmul(Kernel):
         done = f"_{self.epilogue.title}" if self.epilogue else ""
         return f"matmul_{self.k or 'k'}x{self.n or 'n'}{done}"
 
+    def flops(self, sizes: Sequence[int]) -> int:
+        m, *rest = sizes
+        depth = self.k or rest.pop(0)
+        columns = self.n or rest.pop(0)
+        return 2 * m * depth * columns
+
     def emit(self, k: Emitter) -> None:
         result = self.epilogue.dtype if self.epilogue else f32
         dtypes = [DTYPES[name] for name in self.epilogue.inputs[1:]] if self.epilogue else []
@@ -75,7 +82,7 @@ class Matmul(Kernel):
         depth = k.size("k") if self.k is None else self.k
         columns = k.size("n") if self.n is None else self.n
         rows = {"a": k.size("a_stride")}
-        rows |= {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if how == "mn"}
+        rows |= {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if "m" in how}
         rows["c"] = k.size("c_stride")
         panels = k.floor_divide(k.index(columns) + (self.width - 1), self.width)
         shapes: dict[str, tuple[list[Expr], list[Expr] | None]] = {
@@ -84,8 +91,8 @@ class Matmul(Kernel):
             "c": ([m, columns], [rows["c"], 1]),
         }
         for i, how in enumerate(self.extras):
-            shape: list[Expr] = {"n": [columns], "mn": [m, columns], "1": [1]}[how]
-            shapes[f"x{i}"] = shape, [rows[f"x{i}"], 1] if how == "mn" else None
+            shape: list[Expr] = {"n": [columns], "m": [m], "mn": [m, columns], "1": [1]}[how]
+            shapes[f"x{i}"] = shape, [rows[f"x{i}"], 1][: len(how)] if "m" in how else None
         if not self.batch:
             views = {p.name: k.view(p, *shapes[p.name]) for p in pointers}
             with k.parallel(panels, "panel") as panel:
@@ -186,10 +193,10 @@ class Matmul(Kernel):
     def _padded(
         self, k: Emitter, view: Any, batch: Sequence[Expr], row: Expr, column: Expr, inside: Expr, lanes: int
     ) -> Any:
-        """The last vector of an extra, filled up with zeros; None for what is no extra over n."""
+        """The last vector of an extra over n, filled up with zeros; None for anything else."""
         kinds = dict(zip([f"x{i}" for i in range(len(self.extras))], self.extras, strict=True))
         how = kinds.get(view.name, "1")
-        if how == "1":
+        if "n" not in how:
             return None
         padded = k.registers(lanes, view.dtype, "tail")
         k.store(padded, [0], k.number(0, view.dtype, lanes), lanes)
@@ -216,6 +223,8 @@ class Matmul(Kernel):
             view = views[f"x{i}"]
             if how == "1":
                 read.append(k.splat(k.load(view, [*batch, 0]), lanes))
+            elif how == "m":
+                read.append(k.splat(k.load(view, [*batch, row]), lanes))
             elif tails is not None:
                 read.append(tails[f"x{i}"])
             else:

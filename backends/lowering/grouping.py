@@ -15,7 +15,7 @@ from treadle.backends.kernels.vector_math import POINTWISE
 from treadle.ir.graph import Function, Node, Value
 from treadle.ir.types import f32
 
-PRODUCTS = ("linear", "matmul")
+PRODUCTS = ("linear", "matmul", "einsum")
 MOST_INPUTS = 8  # of a chain: each takes a register in the loop
 
 
@@ -72,7 +72,7 @@ def _product_before(part: Group, uses: Mapping[Value, Sequence[tuple[Node, int]]
     found = None
     for value in inputs_of(part):
         node = value.node
-        if node is None or node.op.name not in PRODUCTS or value in outputs or not shape:
+        if node is None or node.op.name not in PRODUCTS or value in outputs or len(node.inputs) < 2:
             continue
         alone = all(reader in inside for reader, _ in uses[value])
         if alone and value.type.shape == shape and value.type.dtype is f32:

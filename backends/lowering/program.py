@@ -19,7 +19,7 @@ from itertools import pairwise
 from treadle.backends.kernels.kernel import Kernel
 from treadle.ir.graph import Literal, Node
 from treadle.ir.sizes import ONE, ZERO, Size, product
-from treadle.ir.types import DType, Type
+from treadle.ir.types import DType, Type, i64
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Panels:
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory. `kind` is "argument", "result", "constant" or "local"; elements as a size expression."""
+    """Memory. `kind` is "argument", "result", "constant", "local" or "status"; elements as a size expression."""
 
     name: str
     dtype: DType
@@ -103,6 +103,15 @@ class View:
             strides=(*self.strides[:axis], *strides, *self.strides[axis + 1 :]),
         )
 
+    def sliced(self, axis: int, start: Size, size: Size, step: Size = ONE) -> View:
+        """`size` of the elements along one dimension: from `start` on, `step` apart."""
+        return replace(
+            self,
+            shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]),
+            strides=(*self.strides[:axis], self.strides[axis] * step, *self.strides[axis + 1 :]),
+            offset=self.offset + self.strides[axis] * start,
+        )
+
     def merged(self, axis: int, count: int) -> View | None:
         """`count` dimensions from `axis` on as one; None where no stride says it. A count of 0 adds a dimension of 1."""
         shape, strides = self.shape[axis : axis + count], self.strides[axis : axis + count]
@@ -126,6 +135,13 @@ class View:
     def __str__(self) -> str:
         inside = ", ".join(map(str, self.shape))
         return f"{self.buffer.name}[{inside}]"
+
+
+STATUS = Buffer("status", i64, Size.of(4), "status")
+"""Where a kernel that is given indices tells of one that lies outside: 1, the index, the size of its axis, 0.
+
+Each call of a kernel in a plan has words of its own, so that the node is known; see `kernel_executable`.
+"""
 
 
 @dataclass(eq=False)

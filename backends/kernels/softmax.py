@@ -1,0 +1,107 @@
+"""Softmax and log-softmax over the last axis, of rows that lie at any distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.kernels.kernel import Kernel
+from treadle.backends.kernels.reduction import Accumulator, Span, lanes_of
+from treadle.ir.types import DTYPES, f32, i32
+
+if TYPE_CHECKING:
+    from treadle.backends.kernels.emitter import Emitter, Expr
+
+_LEAST = -87.33654  # e to that is about float32's least normal number; what is further below counts as 0
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # of which the first has so few bits that its multiples are exact
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def exp_of_negative(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """e^x in float32 for x <= 0, to about one rounding: 0 for -inf, NaN for NaN (the polynomial is Cephes')."""
+
+    def number(value: float) -> Expr:
+        return k.number(value, f32, lanes)
+
+    power = k.let(k.nearest(x * number(_LOG2_E)), "power")
+    rest = k.let(x - power * number(_LN2_HIGH) - power * number(_LN2_LOW), "rest")
+    p = number(_EXP[0])
+    for c in _EXP[1:]:
+        p = p * rest + number(c)
+    exponent = k.cast(power, i32, lanes) + k.number(127, i32, lanes)
+    scale = k.bits(k.shift_left(exponent, k.number(23, i32, lanes)), f32, lanes)
+    made = (p * (rest * rest) + rest + number(1.0)) * scale
+    return k.let(k.select(x < number(_LEAST), number(0.0), made), "e")  # false for a NaN, which so goes on
+
+
+@dataclass(frozen=True)
+class Softmax(Kernel):
+    """y = e^(x - m) / sum of e^(x - m) over the last axis, m the greatest x; or its logarithm x - m - ln(sum)
+
+    log    whether it is the logarithm
+    dtype  of x and y, by name: f32, f16 or bf16. All is computed in f32
+
+    Passed: x, y; the sizes of the three dimensions; x's strides over the first two, y's. Both lie side by side along
+    the last.
+    """
+
+    log: bool
+    dtype: str
+
+    @property
+    def title(self) -> str:
+        return f"{'log_' if self.log else ''}softmax_{self.dtype}"
+
+    def emit(self, k: Emitter) -> None:
+        held = DTYPES[self.dtype]
+        x, y = k.pointer("x", held), k.pointer("y", held)
+        m0, m1, d = shape = [k.size(name) for name in ("m0", "m1", "d")]
+        strides: list[list[Expr]] = [[k.size(f"{n}_stride0"), k.size(f"{n}_stride1"), 1] for n in "xy"]
+        x, y = k.view(x, shape, strides[0]), k.view(y, shape, strides[1])
+        with k.parallel(m0 * m1, "row") as row:
+            at = [k.let(k.floor_divide(row, m1), "i0"), k.let(k.floor_mod(row, m1), "i1")]
+            self._row(k, x, y, at, Span(k, d, lanes_of(k, f32)))
+
+    def _row(self, k: Emitter, x: Any, y: Any, at: list[Expr], span: Span) -> None:
+        lanes = span.lanes
+        tail = k.registers(lanes, f32, "x_tail")
+        with span.has_tail():
+            span.tail(x, at, f32, tail)
+
+        def read(v: Expr) -> Expr:
+            return span.read(x, at, v, f32)
+
+        def ending() -> Expr:
+            return span.inside(k.load(tail, [0], lanes), float("-inf"), f32)
+
+        # A NaN need not show in the maximum: the sum has it in any case.
+        found = Accumulator(k, span, f32, lambda a, b, _: k.greatest(a, b), float("-inf"))
+        found.take(read, ending)
+        most = k.splat(k.let(found.total(), "most"), lanes)
+
+        def weight(value: Expr) -> Expr:
+            return exp_of_negative(k, k.let(value - most), lanes)
+
+        # Of 16 bits a weight is not kept: rounded twice it would be off by more than the result's own spacing.
+        keeps = not self.log and x.dtype is f32
+
+        def term(v: Expr) -> Expr:
+            made = weight(read(v))
+            if keeps:
+                span.write(y, at, v, made, f32)
+            return made
+
+        sums = Accumulator(k, span, f32, lambda a, b, _: a + b, 0)
+        sums.take(term, lambda: weight(ending()))
+        total = k.let(sums.total(), "total")
+        last = k.let(k.libm("log", f32, total) if self.log else k.number(1.0, f32) / total, "last")
+        last = k.splat(last, lanes)
+
+        def finished(value: Expr) -> Expr:
+            return value - most - last if self.log else weight(value) * last
+
+        with k.loop(span.vectors, "v") as v:
+            span.write(y, at, v, span.read(y, at, v, f32) * last if keeps else finished(read(v)), f32)
+        with span.has_tail():
+            span.write_tail(y, at, finished(ending()), f32)

@@ -1,0 +1,452 @@
+"""Writing an ONNX graph: nodes on tensors, dtypes that an operator lacks widened, equal nodes written once.
+
+    w = OnnxWriter(graph, opset=17)
+    y = w.add("MatMul", x, w.add("Transpose", weight, perm=[1, 0]))
+
+What an operator takes is read from its schema at the opset. Where it does not take a dtype, it is applied in a wider
+one between two casts, which gives the same numbers: integers wrap around, and 16-bit floats are rounded once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.legalization import Keeps, legalize
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Function, Graph, Literal, Node, Source, Value
+from treadle.ir.sizes import Quotient, Size
+from treadle.ir.types import DTYPES, DType, Type, bf16, boolean, f16, f32, i8, i16, i32, i64, u8
+
+CODES: Mapping[str, tuple[int, str]] = {
+    "f32": (1, "float"),
+    "u8": (2, "uint8"),
+    "i8": (3, "int8"),
+    "i16": (5, "int16"),
+    "i32": (6, "int32"),
+    "i64": (7, "int64"),
+    "bool": (9, "bool"),
+    "f16": (10, "float16"),
+    "f64": (11, "double"),
+    "bf16": (16, "bfloat16"),
+}
+"""ONNX's number and name of each dtype."""
+
+NARROW: Mapping[str, tuple[int, DType]] = {
+    f"f{name.removeprefix('float')}": (code, DType(f"f{name.removeprefix('float')}", "float", 1))
+    for name, code in {
+        "float8e4m3fn": 17,
+        "float8e4m3fnuz": 18,
+        "float8e5m2": 19,
+        "float8e5m2fnuz": 20,
+        "float4e2m1": 23,
+    }.items()
+}
+"""ONNX's numbers of float formats that are no dtypes of ours; a cast to one and back rounds."""
+
+_NAMED = {f"tensor({name})": DTYPES[ours] for ours, (_, name) in CODES.items()}
+_NAMED |= {f"tensor(float{ours[1:]})": dtype for ours, (_, dtype) in NARROW.items()}
+
+_WIDER: Mapping[DType, tuple[DType, ...]] = {
+    boolean: (u8, i32),
+    u8: (i32, i64),
+    i8: (i32, i64),
+    i16: (i32, i64),
+    i32: (i64,),
+    f16: (f32,),
+    bf16: (f32,),
+}
+"""What an operator is applied in where it does not take a dtype, the first that it takes."""
+
+_NO_KERNEL: Mapping[str, frozenset[DType]] = {
+    "Max": frozenset({i16}),
+    "Min": frozenset({i16}),
+    "ArgMax": frozenset({i16}),
+    "Pad": frozenset({i16}),
+    "Where": frozenset({i16, boolean}),
+    "Einsum": frozenset({i16, i8, u8}),
+    "TopK": frozenset({i16, i8, u8}),
+    "ScatterND": frozenset({i8, u8, f16, bf16}),
+    "ScatterElements": frozenset({f16, bf16}),
+}
+"""Dtypes that the standard has and ONNX Runtime's processor kernels lack: these are widened, too.
+
+bf16 is not, but for sums by index: other devices compute in it, and casts around every node would slow these down.
+"""
+
+
+@dataclass(eq=False)
+class Tensor:
+    """A value of the ONNX graph. Its name may be changed until the graph is written out."""
+
+    name: str
+    dtype: DType
+
+
+@dataclass(eq=False)
+class OnnxNode:
+    """An operator applied to tensors; None stands for an optional input that is left out."""
+
+    op_type: str
+    name: str
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: Mapping[str, Any]
+    doc: str
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """What an operator takes and gives at an opset: type variables or dtypes, in order; the last input may repeat."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    allowed: Mapping[str, frozenset[DType]]
+
+
+@lru_cache(maxsize=1024)
+def _schema(op_type: str, opset: int) -> _Schema | None:
+    """None where the opset does not have the operator."""
+    import onnx
+
+    try:
+        found = onnx.defs.get_schema(op_type, opset)
+    except onnx.defs.SchemaError:
+        return None
+    allowed = {}
+    for constraint in found.type_constraints:
+        dtypes = frozenset(_NAMED[t] for t in constraint.allowed_type_strs if t in _NAMED)
+        lacking = _NO_KERNEL.get(op_type, frozenset()) if len(dtypes) > 1 else frozenset()
+        allowed[constraint.type_param_str] = dtypes - lacking
+    return _Schema(tuple(i.type_str for i in found.inputs), tuple(o.type_str for o in found.outputs), allowed)
+
+
+class OnnxWriter:
+    """Gathers the nodes and constants of one ONNX graph.
+
+    opset      the version of the standard's operators
+    keeps      which composites `spell` can spell as they are
+    spell      adds a node of ours, and gives its results
+    nodes      in order
+    constants  the tensor of each constant, by its content
+    types      our type of each tensor that is the result of a node of ours
+    """
+
+    def __init__(self, graph: Graph, opset: int, keeps: Keeps, spell: Callable[[Line], list[Tensor]]) -> None:
+        self.graph, self.opset, self.keeps, self.spell = graph, opset, keeps, spell
+        self.nodes: list[OnnxNode] = []
+        self.constants: dict[Literal, Tensor] = {}
+        self.symbols: dict[str, Tensor] = {}
+        """The size of each symbol that was asked for, i64[1]."""
+        self.sources: list[tuple[Tensor, tuple[Size, ...]]] = []
+        """The arguments of the graph, whose dimensions tell the symbols."""
+        self.types: dict[Tensor, Type] = {}
+        self._names: set[str] = set()
+        self._written: dict[tuple[Any, ...], OnnxNode] = {}
+        self._writing: list[Node] = []
+        """The node of ours being written, and, innermost last, those that its spelling writes."""
+
+    # -- names -----------------------------------------------------------------------------------------------
+
+    def name(self, wanted: str) -> str:
+        """The name, or one like it that is not taken."""
+        base = name = plain(wanted) or "value"
+        count = 1
+        while name in self._names:
+            count += 1
+            name = f"{base}_{count}"
+        self._names.add(name)
+        return name
+
+    def refusal(self, what: str, hint: str | None = None) -> BackendError:
+        """The error that the node being written has no form."""
+        if not self._writing:
+            return BackendError(what, hint=hint)
+        outer, node = self._writing[0], self._writing[-1]
+        types = ", ".join(str(v.type) for v in node.inputs)
+        return BackendError(
+            f"{node.op.name}: {what}",
+            received=f"{node.op.name}({types})",
+            source=describe_source(outer.source, outer.scope),
+            hint=hint,
+        )
+
+    # -- functions of ours -----------------------------------------------------------------------------------
+
+    def write(self, function: Function, tensors: dict[Value, Tensor]) -> None:
+        """Write the nodes of a function without calls, of kept ops and primitives, whose arguments are `tensors`.
+
+        Adds its results to `tensors`. Raises BackendError for an op without a form.
+        """
+        for node in function.nodes:
+            self._writing.append(node)
+            known = len(self.nodes)
+            made = self.spell(Line(self, node, [None if v is None else self.tensor(v, tensors) for v in node.operands]))
+            fresh = {t for added in self.nodes[known:] for t in added.outputs}
+            for value, tensor in zip(node.results, made, strict=True):
+                tensors[value] = tensor
+                if tensor in fresh and tensor not in self.types:
+                    tensor.name = self.name(f"{self._scope}.{value.name}".lstrip("."))
+                    self.types[tensor] = value.type
+            self._writing.pop()
+
+    def tensor(self, value: Value, tensors: Mapping[Value, Tensor]) -> Tensor:
+        """What stands for a value of ours."""
+        return tensors[value] if value.literal is None else self.literal(value.literal)
+
+    @property
+    def _scope(self) -> str:
+        return self._writing[0].scope if self._writing else ""
+
+    # -- nodes -----------------------------------------------------------------------------------------------
+
+    def add(self, op_type: str, *inputs: Tensor | None, dtype: DType | None = None, **attributes: Any) -> Tensor:
+        """Apply an operator with one result, or of which the first is wanted. See `add_all`."""
+        return self.add_all(op_type, *inputs, dtype=dtype, results=1, **attributes)[0]
+
+    def add_all(
+        self, op_type: str, *inputs: Tensor | None, dtype: DType | None = None, results: int, **attributes: Any
+    ) -> tuple[Tensor, ...]:
+        """Apply an operator; returns its first `results` results.
+
+        dtype  of the results, where the operator's inputs do not tell it (Cast)
+
+        Raises BackendError where the opset lacks the operator, or it takes no dtype that holds the inputs'.
+        """
+        schema = _schema(op_type, self.opset)
+        if schema is None:
+            raise self.refusal(f"opset {self.opset} has no {op_type}")
+        variables = [schema.inputs[min(i, len(schema.inputs) - 1)] for i in range(len(inputs))]
+        own = {v: x.dtype for v, x in zip(variables, inputs, strict=True) if x is not None}
+        wide = {v: self._taken(op_type, schema, v, d) for v, d in own.items()}
+        given = tuple(x if x is None else self.cast(x, wide[v]) for v, x in zip(variables, inputs, strict=True))
+        made = []
+        for variable in schema.outputs[:results]:
+            only = schema.allowed.get(variable, frozenset())
+            known = wide.get(variable) or _NAMED.get(variable) or (next(iter(only)) if len(only) == 1 else dtype)
+            assert known is not None, f"{op_type} needs dtype="
+            made.append(known)
+        node = self._placed(op_type, given, made, attributes)
+        returned = [own.get(v, t.dtype) for v, t in zip(schema.outputs, node.outputs, strict=False)]
+        return tuple(self.cast(t, d) for t, d in zip(node.outputs, returned, strict=True))
+
+    def cast(self, x: Tensor, to: DType) -> Tensor:
+        """x in another dtype; x itself where it is of that dtype."""
+        return x if x.dtype is to else self.add("Cast", x, dtype=to, to=CODES[to.name][0])
+
+    def _taken(self, op_type: str, schema: _Schema, variable: str, dtype: DType) -> DType:
+        allowed = schema.allowed.get(variable)
+        if allowed is None or dtype in allowed:
+            return dtype
+        for wider in _WIDER.get(dtype, ()):
+            if wider in allowed:
+                return wider
+        raise self.refusal(f"ONNX has no {op_type} of {dtype} at opset {self.opset}", hint="another dtype, or opset")
+
+    def _placed(
+        self, op_type: str, inputs: tuple[Tensor | None, ...], dtypes: Sequence[DType], attributes: Mapping[str, Any]
+    ) -> OnnxNode:
+        """The node of this content: all operators are functions, so that an equal one that is there serves as well."""
+        fixed = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(attributes.items()))
+        key = (op_type, inputs, fixed, tuple(dtypes))
+        found = self._written.get(key)
+        if found is None:
+            name = self.name(f"{self._scope}.{op_type}".lstrip("."))
+            outputs = tuple(Tensor(name if i == 0 else self.name(f"{name}.{i}"), d) for i, d in enumerate(dtypes))
+            doc = _told(self._writing[0].source) if self._writing else ""
+            found = self._written[key] = OnnxNode(op_type, name, inputs, outputs, dict(fixed), doc)
+            self.nodes.append(found)
+        return found
+
+    def handed_on(self, x: Tensor, name: str) -> Tensor:
+        """x under another name, which is taken for it already."""
+        made = Tensor(name, x.dtype)
+        self.nodes.append(OnnxNode("Identity", self.name(f"{name}.Identity"), (x,), (made,), {}, ""))
+        return made
+
+    # -- constants -------------------------------------------------------------------------------------------
+
+    def literal(self, literal: Literal) -> Tensor:
+        """A constant; equal ones are one."""
+        found = self.constants.get(literal)
+        if found is None:
+            shown = f".{literal.scalar}" if literal.shape == () else ""
+            found = self.constants[literal] = Tensor(self.name(f"constant{shown}"), literal.dtype)
+        return found
+
+    def constant(self, value: Any, dtype: DType) -> Tensor:
+        """A number or an array as a constant."""
+        return self.literal(Literal.of(value, dtype))
+
+    def integers(self, *values: int) -> Tensor:
+        """i64[n]: the axes, starts or sizes that an operator takes as an input. Raises BackendError past i64."""
+        if any(not -(2**63) <= value < 2**63 for value in values):
+            raise self.refusal(f"{max(values, key=abs)} is past what ONNX counts in")
+        return self.constant(np.array(values, np.int64), i64)
+
+    # -- sizes -----------------------------------------------------------------------------------------------
+
+    def vector(self, sizes: Sequence[Size | int]) -> Tensor:
+        """i64[n]: the sizes, as a constant where none holds a symbol."""
+        pieces: list[Tensor] = []
+        run: list[int] = []
+        for size in map(Size.of, sizes):
+            if size.constant is not None:
+                run.append(size.constant)
+                continue
+            pieces += [self.integers(*run)] if run else []
+            pieces.append(self._size(size))
+            run = []
+        if run or not pieces:
+            pieces.append(self.integers(*run))
+        return pieces[0] if len(pieces) == 1 else self.add("Concat", *pieces, axis=0)
+
+    def scalar(self, size: Size, dtype: DType = i64) -> Tensor:
+        """A size as a tensor of rank 0."""
+        if size.constant is not None:
+            return self.constant(size.constant, dtype)
+        return self.cast(self.add("Squeeze", self._size(size), self.integers(0)), dtype)
+
+    def counted(self, size: Size) -> Tensor:
+        """i64[size]: the numbers from 0."""
+        return self.add("Range", self.constant(0, i64), self.scalar(size), self.constant(1, i64))
+
+    def may_be_empty(self, size: Size) -> bool:
+        """Whether some values of the symbols make the size 0."""
+        return size.bounds(self.graph.symbols).lower < 1
+
+    def _size(self, size: Size) -> Tensor:
+        """i64[1]"""
+        if size.constant is not None:
+            return self.integers(size.constant)
+        total: Tensor | None = None
+        for atoms, coefficient in size.terms:
+            made: Tensor | None = None
+            for atom in atoms:
+                factor = self._quotient(atom) if isinstance(atom, Quotient) else self._symbol(atom)
+                made = factor if made is None else self.add("Mul", made, factor)
+            if made is None:
+                made = self.integers(abs(coefficient))
+            elif abs(coefficient) != 1:
+                made = self.add("Mul", made, self.integers(abs(coefficient)))
+            if total is None:
+                total = made if coefficient > 0 else self.add("Neg", made)
+            else:
+                total = self.add("Add" if coefficient > 0 else "Sub", total, made)
+        assert total is not None  # a size without terms is the constant 0
+        return total
+
+    def _quotient(self, atom: Quotient) -> Tensor:
+        """ONNX divides towards zero, which is down where both are positive; else the rest is taken away first."""
+        numerator, denominator = self._size(atom.numerator), self._size(atom.denominator)
+        least = [s.bounds(self.graph.symbols).lower for s in (atom.numerator, atom.denominator)]
+        if least[0] < 0 or least[1] < 1:
+            numerator = self.add("Sub", numerator, self.add("Mod", numerator, denominator))
+        return self.add("Div", numerator, denominator)
+
+    def _symbol(self, symbol: str) -> Tensor:
+        if symbol not in self.symbols:
+            self.symbols[symbol] = self._solved(symbol)
+        return self.symbols[symbol]
+
+    def _solved(self, symbol: str) -> Tensor:
+        """The size of a symbol from a dimension S of an argument, else from one that is c*S + d."""
+        for bare in (True, False):
+            for tensor, shape in self.sources:
+                for position, size in enumerate(shape):
+                    linear = size.as_linear
+                    if linear is None or linear[0] != symbol or bare != (linear[1:] == (1, 0)):
+                        continue
+                    _, coefficient, offset = linear
+                    made = self._dimension(tensor, position)
+                    made = self.add("Sub", made, self.integers(offset)) if offset else made
+                    return self.add("Div", made, self.integers(coefficient)) if coefficient != 1 else made
+        raise BackendError(
+            f"{self.graph.name} needs the size of {symbol}, which no input's dimensions tell",
+            received=", ".join(f"{v.name}: {v.type}" for v in self.graph.main.inputs),
+            hint=f"an input with a dimension {symbol}",
+        )
+
+    def _dimension(self, tensor: Tensor, position: int) -> Tensor:
+        if self.opset >= 15:
+            return self.add("Shape", tensor, start=position, end=position + 1)
+        return self.add("Gather", self.add("Shape", tensor), self.integers(position), axis=0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A node of ours about to be written, as a spelling sees it: `line.x` is the tensor of its operand x.
+
+    w         the writer; `line.add` is the writer's
+    node, op  ours
+    """
+
+    w: OnnxWriter
+    node: Node
+    tensors: Sequence[Tensor | None]
+    op: Any = field(init=False)
+    names: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", self.node.op)
+        object.__setattr__(self, "names", self.node.op.operand_names(len(self.node.operands)))
+
+    def __getattr__(self, name: str) -> Any:
+        """An operand that is present, or one of the writer's methods."""
+        if name in self.__dict__.get("names", ()):
+            found = self.tensors[self.names.index(name)]
+            assert found is not None, name
+            return found
+        raise AttributeError(name)
+
+    @property
+    def add(self) -> Any:
+        return self.w.add
+
+    def expanded(self, graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Write the main function of a graph on these tensors in the node's place; returns its outputs."""
+        main = legalize(graph, self.w.keeps).main
+        held = dict(zip(main.inputs, tensors, strict=True))
+        self.w.write(main, held)
+        return {name: self.w.tensor(value, held) for name, value in main.outputs.items()}
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The operands that are there, in order."""
+        return [t for t in self.tensors if t is not None]
+
+    def has(self, name: str) -> bool:
+        """Whether an optional operand is present."""
+        return self.tensors[self.names.index(name)] is not None
+
+    def type(self, name: str) -> Any:
+        """The type of an operand that is present."""
+        value = self.node.operands[self.names.index(name)]
+        assert value is not None
+        return value.type
+
+    @property
+    def result(self) -> Any:
+        """The type of the first result."""
+        return self.node.results[0].type
+
+
+def plain(text: str) -> str:
+    """Text that a file can hold: a name may come from anywhere, and half a surrogate pair is no character."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _told(source: Source | None) -> str:
+    """`gpt2.py:41`, never an absolute path: a file must not say where it was made."""
+    if source is None:
+        return ""
+    absolute = os.path.isabs(source.file) or re.match(r"[A-Za-z]:[\\/]", source.file)
+    file = re.split(r"[\\/]", source.file)[-1] if absolute else source.file
+    return f"{plain(file)}:{source.line}"

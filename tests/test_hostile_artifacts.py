@@ -1,0 +1,110 @@
+"""Artifacts that were made to cost their reader much are refused by a limit, or load, and limits can be set higher.
+
+benchmarks/fuzz_artifact.py takes the time that each of them needs, which is not done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fuzz_artifact import hostile_file
+from benchmarks.hostile_artifacts import SHAPES
+from treadle.artifacts import GRAPH_LIMITS, ArtifactLimits, load, open_artifact
+from treadle.frontends.safetensors_file import Limits as HeaderLimits
+from treadle.ir.builder import Builder
+from treadle.ir.errors import CheckpointError, ParseError
+from treadle.ir.graph import Graph
+from treadle.ir.inline import inline_calls
+from treadle.ir.parser import parse_graph
+from treadle.ir.printer import print_graph
+from treadle.ir.scanner import Limits
+from treadle.models.gpt2 import gpt2
+from treadle.models.registry import family_names, find_family
+from treadle.models.whisper import whisper
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_is_refused_or_loads(name: str, tmp_path: Path) -> None:
+    shape, path = SHAPES[name], tmp_path / "x.treadle"
+    path.write_bytes(hostile_file(shape))
+    if shape.refusal is None:
+        load(path)
+        return
+    with pytest.raises((CheckpointError, ParseError)) as caught:
+        load(path)
+    assert caught.value.what.startswith(shape.refusal)
+    assert str(path) in (caught.value.within or "")
+    assert len(str(caught.value)) < 3_000
+
+
+def test_refused_files_load_under_higher_limits(tmp_path: Path) -> None:
+    """What is refused is refused for its size alone."""
+    path = tmp_path / "x.treadle"
+    for name in ("too many nodes", "no two nodes alike", "too many constants", "too many symbols", "too many sections"):
+        path.unlink(missing_ok=True)
+        path.write_bytes(hostile_file(SHAPES[name]))
+        header = HeaderLimits(values=100_000)
+        if name == "too many sections":  # which the graph does not take
+            with pytest.raises(CheckpointError, match="a weight that the graph does not take"):
+                open_artifact(path, limits=ArtifactLimits(header=header))
+        else:
+            assert open_artifact(path, limits=ArtifactLimits(graph=Limits())).name == "g"
+
+
+def test_a_text_of_types_can_be_read_where_it_is_trusted() -> None:
+    text = SHAPES["long sums"].text()
+    with pytest.raises(ParseError, match="takes too long") as caught:
+        parse_graph(text, GRAPH_LIMITS)
+    assert "Limits(work=...)" in (caught.value.hint or "")
+    assert len(parse_graph(text, replace(GRAPH_LIMITS, work=2_000_000)).main.inputs) == 801
+
+
+# -- what models need ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_models_of_the_zoo_need_a_tenth_of_every_limit(name: str) -> None:
+    text = print_graph(find_family(name).model.graph())
+    tenth = replace(
+        GRAPH_LIMITS,
+        **{
+            limit: getattr(GRAPH_LIMITS, limit) // 10
+            for limit in ("characters", "nodes", "operands", "functions", "arguments", "parameters", "symbols", "work")
+        },
+    )
+    assert parse_graph(text, tenth)
+
+
+def test_deep_models_are_far_from_the_limits() -> None:
+    """48 layers as blocks, and Whisper's largest written out, every layer's nodes by themselves."""
+    half = replace(GRAPH_LIMITS, work=GRAPH_LIMITS.work // 2, nodes=GRAPH_LIMITS.nodes // 2)
+    deep = gpt2.configure(dim=1600, heads=25, layers=48)
+    large = whisper.configure(
+        dim=1280, heads=20, layers=32, hidden=5120, decoder_heads=20, decoder_layers=32, decoder_hidden=5120
+    )
+    assert parse_graph(print_graph(deep.graph()), half)
+    flat = inline_calls(large.graph())
+    assert len(flat.main.nodes) > 1_300
+    assert parse_graph(print_graph(flat), half)
+
+
+def test_an_export_of_three_thousand_nodes_loads() -> None:
+    """Without blocks, every size a number, each layer wider than the one before."""
+    b = Builder(Graph("export"))
+    x = b.input("x", "f32[1, 64, 16]")
+    for i in range(150):
+        wide = 16 + i // 3
+        y = b.linear(x, b.parameter(f"layer.{i}.in", f"f32[{4 * wide}, {x.type.static_shape[-1]}]"))
+        for name in ("scale", "shift"):
+            y = (y if name == "scale" else -y) * b.parameter(f"layer.{i}.{name}", f"f32[{4 * wide}]") + 1.0
+        for _ in range(3):
+            y = b.exp(y * 0.5) - y
+        x = b.linear(y, b.parameter(f"layer.{i}.out", f"f32[{wide}, {4 * wide}]"))
+        for _ in range(2):
+            x = b.reciprocal(x + 2.0)
+    b.outputs(y=x)
+    assert len(b.graph.main.nodes) >= 3_000
+    assert parse_graph(print_graph(b.graph), GRAPH_LIMITS) == b.graph

@@ -1,0 +1,679 @@
+"""ONNX export: every op and every model in ONNX Runtime against the reference, and what the files hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+import treadle.ir.ops
+from tests.backend_checks import assert_near, block_model, graph_of, message
+from tests.op_checks import DTYPES, TESTED, Array, Case, assert_close, resolution
+from tests.test_models import ZOO
+from tests.test_op_suite import ROUNDINGS, dtypes_of
+from treadle.backends.onnx_export import (
+    ALIGNMENT,
+    DEFAULT_OPSET,
+    EXTERNAL_ABOVE,
+    NEWEST_OPSET,
+    OLDEST_OPSET,
+    Exported,
+    export_onnx,
+)
+from treadle.ir.attention_terms import Alibi, BooleanMask, Causal, Padding, TensorBias, Window
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.operation import OPS, Operand, Primitive, op
+from treadle.ir.types import bf16
+from treadle.passes.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.runtime.drawn_inputs import draw_inputs
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+onnx_reference = pytest.importorskip("onnx.reference")
+
+NEWEST = min(NEWEST_OPSET, onnx.defs.onnx_opset_version())
+EVERY_OPSET = range(OLDEST_OPSET, NEWEST + 1)
+
+MODEL_TOLERANCE = 2e-5
+"""Of max|a - b| / max|b|, as tests/test_huggingface_models.py argues it: some sums of tens of float32 products."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    ort.set_default_logger_severity(4)
+    yield
+    ort.set_default_logger_severity(2)
+
+
+def session(path: Path) -> Any:
+    """A file in ONNX Runtime, after the checker has passed it, shapes and dtypes included."""
+    onnx.checker.check_model(str(path), full_check=True)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(opened: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    return dict(zip([o.name for o in opened.get_outputs()], opened.run(None, dict(inputs)), strict=True))
+
+
+def exported(
+    graph: Graph, folder: Path, weights: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[Exported, Any]:
+    made = export_onnx(graph, weights or {}, folder / "model.onnx", **options)
+    return made, onnx.load(str(made.path), load_external_data=False)
+
+
+def in_runtime(
+    graph: Graph, folder: Path, inputs: Mapping[str, Array], weights: Mapping[str, Any] | None = None, **options: Any
+) -> dict[str, Array]:
+    made = export_onnx(graph, weights or {}, folder / "model.onnx", **options)
+    return run(session(made.path), inputs)
+
+
+# -- every op ----------------------------------------------------------------------------------------------------
+
+SINCE = {"fold_windows": 16, "index_add": 16, "scatter_add": 16}
+"""Ops that have no form before an opset."""
+
+FORMATS_SINCE = {"bf16": 13, "f8e4m3fn": 19, "f8e4m3fnuz": 19, "f8e5m2": 19, "f8e5m2fnuz": 19, "f4e2m1": 23}
+"""The opset from which on an op rounds to a float format."""
+
+NO_KERNEL = {("erf", "f64"), ("gelu", "f64"), ("round_to", "f4e2m1")}
+"""What the standard has and ONNX Runtime's processor kernels do not: held against onnx's own reference instead."""
+
+OP_OPSETS = [13, 17, 23, NEWEST]
+
+
+def is_refused(case: Case, opset: int) -> str | None:
+    """The text of the refusal, where the op has no form at the opset."""
+    format = case.op.attributes.get("format")
+    if format is not None and opset < FORMATS_SINCE[format]:
+        return f"ONNX has no Cast of {format} at opset {opset}"
+    return f"opset {opset} has no scatter that adds" if opset < SINCE.get(case.op.name, 0) else None
+
+
+@pytest.mark.parametrize("opset", OP_OPSETS)
+@pytest.mark.parametrize("name", TESTED)
+def test_every_op(name: str, opset: int, tmp_path: Path) -> None:
+    """On every sample; in every dtype at the oldest opset and at the default, in the samples' own at the others."""
+    for number in range(len(OPS[name].samples)):
+        for dtype in dtypes_of(name, number) if opset in (13, 23) else [None]:
+            case = Case.of(name, number, dtype)
+            graph = case.forward_graph()
+            refused = is_refused(case, opset)
+            if refused is not None:
+                with pytest.raises(BackendError, match=refused):
+                    export_onnx(graph, {}, tmp_path / "op.onnx", opset=opset)
+                continue
+            made = export_onnx(graph, {}, tmp_path / "op.onnx", opset=opset)
+            outputs, tolerance = answers(case, graph, made.path)
+            for n, expected in enumerate(case.widened.results):
+                what = f"{name}-{number}-{dtype} at {opset}"
+                got, value = outputs[f"y{n}"], graph.main.outputs[f"y{n}"]
+                assert value.type.dtype is bf16 or got.dtype == value.type.dtype.numpy, what
+                assert_close(got, expected, tolerance, what)
+
+
+def answers(case: Case, graph: Graph, path: Path) -> tuple[dict[str, Array], float]:
+    """What a file gives, and how exact it is: in ONNX Runtime, or where that has no kernels, in onnx's reference."""
+    tolerance = ROUNDINGS * resolution(graph)
+    floats = {v.type.dtype.name for v in graph.main.inputs}
+    unknown = any((case.op.name, kind) in NO_KERNEL for kind in (*floats, case.op.attributes.get("format")))
+    if unknown:
+        with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+            session(path)
+        tolerance = max(tolerance, ROUNDINGS * 2.0**-23)  # whose erf is of float32
+    elif not computes_in_bf16(graph):
+        return run(session(path), case.inputs), tolerance
+    onnx.checker.check_model(str(path), full_check=True)
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    kinds = {v.name: v.type.dtype for v in graph.main.inputs}
+    given = {n: x.astype(ml_dtypes.bfloat16) if kinds[n] is bf16 else x for n, x in case.inputs.items()}
+    with np.errstate(all="ignore"):
+        made = onnx_reference.ReferenceEvaluator(str(path)).run(None, given)
+    plain = [x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x for x in map(np.asarray, made)]
+    return dict(zip(graph.main.outputs, plain, strict=True)), tolerance
+
+
+def computes_in_bf16(graph: Graph) -> bool:
+    return any(v.type.dtype is bf16 for _, node in graph.walk() for v in (*node.inputs, *node.results))
+
+
+# -- every model -------------------------------------------------------------------------------------------------
+
+
+def weights_of(graph: Graph, seed: int = 0) -> dict[str, Array]:
+    """Weights large enough that every part of a model shows in what it answers."""
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for name, value in graph.parameters.items():
+        shape = value.type.evaluate({})
+        drawn[name] = (rng.standard_normal(shape) * (0.3 if len(shape) > 1 else 0.5)).astype(np.float32)
+    return drawn
+
+
+def two_sizes(graph: Graph) -> list[dict[str, int]]:
+    """The least sizes, and others, all different."""
+    found = []
+    for first, step in ((1, 0), (2, 3)):
+        sizes = {}
+        for number, (symbol, bounds) in enumerate(graph.symbols.items()):
+            size = max(bounds.lower, first + step * number)
+            sizes[symbol] = size if bounds.upper is None else min(bounds.upper, size)
+        found.append(sizes)
+    return found
+
+
+def assert_same_model(graph: Graph, opened: Any, weights: Mapping[str, Array], declared: Graph) -> None:
+    for seed, sizes in enumerate(two_sizes(graph)):
+        inputs = draw_inputs(declared, sizes, [seed])
+        made = run(opened, inputs)
+        expected = interpret(declared, inputs, {n: weights[n] for n in declared.parameters}, float64=True)
+        assert made.keys() == expected.keys()
+        for name, right in expected.items():
+            assert made[name].shape == right.shape
+            worst = np.abs(made[name] - right).max() / np.abs(right).max()
+            assert worst < MODEL_TOLERANCE, f"{name} at {sizes}"
+
+
+# Not the whole of CLIP at both: it is large, and its towers are there.
+ON_MODELS = [(name, opset) for name in ZOO for opset in (13, 23) if (name, opset) != ("clip", 13)]
+
+
+@pytest.mark.parametrize(("name", "opset"), ON_MODELS)
+def test_every_model(name: str, opset: int, tmp_path: Path) -> None:
+    declared = ZOO[name][0].graph()
+    graph = PassManager(DEFAULT).run(declared).graph
+    weights = weights_of(declared)
+    made = export_onnx(graph, weights, tmp_path / "model.onnx", opset=opset)
+    assert_same_model(graph, session(made.path), weights, declared)
+    attends = made.operators.get("Attention", 0)
+    assert attends == (sum(n.op.name == "attention" for _, n in unfolded(graph)) if opset >= 23 else 0)
+
+
+def unfolded(graph: Graph) -> Iterator[tuple[Any, Any]]:
+    from treadle.ir.inline import inline_calls
+
+    return inline_calls(graph).walk()
+
+
+@pytest.mark.parametrize("opset", EVERY_OPSET)
+def test_every_opset(opset: int, tmp_path: Path) -> None:
+    """A graph in which every composite that a later opset has as an operator stands, and sizes are computed."""
+
+    def build(b: Builder) -> dict[str, Expr]:
+        x, lengths = b.input("x", "f32[B, S, 8]"), b.input("lengths", "i64[B]")
+        n = b.layer_norm(b.gelu(x), None, None)
+        heads = b.rearrange(b.rms_norm(n, None), pattern="b s (h=2 d) -> b h s d")
+        turned = b.rotary(heads, b.positions(b.reduce_max(n, axes=(2,))), b.constant([1.0, 0.1]))
+        a = b.attention(turned, turned, heads, lengths, terms=(Causal(), Padding()))
+        y = b.linear(b.rearrange(a, pattern="b h s d -> b s (h d)"), b.constant(np.eye(8, dtype=np.float32)), None)
+        return {"y": y, "mean": b.reduce_mean(b.silu(y), axes=(1,)), "flat": b.reshape(y, shape=("B*S", 8))}
+
+    graph = graph_of(build)
+    opened = session(export_onnx(graph, {}, tmp_path / "m.onnx", opset=opset).path)
+    assert onnx.load(str(tmp_path / "m.onnx")).opset_import[0].version == opset
+    for sizes in ({"B": 1, "S": 1}, {"B": 3, "S": 4}):
+        rng = np.random.default_rng(opset)
+        inputs = {
+            "x": rng.standard_normal((sizes["B"], sizes["S"], 8), np.float32),
+            "lengths": np.arange(sizes["B"]),  # the first row sees no key
+        }
+        made, expected = run(opened, inputs), interpret(graph, inputs, float64=True)
+        for name, right in expected.items():
+            assert_near(made[name], right)
+        assert not made["y"][0].any()
+
+
+# -- attention ---------------------------------------------------------------------------------------------------
+
+
+def test_standard_operators_from_their_opset_on(tmp_path: Path) -> None:
+    def build(b: Builder) -> Expr:
+        x = b.input("x", "f32[2, 3, 8]")
+        heads = b.rearrange(b.rms_norm(b.layer_norm(b.gelu(x), None, None), None), pattern="b s (h=2 d) -> b h s d")
+        turned = b.rotary(heads, b.constant(np.zeros((2, 3)), DTYPES["i64"]), b.constant([1.0, 0.1]))
+        made: Expr = b.attention(turned, turned, heads, terms=(Causal(),))
+        return made
+
+    names = ("LayerNormalization", "Gelu", "RMSNormalization", "RotaryEmbedding", "Attention")
+    found = {
+        opset: [name for name in names if exported(graph_of(build), tmp_path, opset=opset)[0].operators.get(name)]
+        for opset in (16, 17, 19, 20, 22, 23, NEWEST)
+    }
+    assert found == {
+        16: [],
+        17: ["LayerNormalization"],
+        19: ["LayerNormalization"],
+        20: ["LayerNormalization", "Gelu"],
+        22: ["LayerNormalization", "Gelu"],
+        23: [*names],
+        NEWEST: [*names],
+    }
+
+
+def test_what_a_query_that_sees_no_key_gets(tmp_path: Path) -> None:
+    """Zeros, whether a mask, an infinite bias or both leave it nothing; ONNX Runtime's Attention agrees."""
+    q = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
+    mask = np.array([[True, False, False], [False, False, False], [False, True, True]])
+    bias = np.where(mask[::-1], np.float32(0.5), -np.float32(np.inf))
+    for terms, given in (
+        ((BooleanMask("s t"),), {"mask": mask}),
+        ((TensorBias("s t"),), {"bias": bias}),
+        ((BooleanMask("s t"), TensorBias("s t"), Causal()), {"mask": mask, "bias": bias}),
+    ):
+
+        def build(b: Builder) -> Expr:
+            x = b.input("q", "f32[2,2,3,4]")
+            kinds = {"mask": "bool[3,3]", "bias": "f32[3,3]"}
+            made: Expr = b.attention(x, x, x, *[b.input(n, kinds[n]) for n in given], terms=terms)  # noqa: B023
+            return made
+
+        graph, inputs = graph_of(build), {"q": q, **given}
+        expected = interpret(graph, inputs, float64=True)["y"]
+        assert (expected == 0).all(axis=(0, 1, 3)).any()
+        for opset in (22, 23):
+            assert_near(in_runtime(graph, tmp_path, inputs, opset=opset)["y"], expected)
+
+
+def test_one_mask_for_all_layers(tmp_path: Path) -> None:
+    """What layers compute alike, from the same lengths, stands in the file once."""
+
+    def build(b: Builder) -> Expr:
+        x, lengths = b.input("x", "f32[B, 2, S, 4]"), b.input("lengths", "i64[B]")
+        for layer in range(3):
+            with b.scoped(f"h.{layer}"):
+                slopes = b.constant([0.5, 0.25])
+                x = x + b.attention(x, x, x, lengths, slopes, terms=(Causal(), Window(3), Padding(), Alibi()))
+        return x
+
+    made, model = exported(graph_of(build), tmp_path)
+    masks = {node.input[3] for node in model.graph.node if node.op_type == "Attention"}
+    assert (made.operators["Attention"], len(masks)) == (3, 1)
+    assert {node.name for node in model.graph.node if node.op_type == "Attention"} == {
+        f"h.{layer}.Attention" for layer in range(3)
+    }
+
+
+# -- sizes and moves -----------------------------------------------------------------------------------------------
+
+
+def same_at(graph: Graph, folder: Path, opset: int, *every: Mapping[str, int]) -> Exported:
+    """Assert that a graph of floats gives the reference's numbers at these sizes."""
+    made = export_onnx(graph, {}, folder / "model.onnx", opset=opset)
+    opened = session(made.path)
+    for sizes in every:
+        inputs = draw_inputs(graph, sizes, [len(sizes)])
+        got, expected = run(opened, inputs), interpret(graph, inputs, float64=True)
+        for name, right in expected.items():
+            assert got[name].shape == right.shape, f"{name} at {sizes}"
+            assert_near(got[name], right)
+    return made
+
+
+@pytest.mark.parametrize("opset", [14, 15, 23])
+def test_sizes_are_expressions(opset: int, tmp_path: Path) -> None:
+    """Products, differences that may be 0, quotients rounded down, and a symbol that only 2*T + 1 tells."""
+
+    def build(b: Builder) -> dict[str, Expr]:
+        x, z = b.input("x", "f32[B, S, 6]"), b.input("z", "f32[2*T+1]")
+        tail = b.slice(x, axis=1, start=1)
+        return {
+            "flat": b.reshape(x, shape=("3*S", "2*B")),
+            "tail": tail,
+            "joined": b.rearrange(tail, pattern="b s d -> (b s) d"),
+            "apart": b.rearrange(b.rearrange(tail, pattern="b s d -> (s b) d"), pattern="(s b=B) d -> d b s"),
+            "halves": b.windows(x, axis=1, size=2, stride=2),
+            "ends": b.slice(x, axis=1, start=-1),
+            "middle": b.slice(z, axis=0, start="T", stop="T+1"),
+            "padded": b.pad(z, axis=0, before="S", after="T-1", value=-2.0),
+            "spread": b.expand(b.slice(z, axis=0, stop=1), shape=("S*T", None)),
+            "counted": b.iota(size="(B+T)//2-S*0", dtype=DTYPES["f32"]) * b.size(value="B*S-T", dtype=DTYPES["f32"]),
+        }
+
+    graph = graph_of(build)
+    same_at(graph, tmp_path, opset, {"B": 3, "S": 4, "T": 2}, {"B": 1, "S": 2, "T": 1}, {"B": 2, "S": 5, "T": 6})
+
+
+@pytest.mark.parametrize("opset", [14, 23])
+def test_an_axis_that_may_be_empty(opset: int, tmp_path: Path) -> None:
+    def build(b: Builder) -> dict[str, Expr]:
+        tail = b.slice(b.input("x", "f32[B, S, 6]"), axis=1, start=1)
+        joined = b.rearrange(tail, pattern="b s d -> (b s) d")
+        apart = b.rearrange(joined, pattern="n (h=2 d) -> h n d")
+        return {"joined": joined, "sum": b.reduce_sum(joined, axes=(0,)), "apart": apart}
+
+    same_at(graph_of(build), tmp_path, opset, {"B": 2, "S": 1}, {"B": 2, "S": 3})
+
+
+def test_an_axis_that_may_be_empty_is_refused_where_reshape_cannot_say_so(tmp_path: Path) -> None:
+    def build(b: Builder) -> Expr:
+        tail = b.slice(b.input("x", "f32[B, S, 2]"), axis=1, start=1)
+        made: Expr = b.rearrange(tail, pattern="b s (c=2 d) -> (c s) (b d)")
+        return made
+
+    text = message(lambda: export_onnx(graph_of(build), {}, tmp_path / "m.onnx", opset=13))
+    assert "Reshape of opset 13 has no sizes that may be 0" in text
+    assert "opset 14" in text
+    assert not list(tmp_path.iterdir())
+    same_at(graph_of(build), tmp_path, 14, {"B": 2, "S": 1}, {"B": 2, "S": 4})
+
+
+REARRANGES = [
+    ("f32[B, S, 12]", "b s (h=3 d) -> b h s d", ["Reshape", "Transpose"]),
+    ("f32[B, 3, S, 4]", "b h s d -> b s (h d)", ["Transpose", "Reshape"]),
+    ("f32[B, S, 12]", "b s (h=3 d) -> b s h d", ["Reshape"]),
+    ("f32[B, S, 12]", "b s d -> b s d", ["Identity"]),
+    ("f32[B, S]", "b s -> b 1 s 1", ["Unsqueeze"]),
+    ("f32[B, 1, S, 1]", "b 1 s 1 -> b s", ["Squeeze"]),
+    ("f32[B, S, 4]", "b s d -> (b s) d", ["Reshape"]),
+    ("f32[B, S, 4]", "b s d -> s (b d)", ["Transpose", "Reshape"]),
+    ("f32[B, 1, S]", "b 1 s -> s 1 b", ["Transpose"]),
+    ("f32[B, S, 4]", "b s d -> d 1 b s", ["Transpose", "Unsqueeze"]),
+    ("f32[B, S, 6]", "b s (g=1 r) -> b g s r", ["Unsqueeze"]),
+    ("f32[6, 6]", "(a b=3) (c=3 d) -> (c a) d b", ["Reshape", "Transpose", "Reshape"]),
+    ("f32[B, S, 4]", "b s d -> (b s d)", ["Reshape"]),
+    ("f32[B, 4, S]", "b (c=2 d) s -> c (b s) d", ["Reshape", "Transpose", "Reshape"]),
+]
+
+
+@pytest.mark.parametrize(("type", "pattern", "operators"), REARRANGES, ids=[p for _, p, _ in REARRANGES])
+def test_a_rearrange_is_few_nodes(type: str, pattern: str, operators: list[str], tmp_path: Path) -> None:
+    """And needs no arithmetic of shapes, even with two symbolic axes."""
+    graph = graph_of(lambda b: b.rearrange(b.input("x", type), pattern=pattern))
+    made = same_at(graph, tmp_path, 13, {"B": 2, "S": 5}, {"B": 1, "S": 1})
+    assert made.operators == Counter(operators)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "f64", "i64", "i8", "u8"])
+def test_division_rounds_down(dtype: str, tmp_path: Path) -> None:
+    """Where C truncates, and for floats as NumPy does it: 1 // 0.1 is 9, since 0.1 is a little more than a tenth."""
+    numpy = DTYPES[dtype].numpy
+    pairs = [(7, 2), (-7, 2), (7, -2), (-7, -2), (6, 3), (-6, 3), (0, 5), (5, 7), (-5, 7)]
+    if dtype.startswith("f"):
+        pairs += [(1.0, 0.1), (-1.0, 0.1), (4.0, np.inf), (-4.0, np.inf), (4.0, 0.0), (-4.0, 0.0), (np.inf, 2.0)]
+    if dtype == "u8":
+        pairs = [(abs(a), abs(b)) for a, b in pairs]
+    x, y = (np.array(side, numpy) for side in zip(*pairs, strict=True))
+
+    def build(b: Builder) -> dict[str, Expr]:
+        n, m = (b.input(name, f"{dtype}[{len(pairs)}]") for name in ("x", "y"))
+        return {"quotient": b.floor_divide(n, m), "rest": b.mod(n, m)}
+
+    for opset in (13, 23):
+        made = in_runtime(graph_of(build), tmp_path, {"x": x, "y": y}, opset=opset)
+        with np.errstate(all="ignore"):
+            np.testing.assert_array_equal(made["quotient"], np.floor_divide(x, y), strict=True)
+            np.testing.assert_array_equal(made["rest"], np.mod(x, y), strict=True)
+
+
+# -- the file ------------------------------------------------------------------------------------------------------
+
+
+def test_names_axes_scopes_and_lines(tmp_path: Path) -> None:
+    graph, weights = block_model()
+    _, model = exported(graph, tmp_path, weights)
+    axes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    }
+    assert axes["tokens"] == ["B", "S"]
+    assert axes["logits"] == ["B", "S", 11]
+    assert axes["h.1.ln.ln"] == ["B", "S", 8]
+    assert [v.name for v in model.graph.input] == ["tokens"]
+    assert {t.name for t in model.graph.initializer} >= set(graph.parameters)
+    norm = next(n for n in model.graph.node if n.op_type == "LayerNormalization" and n.name.startswith("h.1."))
+    assert (norm.name, norm.output[0]) == ("h.1.ln.LayerNormalization", "h.1.ln.ln")
+    assert norm.doc_string.startswith("tests/backend_checks.py:")
+    assert len({n.name for n in model.graph.node}) == len(model.graph.node)
+
+
+def test_bounds_are_told(tmp_path: Path) -> None:
+    graph = ZOO["gpt2"][0].configure(context=40).graph()
+    _, model = exported(graph, tmp_path, weights_of(graph))
+    assert {p.key: p.value for p in model.metadata_props} == {"treadle.sizes": "S <= 40"}
+
+
+def test_equal_arguments_give_equal_bytes(tmp_path: Path) -> None:
+    """In another folder, from a graph that was made anew."""
+    files = []
+    for folder in ("one", "another"):
+        (tmp_path / folder).mkdir()
+        graph, weights = block_model()
+        made, _ = exported(graph, tmp_path / folder, weights, external_above=64)
+        assert made.data is not None
+        files.append((made.path.read_bytes(), made.data.read_bytes()))
+    assert files[0] == files[1]
+    assert str(tmp_path).encode() not in files[0][0]
+
+
+def test_large_weights_lie_beside_the_model(tmp_path: Path) -> None:
+    graph, weights = block_model()
+    tokens = np.array([[1, 2, 3], [10, 0, 4]])
+    expected = interpret(graph, {"tokens": tokens}, weights, float64=True)["logits"]
+    inside = {t.name for t in exported(graph, tmp_path, weights)[1].graph.initializer}
+    assert not (tmp_path / "model.onnx.data").exists()
+    made, model = exported(graph, tmp_path, weights, external_above=64)
+    assert made.data == tmp_path / "model.onnx.data"
+    outside = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
+    assert set(outside) == {name for name, w in weights.items() if w.nbytes > 64} < inside
+    data = made.data.read_bytes()
+    for name, entry in outside.items():
+        start, length = int(entry["offset"]), int(entry["length"])
+        assert (entry["location"], start % ALIGNMENT) == ("model.onnx.data", 0)
+        assert data[start : start + length] == weights[name].tobytes()
+    assert made.external_bytes == sum(weights[name].nbytes for name in outside)
+    assert_near(run(session(made.path), {"tokens": tokens})["logits"], expected)
+
+
+def test_weights_in_any_layout(tmp_path: Path) -> None:
+    """Transposed, reversed, and of bf16, which NumPy holds in float32."""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for array in (x, np.asfortranarray(x), x[::-1]):
+        graph = graph_of(lambda b: b.input("x", "f32[2,3]") + b.parameter("w", "f32[2,3]"))
+        for above in (0, 1000):
+            made = in_runtime(graph, tmp_path, {"x": x}, {"w": array}, external_above=above)["y"]
+            np.testing.assert_array_equal(made, x + array)
+    graph = graph_of(lambda b: b.input("x", "f32[2]") + b.parameter("w", "bf16[2]").cast(DTYPES["f32"]))
+    weight = np.array([1 + 2.0**-7, -3.0], np.float32)
+    np.testing.assert_array_equal(
+        in_runtime(graph, tmp_path, {"x": np.zeros(2, np.float32)}, {"w": weight})["y"], weight
+    )
+
+
+def test_outputs_that_no_node_makes(tmp_path: Path) -> None:
+    """An input, a weight, a constant, and one value twice."""
+
+    def build(b: Builder) -> dict[str, Expr]:
+        x, w = b.input("x", "f32[2]"), b.parameter("w", "f32[2]")
+        y = x * 2.0
+        return {"given": x, "weight": w, "seven": b.constant(7.0), "y": y, "again": y, "same": b.reshape(y, shape=(2,))}
+
+    x, w = np.array([1, 2], np.float32), np.array([3, 4], np.float32)
+    made = in_runtime(graph_of(build), tmp_path, {"x": x}, {"w": w})
+    expected = {"given": x, "weight": w, "seven": np.float32(7), "y": 2 * x, "again": 2 * x, "same": 2 * x}
+    assert list(made) == list(expected)
+    for name, right in expected.items():
+        np.testing.assert_array_equal(made[name], right)
+
+
+def test_a_weight_may_be_called_like_an_input(tmp_path: Path) -> None:
+    graph = graph_of(lambda b: b.input("x", "f32[2]") * b.parameter("x", "f32[2]"))
+    x = np.array([2, 3], np.float32)
+    np.testing.assert_array_equal(in_runtime(graph, tmp_path, {"x": x}, {"x": x})["y"], x * x)
+
+
+def test_names_that_the_file_cannot_have(tmp_path: Path) -> None:
+    """A gradient's outputs are called like its inputs; and names may be no text at all."""
+    half = chr(0xD800)
+
+    def build(b: Builder) -> dict[str, Expr]:
+        x, odd, empty = (b.input(name, "f32[2]") for name in ("x", half, ""))
+        return {"x": b.neg(x, name=half) * b.parameter(half, "f32[2]") + odd + empty, "": x}
+
+    x = np.array([1, 2], np.float32)
+    made, _ = exported(graph_of(build, name=half), tmp_path, {half: x})
+    assert made.inputs == {"x": "x", half: "?", "": "value"}
+    assert made.outputs == {"x": "x_2", "": "value_2"}
+    answered = run(session(made.path), {"x": x, "?": 3 * x, "value": 5 * x})
+    np.testing.assert_array_equal(answered["x_2"], 8 * x - x * x)
+    np.testing.assert_array_equal(answered["value_2"], x)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [12, NEWEST + 1, "23", True])
+def test_other_opsets_are_refused(opset: Any, tmp_path: Path) -> None:
+    graph = graph_of(lambda b: -b.input("x", "f32[2]"))
+    text = message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx", opset=opset))
+    assert f"ONNX export writes opsets 13 to {NEWEST}" in text
+    assert f"opset {opset!r}" in text
+
+
+def test_weights_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
+    graph = graph_of(lambda b: b.input("x", "f32[2]") * b.parameter("w", "f32[2]"))
+    target = tmp_path / "m.onnx"
+    assert "needs weights that are not given" in message(lambda: export_onnx(graph, {}, target))
+    for wrong in (np.zeros(3, np.float32), np.zeros(2)):
+        text = message(lambda: export_onnx(graph, {"w": wrong}, target))  # noqa: B023
+        assert "weight w must be f32[2]" in text
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("i64", float("inf")), ("i8", 300.0), ("u8", -1.0), ("i32", float("nan"))]
+)
+def test_a_pad_with_what_no_integer_holds(dtype: str, value: float, tmp_path: Path) -> None:
+    graph = graph_of(lambda b: b.pad(b.input("x", f"{dtype}[2]"), axis=0, before=1, value=value))
+    assert f"pad: {value} is no {dtype}" in message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx"))
+
+
+def test_a_primitive_without_a_form_is_named(tmp_path: Path) -> None:
+    try:
+
+        @op("triple", axes="... -> ...", dtypes="f -> f")
+        class Triple(Primitive):
+            """y = 3 x"""
+
+            x = Operand()
+
+        def build(b: Builder) -> Expr:
+            with b.scoped("h.0"):
+                made: Expr = b.triple(b.input("x", "f32[N]"))
+            return made
+
+        graph = graph_of(build)
+    finally:
+        OPS.pop("triple", None)
+    text = message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx"))
+    assert "triple: has no form in ONNX" in text
+    assert "scope h.0" in text
+    assert "test_onnx_export.py:" in text
+
+
+def test_a_symbol_that_no_input_tells(tmp_path: Path) -> None:
+    graph = graph_of(lambda b: b.input("x", "f32[N*M]") * b.size(value="N", dtype=DTYPES["f32"]))
+    assert "needs the size of N" in message(lambda: export_onnx(graph, {}, tmp_path / "m.onnx"))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, weights = block_model()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "old.onnx").write_text("old")
+    for target in ("missing/m.onnx", "file/m.onnx", "folder.onnx", "a\0b.onnx", f"{'long' * 70}.onnx"):
+        with pytest.raises(UsageError, match="the ONNX file cannot be written") as caught:
+            export_onnx(graph, weights, tmp_path / target, external_above=64)
+        assert target in str(caught.value)
+
+    with pytest.raises(UsageError, match="cannot be written"):
+        export_onnx(graph, weights, "")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for above in (64, 2**20):
+        with pytest.raises(UsageError, match="cannot be written"):
+            export_onnx(graph, weights, tmp_path / "old.onnx", external_above=above)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.onnx", "old.onnx"]
+    assert (tmp_path / "old.onnx").read_text() == "old"
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def command(*words: str) -> Any:
+    from typer.testing import CliRunner
+
+    from treadle.cli import app
+
+    return CliRunner().invoke(app, ["export", *words])
+
+
+def test_the_command_writes_what_runs(tmp_path: Path) -> None:
+    target = tmp_path / "gpt2.onnx"
+    words = ["gpt2", "-o", str(target), "--set", "layers=1", "--set", "dim=8", "--set", "heads=2", "--set", "vocab=11"]
+    said = command(*words, "--opset", "18", "--external-above", "100", "--seed", "3")
+    assert said.exit_code == 0
+    assert f"wrote {target}" in said.output
+    assert f"wrote {target}.data" in said.output
+    assert "nodes of opset 18: " in said.output
+    told = json.loads(command(*words, "--json").output)
+    assert (told["model"], told["opset"], told["files"]) == ("gpt2", 23, [str(target)])
+    assert told["operators"]["Attention"] == 1
+    assert (told["inputs"], told["outputs"]) == ({"tokens": "tokens"}, {"logits": "logits"})
+    made = run(session(target), {"tokens": np.array([[1, 2, 3]])})
+    compiled = treadle.compile("gpt2", layers=1, dim=8, heads=2, vocab=11)
+    assert_near(made["logits"], compiled(tokens=np.array([[1, 2, 3]]))["logits"])
+    artifact = tmp_path / "gpt2.treadle"
+    compiled.save(artifact)
+    assert command(str(artifact), "-o", str(tmp_path / "again.onnx")).exit_code == 0
+    again = run(session(tmp_path / "again.onnx"), {"tokens": np.array([[1, 2, 3]])})
+    np.testing.assert_array_equal(again["logits"], made["logits"])
+
+
+def test_the_command_has_the_function_s_defaults() -> None:
+    from typer.main import get_command
+
+    from treadle.cli import app
+
+    defaults = {p.name: p.default for p in get_command(app).commands["export"].params}  # type: ignore[attr-defined]
+    assert (defaults["opset"], defaults["external_above"]) == (DEFAULT_OPSET, EXTERNAL_ABOVE)
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    for words, text in (
+        (["gpt2", "-o", str(tmp_path / "gpt2.bin")], "must end in .onnx"),
+        (["gpt2", "-o", str(tmp_path / "gpt2.onnx"), "--opset", "12", "--set", "layers=1"], "writes opsets 13 to"),
+    ):
+        said = command(*words, "--json")
+        assert said.exit_code == 2
+        assert text in json.loads(said.output)["error"]["what"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_readme import blocks
+    from tests.test_readme import run as run_block
+
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "model"}
+    shown = [(run_block(code, names), expected) for code, expected in blocks("docs/onnx-export.md", "python")]
+    assert shown
+    assert all(said == expected for said, expected in shown)
+    session(tmp_path / "tiny.onnx")
