@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.kernels.attention_masks import Term, TermWriter
+from treadle.backends.kernels.attention_masks import Term, TermWriter, lane_numbers
 from treadle.backends.kernels.isa import Isa
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.vector_math import exp
@@ -146,39 +146,39 @@ class _Writer:
     def write(self) -> None:
         """Every slot takes its share of the tasks, one after the other, in memory of its own."""
         k = self.k
-        chunks = k.let(k.greatest(self._ceil(self.s, self.most), k.index(1)), "chunks")
-        self.chunk = k.let(self._ceil(self._ceil(self.s, chunks), GROUP) * GROUP, "chunk")  # of about equal size
-        tasks = k.let(self.b * self.g * chunks, "tasks")
-        active = k.let(k.least(self.slots, tasks), "active")
+        chunks = self._whole(k.greatest(self._ceil(self.s, self.most), k.index(1)), "chunks")
+        self.chunk = self._whole(self._ceil(self._ceil(self.s, chunks), GROUP) * GROUP, "chunk")  # of about equal size
+        tasks = self._whole(self.b * self.g * chunks, "tasks")
+        active = self._whole(k.least(self.slots, tasks), "active")
         with k.parallel(active, "slot") as slot:
             self.slot = slot
-            first = k.let(k.floor_divide(slot * tasks, active), "first")
-            last = k.let(k.floor_divide((slot + 1) * tasks, active), "last")
+            first = self._whole(k.floor_divide(slot * tasks, active), "first")
+            last = self._whole(k.floor_divide((slot + 1) * tasks, active), "last")
             with k.loop(last - first, "n") as n:
-                task = k.let(first + n, "task")
-                at = k.let(k.floor_mod(task, chunks), "at")
-                pair = k.let(k.floor_divide(task, chunks), "pair")
+                task = self._whole(first + n, "task")
+                at = self._whole(k.floor_mod(task, chunks), "at")
+                pair = self._whole(k.floor_divide(task, chunks), "pair")
                 # Of a causal attention the last queries cost the most: threads get early and late ones in turn.
-                half = k.let(k.floor_divide(at, 2), "half")
-                chunk = k.let(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
-                self._task(k.let(k.floor_divide(pair, self.g), "row"), k.let(k.floor_mod(pair, self.g), "g"), chunk)
+                half = self._whole(k.floor_divide(at, 2), "half")
+                chunk = self._whole(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
+                self._task(self._whole(k.floor_divide(pair, self.g), "row"), self._whole(k.floor_mod(pair, self.g), "g"), chunk)
 
     def _task(self, b: Expr, g: Expr, chunk: Expr) -> None:
         k = self.k
         self.at_b, self.at_g = b, g
-        first = self.first = k.let(chunk * self.chunk, "first_query")
-        count = self.count = k.let(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
-        groups = k.let(self._ceil(count, GROUP), "groups")
+        first = self.first = self._whole(chunk * self.chunk, "first_query")
+        count = self.count = self._whole(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
+        groups = self._whole(self._ceil(count, GROUP), "groups")
         self._begin(groups)
         limit = self.t
         for n, lengths in enumerate(self.lengths):
-            limit = k.let(k.least(limit, k.load(lengths, [b])), f"limit{n}")
+            limit = self._whole(k.least(limit, k.load(lengths, [b])), f"limit{n}")
         self.limit = limit
         begin, end = self._seen(first, count)
-        block = k.let(k.floor_divide(begin, BLOCK), "first_block")
-        blocks = k.let(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
+        block = self._whole(k.floor_divide(begin, BLOCK), "first_block")
+        blocks = self._whole(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
         with k.loop(blocks, "block") as n:
-            self.base = k.let((block + n) * BLOCK, "base")
+            self.base = self._whole((block + n) * BLOCK, "base")
             c0, c1 = self._columns(begin, end)
             self._pack_keys(c0, c1)
             self._pack_values(c0, c1)
@@ -189,21 +189,21 @@ class _Writer:
     def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
         """The keys, from and up to, that some of these queries see."""
         k = self.k
-        begin = k.let(k.greatest(first + self.low, k.index(0)), "begin")
-        end = k.let(k.least(self.limit, first + count + self.high), "end")
+        begin = self._whole(k.greatest(first + self.low, k.index(0)), "begin")
+        end = self._whole(k.least(self.limit, first + count + self.high), "end")
         return begin, end
 
     def _columns(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
         """These keys as columns of the block."""
         k = self.k
-        c0 = k.let(k.greatest(begin - self.base, k.index(0)), "from_column")
-        c1 = k.let(k.least(end - self.base, k.index(BLOCK)), "to_column")
+        c0 = self._whole(k.greatest(begin - self.base, k.index(0)), "from_column")
+        c1 = self._whole(k.least(end - self.base, k.index(BLOCK)), "to_column")
         return c0, c1
 
     def _begin(self, groups: Expr) -> None:
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(groups * GROUP, "i") as i:
-            row = k.let(r * self.chunk + i, "state")
+            row = self._whole(r * self.chunk + i, "state")
             k.store(self.rows, [self.slot, row, 0], k.number(-_INFINITY, f32))
             k.store(self.rows, [self.slot, row, 1], k.number(0.0, f32))
             with k.loop(self.vectors, "v") as v:
@@ -214,7 +214,7 @@ class _Writer:
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
         with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
-            row = k.let(r * self.chunk + i, "state")
+            row = self._whole(r * self.chunk + i, "state")
             at = [self.at_b, self.at_g * self.r + r, self.first + i]
             total = k.let(k.load(self.rows, [self.slot, row, 1]), "l")
             zero, one = k.number(0.0, f32), k.number(1.0, f32)
@@ -232,13 +232,13 @@ class _Writer:
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
         """Columns c0 up to c1 of the block, in whole vectors; past the last key it is repeated."""
         k, lanes, d = self.k, self.lanes, self.spec.d
-        begin = k.let(k.floor_divide(c0, lanes), "from_vector")
+        begin = self._whole(k.floor_divide(c0, lanes), "from_vector")
         with k.loop(self._ceil(c1, lanes) - begin, "n") as n:
-            column = k.let((begin + n) * lanes, "column")
-            left = k.let(self.t - 1 - (self.base + column), "left")
-            keys = [k.let(self.base + column + k.least(k.index(x), left), "key") for x in range(lanes)]
-            panel = k.let(k.floor_divide(column, self.width), "panel")
-            to = k.let(panel * (d * self.width) + (column - panel * self.width), "to")
+            column = self._whole((begin + n) * lanes, "column")
+            left = self._whole(self.t - 1 - (self.base + column), "left")
+            keys = [self._whole(self.base + column + k.least(k.index(x), left), "key") for x in range(lanes)]
+            panel = self._whole(k.floor_divide(column, self.width), "panel")
+            to = self._whole(panel * (d * self.width) + (column - panel * self.width), "to")
 
             def square(start: Expr) -> None:
                 read = [k.load(self.key, [self.at_b, self.at_g, j, start], lanes) for j in keys]
@@ -252,7 +252,7 @@ class _Writer:
                         k.store(self.packed_keys, [self.slot, to + c * self.width + x], value)
                 return
             with k.loop(d // lanes, "c") as c:
-                square(k.let(c * lanes, "start"))
+                square(self._whole(c * lanes, "start"))
             if d % lanes:
                 square(k.index(d - lanes))  # overlapping the one before
 
@@ -260,7 +260,7 @@ class _Writer:
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
         with k.loop(c1 - c0, "n") as n:
-            column = k.let(c0 + n, "column")
+            column = self._whole(c0 + n, "column")
             at = [self.at_b, self.at_g, self.base + column]
             for v in range(whole):
                 self._pack_vector(column, v, k.load(self.value, [*at, v * lanes], lanes))
@@ -285,38 +285,38 @@ class _Writer:
     def _group(self, r: Expr, group: Expr) -> None:
         """A group of queries of one head and the block."""
         k = self.k
-        first = k.let(self.first + group * GROUP, "group_first")
-        count = k.let(k.least(self.count - group * GROUP, k.index(GROUP)), "group_count")
+        first = self._whole(self.first + group * GROUP, "group_first")
+        count = self._whole(k.least(self.count - group * GROUP, k.index(GROUP)), "group_count")
         begin, end = self._seen(first, count)
         c0, c1 = self._columns(begin, end)
         with k.when(c0 < c1):
-            p0 = k.let(k.floor_divide(c0, self.width), "from_panel")
-            p1 = k.let(self._ceil(c1, self.width), "to_panel")
+            p0 = self._whole(k.floor_divide(c0, self.width), "from_panel")
+            p1 = self._whole(self._ceil(c1, self.width), "to_panel")
             # One or two queries that are left go one by one, more as a tile that is filled up with zeros.
-            full = k.let(k.floor_divide(count, self.tile), "full")
-            left = k.let(count - full * self.tile, "left")
-            tiles = k.let(full + k.select(left > k.index(2), k.index(1), k.index(0)), "tiles")
-            single = k.let(k.greatest(count - tiles * self.tile, k.index(0)), "single")
+            full = self._whole(k.floor_divide(count, self.tile), "full")
+            left = self._whole(count - full * self.tile, "left")
+            tiles = self._whole(full + k.select(left > k.index(2), k.index(1), k.index(0)), "tiles")
+            single = self._whole(k.greatest(count - tiles * self.tile, k.index(0)), "single")
             self._scale(r, first, count, tiles * self.tile)
             with k.loop(p1 - p0, "n") as n:
-                panel = k.let(p0 + n, "panel")
+                panel = self._whole(p0 + n, "panel")
                 with k.loop(tiles, "tile") as tile:
-                    self._score(k.let(tile * self.tile, "tile_row"), self.tile, panel)
+                    self._score(self._whole(tile * self.tile, "tile_row"), self.tile, panel)
                 with k.loop(single, "row") as row:
-                    self._score(k.let(tiles * self.tile + row, "tile_row"), 1, panel)
-            state = k.let(r * self.chunk + group * GROUP, "state")
+                    self._score(self._whole(tiles * self.tile + row, "tile_row"), 1, panel)
+            state = self._whole(r * self.chunk + group * GROUP, "state")
             with k.loop(count, "row") as row:
                 self._softmax(r, first + row, row, state + row, p0 * self.width, p1 * self.width)
             for panel in range(-(-self.vectors // PANEL)):
                 with k.loop(tiles, "tile") as tile:
-                    self._sum(k.let(tile * self.tile, "tile_row"), self.tile, state, panel, c0, c1)
+                    self._sum(self._whole(tile * self.tile, "tile_row"), self.tile, state, panel, c0, c1)
                 with k.loop(single, "row") as row:
-                    self._sum(k.let(tiles * self.tile + row, "tile_row"), 1, state, panel, c0, c1)
+                    self._sum(self._whole(tiles * self.tile + row, "tile_row"), 1, state, panel, c0, c1)
 
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
         """The group's queries times scale, side by side; zeros up to so many rows."""
         k, lanes, d = self.k, self.lanes, self.spec.d
-        head = k.let(self.at_g * self.r + r, "head")
+        head = self._whole(self.at_g * self.r + r, "head")
         step = lanes if d >= lanes else 1
         starts = [*range(0, d - step + 1, step), *([d - step] if d % step else [])]
         with k.loop(count, "row") as row:
@@ -369,13 +369,13 @@ class _Writer:
     def _softmax(self, r: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
         """Scores of a query as weights, exp(score - m), with m, l and the factor of the old sums brought up to date."""
         k, lanes = self.k, self.lanes
-        i = k.let(i, "query")
-        lo = k.let(i + self.low - self.base, "first_column")
-        hi = k.let(k.least(self.limit, i + self.high + 1) - self.base, "past_column")
+        i = self._whole(i, "query")
+        lo = self._whole(i + self.low - self.base, "first_column")
+        hi = self._whole(k.least(self.limit, i + self.high + 1) - self.base, "past_column")
         peak = k.registers(self.width, f32, "peak")
         with k.unroll(PANEL, "u") as u:
             k.store(peak, [u * lanes], k.number(-_INFINITY, f32, lanes), lanes)
-        pairs = k.let(k.floor_divide(c1 - c0, self.width), "pairs")
+        pairs = self._whole(k.floor_divide(c1 - c0, self.width), "pairs")
         if self.spec.softcap is None and not self.terms:
             whole = k.let(k.both(lo <= c0, c1 <= hi), "whole")
             with k.when(whole), k.loop(pairs, "n") as n, k.unroll(PANEL, "u") as u:
@@ -423,12 +423,12 @@ class _Writer:
     ) -> None:
         """Apply soft-cap, biases and masks to a row of scores, and find its largest."""
         k, lanes = self.k, self.lanes
-        head = k.let(self.at_g * self.r + r, "head")
+        head = self._whole(self.at_g * self.r + r, "head")
         for term in self.terms:
             term.begin(self.at_b, head, i)
         bounds = [k.cast(k.least(k.greatest(x, k.index(0)), k.index(BLOCK)), _I32) for x in (lo, hi)]
         first, past = (k.splat(k.let(x, "bound"), lanes) for x in bounds)
-        numbers = k.cast(k.lane_indices(0, lanes), _I32, lanes)
+        numbers = lane_numbers(k, _I32, lanes)
 
         def one(column: Expr, u: Any, read: Any) -> None:
             at = [self.slot, row, column]
@@ -451,14 +451,14 @@ class _Writer:
                     one(c0 + n * self.width + u * lanes, u, whole)
             return
         # An operand ends with the last key: from there on it is not read.
-        inside = k.let(self.t - self.base, "inside")
-        vectors = k.let(pairs * PANEL, "vectors")
-        full = k.let(k.greatest(k.least(vectors, k.floor_divide(inside - c0, lanes)), k.index(0)), "full")
+        inside = self._whole(self.t - self.base, "inside")
+        vectors = self._whole(pairs * PANEL, "vectors")
+        full = self._whole(k.greatest(k.least(vectors, k.floor_divide(inside - c0, lanes)), k.index(0)), "full")
         with k.loop(full, "n") as n:
-            one(k.let(c0 + n * lanes, "column"), 0, whole)
+            one(self._whole(c0 + n * lanes, "column"), 0, whole)
         with k.loop(vectors - full, "n") as n:
-            column = k.let(c0 + (full + n) * lanes, "column")
-            left = k.let(k.greatest(k.least(inside - column, k.index(lanes)), k.index(0)), "left")
+            column = self._whole(c0 + (full + n) * lanes, "column")
+            left = self._whole(k.greatest(k.least(inside - column, k.index(lanes)), k.index(0)), "left")
 
             def part(view: Any, index: Sequence[Any]) -> Any:
                 padded = k.registers(lanes, view.dtype, "padded")
@@ -473,13 +473,24 @@ class _Writer:
         k, lanes, cap = self.k, self.lanes, self.spec.softcap
         if cap is not None:
             # tanh z = 1 - 2 / (exp(2 z) + 1); far out exp ends where tanh is 1 in float32.
-            bent = exp(k, k.let(x * k.number(2.0 / cap, f32, lanes)), lanes)
+            twice = k.registers(lanes, f32, "twice")  # a product that meets a minimum trips TVM's simplifier
+            k.store(twice, [0], x * k.number(2.0 / cap, f32, lanes), lanes)
+            bent = exp(k, k.load(twice, [0], lanes), lanes)
             one = k.number(1.0, f32, lanes)
             x = k.number(cap, f32, lanes) * (one - k.number(2.0, f32, lanes) / (bent + one))
         for term in self.terms:
             if not term.term.is_mask:
                 x = x + term.vector(j, lanes, read)
         return x
+
+    def _whole(self, value: Expr, name: str) -> Expr:
+        """An index computed once, in a register: what TVM knows nothing of, it does not reason about.
+
+        Its analysis of nested minima, maxima and quotients takes minutes where they are given as expressions.
+        """
+        held = self.k.registers(1, i64, f"{name}_register")
+        self.k.store(held, [0], value)
+        return self.k.let(self.k.load(held, [0]), name)
 
     def _ceil(self, x: Expr, n: Any) -> Expr:
         return self.k.floor_divide(x + (n - 1), n)

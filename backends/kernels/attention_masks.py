@@ -125,9 +125,16 @@ class TermWriter:
                 return k.load(self.views[0], [h, j + (self.queries - 1 - i)], lanes)
             case "alibi":
                 # Whole numbers below 2^24: exact.
-                apart = k.splat(k.cast(j - i, f32), lanes) + k.cast(k.lane_indices(0, lanes), f32, lanes)
-                return k.splat(self.row, lanes) * apart
+                return k.splat(self.row, lanes) * (k.splat(k.cast(j - i, f32), lanes) + lane_numbers(k, f32, lanes))
         return read(self.views[0], [b, h, i, j]) if self.term.by_key else k.splat(self.row, lanes)
+
+
+def lane_numbers(k: Emitter, dtype: DType, lanes: int) -> Expr:
+    """0, 1, ... as a vector. (TVM's simplifier stumbles over a ramp that is cast.)"""
+    held = k.registers(lanes, dtype, "numbers")
+    for lane in range(lanes):
+        k.store(held, [lane], k.number(lane, dtype))
+    return k.let(k.load(held, [0], lanes), "numbers")
 
 
 @dataclass(frozen=True)

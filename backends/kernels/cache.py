@@ -1,6 +1,6 @@
 """The kernel cache: kernels by content, in memory and as shared objects in the user's cache folder.
 
-    entries = KernelCache(isa).entries([Matmul(768, 3072), ...])
+    entries = KernelCache(isa).entries([Matmul(48), ...])
 
 A kernel is compiled when no file under its key is there. The key is a hash of the spec, the instruction set, TVM's
 version and the source of the generators, so a file never needs to be looked at again to know what it is. Files are

@@ -10,7 +10,7 @@ from treadle.backends.kernels.kernel import Kernel
 from treadle.ir.types import DTYPES, DType, f32, f64, i64
 
 if TYPE_CHECKING:
-    from treadle.backends.kernels.emitter import Emitter, Expr
+    from treadle.backends.kernels.emitter import Emitter
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,10 @@ class Contraction(Kernel):
         strides = [[k.size(f"{p.name}_{i}") for i in range(len(sizes))] for p in pointers[:-1]]
         strides.append([k.size(f"y_{i}") for i in range(self.kept)])
         views = [k.view(p, sizes[: len(s)], s) for p, s in zip(pointers, strides, strict=True)]
-        total = 1
-        for size in sizes[: self.kept]:
-            total = total * size
-        with k.parallel(total, "element") as element:
-            at: list[Expr] = []
-            left = element
-            for size in reversed(sizes[: self.kept]):
-                at.insert(0, k.let(k.floor_mod(left, size), "o"))
-                left = k.let(k.floor_divide(left, size), "left")
+        with ExitStack() as outer:  # a flat index would have to be divided by every size, which takes LLVM minutes
+            at = [outer.enter_context((k.loop if i else k.parallel)(size, f"o{i}")) for i, size in enumerate(sizes[: self.kept])]
+            if not at:
+                outer.enter_context(k.parallel(1))
             held = k.registers(1, inner, "total")
             k.store(held, [0], k.number(0, inner))
             with ExitStack() as loops:

@@ -27,7 +27,7 @@ from treadle.backends.bfloat16 import rounded
 from treadle.backends.kernels.conversions import narrow_cast
 from treadle.backends.kernels.isa import Isa
 from treadle.backends.kernels.kernel import Kernel
-from treadle.ir.types import DType, bf16, boolean
+from treadle.ir.types import DType, bf16, boolean, i64
 
 Expr = Any
 """An expression of TVM's; indices may be Python integers."""
@@ -138,6 +138,12 @@ class Emitter:
         IRBuilder.name(name, bound)
         return bound
 
+    def opaque(self, value: Expr, name: str = "t") -> Expr:
+        """An index computed once, of which the code generator sees only that: over nested divisions it takes minutes."""
+        cell = self.registers(1, i64, f"{name}_cell")
+        self.store(cell, [0], _index(value))
+        return self.let(self.load(cell, [0]), name)
+
     # -- memory ----------------------------------------------------------------------------------------------
 
     def registers(self, count: int, dtype: DType, name: str = "acc") -> Any:
@@ -150,7 +156,7 @@ class Emitter:
         """An element, or so many that lie side by side along the last index. A bool is what is not 0."""
         *outer, last = [_index(i) for i in index] or [_index(0)]
         found = view.buffer[(*outer, _ramp(last, lanes))] if lanes > 1 else view.buffer[(*outer, last)]
-        return found != _filled(tirx.const(0, "uint8"), lanes) if view.dtype is boolean else found
+        return tirx.NE(found, _filled(tirx.const(0, "uint8"), lanes)) if view.dtype is boolean else found
 
     def store(self, view: Any, index: Sequence[Expr], value: Expr, lanes: int = 1) -> None:
         """Write an element, or so many side by side along the last index."""

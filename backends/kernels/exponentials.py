@@ -155,7 +155,8 @@ def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
     """x Phi(x), within 4e-7 |x|: below 0, as in its formula, digits cancel. 0 below -5.56, NaN at -inf."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
-    return f.result(held * _odd_quotient(held.clamped(_PHI_HALF), _PHI_P, _PHI_Q) + held * 0.5)
+    part = _odd_quotient(held.clamped(_PHI_HALF), _PHI_P, _PHI_Q).clamped(0.5)
+    return f.result(held * part + held * 0.5)
 
 
 def _odd_quotient(x: Value, above: tuple[float, ...], below: tuple[float, ...]) -> Value:

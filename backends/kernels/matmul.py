@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
 
 
+PANELS = 32  # with fewer, rows are shared out as well
+CHUNK = 16  # tiles that a task then has
+
+
 def panel_width(columns: int | None, isa: Isa) -> int:
     """How many columns a panel of a matrix has: one to four vectors, the most that leave the fewest empty columns.
 
@@ -44,33 +48,30 @@ def tile_rows(width: int, isa: Isa) -> int:
 class Matmul(Kernel):
     """c = epilogue(a @ w), over float32.
 
-    k, n     the sizes, where they are known when the kernel is made; None: passed
     width    of a panel of w
     epilogue what is done with the sum, the chain's first input; None: it is stored as it is
     extras   for each further input of the chain how it lies: `n` a vector over n, `m` one number a row, `mn` a matrix
              like c, `1` one number
     batch    whether there are two batch dimensions, over which all of them may have strides
+    whole    whether n is a multiple of the width at every call
 
-    Passed: a, w, the extras, c; m, then k and n where they are not known; a's stride of rows, `m` and `mn` extras' and
+    Passed: a, w, the extras, c; m, k, n; a's stride of rows, `m` and `mn` extras' and
     c's strides of rows; with batch: the two sizes, then for each pointer its two strides.
     """
 
-    k: int | None
-    n: int | None
     width: int
     epilogue: Chain | None = None
     extras: tuple[str, ...] = ()
     batch: bool = False
+    whole: bool = False
 
     @property
     def title(self) -> str:
         done = f"_{self.epilogue.title}" if self.epilogue else ""
-        return f"matmul_{self.k or 'k'}x{self.n or 'n'}{done}"
+        return f"matmul{'_batch' * self.batch}_{self.width}{done}"
 
     def flops(self, sizes: Sequence[int]) -> int:
-        m, *rest = sizes
-        depth = self.k or rest.pop(0)
-        columns = self.n or rest.pop(0)
+        m, depth, columns = sizes[:3]
         return 2 * m * depth * columns
 
     def emit(self, k: Emitter) -> None:
@@ -79,8 +80,7 @@ class Matmul(Kernel):
         pointers = [k.pointer("a", f32), k.pointer("w", f32)]
         pointers += [k.pointer(f"x{i}", d) for i, d in enumerate(dtypes)] + [k.pointer("c", result)]
         m = k.size("m")
-        depth = k.size("k") if self.k is None else self.k
-        columns = k.size("n") if self.n is None else self.n
+        depth, columns = k.size("k"), k.size("n")
         rows = {"a": k.size("a_stride")}
         rows |= {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if "m" in how}
         rows["c"] = k.size("c_stride")
@@ -95,8 +95,10 @@ class Matmul(Kernel):
             shapes[f"x{i}"] = shape, [rows[f"x{i}"], 1][: len(how)] if "m" in how else None
         if not self.batch:
             views = {p.name: k.view(p, *shapes[p.name]) for p in pointers}
-            with k.parallel(panels, "panel") as panel:
-                self._panel(k, views, panel, m, depth, columns)
+            chunk, chunks = self._chunks(k, m, panels)
+            with k.parallel(panels * chunks, "task") as task:
+                panel, first, rows_here = self._share(k, task, m, chunk, chunks)
+                self._panel(k, views, panel, first, rows_here, depth, columns)
             return
         b0, b1 = k.size("b0"), k.size("b1")
         batched = {p.name: (k.size(f"{p.name}_b0"), k.size(f"{p.name}_b1")) for p in pointers}
@@ -106,31 +108,48 @@ class Matmul(Kernel):
             if strides is None:
                 strides = [depth * self.width, self.width, 1][-len(shape) :] if len(shape) == 3 else [1]
             views[p.name] = k.view(p, [b0, b1, *shape], [*batched[p.name], *strides])
-        with k.parallel(b0 * b1 * panels, "task") as task:
-            panel = k.let(k.floor_mod(task, panels), "panel")
-            b = k.let(k.floor_divide(task, panels), "b")
-            first = [k.let(k.floor_divide(b, b1), "i0"), k.let(k.floor_mod(b, b1), "i1")]
-            self._panel(k, views, panel, m, depth, columns, first)
+        chunk, chunks = self._chunks(k, m, b0 * b1 * panels)
+        with k.parallel(b0 * b1 * panels * chunks, "task") as task:
+            both, first, rows_here = self._share(k, task, m, chunk, chunks)
+            panel = k.let(k.floor_mod(both, panels), "panel")
+            b = k.opaque(k.floor_divide(both, panels), "b")
+            at = [k.let(k.floor_divide(b, b1), "i0"), k.let(k.floor_mod(b, b1), "i1")]
+            self._panel(k, views, panel, first, rows_here, depth, columns, at)
+
+    def _chunks(self, k: Emitter, m: Expr, panels: Expr) -> tuple[Expr, Expr]:
+        """How many rows a task has of its panel, and how many tasks that makes: one a panel, unless panels are few."""
+        few = tile_rows(self.width, k.isa) * CHUNK
+        chunk = k.let(k.either(panels >= PANELS, m, k.index(few)), "chunk")
+        return chunk, k.let(k.either(panels >= PANELS, k.index(1), k.floor_divide(m + (few - 1), few)), "chunks")
+
+    def _share(self, k: Emitter, task: Expr, m: Expr, chunk: Expr, chunks: Expr) -> tuple[Expr, Expr, Expr]:
+        """Of a task: which panel, its first row, how many rows. The tasks of one panel stand side by side."""
+        panel = k.opaque(k.floor_divide(task, chunks), "panel")
+        first = k.opaque((task - panel * chunks) * chunk, "first")
+        return panel, first, k.let(k.least(m - first, chunk), "rows")
 
     def _panel(
         self,
         k: Emitter,
         views: dict[str, Any],
         panel: Expr,
+        start: Expr,
         m: Expr,
         depth: Expr,
         columns: Expr,
         batch: Sequence[Expr] = (),
     ) -> None:
-        """All rows of one panel: full tiles, then one of the rows that are left."""
+        """m rows of one panel: full tiles, then one of the rows that are left."""
         rows = tile_rows(self.width, k.isa)
         blocks = k.let(k.floor_divide(m, rows), "blocks")
         rest = k.let(k.floor_mod(m, rows), "rest")
         with k.loop(blocks, "block") as block:
-            self._tile(k, views, panel, k.let(block * rows, "first"), rows, depth, columns, batch)
-        for count in range(1, rows):
-            with k.when(rest == count):
-                self._tile(k, views, panel, k.let(blocks * rows, "first"), count, depth, columns, batch)
+            self._tile(k, views, panel, k.let(start + block * rows, "first"), rows, depth, columns, batch)
+        for count in (8, 4, 2, 1):  # so few variants, and no row is summed in another order for it
+            if count < rows:
+                with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
+                    before = blocks * rows + k.floor_divide(rest, 2 * count) * (2 * count)
+                    self._tile(k, views, panel, k.let(start + before, "first"), count, depth, columns, batch)
 
     def _tile(
         self,
@@ -155,81 +174,77 @@ class Matmul(Kernel):
                 at = (i * vectors + j) * lanes
                 product = x * k.load(w, [*batch, panel, step, j * lanes], lanes)
                 k.store(acc, [at], k.load(acc, [at], lanes) + product, lanes)
-        with k.unroll(rows, "i") as i, k.unroll(vectors, "j") as j:
-            value = k.load(acc, [(i * vectors + j) * lanes], lanes)
-            column = panel * self.width + j * lanes
-            self._store(k, views, batch, first + i, column, value, columns, lanes)
+        # What finishes an element is written out once a vector of the panel, not once a register.
+        tile = k.registers(rows * self.width, f32, "tile")
+        with k.unroll(rows * vectors, "r") as r:
+            k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
+        with k.loop(rows, "i") as i, k.loop(vectors, "j") as j:
+            value = k.load(tile, [i * self.width + j * lanes], lanes)
+            at = [*batch, first + i]
+            column = k.let(panel * self.width + j * lanes, "column")
+            if self.whole:
+                k.store(views["c"], [*at, column], self._finished(k, views, at, column, value, lanes), lanes)
+            else:
+                self._store_inside(k, views, at, column, value, columns, lanes)
 
-    def _store(
+    def _finished(
+        self, k: Emitter, views: dict[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
+    ) -> Expr:
+        """The epilogue of a vector in row `at` from `column` on, all of it inside the matrix."""
+        if self.epilogue is None:
+            return value
+        extras = [self._extra(k, views, i, at, column, lanes) for i in range(len(self.extras))]
+        return self.epilogue.emit(k, [value, *extras], lanes)
+
+    def _extra(
+        self, k: Emitter, views: dict[str, Any], number: int, at: Sequence[Expr], column: Expr, lanes: int
+    ) -> Expr:
+        how, view = self.extras[number], views[f"x{number}"]
+        if how in ("1", "m"):
+            return k.splat(k.load(view, [*at[:-1], 0] if how == "1" else at), lanes)
+        return k.load(view, [*at[:-1], column] if how == "n" else [*at, column], lanes)
+
+    def _store_inside(
         self,
         k: Emitter,
         views: dict[str, Any],
-        batch: Sequence[Expr],
-        row: Expr,
+        at: Sequence[Expr],
         column: Expr,
         value: Expr,
         columns: Expr,
         lanes: int,
     ) -> None:
-        """Store a vector of c; of the last panel only what is inside the matrix."""
-        whole = self.n is not None and self.n % self.width == 0
-        if whole:
-            k.store(
-                views["c"], [*batch, row, column], self._finished(k, views, batch, row, column, value, lanes), lanes
-            )
-            return
-        inside = k.index(columns) - column
-        with k.when(inside >= k.index(lanes)):
-            k.store(
-                views["c"], [*batch, row, column], self._finished(k, views, batch, row, column, value, lanes), lanes
-            )
-        with k.when(k.both(inside > k.index(0), inside < k.index(lanes))):
-            made = k.registers(lanes, views["c"].dtype, "made")
-            tails = {name: self._padded(k, view, batch, row, column, inside, lanes) for name, view in views.items()}
-            k.store(made, [0], self._finished(k, views, batch, row, column, value, lanes, tails), lanes)
-            with k.loop(inside, "t") as t:
-                k.store(views["c"], [*batch, row, column + t], k.load(made, [t]))
+        """Finish and store what of a vector is inside the matrix; extras are read through copies that zeros fill up."""
+        inside = k.let(k.least(k.index(columns) - column, k.index(lanes)), "inside")
+        extras = []
+        for number, how in enumerate(self.extras):
+            if "n" not in how:
+                extras.append(self._extra(k, views, number, at, column, lanes))
+                continue
+            view = views[f"x{number}"]
+            held = k.registers(lanes, view.dtype, "held")
+            k.store(held, [0], k.number(0, view.dtype, lanes), lanes)
+            self._copy(k, view, [*at[:-1], column] if how == "n" else [*at, column], held, [k.index(0)], inside, lanes)
+            extras.append(k.load(held, [0], lanes))
+        made = k.registers(lanes, views["c"].dtype, "made")
+        k.store(made, [0], self.epilogue.emit(k, [value, *extras], lanes) if self.epilogue else value, lanes)
+        self._copy(k, made, [k.index(0)], views["c"], [*at, column], inside, lanes)
 
-    def _padded(
-        self, k: Emitter, view: Any, batch: Sequence[Expr], row: Expr, column: Expr, inside: Expr, lanes: int
-    ) -> Any:
-        """The last vector of an extra over n, filled up with zeros; None for anything else."""
-        kinds = dict(zip([f"x{i}" for i in range(len(self.extras))], self.extras, strict=True))
-        how = kinds.get(view.name, "1")
-        if "n" not in how:
-            return None
-        padded = k.registers(lanes, view.dtype, "tail")
-        k.store(padded, [0], k.number(0, view.dtype, lanes), lanes)
-        with k.loop(inside, "t") as t:
-            at = [*batch, column + t] if how == "n" else [*batch, row, column + t]
-            k.store(padded, [t], k.load(view, at))
-        return k.load(padded, [0], lanes)
-
-    def _finished(
+    def _copy(
         self,
         k: Emitter,
-        views: dict[str, Any],
-        batch: Sequence[Expr],
-        row: Expr,
-        column: Expr,
-        value: Expr,
+        source: Any,
+        read: Sequence[Expr],
+        to: Any,
+        written: Sequence[Expr],
+        count: Expr,
         lanes: int,
-        tails: dict[str, Any] | None = None,
-    ) -> Expr:
-        if self.epilogue is None:
-            return value
-        read = [value]
-        for i, how in enumerate(self.extras):
-            view = views[f"x{i}"]
-            if how == "1":
-                read.append(k.splat(k.load(view, [*batch, 0]), lanes))
-            elif how == "m":
-                read.append(k.splat(k.load(view, [*batch, row]), lanes))
-            elif tails is not None:
-                read.append(tails[f"x{i}"])
-            else:
-                read.append(k.load(view, [*batch, column] if how == "n" else [*batch, row, column], lanes))
-        return self.epilogue.emit(k, read, lanes)
+    ) -> None:
+        """`count` elements, all lanes at once where it is so many; none where it is not positive."""
+        with k.when(count >= k.index(lanes)):
+            k.store(to, written, k.load(source, read, lanes), lanes)
+        with k.when(count < k.index(lanes)), k.loop(k.greatest(count, k.index(0)), "t") as t:
+            k.store(to, [*written[:-1], written[-1] + t], k.load(source, [*read[:-1], read[-1] + t]))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,16 @@ class Chain:
         return held[-1]
 
     @property
+    def width(self) -> int:
+        """Bytes of the widest element that is computed with: a vector register of these is what a step takes."""
+        computed = [DTYPES[step.dtype] for step in self.instructions]
+        read = [DTYPES[name] for name in self.inputs]
+        widths = [vector_math.working(d).bytes if self.instructions else d.bytes for d in (*read, *computed)]
+        if any(step.op in vector_math.DIVISIONS for step in self.instructions):
+            widths.append(4)  # done one by one: no gain from more of them
+        return max(widths)
+
+    @property
     def title(self) -> str:
         """Its ops, for a kernel's name."""
         return "_".join(step.op for step in self.instructions if step.op != "constant") or "copy"
@@ -118,7 +128,7 @@ class Pointwise(Kernel):
             with k.loop(count, "i") as i:
                 self._point(k, views, [*outer, first + i])
             return
-        lanes = k.isa.lanes(max(min(v.dtype.bytes for v in views), 4))
+        lanes = k.isa.lanes(self.chain.width)
         vectors = k.let(k.floor_divide(count, lanes), "vectors")
         with k.loop(vectors, "v") as v:
             at = [*outer, first + v * lanes]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.kernels.conversions import working
+from treadle.backends.kernels.integer_arithmetic import integer_function
 from treadle.backends.kernels.kernel import Kernel
 from treadle.ir.types import DTYPES, DType
 
@@ -141,7 +142,7 @@ def combiner(k: Emitter, op: str, dtype: DType) -> Callable[[Expr, Expr, int], E
     """`sum` (and `mean`, which is divided later), `max` or `min` of two; a NaN gives NaN."""
 
     def add(x: Expr, y: Expr, lanes: int) -> Expr:
-        return x + y
+        return x + y if dtype.is_float else integer_function(k, "add", dtype, lanes, x, y)
 
     def extremum(x: Expr, y: Expr, lanes: int) -> Expr:
         taken = y > x if op == "max" else y < x  # which is false if x is NaN, so that it stays
@@ -329,7 +330,8 @@ class RunningSum(Kernel):
         with k.loop(n, "j") as j:
             at = [i, n - 1 - j if self.reverse else j, column]
             before = k.let(k.load(total, [0], lanes), "before")
-            after = k.let(before + converted(k, k.load(x, at, lanes), x.dtype, dtype, lanes), "after")
+            value = converted(k, k.load(x, at, lanes), x.dtype, dtype, lanes)
+            after = k.let(combiner(k, "sum", dtype)(before, value, lanes), "after")
             k.store(total, [0], after, lanes)
             k.store(y, at, converted(k, before if self.exclusive else after, dtype, y.dtype, lanes), lanes)
 

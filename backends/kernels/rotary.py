@@ -5,52 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.kernels import trigonometry
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.reduction import converted
-from treadle.ir.types import DTYPES, f32, f64
+from treadle.ir.types import DTYPES, f32
 
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
-
-_HALF_PI_HIGH, _HALF_PI_LOW = 1.57079632673412561417e00, 6.07710050650619224932e-11
-"""pi / 2 in two parts; the first has 33 bits, so its multiples are exact in float64 up to 2^20."""
-_SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-_COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
-
-
-def sin_cos(k: Emitter, x: Expr, lanes: int) -> tuple[Expr, Expr]:
-    """sin x and cos x of float32, to about one rounding for every x up to 2^30 (the polynomials are Cephes').
-
-    A multiple of pi / 2 is taken off in float64, so that a large angle keeps all bits that it has.
-    """
-    wide = k.let(k.cast(x, f64, lanes), "wide")
-    quarters = k.let(k.nearest(wide * k.number(0.6366197723675814, f64, lanes)), "quarters")
-    rest = wide - quarters * k.number(_HALF_PI_HIGH, f64, lanes) - quarters * k.number(_HALF_PI_LOW, f64, lanes)
-    turns = k.floor(quarters * k.number(0.25, f64, lanes)) * k.number(4.0, f64, lanes)
-    quadrant = k.let(k.cast(quarters - turns, f32, lanes), "quadrant")
-    r = k.let(k.cast(rest, f32, lanes), "r")
-    z = k.let(r * r, "z")
-
-    def number(value: float) -> Expr:
-        return k.number(value, f32, lanes)
-
-    def polynomial(coefficients: tuple[float, ...]) -> Expr:
-        p = number(coefficients[0])
-        for c in coefficients[1:]:
-            p = p * z + number(c)
-        return p
-
-    sin = k.let(polynomial(_SIN) * z * r + r, "s")
-    cos = k.let(polynomial(_COS) * (z * z) - z * number(0.5) + number(1.0), "c")
-    first, second = quadrant < number(0.5), quadrant < number(1.5)
-    third = quadrant < number(2.5)
-    # By quadrant: sin is s, c, -s, -c; cos is c, -s, -c, s.
-    zero = number(0.0)
-    minus_sin, minus_cos = k.let(zero - sin), k.let(zero - cos)
-    turned_sin = k.select(first, sin, k.select(second, cos, k.select(third, minus_sin, minus_cos)))
-    turned_cos = k.select(first, cos, k.select(second, minus_sin, k.select(third, minus_cos, sin)))
-    return k.let(turned_sin, "sin"), k.let(turned_cos, "cos")
-
 
 @dataclass(frozen=True)
 class Rotary(Kernel):
@@ -93,7 +54,8 @@ class Rotary(Kernel):
             with k.loop(k.floor_divide(f, lanes), "v") as v:
                 pair = k.let(v * lanes, "pair")
                 angle = k.splat(position, lanes) * k.load(frequencies, [pair], lanes)
-                sin, cos = sin_cos(k, k.let(angle, "angle"), lanes)
+                angle = k.let(angle, "angle")
+                sin, cos = k.let(trigonometry.sin(k, angle, lanes), "sin"), k.let(trigonometry.cos(k, angle, lanes), "cos")
                 with k.loop(h, "head") as head:
                     self._turn(k, x, y, [i, head, t], pair, f, sin, cos)
             rest = k.let(d - f * 2, "rest")

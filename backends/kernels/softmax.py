@@ -5,35 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.kernels.exponentials import exp_nonpositive, log
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.reduction import Accumulator, Span, lanes_of
-from treadle.ir.types import DTYPES, f32, i32
+from treadle.ir.types import DTYPES, f32
 
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
-
-_LEAST = -87.33654  # e to that is about float32's least normal number; what is further below counts as 0
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # of which the first has so few bits that its multiples are exact
-_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-
-
-def exp_of_negative(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """e^x in float32 for x <= 0, to about one rounding: 0 for -inf, NaN for NaN (the polynomial is Cephes')."""
-
-    def number(value: float) -> Expr:
-        return k.number(value, f32, lanes)
-
-    power = k.let(k.nearest(x * number(_LOG2_E)), "power")
-    rest = k.let(x - power * number(_LN2_HIGH) - power * number(_LN2_LOW), "rest")
-    p = number(_EXP[0])
-    for c in _EXP[1:]:
-        p = p * rest + number(c)
-    exponent = k.cast(power, i32, lanes) + k.number(127, i32, lanes)
-    scale = k.bits(k.shift_left(exponent, k.number(23, i32, lanes)), f32, lanes)
-    made = (p * (rest * rest) + rest + number(1.0)) * scale
-    return k.let(k.select(x < number(_LEAST), number(0.0), made), "e")  # false for a NaN, which so goes on
-
 
 @dataclass(frozen=True)
 class Softmax(Kernel):
@@ -81,7 +59,7 @@ class Softmax(Kernel):
         most = k.splat(k.let(found.total(), "most"), lanes)
 
         def weight(value: Expr) -> Expr:
-            return exp_of_negative(k, k.let(value - most), lanes)
+            return k.let(exp_nonpositive(k, k.let(value - most), lanes))
 
         # Of 16 bits a weight is not kept: rounded twice it would be off by more than the result's own spacing.
         keeps = not self.log and x.dtype is f32
@@ -95,7 +73,7 @@ class Softmax(Kernel):
         sums = Accumulator(k, span, f32, lambda a, b, _: a + b, 0)
         sums.take(term, lambda: weight(ending()))
         total = k.let(sums.total(), "total")
-        last = k.let(k.libm("log", f32, total) if self.log else k.number(1.0, f32) / total, "last")
+        last = k.let(log(k, total, 1) if self.log else k.number(1.0, f32) / total, "last")
         last = k.splat(last, lanes)
 
         def finished(value: Expr) -> Expr:

@@ -28,7 +28,7 @@ from treadle.ir.types import DType, f32, f64
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
 
-__all__ = ["FUNCTIONS", "POINTWISE", "emit", "exp", "exp_nonpositive"]
+__all__ = ["DIVISIONS", "FUNCTIONS", "POINTWISE", "emit", "exp", "exp_nonpositive", "working"]
 
 Typed = tuple[Any, DType]
 
@@ -274,3 +274,6 @@ FUNCTIONS: Mapping[str, Callable[..., Expr]] = {
 
 POINTWISE = frozenset({*FUNCTIONS, "cast"})
 """The ops that a chain may hold."""
+
+DIVISIONS = frozenset({"floor_divide", "mod"})
+"""The ops that no instruction set has vector instructions for."""

@@ -426,8 +426,9 @@ class _MatrixProduct:
             near = self.column is None or n == ONE or extra.stride(self.column) == ONE
             how.append(("n" if near else "1") if row == ZERO else "mn" if near else "m")
             rows += [row] if row != ZERO else []
-        kernel = Matmul(k.constant, n.constant, width, self.chain, tuple(how), bool(groups))
-        given: list[Size] = [m, *[size for size in (k, n) if size.constant is None]]
+        whole = n.constant is not None and n.constant % width == 0
+        kernel = Matmul(width, self.chain, tuple(how), bool(groups), whole)
+        given: list[Size] = [m, k, n]
         given += [joined(self.x, self.rows), *rows, joined(self.c, self.rows)]
         if groups:
             given += counts
