@@ -10,6 +10,8 @@ import contextlib
 import io
 import re
 import shlex
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 from treadle.ir.errors import TreadleError
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/dsl.md", "docs/architecture.md", "docs/cli.md")
+PAGES = ("README.md", "docs/dsl.md", "docs/architecture.md", "docs/cli.md", "docs/kernels.md", "docs/onnx-export.md")
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -45,8 +47,10 @@ def run(code: str, namespace: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_and_print_what_is_shown(page: str) -> None:
-    namespace: dict[str, Any] = {"__name__": "model"}
+def test_python_blocks_run_and_print_what_is_shown(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("model")
+    monkeypatch.setitem(sys.modules, "model", module)  # where dataclasses look
+    namespace = module.__dict__
     for code, expected in blocks(page, "python"):
         said = run(code, namespace)
         if expected is not None:
