@@ -1,14 +1,15 @@
 """Attention in one pass over the keys, with the softmax's maximum and sum kept along (Dao et al. 2022).
 
-    out[b, h, i] = sum_j p_j v[b, h // r, j],   p = softmax over j of softcap(scale q[b, h, i] · k[b, h // r, j]) + biases
+    out[b, h, i] = sum_j p_j v[b, h // r, j]
+    p = softmax over j of softcap(scale q[b, h, i] · k[b, h // r, j]) + biases
 
 A task is some queries of all heads that share keys. It takes the keys block by block: packs a block of keys
 (transposed) and values, and lets every group of its queries attend to it while it is in the cache. For each query
 three things are kept: the maximum m of its scores so far, the sum l of exp(score - m), and that of the values.
 
-What a row's bits depend on: its own query, and the keys in blocks that begin at multiples of `BLOCK`. A key that is masked
-adds exactly 0 to the sums, and a block without a key that is seen changes nothing, so that it may be skipped; and a
-query's lanes know nothing of its neighbours in a tile.
+What a row's bits depend on: its own query, and the keys in blocks that begin at multiples of `BLOCK`. A key that is
+masked adds exactly 0 to the sums, and a block without a key that is seen changes nothing, so that it may be skipped;
+and a query's lanes know nothing of its neighbours in a tile.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ class FlashAttention(Kernel):
     terms     the other masks and biases: codes of `attention_masks.Term`
 
     Passed: q, k, v; the lengths; the terms' operands; out, and the parts of `Scratch`. Then b, g, r (query heads that
-    share keys), s, t; the least and greatest j - i that a query sees; how many queries of a head a task takes at most, a
-    multiple of GROUP; the number of slots; the strides of q, k, v and out over batch, head and position; those of the
-    terms.
+    share keys), s, t; the least and greatest j - i that a query sees; how many queries of a head a task takes at
+    most, a multiple of GROUP; the number of slots, each with a `Scratch` of its own; the strides of q, k, v and out
+    over batch, head and position; those of the terms.
     """
 
     d: int
@@ -146,39 +147,41 @@ class _Writer:
     def write(self) -> None:
         """Every slot takes its share of the tasks, one after the other, in memory of its own."""
         k = self.k
-        chunks = self._whole(k.greatest(self._ceil(self.s, self.most), k.index(1)), "chunks")
-        self.chunk = self._whole(self._ceil(self._ceil(self.s, chunks), GROUP) * GROUP, "chunk")  # of about equal size
-        tasks = self._whole(self.b * self.g * chunks, "tasks")
-        active = self._whole(k.least(self.slots, tasks), "active")
+        chunks = self._index(k.greatest(self._ceil(self.s, self.most), k.index(1)), "chunks")
+        self.chunk = self._index(self._ceil(self._ceil(self.s, chunks), GROUP) * GROUP, "chunk")  # of about equal size
+        tasks = self._index(self.b * self.g * chunks, "tasks")
+        active = self._index(k.least(self.slots, tasks), "active")
         with k.parallel(active, "slot") as slot:
             self.slot = slot
-            first = self._whole(k.floor_divide(slot * tasks, active), "first")
-            last = self._whole(k.floor_divide((slot + 1) * tasks, active), "last")
+            first = self._index(k.floor_divide(slot * tasks, active), "first")
+            last = self._index(k.floor_divide((slot + 1) * tasks, active), "last")
             with k.loop(last - first, "n") as n:
-                task = self._whole(first + n, "task")
-                at = self._whole(k.floor_mod(task, chunks), "at")
-                pair = self._whole(k.floor_divide(task, chunks), "pair")
+                task = self._index(first + n, "task")
+                at = self._index(k.floor_mod(task, chunks), "at")
+                pair = self._index(k.floor_divide(task, chunks), "pair")
                 # Of a causal attention the last queries cost the most: threads get early and late ones in turn.
-                half = self._whole(k.floor_divide(at, 2), "half")
-                chunk = self._whole(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
-                self._task(self._whole(k.floor_divide(pair, self.g), "row"), self._whole(k.floor_mod(pair, self.g), "g"), chunk)
+                half = self._index(k.floor_divide(at, 2), "half")
+                chunk = self._index(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
+                self._task(
+                    self._index(k.floor_divide(pair, self.g), "row"), self._index(k.floor_mod(pair, self.g), "g"), chunk
+                )
 
     def _task(self, b: Expr, g: Expr, chunk: Expr) -> None:
         k = self.k
         self.at_b, self.at_g = b, g
-        first = self.first = self._whole(chunk * self.chunk, "first_query")
-        count = self.count = self._whole(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
-        groups = self._whole(self._ceil(count, GROUP), "groups")
+        first = self.first = self._index(chunk * self.chunk, "first_query")
+        count = self.count = self._index(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
+        groups = self._index(self._ceil(count, GROUP), "groups")
         self._begin(groups)
         limit = self.t
         for n, lengths in enumerate(self.lengths):
-            limit = self._whole(k.least(limit, k.load(lengths, [b])), f"limit{n}")
+            limit = self._index(k.least(limit, k.load(lengths, [b])), f"limit{n}")
         self.limit = limit
         begin, end = self._seen(first, count)
-        block = self._whole(k.floor_divide(begin, BLOCK), "first_block")
-        blocks = self._whole(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
+        block = self._index(k.floor_divide(begin, BLOCK), "first_block")
+        blocks = self._index(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
         with k.loop(blocks, "block") as n:
-            self.base = self._whole((block + n) * BLOCK, "base")
+            self.base = self._index((block + n) * BLOCK, "base")
             c0, c1 = self._columns(begin, end)
             self._pack_keys(c0, c1)
             self._pack_values(c0, c1)
@@ -189,21 +192,21 @@ class _Writer:
     def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
         """The keys, from and up to, that some of these queries see."""
         k = self.k
-        begin = self._whole(k.greatest(first + self.low, k.index(0)), "begin")
-        end = self._whole(k.least(self.limit, first + count + self.high), "end")
+        begin = self._index(k.greatest(first + self.low, k.index(0)), "begin")
+        end = self._index(k.least(self.limit, first + count + self.high), "end")
         return begin, end
 
     def _columns(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
         """These keys as columns of the block."""
         k = self.k
-        c0 = self._whole(k.greatest(begin - self.base, k.index(0)), "from_column")
-        c1 = self._whole(k.least(end - self.base, k.index(BLOCK)), "to_column")
+        c0 = self._index(k.greatest(begin - self.base, k.index(0)), "from_column")
+        c1 = self._index(k.least(end - self.base, k.index(BLOCK)), "to_column")
         return c0, c1
 
     def _begin(self, groups: Expr) -> None:
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(groups * GROUP, "i") as i:
-            row = self._whole(r * self.chunk + i, "state")
+            row = self._index(r * self.chunk + i, "state")
             k.store(self.rows, [self.slot, row, 0], k.number(-_INFINITY, f32))
             k.store(self.rows, [self.slot, row, 1], k.number(0.0, f32))
             with k.loop(self.vectors, "v") as v:
@@ -214,7 +217,7 @@ class _Writer:
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
         with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
-            row = self._whole(r * self.chunk + i, "state")
+            row = self._index(r * self.chunk + i, "state")
             at = [self.at_b, self.at_g * self.r + r, self.first + i]
             total = k.let(k.load(self.rows, [self.slot, row, 1]), "l")
             zero, one = k.number(0.0, f32), k.number(1.0, f32)
@@ -232,13 +235,13 @@ class _Writer:
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
         """Columns c0 up to c1 of the block, in whole vectors; past the last key it is repeated."""
         k, lanes, d = self.k, self.lanes, self.spec.d
-        begin = self._whole(k.floor_divide(c0, lanes), "from_vector")
+        begin = self._index(k.floor_divide(c0, lanes), "from_vector")
         with k.loop(self._ceil(c1, lanes) - begin, "n") as n:
-            column = self._whole((begin + n) * lanes, "column")
-            left = self._whole(self.t - 1 - (self.base + column), "left")
-            keys = [self._whole(self.base + column + k.least(k.index(x), left), "key") for x in range(lanes)]
-            panel = self._whole(k.floor_divide(column, self.width), "panel")
-            to = self._whole(panel * (d * self.width) + (column - panel * self.width), "to")
+            column = self._index((begin + n) * lanes, "column")
+            left = self._index(self.t - 1 - (self.base + column), "left")
+            keys = [self._index(self.base + column + k.least(k.index(x), left), "key") for x in range(lanes)]
+            panel = self._index(k.floor_divide(column, self.width), "panel")
+            to = self._index(panel * (d * self.width) + (column - panel * self.width), "to")
 
             def square(start: Expr) -> None:
                 read = [k.load(self.key, [self.at_b, self.at_g, j, start], lanes) for j in keys]
@@ -252,7 +255,7 @@ class _Writer:
                         k.store(self.packed_keys, [self.slot, to + c * self.width + x], value)
                 return
             with k.loop(d // lanes, "c") as c:
-                square(self._whole(c * lanes, "start"))
+                square(self._index(c * lanes, "start"))
             if d % lanes:
                 square(k.index(d - lanes))  # overlapping the one before
 
@@ -260,9 +263,12 @@ class _Writer:
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
         with k.loop(c1 - c0, "n") as n:
-            column = self._whole(c0 + n, "column")
+            column = self._index(c0 + n, "column")
             at = [self.at_b, self.at_g, self.base + column]
-            for v in range(whole):
+            with k.loop(whole // PANEL, "panel") as panel, k.unroll(PANEL, "v") as v:
+                vector = k.load(self.value, [*at, panel * self.width + v * lanes], lanes)
+                k.store(self.packed_values, [self.slot, self._packed(panel, PANEL, column, v)], vector, lanes)
+            for v in range(whole // PANEL * PANEL, whole):
                 self._pack_vector(column, v, k.load(self.value, [*at, v * lanes], lanes))
             if rest:
                 padded = k.registers(lanes, f32, "padded")
@@ -273,50 +279,57 @@ class _Writer:
 
     def _pack_vector(self, column: Expr, v: int, vector: Expr) -> None:
         panel, inside = divmod(v, PANEL)
-        width = self._panel_vectors(panel) * self.lanes
-        at = panel * (BLOCK * self.width) + column * width + inside * self.lanes
+        at = self._packed(panel, min(PANEL, self.vectors - panel * PANEL), column, inside)
         self.k.store(self.packed_values, [self.slot, at], vector, self.lanes)
 
-    def _panel_vectors(self, panel: int) -> int:
-        return min(PANEL, self.vectors - panel * PANEL)
+    def _packed(self, panel: Any, vectors: int, column: Expr, v: Any) -> Expr:
+        """Where a vector of a value lies in a panel of so many."""
+        return panel * (BLOCK * self.width) + column * (vectors * self.lanes) + v * self.lanes
 
     # -- a group of queries ----------------------------------------------------------------------------------
 
     def _group(self, r: Expr, group: Expr) -> None:
         """A group of queries of one head and the block."""
         k = self.k
-        first = self._whole(self.first + group * GROUP, "group_first")
-        count = self._whole(k.least(self.count - group * GROUP, k.index(GROUP)), "group_count")
+        first = self._index(self.first + group * GROUP, "group_first")
+        count = self._index(k.least(self.count - group * GROUP, k.index(GROUP)), "group_count")
         begin, end = self._seen(first, count)
         c0, c1 = self._columns(begin, end)
         with k.when(c0 < c1):
-            p0 = self._whole(k.floor_divide(c0, self.width), "from_panel")
-            p1 = self._whole(self._ceil(c1, self.width), "to_panel")
+            p0 = self._index(k.floor_divide(c0, self.width), "from_panel")
+            p1 = self._index(self._ceil(c1, self.width), "to_panel")
             # One or two queries that are left go one by one, more as a tile that is filled up with zeros.
-            full = self._whole(k.floor_divide(count, self.tile), "full")
-            left = self._whole(count - full * self.tile, "left")
-            tiles = self._whole(full + k.select(left > k.index(2), k.index(1), k.index(0)), "tiles")
-            single = self._whole(k.greatest(count - tiles * self.tile, k.index(0)), "single")
+            full = self._index(k.floor_divide(count, self.tile), "full")
+            left = self._index(count - full * self.tile, "left")
+            tiles = self._index(full + k.select(left > k.index(2), k.index(1), k.index(0)), "tiles")
+            single = self._index(k.greatest(count - tiles * self.tile, k.index(0)), "single")
             self._scale(r, first, count, tiles * self.tile)
             with k.loop(p1 - p0, "n") as n:
-                panel = self._whole(p0 + n, "panel")
+                panel = self._index(p0 + n, "panel")
                 with k.loop(tiles, "tile") as tile:
-                    self._score(self._whole(tile * self.tile, "tile_row"), self.tile, panel)
+                    self._score(self._index(tile * self.tile, "tile_row"), self.tile, panel)
                 with k.loop(single, "row") as row:
-                    self._score(self._whole(tiles * self.tile + row, "tile_row"), 1, panel)
-            state = self._whole(r * self.chunk + group * GROUP, "state")
+                    self._score(self._index(tiles * self.tile + row, "tile_row"), 1, panel)
+            state = self._index(r * self.chunk + group * GROUP, "state")
             with k.loop(count, "row") as row:
                 self._softmax(r, first + row, row, state + row, p0 * self.width, p1 * self.width)
-            for panel in range(-(-self.vectors // PANEL)):
+            panels, rest = divmod(self.vectors, PANEL)
+
+            def sums(panel: Any, vectors: int) -> None:
                 with k.loop(tiles, "tile") as tile:
-                    self._sum(self._whole(tile * self.tile, "tile_row"), self.tile, state, panel, c0, c1)
+                    self._sum(self._index(tile * self.tile, "tile_row"), self.tile, state, panel, vectors, c0, c1)
                 with k.loop(single, "row") as row:
-                    self._sum(self._whole(tiles * self.tile + row, "tile_row"), 1, state, panel, c0, c1)
+                    self._sum(self._index(tiles * self.tile + row, "tile_row"), 1, state, panel, vectors, c0, c1)
+
+            with k.loop(panels, "panel") as panel:
+                sums(panel, PANEL)
+            if rest:
+                sums(panels, rest)
 
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
         """The group's queries times scale, side by side; zeros up to so many rows."""
         k, lanes, d = self.k, self.lanes, self.spec.d
-        head = self._whole(self.at_g * self.r + r, "head")
+        head = self._index(self.at_g * self.r + r, "head")
         step = lanes if d >= lanes else 1
         starts = [*range(0, d - step + 1, step), *([d - step] if d % step else [])]
         with k.loop(count, "row") as row:
@@ -343,10 +356,9 @@ class _Writer:
             value = k.load(acc, [(i * PANEL + j) * lanes], lanes)
             k.store(self.scores, [self.slot, first + i, panel * self.width + j * lanes], value, lanes)
 
-    def _sum(self, first: Expr, rows: int, state: Expr, panel: int, c0: Expr, c1: Expr) -> None:
+    def _sum(self, first: Expr, rows: int, state: Expr, panel: Any, vectors: int, c0: Expr, c1: Expr) -> None:
         """sums = sums * factor + weights @ values, for a tile of queries and a panel of the values' elements."""
         k, lanes = self.k, self.lanes
-        vectors = self._panel_vectors(panel)
         acc = k.registers(rows * vectors * lanes, f32)
         with k.unroll(rows, "i") as i:
             factor = k.splat(k.load(self.rows, [self.slot, state + first + i, 2]), lanes)
@@ -357,8 +369,7 @@ class _Writer:
             x = k.splat(k.load(self.scores, [self.slot, first + i, c0 + n]), lanes)
             with k.unroll(vectors, "v") as v:
                 at = (i * vectors + v) * lanes
-                where = panel * (BLOCK * self.width) + (c0 + n) * (vectors * lanes) + v * lanes
-                y = k.load(self.packed_values, [self.slot, where], lanes)
+                y = k.load(self.packed_values, [self.slot, self._packed(panel, vectors, c0 + n, v)], lanes)
                 k.store(acc, [at], k.load(acc, [at], lanes) + x * y, lanes)
         with k.unroll(rows, "i") as i, k.unroll(vectors, "v") as v:
             made = k.load(acc, [(i * vectors + v) * lanes], lanes)
@@ -369,19 +380,19 @@ class _Writer:
     def _softmax(self, r: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
         """Scores of a query as weights, exp(score - m), with m, l and the factor of the old sums brought up to date."""
         k, lanes = self.k, self.lanes
-        i = self._whole(i, "query")
-        lo = self._whole(i + self.low - self.base, "first_column")
-        hi = self._whole(k.least(self.limit, i + self.high + 1) - self.base, "past_column")
+        i = self._index(i, "query")
+        lo = self._index(i + self.low - self.base, "first_column")
+        hi = self._index(k.least(self.limit, i + self.high + 1) - self.base, "past_column")
         peak = k.registers(self.width, f32, "peak")
         with k.unroll(PANEL, "u") as u:
             k.store(peak, [u * lanes], k.number(-_INFINITY, f32, lanes), lanes)
-        pairs = self._whole(k.floor_divide(c1 - c0, self.width), "pairs")
+        pairs = self._index(k.floor_divide(c1 - c0, self.width), "pairs")
         if self.spec.softcap is None and not self.terms:
             whole = k.let(k.both(lo <= c0, c1 <= hi), "whole")
             with k.when(whole), k.loop(pairs, "n") as n, k.unroll(PANEL, "u") as u:
                 x = k.load(self.scores, [self.slot, row, c0 + n * self.width + u * lanes], lanes)
                 k.store(peak, [u * lanes], k.greatest(k.load(peak, [u * lanes], lanes), x), lanes)
-            with k.when(k.either(whole, k.number(False, DTYPES["bool"]), k.number(True, DTYPES["bool"]))):
+            with k.when(k.any_of(lo > c0, c1 > hi)):
                 self._masked(r, i, row, c0, pairs, lo, hi, peak)
         else:
             self._masked(r, i, row, c0, pairs, lo, hi, peak)
@@ -418,12 +429,10 @@ class _Writer:
         made = exp(k, x, lanes)
         return k.let(k.select(x < k.number(_LEAST, f32, lanes), k.number(0.0, f32, lanes), made), "weight")
 
-    def _masked(
-        self, r: Expr, i: Expr, row: Expr, c0: Expr, pairs: Expr, lo: Expr, hi: Expr, peak: Any
-    ) -> None:
+    def _masked(self, r: Expr, i: Expr, row: Expr, c0: Expr, pairs: Expr, lo: Expr, hi: Expr, peak: Any) -> None:
         """Apply soft-cap, biases and masks to a row of scores, and find its largest."""
         k, lanes = self.k, self.lanes
-        head = self._whole(self.at_g * self.r + r, "head")
+        head = self._index(self.at_g * self.r + r, "head")
         for term in self.terms:
             term.begin(self.at_b, head, i)
         bounds = [k.cast(k.least(k.greatest(x, k.index(0)), k.index(BLOCK)), _I32) for x in (lo, hi)]
@@ -451,14 +460,14 @@ class _Writer:
                     one(c0 + n * self.width + u * lanes, u, whole)
             return
         # An operand ends with the last key: from there on it is not read.
-        inside = self._whole(self.t - self.base, "inside")
-        vectors = self._whole(pairs * PANEL, "vectors")
-        full = self._whole(k.greatest(k.least(vectors, k.floor_divide(inside - c0, lanes)), k.index(0)), "full")
+        inside = self._index(self.t - self.base, "inside")
+        vectors = self._index(pairs * PANEL, "vectors")
+        full = self._index(k.greatest(k.least(vectors, k.floor_divide(inside - c0, lanes)), k.index(0)), "full")
         with k.loop(full, "n") as n:
-            one(self._whole(c0 + n * lanes, "column"), 0, whole)
+            one(self._index(c0 + n * lanes, "column"), 0, whole)
         with k.loop(vectors - full, "n") as n:
-            column = self._whole(c0 + (full + n) * lanes, "column")
-            left = self._whole(k.greatest(k.least(inside - column, k.index(lanes)), k.index(0)), "left")
+            column = self._index(c0 + (full + n) * lanes, "column")
+            left = self._index(k.greatest(k.least(inside - column, k.index(lanes)), k.index(0)), "left")
 
             def part(view: Any, index: Sequence[Any]) -> Any:
                 padded = k.registers(lanes, view.dtype, "padded")
@@ -483,7 +492,7 @@ class _Writer:
                 x = x + term.vector(j, lanes, read)
         return x
 
-    def _whole(self, value: Expr, name: str) -> Expr:
+    def _index(self, value: Expr, name: str) -> Expr:
         """An index computed once, in a register: what TVM knows nothing of, it does not reason about.
 
         Its analysis of nested minima, maxima and quotients takes minutes where they are given as expressions.
@@ -497,7 +506,7 @@ class _Writer:
 
 
 def transposed(k: Emitter, rows: Sequence[Expr]) -> list[Expr]:
-    """A square of as many vectors as lanes, transposed: blocks of half the size change places, then of a quarter, ..."""
+    """A square of as many vectors as lanes, transposed: its halves change places, then the halves of these, ..."""
     lanes = len(rows)
     held = [k.let(row, "row") for row in rows]
     size = lanes // 2

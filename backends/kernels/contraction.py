@@ -40,7 +40,10 @@ class Contraction(Kernel):
         strides.append([k.size(f"y_{i}") for i in range(self.kept)])
         views = [k.view(p, sizes[: len(s)], s) for p, s in zip(pointers, strides, strict=True)]
         with ExitStack() as outer:  # a flat index would have to be divided by every size, which takes LLVM minutes
-            at = [outer.enter_context((k.loop if i else k.parallel)(size, f"o{i}")) for i, size in enumerate(sizes[: self.kept])]
+            at = [
+                outer.enter_context((k.loop if i else k.parallel)(size, f"o{i}"))
+                for i, size in enumerate(sizes[: self.kept])
+            ]
             if not at:
                 outer.enter_context(k.parallel(1))
             held = k.registers(1, inner, "total")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from treadle.backends.kernels.isa import Isa
-from treadle.backends.kernels.lanewise import compare, hexadecimal, lanewise
+from treadle.backends.kernels.lanewise import compare, hexadecimal, lanewise, llvm_type, tvm_type
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, f32
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def _from_f32(k: Emitter, wide: Expr, dtype: DType, lanes: int) -> Expr:
 
 def convert(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
     """The op `cast`: like `k.cast`, but defined for every number, and a number is true unless it is 0."""
+    if held is boolean:
+        return _from_bool(k, value, dtype, lanes)
     if held is dtype:
         return value
     if held.name in NARROW:
@@ -71,6 +73,16 @@ def convert(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> E
         value = _float_to_int(k, value, held, wide, lanes)
         return value if wide is dtype else k.cast(k.let(value), dtype, lanes)
     return k.cast(value, dtype, lanes)
+
+
+def _from_bool(k: Emitter, value: Expr, dtype: DType, lanes: int) -> Expr:
+    """0 or 1. In LLVM's text, as TVM cannot bind an expression of bools to a name."""
+    if dtype.name in NARROW:
+        return k.cast(k.let(_from_bool(k, value, f32, lanes)), dtype, lanes)
+    t = llvm_type(dtype)
+    made = "or {i1} %x0, [i1 false]" if dtype is boolean else f"zext {{i1}} %x0 to {{{t}}}"
+    body = f"%r = uitofp {{i1}} %x0 to {{{t}}}" if dtype.is_float else f"%r = {made}"
+    return lanewise(k, f"bool_to_{dtype.name}", tvm_type(dtype), lanes, [value], f"i1 -> {t}", body)
 
 
 def _float_to_int(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
@@ -204,5 +216,3 @@ def _f64_to_odd_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
 %c = or {i32} %towards, %odd
 %r = bitcast {i32} %c to {f32}""",
     )
-
-

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.kernels.kernel import Kernel
-from treadle.ir.types import DTYPES, DType, f32, i64
+from treadle.ir.types import DTYPES, i64
 
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
@@ -83,9 +83,7 @@ class Take(Kernel):
     def _row(self, k: Emitter, x: Any, y: Any, at: list[Expr], index: Expr, d: Expr) -> None:
         """Row `index` of x as row `at` of y."""
         if not self.width:
-            _along(
-                k, d, k.isa.lanes(self.bytes), lambda c, n: k.store(y, [*at, c], k.load(x, [at[0], index, c], n), n)
-            )
+            _along(k, d, k.isa.lanes(self.bytes), lambda c, n: k.store(y, [*at, c], k.load(x, [at[0], index, c], n), n))
             return
         if not self.transposed:
             panel, column = k.floor_divide(index, self.width), k.floor_mod(index, self.width)

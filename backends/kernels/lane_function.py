@@ -112,9 +112,7 @@ class Value:
         widths = int(self.type[1:]), int(type[1:])
         kinds = self.type[0] + type[0]
         how = {"ff": ("fpext", "fptrunc"), "ii": ("sext", "trunc"), "if": ("sitofp", "sitofp")}[kinds]
-        return self.function.line(
-            type, f"{how[widths[1] < widths[0]]} {{{self.type}}} {self.text} to {{{type}}}"
-        )
+        return self.function.line(type, f"{how[widths[1] < widths[0]]} {{{self.type}}} {self.text} to {{{type}}}")
 
     def at_least(self, low: float) -> Value:
         """The larger of this and a number; a NaN stays."""

@@ -22,9 +22,7 @@ _TYPES = {"i1": "i1", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "f16
 _TYPES |= {"f64": "double"}
 
 
-def lanewise(
-    k: Emitter, name: str, result: str, lanes: int, operands: Sequence[Expr], types: str, body: str
-) -> Expr:
+def lanewise(k: Emitter, name: str, result: str, lanes: int, operands: Sequence[Expr], types: str, body: str) -> Expr:
     """Call a function that the body defines. `result` is TVM's name of an element's dtype, `types` LLVM's of all."""
     taken, _, given = types.partition("->")
     full = f"treadle_{name}_{lanes}"
@@ -57,6 +55,13 @@ def llvm_type(dtype: DType) -> str:
     return {"u8": "i8", "bool": "i1", "bf16": "i16"}.get(dtype.name, dtype.name)
 
 
+def tvm_type(dtype: DType) -> str:
+    """A dtype's name in TVM; see `treadle.backends.kernels.emitter.tvm_dtype`, which also counts lanes."""
+    if dtype.is_float:
+        return f"float{8 * dtype.bytes}"
+    return dtype.name if dtype.name == "bool" else ("u" if dtype.name == "u8" else "") + f"int{8 * dtype.bytes}"
+
+
 def by_lane(k: Emitter, name: str, dtype: DType, lanes: int, *operands: Expr) -> Expr:
     """A function of C's mathematical library (`Emitter.libm`), called for each lane."""
     if lanes == 1:
@@ -78,6 +83,4 @@ def _type(name: str, lanes: int) -> str:
 def _filled(body: str, lanes: int) -> str:
     body = re.sub(r"\{\.(\w+)\}", lambda m: f".v{lanes}{m[1]}" if lanes > 1 else f".{m[1]}", body)
     body = re.sub(r"\{(\w+)\}", lambda m: _type(m[1], lanes), body)
-    return re.sub(
-        r"\[(\w+) ([^\]]+)\]", lambda m: f"splat ({_TYPES[m[1]]} {m[2]})" if lanes > 1 else m[2], body
-    )
+    return re.sub(r"\[(\w+) ([^\]]+)\]", lambda m: f"splat ({_TYPES[m[1]]} {m[2]})" if lanes > 1 else m[2], body)

@@ -251,10 +251,14 @@ class Matmul(Kernel):
 class Pack(Kernel):
     """w[b, n // width, k, n % width] = x[b, n, k], for a right side that is computed. Filled up with zeros.
 
+    width    of a panel
+    near     whether x's elements lie side by side along n, and are copied as vectors
+
     Passed: x, w; n, k; x's strides over n and k; the two batch sizes, x's two batch strides. w is contiguous.
     """
 
     width: int
+    near: bool = False
 
     def emit(self, k: Emitter) -> None:
         x, w = k.pointer("x", f32), k.pointer("w", f32)
@@ -263,15 +267,22 @@ class Pack(Kernel):
         b0, b1 = k.size("b0"), k.size("b1")
         outer = [k.size("x_b0"), k.size("x_b1")]
         panels = k.floor_divide(n + (self.width - 1), self.width)
-        source = k.view(x, [b0, b1, n, depth], [*outer, *strides])
+        source = k.view(x, [b0, b1, depth, n], [*outer, strides[1], 1 if self.near else strides[0]])
         packed = k.view(w, [b0, b1, panels, depth, self.width])
         with k.parallel(b0 * b1 * panels, "task") as task:
             panel = k.let(k.floor_mod(task, panels), "panel")
-            b = k.let(k.floor_divide(task, panels), "b")
-            at = [k.let(k.floor_divide(b, b1), "i0"), k.let(k.floor_mod(b, b1), "i1")]
+            b = k.opaque(k.floor_divide(task, panels), "b")
+            at = [k.opaque(k.floor_divide(b, b1), "i0"), k.opaque(k.floor_mod(b, b1), "i1")]
             inside = k.let(k.least(n - panel * self.width, k.index(self.width)), "inside")
-            with k.loop(depth, "d") as d:
+            if self.near:
+                lanes = k.isa.lanes()
+                with k.when(inside >= k.index(self.width)), k.loop(depth, "d") as d:
+                    for j in range(0, self.width, lanes):
+                        k.store(
+                            packed, [*at, panel, d, j], k.load(source, [*at, d, panel * self.width + j], lanes), lanes
+                        )
+            with k.when(inside < k.index(self.width if self.near else self.width + 1)), k.loop(depth, "d") as d:
                 with k.loop(inside, "j") as j:
-                    k.store(packed, [*at, panel, d, j], k.load(source, [*at, panel * self.width + j, d]))
+                    k.store(packed, [*at, panel, d, j], k.load(source, [*at, d, panel * self.width + j]))
                 with k.loop(k.index(self.width) - inside, "j") as j:
                     k.store(packed, [*at, panel, d, inside + j], k.number(0.0, f32))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.kernels.kernel import Kernel
-from treadle.backends.kernels.reduction import Accumulator, Span, converted, lanes_of
+from treadle.backends.kernels.reduction import Accumulator, Span, lanes_of
 from treadle.ir.types import DTYPES, f32
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class Normalize(Kernel):
         def square(value: Expr) -> Expr:
             return value * value
 
-        power = mean(lambda v: square(k.let(centered(read(v)))), lambda: square(span.inside(centered(ending()), 0, f32)))
+        power = mean(
+            lambda v: square(k.let(centered(read(v)))), lambda: square(span.inside(centered(ending()), 0, f32))
+        )
         factor = k.splat(k.let(k.number(1.0, f32) / k.sqrt(power + k.number(self.eps, f32)), "factor"), lanes)
 
         def finished(value: Expr, weight: Expr | None, bias: Expr | None) -> Expr:

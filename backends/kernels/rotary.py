@@ -13,6 +13,7 @@ from treadle.ir.types import DTYPES, f32
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
 
+
 @dataclass(frozen=True)
 class Rotary(Kernel):
     """y = x with the first 2f of its last dimension's elements turned in pairs; see the op `rotary`
@@ -55,7 +56,10 @@ class Rotary(Kernel):
                 pair = k.let(v * lanes, "pair")
                 angle = k.splat(position, lanes) * k.load(frequencies, [pair], lanes)
                 angle = k.let(angle, "angle")
-                sin, cos = k.let(trigonometry.sin(k, angle, lanes), "sin"), k.let(trigonometry.cos(k, angle, lanes), "cos")
+                sin, cos = (
+                    k.let(trigonometry.sin(k, angle, lanes), "sin"),
+                    k.let(trigonometry.cos(k, angle, lanes), "cos"),
+                )
                 with k.loop(h, "head") as head:
                     self._turn(k, x, y, [i, head, t], pair, f, sin, cos)
             rest = k.let(d - f * 2, "rest")

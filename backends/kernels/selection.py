@@ -48,7 +48,7 @@ def _views(k: Emitter, dtype: DType, vector: bool, results: Sequence[tuple[str, 
 
 @dataclass(frozen=True)
 class ArgMax(Kernel):
-    """y[i0, i1] = the position of the greatest of x[i0, i1, ...]: the first of equal ones, the first NaN if there is one
+    """y[i0, i1] = the position of the greatest of x[i0, i1, ...], the first of equal ones; a NaN counts as greatest
 
     dtype   of x, by name
     vector  whether x lies side by side along the last dimension, which then is read in vectors
@@ -109,13 +109,15 @@ class ArgMax(Kernel):
             take(0, span.read(x, at, blocks * PARTIAL + v, dtype), blocks * PARTIAL + v)
         with span.has_tail():
             take(0, span.inside(k.load(span.tail(x, at, dtype), [0], lanes), least, dtype), span.vectors)
-        values = [k.let(k.load(best, [j * lanes], lanes)) for j in range(PARTIAL)]
-        places = [k.let(k.load(place, [j * lanes], lanes)) for j in range(PARTIAL)]
-        while len(values) > 1:
-            x1, x0, i1, i0 = values.pop(), values[0], places.pop(), places[0]
+        for j in range(1, PARTIAL):
+            # Each time from memory: TVM's analysis would follow nested choices through names, in exponential time.
+            (x1, i1), (x0, i0) = (
+                (k.let(k.load(best, [n * lanes], lanes)), k.let(k.load(place, [n * lanes], lanes))) for n in (j, 0)
+            )
             first = _precedes(k, x1, i1, x0, i0, dtype, lanes)
-            values[0], places[0] = k.let(k.select(first, x1, x0)), k.let(k.select(first, i1, i0))
-        return self._best_lane(k, values[0], places[0], dtype, lanes)
+            k.store(best, [0], k.select(first, x1, x0), lanes)
+            k.store(place, [0], k.select(first, i1, i0), lanes)
+        return self._best_lane(k, k.load(best, [0], lanes), k.load(place, [0], lanes), dtype, lanes)
 
     def _best_lane(self, k: Emitter, values: Expr, places: Expr, dtype: DType, lanes: int) -> Expr:
         value, vector = k.registers(lanes, dtype, "value"), k.registers(lanes, i32, "vector")
@@ -157,9 +159,7 @@ class TopK(Kernel):
 
     def emit(self, k: Emitter) -> None:
         held = DTYPES[self.dtype]
-        (x, values, indices), (m0, m1, n) = _views(
-            k, held, self.vector, [("values", held), ("indices", i64)], self.k
-        )
+        (x, values, indices), (m0, m1, n) = _views(k, held, self.vector, [("values", held), ("indices", i64)], self.k)
         with k.parallel(m0 * m1, "row") as row:
             at = [k.let(k.floor_divide(row, m1), "i0"), k.let(k.floor_mod(row, m1), "i1")]
             heap = _Heap(k, values, indices, at, working(held), self.k)
@@ -243,21 +243,23 @@ class _Heap:
         The loop has as many turns as the heap has levels; past its place it changes nothing.
         """
         k = self.k
-        hole = k.registers(1, i64, "hole")
+        hole, child = k.registers(1, i64, "hole"), k.registers(1, i64, "child")
         k.store(hole, [0], place)
         with k.loop(k.index(self.size.bit_length() - 1), "level"):
             left = k.let(k.load(hole, [0]) * 2 + 1, "left")
             with k.when(left < size):
                 right = k.let(k.least(left + 1, size - 1), "right")
-                after = self._precedes(left, right)
-                child = k.let(k.select(after, right, left), "child")
-                child_value, child_index = k.let(self.value(child)), k.let(self.index(child))
-                with k.when(_precedes(k, value, index, child_value, child_index, self.dtype)):
-                    self.put(k.load(hole, [0]), child_value, child_index)
-                    k.store(hole, [0], child)
+                k.store(child, [0], left)
+                with k.when(self._precedes(left, right)):
+                    k.store(child, [0], right)
+                later = k.let(k.load(child, [0]), "later")
+                later_value, later_index = k.let(self.value(later)), k.let(self.index(later))
+                with k.when(_precedes(k, value, index, later_value, later_index, self.dtype)):
+                    self.put(k.load(hole, [0]), later_value, later_index)
+                    k.store(hole, [0], later)
         self.put(k.load(hole, [0]), value, index)
 
     def _precedes(self, i: Expr, j: Expr) -> Expr:
         k = self.k
         x, y = k.let(self.value(i)), k.let(self.value(j))
-        return k.let(_precedes(k, x, k.let(self.index(i)), y, k.let(self.index(j)), self.dtype))
+        return _precedes(k, x, k.let(self.index(i)), y, k.let(self.index(j)), self.dtype)

@@ -13,6 +13,7 @@ from treadle.ir.types import DTYPES, f32
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
 
+
 @dataclass(frozen=True)
 class Softmax(Kernel):
     """y = e^(x - m) / sum of e^(x - m) over the last axis, m the greatest x; or its logarithm x - m - ln(sum)

@@ -16,14 +16,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from treadle.backends.kernels import exponentials, trigonometry
 from treadle.backends.kernels.conversions import NARROW, convert, working
 from treadle.backends.kernels.exponentials import exp, exp_nonpositive
 from treadle.backends.kernels.integer_arithmetic import integer_function
 from treadle.backends.kernels.lane_function import LaneFunction, Value
-from treadle.backends.kernels.lanewise import by_lane, compare, lanewise
+from treadle.backends.kernels.lanewise import by_lane, compare, lanewise, llvm_type, tvm_type
 from treadle.ir.ops.rounding import FORMATS
-from treadle.ir.types import DType, f32, f64
+from treadle.ir.types import DType, f16, f32, f64
 
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
@@ -36,7 +38,8 @@ Typed = tuple[Any, DType]
 def emit(k: Emitter, op: str, operands: Sequence[Typed], dtype: DType, lanes: int, **attributes: Any) -> Expr:
     """The value of an op on vectors of so many lanes; `op` is a key of FUNCTIONS, `cast` or `constant`."""
     if op == "constant":
-        return k.number(attributes["value"], dtype, lanes)
+        value = attributes["value"]
+        return k.number(float(np.float16(value)) if dtype is f16 else value, dtype, lanes)
     if op == "cast":
         ((x, held),) = operands
         return convert(k, x, held, dtype, lanes)
@@ -233,7 +236,9 @@ def _logical(name: str, body: str) -> Callable[..., Expr]:
 
 
 def _where(k: Emitter, dtype: DType, lanes: int, condition: Expr, x: Expr, y: Expr) -> Expr:
-    return k.select(condition, x, y)
+    t, tvm_name = llvm_type(dtype), tvm_type(dtype)
+    body = f"%r = select {{i1}} %x0, {{{t}}} %x1, {{{t}}} %x2"
+    return lanewise(k, f"where_{dtype.name}", tvm_name, lanes, [condition, x, y], f"i1 {t} {t} -> {t}", body)
 
 
 FUNCTIONS: Mapping[str, Callable[..., Expr]] = {

@@ -6,7 +6,6 @@ kernel), padding becomes a limit of its keys, the rest terms of the kernel.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from treadle.backends.attention_spelling import knows
@@ -29,12 +28,12 @@ from treadle.ir.attention_terms import (
 from treadle.ir.graph import Literal, Node
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
-from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.sizes import ONE, ZERO, Size
 from treadle.ir.types import Type, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
 ROWS = 256  # about as many rows, queries of the heads that share keys, are a task
-SLOTS = 64  # tasks that may run at once, each in memory of its own
+SLOTS = 32  # tasks that may run at once, each in memory of its own
 _FAR = 2**40  # a distance that no query and key have
 
 
@@ -54,7 +53,8 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     operands = [w.view(v) for v in node.inputs]
     q, k, v = (_side_by_side(w, view) for view in operands[:3])
     d, e = q.shape[3].constant, v.shape[3].constant
-    assert d is not None and e is not None
+    assert d is not None
+    assert e is not None
     b, g, s, t = q.shape[0], k.shape[1], q.shape[2], k.shape[2]
     shared = q.shape[1] // g
     lengths: list[View] = []
@@ -95,8 +95,11 @@ def _attention(w: RoutineWriter, node: Node) -> None:
 
 
 def _queries_a_task(shared: int | None) -> int:
-    """Queries of each head that a task takes, so that packing the keys is little beside its products."""
-    return max(1, -(-ROWS // ((shared or 1) * GROUP))) * GROUP
+    """Queries of each head that a task takes, so that packing the keys is little beside its products.
+
+    shared: how many heads share keys, where it is known.
+    """
+    return max(1, ROWS // ((shared or ROWS) * GROUP)) * GROUP
 
 
 def _term(
@@ -136,7 +139,7 @@ def _by_offset(w: RoutineWriter, term: T5Relative, table: View, sizes: tuple[Siz
         (Size.of(len(term.bucket_by_offset)),),
     )
     made = w.scratch(f32, (heads, s + t + 2 * w.isa.lanes()), "t5_bias")
-    numbers = [heads, made.shape[1], s, term.max_distance, *table.strides]
+    numbers: list[Size | int] = [heads, made.shape[1], s, term.max_distance, *table.strides]
     w.step(RelativeBias(), [table, bucket, made], numbers, None)
     return made
 

@@ -35,7 +35,8 @@ def _softmax(w: RoutineWriter, node: Node) -> None:
 
 def _normalize(w: RoutineWriter, node: Node) -> None:
     op, (value, *extra) = node.op, node.operands
-    assert isinstance(op, (LayerNorm, RMSNorm)) and value is not None
+    assert isinstance(op, (LayerNorm, RMSNorm))
+    assert value is not None
     read = [_vector(w, v) for v in extra if v is not None]
     (x, y), finish = fitted(w, node, w.view(value), [w.destination(node.result)], rows)
     there = [v is not None for v in extra] + [False]
@@ -69,7 +70,8 @@ def _vector(w: RoutineWriter, value: Value) -> View:
 
 def _along_last(op: Op, types: Sequence[Type | None]) -> bool:
     (x,) = types
-    assert isinstance(op, (SoftmaxOp, LogSoftmax)) and x is not None
+    assert isinstance(op, (SoftmaxOp, LogSoftmax))
+    assert x is not None
     return x.dtype in _DTYPES and place(op.axis, x.rank) == x.rank - 1
 
 
