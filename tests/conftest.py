@@ -1,4 +1,4 @@
-"""What all tests share: the option --update-golden and the fixture `golden`."""
+"""What all tests share: the option --update-golden, the fixture `golden`, and certificates."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the files in tests/golden/ from what is printed now"
     )
+
+
+def pytest_configure() -> None:
+    """Every rewrite in every test is tried before and after, unless TREADLE_CERTIFY=0 is set."""
+    os.environ.setdefault("TREADLE_CERTIFY", "1")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,29 @@ QUANTIZATION = frozenset(
         "QLinearMatMul",
     }
 )
+
+
+LISTED = "1.23"
+"""The release of onnx whose node tests the list is of."""
+
+_LIST = Path(__file__).with_name("onnx_refused.txt")
+
+
+@lru_cache(maxsize=1)
+def listed() -> dict[str, str]:
+    """The cases that are known to be refused, each with the reason."""
+    lines = _LIST.read_text(encoding="utf-8").splitlines()
+    return dict(line.split(": ", 1) for line in lines if line and not line.startswith("#"))
+
+
+def write_list() -> None:
+    """Write the list anew. Raises AssertionError where a case is neither right nor refused."""
+    found = {name: verdict(case) for name, case in sorted(cases().items())}
+    wrong = {name: v.why for name, v in found.items() if v.outcome == "wrong"}
+    assert not wrong, wrong
+    refused = [f"{name}: {v.why}" for name, v in found.items() if v.outcome == "refused"]
+    head = f"# Node tests of onnx {LISTED} that are refused at import: {len(refused)} of {len(found)}, with the reason."
+    _LIST.write_text("\n".join([head, *refused]) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -139,3 +163,7 @@ def difference(found: Array, expected: Any, rtol: float, atol: float) -> str | N
         return None
     at = tuple(int(i) for i in np.argwhere(apart)[0])
     return f"at {at} is {found[at]}, not {expected[at]}"
+
+
+if __name__ == "__main__":
+    write_list()

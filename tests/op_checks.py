@@ -28,7 +28,7 @@ from treadle.ir.types import DTYPES, DType, Type, bf16, f64
 Array = np.ndarray[Any, Any]
 Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
 
-BACKENDS = ("numpy", "torch")
+BACKENDS = ("numpy", "torch", "tvm")
 RUNNERS = ("interpreter", *BACKENDS)
 """What the suites run every op through: the meaning itself, and each backend."""
 

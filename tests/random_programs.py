@@ -104,6 +104,32 @@ def softmax(b: Builder, r: Random, x: Expr) -> Expr:
     return weights / b.reduce_sum(weights, axes=over_sum, keep=True)
 
 
+def attention(b: Builder, r: Random, x: Expr) -> Expr:
+    """Two heads of three; sometimes turned by their position, sometimes no attention for one reason or another."""
+    heads = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
+    q = turned(b, r, heads) if r.random() < 0.5 else heads
+    scores = b.matmul(q, b.rearrange(heads, pattern="b h t d -> b h d t")) * r.choice((3**-0.5, 0.5))
+    j = b.iota(size="S")
+    keep = j <= b.rearrange(j, pattern="s -> s 1") + r.choice((0, 0, 1))
+    masked = one_of(r, lambda: scores, lambda: b.where(keep, scores, -1e9), lambda: b.minimum(scores, 2.0))
+    weights = b.softmax(masked, axis=r.choice((-1, -1, -1, 2)))
+    return b.rearrange(b.matmul(weights, heads), pattern="b h s d -> b s (h d)")
+
+
+def turned(b: Builder, r: Random, x: Expr) -> Expr:
+    """The first two dimensions of each head by an angle that grows with the position, or by none of rotary's."""
+    angle = b.cast(b.rearrange(b.iota(size="S"), pattern="s -> 1 1 s 1"), to="f64") * b.constant([0.3], f64)
+    first, second = b.slice(x, axis=3, stop=1), b.slice(x, axis=3, start=1, stop=2)
+    cos, sin = b.cos(angle), b.sin(angle)
+    one = first * cos - second * sin
+    other = one_of(r, lambda: second * cos + first * sin, lambda: second * cos - first * sin)
+    return b.concat(one, other, b.slice(x, axis=3, start=2), axis=3)
+
+
+def inverted(b: Builder, r: Random, x: Expr) -> Expr:
+    return 1.0 / (b.abs(x) + 1.0)
+
+
 def linear(b: Builder, r: Random, x: Expr) -> Expr:
     w = parameter(b, WIDTH, WIDTH)
     w = w + 0.1 if r.random() < 0.3 else w
@@ -125,7 +151,11 @@ def powers(b: Builder, r: Random, x: Expr) -> Expr:
 
 def selected(b: Builder, r: Random, x: Expr) -> Expr:
     condition = one_of(
-        r, lambda: b.constant(r.random() < 0.5), lambda: b.logical_not(b.logical_not(x > 0.0)), lambda: x > 0.0
+        r,
+        lambda: b.constant(r.random() < 0.5),
+        lambda: b.logical_not(b.logical_not(x > 0.0)),
+        lambda: b.logical_and(x > 0.0, True),
+        lambda: x > 0.0,
     )
     return b.where(condition, x, x * 0.5)
 
@@ -142,7 +172,7 @@ def moved(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def reshaped(b: Builder, r: Random, x: Expr) -> Expr:
-    return b.reshape(b.reshape(x, shape=("B", "S", 2, 3)), shape=("B", "S", WIDTH))
+    return b.reshape(b.reshape(x, shape=r.choice((("B", "S", 2, 3), ("B", 2, "3*S")))), shape=("B", "S", WIDTH))
 
 
 def expanded(b: Builder, r: Random, x: Expr) -> Expr:
@@ -165,6 +195,6 @@ def idle(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 STEPS: tuple[Step, ...] = (
-    *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, linear, unchanged, unchanged),
-    *(powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle),
+    *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, attention, linear, unchanged, unchanged),
+    *(powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle, inverted),
 )

@@ -20,13 +20,13 @@ from treadle.artifacts import ArtifactLimits, load, open_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.builder import Builder
+from treadle.ir.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.errors import BackendError, CheckpointError, ParseError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.parser import parse_graph
 from treadle.ir.scanner import Limits as TextLimits
 from treadle.ir.target import Target
 from treadle.models.gpt2 import gpt2
-from treadle.runtime.drawn_inputs import draw_inputs, small_sizes
 
 SMALL = {"vocab": 11, "dim": 12, "heads": 3, "layers": 2}
 

@@ -29,6 +29,7 @@ from treadle.backends.onnx_export import (
 )
 from treadle.ir.attention_terms import Alibi, BooleanMask, Causal, Padding, TensorBias, Window
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.drawn_inputs import draw_inputs
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
@@ -36,7 +37,6 @@ from treadle.ir.operation import OPS, Operand, Primitive, op
 from treadle.ir.types import bf16
 from treadle.passes.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
-from treadle.runtime.drawn_inputs import draw_inputs
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

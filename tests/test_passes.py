@@ -91,6 +91,31 @@ CANONICALIZED = [
         ["a = expand(2.0, shape=[B, S])", "return y = a"],
         x="f32[B, S]",
     ),
+    unary("one-over", Canonicalize(), ["a = div(1.0, x)", "return y = a"], ["a = reciprocal(x)", "return y = a"]),
+    unary("two-over", Canonicalize(), ["a = div(2.0, x)", "return y = a"], ["a = div(2.0, x)", "return y = a"]),
+    unary("and-true", Canonicalize(), ["a = logical_and(x, true)", "return y = a"], [X], x="bool[B]"),
+    unary("or-false", Canonicalize(), ["a = logical_or(false, x)", "return y = a"], [X], x="bool[B]"),
+    unary(
+        "or-true",
+        Canonicalize(),
+        ["a = logical_or(x, true)", "return y = a"],
+        ["a = logical_or(x, true)", "return y = a"],
+        x="bool[B]",
+    ),
+    unary(
+        "constant-of-one-element",
+        Canonicalize(),
+        ["a = mul(x, f32[1, 1]{3.0})", "return y = a"],
+        ["a = mul(x, 3.0)", "return y = a"],
+    ),
+    unary(
+        "constant-of-higher-rank",
+        Canonicalize(),
+        ["a = mul(x, f32[1, 1]{3.0})", "return y = a"],
+        ["a = mul(x, f32[1, 1]{3.0})", "return y = a"],
+        x="f32[B]",
+        y="f32[1, B]",
+    ),
     unary("constant-right", Canonicalize(), ["a = add(3.0, x)", "return y = a"], ["a = add(x, 3.0)", "return y = a"]),
     unary("constant-stays", Canonicalize(), ["a = sub(3.0, x)", "return y = a"], ["a = sub(3.0, x)", "return y = a"]),
     unary("chain", Canonicalize(), ["a = mul(x, 1.0)", "b = add(a, 0.0)", "c = div(b, 1.0)", "return y = c"], [X]),
@@ -135,9 +160,18 @@ CANONICALIZED = [
     unary(
         "reshape-reshape",
         Canonicalize(),
-        ["a = reshape(x, shape=[B*S*8])", "b = reshape(a, shape=[B*S, 8])", "return y = b"],
-        ["a = reshape(x, shape=[B*S, 8])", "return y = a"],
-        y="f32[B*S, 8]",
+        ["a = reshape(x, shape=[B, 2, 4*S])", "b = reshape(a, shape=[B, 4, 2*S])", "return y = b"],
+        ["a = reshape(x, shape=[B, 4, 2*S])", "return y = a"],
+        y="f32[B, 4, 2*S]",
+    ),
+    *(
+        unary(name, Canonicalize(), [f"a = reshape(x, shape=[{shape}])", "return y = a"], [after, "return y = a"], y=y)
+        for name, shape, after, y in (
+            ("reshape-splits", "B, S, 2, 4", 'a = rearrange(x, pattern="a b (c d=4) -> a b c d")', "f32[B, S, 2, 4]"),
+            ("reshape-joins", "B*S, 8", 'a = rearrange(x, pattern="a b c -> (a b) c")', "f32[B*S, 8]"),
+            ("reshape-squeezes", "B, 1, S, 8", 'a = rearrange(x, pattern="a b c -> a 1 b c")', "f32[B, 1, S, 8]"),
+            ("reshape-across", "B, 2, 4*S", "a = reshape(x, shape=[B, 2, 4*S])", "f32[B, 2, 4*S]"),
+        )
     ),
     unary(
         "expand-expand",

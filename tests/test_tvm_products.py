@@ -1,4 +1,4 @@
-"""Products on the TVM backend: every sample in every dtype, operands however they lie, chains that finish them, bits."""
+"""Products on the TVM backend: every sample in every dtype, operands however they lie, chains behind them, bits."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ EQUATIONS = [
     ("m k, k -> m", {"m": 7, "k": 60}),
     ("k, k n -> n", {"n": 50, "k": 60}),
     ("b k, b k -> b", {"b": 7, "k": 60}),
+    (", i -> i", {"i": 5}),
     ("a i, a j, a k -> i j k", {"a": 8, "i": 3, "j": 4, "k": 5}),
     ("b x m k, b y k n -> x b m y n", {"b": 2, "x": 3, "y": 2, "m": 4, "k": 6, "n": 5}),
 ]
@@ -99,7 +100,12 @@ def test_einsum(equation: str, sizes: dict[str, int], symbolic: bool) -> None:
 
 def test_a_batch_of_matrices_broadcasts_without_copies() -> None:
     """matmul's leading dimensions, in whichever operand they are; none of these needs a copy."""
-    for left, right in (((2, 3, 4, 5), (5, 6)), ((4, 5), (2, 3, 5, 6)), ((2, 1, 4, 5), (3, 5, 6)), ((3, 4, 5), (2, 1, 5, 6))):
+    for left, right in (
+        ((2, 3, 4, 5), (5, 6)),
+        ((4, 5), (2, 3, 5, 6)),
+        ((2, 1, 4, 5), (3, 5, 6)),
+        ((3, 4, 5), (2, 1, 5, 6)),
+    ):
         graph = graph_of(lambda b: b.matmul(b.input("x", f"f32{list(left)}"), b.input("y", f"f32{list(right)}")))  # noqa: B023
         exe, x, y = compiled(graph), normal(*left), normal(*right, seed=1)
         assert_sums(exe(x=x, y=y)["y"], np.matmul(x.astype(np.float64), y), 5)
@@ -259,7 +265,9 @@ def test_a_product_in_a_repeated_block() -> None:
 def test_a_rows_bits_do_not_depend_on_other_rows(columns: int) -> None:
     """However many rows there are, wherever among them it lies, and however rows are shared out to threads."""
     graph = graph_of(
-        lambda b: b.linear(b.input("x", "f32[B, 33]"), b.parameter("w", f"f32[{columns}, 33]")) * b.input("s", "f32[B, 1]")
+        lambda b: (
+            b.linear(b.input("x", "f32[B, 33]"), b.parameter("w", f"f32[{columns}, 33]")) * b.input("s", "f32[B, 1]")
+        )
     )
     weights = {"w": normal(columns, 33)}
     exe, serial = compiled(graph, weights), find_backend("tvm").compile(graph, Target("cpu", 1), weights)
@@ -274,7 +282,9 @@ def test_a_rows_bits_do_not_depend_on_other_rows(columns: int) -> None:
 
 def test_a_batch_element_has_the_bits_that_it_has_alone() -> None:
     graph = graph_of(
-        lambda b: b.einsum(b.input("x", "f32[B, H, S, 24]"), b.input("y", "f32[B, H, T, 24]"), equation="b h s d, b h t d -> b h s t")
+        lambda b: b.einsum(
+            b.input("x", "f32[B, H, S, 24]"), b.input("y", "f32[B, H, T, 24]"), equation="b h s d, b h t d -> b h s t"
+        )
     )
     exe, x, y = compiled(graph), normal(3, 2, 29, 24), normal(3, 2, 53, 24)
     whole = exe(x=x, y=y)["y"]

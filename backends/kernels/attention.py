@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.backends.kernels.attention_masks import Term, TermWriter, lane_numbers
 from treadle.backends.kernels.isa import Isa
 from treadle.backends.kernels.kernel import Kernel
+from treadle.backends.kernels.square_transpose import transposed
 from treadle.backends.kernels.vector_math import exp
 from treadle.ir.types import DTYPES, f32, i64
 
@@ -503,22 +504,3 @@ class _Writer:
 
     def _ceil(self, x: Expr, n: Any) -> Expr:
         return self.k.floor_divide(x + (n - 1), n)
-
-
-def transposed(k: Emitter, rows: Sequence[Expr]) -> list[Expr]:
-    """A square of as many vectors as lanes, transposed: its halves change places, then the halves of these, ..."""
-    lanes = len(rows)
-    held = [k.let(row, "row") for row in rows]
-    size = lanes // 2
-    while size:
-        made: list[Any] = [None] * lanes
-        for x in range(lanes):
-            if x & size:
-                continue
-            pair = [held[x], held[x + size]]
-            low = [e if not e & size else lanes + e - size for e in range(lanes)]
-            high = [e + size if not e & size else lanes + e for e in range(lanes)]
-            made[x] = k.let(k.shuffle(pair, low), "low")
-            made[x + size] = k.let(k.shuffle(pair, high), "high")
-        held, size = made, size // 2
-    return held

@@ -175,7 +175,7 @@ class Emitter:
         """A constant."""
         name = tvm_dtype(dtype)
         if dtype is bf16:
-            made = tirx.IntImm(name, int(rounded(np.float32(value))))
+            made = tirx.IntImm(name, int(rounded(np.asarray(value, np.float32))))
         elif dtype.is_float:
             if value != value or value in (float("inf"), float("-inf")):  # which an immediate does not hold
                 made = _not_finite(value, name)

@@ -34,8 +34,6 @@ class Value:
     Comparisons give i1; of floats they are false where either is NaN.
     """
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __init__(self, function: LaneFunction, text: str, type: str) -> None:
         self.function, self.text, self.type = function, text, type
 

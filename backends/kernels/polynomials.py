@@ -25,7 +25,7 @@ def polynomial(x: Value, coefficients: Sequence[float]) -> Value:
 
 
 def rounded_product(x: Value, factor: float) -> tuple[Value, Value]:
-    """The whole number nearest to x * factor, if it is below 2^21: plus MAGIC, whose low bits then hold it; and itself."""
+    """The whole number nearest to x * factor, below 2^21: plus MAGIC, whose low bits then hold it; and itself."""
     raised = x * factor + MAGIC[x.type]
     return raised, raised - MAGIC[x.type]
 

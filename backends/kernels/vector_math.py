@@ -192,9 +192,9 @@ def _gelu_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def _gelu_tanh_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
-    n = lambda value: k.number(value, f64, lanes)  # noqa: E731
-    inner = n(math.sqrt(2.0 / math.pi)) * (x + n(0.044715) * x * x * x)
-    return n(0.5) * x * (n(1.0) + by_lane(k, "tanh", f64, lanes, inner))
+    scale, cubic = k.number(math.sqrt(2.0 / math.pi), f64, lanes), k.number(0.044715, f64, lanes)
+    half, one = k.number(0.5, f64, lanes), k.number(1.0, f64, lanes)
+    return half * x * (one + by_lane(k, "tanh", f64, lanes, scale * (x + cubic * x * x * x)))
 
 
 def _round_to(k: Emitter, dtype: DType, lanes: int, x: Expr, format: str, saturate: bool = False) -> Expr:

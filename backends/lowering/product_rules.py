@@ -115,7 +115,9 @@ class Equation:
     @staticmethod
     def of(node: Node) -> Equation:
         applied = node.op.apply([None if v is None else v.type for v in node.operands])
-        operands = [tuple(d.factors[0] if d.factors else None for d in dims) for dims in applied.operands if dims]
+        operands = [
+            tuple(d.factors[0] if d.factors else None for d in dims) for dims in applied.operands if dims is not None
+        ]
         result = tuple(d.factors[0] if d.factors else None for d in applied.results[0])
         sizes = {name: dim.size for name, dim in applied.dims.items()}
         return Equation(tuple(operands), result, sizes)

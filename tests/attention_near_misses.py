@@ -1,0 +1,269 @@
+"""Programs that look like attention: why each is none, or is not with the term that one might take it for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.attention_programs import (
+    HEADS,
+    LOW,
+    SCALE,
+    SIZE,
+    Build,
+    bias,
+    lengths_reach,
+    masked,
+    places,
+    products,
+    q_k_v,
+    rows,
+    scaled,
+    swapped,
+    triangle,
+)
+from treadle.ir.builder import Builder, Expr
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A program that looks like attention, why it is none, and where something else is fused, the terms of that."""
+
+    name: str
+    build: Build
+    reason: str
+    terms: str | None = None
+
+
+def _wrong_axis(b: Builder) -> Expr:
+    q, k, v = q_k_v(b)
+    return b.softmax(q @ swapped(b, k) * SCALE, axis=2) @ v
+
+
+def _over_heads(b: Builder) -> Expr:
+    q, k, v = q_k_v(b)
+    return b.softmax(q @ swapped(b, k) * SCALE, axis=1) @ v
+
+
+def _also_returned(b: Builder) -> Expr:
+    q, k, v = q_k_v(b)
+    p = b.softmax(q @ swapped(b, k) * SCALE)
+    return b.concat(p @ v, p, axis=3)
+
+
+def _used_twice(b: Builder) -> Expr:
+    q, k, v = q_k_v(b)
+    p = b.softmax(q @ swapped(b, k) * SCALE)
+    return p @ v + p @ (v * v)
+
+
+def _after(change: Callable[[Builder, Expr], Expr]) -> Build:
+    def build(b: Builder) -> Expr:
+        q, k, v = q_k_v(b)
+        return change(b, b.softmax(q @ swapped(b, k) * SCALE)) @ v
+
+    return build
+
+
+def _data_scale(b: Builder) -> Expr:
+    return scaled(b, lambda x: x * b.input("temperature", "f32[B, 1, 1, 1]"))
+
+
+def _data_divisor(b: Builder) -> Expr:
+    return products(b, lambda x: x / b.input("temperature", "f32[]"))
+
+
+def _roles_swapped(b: Builder) -> Expr:
+    """q and k in each other's place: the softmax is over the queries of the product with values."""
+    q, k, v = q_k_v(b)
+    return b.einsum(b.softmax(k @ swapped(b, q) * SCALE), v, equation="b h t s, b h t e -> b h s e")
+
+
+def _feature_product(b: Builder) -> Expr:
+    """q^T k: the product is over the sequence, the scores are of features"""
+    q, k, v = q_k_v(b)
+    p = b.softmax(b.einsum(q, k, equation="b h s d, b h s f -> b h d f") * SCALE)
+    return b.einsum(p, v, equation="b h d f, b h s d -> b h s f")
+
+
+def _no_sum(b: Builder) -> Expr:
+    """An outer product of queries and keys"""
+    q, k = (b.input(n, "f32[B, S]") for n in "qk")
+    p = b.softmax(b.einsum(q, k, equation="b s, b t -> b s t"))
+    return p @ b.input("v", f"f32[B, S, {SIZE}]")
+
+
+def _values_transposed(b: Builder) -> Expr:
+    """Sums over the queries' axis instead of the keys'"""
+    q, k, v = q_k_v(b)
+    p = b.softmax(q @ swapped(b, k) * SCALE)
+    return b.einsum(p, v, equation="b h s t, b h s e -> b h t e")
+
+
+def _heads_summed(b: Builder) -> Expr:
+    q, k, v = q_k_v(b)
+    p = b.softmax(q @ swapped(b, k) * SCALE)
+    return b.einsum(p, v, equation="b h s t, b h t e -> b s e")
+
+
+def _clipped(b: Builder) -> Expr:
+    return scaled(b, lambda x: b.minimum(b.maximum(x, -50.0), 50.0))
+
+
+def _scores_returned(b: Builder) -> Expr:
+    q, k, v = q_k_v(b)
+    x = q @ swapped(b, k) * SCALE
+    return b.concat(b.softmax(x) @ v, x, axis=3)
+
+
+def _depends_on_scores(b: Builder) -> Expr:
+    return scaled(b, lambda x: x + b.tanh(x))
+
+
+def _two_softmaxes(b: Builder) -> Expr:
+    return _after(lambda b, p: b.softmax(p))(b)
+
+
+def _high_fill(b: Builder) -> Expr:
+    return masked(b, lambda: triangle(b), -100.0)
+
+
+def _zero_fill(b: Builder) -> Expr:
+    return masked(b, lambda: triangle(b), 0.0)
+
+
+def _mask_of_tensors(b: Builder) -> Expr:
+    return scaled(b, lambda x: b.where(triangle(b), x, bias(b, "f32[S, S]")))
+
+
+def _cap_after_mask(b: Builder) -> Expr:
+    return scaled(b, lambda x: b.tanh(b.where(triangle(b), x, LOW) / 30.0) * 30.0)
+
+
+def _cap_after_bias(b: Builder) -> Expr:
+    return scaled(b, lambda x: b.tanh((x + bias(b, "f32[S, S]")) / 30.0) * 30.0)
+
+
+def _softmax_of_input(b: Builder) -> Expr:
+    return b.softmax(b.input("scores", f"f32[B, {HEADS}, S, S]")) @ b.input("v", f"f32[B, {HEADS}, S, {SIZE}]")
+
+
+def _weights_as_keys(b: Builder) -> Expr:
+    """A layer with a softmax in the middle"""
+    x = b.input("x", "f32[B, S, 8]")
+    return b.linear(b.softmax(b.linear(x, b.parameter("up", "f32[12, 8]"))), b.parameter("down", "f32[8, 12]"))
+
+
+def _additive_attention(b: Builder) -> Expr:
+    """Bahdanau's: no product of queries and keys"""
+    q, k, v = (b.input(n, f"f32[B, S, {SIZE}]") for n in "qkv")
+    hidden = b.tanh(b.rearrange(q, pattern="b s d -> b s 1 d") + b.rearrange(k, pattern="b t d -> b 1 t d"))
+    return b.softmax(b.reduce_sum(hidden, axes=(3,), keep=False)) @ v
+
+
+def _regrouped(b: Builder) -> Expr:
+    """Rows of probabilities are cut across"""
+    q, k, v = (b.input(n, f"f32[6, {SIZE}]") for n in "qkv")
+    p = b.reshape(b.softmax(q @ swapped(b, k) * SCALE), shape=(4, 9))
+    return p @ b.concat(v, b.slice(v, axis=0, stop=3), axis=0)
+
+
+def _narrowed_scores(b: Builder) -> Expr:
+    """Scores rounded to half precision, then widened again"""
+    return scaled(b, lambda x: b.cast(b.cast(x, to="f16"), to="f32"))
+
+
+def _a_mask_of_two(b: Builder) -> Expr:
+    """-1e9 filled in twice: a row without keys depends on both"""
+    return scaled(b, lambda x: b.where(lengths_reach(b), b.where(rows(b), x, -1e9), -1e9))
+
+
+NEAR_MISSES = [
+    NearMiss("softmax over queries", _wrong_axis, "does not sum over the axis of the softmax"),
+    NearMiss("softmax over heads", _over_heads, "the softmax is over an axis that both factors of the scores have"),
+    NearMiss("probabilities returned", _also_returned, "the probabilities are used elsewhere, by concat"),
+    NearMiss("two products with values", _used_twice, "the probabilities are used elsewhere, by matmul"),
+    NearMiss("dropout", _after(lambda b, p: p * b.input("drop", f"f32[B, {HEADS}, S, S]")), "multiplied by a tensor"),
+    NearMiss("dropout's scale", _after(lambda b, p: p * 1.25), "multiplied by a constant before"),
+    NearMiss("masked after", _after(lambda b, p: b.where(triangle(b), p, 0.0)), "masked or shifted after the softmax"),
+    NearMiss("shifted after", _after(lambda b, p: p + 1e-9), "masked or shifted after the softmax, by add"),
+    NearMiss("sharpened after", _after(lambda b, p: b.pow(p, 1.5)), "go through pow before the product"),
+    NearMiss("two softmaxes", _two_softmaxes, "a second softmax follows the first"),
+    NearMiss("temperature of rows", _data_scale, "the scale is a tensor: it depends on data"),
+    NearMiss("temperature", _data_divisor, "the scale is a tensor: it depends on data"),
+    NearMiss("roles swapped", _roles_swapped, "does not sum over the axis of the softmax"),
+    NearMiss("features against features", _feature_product, "does not sum over the axis of the softmax"),
+    NearMiss("outer product", _no_sum, "no sum over an axis of queries and keys"),
+    NearMiss("values along queries", _values_transposed, "does not sum over the axis of the softmax"),
+    NearMiss("heads summed", _heads_summed, "sums over another axis than the softmax's as well"),
+    NearMiss("clipped", _clipped, "the scores are clipped"),
+    NearMiss("scores returned", _scores_returned, "the scores are used elsewhere, by concat"),
+    NearMiss("a bias of the scores", _depends_on_scores, "the scores are used elsewhere, by "),
+    NearMiss("a fill too high", _high_fill, "puts -100 in place of scores, which does not take keys away"),
+    NearMiss("a fill of zero", _zero_fill, "puts 0 in place of scores"),
+    NearMiss("a mask of two tensors", _mask_of_tensors, "the mask chooses between two tensors"),
+    NearMiss("cap after mask", _cap_after_mask, "a mask is applied before the soft-cap"),
+    NearMiss("cap after bias", _cap_after_bias, "a bias is added before the soft-cap"),
+    NearMiss("scores from outside", _softmax_of_input, "the scores are an input, not a product"),
+    NearMiss("weights as keys", _weights_as_keys, "the keys are weights: a layer with a softmax"),
+    NearMiss("additive attention", _additive_attention, "the scores go through reduce_sum"),
+    NearMiss("regrouped", _regrouped, "the probabilities are reshaped across their axes"),
+    NearMiss("scores rounded", _narrowed_scores, "the scores are cast from f32 to f16, which loses some"),
+    NearMiss(
+        "two fills", _a_mask_of_two, "a row in which every key is masked by -1e+09 depends on more than that mask"
+    ),
+    # what is fused, but as another term than it looks like
+    NearMiss(
+        "triangle one off", lambda b: masked(b, lambda: triangle(b, off=1)), "keeps keys up to 1 after", "mask(s t)"
+    ),
+    NearMiss(
+        "triangle one short",
+        lambda b: masked(b, lambda: triangle(b, off=-1), LOW),
+        "keeps keys up to 1 before",
+        "bias(s t)",
+    ),
+    NearMiss(
+        "triangle upside down", lambda b: masked(b, lambda: _lower(b)), "keys from the query itself on", "mask(s t)"
+    ),
+    NearMiss(
+        "triangle at the last key",
+        lambda b: masked(b, lambda: _aligned_at_end(b), LOW, keys="T"),
+        "positions are -S+T apart",
+        "bias(s t)",
+    ),
+    NearMiss(
+        "window one off",
+        lambda b: masked(b, lambda: _uneven(b)),
+        "from 2 before the query to 1 after the query",
+        "mask(s t), mask(s t)",
+    ),
+    NearMiss(
+        "constant with a hole",
+        lambda b: masked(b, lambda: _holed(b)),
+        "the constant is no band of positions",
+        "mask(s t)",
+    ),
+]
+
+
+def _lower(b: Builder) -> Expr:
+    i, j = places(b)
+    return j >= i
+
+
+def _aligned_at_end(b: Builder) -> Expr:
+    i, j = places(b, "T")
+    return j <= i + (b.size(value="T") - b.size(value="S"))
+
+
+def _uneven(b: Builder) -> Expr:
+    i, j = places(b)
+    return (j >= i - 2) & (j <= i + 1)
+
+
+def _holed(b: Builder) -> Expr:
+    kept = np.tri(64, dtype=np.bool_)
+    kept[3, 1] = False
+    return b.slice(b.slice(b.constant(kept), axis=0, stop="S"), axis=1, stop="S")

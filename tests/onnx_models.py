@@ -1,0 +1,61 @@
+"""Small ONNX models written as text, and what ONNX Runtime answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import parser
+
+from treadle.backends.registry import find_backend
+from treadle.frontends.onnx_elements import carried, restored
+from treadle.frontends.onnx_import import Imported, import_onnx
+from treadle.ir.target import Target
+
+Array = np.ndarray[Any, Any]
+
+
+def model(signature: str, body: str, *, opset: int = 18, more: str = "") -> onnx.ModelProto:
+    """A model from ONNX's own text form: `model("(float[B,4] x) => (float[B,4] y)", "y = Abs(x)")`."""
+    domains = f'"": {opset}, "com.microsoft": 1, "here": 1'
+    return parser.parse_model(f"<ir_version: 9, opset_import: [{domains}]> test {signature} {{ {body} }} {more}")
+
+
+def answers(
+    found: Imported, inputs: Mapping[str, Array], backends: tuple[str, ...] = ("numpy", "torch")
+) -> list[dict[str, Array]]:
+    """What an imported model answers on each backend, in the file's own types."""
+    graph, weights, notes = found
+    given = {name: carried(kind, inputs[name]) for name, kind in notes.inputs.items()}
+    made = [find_backend(name).compile(graph, Target("cpu"), weights)(**given) for name in backends]
+    return [{name: restored(notes.outputs[name], x) for name, x in out.items()} for out in made]
+
+
+def runtime(proto: onnx.ModelProto | str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What ONNX Runtime answers, with nothing optimized, so that fused operators are run as they stand."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = proto if isinstance(proto, str) else proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, options)
+    known = {i.name for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, {n: x for n, x in inputs.items() if n in known}), strict=True))
+
+
+def same_as_runtime(
+    proto: onnx.ModelProto, inputs: Mapping[str, Array], *, tolerance: float = 2e-6, **options: Any
+) -> Imported:
+    """Import, run on both backends, and hold every output against ONNX Runtime's, relative to its largest number."""
+    found = import_onnx(proto, **options)
+    wanted = runtime(proto, inputs)
+    for got in answers(found, inputs):
+        for name, expected in wanted.items():
+            assert got[name].shape == expected.shape, name
+            assert got[name].dtype == expected.dtype, name
+            scale = max(float(np.abs(expected).max(initial=0)), 1.0)
+            np.testing.assert_allclose(got[name], expected, rtol=0, atol=tolerance * scale, err_msg=name)
+    return found

@@ -1,0 +1,302 @@
+"""`treadle explain MODEL fusion`: every candidate site, what became of it, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.golden import Golden
+from tests.pass_programs import GELU, program
+from treadle.cli import app
+from treadle.explaining import explain_fusion, parse_expected
+from treadle.ir.builder import Builder
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.graph import Graph, Source
+from treadle.ir.parser import parse_graph
+from treadle.passes.fuse_linear import FuseLinear
+from treadle.passes.fusion_sites import find_sites
+from treadle.passes.rewrite import Match, Rewrite
+
+MODEL = """import math
+
+import treadle as t
+
+
+def norm(x, axis=-1):
+    m = x - t.reduce_mean(x, axes=(axis,), keep=True)
+    return m * t.rsqrt(t.reduce_mean(m * m, axes=(axis,), keep=True) + 1e-5)
+
+
+def heads(x):
+    return t.rearrange(x, pattern="b s (h=2 d) -> b h s d")
+
+
+def attend(x, axis=-1):
+    q, k, v = heads(x), heads(x * 2.0), heads(x * 3.0)
+    scores = q @ t.rearrange(k, pattern="b h s d -> b h d s") * 0.25
+    return t.rearrange(t.softmax(scores, axis=axis) @ v, pattern="b h s d -> b s (h d)")
+
+
+def gelu(x, c=math.sqrt(2)):
+    return x / 2 * (1 + t.erf(x / c))
+
+
+def dense(x):
+    return x @ t.rearrange(t.parameter("w", 32, 32), pattern="o i -> i o") + t.parameter("b", 32)
+
+
+@t.model
+def toy(x: t.f32["B S 32"]):
+    for _ in t.stack("h", 3):
+        x += attend(norm(x))
+        x += gelu(dense(x))
+    return gelu(norm(attend(x, axis=-2), axis=1), 1.5)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "toy.py").write_text(MODEL, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return "toy.py:toy"
+
+
+def told(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["explain", *arguments])
+    return result.exit_code, result.output
+
+
+def test_fused_and_refused_sites_are_told_by_block(toy: str, golden: Golden) -> None:
+    code, text = told(toy, "fusion")
+    assert code == 0
+    golden("explain/fused_and_refused.txt", text)
+
+
+def test_json_says_the_same(toy: str) -> None:
+    code, text = told(toy, "fusion", "--json")
+    facts = json.loads(text)
+    assert (code, facts["model"], facts["met"]) == (0, "toy", True)
+    assert facts["fused_ops"] == {"attention": 3, "layer_norm": 3, "gelu": 3, "linear": 3}
+    main = next(block for block in facts["blocks"] if block["function"] == "main")
+    by_kind = {site["kind"]: site for site in main["sites"]}
+    assert {site["status"] for site in main["sites"]} == {"refused", "nearly"}
+    gelu = by_kind["activation"]
+    assert (gelu["rules"], gelu["matched"], gelu["edge"]) == (["gelu-erf"], "5 ops", "operand 1 of div")
+    assert gelu["hint"] == "1.4142135623730951 as operand 1 of div"
+    assert gelu["places"] == ["toy.py:22"]
+    inner = [site for block in facts["blocks"] if block["function"] != "main" for site in block["sites"]]
+    assert {site["status"] for site in inner} == {"fused"}
+    assert sum(block["calls"] for block in facts["blocks"] if block["function"] != "main") == 3
+
+
+@pytest.mark.parametrize(
+    ("expected", "code"),
+    [(["attention=3"], 0), (["attention=3", "gelu=3"], 0), (["attention=4"], 1), (["attention=3", "gelu=4"], 1)],
+)
+def test_a_count_that_differs_ends_with_1(toy: str, expected: list[str], code: int) -> None:
+    options = [word for each in expected for word in ("--expect", each)]
+    found, text = told(toy, "fusion", *options)
+    assert found == code
+    assert ("NOT MET, there are 3" in text) == (code == 1)
+    _, said = told(toy, "fusion", "--json", *options)
+    assert json.loads(said)["met"] == (code == 0)
+
+
+def test_certificates_are_printed_where_asked_for(toy: str) -> None:
+    assert "fuse-attention" in told(toy, "fusion", "--certify")[1].split("a run has")[1]
+    facts = json.loads(told(toy, "fusion", "--certify", "--json")[1])
+    assert {"gelu-erf", "layer-norm", "fuse-attention"} <= {c["rule"] for c in facts["certificates"]}
+    assert "certificates" not in json.loads(told(toy, "fusion", "--json")[1])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_ops_that_are_fused_already_are_sites(name: str) -> None:
+    explanation = explain_fusion(name, expect={"attention": 12} if name == "gpt2" else None)
+    kinds = {v.kind for block in explanation.blocks for v in block.verdicts}
+    assert {"attention", "normalization", "linear"} <= kinds
+    assert {v.status for block in explanation.blocks for v in block.verdicts} == {"already"}
+    assert explanation.met
+
+
+# -- what is wrong with the question ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gpt2", "memory"], "nothing to explain of that name"),
+        (["gpt2", "fusion", "--expect", "attention"], "an expected count is OP=NUMBER"),
+        (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count is OP=NUMBER"),
+        (["gpt2", "fusion", "--expect", "=3"], "an expected count is OP=NUMBER"),
+        (["gpt2", "fusion", "--expect", "atention=3"], "unknown op 'atention'"),
+        (["no-such-model", "fusion"], "there is no model"),
+        (["gpt2.treadle", "fusion"], "an artifact holds what was compiled"),
+    ],
+)
+def test_what_cannot_be_explained_says_so(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["explain", *arguments])
+    assert result.exit_code == 2
+    assert said in result.output + (result.stderr if result.stderr_bytes else "")
+
+
+def test_a_negative_count_is_refused() -> None:
+    with pytest.raises(UsageError, match="0 or more"):
+        explain_fusion("gpt2", expect={"attention": -1})
+
+
+def test_expected_counts_are_read() -> None:
+    assert parse_expected(["attention=12", " gelu = 0 "]) == {"attention": 12, "gelu": 0}
+    with pytest.raises(TreadleError):
+        parse_expected(["attention=1_0"])
+
+
+# -- sites ------------------------------------------------------------------------------------------------------------
+
+
+def kinds(graph: Graph) -> list[str]:
+    return [site.kind for site in find_sites(graph)]
+
+
+def spelled(*lines: str, x: str = "f32[B, S, 8]", more: str = "") -> list[str]:
+    return kinds(parse_graph(program(f"x: {x}{more}", f"y: {x}", *lines)))
+
+
+def test_a_softmax_is_attention_between_two_products_only() -> None:
+    k = 'k = rearrange(x, pattern="b s d -> b d s")'
+    products = [k, "s = matmul(x, k)", "p = softmax(s)", "o = matmul(p, x)", "return y = o"]
+    assert spelled(*products) == ["attention"]
+    assert spelled("p = softmax(x)", "return y = p") == []
+    assert spelled("p = softmax(x)", k, "o = matmul(p, k)", "q = matmul(o, x)", "return y = q") == []
+
+
+def test_a_softmax_that_is_spelled_out_counts_as_well() -> None:
+    lines = [
+        'k = rearrange(x, pattern="b s d -> b d s")',
+        "s = matmul(x, k)",
+        "m = reduce_max(s, axes=[-1], keep=true)",
+        "c = sub(s, m)",
+        "e = exp(c)",
+        "t = reduce_sum(e, axes=[-1], keep=true)",
+        "p = div(e, t)",
+        "o = matmul(p, x)",
+        "return y = o",
+    ]
+    assert spelled(*lines) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (GELU, ["activation"]),
+        (["a = tanh(x)", "b = add(a, 1.0)", "h = mul(x, 0.5)", "c = mul(h, b)", "return y = c"], ["activation"]),
+        (["a = sigmoid(x)", "c = mul(x, a)", "return y = c"], ["activation"]),
+        (["z = exp(x)", "a = sigmoid(z)", "c = mul(x, a)", "return y = c"], []),  # a gate of something else
+        (["a = tanh(x)", "return y = a"], []),
+        (["a = erf(x)", "return y = a"], []),
+    ],
+)
+def test_an_activation_is_gated_by_what_it_is_of(lines: list[str], found: list[str]) -> None:
+    assert spelled(*lines) == found
+
+
+def test_a_mean_of_squares_is_a_normalization_where_it_is_divided_by() -> None:
+    mean = ["s = mul(x, x)", "m = reduce_mean(s, axes=[-1], keep=true)"]
+    assert spelled(*mean, "e = add(m, 1e-05)", "r = rsqrt(e)", "o = mul(x, r)", "return y = o") == ["normalization"]
+    assert spelled(*mean, "e = add(m, 1e-05)", "r = sqrt(e)", "o = div(x, r)", "return y = o") == ["normalization"]
+    assert spelled(*mean, "o = sub(x, m)", "return y = o") == []
+
+
+def test_a_product_is_linear_with_a_weight_only() -> None:
+    weights = program(
+        "x: f32[B, S, 8]", "y: f32[B, S, 8]", "a = matmul(x, $w)", "return y = a", weights=["w: f32[8, 8]"]
+    )
+    assert kinds(parse_graph(weights)) == ["linear"]
+    assert spelled("a = matmul(x, k)", "return y = a", more=", k: f32[8, 8]") == []
+
+
+def test_a_turn_is_a_rotary_site() -> None:
+    b = Builder(Graph("g"))
+    x, angles = b.input("x", "f32[B, S, 8]"), b.input("angles", "f32[S, 8]")
+    half = b.concat(-b.slice(x, axis=-1, start=4, stop=8), b.slice(x, axis=-1, start=0, stop=4), axis=-1)
+    b.outputs(y=x * b.cos(angles) + half * b.sin(angles))
+    assert kinds(b.graph) == ["rotary"]
+
+
+# -- reasons ----------------------------------------------------------------------------------------------------------
+
+
+def only(graph: Graph, **options: Any) -> Any:
+    (verdict,) = [v for block in explain_fusion(graph, **options).blocks for v in block.verdicts]
+    return verdict
+
+
+def test_a_value_used_elsewhere_names_its_reader_and_what_to_do() -> None:
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, S, 8]")
+    b.source = Source("model.py", 5)
+    gate = b.erf(x * 0.5**0.5) + 1.0
+    y = x * 0.5 * gate
+    b.source = Source("model.py", 9)
+    b.outputs(y=y, z=b.exp(gate))
+    verdict = only(b.graph)
+    assert (verdict.status, verdict.reason) == ("refused", "the add is used elsewhere, by exp (model.py:9)")
+    assert verdict.hint == "let that exp read something else"
+    assert verdict.places == ("model.py:5",)
+
+
+def test_a_weight_in_the_other_order_is_told() -> None:
+    text = program("x: f32[B, S, 8]", "y: f32[B, S, 8]", "a = matmul(x, $w)", "return y = a", weights=["w: f32[8, 8]"])
+    verdict = only(parse_graph(text))
+    assert verdict.status == "missed" and "stored as [in, out]" in verdict.reason
+
+
+def test_a_pipeline_without_the_pass_is_told() -> None:
+    text = program("x: f32[B, S, 8]", "y: f32[B, S, 8]", *GELU)
+    assert only(parse_graph(text), passes=[FuseLinear()]).reason == "the pipeline has no fuse-gelu"
+
+
+def test_what_no_one_reads_is_told() -> None:
+    text = program("x: f32[B, S, 8]", "y: f32[B, S, 8]", *GELU[:-1], "n = neg(x)", "return y = n")
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, S, 8]")
+    b.source = Source("model.py", 1)
+    _ = x * 0.5 * (b.erf(x * 0.5**0.5) + 1.0)
+    b.source = Source("model.py", 2)
+    b.outputs(y=-x)
+    assert only(b.graph).reason == "other passes left nothing of it"
+    assert "erf" in text
+
+
+def test_a_rewrite_that_fails_its_certificate_is_a_refused_site() -> None:
+    @dataclass(frozen=True)
+    class FuseGelu(Rewrite):
+        """gelu by erf --> gelu by tanh, which is not the same"""
+
+        def pattern(self, p: Any, x: Any, c: Any) -> Any:
+            return (x * 0.5) * (p.erf(x * p.near(0.5**0.5)) + 1)
+
+        def rewrite(self, b: Builder, m: Match) -> Any:
+            return b.gelu_tanh(m.x)
+
+    text = program("x: f32[B, S, 8]", "y: f32[B, S, 8]", *GELU)
+    verdict = only(parse_graph(text), passes=[FuseGelu()], certify=True)
+    assert verdict.status == "refused" and "its certificate failed" in verdict.reason
+    assert only(parse_graph(text), passes=[FuseGelu()], certify=False).status == "fused"
+
+
+def test_equal_sites_are_told_once_with_all_their_places() -> None:
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, S, 8]")
+    for line in range(1, 7):
+        b.source = Source("model.py", line)
+        x = x * 0.5 * (b.erf(x * 0.5**0.5) + 1.0)
+    b.outputs(y=x)
+    verdict = only(b.graph)
+    assert verdict.places == tuple(f"model.py:{line}" for line in range(1, 7))
+    text = str(explain_fusion(b.graph))
+    assert "6 x activation" in text and "and 2 more" in text

@@ -1,0 +1,231 @@
+"""Attention fusion: every spelling becomes the op that it is, near misses do not and say why, numbers stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.attention_near_misses import NEAR_MISSES, NearMiss
+from tests.attention_numbers import assert_equal_everywhere, computed
+from tests.attention_programs import (
+    FORMS,
+    Form,
+    graph_of,
+    masked,
+    rows,
+)
+from tests.pass_programs import optimize, program
+from tests.test_models import ZOO
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Graph
+from treadle.ir.ops.attention import Attention
+from treadle.ir.parser import parse_graph
+from treadle.ir.samples import Sample
+from treadle.passes.canonicalize import Canonicalize
+from treadle.passes.common_subexpressions import CommonSubexpressions
+from treadle.passes.dead_code import DeadCode
+from treadle.passes.decompose import Decompose
+from treadle.passes.fold_constants import FoldConstants
+from treadle.passes.fuse_attention import FuseAttention
+from treadle.passes.fuse_softmax import FuseSoftmax
+from treadle.passes.manager import Optimized, PassManager
+from treadle.passes.pipelines import DEFAULT
+
+PASSES = (
+    FoldConstants(),
+    Canonicalize(),
+    CommonSubexpressions(),
+    DeadCode(),
+    FuseSoftmax(),
+    FuseAttention(),
+    DeadCode(),
+)
+
+# A scale is two constants of float32, each half a spacing off, times scores of about 20, as is their difference.
+ROUNDING = 64 * float(np.finfo(np.float32).eps)
+
+
+def fused(graph: Graph) -> Optimized:
+    return PassManager(PASSES).run(graph)
+
+
+def attentions(graph: Graph) -> list[Attention]:
+    return [node.op for _, node in graph.walk() if isinstance(node.op, Attention)]
+
+
+def terms_of(op: Attention) -> str:
+    return ", ".join(term.text for term in op.terms)
+
+
+# -- what is recognised ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_each_form_is_one_attention(form: Form) -> None:
+    before = graph_of(form.build)
+    optimized = fused(before)
+    ops = [node.op.name for node in optimized.graph.main.nodes]
+    assert ops.count("attention") == 1, optimized.log.explain()
+    assert not {"softmax", "exp", "matmul", "einsum"}.intersection(ops)
+    (op,) = attentions(optimized.graph)
+    assert terms_of(op) == form.terms
+    assert (op.scale, op.softcap) == (form.scale, form.softcap)
+    has_nan = assert_equal_everywhere(before, optimized.graph, ROUNDING)
+    assert has_nan == form.keeps_nan
+
+
+def test_heads_that_are_repeated_are_not_computed_for_each_query_head() -> None:
+    for name, heads in (("grouped by repeating", 2), ("multi-query by repeating", 1), ("grouped product", 2)):
+        form = next(f for f in FORMS if f.name == name)
+        graph = fused(graph_of(form.build)).graph
+        (node,) = [n for n in graph.main.nodes if n.op.name == "attention"]
+        assert [v.type.shape[1].constant for v in node.inputs[:3]] == [4, heads, heads]
+        assert not any(n.op.name == "expand" for n in graph.main.nodes)
+
+
+def test_the_projections_form_is_left_with_what_it_needs() -> None:
+    form = next(f for f in FORMS if f.name == "projections")
+    ops = [n.op.name for n in fused(graph_of(form.build)).graph.main.nodes]
+    assert ops == ["linear", "linear", "linear", "rearrange", "rearrange", "rearrange", "attention", "rearrange"]
+
+
+def test_zeros_may_be_asked_for_in_place_of_nan() -> None:
+    before = graph_of(lambda b: masked(b, lambda: rows(b)))
+    assert [n.op.name for n in fused(before).graph.main.nodes].count("where") == 1
+    zeros = PassManager([*PASSES[:-2], FuseAttention(zeros_for_nan=True), DeadCode()]).run(before)
+    assert [n.op.name for n in zeros.graph.main.nodes] == ["rearrange", "attention"] or not any(
+        n.op.name == "where" for n in zeros.graph.main.nodes
+    )
+
+
+def test_a_layer_built_attention_stays_as_it_is() -> None:
+    text = program(
+        "q: f32[B, 4, S, 6], k: f32[B, 2, S, 6], v: f32[B, 2, S, 6]",
+        "y: f32[B, 4, S, 6]",
+        "y = attention(q, k, v, terms=[causal], scale=0.5)",
+        "return y = y",
+    )
+    assert optimize(text, *DEFAULT).graph == parse_graph(text)
+
+
+# -- text ------------------------------------------------------------------------------------------------------
+
+BEFORE = program(
+    "q: f32[B, 4, S, 8], k: f32[B, 4, S, 8], v: f32[B, 4, S, 8]",
+    "y: f32[B, S, 32]",
+    'kt = rearrange(k, pattern="b h t d -> b h d t")',
+    "scores = matmul(q, kt)",
+    "scaled = mul(scores, 0.35355338)",
+    "n = iota(size=S)",
+    'i = rearrange(n, pattern="s -> s 1")',
+    "keep = less_equal(n, i)",
+    "masked = where(keep, scaled, -inf)",
+    "p = softmax(masked)",
+    "out = matmul(p, v)",
+    'y = rearrange(out, pattern="b h s d -> b s (h d)")',
+    "return y = y",
+)
+
+EXPECTED = program(
+    "q: f32[B, 4, S, 8], k: f32[B, 4, S, 8], v: f32[B, 4, S, 8]",
+    "y: f32[B, S, 32]",
+    "out = attention(q, k, v, terms=[causal])",
+    'y = rearrange(out, pattern="b h s d -> b s (h d)")',
+    "return y = y",
+)
+
+
+def test_before_and_after_as_text() -> None:
+    optimized = optimize(BEFORE, FuseAttention())
+    assert optimized.graph == parse_graph(EXPECTED)
+    (match,) = optimized.log[0].matches
+    assert (match.rule, match.op) == ("fuse-attention", "matmul")
+    assert optimized.log[0].refusals == []
+
+
+def test_a_name_that_someone_gave_outlives_the_product() -> None:
+    (node, _) = optimize(BEFORE, FuseAttention()).graph.main.nodes
+    assert node.result.name == "out"
+
+
+# -- near misses -----------------------------------------------------------------------------------------------
+
+
+def test_there_are_thirty_near_misses() -> None:
+    assert len(NEAR_MISSES) >= 30
+    assert len({miss.reason for miss in NEAR_MISSES}) >= 25
+
+
+@pytest.mark.parametrize("miss", NEAR_MISSES, ids=lambda miss: miss.name)
+def test_each_near_miss_says_why(miss: NearMiss) -> None:
+    before = graph_of(miss.build)
+    optimized = fused(before)
+    record = next(r for r in optimized.log if r.name == "fuse-attention")
+    told = [event for event in record.refusals if miss.reason in event.reason]
+    assert told, optimized.log.explain() or str(optimized.graph)
+    assert all(event.source.startswith("tests/attention_") for event in told)
+    if miss.terms is None:
+        assert attentions(optimized.graph) == []
+        assert all("; matched: " in event.reason for event in told)
+    else:
+        assert [terms_of(op) for op in attentions(optimized.graph)] == [miss.terms]
+    assert_equal_everywhere(before, optimized.graph, ROUNDING)
+
+
+def test_a_refusal_names_the_node_and_what_had_matched() -> None:
+    text = BEFORE.replace("scaled = mul(scores, 0.35355338)", "top = minimum(scores, 9.0)").replace("scaled", "top")
+    (event,) = optimize(text, FuseAttention()).log[0].refusals
+    assert (event.op, event.rule) == ("minimum", "fuse-attention")
+    assert event.reason == "the scores are clipped; matched: softmax, where"
+
+
+def test_a_softmax_beside_no_product_is_nobodys_attention() -> None:
+    text = program("x: f32[B, S]", "y: f32[B, S]", "a = softmax(x)", "b = mul(a, 2.0)", "return y = b")
+    log = optimize(text, FuseAttention()).log
+    assert log[0].refusals == [] == log[0].near_misses
+
+
+@pytest.mark.parametrize("change", ["right", "left"])
+def test_padding_on_either_side_is_what_it_is(change: str) -> None:
+    """j < n is padding at the end; j >= n, at the start, has no term by position and stays a tensor."""
+
+    def keep(b: Builder) -> object:
+        lengths = b.rearrange(b.input("lengths", "i64[B]"), pattern="b -> b 1 1 1")
+        j = b.iota(size="S")
+        return j < lengths if change == "right" else j >= lengths
+
+    before = graph_of(lambda b: masked(b, lambda: keep(b)))  # type: ignore[arg-type, return-value]
+    optimized = fused(before)
+    (op,) = attentions(optimized.graph)
+    assert terms_of(op) == ("padding" if change == "right" else "mask(b t)")
+    assert_equal_everywhere(before, optimized.graph, ROUNDING)
+
+
+# -- back and forth --------------------------------------------------------------------------------------------
+
+
+def applied(sample: Sample) -> Graph:
+    b = Builder(Graph("sample"))
+    operands = [None if t is None else b.input(f"x{i}", t) for i, t in enumerate(sample.types)]
+    b.outputs(y=b.attention(*operands, **sample.attributes))
+    return b.graph
+
+
+@pytest.mark.parametrize("sample", Attention.samples, ids=lambda sample: sample.text)
+def test_decomposed_attention_is_fused_again(sample: Sample) -> None:
+    """With fixed sizes positions are folded to constants first, which must be recognised as well."""
+    graph = applied(sample)
+    apart = PassManager([Decompose(("attention",))]).run(graph).graph
+    assert attentions(apart) == []
+    assert computed(fused(apart).graph) == computed(graph)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_decomposed_models_are_fused_again(name: str) -> None:
+    graph = PassManager(DEFAULT).run(ZOO[name][0].graph()).graph
+    assert attentions(graph)
+    apart = PassManager([Decompose(("attention",))]).run(graph).graph
+    assert attentions(apart) == []
+    again = PassManager(DEFAULT).run(apart)
+    assert computed(again.graph) == computed(graph)
+    assert [terms_of(op) for op in attentions(again.graph)] == [terms_of(op) for op in attentions(graph)]

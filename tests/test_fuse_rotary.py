@@ -1,0 +1,317 @@
+"""Rotary fusion: each spelling becomes the op, near misses stay and say why, numbers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tests.attention_numbers import assert_equal_everywhere, computed
+from tests.attention_programs import graph_of
+from tests.pass_programs import optimize, program
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
+from treadle.ir.ops.rotary import Rotary
+from treadle.ir.parser import parse_graph
+from treadle.ir.samples import Sample
+from treadle.passes.canonicalize import Canonicalize
+from treadle.passes.dead_code import DeadCode
+from treadle.passes.decompose import Decompose
+from treadle.passes.fuse_rotary import FuseRotary
+from treadle.passes.manager import Optimized, PassManager
+
+Build = Callable[[Builder], Expr]
+HALF = 3
+FREQUENCIES = np.float32([1.0, 0.3, 0.05])
+
+
+def fused(graph: Graph) -> Optimized:
+    return PassManager([Canonicalize(), FuseRotary(), DeadCode()]).run(graph)
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------
+
+
+def heads(b: Builder, size: int = 2 * HALF) -> Expr:
+    return b.input("x", f"f32[B, 4, S, {size}]")
+
+
+def positions(b: Builder) -> Expr:
+    return b.input("positions", "i64[B, S]")
+
+
+def angles(b: Builder, at: Expr | None = None) -> Expr:
+    """[b, 1, s, f]"""
+    at = b.rearrange(positions(b) if at is None else at, pattern="b s -> b 1 s 1")
+    return at.cast("f32") * frequencies(b)
+
+
+def frequencies(b: Builder) -> Expr:
+    return b.constant(FREQUENCIES)
+
+
+def doubled(b: Builder, x: Expr) -> Expr:
+    return b.concat(x, x, axis=-1)
+
+
+def halves(b: Builder, x: Expr) -> tuple[Expr, Expr]:
+    return b.slice(x, axis=3, stop=HALF), b.slice(x, axis=3, start=HALF, stop=2 * HALF)
+
+
+def rotate_half(b: Builder, x: Expr) -> Expr:
+    first, second = halves(b, x)
+    return b.concat(-second, first, axis=3)
+
+
+def turned(b: Builder, x: Expr, a: Expr | None = None) -> Expr:
+    a = doubled(b, angles(b)) if a is None else a
+    return x * b.cos(a) + rotate_half(b, x) * b.sin(a)
+
+
+def pairs(b: Builder, x: Expr) -> tuple[Expr, Expr]:
+    return b.slice(x, axis=3, stride=2), b.slice(x, axis=3, start=1, stride=2)
+
+
+def interleaved(b: Builder, first: Expr, second: Expr) -> Expr:
+    both = b.concat(*(b.rearrange(x, pattern="b h s f -> b h s f 1") for x in (first, second)), axis=4)
+    return b.rearrange(both, pattern="b h s f two -> b h s (f two)")
+
+
+def repeated(b: Builder, x: Expr) -> Expr:
+    """Each element twice: what repeat_interleave comes to"""
+    wide = b.expand(b.rearrange(x, pattern="b o s f -> b o s f 1"), shape=(None, None, None, None, 2))
+    return b.rearrange(wide, pattern="b o s f two -> b o s (f two)")
+
+
+# -- forms -----------------------------------------------------------------------------------------------------
+
+
+def _rotated_half(b: Builder) -> Expr:
+    return turned(b, heads(b))
+
+
+def _in_two_halves(b: Builder) -> Expr:
+    first, second = halves(b, heads(b))
+    cos, sin = b.cos(angles(b)), b.sin(angles_again(b))
+    return b.concat(first * cos - second * sin, second * cos + first * sin, axis=3)
+
+
+def angles_again(b: Builder) -> Expr:
+    """The same angles: those that were made last."""
+    node = next(n for n in reversed(b.function.nodes) if n.op.name == "cos")
+    return b.expr(node.inputs[0])
+
+
+def _partial(b: Builder) -> Expr:
+    x = heads(b, 10)
+    return b.concat(turned(b, b.slice(x, axis=3, stop=2 * HALF)), b.slice(x, axis=3, start=2 * HALF), axis=3)
+
+
+def _interleaved(b: Builder) -> Expr:
+    first, second = pairs(b, heads(b))
+    cos = b.cos(angles(b))
+    sin = b.sin(angles_again(b))
+    return interleaved(b, first * cos - second * sin, first * sin + second * cos)
+
+
+def _every_two(b: Builder) -> Expr:
+    x = heads(b)
+    first, second = pairs(b, x)
+    a = angles(b)
+    return x * repeated(b, b.cos(a)) + interleaved(b, -second, first) * repeated(b, b.sin(a))
+
+
+def _interleaved_partial(b: Builder) -> Expr:
+    x = heads(b, 8)
+    part = b.slice(x, axis=3, stop=2 * HALF)
+    first, second = pairs(b, part)
+    a = angles(b)
+    cos, sin = b.cos(a), b.sin(a)
+    y = interleaved(b, first * cos - second * sin, second * cos + first * sin)
+    return b.concat(y, b.slice(x, axis=3, start=2 * HALF), axis=3)
+
+
+def _heads_after_positions(b: Builder) -> Expr:
+    x = b.input("x", f"f32[B, S, 4, {2 * HALF}]")
+    a = b.rearrange(doubled(b, angles(b)), pattern="b 1 s d -> b s 1 d")
+    return turned(b, x, a)
+
+
+def _one_row_of_positions(b: Builder) -> Expr:
+    """The same positions for every row"""
+    at = b.rearrange(b.iota(size="S"), pattern="s -> 1 s")
+    return turned(b, heads(b), doubled(b, angles(b, at)))
+
+
+def _angles_by_matmul(b: Builder) -> Expr:
+    f = b.rearrange(frequencies(b), pattern="f -> 1 f 1")
+    at = b.rearrange(positions(b).cast("f32"), pattern="b s -> b 1 s")
+    a = b.rearrange(b.matmul(f, at), pattern="b f s -> b s f")
+    return turned(b, heads(b), b.rearrange(doubled(b, a), pattern="b s d -> b 1 s d"))
+
+
+def _angles_by_einsum(b: Builder) -> Expr:
+    a = b.einsum(positions(b).cast("f32"), frequencies(b), equation="b s, f -> b s f")
+    cos, sin = (b.rearrange(doubled(b, x), pattern="b s d -> b 1 s d") for x in (b.cos(a), b.sin(a)))
+    x = heads(b)
+    return x * cos + rotate_half(b, x) * sin
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Build
+    said: str
+
+
+FORMS = [
+    Case("rotate half", _rotated_half, "half"),
+    Case("two halves", _in_two_halves, "half"),
+    Case("partial", _partial, "half"),
+    Case("interleaved", _interleaved, "interleaved"),
+    Case("every two", _every_two, "interleaved"),
+    Case("interleaved, partial", _interleaved_partial, "interleaved"),
+    Case("heads after positions", _heads_after_positions, "half"),
+    Case("one row of positions", _one_row_of_positions, "half"),
+    Case("angles by matmul", _angles_by_matmul, "half"),
+    Case("angles by einsum", _angles_by_einsum, "half"),
+]
+
+
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
+def test_each_form_is_one_rotary(case: Case) -> None:
+    before = graph_of(case.build)
+    optimized = fused(before)
+    ops = [node.op.name for node in optimized.graph.main.nodes]
+    assert ops.count("rotary") == 1, f"{optimized.log.explain()}\n{optimized.graph}"
+    assert not {"cos", "sin", "concat", "mul"}.intersection(ops)
+    (op,) = [node.op for node in optimized.graph.main.nodes if isinstance(node.op, Rotary)]
+    assert op.layout == case.said
+    # The arithmetic is the same, in another order: some roundings of float64, of angles up to 4.
+    assert_equal_everywhere(before, optimized.graph, 64 * 2.0**-52)
+
+
+# -- near misses -----------------------------------------------------------------------------------------------
+
+ORDER = "the pairs, signs or angles are in neither of rotary's orders"
+
+
+def _turned_back(b: Builder) -> Expr:
+    x, a = heads(b), doubled(b, angles(b))
+    return x * b.cos(a) - rotate_half(b, x) * b.sin(a)
+
+
+def _no_sign(b: Builder) -> Expr:
+    x, a = heads(b), doubled(b, angles(b))
+    first, second = halves(b, x)
+    return x * b.cos(a) + b.concat(second, first, axis=3) * b.sin(a)
+
+
+def _mixed(b: Builder) -> Expr:
+    """Half-split pairs, with each angle twice in a row"""
+    return turned(b, heads(b), repeated(b, angles(b)))
+
+
+def _sine_for_cosine(b: Builder) -> Expr:
+    x, a = heads(b), doubled(b, angles(b))
+    return x * b.sin(a) + rotate_half(b, x) * b.cos(a)
+
+
+def _angles_reversed(b: Builder) -> Expr:
+    a = angles(b)
+    backwards = b.concat(*(b.slice(a, axis=3, start=i, stop=i + 1) for i in (2, 1, 0)), axis=3)
+    return turned(b, heads(b), b.concat(a, backwards, axis=3))
+
+
+def _float_positions(b: Builder) -> Expr:
+    at = b.rearrange(b.input("times", "f32[B, S]"), pattern="b s -> b 1 s 1")
+    return turned(b, heads(b), doubled(b, at * frequencies(b)))
+
+
+def _shifted_angles(b: Builder) -> Expr:
+    return turned(b, heads(b), doubled(b, angles(b) + 0.5))
+
+
+def _angles_by_head(b: Builder) -> Expr:
+    slopes = b.input("slopes", f"f32[4, 1, {HALF}]")
+    at = b.rearrange(positions(b), pattern="b s -> b 1 s 1").cast("f32")
+    return turned(b, heads(b), doubled(b, at * slopes))
+
+
+NEAR_MISSES = [
+    Case("turned back", _turned_back, ORDER),
+    Case("no sign", _no_sign, ORDER),
+    Case("mixed orders", _mixed, ORDER),
+    Case("sine for cosine", _sine_for_cosine, ORDER),
+    Case("angles reversed", _angles_reversed, ORDER),
+    Case("positions that are no integers", _float_positions, "no product of whole positions and frequencies"),
+    Case("shifted angles", _shifted_angles, "no product of whole positions and frequencies"),
+    Case("angles by head", _angles_by_head, "the angles vary along 3 axes beside that of pairs"),
+]
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES, ids=lambda case: case.name)
+def test_each_near_miss_says_why(case: Case) -> None:
+    before = graph_of(case.build)
+    optimized = fused(before)
+    assert not any(isinstance(node.op, Rotary) for node in optimized.graph.main.nodes)
+    told = next(r for r in optimized.log if r.name == "fuse-rotary").refusals
+    assert [event.reason for event in told if case.said in event.reason], optimized.log.explain()
+    assert all(event.source.startswith("tests/test_fuse_rotary.py:") for event in told)
+    assert_equal_everywhere(before, optimized.graph, 64 * 2.0**-52)
+
+
+def test_two_tables_are_not_taken_for_one() -> None:
+    """The cosine of some positions with the sine of others is a sum of two unlike things, not a turn."""
+
+    def build(b: Builder) -> Expr:
+        x = heads(b)
+        other = b.input("others", "i64[B, S]")
+        a, c = doubled(b, angles(b)), doubled(b, angles(b, other))
+        return x * b.cos(a) + rotate_half(b, x) * b.sin(c)
+
+    before = graph_of(build)
+    assert computed(fused(before).graph) == computed(PassManager([Canonicalize()]).run(before).graph)
+
+
+# -- text, and back and forth ----------------------------------------------------------------------------------
+
+
+def test_before_and_after_as_text() -> None:
+    takes = "x: f32[B, 4, S, 8], positions: i64[B, S], f: f32[4]"
+    before = program(
+        takes,
+        "y: f32[B, 4, S, 8]",
+        'p = rearrange(positions, pattern="b s -> b 1 s 1")',
+        "pf = cast(p, to=f32)",
+        "a = mul(pf, f)",
+        "cos = cos(a)",
+        "sin = sin(a)",
+        "one = slice(x, axis=3, stop=4)",
+        "two = slice(x, axis=3, start=4)",
+        "oc = mul(one, cos)",
+        "ts = mul(two, sin)",
+        "left = sub(oc, ts)",
+        "tc = mul(two, cos)",
+        "os = mul(one, sin)",
+        "right = add(tc, os)",
+        "y = concat(left, right, axis=3)",
+        "return y = y",
+    )
+    after = program(takes, "y: f32[B, 4, S, 8]", "y = rotary(x, positions, f)", "return y = y")
+    optimized = optimize(before, FuseRotary())
+    assert optimized.graph == parse_graph(after)
+    (match, *_) = optimized.log[0].matches
+    assert (match.rule, match.op) == ("fuse-rotary", "concat")
+
+
+@pytest.mark.parametrize("sample", Rotary.samples, ids=lambda sample: sample.text)
+def test_decomposed_rotary_is_fused_again(sample: Sample) -> None:
+    b = Builder(Graph("sample"))
+    operands = [b.input(f"x{i}", t) for i, t in enumerate(sample.types) if t is not None]
+    b.outputs(y=b.rotary(*operands, **sample.attributes))
+    apart = PassManager([Decompose(("rotary",))]).run(b.graph).graph
+    assert not any(isinstance(node.op, Rotary) for node in apart.main.nodes)
+    assert computed(fused(apart).graph) == computed(b.graph)

@@ -1,0 +1,298 @@
+"""Damaged and hostile ONNX files are refused with our error that names the node or tensor: no crash, no hang."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.onnx_models import model
+from treadle.frontends.onnx_file import OnnxLimits
+from treadle.frontends.onnx_import import import_onnx
+from treadle.ir.errors import CheckpointError, FrontendError, TreadleError
+
+BODY = """
+    a = MatMul(x, w)
+    b = Add(a, c)
+    n = LayerNormalization<axis = -1, epsilon = 0.00001>(b, s, t)
+    d = Gelu(n)
+    shape = Shape(d)
+    one = Constant<value_ints = [1]>()
+    zero = Constant<value_ints = [0]>()
+    first = Slice(shape, zero, one, zero)
+    rest = Constant<value_ints = [2, -1]>()
+    wanted = Concat<axis = 0>(first, rest)
+    y = Reshape(d, wanted)
+"""
+
+
+def small() -> onnx.ModelProto:
+    """A few nodes with weights and shape arithmetic, which import."""
+    proto = model("(float[S,6] x) => (float y)", BODY, opset=20)
+    rng = np.random.default_rng(0)
+    for name, shape in (("w", (6, 8)), ("c", (8,)), ("s", (8,)), ("t", (8,))):
+        proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape, np.float32), name))
+    return proto
+
+
+def test_the_model_that_is_damaged_here_imports_whole() -> None:
+    assert str(import_onnx(small()).graph.main.outputs["y"].type) == "f32[S, 2, 4]"
+
+
+# -- one thing wrong -----------------------------------------------------------------------------------------------
+
+
+def _set(path: str, value: Any) -> Callable[[onnx.ModelProto], None]:
+    """Set a field, named from the graph down: `node[0].input[1]`."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        *steps, last = path.replace("[", ".").replace("]", "").split(".")
+        at: Any = proto.graph
+        for step in steps:
+            at = at[int(step)] if step.isdigit() else getattr(at, step)
+        if last.isdigit():
+            at[int(last)] = value
+        else:
+            setattr(at, last, value)
+
+    return change
+
+
+def _reshaped(*dims: int) -> Callable[[onnx.ModelProto], None]:
+    def change(proto: onnx.ModelProto) -> None:
+        del proto.graph.initializer[0].dims[:]
+        proto.graph.initializer[0].dims.extend(dims)
+
+    return change
+
+
+def _again(kind: str, index: int = 0) -> Callable[[onnx.ModelProto], None]:
+    def change(proto: onnx.ModelProto) -> None:
+        items = getattr(proto.graph, kind)
+        items.add().CopyFrom(items[index])
+
+    return change
+
+
+def _without(kind: str) -> Callable[[onnx.ModelProto], None]:
+    return lambda proto: proto.graph.ClearField(kind)  # type: ignore[arg-type]
+
+
+WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
+    "a missing input": (_set("node[0].input[1]", "nowhere"), "nothing makes the value nowhere"),
+    "a missing output": (_set("output[0].name", "nowhere"), "nothing makes the output nowhere"),
+    "a cycle": (_set("node[0].input[0]", "d"), "the value d is used before it is made"),
+    "a node that reads itself": (_set("node[1].input[0]", "b"), "the value b is used before it is made"),
+    "two nodes that make one value": (_set("node[1].output[0]", "a"), "two nodes make the value a"),
+    "a tensor twice": (_again("initializer"), "two tensors are called w"),
+    "an input twice": (_again("input"), "two inputs are called x"),
+    "an output twice": (_again("output"), "two outputs are called y"),
+    "too few bytes": (_set("initializer[0].raw_data", b"\0" * 7), "bytes are not as many as its shape asks for"),
+    "too many elements": (_reshaped(2**30, 2**20), "bytes are not as many as its shape asks for|disagree"),
+    "an absurd shape": (_reshaped(2**62, 2**62), "a tensor's shape is impossible"),
+    "a negative shape": (_reshaped(-6, 8), "a tensor's shape is impossible"),
+    "a rank of 100": (_reshaped(*[1] * 100), "a tensor's shape is impossible"),
+    "an unknown element type": (_set("initializer[0].data_type", 99), "element type 99 is not supported"),
+    "an input of strings": (_set("input[0].type.tensor_type.elem_type", 8), "element type STRING is not supported"),
+    "a negative dimension": (_set("input[0].type.tensor_type.shape.dim[1].dim_value", -3), "a dimension is impossible"),
+    "an output of another type": (_set("output[0].type.tensor_type.elem_type", 7), "another type than declared"),
+    "an axis that is not there": (_set("node[9].attribute[0].i", 7), "there is no axis 7"),
+    "an attribute of another kind": (_set("node[2].attribute[0].type", 3), "attribute axis is of another type"),
+    "an operator that is not there": (_set("node[3].op_type", "Nothing"), "there is no such operator"),
+    "a domain that is not there": (_set("node[3].domain", "no.where"), "there is no such operator"),
+    "no nodes": (_without("node"), "nothing makes the output y"),
+    "no output": (_without("output"), "no graph with an output"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_named(what: str) -> None:
+    proto = small()
+    change, why = WRONG[what]
+    change(proto)
+    with pytest.raises(FrontendError, match=why) as caught:
+        import_onnx(proto)
+    assert caught.value.within, "the error says where"
+
+
+def test_a_node_that_makes_a_weight_is_refused() -> None:
+    proto = model("(float[4] x) => (float[4] w)", "w = Exp(x)")
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones(4, np.float32), "w"))
+    with pytest.raises(FrontendError, match="two things are called w"):
+        import_onnx(proto)
+
+
+def test_an_input_without_a_rank_is_refused() -> None:
+    proto = small()
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(FrontendError, match="an input's rank must be declared"):
+        import_onnx(proto)
+
+
+def test_two_opsets_of_one_domain_are_refused() -> None:
+    proto = small()
+    proto.opset_import.append(helper.make_opsetid("ai.onnx", 12))
+    with pytest.raises(FrontendError, match="two opsets"):
+        import_onnx(proto)
+
+
+ZERO_AND_ONE = """
+<domain: "here", opset_import: ["": 18]>
+zero_and_one () => (a, o) { a = Constant<value_int: int = 0>() o = Constant<value_int: int = 1>() }
+"""
+
+
+@pytest.mark.parametrize("value", [2**40, 2**62, 2**63 - 1])
+def test_absurd_sizes_cost_nothing(value: int) -> None:
+    """A tensor of that size may be described; what would have to be made at import is refused."""
+    size = f"n = Constant<value_ints = [{value}]>()"
+    for body in (
+        f"{size} z = ConstantOfShape(n) y = ReduceSum(z)",
+        f"{size} y = Expand(x, n)",
+        f"{size} y = Tile(x, n)",
+        f"k = Constant<value_int = {value}>() a, o = here.zero_and_one() y = Range(a, k, o)",
+        f'p = Constant<value_ints = [{value}, 0]>() y = Pad<mode = "reflect">(x, p)',
+        f"{size} y, i = TopK(x, n)",
+        f"y = Split<num_outputs = {value}>(x)",
+        f"{size} y = OneHot(i0, n, v)",
+    ):
+        proto = model("(float[1] x, int64[1] i0, float[2] v) => (y)", body, more=ZERO_AND_ONE)
+        _attempt(proto)
+
+
+def test_functions_that_double_at_every_level_are_bounded() -> None:
+    levels = 20
+    head = '<domain: "here", opset_import: ["here": 1, "": 18]>'
+    text = "".join(f"{head} f{i} (x) => (y) {{ a = here.f{i + 1}(x) y = here.f{i + 1}(a) }}" for i in range(levels))
+    text += f'<domain: "here", opset_import: ["": 18]> f{levels} (x) => (y) {{ y = Exp(x) }}'
+    proto = model("(float[4] x) => (float[4] y)", "y = here.f0(x)", more=text)
+    with pytest.raises(FrontendError, match="more nodes than the limit"):
+        import_onnx(proto, limits=OnnxLimits(nodes=2_000))
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _attempt(path: Path | onnx.ModelProto) -> bool:
+    """Whether it imports; any error but ours fails the test."""
+    try:
+        import_onnx(path)
+    except TreadleError:
+        return False
+    return True
+
+
+def test_files_that_are_cut_anywhere_are_refused(tmp_path: Path) -> None:
+    data = small().SerializeToString()
+    path = tmp_path / "cut.onnx"
+    whole = 0
+    for end in range(0, len(data), 7):
+        path.write_bytes(data[:end])
+        whole += _attempt(path)
+    assert whole <= 1, "a file without its opsets' bytes may still be whole"
+
+
+def test_files_with_flipped_bits_do_not_crash(tmp_path: Path) -> None:
+    data = small().SerializeToString()
+    path = tmp_path / "flipped.onnx"
+    rng = random.Random(0)
+    for _ in range(300):
+        changed = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        _attempt(path)
+
+
+def _spots(message: Any) -> Iterator[tuple[Any, Any, int | None]]:
+    """Every scalar field of a message and of those in it, with its place where it is one of several."""
+    for field, value in message.ListFields():
+        inner = field.message_type is not None
+        if hasattr(value, "append") or hasattr(value, "add"):
+            for i, item in enumerate(value):
+                if inner:
+                    yield from _spots(item)
+                else:
+                    yield message, field, i
+        elif inner:
+            yield from _spots(value)
+        else:
+            yield message, field, None
+
+
+def test_fields_with_other_values_do_not_crash() -> None:
+    base = small()
+    numbers = (0, 1, 2, -1, 3, 7, 1000, 2**31 - 1, -(2**31), 2**40, 2**62, -(2**63))
+    rng = random.Random(0)
+    texts = ["", "x", "y", "w", "d", "\x00\x1b[31m", "x" * 300, *(n.op_type for n in base.graph.node)]
+    for _ in range(400):
+        proto = onnx.ModelProto()
+        proto.CopyFrom(base)
+        message, field, place = rng.choice(list(_spots(proto)))
+        old = getattr(message, field.name)
+        kind = type(old if place is None else old[place])
+        value: Any = rng.choice(numbers)
+        if kind is bytes:
+            value = rng.randbytes(rng.randrange(40))
+        elif kind is str:
+            value = rng.choice(texts)
+        elif kind is float:
+            value = rng.choice((0.0, -1.0, 1e30, float("nan"), float("inf")))
+        try:
+            if place is None:
+                setattr(message, field.name, value)
+            else:
+                old[place] = value
+        except (ValueError, TypeError):  # which protobuf does not hold
+            continue
+        _attempt(proto)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    for data in (b"", b"\xff" * 50, b"PK\x03\x04" + bytes(30)):
+        path.write_bytes(data)
+        with pytest.raises(FrontendError, match=r"no ONNX model|no graph with an output"):
+            import_onnx(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        import_onnx(tmp_path / "nothing.onnx")
+    with pytest.raises(CheckpointError, match=r"not a regular file|cannot be opened"):
+        import_onnx(tmp_path)
+    path.write_bytes(small().SerializeToString())
+    with pytest.raises(CheckpointError, match="longer than the limit"):
+        import_onnx(path, limits=OnnxLimits(bytes=100))
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(small().SerializeToString().replace(b"MatMul", b"Mat\xff\xfel"))
+    with pytest.raises(FrontendError, match=r"not UTF-8|no ONNX model"):
+        import_onnx(path)
+
+
+def test_a_name_with_control_characters_is_shown_escaped() -> None:
+    proto = small()
+    proto.graph.node[0].name = "\x1b[31mred"
+    proto.graph.node[0].op_type = "Nothing"
+    with pytest.raises(FrontendError) as caught:
+        import_onnx(proto)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_strings_tensor_is_refused_where_it_is_used() -> None:
+    proto = small()
+    proto.graph.initializer.append(helper.make_tensor("text", TensorProto.STRING, [1], [b"a"]))
+    assert import_onnx(proto).graph.main.nodes, "nothing uses it"
+    proto.graph.node[1].input[1] = "text"
+    with pytest.raises(FrontendError, match="text: element type STRING is not supported"):
+        import_onnx(proto)

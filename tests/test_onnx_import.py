@@ -1,0 +1,475 @@
+"""ONNX import: shapes with symbols, static arguments, functions, branches, names, weights, and what is refused."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("torch")
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.onnx_models import answers, model, runtime, same_as_runtime
+from treadle.frontends.onnx_errors import StaticArgumentNeeded, UnsupportedOnnx
+from treadle.frontends.onnx_import import import_onnx
+from treadle.ir.errors import FrontendError
+from treadle.ir.parser import parse_graph
+from treadle.ir.sizes import Size
+
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> np.ndarray[Any, Any]:
+    return RNG.standard_normal(shape, np.float32)
+
+
+def ops(found: Any) -> list[str]:
+    """The names of a graph's ops, in order."""
+    return [node.op.name for node in found.graph.main.nodes]
+
+
+# -- symbols -------------------------------------------------------------------------------------------------------
+
+
+def test_an_axis_that_the_file_names_is_one_symbol() -> None:
+    found = import_onnx(model("(float[batch,seq] x, float[batch,1] y) => (float[batch,seq] z)", "z = Add(x, y)"))
+    assert list(found.graph.symbols) == ["batch", "seq"]
+    assert str(found.graph.main.outputs["z"].type) == "f32[batch, seq]"
+
+
+@pytest.mark.parametrize(
+    ("dim", "size"),
+    [("past + seq", "past+seq"), ("floor(S/2)", "floor_S_2"), ("4x", "n4x"), ("batch.size", "batch_size")],
+)
+def test_names_of_axes_become_sizes(dim: str, size: str) -> None:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [dim])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [dim])
+    graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "g", [x], [y])
+    found = import_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+    assert found.graph.main.inputs[0].type.shape == (Size.of(size),)
+
+
+def test_an_axis_without_a_name_gets_one() -> None:
+    found = import_onnx(model("(float[?,3] x) => (float[?,3] y)", "y = Abs(x)"))
+    assert str(found.graph.main.inputs[0].type) == "f32[x_0, 3]"
+
+
+def test_dims_make_two_names_one_or_give_a_size() -> None:
+    proto = model("(float[A] x, float[B] y) => (float[A] z)", "z = Add(x, y)")
+    with pytest.raises(FrontendError, match="sizes disagree") as caught:
+        import_onnx(proto)
+    assert "dims=" in str(caught.value)
+    assert str(import_onnx(proto, dims={"B": "A"}).graph.main.outputs["z"].type) == "f32[A]"
+    assert str(import_onnx(proto, dims={"A": 3, "B": 3}).graph.main.outputs["z"].type) == "f32[3]"
+
+
+SPLIT_HEADS = """
+    shape = Shape(x)
+    zero = Constant<value_int = 0>()
+    one = Constant<value_int = 1>()
+    b = Gather(shape, zero)
+    s = Gather(shape, one)
+    axes = Constant<value_ints = [0]>()
+    b1 = Unsqueeze(b, axes)
+    s1 = Unsqueeze(s, axes)
+    h = Constant<value_ints = [4]>()
+    d = Constant<value_ints = [-1]>()
+    wanted = Concat<axis = 0>(b1, s1, h, d)
+    apart = Reshape(x, wanted)
+    y = Transpose<perm = [0, 2, 1, 3]>(apart)
+"""
+
+
+def test_shape_arithmetic_leaves_nothing_in_the_graph() -> None:
+    found = same_as_runtime(model("(float[B,S,24] x) => (float y)", SPLIT_HEADS), {"x": floats(2, 3, 24)})
+    assert ops(found) == ["rearrange", "rearrange"]
+    assert found.graph.main.outputs["y"].type.shape == tuple(map(Size.of, ("B", 4, "S", 6)))
+    assert found.notes.folded["Concat"] == 1
+
+
+@pytest.mark.parametrize(
+    ("expression", "size"),
+    [
+        ("t = Mul(s, three)", "3*S"),
+        ("t = Div(s, three)", "S//3"),
+        ("t = Sub(s, s)", "0"),
+        ("t = Mod(s, three)", "S-3*(S//3)"),
+        ("u = Mul(s, three) t = Div(u, s)", "3"),
+        ("u = Neg(s) t = Add(u, s)", "0"),
+        ("u = Add(s, three) t = Max(u, s)", "S+3"),
+        ("u = Add(s, three) t = Min(u, s)", "S"),
+        ("m = Constant<value_ints = [-1]>() e = Equal(s, m) t = Where(e, three, s)", "S"),
+        ("u = Concat<axis = 0>(s, three) t = ReduceProd<keepdims = 1>(u)", "3*S"),
+        ("u = Concat<axis = 0>(s, three) t = ReduceSum<keepdims = 1>(u)", "S+3"),
+        ("u = Cast<to = 6>(s) t = Cast<to = 7>(u)", "S"),
+        ("u = Concat<axis = 0>(three, s) i = Constant<value_ints = [1]>() t = Gather(u, i)", "S"),
+        ("u = Concat<axis = 0>(three, s, s) i = Constant<value_ints = [1]>() t = Slice(u, i, two)", "S"),
+    ],
+)
+def test_integers_are_evaluated_over_symbols(expression: str, size: str) -> None:
+    """`t` is the size of a tensor that is made, so a wrong one shows in its type."""
+    body = f"""
+        s = Shape(x)
+        two = Constant<value_ints = [2]>()
+        three = Constant<value_ints = [3]>()
+        {expression}
+        y = ConstantOfShape(t)
+    """
+    found = import_onnx(model("(float[S] x) => (float y)", body))
+    assert found.graph.main.outputs["y"].type.shape == (Size.of(size),)
+
+
+def test_a_comparison_that_depends_on_the_size_is_left_to_the_call() -> None:
+    body = """
+        s = Shape(x)
+        five = Constant<value_ints = [5]>()
+        more = Greater(s, five)
+        zero = Constant<value_float = 0.0>()
+        y = Where(more, x, zero)
+    """
+    proto = model("(float[S] x) => (float[S] y)", body)
+    for size in (4, 5, 6):
+        same_as_runtime(proto, {"x": floats(size)})
+
+
+@pytest.mark.parametrize(
+    ("starts", "ends", "axes", "steps"),
+    [
+        ([0], [1], [1], [1]),
+        ([1], [2**63 - 1], [0], [1]),
+        ([-2], [2**31 - 1], [1], [1]),
+        ([0, 0], [-1, 100], [1, 0], [1, 2]),
+        ([-1], [-(2**63) + 1], [1], [-1]),
+        ([4], [0], [1], [-2]),
+        ([3], [1], [1], [1]),
+    ],
+)
+def test_slices_are_clamped(starts: list[int], ends: list[int], axes: list[int], steps: list[int]) -> None:
+    proto = model(
+        "(float[3,6] x, int64[?] s, int64[?] e, int64[?] a, int64[?] t) => (float y)", "y = Slice(x, s, e, a, t)"
+    )
+    given = {n: np.array(v, np.int64) for n, v in zip("seat", (starts, ends, axes, steps), strict=True)}
+    x = floats(3, 6)
+    (got, _) = answers(import_onnx(proto, static=given), {"x": x})
+    np.testing.assert_array_equal(got["y"], runtime(proto, {"x": x, **given})["y"])
+
+
+def test_a_cut_past_some_sizes_is_refused_where_the_size_is_known() -> None:
+    body = """
+        zero = Constant<value_ints = [0]>()
+        four = Constant<value_ints = [4]>()
+        y = Slice(x, zero, four)
+    """
+    found = import_onnx(model("(float[S] x) => (float y)", body))
+    (got, _) = answers(found, {"x": floats(5)})
+    assert got["y"].shape == (4,)
+    with pytest.raises(Exception, match="outside an axis of size S"):
+        answers(found, {"x": floats(3)})
+
+
+def test_a_reshape_whose_axes_cannot_be_told_is_noted() -> None:
+    proto = model("(float[4,6] x) => (float[3,8] y)", "s = Constant<value_ints = [3,8]>() y = Reshape(x, s)")
+    found = same_as_runtime(proto, {"x": floats(4, 6)})
+    assert ops(found) == ["reshape"]
+    assert found.notes.opaque == ["node 1 making y (Reshape), opset 18, test: [4, 6] to [3, 8]"]
+
+
+def test_a_reshape_that_cannot_be_solved_is_refused() -> None:
+    proto = model("(float[S,6] x) => (float y)", "s = Constant<value_ints = [-1,4]>() y = Reshape(x, s)")
+    with pytest.raises(UnsupportedOnnx, match="cannot tell what -1 stands for") as caught:
+        import_onnx(proto)
+    assert (caught.value.op, caught.value.version) == ("Reshape", 14)
+
+
+# -- static arguments ----------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_determines_a_shape_is_asked_for_by_name() -> None:
+    proto = model("(float[6] x, int64[2] wanted) => (float y)", "y = Reshape(x, wanted)")
+    with pytest.raises(StaticArgumentNeeded, match="wanted") as caught:
+        import_onnx(proto)
+    assert caught.value.argument == "wanted"
+    assert "static={'wanted'" in str(caught.value)
+    found = import_onnx(proto, static={"wanted": [2, 3]})
+    assert [v.name for v in found.graph.main.inputs] == ["x"]
+    assert str(found.graph.main.outputs["y"].type) == "f32[2, 3]"
+
+
+def test_what_is_computed_from_an_input_asks_for_that_input() -> None:
+    body = "one = Constant<value_ints = [1]>() more = Add(k, one) values, places = TopK(x, more)"
+    with pytest.raises(StaticArgumentNeeded) as caught:
+        import_onnx(model("(float[6] x, int64[1] k) => (float values)", body))
+    assert caught.value.argument == "k"
+
+
+def test_a_static_argument_tells_its_axes() -> None:
+    proto = model("(float[B,N] x, int64[N] axes) => (float y)", "y = ReduceSum(x, axes)")
+    found = import_onnx(proto, static={"axes": np.array([0, 1])})
+    assert str(found.graph.main.inputs[0].type) == "f32[B, 2]"
+    with pytest.raises(FrontendError, match="rank 1, has rank 2"):
+        import_onnx(proto, static={"axes": np.zeros((1, 1), np.int64)})
+    with pytest.raises(FrontendError, match="names no input"):
+        import_onnx(proto, static={"axis": [0]})
+
+
+def test_a_shape_that_depends_on_data_is_refused() -> None:
+    body = "m = ArgMax<axis = 1, keepdims = 0>(x) y = Expand(x, m)"
+    with pytest.raises(FrontendError, match="needs the elements of m, which depend on data"):
+        import_onnx(model("(float[2,6] x) => (float y)", body))
+
+
+# -- functions, branches, names ------------------------------------------------------------------------------------
+
+FUNCTION = """
+<domain: "here", opset_import: ["": 18]>
+scaled <alpha: float = 2.0> (x, bias) => (y) {
+    a = Constant<value_float: float = @alpha>()
+    z = Mul(x, a)
+    y = Add(z, bias)
+}
+"""
+
+
+def test_functions_are_inlined_with_their_attributes() -> None:
+    body = "a = here.scaled(x, x) y = here.scaled<alpha = 3.0>(a, x)"
+    found = import_onnx(model("(float[4] x) => (float[4] y)", body, more=FUNCTION))
+    x = floats(4)
+    for got in answers(found, {"x": x}):
+        np.testing.assert_allclose(got["y"], 10 * x, rtol=1e-6)
+    assert {node.scope for node in found.graph.main.nodes} == {
+        "scaled_0.Mul_1", "scaled_0.Add_2", "scaled_1.Mul_1", "scaled_1.Add_2",
+    }  # fmt: skip
+
+
+def test_a_function_that_calls_itself_is_refused() -> None:
+    endless = '<domain: "here", opset_import: ["here": 1]> again (x) => (y) { y = here.again(x) }'
+    with pytest.raises(FrontendError, match="nest too deep"):
+        import_onnx(model("(float[4] x) => (float[4] y)", "y = here.again(x)", more=endless))
+
+
+BRANCHES = """
+    {condition}
+    y = If(c) <
+        then_branch = one () => (float[S] a) {{ a = Exp(x) }},
+        else_branch = two () => (float[S] b) {{ b = Neg(x) }}
+    >
+"""
+
+
+@pytest.mark.parametrize(
+    ("condition", "op"),
+    [
+        ("c = Constant<value = bool {1}>()", "exp"),
+        ("c = Constant<value = bool {0}>()", "neg"),
+        ("s = Size(x) z = Constant<value_int = 0>() c = Greater(s, z)", "exp"),  # so for every size
+    ],
+)
+def test_a_branch_is_chosen_at_import(condition: str, op: str) -> None:
+    found = import_onnx(model("(float[S] x) => (float[S] y)", BRANCHES.format(condition=condition)))
+    assert ops(found) == [op]
+
+
+def test_a_branch_that_depends_on_data_is_refused() -> None:
+    body = BRANCHES.format(condition="i = Constant<value_int = 0>() e = Gather(m, i) c = Gather(e, i)")
+    with pytest.raises(FrontendError, match="depend on data"):
+        import_onnx(model("(float[S] x, bool[S,S] m) => (float[S] y)", body))
+
+
+def test_nodes_say_where_they_come_from() -> None:
+    proto = model("(float[4] x) => (float[4] y)", "y = Exp(x)")
+    proto.graph.node[0].name = "/encoder/layer.0/Exp"
+    (node,) = import_onnx(proto).graph.main.nodes
+    assert (node.scope, str(node.source)) == ("encoder.layer.0.Exp", "test:1")
+
+
+def test_modules_that_an_exporter_names_are_in_the_scope() -> None:
+    proto = model("(float[4] x) => (float[4] y)", "y = Exp(x)")
+    proto.graph.node[0].name = "node_exp"
+    entry = proto.graph.node[0].metadata_props.add()
+    entry.key, entry.value = "pkg.torch.onnx.name_scopes", "['', 'bert.encoder', 'exp']"
+    (node,) = import_onnx(proto).graph.main.nodes
+    assert node.scope == "bert.encoder.node_exp"
+
+
+def test_any_name_is_kept_and_can_be_written_down() -> None:
+    x = helper.make_tensor_value_info("x:0", TensorProto.FLOAT, ["a b", 3])
+    y = helper.make_tensor_value_info('y/"\u00e9"', TensorProto.FLOAT, None)
+    node = helper.make_node("Add", ["x:0", "w::1"], ['y/"\u00e9"'], name='here/%"x')
+    weight = numpy_helper.from_array(floats(20, 3), "w::1")
+    graph = helper.make_graph([node], "g", [x], [y], [weight])
+    found = import_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), dims={"a b": 20}).graph
+    assert [*found.main.outputs, *found.parameters] == ['y/"\u00e9"', "w::1"]
+    again = parse_graph(str(found))
+    assert again == found
+    assert str(again) == str(found)
+
+
+def test_nodes_that_no_output_needs_are_left_out() -> None:
+    found = import_onnx(model("(float[4] x) => (float[4] y)", "y = Exp(x) z = NonZero(x)"))
+    assert (ops(found), found.notes.dead) == (["exp"], 1)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def with_weight(tensor: onnx.TensorProto) -> onnx.ModelProto:
+    """x + w, for a weight of that name."""
+    shape = list(tensor.dims)
+    x = helper.make_tensor_value_info("x", tensor.data_type, shape)
+    y = helper.make_tensor_value_info("y", tensor.data_type, shape)
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", [x], [y], [tensor])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_weights_in_another_file_are_mapped(tmp_path: Path) -> None:
+    values = floats(40, 50)
+    proto = with_weight(numpy_helper.from_array(values, "w"))
+    onnx.save_model(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    found = import_onnx(tmp_path / "m.onnx")
+    weight = found.weights["w"]
+    np.testing.assert_array_equal(weight, values)
+    base: Any = weight
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    assert isinstance(base.base, mmap.mmap)
+
+
+def external(tmp_path: Path, **entries: str) -> Path:
+    """A model whose weight f32[20] lies in another file, as these entries say."""
+    proto = with_weight(numpy_helper.from_array(floats(20), "w"))
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "m.onnx").write_bytes(proto.SerializeToString())
+    (folder / "w.bin").write_bytes(bytes(range(80)))
+    (tmp_path / "outside.bin").write_bytes(bytes(80))
+    (folder / "link.bin").symlink_to(tmp_path / "outside.bin")
+    (folder / "inner.bin").symlink_to(folder / "w.bin")
+    return folder / "m.onnx"
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"),
+    [
+        ({"location": "../outside.bin"}, "must lie in the model's folder"),
+        ({"location": "/etc/passwd"}, "must lie in the model's folder"),
+        ({"location": "a\\..\\..\\outside.bin"}, "must lie in the model's folder"),
+        ({"location": "link.bin"}, "must not be reached by a link"),
+        ({"location": "inner.bin"}, "must not be reached by a link"),
+        ({"location": "missing.bin"}, "no such file"),
+        ({"location": "."}, "must lie in the model's folder"),
+        ({}, "must lie in the model's folder"),
+        ({"location": "w.bin", "offset": "4"}, "past the end of its file"),
+        ({"location": "w.bin", "offset": "-4"}, "no number of bytes"),
+        ({"location": "w.bin", "offset": "9" * 30}, "no number of bytes"),
+        ({"location": "w.bin", "length": "12"}, "not as long as the tensor's shape"),
+    ],
+)
+def test_external_data_stays_in_its_folder_and_its_bounds(tmp_path: Path, entries: dict[str, str], why: str) -> None:
+    with pytest.raises(FrontendError, match=why) as caught:
+        import_onnx(external(tmp_path, **entries))
+    assert "tensor w" in str(caught.value)
+
+
+def test_external_data_of_a_model_in_memory_needs_a_folder(tmp_path: Path) -> None:
+    path = external(tmp_path, location="w.bin", length="80", offset="0")
+    proto = onnx.load(path, load_external_data=False)
+    with pytest.raises(FrontendError, match="no folder"):
+        import_onnx(proto)
+    wanted = np.arange(80, dtype=np.uint8).view(np.float32)
+    np.testing.assert_array_equal(import_onnx(proto, folder=path.parent).weights["w"], wanted)
+
+
+def test_small_constants_stand_in_the_graph_and_larger_ones_are_weights() -> None:
+    body = "a = Constant<value_floats = [1.0, 2.0, 3.0]>() z = Add(x, a) y = Add(z, w)"
+    proto = model("(float[3] x) => (float[3] y)", body)
+    proto.graph.initializer.append(numpy_helper.from_array(floats(1, 3), "w"))
+    assert list(import_onnx(proto).weights) == []
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(floats(20, 3), "w"))
+    assert list(import_onnx(proto).weights) == ["w"]
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_an_operator_that_is_not_taken_is_named_with_its_node_and_opset() -> None:
+    proto = model("(float[4] x) => (int64 y)", "y = NonZero(x)")
+    proto.graph.node[0].name = "where_it_is"
+    with pytest.raises(UnsupportedOnnx) as caught:
+        import_onnx(proto)
+    assert str(caught.value) == (
+        "NonZero: the operator (version 13) is not supported\n  in        node where_it_is (NonZero), opset 18, test"
+    )
+    assert (caught.value.op, caught.value.version) == ("NonZero", 13)
+
+
+def test_an_attribute_that_is_not_taken_is_refused() -> None:
+    proto = model("(float[4] x) => (float[4] y)", "y = Exp<speed = 3>(x)")
+    with pytest.raises(UnsupportedOnnx, match="attribute speed is not supported"):
+        import_onnx(proto)
+
+
+def test_an_opset_that_is_too_new_is_refused() -> None:
+    newest = onnx.defs.onnx_opset_version()
+    with pytest.raises(UnsupportedOnnx, match=f"opset {newest + 1} is not supported"):
+        import_onnx(model("(float[4] x) => (float[4] y)", "y = Exp(x)", opset=newest + 1))
+
+
+def test_old_forms_of_operators_are_read_or_refused() -> None:
+    """Add of opset 6 broadcasts by an attribute; Softmax of opset 11 goes over all axes from the given one on."""
+    with pytest.raises(UnsupportedOnnx, match="version 6"):
+        import_onnx(model("(float[4] x) => (float[4] y)", "y = Add(x, x)", opset=6))
+    same_as_runtime(
+        model("(float[2,3,4] x) => (float[2,3,4] y)", "y = Softmax<axis = 1>(x)", opset=11), {"x": floats(2, 3, 4)}
+    )
+
+
+def test_gather_counts_from_the_end_but_not_in_an_embedding() -> None:
+    proto = model("(float[5,2] t, int64[3] i) => (float y)", "y = Gather(t, i)")
+    same_as_runtime(proto, {"t": floats(5, 2), "i": np.array([0, -1, -5])})
+    proto = model("(int64[3] i) => (float y)", "y = Gather(t, i)")
+    proto.graph.initializer.append(numpy_helper.from_array(floats(30, 2), "t"))
+    found = same_as_runtime(proto, {"i": np.array([0, 7, 29])})
+    assert ops(found) == ["embedding"]
+
+
+@pytest.mark.parametrize("name", ["uint16", "uint32", "uint64"])
+def test_integers_without_sign_are_exact_to_their_ends(name: str) -> None:
+    """Sums and products wrap; order, quotients and remainders are those of numbers without sign."""
+    body = """
+        sum = Add(x, y) difference = Sub(x, y) product = Mul(x, y) quotient = Div(x, y) rest = Mod(x, y)
+        less = Less(x, y) largest = Max(x, y) float = Cast<to = 1>(x)
+    """
+    outputs = ", ".join(f"{name} {o}" for o in ("sum", "difference", "product", "quotient", "rest", "largest"))
+    proto = model(f"({name}[N] x, {name}[N] y) => ({outputs}, bool less, float float)", body)
+    top = int(np.iinfo(name).max)
+    pairs = [
+        (top, 1),
+        (top, 2),
+        (top, top),
+        (top - 1, top),
+        (1, top),
+        (top // 2 + 1, 3),
+        (7, 2),
+        (0, 5),
+        (top, top // 2 + 2),
+    ]
+    x, y = (np.array(side, name) for side in zip(*pairs, strict=True))
+    for got in answers(import_onnx(proto), {"x": x, "y": y}):
+        with np.errstate(over="ignore"):
+            wanted = {"sum": x + y, "difference": x - y, "product": x * y, "quotient": x // y, "rest": x % y}
+        wanted |= {"largest": np.maximum(x, y), "less": x < y, "float": x.astype(np.float32)}
+        for key, expected in wanted.items():
+            np.testing.assert_array_equal(got[key], expected, err_msg=key)

@@ -1,0 +1,366 @@
+"""Attention on the TVM backend: one kernel for every term, held against the meaning in float64; and its bits.
+
+A score is a sum of d products and a result one of t, in float32 with fused or separate roundings; relative to the
+greatest element 64 roundings leave room for all of them at the sizes here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.backend_checks import assert_near, graph_of
+from tests.op_checks import EPSILON, Case, assert_close
+from treadle.backends.kernel_executable import KernelExecutable
+from treadle.backends.kernels.attention import BLOCK, GROUP, FlashAttention, tile_rows
+from treadle.backends.kernels.attention_masks import RelativeBias
+from treadle.backends.kernels.isa import ISAS, runs_here
+from treadle.backends.lowering.rules import keeps
+from treadle.backends.registry import find_backend
+from treadle.ir.attention_terms import (
+    Alibi,
+    BooleanMask,
+    Causal,
+    MaskTerm,
+    Padding,
+    Segments,
+    T5Relative,
+    TensorBias,
+    Term,
+    Window,
+)
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.ops.attention import Attention
+from treadle.ir.target import Target
+from treadle.ir.types import Type, parse_type
+
+_missing = find_backend("tvm").available()
+if _missing is not None:
+    pytest.skip(_missing, allow_module_level=True)
+
+Array = np.ndarray[Any, Any]
+ROUNDINGS = 16  # as in the op suite
+SMALL = [name for name in ("x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])]
+
+
+def compiled(graph: Graph, target: str = "cpu") -> KernelExecutable:
+    made = find_backend("tvm").compile(graph, Target(target), {})
+    assert isinstance(made, KernelExecutable)
+    return made
+
+
+def kernels_of(exe: KernelExecutable) -> list[str]:
+    return [type(kernel).__name__ for kernel in exe.kernels]
+
+
+SYMBOLS = {"b": "B", "h": "6", "s": "S", "t": "T"}
+
+
+def attention_graph(*terms: Term, heads: int = 6, groups: int = 2, d: int = 24, e: int = 20, **options: Any) -> Graph:
+    """Attention over B rows, S queries and T keys."""
+
+    def build(b: Builder) -> Expr:
+        sizes = SYMBOLS | {"h": str(heads)}
+        types = {"q": f"f32[B,{heads},S,{d}]", "k": f"f32[B,{groups},T,{d}]", "v": f"f32[B,{groups},T,{e}]"}
+        given = [b.input(name, type) for name, type in types.items()]
+        dtypes = {"f": "f32", "i64": "i64", "bool": "bool"}
+        for n, operand in enumerate(o for term in terms for o in term.operands):
+            axes = [sizes.get(axis, axis.removeprefix("buckets")) for axis in operand.axes.split()]
+            given.append(b.input(f"x{n}", f"{dtypes[operand.dtype]}[{','.join(axes)}]"))
+        made: Expr = b.attention(*given, terms=terms, **options)
+        return made
+
+    return graph_of(build, "attention")
+
+
+def drawn(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Array]:
+    """Inputs: floats normal, whole numbers small, three of four booleans true; lengths go up to half as far again."""
+    rng = np.random.default_rng(seed)
+    made: dict[str, Array] = {}
+    for value in graph.main.inputs:
+        shape = tuple(size.evaluate(sizes) for size in value.type.shape)
+        if value.type.dtype.is_float:
+            made[value.name] = rng.standard_normal(shape).astype(np.float32)
+        elif value.type.dtype.name == "bool":
+            made[value.name] = rng.random(shape) < 0.75
+        else:
+            most = sizes["T"] * 3 // 2 if len(shape) == 1 else 3
+            made[value.name] = rng.integers(0, most, shape)
+    return made
+
+
+def check(graph: Graph, sizes: Mapping[str, int], target: str = "cpu", exe: KernelExecutable | None = None) -> None:
+    given = drawn(graph, **sizes)
+    exe = exe or compiled(graph, target)
+    assert "FlashAttention" in kernels_of(exe)
+    assert_near(exe(**given).y, interpret(graph, given, float64=True)["y"])
+
+
+# -- meaning -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(len(Attention.samples)))
+def test_samples_of_the_op_suite(number: int) -> None:
+    case = Case.of("attention", number)
+    exe = compiled(case.forward_graph())
+    assert "FlashAttention" in kernels_of(exe)
+    (expected,) = case.widened.results
+    assert_close(np.asarray(exe(**case.inputs).y0), expected, ROUNDINGS * EPSILON["f32"], "attention")
+
+
+POSITIONAL: dict[str, tuple[Term, ...]] = {
+    "any": (),
+    "causal": (Causal(),),
+    "window": (Window(9),),
+    "causal window": (Window(140), Causal()),
+}
+OTHER: dict[str, Term] = {
+    "padding": Padding(),
+    "segments": Segments(),
+    "mask": BooleanMask(),
+    "bias": TensorBias("h s t"),
+    "t5": T5Relative(8, 6, True),
+    "alibi": Alibi(),
+}
+ALL = (Causal(), Window(100), *OTHER.values())
+SIZES = [(13, 150), (150, 13), (1, 40), (35, 129)]  # queries, keys: across blocks, parts of tiles and of vectors
+
+
+@pytest.mark.parametrize("position", POSITIONAL)
+@pytest.mark.parametrize("other", [None, *OTHER])
+def test_a_term_at_many_sizes_from_one_compilation(position: str, other: str | None) -> None:
+    graph = attention_graph(*POSITIONAL[position], *([OTHER[other]] if other else []))
+    exe = compiled(graph)
+    for queries, keys in SIZES:
+        check(graph, {"B": 2, "S": queries, "T": keys}, exe=exe)
+
+
+@pytest.mark.parametrize("first", range(len(OTHER)))
+def test_terms_together(first: int) -> None:
+    """Three at a time; over all of these, every pair meets."""
+    terms = list(OTHER.values())
+    chosen = [terms[(first + step) % len(terms)] for step in (0, 1, 3)]
+    check(attention_graph(*chosen), {"B": 2, "S": 37, "T": 41})
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_all_terms_twice(softcap: float | None) -> None:
+    graph = attention_graph(*ALL, *reversed(ALL), softcap=softcap)
+    exe = compiled(graph)
+    for queries, keys in ((140, 150), (20, 9)):
+        check(graph, {"B": 2, "S": queries, "T": keys}, exe=exe)
+
+
+@pytest.mark.parametrize("kind", [BooleanMask, TensorBias])
+def test_any_axes_of_a_tensor(kind: type[Any]) -> None:
+    for count in range(1, 5):
+        for axes in itertools.combinations("bhst", count):
+            check(attention_graph(kind(" ".join(axes))), {"B": 2, "S": 5, "T": 21})
+
+
+@pytest.mark.parametrize(("d", "e"), [(64, 64), (1, 80), (7, 130)])
+def test_widths_and_shared_heads(d: int, e: int) -> None:
+    for heads, groups in ((4, 4), (6, 1)):
+        check(attention_graph(Causal(), heads=heads, groups=groups, d=d, e=e), {"B": 1, "S": 21, "T": 33})
+
+
+def test_any_number_of_queries() -> None:
+    graph = attention_graph(heads=2, groups=1)
+    exe = compiled(graph)
+    for queries in (*range(1, 2 * GROUP + 2), 300):
+        check(graph, {"B": 1, "S": queries, "T": 7}, exe=exe)
+
+
+def test_views_are_read_and_written_in_place() -> None:
+    """Heads that are split from and merged into rows take no copy: the kernel is all there is."""
+
+    def build(b: Builder) -> Expr:
+        x, y = b.input("x", "f32[B,S,12]"), b.input("y", "f32[B,T,6]")
+        q = b.rearrange(x, pattern="b s (h=4 d) -> b h s d")
+        k = b.rearrange(y, pattern="b t (g=2 d) -> b g t d")
+        made: Expr = b.rearrange(b.attention(q, k, k), pattern="b h s d -> b s (h d)")
+        return made
+
+    graph = graph_of(build)
+    exe = compiled(graph)
+    assert kernels_of(exe) == ["FlashAttention"]
+    check(graph, {"B": 3, "S": 9, "T": 20}, exe=exe)
+
+
+def test_elements_that_are_apart_are_copied_first() -> None:
+    def build(b: Builder) -> Expr:
+        q, k = b.input("q", "f32[B,2,4,S]"), b.input("k", "f32[B,2,T,4]")
+        bias = b.rearrange(b.input("x", "f32[T,S]"), pattern="t s -> s t")
+        heads = b.rearrange(q, pattern="b h d s -> b h s d")
+        made = b.attention(heads, k, k, bias, terms=(TensorBias("s t"),), scale=0.5)
+        turned: Expr = b.rearrange(made, pattern="b h s d -> b h d s")
+        return turned
+
+    graph = graph_of(build)
+    exe = compiled(graph)
+    assert kernels_of(exe).count("Pointwise") == 3  # queries, the bias, and the result
+    check(graph, {"B": 2, "S": 9, "T": 20}, exe=exe)
+
+
+# -- rows that see nothing, numbers that are not finite ---------------------------------------------------------
+
+
+MASKED: dict[str, tuple[tuple[Term, ...], dict[str, int], dict[str, Array], tuple[Any, Any]]] = {
+    "padding": ((Padding(),), {"S": 3, "T": 5}, {"x0": np.array([0, 5])}, (0, slice(None))),
+    "negative length": ((Padding(),), {"S": 3, "T": 5}, {"x0": np.array([-2, 5])}, (0, slice(None))),
+    "window": ((Causal(), Window(2)), {"S": 6, "T": 3}, {}, (slice(None), slice(5, 6))),
+    "far window": ((Window(2),), {"S": 300, "T": 3}, {}, (slice(None), slice(5, 300))),
+    "mask": ((BooleanMask("b t"),), {"S": 3, "T": 3}, {"x0": np.zeros((2, 3), bool)}, (slice(None), slice(None))),
+    "bias": ((TensorBias("t"),), {"S": 3, "T": 3}, {"x0": np.full(3, -np.inf, np.float32)}, (0, slice(None))),
+}
+
+
+@pytest.mark.parametrize(("case", "softcap"), [*((case, None) for case in MASKED), ("window", 2.0)])
+def test_a_query_that_sees_no_key_gets_zeros(case: str, softcap: float | None) -> None:
+    terms, sizes, operands, (row, query) = MASKED[case]
+    graph = attention_graph(*terms, softcap=softcap)
+    given = drawn(graph, B=2, **sizes) | operands
+    out = np.asarray(compiled(graph)(**given).y)
+    np.testing.assert_array_equal(out[row, :, query], np.zeros_like(out[row, :, query]))
+    assert_near(out, interpret(graph, given, float64=True)["y"])
+
+
+@pytest.mark.parametrize("name", "qk")
+def test_not_a_number_is_not_lost(name: str) -> None:
+    """It shows in every query that sees it. (A value's may show in others as well, since 0 times NaN is NaN.)"""
+    graph = attention_graph(Causal())
+    given = drawn(graph, B=1, S=40, T=40)
+    given[name][0, :, 30] = np.nan
+    out = np.isnan(np.asarray(compiled(graph)(**given).y)).all((0, 1, 3))
+    np.testing.assert_array_equal(out, [i == 30 if name == "q" else i >= 30 for i in range(40)])
+
+
+def test_large_scores_and_the_lowest_number_as_a_mask() -> None:
+    """Differences of scores of 10^4, and a bias of float32's lowest, which is no -inf: where all have it, all count."""
+    graph = attention_graph(TensorBias("b t"))
+    given = drawn(graph, B=2, S=4, T=30)
+    given["q"] *= np.float32(1e4)
+    given["x0"] = np.zeros((2, 30), np.float32)
+    given["x0"][0, 20:] = np.finfo(np.float32).min
+    given["x0"][1] = np.finfo(np.float32).min
+    out = np.asarray(compiled(graph)(**given).y)
+    assert np.all(np.isfinite(out))
+    mean = np.repeat(given["v"][1].astype(np.float64).mean(1), 3, 0)[:, None]
+    assert_near(out[1], np.broadcast_to(mean, out[1].shape))
+
+
+@pytest.mark.parametrize("terms", [(Causal(),), (Window(5),), (Padding(),)], ids=str)
+def test_blocks_that_no_query_sees_are_not_read(terms: tuple[Term, ...]) -> None:
+    """NaN in them would reach the result: 0 times NaN is NaN."""
+    graph = attention_graph(*terms)
+    given = drawn(graph, B=2, S=BLOCK - 20, T=3 * BLOCK) | ({"x0": np.array([7, 90])} if terms == (Padding(),) else {})
+    exe = compiled(graph)
+    out = exe(**given).y
+    for name in "kv":
+        given[name][:, :, BLOCK:] = np.nan
+    assert np.all(np.isfinite(out))
+    np.testing.assert_array_equal(exe(**given).y, out)
+
+
+# -- bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["cpu", *SMALL])
+@pytest.mark.parametrize("terms", [(), (Causal(),), (Window(40), Padding())], ids=str)
+def test_a_row_does_not_depend_on_the_batch(terms: tuple[Term, ...], target: str) -> None:
+    graph = attention_graph(*terms)
+    exe = compiled(graph, target)
+    given = drawn(graph, B=3, S=45, T=200)
+    whole = exe(**given).y
+    for row in range(3):
+        alone = {name: x[row : row + 1] for name, x in given.items()}
+        np.testing.assert_array_equal(exe(**alone).y[0], whole[row])
+
+
+@pytest.mark.parametrize("target", ["cpu", *SMALL])
+def test_a_query_does_not_depend_on_the_others(target: str) -> None:
+    graph = attention_graph()
+    exe = compiled(graph, target)
+    given = drawn(graph, B=1, S=290, T=150)
+    whole = exe(**given).y
+    for first, last in ((0, 1), (7, 9), (3, 40), (31, 290)):
+        part = given | {"q": given["q"][:, :, first:last]}
+        np.testing.assert_array_equal(exe(**part).y, whole[:, :, first:last])
+
+
+@pytest.mark.parametrize("target", ["cpu", *SMALL])
+def test_a_causal_query_does_not_depend_on_later_keys(target: str) -> None:
+    graph = attention_graph(Causal())
+    exe = compiled(graph, target)
+    given = drawn(graph, B=1, S=300, T=300)
+    whole = exe(**given).y
+    for queries, keys in ((1, 1), (17, 17), (130, 130), (130, 260), (257, 300)):
+        part = {"q": given["q"][:, :, :queries]} | {n: given[n][:, :, :keys] for n in "kv"}
+        np.testing.assert_array_equal(exe(**part).y, whole[:, :, :queries])
+
+
+def test_threads_do_not_change_bits() -> None:
+    graph = attention_graph(Causal(), heads=2, groups=1)
+    given = drawn(graph, B=1, S=700, T=700)
+    one, two = (find_backend("tvm").compile(graph, Target("cpu", threads=n), {})(**given).y for n in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+# -- instruction sets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", SMALL)
+def test_other_instruction_sets_of_this_machine(target: str) -> None:
+    graph = attention_graph(*ALL, softcap=2.0)
+    exe = compiled(graph, target)
+    for queries, keys in SIZES:
+        check(graph, {"B": 2, "S": queries, "T": keys}, exe=exe)
+    check(attention_graph(Causal()), {"B": 2, "S": 21, "T": 140}, target)
+
+
+@pytest.mark.parametrize("terms", [(), ALL], ids=["plain", "all terms"])
+def test_arm64_is_assembled(terms: tuple[Term, ...]) -> None:
+    exe = compiled(attention_graph(*terms, d=64, e=64), "arm64")
+    (title,) = [kernel.title for kernel in exe.kernels if isinstance(kernel, FlashAttention)]
+    assert "fmla" in exe.assembly(title)
+
+
+def test_a_group_is_made_of_tiles() -> None:
+    for isa in ISAS.values():
+        assert GROUP % tile_rows(isa) == 0
+        assert BLOCK % (2 * isa.lanes()) == 0
+
+
+# -- what is left to the body --------------------------------------------------------------------------------
+
+
+class EveryOther(MaskTerm):
+    """A term that no backend knows: keys at even positions."""
+
+    name = "every_other"
+
+
+def kept(*types: str, **attributes: Any) -> bool:
+    parsed: Sequence[Type] = [parse_type(t) for t in types]
+    return keeps(Attention(**attributes), parsed)
+
+
+def test_what_the_kernel_does_not_cover_is_lowered_by_its_body() -> None:
+    own = ("f32[B,4,S,8]", "f32[B,2,T,8]", "f32[B,2,T,6]")
+    assert kept(*own)
+    assert not kept(*own, terms=(EveryOther(),))
+    assert not kept(*(t.replace("f32", "f64") for t in own))
+    assert not kept(*(t.replace("f32", "bf16") for t in own))
+    assert not kept("f32[B,4,S,D]", "f32[B,2,T,D]", "f32[B,2,T,6]", scale=1.0)
+    assert not kept("f32[B,4,S,8192]", "f32[B,2,T,8192]", "f32[B,2,T,6]")
+
+
+def test_the_bias_by_distance_is_one_row_a_head() -> None:
+    exe = compiled(attention_graph(T5Relative(8, 6)))
+    assert [type(kernel) for kernel in exe.kernels] == [RelativeBias, FlashAttention]

@@ -1,0 +1,294 @@
+"""Shapes and indexing on the TVM backend: every sample in every dtype, views in place of copies, indices outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.backend_checks import graph_of, message
+from tests.op_checks import Array, Case, assert_close, resolution
+from tests.test_op_suite import ROUNDINGS, dtypes_of
+from treadle.backends.kernel_executable import KernelExecutable
+from treadle.backends.kernels.cache import assembly
+from treadle.backends.kernels.gathering import ScatterAdd, Take
+from treadle.backends.kernels.isa import ISAS, runs_here
+from treadle.backends.kernels.shaping import FoldWindows, Iota
+from treadle.backends.lowering.program import Buffer, Call, View, row_major
+from treadle.backends.lowering.shape_rules import reshaped
+from treadle.backends.registry import find_backend
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph
+from treadle.ir.operation import OPS
+from treadle.ir.sizes import Size, product
+from treadle.ir.target import Target
+from treadle.ir.types import DTYPES, f32
+
+pytest.importorskip("tvm")
+
+
+def compiled(graph: Graph, target: str = "cpu", **weights: Any) -> KernelExecutable:
+    made = find_backend("tvm").compile(graph, Target(target), weights)
+    assert isinstance(made, KernelExecutable)
+    return made
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def steps(exe: KernelExecutable) -> list[str]:
+    """What main does, step by step."""
+    return [s.routine.name if isinstance(s, Call) else s.kernel.title for s in exe.program.main.steps]
+
+
+# -- every sample --------------------------------------------------------------------------------------------
+
+NAMES = ["rearrange", "expand", "reshape", "slice", "concat", "pad", "windows", "fold_windows", "iota", "positions"]
+NAMES += ["gather", "embedding", "take_along_axis", "index_add", "scatter_add"]
+SAMPLES = [(name, n) for name in NAMES for n in range(len(OPS[name].samples))]
+
+
+@pytest.mark.parametrize(("name", "number"), SAMPLES)
+def test_every_sample_in_every_dtype(name: str, number: int) -> None:
+    for dtype in dtypes_of(name, number):
+        case = Case.of(name, number, dtype)
+        graph = case.forward_graph()
+        made = compiled(graph)(**case.inputs)
+        for n, expected in enumerate(case.widened.results):
+            assert_close(made[f"y{n}"], expected, ROUNDINGS * resolution(graph), f"{dtype}: result {n}")
+
+
+# -- views ---------------------------------------------------------------------------------------------------
+
+
+def _split(b: Builder, x: Expr) -> Expr:
+    return b.reshape(b.slice(x, axis=1, start=1), shape=("B", "S-1", 2, 6)) * 2.0
+
+
+def _every_other(b: Builder, x: Expr) -> Expr:
+    return (
+        b.slice(b.expand(b.rearrange(x, pattern="b s d -> b s 1 d"), shape=(None, None, 3, None)), axis=3, stride=5)
+        * 2.0
+    )
+
+
+def _sliding(b: Builder, x: Expr) -> Expr:
+    return b.windows(b.slice(x, axis=1, start=1), axis=2, size=3, stride=2, dilation=2) * 2.0
+
+
+def _counted(b: Builder, x: Expr) -> Expr:
+    return b.positions(x).cast(f32) * x
+
+
+VIEWS = [(_split, ["mul"]), (_every_other, ["mul"]), (_sliding, ["mul"]), (_counted, ["iota", "cast_mul"])]
+
+
+@pytest.mark.parametrize(("build", "taken"), VIEWS, ids=[build.__name__[1:] for build, _ in VIEWS])
+def test_views_are_read_in_place(build: Callable[[Builder, Expr], Expr], taken: list[str]) -> None:
+    graph = graph_of(lambda b: build(b, b.input("x", "f32[B, S, 12]")))
+    exe, reference = compiled(graph), find_backend("numpy").compile(graph, Target("cpu"), {})
+    assert steps(exe) == taken
+    for batch, length in ((2, 5), (1, 2)):
+        x = normal(batch, length, 12)
+        np.testing.assert_array_equal(exe(x=x)["y"], reference(x=x)["y"])
+
+
+def test_parts_are_written_where_they_belong() -> None:
+    """concat writes each part once, into a result that a rearrange then shows otherwise."""
+
+    def build(b: Builder) -> Expr:
+        parts = [b.input("x", "f32[B, S, 4]"), b.input("y", "f32[B, 2, 4]"), b.input("z", "f32[B, T, 4]")]
+        return b.rearrange(b.concat(*parts, axis=1), pattern="b s d -> d b s")
+
+    exe = compiled(graph_of(build))
+    assert len(steps(exe)) == 3
+    x, y, z = normal(2, 3, 4), normal(2, 2, 4), normal(2, 5, 4)
+    expected = np.concatenate([x, y, z], axis=1).transpose(2, 0, 1)
+    np.testing.assert_array_equal(exe(x=x, y=y, z=z)["y"], expected)
+    nothing = np.zeros((2, 0, 4), np.float32)
+    assert exe.inputs[0].name == "x"
+    refused = message(lambda: exe(x=nothing, y=y, z=z))
+    assert "x" in refused
+
+
+def test_reshapes_that_strides_can_say() -> None:
+    """Joined where neighbours allow it, split anywhere, with symbols as with numbers."""
+    b, s = Size.symbol("B"), Size.symbol("S")
+
+    def view(shape: list[Any], strides: list[Any]) -> View:
+        sizes = tuple(Size.of(n) for n in shape)
+        return View(Buffer("x", f32, product(sizes), "local"), sizes, tuple(Size.of(n) for n in strides))
+
+    def strides(source: View, *shape: Any) -> list[str] | None:
+        found = reshaped(source, tuple(Size.of(n) for n in shape))
+        return None if found is None else [str(n) for n in found.strides]
+
+    assert strides(view([b, s, 12], [s * 24, 24, 1]), b * s, 3, 4) == ["24", "4", "1"]
+    assert strides(view([b, s, 12], [s * 24, 24, 2]), b, s, 2, 1, 6) == ["24*S", "24", "12", "1", "2"]
+    assert strides(view([b, s, 12], [s * 24, 24, 1]), b, s * 12) is None
+    assert strides(view([b, 6, s], [6, 1, b * 6]), b, 2, 3, s) == ["6", "3", "1", "6*B"]
+    assert strides(view([b, 6, s], [6, 1, b * 6]), 6, b, s) == ["B", "1", "6*B"]
+    assert strides(view([b, 6, s], [1, b, b * 6]), 6, b, s) is None
+    assert strides(view([4, 6], [1, 4]), 2, 2, 6) == ["2", "1", "4"]
+    assert row_major((Size.of(2), s)) == (s, Size.of(1))
+
+
+# -- indexing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_are_gathered_from_panels(transposed: bool) -> None:
+    """A tied table lies in memory once, in the panels that its product reads."""
+    shape = (24, 70) if transposed else (70, 24)
+
+    def build(b: Builder) -> dict[str, Expr]:
+        table = b.parameter("table", f"f32{list(shape)}")
+        rows = b.embedding(table, b.input("ids", "i64[B, S]"), name="rows")
+        x = b.input("x", "f32[B, 24]")
+        return {"rows": rows, "y": b.matmul(x, table) if transposed else b.linear(x, table)}
+
+    table, x = normal(*shape), normal(2, 24)
+    exe = compiled(graph_of(build), table=table)
+    assert [slot.layout is not None for slot in exe.program.weights] == [True]
+    ids = np.random.default_rng(0).integers(0, shape[0], (2, 9))
+    np.testing.assert_array_equal(exe(ids=ids, x=x)["rows"], table[ids])
+
+
+def test_a_gather_of_strided_rows_and_into_strided_places() -> None:
+    def build(b: Builder) -> Expr:
+        x = b.rearrange(b.input("x", "f32[S, B, 6]"), pattern="s b d -> b s d")
+        return b.rearrange(b.gather(x, b.input("ids", "i32[T, 2]"), axis=1), pattern="b t k d -> k d t b")
+
+    exe, x = compiled(graph_of(build)), normal(7, 3, 6)
+    ids = np.array([[0, 6], [3, 3], [5, 1], [2, 0]], np.int32)
+    expected = x.transpose(1, 0, 2)[:, ids].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(exe(x=x, ids=ids)["y"], expected)
+
+
+def test_colliding_updates_are_added_in_order() -> None:
+    """The same bits as one after another, however many threads there are, and along rows wider than a task's."""
+    graph = graph_of(
+        lambda b: b.index_add(b.input("x", "f32[5, 150]"), b.input("ids", "i64[T]"), b.input("u", "f32[T, 150]"))
+    )
+    x, ids, updates = normal(5, 150), np.random.default_rng(1).integers(0, 5, 200), normal(200, 150)
+    expected = x.copy()
+    for index, row in zip(ids, updates, strict=True):
+        expected[index] += row
+    for threads in (1, 2):
+        exe = find_backend("tvm").compile(graph, Target("cpu", threads), {})
+        np.testing.assert_array_equal(exe(x=x, ids=ids, u=updates)["y"], expected)
+
+
+def test_updates_of_16_bits_are_rounded_once() -> None:
+    """256 ones added to 256 in bf16: each alone would be rounded away."""
+    graph = graph_of(lambda b: b.index_add(b.input("x", "bf16[1]"), b.input("ids", "i64[T]"), b.input("u", "bf16[T]")))
+    one = np.full(1, 256, np.float32)
+    made = compiled(graph)(x=one, ids=np.zeros(256, np.int64), u=np.ones(256, np.float32))["y"]
+    assert np.asarray(made).tolist() == [512.0]
+
+
+BAD = [-1, 5, 2**62, -(2**63)]
+
+
+@pytest.mark.parametrize("index", BAD)
+@pytest.mark.parametrize("op", ["embedding", "gather", "take_along_axis", "index_add", "scatter_add"])
+def test_an_index_outside_is_an_error(op: str, index: int) -> None:
+    """It names the op and the line, reads and writes nothing outside, and the next call is none the worse."""
+
+    def build(b: Builder) -> Expr:
+        x = b.input("x", "f32[5, 3]")
+        if op == "embedding":
+            return b.embedding(x, b.input("ids", "i64[S]"))
+        if op == "gather":
+            return b.gather(x, b.input("ids", "i64[S]"), axis=0)
+        if op == "take_along_axis":
+            return b.take_along_axis(x, b.input("ids", "i64[S, 3]"), axis=0)
+        if op == "index_add":
+            return b.index_add(x, b.input("ids", "i64[S]"), b.input("u", "f32[S, 3]"), axis=0)
+        return b.scatter_add(x, b.input("ids", "i64[S, 3]"), b.input("u", "f32[S, 3]"), axis=0)
+
+    graph = graph_of(build)
+    exe = compiled(graph)
+    wide = op in ("take_along_axis", "scatter_add")
+    ids = np.array([1, 0, 4, 2])
+    ids = np.repeat(ids[:, None], 3, axis=1) if wide else ids
+    given: dict[str, Array] = {"x": normal(5, 3)} | ({"u": normal(4, 3)} if "add" in op else {})
+    wrong = ids.copy()
+    wrong.flat[-1] = index
+    text = message(lambda: exe(**given, ids=wrong))
+    assert text.splitlines()[0] == f"{op}: index {index} is outside an axis of size 5"
+    assert "test_tvm_shapes.py:" in text
+    reference = find_backend("numpy").compile(graph, Target("cpu"), {})
+    np.testing.assert_allclose(exe(**given, ids=ids)["y"], reference(**given, ids=ids)["y"], rtol=1e-6)
+
+
+def test_an_index_outside_in_a_repeated_block() -> None:
+    """In whichever of the block's calls it is."""
+    graph = Graph("blocks")
+    h = Function("h")
+    graph.add_function(h)
+    b = Builder(graph, h)
+    b.outputs(x=b.gather(b.input("x", "f32[N, 4]"), b.input("ids", "i64[N]"), axis=0))
+    main = Builder(graph)
+    x, ids = main.input("x", "f32[N, 4]"), [main.input(name, "i64[N]") for name in ("first", "second")]
+    for each in ids:
+        (x,) = main.call(h, [x, each])
+    main.outputs(y=x)
+    exe, x0, swap = compiled(graph), normal(3, 4), np.array([2, 1, 0])
+    for first, second, wrong in (([0, 3, 1], swap, 3), (swap, [-4, 0, 0], -4), ([7, 0, 0], [0, 8, 0], 7)):
+        text = message(lambda: exe(x=x0, first=np.array(first), second=np.array(second)))  # noqa: B023
+        assert text.startswith(f"gather: index {wrong} is outside an axis of size 3")
+    np.testing.assert_array_equal(exe(x=x0, first=swap, second=swap)["y"], x0)
+
+
+# -- instruction sets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "x86-64-v2"])
+def test_instruction_sets(name: str) -> None:
+    if not runs_here(ISAS[name]):
+        pytest.skip(f"this machine does not run {name}")
+
+    def build(b: Builder) -> dict[str, Expr]:
+        x, ids = b.input("x", "f32[N, 37]"), b.input("ids", "i64[S]")
+        rows = b.gather(x, ids, axis=0)
+        folded = b.fold_windows(b.windows(x, axis=1, size=3), axis=1, size=37)
+        return {
+            "rows": rows,
+            "sums": b.index_add(x, ids, rows),
+            "folded": folded,
+            "padded": b.pad(rows, axis=1, after=2),
+        }
+
+    graph = graph_of(build)
+    given = {"x": normal(6, 37), "ids": np.array([0, 5, 5, 2])}
+    made, expected = compiled(graph, name)(**given), find_backend("numpy").compile(graph, Target("cpu"), {})(**given)
+    for output in expected:
+        np.testing.assert_allclose(made[output], expected[output], rtol=1e-6, err_msg=output)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Take(4, "i64", True),
+        Take(2, "i32", False),
+        Take(4, "i64", True, 48),
+        ScatterAdd("f32", "bf16", "i64", True),
+        FoldWindows("f16"),
+        Iota("f16"),
+    ],
+    ids=lambda k: k.title,
+)
+def test_kernels_assemble_for_arm64(kernel: Any) -> None:
+    assert "ret" in assembly(kernel, ISAS["arm64"])
+
+
+def test_padding_holds_what_the_dtype_holds() -> None:
+    for dtype, value in (("f32", float("-inf")), ("bf16", 1.5), ("bool", 1.0), ("i32", -7.0), ("u8", 255.0)):
+        graph = graph_of(lambda b: b.pad(b.input("x", f"{dtype}[2]"), axis=0, before=1, after=2, value=value))  # noqa: B023
+        x = np.zeros(2, DTYPES[dtype].numpy or np.float32)
+        made = np.asarray(compiled(graph)(x=x)["y"])
+        assert made.tolist() == [value, 0, 0, value, value], dtype
