@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
 from treadle.ir.hashing import op_key
@@ -167,8 +169,10 @@ Spelling = str | Callable[[Line], str]
 def number(literal: Literal) -> str:
     """A scalar constant as a Python number, with no more digits than its dtype needs."""
     scalar = literal.array[()]
-    # A float16 may be computed with in float32, where the shortest digits of its own would be another number.
-    return _as_python(repr(scalar.item()) if literal.dtype.name != "f32" else str(scalar))
+    # A float16 may be computed with in float32, where the shortest digits of its own would be another number. Those of
+    # the largest float32 lie above it, which a library may refuse.
+    short = literal.dtype.name == "f32" and abs(float(str(scalar))) <= float(np.finfo(np.float32).max)
+    return _as_python(str(scalar) if short else repr(scalar.item()))
 
 
 def float_text(value: float) -> str:

@@ -21,7 +21,7 @@ from treadle.backends.kernels.cache import Entry, KernelCache, assembly
 from treadle.backends.kernels.calling import INTEGER, POINTER, address, function_of
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.runner import RECORD, Runner
-from treadle.backends.lowering.leftovers import leftovers
+from treadle.backends.lowering.leftovers import find_leftovers
 from treadle.backends.lowering.listing import list_program
 from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Slot, Step, View
 from treadle.backends.protocol import Outputs, Port, ports
@@ -95,8 +95,9 @@ class KernelExecutable:
         self.signature = Signature(graph)
         self.inputs = self.signature.ports
         self.outputs = ports(graph.main.outputs)
+        self.signature.refuse_untold(program.symbols)
         self.program, self.cache, self.threads = program, cache, threads
-        self.notes = leftovers(program, graph.symbols)
+        self.notes = find_leftovers(program, graph.symbols)
         self.compiled = 0
         self._weights = {program.weights[slot]: array for slot, array in weights.items()}
         self._constants: dict[Buffer, Array] = {}

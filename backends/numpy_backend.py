@@ -58,7 +58,7 @@ class NumpyBackend:
             raise BackendError(
                 "the numpy backend does not choose the number of threads",
                 received=f"threads={target.threads}",
-                hint="the environment variable of NumPy's own library, such as OPENBLAS_NUM_THREADS, or another backend",
+                hint="another backend, or the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS",
             )
         refuse_nodes(graph, self.name, self.supports)
         program = emit(legalize(graph, keeps), NUMPY)

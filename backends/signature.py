@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,23 @@ class Signature:
                     hint=f"sizes for which {extent} is 0 or more",
                 )
         return sizes
+
+    def refuse_untold(self, needed: Iterable[str]) -> None:
+        """Raise BackendError where a symbol whose size is needed is told by no input's dimensions."""
+        told: dict[str, int] = {}
+        for _ in self.ports:  # a size such as S*T tells T where another input tells S
+            for size in (s for port in self.ports for s in port.type.shape):
+                known = {s: 1 for s in size.symbols if s in told}
+                linear = (size.substitute(known) if known else size).as_linear
+                if linear is not None:
+                    told[linear[0]] = 1
+        untold = sorted(set(needed) - told.keys())
+        if untold:
+            raise BackendError(
+                f"{self.name} needs the size of {', '.join(untold)}, which no input's dimensions tell",
+                received=", ".join(map(str, self.ports)),
+                hint=f"an input with a dimension {untold[0]}",
+            )
 
     def _refusal(self, port: Port, wrong: str, shapes: Mapping[str, tuple[int, ...]], hint: str) -> BackendError:
         return BackendError(

@@ -132,7 +132,7 @@ def _path(
     except UsageError:
         return None
     digest = hashlib.sha256(_FORMAT.encode())
-    content = pool.map(lambda s: hashlib.sha256(memoryview(arrays[s.name]).cast("B")).hexdigest(), slots)
+    content = pool.map(lambda s: hashlib.sha256(arrays[s.name].reshape(-1).view(np.uint8).data).hexdigest(), slots)
     for slot, found in zip(slots, content, strict=True):
         array = arrays[slot.name]
         digest.update(f"{found} {array.shape} {array.dtype.str} {slot.layout}\n".encode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from treadle.ir.errors import UsageError
 
 TARGETS = {
-    "cpu": "the processor of this machine, with all that it can",
+    "cpu": "the processor of this machine",
     "cuda": "an NVIDIA GPU, the current one",
     "x86-64-v4": "a processor with AVX-512",
     "x86-64-v3": "a processor with AVX2 and FMA",

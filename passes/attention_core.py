@@ -2,7 +2,7 @@
 
     scores -> [scale, soft-cap, masks and biases, casts, moves] -> softmax -> [casts, moves] -> product with values
 
-`follow_probabilities` goes down from the softmax to the product with the values, `find_scores` goes up to the product of
+`follow_probabilities` goes down from the softmax to the product with the values, `find_scores` up to the product of
 queries and keys. Both keep track of the axes, so that the layout in which a model does all this is of no importance.
 What cannot be attention raises `Mismatch`, which says why, where, and how much had matched before.
 """
@@ -29,11 +29,12 @@ _MOST_STEPS = 48
 
 
 class Mismatch(Exception):
-    """Why a softmax is no attention's, the node that shows it, and the ops that had matched, in order."""
+    """Why a softmax is no attention's, the node that shows it, the ops that had matched, in order, and where that can
+    be told the smallest change with which it would be."""
 
-    def __init__(self, reason: str, node: Node, matched: Sequence[Node] = ()) -> None:
+    def __init__(self, reason: str, node: Node, matched: Sequence[Node] = (), hint: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.node, self.matched = reason, node, tuple(matched)
+        self.reason, self.node, self.matched, self.hint = reason, node, tuple(matched), hint
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Scores:
     """What `find_scores` came to.
 
     product          the product of queries and keys; its operands are `left` and `right`
-    summed           the axes over which that product sums
+    summed           the axes over which that product sums; None if over none
     scale, softcap   scores = softcap tanh(scale left right / softcap), or scale left right
     terms            masks and biases, those nearest to the product first
     nodes            all that was passed, from the softmax on
@@ -94,7 +95,7 @@ class Scores:
     product: Node
     left: Placed
     right: Placed
-    summed: tuple[int, ...]
+    summed: tuple[int, ...] | None
     scale: float
     softcap: float | None
     terms: tuple[Added | Chosen, ...]
@@ -153,7 +154,6 @@ def follow_probabilities(
     """
     value, node, passed = weighting.anchor.results[0], weighting.anchor, list(weighting.nodes)
     guarded = weighting.guarded
-    dtype = value.type.dtype
     for _ in range(_MOST_STEPS):
         users = list(dict.fromkeys(readers(value)))
         guard = _zeros_for_nan(value, users)
@@ -162,7 +162,7 @@ def follow_probabilities(
             node, value, guarded = guard, guard.results[0], True
             continue
         if len(users) != 1 or (user := users[0]) is None:
-            raise Mismatch(_elsewhere(users), node, passed)
+            raise Mismatch(_elsewhere(users), node, passed, "do not read the probabilities beside that product")
         passed.append(user)
         if user.op.name in PRODUCTS:
             return _value_product(axes, user, value, layout, passed, guarded)
@@ -175,9 +175,9 @@ def follow_probabilities(
             to = user.results[0].type.dtype
             if not to.is_float:
                 raise Mismatch(f"the probabilities are cast to {to}", user, passed[:-1])
-            dtype = to
         else:
-            raise Mismatch(_changed(user, value), user, passed[:-1])
+            hint = "export the model for inference, without dropout" if user.op.name == "mul" else ""
+            raise Mismatch(_changed(user, value), user, passed[:-1], hint)
         node, value = user, user.results[0]
     raise Mismatch("the chain after the softmax is too long", node, passed)
 
@@ -220,21 +220,20 @@ def _changed(user: Node, value: Value) -> str:
     return f"the probabilities go through {user.op.name} before the product with the values"
 
 
-def _value_product(
-    axes: Axes, user: Node, value: Value, layout: Layout, passed: list[Node], guarded: bool
-) -> Values:
+def _value_product(axes: Axes, user: Node, value: Value, layout: Layout, passed: list[Node], guarded: bool) -> Values:
     """Read the product as probabilities times values."""
     if user.operands.count(value) != 1 or len(user.inputs) != 2:
-        raise Mismatch("the probabilities are multiplied by themselves", user, passed[:-1])
+        what = "by themselves" if user.operands.count(value) != 1 else "by values, with more in one op"
+        raise Mismatch(f"the probabilities are multiplied {what}", user, passed[:-1])
     place = user.operands.index(value)
     other = user.inputs[1 - place]
     application = user.op.apply([None if v is None else v.type for v in user.operands])
     known: dict[str, tuple[int, ...]] = {}
     for dim, atoms in zip(application.operands[place] or (), layout, strict=True):
         known |= dict.fromkeys(dim.factors, atoms)
-    for name, dim in application.dims.items():
+    for name, factor in application.dims.items():
         if name not in known:
-            known[name] = axes.new(dim.size)
+            known[name] = axes.new(factor.size)
 
     def layout_of(dims: Any) -> Layout:
         return tuple(known[d.factors[0]] if d.factors else () for d in dims)
@@ -269,10 +268,11 @@ def find_scores(
     return _Ascent(axes, readers, set(weighting.nodes)).up(weighting.scores, layout, _Trail(nodes=weighting.nodes))
 
 
+_DATA_SCALE = "the scale is a tensor: it depends on data"
+
+
 class _Ascent:
-    def __init__(
-        self, axes: Axes, readers: Callable[[Value], Sequence[Node | None]], softmax: set[Node]
-    ) -> None:
+    def __init__(self, axes: Axes, readers: Callable[[Value], Sequence[Node | None]], softmax: set[Node]) -> None:
         self.axes, self.readers, self.softmax = axes, readers, softmax
         self.steps = 0
 
@@ -295,11 +295,13 @@ class _Ascent:
         return found
 
     def _read_here_alone(self, value: Value, node: Node, trail: _Trail) -> None:
-        inside = self.softmax | set(trail.nodes)
+        """Raise Mismatch where a value on the way is read by anything but the op that was passed before it."""
+        above = trail.nodes[-1]
+        inside = self.softmax if above in self.softmax else {above}
         for user in self.readers(value):
             if user is None:
                 raise Mismatch(f"the scores are an output as well, after {node.op.name}", node, trail.nodes)
-            if user not in inside:
+            if user not in inside or (user is above and user.operands.count(value) > 1):
                 line = f" ({user.source})" if user.source else ""
                 raise Mismatch(f"the scores are used elsewhere, by {user.op.name}{line}", node, trail.nodes)
 
@@ -315,7 +317,7 @@ class _Ascent:
             product=node,
             left=left,
             right=right,
-            summed=tuple(atom for atoms in summed.values() for atom in atoms),
+            summed=tuple(atom for atoms in summed.values() for atom in atoms) if summed else None,
             scale=trail.factor * capped,
             softcap=trail.softcap,
             terms=trail.terms,
@@ -337,7 +339,9 @@ class _Ascent:
     def _cast(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
         source, to = node.inputs[0].type.dtype, node.results[0].type.dtype
         if not source.is_float or not is_lossless(source, to):
-            raise Mismatch(f"the scores are cast from {source} to {to}, which loses some of them", node, trail.nodes[:-1])
+            raise Mismatch(
+                f"the scores are cast from {source} to {to}, which loses some of them", node, trail.nodes[:-1]
+            )
         return self.up(node.inputs[0], layout, trail)
 
     # -- arithmetic --------------------------------------------------------------------------------------------
@@ -349,13 +353,13 @@ class _Ascent:
                 if not math.isfinite(number) or number == 0:
                     raise Mismatch(f"the scores are multiplied by {number:g}", node, trail.nodes[:-1])
                 return self.up(value, narrowed(value, layout), trail.times(number))
-        raise Mismatch("the scale is a tensor: it depends on data", node, trail.nodes[:-1])
+        raise Mismatch(_DATA_SCALE, node, trail.nodes[:-1], "scale the queries instead, before the product")
 
     def _div(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
         x, y = node.inputs
         number = number_of(y)
         if number is None:
-            raise Mismatch("the scale is a tensor: it depends on data", node, trail.nodes[:-1])
+            raise Mismatch(_DATA_SCALE, node, trail.nodes[:-1], "scale the queries instead, before the product")
         if not math.isfinite(number) or number == 0:
             raise Mismatch(f"the scores are divided by {number:g}", node, trail.nodes[:-1])
         return self.up(x, narrowed(x, layout), trail.times(1 / number))
@@ -405,6 +409,7 @@ class _Ascent:
                         f"the mask puts {number:g} in place of scores, which does not take keys away",
                         node,
                         trail.nodes[:-1],
+                        "-inf or -1e9 in its place",
                     )
                 return self.up(value, narrowed(value, layout), trail.beyond(mask))
         raise Mismatch("the mask chooses between two tensors", node, trail.nodes[:-1])
@@ -426,18 +431,41 @@ def number_of(value: Value) -> float | None:
         value = value.node.inputs[0]
     if value.literal is None or math.prod(value.literal.shape) != 1:
         return None
-    return float(value.literal.array.reshape(()).item())
+    return value.literal.array.reshape(()).item()  # type: ignore[no-any-return]
 
 
 # -- up from a product -----------------------------------------------------------------------------------------
 
 
-def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> tuple[Placed, float]:
-    """A value beneath moves, lossless casts and constant factors, and the product of those factors.
+@dataclass(frozen=True)
+class Origin:
+    """A value, and what it is beneath moves, lossless casts and constant factors.
 
-    An expand is passed where all that it repeats is `batch` axes: a key's head for several queries' heads.
+    path     from the value itself up to the one beneath all of these, each with the factors that lie in between
     """
+
+    path: tuple[tuple[Placed, float], ...]
+
+    @property
+    def placed(self) -> Placed:
+        return self.path[-1][0]
+
+    @property
+    def factor(self) -> float:
+        return self.path[-1][1]
+
+    def as_laid_out(self, axes: Axes, wanted: Sequence[Sequence[int]]) -> Placed:
+        """The value on the path, scaled by as much as the last, that has this layout already; else the last."""
+        goal = tuple(map(axes.flat, wanted))
+        fitting = [p for p, factor in self.path if factor == self.factor and axes.resolved(p.layout) == goal]
+        return fitting[-1] if fitting else self.placed
+
+
+def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> Origin:
+    """Look beneath a value. An expand is passed where all that it repeats is `batch` axes: one of a key's heads for
+    several of the queries'."""
     value, layout, factor = placed.value, placed.layout, 1.0
+    path = [(placed, factor)]
     while (node := value.node) is not None:
         operand = node.inputs[0] if node.inputs else None
         match node.op.name:
@@ -445,7 +473,7 @@ def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> tuple
                 above = axes.above(node, layout)
             case "expand":
                 above = axes.above(node, layout)
-                assert above is not None and operand is not None
+                assert above is not None
                 kept = {atom for dim in axes.resolved(above) for atom in dim}
                 if not all(batch(a) for dim in axes.resolved(layout) for a in dim if a not in kept):
                     above = None
@@ -462,7 +490,15 @@ def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> tuple
         if above is None or operand is None:
             break
         value, layout = operand, above
-    return Placed(value, layout), factor
+        path.append((Placed(value, layout), factor))
+    return Origin(tuple(path))
+
+
+def is_weight(value: Value) -> bool:
+    """Whether a value is a weight or a constant, moved, cast or not."""
+    while value.node is not None and value.node.op.name in (*_MOVES, "cast"):
+        value = value.node.inputs[0]
+    return value.kind in ("parameter", "constant")
 
 
 def _scaled(node: Node) -> tuple[Value, float] | None:

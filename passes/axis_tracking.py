@@ -146,8 +146,8 @@ class Axes:
 
     def _moved(self, b: Builder, x: Expr, held: Layout, goal: Layout) -> Expr:
         names = {atom: f"a{atom}" for dim in (*held, *goal) for atom in dim}
-        sides = [[[names[atom] for atom in dim] for dim in side] for side in (held, goal)]
-        form = normal_form(*sides, {name: Atom(self.sizes[atom]) for atom, name in names.items()})
+        before, after = ([[names[atom] for atom in dim] for dim in side] for side in (held, goal))
+        form = normal_form(before, after, {name: Atom(self.sizes[atom]) for atom, name in names.items()})
         if form.is_identity and len(held) == len(goal):
             return x
         made: Expr = b.rearrange(x, pattern=form.pattern)

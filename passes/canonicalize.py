@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from treadle.ir.builder import Builder
-from treadle.ir.graph import Function, Graph
+from treadle.ir.graph import Function, Graph, Literal, Value
 from treadle.ir.sizes import ZERO
 from treadle.ir.types import DType
 from treadle.passes.pass_log import Event, PassRecord
 from treadle.passes.pattern import COMMUTATIVE
-from treadle.passes.rearrange_forms import composed, form_of
+from treadle.passes.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.rewrite import Match, Rewrite, RewriteSet
 
 
@@ -73,6 +73,20 @@ class DivByPowerOfTwo(Rewrite):
 
 
 @dataclass(frozen=True)
+class OneOver(Rewrite):
+    """1 / x   -->   reciprocal(x)"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return p.constant("one") / x
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.one == 1)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.reciprocal(m.x)
+
+
+@dataclass(frozen=True)
 class PowOne(Rewrite):
     """x^1   -->   x"""
 
@@ -111,6 +125,17 @@ class NotNot(Rewrite):
 
     def pattern(self, p: Any, x: Any) -> Any:
         return p.logical_not(p.shared(p.logical_not(x)))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class AndTrue(Rewrite):
+    """x and true, x or false   -->   x"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return p.either(x & True, x | False)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return m.x
@@ -240,6 +265,23 @@ class ReshapeOfReshape(Rewrite):
 
 
 @dataclass(frozen=True)
+class ReshapeByAxes(Rewrite):
+    """reshape(x, s)   -->   rearrange(x, ...)        where it splits and joins whole axes
+
+    [B, S, 768] -> [B, S, 12, 64] is "a b (c d=64) -> a b c d"; [4, 6] -> [3, 8] cuts across, and stays.
+    """
+
+    def pattern(self, p: Any, x: Any, shape: Any) -> Any:
+        return p.reshape(x, shape=shape)
+
+    def fits(self, m: Match) -> bool:
+        return reshaping_pattern(m.x.type, m.shape) is not None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.rearrange(m.x, pattern=reshaping_pattern(m.x.type, m.shape))
+
+
+@dataclass(frozen=True)
 class ExpandOfExpand(Rewrite):
     """expand(expand(x, s), t)   -->   expand(x, t)"""
 
@@ -254,13 +296,13 @@ class ExpandOfExpand(Rewrite):
 class Canonicalize(RewriteSet):
     """Many small equations, applied until none fits; the classes of this file are the list:
 
-     0. c + x  -->  x + c, for each commutative op and constant c
+     0. c + x  -->  x + c, for each commutative op and constant c;  x + [[c]]  -->  x + c, for one element
      1. x + 0, x - 0, x * 1, x / 1, x^1  -->  x
-     2. x / 2^k  -->  x * 2^-k;   x^2  -->  x * x
-     3. -(-x), not not x  -->  x
+     2. x / 2^k  -->  x * 2^-k;   x^2  -->  x * x;   1 / x  -->  reciprocal(x)
+     3. -(-x), not not x, x and true, x or false  -->  x
      4. where of a constant condition  -->  the chosen side
      5. cast to the same dtype, cast of a lossless cast
-     6. two of rearrange, reshape or expand in a row  -->  one
+     6. two of rearrange, reshape or expand in a row  -->  one;  reshape of whole axes  -->  rearrange
      7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
 
     They keep every bit but one: x + 0 turns -0.0 into 0.0, and x does not. Left alone, since it would change
@@ -272,10 +314,12 @@ class Canonicalize(RewriteSet):
         SubZero(),
         MulOne(),
         DivByPowerOfTwo(),
+        OneOver(),
         PowOne(),
         PowTwo(),
         NegNeg(),
         NotNot(),
+        AndTrue(),
         WhereConstant(),
         CastToItself(),
         CastOfCast(),
@@ -283,11 +327,37 @@ class Canonicalize(RewriteSet):
         RearrangeOfRearrange(),
         Unchanging(),
         ReshapeOfReshape(),
+        ReshapeByAxes(),
         ExpandOfExpand(),
     )
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        return constants_to_the_right(function, log) + super().run(function, graph, log)
+        moved = constants_to_scalars(function, log) + constants_to_the_right(function, log)
+        return moved + super().run(function, graph, log)
+
+
+BROADCASTING = COMMUTATIVE | {"sub", "div", "pow", "less", "less_equal", "greater", "greater_equal", "where"}
+"""Ops whose operands broadcast, so that a constant of one element may as well be a scalar."""
+
+
+def constants_to_scalars(function: Function, log: PassRecord) -> int:
+    """x + [[c]]   -->   x + c        for a constant of one element beside a value of no lower rank"""
+    changed = 0
+    for node in function.nodes:
+        if node.op.name not in BROADCASTING:
+            continue
+        for position, value in enumerate(node.inputs):
+            literal = value.literal
+            if literal is None or literal.shape == () or math.prod(literal.shape) != 1:
+                continue
+            others = [v for v in node.inputs if v is not value]
+            if any(v.type.rank >= value.type.rank and v.literal is None for v in others):
+                operands = list(node.operands)
+                operands[position] = Value.constant(Literal(literal.dtype, (), literal.data))
+                node.operands = tuple(operands)
+                log.matches.append(Event.at("constants-to-scalars", function, node))
+                changed += 1
+    return changed
 
 
 def constants_to_the_right(function: Function, log: PassRecord) -> int:

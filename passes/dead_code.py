@@ -30,6 +30,11 @@ class DeadCode(Pass):
         return changes
 
 
+def drop_unread(function: Function) -> None:
+    """Remove the nodes of one function whose results nobody reads."""
+    _drop_nodes(function, set())
+
+
 def _walk(graph: Graph, log: PassRecord) -> int:
     """Clean every function once, callers first; returns the number of things removed."""
     removed = 0

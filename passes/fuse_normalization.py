@@ -31,7 +31,8 @@ def _shortest(number: float, x: Expr) -> float:
 def _over_last(name: str, x: Expr, axes: Sequence[int]) -> Refusal | None:
     if tuple(axis % x.rank for axis in axes) == (x.rank - 1,):
         return None
-    return Refusal(f"the mean is over axes {tuple(axes)}, {name} needs the last alone")
+    hint = "rearrange so that this axis comes last" if len(axes) == 1 else ""
+    return Refusal(f"the mean is over axes {tuple(axes)}, {name} needs the last alone", hint=hint)
 
 
 def _is_vector(vector: Expr, x: Expr) -> bool:

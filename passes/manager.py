@@ -6,7 +6,7 @@
     print(optimized.log)                     # a table, one line a pass
 
 TREADLE_DEBUG=1 prints the table to stderr, 2 also the graph after each pass that changed it, 3 also the
-refusals.
+refusals. TREADLE_CERTIFY=1 certifies where nobody says otherwise: see `PassManager`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from treadle.ir.clone import clone_graph
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import PassError, TreadleError, UsageError
-from treadle.ir.graph import Function, Graph
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.target import Target
 from treadle.ir.verifier import verify
-from treadle.passes.pass_log import PassLog, PassRecord, count_ops
+from treadle.passes.certificates import Counterexample
+from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
+from treadle.passes.regions import Claim, Edge, Recorded
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,17 @@ class Optimized:
 
 
 class PassManager:
-    """Runs passes in order, verifying after each that changed something."""
+    """Runs passes in order, verifying after each that changed something.
 
-    def __init__(self, passes: Sequence[Pass]) -> None:
+    certify   try what every pass does, before and after, on drawn values (`treadle.passes.certificates`). What fails
+              is undone and reported as a refusal, and the other passes go on. None: as TREADLE_CERTIFY says
+    target    what the graph is compiled for; a rewrite may be refused as slower there
+    """
+
+    def __init__(self, passes: Sequence[Pass], *, certify: bool | None = None, target: Target | None = None) -> None:
         self.passes = tuple(passes)
+        self.certify = os.environ.get("TREADLE_CERTIFY", "") not in ("", "0") if certify is None else certify
+        self.target = target or Target("cpu")
 
     def run(self, graph: Graph) -> Optimized:
         """Optimize a copy of the graph.
@@ -100,16 +110,21 @@ class PassManager:
         before = count_ops(working)
         records: list[PassRecord] = []
         for each in self.passes:
-            record = PassRecord(each.name, each.options, before)
+            record = PassRecord(each.name, each.options, before, certifying=self.certify, target=self.target)
             started = time.perf_counter()
+            recorded = {name: Recorded.of(f) for name, f in working.functions.items()} if self.certify else {}
             try:
                 record.changes = each.run_graph(working, record)
                 record.after = count_ops(working)
                 if record.changed:
                     verify(working)
+                    if self.certify and _undo_what_fails(each, record, recorded, snapshot, working):
+                        record.after = count_ops(working)
+                        verify(working)
             except Exception as error:
                 raise _broken(each, error, snapshot) from error
             record.seconds = time.perf_counter() - started
+            record.shown.clear()
             if record.changed:
                 snapshot = clone_graph(working)
             record.graph = snapshot
@@ -121,8 +136,57 @@ class PassManager:
         if debug >= 1:
             print(log, file=sys.stderr)
         if debug >= 3:
-            print(log.explain(), file=sys.stderr)
+            print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
         return Optimized(graph, working, log)
+
+
+def _undo_what_fails(
+    each: Pass, record: PassRecord, recorded: dict[str, Recorded], before: Graph, working: Graph
+) -> int:
+    """Certify what a pass did to every function, and put back what was where that fails; returns how often."""
+    undone = 0
+    formals = {name: known.arguments for name, known in recorded.items()}
+    for known in [known for known in recorded.values() if known.function in working.functions.values()]:
+        failed: list[tuple[Claim, list[Edge], Counterexample]] = []
+        for claim, edges in list(known.claims(working, formals)):
+            against = None if _is_shown(claim, record) else record.certify(each.name, claim, (before, working))
+            if against is None:
+                continue
+            wrong = [e for e in edges if not _holds_at(e, known, each, record, (before, working))]
+            if wrong:
+                failed.append((claim, wrong, against))
+        for claim, edges, against in failed:
+            event = Event.at(each.name, known.function, claim.at)
+            record.matches[:] = [m for m in record.matches if dataclasses.replace(m, rule=each.name) != event]
+            reason = f"rolled back, since its certificate failed: {against}"
+            record.refusals.append(dataclasses.replace(event, reason=reason))
+            record.changes = max(record.changes - 1, 0)
+            undone += 1
+            if not known.revert(edges, claim.before):
+                copy = clone_graph(before)
+                working.functions, working.symbols, working.initial = copy.functions, copy.symbols, copy.initial
+                record.matches.clear()
+                record.changes = 0
+                record.notes.append("all that this pass did was rolled back")
+                return undone
+    return undone
+
+
+def _holds_at(edge: Edge, known: Recorded, each: Pass, record: PassRecord, graphs: tuple[Graph, Graph]) -> bool:
+    """Whether a reader of a value that is another now gives what it gave: abs(x), of x and of -x."""
+    if edge.node is None or edge.where is None:
+        return False
+    return record.certify(each.name, known.claim_of_reader(edge.node), graphs) is None
+
+
+def _is_shown(claim: Claim, record: PassRecord) -> bool:
+    """Whether certified rewrites led from the one value to the other."""
+    if len(claim.before) != 1:
+        return False
+    value: Value | None = claim.before[0]
+    while value is not None and value is not claim.after[0]:
+        value = record.shown.get(value)
+    return value is not None and claim.before[0] is not claim.after[0]
 
 
 def _broken(each: Pass, error: Exception, before: Graph) -> BrokenPassError:

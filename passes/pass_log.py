@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.ir.graph import Function, Graph, Node
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.target import Target
+from treadle.passes.certificates import Certificate, Counterexample, certify
+from treadle.passes.regions import Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class Event:
     scope     where the model's author put it ("h.0.mlp"), and `source`, the author's line; empty where
               unknown
     reason    why not; empty for a match
+    hint      the smallest change that would let it be, where the rule can tell
     """
 
     rule: str
@@ -31,10 +35,11 @@ class Event:
     scope: str
     source: str
     reason: str = ""
+    hint: str = ""
 
     @staticmethod
-    def at(rule: str, function: Function, node: Node, reason: str = "") -> Event:
-        return Event(rule, function.name, node.op.name, node.scope, str(node.source or ""), reason)
+    def at(rule: str, function: Function, node: Node, reason: str = "", hint: str = "") -> Event:
+        return Event(rule, function.name, node.op.name, node.scope, str(node.source or ""), reason, hint)
 
     @property
     def place(self) -> str:
@@ -52,7 +57,7 @@ class Event:
             "scope": self.scope,
             "source": self.source,
         }
-        return {**found, "reason": self.reason} if self.reason else found
+        return found | {name: text for name, text in (("reason", self.reason), ("hint", self.hint)) if text}
 
 
 @dataclass
@@ -62,6 +67,10 @@ class PassRecord:
     graph    the graph after the pass; not to be changed
     ops      how many nodes of each op the distinct functions hold, before and after
     notes    lines of the pass's own: weights removed, folds skipped
+    certificates  of the distinct rewrites, where they were asked for
+
+    certifying, shown and target are for the pass while it runs: whether each rewrite is tried before it is kept, what
+    stands for what by a rewrite that was, and what the graph is compiled for.
     """
 
     name: str
@@ -74,7 +83,18 @@ class PassRecord:
     refusals: list[Event] = field(default_factory=list)
     near_misses: list[Event] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
     graph: Graph | None = None
+    certifying: bool = field(default=False, repr=False, compare=False)
+    shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
+    target: Target = field(default=Target("cpu"), repr=False, compare=False)
+
+    def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
+        """Try a claim, and keep its certificate; the case in which it does not hold, if there is one."""
+        found = certify(rule, claim, graphs)
+        if isinstance(found, Certificate) and found not in self.certificates:
+            self.certificates.append(found)
+        return found if isinstance(found, Counterexample) else None
 
     @property
     def changed(self) -> bool:
@@ -102,6 +122,8 @@ class PassRecord:
             "near_misses": [e.as_dict() for e in self.near_misses],
             "notes": list(self.notes),
         }
+        if self.certificates:
+            found["certificates"] = [c.as_dict() for c in self.certificates]
         return {**found, "seconds": self.seconds} if times else found
 
 
@@ -144,6 +166,10 @@ class PassLog(Sequence[PassRecord]):
             told += [f"  note     {n}" for n in r.notes]
             lines += [r.name, *told] if told else []
         return "\n".join(lines)
+
+    def certified(self) -> str:
+        """Every certificate, a line each, under the name of its pass."""
+        return "\n".join("\n".join([r.name, *(f"  {c}" for c in r.certificates)]) for r in self if r.certificates)
 
     def __str__(self) -> str:
         return self.table()

@@ -47,6 +47,19 @@ class Miss:
         """What to compare two misses by."""
         return self.ops, self.leaves
 
+    @property
+    def hint(self) -> str:
+        """The change at the edge that would let the search go on, where that is a number or an attribute."""
+        if isinstance(self.edge.where, str) and not isinstance(self.wanted, Wildcard):
+            return f"{self.edge.where}={self.wanted} in {self.edge.node.op.name}"
+        if (
+            isinstance(self.wanted, ConstantTerm)
+            and self.wanted.value is not None
+            and self.edge.found.literal is not None
+        ):
+            return f"{self.wanted.value!r} as {self.edge}"
+        return ""
+
     def __str__(self) -> str:
         return f"{self.edge}: expected {_describe_wanted(self.wanted)}, found {_describe(self.edge.found)}"
 

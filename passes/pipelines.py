@@ -6,9 +6,11 @@ from treadle.passes.canonicalize import Canonicalize
 from treadle.passes.common_subexpressions import CommonSubexpressions
 from treadle.passes.dead_code import DeadCode
 from treadle.passes.fold_constants import FoldConstants
+from treadle.passes.fuse_attention import FuseAttention
 from treadle.passes.fuse_gelu import FuseGelu
 from treadle.passes.fuse_linear import FuseLinear
 from treadle.passes.fuse_normalization import FuseNormalization
+from treadle.passes.fuse_rotary import FuseRotary
 from treadle.passes.fuse_softmax import FuseSoftmax
 from treadle.passes.manager import Pass
 
@@ -21,6 +23,8 @@ DEFAULT: tuple[Pass, ...] = (
     # spelled-out functions as the ops that they are
     FuseNormalization(),
     FuseSoftmax(),
+    FuseRotary(),
+    FuseAttention(),
     FuseGelu(),
     FuseLinear(),
     # what is left over

@@ -17,7 +17,7 @@ from itertools import pairwise
 from treadle.ir.axes import AxisDim
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.ops.shapes import Rearrange
-from treadle.ir.sizes import Size, product
+from treadle.ir.sizes import ONE, Size, product
 from treadle.ir.types import Type
 
 Atoms = tuple[tuple[int, ...], ...]
@@ -48,16 +48,20 @@ class Form:
         return len(self.before) == len(self.after) == 2 and self.after == self.before[::-1]
 
     @property
+    def inferred(self) -> frozenset[int]:
+        """The atoms whose size a pattern need not say, one for each dimension."""
+        return frozenset(
+            max(dim, key=lambda a: (len(self.sizes[a].symbols), a not in self.given)) for dim in self.before if dim
+        )
+
+    @property
     def pattern(self) -> str:
         """The form as a rearrange's pattern."""
         symbols = {s for size in self.sizes for s in size.symbols}
         taken = symbols | {n for n in self.names if n}
         letters = iter(axis_letters(len(self.names), taken))
         names = [n if n and n not in symbols else next(letters) for n in self.names]
-        inferred = {
-            max(dim, key=lambda a: (len(self.sizes[a].symbols), a not in self.given)) for dim in self.before if dim
-        }
-        given = {a: f"{names[a]}={self.sizes[a]}" for dim in self.before for a in dim if a not in inferred}
+        given = {a: f"{names[a]}={self.sizes[a]}" for dim in self.before for a in dim if a not in self.inferred}
         left = [_side([given.get(a, names[a]) for a in dim]) for dim in self.before]
         right = [_side([names[a] for a in dim]) for dim in self.after]
         return f"{' '.join(left)} -> {' '.join(right)}".strip()
@@ -86,6 +90,30 @@ def composed(first: str, second: str, type: Type) -> Form | None:
         return [[piece for name in dim for piece in pieces.get(prefix + name, [prefix + name])] for dim in dims]
 
     return normal_form(refined(before), refined(after, "second "), atoms)
+
+
+@lru_cache(maxsize=2048)
+def reshaping_pattern(type: Type, shape: tuple[Size, ...]) -> str | None:
+    """The pattern of a rearrange that puts a type's elements, in order, under another shape of as many.
+
+    None where an axis of one side is no product of whole axes of the other, or a size is one that patterns cannot give.
+    """
+    factors = [[f.size for f in dim.factors if f.size != ONE] for dim in type.dims]
+    atoms = {f"x{i} {k}": Atom(size) for i, dim in enumerate(factors) for k, size in enumerate(dim)}
+    atoms |= {f"y{i}": Atom(size) for i, size in enumerate(shape) if size != ONE}
+    if any(atom.size.constant == 0 for atom in atoms.values()):
+        return None
+    ours, theirs = ([n for n in atoms if n.startswith(side)] for side in "xy")
+    pieces: dict[str, list[str]] = {}
+    if not _refine(ours.copy(), theirs.copy(), atoms, pieces):
+        return None
+    before = [[p for k in range(len(dim)) for p in pieces[f"x{i} {k}"]] for i, dim in enumerate(factors)]
+    after = [pieces.get(f"y{i}", []) for i in range(len(shape))]
+    form = normal_form(before, after, atoms)
+    given = [form.sizes[a] for dim in form.before for a in dim if a not in form.inferred]
+    if any(size.constant is None and size.as_symbol is None for size in given):
+        return None
+    return form.pattern
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@
 
 `fits` may narrow the pattern by what its notation cannot say, and nothing is recorded where it is false.
 `check` may refuse a match, with a reason that the pass log keeps beside the user's line. A match is also
-refused when a value inside it is used elsewhere, unless the pattern says `p.shared`.
+refused when a value inside it is used elsewhere, unless the pattern says `p.shared`; when `slower` says that the
+target is better off without; and when its certificate (`treadle.passes.certificates`) shows that it is wrong.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import Any, ClassVar
 from treadle.ir.builder import Builder, Expr, describe_source
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.target import Target
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import Event, PassRecord
 from treadle.passes.pattern import Pattern
 from treadle.passes.pattern_search import Found, Miss, Search
+from treadle.passes.regions import claim_of_match
 
 NEAR_MISSES_KEPT = 20
 """How many near misses a pass keeps for one function."""
@@ -39,10 +42,14 @@ _GENERATIONS = 50
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a match is not rewritten, and the node that stands in the way (the match's root if none is named)."""
+    """Why a match is not rewritten, and the node that stands in the way (the match's root if none is named).
+
+    hint   the smallest change that would let it be rewritten, where the rule can tell
+    """
 
     reason: str
     at: Node | Expr | None = None
+    hint: str = ""
 
     @property
     def node(self) -> Node | None:
@@ -93,6 +100,10 @@ class Rewrite(Pass):
 
     def check(self, m: Match) -> Refusal | None:
         """None if the match may be rewritten, else why not."""
+        return None
+
+    def slower(self, m: Match, target: Target) -> Refusal | None:
+        """Why the target is better off without a rewrite that would be right, by what `treadle.ir.cost` counts."""
         return None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -191,20 +202,22 @@ class _Sweep:
                 match = Match(self.builder, pattern, root, found)
                 if not rule.fits(match):
                     continue
-                why_not = self._used_elsewhere(match) or rule.check(match)
-                if why_not is None:
-                    return self._apply(rule, match)
-                refusal = refusal or why_not
+                why_not = self._used_elsewhere(match) or rule.check(match) or rule.slower(match, self.log.target)
+                made = self._apply(rule, match) if why_not is None else why_not
+                if not isinstance(made, Refusal):
+                    return made
+                refusal = refusal or made
             if refusal is not None:
                 refused = True
-                event = Event.at(rule.name, self.function, refusal.node or root, refusal.reason)
+                event = Event.at(rule.name, self.function, refusal.node or root, refusal.reason, refusal.hint)
                 self.log.refusals.append(event)
             miss = search.miss
             if miss is not None and miss.ops >= max(LEAST_OPS_OF_NEAR_MISS, (pattern.size + 1) // 2):
                 nearest = max(nearest or (rule, miss), (rule, miss), key=lambda pair: pair[1].progress)
         if nearest is not None and not refused:
             rule, miss = nearest
-            event = Event.at(rule.name, self.function, miss.edge.node, f"{miss.ops} ops matched; {miss}")
+            hint = miss.hint if miss.ops >= _traced(rule).size else ""
+            event = Event.at(rule.name, self.function, miss.edge.node, f"{miss.ops} ops matched; {miss}", hint)
             self.near_misses.append((root, event))
         return None
 
@@ -219,16 +232,24 @@ class _Sweep:
                 for user in self._live_users(value):
                     if user not in inside:
                         line = f" ({user.source})" if user.source else ""
-                        return Refusal(f"the {node.op.name} is used elsewhere, by {user.op.name}{line}", node)
+                        reason = f"the {node.op.name} is used elsewhere, by {user.op.name}{line}"
+                        return Refusal(reason, node, f"let that {user.op.name} read something else")
         return None
 
-    def _apply(self, rule: Rewrite, match: Match) -> list[Node]:
+    def _apply(self, rule: Rewrite, match: Match) -> list[Node] | Refusal:
+        """The nodes to stand in the root's place; a Refusal if a certificate is asked for and cannot be had."""
         root = match.root
         with self.builder.placed_as(root):
             given = rule.rewrite(self.builder, match)
         results = [r.value if isinstance(r, Expr) else r for r in (given if isinstance(given, tuple) else (given,))]
         made, self.scratch.nodes = self.scratch.nodes, []
         self._expect_types(rule, root, results)
+        if self.log.certifying:
+            graphs = (self.builder.graph, self.builder.graph)
+            against = self.log.certify(rule.name, claim_of_match(match.nodes, made, root, results), graphs)
+            if against is not None:
+                return Refusal(f"rolled back, since its certificate failed: {against}", root)
+            self.log.shown.update(zip(root.results, results, strict=True))
         generation = self.generation.get(root, 0) + 1
         if generation > _GENERATIONS:
             raise PassError(f"rule {rule.name} keeps rewriting what it made", source=_from(root))

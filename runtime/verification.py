@@ -31,6 +31,7 @@ import numpy as np
 
 from treadle.backends.protocol import Backend, Executable
 from treadle.backends.registry import backend_names, find_backend
+from treadle.ir.drawn_inputs import draw_inputs, held, small_sizes
 from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.hashing import canonical_form
@@ -39,7 +40,6 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.types import Type
 from treadle.passes.manager import Optimized
-from treadle.runtime.drawn_inputs import draw_inputs, held, small_sizes
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]

@@ -213,6 +213,14 @@ def _wide_softmax(b: Builder) -> Expr:
     return b.cast(b.cast(p, to="f16") @ v, to="f32")
 
 
+def _keys_of_the_past(b: Builder) -> Expr:
+    """A step with a cache: keys and values begin with those of before."""
+    q, *both = q_k_v(b)
+    past = (b.input(f"past_{n}", f"f32[B, {HEADS}, T, {SIZE}]") for n in "kv")
+    k, v = (b.concat(old, new, axis=2) for old, new in zip(past, both, strict=True))
+    return b.softmax(q @ swapped(b, k) * SCALE) @ v
+
+
 LAYOUTS = [
     Form("projections", _from_projections),
     Form("einsum", _one_einsum_each),
@@ -229,6 +237,7 @@ LAYOUTS = [
     Form("grouped product", _grouped_product),
     Form("learned queries", _learned_queries),
     Form("softmax in f32", _wide_softmax),
+    Form("keys of the past", _keys_of_the_past),
 ]
 
 
@@ -362,6 +371,8 @@ MASKS = [
     Form("boolean, guarded", lambda b: _guarded(b, _whole(b)), "mask(b h s t)"),
     Form("boolean, guarded, spelled", _guarded_spelled, "mask(b t)"),
     Form("causal rows, guarded", lambda b: _guarded(b, triangle(b) & rows(b)), "causal, mask(b t)"),
+    Form("mask of queries", lambda b: masked(b, lambda: _queries(b)), "mask(b s)", keeps_nan=True),
+    Form("mask of heads", lambda b: masked(b, lambda: _of_heads(b), LOW), "bias(h t)"),
     Form("numbers, added", lambda b: _minus_one_times(b, -1e9), "bias(b t)"),
     Form("numbers, lowest", lambda b: _minus_one_times(b, LOW), "bias(b t)"),
     Form("numbers as truths", lambda b: masked(b, lambda: _numbers(b) > 0), "mask(b t)", keeps_nan=True),
@@ -377,6 +388,15 @@ MASKS = [
         keeps_nan=True,
     ),
 ]
+
+
+def _queries(b: Builder) -> Expr:
+    """Padded queries, which see nothing"""
+    return b.rearrange(b.input("mask", "bool[B, S]"), pattern="b s -> b 1 s 1")
+
+
+def _of_heads(b: Builder) -> Expr:
+    return b.rearrange(b.input("mask", f"bool[{HEADS}, S]"), pattern="h t -> h 1 t")
 
 
 def _upper(b: Builder) -> Expr:

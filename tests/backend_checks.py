@@ -23,7 +23,11 @@ TOLERANCE = 64 * 2.0**-23
 """64 roundings of float32, relative to the greatest element: sums in these tests have at most 60 terms."""
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-both = pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=needs_torch)])
+needs_tvm = pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="TVM is not installed")
+python_backends = pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=needs_torch)])
+each_backend = pytest.mark.parametrize(
+    "backend", ["numpy", pytest.param("torch", marks=needs_torch), pytest.param("tvm", marks=needs_tvm)]
+)
 
 
 def compiled(backend: str, graph: Graph, weights: Mapping[str, Any] | None = None) -> Executable:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.backend_checks import assert_near, both, compiled, graph_of, message, needs_torch
+from tests.backend_checks import assert_near, compiled, each_backend, graph_of, message, needs_torch
 from tests.op_checks import TESTED, Case, held, refusal
 from treadle.backends import numpy_kernels
 from treadle.backends.axis_spelling import einsum_letters
@@ -50,7 +50,7 @@ MASKED = {
 }
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_query_that_sees_no_key_gets_zeros(case: str, softcap: float | None, backend: str) -> None:
@@ -77,7 +77,7 @@ class EveryOther(MaskTerm):
         return kept
 
 
-@both
+@each_backend
 def test_attention_with_an_unknown_term_is_run_by_its_body(backend: str) -> None:
     graph = attention_graph(EveryOther())
     exe = compiled(backend, graph)
@@ -95,7 +95,7 @@ def test_numpy_attention_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) 
         assert_near(exe(**given).y, whole.astype(np.float64))
 
 
-@both
+@each_backend
 def test_ties_go_to_the_lower_index(backend: str) -> None:
     def build(b: Builder) -> dict[str, Expr]:
         x = b.input("x", "f32[N]")
@@ -110,7 +110,7 @@ def test_ties_go_to_the_lower_index(backend: str) -> None:
     assert out.first == 70
 
 
-@both
+@each_backend
 def test_integers_are_divided_towards_minus_infinity(backend: str) -> None:
     def build(b: Builder) -> dict[str, Expr]:
         x, y = b.input("x", "i64[4]"), b.input("y", "i64[4]")
@@ -123,7 +123,7 @@ def test_integers_are_divided_towards_minus_infinity(backend: str) -> None:
     np.testing.assert_array_equal(out.by_constant, [3, -4, 3, -4])
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("value", [0.1, -0.0, float("inf"), float("-inf"), 1e30, 3.0])
 def test_scalar_constants_keep_the_dtype(value: float, backend: str) -> None:
     def build(b: Builder) -> dict[str, Expr]:
@@ -142,7 +142,7 @@ def test_scalar_constants_keep_the_dtype(value: float, backend: str) -> None:
         np.testing.assert_allclose(out.power, np.power(single, x), rtol=2.0**-21)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("value", [0.0, -0.0, 0.5, float("inf"), float("-inf"), float("nan")])
 def test_pad_fills_with_any_number(value: float, backend: str) -> None:
     graph = graph_of(lambda b: b.pad(b.input("x", "f32[1]"), axis=0, before=1, value=value))
@@ -151,7 +151,7 @@ def test_pad_fills_with_any_number(value: float, backend: str) -> None:
     assert np.signbit(filled) == np.signbit(value)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("dtype", ["f16", "f32", "f64"])
 def test_the_sign_of_nan_is_nan(dtype: str, backend: str) -> None:
     graph = graph_of(lambda b: b.sign(b.input("x", f"{dtype}[4]")))
@@ -159,7 +159,7 @@ def test_the_sign_of_nan_is_nan(dtype: str, backend: str) -> None:
     np.testing.assert_array_equal(compiled(backend, graph)(x=x).y, np.array([np.nan, -1, 0, 1], x.dtype), strict=True)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("condition", [True, False])
 def test_where_takes_a_constant_condition(condition: bool, backend: str) -> None:
     def build(b: Builder) -> Expr:
@@ -170,7 +170,7 @@ def test_where_takes_a_constant_condition(condition: bool, backend: str) -> None
     np.testing.assert_array_equal(compiled(backend, graph_of(build))(x=x, y=~x).y, x if condition else ~x)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_normalization_of_f16_squares_in_f32(name: str, backend: str) -> None:
     """800 squared is more than f16 holds. f16's own spacing is all that the result may be off by."""
@@ -187,7 +187,7 @@ NUMBERS = [0.1, -1 / 3, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519.0, 1e-7, -0.0, float
 """Among them ties of bf16, of which the even one is nearest, and what f16 holds as a subnormal."""
 
 
-@both
+@each_backend
 @pytest.mark.parametrize(("source", "to"), list(product(FLOATS, FLOATS)))
 def test_a_cast_rounds_as_its_reference_does(source: str, to: str, backend: str) -> None:
     graph = graph_of(lambda b: b.cast(b.input("x", f"{source}[8]"), to=to))

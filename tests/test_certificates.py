@@ -235,6 +235,18 @@ def test_a_wrong_rewrite_is_undone_and_the_right_ones_stay(wrong: Wrong) -> None
     assert "planted" in [e.rule for e in unchecked.log[0].matches]
 
 
+def test_a_replacement_that_cannot_run_is_undone() -> None:
+    """It has the type of what it replaces, but only for rows of eight or more."""
+
+    def put(b: Builder, m: Match) -> Any:
+        return b.pad(b.slice(m.x, axis=0, start=8, stop="B"), axis=0, before=8, after=0, value=0.0) + m.x * 0.0
+
+    text = program("x: f32[B]", "y: f32[B]", "a = exp(x)", "return y = a")
+    optimized = certified(text, Planted(lambda p, x, y: p.exp(x), put))
+    assert not optimized.log[0].matches
+    assert "the replacement fails: " in rolled_back(optimized)[0]
+
+
 def attention(keep: Callable[[Builder], Any]) -> Graph:
     b = Builder(Graph("attention"))
     q, k, v = q_k_v(b)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import treadle as t
-from tests.backend_checks import both
+from tests.backend_checks import each_backend
 from tests.test_models import ZOO
 from treadle.backends.registry import find_backend
 from treadle.models.bert import bert
@@ -102,7 +102,7 @@ def test_artifacts_of_every_model_are_byte_identical_in_another_process(tmp_path
         assert not any(place.encode() in data for place in (str(ROOT), str(tmp_path), str(Path.home())))
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_bits_twice(name: str, backend: str) -> None:
     first, second = (t.compile(MODELS[name], backend=backend) for _ in range(2))

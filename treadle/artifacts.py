@@ -33,6 +33,7 @@ from treadle.ir.printer import print_graph
 from treadle.ir.scanner import Limits as TextLimits
 from treadle.ir.target import Target
 from treadle.ir.verifier import verify
+from treadle.passes.certificates import Certificate
 from treadle.passes.manager import Optimized
 from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
 
@@ -300,6 +301,7 @@ def _read_record(said: Any, before: Counter[str]) -> PassRecord:
         refusals=[_read_event(event) for event in said["refusals"]],
         near_misses=[_read_event(event) for event in said["near_misses"]],
         notes=[_text(note) for note in said["notes"]],
+        certificates=[Certificate.read(each) for each in said.get("certificates", ())],
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `treadle compile | inspect | run | verify | export | embed | generate | models | fetch`.
+"""The command line: `treadle compile | inspect | explain | run | verify | export | embed | generate | models | fetch`.
 
 docs/cli.md describes each.
 
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -25,7 +25,7 @@ import typer
 import treadle
 from treadle.ir.errors import TreadleError, UsageError
 
-_TEXT_BYTES = 256 << 20  # of sentences to embed
+_NOTHING_CERTIFIED = "no pass changed anything that needs a certificate"
 
 app = typer.Typer(
     add_completion=False,
@@ -55,6 +55,9 @@ OptionalInputs = Annotated[
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, or one that is installed.")]
 TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.")]
+Certify = Annotated[
+    bool, typer.Option("--certify", help="Try every rewrite on drawn values, undo what fails, and print certificates.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Draws the weights where no checkpoint gives them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -160,7 +163,7 @@ def inspect(
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
     from treadle.passes.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
-    from treadle.reports import following_facts, following_text, graph_facts, graph_header
+    from treadle.reports import backend_source, following_facts, following_text, graph_facts, graph_header
     from treadle.resolving import resolve
 
     if raw and after:
@@ -183,7 +186,7 @@ def inspect(
         following = follow_axis(graph, follow)
         shown, facts["follow"] = following_text(following), following_facts(following)
     elif source:
-        shown = facts["source"] = _backend_source(graph, backend)
+        shown = facts["source"] = backend_source(graph, backend)
     else:
         shown = facts["graph"] = print_graph(graph, unfold=unfold)
         shown = f"{graph_header(facts, stage)}{shown}"
@@ -203,6 +206,7 @@ def compile(
         ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what each pass refused, and why.")] = False,
+    certify: Certify = False,
     config: Config = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -219,7 +223,8 @@ def compile(
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     started = time.perf_counter()
     chosen = parse_config(config or ())
-    made = treadle.compile(model, backend=backend, target=target, inputs=_names(inputs), seed=seed, **chosen)
+    chosen |= {"backend": backend, "target": target, "seed": seed, "certify": certify or None}
+    made = treadle.compile(model, inputs=_names(inputs), **chosen)
     seconds = time.perf_counter() - started
     written = {"file": str(output), "seal": made.save(output)} if output is not None else {}
     if as_json:
@@ -229,9 +234,44 @@ def compile(
     out.print(pass_table(made.log))
     if explain:
         print("\n" + (made.log.explain() or "no pass refused anything"))
+    if certify:
+        print("\n" + (made.log.certified() or _NOTHING_CERTIFIED))
     print("", *compiled_lines(made, seconds), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")
+
+
+@_command
+def explain(
+    model: ModelName,
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion.", show_default=False)],
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OP=N", help="Exit 1 unless a run has N ops OP, such as attention=12. Repeatable."),
+    ] = None,
+    certify: Certify = False,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say of every place where a fused op could stand whether it does, by which rule, or why not."""
+    from treadle.explaining import explain_fusion, parse_expected
+    from treadle.option_values import parse_config
+
+    if subject != "fusion":
+        raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion")
+    chosen = parse_config(config or ()) | {"inputs": _names(inputs), "certify": certify or None}
+    chosen["expect"] = parse_expected(expect or ())
+    found = explain_fusion(model, **chosen)
+    if as_json:
+        facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
+        _print_json(found.as_dict() | ({"certificates": facts} if certify else {}))
+    else:
+        print(found)
+        if certify:
+            print("\n" + (found.optimized.log.certified() or _NOTHING_CERTIFIED))
+    if not found.met:
+        raise typer.Exit(1)
 
 
 @_command
@@ -416,10 +456,10 @@ def embed(
     """Embed sentences with a sentence encoder, such as the fetched minilm: a vector a line."""
     from treadle.embedding import SentenceEmbedder
     from treadle.npy_files import write_npy
-    from treadle.option_values import parse_config
+    from treadle.option_values import parse_config, read_sentences
     from treadle.reports import console, similarity_table
 
-    texts = _sentences(sentences or [], file)
+    texts = read_sentences(sentences or [], file)
     embedder = SentenceEmbedder.open(model, backend=backend, target=target, **parse_config(config or ()))
     embedded = embedder.embed_reporting(texts)
     vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T
@@ -556,41 +596,3 @@ def _refuse_for_artifact(**options: Any) -> None:
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _backend_source(graph: Any, backend: str) -> str:
-    """What a backend makes of a graph. The code does not depend on the weights, so these are zeros."""
-    import numpy as np
-
-    from treadle.backends.registry import find_backend
-    from treadle.ir.target import Target
-
-    weights = {
-        name: np.zeros(value.type.evaluate({}), value.type.dtype.numpy) for name, value in graph.parameters.items()
-    }
-    return find_backend(backend).compile(graph, Target("cpu"), weights).source
-
-
-def _sentences(given: Sequence[str], file: str | None) -> list[str]:
-    """Sentences from the command line, or lines of a file or of standard input, blank ones left out."""
-    from treadle.frontends.contained_files import read_regular
-
-    if given and file is not None:
-        raise UsageError("sentences were given twice", received=f"{len(given)} and --file {file}", hint="one of them")
-    if given:
-        return list(given)
-    if file is None and sys.stdin.isatty():
-        raise UsageError("there is no sentence to embed", hint='treadle embed minilm "A sentence."')
-    piped = file in (None, "-")
-    shown = "standard input" if piped else str(file)
-    data = sys.stdin.buffer.read(_TEXT_BYTES + 1) if piped else read_regular(str(file), _TEXT_BYTES)
-    if len(data) > _TEXT_BYTES:
-        raise UsageError("the text is longer than the limit", received=f"limit {_TEXT_BYTES} bytes", within=shown)
-    try:
-        lines = [line.strip() for line in data.decode("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UsageError("the text is not UTF-8", received=f"byte {error.start}", within=shown) from None
-    found = [line for line in lines if line]
-    if not found:
-        raise UsageError("there is no sentence to embed", received="no line of text", within=shown)
-    return found

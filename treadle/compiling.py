@@ -102,6 +102,7 @@ def compile(
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
     seed: int = 0,
+    certify: bool | None = None,
     **config: Any,
 ) -> Compiled:
     """Compile a model for a backend and a target.
@@ -110,18 +111,19 @@ def compile(
     weights  arrays by parameter name, in place of the checkpoint's; without either, initial values drawn from `seed`
     passes   the pipeline, a flat list
     inputs   optional inputs of the declaration to include, such as ("lengths",)
+    certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
     config   configuration of the declaration
 
     Raises the error of the part that refuses: UsageError, FrontendError, CheckpointError, PassError, BackendError.
     """
-    manager = PassManager(_pipeline(passes))
+    where = target if isinstance(target, Target) else Target(target)
+    manager = PassManager(checked_passes(passes), certify=certify, target=where)
     resolved = resolve(model, inputs=inputs, **config)
     optimized = manager.run(resolved.graph)
     if weights is not None:
         _refuse_unknown(weights, resolved.graph.parameters)
     given = weights if weights is not None else resolved.weights
     bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
-    where = target if isinstance(target, Target) else Target(target)
     executable = find_backend(backend).compile(optimized.graph, where, bound)
     optimized = _with_notes(optimized, backend, getattr(executable, "notes", ()))
     if debug_level() >= 4:
@@ -157,7 +159,8 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     return drawn
 
 
-def _pipeline(passes: object) -> tuple[Pass, ...]:
+def checked_passes(passes: object) -> tuple[Pass, ...]:
+    """The pipeline, if it is one. Raises UsageError."""
     if isinstance(passes, Sequence) and all(isinstance(p, Pass) for p in passes):
         return tuple(passes)
     raise UsageError(

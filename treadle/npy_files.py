@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.whole_files import replacing
 from treadle.frontends.contained_files import open_regular, printable, shown_path
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.backends.whole_files import replacing
 
 Array = np.ndarray[Any, Any]
 

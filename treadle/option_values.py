@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from treadle.frontends.contained_files import printable
+from treadle.frontends.contained_files import printable, read_regular
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.npy_files import read_npy
@@ -19,6 +20,7 @@ DEFAULT_SIZE = 128
 """What a symbolic axis counts where no size is said: a row of 128 tokens. A leading axis, the batch, counts 1."""
 
 _INLINE_BYTES = 1 << 20
+_TEXT_BYTES = 256 << 20  # of sentences to embed
 
 
 def parse_config(assignments: Iterable[str]) -> dict[str, Any]:
@@ -127,3 +129,29 @@ def _numbers(name: str, text: str) -> Any:
             hint=f"{name}=ids.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]",
         ) from None
     return value
+
+
+def read_sentences(given: Sequence[str], file: str | None) -> list[str]:
+    """Sentences from the command line, or lines of a file or of standard input, blank ones left out.
+
+    Raises UsageError where there is none, or it is too much or not UTF-8.
+    """
+    if given and file is not None:
+        raise UsageError("sentences were given twice", received=f"{len(given)} and --file {file}", hint="one of them")
+    if given:
+        return list(given)
+    if file is None and sys.stdin.isatty():
+        raise UsageError("there is no sentence to embed", hint='treadle embed minilm "A sentence."')
+    piped = file in (None, "-")
+    shown = "standard input" if piped else str(file)
+    data = sys.stdin.buffer.read(_TEXT_BYTES + 1) if piped else read_regular(str(file), _TEXT_BYTES)
+    if len(data) > _TEXT_BYTES:
+        raise UsageError("the text is longer than the limit", received=f"limit {_TEXT_BYTES} bytes", within=shown)
+    try:
+        lines = [line.strip() for line in data.decode("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError("the text is not UTF-8", received=f"byte {error.start}", within=shown) from None
+    found = [line for line in lines if line]
+    if not found:
+        raise UsageError("there is no sentence to embed", received="no line of text", within=shown)
+    return found

@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from treadle.backends.protocol import Port
+from treadle.backends.registry import find_backend
 from treadle.compiling import Compiled
 from treadle.ir.cost import graph_cost, parameter_bytes, parameter_count
 from treadle.ir.errors import TreadleError
 from treadle.ir.following import Encounter, Following, Verdict
 from treadle.ir.graph import Graph
+from treadle.ir.target import Target
 from treadle.passes.pass_log import PassLog
 
 Facts = dict[str, Any]
@@ -96,6 +98,14 @@ def count_run_ops(graph: Graph) -> Counter[str]:
         if node.op.callee is None:
             ops[node.op.name] += calls[function.name]
     return ops
+
+
+def backend_source(graph: Graph, backend: str) -> str:
+    """What a backend makes of a graph. The code does not depend on the weights, so these are zeros."""
+    weights = {
+        name: np.zeros(value.type.evaluate({}), value.type.dtype.numpy) for name, value in graph.parameters.items()
+    }
+    return find_backend(backend).compile(graph, Target("cpu"), weights).source
 
 
 def graph_header(facts: Facts, stage: str) -> str:

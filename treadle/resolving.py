@@ -35,6 +35,7 @@ from treadle.models.registry import family_names, family_of, find_family, read_g
 Array = np.ndarray[Any, Any]
 
 GGUF_SUFFIX = ".gguf"
+ONNX_SUFFIX = ".onnx"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def resolve(model: Model | Graph | str | Path, *, inputs: Sequence[str] | None =
     place = find_folder(text)
     if place.suffix == GGUF_SUFFIX and not place.is_dir():
         return _from_gguf(place, inputs, config)
+    if place.suffix == ONNX_SUFFIX and not place.is_dir():
+        return _from_onnx(place, inputs, config)
     converted = find_ctranslate2(place)
     if converted is not None:
         return _from_ctranslate2(converted, place, inputs, config)
@@ -119,7 +122,7 @@ def find_folder(model: str | Path) -> Path:
     folder = fetched_model(name)
     if folder is None:
         raise UsageError(f"{name} was not fetched yet", hint=f"treadle fetch {name}")
-    if not folder.is_dir() and folder.suffix != GGUF_SUFFIX:
+    if not folder.is_dir() and folder.suffix not in (GGUF_SUFFIX, ONNX_SUFFIX):
         raise UsageError(
             f"{name} is in a format that Treadle does not read yet", received=folder.name, within=str(folder.parent)
         )
@@ -153,6 +156,19 @@ def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, An
     blocks = {name: file.record(source.name).blocks for name, source in binding.sources.items()}
     unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # which is in the configuration
     return Resolved(declared.name, graph, declared, binding.arrays, unused, path, blocks)
+
+
+def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
+    """What config names is an input that determines shapes, whose value it gives, or an axis, whose size it gives."""
+    from treadle.frontends.onnx_file import OnnxFile, OnnxLimits
+    from treadle.frontends.onnx_import import import_onnx
+
+    if inputs:
+        raise UsageError("an ONNX file has no optional inputs", received=", ".join(inputs))
+    known = {value.name for value in OnnxFile.open(path, OnnxLimits()).proto.graph.input} if config else set()
+    static = {name: value for name, value in config.items() if name in known}
+    made = import_onnx(path, static=static, dims={n: v for n, v in config.items() if n not in static})
+    return Resolved(made.graph.name, made.graph, None, made.weights, (), path)
 
 
 def _from_ctranslate2(

@@ -14,6 +14,7 @@ import numpy as np
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import initial_weights
 from treadle.frontends.dsl import Model
+from treadle.ir.drawn_inputs import small_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
@@ -21,7 +22,6 @@ from treadle.option_values import choose_sizes
 from treadle.passes.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
-from treadle.runtime.drawn_inputs import small_sizes
 from treadle.runtime.verification import VerificationReport, verify_backends
 
 Array = np.ndarray[Any, Any]

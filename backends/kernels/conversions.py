@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from treadle.backends.kernels.isa import Isa
-from treadle.backends.kernels.lanewise import compare, hexadecimal, lanewise, llvm_type, tvm_type
+from treadle.backends.kernels.lanewise import call_lanewise, compare, hexadecimal, llvm_type, tvm_type
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, f32
 
 if TYPE_CHECKING:
@@ -82,13 +82,13 @@ def _from_bool(k: Emitter, value: Expr, dtype: DType, lanes: int) -> Expr:
     t = llvm_type(dtype)
     made = "or {i1} %x0, [i1 false]" if dtype is boolean else f"zext {{i1}} %x0 to {{{t}}}"
     body = f"%r = uitofp {{i1}} %x0 to {{{t}}}" if dtype.is_float else f"%r = {made}"
-    return lanewise(k, f"bool_to_{dtype.name}", tvm_type(dtype), lanes, [value], f"i1 -> {t}", body)
+    return call_lanewise(k, f"bool_to_{dtype.name}", tvm_type(dtype), lanes, [value], f"i1 -> {t}", body)
 
 
 def _float_to_int(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
     """The conversion is only done of what fits: of anything else LLVM may make what it likes."""
     f, i, limit = held.name, dtype.name, 2.0 ** (8 * dtype.bytes - 1)
-    return lanewise(
+    return call_lanewise(
         k,
         f"{f}_to_{i}",
         f"int{8 * dtype.bytes}",
@@ -106,12 +106,12 @@ def _float_to_int(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int
 
 def _bf16_to_f32(k: Emitter, bits: Expr, lanes: int) -> Expr:
     body = "%w = zext {i16} %x0 to {i32}\n%s = shl {i32} %w, [i32 16]\n%r = bitcast {i32} %s to {f32}"
-    return lanewise(k, "bf16_to_f32", "float32", lanes, [bits], "i16 -> f32", body)
+    return call_lanewise(k, "bf16_to_f32", "float32", lanes, [bits], "i16 -> f32", body)
 
 
 def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
     """Half of the spacing is added, less one bit where the kept part is even; a NaN is made quiet instead."""
-    return lanewise(
+    return call_lanewise(
         k,
         "f32_to_bf16",
         "uint16",
@@ -133,7 +133,7 @@ def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
     """The bits in float32's places are the number over 2^112, subnormal ones as well; inf and NaN apart."""
-    return lanewise(
+    return call_lanewise(
         k,
         "f16_to_f32",
         "float32",
@@ -159,7 +159,7 @@ def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
     """A normal result as for bf16; adding 1/2 rounds one that is subnormal, as 1/2 has 2^-24 as its last bit."""
-    return lanewise(
+    return call_lanewise(
         k,
         "f32_to_f16",
         "float16",
@@ -196,7 +196,7 @@ def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 def _f64_to_odd_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
     """Towards zero, with the last bit set if anything was lost: rounding that on to f16 rounds once altogether."""
-    return lanewise(
+    return call_lanewise(
         k,
         "f64_to_odd_f32",
         "float32",

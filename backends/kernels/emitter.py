@@ -139,7 +139,7 @@ class Emitter:
         return bound
 
     def opaque(self, value: Expr, name: str = "t") -> Expr:
-        """An index computed once, of which the code generator sees only that: over nested divisions it takes minutes."""
+        """An index computed once, of which the code generator sees only that; nested divisions cost it minutes."""
         cell = self.registers(1, i64, f"{name}_cell")
         self.store(cell, [0], _index(value))
         return self.let(self.load(cell, [0]), name)

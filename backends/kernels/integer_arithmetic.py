@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from treadle.backends.kernels.lanewise import lanewise, llvm_type
+from treadle.backends.kernels.lanewise import call_lanewise, llvm_type
 from treadle.ir.types import DType
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def integer_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands:
     body = body.replace("SIGN", "u" if unsigned else "s")
     tvm_name = ("uint" if unsigned else "int") + str(8 * dtype.bytes)
     types = " ".join([i] * len(operands)) + f" -> {i}"
-    return lanewise(k, f"{name}_{dtype.name}", tvm_name, lanes, operands, types, body)
+    return call_lanewise(k, f"{name}_{dtype.name}", tvm_name, lanes, operands, types, body)
 
 
 # A divisor of 0, and one of -1, which overflows on the least number, are replaced by 1 before they trap.

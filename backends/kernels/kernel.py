@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter
@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Base of all kernel specs. A spec is a frozen dataclass of numbers, text, dtypes, and tuples of such.
-
-    generic   whether it computes element by element: right for every case, and named in the log as slow
-    """
-
-    generic: ClassVar[bool] = False
+    """Base of all kernel specs. A spec is a frozen dataclass of numbers, text, dtypes, and tuples of such."""
 
     @property
     def title(self) -> str:
@@ -46,6 +41,11 @@ class Kernel:
     def llvm(self) -> str | None:
         """The kernel as a module of LLVM's, with a function `__tvm_ffi_kernel`; None: `emit` says it."""
         return None
+
+    @property
+    def generic(self) -> bool:
+        """Whether it computes element by element: right for every case, and named in the log as slow."""
+        return False
 
     def emit(self, k: Emitter) -> None:
         """Write the kernel: ask for pointers and sizes, then emit loops."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from treadle.backends.kernels.lanewise import hexadecimal, lanewise
+from treadle.backends.kernels.lanewise import call_lanewise, hexadecimal
 
 if TYPE_CHECKING:
     from treadle.backends.kernels.emitter import Emitter, Expr
@@ -145,7 +145,7 @@ class LaneFunction:
         body = "\n".join([*self._lines, f"%r = freeze {{{value.type}}} {value.text}"])
         types = " ".join(t for _, t in self._operands) + f" -> {value.type}"
         name = "f" + hashlib.sha256(f"{types} {body}".encode()).hexdigest()[:16]
-        return lanewise(self.k, name, _TVM[value.type], self.lanes, [x for x, _ in self._operands], types, body)
+        return call_lanewise(self.k, name, _TVM[value.type], self.lanes, [x for x, _ in self._operands], types, body)
 
     def line(self, type: str, text: str) -> Value:
         """An instruction and what it gives."""

@@ -1,6 +1,6 @@
 """Functions of lanes in LLVM's own text, for what TVM's expressions cannot say: wraparound, bits of a narrow float.
 
-    lanewise(k, "wrap_add_i32", "int32", 16, (x, y), "i32 i32 -> i32", "%r = add {i32} %x0, %x1")
+    call_lanewise(k, "wrap_add_i32", "int32", 16, (x, y), "i32 i32 -> i32", "%r = add {i32} %x0, %x1")
 
 In the body `{i32}` is the type of that many lanes, `[i32 7]` a constant in every lane, `{.f32}` the suffix of an
 intrinsic's name. Operands are `%x0`, `%x1`, ...; the result is `%r`. The text is the same for every instruction set.
@@ -22,7 +22,9 @@ _TYPES = {"i1": "i1", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "f16
 _TYPES |= {"f64": "double"}
 
 
-def lanewise(k: Emitter, name: str, result: str, lanes: int, operands: Sequence[Expr], types: str, body: str) -> Expr:
+def call_lanewise(
+    k: Emitter, name: str, result: str, lanes: int, operands: Sequence[Expr], types: str, body: str
+) -> Expr:
     """Call a function that the body defines. `result` is TVM's name of an element's dtype, `types` LLVM's of all."""
     taken, _, given = types.partition("->")
     full = f"treadle_{name}_{lanes}"
@@ -47,7 +49,7 @@ def compare(k: Emitter, how: str, x: Expr, y: Expr, dtype: DType, lanes: int) ->
     else:
         said = f"icmp {how}" if how in ("eq", "ne") else f"icmp {'u' if dtype.name == 'u8' else 's'}{how}"
     body = f"%r = {said} {{{t}}} %x0, %x1"
-    return lanewise(k, f"{how}_{dtype.name}", "bool", lanes, [x, y], f"{t} {t} -> i1", body)
+    return call_lanewise(k, f"{how}_{dtype.name}", "bool", lanes, [x, y], f"{t} {t} -> i1", body)
 
 
 def llvm_type(dtype: DType) -> str:

@@ -302,6 +302,10 @@ class RunningSum(Kernel):
     def title(self) -> str:
         return f"running_sum_{self.dtype}"
 
+    @property
+    def generic(self) -> bool:
+        return not self.vector
+
     def emit(self, k: Emitter) -> None:
         held = DTYPES[self.dtype]
         dtype = working(held)

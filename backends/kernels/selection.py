@@ -63,6 +63,10 @@ class ArgMax(Kernel):
     def title(self) -> str:
         return f"argmax_{self.dtype}"
 
+    @property
+    def generic(self) -> bool:
+        return not self.vector
+
     def emit(self, k: Emitter) -> None:
         held = DTYPES[self.dtype]
         (x, y), (m0, m1, n) = _views(k, held, self.vector, [("y", i64)], None)
@@ -156,6 +160,10 @@ class TopK(Kernel):
     @property
     def title(self) -> str:
         return f"top_{self.k}_{self.dtype}"
+
+    @property
+    def generic(self) -> bool:
+        return not self.vector
 
     def emit(self, k: Emitter) -> None:
         held = DTYPES[self.dtype]

@@ -92,7 +92,7 @@ def _function(name: str) -> ctypes.c_void_p:
     interface, _ = _libraries()
     encoded, found = name.encode(), ctypes.c_void_p()
     key = _Bytes(encoded, len(encoded))
-    if interface.TVMFFIFunctionGetGlobal(ctypes.byref(key), ctypes.byref(found)) or not found:
+    if interface.TVMFFIFunctionGetGlobal(ctypes.byref(key), ctypes.byref(found)) or not found.value:
         raise BackendError(f"TVM's runtime has no {name}", received=version())
     return found
 

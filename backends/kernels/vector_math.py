@@ -23,7 +23,7 @@ from treadle.backends.kernels.conversions import NARROW, convert, working
 from treadle.backends.kernels.exponentials import exp, exp_nonpositive
 from treadle.backends.kernels.integer_arithmetic import integer_function
 from treadle.backends.kernels.lane_function import LaneFunction, Value
-from treadle.backends.kernels.lanewise import by_lane, compare, lanewise, llvm_type, tvm_type
+from treadle.backends.kernels.lanewise import by_lane, call_lanewise, compare, llvm_type, tvm_type
 from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.types import DType, f16, f32, f64
 
@@ -79,7 +79,7 @@ def _float_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands: 
     f = dtype.name
     body = _FLOAT_BODIES[name].replace("TYPE", "{" + f + "}").replace("NUMBER", f).replace("SUFFIX", "{." + f + "}")
     types = " ".join([f] * len(operands)) + f" -> {f}"
-    return lanewise(k, f"{name}_{f}", f"float{8 * dtype.bytes}", lanes, operands, types, body)
+    return call_lanewise(k, f"{name}_{f}", f"float{8 * dtype.bytes}", lanes, operands, types, body)
 
 
 def _arithmetic(name: str) -> Callable[..., Expr]:
@@ -230,7 +230,7 @@ def _comparison(how: str) -> Callable[..., Expr]:
 def _logical(name: str, body: str) -> Callable[..., Expr]:
     def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
         types = " ".join(["i1"] * len(operands)) + " -> i1"
-        return lanewise(k, name, "bool", lanes, operands, types, body)
+        return call_lanewise(k, name, "bool", lanes, operands, types, body)
 
     return function
 
@@ -238,7 +238,7 @@ def _logical(name: str, body: str) -> Callable[..., Expr]:
 def _where(k: Emitter, dtype: DType, lanes: int, condition: Expr, x: Expr, y: Expr) -> Expr:
     t, tvm_name = llvm_type(dtype), tvm_type(dtype)
     body = f"%r = select {{i1}} %x0, {{{t}}} %x1, {{{t}}} %x2"
-    return lanewise(k, f"where_{dtype.name}", tvm_name, lanes, [condition, x, y], f"i1 {t} {t} -> {t}", body)
+    return call_lanewise(k, f"where_{dtype.name}", tvm_name, lanes, [condition, x, y], f"i1 {t} {t} -> {t}", body)
 
 
 FUNCTIONS: Mapping[str, Callable[..., Expr]] = {

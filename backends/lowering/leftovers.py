@@ -12,7 +12,7 @@ from treadle.ir.sizes import Bounds
 SIZE = 128  # of every symbol, where a cost is told
 
 
-def leftovers(program: KernelProgram, symbols: Mapping[str, Bounds]) -> tuple[str, ...]:
+def find_leftovers(program: KernelProgram, symbols: Mapping[str, Bounds]) -> tuple[str, ...]:
     """A line each, the costliest first: `cumsum runs element by element, 1.2 MFLOPs at S=128    model.py:41`."""
     found = []
     for routine in program.routines:

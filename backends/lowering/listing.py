@@ -5,7 +5,7 @@ from __future__ import annotations
 from treadle.backends.kernels.cache import tvm_script
 from treadle.backends.kernels.isa import Isa
 from treadle.backends.kernels.kernel import Kernel
-from treadle.backends.lowering.program import Call, KernelProgram, Routine, Step, View
+from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Step
 
 _COLUMN = 72  # comments line up, but no further right than this
 
@@ -33,24 +33,22 @@ def unique_titles(kernels: list[Kernel]) -> dict[Kernel, str]:
 
 def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     lines = [(f"def {routine.name}({', '.join(b.name for b in routine.arguments)}):", "")]
-    lines += [_step(step, titles) for step in routine.steps]
+    read = {v.buffer for s in routine.steps for v in (s.arguments if isinstance(s, Call) else s.pointers[: -s.writes])}
+    lines += [_step(step, titles, read) for step in routine.steps]
     lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
     width = max((len(code) for code, note in lines if note and len(code) <= _COLUMN), default=0)
     return "\n".join(f"{code:<{width}}  # {note}" if note else code for code, note in lines)
 
 
-def _step(step: Step | Call, titles: dict[Kernel, str]) -> tuple[str, str]:
+def _step(step: Step | Call, titles: dict[Kernel, str], read: set[Buffer]) -> tuple[str, str]:
+    """A line and its comment; what a kernel writes for itself alone is not named."""
     if isinstance(step, Call):
         made = ", ".join(v.buffer.name for v in step.results)
         given = ", ".join(v.buffer.name for v in step.arguments)
         return f"    {made} = {step.routine.name}({given})", step.node.scope
     reads, writes = step.pointers[: -step.writes], step.pointers[-step.writes :]
-    made = ", ".join(map(_shown, writes))
+    made = ", ".join(str(v) for v in writes if v.buffer in read or v.buffer.kind == "result")
     where = step.node.scope if step.node is not None else ""
     source = str(step.node.source) if step.node is not None and step.node.source is not None else ""
     code = f"    {made} = {titles[step.kernel]}({', '.join(v.buffer.name for v in reads)})"
     return code, "  ".join(t for t in (source, where, step.note) if t)
-
-
-def _shown(view: View) -> str:
-    return str(view)

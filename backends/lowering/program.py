@@ -113,7 +113,7 @@ class View:
         )
 
     def merged(self, axis: int, count: int) -> View | None:
-        """`count` dimensions from `axis` on as one; None where no stride says it. A count of 0 adds a dimension of 1."""
+        """`count` dimensions from `axis` on as one; None where no stride says it. With 0 a dimension of 1 is added."""
         shape, strides = self.shape[axis : axis + count], self.strides[axis : axis + count]
         kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != ONE]
         for (_, outer), (size, inner) in pairwise(kept):
@@ -215,6 +215,15 @@ class KernelProgram:
     inputs: dict[str, Buffer]
     weights: dict[Slot, Buffer]
     outputs: dict[str, View]
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """Every symbol whose size the program needs."""
+        steps = [step for routine in self.routines for step in routine.steps]
+        sizes = [size for step in steps if isinstance(step, Step) for size in step.sizes]
+        sizes += [view.offset for step in steps for view in step.views]
+        sizes += [view.buffer.elements for step in steps for view in step.views]
+        return frozenset().union(*(size.symbols for size in sizes))
 
     @property
     def main(self) -> Routine:

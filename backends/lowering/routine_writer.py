@@ -298,7 +298,7 @@ class RoutineWriter:
         elements = layout.elements(view.shape)
         buffer = Buffer(self._new_name(f"{view.buffer.name}_panels"), view.dtype, elements, "local", layout)
         made = View.contiguous(buffer, view.shape)
-        sizes = [view.shape[n], view.shape[k], view.strides[n], view.strides[k], 1, 1, 0, 0]
+        sizes: list[Size | int] = [view.shape[n], view.shape[k], view.strides[n], view.strides[k], 1, 1, 0, 0]
         self.step(Pack(layout.width), [view, made], sizes, None)
         return made
 

@@ -1,0 +1,378 @@
+"""How many attentions of Hugging Face's exports are fused, beside ONNX Runtime's transformer optimizer on the same files.
+
+    python benchmarks/fusion.py [--only bert-dynamo] [--folder exports] [--json]
+    python benchmarks/fusion.py --scale [--profile]
+
+The files are those of benchmarks/hf_exports.py: 18 models, two exporters, two of Hugging Face's attentions, two opsets.
+Each is imported, optimized, run on PyTorch, and held against ONNX Runtime on the file itself, at two sets of sizes. What
+is not fused is listed with the reason that the pass gives. --folder keeps the files for the next run.
+
+--scale times the import and the optimization of two deep models: 24 layers of about 3,000 nodes in under 5 s, 30,000 nodes in under 60 s.
+
+Exit status 1 if numbers differ, an import fails, fewer attentions are fused than EXPECTED_MISSING says, or a target of
+--scale is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import cProfile
+import dataclasses
+import io
+import json
+import logging
+import pstats
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.hf_exports import EXAMPLE, Array, Case, cases, draw, export
+from treadle.backends.registry import find_backend
+from treadle.frontends.onnx_elements import carried, restored
+from treadle.frontends.onnx_import import Imported, import_onnx
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Function, Graph
+from treadle.ir.target import Target
+from treadle.passes.fusion_sites import find_sites
+from treadle.passes.manager import Optimized, PassManager
+from treadle.passes.pipelines import DEFAULT
+
+TOLERANCE = 2e-5
+"""Of the largest number: float32 sums of some dozens of terms, through a few layers, in another order."""
+
+SIZES = (EXAMPLE, {"B": 3, "S": 9, "T": 4})
+
+EXPECTED_MISSING: Mapping[str, int] = {}
+"""Cases in which some attentions are not fused today, and how many."""
+
+ORT_FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "DecoderMaskedMultiHeadAttention")
+
+
+@dataclass
+class Row:
+    """What one case gave.
+
+    fused       attentions that are one op after our pipeline; `given` of these were one in the file already
+    terms       what masks and biases the fused ones have, and how many each
+    reasons     why the others are not fused, and how many times each
+    beside      sites of other kinds that are not fused, and how many of each: rotary, linear, ...
+    runtime     nodes of ONNX Runtime's fused attention operators after its optimizer, or -1 where that fails
+    difference  the largest over all sizes, of the largest number
+    error       what failed, on our side or the exporter's
+    """
+
+    case: str
+    expected: int
+    fixed: bool = False
+    nodes: int = 0
+    fused: int = 0
+    given: int = 0
+    terms: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)
+    runtime: int = -1
+    runtime_error: str = ""
+    difference: float = float("nan")
+    error: str = ""
+    export_s: float = 0.0
+    import_s: float = 0.0
+    optimize_s: float = 0.0
+
+    @property
+    def missing(self) -> int:
+        return self.expected - self.fused
+
+    @property
+    def bad(self) -> str:
+        """What is worse than expected, in words."""
+        if self.error:
+            return self.error
+        if not self.difference <= TOLERANCE:
+            return f"numbers differ by {self.difference:.1e}"
+        known = EXPECTED_MISSING.get(self.case, 0)
+        return f"{self.missing} are not fused, {known} expected" if self.missing > known else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="the cases whose name holds one of these words, comma between")
+    parser.add_argument("--folder", type=Path, help="where the exports are kept; a temporary folder where left out")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="with --scale: where the time goes")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.scale:
+            return scale(folder, options.profile)
+        return recall(folder, [w for w in options.only.split(",") if w], options.json)
+
+
+# -- recall -----------------------------------------------------------------------------------------------------
+
+
+def recall(folder: Path, words: list[str], as_json: bool) -> int:
+    chosen = [c for c in cases() if not words or any(w in str(c) for w in words)]
+    rows = []
+    if not as_json:
+        print(
+            f"{'model, exporter, attention, opset':36} {'nodes':>5} {'of':>3} {'ours':>5} {'ort':>5}  difference  terms"
+        )
+    for case in chosen:
+        row = measure(case, folder)
+        rows.append(row)
+        if not as_json:
+            print(line(row), flush=True)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+    else:
+        summary(rows)
+    return 1 if any(row.bad for row in rows) else 0
+
+
+def line(row: Row) -> str:
+    """A row of the table, with a line below it for each reason."""
+    runtime = "fails" if row.runtime < 0 else str(row.runtime)
+    told = f"{row.case:36} {row.nodes:5} {row.expected:3} {row.fused:5} {runtime:>5}  {row.difference:10.1e}"
+    told += "  " + "; ".join(f"{count} x {text or 'no terms'}" for text, count in row.terms.items())
+    lines = [told]
+    if row.given:
+        lines.append(f"    {row.given} are one op in the file")
+    if row.fixed:
+        lines.append("    fixed sizes: the exporter failed with dynamic ones")
+    if row.beside:
+        lines.append("    open beside: " + ", ".join(f"{count} {kind}" for kind, count in row.beside.items()))
+    if row.error:
+        lines.append(f"    error: {row.error}")
+    lines += [f"    {count} x {reason}" for reason, count in row.reasons.items()]
+    if row.runtime_error:
+        lines.append(f"    ONNX Runtime's optimizer: {row.runtime_error}")
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> None:
+    expected = sum(row.expected for row in rows)
+    print(f"\n{len(rows)} files, {expected} attentions: {sum(row.fused for row in rows)} fused by treadle,", end=" ")
+    print(f"{sum(max(row.runtime, 0) for row in rows)} by ONNX Runtime's optimizer")
+    for exporter in dict.fromkeys(Case.parse(row.case).exporter for row in rows):
+        part = [row for row in rows if Case.parse(row.case).exporter == exporter]
+        counts = [sum(row.expected for row in part), sum(row.fused for row in part)]
+        counts.append(sum(max(row.runtime, 0) for row in part))
+        print("  {:8} {:4} attentions, treadle {:4}, ONNX Runtime {:4}".format(exporter, *counts))
+    reasons: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        reasons.update(row.reasons)
+    for reason, count in reasons.most_common():
+        print(f"  {count:4} x {reason}")
+    for row in rows:
+        if row.bad:
+            print(f"  WORSE THAN EXPECTED  {row.case}: {row.bad}")
+        elif row.missing < EXPECTED_MISSING.get(row.case, 0):
+            print(f"  better than EXPECTED_MISSING says  {row.case}: {row.missing} are not fused")
+
+
+def measure(case: Case, folder: Path) -> Row:
+    """Export, import, optimize, run and count one case; whatever fails is in the row."""
+    row = Row(str(case), case.attentions)
+    path, marker = folder / f"{case}.onnx", folder / f"{case}.fixed"
+    try:
+        if not path.exists():
+            started = time.perf_counter()
+            row.fixed = export(case, folder).fixed
+            row.export_s = time.perf_counter() - started
+            if row.fixed:
+                marker.touch()
+        row.fixed = marker.exists()
+    except Exception as error:  # of torch's exporter, which raises all kinds
+        row.error = f"export: {told(error)}"
+        return row
+    try:
+        started = time.perf_counter()
+        found = import_onnx(path)
+        row.import_s = time.perf_counter() - started
+        started = time.perf_counter()
+        optimized = PassManager(DEFAULT).run(found.graph)
+        row.optimize_s = time.perf_counter() - started
+        row.nodes = sum(found.notes.operators.values())
+        row.given = attentions(found.graph)
+        row.fused = attentions(optimized.graph)
+        row.terms = dict(collections.Counter(terms(optimized.graph)))
+        row.reasons = reasons(optimized)
+        sites = find_sites(optimized.graph)
+        row.beside = dict(collections.Counter(s.kind for s in sites if s.op is None and s.kind != "attention"))
+        row.difference = difference(case, path, found, optimized.graph, (EXAMPLE,) if row.fixed else SIZES)
+    except TreadleError as error:
+        row.error = f"{type(error).__name__}: {' | '.join(str(error).split(chr(10)))[:300]}"
+    row.runtime, row.runtime_error = runtime_fuses(case, path)
+    return row
+
+
+def attentions(graph: Graph) -> int:
+    """How many attention ops one run of the graph does."""
+    counts: dict[str, int] = {}
+
+    def count(function: Function) -> int:
+        if function.name not in counts:
+            counts[function.name] = sum(
+                count(graph.functions[node.op.function]) if node.op.name == "call" else node.op.name == "attention"
+                for node in function.nodes
+            )
+        return counts[function.name]
+
+    return count(graph.main)
+
+
+def terms(graph: Graph) -> list[str]:
+    """The masks and biases of every attention in the graph's text, in program order: `causal, mask(b t)`."""
+    found = [node.op for _, node in graph.walk() if node.op.name == "attention"]
+    return [", ".join(map(str, op.terms)) for op in found]
+
+
+def reasons(optimized: Optimized) -> dict[str, int]:
+    """Why attentions were not fused, in the pass's words. A site that no refusal tells of counts as unexplained."""
+    told: collections.Counter[str] = collections.Counter()
+    for record in optimized.log:
+        if record.name == "fuse-attention":
+            told.update(e.reason for e in record.refusals if not e.reason.startswith("the mask "))
+    open_sites = [site for site in find_sites(optimized.graph) if site.kind == "attention" and site.op is None]
+    unexplained = len(open_sites) - told.total()
+    return dict(told) | ({"no reason is given": unexplained} if unexplained > 0 else {})
+
+
+def difference(case: Case, path: Path, found: Imported, graph: Graph, sizes: tuple[Mapping[str, int], ...]) -> float:
+    """The largest difference between our optimized graph on PyTorch and ONNX Runtime on the file, of the largest number."""
+    executable = find_backend("torch").compile(graph, Target("cpu"), found.weights)
+    largest = 0.0
+    for seed, each in enumerate(sizes, 1):
+        inputs = draw(case, seed, each)
+        given = {name: carried(kind, inputs[name]) for name, kind in found.notes.inputs.items()}
+        got = restored(found.notes.outputs["y"], executable(**given)["y"])
+        wanted = runtime_answers(path, inputs)
+        if got.shape != wanted.shape or not np.isfinite(wanted).all():
+            return float("inf")
+        largest = max(largest, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
+    return largest
+
+
+# -- ONNX Runtime -----------------------------------------------------------------------------------------------
+
+
+def runtime_answers(path: Path, inputs: Mapping[str, Array]) -> Array:
+    """What ONNX Runtime computes from the file as it stands, nothing optimized."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options)
+    known = {i.name for i in session.get_inputs()}
+    (answer,) = session.run(["y"], {name: x for name, x in inputs.items() if name in known})
+    return np.asarray(answer)
+
+
+def runtime_fuses(case: Case, path: Path) -> tuple[int, str]:
+    """The number of fused attention nodes after ONNX Runtime's optimizer, the best over the names it may call it by."""
+    from onnxruntime.transformers import optimizer
+
+    config = case.small.config
+    heads = next(
+        config[k]
+        for k in ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
+        if k in config
+    )
+    hidden = next(config[k] for k in ("hidden_size", "n_embd", "dim", "d_model") if k in config)
+    best, error = -1, ""
+    for kind in case.small.ort:
+        kept = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                warnings.simplefilter("ignore")
+                model = optimizer.optimize_model(str(path), model_type=kind, num_heads=heads, hidden_size=hidden)
+            best = max(best, sum(node.op_type in ORT_FUSED for node in model.nodes()))
+        except Exception as raised:  # of the optimizer, which raises all kinds
+            error = told(raised)
+        finally:
+            logging.disable(kept)
+    return best, error if best < 0 else ""
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+# -- scale ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deep:
+    """A deep model: its case, its configuration, how many nodes it has at least, and the seconds it may take."""
+
+    case: Case
+    config: Mapping[str, Any]
+    nodes: int
+    limit_s: float
+
+
+DEEP = (
+    Deep(Case("bert", "script", "eager", 18), {"num_hidden_layers": 24}, 2900, 5.0),
+    Deep(Case("llama", "script", "sdpa", 18), {"num_hidden_layers": 120}, 30000, 60.0),
+)
+
+
+def scale(folder: Path, profile: bool) -> int:
+    """Time import and optimization of deep models; their weights are small."""
+    failed = False
+    for deep in DEEP:
+        layers = deep.config["num_hidden_layers"]
+        kept = folder / f"{deep.case}-{layers}-layers.onnx"
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as apart:
+                export(deep.case, Path(apart), **deep.config).path.rename(kept)
+        profiler = cProfile.Profile()
+        processor, started = time.process_time(), time.perf_counter()
+        if profile:
+            profiler.enable()
+        found = import_onnx(kept)
+        imported = time.perf_counter()
+        optimized = PassManager(DEFAULT, certify=False).run(found.graph)
+        profiler.disable()
+        done, processor = time.perf_counter(), time.process_time() - processor
+        nodes, fused = sum(found.notes.operators.values()), attentions(optimized.graph)
+        print(f"{deep.case}, {layers} layers, {nodes} nodes, {fused} attentions fused")
+        print(
+            f"  {'all':20} {done - started:6.2f} s   of it {processor:.2f} s on the processor; target {deep.limit_s:.0f} s"
+        )
+        print(f"  {'import':20} {imported - started:6.2f} s")
+        for record in optimized.log:
+            print(f"  {record.name:20} {record.seconds:6.2f} s   {record.before.total()} -> {record.after.total()} ops")
+        rest = done - imported - sum(record.seconds for record in optimized.log)
+        print(f"  {'copies, first check':20} {rest:6.2f} s")
+        failed |= done - started > deep.limit_s or fused < layers or nodes < deep.nodes
+        if profile:
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

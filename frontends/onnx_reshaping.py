@@ -1,0 +1,92 @@
+"""Shape changes between known sizes: as a rearrange where the axes can be told, else as an opaque reshape.
+
+[B, S, 768] -> [B, S, 12, 64]     "a b (c=12 d) -> a b c d"
+[B, S, 12, 64] -> [B, S, 768]     "a b c d -> a b (c d)"
+[B, S, 1] -> [B, S]               "a b 1 -> a b"
+[4, 6] -> [3, 8]                  reshape: no axis of one side is made of whole axes of the other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.sizes import ONE, Size, product
+
+_Group = tuple[list[int], list[int]]
+
+
+def reshaped(b: Builder, x: Expr, shape: Sequence[Size | int]) -> tuple[Expr, bool]:
+    """x under another shape of as many elements, and whether its axes were told apart.
+
+    Raises RuleError where there are not as many elements.
+    """
+    sizes = tuple(map(Size.of, shape))
+    if x.shape == sizes:
+        return x, True
+    pattern = _pattern(x.shape, sizes)
+    if pattern is None:
+        return b.reshape(x, shape=sizes), False
+    return b.rearrange(x, pattern=pattern), True
+
+
+def _pattern(before: tuple[Size, ...], after: tuple[Size, ...]) -> str | None:
+    groups = _groups(before, after)
+    if groups is None:
+        return None
+    taken = {s for size in (*before, *after) for s in size.symbols}
+    if len(before) + len(after) + len(taken) > 50:
+        return None
+    letters = iter(axis_letters(len(before) + len(after), taken))
+    left = ["1"] * len(before)
+    right = ["1"] * len(after)
+    for olds, news in groups:
+        if len(olds) == 1:
+            names = [next(letters) for _ in news]
+            sizes = [after[i] for i in news]
+            # Every factor but one gives its size: the one that is hardest to write does not, or the last.
+            free = max(range(len(news)), key=lambda k: (not _is_plain(sizes[k]), len(sizes[k].symbols), k))
+            if any(not _is_plain(s) for k, s in enumerate(sizes) if k != free):
+                return None
+            parts = [n if k == free else f"{n}={sizes[k]}" for k, n in enumerate(names)]
+            left[olds[0]] = parts[0] if len(parts) == 1 else f"({' '.join(parts)})"
+            for i, n in zip(news, names, strict=True):
+                right[i] = n
+        else:
+            names = [next(letters) for _ in olds]
+            for i, n in zip(olds, names, strict=True):
+                left[i] = n
+            right[news[0]] = f"({' '.join(names)})"
+    return f"{' '.join(left)} -> {' '.join(right)}"
+
+
+def _is_plain(size: Size) -> bool:
+    return size.constant is not None or size.as_symbol is not None
+
+
+def _groups(before: tuple[Size, ...], after: tuple[Size, ...]) -> list[_Group] | None:
+    """Which dimensions become which, those of size 1 left out; None where axes are cut across."""
+    olds = [i for i, s in enumerate(before) if s != ONE]
+    news = [i for i, s in enumerate(after) if s != ONE]
+    if any(s.constant == 0 for s in (*before, *after)):
+        return None
+    found: list[_Group] = []
+    i = j = 0
+    while i < len(olds) or j < len(news):
+        if i >= len(olds) or j >= len(news):
+            return None
+        left, right = [olds[i]], [news[j]]
+        i, j = i + 1, j + 1
+        while (whole := product(before[k] for k in left)) != (made := product(after[k] for k in right)):
+            # The side that is a part of the other takes its next dimension.
+            if made.divide(whole) is not None and i < len(olds) and len(right) == 1:
+                left.append(olds[i])
+                i += 1
+            elif j < len(news) and len(left) == 1:
+                right.append(news[j])
+                j += 1
+            else:
+                return None
+        found.append((left, right))
+    return found

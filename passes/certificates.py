@@ -1,0 +1,470 @@
+"""Certificates: each rewrite, evaluated before and after on drawn sizes and values.
+
+    optimized = PassManager(DEFAULT, certify=True).run(graph)
+    print(optimized.log.certified())      # gelu-erf 3f2a91: 7 cases, largest error 2.2e-16 (at most 1.9e-15), ...
+
+The two sides of a claim (`treadle.passes.regions`) run in float64 by the ops' own meanings. The cases, each at a few
+small sizes within the bounds of the symbols:
+
+    plain     numbers drawn from a normal distribution, three of four truth values true
+    masked    whole rows of truth values false and whole rows true, of integers zero, of the operand of a softmax or an
+              exponential -inf, and of what is added to it -1e9
+    extreme   numbers up to 30 (3 where there are products), rows of equal numbers and of zeros
+
+**How near they must be.** A spacing of float64 is 2^-52, relative. The sides may differ by 8 (spacing max|f| +
+sqrt(n) moved), for n ops: `moved` is the largest change of either side when its inputs change by a spacing, up or down,
+and its scalar constants by a spacing of the dtype in which they are written: sqrt(1/2) in float32 is no nearer to what
+gelu has. What was folded is a constant in its dtype, so there all constants change. Integers and truth values must be
+equal, except where those changes give another one. A result may be NaN only where it was before.
+
+Nothing is shown by this about other values: it finds mistakes, and does not prove that there is none. Roundings to a
+narrower dtype (a cast to f16) do not happen in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.drawn_inputs import index_ranges, small_sizes
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Graph, Literal, Node, Value
+from treadle.ir.hashing import canonical_form
+from treadle.ir.interpreter import interpret
+from treadle.ir.types import DType, bf16, f64
+from treadle.passes.region_graphs import as_graphs, shrinking_of
+from treadle.passes.regions import DEPTHS, Claim
+
+Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Array]
+Sizes = Mapping[str, int]
+
+_SPACING = 2.0**-52
+_ROUNDINGS = 8.0
+_HUGE = 1e30
+"""Numbers of this size stand for infinity, and say nothing of the scale of the others."""
+_MOST_POINTS, _MOST_ELEMENTS = 1 << 28, 1 << 23
+_MASK = -1e9
+_FAILURES = (TreadleError, ArithmeticError, IndexError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was tried of one distinct rewrite, and how near the two sides were.
+
+    rule       the rewrite's or the pass's name
+    instance   12 hexadecimal digits that name the two sides, with all attributes and constants
+    seed       drew the cases
+    cases      how many
+    sizes      at which
+    error      the largest difference, relative to the largest number of the result
+    tolerance  what that error had to be below
+    note       why there are no cases; "large axes made small" where they were
+    """
+
+    rule: str
+    instance: str
+    seed: int
+    cases: int
+    sizes: tuple[tuple[tuple[str, int], ...], ...]
+    error: float = 0.0
+    tolerance: float = 0.0
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "sizes": [dict(each) for each in self.sizes]}
+
+    @staticmethod
+    def read(said: Mapping[str, Any]) -> Certificate:
+        """From what `as_dict` gave. Raises what Python does where it is something else."""
+        sizes = tuple(tuple((str(k), int(v)) for k, v in each.items()) for each in said["sizes"])
+        return Certificate(
+            rule=str(said["rule"]),
+            instance=str(said["instance"]),
+            seed=int(said["seed"]),
+            cases=int(said["cases"]),
+            sizes=sizes,
+            error=float(said["error"]),
+            tolerance=float(said["tolerance"]),
+            note=str(said["note"]),
+        )
+
+    def __str__(self) -> str:
+        if not self.cases:
+            return f"{self.rule} {self.instance}: {self.note}"
+        sizes = "; ".join(", ".join(f"{s}={n}" for s, n in each) for each in self.sizes if each)
+        near = f"largest error {self.error:.2g} (at most {self.tolerance:.2g})"
+        told = [f"{self.cases} cases", near, f"at {sizes}" if sizes else "", self.note, f"seed {self.seed}"]
+        return f"{self.rule} {self.instance}: {', '.join(each for each in told if each)}"
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """The case in which the two sides disagree: its name, the sizes, the seed that drew it, and how they disagree."""
+
+    case: str
+    sizes: tuple[tuple[str, int], ...]
+    seed: int
+    what: str
+
+    def __str__(self) -> str:
+        at = ", ".join(f"{s}={n}" for s, n in self.sizes)
+        return f"{self.what} (case {self.case}, {f'at {at}, ' if at else ''}seed {self.seed})"
+
+
+_known: dict[str, Certificate | Counterexample] = {}
+_MOST_KNOWN = 1 << 15
+
+
+def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0) -> Certificate | Counterexample | None:
+    """Try a claim, at each depth until it holds; None where both sides are the same text.
+
+    graphs   the graph before and after, for the bounds of symbols and for calls
+
+    What was tried in this process is not tried again.
+    """
+    tried: set[str] = set()
+    found: Certificate | Counterexample | None = None
+    for depth in range(DEPTHS):
+        region = claim.cut(depth)
+        results = (claim.before, claim.after)
+        try:
+            sides = as_graphs(region, results, graphs, {})
+        except TreadleError as error:
+            return Certificate(rule, "-" * 12, seed, 0, (), note=f"not evaluated: {error.what}")
+        texts = tuple(map(canonical_form, sides))
+        if texts[0] == texts[1]:
+            return None
+        key = sha256("\n".join((rule, str(seed), *texts)).encode()).hexdigest()
+        if key in tried:
+            continue
+        tried.add(key)
+        found = _known.get(key)
+        if found is None:
+            found = _tried_shrunk(rule, key, claim, sides, depth, graphs, seed)
+            if len(_known) < _MOST_KNOWN:
+                _known[key] = found
+        if isinstance(found, Certificate):
+            return found
+    return found
+
+
+def _tried_shrunk(
+    rule: str, key: str, claim: Claim, sides: tuple[Graph, Graph], depth: int, graphs: tuple[Graph, Graph], seed: int
+) -> Certificate | Counterexample:
+    """Try with large axes made small, and as it is where that cannot be done or fails."""
+    region = claim.cut(depth)
+    shrinking = shrinking_of(region)
+    if shrinking:
+        try:
+            small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
+            found = _tried(rule, key, small, seed, "large axes made small")
+        except TreadleError:
+            found = None
+        if isinstance(found, Certificate) and found.cases:
+            return found
+    return _tried(rule, key, sides, seed, "")
+
+
+# -- trying ----------------------------------------------------------------------------------------------------------
+
+
+def _tried(rule: str, key: str, sides: tuple[Graph, Graph], seed: int, note: str) -> Certificate | Counterexample:
+    before, after = sides
+    instance = key[:12]
+    for old, new in zip(before.main.outputs.values(), after.main.outputs.values(), strict=True):
+        if old.type != new.type:
+            return Counterexample("types", (), seed, f"the replacement is {new.type}, and was {old.type}")
+    try:
+        chosen = [s for s in _sizes(before) if _fits(sides, s)]
+    except TreadleError as error:
+        return Certificate(rule, instance, seed, 0, (), note=f"not evaluated: {error.what}")
+    if not chosen:
+        return Certificate(rule, instance, seed, 0, (), note="not evaluated: too large")
+    kinds = _kinds(sides)
+    if _is_constant(before) and _are_same_constants(sides):
+        return Certificate(rule, instance, seed, 1, ((),), note="equal in their own precision")
+    worst = (0.0, 0.0)
+    cases, refused = 0, ""
+    at: list[tuple[tuple[str, int], ...]] = []
+    for number, sizes in enumerate(chosen):
+        for case in kinds if number == len(chosen) // 2 else kinds[:2]:
+            told = tuple(sizes.items())
+            try:
+                inputs = _drawn(sides, sizes, case, [seed, number])
+                old = interpret(before, inputs, float64=True)
+            except _FAILURES as problem:  # sizes that an op refuses, indices that none fits
+                refused = _shown(problem)
+                continue
+            try:
+                new = interpret(after, inputs, float64=True)
+            except _FAILURES as problem:
+                return Counterexample(case, told, seed, f"the replacement fails: {_shown(problem)}")
+            found = _compared(sides, (old, new), inputs)
+            if isinstance(found, str):
+                return Counterexample(case, told, seed, found)
+            cases += 1
+            worst = max(worst, found)
+            if told not in at:
+                at.append(told)
+    if not cases:
+        note = f"not evaluated: {refused}"
+    return Certificate(rule, instance, seed, cases, tuple(at), *worst, note)
+
+
+def _shown(error: Exception) -> str:
+    return error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"
+
+
+def _is_constant(graph: Graph) -> bool:
+    return not graph.main.inputs
+
+
+def _are_same_constants(sides: tuple[Graph, Graph]) -> bool:
+    """Whether both sides give the same bits when computed in the graph's own dtypes, as folding does."""
+    try:
+        old, new = (interpret(side, {}) for side in sides)
+    except _FAILURES:  # NumPy has no bf16, for one
+        return False
+    return all(np.array_equal(old[name], new[name], equal_nan=old[name].dtype.kind == "f") for name in old)
+
+
+def _sizes(graph: Graph) -> list[Sizes]:
+    if not graph.symbols:
+        return [{}, {}]
+    alone = Graph(graph.name)  # without the inputs that tell sizes, which say nothing of which axis leads
+    alone.symbols, alone.functions = graph.symbols, dict(graph.functions)
+    main = type(graph.main)("main")
+    main.nodes = graph.main.nodes
+    main.inputs = [v for v in graph.main.inputs if not v.name.startswith("size ")]
+    alone.functions["main"] = main
+    return list(small_sizes(alone))
+
+
+def _fits(sides: tuple[Graph, Graph], sizes: Sizes) -> bool:
+    """Whether a run at these sizes is small enough."""
+    points = elements = 0
+    for side in sides:
+        elements += sum(v.type.elements.evaluate(sizes) for v in side.main.inputs)
+        for _, node in side.walk():
+            elements += sum(v.type.elements.evaluate(sizes) for v in node.results)
+            if node.op.callee is None:
+                types = [None if v is None else v.type for v in node.operands]
+                points += node.op.apply(types).points.evaluate(sizes)
+            if points > _MOST_POINTS or elements > _MOST_ELEMENTS:
+                return False
+    return True
+
+
+_CURVED = frozenset(
+    ("exp", "log", "erf", "tanh", "sigmoid", "softmax", "sqrt", "rsqrt", "reciprocal", "div", "pow", "maximum")
+) | {"minimum", "relu", "where", "gelu", "gelu_tanh", "silu", "quick_gelu", "layer_norm", "rms_norm", "attention"}
+_PRODUCTS = frozenset(("matmul", "linear", "einsum", "attention"))
+
+
+def _kinds(sides: tuple[Graph, Graph]) -> tuple[str, ...]:
+    ops = {node.op.name for side in sides for _, node in side.walk()}
+    return ("plain", "masked", "extreme") if ops & _CURVED else ("plain", "masked")
+
+
+# -- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def _drawn(sides: tuple[Graph, Graph], sizes: Sizes, case: str, seed: Sequence[int]) -> dict[str, Array]:
+    ranges: dict[str, tuple[int, int]] = {}
+    if any(v.type.dtype.is_int for v in sides[0].main.inputs):
+        for side in sides:
+            for name, found in index_ranges(side, sizes).items():
+                low, high = ranges.get(name, (found.lower, found.upper))
+                ranges[name] = (max(low, found.lower), min(high, found.upper))
+    masks = _masks(sides[0]) if case == "masked" else {}
+    products = any(node.op.name in _PRODUCTS for side in sides for _, node in side.walk())
+    inputs: dict[str, Array] = {}
+    for number, value in enumerate(sides[0].main.inputs):
+        rng = np.random.default_rng([*seed, number, len(case)])
+        shape = value.type.evaluate(sizes)
+        if value.name.startswith("size "):
+            inputs[value.name] = np.zeros(shape, np.bool_)
+        elif value.type.dtype.is_float:
+            inputs[value.name] = _floats(rng, shape, case, masks.get(value), 3.0 if products else 30.0)
+        elif value.type.dtype.is_int:
+            inputs[value.name] = _integers(rng, shape, case, value.type.dtype, ranges.get(value.name), sizes)
+        else:
+            drawn = rng.random(shape) < 0.75
+            if case == "masked":
+                rows = _rows(rng, shape)
+                drawn = np.where(rows == 0, False, np.where(rows == 1, True, drawn))
+            inputs[value.name] = drawn
+    return inputs
+
+
+def _rows(rng: np.random.Generator, shape: Sequence[int]) -> Array:
+    """0, 1 or 2 for each row along the last axis; of a scalar, 2."""
+    return rng.integers(0, 3, (*shape[:-1], 1)) if shape else np.array(2)
+
+
+def _floats(rng: np.random.Generator, shape: Sequence[int], case: str, mask: float | None, most: float) -> Array:
+    drawn: Array = np.asarray(rng.standard_normal(shape))
+    rows = _rows(rng, shape)
+    if mask is not None:
+        return np.where((rows == 0) | ((rows == 1) & (rng.random(shape) < 0.5)), mask, drawn)
+    if case == "extreme":
+        wide = np.clip(drawn * most / 2, -most, most)
+        level = drawn[..., :1] if shape else drawn
+        return np.where(rows == 0, 0.0 * wide, np.where(rows == 1, level, wide))
+    return drawn
+
+
+def _integers(
+    rng: np.random.Generator,
+    shape: Sequence[int],
+    case: str,
+    dtype: DType,
+    span: tuple[int, int] | None,
+    sizes: Sizes,
+) -> Array:
+    low, high = span or (0, max(sizes.values(), default=4) + 1)
+    if high < low:
+        raise TreadleError("no index is left that points inside")
+    drawn = rng.integers(low, min(high, int(np.iinfo(dtype.numpy or np.int64).max)) + 1, shape)
+    if case == "masked" and span is None:
+        drawn = np.where(_rows(rng, shape) == 0, 0, np.where(rng.random(shape) < 0.5, drawn % 2, drawn))
+    return np.asarray(drawn).astype(dtype.numpy)
+
+
+_PASSING = frozenset(
+    ("add", "sub", "mul", "div", "where", "cast", "expand", "rearrange", "reshape", "maximum", "slice")
+)
+
+
+def _masks(graph: Graph) -> dict[Value, float]:
+    """What masks an input that a softmax, an exponential or a maximum is taken of, moved and scaled at most.
+
+    -1e9 where it is added to something on the way, which must be finite; else -inf.
+    """
+    found: dict[Value, float] = {}
+    seen: set[tuple[Value, bool]] = set()
+    taken = [node for node in graph.main.nodes if node.op.name in ("softmax", "exp", "reduce_max")]
+    pending = [(node.inputs[0], False) for node in taken]
+    while pending:
+        value, added = pending.pop()
+        if (value, added) in seen:
+            continue
+        seen.add((value, added))
+        node = value.node
+        if node is None:
+            found[value] = _MASK if added or value in found else -math.inf
+        elif node.op.name in _PASSING:
+            pending += [(v, added or node.op.name == "add") for v in node.inputs if v.type.dtype.is_float]
+    return found
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def _compared(sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays) -> tuple[float, float] | str:
+    """The largest relative difference of the outputs and what it had to be below, or what is wrong."""
+    before, after = made
+    worst = (0.0, 0.0)
+    moved: dict[str, tuple[float, Array]] | None = None
+    for name, wanted in before.items():
+        got = after[name]
+        if got.shape != wanted.shape:
+            return f"the replacement has shape {list(got.shape)}, and had {list(wanted.shape)}"
+        if wanted.dtype.kind != "f":
+            if not np.array_equal(got, wanted):
+                moved = _moved(sides, made, inputs) if moved is None else moved
+                if bool(np.any((got != wanted) & ~moved[name][1])):
+                    return f"{int(np.sum(got != wanted))} of {wanted.size} results are others"
+            continue
+        with np.errstate(all="ignore"):
+            if np.any(np.isnan(got) & ~np.isnan(wanted)):
+                return "there is a NaN where there was none"
+            large = ~np.isnan(wanted) & (np.abs(wanted) >= _HUGE)
+            if np.any(large & ~((np.sign(got) == np.sign(wanted)) & (np.abs(got) >= _HUGE / 2))):
+                return "a number past 1e30 has become another"
+            plain = np.isfinite(wanted) & ~large
+            scale = float(np.max(np.abs(wanted), initial=0.0, where=plain)) or 1.0
+            error = float(np.max(np.abs(got - wanted), initial=0.0, where=plain)) / scale
+        tolerance = _ROUNDINGS * _SPACING
+        if error > tolerance:
+            moved = _moved(sides, made, inputs) if moved is None else moved
+            ops = sum(len(side.main.nodes) for side in sides)
+            tolerance = _ROUNDINGS * (_SPACING + math.sqrt(ops) * moved[name][0] / scale)
+        if not error <= tolerance:
+            return f"the results differ by {error:.2g} of the largest, where {tolerance:.2g} may be"
+        worst = max(worst, (error, tolerance))
+    return worst
+
+
+def _moved(sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays) -> dict[str, tuple[float, Array]]:
+    """For each output, the largest change when what goes in changes by a spacing, and where a value changes at all."""
+    folded = _has_new_constants(*sides)
+    found: dict[str, tuple[float, Array]] = {}
+    for side, original in zip(sides, made, strict=True):
+        for round_ in range(2):
+            rng = np.random.default_rng(round_)
+            changed = {
+                name: a * (1 + _SPACING * rng.choice((-1.0, 1.0), a.shape)) if a.dtype.kind == "f" else a
+                for name, a in inputs.items()
+            }
+            results = interpret(_with_changed_constants(side, rng, folded), changed, float64=True)
+            for name, array in results.items():
+                most, where = found.get(name, (0.0, np.zeros(array.shape, np.bool_)))
+                with np.errstate(all="ignore"):
+                    difference = np.abs(array - original[name]) if array.dtype.kind == "f" else np.zeros(array.shape)
+                    usable = np.isfinite(difference) & (np.abs(original[name]) < _HUGE)
+                    most = max(most, float(np.max(difference, initial=0.0, where=usable)))
+                found[name] = (most, where | (array != original[name]))
+    return found
+
+
+def _has_new_constants(before: Graph, after: Graph) -> bool:
+    def constants(graph: Graph) -> Iterator[Literal]:
+        values = [v for _, node in graph.walk() for v in node.inputs]
+        yield from (v.literal for v in (*values, *graph.main.outputs.values()) if v.literal is not None)
+
+    known = set(constants(before))
+    return any(c not in known and c.dtype.is_float for c in constants(after))
+
+
+def _with_changed_constants(graph: Graph, rng: np.random.Generator, every: bool) -> Graph:
+    """A copy of main in which float constants are changed by a spacing of their dtype: scalars, or `every` one."""
+    copy = Graph(graph.name)
+    copy.symbols, copy.functions = graph.symbols, dict(graph.functions)
+    main = type(graph.main)("main")
+    main.inputs = list(graph.main.inputs)
+    values: dict[Value, Value] = {}
+
+    def changed(value: Value | None) -> Value | None:
+        if value is None or value in values or value.literal is None:
+            return None if value is None else values.get(value, value)
+        literal = value.literal
+        spacing = _spacing(literal.dtype)
+        if spacing == 0.0 or not (every or literal.scalar is not None):
+            return value
+        array = literal.array.astype(np.float64)
+        signs = rng.choice((-1.0, 1.0), array.shape)
+        with np.errstate(all="ignore"):
+            made = Literal.of(np.where(np.isfinite(array), array * (1 + spacing * signs), array), f64)
+        values[value] = Value.constant(made)
+        return values[value]
+
+    for node in graph.main.nodes:
+        made = Node(node.op, [changed(v) for v in node.operands], [v.type for v in node.results])
+        values.update(zip(node.results, made.results, strict=True))
+        main.nodes.append(made)
+    main.outputs = {name: changed(v) or v for name, v in graph.main.outputs.items()}
+    copy.functions["main"] = main
+    return copy
+
+
+def _spacing(dtype: DType) -> float:
+    if not dtype.is_float:
+        return 0.0
+    return 2.0**-7 if dtype is bf16 or dtype.numpy is None else float(np.finfo(dtype.numpy).eps)

@@ -1,0 +1,263 @@
+"""Candidate sites: where a graph does what a fused op could do, whether or not a rule recognises it.
+
+    attention       a softmax between two products;  attention
+    normalization   the mean of a square, and what is divided by its root;  layer_norm, rms_norm
+    activation      erf, tanh + 1 or sigmoid, and what is multiplied by it;  gelu, gelu_tanh, silu, quick_gelu
+    rotary          halves changed places and sign, x cos a + y sin a;  rotary
+    linear          a product with a weight, and a bias added to it;  linear
+
+This looks for what a person would point at, not for what the rules say: it is wider than they are, so that what they
+miss is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.graph import Function, Graph, Node, Value
+
+PRODUCTS = frozenset(("matmul", "einsum", "linear"))
+
+KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "attention": ("fuse-attention", ("attention",)),
+    "normalization": ("fuse-normalization", ("layer_norm", "rms_norm")),
+    "activation": ("fuse-gelu", ("gelu", "gelu_tanh", "silu", "quick_gelu")),
+    "rotary": ("fuse-rotary", ("rotary",)),
+    "linear": ("fuse-linear", ("linear",)),
+}
+"""For each kind of site the pass that fuses it, and the ops that it becomes."""
+
+_MOVES = frozenset(("cast", "rearrange", "reshape", "expand", "slice"))
+_ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "neg", "where", "tanh", "maximum", "minimum", "pow"))
+_MOST_STEPS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in one distinct function.
+
+    anchor  the node that gives it away: the softmax, the mean, the product
+    nodes   what belongs to it, the anchor first
+    op      the fused op where it is one already
+    """
+
+    kind: str
+    function: str
+    anchor: Node
+    nodes: tuple[Node, ...]
+    op: str | None = None
+
+
+def find_sites(graph: Graph) -> list[Site]:
+    """Every candidate site of every distinct function, callees first, in program order."""
+    return [site for function in graph.functions.values() for site in _Finder(function).sites()]
+
+
+class _Finder:
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.users: dict[Value, list[Node]] = {}
+        for node in function.nodes:
+            for value in dict.fromkeys(node.inputs):
+                self.users.setdefault(value, []).append(node)
+
+    def sites(self) -> Iterator[Site]:
+        fused = {op: kind for kind, (_, ops) in KINDS.items() for op in ops}
+        finders = (self._attention, self._normalization, self._activation, self._rotary, self._linear)
+        for node in self.function.nodes:
+            if node.op.name in fused:
+                yield Site(fused[node.op.name], self.function.name, node, (node,), node.op.name)
+                continue
+            for find in finders:
+                nodes = find(node)
+                if nodes is not None:
+                    kind = find.__name__.removeprefix("_")
+                    yield Site(kind, self.function.name, node, tuple(dict.fromkeys((node, *nodes))))
+
+    # -- walking -----------------------------------------------------------------------------------------------
+
+    def _readers(self, node: Node) -> list[Node]:
+        return [user for value in node.results for user in self.users.get(value, ())]
+
+    def _up(self, values: Iterable[Value | None], through: frozenset[str], stop: Callable[[Node], bool]) -> list[Node]:
+        """The nodes from these values up to the first that `stop` says; empty where none is met."""
+        return self._search([v.node for v in values if v is not None], _makers, through, stop)
+
+    def _down(self, node: Node, through: frozenset[str], stop: Callable[[Node], bool]) -> list[Node]:
+        return self._search(self._readers(node), self._readers, through, stop)
+
+    @staticmethod
+    def _search(
+        start: Iterable[Node | None],
+        neighbours: Callable[[Node], Iterable[Node | None]],
+        through: frozenset[str],
+        stop: Callable[[Node], bool],
+    ) -> list[Node]:
+        """The path to the nearest node that `stop` says, over nodes whose ops are in `through`."""
+        paths: dict[Node, list[Node]] = {}
+        pending = [(node, [node], 0) for node in start if node is not None]
+        while pending:
+            node, path, depth = pending.pop(0)
+            if node in paths:
+                continue
+            paths[node] = path
+            if stop(node):
+                return path
+            if node.op.name in through and depth < _MOST_STEPS:
+                pending += [(n, [*path, n], depth + 1) for n in neighbours(node) if n is not None]
+        return []
+
+    # -- the kinds ---------------------------------------------------------------------------------------------
+
+    def _attention(self, node: Node) -> Sequence[Node] | None:
+        """softmax, or exp(x - max) / sum"""
+        if node.op.name == "softmax":
+            scores: Value | None = node.inputs[0]
+            own: list[Node] = []
+        elif node.op.name == "div" and (found := _spelled_softmax(node)) is not None:
+            scores, own = found
+        else:
+            return None
+        above = self._up([scores], _MOVES | _ELEMENTWISE, _is_product)
+        below = self._down(node, _MOVES | _ELEMENTWISE, _is_product)
+        return [*own, *above, *below] if above and below else None
+
+    def _normalization(self, node: Node) -> Sequence[Node] | None:
+        """mean(x^2), with a root behind it"""
+        if node.op.name not in ("reduce_mean", "reduce_sum") or (square := _square(node.inputs[0])) is None:
+            return None
+        root = self._down(node, frozenset(("add", "cast", "mul", "div", "maximum")), _is_root)
+        if not root:
+            return None
+        scaled = self._search(
+            self._readers(root[-1]), self._readers, frozenset(("reciprocal", "div", "cast", "expand")), _is_scaling
+        )
+        spread = [
+            user for last in scaled[-1:] for user in self._readers(last) if user.op.name in ("mul", "add", "cast")
+        ]
+        spread += [user for last in spread[:1] for user in self._readers(last) if user.op.name in ("mul", "add")]
+        centered = [n for n in (square.inputs[0].node,) if n is not None and n.op.name == "sub"]
+        return [square, *centered, *root, *scaled, *spread]
+
+    def _activation(self, node: Node) -> Sequence[Node] | None:
+        """erf(x), 1 + tanh(x), x sigmoid(x)"""
+        if node.op.name not in ("erf", "tanh", "sigmoid"):
+            return None
+        below = self._down(node, frozenset(("add", "mul", "cast")), lambda n: n.op.name == "mul")
+        if not below or (node.op.name == "tanh" and "add" not in [n.op.name for n in below]):
+            return None
+        argument = node.inputs[0]
+        origins = _origins(argument)
+        gated = [v for v in below[-1].inputs if not (v.node is not None and v.node in (node, *below))]
+        if not any(origins.intersection(_origins(v)) for v in gated):
+            return None
+        above = [n for n in (argument.node,) if n is not None and n.op.name in ("mul", "div", "add")]
+        more = [user for user in self._readers(below[-1]) if user.op.name == "mul"]
+        return [*above, *below, *more]
+
+    def _rotary(self, node: Node) -> Sequence[Node] | None:
+        """x cos a + y sin a, or concat(-x2, x1) times something"""
+        if node.op.name == "add" and len(node.inputs) == 2:
+            sides = [v.node for v in node.inputs if v.node is not None and v.node.op.name == "mul"]
+            waves = [{w for v in side.inputs for w in _waves(v)} for side in sides]
+            if len(sides) == 2 and {"cos"} in waves and {"sin"} in waves:
+                return [*sides, *(n for side in sides for n in _makers(side) if n is not None)]
+            return None
+        if node.op.name != "concat":
+            return None
+        parts = [v.node for v in node.inputs]
+        if not any(p is not None and p.op.name == "neg" and _is_cut(p.inputs[0]) for p in parts):
+            return None
+        turned = [user for user in self._readers(node) if user.op.name == "mul"]
+        if any(w for user in turned for v in user.inputs for w in _waves(v)):
+            return None  # the sum is the site
+        return [p for p in parts if p is not None] + turned
+
+    def _linear(self, node: Node) -> Sequence[Node] | None:
+        """matmul(x, w) + bias"""
+        if node.op.name != "matmul" or len(node.inputs) != 2:
+            return None
+        weight = node.inputs[1]
+        moved = [] if weight.node is None or weight.node.op.name != "rearrange" else [weight.node]
+        origin = moved[0].inputs[0] if moved else weight
+        if origin.kind not in ("parameter", "constant") or origin.type.rank != 2:
+            return None
+        return [*moved, *(user for user in self._readers(node) if user.op.name == "add")]
+
+
+def _makers(node: Node) -> list[Node | None]:
+    return [v.node for v in node.inputs]
+
+
+def _is_product(node: Node) -> bool:
+    return node.op.name in PRODUCTS
+
+
+def _is_scaling(node: Node) -> bool:
+    return node.op.name in ("mul", "div") and not any(v.literal is not None for v in node.inputs)
+
+
+def _is_root(node: Node) -> bool:
+    if node.op.name == "pow":
+        exponent = node.inputs[1].literal
+        return exponent is not None and exponent.scalar in (0.5, -0.5)
+    return node.op.name in ("sqrt", "rsqrt")
+
+
+def _square(value: Value) -> Node | None:
+    node = value.node
+    if node is None:
+        return None
+    if node.op.name == "mul" and node.inputs[0] is node.inputs[1]:
+        return node
+    if node.op.name == "pow" and node.inputs[1].literal is not None and node.inputs[1].literal.scalar == 2:
+        return node
+    return None
+
+
+def _spelled_softmax(node: Node) -> tuple[Value, list[Node]] | None:
+    """x and the nodes of exp(x - max(x)) / sum(exp(x - max(x)))"""
+    above, below = (v.node for v in node.inputs)
+    while below is not None and below.op.name in ("where", "expand", "maximum", "add"):
+        below = next((v.node for v in below.inputs if v.node is not None and v.type.dtype.is_float), None)
+    if above is None or below is None or above.op.name != "exp" or below.op.name != "reduce_sum":
+        return None
+    if below.inputs[0].node is not above:
+        return None
+    shifted = above.inputs[0]
+    inner = shifted.node
+    if inner is not None and inner.op.name == "sub":
+        return inner.inputs[0], [inner, above, below]
+    return shifted, [above, below]
+
+
+def _origins(value: Value) -> set[Value]:
+    """The value, and those that it is made of by a few elementwise ops and moves."""
+    found, pending = {value}, [(value, 0)]
+    while pending:
+        v, depth = pending.pop()
+        if v.node is not None and v.node.op.name in _ELEMENTWISE | {"cast"} and depth < 6:
+            new = [u for u in v.node.inputs if u.literal is None and u not in found]
+            found.update(new)
+            pending += [(u, depth + 1) for u in new]
+    return found
+
+
+def _waves(value: Value) -> set[str]:
+    """Whether a factor is a cosine or a sine, moved or joined."""
+    found: set[str] = set()
+    pending, depth = [value], 0
+    while pending and depth < 32:
+        node = pending.pop().node
+        depth += 1
+        if node is not None and node.op.name in ("cos", "sin"):
+            found.add(node.op.name)
+        elif node is not None and node.op.name in _MOVES | {"concat", "gather", "embedding", "mul"}:
+            pending += node.inputs
+    return found
+
+
+def _is_cut(value: Value) -> bool:
+    node = value.node
+    return node is not None and node.op.name in ("slice", "gather", "rearrange", "reshape")

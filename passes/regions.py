@@ -1,0 +1,248 @@
+"""What a rewrite or a pass changed, cut out of its function: its results before and after, over the same free values.
+
+A `Claim` says that values of the function before equal values of it after. Its two sides are cut where they meet what
+both have, whose values then are free: whoever shows the claim for all of them has shown it for those that the function
+gives. Where it does not hold for all, it may hold for those: a mask that was replaced by its meaning is free on one
+side alone. So a claim can be cut at three depths: around what changed, as far up as one side reads what the other does
+not, and up to the function's arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.operation import Op
+
+Definition = tuple[Op, tuple[Value | None, ...]]
+"""An op and its operands."""
+
+DEPTHS = 3
+MOST_NODES = 160
+"""A side is not cut larger than this because of what one of them reads and the other does not."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node as it is, or was, in the function."""
+
+    node: Node
+    op: Op
+    operands: tuple[Value | None, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Two sides of a claim over the same free values, in program order."""
+
+    free: tuple[Value, ...]
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """These values were, and those values are: they should be equal.
+
+    defined_before, defined_after   what defines a value on either side; None for arguments and constants
+    changed_before, changed_after   whether that is what changed, and belongs to the innermost cut
+    at                              the node where a person would look for it
+    """
+
+    before: tuple[Value, ...]
+    after: tuple[Value, ...]
+    defined_before: Callable[[Value], Definition | None]
+    defined_after: Callable[[Value], Definition | None]
+    changed_before: Callable[[Value], bool]
+    changed_after: Callable[[Value], bool]
+    at: Node
+
+    def cut(self, depth: int) -> Region:
+        """The claim's sides at one of the depths 0, 1, 2."""
+        above: set[Node] = set()
+        while True:
+            before, free_before = self._side(self.before, self.defined_before, self.changed_before, above)
+            after, free_after = self._side(self.after, self.defined_after, self.changed_after, above)
+            wanted: list[Value] = list(free_before.keys() ^ free_after.keys()) if depth == 1 else []
+            wanted += [*free_before, *free_after] if depth == 2 else []
+            more = {v.node for v in wanted if v.node is not None and v.node.op.callee is None} - above
+            if not more or len(before) + len(after) + len(more) > MOST_NODES:
+                free = tuple(v for v in {**free_before, **free_after} if v.literal is None)
+                return Region(free, tuple(before), tuple(after))
+            above |= more
+
+    @staticmethod
+    def _side(
+        results: Sequence[Value],
+        defined: Callable[[Value], Definition | None],
+        changed: Callable[[Value], bool],
+        above: set[Node],
+    ) -> tuple[list[Step], dict[Value, None]]:
+        """The steps that lead to the results, and the values at which they begin."""
+        steps: dict[Node, Step] = {}
+        free: dict[Value, None] = {}
+        stack: list[tuple[Value, bool]] = [(v, False) for v in reversed(results)]
+        while stack:
+            value, through = stack.pop()
+            node = value.node
+            if node is None or not (changed(value) or node in above) or (definition := defined(value)) is None:
+                free[value] = None
+            elif through:
+                steps.setdefault(node, Step(node, *definition))
+            elif node not in steps:
+                stack.append((value, True))
+                stack += [(v, False) for v in reversed(definition[1]) if v is not None]
+        return list(steps.values()), free
+
+
+def claim_of_match(matched: Sequence[Node], made: Sequence[Node], root: Node, results: Sequence[Value]) -> Claim:
+    """A rewrite's: the root's results equal those of what was made."""
+    inside, new = set(matched), {*matched, *made}
+    return Claim(
+        root.results,
+        tuple(results),
+        _live,
+        _live,
+        lambda v: v.node in inside,
+        lambda v: v.node in new,
+        root,
+    )
+
+
+def _live(value: Value) -> Definition | None:
+    return None if value.node is None else (value.node.op, value.node.operands)
+
+
+# -- a pass over a whole function ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorded:
+    """A function as it is before a pass, which will change its nodes in place."""
+
+    function: Function
+    nodes: list[Node] = field(default_factory=list)
+    definitions: dict[Node, Definition] = field(default_factory=dict)
+    outputs: dict[str, Value] = field(default_factory=dict)
+    arguments: tuple[Value, ...] = ()
+    _known: set[Node] = field(default_factory=set)
+
+    @staticmethod
+    def of(function: Function) -> Recorded:
+        definitions = {node: (node.op, node.operands) for node in function.nodes}
+        return Recorded(function, list(function.nodes), definitions, dict(function.outputs), function.arguments)
+
+    def claims(self, graph: Graph, formals: Mapping[str, Sequence[Value]]) -> Iterator[tuple[Claim, list[Edge]]]:
+        """What the pass claims by how it left the function, with the places that read what it put there.
+
+        formals   the arguments that each of the graph's functions had before the pass
+        """
+        there = set(self.function.nodes)
+        known = self._known = {node for node in there if self._is_unchanged(node, graph, formals)}
+        places: dict[tuple[Value, Value], list[Edge]] = {}
+        for node in self.function.nodes:
+            if node in known or node not in self.definitions:
+                continue
+            op, operands = self.definitions[node]
+            pairs = [(i, u, v) for i, (u, v) in enumerate(zip(operands, node.operands, strict=False)) if u is not v]
+            gone = [
+                (i, u, v)
+                for i, u, v in pairs
+                if u is not None and v is not None and u.node is not None and u.node not in there
+            ]
+            if op == node.op and len(operands) == len(node.operands) and len(gone) == len(pairs):
+                for position, was, now in gone:
+                    places.setdefault((was, now), []).append(Edge(node, position))
+            else:
+                yield self._claim(node.results, node.results, known, node), [Edge(node, None)]
+        for name, new in self.function.outputs.items():
+            old = self.outputs.get(name)
+            if old is not None and old is not new:
+                places.setdefault((old, new), []).append(Edge(None, name))
+        for (was, now), edges in places.items():
+            at = was.node or now.node or edges[0].node or next(iter(self.nodes), None)
+            if at is not None:  # a function without nodes gives its arguments
+                yield self._claim((was,), (now,), known, at), edges
+
+    def _claim(self, before: Sequence[Value], after: Sequence[Value], known: set[Node], at: Node) -> Claim:
+        return Claim(
+            tuple(before),
+            tuple(after),
+            lambda v: None if v.node is None else self.definitions.get(v.node),
+            _live,
+            lambda v: v.node not in known,
+            lambda v: v.node not in known,
+            at,
+        )
+
+    def _is_unchanged(self, node: Node, graph: Graph, formals: Mapping[str, Sequence[Value]]) -> bool:
+        found = self.definitions.get(node)
+        if found is None:
+            return False
+        op, operands = found
+        if op is node.op or op == node.op:
+            return len(operands) == len(node.operands) and all(
+                u is v for u, v in zip(operands, node.operands, strict=True)
+            )
+        # A call that passes less, since its function takes less, is what it was if the function is.
+        if op.callee is None or op.callee != node.op.callee or op.callee not in graph.functions:
+            return False
+        taken = graph.functions[op.callee].arguments
+        passed = dict(zip(formals.get(op.callee, ()), operands, strict=False))
+        return len(taken) == len(node.operands) and all(
+            passed.get(formal) is given for formal, given in zip(taken, node.operands, strict=True)
+        )
+
+    def claim_of_reader(self, node: Node) -> Claim:
+        """What a replaced operand claims at one of its readers alone: that it gives what it gave."""
+        return self._claim(node.results, node.results, self._known - {node}, node)
+
+    def revert(self, edges: Sequence[Edge], before: Sequence[Value]) -> bool:
+        """Put back what was, at these places; False where the function has lost what that needs."""
+        if self.function.arguments != self.arguments:
+            return False
+        for edge in edges:
+            if edge.node is None:
+                self.function.outputs[str(edge.where)] = before[0]
+            elif edge.where is None:
+                edge.node.op, edge.node.operands = self.definitions[edge.node]
+            else:
+                operands = list(edge.node.operands)
+                operands[int(edge.where)] = before[0]
+                edge.node.operands = tuple(operands)
+        self.function.nodes = self._ordered()
+        return True
+
+    def _ordered(self) -> list[Node]:
+        """The function's nodes, without new ones that are no longer read, and with those of before that are again.
+
+        Each stands after what it reads.
+        """
+        there = set(self.function.nodes)
+        done: dict[Node, None] = {}
+        roots = [node for node in self.function.nodes if node in self.definitions]
+        roots += [v.node for v in self.function.outputs.values() if v.node is not None]
+        for root in roots:
+            stack = [(root, False)]
+            while stack:
+                node, through = stack.pop()
+                if node in done:
+                    continue
+                if through:
+                    done[node] = None
+                    continue
+                if node not in there and node in self.definitions:
+                    node.op, node.operands = self.definitions[node]
+                    there.add(node)
+                stack.append((node, True))
+                stack += [(v.node, False) for v in reversed(node.inputs) if v.node is not None and v.node not in done]
+        return list(done)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A place that reads a replaced value: an operand of a node, a whole node (None), or an output (no node)."""
+
+    node: Node | None
+    where: int | str | None
