@@ -23,7 +23,7 @@ from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.runner import RECORD, Runner
 from treadle.backends.lowering.leftovers import find_leftovers
 from treadle.backends.lowering.listing import list_program
-from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Slot, Step, View
+from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Slot, Step, View, kernels_of
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature
 from treadle.ir.builder import describe_source
@@ -90,7 +90,9 @@ class KernelExecutable:
         cache: KernelCache,
         weights: Mapping[Slot, Array],
         threads: int,
+        entries: Mapping[Kernel, Entry],
     ) -> None:
+        """entries: where the kernels' code is, and the runner's; none where this machine cannot run it."""
         self.name = graph.name
         self.signature = Signature(graph)
         self.inputs = self.signature.ports
@@ -98,25 +100,20 @@ class KernelExecutable:
         self.signature.refuse_untold(program.symbols)
         self.program, self.cache, self.threads = program, cache, threads
         self.notes = find_leftovers(program, graph.symbols)
-        self.compiled = 0
+        self.compiled = cache.compiled
+        self._entries = entries
         self._weights = {program.weights[slot]: array for slot, array in weights.items()}
         self._constants: dict[Buffer, Array] = {}
         self._plans: OrderedDict[tuple[tuple[str, int], ...], Plan] = OrderedDict()
         self._arena = np.empty(0, np.uint8)
         self._lock = threading.Lock()
-        self._runner: Entry | None = None
+        self._runner = entries.get(Runner())
         self._result = np.zeros(1, np.int64)
-
-    def prepare(self) -> None:
-        """Compile, or load, all kernels."""
-        self._entries: Mapping[Kernel, Entry] = self.cache.entries([*self.kernels, Runner()])
-        self._runner = self._entries[Runner()]
-        self.compiled = self.cache.compiled
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """The distinct kernels, in the order in which the program names them."""
-        return tuple(dict.fromkeys(s.kernel for r in self.program.routines for s in r.walk()))
+        return kernels_of(self.program)
 
     @cached_property
     def source(self) -> str:
@@ -135,7 +132,7 @@ class KernelExecutable:
     def __call__(self, /, **given: Any) -> Outputs:
         """Run on arrays by name. Raises BackendError where they are not what `inputs` says."""
         if self._runner is None:
-            self.prepare()
+            self.cache.refuse_other_machine()
         taken = self.signature.bind(given, take)
         sizes = self.signature.sizes([array.shape for array in taken])
         arrays = dict(zip(self.program.inputs, taken, strict=True))

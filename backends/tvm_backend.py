@@ -7,13 +7,16 @@ calls (`kernel_executable`). TVM is imported only when a kernel has to be compil
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from treadle.backends.kernel_executable import KernelExecutable
 from treadle.backends.kernels import tvm_runtime
 from treadle.backends.kernels.cache import KernelCache
 from treadle.backends.kernels.isa import isa_of, runs_here
+from treadle.backends.kernels.runner import Runner
 from treadle.backends.legalization import legalize, primitives
+from treadle.backends.lowering.program import kernels_of
 from treadle.backends.lowering.routine_writer import lower
 from treadle.backends.lowering.rules import RULES, keeps, supported
 from treadle.backends.protocol import Executable
@@ -58,8 +61,10 @@ class TvmBackend:
         refuse_nodes(graph, self.name, self.supports)
         program = lower(legalize(graph, keeps), isa, RULES)
         cache = KernelCache(isa)
-        packed = pack_weights(graph, program, weights, threads=target.cores() or 1)
-        executable = KernelExecutable(graph, program, cache, packed, target.cores() or 1)
-        if runs_here(isa):
-            executable.prepare()
-        return executable
+        threads = target.cores() or 1
+        kernels = [Runner(), *kernels_of(program)] if runs_here(isa) else []
+        with ThreadPoolExecutor(max_workers=1) as pool:  # weights are laid out while kernels are compiled
+            entries = pool.submit(cache.entries, kernels) if kernels else None
+            packed = pack_weights(graph, program, weights, threads=threads)
+            found = entries.result() if entries is not None else {}
+        return KernelExecutable(graph, program, cache, packed, threads, found)

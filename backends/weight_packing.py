@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,22 +158,45 @@ def _written(
     arrays: Mapping[str, Array],
     pool: ThreadPoolExecutor,
 ) -> Array | None:
-    """Write the file and map it; None where the folder cannot be written."""
+    """Fill a new file and map it; None where the folder cannot be written.
+
+    The panels can be used as soon as they are there. That they are on the disk, and the file gets its name, which takes
+    as long again, is left to a thread.
+    """
+    filled: Future[Array] = Future()
+
+    def write() -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with replacing(path) as file:
+                file.truncate(offsets[-1])
+                data = np.memmap(file.name, np.uint8, "r+")
+                list(pool.map(lambda i: fill(data, i), range(len(slots))))
+                read = data.view()
+                read.flags.writeable = False
+                filled.set_result(read)
+        except OSError as error:
+            if not filled.done():  # else the file alone is lost
+                filled.set_exception(error)
+
+    def fill(data: Array, i: int) -> None:
+        array = arrays[slots[i].name]
+        size = int(np.prod(shapes[i])) * array.itemsize
+        _fill(data[offsets[i] : offsets[i] + size].view(array.dtype).reshape(shapes[i]), array, _layout(slots[i]))
+
+    writer = threading.Thread(target=write, name=f"write {path.name}")
+    writer.start()
+    _writers.append(writer)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with replacing(path) as file:
-            file.truncate(offsets[-1])
-            data = np.memmap(file.name, np.uint8, "r+")
-
-            def fill(i: int) -> None:
-                array = arrays[slots[i].name]
-                size = int(np.prod(shapes[i])) * array.itemsize
-                _fill(
-                    data[offsets[i] : offsets[i] + size].view(array.dtype).reshape(shapes[i]), array, _layout(slots[i])
-                )
-
-            list(pool.map(fill, range(len(slots))))
-            data.flush()
+        return filled.result()
     except OSError:
         return None
-    return _mapped_file(path, offsets[-1])
+
+
+_writers: list[threading.Thread] = []
+
+
+def finish_writing() -> None:
+    """Wait until files that are being written have their names; the end of the process waits as well."""
+    while _writers:
+        _writers.pop().join()

@@ -3,7 +3,7 @@
     export(Case("bert", "dynamo", "sdpa", 18), folder)      -> folder/bert-dynamo-sdpa-18.onnx
 
 Weights are drawn, norms and biases too. Batch and sequence axes are dynamic: B, S, and T for a decoder's; of images and
-sound the batch alone. Where an exporter cannot keep them, the file has the example's sizes, and `Exported.fixed` says so.
+sound the batch alone. Where an exporter cannot keep them, the file has the example's sizes: `Exported.fixed`.
 """
 
 from __future__ import annotations
@@ -261,13 +261,23 @@ class _OneOutput(nn.Module):
         return found
 
 
+def _wrapped(case: Case, **config: Any) -> nn.Module:
+    model: Any = build(case.small, **config)
+    model.set_attn_implementation(case.attention)
+    return _OneOutput(model, case.small.part, tuple(case.small.inputs)).eval()
+
+
+def answers(case: Case, inputs: Mapping[str, Array]) -> Array:
+    """What Hugging Face's own model computes."""
+    with torch.no_grad():
+        found: Array = _wrapped(case)(*(torch.from_numpy(inputs[name]) for name in case.small.inputs)).numpy()
+    return found
+
+
 def export(case: Case, folder: Path, **config: Any) -> Exported:
     """Write the case's file; `config` changes its configuration. Whatever the exporter raises goes through."""
     path = folder / f"{case}.onnx"
-    model: Any = build(case.small, **config)
-    model.set_attn_implementation(case.attention)
-    names = tuple(case.small.inputs)
-    wrapped = _OneOutput(model, case.small.part, names).eval()
+    wrapped, names = _wrapped(case, **config), tuple(case.small.inputs)
     example = tuple(torch.from_numpy(x) for x in draw(case, 0, EXAMPLE).values())
     axes = {name: dict(enumerate(text.split())) for name, text in case.small.inputs.items()}
     options: dict[str, Any] = {"input_names": list(names), "output_names": ["y"], "opset_version": case.opset}
@@ -278,7 +288,7 @@ def export(case: Case, folder: Path, **config: Any) -> Exported:
     else:
         options |= {"dynamo": False}
         dynamic = {"dynamic_axes": axes}
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             torch.onnx.export(wrapped, example, str(path), **options, **dynamic)
             return Exported(path)
@@ -288,12 +298,13 @@ def export(case: Case, folder: Path, **config: Any) -> Exported:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the exporters say of themselves is not printed."""
+def quiet() -> Iterator[None]:
+    """What exporters and optimizers say of themselves is not printed."""
     kept = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        sink = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -9,6 +9,7 @@ any other addend                                                   -->   bias(ax
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def as_mask(axes: Axes, added: Added) -> Chosen | None:
                     return None
                 factor, value = factor * scaled[1], scaled[0]
                 layout = narrowed(value, layout)
-                if factor <= -LEAST_FILL and (truth := _complement(value)) is not None:
+                if -math.inf < factor <= -LEAST_FILL and (truth := _complement(value)) is not None:
                     return Chosen(Placed(truth[0], narrowed(truth[0], layout)), truth[1], factor, added.node)
             case "where":
                 condition, x, y = node.inputs

@@ -175,9 +175,13 @@ class Plan:
         known = [f for each in read for f in each.reading.terms]
         known += [f for _, table in tables if table is not None for f in table_terms(self.roles, table)]
         hazards = {addend: _hazards(addend.placed.value) for addend, table in tables if table is None}
+        for addend, found in hazards.items():
+            if "infinite" in found and (addend.factor < 0 or "rising" in found):
+                raise Mismatch("what is added to the scores may be inf", addend.node, self.nodes)
         settled = not any(hazards.values())
         whole = self.zeros or (settled and never_empty(known, self.roles))
         for each in read:
+            self._expect_low(each.chosen)
             self.notes += each.reading.notes
             if each.chosen.fill == -math.inf or (whole and (not each.added or each.reading.structural or self.zeros)):
                 self.masks += each.reading.terms
@@ -207,6 +211,12 @@ class Plan:
         if unknown or not never_empty(lost, self.roles):
             self.kept_nan = [_Seen(each.chosen.placed, each.chosen.keep) for each in infinite]
             self.kept_nan += [_Seen(a.placed, factor=a.factor) for a in (*(a for a, _ in constant), *unknown)]
+
+    def _expect_low(self, chosen: Chosen) -> None:
+        """Raise Mismatch for a mask whose number is not low beside scores of this scale."""
+        if chosen.fill > -LEAST_FILL * max(1.0, abs(self.scale)):
+            reason = f"scores times {self.scale:g} may be as low as {chosen.fill:g}, by which they are masked"
+            raise Mismatch(reason, chosen.node, self.nodes, "-inf in its place")
 
     def _average(self, each: _Read, alone: bool) -> None:
         """A mask by a large negative number, where a row may be without keys: as what is added."""
@@ -340,6 +350,8 @@ _MOST_LOOKED_AT = 256
 def _hazards(value: Value) -> frozenset[str]:
     """What an addend may hold, by the constants it is made of: numbers so "large" that they mask, "infinite" ones.
 
+    Where inf itself is among these, and not only -inf, it is "rising".
+
     Weights, and what layers make of finite numbers, are neither; an input that is a float may be large.
     """
     found: set[str] = set()
@@ -352,6 +364,7 @@ def _hazards(value: Value) -> frozenset[str]:
         if x.literal is not None and x.type.dtype.is_float:
             magnitudes = np.abs(x.literal.array)
             found |= {"infinite"} if not np.isfinite(magnitudes).all() else set()
+            found |= {"rising"} if np.isposinf(x.literal.array).any() else set()
             found |= {"large"} if (magnitudes >= LEAST_FILL).any() else set()
         elif x.kind == "input" and x.type.dtype.is_float:
             found.add("large")

@@ -31,13 +31,14 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.cost import graph_cost
 from treadle.ir.drawn_inputs import index_ranges, small_sizes
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph, Literal, Node, Value
 from treadle.ir.hashing import canonical_form
 from treadle.ir.interpreter import interpret
 from treadle.ir.types import DType, bf16, f64
-from treadle.passes.region_graphs import as_graphs, shrinking_of
+from treadle.passes.region_graphs import as_graphs, shrinkings_of
 from treadle.passes.regions import DEPTHS, Claim
 
 Array = np.ndarray[Any, Any]
@@ -48,7 +49,7 @@ _SPACING = 2.0**-52
 _ROUNDINGS = 8.0
 _HUGE = 1e30
 """Numbers of this size stand for infinity, and say nothing of the scale of the others."""
-_MOST_POINTS, _MOST_ELEMENTS = 1 << 28, 1 << 23
+_MOST_FLOPS, _MOST_ELEMENTS = 1 << 29, 1 << 23
 _MASK = -1e9
 _FAILURES = (TreadleError, ArithmeticError, IndexError, TypeError, ValueError)
 
@@ -159,13 +160,12 @@ def _tried_shrunk(
 ) -> Certificate | Counterexample:
     """Try with large axes made small, and as it is where that cannot be done or fails."""
     region = claim.cut(depth)
-    shrinking = shrinking_of(region)
-    if shrinking:
+    for shrinking in shrinkings_of(region):
         try:
             small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
-            found = _tried(rule, key, small, seed, "large axes made small")
         except TreadleError:
-            found = None
+            continue
+        found = _tried(rule, key, small, seed, "large axes made small")
         if isinstance(found, Certificate) and found.cases:
             return found
     return _tried(rule, key, sides, seed, "")
@@ -177,9 +177,9 @@ def _tried_shrunk(
 def _tried(rule: str, key: str, sides: tuple[Graph, Graph], seed: int, note: str) -> Certificate | Counterexample:
     before, after = sides
     instance = key[:12]
-    for old, new in zip(before.main.outputs.values(), after.main.outputs.values(), strict=True):
-        if old.type != new.type:
-            return Counterexample("types", (), seed, f"the replacement is {new.type}, and was {old.type}")
+    for was, now in zip(before.main.outputs.values(), after.main.outputs.values(), strict=True):
+        if was.type != now.type:
+            return Counterexample("types", (), seed, f"the replacement is {now.type}, and was {was.type}")
     try:
         chosen = [s for s in _sizes(before) if _fits(sides, s)]
     except TreadleError as error:
@@ -248,16 +248,11 @@ def _sizes(graph: Graph) -> list[Sizes]:
 
 def _fits(sides: tuple[Graph, Graph], sizes: Sizes) -> bool:
     """Whether a run at these sizes is small enough."""
-    points = elements = 0
     for side in sides:
-        elements += sum(v.type.elements.evaluate(sizes) for v in side.main.inputs)
-        for _, node in side.walk():
-            elements += sum(v.type.elements.evaluate(sizes) for v in node.results)
-            if node.op.callee is None:
-                types = [None if v is None else v.type for v in node.operands]
-                points += node.op.apply(types).points.evaluate(sizes)
-            if points > _MOST_POINTS or elements > _MOST_ELEMENTS:
-                return False
+        elements = sum(v.type.elements.evaluate(sizes) for v in side.main.inputs)
+        elements += sum(v.type.elements.evaluate(sizes) for _, node in side.walk() for v in node.results)
+        if elements > _MOST_ELEMENTS or graph_cost(side, sizes).flops > _MOST_FLOPS:
+            return False
     return True
 
 

@@ -22,17 +22,21 @@ from treadle.passes.regions import Region, Step
 
 KEPT = 16
 """Constant sizes up to this stay as they are."""
+_MOST_TRIES = 4
 _EVEN, _ODD = (4, 6, 10, 14, 22, 26), (5, 7, 9, 11, 13, 15)
 
 Shrinking = Mapping[int, int]
 """What stands for a constant size."""
 
 
-def shrinking_of(region: Region) -> Shrinking:
-    """Small sizes in the place of a region's large ones; empty where it has none, or calls functions."""
+def shrinkings_of(region: Region) -> Iterator[Shrinking]:
+    """Small sizes in the place of a region's large ones: of all, and then of all but one, on which it may depend.
+
+    None where there are no large ones, or functions are called.
+    """
     steps = (*region.before, *region.after)
     if any(step.op.callee is not None for step in steps):
-        return {}
+        return
     pinned: set[int] = set()
     found: set[int] = set()
     values = [*region.free, *(v for step in steps for v in (*step.node.results, *step.operands) if v is not None)]
@@ -40,7 +44,12 @@ def shrinking_of(region: Region) -> Shrinking:
         (found if value.literal is None else pinned).update(_constants(value.type))
     for step in steps:
         found.update(c for attribute in step.op.attributes.values() for c in _constants_of(attribute))
-    return _small({c for c in found | pinned if c > 1}, pinned)
+    constants = {c for c in found | pinned if c > 1}
+    shrinking, bases = _small(constants, pinned)
+    if shrinking:
+        yield shrinking
+    for base in bases[:_MOST_TRIES] if len(bases) > 1 else ():
+        yield _small(constants, pinned | {base})[0]
 
 
 def _constants(type: Type) -> Iterator[int]:
@@ -57,7 +66,9 @@ def _constants_of(attribute: Any) -> Iterator[int]:
             yield from _constants_of(each)
 
 
-def _small(constants: set[int], pinned: set[int]) -> dict[int, int]:
+def _small(constants: set[int], pinned: set[int]) -> tuple[dict[int, int], list[int]]:
+    """What stands for each constant that is large, and those of them that are no products of others."""
+    made: list[int] = []
     chosen = {c: c for c in constants if c <= KEPT or c in pinned}
     bases = {0: iter(_EVEN), 1: iter(_ODD)}
 
@@ -66,6 +77,7 @@ def _small(constants: set[int], pinned: set[int]) -> dict[int, int]:
             return c
         if c not in chosen:
             chosen[c] = next(bases[c % 2], c)
+            made.append(c)
         return chosen[c]
 
     for c in sorted(constants - chosen.keys()):
@@ -74,7 +86,7 @@ def _small(constants: set[int], pinned: set[int]) -> dict[int, int]:
             small(c)
         else:
             chosen[c] = chosen[divisor] * small(c // divisor)
-    return {c: s for c, s in chosen.items() if c != s}
+    return {c: s for c, s in chosen.items() if c != s}, made
 
 
 # -- building --------------------------------------------------------------------------------------------------------

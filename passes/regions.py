@@ -126,7 +126,7 @@ class Recorded:
     definitions: dict[Node, Definition] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
     arguments: tuple[Value, ...] = ()
-    _known: set[Node] = field(default_factory=set)
+    _there: set[Node] = field(default_factory=set)
 
     @staticmethod
     def of(function: Function) -> Recorded:
@@ -139,10 +139,10 @@ class Recorded:
         formals   the arguments that each of the graph's functions had before the pass
         """
         there = set(self.function.nodes)
-        known = self._known = {node for node in there if self._is_unchanged(node, graph, formals)}
+        self._there = there.intersection(self.definitions)
         places: dict[tuple[Value, Value], list[Edge]] = {}
         for node in self.function.nodes:
-            if node in known or node not in self.definitions:
+            if node not in self._there or self._is_unchanged(node, graph, formals):
                 continue
             op, operands = self.definitions[node]
             pairs = [(i, u, v) for i, (u, v) in enumerate(zip(operands, node.operands, strict=False)) if u is not v]
@@ -155,7 +155,7 @@ class Recorded:
                 for position, was, now in gone:
                     places.setdefault((was, now), []).append(Edge(node, position))
             else:
-                yield self._claim(node.results, node.results, known, node), [Edge(node, None)]
+                yield self.claim_of_reader(node), [Edge(node, None)]
         for name, new in self.function.outputs.items():
             old = self.outputs.get(name)
             if old is not None and old is not new:
@@ -163,16 +163,21 @@ class Recorded:
         for (was, now), edges in places.items():
             at = was.node or now.node or edges[0].node or next(iter(self.nodes), None)
             if at is not None:  # a function without nodes gives its arguments
-                yield self._claim((was,), (now,), known, at), edges
+                yield self._claim((was,), (now,), self._there, at), edges
 
-    def _claim(self, before: Sequence[Value], after: Sequence[Value], known: set[Node], at: Node) -> Claim:
+    def claim_of_reader(self, node: Node) -> Claim:
+        """That a node gives what it gave, though its op or what it reads is another."""
+        return self._claim(node.results, node.results, self._there - {node}, node)
+
+    def _claim(self, before: Sequence[Value], after: Sequence[Value], common: set[Node], at: Node) -> Claim:
+        """A claim in which the results of common nodes are free: each of them is unchanged, or claimed to be equal."""
         return Claim(
             tuple(before),
             tuple(after),
             lambda v: None if v.node is None else self.definitions.get(v.node),
             _live,
-            lambda v: v.node not in known,
-            lambda v: v.node not in known,
+            lambda v: v.node not in common,
+            lambda v: v.node not in common,
             at,
         )
 
@@ -193,10 +198,6 @@ class Recorded:
         return len(taken) == len(node.operands) and all(
             passed.get(formal) is given for formal, given in zip(taken, node.operands, strict=True)
         )
-
-    def claim_of_reader(self, node: Node) -> Claim:
-        """What a replaced operand claims at one of its readers alone: that it gives what it gave."""
-        return self._claim(node.results, node.results, self._known - {node}, node)
 
     def revert(self, edges: Sequence[Edge], before: Sequence[Value]) -> bool:
         """Put back what was, at these places; False where the function has lost what that needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -213,6 +214,16 @@ NEAR_MISSES = [
     NearMiss("scores rounded", _narrowed_scores, "the scores are cast from f32 to f16, which loses some"),
     NearMiss(
         "two fills", _a_mask_of_two, "a row in which every key is masked by -1e+09 depends on more than that mask"
+    ),
+    NearMiss(
+        "scores as low as the mask",
+        lambda b: products(b, lambda x: b.where(triangle(b), x * 1e6, -1e9)),
+        "scores times 1e+06 may be as low as -1e+09",
+    ),
+    NearMiss(
+        "keys raised to inf",
+        lambda b: scaled(b, lambda x: x - b.where(rows(b), 0.0, b.constant(-math.inf))),
+        "what is added to the scores may be inf",
     ),
     # what is fused, but as another term than it looks like
     NearMiss(

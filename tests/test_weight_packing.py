@@ -15,7 +15,7 @@ from treadle.backends.legalization import legalize
 from treadle.backends.lowering.program import KernelProgram, Panels
 from treadle.backends.lowering.routine_writer import lower
 from treadle.backends.lowering.rules import RULES, keeps
-from treadle.backends.weight_packing import is_mapped, pack_weights, panels
+from treadle.backends.weight_packing import finish_writing, is_mapped, pack_weights, panels
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
@@ -109,4 +109,5 @@ def mapped_weights(folder: Path, name: str = "weights.bin", seed: int = 0) -> di
 
 def packed(graph: Graph, program: KernelProgram, weights: dict[str, Any], folder: Path) -> np.ndarray[Any, Any]:
     ((_, array),) = pack_weights(graph, program, weights, folder=folder).items()
+    finish_writing()
     return array

@@ -71,11 +71,7 @@ class KernelCache:
 
         Raises BackendError where the instruction set is another machine's, or a kernel does not compile.
         """
-        if not runs_here(self.isa):
-            raise BackendError(
-                f"kernels for {self.isa} do not run on this machine",
-                hint="inspect them (exe.source, exe.assembly), or compile for Target('cpu')",
-            )
+        self.refuse_other_machine()
         wanted = list(dict.fromkeys([Runner(), *kernels]))  # the runner first: others launch their loops through it
         with _lock:
             absent = [k for k in wanted if self._key(k) not in _loaded and not self._found(k)]
@@ -83,6 +79,14 @@ class KernelCache:
                 if group:
                     self._compile(group)
         return {kernel: _loaded[self._key(kernel)] for kernel in wanted}
+
+    def refuse_other_machine(self) -> None:
+        """Raise BackendError where the instruction set is not one of this machine's."""
+        if not runs_here(self.isa):
+            raise BackendError(
+                f"kernels for {self.isa} do not run on this machine",
+                hint="inspect them (exe.source, exe.assembly), or compile for Target('cpu')",
+            )
 
     def path(self, kernel: Kernel) -> Path | None:
         """The file of a kernel, there or not."""

@@ -230,6 +230,11 @@ class KernelProgram:
         return self.routines[-1]
 
 
+def kernels_of(program: KernelProgram) -> tuple[Kernel, ...]:
+    """The distinct kernels, in the order in which the program names them."""
+    return tuple(dict.fromkeys(step.kernel for routine in program.routines for step in routine.walk()))
+
+
 def row_major(shape: Sequence[Size]) -> tuple[Size, ...]:
     """The strides of an array whose elements lie in row-major order without gaps."""
     strides: list[Size] = []

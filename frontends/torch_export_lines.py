@@ -1,0 +1,66 @@
+"""Where nodes of torch.export come from: the module that they are in, and the user's line.
+
+    nn_module_stack   {..., "L__self__transformer.h.0.attn": ("transformer.h.0.attn", ...)}   transformer.h.0.attn
+    stack_trace       File ".../transformers/models/gpt2/modeling_gpt2.py", line 213           the same, shortened
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+from treadle.ir.graph import Source
+
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
+_TORCH = re.compile(r"[\\/](?:site|dist)-packages[\\/]torch(?:gen)?[\\/]|^<")
+_PACKAGES = re.compile(r"^.*[\\/](?:site|dist)-packages[\\/]")
+
+
+@lru_cache(maxsize=4096)
+def shown(path: str) -> str:
+    """A path as it is shown: from a package's folder, or from the working directory, else the file's name alone."""
+    if _PACKAGES.match(path):
+        return _PACKAGES.sub("", path).replace(os.sep, "/")
+    here = os.getcwd() + os.sep
+    full = os.path.abspath(path)
+    return os.path.relpath(full, here).replace(os.sep, "/") if full.startswith(here) else os.path.basename(path)
+
+
+def source_in(text: str | None) -> Source | None:
+    """The innermost line in a printed stack that is not torch's own; where all are, the innermost."""
+    frames = _FRAME.findall(text or "")
+    if not frames:
+        return None
+    users = [f for f in frames if not _TORCH.search(f[0])] or frames
+    return Source(shown(users[-1][0]), int(users[-1][1]))
+
+
+def source_of(node: Any) -> Source | None:
+    """The user's line that a node comes from."""
+    return source_in(node.meta.get("stack_trace"))
+
+
+def scope_of(node: Any) -> str:
+    """The path of the module that a node is in: "transformer.h.0.attn"."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    path = re.sub(r"^L\['self'\]\.?|^L__self__\.?", "", path)
+    return path[:400]
+
+
+def raised_at(error: BaseException) -> Source | None:
+    """The line, not torch's or ours, that an exception passed through last."""
+    own = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    trace: TracebackType | None = error.__traceback__
+    found = None
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not _TORCH.search(name) and not name.startswith(own):
+            found = Source(shown(name), trace.tb_lineno)
+        trace = trace.tb_next
+    return found
