@@ -133,7 +133,7 @@ def _distances(backward: Array) -> Sequence[int]:
     last = int(backward[-1])
     near = (last + 1) // 2
     begin, growing = int(np.argmax(backward == last)), last + 1 - near
-    if near < 1 or growing < 2 or not (backward[begin:] == last).all():
+    if near < 1 or growing < 2 or begin < 1 or not (backward[begin:] == last).all():
         return ()
     # Bucket `last` begins at the least d with d^growing >= near * far^(growing - 1).
     low, high = (int((d**growing / near) ** (1 / (growing - 1))) for d in (begin - 1, begin))

@@ -23,6 +23,7 @@ narrower dtype (a cast to f16) do not happen in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,8 +159,12 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
 def _tried_shrunk(
     rule: str, key: str, claim: Claim, sides: tuple[Graph, Graph], depth: int, graphs: tuple[Graph, Graph], seed: int
 ) -> Certificate | Counterexample:
-    """Try with large axes made small, and as it is where that cannot be done or fails."""
+    """Try with large axes made small, and as it is where that cannot be done or fails.
+
+    What fails when it is small, and is too large as it is, counts as wrong.
+    """
     region = claim.cut(depth)
+    against: Counterexample | None = None
     for shrinking in shrinkings_of(region):
         try:
             small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
@@ -168,7 +173,13 @@ def _tried_shrunk(
         found = _tried(rule, key, small, seed, "large axes made small")
         if isinstance(found, Certificate) and found.cases:
             return found
-    return _tried(rule, key, sides, seed, "")
+        against = found if isinstance(found, Counterexample) else against
+    found = _tried(rule, key, sides, seed, "")
+    if against is not None and isinstance(found, Certificate) and not found.cases:
+        return dataclasses.replace(
+            against, what=f"{against.what}, with large axes made small, and else is {found.note}"
+        )
+    return found
 
 
 # -- trying ----------------------------------------------------------------------------------------------------------

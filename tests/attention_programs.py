@@ -451,6 +451,13 @@ def _alibi(b: Builder) -> Expr:
     return b.rearrange(slopes, pattern="h -> h 1 1") * b.cast(j - i, to="f32")
 
 
+def _of_later_keys(b: Builder) -> Expr:
+    """A table looked up by whether the key comes later, plus a constant: a distance, but none of T5's buckets"""
+    i, j = places(b)
+    table = b.parameter("table", f"f32[32, {HEADS}]")
+    return b.rearrange(b.embedding(table, b.cast(j > i, to="i64") + 16), pattern="s t h -> 1 h s t")
+
+
 def _by_place(b: Builder) -> Expr:
     """A table looked up by i + j, which is no distance"""
     i, j = places(b)
@@ -493,6 +500,7 @@ BIASES = [
         "causal, t5_relative(32, 128)",
         scale=1.0,
     ),
+    Form("a table of later keys", lambda b: products(b, lambda x: x + _of_later_keys(b)), "bias(h s t)", scale=1.0),
     Form("a table by place", lambda b: products(b, lambda x: x + _by_place(b)), "bias(h s t)", scale=1.0),
     Form("alibi", lambda b: scaled(b, lambda x: b.where(triangle(b), x + _alibi(b), LOW)), "causal, alibi"),
     Form("a bias by -inf", lambda b: scaled(b, lambda x: x + b.log(_positive(b))), "bias(b t)", keeps_nan=True),

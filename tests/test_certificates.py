@@ -487,6 +487,14 @@ def test_what_is_too_large_to_run_is_said_to_be() -> None:
     assert "too large" in str(found)
 
 
+def test_what_fails_when_it_is_small_and_is_too_large_else_is_undone() -> None:
+    rule = Planted(lambda p, x, y: p.tanh(x), lambda b, m: b.sigmoid(m.x))
+    graph = parse_graph(program("x: f32[B, 33554432]", "y: f32[B, 33554432]", "a = tanh(x)", "return y = a"))
+    optimized = certified(graph, rule)
+    assert not optimized.log[0].matches
+    assert "with large axes made small, and else is not evaluated: too large" in rolled_back(optimized)[0]
+
+
 def test_masks_that_are_added_are_tried_with_rows_masked() -> None:
     """A rule that forgets an additive mask of 0 and -1e9 is wrong only with the mask."""
     b = Builder(Graph("g"))

@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 one token more or less, or another position, moves a sentence by 1e-2.
 """
 
-BACKENDS = ("numpy", "torch")
+BACKENDS = ("numpy", "torch", "tvm")
 
 
 def cosine_distances(a: Array, b: Array) -> Array:

@@ -123,6 +123,27 @@ def test_ops_that_are_fused_already_are_sites(name: str) -> None:
     assert explanation.met
 
 
+def test_a_site_of_an_onnx_file_has_its_nodes_name(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    body = """
+        [scores] s = MatMul (q, k)
+        [probabilities] p = Softmax <axis = 1> (s)
+        [values] y = MatMul (p, v)
+    """
+    signature = "(float[B,H,S,8] q, float[B,H,8,S] k, float[B,H,S,8] v) => (float[B,H,S,8] y)"
+    text = f'<ir_version: 9, opset_import: ["": 18]> attention {signature} {{ {body} }}'
+    path = tmp_path / "attention.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    code, said = told(str(path), "fusion", "--json", "--expect", "attention=1")
+    facts = json.loads(said)
+    (site,) = facts["blocks"][-1]["sites"]
+    assert (code, site["kind"], site["status"]) == (1, "attention", "refused")
+    assert "probabilities" in site["places"][0]
+    assert facts["expected"] == [{"op": "attention", "expected": 1, "found": 0}]
+    onnx.save(onnx.parser.parse_model(text.replace("axis = 1", "axis = 3")), path)
+    assert told(str(path), "fusion", "--expect", "attention=1")[0] == 0
+
+
 # -- what is wrong with the question ----------------------------------------------------------------------------------
 
 

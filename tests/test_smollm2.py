@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from treadle.backends.registry import find_backend
 from treadle.compiling import Compiled
 from treadle.fetch import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
@@ -42,9 +43,12 @@ def path() -> Path:
     return found
 
 
-@pytest.fixture(scope="module")
-def opened(path: Path) -> tuple[Compiled, Any]:
-    return open_smollm2(path, "torch")
+@pytest.fixture(scope="module", params=["torch", "tvm"])
+def opened(request: pytest.FixtureRequest, path: Path) -> tuple[Compiled, Any]:
+    reason = find_backend(request.param).available()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return open_smollm2(path, request.param)
 
 
 def test_continues_as_hugging_face_does(opened: tuple[Compiled, Any]) -> None:
