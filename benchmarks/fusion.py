@@ -21,6 +21,7 @@ import collections
 import contextlib
 import cProfile
 import dataclasses
+import hashlib
 import json
 import pstats
 import sys
@@ -111,7 +112,7 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="the cases whose name holds one of these words, comma between")
-    parser.add_argument("--folder", type=Path, help="where the exports are kept; a temporary folder where left out")
+    parser.add_argument("--folder", type=Path, help="where exports are kept; a temporary folder where left out")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--profile", action="store_true", help="with --scale: where the time goes")
@@ -120,11 +121,23 @@ def main() -> int:
 
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
-        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kept = options.folder and options.folder / fingerprint()
+        folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         if options.scale:
             return scale(folder, options.profile)
         return recall(folder, [w for w in options.only.split(",") if w], options.json)
+
+
+def fingerprint() -> str:
+    """What exports depend on: the models' file and the exporters' versions. A kept file of other ones is not read."""
+    import onnxscript
+    import torch
+    import transformers
+
+    source = Path(__file__).with_name("hf_exports.py").read_bytes()
+    versions = f"{torch.__version__} {transformers.__version__} {onnxscript.__version__}"
+    return hashlib.sha256(source + versions.encode()).hexdigest()[:12]
 
 
 # -- recall -----------------------------------------------------------------------------------------------------
@@ -172,14 +185,19 @@ def line(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> None:
-    expected = sum(row.expected for row in rows)
-    print(f"\n{len(rows)} files, {expected} attentions: {sum(row.fused for row in rows)} fused by treadle,", end=" ")
-    print(f"{sum(max(row.runtime, 0) for row in rows)} by ONNX Runtime's optimizer")
-    for exporter in dict.fromkeys(Case.parse(row.case).exporter for row in rows):
-        part = [row for row in rows if Case.parse(row.case).exporter == exporter]
-        counts = [sum(row.expected for row in part), sum(row.fused for row in part)]
-        counts.append(sum(max(row.runtime, 0) for row in part))
-        print("  {:8} {:4} attentions, treadle {:4}, ONNX Runtime {:4}".format(exporter, *counts))
+    groups = {"all": rows}
+    for row in rows:
+        groups.setdefault(Case.parse(row.case).exporter, []).append(row)
+    heads = ("", "files", "attentions", "given", "treadle", "ONNX Runtime")
+    print("\n{:8} {:>5} {:>10} {:>6} {:>8} {:>13}    given: one op in the file".format(*heads))
+    for name, part in groups.items():
+        sums = [len(part), sum(r.expected for r in part), sum(r.given for r in part), sum(r.fused for r in part)]
+        print("{:8} {:5} {:10} {:6} {:8} {:13}".format(name, *sums, sum(max(r.runtime, 0) for r in part)))
+    held = [row.difference for row in rows if not row.error and not row.instead]
+    if held:
+        print(f"largest difference from ONNX Runtime {max(held):.1e} in {len(held)} files", end="")
+        others = [row.difference for row in rows if row.instead]
+        print(f"; from Hugging Face {max(others):.1e} in {len(others)}" if others else "")
     reasons: collections.Counter[str] = collections.Counter()
     for row in rows:
         reasons.update(row.reasons)
@@ -205,7 +223,7 @@ def measure(case: Case, folder: Path) -> Row:
                 marker.touch()
         row.fixed = marker.exists()
     except Exception as error:  # of torch's exporter, which raises all kinds
-        row.error = f"export: {told(error)}"
+        row.error = f"export: {in_a_line(error)}"
         return row
     try:
         started = time.perf_counter()
@@ -225,7 +243,9 @@ def measure(case: Case, folder: Path) -> Row:
         sizes = (EXAMPLE,) if row.fixed else SIZES
         row.difference = difference(case, path, found, optimized.graph, sizes, with_runtime=not row.instead)
     except TreadleError as error:
-        row.error = f"{type(error).__name__}: {' | '.join(str(error).split(chr(10)))[:300]}"
+        row.error = in_a_line(error)
+    except Exception as error:  # a crash of ours: a row of the table, and a failure, but not the end of the others
+        row.error = f"crash: {in_a_line(error)}"
     row.runtime, row.runtime_error = runtime_fuses(case, path)
     return row
 
@@ -306,7 +326,7 @@ def runtime_refuses(case: Case, path: Path) -> str:
     try:
         runtime_answers(path, draw(case, 1, EXAMPLE))
     except Exception as error:  # of ONNX Runtime, which has a class of its own for each status
-        return told(error)
+        return in_a_line(error)
     return ""
 
 
@@ -324,11 +344,11 @@ def runtime_fuses(case: Case, path: Path) -> tuple[int, str]:
                 model = optimizer.optimize_model(str(path), model_type=kind, num_heads=heads, hidden_size=hidden)
             best = max(best, sum(node.op_type in ORT_FUSED for node in model.nodes()))
         except Exception as raised:  # of the optimizer, which raises all kinds
-            error = told(raised)
+            error = in_a_line(raised)
     return best, error if best < 0 else ""
 
 
-def told(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 

@@ -131,14 +131,14 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
     What was tried in this process is not tried again.
     """
     tried: set[str] = set()
-    found: Certificate | Counterexample | None = None
+    found: Counterexample | None = None
     for depth in range(DEPTHS):
         region = claim.cut(depth)
         results = (claim.before, claim.after)
         try:
             sides = as_graphs(region, results, graphs, {})
         except TreadleError as error:
-            return Certificate(rule, "-" * 12, seed, 0, (), note=f"not evaluated: {error.what}")
+            return found or Certificate(rule, "-" * 12, seed, 0, (), note=f"not evaluated: {error.what}")
         texts = tuple(map(canonical_form, sides))
         if texts[0] == texts[1]:
             return None
@@ -146,13 +146,14 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
         if key in tried:
             continue
         tried.add(key)
-        found = _known.get(key)
-        if found is None:
-            found = _tried_shrunk(rule, key, claim, sides, depth, graphs, seed)
+        now = _known.get(key)
+        if now is None:
+            now = _tried_shrunk(rule, key, claim, sides, depth, graphs, seed)
             if len(_known) < _MOST_KNOWN:
-                _known[key] = found
-        if isinstance(found, Certificate):
-            return found
+                _known[key] = now
+        if isinstance(now, Certificate) and (now.cases or found is None):
+            return now
+        found = now if isinstance(now, Counterexample) else found
     return found
 
 

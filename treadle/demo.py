@@ -1,4 +1,4 @@
-"""The demo, `make demo`: a model declared, compiled, inspected, and run on real weights on two backends."""
+"""The demo, `make demo`: a model declared, compiled, inspected, and run on real weights on every backend."""
 
 from __future__ import annotations
 
@@ -88,13 +88,17 @@ def demonstrate(out: Console) -> None:
     out.print()
     _show_code(out, print_function(by_hand.graph, by_hand.graph.main, sources=False))
 
-    _step(out, 6, "Sentences as vectors, on both backends")
-    embedded = _embed_on_backends(out, embedder)
+    _step(out, 6, "Sentences as vectors, on every backend")
+    embedders = _embedders(out, embedder)
+    embedded = _embed_on_backends(out, embedders)
     vectors = embedded["numpy"]
-    if "torch" in embedded:
-        difference = float(np.abs(vectors - embedded["torch"]).max())
-        cosine = float((vectors * embedded["torch"]).sum(1).min())
-        out.print(f"they agree: max |difference| {difference:.1e}, least cosine {cosine:.7f}")
+    for name in [n for n in embedded if n != "numpy"]:
+        difference = float(np.abs(vectors - embedded[name]).max())
+        cosine = float((vectors * embedded[name]).sum(1).min())
+        out.print(f"numpy and {name} agree: max |difference| {difference:.1e}, least cosine {cosine:.7f}")
+    if "tvm" in embedders:
+        out.print("\nthe block as the kernels that the tvm backend calls, each with the line it came from:\n")
+        _show_code(out, _routine(embedders["tvm"].model.source, "layer"))
     out.print()
     out.print(similarity_table(SENTENCES, vectors @ vectors.T))
 
@@ -110,8 +114,9 @@ NEXT = """\
 treadle inspect gpt2 --set layers=2         the graph of another model; --unfold, --raw, --after PASS, --source
 treadle inspect gpt2 --follow S             may its sequence axis be stepped, packed, split, and why not
 treadle embed minilm "One." "Two." --similarity
-treadle generate smollm2 "Once upon a time" --temperature 0.8 --backend torch
+treadle generate smollm2 "Once upon a time" --temperature 0.8 --backend tvm
 treadle models                              the zoo, and what else can be fetched
+docs/kernels.md                             kernels of our own, how to read one and write one
 docs/dsl.md                                 to write a model of your own
 docs/architecture.md                        how it works, file by file
 
@@ -132,8 +137,8 @@ def _bring(out: Console, name: str) -> None:
 
 
 def _continue(out: Console, prompt: str, most: int) -> None:
-    """Print a continuation as it is made, on PyTorch where that is installed."""
-    backend = "numpy" if find_backend("torch").available() else "torch"
+    """Print a continuation as it is made, on the fastest backend that is installed."""
+    backend = next(name for name in ("tvm", "torch", "numpy") if find_backend(name).available() is None)
     started = time.perf_counter()
     writer = TextWriter.open("smollm2", backend=backend)
     out.print(
@@ -160,14 +165,29 @@ def _verdicts(graph: Graph) -> str:
     return "\n".join(str(verdict) for verdict in (following.step(), following.pack()))
 
 
-def _embed_on_backends(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, Vectors]:
-    found: dict[str, Vectors] = {}
-    for name in ("numpy", "torch"):
+def _routine(source: str, name: str) -> str:
+    """One routine of a listing of kernels."""
+    start = source.index(f"def {name}(")
+    return source[start : source.index("\n\n", start)]
+
+
+def _embedders(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, SentenceEmbedder]:
+    """MiniLM on each of our backends that is installed."""
+    found = {"numpy": on_numpy}
+    for name in ("torch", "tvm"):
         reason = find_backend(name).available()
         if reason is not None:
             out.print(f"{name:<8}skipped: {reason}")
             continue
-        embedder = on_numpy if name == "numpy" else SentenceEmbedder.open("minilm", backend=name)
+        started = time.perf_counter()
+        found[name] = SentenceEmbedder.open("minilm", backend=name)
+        out.print(f"{name:<8}compiled in {time.perf_counter() - started:.1f} s")
+    return found
+
+
+def _embed_on_backends(out: Console, embedders: Mapping[str, SentenceEmbedder]) -> Mapping[str, Vectors]:
+    found: dict[str, Vectors] = {}
+    for name, embedder in embedders.items():
         embedder.embed(SENTENCES)  # once before the clock runs: libraries start their threads
         started = time.perf_counter()
         found[name] = embedder.embed(SENTENCES)
