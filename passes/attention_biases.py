@@ -144,12 +144,17 @@ def addends_of(axes: Axes, added: Added) -> Iterator[Added | Chosen]:
         condition, *sides = node.inputs
         for keep, (x, fill) in ((True, sides), (False, sides[::-1])):
             number = number_of(fill)
-            if number is not None and number * added.factor <= -ABSORBING:
+            if number is not None and number * added.factor <= -ABSORBING and not _adds_inf(x, number):
                 yield from addends_of(axes, Added(Placed(x, narrowed(x, placed.layout)), added.factor, added.node))
                 held = Placed(condition, narrowed(condition, placed.layout))
                 yield Chosen(held, keep, number * added.factor, added.node)
                 return
     yield added
+
+
+def _adds_inf(x: Value, fill: float) -> bool:
+    """Whether x may be infinite where it is masked by a finite number, to which it must not be added then."""
+    return math.isfinite(fill) and "infinite" in hazards_of(x)
 
 
 def _count(axes: Axes, placed: Placed) -> int:
@@ -191,3 +196,56 @@ def _is_offset(roles: Roles, placed: Placed) -> bool:
     if cast is None or cast.op.name != "cast" or not cast.inputs[0].type.dtype.is_int:
         return False
     return affine(roles, Placed(cast.inputs[0], under.layout)) == Affine(-1, 1)
+
+
+# -- what addends may hold -------------------------------------------------------------------------------------
+
+_BOUNDED = frozenset(
+    (
+        "matmul",
+        "linear",
+        "einsum",
+        "softmax",
+        "layer_norm",
+        "rms_norm",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "sin",
+        "cos",
+        "attention",
+    )
+)
+_PICKING = frozenset(("gather", "embedding", "take_along_axis"))
+_MOST_LOOKED_AT = 256
+
+
+def hazards_of(value: Value) -> frozenset[str]:
+    """What an addend may hold, by the constants it is made of: numbers so "large" that they mask, "infinite" ones.
+
+    Where inf itself is among these, and not only -inf, it is "rising".
+
+    Weights, and what layers make of finite numbers, are neither; an input that is a float may be large.
+    """
+    found: set[str] = set()
+    pending, seen = [value], {value}
+    while pending:
+        x = pending.pop()
+        node = x.node
+        if len(seen) > _MOST_LOOKED_AT:
+            return frozenset(("large", "infinite"))
+        if x.literal is not None and x.type.dtype.is_float:
+            magnitudes = np.abs(x.literal.array)
+            found |= {"infinite"} if not np.isfinite(magnitudes).all() else set()
+            found |= {"rising"} if np.isposinf(x.literal.array).any() else set()
+            found |= {"large"} if (magnitudes >= LEAST_FILL).any() else set()
+        elif x.kind == "input" and x.type.dtype.is_float:
+            found.add("large")
+        if node is None or node.op.name in _BOUNDED or not x.type.dtype.is_float:
+            continue
+        if node.op.name in ("log", "div", "reciprocal", "call"):
+            found |= {"large", "infinite"} if node.op.name == "log" else {"large"}
+        operands = node.inputs[:1] if node.op.name in _PICKING else node.inputs
+        pending += [v for v in operands if v not in seen]
+        seen.update(operands)
+    return frozenset(found)

@@ -24,6 +24,7 @@ from treadle.passes.attention_biases import (
     Table,
     addends_of,
     as_mask,
+    hazards_of,
     read_bias,
     table_mask,
     table_terms,
@@ -174,7 +175,7 @@ class Plan:
         tables = [(addend, table_mask(self.roles, addend)) for addend in plain]
         known = [f for each in read for f in each.reading.terms]
         known += [f for _, table in tables if table is not None for f in table_terms(self.roles, table)]
-        hazards = {addend: _hazards(addend.placed.value) for addend, table in tables if table is None}
+        hazards = {addend: hazards_of(addend.placed.value) for addend, table in tables if table is None}
         for addend, found in hazards.items():
             if "infinite" in found and (addend.factor < 0 or "rising" in found):
                 raise Mismatch("what is added to the scores may be inf", addend.node, self.nodes)
@@ -327,55 +328,6 @@ class _Seen:
 
 
 _Hazards = dict[Added, frozenset[str]]
-_BOUNDED = frozenset(
-    (
-        "matmul",
-        "linear",
-        "einsum",
-        "softmax",
-        "layer_norm",
-        "rms_norm",
-        "tanh",
-        "sigmoid",
-        "erf",
-        "sin",
-        "cos",
-        "attention",
-    )
-)
-_PICKING = frozenset(("gather", "embedding", "take_along_axis"))
-_MOST_LOOKED_AT = 256
-
-
-def _hazards(value: Value) -> frozenset[str]:
-    """What an addend may hold, by the constants it is made of: numbers so "large" that they mask, "infinite" ones.
-
-    Where inf itself is among these, and not only -inf, it is "rising".
-
-    Weights, and what layers make of finite numbers, are neither; an input that is a float may be large.
-    """
-    found: set[str] = set()
-    pending, seen = [value], {value}
-    while pending:
-        x = pending.pop()
-        node = x.node
-        if len(seen) > _MOST_LOOKED_AT:
-            return frozenset(("large", "infinite"))
-        if x.literal is not None and x.type.dtype.is_float:
-            magnitudes = np.abs(x.literal.array)
-            found |= {"infinite"} if not np.isfinite(magnitudes).all() else set()
-            found |= {"rising"} if np.isposinf(x.literal.array).any() else set()
-            found |= {"large"} if (magnitudes >= LEAST_FILL).any() else set()
-        elif x.kind == "input" and x.type.dtype.is_float:
-            found.add("large")
-        if node is None or node.op.name in _BOUNDED or not x.type.dtype.is_float:
-            continue
-        if node.op.name in ("log", "div", "reciprocal", "call"):
-            found |= {"large", "infinite"} if node.op.name == "log" else {"large"}
-        operands = node.inputs[:1] if node.op.name in _PICKING else node.inputs
-        pending += [v for v in operands if v not in seen]
-        seen.update(operands)
-    return frozenset(found)
 
 
 def _shortest(number: float, dtype: DType) -> float:

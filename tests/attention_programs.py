@@ -487,6 +487,12 @@ BIASES = [
         lambda b: scaled(b, lambda x: x + b.where(triangle(b), _t5(b), LOW)),
         "causal, t5_relative(6, 8, bidirectional)",
     ),
+    Form(
+        "a masked bias of -inf",
+        lambda b: scaled(b, lambda x: x + b.where(triangle(b), addend(b, rows(b), -math.inf), LOW)),
+        "bias(b s t)",
+        keeps_nan=True,
+    ),
     Form("t5", lambda b: products(b, lambda x: x + _t5(b)), "t5_relative(6, 8, bidirectional)", scale=1.0),
     Form(
         "t5, computed",
