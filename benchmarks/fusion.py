@@ -42,6 +42,8 @@ from treadle.frontends.onnx_elements import carried, restored
 from treadle.frontends.onnx_import import Imported, import_onnx
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph
+from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.call import Call
 from treadle.ir.target import Target
 from treadle.passes.fusion_sites import find_sites
 from treadle.passes.manager import Optimized, PassManager
@@ -257,7 +259,9 @@ def attentions(graph: Graph) -> int:
     def count(function: Function) -> int:
         if function.name not in counts:
             counts[function.name] = sum(
-                count(graph.functions[node.op.function]) if node.op.name == "call" else node.op.name == "attention"
+                count(graph.functions[node.op.function])
+                if isinstance(node.op, Call)
+                else int(isinstance(node.op, Attention))
                 for node in function.nodes
             )
         return counts[function.name]
@@ -267,8 +271,7 @@ def attentions(graph: Graph) -> int:
 
 def terms(graph: Graph) -> list[str]:
     """The masks and biases of every attention in the graph's text, in program order: `causal, mask(b t)`."""
-    found = [node.op for _, node in graph.walk() if node.op.name == "attention"]
-    return [", ".join(map(str, op.terms)) for op in found]
+    return [", ".join(map(str, node.op.terms)) for _, node in graph.walk() if isinstance(node.op, Attention)]
 
 
 def reasons(optimized: Optimized) -> dict[str, int]:

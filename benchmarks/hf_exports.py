@@ -236,6 +236,7 @@ def build(small: Small, **config: Any) -> nn.Module:
         for name, weight in model.named_parameters():
             mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
             weight.normal_(mean, 0.2, generator=generator)
+        module: Any
         for module in model.modules():
             if hasattr(module, "create_weight"):  # Marian's sinusoids
                 module.weight.copy_(module.create_weight())

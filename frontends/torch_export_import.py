@@ -340,5 +340,3 @@ class TorchImporter:
                 names[i] = f"{name}_{seen[name]}"
         return names
 
-
-__all__ = ["Example", "TorchImporter", "TorchModel", "from_torch"]

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from treadle.frontends.torch_export_lines import source_of
-from treadle.frontends.torch_export_sizes import UnknownSize
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import FrontendError
 from treadle.ir.sizes import Bounds, Size
@@ -216,5 +215,3 @@ def unsupported(node: Any, why: str, hint: str | None = None, received: str | No
         hint=hint,
     )
 
-
-__all__ = ["OPERATORS", "Made", "Site", "UnknownSize", "operator", "our_dtype", "title", "unsupported"]

@@ -177,7 +177,7 @@ def extremes(dtype: str) -> Array:
         return np.array([False, True])
     if dtype in FLOATS:
         return held(np.array([0.0, 1.0, 0.1, 0.5, 2.5, 3.0, 1e20, 1e-30, np.inf]), dtype)
-    bounds = np.iinfo(DTYPES[dtype].numpy)  # type: ignore[arg-type]
+    bounds = np.iinfo(DTYPES[dtype].numpy)
     values = {bounds.min, bounds.min + 1, -7, -2, -1, 0, 1, 2, 7, bounds.max - 1, bounds.max}
     return np.array(sorted(v for v in values if bounds.min <= v <= bounds.max), bounds.dtype)
 
@@ -409,7 +409,7 @@ def test_casts_are_as_the_reference_has_them(to: str, isa: Isa) -> None:
             bits = np.arange(2**16, dtype=np.uint16)
             x = bits.view(np.float16) if dtype == "f16" else widened(bits)
         if dtype in FLOATS and to in INTS:
-            limits = np.iinfo(DTYPES[to].numpy)  # type: ignore[arg-type]
+            limits = np.iinfo(DTYPES[to].numpy)
             x = x[np.isfinite(x) & (x >= limits.min) & (x <= limits.max)]
         operands.append([x])
     made = run([chain("cast", dtype, to=DTYPES[to]) for dtype in DTYPES], operands, isa)

@@ -8,7 +8,7 @@
     exe = t.compile(tiny, backend="numpy")
     exe(tokens=ids)
 
-The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `fetch_model`, `Graph`,
+The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `fetch_model`, `from_torch`, `Graph`,
 `Target` and the errors; those are imported when they are first used.
 """
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from treadle.compiling import Compiled as Compiled
     from treadle.compiling import compile as compile
     from treadle.fetch import fetch_model as fetch_model
+    from treadle.frontends.torch_export_import import from_torch as from_torch
     from treadle.ir.errors import TreadleError as TreadleError
     from treadle.ir.following import follow as follow
     from treadle.ir.graph import Graph as Graph
@@ -47,6 +48,7 @@ _LAZY = {
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.following",
+    "from_torch": "treadle.frontends.torch_export_import",
     "load": "treadle.artifacts",
     "save": "treadle.artifacts",
 }

@@ -15,6 +15,7 @@ import numpy as np
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
 from treadle.frontends.dsl import Model
+from treadle.frontends.torch_export_model import TorchModel
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.target import Target
@@ -94,7 +95,7 @@ class Compiled:
 
 
 def compile(
-    model: Model | Graph | str | Path,
+    model: Model | Graph | TorchModel | str | Path,
     *,
     backend: str = "numpy",
     target: str | Target = "cpu",
@@ -107,7 +108,7 @@ def compile(
 ) -> Compiled:
     """Compile a model for a backend and a target.
 
-    model    a declaration, a graph, or a name: see `treadle.resolving`
+    model    a declaration, a graph, a module that `from_torch` imported, or a name: see `treadle.resolving`
     weights  arrays by parameter name, in place of the checkpoint's; without either, initial values drawn from `seed`
     passes   the pipeline, a flat list
     inputs   optional inputs of the declaration to include, such as ("lengths",)

@@ -27,6 +27,7 @@ from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.dsl import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
+from treadle.frontends.torch_export_model import TorchModel
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
@@ -57,7 +58,7 @@ class Resolved:
     blocks: Mapping[str, str] = field(default_factory=dict)
 
 
-def resolve(model: Model | Graph | str | Path, *, inputs: Sequence[str] | None = None, **config: Any) -> Resolved:
+def resolve(model: Model | Graph | TorchModel | str | Path, *, inputs: Sequence[str] | None = None, **config: Any) -> Resolved:
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include
@@ -65,9 +66,11 @@ def resolve(model: Model | Graph | str | Path, *, inputs: Sequence[str] | None =
 
     Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read.
     """
-    if isinstance(model, Graph):
+    if isinstance(model, Graph | TorchModel):
         if config or inputs:
             raise UsageError("a graph takes no configuration", received=", ".join([*config, *(inputs or ())]))
+        if isinstance(model, TorchModel):
+            return Resolved(model.name, model.graph, None, model.weights)
         return Resolved(model.name, model)
     if isinstance(model, Model):
         configured = model.configure(inputs=inputs, **config)
