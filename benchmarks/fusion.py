@@ -4,8 +4,9 @@
     python benchmarks/fusion.py --scale [--profile]
 
 The files are those of benchmarks/hf_exports.py: 18 models, two exporters, two of Hugging Face's attentions, two opsets.
-Each is imported, optimized, run on PyTorch, and held against ONNX Runtime on the file itself, at two sets of sizes.
-What is not fused is listed with the reason that the pass gives. --folder keeps the files for the next run.
+Each is imported, optimized, run on PyTorch, and held against ONNX Runtime on the file itself: at two sets of sizes, and
+with padding on the right, on the left, and of a whole sequence. What is not fused is listed with the reason that the
+pass gives. --folder keeps the files for the next run.
 
 --scale times import and optimization of deep models: 24 layers of about 3,000 nodes in under 5 s, and 30,000 nodes in
 under 60 s.
@@ -52,7 +53,13 @@ from treadle.passes.pipelines import DEFAULT
 TOLERANCE = 2e-5
 """Of the largest number: float32 sums of some dozens of terms, through a few layers, in another order."""
 
-SIZES = (EXAMPLE, {"B": 3, "S": 9, "T": 4})
+OTHER = {"B": 3, "S": 9, "T": 4}
+DRAWS = ((EXAMPLE, "right"), (OTHER, "right"), (EXAMPLE, "left"), (EXAMPLE, "all"))
+"""The sizes of the axes, and which part of the last sequence is padding; causal rows on the left have no key then."""
+
+ZEROS = frozenset(("t5-encoder-dynamo-sdpa-23", "t5-decoder-dynamo-sdpa-23"))
+"""Files with scores that are the lowest number all over, which softmax averages, in ONNX's reference and in Hugging
+Face's model; ONNX Runtime's Attention gives zeros there, and is not asked."""
 
 EXPECTED_MISSING: Mapping[str, int] = {}
 """Cases in which some attentions are not fused today, and how many."""
@@ -242,8 +249,8 @@ def measure(case: Case, folder: Path) -> Row:
         sites = find_sites(optimized.graph)
         row.beside = dict(collections.Counter(s.kind for s in sites if s.op is None and s.kind != "attention"))
         row.instead = runtime_refuses(case, path)
-        sizes = (EXAMPLE,) if row.fixed else SIZES
-        row.difference = difference(case, path, found, optimized.graph, sizes, with_runtime=not row.instead)
+        draws = [d for d in DRAWS if d[0] is EXAMPLE or not row.fixed]
+        row.difference = difference(case, path, found, optimized.graph, draws, with_runtime=not row.instead)
     except TreadleError as error:
         row.error = in_a_line(error)
     except Exception as error:  # a crash of ours: a row of the table, and a failure, but not the end of the others
@@ -290,21 +297,27 @@ def difference(
     path: Path,
     found: Imported,
     graph: Graph,
-    sizes: Sequence[Mapping[str, int]] = SIZES,
+    draws: Sequence[tuple[Mapping[str, int], str]] = DRAWS,
     *,
     with_runtime: bool = True,
 ) -> float:
-    """How far our optimized graph on PyTorch is from ONNX Runtime on the file, or from Hugging Face's model."""
+    """How far our optimized graph on PyTorch is from ONNX Runtime on the file, or from Hugging Face's model.
+
+    The largest over all draws, each relative to the largest number there; infinite where the one has NaN and the
+    other none.
+    """
     executable = find_backend("torch").compile(graph, Target("cpu"), found.weights)
     largest = 0.0
-    for seed, each in enumerate(sizes, 1):
-        inputs = draw(case, seed, each)
+    for seed, (sizes, padding) in enumerate(draws, 1):
+        inputs = draw(case, seed, sizes, padding)
         given = {name: carried(kind, inputs[name]) for name, kind in found.notes.inputs.items()}
         got = restored(found.notes.outputs["y"], executable(**given)["y"])
-        wanted = runtime_answers(path, inputs) if with_runtime else answers(case, inputs)
-        if got.shape != wanted.shape or not np.isfinite(wanted).all():
+        asked = with_runtime and not (padding == "all" and str(case) in ZEROS)
+        wanted = runtime_answers(path, inputs) if asked else answers(case, inputs)
+        known = ~np.isnan(wanted)
+        if got.shape != wanted.shape or not (known == ~np.isnan(got)).all() or not known.any():
             return float("inf")
-        largest = max(largest, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
+        largest = max(largest, float(np.abs(got - wanted)[known].max() / np.abs(wanted)[known].max()))
     return largest
 
 

@@ -204,8 +204,8 @@ class Exported:
     fixed: bool = False
 
 
-def draw(case: Case, seed: int, sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Inputs where the axes have these sizes; of the last sequence the end is padding."""
+def draw(case: Case, seed: int, sizes: Mapping[str, int], padding: str = "right") -> dict[str, Array]:
+    """Inputs where the axes have these sizes; of the last sequence the "right", the "left" or "all" is padding."""
     rng = np.random.default_rng(seed)
     config = case.small.config
     found: dict[str, Array] = {}
@@ -213,7 +213,8 @@ def draw(case: Case, seed: int, sizes: Mapping[str, int]) -> dict[str, Array]:
         shape = tuple(sizes[axis] for axis in axes.split())
         if name.endswith("attention_mask"):
             mask = np.ones(shape, np.int64)
-            mask[-1, shape[1] // 2 + 1 :] = 0
+            half = shape[1] // 2
+            mask[-1, {"right": slice(half + 1, None), "left": slice(half), "all": slice(None)}[padding]] = 0
             found[name] = mask
         elif name.endswith("ids"):
             found[name] = rng.integers(2, VOCABULARY, shape)  # 0 and 1 are padding to some

@@ -65,7 +65,8 @@ def our_dtype(dtype: Any) -> DType:
 
 def title(node: Any) -> str:
     """An operator as errors call it: `aten.add.Tensor`."""
-    return str(node.target)[:200]
+    name = str(node.target)
+    return str(getattr(node.target, "__name__", name) if name.startswith("<") else name)[:200]
 
 
 class Site:

@@ -21,11 +21,59 @@ from treadle.ir.sizes import ONE, ZERO, Size
 @operator("flatten.using_ints", "unflatten.int", "view_as.default", "reshape_as.default", "unsqueeze.default")
 def _view(site: Site) -> Made:
     x, shape = site.x("self"), site.shape()
+    pattern = cut_across(x.shape, shape)
+    if pattern is not None:
+        return site.b.rearrange(x, pattern=pattern)
     made, told = reshaped(site.b, x, shape)
     if not told and all(s.constant != 0 for s in x.shape):
         before, after = (", ".join(map(str, s)) for s in (x.shape, shape))
         site.importer.opaque.append(f"{site.node.name}: [{before}] to [{after}]")
     return made
+
+
+def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
+    """The pattern of a view where parts of several axes make several others: [S, B, 16] -> [S, 2*B, 8] is
+    "a b (c=2 d) -> a (b c) d". None where `reshaped` tells it, or where the axes have no common parts.
+    """
+    sides = [[(i, n) for i, n in enumerate(shape) if n != ONE] for shape in (before, after)]
+    if any(n == ZERO for n in (*before, *after)) or not all(sides):
+        return None
+    taken = {s for n in (*before, *after) for s in n.symbols}
+    if 2 * (len(before) + len(after)) + len(taken) > 50:
+        return None
+    names = iter(axis_letters(2 * (len(before) + len(after)), taken))
+    parts: list[tuple[str, Size, int, int]] = []
+    (i, left), (j, right) = sides[0].pop(0), sides[1].pop(0)
+    while True:
+        part = left if right.divide(left) is not None else right
+        rest, other = left.divide(part), right.divide(part)
+        if rest is None or other is None:
+            return None
+        parts.append((next(names), part, i, j))
+        left, right = rest, other
+        if left == right == ONE and not sides[0] and not sides[1]:
+            break
+        if (left == ONE and not sides[0]) or (right == ONE and not sides[1]):
+            return None
+        if left == ONE:
+            i, left = sides[0].pop(0)
+        if right == ONE:
+            j, right = sides[1].pop(0)
+    split = {k for _, _, k, _ in parts if sum(p[2] == k for p in parts) > 1}
+    joined = {k for _, _, _, k in parts if sum(p[3] == k for p in parts) > 1}
+    if not any(i in split and j in joined for _, _, i, j in parts):
+        return None  # each axis is split, joined or as it was
+    texts = []
+    for k in range(len(before)):
+        own = [p for p in parts if p[2] == k]
+        hard = [p for p in own if p[1].constant is None and p[1].as_symbol is None]
+        if len(hard) > 1:
+            return None
+        free = hard[0] if hard else own[-1] if own else None
+        words = [p[0] if p is free else f"{p[0]}={p[1]}" for p in own]
+        texts.append("1" if not own else words[0] if len(own) == 1 else f"({' '.join(words)})")
+    whole = [[p[0] for p in parts if p[3] == k] for k in range(len(after))]
+    return f"{' '.join(texts)} -> {' '.join('1' if not w else w[0] if len(w) == 1 else f'({chr(32).join(w)})' for w in whole)}"
 
 
 @operator("squeeze.default", "squeeze.dim", "squeeze.dims")

@@ -12,6 +12,7 @@ refuses the import: on other sizes the module would compute something else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -32,13 +33,15 @@ class UnknownSize(FrontendError):
 class Symbols:
     """Names for the symbols of one export.
 
-    names  the name of ours for each of torch's
-    env    torch's own record of them, or None where all sizes are numbers
+    names   the name of ours for each of torch's
+    env     torch's own record of them, or None where all sizes are numbers
+    bounds  what each of ours may be, as far as it is known: a minimum or maximum is told by these
     """
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
         self.env: Any = None
+        self.bounds: dict[str, Bounds] = {}
 
     def size(self, value: Any) -> Size:
         """An int, a torch.SymInt or a SymPy expression as a size. Raises UnknownSize."""
@@ -66,6 +69,11 @@ class Symbols:
             return parts[0] // parts[1]
         if kind in ("Mod", "PythonMod"):
             return parts[0] - parts[0] // parts[1] * parts[1]
+        if kind in ("Min", "Max"):
+            for one in parts:
+                ordered = (one - other if kind == "Max" else other - one for other in parts)
+                if all(difference.bounds(self.bounds).lower >= 0 for difference in ordered):
+                    return one
         raise UnknownSize(f"a size of {kind} is not supported", received=str(expr))
 
 
@@ -73,26 +81,29 @@ class Symbols:
 
 
 def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
-    """The values that each of our symbols may take, by the guards of an export.
+    """The values that each of our symbols may take, by the guards of an export, as `symbols.bounds` holds them too.
 
     Raises FrontendError, with the line that asked, for a guard that bounds do not say.
     """
     env = symbols.env
     if env is None:
         return {}
-    found: dict[str, Bounds] = {}
+    found = symbols.bounds
     for symbol, range in env.var_to_range.items():
         name = symbols.names.get(symbol.name)
         if name is not None:
             found[name] = found.get(name, Bounds()).intersect(_of_range(range))
-    for guard in env.guards:
+    asserted = [a for held in env.deferred_runtime_asserts.values() for a in held]
+    for guard in (*env.guards, *asserted):
         if _is_of_one_op(guard):
             continue
         expr = env.replace(guard.expr)
         free = sorted({s.name for s in expr.free_symbols})
         ours = {symbols.names.get(n) for n in free}
         if None in ours:
-            continue  # of a symbol that no dimension has
+            if all(n in symbols.names or n.startswith(("u", "zuf")) for n in free):
+                continue  # a size that depends on data, whose operator is refused
+            raise _untold(guard, symbols, expr)
         if len(ours) == 1 and free:
             (name,) = ours
             assert name is not None
@@ -114,15 +125,16 @@ def _of_range(range: Any) -> Bounds:
     return Bounds(max(finite(range.lower) or 1, 1), None if upper is None or upper >= 2**40 else upper)
 
 
-def _is_of_one_op(guard: Any) -> bool:
-    """Whether one op's own code asked if a size is 1, for strides: what an op means does not depend on that.
+_SHAPE_RULES = re.compile(r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/)")
 
-    (squeeze's does; its handler asks for itself.)
+
+def _is_of_one_op(guard: Any) -> bool:
+    """Whether an operator's own shape rule went by its general case, in which sizes differ or are not 1.
+
+    What an operator means does not depend on that. (Of squeeze the shape does; its handler asks for itself.)
     """
-    expr = guard.expr
-    place = str(getattr(guard.sloc, "framework_loc", ""))
-    one = type(expr).__name__ == "Unequality" and any(getattr(x, "is_Integer", False) and int(x) <= 1 for x in expr.args)
-    return one and "torch/_ops.py" in place.replace("\\", "/")
+    place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).replace("\\", "/")
+    return type(guard.expr).__name__ == "Unequality" and _SHAPE_RULES.search(place) is not None
 
 
 def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: Any) -> Bounds:
@@ -239,7 +251,8 @@ def _untold(guard: Any, symbols: Symbols, expr: Any) -> FrontendError:
     text = str(expr)
     for theirs, ours in sorted(symbols.names.items(), key=lambda pair: -len(pair[0])):
         text = text.replace(theirs, ours)
-    frame = getattr(guard.sloc, "maybe_user_loc", None) or getattr(guard.sloc, "framework_loc", None)
+    place = getattr(guard, "sloc", None)
+    frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
     where = getattr(frame, "filename", None)
     from treadle.frontends.torch_export_lines import shown
 

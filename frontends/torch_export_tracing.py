@@ -7,10 +7,11 @@ what it exports may be wrong there.
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from treadle.frontends.torch_export_lines import raised_at, source_in
@@ -89,10 +90,7 @@ def exported(module: Any, example: Example, opened: Mapping[str, dict[int, str]]
         shapes = {name: None for name in named_arguments(module, example)}
         shapes |= {name: {axis: torch.export.Dim.AUTO for axis in dims} for name, dims in opened.items()}
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), dict(example))
-    with _quietly(), torch.no_grad(), ExitStack() as stack:
-        if opened:
-            for patch in _any_size():
-                stack.enter_context(patch)
+    with _quietly(), torch.no_grad(), _any_size():
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except FrontendError:
@@ -103,11 +101,12 @@ def exported(module: Any, example: Example, opened: Mapping[str, dict[int, str]]
             raise _refused(error) from error
 
 
-def _any_size() -> Iterator[Any]:
+def _any_size() -> AbstractContextManager[Any]:
+    """Open dimensions are traced as if they might be 0 or 1. (Where torch lacks it, they are 2 and more, which it says.)"""
     from torch.fx.experimental import _config
 
-    if hasattr(_config, "backed_size_oblivious"):
-        yield _config.patch(backed_size_oblivious=True)
+    known = hasattr(_config, "backed_size_oblivious")
+    return _config.patch(backed_size_oblivious=True) if known else nullcontext()  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -116,7 +115,7 @@ def _quietly() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where it prints the graph so far
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -148,7 +147,7 @@ def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> 
     """
     import torch
 
-    with _quietly(), torch.no_grad():
+    with _quietly(), torch.no_grad(), _any_size():
         try:
             table = torch.export.default_decompositions()
             for target in kept:
@@ -169,12 +168,12 @@ def name_symbols(program: torch.export.ExportedProgram, opened: Mapping[str, dic
         if node.op == "placeholder" and node.name in opened:
             dims += [(node.name, axis, name, node.meta["val"].shape[axis]) for axis, name in opened[node.name].items()]
     for argument, axis, name, size in dims:
-        if isinstance(size, int):
+        if isinstance(size, int) or size.node.expr.is_Integer:
             raise FrontendError(
-                f"dimension {axis} of {argument} is {size}, whatever its name",
+                f"dimension {axis} of {argument} is {int(size)}, whatever its name",
                 received=f"dynamic= calls it {name}",
                 hint="leave it out of dynamic="
-                + (", or give an example where it is 2 or more" if size < 2 else ": the module works with that size alone"),
+                + (", or give an example where it is 2 or more" if int(size) < 2 else ": the module works with that size alone"),
             )
         symbols.env = size.node.shape_env
         if size.node.expr.is_Symbol:

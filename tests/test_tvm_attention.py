@@ -134,12 +134,10 @@ def test_a_term_at_many_sizes_from_one_compilation(position: str, other: str | N
         check(graph, {"B": 2, "S": queries, "T": keys}, exe=exe)
 
 
-@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("first", [0, 1])
 def test_terms_together(first: int) -> None:
-    """Three of six at a time, all six in the two cases."""
-    terms = list(OTHER.values())
-    chosen = [terms[(first + step) % len(terms)] for step in (0, 1, 3 + first // 2)]
-    check(attention_graph(*chosen), {"B": 2, "S": 37, "T": 41})
+    """Every other one: with these, operands of three kinds are told apart."""
+    check(attention_graph(*list(OTHER.values())[first::2]), {"B": 2, "S": 37, "T": 41})
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -265,7 +263,7 @@ def test_blocks_that_no_query_sees_are_not_read(terms: tuple[Term, ...]) -> None
 
 
 @pytest.mark.parametrize("target", ["cpu", *SMALL])
-@pytest.mark.parametrize("terms", [(), (Causal(),), (Window(40), Padding())], ids=str)
+@pytest.mark.parametrize("terms", [(), (Window(40), Padding())], ids=str)
 def test_a_row_does_not_depend_on_the_batch(terms: tuple[Term, ...], target: str) -> None:
     graph = attention_graph(*terms)
     exe = compiled(graph, target)
@@ -340,22 +338,22 @@ class EveryOther(MaskTerm):
     name = "every_other"
 
     def reference(self, i: Array, j: Array, *operands: Array) -> Array:
-        return j % 2 == 0
+        return np.asarray(j % 2 == 0)
 
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         kept: Expr = grid.b.equal(grid.b.mod(grid.j, 2), 0)
         return kept
 
 
-@pytest.mark.parametrize("case", ["f64", "f16", "unknown term"])
-def test_what_the_kernel_does_not_cover_runs_by_its_body(case: str) -> None:
-    """With masks and a query that sees nothing; the op suite has the samples of these dtypes, and their gradients."""
-    dtype = case if case[0] == "f" else "f32"
+def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
+    """Float64 and a term of no backend's, a row that sees nothing, at several sizes from one compilation.
+
+    The op suite runs its samples in float64 and in 16 bits, and their gradients, by the body as well.
+    """
 
     def build(b: Builder) -> Expr:
-        types = {"q": f"{dtype}[B,4,S,8]", "k": f"{dtype}[B,2,T,8]", "v": f"{dtype}[B,2,T,6]", "lengths": "i64[B]"}
-        terms = (Padding(), Causal(), *([EveryOther()] if dtype == "f32" else []))
-        made: Expr = b.attention(*(b.input(name, type) for name, type in types.items()), terms=terms)
+        types = {"q": "f64[B,4,S,8]", "k": "f64[B,2,T,8]", "v": "f64[B,2,T,6]", "lengths": "i64[B]"}
+        made: Expr = b.attention(*(b.input(name, t) for name, t in types.items()), terms=(Padding(), EveryOther()))
         return made
 
     graph = graph_of(build)
@@ -364,9 +362,9 @@ def test_what_the_kernel_does_not_cover_runs_by_its_body(case: str) -> None:
     for queries, keys in ((5, 9), (1, 20)):
         given = drawn(graph, B=2, S=queries, T=keys) | {"lengths": np.array([0, keys - 1])}
         given = {n: x.astype(v.type.dtype.numpy) for (n, x), v in zip(given.items(), graph.main.inputs, strict=True)}
-        expected = interpret(graph, given, float64=True)["y"]
-        assert_close(np.asarray(exe(**given).y), expected, ROUNDINGS * EPSILON[dtype], case)
-        assert not np.asarray(exe(**given).y)[0].any()
+        out = np.asarray(exe(**given).y)
+        assert_close(out, interpret(graph, given, float64=True)["y"], ROUNDINGS * EPSILON["f64"], "attention")
+        assert not out[0].any()
 
 
 def kept(*types: str, **attributes: Any) -> bool:

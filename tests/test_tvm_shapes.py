@@ -13,7 +13,7 @@ from tests.op_checks import Array
 from treadle.backends.kernel_executable import KernelExecutable
 from treadle.backends.kernels.cache import assembly
 from treadle.backends.kernels.gathering import ScatterAdd, Take
-from treadle.backends.kernels.isa import ISAS, runs_here
+from treadle.backends.kernels.isa import ISAS
 from treadle.backends.kernels.shaping import FoldWindows, Iota
 from treadle.backends.lowering.program import Buffer, Call, View, row_major
 from treadle.backends.lowering.shape_rules import reshaped
@@ -225,30 +225,7 @@ def test_an_index_outside_in_a_repeated_block() -> None:
     np.testing.assert_array_equal(exe(x=x0, first=swap, second=swap)["y"], x0)
 
 
-# -- instruction sets ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["x86-64-v3", "x86-64-v2"])
-def test_instruction_sets(name: str) -> None:
-    if not runs_here(ISAS[name]):
-        pytest.skip(f"this machine does not run {name}")
-
-    def build(b: Builder) -> dict[str, Expr]:
-        x, ids = b.input("x", "f32[N, 37]"), b.input("ids", "i64[S]")
-        rows = b.gather(x, ids, axis=0)
-        folded = b.fold_windows(b.windows(x, axis=1, size=3), axis=1, size=37)
-        return {
-            "rows": rows,
-            "sums": b.index_add(x, ids, rows),
-            "folded": folded,
-            "padded": b.pad(rows, axis=1, after=2),
-        }
-
-    graph = graph_of(build)
-    given = {"x": normal(6, 37), "ids": np.array([0, 5, 5, 2])}
-    made, expected = compiled(graph, name)(**given), find_backend("numpy").compile(graph, Target("cpu"), {})(**given)
-    for output in expected:
-        np.testing.assert_allclose(made[output], expected[output], rtol=1e-6, err_msg=output)
+# -- code and constants ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,16 @@ _INLINE_BYTES = 1 << 20
 _TEXT_BYTES = 256 << 20  # of sentences to embed
 
 
+_ARGUMENTS = frozenset({"backend", "certify", "inputs", "model", "passes", "seed", "target", "weights"})
+"""What `treadle.compile` takes beside the configuration."""
+
+
 def parse_config(assignments: Iterable[str]) -> dict[str, Any]:
     """`layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else a text."""
-    config = {}
+    config: dict[str, Any] = {}
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
+        if name in _ARGUMENTS:
+            raise UsageError(f"--set {name}= is no option of a model", hint="the options of the command itself: --backend, --target, --seed, ...")
         config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
     return config
 

@@ -125,14 +125,17 @@ def silu(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def quick_gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x / (1 + e^(-1.702 x))"""
+    """x / (1 + e^(-1.702 x)), to 5 + 2.2 |x| roundings: those of the exponent, times its size."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     return f.result(held / (_exp(f, held * -1.702) + 1.0))
 
 
 def gelu_tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): in this form nothing cancels."""
+    """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): in this form nothing cancels.
+
+    To 5 + 9.2 |u| roundings: those of the exponent, times its size. In the usual form all digits go from x = -6 on.
+    """
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     scale = -2.0 * math.sqrt(2.0 / math.pi)

@@ -1,0 +1,42 @@
+"""Every op on the TVM backend's lesser instruction sets, once: what the op suite runs on the best one only.
+
+Elementwise functions, of which every instruction set has code of its own, are in `test_tvm_pointwise`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.op_checks import TESTED, Case, assert_close, resolution
+from tests.test_op_suite import ROUNDINGS
+from treadle.backends.kernels.isa import ISAS, host_isa, runs_here
+from treadle.backends.registry import find_backend
+from treadle.ir.operation import OPS
+from treadle.ir.target import Target
+from treadle.ir.types import f32
+
+pytest.importorskip("tvm")
+
+from treadle.backends.kernels.vector_math import POINTWISE
+
+LESSER = [n for n in ("x86-64-v3", "x86-64-v2") if runs_here(ISAS[n]) and host_isa().name != n]
+
+
+def sample_of(name: str) -> int:
+    """The op's last sample in f32, which is seldom its plainest; of an op without floats the last one."""
+    samples = OPS[name].samples
+    single = [
+        n for n, sample in enumerate(samples) if sample.types[:1] and sample.types[0] and sample.types[0].dtype is f32
+    ]
+    return [*range(len(samples)), *single][-1]
+
+
+@pytest.mark.parametrize("isa", LESSER)
+@pytest.mark.parametrize("name", [name for name in TESTED if name not in POINTWISE])
+def test_a_sample_of_every_op(name: str, isa: str) -> None:
+    case = Case.of(name, sample_of(name))
+    graph = case.forward_graph()
+    made = find_backend("tvm").compile(graph, Target(isa), {})(**case.inputs)
+    for n, expected in enumerate(case.widened.results):
+        assert_close(np.asarray(made[f"y{n}"]), expected, ROUNDINGS * resolution(graph), f"result {n}")
