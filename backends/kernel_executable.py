@@ -164,8 +164,13 @@ class KernelExecutable:
             values[at] = offsets + (base if not name else address(arrays[name]))
         tvm_runtime.set_threads(self.threads)
         assert self._runner is not None
-        failed = run_table(self._runner, plan.table, self._result)
+        table = plan.table
+        if tvm_runtime.pool_is_lost():
+            table = table.copy()
+            table[:, -1] = True
+        failed = run_table(self._runner, table, self._result)
         if failed >= 0:
+            plan.status[:] = 0  # of the kernels before
             step = plan.steps[failed]
             source = describe_source(step.node.source, step.node.scope) if step.node is not None else None
             raise BackendError(f"kernel {step.kernel.title}: failed while running", source=source)

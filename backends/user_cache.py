@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -30,3 +31,26 @@ def cache_folder() -> Path:
             received=str(error),
             hint="TREADLE_CACHE set to a folder",
         ) from error
+
+
+def is_private(folder: Path) -> bool:
+    """Whether nobody else can write into a folder, or put another in its place; False where it is not there.
+
+    It and those above it must belong to the user or to root, and be writable by no one else; a group of the user's own
+    is none else, and in a sticky folder, such as /tmp, nobody replaces what is another's. What lies in another folder
+    may be anyone's, and must not be run.
+    """
+    if os.name != "posix":
+        return True
+    try:
+        real = folder.resolve(strict=True)
+        found = [(each, each.stat()) for each in (real, *real.parents)]
+    except (OSError, RuntimeError):
+        return False
+    for each, about in found:
+        by_group = about.st_mode & stat.S_IWGRP and about.st_gid not in (0, os.getegid())
+        shared = by_group or about.st_mode & stat.S_IWOTH
+        sticky = about.st_mode & stat.S_ISVTX and each != real
+        if about.st_uid not in (0, os.geteuid()) or (shared and not sticky):
+            return False
+    return True

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,8 +23,8 @@ from treadle.backends.arena import ALIGNMENT
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.lowering.program import KernelProgram, Panels, Slot
 from treadle.backends.python_executable import collect_weights, misfit, shape_fits
-from treadle.backends.user_cache import cache_folder
-from treadle.backends.whole_files import replacing
+from treadle.backends.user_cache import cache_folder, is_private
+from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import Type
@@ -141,9 +142,12 @@ def _path(
 
 
 def _mapped_file(path: Path, size: int) -> Array | None:
-    """The file's bytes, if it is there and as long as it should be; it was written whole or not at all."""
+    """The file's bytes, if it is there and as long as it should be; it was written whole or not at all.
+
+    Nobody else's: one who can write it can cut it, which kills whoever reads it then.
+    """
     try:
-        if path.stat().st_size != size:
+        if path.stat().st_size != size or not is_private(path.parent):
             return None
         return np.memmap(path, np.uint8, "r")
     except OSError:
@@ -168,14 +172,17 @@ def _written(
     def write() -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not is_private(path.parent):
+                raise PermissionError(f"others can write {path.parent}")
+            sweep(path.parent)
             with replacing(path) as file:
-                file.truncate(offsets[-1])
+                _allocate(file, offsets[-1])
                 data = np.memmap(file.name, np.uint8, "r+")
                 list(pool.map(lambda i: fill(data, i), range(len(slots))))
                 read = data.view()
                 read.flags.writeable = False
                 filled.set_result(read)
-        except OSError as error:
+        except Exception as error:
             if not filled.done():  # else the file alone is lost
                 filled.set_exception(error)
 
@@ -191,6 +198,14 @@ def _written(
         return filled.result()
     except OSError:
         return None
+
+
+def _allocate(file: IO[bytes], size: int) -> None:
+    """Make a new file that long. Raises OSError on a full disk, where a write to its mapping would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 _writers: list[threading.Thread] = []

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+_STAGED = re.compile(r"\..*-[0-9a-f]{12}", re.DOTALL)
+_OLDEST = 24 * 3600.0  # seconds; nothing takes so long to write
 
 
 @contextmanager
@@ -34,3 +39,12 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder, a day ago or earlier."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            with suppress(OSError):
+                if _STAGED.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - _OLDEST:
+                    os.unlink(entry.path)

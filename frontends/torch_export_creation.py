@@ -18,7 +18,7 @@ def _arange(site: Site) -> Made:
     if isinstance(start, float) or isinstance(step, float):
         # Torch counts in float64.
         places = b.iota(size=count, dtype=f64)
-        return (places * site.float("step", 1.0) + site.float("start", 0.0)).cast(dtype)
+        return (places * site.real("step", 1.0) + site.real("start", 0.0)).cast(dtype)
     places = b.iota(size=count, dtype=dtype)
     if Size.of(step).constant != 1:
         places = places * site.as_operand(step, dtype)
@@ -58,7 +58,7 @@ def _scalar(site: Site) -> Made:
 
 @operator("linspace.default")
 def _linspace(site: Site) -> Made:
-    b, count, start, end = site.b, site.int("steps"), site.float("start"), site.float("end")
+    b, count, start, end = site.b, site.integer("steps"), site.real("start"), site.real("end")
     if not site.dtype().is_float or not (math.isfinite(start) and math.isfinite(end)):
         site.refuse("of integers, or of an endless range")
     step = (end - start) / max(count - 1, 1)
@@ -77,7 +77,7 @@ def _eye(site: Site) -> Made:
 
 def _triangle(site: Site, upper: bool) -> Expr:
     """The elements on one side of a diagonal; the rest is zero."""
-    b, x, diagonal = site.b, site.x("self"), site.int("diagonal", 0)
+    b, x, diagonal = site.b, site.x("self"), site.integer("diagonal", 0)
     rows = b.rearrange(b.iota(size=x.shape[-2]), pattern="n -> n 1")
     edge = rows + diagonal if diagonal else rows
     columns = b.iota(size=x.shape[-1])

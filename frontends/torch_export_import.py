@@ -23,7 +23,6 @@ from treadle.frontends.torch_export_operators import OPERATORS, Site, our_dtype,
 from treadle.frontends.torch_export_sizes import Symbols, UnknownSize, bounds_of
 from treadle.frontends.torch_export_tracing import (
     Dynamic,
-    Example,
     decomposed,
     exported,
     name_symbols,
@@ -73,12 +72,17 @@ def from_torch(
         import torch  # noqa: F401
     except ImportError:
         raise UsageError("from_torch needs PyTorch", hint="pip install torch") from None
-    arguments = named_arguments(module, example) if hasattr(module, "forward") and isinstance(example, tuple | Mapping) else {}
+    arguments = (
+        named_arguments(module, example) if hasattr(module, "forward") and isinstance(example, tuple | Mapping) else {}
+    )
     opened = open_dimensions(arguments, dynamic)
     program = exported(module, example, opened)
-    if not _is_plain(program):
-        program = decomposed(program, _kept())
     symbols, told = name_symbols(program, opened)
+    if not _is_plain(program):
+        env, traced = symbols.env, len(symbols.env.guards) if symbols.env is not None else 0
+        program = decomposed(program, _kept())
+        symbols, told = name_symbols(program, opened)
+        symbols.traced = traced if symbols.env is env else None
     with collection_paused():
         return TorchImporter(type(module).__name__, program, symbols, told).run()
 
@@ -156,9 +160,7 @@ class TorchImporter:
         for symbol in self.graph.symbols:
             self.graph.symbols[symbol] = self.bounds.get(symbol, Bounds())
         weights = {name: self.weights[name] for name in self.graph.parameters}
-        return TorchModel(
-            self.name, self.graph, weights, inputs, dict(self.told), self.operators, tuple(self.opaque)
-        )
+        return TorchModel(self.name, self.graph, weights, inputs, dict(self.told), self.operators, tuple(self.opaque))
 
     # -- inputs and weights ------------------------------------------------------------------------------------
 
@@ -339,4 +341,3 @@ class TorchImporter:
             if seen[name] > 1:
                 names[i] = f"{name}_{seen[name]}"
         return names
-

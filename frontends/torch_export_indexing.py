@@ -105,7 +105,7 @@ def _gather(site: Site) -> Made:
 
 @operator("index.Tensor")
 def _index(site: Site) -> Made:
-    """x[i, :, j]: the indices broadcast, and their axes come where the indexed ones are, or first if these lie apart."""
+    """x[i, :, j]: the indices broadcast; their axes come where the indexed ones are, or first if these lie apart."""
     b, x = site.b, site.x("self")
     indices = list(site.given("indices"))
     if any(i is not None and i.dtype.kind == "bool" for i in indices):
@@ -190,14 +190,14 @@ def _scatter_add(site: Site) -> Made:
 @operator("index_add.default")
 def _index_add(site: Site) -> Made:
     x, axis = site.x("self"), site.axis("dim")
-    if site.float("alpha", 1.0) != 1:
+    if site.real("alpha", 1.0) != 1:
         site.refuse("with alpha")
     return site.b.index_add(x, from_start(site.b, site.x("index"), x.shape[axis]), site.x("source"), axis=axis)
 
 
 @operator("one_hot.default")
 def _one_hot(site: Site) -> Made:
-    b, x, count = site.b, site.x("self"), site.int("num_classes", -1)
+    b, x, count = site.b, site.x("self"), site.integer("num_classes", -1)
     if count < 1:
         site.refuse("without num_classes")
     names = axis_letters(x.rank)

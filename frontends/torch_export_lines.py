@@ -1,7 +1,7 @@
 """Where nodes of torch.export come from: the module that they are in, and the user's line.
 
-    nn_module_stack   {..., "L__self__transformer.h.0.attn": ("transformer.h.0.attn", ...)}   transformer.h.0.attn
-    stack_trace       File ".../transformers/models/gpt2/modeling_gpt2.py", line 213           the same, shortened
+nn_module_stack   {..., "L__self__transformer.h.0.attn": ("transformer.h.0.attn", ...)}   transformer.h.0.attn
+stack_trace       File ".../transformers/models/gpt2/modeling_gpt2.py", line 213           the same, shortened
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from treadle.frontends.torch_export_lines import source_of
-from treadle.ir.builder import Builder, Expr
+from treadle.ir.builder import Expr
 from treadle.ir.errors import FrontendError
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.types import DTYPES, DType
@@ -130,20 +130,20 @@ class Site:
             self.refuse(f"{name} must be a size")
         return Size.of(found)
 
-    def int(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None) -> int:
         number = self.size(name, default).constant
         if number is None:
             self.refuse(f"{name} must be a number, is {self.size(name)}")
         return number
 
-    def ints(self, name: str) -> tuple[int, ...]:  # type: ignore[valid-type]
+    def integers(self, name: str) -> tuple[int, ...]:
         found = self.given(name, ())
         numbers = [Size.of(n).constant for n in (found if isinstance(found, list | tuple) else [found])]
         if any(n is None for n in numbers):
             self.refuse(f"{name} must be numbers")
         return tuple(n for n in numbers if n is not None)
 
-    def float(self, name: str, default: float | None = None) -> float:  # type: ignore[valid-type]
+    def real(self, name: str, default: float | None = None) -> float:
         found = self.given(name, default)
         if isinstance(found, Size) and found.constant is not None:
             return float(found.constant)
@@ -157,22 +157,22 @@ class Site:
     def text(self, name: str) -> str:
         return str(self.given(name, ""))
 
-    def axis(self, name: str, rank: int | None = None, default: int | None = None) -> int:  # type: ignore[valid-type]
+    def axis(self, name: str, rank: int | None = None, default: int | None = None) -> int:
         """The position that an argument such as `dim` means."""
-        return self.position(self.int(name, default), self.x("self").rank if rank is None else rank)
+        return self.position(self.integer(name, default), self.x("self").rank if rank is None else rank)
 
-    def position(self, axis: int, rank: int) -> int:  # type: ignore[valid-type]
+    def position(self, axis: int, rank: int) -> int:
         if not -max(rank, 1) <= axis < max(rank, 1):
             self.refuse(f"there is no axis {axis} in a tensor of rank {rank}")
         return axis % max(rank, 1)
 
     # -- what torch found of the results -----------------------------------------------------------------------
 
-    def shape(self, output: int = 0) -> tuple[Size, ...]:  # type: ignore[valid-type]
+    def shape(self, output: int = 0) -> tuple[Size, ...]:
         """The shape of a result."""
         return tuple(self.importer.symbols.size(n) for n in self.vals[output].shape)
 
-    def dtype(self, output: int = 0) -> DType:  # type: ignore[valid-type]
+    def dtype(self, output: int = 0) -> DType:
         """The dtype of a result."""
         return our_dtype(self.vals[output].dtype)
 
@@ -215,4 +215,3 @@ def unsupported(node: Any, why: str, hint: str | None = None, received: str | No
         source=str(at) if at is not None else None,
         hint=hint,
     )
-

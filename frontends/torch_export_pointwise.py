@@ -21,14 +21,14 @@ def _same(site: Site) -> Made:
 
 @operator("dropout.default", "feature_dropout.default", "alpha_dropout.default")
 def _dropout(site: Site) -> Made:
-    if site.flag("train") and site.float("p") != 0:
+    if site.flag("train") and site.real("p") != 0:
         site.refuse("dropout in training mode", "module.eval()")
     return site.x("input")
 
 
 @operator("native_dropout.default")
 def _native_dropout(site: Site) -> Made:
-    if site.flag("train") and site.float("p") != 0:
+    if site.flag("train") and site.real("p") != 0:
         site.refuse("dropout in training mode", "module.eval()")
     return [site.x("input"), None]
 
@@ -46,7 +46,7 @@ def _both(site: Site, dtype: DType) -> tuple[Expr, Expr]:
 
 
 def _scaled(site: Site, y: Expr) -> Expr:
-    alpha = site.float("alpha", 1.0)
+    alpha = site.real("alpha", 1.0)
     return y if alpha == 1 else y * (alpha if y.dtype.is_float else int(alpha))
 
 
@@ -124,7 +124,7 @@ def _fmod(site: Site) -> Made:
 
 @operator("pow.Tensor_Scalar")
 def _power(site: Site) -> Made:
-    b, dtype, exponent = site.b, site.dtype(), site.float("exponent")
+    b, dtype, exponent = site.b, site.dtype(), site.real("exponent")
     x = site.operand("self", dtype)
     if exponent in (2, 3, 4) and (dtype.is_float or dtype.is_int):
         return reduce(lambda y, _: y * x, range(int(exponent) - 1), x)
@@ -182,7 +182,7 @@ def _within(site: Site, low: str | None, high: str | None) -> Expr:
     x = site.operand("self", dtype)
     if low is not None:
         x = b.maximum(x, site.operand(low, dtype))
-    return x if high is None else b.minimum(x, site.operand(high, dtype))  # type: ignore[no-any-return]
+    return x if high is None else b.minimum(x, site.operand(high, dtype))
 
 
 # -- comparisons, logic, selection ---------------------------------------------------------------------------------
@@ -221,9 +221,13 @@ def _logic(combine: Callable[[Site, Expr, Expr], Expr], *names: str) -> None:
             return combine(site, *_logical(site, bitwise))
 
 
+def _differing(site: Site, x: Expr, y: Expr) -> Expr:
+    return site.b.not_equal(x, y)  # type: ignore[no-any-return]
+
+
 _logic(lambda s, x, y: x & y, "__and__.Tensor", "__and__.Scalar", "bitwise_and.Tensor", "logical_and.default")
 _logic(lambda s, x, y: x | y, "__or__.Tensor", "__or__.Scalar", "bitwise_or.Tensor", "logical_or.default")
-_logic(lambda s, x, y: s.b.not_equal(x, y), "__xor__.Tensor", "bitwise_xor.Tensor", "logical_xor.default")
+_logic(_differing, "__xor__.Tensor", "bitwise_xor.Tensor", "logical_xor.default")
 
 
 @operator("logical_not.default", "bitwise_not.default")
@@ -317,16 +321,16 @@ def _relu6(site: Site) -> Made:
 @operator("leaky_relu.default")
 def _leaky_relu(site: Site) -> Made:
     x = site.x("self")
-    return site.b.where(x > 0.0, x, x * site.float("negative_slope"))
+    return site.b.where(x > 0.0, x, x * site.real("negative_slope"))
 
 
 @operator("softplus.default")
 def _softplus(site: Site) -> Made:
     """log(1 + exp(beta x)) / beta = (max(z, 0) + log(1 + exp(-|z|))) / beta, and x itself past the threshold."""
-    b, x, beta = site.b, site.x("self"), site.float("beta")
+    b, x, beta = site.b, site.x("self"), site.real("beta")
     z = x.cast(f32) * beta if x.dtype.bytes == 2 else x * beta
     soft = (b.relu(z) + b.log(1.0 + b.exp(-b.abs(z)))) / beta
-    return b.where(z > site.float("threshold"), x, soft.cast(x.dtype))
+    return b.where(z > site.real("threshold"), x, soft.cast(x.dtype))
 
 
 @operator("hardsigmoid.default")

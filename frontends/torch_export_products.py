@@ -30,7 +30,7 @@ def _matmul(site: Site) -> Made:
 def _addmm(site: Site) -> Made:
     """beta c + alpha a b"""
     first, second = [a.name for a in site.node.target._schema.arguments][1:3]
-    c, alpha, beta = site.x("self"), site.float("alpha", 1.0), site.float("beta", 1.0)
+    c, alpha, beta = site.x("self"), site.real("alpha", 1.0), site.real("beta", 1.0)
     z = matmul(site.b, site.x(first), site.x(second))
     if not z.dtype.is_float and (alpha != 1 or beta != 1):
         site.refuse("of integers with alpha or beta")
@@ -64,7 +64,7 @@ def _conv(site: Site) -> Made:
     """x [b, c, ...] or [c, ...]; padding "same" puts the odd zero behind."""
     b, x, weight = site.b, site.x("input"), site.x("weight")
     spatial = weight.rank - 2
-    if site.flag("transposed") or any(site.ints("output_padding")):
+    if site.flag("transposed") or any(site.integers("output_padding")):
         site.refuse("transposed")
     alone = x.rank == spatial + 1
     if alone:
@@ -85,13 +85,13 @@ def _conv(site: Site) -> Made:
         strides=strides,
         dilations=dilations,
         padding=pads,
-        groups=site.int("groups", 1),
+        groups=site.integer("groups", 1),
     )
     return reshaped(b, y, y.shape[1:])[0] if alone else y
 
 
 def _each(site: Site, name: str, count: int, default: int = 1) -> tuple[int, ...]:
-    numbers = site.ints(name) or (default,)
+    numbers = site.integers(name) or (default,)
     return numbers * count if len(numbers) == 1 else numbers
 
 
@@ -102,7 +102,7 @@ def _each(site: Site, name: str, count: int, default: int = 1) -> tuple[int, ...
 def _attention(site: Site) -> Made:
     """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both first axes."""
     b, q, k, v = site.b, site.x("query"), site.x("key"), site.x("value")
-    if site.float("dropout_p", 0.0) != 0:
+    if site.real("dropout_p", 0.0) != 0:
         site.refuse("with dropout", "module.eval()")
     if not 2 <= q.rank <= 4 or k.rank != q.rank or v.rank != q.rank:
         site.refuse(f"of ranks {q.rank}, {k.rank} and {v.rank}")
@@ -123,7 +123,7 @@ def _attention(site: Site) -> Made:
         masks, biases = _masked_by(site, mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     if site.flag("is_causal"):
         masks = masks & causal
-    scale = None if site.given("scale") is None else site.float("scale")
+    scale = None if site.given("scale") is None else site.real("scale")
     y = attend(b, q, k, v, masks=masks, biases=biases, scale=scale)
     if rank == 4:
         return y

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from treadle.frontends.onnx_reshaping import reshaped
 from treadle.frontends.torch_export_operators import Made, Site, operator
 from treadle.ir.builder import Builder, Expr
@@ -21,7 +19,7 @@ def _axes(site: Site) -> tuple[int, ...]:
     rank = site.x("self").rank
     if rank == 0:
         return ()
-    axes = site.ints("dim") if site.given("dim") is not None else ()
+    axes = site.integers("dim") if site.given("dim") is not None else ()
     return tuple(site.position(a, rank) for a in axes) or tuple(range(rank))
 
 
@@ -59,12 +57,13 @@ def _truth(ours: str) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
 def _variance(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     """The mean square distance from the mean, with n - correction for n."""
     b = site.b
-    correction = site.float("correction", 1.0) if site.given("unbiased", True) else 0.0
+    correction = site.real("correction", 1.0) if site.given("unbiased", True) else 0.0
     centered = x - b.reduce_mean(x, axes=axes, keep=True)
     total = b.reduce_sum(centered * centered, axes=axes, keep=keep)
     if correction != int(correction):
         site.refuse(f"with a correction of {correction}")
-    return total / site.as_operand(product(x.shape[a] for a in axes) - int(correction), x.dtype)
+    count = site.as_operand(product(x.shape[a] for a in axes) - int(correction), x.dtype)
+    return total / count  # type: ignore[no-any-return]
 
 
 _reduction(_sum, "sum.default", "sum.dim_IntList")
@@ -96,7 +95,7 @@ def _log_sum_exp(site: Site) -> Made:
 @operator("linalg_vector_norm.default")
 def _norm(site: Site) -> Made:
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
-    order = site.float("ord", 2.0)
+    order = site.real("ord", 2.0)
     if order not in (1, 2):
         site.refuse(f"of order {order:g}")
     total = b.reduce_sum(b.abs(x) if order == 1 else x * x, axes=axes, keep=keep)
@@ -145,15 +144,15 @@ def _last_axes(site: Site) -> tuple[Expr, tuple[Size, ...], list[Expr | None]]:
 @operator("layer_norm.default", "native_layer_norm.default")
 def _layer_norm(site: Site) -> Made:
     x, shape, (weight, bias) = _last_axes(site)
-    y = reshaped(site.b, site.b.layer_norm(x, weight, bias, eps=site.float("eps", 1e-5)), shape)[0]
+    y = reshaped(site.b, site.b.layer_norm(x, weight, bias, eps=site.real("eps", 1e-5)), shape)[0]
     return [y, None, None] if len(site.vals) > 1 else y
 
 
 @operator("rms_norm.default", "_fused_rms_norm.default")
 def _rms_norm(site: Site) -> Made:
     x, shape, (weight, _) = _last_axes(site)
-    least = {"f64": np.finfo(np.float64).eps, "f16": np.finfo(np.float16).eps, "bf16": 2.0**-7}
-    eps = site.float("eps") if site.given("eps") is not None else float(least.get(x.dtype.name, np.finfo(np.float32).eps))
+    # The default is the dtype's own epsilon; 16-bit floats are computed with in float32.
+    eps = site.real("eps", 2.0**-52 if x.dtype.name == "f64" else 2.0**-23)
     y = reshaped(site.b, site.b.rms_norm(x, weight, eps=eps), shape)[0]
     return [y, None] if len(site.vals) > 1 else y
 
@@ -168,12 +167,12 @@ def _batch_norm(site: Site) -> Made:
 
     def along(name: str) -> Expr | None:
         held = site.maybe(name)
-        return None if held is None else b.rearrange(held, pattern=f"c -> {ones}")  # type: ignore[no-any-return]
+        return None if held is None else b.rearrange(held, pattern=f"c -> {ones}")
 
     mean, variance, weight, bias = (along(n) for n in ("running_mean", "running_var", "weight", "bias"))
     assert mean is not None
     assert variance is not None
-    y = (x - mean) * b.rsqrt(variance + site.float("eps"))
+    y = (x - mean) * b.rsqrt(variance + site.real("eps"))
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     return [y, None, None] if len(site.vals) > 1 else y
@@ -182,12 +181,12 @@ def _batch_norm(site: Site) -> Made:
 @operator("group_norm.default")
 def _group_norm(site: Site) -> Made:
     """[b, (g c), ...], normalized over c and what follows it."""
-    b, x, groups = site.b, site.x("input"), site.int("num_groups")
+    b, x, groups = site.b, site.x("input"), site.integer("num_groups")
     rest = product(x.shape[1:]).divide(groups)
     if rest is None:
         site.refuse(f"of {x.shape[1]} channels in {groups} groups")
     rows, _ = reshaped(b, x, [x.shape[0], Size.of(groups), rest])
-    y, _ = reshaped(b, b.layer_norm(rows, None, None, eps=site.float("eps", 1e-5)), x.shape)
+    y, _ = reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps", 1e-5)), x.shape)
     ones = " ".join(["c", *["1"] * (x.rank - 2)])
     weight, bias = site.maybe("weight"), site.maybe("bias")
     y = y if weight is None else y * b.rearrange(weight, pattern=f"c -> {ones}")
@@ -207,7 +206,7 @@ def reversed_order(b: Builder, x: Expr) -> Expr:
     """Numbers whose order is the reverse of x's: of integers, -1 - x, which does not overflow."""
     if x.dtype.is_float:
         return -x
-    return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x  # type: ignore[no-any-return]
+    return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
 
 
 def _flat(site: Site) -> tuple[Expr, int, bool]:
@@ -245,7 +244,7 @@ def _extremum_and_place(site: Site) -> Made:
 
 @operator("topk.default")
 def _topk(site: Site) -> Made:
-    b, x, k, axis = site.b, site.x("self"), site.int("k"), site.axis("dim", default=-1)
+    b, x, k, axis = site.b, site.x("self"), site.integer("k"), site.axis("dim", default=-1)
     if k < 1:
         site.refuse(f"of {k} elements")
     if site.given("largest", True):

@@ -41,7 +41,7 @@ def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
     taken = {s for n in (*before, *after) for s in n.symbols}
     if 2 * (len(before) + len(after)) + len(taken) > 50:
         return None
-    names = iter(axis_letters(2 * (len(before) + len(after)), taken))
+    letters = iter(axis_letters(2 * (len(before) + len(after)), taken))
     parts: list[tuple[str, Size, int, int]] = []
     (i, left), (j, right) = sides[0].pop(0), sides[1].pop(0)
     while True:
@@ -49,7 +49,7 @@ def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
         rest, other = left.divide(part), right.divide(part)
         if rest is None or other is None:
             return None
-        parts.append((next(names), part, i, j))
+        parts.append((next(letters), part, i, j))
         left, right = rest, other
         if left == right == ONE and not sides[0] and not sides[1]:
             break
@@ -73,7 +73,8 @@ def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
         words = [p[0] if p is free else f"{p[0]}={p[1]}" for p in own]
         texts.append("1" if not own else words[0] if len(own) == 1 else f"({' '.join(words)})")
     whole = [[p[0] for p in parts if p[3] == k] for k in range(len(after))]
-    return f"{' '.join(texts)} -> {' '.join('1' if not w else w[0] if len(w) == 1 else f'({chr(32).join(w)})' for w in whole)}"
+    joins = ["1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})" for names in whole]
+    return f"{' '.join(texts)} -> {' '.join(joins)}"
 
 
 @operator("squeeze.default", "squeeze.dim", "squeeze.dims")
@@ -81,7 +82,7 @@ def _squeeze(site: Site) -> Made:
     """Torch kept every symbolic dimension: of size 1 it would have dropped it, so it must not be 1."""
     x = site.x("self")
     asked = site.given("dim")
-    axes = range(x.rank) if asked is None else [site.position(a, x.rank) for a in site.ints("dim")]
+    axes = range(x.rank) if asked is None else [site.position(a, x.rank) for a in site.integers("dim")]
     for axis in axes:
         size = x.shape[axis]
         if size.constant is None and site.bounds(size).lower <= 1:
@@ -102,7 +103,7 @@ def permuted(b: Builder, x: Expr, order: Sequence[int]) -> Expr:
 @operator("permute.default", "permute_copy.default")
 def _permute(site: Site) -> Made:
     x = site.x("self")
-    return permuted(site.b, x, [site.position(a, x.rank) for a in site.ints("dims")])
+    return permuted(site.b, x, [site.position(a, x.rank) for a in site.integers("dims")])
 
 
 @operator("transpose.int", "swapaxes.default", "swapdims.default")
@@ -133,8 +134,8 @@ def _turned(site: Site) -> Made:
 @operator("movedim.int", "movedim.intlist", "moveaxis.int")
 def _movedim(site: Site) -> Made:
     x = site.x("self")
-    sources = [site.position(a, x.rank) for a in site.ints("source")]
-    targets = [site.position(a, x.rank) for a in site.ints("destination")]
+    sources = [site.position(a, x.rank) for a in site.integers("source")]
+    targets = [site.position(a, x.rank) for a in site.integers("destination")]
     rest = iter([i for i in range(x.rank) if i not in sources])
     return permuted(site.b, x, [sources[targets.index(i)] if i in targets else next(rest) for i in range(x.rank)])
 
@@ -146,7 +147,7 @@ def _expand(site: Site) -> Made:
 
 def expanded(b: Builder, x: Expr, shape: Sequence[Size]) -> Expr:
     """x broadcast to a shape."""
-    return x if x.shape == tuple(shape) else b.expand(x, shape=tuple(shape))  # type: ignore[no-any-return]
+    return x if x.shape == tuple(shape) else b.expand(x, shape=tuple(shape))
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def start_of(site: Site, start: Size, size: Size) -> Size:
 @operator("slice.Tensor", "slice_copy.Tensor")
 def _slice(site: Site) -> Made:
     b, x = site.b, site.x("self")
-    axis, step = site.axis("dim", default=0), site.int("step", 1)
+    axis, step = site.axis("dim", default=0), site.integer("step", 1)
     size, count = x.shape[axis], site.shape()[axis]
     if count == size and step == 1:
         return x
@@ -243,7 +244,7 @@ def _slice_scatter(site: Site) -> Made:
     b, x, source = site.b, site.x("self"), site.x("src")
     axis = site.axis("dim", default=0)
     size, count = x.shape[axis], source.shape[axis]
-    if site.int("step", 1) != 1:
+    if site.integer("step", 1) != 1:
         site.refuse("with a step")
     if count == size:
         return source.cast(x.dtype)
@@ -266,7 +267,7 @@ def _replaced(b: Builder, x: Expr, part: Expr, axis: int, start: Size) -> Expr:
         parts.insert(0, b.slice(x, axis=axis, start=0, stop=start))
     if stop != x.shape[axis]:
         parts.append(b.slice(x, axis=axis, start=stop))
-    return parts[0] if len(parts) == 1 else b.concat(*parts, axis=axis)  # type: ignore[no-any-return]
+    return parts[0] if len(parts) == 1 else b.concat(*parts, axis=axis)
 
 
 @operator("copy.default")
@@ -279,7 +280,7 @@ def _diff(site: Site) -> Made:
     """x[i + 1] - x[i], after what is laid before and behind it; of truth values, where they differ."""
     b, x = site.b, site.x("self")
     axis = site.axis("dim", default=-1)
-    if site.int("n", 1) != 1:
+    if site.integer("n", 1) != 1:
         site.refuse("of a higher order")
     parts = [p for p in (site.maybe("prepend"), x, site.maybe("append")) if p is not None]
     whole = b.concat(*parts, axis=axis) if len(parts) > 1 else x
@@ -325,7 +326,7 @@ def _repeated(b: Builder, x: Expr, axis: int, times: Size, *, whole: bool) -> Ex
 @operator("flip.default")
 def _flip(site: Site) -> Made:
     x = site.x("self")
-    for axis in site.ints("dims"):
+    for axis in site.integers("dims"):
         x = flipped(site.b, x, site.position(axis, x.rank))
     return x
 
@@ -333,10 +334,10 @@ def _flip(site: Site) -> Made:
 @operator("roll.default")
 def _roll(site: Site) -> Made:
     b, x = site.b, site.x("self")
-    axes = [site.position(a, x.rank) for a in site.ints("dims")]
+    axes = [site.position(a, x.rank) for a in site.integers("dims")]
     if not axes:
         site.refuse("without dims")
-    for axis, shift in zip(axes, site.ints("shifts"), strict=True):
+    for axis, shift in zip(axes, site.integers("shifts"), strict=True):
         size = x.shape[axis].constant
         if size is None:
             site.refuse("of a symbolic axis")
@@ -353,7 +354,7 @@ def _pad(site: Site) -> Made:
     if site.given("mode", "constant") != "constant":
         site.refuse(f"mode {site.text('mode')}")
     pads = [Size.of(n) for n in site.given("pad", [])]
-    value = site.float("value", 0.0)
+    value = site.real("value", 0.0)
     for k in range(len(pads) // 2):
         axis, (before, after) = x.rank - 1 - k, pads[2 * k : 2 * k + 2]
         cut = [-n.constant if n.constant is not None and n.constant < 0 else 0 for n in (before, after)]

@@ -36,12 +36,14 @@ class Symbols:
     names   the name of ours for each of torch's
     env     torch's own record of them, or None where all sizes are numbers
     bounds  what each of ours may be, as far as it is known: a minimum or maximum is told by these
+    traced  how many guards there were when the module's own code had run; later ones are of decompositions
     """
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
         self.env: Any = None
         self.bounds: dict[str, Bounds] = {}
+        self.traced: int | None = None
 
     def size(self, value: Any) -> Size:
         """An int, a torch.SymInt or a SymPy expression as a size. Raises UnknownSize."""
@@ -94,8 +96,9 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
         if name is not None:
             found[name] = found.get(name, Bounds()).intersect(_of_range(range))
     asserted = [a for held in env.deferred_runtime_asserts.values() for a in held]
-    for guard in (*env.guards, *asserted):
-        if _is_of_one_op(guard):
+    for position, guard in enumerate((*env.guards, *asserted)):
+        late = symbols.traced is not None and symbols.traced <= position < len(env.guards)
+        if _is_of_one_op(guard, late):
             continue
         expr = env.replace(guard.expr)
         free = sorted({s.name for s in expr.free_symbols})
@@ -128,13 +131,14 @@ def _of_range(range: Any) -> Bounds:
 _SHAPE_RULES = re.compile(r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/)")
 
 
-def _is_of_one_op(guard: Any) -> bool:
+def _is_of_one_op(guard: Any, late: bool) -> bool:
     """Whether an operator's own shape rule went by its general case, in which sizes differ or are not 1.
 
     What an operator means does not depend on that. (Of squeeze the shape does; its handler asks for itself.)
     """
     place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).replace("\\", "/")
-    return type(guard.expr).__name__ == "Unequality" and _SHAPE_RULES.search(place) is not None
+    general = type(guard.expr).__name__ == "Unequality"
+    return general and (late or _SHAPE_RULES.search(place) is not None)
 
 
 def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: Any) -> Bounds:
@@ -158,7 +162,7 @@ def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: A
         raise _untold(guard, symbols, expr)
     values = np.arange(last + 1)
     try:
-        held = np.broadcast_to(_evaluated(expr, {name: values for name in free}), values.shape)
+        held = np.broadcast_to(_evaluated(expr, dict.fromkeys(free, values)), values.shape)
     except KeyError:
         raise _untold(guard, symbols, expr) from None
     if not held[hint]:

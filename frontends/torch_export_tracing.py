@@ -10,7 +10,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def named_arguments(module: Any, example: Example) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def open_dimensions(arguments: Mapping[str, Any], dynamic: Dynamic | None) -> dict[str, dict[int, str]]:
+def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
     """For each argument the names of its open dimensions. Raises UsageError for what `dynamic` names wrongly."""
     import torch
 
@@ -51,7 +51,7 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Dynamic | None) -> di
         if not isinstance(tensor, torch.Tensor):
             known = ", ".join(n for n, x in arguments.items() if isinstance(x, torch.Tensor))
             raise UsageError(f"dynamic= names {name!r}, no tensor of the example", received=known)
-        dims = _dims(name, given, tensor.ndim)
+        dims = _dims(name, given, tensor.shape)
         for axis, symbol in dims.items():
             size = int(tensor.shape[axis])
             if sizes.setdefault(symbol, size) != size:
@@ -60,14 +60,22 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Dynamic | None) -> di
     return found
 
 
-def _dims(name: str, given: str | Mapping[int, str], rank: int) -> dict[int, str]:
+def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
+    rank = len(shape)
     if isinstance(given, str):
         words = given.split()
         if len(words) != rank:
             raise UsageError(f"dynamic= gives {name} {len(words)} dimensions, it has {rank}", received=given)
-        dims = {axis: word for axis, word in enumerate(words) if not word.isdigit() and word != "_"}
-    else:
+        for axis, word in enumerate(words):
+            if word.isdigit() and int(word) != shape[axis]:
+                raise UsageError(f"dimension {axis} of {name} is {shape[axis]}, dynamic= says {word}", received=given)
+        dims: dict[Any, Any] = {axis: word for axis, word in enumerate(words) if not word.isdigit() and word != "_"}
+    elif isinstance(given, Mapping):
         dims = dict(given)
+    else:
+        raise UsageError(
+            f"dynamic= gives {name} {given!r}"[:120], hint=f"{{{name!r}: 'B S'}}, or {{{name!r}: {{1: 'S'}}}}"
+        )
     for axis, symbol in list(dims.items()):
         if not isinstance(axis, int) or not -rank <= axis < rank:
             raise UsageError(f"{name} has no dimension {axis}", received=f"rank {rank}")
@@ -77,7 +85,7 @@ def _dims(name: str, given: str | Mapping[int, str], rank: int) -> dict[int, str
     return dims
 
 
-def exported(module: Any, example: Example, opened: Mapping[str, dict[int, str]]) -> torch.export.ExportedProgram:
+def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) -> torch.export.ExportedProgram:
     """The module's program. Raises FrontendError, with the module's own line, where it cannot be traced."""
     import torch
 
@@ -87,8 +95,8 @@ def exported(module: Any, example: Example, opened: Mapping[str, dict[int, str]]
         raise UsageError("the example is a tuple of arguments, or a dict of them", received=type(example).__name__)
     shapes: dict[str, Any] | None = None
     if opened:
-        shapes = {name: None for name in named_arguments(module, example)}
-        shapes |= {name: {axis: torch.export.Dim.AUTO for axis in dims} for name, dims in opened.items()}
+        shapes = dict.fromkeys(named_arguments(module, example))
+        shapes |= {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in opened.items()}
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), dict(example))
     with _quietly(), torch.no_grad(), _any_size():
         try:
@@ -102,11 +110,14 @@ def exported(module: Any, example: Example, opened: Mapping[str, dict[int, str]]
 
 
 def _any_size() -> AbstractContextManager[Any]:
-    """Open dimensions are traced as if they might be 0 or 1. (Where torch lacks it, they are 2 and more, which it says.)"""
+    """Open dimensions are traced as if they might be 0 or 1; a torch without that takes them for 2 and more."""
     from torch.fx.experimental import _config
 
-    known = hasattr(_config, "backed_size_oblivious")
-    return _config.patch(backed_size_oblivious=True) if known else nullcontext()  # type: ignore[no-any-return]
+    config: Any = _config
+    patched: AbstractContextManager[Any] = nullcontext()
+    if hasattr(config, "backed_size_oblivious"):
+        patched = config.patch(backed_size_oblivious=True)
+    return patched
 
 
 @contextmanager
@@ -149,15 +160,18 @@ def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> 
 
     with _quietly(), torch.no_grad(), _any_size():
         try:
-            table = torch.export.default_decompositions()
+            table: Any = torch.export.default_decompositions()
             for target in kept:
                 table.pop(target, None)
-            return program.run_decompositions(table)
+            made: torch.export.ExportedProgram = program.run_decompositions(table)
+            return made
         except Exception as error:
             raise _refused(error) from error
 
 
-def name_symbols(program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]) -> tuple[Symbols, dict[str, Size]]:
+def name_symbols(
+    program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]
+) -> tuple[Symbols, dict[str, Size]]:
     """Names of ours for torch's symbols, and the size that each name of `dynamic` stands for.
 
     Raises FrontendError for a dimension that the module leaves no choice.
@@ -173,7 +187,11 @@ def name_symbols(program: torch.export.ExportedProgram, opened: Mapping[str, dic
                 f"dimension {axis} of {argument} is {int(size)}, whatever its name",
                 received=f"dynamic= calls it {name}",
                 hint="leave it out of dynamic="
-                + (", or give an example where it is 2 or more" if int(size) < 2 else ": the module works with that size alone"),
+                + (
+                    ", or give an example where it is 2 or more"
+                    if int(size) < 2
+                    else ": the module works with that size alone"
+                ),
             )
         symbols.env = size.node.shape_env
         if size.node.expr.is_Symbol:

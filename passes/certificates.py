@@ -12,10 +12,13 @@ small sizes within the bounds of the symbols:
     extreme   numbers up to 30 (3 where there are products), rows of equal numbers and of zeros
 
 **How near they must be.** A spacing of float64 is 2^-52, relative. The sides may differ by 8 (spacing max|f| +
-sqrt(n) moved), for n ops: `moved` is the largest change of either side when its inputs change by a spacing, up or down,
-and its scalar constants by a spacing of the dtype in which they are written: sqrt(1/2) in float32 is no nearer to what
-gelu has. What was folded is a constant in its dtype, so there all constants change. Integers and truth values must be
-equal, except where those changes give another one. A result may be NaN only where it was before.
+sqrt(n) moved), for n ops: `moved` is how far either side moves when what goes into it changes by a spacing
+(`treadle.passes.rounding_moves`). Integers and truth values must be equal, except where those changes give another one.
+A result may be NaN only where it was before.
+
+**What counts as wrong.** Only a case that the function may give: of inputs that are its own, or products of such with
+something else (`treadle.passes.regions`), with every axis as large as it is where numbers may have to do with that.
+What fails otherwise, at every depth, is kept, and its certificate says "not certified", and why.
 
 Nothing is shown by this about other values: it finds mistakes, and does not prove that there is none. Roundings to a
 narrower dtype (a cast to f16) do not happen in float64.
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -35,21 +38,19 @@ import numpy as np
 from treadle.ir.cost import graph_cost
 from treadle.ir.drawn_inputs import index_ranges, small_sizes
 from treadle.ir.errors import TreadleError
-from treadle.ir.graph import Graph, Literal, Node, Value
+from treadle.ir.graph import Graph, Value
 from treadle.ir.hashing import canonical_form
 from treadle.ir.interpreter import interpret
-from treadle.ir.types import DType, bf16, f64
-from treadle.passes.region_graphs import as_graphs, shrinkings_of
-from treadle.passes.regions import DEPTHS, Claim
+from treadle.ir.types import DType
+from treadle.passes.region_graphs import as_graphs, has_numbers, shrinkings_of
+from treadle.passes.regions import DEPTHS, Claim, Region
+from treadle.passes.rounding_moves import HUGE, SPACING, Moves
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 Sizes = Mapping[str, int]
 
-_SPACING = 2.0**-52
 _ROUNDINGS = 8.0
-_HUGE = 1e30
-"""Numbers of this size stand for infinity, and say nothing of the scale of the others."""
 _MOST_FLOPS, _MOST_ELEMENTS = 1 << 29, 1 << 23
 _MASK = -1e9
 _FAILURES = (TreadleError, ArithmeticError, IndexError, TypeError, ValueError)
@@ -107,12 +108,16 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """The case in which the two sides disagree: its name, the sizes, the seed that drew it, and how they disagree."""
+    """The case in which the two sides disagree: its name, the sizes, the seed that drew it, and how they disagree.
+
+    doubt   why they may agree nevertheless
+    """
 
     case: str
     sizes: tuple[tuple[str, int], ...]
     seed: int
     what: str
+    doubt: str = ""
 
     def __str__(self) -> str:
         at = ", ".join(f"{s}={n}" for s, n in self.sizes)
@@ -128,65 +133,94 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
 
     graphs   the graph before and after, for the bounds of symbols and for calls
 
+    A case that the function may never give is no counterexample: if there is none but such, the certificate says so.
     What was tried in this process is not tried again.
     """
     tried: set[str] = set()
-    found: Counterexample | None = None
+    against: Counterexample | None = None
+    doubted = ""
     for depth in range(DEPTHS):
         region = claim.cut(depth)
-        results = (claim.before, claim.after)
         try:
-            sides = as_graphs(region, results, graphs, {})
+            sides = as_graphs(region, (claim.before, claim.after), graphs, {})
         except TreadleError as error:
-            return found or Certificate(rule, "-" * 12, seed, 0, (), note=f"not evaluated: {error.what}")
+            doubted = doubted or f"not evaluated: {error.what}"
+            break
         texts = tuple(map(canonical_form, sides))
         if texts[0] == texts[1]:
             return None
-        key = sha256("\n".join((rule, str(seed), *texts)).encode()).hexdigest()
+        computed = _computed(region)
+        finite = computed if depth >= 2 else frozenset()
+        key = sha256("\n".join((rule, str(seed), *sorted(finite), *texts)).encode()).hexdigest()
         if key in tried:
             continue
         tried.add(key)
         now = _known.get(key)
         if now is None:
-            now = _tried_shrunk(rule, key, claim, sides, depth, graphs, seed)
+            now = _tried_shrunk(rule, key, claim, region, sides, graphs, seed, finite)
             if len(_known) < _MOST_KNOWN:
                 _known[key] = now
-        if isinstance(now, Certificate) and (now.cases or found is None):
-            return now
-        found = now if isinstance(now, Counterexample) else found
-    return found
+        if isinstance(now, Certificate):
+            if now.cases or not (against or doubted):
+                return now
+        elif now.doubt:
+            doubted = doubted or f"not certified: {now}, but {now.doubt}"
+        elif (tied := claim.tied(region)) is not None:
+            doubted = doubted or f"not certified: {now}, but {_name(tied)} may never be what it was drawn as"
+        elif now.case == "masked" and computed != finite:
+            doubted = doubted or f"not certified: {now}, but what the function computes may hold no masks"
+        else:
+            against = now
+    return against or Certificate(rule, key[:12] if tried else "-" * 12, seed, 0, (), note=doubted)
+
+
+def _name(value: Value) -> str:
+    return f"what {value.node.op.name} gives" if value.node is not None else value.name
+
+
+def _computed(region: Region) -> frozenset[str]:
+    """The names of inputs that stand for what a function computes, in which no number is a mask."""
+    return frozenset(f"x{n}" for n, v in enumerate(region.free) if v.node is not None and v.type.dtype.is_float)
 
 
 def _tried_shrunk(
-    rule: str, key: str, claim: Claim, sides: tuple[Graph, Graph], depth: int, graphs: tuple[Graph, Graph], seed: int
+    rule: str,
+    key: str,
+    claim: Claim,
+    region: Region,
+    sides: tuple[Graph, Graph],
+    graphs: tuple[Graph, Graph],
+    seed: int,
+    finite: frozenset[str],
 ) -> Certificate | Counterexample:
     """Try with large axes made small, and as it is where that cannot be done or fails.
 
-    What fails when it is small, and is too large as it is, counts as wrong.
+    What fails when it is small, and is too large as it is, counts as wrong if no number may have to do with sizes.
     """
-    region = claim.cut(depth)
     against: Counterexample | None = None
     for shrinking in shrinkings_of(region):
         try:
             small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
         except TreadleError:
             continue
-        found = _tried(rule, key, small, seed, "large axes made small")
+        found = _tried(rule, key, small, seed, "large axes made small", finite)
         if isinstance(found, Certificate) and found.cases:
             return found
         against = found if isinstance(found, Counterexample) else against
-    found = _tried(rule, key, sides, seed, "")
+    found = _tried(rule, key, sides, seed, "", finite)
     if against is not None and isinstance(found, Certificate) and not found.cases:
-        return dataclasses.replace(
-            against, what=f"{against.what}, with large axes made small, and else is {found.note}"
-        )
+        doubt = "its numbers may have to do with the sizes of those axes" if has_numbers(region) else ""
+        what = f"{against.what}, with large axes made small, and else is {found.note}"
+        return dataclasses.replace(against, what=what, doubt=doubt)
     return found
 
 
 # -- trying ----------------------------------------------------------------------------------------------------------
 
 
-def _tried(rule: str, key: str, sides: tuple[Graph, Graph], seed: int, note: str) -> Certificate | Counterexample:
+def _tried(
+    rule: str, key: str, sides: tuple[Graph, Graph], seed: int, note: str, finite: frozenset[str]
+) -> Certificate | Counterexample:
     before, after = sides
     instance = key[:12]
     for was, now in zip(before.main.outputs.values(), after.main.outputs.values(), strict=True):
@@ -208,7 +242,7 @@ def _tried(rule: str, key: str, sides: tuple[Graph, Graph], seed: int, note: str
         for case in kinds if number == len(chosen) // 2 else kinds[:2]:
             told = tuple(sizes.items())
             try:
-                inputs = _drawn(sides, sizes, case, [seed, number])
+                inputs = _drawn(sides, sizes, case, [seed, number], finite)
                 old = interpret(before, inputs, float64=True)
             except _FAILURES as problem:  # sizes that an op refuses, indices that none fits
                 refused = _shown(problem)
@@ -282,7 +316,9 @@ def _kinds(sides: tuple[Graph, Graph]) -> tuple[str, ...]:
 # -- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _drawn(sides: tuple[Graph, Graph], sizes: Sizes, case: str, seed: Sequence[int]) -> dict[str, Array]:
+def _drawn(
+    sides: tuple[Graph, Graph], sizes: Sizes, case: str, seed: Sequence[int], finite: frozenset[str]
+) -> dict[str, Array]:
     ranges: dict[str, tuple[int, int]] = {}
     if any(v.type.dtype.is_int for v in sides[0].main.inputs):
         for side in sides:
@@ -290,6 +326,7 @@ def _drawn(sides: tuple[Graph, Graph], sizes: Sizes, case: str, seed: Sequence[i
                 low, high = ranges.get(name, (found.lower, found.upper))
                 ranges[name] = (max(low, found.lower), min(high, found.upper))
     masks = _masks(sides[0]) if case == "masked" else {}
+    masks = {value: number for value, number in masks.items() if value.name not in finite}
     products = any(node.op.name in _PRODUCTS for side in sides for _, node in side.walk())
     inputs: dict[str, Array] = {}
     for number, value in enumerate(sides[0].main.inputs):
@@ -378,100 +415,31 @@ def _compared(sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays
     """The largest relative difference of the outputs and what it had to be below, or what is wrong."""
     before, after = made
     worst = (0.0, 0.0)
-    moved: dict[str, tuple[float, Array]] | None = None
+    moves = Moves(sides, made, inputs)
+    roundings = _ROUNDINGS * math.sqrt(sum(len(side.main.nodes) for side in sides))
     for name, wanted in before.items():
         got = after[name]
         if got.shape != wanted.shape:
             return f"the replacement has shape {list(got.shape)}, and had {list(wanted.shape)}"
         if wanted.dtype.kind != "f":
-            if not np.array_equal(got, wanted):
-                moved = _moved(sides, made, inputs) if moved is None else moved
-                if bool(np.any((got != wanted) & ~moved[name][1])):
-                    return f"{int(np.sum(got != wanted))} of {wanted.size} results are others"
+            differs = got != wanted
+            while np.any(differs & ~moves.others[name]):
+                if not moves.further():
+                    return f"{int(np.sum(differs))} of {wanted.size} results are others"
             continue
         with np.errstate(all="ignore"):
             if np.any(np.isnan(got) & ~np.isnan(wanted)):
                 return "there is a NaN where there was none"
-            large = ~np.isnan(wanted) & (np.abs(wanted) >= _HUGE)
-            if np.any(large & ~((np.sign(got) == np.sign(wanted)) & (np.abs(got) >= _HUGE / 2))):
+            large = ~np.isnan(wanted) & (np.abs(wanted) >= HUGE)
+            if np.any(large & ~((np.sign(got) == np.sign(wanted)) & (np.abs(got) >= HUGE / 2))):
                 return "a number past 1e30 has become another"
             plain = np.isfinite(wanted) & ~large
             scale = float(np.max(np.abs(wanted), initial=0.0, where=plain)) or 1.0
             error = float(np.max(np.abs(got - wanted), initial=0.0, where=plain)) / scale
-        tolerance = _ROUNDINGS * _SPACING
-        if error > tolerance:
-            moved = _moved(sides, made, inputs) if moved is None else moved
-            ops = sum(len(side.main.nodes) for side in sides)
-            tolerance = _ROUNDINGS * (_SPACING + math.sqrt(ops) * moved[name][0] / scale)
-        if not error <= tolerance:
-            return f"the results differ by {error:.2g} of the largest, where {tolerance:.2g} may be"
+        tolerance = _ROUNDINGS * SPACING + roundings * moves.most[name] / scale
+        while not error <= tolerance:
+            if not moves.further():
+                return f"the results differ by {error:.2g} of the largest, where {tolerance:.2g} may be"
+            tolerance = _ROUNDINGS * SPACING + roundings * moves.most[name] / scale
         worst = max(worst, (error, tolerance))
     return worst
-
-
-def _moved(sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays) -> dict[str, tuple[float, Array]]:
-    """For each output, the largest change when what goes in changes by a spacing, and where a value changes at all."""
-    folded = _has_new_constants(*sides)
-    found: dict[str, tuple[float, Array]] = {}
-    for side, original in zip(sides, made, strict=True):
-        for round_ in range(2):
-            rng = np.random.default_rng(round_)
-            changed = {
-                name: a * (1 + _SPACING * rng.choice((-1.0, 1.0), a.shape)) if a.dtype.kind == "f" else a
-                for name, a in inputs.items()
-            }
-            results = interpret(_with_changed_constants(side, rng, folded), changed, float64=True)
-            for name, array in results.items():
-                most, where = found.get(name, (0.0, np.zeros(array.shape, np.bool_)))
-                with np.errstate(all="ignore"):
-                    difference = np.abs(array - original[name]) if array.dtype.kind == "f" else np.zeros(array.shape)
-                    usable = np.isfinite(difference) & (np.abs(original[name]) < _HUGE)
-                    most = max(most, float(np.max(difference, initial=0.0, where=usable)))
-                found[name] = (most, where | (array != original[name]))
-    return found
-
-
-def _has_new_constants(before: Graph, after: Graph) -> bool:
-    def constants(graph: Graph) -> Iterator[Literal]:
-        values = [v for _, node in graph.walk() for v in node.inputs]
-        yield from (v.literal for v in (*values, *graph.main.outputs.values()) if v.literal is not None)
-
-    known = set(constants(before))
-    return any(c not in known and c.dtype.is_float for c in constants(after))
-
-
-def _with_changed_constants(graph: Graph, rng: np.random.Generator, every: bool) -> Graph:
-    """A copy of main in which float constants are changed by a spacing of their dtype: scalars, or `every` one."""
-    copy = Graph(graph.name)
-    copy.symbols, copy.functions = graph.symbols, dict(graph.functions)
-    main = type(graph.main)("main")
-    main.inputs = list(graph.main.inputs)
-    values: dict[Value, Value] = {}
-
-    def changed(value: Value | None) -> Value | None:
-        if value is None or value in values or value.literal is None:
-            return None if value is None else values.get(value, value)
-        literal = value.literal
-        spacing = _spacing(literal.dtype)
-        if spacing == 0.0 or not (every or literal.scalar is not None):
-            return value
-        array = literal.array.astype(np.float64)
-        signs = rng.choice((-1.0, 1.0), array.shape)
-        with np.errstate(all="ignore"):
-            made = Literal.of(np.where(np.isfinite(array), array * (1 + spacing * signs), array), f64)
-        values[value] = Value.constant(made)
-        return values[value]
-
-    for node in graph.main.nodes:
-        made = Node(node.op, [changed(v) for v in node.operands], [v.type for v in node.results])
-        values.update(zip(node.results, made.results, strict=True))
-        main.nodes.append(made)
-    main.outputs = {name: changed(v) or v for name, v in graph.main.outputs.items()}
-    copy.functions["main"] = main
-    return copy
-
-
-def _spacing(dtype: DType) -> float:
-    if not dtype.is_float:
-        return 0.0
-    return 2.0**-7 if dtype is bf16 or dtype.numpy is None else float(np.finfo(dtype.numpy).eps)

@@ -35,10 +35,11 @@ class FuseRotary(Pass):
      1. half-split pairs (i, i + f):  concat(-x2, x1);  concat(x1 cos - x2 sin, x2 cos + x1 sin)
      2. interleaved pairs (2i, 2i + 1), likewise
      3. only the first 2f dimensions turned, the others passed on
+     4. x as a rearrange gives it that moves its leading axes: [b, s, h, d] -> [b, h, s, d]
 
     However it is spelled, the last axis is followed element by element: each must be x_i cos a_i -+ x_j sin a_i with
     the same positions throughout. Refuses: pairs, signs or angles in no such order; positions that are no integers;
-    angles that are no product of positions and frequencies.
+    angles that are no product of positions and frequencies; an x that is none of one tensor's elements in order.
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
@@ -69,6 +70,7 @@ class _View:
     base    what `index` is of, and `angles`, what `angle` is of
     lead    for each axis before the last ones, the axis of `angles` that it is, or where there are none yet, of `base`;
             None where it is of size 1, so that a table is the same along it
+    moved   the base under leading axes in the order of `lead`, if a value is just that; the view is of it as well
     """
 
     shape: tuple[int, ...]
@@ -76,6 +78,12 @@ class _View:
     base: Value | None = None
     angles: Value | None = None
     lead: tuple[int | None, ...] = ()
+    moved: Value | None = None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a cosine or a sine alone, and no x."""
+        return self.base is None and self.angles is not None and len(self.terms) == 1
 
     def map(self, change: Any, shape: tuple[int, ...] | None = None) -> _View:
         terms = {kind: term.map(change) for kind, term in self.terms.items()}
@@ -99,6 +107,9 @@ class _Turns:
                 continue
             view = self.view(node.results[0], 0)
             if view is None or "x cos" not in view.terms or "x sin" not in view.terms:
+                reason = self._why_no_turn(node)
+                if reason is not None:
+                    self._refuse(node, reason)
                 continue
             layout = _layout_of(view)
             if layout is None:
@@ -131,6 +142,29 @@ class _Turns:
         cos, sin = view.terms["x cos"], view.terms["x sin"]
         partners = np.intersect1d(cos.index, sin.index)
         return len(view.shape) == 1 and "x" not in view.terms and bool(partners.size)
+
+    def _why_no_turn(self, node: Node) -> str | None:
+        """Why a sum of something times a cosine and something times a sine is no view of both; None for other sums."""
+        products = [v.node for v in node.inputs if v.node is not None and v.node.op.name == "mul"]
+        if node.op.name not in ("add", "sub") or len(products) != 2:
+            return None
+        tables = [[v for v in map(self.views.get, p.inputs) if v is not None and v.is_table] for p in products]
+        if sorted(kind for found in tables for v in found for kind in v.terms) != ["cos", "sin"]:
+            return None
+        for product, (table,) in zip(products, tables, strict=True):
+            made = self.views.get(product.results[0])
+            if made is None or made.angles is None:
+                x = next((v for v in product.inputs if self.views.get(v) is not table), product.inputs[0])
+                (kind,) = table.terms
+                return f"what the {kind} multiplies, {x.type}, is repeated along the angles, or its last axis varies"
+        x, y = (self.views[p.results[0]] for p in products)
+        assert x is not None
+        assert y is not None
+        if x.base is not y.base:
+            return "the cosine and the sine are not multiplied with elements of one tensor"
+        if x.angles is not y.angles or x.lead != y.lead:
+            return "the cosine and the sine are of different angles"
+        return None
 
     def _mark(self, value: Value, base: Value | None, done: set[Value]) -> None:
         pending = [value]
@@ -196,6 +230,8 @@ class _Turns:
         x, table = (self.view(v, depth) for v in node.inputs)
         if x is not None and x.base is None:
             x, table = table, x
+        if x is not None and x.base is not None:
+            x = _settled(x)
         if x is not None and x.base is not None and not _stands_still(x):  # what was moved is a base of its own
             x = _base(next(v for v in node.inputs if self.views[v] is x))
         if x is None or table is None or set(x.terms) != {"x"} or table.base is not None or len(table.terms) != 1:
@@ -242,6 +278,8 @@ class _Turns:
         op: Any = node.op
         parts = [self.view(v, depth) for v in node.inputs]
         known = [p for p in parts if p is not None]
+        if any(p.angles is not None and p.base is not None for p in known):
+            known = [p if p.angles is not None else _settled(p) for p in known]
         if len(known) < len(parts) or not _go_together(known):
             return None
         rank = node.results[0].type.rank
@@ -268,7 +306,8 @@ class _Turns:
             return None
         shape = tuple(s for s in sizes if s is not None)
         new = node.results[0].type.rank - node.inputs[0].type.rank
-        return replace(inner.map(lambda a: np.broadcast_to(a, shape)), lead=(*[None] * new, *inner.lead))
+        moved = None if new else inner.moved
+        return replace(inner.map(lambda a: np.broadcast_to(a, shape)), lead=(*[None] * new, *inner.lead), moved=moved)
 
     def _rearrange(self, node: Node, depth: int) -> _View | None:
         """Splits, joins and swaps among the last axes, and of a table also moves of those before."""
@@ -300,7 +339,10 @@ class _Turns:
         split = [sizes[atom] for atom in tracked]
         order = [tracked.index(atom) for atom in last]
         shape = tuple(math.prod(sizes[atom] or 1 for atom in dim) for dim in after[first:])
-        return replace(inner.map(lambda a: a.reshape(split).transpose(order).reshape(shape)), lead=lead)
+        made = replace(inner.map(lambda a: a.reshape(split).transpose(order).reshape(shape)), lead=lead)
+        if _is_whole_base(made):
+            return replace(made, moved=node.results[0])
+        return made if outer == list(before[:cut]) else replace(made, moved=None)
 
     # -- the op ------------------------------------------------------------------------------------------------
 
@@ -391,6 +433,21 @@ def _go_together(views: Sequence[_View]) -> bool:
         and all(v.lead == plain[0].lead for v in plain)
         and (not angled or all(map(_stands_still, plain)))
     )
+
+
+def _is_whole_base(view: _View) -> bool:
+    """Whether it is the elements of the base in their order along the last axis, all of them."""
+    if view.base is None or view.angles is not None or view.shape != (view.base.type.shape[-1].constant,):
+        return False
+    term = view.terms["x"]
+    return bool((term.coefficient == 1).all()) and np.array_equal(term.index, np.arange(view.shape[0]))
+
+
+def _settled(view: _View) -> _View:
+    """A view of x with the axes before the last ones as its base has them: where they were moved, of what was moved."""
+    if view.base is None or view.moved is None or _stands_still(view):
+        return view
+    return replace(view, base=view.moved, lead=tuple(range(view.moved.type.rank - 1)))
 
 
 def _stands_still(view: _View) -> bool:

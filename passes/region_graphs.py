@@ -3,12 +3,14 @@
 What a rewrite does with an axis of 768 it does with one of 48, unless it depends on the number. So constants above
 `KEPT` are replaced in types, in attributes that are sizes and in patterns of axes, such that products stay products:
 with 64 -> 4 go 768 = 12 * 64 -> 48 and 3072 = 4 * 768 -> 192. The types of what lies between are inferred again; where
-they do not come out, or where the small graphs disagree, the region is run as it is.
+they do not come out, or where the small graphs disagree, the region is run as it is. A number may be tied to a size, as
+1/sqrt(64) is: a size of which a float constant is a power of quarters stays as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -44,12 +46,40 @@ def shrinkings_of(region: Region) -> Iterator[Shrinking]:
         (found if value.literal is None else pinned).update(_constants(value.type))
     for step in steps:
         found.update(c for attribute in step.op.attributes.values() for c in _constants_of(attribute))
+    numbers = set(_numbers(region))
+    pinned.update(c for c in found if c > KEPT and any(_is_power(n, c) or _is_power(n, c - 1) for n in numbers))
     constants = {c for c in found | pinned if c > 1}
     shrinking, bases = _small(constants, pinned)
     if shrinking:
         yield shrinking
     for base in bases[:_MOST_TRIES] if len(bases) > 1 else ():
         yield _small(constants, pinned | {base})[0]
+
+
+def has_numbers(region: Region) -> bool:
+    """Whether there is a number that could be tied to a size: neither a small integer or its half, nor an eps."""
+    return any(n > _EPSILON and n not in (0.5, 1.0, 2.0, 3.0) for n in _numbers(region))
+
+
+_EPSILON = 1e-4
+
+
+def _numbers(region: Region) -> Iterator[float]:
+    """The sizes of all finite scalar constants and attributes that are floats, or integers above `KEPT`."""
+    for step in (*region.before, *region.after):
+        for number in (
+            *(v.literal.scalar for v in step.operands if v is not None and v.literal is not None),
+            *step.op.attributes.values(),
+        ):
+            is_number = isinstance(number, float) or (isinstance(number, int) and abs(number) > KEPT)
+            if is_number and number and math.isfinite(number):
+                yield abs(float(number))
+
+
+def _is_power(number: float, size: int) -> bool:
+    """Whether a number is size^(k/4), for a k other than 0 from -8 to 8, within the roundings of float32."""
+    power = 4 * math.log(number) / math.log(size)
+    return 0 < abs(round(power)) <= 8 and abs(size ** (round(power) / 4) / number - 1) < 2.0**-20
 
 
 def _constants(type: Type) -> Iterator[int]:

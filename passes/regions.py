@@ -3,8 +3,16 @@
 A `Claim` says that values of the function before equal values of it after. Its two sides are cut where they meet what
 both have, whose values then are free: whoever shows the claim for all of them has shown it for those that the function
 gives. Where it does not hold for all, it may hold for those: a mask that was replaced by its meaning is free on one
-side alone. So a claim can be cut at three depths: around what changed, as far up as one side reads what the other does
-not, and up to the function's arguments.
+side alone, and whether a row of it keeps a key is no number of its own. So a claim can be cut at four depths:
+
+    0   around what changed
+    1   as far up as one side reads what the other does not, and through whatever is computed from truth values,
+        integers and constants alone: masks, positions, what is known of their rows
+    2   also through all but products (matmul, linear, ...) and calls: a product with something else can be any number,
+        whatever its operands are to others, so that nothing ties what is free there
+    3   up to the function's arguments
+
+Depths 1 and 3 stop at `MOST_NODES`, so that what is free may be tied to something else; `Claim.tied` names that.
 """
 
 from __future__ import annotations
@@ -18,9 +26,12 @@ from treadle.ir.operation import Op
 Definition = tuple[Op, tuple[Value | None, ...]]
 """An op and its operands."""
 
-DEPTHS = 3
+DEPTHS = 4
 MOST_NODES = 160
 """A side is not cut larger than this because of what one of them reads and the other does not."""
+_MOST_TIED = 1024
+"""Nor larger than this because of what ties its free values."""
+_PRODUCTS = frozenset(("matmul", "linear", "einsum", "conv", "attention"))
 
 
 @dataclass(frozen=True)
@@ -59,18 +70,68 @@ class Claim:
     at: Node
 
     def cut(self, depth: int) -> Region:
-        """The claim's sides at one of the depths 0, 1, 2."""
+        """The claim's sides at one of the depths 0 to 3."""
         above: set[Node] = set()
+        masks: dict[Value, bool] = {}
         while True:
             before, free_before = self._side(self.before, self.defined_before, self.changed_before, above)
             after, free_after = self._side(self.after, self.defined_after, self.changed_after, above)
-            wanted: list[Value] = list(free_before.keys() ^ free_after.keys()) if depth == 1 else []
-            wanted += [*free_before, *free_after] if depth == 2 else []
-            more = {v.node for v in wanted if v.node is not None and v.node.op.callee is None} - above
-            if not more or len(before) + len(after) + len(more) > MOST_NODES:
-                free = tuple(v for v in {**free_before, **free_after} if v.literal is None)
-                return Region(free, tuple(before), tuple(after))
-            above |= more
+            region = Region(tuple({**free_before, **free_after}), tuple(before), tuple(after))
+            tied: list[Value] = []
+            if depth >= 1:
+                tied += [v for v in region.free if self._is_mask(v, masks)]
+            if depth == 2:
+                tied += self._tied(region)
+            wanted: list[Value] = list(free_before.keys() ^ free_after.keys()) if depth in (1, 2) else []
+            wanted += region.free if depth == 3 else []
+            for values, most in ((wanted + tied, MOST_NODES), (tied, _MOST_TIED)):
+                more = {v.node for v in values if v.node is not None and v.node.op.callee is None} - above
+                if more and len(before) + len(after) + len(more) <= most:
+                    above |= more
+                    break
+            else:
+                return Region(tuple(v for v in region.free if v.literal is None), tuple(before), tuple(after))
+
+    def tied(self, region: Region) -> Value | None:
+        """A free value that need not take the values it is drawn with, since it is computed from what others are."""
+        return next(iter(self._tied(region)), None)
+
+    def _tied(self, region: Region) -> list[Value]:
+        inside = {*region.free, *(v for step in (*region.before, *region.after) for v in step.node.results)}
+        found = []
+        for value in region.free:
+            definition = self._definition(value)
+            if definition is None:
+                continue
+            op, operands = definition
+            read = [v for v in operands if v is not None and v.literal is None]
+            of_its_own = value.type.dtype.is_float and (op.callee is not None or _is_product(op, read))
+            if not of_its_own or (op.callee is None and inside.issuperset(read)):
+                found.append(value)
+        return found
+
+    def _definition(self, value: Value) -> Definition | None:
+        return self.defined_before(value) or self.defined_after(value)
+
+    def _is_mask(self, value: Value, known: dict[Value, bool]) -> bool:
+        """Whether it is computed, and holds truth values or integers, or numbers that are computed from such alone."""
+        stack = [value]
+        while stack:
+            each = stack[-1]
+            definition = self._definition(each)
+            if each in known:
+                stack.pop()
+            elif definition is None or definition[0].callee is not None:
+                known[each] = False
+            elif not each.type.dtype.is_float:
+                known[each] = True
+            else:
+                floats = [v for v in definition[1] if v is not None and v.literal is None and v.type.dtype.is_float]
+                if unknown := [v for v in floats if v not in known]:
+                    stack += unknown
+                else:
+                    known[each] = all(known[v] for v in floats)
+        return known[value]
 
     @staticmethod
     def _side(
@@ -94,6 +155,11 @@ class Claim:
                 stack.append((value, True))
                 stack += [(v, False) for v in reversed(definition[1]) if v is not None]
         return list(steps.values()), free
+
+
+def _is_product(op: Op, operands: Sequence[Value]) -> bool:
+    """Whether it multiplies rows of two or more values, none of which is a constant."""
+    return op.name in _PRODUCTS and len(operands) > 1
 
 
 def claim_of_match(matched: Sequence[Node], made: Sequence[Node], root: Node, results: Sequence[Value]) -> Claim:

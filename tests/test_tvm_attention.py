@@ -6,7 +6,6 @@ greatest element 64 roundings leave room for all of them at the sizes here.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,8 +124,11 @@ ALL = (Causal(), Window(100), *OTHER.values())
 SIZES = [(13, 150), (150, 13), (1, 40), (35, 129)]  # queries, keys: across blocks, parts of tiles and of vectors
 
 
-@pytest.mark.parametrize("position", POSITIONAL)
-@pytest.mark.parametrize("other", [None, *OTHER])
+TOGETHER: list[tuple[str, str | None]] = [(position, None) for position in POSITIONAL]
+TOGETHER += [(position, other) for position in ("any", "causal window") for other in OTHER]
+
+
+@pytest.mark.parametrize(("position", "other"), TOGETHER)
 def test_a_term_at_many_sizes_from_one_compilation(position: str, other: str | None) -> None:
     graph = attention_graph(*POSITIONAL[position], *([OTHER[other]] if other else []))
     exe = compiled(graph)
@@ -150,9 +152,8 @@ def test_all_terms_twice(softcap: float | None) -> None:
 
 @pytest.mark.parametrize("kind", [BooleanMask, TensorBias])
 def test_any_axes_of_a_tensor(kind: type[Any]) -> None:
-    for count in range(1, 5):
-        for axes in itertools.combinations("bhst", count):
-            check(attention_graph(kind(" ".join(axes))), {"B": 2, "S": 5, "T": 21})
+    for axes in ("b", "h", "s", "t", "b s", "h t", "s t", "b h s", "b h s t"):
+        check(attention_graph(kind(axes)), {"B": 2, "S": 5, "T": 21})
 
 
 @pytest.mark.parametrize(("d", "e"), [(64, 64), (1, 80), (7, 130)])

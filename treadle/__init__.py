@@ -8,8 +8,8 @@
     exe = t.compile(tiny, backend="numpy")
     exe(tokens=ids)
 
-The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `fetch_model`, `from_torch`, `Graph`,
-`Target` and the errors; those are imported when they are first used.
+The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `fetch_model`, `from_torch`,
+`Graph`, `Target` and the errors; those are imported when they are first used.
 """
 
 from importlib import import_module as _import_module

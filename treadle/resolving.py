@@ -58,7 +58,9 @@ class Resolved:
     blocks: Mapping[str, str] = field(default_factory=dict)
 
 
-def resolve(model: Model | Graph | TorchModel | str | Path, *, inputs: Sequence[str] | None = None, **config: Any) -> Resolved:
+def resolve(
+    model: Model | Graph | TorchModel | str | Path, *, inputs: Sequence[str] | None = None, **config: Any
+) -> Resolved:
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include

@@ -8,7 +8,8 @@ written whole (`treadle.backends.whole_files`) and carry a hash of their bytes, 
 sees them: whatever is killed at whatever moment, and however many processes fill the cache at once, a file is
 either right or compiled again.
 
-Without a linker on the machine, or a folder to write, kernels live in the process alone.
+Without a linker on the machine, or a folder to write that is the user's alone, kernels live in the process alone: what
+lies in a folder that others can write is not run.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from treadle.backends.kernels import tvm_runtime
 from treadle.backends.kernels.isa import Isa, runs_here
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.runner import LAUNCH, POOL, Runner
-from treadle.backends.user_cache import cache_folder
-from treadle.backends.whole_files import replacing
+from treadle.backends.user_cache import cache_folder, is_private
+from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ Entry = tuple[int, int]
 
 _loaded: dict[tuple[str, str], Entry] = {}
 _alive: list[Any] = []  # what the addresses are in
-_launcher: list[int] = []  # the function that loaded kernels call for a parallel loop; the last one counts
+_launchers: dict[str, int] = {}  # by instruction set, what loaded kernels call for a parallel loop: the runner's
 _lock = threading.Lock()
 
 
@@ -90,18 +91,18 @@ class KernelCache:
 
     def path(self, kernel: Kernel) -> Path | None:
         """The file of a kernel, there or not."""
-        digest = hashlib.sha256(kernel.key.encode()).hexdigest()[:32]
+        digest = hashlib.sha256("\n".join(self._key(kernel)).encode()).hexdigest()[:32]
         return None if self.folder is None else self.folder / f"{kernel.title[:48]}-{digest}.so"
 
     # -- files -----------------------------------------------------------------------------------------------
 
     def _key(self, kernel: Kernel) -> tuple[str, str]:
-        return self.isa.name, kernel.key
+        return self.isa.name, f"{type(kernel).__module__}.{kernel.key}"
 
     def _found(self, kernel: Kernel) -> bool:
-        """Load a kernel's file, if it is there and whole."""
+        """Load a kernel's file, if it is there, whole, and put there by the user."""
         path = self.path(kernel)
-        if path is None:
+        if path is None or not path.is_file() or not is_private(path.parent):
             return False
         try:
             data = path.read_bytes()
@@ -109,22 +110,24 @@ class KernelCache:
             return False
         if len(data) <= _DIGEST or hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
             return False
-        self._load(kernel, path)
-        return True
+        return self._load(kernel, path)
 
-    def _load(self, kernel: Kernel, path: Path) -> None:
+    def _load(self, kernel: Kernel, path: Path) -> bool:
+        """Whether it could be: code is not run from where the disk is mounted so."""
         try:
             library = ctypes.CDLL(str(path))
             entry = getattr(library, f"__tvm_ffi_{_SYMBOL}")
-        except (OSError, AttributeError) as error:
-            raise BackendError(f"kernel {kernel.title} cannot be loaded", received=str(error)) from error
+        except (OSError, AttributeError):
+            return False
         if isinstance(kernel, Runner):
             _variable(library, POOL).value = tvm_runtime.launcher()
-            _launcher.append(ctypes.cast(getattr(library, LAUNCH), ctypes.c_void_p).value or 0)
+            _launchers[self.isa.name] = ctypes.cast(getattr(library, LAUNCH), ctypes.c_void_p).value or 0
         if hasattr(library, "__TVMBackendParallelLaunch"):
-            _variable(library, "__TVMBackendParallelLaunch").value = _launcher[-1]
+            launch = _launchers.get(self.isa.name) or tvm_runtime.launcher()
+            _variable(library, "__TVMBackendParallelLaunch").value = launch
         _alive.append(library)
         _loaded[self._key(kernel)] = ctypes.cast(entry, ctypes.c_void_p).value or 0, 0
+        return True
 
     # -- compiling -------------------------------------------------------------------------------------------
 
@@ -135,11 +138,15 @@ class KernelCache:
             for kernel in kernels:
                 self._compile_in_memory(kernel)
             return
+        if self.folder is not None:
+            sweep(self.folder)
         with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
             with ThreadPoolExecutor(max_workers=min(len(kernels), os.cpu_count() or 1)) as pool:
                 made = list(pool.map(lambda k: self._shared_object(k, linker, Path(scratch)), kernels))
             for kernel, (data, built) in zip(kernels, made, strict=True):
-                self._load(kernel, self._kept(kernel, data) or built)
+                kept = self._kept(kernel, data)
+                if not (kept is not None and self._load(kernel, kept)) and not self._load(kernel, built):
+                    self._compile_in_memory(kernel)
 
     def _shared_object(self, kernel: Kernel, linker: tuple[str, ...], scratch: Path) -> tuple[bytes, Path]:
         stem = scratch / hashlib.sha256(kernel.key.encode()).hexdigest()[:16]
@@ -154,12 +161,14 @@ class KernelCache:
         return built.read_bytes(), built
 
     def _kept(self, kernel: Kernel, data: bytes) -> Path | None:
-        """The kernel's file, written; None where the folder cannot be."""
+        """The kernel's file, written; None where the folder cannot be, or others can write it."""
         path = self.path(kernel)
         if path is None:
             return None
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not is_private(path.parent):
+                return None
             with replacing(path) as file:
                 file.write(data + hashlib.sha256(data).digest())
         except OSError:

@@ -13,7 +13,8 @@
                 k.store(y, [i], k.load(x, [i]) * k.number(self.factor, f32))
 
 A spec's fields decide its code, all of it: two specs that are equal, on one instruction set, are one kernel, compiled
-once and kept by content (`treadle.backends.kernel_cache`). What may differ from call to call (pointers, sizes,
+once and kept by content (`treadle.backends.kernels.cache`). Equal is what has one `key`, so that 0.0 and -0.0, or 1 and
+True, are not. What may differ from call to call (pointers, sizes,
 strides) is passed: first every pointer, then every size, in the order in which `emit` asks for them.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Kernel:
     """Base of all kernel specs. A spec is a frozen dataclass of numbers, text, dtypes, and tuples of such."""
+
+    def __init_subclass__(cls) -> None:
+        # Before `dataclass` sees the class, which then leaves them as they are.
+        cls.__eq__ = _same  # type: ignore[method-assign, assignment]
+        cls.__hash__ = _hash  # type: ignore[method-assign, assignment]
 
     @property
     def title(self) -> str:
@@ -55,10 +62,18 @@ class Kernel:
         """About how many operations a call with these sizes takes; 0: its bytes tell how long it takes."""
         return 0
 
-    @property
+    @cached_property
     def key(self) -> str:
         """All that decides the code, as text."""
         return f"{type(self).__name__}({', '.join(f'{f.name}={_text(getattr(self, f.name))}' for f in fields(self))})"
+
+
+def _same(kernel: Kernel, other: object) -> bool:
+    return isinstance(other, Kernel) and type(kernel) is type(other) and kernel.key == other.key
+
+
+def _hash(kernel: Kernel) -> int:
+    return hash(kernel.key)
 
 
 def _text(value: Any) -> str:

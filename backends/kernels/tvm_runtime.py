@@ -43,12 +43,20 @@ def set_threads(count: int) -> None:
     TVM takes the most that it may use from the environment, each time it looks, and half of the cores where nothing is
     said; so it is told there. What a user has set there does not count: the caller's answer does.
     """
-    if getattr(_configured, "count", None) == count:
+    if getattr(_configured, "count", None) == count or pool_is_lost():
         return
     os.environ["TVM_BIND_THREADS"] = "0"  # the system decides where they run: a core of ours may be busy
     os.environ["TVM_NUM_THREADS"] = str(max(count, os.cpu_count() or 1))
     _call("runtime.config_threadpool", 1, count)
     _configured.count = count
+
+
+def pool_is_lost() -> bool:
+    """Whether the calling thread's pool stayed behind in a process that this one was forked from.
+
+    A parallel loop would wait for threads that are not here, forever: run all of it on the calling thread.
+    """
+    return getattr(_configured, "lost", False)
 
 
 def threads() -> int:
@@ -57,6 +65,15 @@ def threads() -> int:
 
 
 _configured = threading.local()
+
+
+def _forked() -> None:
+    """In a forked process, on the one thread that it has."""
+    _configured.lost = hasattr(_configured, "count")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 class _Any(ctypes.Structure):

@@ -71,9 +71,9 @@ def _layouts(graph: Graph, function: Function, isa: Isa, callees: Mapping[str, L
     """In which layouts each parameter is read.
 
     A product wants panels. A table that is gathered from is read in panels as well if a product wants it; anything else
-    reads the parameter as it is.
+    reads the parameter as it is, the function's outputs among it.
     """
-    uses = function.uses()
+    uses, outputs = function.uses(), set(function.outputs.values())
     found: Layouts = {}
     for value in function.parameters.values():
         layouts: list[Panels | None] = []
@@ -87,7 +87,7 @@ def _layouts(graph: Graph, function: Function, isa: Isa, callees: Mapping[str, L
                 gathered = True
             else:
                 layouts.append(_wanted(node, position, isa))
-        if gathered and not any(layouts):
+        if value in outputs or (gathered and not any(layouts)):
             layouts.append(None)
         found[value] = list(dict.fromkeys(layouts)) or [None]
     return found

@@ -1,0 +1,135 @@
+"""What counts against a rewrite: cases that its function may give, at sizes that its numbers are meant for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.pass_programs import program
+from tests.test_certificates import Planted, certificates, certified, rolled_back
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph
+from treadle.ir.parser import parse_graph
+from treadle.passes.certificates import Certificate, Counterexample, certify
+from treadle.passes.manager import Optimized
+from treadle.passes.region_graphs import shrinkings_of
+from treadle.passes.regions import MOST_NODES, claim_of_match
+from treadle.passes.rewrite import Match, Rewrite
+
+# -- what is free, and what is tied to something else ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowsFirst(Rewrite):
+    """where(key, x, where(row, 2, 3)) --> where(row, where(key, x, 2), 3)
+
+    Right where `row` is true of every row with a key. Both sides read both masks.
+    """
+
+    def pattern(self, p: Any, key: Any, row: Any, x: Any) -> Any:
+        return p.where(key, x, p.where(row, 2.0, 3.0))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.where(m.row, b.where(m.key, m.x, 2.0), 3.0)
+
+
+def rows_first(keys: Expr, rows: Expr, x: Expr) -> Optimized:
+    b = keys.builder
+    b.outputs(y=b.where(keys, x, b.where(rows, 2.0, 3.0)))
+    return certified(b.graph, RowsFirst())
+
+
+def rows_with(b: Builder, keys: Expr) -> Expr:
+    return b.reduce_max(keys.cast("i32"), axes=(-1,), keep=True) > 0
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["rows-of-these-keys", "rows-of-others"])
+def test_what_is_known_of_a_mask_holds_however_deep_the_rest_is(tied: bool) -> None:
+    b = Builder(Graph("g"))
+    keys, x = b.input("keys", "bool[B, S]"), b.input("x", "f32[B, S]")
+    rows = rows_with(b, keys if tied else b.input("others", "bool[B, S]"))
+    for _ in range(MOST_NODES):
+        x = b.tanh(x)
+    found = rows_first(keys, rows, x)
+    assert [e.rule for e in found.log[0].matches] == ["rows-first"] * tied
+    assert len(rolled_back(found)) == (not tied)
+    assert [c.cases > 0 for c in certificates(found)] == [True] * tied
+
+
+def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
+    """Both masks come from a call, into which no region is followed: whether they are tied is not known."""
+    graph, masks = Graph("g"), Function("masks")
+    b = Builder(graph, masks)
+    keys = b.input("keys", "bool[B, S]")
+    b.outputs(keys=b.logical_not(keys), rows=rows_with(b, b.logical_not(keys)))
+    graph.add_function(masks)
+    b = Builder(graph)
+    keys, rows = b.call(masks, [b.input("keys", "bool[B, S]")])
+    found = rows_first(keys, rows, b.input("x", "f32[B, S]"))
+    assert [e.rule for e in found.log[0].matches] == ["rows-first"] and not rolled_back(found)
+    (note,) = certificates(found)
+    assert note.cases == 0 and note.note.startswith("not certified: the results differ")
+    assert note.note.endswith("but what call gives may never be what it was drawn as")
+    assert note.note in found.log.certified()
+
+
+@pytest.mark.parametrize("product", [True, False], ids=["of-a-product", "of-an-input"])
+def test_a_product_is_any_number_but_no_mask(product: bool) -> None:
+    """softmax(x) + (x - x) is softmax(x) where no number is infinite: a mask from outside may be."""
+
+    def spelled(b: Builder, m: Match) -> Any:
+        e = b.exp(m.x - b.reduce_max(m.x, axes=(-1,), keep=True))
+        return e / b.reduce_sum(e, axes=(-1,), keep=True) + (m.x - m.x)
+
+    rule = Planted(lambda p, x, y: p.softmax(x), spelled)
+    line = "s = matmul(x, x)" if product else "s = mul(x, 1.0)"
+    text = program("x: f32[B, S, S]", "y: f32[B, S, S]", line, "a = softmax(s)", "return y = a")
+    found = certified(text, rule)
+    assert len(rolled_back(found)) == (not product)
+    wrong = certified(text, Planted(lambda p, x, y: p.softmax(x), lambda b, m: b.sigmoid(m.x)))
+    assert len(rolled_back(wrong)) == 1
+
+
+# -- roundings and sizes ---------------------------------------------------------------------------------------------
+
+
+def both_scaled(seed: int, off: float) -> Certificate | Counterexample | None:
+    """What the claim that scales of q and k are one scale of their product gives when it is drawn from a seed."""
+    b = Builder(Graph("g"))
+    q, k = b.input("q", "f32[B, S, 64]"), b.input("k", "f32[B, 64, T]")
+    b.matmul(q * 64**-0.25, k * 64**-0.25)
+    matched = list(b.graph.main.nodes)
+    now = (q @ k) * (off * 64**-0.5)
+    made = b.graph.main.nodes[len(matched) :]
+    return certify("twice", claim_of_match(matched, made, matched[-1], [now.value]), (b.graph, b.graph), seed)
+
+
+def test_roundings_of_two_scales_do_not_cancel() -> None:
+    """64^(-1/4) is off in float32, and the moves of both, up and down by chance, would be off by nothing."""
+    for seed in range(12):
+        assert isinstance(both_scaled(seed, 1.0), Certificate)
+        assert isinstance(both_scaled(seed, 1.0 + 1e-4), Counterexample)
+
+
+def test_sizes_that_numbers_are_tied_to_stay() -> None:
+    def first(number: float) -> set[int]:
+        b = Builder(Graph("g"))
+        x = b.input("x", "f32[B, 60, 64]") * number
+        nodes = b.graph.main.nodes
+        return {*next(shrinkings_of(claim_of_match(nodes, [], nodes[-1], [x.value]).cut(0)))}
+
+    assert first(0.3) == {60, 64}
+    for number in (64.0, 1 / 64, 8.0, 0.125, 64**-0.25, float(63)):
+        assert first(number) == {60}, number
+
+
+def test_what_fails_only_at_sizes_for_which_its_numbers_may_not_be_is_a_note() -> None:
+    wide = program("x: f32[B, 33554432]", "y: f32[B, 33554432]", "a = mul(x, 0.37)", "return y = a")
+    rule = Planted(lambda p, x, y: x * 0.37, lambda b, m: m.x * 0.38)
+    found = certified(wide, rule)
+    (note,) = certificates(found)
+    assert not rolled_back(found) and "not certified: " in note.note and "too large" in note.note
+    narrow = certified(parse_graph(wide.replace("33554432", "768")), rule)
+    assert len(rolled_back(narrow)) == 1
