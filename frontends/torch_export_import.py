@@ -192,6 +192,10 @@ class TorchImporter:
         if not hasattr(tensor, "detach"):
             raise FrontendError(f"{name} is no tensor", received=type(tensor).__name__)
         dtype = our_dtype(tensor.dtype)
+        if tensor.is_meta:
+            raise FrontendError(
+                f"{name} has no elements: it is on the meta device", hint="load the module's weights first"
+            )
         if tensor.is_sparse or tensor.is_quantized:
             raise FrontendError(f"{name} is not a dense tensor", received=str(tensor.layout))
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else name

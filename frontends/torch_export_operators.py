@@ -122,6 +122,8 @@ class Site:
             return made.cast(dtype)
         if isinstance(found, bool | int | float):
             return self.b.constant(bool(found) if dtype.kind == "bool" else found, dtype)
+        if found is None:
+            self.refuse("a number that depends on data, or is no whole one of the sizes")
         self.refuse(f"an operand is {type(found).__name__}")
 
     def size(self, name: str, default: int | None = None) -> Size:

@@ -16,7 +16,7 @@ import numpy as np
 
 from treadle.ir.attention_terms import BooleanMask, TensorBias
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.graph import Value
+from treadle.ir.graph import Node, Value
 from treadle.ir.sizes import Bounds
 from treadle.ir.types import DType, f32, i32
 from treadle.passes.attention_biases import (
@@ -189,6 +189,8 @@ class Plan:
             else:
                 alone = settled and len(read) == 1 and not any(table for _, table in tables)
                 self._average(each, alone)
+                if not whole and each.reading.terms:
+                    self._note_addend(each.chosen.fill, each.chosen.node, settled)
         for addend, table in tables:
             terms = table_terms(self.roles, table) if table is not None else []
             by_position = bool(terms) and not any(isinstance(f.term, BooleanMask) for f in terms)
@@ -196,6 +198,8 @@ class Plan:
                 self.masks += terms
             else:
                 self.biases += read_bias(self.roles, addend)
+                if table is not None and by_position:
+                    self._note_addend(table.fill, addend.node, settled)
         if not self.guarded:
             self._keep_nan(read, tables, hazards)
 
@@ -240,6 +244,12 @@ class Plan:
             self.biases += read_bias(self.roles, each.addend)
         else:
             self.biases.append(Fused(TensorBias(operand.axes), (filled,)))
+
+    def _note_addend(self, fill: float, node: Node, settled: bool) -> None:
+        """Tell of a mask by a large negative number that is added, where with -inf it would have been a term."""
+        why = "a row in which every key is masked is an average" if settled else "another addend may outweigh it"
+        hint = "-inf in its place, or FuseAttention(zero_empty_rows=True)"
+        self.notes.append(Note(f"stays an addend: it is {fill:g}, and {why}", node, hint))
 
     def _held(self, placed: Placed) -> str:
         return self.roles.held(placed.layout)

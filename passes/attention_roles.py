@@ -91,10 +91,11 @@ class Fused:
 
 @dataclass(frozen=True)
 class Note:
-    """Why something stayed a tensor, and the node that shows it."""
+    """Why something stayed a tensor, and the node that shows it. `hint`: what would let it be a term."""
 
     reason: str
     node: Node
+    hint: str = ""
 
 
 @dataclass

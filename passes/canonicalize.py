@@ -296,7 +296,7 @@ class ExpandOfExpand(Rewrite):
 class Canonicalize(RewriteSet):
     """Many small equations, applied until none fits; the classes of this file are the list:
 
-     0. c + x  -->  x + c, for each commutative op and constant c;  x + [[c]]  -->  x + c, for one element
+     0. c + x  -->  x + c, for each commutative op and constant c;  x + [[c]], x + expand(c)  -->  x + c, of one element
      1. x + 0, x - 0, x * 1, x / 1, x^1  -->  x
      2. x / 2^k  -->  x * 2^-k;   x^2  -->  x * x;   1 / x  -->  reciprocal(x)
      3. -(-x), not not x, x and true, x or false  -->  x
@@ -341,23 +341,35 @@ BROADCASTING = COMMUTATIVE | {"sub", "div", "pow", "less", "less_equal", "greate
 
 
 def constants_to_scalars(function: Function, log: PassRecord) -> int:
-    """x + [[c]]   -->   x + c        for a constant of one element beside a value of no lower rank"""
+    """x + [[c]]   -->   x + c        for a constant of one element beside a value of no lower rank
+
+    x + expand(c)   -->   x + c        beside a value of the result's shape
+    """
     changed = 0
     for node in function.nodes:
         if node.op.name not in BROADCASTING:
             continue
         for position, value in enumerate(node.inputs):
-            literal = value.literal
-            if literal is None or literal.shape == () or math.prod(literal.shape) != 1:
+            literal = _repeated_number(value)
+            if literal is None or value.type.rank == 0:
                 continue
-            others = [v for v in node.inputs if v is not value]
-            if any(v.type.rank >= value.type.rank and v.literal is None for v in others):
+            others = [v for v in node.inputs if v is not value and v.literal is None]
+            whole = node.results[0].type.dims
+            if any(v.type.rank >= value.type.rank if value.node is None else v.type.dims == whole for v in others):
                 operands = list(node.operands)
                 operands[position] = Value.constant(Literal(literal.dtype, (), literal.data))
                 node.operands = tuple(operands)
                 log.matches.append(Event.at("constants-to-scalars", function, node))
                 changed += 1
     return changed
+
+
+def _repeated_number(value: Value) -> Literal | None:
+    """The constant of one element that this is, or is made of by nothing but repeating and reshaping."""
+    while value.node is not None and value.node.op.name in ("expand", "rearrange", "reshape"):
+        value = value.node.inputs[0]
+    literal = value.literal
+    return literal if literal is not None and math.prod(literal.shape) == 1 else None
 
 
 def constants_to_the_right(function: Function, log: PassRecord) -> int:

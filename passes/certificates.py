@@ -68,6 +68,7 @@ class Certificate:
     error      the largest difference, relative to the largest number of the result
     tolerance  what that error had to be below
     note       why there are no cases; "large axes made small" where they were
+    refused    why not all sizes were tried, where an op refuses some
     """
 
     rule: str
@@ -78,6 +79,7 @@ class Certificate:
     error: float = 0.0
     tolerance: float = 0.0
     note: str = ""
+    refused: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "sizes": [dict(each) for each in self.sizes]}
@@ -95,6 +97,7 @@ class Certificate:
             error=float(said["error"]),
             tolerance=float(said["tolerance"]),
             note=str(said["note"]),
+            refused=str(said.get("refused", "")),
         )
 
     def __str__(self) -> str:
@@ -102,7 +105,8 @@ class Certificate:
             return f"{self.rule} {self.instance}: {self.note}"
         sizes = "; ".join(", ".join(f"{s}={n}" for s, n in each) for each in self.sizes if each)
         near = f"largest error {self.error:.2g} (at most {self.tolerance:.2g})"
-        told = [f"{self.cases} cases", near, f"at {sizes}" if sizes else "", self.note, f"seed {self.seed}"]
+        others = f"other sizes refused ({self.refused})" if self.refused else ""
+        told = [f"{self.cases} cases", near, f"at {sizes}" if sizes else "", others, self.note, f"seed {self.seed}"]
         return f"{self.rule} {self.instance}: {', '.join(each for each in told if each)}"
 
 
@@ -134,10 +138,13 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
     graphs   the graph before and after, for the bounds of symbols and for calls
 
     A case that the function may never give is no counterexample: if there is none but such, the certificate says so.
+    Sizes at which one depth's ops cannot run, as a table of positions that is too short, do not excuse what fails at
+    another.
     What was tried in this process is not tried again.
     """
     tried: set[str] = set()
     against: Counterexample | None = None
+    partial: Certificate | None = None
     doubted = ""
     for depth in range(DEPTHS):
         region = claim.cut(depth)
@@ -161,7 +168,9 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
             if len(_known) < _MOST_KNOWN:
                 _known[key] = now
         if isinstance(now, Certificate):
-            if now.cases or not (against or doubted):
+            if now.refused:
+                partial = partial or now
+            elif now.cases or not (against or doubted or partial):
                 return now
         elif now.doubt:
             doubted = doubted or f"not certified: {now}, but {now.doubt}"
@@ -171,7 +180,7 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
             doubted = doubted or f"not certified: {now}, but what the function computes may hold no masks"
         else:
             against = now
-    return against or Certificate(rule, key[:12] if tried else "-" * 12, seed, 0, (), note=doubted)
+    return against or partial or Certificate(rule, key[:12] if tried else "-" * 12, seed, 0, (), note=doubted)
 
 
 def _name(value: Value) -> str:
@@ -204,7 +213,7 @@ def _tried_shrunk(
         except TreadleError:
             continue
         found = _tried(rule, key, small, seed, "large axes made small", finite)
-        if isinstance(found, Certificate) and found.cases:
+        if isinstance(found, Certificate) and found.cases and not found.refused:
             return found
         against = found if isinstance(found, Counterexample) else against
     found = _tried(rule, key, sides, seed, "", finite)
@@ -259,8 +268,8 @@ def _tried(
             if told not in at:
                 at.append(told)
     if not cases:
-        note = f"not evaluated: {refused}"
-    return Certificate(rule, instance, seed, cases, tuple(at), *worst, note)
+        return Certificate(rule, instance, seed, 0, (), note=f"not evaluated: {refused}")
+    return Certificate(rule, instance, seed, cases, tuple(at), *worst, note, refused)
 
 
 def _shown(error: Exception) -> str:

@@ -165,7 +165,8 @@ class _Search:
         for node in made:
             node.source = root.source
         for note in plan.notes:
-            self.log.refusals.append(Event.at(self.options.name, self.function, note.node, f"the mask {note.reason}"))
+            event = Event.at(self.options.name, self.function, note.node, f"the mask {note.reason}", note.hint)
+            self.log.refusals.append(event)
         self.log.matches.append(Event.at(self.options.name, self.function, root))
         self.replaced[old] = result.value
         if old.name != root.op.name and result.value.node is not None:

@@ -4,7 +4,10 @@
     normalization   the mean of a square, and what is divided by its root;  layer_norm, rms_norm
     activation      erf, tanh + 1 or sigmoid, and what is multiplied by it;  gelu, gelu_tanh, silu, quick_gelu
     rotary          halves changed places and sign, x cos a + y sin a;  rotary
-    linear          a product with a weight, and a bias added to it;  linear
+    linear          a product with a weight transposed, and a bias added to it;  linear
+
+A product with a weight that lies as [in, out] is no site: matmul is the op for it, and a backend that packs weights
+packs this one as well, and adds the bias as it stores the product. There is nothing to gain, and a copy to lose.
 
 This looks for what a person would point at, not for what the rules say: it is wider than they are, so that what they
 miss is seen.
@@ -175,15 +178,14 @@ class _Finder:
         return [p for p in parts if p is not None] + turned
 
     def _linear(self, node: Node) -> Sequence[Node] | None:
-        """matmul(x, w) + bias"""
-        if node.op.name != "matmul" or len(node.inputs) != 2:
+        """matmul(x, transpose(w)) + bias"""
+        moved = node.inputs[1].node if node.op.name == "matmul" else None
+        if moved is None or moved.op.name != "rearrange":
             return None
-        weight = node.inputs[1]
-        moved = [] if weight.node is None or weight.node.op.name != "rearrange" else [weight.node]
-        origin = moved[0].inputs[0] if moved else weight
-        if origin.kind not in ("parameter", "constant") or origin.type.rank != 2:
+        weight = moved.inputs[0]
+        if weight.kind not in ("parameter", "constant") or weight.type.rank != 2:
             return None
-        return [*moved, *(user for user in self._readers(node) if user.op.name == "add")]
+        return [moved, *(user for user in self._readers(node) if user.op.name == "add")]
 
 
 def _makers(node: Node) -> list[Node | None]:

@@ -133,8 +133,11 @@ def inverted(b: Builder, r: Random, x: Expr) -> Expr:
 def linear(b: Builder, r: Random, x: Expr) -> Expr:
     w = parameter(b, WIDTH, WIDTH)
     w = w + 0.1 if r.random() < 0.3 else w
+    rows = r.random() < 0.3
+    x = b.rearrange(x, pattern="b s d -> (b s) d") if rows else x
     y = one_of(r, lambda: b.linear(x, w), lambda: b.matmul(x, b.rearrange(w, pattern="o i -> i o")))
-    return b.tanh(y + parameter(b, WIDTH) if r.random() < 0.7 else y)
+    y = y + parameter(b, WIDTH) if r.random() < 0.7 else y
+    return b.tanh(b.rearrange(y, pattern="(b=B s) d -> b s d") if rows else y)
 
 
 def unchanged(b: Builder, r: Random, x: Expr) -> Expr:

@@ -12,6 +12,7 @@ from tests.test_certificates import Planted, certificates, certified, rolled_bac
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.parser import parse_graph
+from treadle.ir.sizes import Bounds
 from treadle.passes.certificates import Certificate, Counterexample, certify
 from treadle.passes.manager import Optimized
 from treadle.passes.region_graphs import shrinkings_of
@@ -42,16 +43,21 @@ def rows_first(keys: Expr, rows: Expr, x: Expr) -> Optimized:
 
 
 def rows_with(b: Builder, keys: Expr) -> Expr:
-    return b.reduce_max(keys.cast("i32"), axes=(-1,), keep=True) > 0
+    found: Expr = b.reduce_max(keys.cast("i32"), axes=(-1,), keep=True) > 0
+    return found
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["rows-of-these-keys", "rows-of-others"])
-def test_what_is_known_of_a_mask_holds_however_deep_the_rest_is(tied: bool) -> None:
+def test_what_is_known_of_a_mask_holds_however_large_the_rest_is(tied: bool) -> None:
     b = Builder(Graph("g"))
     keys, x = b.input("keys", "bool[B, S]"), b.input("x", "f32[B, S]")
-    rows = rows_with(b, keys if tied else b.input("others", "bool[B, S]"))
-    for _ in range(MOST_NODES):
-        x = b.tanh(x)
+    rows = keys if tied else b.input("others", "bool[B, S]")
+    for _ in range(4):
+        rows = b.logical_not(rows)
+    rows = rows_with(b, rows)
+    half = round(MOST_NODES**0.5) + 1
+    wide = [b.concat(*[b.tanh(x * float(n)) for n in range(half)], axis=-1) * float(m) for m in range(half)]
+    x = b.reduce_sum(b.concat(*wide, axis=-1), axes=(-1,), keep=True)
     found = rows_first(keys, rows, x)
     assert [e.rule for e in found.log[0].matches] == ["rows-first"] * tied
     assert len(rolled_back(found)) == (not tied)
@@ -95,22 +101,23 @@ def test_a_product_is_any_number_but_no_mask(product: bool) -> None:
 # -- roundings and sizes ---------------------------------------------------------------------------------------------
 
 
-def both_scaled(seed: int, off: float) -> Certificate | Counterexample | None:
-    """What the claim that scales of q and k are one scale of their product gives when it is drawn from a seed."""
+def both_scaled(n: int, off: float) -> Certificate | Counterexample | None:
+    """What the claim gives that scales of q and k are attention's own, 1/sqrt(n), or that times `off`."""
     b = Builder(Graph("g"))
-    q, k = b.input("q", "f32[B, S, 64]"), b.input("k", "f32[B, 64, T]")
-    b.matmul(q * 64**-0.25, k * 64**-0.25)
+    q, k, v = (b.input(name, f"f32[B, 2, S, {n}]") for name in "qkv")
+    keys = b.rearrange(k, pattern="b h s d -> b h d s")
+    b.softmax((q * n**-0.25) @ (keys * n**-0.25)) @ v
     matched = list(b.graph.main.nodes)
-    now = (q @ k) * (off * 64**-0.5)
+    now = b.attention(q, k, v, scale=None if off == 1.0 else off * n**-0.5)
     made = b.graph.main.nodes[len(matched) :]
-    return certify("twice", claim_of_match(matched, made, matched[-1], [now.value]), (b.graph, b.graph), seed)
+    return certify("twice", claim_of_match(matched, made, matched[-1], [now.value]), (b.graph, b.graph))
 
 
 def test_roundings_of_two_scales_do_not_cancel() -> None:
-    """64^(-1/4) is off in float32, and the moves of both, up and down by chance, would be off by nothing."""
-    for seed in range(12):
-        assert isinstance(both_scaled(seed, 1.0), Certificate)
-        assert isinstance(both_scaled(seed, 1.0 + 1e-4), Counterexample)
+    """n^(-1/4) is off in float32, and the moves of both, up and down by chance, would be off by nothing."""
+    for n in range(5, 64, 3):
+        assert isinstance(both_scaled(n, 1.0), Certificate), n
+        assert isinstance(both_scaled(n, 1.0 + 1e-4), Counterexample), n
 
 
 def test_sizes_that_numbers_are_tied_to_stay() -> None:
@@ -133,3 +140,13 @@ def test_what_fails_only_at_sizes_for_which_its_numbers_may_not_be_is_a_note() -
     assert not rolled_back(found) and "not certified: " in note.note and "too large" in note.note
     narrow = certified(parse_graph(wide.replace("33554432", "768")), rule)
     assert len(rolled_back(narrow)) == 1
+
+
+def test_sizes_that_are_refused_excuse_nothing() -> None:
+    """A table of 40 positions that is made small is too short for all but one key, of which any softmax is 1."""
+    b = Builder(Graph("g"))
+    x, table = b.input("x", "f32[B, S]"), b.input("table", "f32[40]")
+    b.graph.bound("S", Bounds(1, 40))
+    b.outputs(y=b.softmax(x * 1.5 + b.slice(table, axis=0, start=0, stop="S")))
+    found = certified(b.graph, Planted(lambda p, x, y: p.softmax(x), lambda b, m: b.exp(b.log_softmax(m.x * 2.0))))
+    assert len(rolled_back(found)) == 1 and not certificates(found)

@@ -239,6 +239,27 @@ def test_padding_on_either_side_is_what_it_is(change: str) -> None:
     assert_equal_everywhere(before, optimized.graph, ROUNDING)
 
 
+def notes_on(masking: str) -> list[str]:
+    """What is said of a mask over j <= i and a mask of each row from outside, both filled in with a number."""
+    kept = ["outer = cast(rows, to=bool)", "keep = logical_and(causal, outer)"]
+    text = BEFORE.replace("keep =", "causal =").replace("    masked", f"    {kept[0]}\n    {kept[1]}\n    masked")
+    text = text.replace("v: f32[B, 4, S, 8]", "v: f32[B, 4, S, 8], rows: i64[B, 1, 1, S]").replace("-inf", masking)
+    assert masking in text
+    assert "rows" in text
+    optimized = optimize(text, FuseAttention())
+    assert len(attentions(optimized.graph)) == 1
+    return [f"{e.op}: {e.reason}" for e in optimized.log[0].refusals]
+
+
+def test_a_mask_that_stays_an_addend_says_why() -> None:
+    why = "the mask stays an addend: it is -1e+30, and a row in which every key is masked is an average"
+    assert notes_on("-1e30") == [f"where: {why}"]
+    assert notes_on("-inf") == []
+    alone = optimize(BEFORE.replace("-inf", "-1e30"), FuseAttention())  # in which every row keeps a key
+    assert [terms_of(op) for op in attentions(alone.graph)] == ["causal"]
+    assert alone.log[0].refusals == []
+
+
 # -- back and forth --------------------------------------------------------------------------------------------
 
 
@@ -292,6 +313,9 @@ def test_an_input_mask_is_taken_for_no_more_than_it_is() -> None:
     optimized = fused(before)
     (op,) = attentions(optimized.graph)
     assert terms_of(op) == "bias(s t), bias(b t)"
+    (event,) = next(r for r in optimized.log if r.name == "fuse-attention").refusals
+    assert event.reason.startswith("the mask stays an addend: it is -3.4")
+    assert event.reason.endswith("another addend may outweigh it")
     inputs, weights = draw(before, {"B": 2, "S": 4}, 0)
     inputs["outside"][0, 0, 0, :3] = LOW  # the first three queries of that row see no key
     wanted, got = (interpret(g, inputs, weights, float64=True)["y"] for g in (before, optimized.graph))

@@ -116,6 +116,33 @@ CANONICALIZED = [
         x="f32[B]",
         y="f32[1, B]",
     ),
+    unary(
+        "constant-repeated",
+        Canonicalize(),
+        [
+            'r = rearrange(0.0, pattern="-> 1 1")',
+            "z = expand(r, shape=[B, S, 8])",
+            "a = add(x, z)",
+            "h = expand(2.0, shape=[S, 8])",
+            "b = minimum(h, a)",
+            "return y = b",
+        ],
+        [
+            'r = rearrange(0.0, pattern="-> 1 1")',  # which dead-code removes
+            "z = expand(r, shape=[B, S, 8])",
+            "h = expand(2.0, shape=[S, 8])",
+            "b = minimum(x, 2.0)",
+            "return y = b",
+        ],
+    ),
+    unary(
+        "constant-that-gives-the-shape",
+        Canonicalize(),
+        ["z = expand(0.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
+        ["z = expand(0.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
+        x="f32[S]",
+        y="f32[2, S]",
+    ),
     unary("constant-right", Canonicalize(), ["a = add(3.0, x)", "return y = a"], ["a = add(x, 3.0)", "return y = a"]),
     unary("constant-stays", Canonicalize(), ["a = sub(3.0, x)", "return y = a"], ["a = sub(3.0, x)", "return y = a"]),
     unary("chain", Canonicalize(), ["a = mul(x, 1.0)", "b = add(a, 0.0)", "c = div(b, 1.0)", "return y = c"], [X]),
@@ -203,6 +230,9 @@ SOFTMAX = [
 ]
 LINEAR = ("x: f32[B, S, 8]", "y: f32[B, S, 4]")
 WEIGHT = ("w: f32[4, 8]", "bias: f32[4]")
+ACROSS = ("v: f32[8, 4]", "bias: f32[4]")
+JOIN, SPLIT = 'a = rearrange(x, pattern="b s k -> (b s) k")', 'd = rearrange(c, pattern="(b=B s) n -> b s n")'
+ADDMM = ["b = matmul(a, $v)", "c = add(b, $bias)", SPLIT, "return y = d"]
 
 FUSED = [
     unary("gelu", FuseGelu(), GELU, ["a = gelu(x)", "return y = a"]),
@@ -321,6 +351,72 @@ FUSED = [
             weights=WEIGHT,
         ),
         program(*LINEAR, "a = linear(x, $w, $bias)", "return y = a", weights=WEIGHT),
+    ),
+    Case(
+        "weight-as-it-is-multiplied",  # [in, out]: a transposition would be a copy for nothing
+        FuseLinear(),
+        program(*LINEAR, "a = matmul(x, $v)", "b = add(a, $bias)", "return y = b", weights=ACROSS),
+        program(*LINEAR, "a = matmul(x, $v)", "b = add(a, $bias)", "return y = b", weights=ACROSS),
+    ),
+    Case(
+        "addmm",
+        FuseLinear(),
+        program(*LINEAR, JOIN, *ADDMM, weights=ACROSS),
+        program(*LINEAR, "b = matmul(x, $v)", "c = add(b, $bias)", "return y = c", weights=ACROSS),
+    ),
+    Case(
+        "addmm-without-bias",
+        FuseLinear(),
+        program(*LINEAR, JOIN, ADDMM[0], swapped(ADDMM, "(c,", "(b,")[2], ADDMM[3], weights=ACROSS[:1]),
+        program(*LINEAR, "b = matmul(x, $v)", "return y = b", weights=ACROSS[:1]),
+    ),
+    Case(
+        "rows-of-linear",
+        FuseLinear(),
+        program(*LINEAR, JOIN, "c = linear(a, $w, $bias)", *ADDMM[2:], weights=WEIGHT),
+        program(*LINEAR, "c = linear(x, $w, $bias)", "return y = c", weights=WEIGHT),
+    ),
+    Case(
+        "rows-joined-with-heads",
+        FuseLinear(),
+        program(
+            "x: f32[B, 2, S, 4]",
+            LINEAR[1],
+            'a = rearrange(x, pattern="b h s d -> (b s) (h d)")',
+            *ADDMM,
+            weights=ACROSS,
+        ),
+        program(
+            "x: f32[B, 2, S, 4]",
+            LINEAR[1],
+            'a = rearrange(x, pattern="b h s d -> b s (h d)")',
+            *["b = matmul(a, $v)", "c = add(b, $bias)", "return y = c"],
+            weights=ACROSS,
+        ),
+    ),
+    unary(
+        "rows-split-in-another-order",
+        FuseLinear(),
+        [JOIN, "b = matmul(a, a2)", 'd = rearrange(b, pattern="(s=S b) n -> s b n")', "return y = d"],
+        [JOIN, "b = matmul(a, a2)", 'd = rearrange(b, pattern="(s=S b) n -> s b n")', "return y = d"],
+        x="f32[B, S, 8], a2: f32[8, 4]",
+        y="f32[S, B, 4]",
+    ),
+    unary(
+        "columns-of-a-product-split",
+        FuseLinear(),
+        [JOIN, "b = matmul(a, a2)", 'd = rearrange(b, pattern="(b=B s) (h=2 d) -> b h s d")', "return y = d"],
+        [JOIN, "b = matmul(a, a2)", 'd = rearrange(b, pattern="(b=B s) (h=2 d) -> b h s d")', "return y = d"],
+        x="f32[B, S, 8], a2: f32[8, 4]",
+        y="f32[B, 2, S, 2]",
+    ),
+    unary(
+        "addend-of-each-row",
+        FuseLinear(),
+        [JOIN, "b = matmul(a, a2)", "c = add(b, a3)", SPLIT, "return y = d"],
+        [JOIN, "b = matmul(a, a2)", "c = add(b, a3)", SPLIT, "return y = d"],
+        x="f32[B, S, 8], a2: f32[8, 4], a3: f32[B * S, 4]",
+        y="f32[B, S, 4]",
     ),
 ]
 
@@ -463,6 +559,17 @@ REFUSED = [
             weights=WEIGHT,
         ),
         "linear-bias at linear: the linear is used elsewhere, by mul",
+    ),
+    Case(
+        "rows-used-as-they-are-joined",
+        FuseLinear(),
+        program(
+            LINEAR[0],
+            "y: f32[B, S, 4], z: f32[B * S, 4]",
+            *[JOIN, *ADDMM[:3], "z = exp(c)", "return y = d, z = z"],
+            weights=ACROSS,
+        ),
+        "product-of-rows at add: the add is used elsewhere, by exp",
     ),
     Case(
         "iota-too-large",

@@ -301,9 +301,6 @@ def _why_missed(site: Site, optimized: Optimized, there: set[_Key]) -> tuple[str
         return f"the pipeline has no {name}", ""
     if not there.intersection(_keys(site)):
         return "other passes left nothing of it", ""
-    if site.kind == "linear" and site.anchor.inputs[1].node is None:
-        order = "the weight is stored as [in, out], and linear takes [out, in]: it stays a matmul"
-        return order, "multiply by the transpose of a weight of [out, in]"
     return f"no rule of {name} came near: what stands around the {site.anchor.op.name} is none of their forms", ""
 
 

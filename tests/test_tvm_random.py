@@ -1,0 +1,188 @@
+"""Random programs on the TVM backend, of what shares memory: views, results in place, blocks, outputs under many names.
+
+Rearranges, slices and the like make views, elementwise ops join the product before them, results are written where
+they are read from next. Whatever is combined, the numbers are those of the interpreter, at any size, call after call.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from random import Random
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+
+from treadle.backends.registry import find_backend
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Function, Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.sizes import Bounds
+from treadle.ir.target import Target
+from treadle.ir.types import Type, f32, i64
+
+PROGRAMS = 40
+SIZES = (3, 0, 1, 18)
+# Values stay below about 1, sums have at most some hundred terms, chains some ten ops.
+TOLERANCE = 1000 * 2.0**-23
+
+
+def random_program(seed: int) -> Graph:
+    """A graph of views and products; in every second one blocks are called, with weights of the caller's or values."""
+    r = Random(seed)
+    graph = Graph("random")
+    graph.symbols["S"] = Bounds(0)
+    blocks = []
+    for number in range(seed % 2 * 2):
+        block = Function(f"block{number}")
+        graph.add_function(block)
+        fill(Builder(graph, block), r, 5, blocks[:number])
+        blocks.append(block)
+    fill(Builder(graph), r, 12, blocks)
+    return graph
+
+
+def fill(b: Builder, r: Random, count: int, blocks: list[Function]) -> None:
+    """Inputs, steps and outputs; an output may be an input, a weight, a constant or another output as well."""
+    pool = [b.input("x", "f32[S, 6]"), b.input("y", "f32[2, S, 3]"), b.constant([[0.5, -0.25, 1.0]], f32)]
+    b.input("i", "i64[S]")
+    while len(b.function.nodes) < count:
+        try:
+            made = call(b, r, pool, r.choice(blocks)) if blocks and r.random() < 0.2 else [step(b, r, pool)]
+        except TreadleError:  # which do not go together
+            continue
+        pool += [x for x in made if x.dtype is f32 and 1 <= x.rank <= 4]
+    chosen = [r.choice(pool[-5:]) for _ in range(r.randint(1, 3))] + [r.choice(pool), pool[-1]]
+    weights = [b.expr(v) for v in b.function.parameters.values()]
+    chosen += [r.choice(weights)] if weights and r.random() < 0.3 else []
+    b.outputs(**{f"out{n}": x for n, x in enumerate(chosen)})
+
+
+def call(b: Builder, r: Random, pool: list[Expr], block: Function) -> list[Expr]:
+    """A call on any values of the right types; its weights are parameters, shared by some calls, or values."""
+    inputs = [fitting(b, r, pool, v.type) for v in block.inputs]
+    weights = []
+    for name, v in block.parameters.items():
+        full = f"{r.choice('ab')}.{name}"
+        known = b.function.parameters.get(full)
+        if r.random() < 0.8 and (known is None or known.type == v.type):
+            weights.append(b.parameter(full, v.type))
+        else:
+            weights.append(fitting(b, r, pool, v.type))
+    return list(b.call(block, [*inputs, *weights]))
+
+
+def fitting(b: Builder, r: Random, pool: list[Expr], type: Type) -> Expr:
+    """A value of a type, or another one made so."""
+    if type.dtype is i64:
+        return b.expr(b.function.inputs[2])
+    found = [x for x in pool if x.type == type]
+    if found and r.random() < 0.7:
+        return r.choice(found)
+    fill = b.expand(b.constant(0.125, f32), shape=type.shape)
+    return b.tanh(fill) if r.random() < 0.5 else fill
+
+
+def weight(b: Builder, r: Random, *sizes: int) -> Expr:
+    """A parameter; the same one now and then."""
+    return b.parameter(f"w{r.randrange(2)}_" + "_".join(map(str, sizes)), f32[sizes])
+
+
+def step(b: Builder, r: Random, pool: list[Expr]) -> Expr:
+    x, y = r.choice(pool[-4:]), r.choice(pool)
+    axis = r.randrange(x.rank)
+    last = x.shape[-1].constant or 1
+    kind = r.randrange(18)
+    if kind < 2:
+        return b.tanh(x + y)
+    if kind == 2:
+        return x * r.choice((0.5, -0.0, 0.0)) - y
+    if kind == 3:
+        return b.sigmoid(x)
+    if kind < 7:
+        return turned(b, r, x)
+    if kind == 7:
+        return b.slice(x, axis=axis, start=r.choice((0, 1)), stop=r.choice((None, 2)), stride=r.choice((1, 1, 2)))
+    if kind == 8:
+        return b.concat(x, y, x, axis=axis)
+    if kind == 9:
+        return b.linear(x, weight(b, r, r.choice((1, 3, 6)), last), *[weight(b, r, 6)] * r.randrange(2)) * 0.25
+    if kind == 10:
+        return b.matmul(x, weight(b, r, last, r.choice((1, 3, 6)))) * 0.25
+    if kind == 11:
+        return b.matmul(x, b.rearrange(y, pattern=swapped(y.rank))) * 0.125
+    if kind == 12:
+        reduce = r.choice((b.reduce_mean, b.reduce_max)) if x.shape[axis].constant else b.reduce_sum
+        return reduce(x, axes=(axis,), keep=r.random() < 0.7) * 0.25
+    if kind == 13:
+        return b.softmax(x, axis=r.choice((axis, -1)))
+    if kind == 14:
+        return b.cumsum(x, axis=axis) * 0.125
+    if kind == 15:
+        return b.rms_norm(x, weight(b, r, last), eps=0.1)
+    if kind == 16:
+        return b.gather(weight(b, r, 4, 6), b.expr(b.function.inputs[2]), axis=0)
+    return b.tanh(x * y) + x
+
+
+def turned(b: Builder, r: Random, x: Expr) -> Expr:
+    """Another order of the dimensions; one may be split, two neighbours joined."""
+    names = ["a", "b", "c", "d"][: x.rank]
+    before, parts = list(names), list(names)
+    at = r.randrange(x.rank)
+    factor = {6: 2, 4: 2, 3: 3, 2: 2}.get(x.shape[at].constant or 0)
+    if factor and r.random() < 0.6:
+        before[at], parts[at : at + 1] = f"(p={factor} q)", ["p", "q"]
+    r.shuffle(parts)
+    if len(parts) > 1 and r.random() < 0.4:
+        at = r.randrange(len(parts) - 1)
+        parts[at : at + 2] = [f"({parts[at]} {parts[at + 1]})"]
+    return b.rearrange(x, pattern=f"{' '.join(before)} -> {' '.join(parts)}")
+
+
+def swapped(rank: int) -> str:
+    names = ["a", "b", "c", "d"][:rank]
+    return f"{' '.join(names)} -> {' '.join((*names[:-2], *reversed(names[-2:])))}"
+
+
+def drawn(type: Type, size: int, rng: np.random.Generator) -> np.ndarray:
+    shape = type.evaluate({"S": size})
+    return rng.integers(0, 4, shape) if type.dtype is i64 else rng.uniform(-1, 1, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("start", range(0, PROGRAMS, 10))
+def test_any_program_gives_the_interpreters_numbers(start: int) -> None:
+    for seed in range(start, start + 10):
+        check(seed)
+
+
+def check(seed: int) -> None:
+    graph, rng = random_program(seed), np.random.default_rng(seed)
+    weights = {name: drawn(v.type, 0, rng) for name, v in graph.main.parameters.items()}
+    program = find_backend("tvm").compile(graph, Target("cpu"), weights)
+    before = {name: array.copy() for name, array in weights.items()}
+    for size in (*SIZES, SIZES[0]):
+        inputs = {v.name: drawn(v.type, size, rng) for v in graph.main.inputs}
+        given = {name: array.copy() for name, array in inputs.items()}
+        try:
+            wanted = interpret(graph, inputs, weights, float64=True)
+        except TreadleError:  # sizes that do not go together
+            with pytest.raises(TreadleError):
+                program(**inputs)
+            continue
+        except ValueError:  # the largest of no numbers, which NumPy refuses; a program may go on
+            assert size == 0
+            with suppress(TreadleError):
+                program(**inputs)
+            continue
+        got = program(**inputs)
+        for name, expected in wanted.items():
+            what = f"seed {seed}, S = {size}, {name} of\n{graph}"
+            assert got[name].shape == expected.shape, what
+            np.testing.assert_allclose(got[name], expected, rtol=0, atol=TOLERANCE, err_msg=what)
+        for name, array in inputs.items():
+            np.testing.assert_array_equal(array, given[name], err_msg=f"seed {seed} writes to input {name}")
+    for name, array in weights.items():
+        np.testing.assert_array_equal(array, before[name], err_msg=f"seed {seed} writes to weight {name}")
