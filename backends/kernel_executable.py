@@ -6,6 +6,7 @@ every kernel call a record. Later calls write the addresses of inputs and output
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -138,7 +139,7 @@ class KernelExecutable:
         arrays = dict(zip(self.program.inputs, taken, strict=True))
         with self._lock:
             plan = self._plan(sizes)
-            made = {p.name: np.empty(plan.shapes[p.name], stored(p.dtype)) for p in self.outputs}
+            made = {p.name: _allocated(plan.shapes[p.name], stored(p.dtype)) for p in self.outputs}
             places = {f"in {n}": a for n, a in arrays.items()} | {f"out {n}": a for n, a in made.items()}
             self._run(plan, places | {"status": plan.status})
         tensors = any(_is_tensor(value) for value in given.values())
@@ -149,7 +150,11 @@ class KernelExecutable:
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
-        plan = Planner(self, sizes).plan()
+        try:
+            plan = Planner(self, sizes).plan()
+        except OverflowError as error:  # of 64 bits
+            told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise BackendError(f"{self.name}: no memory is as large as these sizes take", received=told) from error
         self._plans[key] = plan
         if len(self._plans) > PLANS:
             self._plans.popitem(last=False)
@@ -157,7 +162,7 @@ class KernelExecutable:
 
     def _run(self, plan: Plan, arrays: Mapping[str, Array]) -> None:
         if self._arena.nbytes < plan.arena + ALIGNMENT:
-            self._arena = np.empty(plan.arena + ALIGNMENT, np.uint8)
+            self._arena = _allocated((plan.arena + ALIGNMENT,), np.dtype(np.uint8))
         base = -(-address(self._arena) // ALIGNMENT) * ALIGNMENT
         values = plan.words[:, 1]
         for name, (at, offsets) in plan.moves.items():
@@ -343,6 +348,15 @@ class Planner:
 
 
 # -- arrays --------------------------------------------------------------------------------------------------
+
+
+def _allocated(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """New memory. Raises BackendError where there is not so much."""
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, OverflowError, ValueError) as error:
+        gigabytes = math.prod(shape) * dtype.itemsize / 2**30
+        raise BackendError("there is not enough memory", received=f"{gigabytes:.3g} GiB for {list(shape)}") from error
 
 
 def stored(dtype: DType) -> np.dtype[Any]:

@@ -46,13 +46,14 @@ class Signature:
     def sizes(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
         """The sizes of the symbols where the inputs have these shapes. Raises BackendError where one does not fit."""
         key = tuple(shapes)
-        if key not in self._fitting:
+        found = self._fitting.get(key)  # looked up once: another thread may clear them
+        if found is None:
             named = {port.name: tuple(map(int, shape)) for port, shape in zip(self.ports, shapes, strict=True)}
             found = self._check_shapes(named)
             if len(self._fitting) >= _REMEMBERED:
                 self._fitting.clear()
             self._fitting[key] = found
-        return self._fitting[key]
+        return found
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         names = [port.name for port in self.ports]

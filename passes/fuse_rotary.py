@@ -157,12 +157,12 @@ class _Turns:
                 x = next((v for v in product.inputs if self.views.get(v) is not table), product.inputs[0])
                 (kind,) = table.terms
                 return f"what the {kind} multiplies, {x.type}, is repeated along the angles, or its last axis varies"
-        x, y = (self.views[p.results[0]] for p in products)
-        assert x is not None
-        assert y is not None
-        if x.base is not y.base:
+        one, other = (self.views[p.results[0]] for p in products)
+        assert one is not None
+        assert other is not None
+        if one.base is not other.base:
             return "the cosine and the sine are not multiplied with elements of one tensor"
-        if x.angles is not y.angles or x.lead != y.lead:
+        if one.angles is not other.angles or one.lead != other.lead:
             return "the cosine and the sine are of different angles"
         return None
 

@@ -148,6 +148,19 @@ def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
     )
 
 
+def picked(b: Builder, r: Random, x: Expr) -> Expr:
+    """All rows by their indices, which exporters guard against negative ones; or backwards in each sequence."""
+    s = one_of(r, lambda: b.iota(size="S"), lambda: b.iota(size="S"), lambda: b.size(value="S - 1") - b.iota(size="S"))
+    i = b.rearrange(b.iota(size="B"), pattern="b -> b 1") * b.size(value="S") + s
+    i = one_of(r, lambda: i, lambda: b.where(i < 0, i + b.size(value="B * S"), i))
+    return b.gather(b.rearrange(x, pattern="b s d -> (b s) d"), i)
+
+
+def one_of_two(b: Builder, r: Random, x: Expr) -> Expr:
+    start = r.choice((0, WIDTH, 1))
+    return b.slice(b.concat(x, b.tanh(x), axis=2), axis=2, start=start, stop=start + WIDTH)
+
+
 def powers(b: Builder, r: Random, x: Expr) -> Expr:
     return b.tanh(one_of(r, lambda: x / 4, lambda: x / 3, lambda: x**2, lambda: 2.0 * x))
 
@@ -199,5 +212,5 @@ def idle(b: Builder, r: Random, x: Expr) -> Expr:
 
 STEPS: tuple[Step, ...] = (
     *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, attention, linear, unchanged, unchanged),
-    *(powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle, inverted),
+    *(picked, one_of_two, powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle, inverted),
 )

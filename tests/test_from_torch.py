@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import treadle
-from treadle.frontends.torch_export_model import TorchModel
+from treadle.frontends.torch_export.model import TorchModel
 
 torch = pytest.importorskip("torch")
 nn: Any = pytest.importorskip("torch.nn")

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 from benchmarks.fusion import TOLERANCE, Row, attentions, difference, reasons, terms
 from benchmarks.hf_exports import Case, export
-from treadle.frontends.onnx_import import import_onnx
+from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.passes.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 

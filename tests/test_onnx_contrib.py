@@ -16,8 +16,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from tests.onnx_models import answers, runtime
-from treadle.frontends.onnx_errors import UnsupportedOnnx
-from treadle.frontends.onnx_import import Imported, import_onnx
+from treadle.frontends.onnx_import.errors import UnsupportedOnnx
+from treadle.frontends.onnx_import.importer import Imported, import_onnx
 
 Array = np.ndarray[Any, Any]
 
@@ -291,7 +291,7 @@ def test_attention_is_what_its_function_body_says(case: int, merged: bool, monke
     proto.opset_import[0].version = 25 if "left" in options or "right" in options else 24
     fused = import_onnx(proto)
     assert "attention" in [node.op.name for node in fused.graph.main.nodes]
-    from treadle.frontends.onnx_operators import OPERATORS
+    from treadle.frontends.onnx_import.operators import OPERATORS
 
     monkeypatch.delitem(OPERATORS, ("", "Attention"))
     apart = import_onnx(proto)

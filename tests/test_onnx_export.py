@@ -18,7 +18,7 @@ from tests.backend_checks import assert_near, block_model, graph_of, message
 from tests.op_checks import DTYPES, TESTED, Array, Case, assert_close, resolution
 from tests.test_models import ZOO
 from tests.test_op_suite import ROUNDINGS, dtypes_of
-from treadle.backends.onnx_export import (
+from treadle.backends.onnx_export.exporter import (
     ALIGNMENT,
     DEFAULT_OPSET,
     EXTERNAL_ABOVE,

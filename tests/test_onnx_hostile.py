@@ -17,8 +17,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.onnx_models import model
-from treadle.frontends.onnx_file import OnnxLimits
-from treadle.frontends.onnx_import import import_onnx
+from treadle.frontends.onnx_import.file import OnnxLimits
+from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError
 
 BODY = """

@@ -17,8 +17,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.onnx_models import answers, model, runtime, same_as_runtime
-from treadle.frontends.onnx_errors import StaticArgumentNeeded, UnsupportedOnnx
-from treadle.frontends.onnx_import import import_onnx
+from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
+from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.errors import FrontendError
 from treadle.ir.parser import parse_graph
 from treadle.ir.sizes import Size

@@ -13,8 +13,8 @@ pytest.importorskip("onnxruntime")
 
 from tests.test_models import ZOO
 from tests.test_onnx_export import two_sizes, weights_of
-from treadle.backends.onnx_export import export_onnx
-from treadle.frontends.onnx_import import import_onnx
+from treadle.backends.onnx_export.exporter import export_onnx
+from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.drawn_inputs import draw_inputs
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret

@@ -51,6 +51,8 @@ def swapped(lines: Sequence[str], old: str, new: str) -> list[str]:
 
 
 X = "return y = x"
+INDICES = ["ib = iota(size=B)", 'rb = rearrange(ib, pattern="b -> b 1")', "sz = size(value=S)", "bs = mul(rb, sz)"]
+INDICES += ["s = iota(size=S)"]
 
 CANONICALIZED = [
     unary("add-zero", Canonicalize(), ["a = add(x, 0.0)", "return y = a"], [X]),
@@ -142,6 +144,66 @@ CANONICALIZED = [
         ["z = expand(0.0, shape=[2, S])", "a = add(x, z)", "return y = a"],
         x="f32[S]",
         y="f32[2, S]",
+    ),
+    *(
+        unary(
+            f"gather-of-all-{name}",
+            Canonicalize(),
+            ['f = rearrange(x, pattern="b s d -> (b s) d")', *INDICES, *lines, "y = gather(f, i)", "return y = y"],
+            [*INDICES, *lines, "return y = x"],
+        )
+        for name, lines in (("as-it-is", ["i = add(bs, s)"]), ("by-sum-of-the-other", ["i = add(s, bs)"]))
+    ),
+    unary(
+        "gather-of-all-guarded",
+        Canonicalize(),
+        [
+            *['f = rearrange(x, pattern="b s d -> (b s) d")', *INDICES, "n = add(bs, s)", "below = less(n, 0)"],
+            *["z = size(value=B*S)", "o = add(n, z)", "i = where(below, o, n)", "y = gather(f, i)", "return y = y"],
+        ],
+        [*INDICES, "n = add(bs, s)", "z = size(value=B*S)", "o = add(n, z)", "return y = x"],
+    ),
+    *(
+        unary(
+            f"gather-{name}",
+            Canonicalize(),
+            ['f = rearrange(x, pattern="b s d -> (b s) d")', *INDICES, *lines, "y = gather(f, i)", "return y = y"],
+            ['f = rearrange(x, pattern="b s d -> (b s) d")', *INDICES, *lines, "y = gather(f, i)", "return y = y"],
+        )
+        for name, lines in (
+            ("one-after-the-first", ["i = minimum(bs, s)"]),
+            ("all-but-one-step-off", ["t = sub(s, 1)", "u = add(bs, t)", "i = maximum(u, 0)"]),
+            ("in-another-order", ["d = add(rb, rb)", "w = add(d, s)", "i = minimum(w, s)"]),
+            ("each-sequence-alike", ["o = mul(rb, 0)", "i = add(o, s)"]),
+        )
+    ),
+    *(
+        unary(
+            f"where-negative-{name}",
+            Canonicalize(),
+            ["n = iota(size=S)", line, "b = less(m, 0)", "a = where(b, x, m)", "return y = a"],
+            ["n = iota(size=S)", line, "b = less(m, 0)", "a = where(b, x, m)", "return y = a"],
+            x="i64[S]",
+        )
+        for name, line in (("sub", "m = sub(n, 1)"), ("mul", "m = mul(n, -1)"), ("from-outside", "m = add(n, x)"))
+    ),
+    *(
+        unary(
+            f"slice-of-concat-{name}",
+            Canonicalize(),
+            ["e = exp(x)", "c = concat(x, e, axis=1)", f"y = slice(c, axis=1, {span})", "return y = y"],
+            after,
+        )
+        for name, span, after in (
+            ("first", "stop=S", ["e = exp(x)", X]),
+            ("second", "start=S", ["e = exp(x)", "return y = e"]),
+        )
+    ),
+    unary(
+        "slice-of-concat-across",
+        Canonicalize(),
+        ["e = exp(x)", "c = concat(x, e, axis=2)", "y = slice(c, axis=2, start=1, stop=9)", "return y = y"],
+        ["e = exp(x)", "c = concat(x, e, axis=2)", "y = slice(c, axis=2, start=1, stop=9)", "return y = y"],
     ),
     unary("constant-right", Canonicalize(), ["a = add(3.0, x)", "return y = a"], ["a = add(x, 3.0)", "return y = a"]),
     unary("constant-stays", Canonicalize(), ["a = sub(3.0, x)", "return y = a"], ["a = sub(3.0, x)", "return y = a"]),

@@ -21,7 +21,10 @@ import pytest
 from treadle.ir.errors import TreadleError
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/dsl.md", "docs/architecture.md", "docs/cli.md", "docs/kernels.md", "docs/onnx.md", "docs/onnx-export.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("dsl", "architecture", "cli", "kernels", "onnx", "onnx-export", "torch-import")),
+)
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from treadle.compiling import Compiled as Compiled
     from treadle.compiling import compile as compile
     from treadle.fetch import fetch_model as fetch_model
-    from treadle.frontends.torch_export_import import from_torch as from_torch
+    from treadle.frontends.torch_export.importer import from_torch as from_torch
     from treadle.ir.errors import TreadleError as TreadleError
     from treadle.ir.following import follow as follow
     from treadle.ir.graph import Graph as Graph
@@ -48,7 +48,7 @@ _LAZY = {
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.following",
-    "from_torch": "treadle.frontends.torch_export_import",
+    "from_torch": "treadle.frontends.torch_export.importer",
     "load": "treadle.artifacts",
     "save": "treadle.artifacts",
 }

@@ -399,7 +399,7 @@ def export(
 ) -> None:
     """Write a model's optimized graph with its weights as ONNX."""
     from treadle.artifacts import is_artifact, open_artifact
-    from treadle.backends.onnx_export import export_onnx
+    from treadle.backends.onnx_export.exporter import export_onnx
     from treadle.compiling import initial_weights
     from treadle.option_values import parse_config
     from treadle.passes.manager import PassManager

@@ -15,7 +15,7 @@ import numpy as np
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
 from treadle.frontends.dsl import Model
-from treadle.frontends.torch_export_model import TorchModel
+from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.target import Target

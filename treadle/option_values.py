@@ -32,7 +32,10 @@ def parse_config(assignments: Iterable[str]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
         if name in _ARGUMENTS:
-            raise UsageError(f"--set {name}= is no option of a model", hint="the options of the command itself: --backend, --target, --seed, ...")
+            raise UsageError(
+                f"--set {name}= is no option of a model",
+                hint="the options of the command itself: --backend, --target, --seed, ...",
+            )
         config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
     return config
 

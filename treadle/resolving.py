@@ -27,7 +27,7 @@ from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.dsl import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
-from treadle.frontends.torch_export_model import TorchModel
+from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
@@ -165,8 +165,8 @@ def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, An
 
 def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
     """What config names is an input that determines shapes, whose value it gives, or an axis, whose size it gives."""
-    from treadle.frontends.onnx_file import OnnxFile, OnnxLimits
-    from treadle.frontends.onnx_import import import_onnx
+    from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits
+    from treadle.frontends.onnx_import.importer import import_onnx
 
     if inputs:
         raise UsageError("an ONNX file has no optional inputs", received=", ".join(inputs))

@@ -1,0 +1,217 @@
+"""ONNX operators on two operands or more, element by element: arithmetic, comparisons, logic, selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.types import f32, f64, i64
+
+_SIGN_BIT = -(2**63)
+
+
+def in_order(b: Builder, x: Expr, unsigned: bool) -> Expr:
+    """Numbers that are ordered as x is: uint64, whose bits an i64 holds, is ordered so with its first bit flipped."""
+    return x + b.constant(_SIGN_BIT, i64) if unsigned else x
+
+
+def _is_uint64(site: Site, position: int = 0) -> bool:
+    return site.element(position).name == "UINT64"
+
+
+# -- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+@operator("Add", latest=14, first=7)
+def _add(site: Site) -> Made:
+    return site.x(0) + site.x(1)
+
+
+@operator("Sub", latest=14, first=7)
+def _sub(site: Site) -> Made:
+    return site.x(0) - site.x(1)
+
+
+@operator("Mul", latest=14, first=7)
+def _mul(site: Site) -> Made:
+    return site.x(0) * site.x(1)
+
+
+@operator("Div", latest=14, first=7)
+def _div(site: Site) -> Made:
+    """Integers are divided towards zero."""
+    x, y = site.x(0), site.x(1)
+    if x.dtype.is_float:
+        return x / y
+    if _is_uint64(site):
+        return _unsigned_quotient(site.b, x, y)
+    element = site.element(0)
+    return x // y if element.least == 0 else truncated_quotient(site.b, x, y)
+
+
+def truncated_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
+    """x / y of signed integers, rounded towards zero."""
+    quotient = x // y
+    zero, one = b.constant(0, x.dtype), b.constant(1, x.dtype)
+    rest = x - quotient * y
+    rounded_down = b.not_equal(rest, zero) & b.not_equal(x < zero, y < zero)
+    return quotient + b.where(rounded_down, one, zero)  # type: ignore[no-any-return]
+
+
+def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
+    """x / y of 64-bit integers without sign, held in i64.
+
+    A divisor of 2^63 or more goes 0 times or once. Else twice the quotient of x/2 is right, or one too small.
+    """
+    zero, one, two = (b.constant(n, i64) for n in (0, 1, 2))
+    half = b.where(x < zero, x // two + b.constant(2**62, i64) + b.constant(2**62, i64), x // two)
+    near = (half // b.where(y > zero, y, one)) * two
+    rest = x - near * y
+    near = near + b.where(in_order(b, rest, True) >= in_order(b, y, True), one, zero)
+    large = b.where(in_order(b, x, True) >= in_order(b, y, True), one, zero)
+    return b.where(y < zero, large, near)  # type: ignore[no-any-return]
+
+
+@operator("Mod", latest=28)
+def _mod(site: Site) -> Made:
+    """fmod=1 takes the sign of the dividend, fmod=0 that of the divisor."""
+    b, x, y = site.b, site.x(0), site.x(1)
+    like_dividend = site.int("fmod", 0)
+    if _is_uint64(site):
+        return x - _unsigned_quotient(b, x, y) * y
+    if x.dtype.is_float and not like_dividend:
+        # Of signed zeros and infinite divisors, as version 28 says; earlier versions leave them open.
+        zero = b.constant(0.0, x.dtype)
+        rest = b.mod(x, y)
+        infinite = b.equal(b.abs(y), b.constant(float("inf"), x.dtype)) & (b.abs(x) < b.abs(y))
+        same = b.equal(x < zero, y < zero) | b.equal(x, zero)
+        return b.where(infinite, b.where(same, x, y), rest)
+    if not like_dividend or site.element(0).least == 0:
+        return b.mod(x, y)
+    if not x.dtype.is_float:
+        return x - truncated_quotient(b, x, y) * y
+    rest = b.mod(b.abs(x), b.abs(y))
+    infinite = b.equal(b.abs(y), b.constant(float("inf"), x.dtype)) & (b.abs(x) < b.abs(y))
+    rest = b.where(infinite, b.abs(x), rest)
+    return b.where(x < b.constant(0.0, x.dtype), -rest, rest)
+
+
+@operator("Pow", latest=15, first=7)
+def _pow(site: Site) -> Made:
+    """The exponent may be of another type; the result is of the base's."""
+    b, x, y = site.b, site.x(0), site.x(1)
+    base = site.element(0)
+    if base.name == "UINT64" or (site.element(1).name == "UINT64" and not base.is_float):
+        site.refuse("powers of uint64")
+    if base.is_float:
+        exponent = site.value(1).content
+        if exponent is not None and exponent.dtype != object and exponent.size == 1 and float(exponent.flat[0]) == 2.0:
+            return x * x if len(y.shape) <= len(x.shape) else b.pow(x, y.cast(x.dtype))
+        if y.dtype is f64 and x.dtype is f32:
+            return b.pow(x.cast(f64), y).cast(x.dtype)
+        return b.pow(x, y.cast(x.dtype))
+    if base.bits > 32 or (y.dtype.is_int and site.element(1).bits > 32):
+        content = site.value(1).content
+        if content is None or content.dtype == object or content.size != 1 or not 0 <= int(content.flat[0]) <= 8:
+            return b.pow(x.cast(f64), y.cast(f64)).cast(x.dtype)
+        whole = int(content.flat[0])
+        if whole == 0:
+            site.refuse("an integer to the power of zero")
+        return reduce(lambda z, _: z * x, range(whole - 1), x)
+    return b.pow(x.cast(f64), y.cast(f64)).cast(x.dtype)
+
+
+def _folding(name: str, latest: int, combine: Callable[[Site, Expr, Expr], Expr]) -> None:
+    """An operator that combines any number of operands."""
+
+    @operator(name, latest=latest, first=6)
+    def _combined(site: Site) -> Made:
+        parts = site.all()
+        if len(parts) == 1:
+            return parts[0]
+        return reduce(lambda x, y: combine(site, x, y), parts)
+
+
+def _extremum(name: str) -> Callable[[Site, Expr, Expr], Expr]:
+    def combine(site: Site, x: Expr, y: Expr) -> Expr:
+        b = site.b
+        if _is_uint64(site):
+            flip = b.constant(_SIGN_BIT, i64)
+            return b.apply(name, x + flip, y + flip) + flip  # type: ignore[no-any-return]
+        return b.apply(name, x, y)  # type: ignore[no-any-return]
+
+    return combine
+
+
+_folding("Max", 13, _extremum("maximum"))
+_folding("Min", 13, _extremum("minimum"))
+_folding("Sum", 13, lambda site, x, y: x + y)
+
+
+@operator("Mean", latest=13, first=6)
+def _mean(site: Site) -> Made:
+    parts = site.all()
+    return reduce(lambda x, y: x + y, parts) / float(len(parts))
+
+
+# -- comparisons and logic -----------------------------------------------------------------------------------------
+
+
+def _comparison(name: str, ours: str, latest: int, ordered: bool = True) -> None:
+    @operator(name, latest=latest, first=7)
+    def _compared(site: Site) -> Made:
+        x, y = (in_order(site.b, x, ordered and _is_uint64(site)) for x in (site.x(0), site.x(1)))
+        return site.b.apply(ours, x, y)
+
+
+_comparison("Equal", "equal", 19, ordered=False)
+_comparison("Greater", "greater", 13)
+_comparison("Less", "less", 13)
+_comparison("GreaterOrEqual", "greater_equal", 16)
+_comparison("LessOrEqual", "less_equal", 16)
+
+
+@operator("And", latest=7, first=7)
+def _and(site: Site) -> Made:
+    return site.x(0) & site.x(1)
+
+
+@operator("Or", latest=7, first=7)
+def _or(site: Site) -> Made:
+    return site.x(0) | site.x(1)
+
+
+@operator("Xor", latest=7, first=7)
+def _xor(site: Site) -> Made:
+    return site.b.not_equal(site.x(0), site.x(1))
+
+
+@operator("Not")
+def _not(site: Site) -> Made:
+    return ~site.x(0)
+
+
+@operator("Where", latest=16, moves=(1, 2))
+def _where(site: Site) -> Made:
+    return site.b.where(site.x(0), site.x(1), site.x(2))
+
+
+@operator("Clip", latest=13, first=6)
+def _clip(site: Site) -> Made:
+    """Between bounds, of which either may be left out; where they cross, the upper one holds."""
+    b, x = site.b, site.x(0)
+    unsigned = _is_uint64(site)
+    if site.version < 11:
+        low, high = site.float("min"), site.float("max")
+        lower = None if low is None else site.constant(low, x.dtype)
+        upper = None if high is None else site.constant(high, x.dtype)
+    else:
+        lower, upper = site.maybe(1), site.maybe(2)
+    x = in_order(b, x, unsigned)
+    if lower is not None:
+        x = b.maximum(x, in_order(b, lower, unsigned))
+    if upper is not None:
+        x = b.minimum(x, in_order(b, upper, unsigned))
+    return in_order(b, x, unsigned)

@@ -1,0 +1,371 @@
+"""An ONNX file and the external data beside it: opened, bounded, and checked for what every graph must have.
+
+    model.onnx            a ModelProto
+    model.onnx.data       tensors' bytes, named by location, offset and length in the ModelProto
+
+Reading runs no code of the file. External data is mapped, not copied; it must be a regular file in the model's own
+folder, reached by no link (in a hub cache: inside its `models--org--name`), and hold every byte that a tensor claims.
+
+Sources: onnx.proto; https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.contained_files import PathLike, canonical, contained, open_regular, printable, read_regular
+from treadle.frontends.onnx_import.elements import Element, decode, element
+from treadle.ir.errors import CheckpointError, FrontendError
+from treadle.ir.types import bf16
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class OnnxLimits:
+    """What a file may ask for before it is refused.
+
+    bytes     of the ModelProto (external data does not count)
+    nodes     in all, with functions inlined and branches taken
+    nesting   of functions and subgraphs
+    rank      dimensions of a tensor
+    """
+
+    bytes: int = 2**31 - 1
+    nodes: int = 200_000
+    nesting: int = 32
+    rank: int = 24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the file: its type, and its elements when they are asked for.
+
+    name    as errors show it
+    type    its element type
+    shape   its sizes
+    """
+
+    name: str
+    type: Element
+    shape: tuple[int, ...]
+    _proto: Any
+    _file: OnnxFile
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    def array(self) -> Array:
+        """The elements in the carrier's dtype (bf16 as float32), a view of the file where possible.
+
+        Raises FrontendError where the bytes are missing, too few or too many.
+        """
+        made = decode(self.type, self._bytes(), self.count).reshape(self.shape)
+        return made if self.type.carrier is not bf16 or made.dtype == np.float32 else made.astype(np.float32)
+
+    def _bytes(self) -> Array:
+        size = (self.count * self.type.bits + 7) // 8
+        if self._proto.data_location == 1:
+            return self._file.external(self, size)
+        if self._proto.HasField("raw_data"):
+            data = np.frombuffer(self._proto.raw_data, np.uint8)
+            if data.size != size:
+                raise self.error("a tensor's bytes are not as many as its shape asks for", f"{data.size}, not {size}")
+            return data
+        return self._typed(size)
+
+    def _typed(self, size: int) -> Array:
+        """The bytes of elements in int32_data, float_data, ..."""
+        given = np.asarray(getattr(self._proto, self.type.field))
+        bits = self.type.bits
+        if self.type.field == "int32_data":
+            given = given.astype(np.int32)
+            # Elements smaller than a byte are packed, as many to a number as to a byte.
+            data = given.astype(f"<i{max(bits, 8) // 8}").view(np.uint8)
+        elif self.type.field == "uint64_data":
+            data = given.astype(f"<u{bits // 8}").view(np.uint8)
+        else:
+            data = given.astype({"float_data": "<f4", "double_data": "<f8", "int64_data": "<i8"}[self.type.field])
+            data = data.view(np.uint8)
+        if data.size != size:
+            per = max(bits, 8) // 8
+            received = f"{data.size // per} in {self.type.field}, not {size // per}"
+            raise self.error("a tensor's elements are not as many as its shape asks for", received)
+        return data
+
+    def error(self, what: str, received: str | None = None, hint: str | None = None) -> FrontendError:
+        shape = ", ".join(map(str, self.shape))
+        return FrontendError(
+            what,
+            received=received,
+            within=f"tensor {printable(self.name)}: {self.type}[{shape}], {self._file.shown}",
+            hint=hint,
+        )
+
+
+class OnnxFile:
+    """A ModelProto with its place.
+
+    proto    the model
+    shown    its name in errors and in source lines
+    folder   the canonical folder of external data, or None where there is none
+    """
+
+    def __init__(self, proto: onnx.ModelProto, shown: str, folder: Path | None, limits: OnnxLimits) -> None:
+        self.proto, self.shown, self.folder, self.limits = proto, shown, folder, limits
+        self._maps: dict[str, Array] = {}
+        if not all(isinstance(text, str) for text in _texts(proto)):
+            raise FrontendError("a name in the file is not UTF-8", within=shown)
+        self.opsets = self._read_opsets()
+
+    @staticmethod
+    def open(model: PathLike | onnx.ModelProto, limits: OnnxLimits, folder: PathLike | None = None) -> OnnxFile:
+        """Read a file, or take a model that is in memory; `folder` then holds its external data.
+
+        Raises FrontendError without the package onnx or where the bytes are no ModelProto, CheckpointError where
+        there is no such file or it is past the limit.
+        """
+        try:
+            import onnx
+        except ImportError as error:
+            raise FrontendError(
+                "reading ONNX files needs the package onnx", received=str(error), hint="pip install 'treadle[onnx]'"
+            ) from None
+        if isinstance(model, onnx.ModelProto):
+            return OnnxFile(model, model.graph.name or "model", None if folder is None else canonical(folder), limits)
+        path = Path(os.fspath(model))
+        data = read_regular(path, limits.bytes, setting="OnnxLimits(bytes=...)")
+        try:
+            proto = onnx.ModelProto.FromString(data)
+        except Exception as error:  # DecodeError of whichever protobuf is installed
+            raise FrontendError(
+                "the file is no ONNX model", received=str(error)[:120], within=printable(path.name)
+            ) from None
+        return OnnxFile(
+            proto, printable(path.name), canonical(path).parent if folder is None else canonical(folder), limits
+        )
+
+    def _read_opsets(self) -> dict[str, int]:
+        if not self.proto.HasField("graph") or not self.proto.graph.output:
+            raise FrontendError("the model has no graph with an output", within=self.shown)
+        found: dict[str, int] = {}
+        for entry in self.proto.opset_import:
+            domain = "" if entry.domain == "ai.onnx" else entry.domain
+            if found.setdefault(domain, entry.version) != entry.version:
+                raise FrontendError(f"two opsets for domain {printable(domain)!r}", within=self.shown)
+        return found
+
+    # -- tensors -----------------------------------------------------------------------------------------------
+
+    def tensor(self, proto: Any, name: str, *, bf16_in_f32: bool = False) -> StoredTensor:
+        """A TensorProto, its type and shape checked. Its elements are read later."""
+        try:
+            kind = element(proto.data_type, bf16_in_f32=bf16_in_f32)
+        except FrontendError as error:
+            error.within = f"tensor {printable(name)}, {self.shown}"
+            raise
+        shape = tuple(proto.dims)
+        if len(shape) > self.limits.rank or any(n < 0 for n in shape) or prod(shape) >= 2**56:
+            raise FrontendError(
+                "a tensor's shape is impossible",
+                received=str(list(shape[:32])),
+                within=f"tensor {printable(name)}, {self.shown}",
+            )
+        if proto.HasField("segment"):
+            raise FrontendError("tensors in segments are not supported", within=f"tensor {printable(name)}")
+        return StoredTensor(name, kind, shape, proto, self)
+
+    def external(self, tensor: StoredTensor, size: int) -> Array:
+        """The bytes of a tensor in another file of the model's folder, mapped."""
+        entries = {entry.key: entry.value for entry in tensor._proto.external_data}
+        location = entries.get("location", "")
+        offset, length = (self._number(tensor, entries, key) for key in ("offset", "length"))
+        if length is not None and length != size:
+            raise tensor.error("external data is not as long as the tensor's shape asks for", f"{length}, not {size}")
+        data = self._map(tensor, location)
+        start = offset or 0
+        if start + size > data.size:
+            raise tensor.error(
+                "external data lies past the end of its file",
+                f"bytes {start} to {start + size} of {data.size} in {printable(location)}",
+                "fetch the file again: it is not complete",
+            )
+        return data[start : start + size]
+
+    def _number(self, tensor: StoredTensor, entries: Mapping[str, str], key: str) -> int | None:
+        text = entries.get(key)
+        if text is None:
+            return None
+        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+            raise tensor.error(f"external data: {key} is no number of bytes", printable(text))
+        return int(text)
+
+    def _map(self, tensor: StoredTensor, location: str) -> Array:
+        found = self._maps.get(location)
+        if found is None:
+            try:
+                path = self._external_path(tensor, location)
+                with open_regular(path, printable(location)) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    # A file of no bytes cannot be mapped.
+                    mapped = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
+            except CheckpointError as error:
+                error.within = f"tensor {printable(tensor.name)}, {self.shown}"
+                raise
+            except (OSError, ValueError) as error:
+                raise tensor.error("external data cannot be mapped", str(error)) from None
+            found = self._maps[location] = mapped.view(np.ndarray)
+        return found
+
+    def _external_path(self, tensor: StoredTensor, location: str) -> Path:
+        if self.folder is None:
+            raise tensor.error(
+                "a model in memory has no folder for external data",
+                printable(location),
+                "give folder=, or load the data into the model",
+            )
+        parts = re.split(r"[/\\]", location)
+        if not location or {"", ".", ".."} & set(parts) or ":" in location or not location.isprintable():
+            raise tensor.error("external data must lie in the model's folder", printable(location) or "no location")
+        root = next((p for p in (self.folder, *self.folder.parents) if p.name.startswith("models--")), None)
+        if root is None:
+            step = self.folder
+            for part in parts:
+                step = step / part
+                if step.is_symlink():
+                    raise tensor.error("external data must not be reached by a link", printable(location))
+        return contained(self.folder.joinpath(*parts), root or self.folder, printable(location))
+
+
+def _texts(proto: Any) -> Iterator[object]:
+    """Every text of a model that the importer reads. What is not UTF-8 comes from protobuf as bytes."""
+    for entry in proto.opset_import:
+        yield entry.domain
+    yield from (proto.producer_name, proto.producer_version)
+    for function in proto.functions:
+        yield from (function.name, function.domain, *function.input, *function.output)
+        for entry in function.opset_import:
+            yield entry.domain
+        for attribute in function.attribute_proto:
+            yield attribute.name
+        for node in function.node:
+            yield from _texts_of_node(node)
+    yield from _texts_of_graph(proto.graph)
+
+
+def _texts_of_graph(graph: Any) -> Iterator[object]:
+    yield graph.name
+    for tensor in graph.initializer:
+        yield from _texts_of_tensor(tensor)
+    for value in (*graph.input, *graph.output):
+        yield value.name
+        for dim in value.type.tensor_type.shape.dim:
+            yield dim.dim_param
+    for node in graph.node:
+        yield from _texts_of_node(node)
+
+
+def _texts_of_node(node: Any) -> Iterator[object]:
+    yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    for entry in node.metadata_props:
+        yield from (entry.key, entry.value)
+    for attribute in node.attribute:
+        yield from (attribute.name, attribute.ref_attr_name)
+        if attribute.HasField("t"):
+            yield from _texts_of_tensor(attribute.t)
+    for graph in subgraphs(node):
+        yield from _texts_of_graph(graph)
+
+
+def _texts_of_tensor(tensor: Any) -> Iterator[object]:
+    yield tensor.name
+    for entry in tensor.external_data:
+        yield from (entry.key, entry.value)
+
+
+# -- what every graph must have ------------------------------------------------------------------------------------
+
+
+def describe(node: Any, index: int | None = None) -> str:
+    """A node as errors name it: `node /encoder/MatMul (MatMul)`."""
+    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+    name = printable(node.name) if node.name else f"{'' if index is None else index} making {printable(_first(node))}"
+    return f"node {name} ({printable(domain + node.op_type)})"
+
+
+def _first(node: Any) -> str:
+    return next((o for o in node.output if o), "nothing")
+
+
+def subgraphs(node: Any) -> Iterator[Any]:
+    """The graphs among a node's attributes."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def captured(node: Any, nesting: int) -> Iterator[str]:
+    """The names that a node reads: its inputs, and what its subgraphs take from around them.
+
+    Raises FrontendError where subgraphs nest deeper than `nesting`.
+    """
+    yield from filter(None, node.input)
+    for graph in subgraphs(node):
+        if nesting <= 0:
+            raise FrontendError("subgraphs nest too deep", within=describe(node))
+        own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+        for inner in graph.node:
+            yield from (name for name in captured(inner, nesting - 1) if name not in own)
+            own.update(inner.output)
+        yield from (v.name for v in graph.output if v.name not in own)
+
+
+def live_nodes(nodes: Any, outputs: Any, nesting: int) -> list[tuple[int, Any]]:
+    """The nodes that the outputs need, with their places, in order.
+
+    Raises FrontendError where a value is made twice, or is used before the node that makes it: a cycle, or an order
+    that is none.
+    """
+    maker: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        for name in filter(None, node.output):
+            if name in maker:
+                raise FrontendError(
+                    f"two nodes make the value {printable(name)}",
+                    received=describe(nodes[maker[name]], maker[name]),
+                    within=describe(node, index),
+                )
+            maker[name] = index
+    wanted = [maker[name] for name in outputs if name in maker]
+    live: set[int] = set()
+    while wanted:
+        index = wanted.pop()
+        if index in live:
+            continue
+        live.add(index)
+        for name in captured(nodes[index], nesting):
+            source = maker.get(name)
+            if source is None:
+                continue
+            if source >= index:
+                raise FrontendError(
+                    f"the value {printable(name)} is used before it is made: the nodes are in a cycle, or out of order",
+                    received=describe(nodes[source], source),
+                    within=describe(nodes[index], index),
+                )
+            wanted.append(source)
+    return [(index, nodes[index]) for index in sorted(live)]

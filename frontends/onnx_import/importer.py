@@ -1,0 +1,567 @@
+"""ONNX files as graphs: every node becomes ops of ours, or the import is refused with the node's name.
+
+    graph, weights, notes = import_onnx("model.onnx")
+
+Axes that the file names (dim_param) become symbols. Shape arithmetic is evaluated at import; an input whose values it
+needs is a static argument, given as `static={"k": 3}`. Weights are parameters by their names in the file, views of the
+file where they lie outside the model's own message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import treadle.frontends.onnx_import.tables  # noqa: F401  (registers the operators)
+from treadle.frontends.contained_files import PathLike, printable
+from treadle.frontends.onnx_import.elements import Element, carried, element, named
+from treadle.frontends.onnx_import.errors import UnsupportedOnnx
+from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits, captured, describe, live_nodes
+from treadle.frontends.onnx_import.folding import evaluated
+from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, Operator, Result, Site, unsupported
+from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
+from treadle.frontends.onnx_import.values import MOST_KNOWN, Array, Known
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.collection import collection_paused
+from treadle.ir.errors import FrontendError, TreadleError
+from treadle.ir.graph import Graph, Source
+from treadle.ir.sizes import Bounds, Size, parse_size
+from treadle.ir.types import Dim, Type
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class ImportNotes:
+    """What an import did.
+
+    opsets      the model's, by domain
+    producer    the program that wrote the file, as it says
+    inputs      the element type of each input in the file; `carrier` is its dtype in the graph
+    outputs     the same of each output
+    static      the static arguments that were given
+    symbols     the symbol, or the size, that stands for each name of an axis in the file
+    operators   how many nodes of each operator were imported, those of functions included
+    folded      how many of them were evaluated at import
+    opaque      the nodes whose reshapes could not be told apart into axes
+    dead        how many nodes no output needs
+    """
+
+    opsets: Mapping[str, int]
+    producer: str
+    inputs: dict[str, Element] = field(default_factory=dict)
+    outputs: dict[str, Element] = field(default_factory=dict)
+    static: dict[str, Array] = field(default_factory=dict)
+    symbols: dict[str, Size] = field(default_factory=dict)
+    operators: Counter[str] = field(default_factory=Counter)
+    folded: Counter[str] = field(default_factory=Counter)
+    opaque: list[str] = field(default_factory=list)
+    dead: int = 0
+
+
+class Imported(NamedTuple):
+    """A graph, its weights by name, and what the import did."""
+
+    graph: Graph
+    weights: dict[str, Array]
+    notes: ImportNotes
+
+
+def import_onnx(
+    model: PathLike | onnx.ModelProto,
+    *,
+    static: Mapping[str, Any] | None = None,
+    dims: Mapping[str, str | int] | None = None,
+    bf16_in_f32: bool = False,
+    folder: PathLike | None = None,
+    limits: OnnxLimits | None = None,
+) -> Imported:
+    """Import a file, or a model in memory.
+
+    static       values of inputs that determine shapes, axes or bounds; they are no inputs of the graph
+    dims         for names of axes: another name, for two that are one, or a size
+    bf16_in_f32  carry bfloat16 in f32, every result rounded, for backends that do not have it
+    folder       of external data, for a model in memory
+
+    Raises UnsupportedOnnx (with the operator, the node and the version) for what is not taken, StaticArgumentNeeded for
+    an input that must be static, FrontendError for a file that is damaged or breaks the specification, CheckpointError
+    where it cannot be read.
+    """
+    file = OnnxFile.open(model, limits or OnnxLimits(), folder)
+    with collection_paused():
+        try:
+            return Importer(file, dict(static or {}), dict(dims or {}), bf16_in_f32).run()
+        except RecursionError:
+            raise FrontendError("the model nests too deep", within=file.shown) from None
+
+
+@dataclass
+class Scope:
+    """Names that nodes may refer to: of the main graph, of a branch within it, or of a function's body.
+
+    values  by name
+    outer   the scope around a branch
+    opsets  by domain
+    path    in scopes of the graph's nodes and in names of weights
+    depth   how many scopes are around it
+    line    the line that its nodes are said to come from: that of the call in the main graph
+    absent  the inputs of a function that its call left out
+    """
+
+    values: dict[str, Known]
+    opsets: Mapping[str, int]
+    outer: Scope | None = None
+    path: str = ""
+    depth: int = 0
+    line: int | None = None
+    absent: frozenset[str] = frozenset()
+
+    def find(self, name: str) -> Known | None:
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.values:
+                return scope.values[name]
+            scope = scope.outer
+        return None
+
+
+class Importer:
+    """The work of one import."""
+
+    def __init__(self, file: OnnxFile, static: dict[str, Any], dims: dict[str, str | int], bf16_in_f32: bool) -> None:
+        self.file, self.static, self.dims, self.bf16_in_f32 = file, static, dims, bf16_in_f32
+        name = re.sub(r"\W+", "_", file.proto.graph.name or "", flags=re.ASCII).strip("_")
+        self.graph = Graph(name or "onnx")
+        self.b = Builder(self.graph)
+        self.notes = ImportNotes(file.opsets, f"{file.proto.producer_name} {file.proto.producer_version}".strip()[:80])
+        self.functions = {(f.domain if f.domain != "ai.onnx" else "", f.name): f for f in file.proto.functions}
+        self.stored: dict[str, Known] = {}
+        self.unread: dict[str, str] = {}
+        self.nodes = 0
+
+    # -- the main graph ----------------------------------------------------------------------------------------
+
+    def run(self) -> Imported:
+        proto = self.file.proto.graph
+        self._check_opset(self.file.opsets)
+        scope = Scope({}, self.file.opsets)
+        self._initializers(proto, scope)
+        self._inputs(proto, scope)
+        names = [v.name for v in proto.output]
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise FrontendError(f"two outputs are called {printable(repeated[0])}", within=self.file.shown)
+        self._run_nodes(proto.node, names, scope)
+        outputs: dict[str, Expr] = {}
+        for declared in proto.output:
+            value = scope.find(declared.name)
+            if value is None:
+                raise FrontendError(f"nothing makes the output {printable(declared.name)}", within=self.file.shown)
+            told = declared.type.tensor_type.elem_type
+            if told and told != value.type.number:
+                raise FrontendError(
+                    f"output {printable(declared.name)} is of another type than declared",
+                    received=f"{value.type}, declared {told}",
+                    within=self.file.shown,
+                )
+            outputs[declared.name] = value.expr(self.b)
+            self.notes.outputs[declared.name] = value.type
+        self.b.outputs(**outputs)
+        weights = {}
+        for name in self.graph.parameters:
+            stored = self.stored[name].stored
+            assert stored is not None
+            weights[name] = stored.array()
+        return Imported(self.graph, weights, self.notes)
+
+    def _check_opset(self, opsets: Mapping[str, int]) -> None:
+        import onnx
+
+        version, newest = opsets.get(""), onnx.defs.onnx_opset_version()
+        if version is not None and not 1 <= version <= newest:
+            raise UnsupportedOnnx(
+                f"opset {version} is not supported",
+                received=f"opsets to {newest}, with onnx {onnx.__version__}",
+                within=self.file.shown,
+                hint="a newer onnx package",
+            )
+
+    def _initializers(self, proto: Any, scope: Scope) -> None:
+        if proto.sparse_initializer:
+            raise UnsupportedOnnx("sparse tensors are not supported", within=self.file.shown)
+        for tensor in proto.initializer:
+            if tensor.name in scope.values:
+                raise FrontendError(f"two tensors are called {printable(tensor.name)}", within=self.file.shown)
+            try:
+                self.element(tensor.data_type)
+            except UnsupportedOnnx as error:  # which matters only if something uses it
+                self.unread[tensor.name] = error.what
+                continue
+            scope.values[tensor.name] = self.tensor(tensor, tensor.name, scope)
+
+    def tensor(self, proto: Any, name: str, scope: Scope) -> Known:
+        """A tensor of the file, under a name that no other weight has."""
+        stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32)
+        wanted = base = f"{scope.path}.{name}" if scope.path else name
+        count = 1
+        while wanted in self.stored:
+            count += 1
+            wanted = f"{base}_{count}"
+        made = self.stored[wanted] = Known(stored.type, stored=stored, name=wanted)
+        return made
+
+    def element(self, number: int) -> Element:
+        """The element type of a number."""
+        return element(number, bf16_in_f32=self.bf16_in_f32)
+
+    # -- inputs ------------------------------------------------------------------------------------------------
+
+    def _inputs(self, proto: Any, scope: Scope) -> None:
+        given = set(self.static)
+        weights = set(scope.values) | {t.name for t in proto.initializer}
+        inputs = [v for v in proto.input if v.name not in weights]
+        unknown = sorted(given - {v.name for v in inputs})
+        if unknown:
+            known = ", ".join(printable(v.name) for v in inputs[:20])
+            raise FrontendError(f"static= names no input: {unknown[0]!r}", received=known, within=self.file.shown)
+        for declared in inputs:
+            if declared.name in self.static:
+                self._static_input(declared, scope)
+        for declared in inputs:
+            if declared.name in scope.values:
+                if declared.name not in self.static:
+                    raise FrontendError(f"two inputs are called {printable(declared.name)}", within=self.file.shown)
+                continue
+            kind, type = self._tensor_type(declared)
+            dims = [self._dim(declared, position, d) for position, d in enumerate(type.shape.dim)]
+            expr = self.b.input(declared.name, Type(kind.carrier, tuple(map(Dim.of, dims))))
+            roots = frozenset([declared.name]) if len(dims) <= 1 else frozenset()
+            scope.values[declared.name] = Known(kind, expr=expr, name=declared.name, roots=roots)
+            self.notes.inputs[declared.name] = kind
+
+    def _tensor_type(self, declared: Any) -> tuple[Element, Any]:
+        where = f"input {printable(declared.name)}, {self.file.shown}"
+        if declared.type.WhichOneof("value") != "tensor_type":
+            held = declared.type.WhichOneof("value") or "no type"
+            raise UnsupportedOnnx("an input must be a tensor", received=held, within=where)
+        type = declared.type.tensor_type
+        try:
+            kind = self.element(type.elem_type)
+        except FrontendError as error:
+            raise UnsupportedOnnx(error.what, within=where) from None
+        if not type.HasField("shape"):
+            raise UnsupportedOnnx("an input's rank must be declared", within=where)
+        if len(type.shape.dim) > self.file.limits.rank:
+            raise FrontendError("an input has too many dimensions", received=str(len(type.shape.dim)), within=where)
+        return kind, type
+
+    def _static_input(self, declared: Any, scope: Scope) -> None:
+        kind, type = self._tensor_type(declared)
+        where = f"input {printable(declared.name)}, {self.file.shown}"
+        try:
+            array = carried(kind, self.static[declared.name])
+        except (TypeError, ValueError) as error:
+            raise FrontendError("a static argument's value is no tensor", received=str(error), within=where) from None
+        if array.ndim != len(type.shape.dim):
+            raise FrontendError(
+                f"a static argument must have rank {len(type.shape.dim)}, has rank {array.ndim}", within=where
+            )
+        for size, dim in zip(array.shape, type.shape.dim, strict=True):
+            if dim.dim_param:
+                known = self.dims.setdefault(dim.dim_param, size)
+                wrong = isinstance(known, int) and known != size
+            else:
+                wrong = dim.HasField("dim_value") and dim.dim_value != size
+            if wrong:
+                raise FrontendError(
+                    "a static argument is of another shape than declared", received=str(array.shape), within=where
+                )
+        scope.values[declared.name] = Known(kind, content=array, name=declared.name)
+        self.notes.static[declared.name] = array
+
+    def _dim(self, declared: Any, position: int, dim: Any) -> Size:
+        if dim.dim_param:
+            return self.symbol(dim.dim_param)
+        if dim.HasField("dim_value"):
+            if not 0 <= dim.dim_value < 2**40:
+                raise FrontendError(
+                    "a dimension is impossible",
+                    received=str(dim.dim_value),
+                    within=f"input {printable(declared.name)}, {self.file.shown}",
+                )
+            return Size.of(dim.dim_value)
+        return self.symbol(f"{declared.name}_{position}")
+
+    def symbol(self, text: str) -> Size:
+        """The size that the name of an axis stands for: a symbol, or an expression of several."""
+        found = self.notes.symbols.get(text)
+        if found is None:
+            found = self.notes.symbols[text] = self._new_symbol(text)
+            for symbol in found.symbols:
+                self.graph.symbols.setdefault(symbol, Bounds())
+        return found
+
+    def _new_symbol(self, text: str) -> Size:
+        told = self.dims.get(text)
+        if told is not None:
+            return Size.of(told) if isinstance(told, int) else self.symbol(told) if told != text else Size.symbol(told)
+        if re.search(r"[-+*/]", text):
+            try:
+                size = parse_size(text)
+                if size.symbols and all(s not in self.dims for s in size.symbols):
+                    return size
+                return size.substitute({s: self.symbol(s) for s in size.symbols})
+            except TreadleError:
+                pass
+        base = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")[:64] or "n"
+        base = f"n{base}" if base[0].isdigit() else base
+        name, count = base, 1
+        taken = {s for size in self.notes.symbols.values() for s in size.symbols}
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        return Size.symbol(name)
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def _run_nodes(self, nodes: Any, outputs: Sequence[str], scope: Scope) -> None:
+        if scope.depth > self.file.limits.nesting:
+            raise FrontendError("functions and branches nest too deep", within=self.file.shown)
+        live = live_nodes(nodes, outputs, self.file.limits.nesting)
+        if scope.depth == 0:
+            object.__setattr__(self.notes, "dead", len(nodes) - len(live))
+        used = {name for _, node in live for name in captured(node, self.file.limits.nesting)} | set(outputs)
+        for index, node in live:
+            self.nodes += 1
+            if self.nodes > self.file.limits.nodes:
+                raise FrontendError(
+                    "the model has more nodes than the limit",
+                    received=f"limit {self.file.limits.nodes}, functions inlined",
+                    hint="OnnxLimits(nodes=...), if you trust the file",
+                )
+            wanted = [bool(name) and name in used for name in node.output]
+            results = self._node(node, index, scope, wanted)
+            for name, value, needed in zip(node.output, results, wanted, strict=False):
+                if value is not None and name:
+                    if name in scope.values:
+                        raise FrontendError(
+                            f"two things are called {printable(name)}", within=self._where(node, index, scope)
+                        )
+                    scope.values[name] = value
+                elif needed:
+                    raise FrontendError(
+                        f"the output {printable(name)} is not made", within=self._where(node, index, scope)
+                    )
+
+    def _where(self, node: Any, index: int, scope: Scope) -> str:
+        opset = scope.opsets.get(_domain(node))
+        inside = f", in {printable(scope.path)}" if scope.depth else ""
+        return f"{describe(node, index)}, opset {opset}{inside}, {self.file.shown}"
+
+    def _node(self, node: Any, index: int, scope: Scope, wanted: Sequence[bool]) -> list[Known | None]:
+        where = self._where(node, index, scope)
+        try:
+            return self._import(node, index, scope, wanted, where)
+        except FrontendError as error:
+            error.within = error.within or where
+            raise
+        except TreadleError as error:
+            hint = error.hint
+            if any(words in error.what for words in ("disagree", "elements, the shape", "it must be 1")):
+                hint = "dims={...} says which names of axes are one, or gives their sizes"
+            received = error.received
+            raise FrontendError(error.what, received=received, within=where, hint=hint) from error
+        except RecursionError:
+            raise
+        except Exception as error:  # a damaged node may break a handler anywhere; it must not break the caller
+            raise FrontendError(
+                f"{printable(node.op_type)} cannot be read",
+                received=f"{type(error).__name__}: {error}"[:200],
+                within=where,
+            ) from error
+
+    def _import(self, node: Any, index: int, scope: Scope, wanted: Sequence[bool], where: str) -> list[Known | None]:
+        inputs: list[Known | None] = []
+        for name in node.input:
+            value = scope.find(name) if name else None
+            if name in self.unread and value is None:
+                raise unsupported(node, None, where, f"{printable(name)}: {self.unread[name]}")
+            if name and value is None:
+                raise FrontendError(f"nothing makes the value {printable(name)}", within=where)
+            inputs.append(value)
+        domain = _domain(node)
+        function = self.functions.get((domain, node.op_type))
+        label = f"{domain}.{node.op_type}" if domain else node.op_type
+        self.notes.operators[label] += 1
+        self.b.scope = _scope_of(node, index, scope)
+        line = index + 1 if scope.line is None else scope.line
+        self.b.source = Source(self.file.shown, line)
+        if function is not None:
+            return self._call(function, node, inputs, scope, line)
+        version, schema = self._version(node, domain, scope, where)
+        if domain == "" and node.op_type == "If":
+            return self._branch(node, inputs, scope, line, where)
+        found = OPERATORS.get((domain, node.op_type))
+        if found is not None and found.first <= version <= found.latest:
+            try:
+                return self._handle(found, node, version, schema, inputs, wanted, where, scope)
+            except Decomposed:
+                pass
+        body = function_body(schema, node, scope.opsets.get(domain, 1), inputs)
+        if body is None:
+            if found is None:
+                raise unsupported(node, version, where, f"the operator (version {version}) is not supported")
+            why = f"version {version} of the operator is not supported, or not this case of it"
+            raise unsupported(node, version, where, why)
+        defaults = [a.default_value for a in schema.attributes.values() if a.default_value.name]
+        return self._call(body, node, inputs, scope, line, defaults)
+
+    def _version(self, node: Any, domain: str, scope: Scope, where: str) -> tuple[int, Any]:
+        opset = scope.opsets.get(domain)
+        if opset is None and domain == "" and (domain, node.op_type) not in OPERATORS:
+            raise FrontendError("the model imports no opset of ONNX's own", within=where)
+        schema = schema_of(node.op_type, opset or 1, domain)
+        if schema is None:
+            if (domain, node.op_type) in OPERATORS and OPERATORS[domain, node.op_type].latest == 1:
+                return 1, None
+            raise unsupported(node, None, where, "there is no such operator in this opset") from None
+        if len(node.input) > schema.max_input or len(node.output) > schema.max_output:
+            raise FrontendError("a node has more inputs or outputs than its operator", within=where)
+        if len(node.input) < schema.min_input:
+            raise FrontendError("a node has fewer inputs than its operator", within=where)
+        return schema.since_version, schema
+
+    def _handle(
+        self,
+        found: Operator,
+        node: Any,
+        version: int,
+        schema: Any,
+        inputs: list[Known | None],
+        wanted: Sequence[bool],
+        where: str,
+        scope: Scope,
+    ) -> list[Known | None]:
+        kinds = output_elements(schema, node, inputs)
+
+        def run(given: Sequence[Known | None], b: Builder) -> list[Known | None]:
+            site = Site(self, b, node, version, given, where, wanted, scope)
+            made = found.handler(site)
+            results = list(made) if isinstance(made, list | tuple) else [made]
+            if unread := site.unread():
+                raise unsupported(node, version, where, f"attribute {printable(unread[0])} is not supported")
+            return [self._known(b, x, kind, found) for x, kind in zip(results, kinds, strict=False)]
+
+        site = Site(self, self.b, node, version, inputs, where, wanted, scope)
+        results = evaluated(site, found, kinds, run)
+        if results is not None:
+            self.notes.folded[node.op_type] += 1
+            return results
+        results = run(inputs, self.b)
+        roots = frozenset().union(*(v.roots for v in inputs if v is not None))
+        for value in results:
+            if value is not None and roots and not value.roots and _is_small(value):
+                value.roots = roots
+        return results
+
+    def _known(self, b: Builder, made: Result, kind: Element | None, found: Operator) -> Known | None:
+        """What a handler made, as a value of the file's own type."""
+        if made is None:
+            return None
+        if isinstance(made, Known):
+            value = made
+        elif isinstance(made, Expr):
+            value = Known(kind or named(made.dtype.name), expr=made)
+        else:
+            return Known(kind or named("INT64"), content=made)
+        expr = value.on_graph
+        if expr is None or found.moves is not None:
+            return value
+        if expr.dtype is not value.type.carrier:
+            raise FrontendError(
+                f"{found.name} of {value.type} is not supported", received=f"its result is {expr.dtype}"
+            )
+        if value.type.wraps is not None:
+            return Known(value.type, expr=b.mod(expr, b.constant(value.type.wraps, expr.dtype)))
+        if value.type.format is not None:
+            return Known(value.type, expr=b.round_to(expr, format=value.type.format))
+        return value
+
+    # -- functions and branches --------------------------------------------------------------------------------
+
+    def _call(
+        self,
+        function: Any,
+        node: Any,
+        inputs: Sequence[Known | None],
+        scope: Scope,
+        line: int,
+        defaults: Sequence[Any] = (),
+    ) -> list[Known | None]:
+        """Inline a function's body; `defaults` of attributes that the call leaves out come from its specification."""
+        opsets = dict(self.file.opsets)
+        opsets.update({"" if o.domain == "ai.onnx" else o.domain: o.version for o in function.opset_import})
+        self._check_opset(opsets)
+        inner = Scope({}, opsets, path=self.b.scope, depth=scope.depth + 1, line=line)
+        if len(inputs) > len(function.input):
+            raise FrontendError(f"function {printable(function.name)} takes {len(function.input)} inputs")
+        inner.values = {name: v for name, v in zip(function.input, inputs, strict=False) if v is not None}
+        inner.absent = frozenset(function.input[len(inputs) :]) | {
+            name for name, v in zip(function.input, inputs, strict=False) if v is None
+        }
+        given = {a.name: a for a in (*defaults, *function.attribute_proto, *node.attribute)}
+        nodes = [with_attributes(n, given, inner.absent, self.file.limits.nesting) for n in function.node]
+        needed = [name for name, outer in zip(function.output, node.output, strict=False) if outer]
+        kept = self.b.scope, self.b.source
+        self._run_nodes(nodes, needed, inner)
+        self.b.scope, self.b.source = kept
+        return [inner.values.get(name) for name in function.output[: len(node.output)]]
+
+    def _branch(
+        self, node: Any, inputs: Sequence[Known | None], scope: Scope, line: int, where: str
+    ) -> list[Known | None]:
+        """Inline the branch of an If that its condition chooses."""
+        site = Site(self, self.b, node, 1, inputs, where, (), scope)
+        chosen = "then_branch" if bool(site.scalar(0)) else "else_branch"
+        graph = next((a.g for a in node.attribute if a.name == chosen and a.HasField("g")), None)
+        if graph is None or len(graph.output) < len(node.output):
+            raise FrontendError(f"an If without a whole {chosen}", within=where)
+        inner = Scope({}, scope.opsets, scope, self.b.scope, scope.depth + 1, line, scope.absent)
+        self._initializers(graph, inner)
+        kept = self.b.scope, self.b.source
+        names = [v.name for v in graph.output]
+        self._run_nodes(graph.node, names, inner)
+        self.b.scope, self.b.source = kept
+        return [inner.find(name) for name in names[: len(node.output)]]
+
+
+def _domain(node: Any) -> str:
+    return "" if node.domain == "ai.onnx" else str(node.domain)
+
+
+_SCOPE_NAMES = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+
+
+def _scope_of(node: Any, index: int, scope: Scope) -> str:
+    """A node's path: the module that it came from, where the exporter says it, and its name."""
+    name = node.name or f"{node.op_type}_{index}"
+    path = name.strip("/").replace("/", ".")
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes" and len(entry.value) < 10_000:
+            modules = [a or b for a, b in _SCOPE_NAMES.findall(entry.value)]
+            if len(modules) > 1 and modules[-2]:  # the last is the node itself
+                path = f"{modules[-2]}.{path}"
+    path = printable(path, 400)
+    return f"{scope.path}.{path}" if scope.depth and scope.path else path
+
+
+def _is_small(value: Known) -> bool:
+    """Whether a value could tell a shape: a vector or a scalar, of a few numbers."""
+    if value.rank > 1:
+        return False
+    count = value.shape[0].constant if value.rank else 1
+    return count is None or count <= MOST_KNOWN

@@ -1,0 +1,262 @@
+"""The table of ONNX operators, and what a handler in it sees of a node.
+
+    @operator("Gelu", latest=20)
+    def _gelu(site: Site) -> Made:
+        tanh = site.text("approximate", "none") == "tanh"
+        return site.b.gelu_tanh(site.x(0)) if tanh else site.b.gelu(site.x(0))
+
+A handler is registered for the versions of its operator up to the latest whose meaning it was written for; a later one,
+of a newer opset than this table knows, is refused. An operator without a handler, or whose handler leaves a case to it,
+is replaced by the function body that its specification gives, if it gives one. An attribute that a handler did not ask
+for is refused: it might change the meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import numpy as np
+
+from treadle.frontends.contained_files import printable
+from treadle.frontends.onnx_import.elements import Element
+from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
+from treadle.frontends.onnx_import.values import Array, Known, as_sizes
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import FrontendError
+from treadle.ir.ops.axis_names import place
+from treadle.ir.sizes import Bounds, Size
+from treadle.ir.types import DType
+
+if TYPE_CHECKING:
+    from treadle.frontends.onnx_import.importer import Importer, Scope
+
+Result = Known | Expr | Array | None
+"""A value with its element type, a value of the type that the specification tells, known content, or nothing."""
+Made: TypeAlias = Any
+"""What a handler gives: a `Result`, or one an output. (Any, as what ops give in a body: a builder's methods are.)"""
+Handler = Callable[["Site"], Made]
+
+
+class Decomposed(Exception):
+    """A handler leaves the node to its operator's function body."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A handler, and the versions of its operator that it means.
+
+    first, latest  the versions, by the opsets that introduced them
+    moves          it moves elements and computes with none: the positions of the inputs that it moves, None: none
+    types          the positions of inputs of which it reads the element type alone
+    """
+
+    name: str
+    handler: Handler
+    first: int
+    latest: int
+    moves: tuple[int, ...] | None
+    types: tuple[int, ...]
+
+
+OPERATORS: dict[tuple[str, str], Operator] = {}
+"""By domain and name."""
+
+
+def operator(
+    name: str,
+    latest: int = 1,
+    *,
+    first: int = 1,
+    domain: str = "",
+    moves: tuple[int, ...] | None = None,
+    types: tuple[int, ...] = (),
+) -> Callable[[Handler], Handler]:
+    """Register the handler of an operator; see `Operator`. `moves=(-1,)` stands for every input."""
+
+    def register(handler: Handler) -> Handler:
+        OPERATORS[domain, name] = Operator(name, handler, first, latest, moves, types)
+        return handler
+
+    return register
+
+
+class Site:
+    """One node while it is imported: its operands and attributes, and where its meaning is built.
+
+    b        the builder
+    version  of the operator: the opset that introduced the form which this model uses
+    wanted   for each output, whether anything reads it
+    scope    the names around the node
+    """
+
+    def __init__(
+        self,
+        importer: Importer,
+        b: Builder,
+        node: Any,
+        version: int,
+        inputs: Sequence[Known | None],
+        where: str,
+        wanted: Sequence[bool],
+        scope: Scope,
+    ) -> None:
+        self.scope = scope
+        self.importer, self.b, self.node, self.version, self.where = importer, b, node, version, where
+        self.inputs, self.wanted = list(inputs), list(wanted)
+        self.attributes = {a.name: a for a in node.attribute}
+        self.read: set[str] = set()
+
+    # -- operands ----------------------------------------------------------------------------------------------
+
+    def has(self, position: int) -> bool:
+        """Whether an optional input is there."""
+        return position < len(self.inputs) and self.inputs[position] is not None
+
+    def value(self, position: int) -> Known:
+        """An input. Raises FrontendError where it is missing."""
+        found = self.inputs[position] if position < len(self.inputs) else None
+        if found is None:
+            self.malformed(f"input {position} is missing")
+        return found
+
+    def x(self, position: int) -> Expr:
+        """An input's place in the graph."""
+        return self.value(position).expr(self.b)
+
+    def maybe(self, position: int) -> Expr | None:
+        """The same, or None where an optional input is not there."""
+        return self.x(position) if self.has(position) else None
+
+    def all(self) -> list[Expr]:
+        """Every input, none of them optional."""
+        return [self.x(i) for i in range(len(self.inputs))]
+
+    def element(self, position: int) -> Element:
+        """An input's element type."""
+        return self.value(position).type
+
+    def shape(self, position: int) -> tuple[Size, ...]:
+        return self.value(position).shape
+
+    # -- what must be known at import --------------------------------------------------------------------------
+
+    def content(self, position: int) -> Array:
+        """An input's elements. Raises StaticArgumentNeeded where an input of the model would tell them."""
+        value = self.value(position)
+        if value.content is not None:
+            return value.content
+        name = self.node.input[position] if position < len(self.node.input) else f"input {position}"
+        if value.roots:
+            argument = min(value.roots)
+            error = StaticArgumentNeeded(
+                f"the values of input {printable(argument)} determine a shape, an axis or a bound",
+                received=f"{printable(name)}: {value.type}[{', '.join(map(str, value.shape))}]",
+                within=self.where,
+                hint=f"static={{{argument!r}: its value}}",
+            )
+            error.argument = argument
+            raise error
+        self.refuse(f"needs the elements of {printable(name)}, which depend on data")
+
+    def numbers(self, position: int) -> tuple[int, ...]:
+        """An input's elements as integers, which hold no symbol."""
+        content = self.content(position)
+        if content.dtype == object:
+            self.refuse(f"{printable(self.node.input[position])} must not depend on a symbolic size")
+        return tuple(int(n) for n in content.flat)
+
+    def sizes(self, position: int) -> list[Size]:
+        """An input's elements as sizes."""
+        return as_sizes(self.content(position))
+
+    def size(self, position: int) -> Size:
+        """An input's only element as a size."""
+        sizes = self.sizes(position)
+        if len(sizes) != 1:
+            self.malformed(f"input {position} must have one element")
+        return sizes[0]
+
+    def scalar(self, position: int) -> Any:
+        """An input's only element, a number."""
+        content = self.content(position)
+        if content.size != 1 or content.dtype == object:
+            self.refuse(f"{printable(self.node.input[position])} must be one number")
+        return content.reshape(())[()]
+
+    def bounds(self, size: Size) -> Bounds:
+        """The least and the greatest that a size may be."""
+        return size.bounds(self.importer.graph.symbols)
+
+    def axis(self, axis: int, rank: int) -> int:
+        """The position that an axis means."""
+        if not -rank <= axis < rank:
+            self.malformed(f"there is no axis {axis} in a tensor of rank {rank}")
+        return place(axis, rank)
+
+    # -- attributes --------------------------------------------------------------------------------------------
+
+    def _attribute(self, name: str, kind: int) -> Any:
+        self.read.add(name)
+        found = self.attributes.get(name)
+        if found is None:
+            return None
+        if found.ref_attr_name:
+            self.malformed(f"attribute {name} refers to one of a function that has none of that name")
+        if found.type and found.type != kind:
+            self.malformed(f"attribute {name} is of another type than the operator's")
+        return found
+
+    def int(self, name: str, default: Any = None) -> Any:
+        """An integer attribute."""
+        found = self._attribute(name, 2)
+        return default if found is None else int(found.i)
+
+    def float(self, name: str, default: Any = None) -> Any:
+        found = self._attribute(name, 1)
+        return default if found is None else float(found.f)
+
+    def text(self, name: str, default: str = "") -> str:
+        found = self._attribute(name, 3)
+        return default if found is None else found.s.decode("utf-8", "replace")
+
+    def ints(self, name: str) -> tuple[int, ...] | None:  # type: ignore[valid-type]
+        found = self._attribute(name, 7)
+        return None if found is None else tuple(found.ints)
+
+    def ignore(self, *names: str) -> None:
+        """Attributes that do not change the numbers."""
+        self.read.update(names)
+
+    def unread(self) -> list[str]:
+        """Attributes that the handler did not ask for."""
+        return [name for name in self.attributes if name not in self.read]
+
+    # -- what a handler needs to make --------------------------------------------------------------------------
+
+    def constant(self, value: Any, dtype: DType) -> Expr:
+        """A scalar constant."""
+        return self.b.constant(np.asarray(value), dtype)
+
+    def decompose(self) -> NoReturn:
+        """Leave this node to its operator's function body."""
+        raise Decomposed
+
+    # -- refusals ----------------------------------------------------------------------------------------------
+
+    def refuse(self, why: str, hint: str | None = None) -> NoReturn:
+        """Raise UnsupportedOnnx for a case that is not taken."""
+        raise unsupported(self.node, self.version, self.where, why, hint)
+
+    def malformed(self, why: str) -> NoReturn:
+        """Raise FrontendError for a node that breaks its operator's specification."""
+        raise FrontendError(f"{printable(self.node.op_type)}: {why}", within=self.where)
+
+
+def unsupported(node: Any, version: int | None, where: str, why: str, hint: str | None = None) -> UnsupportedOnnx:
+    """The error for a node that is not taken."""
+    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+    error = UnsupportedOnnx(f"{printable(domain + node.op_type)}: {why}", within=where, hint=hint)
+    error.op, error.version = domain + node.op_type, version
+    return error

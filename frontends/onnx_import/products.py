@@ -1,0 +1,147 @@
+"""ONNX operators that are sums of products: MatMul, Gemm, Einsum, Conv."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import reduce
+
+from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.ops.axis_names import axis_letters
+
+
+def matmul(b: Builder, x: Expr, y: Expr) -> Expr:
+    """NumPy's matmul: a vector is a row on the left, a column on the right, and that axis is dropped again."""
+    if x.rank == 1 and y.rank == 1:
+        return b.einsum(x, y, equation="k, k ->")  # type: ignore[no-any-return]
+    if x.rank == 1:
+        row = b.matmul(b.rearrange(x, pattern="k -> 1 k"), y)
+        return b.rearrange(row, pattern="... 1 n -> ... n")  # type: ignore[no-any-return]
+    if y.rank == 1:
+        column = b.matmul(x, b.rearrange(y, pattern="k -> k 1"))
+        return b.rearrange(column, pattern="... m 1 -> ... m")  # type: ignore[no-any-return]
+    return b.matmul(x, y)  # type: ignore[no-any-return]
+
+
+@operator("MatMul", latest=13)
+def _matmul(site: Site) -> Made:
+    return matmul(site.b, site.x(0), site.x(1))
+
+
+@operator("Gemm", latest=13, first=7)
+def _gemm(site: Site) -> Made:
+    """alpha a b + beta c"""
+    b, x, y, c = site.b, site.x(0), site.x(1), site.maybe(2)
+    alpha, beta = site.float("alpha", 1.0), site.float("beta", 1.0)
+    if x.rank != 2 or y.rank != 2:
+        site.malformed("the operands must have rank 2")
+    if site.int("transA", 0):
+        x = b.rearrange(x, pattern="k m -> m k")
+    turned = site.int("transB", 0)
+    if not x.dtype.is_float and (alpha != 1 or beta != 1):
+        site.refuse("of integers with alpha or beta")
+    plain = turned and alpha == 1 and x.dtype.is_float
+    if plain and (c is None or (beta == 1 and c.rank == 1 and c.shape == y.shape[:1])):
+        return b.linear(x, y, c)
+    if plain:
+        z = b.linear(x, y, None)
+    else:
+        z = b.matmul(x, b.rearrange(y, pattern="n k -> k n") if turned else y)
+        z = z if alpha == 1 else z * alpha
+    if c is None or beta == 0:
+        return z
+    return z + (c if beta == 1 else c * beta)
+
+
+@operator("Einsum", latest=28)
+def _einsum(site: Site) -> Made:
+    """Letters and `...`; a letter that stands twice in a term takes its diagonal."""
+    b, text = site.b, site.text("equation").replace(" ", "")
+    left, arrow, right = text.partition("->")
+    terms = left.split(",")
+    if len(terms) != len(site.inputs) or not re.fullmatch(r"[A-Za-z,.]*(->[A-Za-z.]*)?", text):
+        site.malformed(f"the equation {text[:80]!r} does not fit {len(site.inputs)} operands")
+    if not arrow:
+        letters = re.sub(r"[^A-Za-z]", "", left)
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    if not any(terms):
+        return reduce(lambda x, y: x * y, site.all())
+    operands, spelled = [], []
+    for position, term in enumerate(terms):
+        x, names = site.x(position), re.findall(r"\.\.\.|[A-Za-z]", term)
+        for name in {n for n in names if names.count(n) > 1}:
+            x, names = _diagonal(site, x, names, name)
+        operands.append(x)
+        spelled.append(" ".join(names))
+    result = " ".join(re.findall(r"\.\.\.|[A-Za-z]", right))
+    if "..." in left and "..." not in right:
+        site.refuse("an equation that sums over `...`")
+    return b.einsum(*operands, equation=f"{', '.join(spelled)} -> {result}")
+
+
+def _diagonal(site: Site, x: Expr, names: list[str], name: str) -> tuple[Expr, list[str]]:
+    """The elements of x whose places along two axes agree, the second axis summed away."""
+    b = site.b
+    dots = x.rank - len(names) + 1 if "..." in names else 0
+    spread = [n for name in names for n in (["..."] * dots if name == "..." else [name])]
+    first = spread.index(name)
+    second = spread.index(name, first + 1)
+    if x.shape[first] != x.shape[second]:
+        site.malformed("the axes of a diagonal differ in size")
+    place = b.iota(size=x.shape[first])
+    row, column = ([n if i == k else "1" for i, n in enumerate(axis_letters(x.rank))] for k in (first, second))
+    at_row = b.rearrange(place, pattern=f"{row[first]} -> {' '.join(row)}")
+    at_column = b.rearrange(place, pattern=f"{column[second]} -> {' '.join(column)}")
+    kept = b.where(b.equal(at_row, at_column), x, b.constant(0, x.dtype))
+    again = names.index(name, names.index(name) + 1)
+    return b.reduce_sum(kept, axes=(second,)), [*names[:again], *names[again + 1 :]]
+
+
+@operator("Conv", latest=22)
+def _conv(site: Site) -> Made:
+    x, weight = site.x(0), site.x(1)
+    spatial = x.rank - 2
+    kernel = site.ints("kernel_shape")
+    if kernel is not None and tuple(kernel) != tuple(s.constant for s in weight.shape[2:]):
+        site.malformed("kernel_shape is not the weight's")
+    strides, dilations, padding = windowing(site, x, [s.constant or 0 for s in weight.shape[2:]])
+    return site.b.conv(
+        x,
+        weight,
+        site.maybe(2),
+        strides=strides,
+        dilations=dilations,
+        padding=padding if any(padding) else (0,) * (2 * spatial),
+        groups=site.int("group", 1),
+    )
+
+
+def windowing(site: Site, x: Expr, kernel: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Strides, dilations and padding (before each axis, then after each) of windows over the axes after the second."""
+    spatial = x.rank - 2
+    strides = site.ints("strides") or (1,) * spatial
+    dilations = site.ints("dilations") or (1,) * spatial
+    pads = site.ints("pads") or (0,) * (2 * spatial)
+    automatic = site.text("auto_pad", "NOTSET")
+    if len(strides) != spatial or len(dilations) != spatial or len(pads) != 2 * spatial or len(kernel) != spatial:
+        site.malformed(f"strides, dilations or pads are not for {spatial} axes")
+    if automatic in ("SAME_UPPER", "SAME_LOWER"):
+        before, after = [], []
+        for size, k, stride, dilation in zip(x.shape[2:], kernel, strides, dilations, strict=True):
+            if size.constant is None:
+                if stride != 1:
+                    site.refuse(f"auto_pad {automatic} with a stride over a symbolic axis")
+                total = (k - 1) * dilation
+            else:
+                windows = -(-size.constant // stride)
+                total = max((windows - 1) * stride + (k - 1) * dilation + 1 - size.constant, 0)
+            small, large = total // 2, total - total // 2
+            before.append(small if automatic == "SAME_UPPER" else large)
+            after.append(large if automatic == "SAME_UPPER" else small)
+        pads = (*before, *after)
+    elif automatic == "VALID":
+        pads = (0,) * (2 * spatial)
+    elif automatic != "NOTSET":
+        site.malformed(f"auto_pad is {automatic!r}")
+    return tuple(strides), tuple(dilations), tuple(pads)

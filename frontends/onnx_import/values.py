@@ -1,0 +1,141 @@
+"""Values of an ONNX file while it is imported: where they are in the graph, and their elements where these are known.
+
+Exporters compute shapes with tensors: Shape, Gather, Mul, Concat, Reshape. Such elements are known at import, as
+numbers or as sizes over the graph's symbols, and a value whose elements are known enters the graph only if an op reads
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.frontends.onnx_import.elements import Element
+from treadle.frontends.onnx_import.file import StoredTensor
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Literal, Value
+from treadle.ir.sizes import Size
+
+Array = npt.NDArray[Any]
+
+MOST_KNOWN = 4096
+"""The most elements of a value that are looked at, and computed with, at import."""
+MOST_SYMBOLIC = 256
+"""The most elements that may be sizes."""
+_IN_PLACE = 16
+"""The most elements of a stored float tensor that become a constant of the graph; larger ones are its weights."""
+
+
+class Known:
+    """A value of the file.
+
+    type      its element type
+    content   its elements: an array of numbers (in the carrier's dtype), an array of objects that are `Size`s, or None
+    stored    the tensor of the file that it is, or None
+    roots     the inputs that a small value is computed from: those that would have to be static for it to be known
+    """
+
+    __slots__ = ("_content", "_expr", "_shape", "name", "roots", "stored", "type")
+
+    def __init__(
+        self,
+        type: Element,
+        *,
+        expr: Expr | None = None,
+        content: Array | None = None,
+        stored: StoredTensor | None = None,
+        name: str = "",
+        roots: frozenset[str] = frozenset(),
+    ) -> None:
+        self.type, self.stored, self.name, self.roots = type, stored, name, roots
+        self._expr, self._content = expr, content
+        self._shape: tuple[Size, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """Its sizes."""
+        if self._expr is not None:
+            return self._expr.shape
+        if self._shape is None:
+            held: Sequence[int] = self.stored.shape if self.stored is not None else self._content.shape  # type: ignore[union-attr]
+            self._shape = tuple(Size.of(n) for n in held)
+        return self._shape
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def content(self) -> Array | None:
+        if self._content is None and self.stored is not None and self.stored.count <= MOST_KNOWN:
+            self._content = self.stored.array()
+        return self._content
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether its elements are known, some of them as sizes that are no numbers."""
+        return self.content is not None and self.content.dtype == object
+
+    @property
+    def on_graph(self) -> Expr | None:
+        """Its place in the graph, if it has one yet."""
+        return self._expr
+
+    def expr(self, b: Builder) -> Expr:
+        """Its place in the graph; what is known becomes a constant, a weight or sizes when it is first asked for."""
+        if self._expr is None:
+            stored = self.stored
+            if stored is not None and (stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)):
+                self._expr = b.parameter(self.name, self.type.carrier[stored.shape])
+            else:
+                content = self.content
+                assert content is not None
+                self._expr = (
+                    _of_sizes(b, content, self.type) if content.dtype == object else constant(b, content, self.type)
+                )
+        return self._expr
+
+
+def constant(b: Builder, content: Array, type: Element) -> Expr:
+    """A constant of the graph, with every bit of the elements kept."""
+    dtype = type.carrier
+    if dtype.numpy is None:
+        return b.constant(content, dtype)
+    held = np.asarray(content).astype(dtype.numpy, copy=False)
+    data = np.ascontiguousarray(held, held.dtype.newbyteorder("<")).tobytes()
+    return Expr(b, Value.constant(Literal(dtype, held.shape, data)))
+
+
+def _of_sizes(b: Builder, content: Array, type: Element) -> Expr:
+    """Sizes as a tensor of the graph."""
+
+    def one(size: Size) -> Expr:
+        if size.constant is not None:
+            return constant(b, np.asarray(size.constant), type)
+        made: Expr = b.size(value=size, dtype=type.carrier)
+        return made
+
+    if content.ndim == 0:
+        return one(content.item())
+    parts = [b.rearrange(one(size), pattern="-> 1") for size in content.flat]
+    joined: Expr = parts[0] if len(parts) == 1 else b.concat(*parts, axis=0)
+    return joined if content.ndim == 1 else b.reshape(joined, shape=content.shape)
+
+
+def tidied(content: Iterable[Any], shape: Sequence[int], dtype: Any = np.int64) -> Array:
+    """Sizes and numbers as an array: of numbers if all are, else of sizes."""
+    sizes = [Size.of(x) if isinstance(x, Size) else Size.of(int(x)) for x in content]
+    numbers = [s.constant for s in sizes]
+    if all(n is not None for n in numbers):
+        return np.array(numbers, dtype).reshape(shape)
+    made = np.empty(len(sizes), object)
+    made[:] = sizes
+    return made.reshape(shape)
+
+
+def as_sizes(content: Array) -> list[Size]:
+    """The elements of known content as sizes, in row-major order."""
+    return [x if isinstance(x, Size) else Size.of(int(x)) for x in content.flat]

@@ -1,0 +1,347 @@
+"""Modules of PyTorch as graphs, through torch.export.
+
+    model = from_torch(module, {"input_ids": ids}, dynamic={"input_ids": "B S"})
+    exe = treadle.compile(model)
+
+torch.export runs the module once and writes down the ATen operators that it used. Operators that are ops of ours stay
+whole (scaled_dot_product_attention, linear, layer_norm, rms_norm, gelu); what is not known here is decomposed by torch
+into its core operators, and refused if it is none of these that we take. Sizes are symbols over the dimensions that
+`dynamic` names.
+"""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import treadle.frontends.torch_export.tables  # noqa: F401  (registers the operators)
+from treadle.frontends.torch_export.lines import scope_of, source_of
+from treadle.frontends.torch_export.model import TorchModel, array_of
+from treadle.frontends.torch_export.operators import OPERATORS, Site, our_dtype, unsupported
+from treadle.frontends.torch_export.sizes import Symbols, UnknownSize, bounds_of
+from treadle.frontends.torch_export.tracing import (
+    Dynamic,
+    decomposed,
+    exported,
+    name_symbols,
+    named_arguments,
+    open_dimensions,
+)
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.collection import collection_paused
+from treadle.ir.errors import FrontendError, TreadleError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.sizes import Bounds, Size
+from treadle.ir.types import Dim, Type
+
+if TYPE_CHECKING:
+    import torch
+
+_IN_PLACE = 16
+"""The most elements of a float buffer that become a constant of the graph; larger ones are weights."""
+_IN_PLACE_WHOLE = 4096
+"""The same for integers and truth values, which tell positions and masks."""
+
+_NO_EFFECT = {
+    "_assert_tensor_metadata.default",
+    "_assert_scalar.default",
+    "_assert_async.msg",
+    "sym_constrain_range.default",
+    "sym_constrain_range_for_size.default",
+}
+"""Checks. Those of sizes are guards as well, which the graph's bounds hold."""
+_WRITES_NOTHING = {"detach_.default"}
+
+
+def from_torch(
+    module: torch.nn.Module, example: tuple[Any, ...] | Mapping[str, Any], *, dynamic: Dynamic | None = None
+) -> TorchModel:
+    """Import a module.
+
+    example  arguments of its forward, a tuple or a dict by name: tensors, whose values do not matter, and what else it
+             takes, which becomes a part of the graph
+    dynamic  the dimensions that vary, by argument: {"input_ids": "B S"}, where a number or _ leaves one as it is, or
+             {"input_ids": {1: "S"}}; without it all sizes are the example's
+
+    Raises UsageError for an example or names that do not fit, FrontendError (with the operator, the node and the
+    module's line) for what is not taken.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise UsageError("from_torch needs PyTorch", hint="pip install torch") from None
+    arguments = (
+        named_arguments(module, example) if hasattr(module, "forward") and isinstance(example, tuple | Mapping) else {}
+    )
+    opened = open_dimensions(arguments, dynamic)
+    program = exported(module, example, opened)
+    symbols, told = name_symbols(program, opened)
+    if not _is_plain(program):
+        env, traced = symbols.env, len(symbols.env.guards) if symbols.env is not None else 0
+        program = decomposed(program, _kept())
+        symbols, told = name_symbols(program, opened)
+        symbols.traced = traced if symbols.env is env else None
+    with collection_paused():
+        return TorchImporter(type(module).__name__, program, symbols, told).run()
+
+
+def _name(node: Any) -> str | None:
+    """`add.Tensor` for an ATen operator, None for anything else."""
+    schema = getattr(node.target, "_schema", None)
+    return str(node.target).removeprefix("aten.") if schema is not None and schema.name.startswith("aten::") else None
+
+
+def _is_plain(program: torch.export.ExportedProgram) -> bool:
+    """Whether a program writes into no tensor and holds only operators that are known here."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            return False
+        if node.op != "call_function" or node.target is python_operator.getitem or _is_size(node):
+            continue
+        name = _name(node)
+        if name is None or (name not in OPERATORS and name not in _NO_EFFECT):
+            return False
+        if node.target._schema.is_mutable and name not in _WRITES_NOTHING:
+            return False
+    return True
+
+
+def _kept() -> list[Any]:
+    """Torch's own objects for the operators that are known here."""
+    import torch
+
+    found = []
+    for full in OPERATORS:
+        name, _, overload = full.partition(".")
+        packet = getattr(torch.ops.aten, name, None)
+        target = getattr(packet, overload, None)
+        if target is not None:
+            found.append(target)
+    return found
+
+
+def _is_size(node: Any) -> bool:
+    """Whether a node makes a size or a condition on sizes, which its own record tells."""
+    val = node.meta.get("val")
+    return isinstance(val, int) or (hasattr(val, "node") and not hasattr(val, "dtype"))
+
+
+class TorchImporter:
+    """The work of one import."""
+
+    def __init__(
+        self, name: str, program: torch.export.ExportedProgram, symbols: Symbols, told: Mapping[str, Size]
+    ) -> None:
+        self.name, self.program, self.symbols, self.told = name, program, symbols, told
+        self.graph = Graph(name if name.isidentifier() and name.isascii() else "module")
+        self.b = Builder(self.graph)
+        self.bounds: dict[str, Bounds] = bounds_of(symbols)
+        self.values: dict[Any, Any] = {}
+        self.weights: dict[str, Any] = {}
+        self.known: dict[Any, Expr] = {}
+        self.operators: Counter[str] = Counter()
+        self.opaque: list[str] = []
+
+    def at_least(self, name: str, lower: int) -> None:
+        """Narrow what a symbol may be."""
+        self.bounds[name] = self.bounds.get(name, Bounds()).intersect(Bounds(lower))
+
+    def run(self) -> TorchModel:
+        inputs = self._inputs()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self._node(node)
+            elif node.op not in ("placeholder", "output"):
+                raise unsupported(node, f"a node of {node.op} is not supported")
+        self.b.scope = ""
+        self.b.outputs(**self._outputs())
+        for symbol in self.graph.symbols:
+            self.graph.symbols[symbol] = self.bounds.get(symbol, Bounds())
+        weights = {name: self.weights[name] for name in self.graph.parameters}
+        return TorchModel(self.name, self.graph, weights, inputs, dict(self.told), self.operators, tuple(self.opaque))
+
+    # -- inputs and weights ------------------------------------------------------------------------------------
+
+    def _inputs(self) -> tuple[str, ...]:
+        specs = self.program.graph_signature.input_specs
+        holders = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        inputs = []
+        for node, spec in zip(holders, specs, strict=True):
+            kind = spec.kind.name
+            if kind == "USER_INPUT":
+                val = node.meta.get("val")
+                if not hasattr(val, "dtype"):
+                    self.values[node] = self._plain(val)
+                    continue
+                type = Type(our_dtype(val.dtype), tuple(Dim.of(self.symbols.size(n)) for n in val.shape))
+                self.values[node] = self.b.input(node.name, type)
+                inputs.append(node.name)
+            elif kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
+                if node.users:
+                    self.values[node] = self._weight(str(spec.target))
+            else:
+                raise FrontendError(f"an argument of kind {kind.lower()} is not supported", received=node.name)
+        return tuple(inputs)
+
+    def _weight(self, name: str) -> Expr:
+        """A tensor of the module; one that several names share enters the graph once."""
+        state = self.program.state_dict
+        tensor: Any = state[name] if name in state else self.program.constants[name]
+        if not hasattr(tensor, "detach"):
+            raise FrontendError(f"{name} is no tensor", received=type(tensor).__name__)
+        dtype = our_dtype(tensor.dtype)
+        if tensor.is_meta:
+            raise FrontendError(
+                f"{name} has no elements: it is on the meta device", hint="load the module's weights first"
+            )
+        if tensor.is_sparse or tensor.is_quantized:
+            raise FrontendError(f"{name} is not a dense tensor", received=str(tensor.layout))
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else name
+        if key not in self.known:
+            array = array_of(tensor)
+            if tensor.numel() <= (_IN_PLACE if dtype.is_float else _IN_PLACE_WHOLE) and name not in self._parameters():
+                self.known[key] = self.b.constant(array, dtype)
+            else:
+                self.known[key] = self.b.parameter(name, Type(dtype, tuple(map(Dim.of, tensor.shape))))
+                self.weights[name] = array
+        return self.known[key]
+
+    def _parameters(self) -> set[str]:
+        return {str(s.target) for s in self.program.graph_signature.input_specs if s.kind.name == "PARAMETER"}
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def _plain(self, argument: Any) -> Any:
+        """An argument of a node as handlers see it."""
+        if hasattr(argument, "op") and hasattr(argument, "meta"):
+            if argument not in self.values:
+                raise unsupported(argument, "its result is not available")
+            return self.values[argument]
+        if isinstance(argument, list | tuple):
+            return [self._plain(x) for x in argument]
+        if hasattr(argument, "node") and hasattr(argument.node, "expr"):
+            return self.symbols.size(argument)
+        return argument
+
+    def _node(self, node: Any) -> None:
+        self.b.scope, self.b.source = scope_of(node), source_of(node)
+        try:
+            self._import(node)
+        except UnknownSize as error:
+            raise unsupported(node, error.what, received=error.received) from None
+        except FrontendError as error:
+            if error.within is None:
+                error.within = f"{node.target}, node {node.name}"
+                error.source = error.source or (str(self.b.source) if self.b.source else None)
+            raise
+        except TreadleError as error:
+            raise unsupported(node, error.what, error.hint, error.received) from error
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            raise unsupported(node, "cannot be read", None, f"{type(error).__name__}: {error}"[:200]) from error
+
+    def _import(self, node: Any) -> None:
+        if node.target is python_operator.getitem:
+            parent, index = node.args
+            made = self.values[parent][index]
+            if made is None and node.users:
+                raise unsupported(parent, f"its result {index} is not supported")
+            self.values[node] = made
+            return
+        name = _name(node)
+        if name in _NO_EFFECT:
+            return
+        if _is_size(node):
+            val = node.meta["val"]
+            whole = isinstance(val, int) or type(val).__name__ == "SymInt"
+            self.values[node] = self.symbols.size(val) if whole else None
+            return
+        handler = OPERATORS.get(name or "")
+        if handler is None:
+            raise unsupported(node, "the operator is not supported")
+        self.operators[name or ""] += 1
+        schema = node.target._schema.arguments
+        arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
+        arguments |= {a.name: self._plain(x) for a, x in zip(schema, node.args, strict=False)}
+        arguments |= {key: self._plain(x) for key, x in node.kwargs.items()}
+        site = Site(self, node, arguments)
+        made = handler(site)
+        results = list(made) if isinstance(made, list | tuple) else [made]
+        for position, result in enumerate(results):
+            if result is not None:
+                self._check(site, position, result)
+        self.values[node] = results if isinstance(node.meta.get("val"), list | tuple) else results[0]
+
+    def _check(self, site: Site, position: int, made: Expr) -> None:
+        """Hold a result against the dtype and the shape that torch found."""
+        dtype, shape = site.dtype(position), site.shape(position)
+        if made.dtype is not dtype:
+            site.refuse(f"its result is {made.dtype} here, {dtype} in torch")
+        if made.shape != shape and not self._same(made.shape, shape):
+            ours, theirs = (", ".join(map(str, s)) for s in (made.shape, shape))
+            site.refuse(f"its result is [{ours}] here, [{theirs}] in torch")
+
+    def _same(self, ours: tuple[Size, ...], theirs: tuple[Size, ...]) -> bool:
+        """Whether two shapes agree for some sizes that are not likely to agree by chance."""
+        if len(ours) != len(theirs):
+            return False
+        names = sorted({s for size in (*ours, *theirs) for s in size.symbols})
+        for step in (0, 1, 2, 7):
+            values = {}
+            for i, name in enumerate(names):
+                bounds = self.bounds.get(name, Bounds())
+                value = bounds.lower + 1 + step * (i + 3)
+                values[name] = value if bounds.upper is None else min(value, bounds.upper)
+            if any(a.evaluate(values) != b.evaluate(values) for a, b in zip(ours, theirs, strict=True)):
+                return False
+        return True
+
+    # -- outputs -----------------------------------------------------------------------------------------------
+
+    def _outputs(self) -> dict[str, Expr]:
+        node = next(n for n in self.program.graph.nodes if n.op == "output")
+        specs = self.program.graph_signature.output_specs
+        found: dict[str, Expr] = {}
+        names = self._output_names()
+        at = 0
+        for value, spec in zip(node.args[0], specs, strict=True):
+            kind = spec.kind.name
+            if kind != "USER_OUTPUT":
+                raise FrontendError(
+                    "the module changes a tensor that it was given or holds",
+                    received=f"{spec.target or spec.arg.name} ({kind.lower().replace('_', ' ')})",
+                    hint="module.eval(), where these are running statistics",
+                )
+            name, at = names[at], at + 1
+            made = self._plain(value)
+            if isinstance(made, Expr):
+                found[name] = made
+        if not found:
+            raise FrontendError("the module gives no tensor")
+        return found
+
+    def _output_names(self) -> list[str]:
+        """A name for each result: the key or field that holds it, or `output`, numbered where there are several."""
+        from torch.utils import _pytree as pytree
+
+        spec = self.program.call_spec.out_spec
+        assert spec is not None
+        count = spec.num_leaves
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * count, spec))[0] if count else []
+        names: list[str] = []
+        for path, _ in paths:
+            words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+            text = "_".join(words) or "output"
+            text = "".join(c if c.isalnum() or c == "_" else "_" for c in text)
+            names.append(f"output_{text}" if text[0].isdigit() else text)
+        if len(names) != count:
+            names = [f"output_{i}" for i in range(count)]
+        if count == 1 and names[0] == "output_0":
+            names = ["output"]
+        seen: Counter[str] = Counter()
+        for i, name in enumerate(names):
+            seen[name] += 1
+            if seen[name] > 1:
+                names[i] = f"{name}_{seen[name]}"
+        return names

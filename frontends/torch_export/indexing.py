@@ -1,0 +1,205 @@
+"""ATen operators that read and write at places which another tensor holds: embedding, index, gather, scatter.
+
+Masks are often read at all places of an axis, x[batch[:, None, None], key[None, None, :]] with counts from 0; such an
+index is a rearrange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from treadle.frontends.onnx_import.indexing import extent
+from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.shapes import expanded, permuted
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Value
+from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.types import i64
+
+# -- what an index is known to be ----------------------------------------------------------------------------------
+
+_MOVES = ("rearrange", "expand", "reshape", "slice", "gather", "concat", "cast")
+
+
+def is_count(value: Value, depth: int = 12) -> bool:
+    """Whether the elements of a value are known not to be negative."""
+    if value.literal is not None:
+        return bool(np.all(value.literal.array >= 0))
+    node = value.node
+    if node is None or depth == 0:
+        return False
+    if node.op.name in ("iota", "positions", "size", "argmax"):
+        return True
+    if node.op.name in _MOVES:
+        moved = node.operands[:1] if node.op.name == "gather" else node.operands
+        return all(v is not None and v.type.dtype.kind != "float" and is_count(v, depth - 1) for v in moved)
+    if node.op.name in ("add", "mul"):
+        return all(v is not None and is_count(v, depth - 1) for v in node.operands)
+    return False
+
+
+def counted_axis(x: Expr, size: Size) -> int | None:
+    """The axis of x along which it counts 0, 1, ..., size - 1, every other one being of size 1; None if it does not."""
+    value, axes = x.value, [i for i, n in enumerate(x.shape) if n != ONE]
+    if size == ONE:
+        return None
+    if len(axes) != 1 or x.shape[axes[0]] != size:
+        return None
+    for _ in range(12):
+        node = value.node
+        if node is None:
+            return None
+        if node.op.name == "iota":
+            return axes[0]
+        if node.op.name == "rearrange" or (node.op.name == "reshape" and value.type.elements == size):
+            value = node.operands[0]  # type: ignore[assignment]
+        elif node.op.name == "add" and any(v is not None and _is_zero(v) for v in node.operands):
+            value = next(v for v in node.operands if v is not None and not _is_zero(v))
+        else:
+            return None
+        if value.type.elements != size:
+            return None
+    return None
+
+
+def _is_zero(value: Value) -> bool:
+    return value.literal is not None and value.literal.shape == () and not value.literal.array.any()
+
+
+def from_start(b: Builder, indices: Expr, size: Size) -> Expr:
+    """Indices, negative ones counted from the start of their axis."""
+    if is_count(indices.value):
+        return indices
+    wide = indices.cast(i64)
+    return b.where(wide < 0, wide + extent(b, size), wide)  # type: ignore[no-any-return]
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+@operator("embedding.default")
+def _embedding(site: Site) -> Made:
+    table, indices = site.x("weight"), site.x("indices")
+    return site.b.embedding(table, indices)
+
+
+@operator("index_select.default")
+def _index_select(site: Site) -> Made:
+    x, axis = site.x("self"), site.axis("dim")
+    return site.b.gather(x, from_start(site.b, site.x("index"), x.shape[axis]), axis=axis)
+
+
+@operator("gather.default")
+def _gather(site: Site) -> Made:
+    """Elements along one axis; along the others, x may reach further than the indices."""
+    b, x, indices, axis = site.b, site.x("self"), site.x("index"), site.axis("dim")
+    for i, size in enumerate(indices.shape):
+        if i != axis and x.shape[i] != size:
+            x = b.slice(x, axis=i, stop=size)
+    return b.take_along_axis(x, indices, axis=axis)
+
+
+@operator("index.Tensor")
+def _index(site: Site) -> Made:
+    """x[i, :, j]: the indices broadcast; their axes come where the indexed ones are, or first if these lie apart."""
+    b, x = site.b, site.x("self")
+    indices = list(site.given("indices"))
+    if any(i is not None and i.dtype.kind == "bool" for i in indices):
+        site.refuse("by truth values: how many elements it gives depends on data")
+    axes = [k for k, i in enumerate(indices) if i is not None]
+    given = [i for i in indices if i is not None]
+    if not axes:
+        return x
+    together = axes == list(range(axes[0], axes[-1] + 1))
+    # The indexed axes first; then the result's go back to where they belong.
+    rest = [k for k in range(x.rank) if k not in axes]
+    points = _broadcast(site, [i.shape for i in given])
+    counted = [counted_axis(i, x.shape[k]) for i, k in zip(given, axes, strict=True)]
+    front = permuted(b, x, [*axes, *rest])
+    known = [c + len(points) - i.rank if c is not None else None for c, i in zip(counted, given, strict=True)]
+    if None not in known and len(set(known)) == len(known):
+        picked = _laid(b, front, known, points)  # type: ignore[arg-type]
+    elif len(given) == 1:
+        picked = b.gather(front, from_start(b, given[0], front.shape[0]), axis=0)
+    else:
+        picked = _at_points(b, front, given, points)
+    if together and axes[0] > 0:
+        n, lead = len(points), axes[0]
+        order = [*range(n, n + lead), *range(n), *range(n + lead, picked.rank)]
+        picked = permuted(b, picked, order)
+    return picked
+
+
+def _broadcast(site: Site, shapes: Sequence[tuple[Size, ...]]) -> list[Size]:
+    rank = max(len(s) for s in shapes)
+    made = [ONE] * rank
+    for shape in shapes:
+        for i, size in enumerate(shape, start=rank - len(shape)):
+            if size != ONE:
+                if made[i] not in (ONE, size):
+                    site.refuse(f"indices of {made[i]} and {size} elements")
+                made[i] = size
+    return made
+
+
+def _laid(b: Builder, x: Expr, places: Sequence[int], points: Sequence[Size]) -> Expr:
+    """x, whose first axes are read from end to end, each along the axis of the points that it has a place in."""
+    names = axis_letters(x.rank)
+    count = len(places)
+    spread = [names[places.index(i)] if i in places else "1" for i in range(len(points))]
+    if any(i not in places and n != ONE for i, n in enumerate(points)):  # an index repeats along another's axis
+        return _at_points_of(b, x, places, points, names, spread)
+    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[count:]])}")  # type: ignore[no-any-return]
+
+
+def _at_points_of(
+    b: Builder, x: Expr, places: Sequence[int], points: Sequence[Size], names: list[str], spread: list[str]
+) -> Expr:
+    count = len(places)
+    laid = b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[count:]])}")
+    return expanded(b, laid, [*points, *x.shape[count:]])
+
+
+def _at_points(b: Builder, x: Expr, indices: Sequence[Expr], points: Sequence[Size]) -> Expr:
+    """x[i, j, ...] for its first axes, as rows of x with these axes as one."""
+    count = len(indices)
+    rows: Expr | None = None
+    for index, size in zip(indices, x.shape[:count], strict=True):
+        place = from_start(b, index, size).cast(i64)
+        rows = place if rows is None else rows * extent(b, size) + place
+    assert rows is not None
+    table, _ = reshaped(b, x, [product(x.shape[:count]), *x.shape[count:]])
+    return b.gather(table, expanded(b, rows, points), axis=0)  # type: ignore[no-any-return]
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+@operator("scatter_add.default")
+def _scatter_add(site: Site) -> Made:
+    x, indices, source, axis = site.x("self"), site.x("index"), site.x("src"), site.axis("dim")
+    if source.shape != indices.shape or any(i != axis and x.shape[i] != n for i, n in enumerate(indices.shape)):
+        site.refuse("of a part of an axis")
+    return site.b.scatter_add(x, indices, source, axis=axis)
+
+
+@operator("index_add.default")
+def _index_add(site: Site) -> Made:
+    x, axis = site.x("self"), site.axis("dim")
+    if site.real("alpha", 1.0) != 1:
+        site.refuse("with alpha")
+    return site.b.index_add(x, from_start(site.b, site.x("index"), x.shape[axis]), site.x("source"), axis=axis)
+
+
+@operator("one_hot.default")
+def _one_hot(site: Site) -> Made:
+    b, x, count = site.b, site.x("self"), site.integer("num_classes", -1)
+    if count < 1:
+        site.refuse("without num_classes")
+    names = axis_letters(x.rank)
+    wide = b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*names, '1'])}") if names else x
+    return b.equal(wide, b.iota(size=count, dtype=x.dtype)).cast(site.dtype())

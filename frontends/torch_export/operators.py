@@ -1,0 +1,219 @@
+"""The table of ATen operators, and what a handler in it sees of a node.
+
+    @operator("gelu.default")
+    def _gelu(site: Site) -> Made:
+        tanh = site.text("approximate") == "tanh"
+        return site.b.gelu_tanh(site.x("self")) if tanh else site.b.gelu(site.x("self"))
+
+Arguments go by the names of the operator's schema. What a handler makes is held against the shape and the dtype that
+torch itself found for the node, so that a mistaken one is an error and no wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from treadle.frontends.torch_export.lines import source_of
+from treadle.ir.builder import Expr
+from treadle.ir.errors import FrontendError
+from treadle.ir.sizes import Bounds, Size
+from treadle.ir.types import DTYPES, DType
+
+if TYPE_CHECKING:
+    from treadle.frontends.torch_export.importer import TorchImporter
+
+Made: TypeAlias = Any
+"""What a handler gives: an Expr, or one an output (None for one that it does not make)."""
+Handler = Callable[["Site"], Made]
+
+OPERATORS: dict[str, Handler] = {}
+"""By name and overload: "add.Tensor"."""
+
+_DTYPES = {
+    "float64": "f64",
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "int64": "i64",
+    "int32": "i32",
+    "int16": "i16",
+    "int8": "i8",
+    "uint8": "u8",
+    "bool": "bool",
+}
+
+
+def operator(*names: str) -> Callable[[Handler], Handler]:
+    """Register the handler of operators."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            OPERATORS[name] = handler
+        return handler
+
+    return register
+
+
+def our_dtype(dtype: Any) -> DType:
+    """The dtype of a torch.dtype. Raises FrontendError for one that we lack."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise FrontendError(f"dtype {name} is not supported")
+    return DTYPES[_DTYPES[name]]
+
+
+def title(node: Any) -> str:
+    """An operator as errors call it: `aten.add.Tensor`."""
+    name = str(node.target)
+    return str(getattr(node.target, "__name__", name) if name.startswith("<") else name)[:200]
+
+
+class Site:
+    """One node while it is imported: its arguments by name, and where its meaning is built.
+
+    b       the builder
+    vals    what torch found of each result: fake tensors with its shape and dtype
+    """
+
+    def __init__(self, importer: TorchImporter, node: Any, arguments: Mapping[str, Any]) -> None:
+        self.importer, self.b, self.node, self.arguments = importer, importer.b, node, arguments
+        val = node.meta.get("val")
+        self.vals: list[Any] = list(val) if isinstance(val, list | tuple) else [val]
+
+    # -- arguments ---------------------------------------------------------------------------------------------
+
+    def given(self, name: str, default: Any = None) -> Any:
+        """An argument as it is: an Expr, a Size, a number, a dtype, a list of these, or None."""
+        found = self.arguments.get(name)
+        return default if found is None else found
+
+    def x(self, name: str) -> Expr:
+        """A tensor."""
+        found = self.given(name)
+        if not isinstance(found, Expr):
+            self.refuse(f"{name} must be a tensor")
+        return found
+
+    def maybe(self, name: str) -> Expr | None:
+        """A tensor, or None where it is not given."""
+        return None if self.given(name) is None else self.x(name)
+
+    def tensors(self, name: str) -> list[Expr]:
+        found = self.given(name, [])
+        if not all(isinstance(x, Expr) for x in found):
+            self.refuse(f"{name} must be tensors")
+        return list(found)
+
+    def operand(self, name: str, dtype: DType) -> Expr:
+        """A tensor, a number or a size, in a dtype."""
+        return self.as_operand(self.given(name), dtype)
+
+    def as_operand(self, found: Any, dtype: DType) -> Expr:
+        if isinstance(found, Expr):
+            return found.cast(dtype)
+        if isinstance(found, Size):
+            whole = dtype if dtype.is_int else DTYPES["i64"]
+            made: Expr = (
+                self.b.constant(found.constant, whole)
+                if found.constant is not None
+                else self.b.size(value=found, dtype=whole)
+            )
+            return made.cast(dtype)
+        if isinstance(found, bool | int | float):
+            return self.b.constant(bool(found) if dtype.kind == "bool" else found, dtype)
+        if found is None:
+            self.refuse("a number that depends on data, or is no whole one of the sizes")
+        self.refuse(f"an operand is {type(found).__name__}")
+
+    def size(self, name: str, default: int | None = None) -> Size:
+        found = self.given(name, default)
+        if not isinstance(found, Size | int):
+            self.refuse(f"{name} must be a size")
+        return Size.of(found)
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        number = self.size(name, default).constant
+        if number is None:
+            self.refuse(f"{name} must be a number, is {self.size(name)}")
+        return number
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        found = self.given(name, ())
+        numbers = [Size.of(n).constant for n in (found if isinstance(found, list | tuple) else [found])]
+        if any(n is None for n in numbers):
+            self.refuse(f"{name} must be numbers")
+        return tuple(n for n in numbers if n is not None)
+
+    def real(self, name: str, default: float | None = None) -> float:
+        found = self.given(name, default)
+        if isinstance(found, Size) and found.constant is not None:
+            return float(found.constant)
+        if not isinstance(found, bool | int | float):
+            self.refuse(f"{name} must be a number")
+        return float(found)
+
+    def flag(self, name: str) -> bool:
+        return bool(self.given(name, False))
+
+    def text(self, name: str) -> str:
+        return str(self.given(name, ""))
+
+    def axis(self, name: str, rank: int | None = None, default: int | None = None) -> int:
+        """The position that an argument such as `dim` means."""
+        return self.position(self.integer(name, default), self.x("self").rank if rank is None else rank)
+
+    def position(self, axis: int, rank: int) -> int:
+        if not -max(rank, 1) <= axis < max(rank, 1):
+            self.refuse(f"there is no axis {axis} in a tensor of rank {rank}")
+        return axis % max(rank, 1)
+
+    # -- what torch found of the results -----------------------------------------------------------------------
+
+    def shape(self, output: int = 0) -> tuple[Size, ...]:
+        """The shape of a result."""
+        return tuple(self.importer.symbols.size(n) for n in self.vals[output].shape)
+
+    def dtype(self, output: int = 0) -> DType:
+        """The dtype of a result."""
+        return our_dtype(self.vals[output].dtype)
+
+    def promoted(self, *names: str) -> DType:
+        """The dtype in which torch computes with two arguments."""
+        import torch
+
+        given = [self._val(name) for name in names]
+        return our_dtype(torch.result_type(*given))
+
+    def _val(self, name: str) -> Any:
+        schema = [a.name for a in self.node.target._schema.arguments]
+        position = schema.index(name)
+        found = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
+        val = getattr(found, "meta", {}).get("val", found)
+        return int(val.node.hint) if hasattr(val, "node") and not hasattr(val, "dtype") else val
+
+    def bounds(self, size: Size) -> Bounds:
+        """The least and the greatest that a size may be."""
+        return size.bounds(self.importer.bounds)
+
+    def is_at_least(self, x: Size, y: Size) -> bool:
+        """Whether x >= y whatever the symbols are."""
+        return self.bounds(x - y).lower >= 0
+
+    # -- refusals ----------------------------------------------------------------------------------------------
+
+    def refuse(self, why: str, hint: str | None = None) -> NoReturn:
+        """Raise FrontendError for a case that is not taken."""
+        raise unsupported(self.node, why, hint)
+
+
+def unsupported(node: Any, why: str, hint: str | None = None, received: str | None = None) -> FrontendError:
+    """The error for a node that is not taken."""
+    at = source_of(node)
+    return FrontendError(
+        f"{title(node)}: {why}",
+        received=received,
+        within=f"node {node.name}",
+        source=str(at) if at is not None else None,
+        hint=hint,
+    )

@@ -1,0 +1,344 @@
+"""ATen operators element by element: arithmetic, comparisons, logic, selection, functions, conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+from treadle.frontends.onnx_import.arithmetic import truncated_quotient
+from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.ir.builder import Expr
+from treadle.ir.types import DType, f32
+
+# -- the value as it is --------------------------------------------------------------------------------------------
+
+
+@operator("alias.default", "clone.default", "contiguous.default", "detach.default", "detach_.default")
+@operator("lift_fresh_copy.default", "lift_fresh.default", "lift.default", "positive.default")
+def _same(site: Site) -> Made:
+    return site.x("self")
+
+
+@operator("dropout.default", "feature_dropout.default", "alpha_dropout.default")
+def _dropout(site: Site) -> Made:
+    if site.flag("train") and site.real("p") != 0:
+        site.refuse("dropout in training mode", "module.eval()")
+    return site.x("input")
+
+
+@operator("native_dropout.default")
+def _native_dropout(site: Site) -> Made:
+    if site.flag("train") and site.real("p") != 0:
+        site.refuse("dropout in training mode", "module.eval()")
+    return [site.x("input"), None]
+
+
+@operator("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")
+def _converted(site: Site) -> Made:
+    return site.x("self").cast(site.dtype())
+
+
+# -- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def _both(site: Site, dtype: DType) -> tuple[Expr, Expr]:
+    return site.operand("self", dtype), site.operand("other", dtype)
+
+
+def _scaled(site: Site, y: Expr) -> Expr:
+    alpha = site.real("alpha", 1.0)
+    return y if alpha == 1 else y * (alpha if y.dtype.is_float else int(alpha))
+
+
+@operator("add.Tensor", "add.Scalar")
+def _add(site: Site) -> Made:
+    if site.dtype().kind == "bool":
+        x, y = _both(site, site.dtype())
+        return x | y
+    x, y = _both(site, site.dtype())
+    return x + _scaled(site, y)
+
+
+@operator("sub.Tensor", "sub.Scalar")
+def _sub(site: Site) -> Made:
+    x, y = _both(site, site.dtype())
+    return x - _scaled(site, y)
+
+
+@operator("rsub.Tensor", "rsub.Scalar")
+def _rsub(site: Site) -> Made:
+    x, y = _both(site, site.dtype())
+    return y - _scaled(site, x)
+
+
+@operator("mul.Tensor", "mul.Scalar")
+def _mul(site: Site) -> Made:
+    x, y = _both(site, site.dtype())
+    return x & y if site.dtype().kind == "bool" else x * y
+
+
+@operator("div.Tensor", "div.Scalar", "true_divide.Tensor")
+def _div(site: Site) -> Made:
+    x, y = _both(site, site.dtype())
+    return x / y
+
+
+@operator("div.Tensor_mode", "div.Scalar_mode")
+def _rounded_div(site: Site) -> Made:
+    mode, dtype = site.given("rounding_mode"), site.dtype()
+    x, y = _both(site, dtype)
+    if mode is None:
+        return x / y
+    if mode == "floor":
+        return x // y
+    if mode != "trunc":
+        site.refuse(f"rounding_mode {mode!r}")
+    return _truncated(site, x / y) if dtype.is_float else truncated_quotient(site.b, x, y)
+
+
+def _truncated(site: Site, x: Expr) -> Expr:
+    b = site.b
+    return b.where(x < 0.0, -b.floor(-x), b.floor(x))  # type: ignore[no-any-return]
+
+
+@operator("floor_divide.default", "floor_divide.Scalar")
+def _floor_divide(site: Site) -> Made:
+    x, y = _both(site, site.dtype())
+    return x // y
+
+
+@operator("remainder.Tensor", "remainder.Scalar")
+def _remainder(site: Site) -> Made:
+    x, y = _both(site, site.dtype())
+    return site.b.mod(x, y)
+
+
+@operator("fmod.Tensor", "fmod.Scalar")
+def _fmod(site: Site) -> Made:
+    x, y = _both(site, site.dtype())
+    if not site.dtype().is_float:
+        return x - truncated_quotient(site.b, x, y) * y
+    rest = site.b.mod(site.b.abs(x), site.b.abs(y))
+    return site.b.where(x < 0.0, -rest, rest)
+
+
+@operator("pow.Tensor_Scalar")
+def _power(site: Site) -> Made:
+    b, dtype, exponent = site.b, site.dtype(), site.real("exponent")
+    x = site.operand("self", dtype)
+    if exponent in (2, 3, 4) and (dtype.is_float or dtype.is_int):
+        return reduce(lambda y, _: y * x, range(int(exponent) - 1), x)
+    if exponent == 1:
+        return x
+    if not dtype.is_float:
+        site.refuse(f"an integer to the power of {exponent:g}")
+    if exponent == 0.5:
+        return b.sqrt(x)
+    return b.rsqrt(x) if exponent == -0.5 else b.reciprocal(x) if exponent == -1 else b.pow(x, exponent)
+
+
+@operator("pow.Tensor_Tensor", "pow.Scalar")
+def _powers(site: Site) -> Made:
+    dtype = site.dtype()
+    if not dtype.is_float:
+        site.refuse("powers of integers")
+    return site.b.pow(site.operand("self", dtype), site.operand("exponent", dtype))
+
+
+def _extremum(ours: str) -> Callable[[Site], Made]:
+    def handler(site: Site) -> Made:
+        x, y = _both(site, site.dtype())
+        if x.dtype.kind == "bool":
+            return x | y if ours == "maximum" else x & y
+        return site.b.apply(ours, x, y)
+
+    return handler
+
+
+operator("maximum.default", "max.other")(_extremum("maximum"))
+operator("minimum.default", "min.other")(_extremum("minimum"))
+
+
+@operator("clamp.default", "clamp.Tensor", "hardtanh.default", "clip.default")
+def _clamp(site: Site) -> Made:
+    low = next((n for n in ("min", "min_val") if site.given(n) is not None), None)
+    high = next((n for n in ("max", "max_val") if site.given(n) is not None), None)
+    return _within(site, low, high)
+
+
+@operator("clamp_min.default", "clamp_min.Tensor")
+def _clamp_min(site: Site) -> Made:
+    return _within(site, "min", None)
+
+
+@operator("clamp_max.default", "clamp_max.Tensor")
+def _clamp_max(site: Site) -> Made:
+    return _within(site, None, "max")
+
+
+def _within(site: Site, low: str | None, high: str | None) -> Expr:
+    """Where bounds cross, the upper one holds."""
+    b, dtype = site.b, site.dtype()
+    x = site.operand("self", dtype)
+    if low is not None:
+        x = b.maximum(x, site.operand(low, dtype))
+    return x if high is None else b.minimum(x, site.operand(high, dtype))
+
+
+# -- comparisons, logic, selection ---------------------------------------------------------------------------------
+
+
+def _comparison(name: str, ours: str) -> None:
+    @operator(f"{name}.Tensor", f"{name}.Scalar")
+    def _compared(site: Site) -> Made:
+        dtype = site.promoted("self", "other")
+        if dtype.kind == "bool" and ours not in ("equal", "not_equal"):
+            site.refuse("of truth values")
+        return site.b.apply(ours, *_both(site, dtype))
+
+
+_comparison("eq", "equal")
+_comparison("ne", "not_equal")
+_comparison("gt", "greater")
+_comparison("ge", "greater_equal")
+_comparison("lt", "less")
+_comparison("le", "less_equal")
+
+
+def _logical(site: Site, bitwise: bool) -> tuple[Expr, Expr]:
+    if bitwise and site.dtype().kind != "bool":
+        site.refuse("of integers")
+    bools = site.dtype()
+    return site.operand("self", bools), site.operand("other", bools)
+
+
+def _logic(combine: Callable[[Site, Expr, Expr], Expr], *names: str) -> None:
+    for name in names:
+        bitwise = not name.startswith("logical")
+
+        @operator(name)
+        def _combined(site: Site, bitwise: bool = bitwise) -> Made:
+            return combine(site, *_logical(site, bitwise))
+
+
+def _differing(site: Site, x: Expr, y: Expr) -> Expr:
+    return site.b.not_equal(x, y)  # type: ignore[no-any-return]
+
+
+_logic(lambda s, x, y: x & y, "__and__.Tensor", "__and__.Scalar", "bitwise_and.Tensor", "logical_and.default")
+_logic(lambda s, x, y: x | y, "__or__.Tensor", "__or__.Scalar", "bitwise_or.Tensor", "logical_or.default")
+_logic(_differing, "__xor__.Tensor", "bitwise_xor.Tensor", "logical_xor.default")
+
+
+@operator("logical_not.default", "bitwise_not.default")
+def _not(site: Site) -> Made:
+    if site.node.target._schema.name.endswith("bitwise_not") and site.dtype().kind != "bool":
+        site.refuse("of integers")
+    return ~site.x("self").cast(site.dtype())
+
+
+@operator("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+def _where(site: Site) -> Made:
+    return site.b.where(site.x("condition"), *_both(site, site.dtype()))
+
+
+@operator("masked_fill.Scalar", "masked_fill.Tensor")
+def _masked_fill(site: Site) -> Made:
+    x = site.x("self")
+    return site.b.where(site.x("mask"), site.operand("value", x.dtype), x)
+
+
+@operator("isnan.default")
+def _is_nan(site: Site) -> Made:
+    x = site.x("self")
+    return site.b.not_equal(x, x)
+
+
+@operator("isinf.default")
+def _is_infinite(site: Site) -> Made:
+    return site.b.equal(site.b.abs(site.x("self")), float("inf"))
+
+
+# -- functions -----------------------------------------------------------------------------------------------------
+
+
+def _function(name: str, ours: str) -> None:
+    @operator(f"{name}.default")
+    def _applied(site: Site) -> Made:
+        return site.b.apply(ours, site.operand("self", site.dtype()))
+
+
+for _name in ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "tanh", "erf", "sigmoid", "sin", "cos"):
+    _function(_name, _name)
+for _name in ("relu", "silu", "sign"):
+    _function(_name, _name)
+
+
+@operator("floor.default")
+def _floor(site: Site) -> Made:
+    x = site.x("self")
+    return site.b.floor(x) if x.dtype.is_float else x
+
+
+@operator("ceil.default")
+def _ceil(site: Site) -> Made:
+    x = site.x("self")
+    return -site.b.floor(-x) if x.dtype.is_float else x
+
+
+@operator("round.default")
+def _round(site: Site) -> Made:
+    x = site.x("self")
+    return site.b.round(x) if x.dtype.is_float else x
+
+
+@operator("trunc.default")
+def _trunc(site: Site) -> Made:
+    x = site.x("self")
+    return _truncated(site, x) if x.dtype.is_float else x
+
+
+@operator("square.default")
+def _square(site: Site) -> Made:
+    x = site.x("self")
+    return x * x
+
+
+@operator("gelu.default")
+def _gelu(site: Site) -> Made:
+    x, kind = site.x("self"), site.text("approximate")
+    if kind not in ("none", "tanh"):
+        site.refuse(f"approximate={kind!r}")
+    return site.b.gelu_tanh(x) if kind == "tanh" else site.b.gelu(x)
+
+
+@operator("relu6.default")
+def _relu6(site: Site) -> Made:
+    x = site.x("self")
+    return site.b.minimum(site.b.relu(x), site.b.constant(6, x.dtype))
+
+
+@operator("leaky_relu.default")
+def _leaky_relu(site: Site) -> Made:
+    x = site.x("self")
+    return site.b.where(x > 0.0, x, x * site.real("negative_slope"))
+
+
+@operator("softplus.default")
+def _softplus(site: Site) -> Made:
+    """log(1 + exp(beta x)) / beta = (max(z, 0) + log(1 + exp(-|z|))) / beta, and x itself past the threshold."""
+    b, x, beta = site.b, site.x("self"), site.real("beta")
+    z = x.cast(f32) * beta if x.dtype.bytes == 2 else x * beta
+    soft = (b.relu(z) + b.log(1.0 + b.exp(-b.abs(z)))) / beta
+    return b.where(z > site.real("threshold"), x, soft.cast(x.dtype))
+
+
+@operator("hardsigmoid.default")
+def _hardsigmoid(site: Site) -> Made:
+    b, x = site.b, site.x("self")
+    return b.minimum(b.relu(x + 3.0), b.constant(6.0, x.dtype)) / 6.0
+
+
+@operator("hardswish.default")
+def _hardswish(site: Site) -> Made:
+    return site.x("self") * _hardsigmoid(site)

@@ -1,0 +1,162 @@
+"""ATen operators that are sums of products: linear, matmul, einsum, convolution, attention."""
+
+from __future__ import annotations
+
+import re
+
+from treadle.frontends.onnx_import.products import matmul
+from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
+from treadle.ir.sizes import ONE, Size
+
+
+@operator("linear.default")
+def _linear(site: Site) -> Made:
+    x, weight, bias = site.x("input"), site.x("weight"), site.maybe("bias")
+    if weight.rank != 2:
+        site.refuse(f"a weight of rank {weight.rank}")
+    return site.b.linear(x, weight, bias)
+
+
+@operator("matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default")
+def _matmul(site: Site) -> Made:
+    first, second = [a.name for a in site.node.target._schema.arguments][:2]
+    return matmul(site.b, site.x(first), site.x(second))
+
+
+@operator("addmm.default", "addmv.default", "baddbmm.default")
+def _addmm(site: Site) -> Made:
+    """beta c + alpha a b"""
+    first, second = [a.name for a in site.node.target._schema.arguments][1:3]
+    c, alpha, beta = site.x("self"), site.real("alpha", 1.0), site.real("beta", 1.0)
+    z = matmul(site.b, site.x(first), site.x(second))
+    if not z.dtype.is_float and (alpha != 1 or beta != 1):
+        site.refuse("of integers with alpha or beta")
+    z = z if alpha == 1 else z * alpha
+    return z if beta == 0 else z + (c if beta == 1 else c * beta)
+
+
+@operator("einsum.default")
+def _einsum(site: Site) -> Made:
+    text = site.text("equation").replace(" ", "")
+    left, arrow, right = text.partition("->")
+    if not re.fullmatch(r"[A-Za-z,.]*(->[A-Za-z.]*)?", text):
+        site.refuse(f"the equation {text[:80]!r}")
+    if not arrow:
+        letters = re.sub(r"[^A-Za-z]", "", left)
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+
+    def spaced(term: str) -> str:
+        return " ".join(re.findall(r"\.\.\.|[A-Za-z]", term))
+
+    equation = f"{', '.join(map(spaced, left.split(',')))} -> {spaced(right)}"
+    return site.b.einsum(*site.tensors("tensors"), equation=equation)
+
+
+# -- convolution ---------------------------------------------------------------------------------------------------
+
+
+@operator("conv1d.default", "conv2d.default", "conv3d.default", "convolution.default")
+@operator("conv1d.padding", "conv2d.padding", "conv3d.padding")
+def _conv(site: Site) -> Made:
+    """x [b, c, ...] or [c, ...]; padding "same" puts the odd zero behind."""
+    b, x, weight = site.b, site.x("input"), site.x("weight")
+    spatial = weight.rank - 2
+    if site.flag("transposed") or any(site.integers("output_padding")):
+        site.refuse("transposed")
+    alone = x.rank == spatial + 1
+    if alone:
+        x, _ = reshaped(b, x, [ONE, *x.shape])
+    strides, dilations = (_each(site, name, spatial) for name in ("stride", "dilation"))
+    padding = site.given("padding")
+    if padding == "same":
+        reach = [((n.constant or 1) - 1) * d for n, d in zip(weight.shape[2:], dilations, strict=True)]
+        pads = (*(r // 2 for r in reach), *(r - r // 2 for r in reach))
+    elif padding == "valid":
+        pads = (0,) * (2 * spatial)
+    else:
+        pads = _each(site, "padding", spatial, 0) * 2
+    y = b.conv(
+        x,
+        weight,
+        site.maybe("bias"),
+        strides=strides,
+        dilations=dilations,
+        padding=pads,
+        groups=site.integer("groups", 1),
+    )
+    return reshaped(b, y, y.shape[1:])[0] if alone else y
+
+
+def _each(site: Site, name: str, count: int, default: int = 1) -> tuple[int, ...]:
+    numbers = site.integers(name) or (default,)
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
+
+
+@operator("scaled_dot_product_attention.default")
+def _attention(site: Site) -> Made:
+    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both first axes."""
+    b, q, k, v = site.b, site.x("query"), site.x("key"), site.x("value")
+    if site.real("dropout_p", 0.0) != 0:
+        site.refuse("with dropout", "module.eval()")
+    if not 2 <= q.rank <= 4 or k.rank != q.rank or v.rank != q.rank:
+        site.refuse(f"of ranks {q.rank}, {k.rank} and {v.rank}")
+    rank, leading = q.rank, [ONE] * (4 - q.rank)
+    if rank == 3:  # [b, s, d]: one head
+        q, k, v = (reshaped(b, x, [x.shape[0], ONE, *x.shape[1:]])[0] for x in (q, k, v))
+    elif rank == 2:
+        q, k, v = (reshaped(b, x, [*leading, *x.shape])[0] for x in (q, k, v))
+    if not site.flag("enable_gqa") and not (q.shape[1] == k.shape[1] == v.shape[1]):
+        site.refuse(f"of {q.shape[1]}, {k.shape[1]} and {v.shape[1]} heads", "enable_gqa=True")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        site.refuse(f"of batches of {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
+    masks, biases = Masks(), Biases()
+    mask = site.maybe("attn_mask")
+    if mask is not None:
+        if rank == 3 and mask.rank == 3:
+            mask, _ = reshaped(b, mask, [mask.shape[0], ONE, *mask.shape[1:]])
+        masks, biases = _masked_by(site, mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    if site.flag("is_causal"):
+        masks = masks & causal
+    scale = None if site.given("scale") is None else site.real("scale")
+    y = attend(b, q, k, v, masks=masks, biases=biases, scale=scale)
+    if rank == 4:
+        return y
+    return reshaped(b, y, [y.shape[0], *y.shape[2:]] if rank == 3 else y.shape[2:])[0]
+
+
+def _masked_by(site: Site, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
+    """A mask [..., s, t] as a term: true where a query may see a key, or what is added to the scores.
+
+    An axis of size 1 that broadcasts is left out. One that `expand` made is as if it were not there.
+    """
+    b = site.b
+    if mask.rank > 4:
+        site.refuse(f"a mask of rank {mask.rank}")
+    mask = _unexpanded(b, mask)
+    own = full[4 - mask.rank :]
+    for size, whole in zip(mask.shape, own, strict=True):
+        if size not in (ONE, whole):
+            site.refuse(f"a mask of {size} elements along an axis of {whole}")
+    held = [i for i, (size, whole) in enumerate(zip(mask.shape, own, strict=True)) if size != ONE or whole == ONE]
+    names = [("bhst"[4 - mask.rank :])[i] for i in held]
+    kept, _ = reshaped(b, mask, [mask.shape[i] for i in held])
+    if not names:
+        kept, names = b.expand(kept, shape=(full[3],)), ["t"]
+    axes = " ".join(names)
+    if mask.dtype.kind == "bool":
+        return boolean_mask(kept, axes), Biases()
+    return Masks(), tensor_bias(kept, axes)
+
+
+def _unexpanded(b: Builder, mask: Expr) -> Expr:
+    """A mask before it was expanded to more axes or larger ones."""
+    node = mask.value.node
+    if node is None or node.op.name != "expand" or node.operands[0] is None:
+        return mask
+    return b.expr(node.operands[0])

@@ -1,0 +1,270 @@
+"""ATen operators along axes: reductions, softmax, normalizations, running sums, argmax, topk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.types import u8
+
+# -- reductions ----------------------------------------------------------------------------------------------------
+
+
+def _axes(site: Site) -> tuple[int, ...]:
+    """The axes of `dim`; of none, all."""
+    rank = site.x("self").rank
+    if rank == 0:
+        return ()
+    axes = site.integers("dim") if site.given("dim") is not None else ()
+    return tuple(site.position(a, rank) for a in axes) or tuple(range(rank))
+
+
+def _reduction(rule: Callable[[Site, Expr, tuple[int, ...], bool], Expr], *names: str) -> None:
+    @operator(*names)
+    def _reduced(site: Site) -> Made:
+        return rule(site, site.x("self"), _axes(site), site.flag("keepdim"))
+
+
+def _sum(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+    return site.b.reduce_sum(x.cast(site.dtype()), axes=axes, keep=keep)  # type: ignore[no-any-return]
+
+
+def _mean(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+    return site.b.reduce_mean(x.cast(site.dtype()), axes=axes, keep=keep)  # type: ignore[no-any-return]
+
+
+def _extremum(ours: str) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
+    def rule(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+        held = x.cast(u8) if x.dtype.kind == "bool" else x
+        return site.b.apply(ours, held, axes=axes, keep=keep).cast(x.dtype)  # type: ignore[no-any-return]
+
+    return rule
+
+
+def _truth(ours: str) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
+    def rule(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+        b = site.b
+        flags = x if x.dtype.kind == "bool" else b.not_equal(x, 0)
+        return b.apply(ours, flags.cast(u8), axes=axes, keep=keep).cast(site.dtype())  # type: ignore[no-any-return]
+
+    return rule
+
+
+def _variance(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+    """The mean square distance from the mean, with n - correction for n."""
+    b = site.b
+    correction = site.real("correction", 1.0) if site.given("unbiased", True) else 0.0
+    centered = x - b.reduce_mean(x, axes=axes, keep=True)
+    total = b.reduce_sum(centered * centered, axes=axes, keep=keep)
+    if correction != int(correction):
+        site.refuse(f"with a correction of {correction}")
+    count = site.as_operand(product(x.shape[a] for a in axes) - int(correction), x.dtype)
+    return total / count  # type: ignore[no-any-return]
+
+
+_reduction(_sum, "sum.default", "sum.dim_IntList")
+_reduction(_mean, "mean.default", "mean.dim")
+_reduction(_extremum("reduce_max"), "amax.default", "max.default")
+_reduction(_extremum("reduce_min"), "amin.default", "min.default")
+_reduction(_truth("reduce_max"), "any.default", "any.dim", "any.dims")
+_reduction(_truth("reduce_min"), "all.default", "all.dim", "all.dims")
+_reduction(_variance, "var.correction", "var.dim", "var.default")
+_reduction(lambda *x: x[0].b.sqrt(_variance(*x)), "std.correction", "std.dim", "std.default")
+
+
+@operator("var_mean.correction")
+def _var_mean(site: Site) -> Made:
+    x, axes, keep = site.x("self"), _axes(site), site.flag("keepdim")
+    return [_variance(site, x, axes, keep), site.b.reduce_mean(x, axes=axes, keep=keep)]
+
+
+@operator("logsumexp.default")
+def _log_sum_exp(site: Site) -> Made:
+    """With the largest taken out, so that nothing overflows."""
+    b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
+    largest = b.reduce_max(x, axes=axes, keep=True)
+    finite = b.where(b.abs(largest) < math.inf, largest, b.constant(0.0, x.dtype))
+    sums = b.log(b.reduce_sum(b.exp(x - finite), axes=axes, keep=True)) + finite
+    return reshaped(b, sums, [n for i, n in enumerate(sums.shape) if keep or i not in axes])[0]
+
+
+@operator("linalg_vector_norm.default")
+def _norm(site: Site) -> Made:
+    b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
+    order = site.real("ord", 2.0)
+    if order not in (1, 2):
+        site.refuse(f"of order {order:g}")
+    total = b.reduce_sum(b.abs(x) if order == 1 else x * x, axes=axes, keep=keep)
+    return total if order == 1 else b.sqrt(total)
+
+
+# -- softmax -------------------------------------------------------------------------------------------------------
+
+
+def _softmax(ours: str, *names: str) -> None:
+    @operator(*names)
+    def _applied(site: Site) -> Made:
+        x = site.x("self").cast(site.dtype())
+        if x.rank == 0:
+            site.refuse("of a scalar")
+        return site.b.apply(ours, x, axis=site.axis("dim"))
+
+
+_softmax("softmax", "softmax.int", "_softmax.default")
+_softmax("log_softmax", "log_softmax.int", "_log_softmax.default")
+
+
+@operator("_safe_softmax.default")
+def _safe_softmax(site: Site) -> Made:
+    """Zeros for a row that is -inf throughout."""
+    b, x, axis = site.b, site.x("self").cast(site.dtype()), site.axis("dim")
+    nothing = b.equal(b.reduce_max(x, axes=(axis,), keep=True), -math.inf)
+    return b.where(nothing, b.constant(0.0, x.dtype), b.softmax(x, axis=axis))
+
+
+# -- normalizations ------------------------------------------------------------------------------------------------
+
+
+def _last_axes(site: Site) -> tuple[Expr, tuple[Size, ...], list[Expr | None]]:
+    """The operand with the normalized axes as one, its own shape, and the weights as vectors."""
+    b, x = site.b, site.x("input")
+    count = len(site.given("normalized_shape"))
+    weights = [site.maybe(n) if n in site.arguments else None for n in ("weight", "bias")]
+    if count == 1:
+        return x, x.shape, weights
+    flat = [*x.shape[: x.rank - count], product(x.shape[x.rank - count :])]
+    vectors = [None if w is None else reshaped(b, w, [product(w.shape)])[0] for w in weights]
+    return reshaped(b, x, flat)[0], x.shape, vectors
+
+
+@operator("layer_norm.default", "native_layer_norm.default")
+def _layer_norm(site: Site) -> Made:
+    x, shape, (weight, bias) = _last_axes(site)
+    y = reshaped(site.b, site.b.layer_norm(x, weight, bias, eps=site.real("eps", 1e-5)), shape)[0]
+    return [y, None, None] if len(site.vals) > 1 else y
+
+
+@operator("rms_norm.default", "_fused_rms_norm.default")
+def _rms_norm(site: Site) -> Made:
+    x, shape, (weight, _) = _last_axes(site)
+    # The default is the dtype's own epsilon; 16-bit floats are computed with in float32.
+    eps = site.real("eps", 2.0**-52 if x.dtype.name == "f64" else 2.0**-23)
+    y = reshaped(site.b, site.b.rms_norm(x, weight, eps=eps), shape)[0]
+    return [y, None] if len(site.vals) > 1 else y
+
+
+@operator("batch_norm.default", "_native_batch_norm_legit_no_training.default")
+def _batch_norm(site: Site) -> Made:
+    """At inference: by the running statistics."""
+    b, x = site.b, site.x("input")
+    if site.flag("training") or site.maybe("running_mean") is None or site.maybe("running_var") is None:
+        site.refuse("in training mode", "module.eval()")
+    ones = " ".join(["c", *["1"] * (x.rank - 2)])
+
+    def along(name: str) -> Expr | None:
+        held = site.maybe(name)
+        return None if held is None else b.rearrange(held, pattern=f"c -> {ones}")
+
+    mean, variance, weight, bias = (along(n) for n in ("running_mean", "running_var", "weight", "bias"))
+    assert mean is not None
+    assert variance is not None
+    y = (x - mean) * b.rsqrt(variance + site.real("eps"))
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return [y, None, None] if len(site.vals) > 1 else y
+
+
+@operator("group_norm.default")
+def _group_norm(site: Site) -> Made:
+    """[b, (g c), ...], normalized over c and what follows it."""
+    b, x, groups = site.b, site.x("input"), site.integer("num_groups")
+    rest = product(x.shape[1:]).divide(groups)
+    if rest is None:
+        site.refuse(f"of {x.shape[1]} channels in {groups} groups")
+    rows, _ = reshaped(b, x, [x.shape[0], Size.of(groups), rest])
+    y, _ = reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps", 1e-5)), x.shape)
+    ones = " ".join(["c", *["1"] * (x.rank - 2)])
+    weight, bias = site.maybe("weight"), site.maybe("bias")
+    y = y if weight is None else y * b.rearrange(weight, pattern=f"c -> {ones}")
+    return y if bias is None else y + b.rearrange(bias, pattern=f"c -> {ones}")
+
+
+# -- along one axis ------------------------------------------------------------------------------------------------
+
+
+@operator("cumsum.default")
+def _cumsum(site: Site) -> Made:
+    x = site.x("self").cast(site.dtype())
+    return x if x.rank == 0 else site.b.cumsum(x, axis=site.axis("dim"))
+
+
+def reversed_order(b: Builder, x: Expr) -> Expr:
+    """Numbers whose order is the reverse of x's: of integers, -1 - x, which does not overflow."""
+    if x.dtype.is_float:
+        return -x
+    return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
+
+
+def _flat(site: Site) -> tuple[Expr, int, bool]:
+    """The operand, the axis and whether it is kept; without a `dim` all axes are one."""
+    x, keep = site.x("self"), site.flag("keepdim")
+    x = x.cast(u8) if x.dtype.kind == "bool" else x
+    if site.given("dim") is None:
+        if keep:
+            site.refuse("with keepdim and without dim")
+        return reshaped(site.b, x, [product(x.shape)])[0], 0, False
+    if x.rank == 0:
+        return reshaped(site.b, x, [ONE])[0], 0, False
+    return x, site.axis("dim"), keep
+
+
+@operator("argmax.default")
+def _argmax(site: Site) -> Made:
+    x, axis, keep = _flat(site)
+    return site.b.argmax(x, axis=axis, keep=keep)
+
+
+@operator("argmin.default")
+def _argmin(site: Site) -> Made:
+    x, axis, keep = _flat(site)
+    return site.b.argmax(reversed_order(site.b, x), axis=axis, keep=keep)
+
+
+@operator("max.dim", "min.dim")
+def _extremum_and_place(site: Site) -> Made:
+    b, least = site.b, site.node.target._schema.name.endswith("min")
+    x, axis, keep = _flat(site)
+    found = b.apply("reduce_min" if least else "reduce_max", x, axes=(axis,), keep=keep)
+    return [found.cast(site.dtype()), b.argmax(reversed_order(b, x) if least else x, axis=axis, keep=keep)]
+
+
+@operator("topk.default")
+def _topk(site: Site) -> Made:
+    b, x, k, axis = site.b, site.x("self"), site.integer("k"), site.axis("dim", default=-1)
+    if k < 1:
+        site.refuse(f"of {k} elements")
+    if site.given("largest", True):
+        return list(b.top_k(x, k=k, axis=axis))
+    values, indices = b.top_k(reversed_order(b, x), k=k, axis=axis)
+    return [reversed_order(b, values), indices]
+
+
+@operator("sort.default")
+def _sort(site: Site) -> Made:
+    b, x, axis = site.b, site.x("self"), site.axis("dim", default=-1)
+    size = x.shape[axis].constant
+    if size is None or size < 1:
+        site.refuse("of a symbolic axis")
+    if site.flag("descending"):
+        return list(b.top_k(x, k=size, axis=axis))
+    values, indices = b.top_k(reversed_order(b, x), k=size, axis=axis)
+    return [reversed_order(b, values), indices]
+
+
+@operator("bincount.default", "nonzero.default", "item.default", "_local_scalar_dense.default", "masked_select.default")
+def _data_dependent(site: Site) -> Made:
+    site.refuse("what it gives depends on data in its shape, or leaves the graph")

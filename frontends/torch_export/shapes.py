@@ -1,0 +1,366 @@
+"""ATen operators that move elements: views, permutations, slices, joins, repetitions.
+
+A view's sizes are those that torch found for the result, so -1 and inferred sizes need no solving here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from treadle.frontends.onnx_import.reductions import flipped
+from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.sizes import ONE, ZERO, Size
+
+# -- views ---------------------------------------------------------------------------------------------------------
+
+
+@operator("view.default", "reshape.default", "_unsafe_view.default", "view_copy.default", "_reshape_copy.default")
+@operator("flatten.using_ints", "unflatten.int", "view_as.default", "reshape_as.default", "unsqueeze.default")
+def _view(site: Site) -> Made:
+    x, shape = site.x("self"), site.shape()
+    pattern = cut_across(x.shape, shape)
+    if pattern is not None:
+        return site.b.rearrange(x, pattern=pattern)
+    made, told = reshaped(site.b, x, shape)
+    if not told and all(s.constant != 0 for s in x.shape):
+        before, after = (", ".join(map(str, s)) for s in (x.shape, shape))
+        site.importer.opaque.append(f"{site.node.name}: [{before}] to [{after}]")
+    return made
+
+
+def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
+    """The pattern of a view where parts of several axes make several others: [S, B, 16] -> [S, 2*B, 8] is
+    "a b (c=2 d) -> a (b c) d". None where `reshaped` tells it, or where the axes have no common parts.
+    """
+    sides = [[(i, n) for i, n in enumerate(shape) if n != ONE] for shape in (before, after)]
+    if any(n == ZERO for n in (*before, *after)) or not all(sides):
+        return None
+    taken = {s for n in (*before, *after) for s in n.symbols}
+    if 2 * (len(before) + len(after)) + len(taken) > 50:
+        return None
+    letters = iter(axis_letters(2 * (len(before) + len(after)), taken))
+    parts: list[tuple[str, Size, int, int]] = []
+    (i, left), (j, right) = sides[0].pop(0), sides[1].pop(0)
+    while True:
+        part = left if right.divide(left) is not None else right
+        rest, other = left.divide(part), right.divide(part)
+        if rest is None or other is None:
+            return None
+        parts.append((next(letters), part, i, j))
+        left, right = rest, other
+        if left == right == ONE and not sides[0] and not sides[1]:
+            break
+        if (left == ONE and not sides[0]) or (right == ONE and not sides[1]):
+            return None
+        if left == ONE:
+            i, left = sides[0].pop(0)
+        if right == ONE:
+            j, right = sides[1].pop(0)
+    split = {k for _, _, k, _ in parts if sum(p[2] == k for p in parts) > 1}
+    joined = {k for _, _, _, k in parts if sum(p[3] == k for p in parts) > 1}
+    if not any(i in split and j in joined for _, _, i, j in parts):
+        return None  # each axis is split, joined or as it was
+    texts = []
+    for k in range(len(before)):
+        own = [p for p in parts if p[2] == k]
+        hard = [p for p in own if p[1].constant is None and p[1].as_symbol is None]
+        if len(hard) > 1:
+            return None
+        free = hard[0] if hard else own[-1] if own else None
+        words = [p[0] if p is free else f"{p[0]}={p[1]}" for p in own]
+        texts.append("1" if not own else words[0] if len(own) == 1 else f"({' '.join(words)})")
+    whole = [[p[0] for p in parts if p[3] == k] for k in range(len(after))]
+    joins = ["1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})" for names in whole]
+    return f"{' '.join(texts)} -> {' '.join(joins)}"
+
+
+@operator("squeeze.default", "squeeze.dim", "squeeze.dims")
+def _squeeze(site: Site) -> Made:
+    """Torch kept every symbolic dimension: of size 1 it would have dropped it, so it must not be 1."""
+    x = site.x("self")
+    asked = site.given("dim")
+    axes = range(x.rank) if asked is None else [site.position(a, x.rank) for a in site.integers("dim")]
+    for axis in axes:
+        size = x.shape[axis]
+        if size.constant is None and site.bounds(size).lower <= 1:
+            if size.as_symbol is None:
+                site.refuse(f"a dimension of {size}, which may be 1")
+            site.importer.at_least(size.as_symbol, 2)
+    return reshaped(site.b, x, site.shape())[0]
+
+
+def permuted(b: Builder, x: Expr, order: Sequence[int]) -> Expr:
+    """x with its axes in another order."""
+    if list(order) == list(range(x.rank)):
+        return x
+    names = axis_letters(x.rank)
+    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(names[i] for i in order)}")  # type: ignore[no-any-return]
+
+
+@operator("permute.default", "permute_copy.default")
+def _permute(site: Site) -> Made:
+    x = site.x("self")
+    return permuted(site.b, x, [site.position(a, x.rank) for a in site.integers("dims")])
+
+
+@operator("transpose.int", "swapaxes.default", "swapdims.default")
+def _transpose(site: Site) -> Made:
+    x = site.x("self")
+    names = [a.name for a in site.node.target._schema.arguments][1:3]
+    return swapped(site.b, x, *(site.axis(name) for name in names))
+
+
+def swapped(b: Builder, x: Expr, first: int, second: int) -> Expr:
+    """x with two axes exchanged."""
+    if x.rank == 0:
+        return x
+    order = list(range(x.rank))
+    order[first], order[second] = order[second], order[first]
+    return permuted(b, x, order)
+
+
+@operator("t.default", "numpy_T.default", "mT.default", "matrix_H.default")
+def _turned(site: Site) -> Made:
+    x = site.x("self")
+    if x.rank < 2:
+        return x
+    whole = site.node.target._schema.name.endswith("numpy_T")
+    return permuted(site.b, x, list(reversed(range(x.rank)))) if whole else swapped(site.b, x, x.rank - 2, x.rank - 1)
+
+
+@operator("movedim.int", "movedim.intlist", "moveaxis.int")
+def _movedim(site: Site) -> Made:
+    x = site.x("self")
+    sources = [site.position(a, x.rank) for a in site.integers("source")]
+    targets = [site.position(a, x.rank) for a in site.integers("destination")]
+    rest = iter([i for i in range(x.rank) if i not in sources])
+    return permuted(site.b, x, [sources[targets.index(i)] if i in targets else next(rest) for i in range(x.rank)])
+
+
+@operator("expand.default", "expand_as.default", "expand_copy.default", "broadcast_to.default")
+def _expand(site: Site) -> Made:
+    return expanded(site.b, site.x("self"), site.shape())
+
+
+def expanded(b: Builder, x: Expr, shape: Sequence[Size]) -> Expr:
+    """x broadcast to a shape."""
+    return x if x.shape == tuple(shape) else b.expand(x, shape=tuple(shape))
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+def start_of(site: Site, start: Size, size: Size) -> Size:
+    """A slice's start as torch means it: from the end where it is negative, and within the axis."""
+    if start.constant is not None and start.constant < 0:
+        start = start + size
+    elif start.constant is None and site.bounds(start).lower < 0:
+        site.refuse(f"a start of {start}, which may be negative")
+    if site.is_at_least(ZERO, start):
+        return ZERO
+    if start.constant is None and not site.is_at_least(start, ZERO):
+        site.refuse(f"a start of {start}, which may be negative")
+    return start
+
+
+@operator("slice.Tensor", "slice_copy.Tensor")
+def _slice(site: Site) -> Made:
+    b, x = site.b, site.x("self")
+    axis, step = site.axis("dim", default=0), site.integer("step", 1)
+    size, count = x.shape[axis], site.shape()[axis]
+    if count == size and step == 1:
+        return x
+    if count == ZERO:
+        return b.slice(x, axis=axis, start=0, stop=0)
+    start = start_of(site, site.size("start", 0), size)
+    return b.slice(x, axis=axis, start=start, stop=start + (count - 1) * step + 1, stride=step)
+
+
+@operator("narrow.default")
+def _narrow(site: Site) -> Made:
+    x, axis = site.x("self"), site.axis("dim")
+    start = start_of(site, site.size("start"), x.shape[axis])
+    return site.b.slice(x, axis=axis, start=start, stop=start + site.size("length"))
+
+
+@operator("select.int", "select_copy.int")
+def _select(site: Site) -> Made:
+    x, axis = site.x("self"), site.axis("dim")
+    at = site.size("index")
+    if at.constant is not None and at.constant < 0:
+        at = at + x.shape[axis]
+    return selected(site.b, x, axis, at)
+
+
+def selected(b: Builder, x: Expr, axis: int, at: Size) -> Expr:
+    """One place of an axis, which is dropped."""
+    picked = b.slice(x, axis=axis, start=at, stop=at + 1)
+    return reshaped(b, picked, [s for i, s in enumerate(picked.shape) if i != axis])[0]
+
+
+@operator("split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "tensor_split.sections")
+@operator("unsafe_split.Tensor", "unsafe_chunk.default")
+def _split(site: Site) -> Made:
+    x, axis = site.x("self"), site.axis("dim", default=0)
+    made, start = [], ZERO
+    for output in range(len(site.vals)):
+        stop = start + site.shape(output)[axis]
+        made.append(x if len(site.vals) == 1 else site.b.slice(x, axis=axis, start=start, stop=stop))
+        start = stop
+    return made
+
+
+@operator("unbind.int")
+def _unbind(site: Site) -> Made:
+    x, axis = site.x("self"), site.axis("dim", default=0)
+    return [selected(site.b, x, axis, Size.of(i)) for i in range(len(site.vals))]
+
+
+@operator("cat.default", "concat.default", "concatenate.default")
+def _cat(site: Site) -> Made:
+    """A part of shape [0] counts for nothing, whatever the others' rank is."""
+    rank, dtype = len(site.shape()), site.dtype()
+    parts = [x.cast(dtype) for x in site.tensors("tensors") if x.rank == rank]
+    axis = site.axis("dim", rank, default=0)
+    parts = [x for x in parts if x.shape[axis] != ZERO] or parts
+    return parts[0] if len(parts) == 1 else site.b.concat(*parts, axis=axis)
+
+
+@operator("stack.default")
+def _stack(site: Site) -> Made:
+    rank, dtype = len(site.shape()), site.dtype()
+    axis = site.axis("dim", rank, default=0)
+    parts = [reshaped(site.b, x, [*x.shape[:axis], ONE, *x.shape[axis:]])[0] for x in site.tensors("tensors")]
+    parts = [x.cast(dtype) for x in parts]
+    return parts[0] if len(parts) == 1 else site.b.concat(*parts, axis=axis)
+
+
+@operator("slice_scatter.default")
+def _slice_scatter(site: Site) -> Made:
+    """self with a slice of it replaced."""
+    b, x, source = site.b, site.x("self"), site.x("src")
+    axis = site.axis("dim", default=0)
+    size, count = x.shape[axis], source.shape[axis]
+    if site.integer("step", 1) != 1:
+        site.refuse("with a step")
+    if count == size:
+        return source.cast(x.dtype)
+    return _replaced(b, x, source.cast(x.dtype), axis, start_of(site, site.size("start", 0), size))
+
+
+@operator("select_scatter.default")
+def _select_scatter(site: Site) -> Made:
+    b, x, source, axis = site.b, site.x("self"), site.x("src"), site.axis("dim")
+    at = site.size("index")
+    at = at + x.shape[axis] if at.constant is not None and at.constant < 0 else at
+    row, _ = reshaped(b, source.cast(x.dtype), [*x.shape[:axis], ONE, *x.shape[axis + 1 :]])
+    return _replaced(b, x, row, axis, at)
+
+
+def _replaced(b: Builder, x: Expr, part: Expr, axis: int, start: Size) -> Expr:
+    stop = start + part.shape[axis]
+    parts = [part]
+    if start != ZERO:
+        parts.insert(0, b.slice(x, axis=axis, start=0, stop=start))
+    if stop != x.shape[axis]:
+        parts.append(b.slice(x, axis=axis, start=stop))
+    return parts[0] if len(parts) == 1 else b.concat(*parts, axis=axis)
+
+
+@operator("copy.default")
+def _copy(site: Site) -> Made:
+    return expanded(site.b, site.x("src").cast(site.dtype()), site.shape())
+
+
+@operator("diff.default")
+def _diff(site: Site) -> Made:
+    """x[i + 1] - x[i], after what is laid before and behind it; of truth values, where they differ."""
+    b, x = site.b, site.x("self")
+    axis = site.axis("dim", default=-1)
+    if site.integer("n", 1) != 1:
+        site.refuse("of a higher order")
+    parts = [p for p in (site.maybe("prepend"), x, site.maybe("append")) if p is not None]
+    whole = b.concat(*parts, axis=axis) if len(parts) > 1 else x
+    later, earlier = b.slice(whole, axis=axis, start=1), b.slice(whole, axis=axis, start=0, stop=whole.shape[axis] - 1)
+    return b.not_equal(later, earlier) if x.dtype.kind == "bool" else later - earlier
+
+
+# -- repetitions, padding ------------------------------------------------------------------------------------------
+
+
+@operator("repeat.default", "tile.default")
+def _repeat(site: Site) -> Made:
+    b, x = site.b, site.x("self")
+    times = [Size.of(n) for n in site.given("repeats", site.given("dims", []))]
+    times = [ONE] * (x.rank - len(times)) + times
+    x, _ = reshaped(b, x, [ONE] * (len(times) - x.rank) + list(x.shape))
+    for axis, count in enumerate(times):
+        if count != ONE:
+            x = _repeated(b, x, axis, count, whole=True)
+    return x
+
+
+@operator("repeat_interleave.self_int")
+def _repeat_interleave(site: Site) -> Made:
+    b, x = site.b, site.x("self")
+    if site.given("dim") is None:
+        site.refuse("without a dim")
+    return _repeated(b, x, site.axis("dim"), site.size("repeats"), whole=False)
+
+
+def _repeated(b: Builder, x: Expr, axis: int, times: Size, *, whole: bool) -> Expr:
+    """An axis repeated, all of it or element by element."""
+    before, place = x.shape, axis if whole else axis + 1
+    if before[axis] == ONE:
+        return expanded(b, x, [times if i == axis else n for i, n in enumerate(before)])
+    apart, _ = reshaped(b, x, [*before[:place], ONE, *before[place:]])
+    again = expanded(b, apart, [*before[:place], times, *before[place:]])
+    names = axis_letters(x.rank + 1)
+    joined = [*names[:axis], f"({names[axis]} {names[axis + 1]})", *names[axis + 2 :]]
+    return b.rearrange(again, pattern=f"{' '.join(names)} -> {' '.join(joined)}")  # type: ignore[no-any-return]
+
+
+@operator("flip.default")
+def _flip(site: Site) -> Made:
+    x = site.x("self")
+    for axis in site.integers("dims"):
+        x = flipped(site.b, x, site.position(axis, x.rank))
+    return x
+
+
+@operator("roll.default")
+def _roll(site: Site) -> Made:
+    b, x = site.b, site.x("self")
+    axes = [site.position(a, x.rank) for a in site.integers("dims")]
+    if not axes:
+        site.refuse("without dims")
+    for axis, shift in zip(axes, site.integers("shifts"), strict=True):
+        size = x.shape[axis].constant
+        if size is None:
+            site.refuse("of a symbolic axis")
+        if size and shift % size:
+            cut = size - shift % size
+            x = b.concat(b.slice(x, axis=axis, start=cut), b.slice(x, axis=axis, start=0, stop=cut), axis=axis)
+    return x
+
+
+@operator("constant_pad_nd.default", "pad.default")
+def _pad(site: Site) -> Made:
+    """Pairs from the last axis on; a negative number cuts."""
+    b, x = site.b, site.x("self")
+    if site.given("mode", "constant") != "constant":
+        site.refuse(f"mode {site.text('mode')}")
+    pads = [Size.of(n) for n in site.given("pad", [])]
+    value = site.real("value", 0.0)
+    for k in range(len(pads) // 2):
+        axis, (before, after) = x.rank - 1 - k, pads[2 * k : 2 * k + 2]
+        cut = [-n.constant if n.constant is not None and n.constant < 0 else 0 for n in (before, after)]
+        if any(cut):
+            x = b.slice(x, axis=axis, start=cut[0], stop=x.shape[axis] - cut[1])
+        before, after = (ZERO if c else n for c, n in zip(cut, (before, after), strict=True))
+        if before != ZERO or after != ZERO:
+            x = b.pad(x, axis=axis, before=before, after=after, value=value)
+    return x

@@ -1,0 +1,268 @@
+"""Sizes of torch.export, which are SymPy expressions, as ours; and the values for which an export holds.
+
+    s70                        S
+    2*s70 + 1                  2*S + 1
+    FloorDiv(s70 - 3, 2) + 1   (S - 3)//2 + 1
+    Mod(s70, 4)                S - 4*(S//4)
+
+An export is one path through the module's Python code. The conditions on sizes that chose it are its guards. One that
+bounds a symbol becomes a bound of the graph's symbol, so that a call outside is refused; one that cannot be said so
+refuses the import: on other sizes the module would compute something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import FrontendError
+from treadle.ir.sizes import Bounds, Size, product
+
+_MOST_TRIED = 1 << 19
+"""The most values of a symbol that a guard is tried on."""
+
+
+class UnknownSize(FrontendError):
+    """A size that is no expression of the inputs' sizes."""
+
+
+class Symbols:
+    """Names for the symbols of one export.
+
+    names   the name of ours for each of torch's
+    env     torch's own record of them, or None where all sizes are numbers
+    bounds  what each of ours may be, as far as it is known: a minimum or maximum is told by these
+    traced  how many guards there were when the module's own code had run; later ones are of decompositions
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+        self.env: Any = None
+        self.bounds: dict[str, Bounds] = {}
+        self.traced: int | None = None
+
+    def size(self, value: Any) -> Size:
+        """An int, a torch.SymInt or a SymPy expression as a size. Raises UnknownSize."""
+        if isinstance(value, int):
+            return Size.of(value)
+        node = getattr(value, "node", None)
+        return self._of(value if node is None else node.expr)
+
+    def _of(self, expr: Any) -> Size:
+        kind = type(expr).__name__
+        if expr.is_Integer:
+            return Size.of(int(expr))
+        if expr.is_Symbol:
+            if expr.name not in self.names:
+                raise UnknownSize("a size depends on data", received=str(expr))
+            return Size.symbol(self.names[expr.name])
+        parts = [self._of(x) for x in expr.args]
+        if kind == "Add":
+            return reduce(lambda x, y: x + y, parts)
+        if kind == "Mul":
+            return product(parts)
+        if kind == "Pow" and parts[1].constant is not None and 0 <= parts[1].constant <= 8:
+            return product([parts[0]] * parts[1].constant)
+        if kind in ("FloorDiv", "CleanDiv"):
+            return parts[0] // parts[1]
+        if kind in ("Mod", "PythonMod"):
+            return parts[0] - parts[0] // parts[1] * parts[1]
+        if kind in ("Min", "Max"):
+            for one in parts:
+                ordered = (one - other if kind == "Max" else other - one for other in parts)
+                if all(difference.bounds(self.bounds).lower >= 0 for difference in ordered):
+                    return one
+        raise UnknownSize(f"a size of {kind} is not supported", received=str(expr))
+
+
+# -- guards --------------------------------------------------------------------------------------------------------
+
+
+def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
+    """The values that each of our symbols may take, by the guards of an export, as `symbols.bounds` holds them too.
+
+    Raises FrontendError, with the line that asked, for a guard that bounds do not say.
+    """
+    env = symbols.env
+    if env is None:
+        return {}
+    found = symbols.bounds
+    for symbol, range in env.var_to_range.items():
+        name = symbols.names.get(symbol.name)
+        if name is not None:
+            found[name] = found.get(name, Bounds()).intersect(_of_range(range))
+    asserted = [a for held in env.deferred_runtime_asserts.values() for a in held]
+    for position, guard in enumerate((*env.guards, *asserted)):
+        late = symbols.traced is not None and symbols.traced <= position < len(env.guards)
+        if _is_of_one_op(guard, late):
+            continue
+        expr = env.replace(guard.expr)
+        free = sorted({s.name for s in expr.free_symbols})
+        ours = {symbols.names.get(n) for n in free}
+        if None in ours:
+            if all(n in symbols.names or n.startswith(("u", "zuf")) for n in free):
+                continue  # a size that depends on data, whose operator is refused
+            raise _untold(guard, symbols, expr)
+        if len(ours) == 1 and free:
+            (name,) = ours
+            assert name is not None
+            held = _values(expr, free, env, symbols, guard)
+            found[name] = found.get(name, Bounds()).intersect(held)
+        elif free and not _always(expr, found, symbols):
+            raise _untold(guard, symbols, expr)
+    for name, bounds in found.items():
+        if bounds.upper is not None and bounds.upper < bounds.lower:
+            raise FrontendError(f"no size {name} fits all that the module asks of it", received=bounds.around(name))
+    return found
+
+
+def _of_range(range: Any) -> Bounds:
+    def finite(x: Any) -> int | None:
+        return int(x) if getattr(x, "is_Integer", False) else None
+
+    upper = finite(range.upper)
+    return Bounds(max(finite(range.lower) or 1, 1), None if upper is None or upper >= 2**40 else upper)
+
+
+_SHAPE_RULES = re.compile(r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/)")
+
+
+def _is_of_one_op(guard: Any, late: bool) -> bool:
+    """Whether an operator's own shape rule went by its general case, in which sizes differ or are not 1.
+
+    What an operator means does not depend on that. (Of squeeze the shape does; its handler asks for itself.)
+    """
+    place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).replace("\\", "/")
+    general = type(guard.expr).__name__ == "Unequality"
+    return general and (late or _SHAPE_RULES.search(place) is not None)
+
+
+def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: Any) -> Bounds:
+    """The interval around the example's own size in which a condition on one symbol holds.
+
+    Between linear terms, minima, maxima and divisions by numbers, a condition settles past a point that the numbers in
+    it bound, or it repeats; so trying is enough.
+    """
+    numbers, divisors = [1], [1]
+    for part in _parts(expr):
+        if part.is_Integer:
+            numbers.append(abs(int(part)))
+        if type(part).__name__ in ("FloorDiv", "Mod", "PythonMod", "CleanDiv") and part.args[1].is_Integer:
+            divisors.append(abs(int(part.args[1])))
+    period = int(np.prod(divisors))
+    settled = (sum(numbers) + 2) * period
+    hint = env_hint(env, free[0])
+    settled = max(settled, hint + 1)
+    last = settled + 2 * period + 2
+    if last > _MOST_TRIED:
+        raise _untold(guard, symbols, expr)
+    values = np.arange(last + 1)
+    try:
+        held = np.broadcast_to(_evaluated(expr, dict.fromkeys(free, values)), values.shape)
+    except KeyError:
+        raise _untold(guard, symbols, expr) from None
+    if not held[hint]:
+        raise _untold(guard, symbols, expr)
+    if bool(held[settled:].any()) != bool(held[settled:].all()):
+        raise _untold(guard, symbols, expr)  # such as S % 2 == 0
+    wrong = np.flatnonzero(~held)
+    below, above = wrong[wrong < hint], wrong[wrong > hint]
+    return Bounds(max(int(below[-1]) + 1 if below.size else 1, 1), int(above[0]) - 1 if above.size else None)
+
+
+def env_hint(env: Any, name: str) -> int:
+    """The size that a symbol of torch's had in the example."""
+    known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    for symbol, value in known.items():
+        if symbol.name == name:
+            return int(value)
+    raise UnknownSize("a size depends on data", received=name)
+
+
+def _parts(expr: Any) -> list[Any]:
+    found = [expr]
+    for part in found:
+        found.extend(getattr(part, "args", ()))
+        if len(found) > 2000:
+            break
+    return found
+
+
+_OPERATIONS: Mapping[str, Callable[..., Any]] = {
+    "Add": lambda *x: reduce(np.add, x),
+    "Mul": lambda *x: reduce(np.multiply, x),
+    "Pow": lambda x, y: np.power(x, y),
+    "FloorDiv": lambda x, y: x // np.where(y == 0, 1, y),
+    "CleanDiv": lambda x, y: x // np.where(y == 0, 1, y),
+    "Mod": lambda x, y: x % np.where(y == 0, 1, y),
+    "PythonMod": lambda x, y: x % np.where(y == 0, 1, y),
+    "Min": lambda *x: reduce(np.minimum, x),
+    "Max": lambda *x: reduce(np.maximum, x),
+    "Equality": np.equal,
+    "Unequality": np.not_equal,
+    "StrictGreaterThan": np.greater,
+    "GreaterThan": np.greater_equal,
+    "StrictLessThan": np.less,
+    "LessThan": np.less_equal,
+    "And": lambda *x: reduce(np.logical_and, x),
+    "Or": lambda *x: reduce(np.logical_or, x),
+    "Not": np.logical_not,
+}
+
+
+def _evaluated(expr: Any, values: Mapping[str, Any]) -> Any:
+    """An expression's value. Raises KeyError for a function that is not known."""
+    if expr.is_Symbol:
+        return values[expr.name]
+    if getattr(expr, "is_Integer", False):
+        return np.int64(int(expr))
+    if str(expr) in ("True", "False"):
+        return np.bool_(str(expr) == "True")
+    return _OPERATIONS[type(expr).__name__](*(_evaluated(x, values) for x in expr.args))
+
+
+def _always(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> bool:
+    """Whether a comparison holds for all sizes within bounds."""
+    kind = type(expr).__name__
+    if kind in ("And", "Or"):
+        return (all if kind == "And" else any)(_always(x, bounds, symbols) for x in expr.args)
+    try:
+        left, right = (symbols.size(x) for x in expr.args)
+    except (FrontendError, ValueError):
+        return False
+    least, most = (left - right).bounds(bounds), (right - left).bounds(bounds)
+    match kind:
+        case "Equality":
+            return left == right
+        case "Unequality":
+            return least.lower > 0 or most.lower > 0
+        case "StrictGreaterThan":
+            return least.lower > 0
+        case "GreaterThan":
+            return least.lower >= 0
+        case "StrictLessThan":
+            return most.lower > 0
+        case "LessThan":
+            return most.lower >= 0
+    return False
+
+
+def _untold(guard: Any, symbols: Symbols, expr: Any) -> FrontendError:
+    text = str(expr)
+    for theirs, ours in sorted(symbols.names.items(), key=lambda pair: -len(pair[0])):
+        text = text.replace(theirs, ours)
+    place = getattr(guard, "sloc", None)
+    frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
+    where = getattr(frame, "filename", None)
+    from treadle.frontends.torch_export.lines import shown
+
+    return FrontendError(
+        "the module's code branches on a size, and what it does then holds for some sizes alone",
+        received=f"{text[:200]}",
+        source=f"{shown(where)}:{frame.lineno}" if where and frame is not None else None,
+        hint="leave that dimension out of dynamic=, or trace the module once for each case",
+    )

@@ -1,0 +1,205 @@
+"""Running torch.export on a module, with the dimensions that the caller names left open.
+
+Sizes of 0 and 1 are traced as any other: torch's own default takes for granted that no open dimension is 1, and then
+what it exports may be wrong there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from typing import TYPE_CHECKING, Any
+
+from treadle.frontends.torch_export.lines import raised_at, source_in
+from treadle.frontends.torch_export.sizes import Symbols
+from treadle.ir.errors import FrontendError, UsageError
+from treadle.ir.sizes import Size
+
+if TYPE_CHECKING:
+    import torch
+
+Example = tuple[Any, ...] | Mapping[str, Any]
+Dynamic = Mapping[str, "str | Mapping[int, str]"]
+
+
+def named_arguments(module: Any, example: Example) -> dict[str, Any]:
+    """The example's arguments by the names of the module's parameters. Raises UsageError where they do not fit."""
+    try:
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*example) if isinstance(example, tuple) else signature.bind(**example)
+    except TypeError as error:
+        raise UsageError(
+            "the example does not fit the module's forward", received=str(error), hint="a tuple, or a dict by name"
+        ) from None
+    except ValueError:
+        return dict(example) if isinstance(example, Mapping) else {}
+    return dict(bound.arguments)
+
+
+def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
+    """For each argument the names of its open dimensions. Raises UsageError for what `dynamic` names wrongly."""
+    import torch
+
+    found: dict[str, dict[int, str]] = {}
+    sizes: dict[str, int] = {}
+    for name, given in (dynamic or {}).items():
+        tensor = arguments.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            known = ", ".join(n for n, x in arguments.items() if isinstance(x, torch.Tensor))
+            raise UsageError(f"dynamic= names {name!r}, no tensor of the example", received=known)
+        dims = _dims(name, given, tensor.shape)
+        for axis, symbol in dims.items():
+            size = int(tensor.shape[axis])
+            if sizes.setdefault(symbol, size) != size:
+                raise UsageError(f"{symbol} is {sizes[symbol]} and {size} in the example", received=name)
+        found[name] = dims
+    return found
+
+
+def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
+    rank = len(shape)
+    if isinstance(given, str):
+        words = given.split()
+        if len(words) != rank:
+            raise UsageError(f"dynamic= gives {name} {len(words)} dimensions, it has {rank}", received=given)
+        for axis, word in enumerate(words):
+            if word.isdigit() and int(word) != shape[axis]:
+                raise UsageError(f"dimension {axis} of {name} is {shape[axis]}, dynamic= says {word}", received=given)
+        dims: dict[Any, Any] = {axis: word for axis, word in enumerate(words) if not word.isdigit() and word != "_"}
+    elif isinstance(given, Mapping):
+        dims = dict(given)
+    else:
+        raise UsageError(
+            f"dynamic= gives {name} {given!r}"[:120], hint=f"{{{name!r}: 'B S'}}, or {{{name!r}: {{1: 'S'}}}}"
+        )
+    for axis, symbol in list(dims.items()):
+        if not isinstance(axis, int) or not -rank <= axis < rank:
+            raise UsageError(f"{name} has no dimension {axis}", received=f"rank {rank}")
+        if not isinstance(symbol, str) or not symbol.isidentifier() or not symbol.isascii():
+            raise UsageError(f"a dimension is named by an identifier, not {symbol!r}", hint=f"{{{name!r}: 'B S'}}")
+        dims[axis % rank] = dims.pop(axis)
+    return dims
+
+
+def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) -> torch.export.ExportedProgram:
+    """The module's program. Raises FrontendError, with the module's own line, where it cannot be traced."""
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError("from_torch takes a torch.nn.Module", received=type(module).__name__)
+    if not isinstance(example, tuple | Mapping):
+        raise UsageError("the example is a tuple of arguments, or a dict of them", received=type(example).__name__)
+    shapes: dict[str, Any] | None = None
+    if opened:
+        shapes = dict.fromkeys(named_arguments(module, example))
+        shapes |= {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in opened.items()}
+    args, kwargs = (example, {}) if isinstance(example, tuple) else ((), dict(example))
+    with _quietly(), torch.no_grad(), _any_size():
+        try:
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except FrontendError:
+            raise
+        except RecursionError:
+            raise FrontendError("the module nests too deep for torch.export") from None
+        except Exception as error:
+            raise _refused(error) from error
+
+
+def _any_size() -> AbstractContextManager[Any]:
+    """Open dimensions are traced as if they might be 0 or 1; a torch without that takes them for 2 and more."""
+    from torch.fx.experimental import _config
+
+    config: Any = _config
+    patched: AbstractContextManager[Any] = nullcontext()
+    if hasattr(config, "backed_size_oblivious"):
+        patched = config.patch(backed_size_oblivious=True)
+    return patched
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch logs of a failure: the error says it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where it prints the graph so far
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _refused(error: Exception) -> FrontendError:
+    text = str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    marked = text.partition("The following call raised this error:")[2]
+    at = source_in(marked) or raised_at(error)
+    where = str(at) if at is not None else None
+    if "data-dependent" in text:
+        return FrontendError(
+            "the module branches on data, which a graph cannot",
+            received=first[:200],
+            source=where,
+            hint="torch.where chooses element by element",
+        )
+    return FrontendError(
+        "torch.export cannot trace the module", received=f"{type(error).__name__}: {first}"[:300], source=where
+    )
+
+
+def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> torch.export.ExportedProgram:
+    """The program without writes into tensors, and with operators beside `kept` in terms of core ATen's.
+
+    Raises FrontendError.
+    """
+    import torch
+
+    with _quietly(), torch.no_grad(), _any_size():
+        try:
+            table: Any = torch.export.default_decompositions()
+            for target in kept:
+                table.pop(target, None)
+            made: torch.export.ExportedProgram = program.run_decompositions(table)
+            return made
+        except Exception as error:
+            raise _refused(error) from error
+
+
+def name_symbols(
+    program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]
+) -> tuple[Symbols, dict[str, Size]]:
+    """Names of ours for torch's symbols, and the size that each name of `dynamic` stands for.
+
+    Raises FrontendError for a dimension that the module leaves no choice.
+    """
+    symbols, told = Symbols(), dict[str, Size]()
+    dims = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in opened:
+            dims += [(node.name, axis, name, node.meta["val"].shape[axis]) for axis, name in opened[node.name].items()]
+    for argument, axis, name, size in dims:
+        if isinstance(size, int) or size.node.expr.is_Integer:
+            raise FrontendError(
+                f"dimension {axis} of {argument} is {int(size)}, whatever its name",
+                received=f"dynamic= calls it {name}",
+                hint="leave it out of dynamic="
+                + (
+                    ", or give an example where it is 2 or more"
+                    if int(size) < 2
+                    else ": the module works with that size alone"
+                ),
+            )
+        symbols.env = size.node.shape_env
+        if size.node.expr.is_Symbol:
+            symbols.names.setdefault(size.node.expr.name, name)
+    for _, _, name, size in dims:
+        for symbol in sorted(size.node.expr.free_symbols, key=str):
+            symbols.names.setdefault(symbol.name, f"{name}_{symbol.name}")
+        made = symbols.size(size)
+        if told.setdefault(name, made) != made:
+            raise FrontendError(f"{name} would be both {told[name]} and {made}", hint="two names in dynamic=")
+    return symbols, told
