@@ -207,21 +207,25 @@ def _tried_shrunk(
     What fails when it is small, and is too large as it is, counts as wrong if no number may have to do with sizes.
     """
     against: Counterexample | None = None
+    partial: Certificate | None = None
     for shrinking in shrinkings_of(region):
         try:
             small = as_graphs(region, (claim.before, claim.after), graphs, shrinking)
         except TreadleError:
             continue
         found = _tried(rule, key, small, seed, "large axes made small", finite)
-        if isinstance(found, Certificate) and found.cases and not found.refused:
+        if isinstance(found, Counterexample):
+            against = found
+        elif found.cases and not found.refused:
             return found
-        against = found if isinstance(found, Counterexample) else against
+        elif found.cases:
+            partial = partial or found
     found = _tried(rule, key, sides, seed, "", finite)
     if against is not None and isinstance(found, Certificate) and not found.cases:
         doubt = "its numbers may have to do with the sizes of those axes" if has_numbers(region) else ""
         what = f"{against.what}, with large axes made small, and else is {found.note}"
         return dataclasses.replace(against, what=what, doubt=doubt)
-    return found
+    return partial if partial is not None and isinstance(found, Certificate) and not found.cases else found
 
 
 # -- trying ----------------------------------------------------------------------------------------------------------

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from treadle.ir.builder import Builder
-from treadle.ir.graph import Value
 from treadle.ir.errors import SizeError
+from treadle.ir.graph import Value
 from treadle.ir.sizes import ONE, ZERO, Size, product
 from treadle.passes.rearrange_forms import form_of
 from treadle.passes.rewrite import Match, Rewrite
 
-_MOST_DEPTH = 24
+_MOST_VALUES = 256
+"""How many values an index may be made of: a search that goes further says nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class WhereNegative(Rewrite):
         return p.where(p.shared(p.less(i, 0)), y, i)
 
     def fits(self, m: Match) -> bool:
-        return bool(m.i.type == m.result.type) and _is_not_negative(m.i.value, 0)
+        return bool(m.i.type == m.result.type) and _is_not_negative(m.i.value, {})
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return m.i
@@ -71,7 +73,7 @@ class GatherOfAll(Rewrite):
         if not m.i.rank or not m.i.value.node or m.x.type.elements != m.result.type.elements:
             return False
         try:
-            found = _linear(m.i.value, 0)
+            found = _linear(m.i.value, {})
             return found is not None and found == _counting(m.i.shape) and product(m.i.shape) == m.x.shape[0]
         except SizeError:  # a size that grows out of bounds
             return False
@@ -98,11 +100,20 @@ def _counting(shape: Sequence[Size]) -> _Linear:
     return _Linear(tuple(factors))
 
 
-def _linear(value: Value, depth: int) -> _Linear | None:
-    """A value as a linear function of its own axes' positions, with sizes as factors; None for another."""
+def _linear(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
+    """A value as a linear function of its own axes' positions, with sizes as factors; None for another.
+
+    known   what was found of others before; of the value itself afterwards. Raises SizeError for a factor out of bounds.
+    """
+    if value not in known:
+        known[value] = None  # also where there are too many
+        if len(known) < _MOST_VALUES:
+            known[value] = _read(value, known)
+    return known[value]
+
+
+def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
     node, shape = value.node, value.type.shape
-    if depth > _MOST_DEPTH:
-        return None
     if node is None:
         number = _number(value)
         return None if number is None else _Linear((), Size.of(number))
@@ -115,15 +126,14 @@ def _linear(value: Value, depth: int) -> _Linear | None:
         return _Linear((), op.value)
     if op.name not in ("rearrange", "expand", "cast", "add", "mul"):
         return None
-    parts = [_linear(v, depth + 1) for v in node.inputs]
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
+    parts = [part for v in node.inputs if (part := _linear(v, known)) is not None]
+    if len(parts) < len(node.inputs):
         return None
     if op.name == "cast":
-        return known[0]
+        return parts[0]
     if op.name == "rearrange":
-        return _rearranged(known[0], op.pattern, node.inputs[0])
-    x, *rest = (_Linear((*[ZERO] * (len(shape) - len(part.factors)), *part.factors), part.constant) for part in known)
+        return _rearranged(parts[0], op.pattern, node.inputs[0])
+    x, *rest = (_Linear((*[ZERO] * (len(shape) - len(part.factors)), *part.factors), part.constant) for part in parts)
     if not rest:
         return x
     (y,) = rest
@@ -156,21 +166,26 @@ def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
             factor = factor * form.sizes[atom]
     joined: list[Size] = []
     for dim in form.after:
-        for outer, inner in zip(dim, dim[1:], strict=False):
+        for outer, inner in pairwise(dim):
             if factors[outer] != factors[inner] * form.sizes[inner]:
                 return None
         joined.append(factors[dim[-1]] if dim else ZERO)
     return _Linear(tuple(joined), x.constant)
 
 
-def _is_not_negative(value: Value, depth: int) -> bool:
+def _is_not_negative(value: Value, known: dict[Value, bool]) -> bool:
     """Whether an integer is 0 or more, whatever the sizes: it is made of positions, sizes and numbers that are.
 
     Of 32 bits or more, which positions do not fill.
     """
+    if value not in known:
+        known[value] = False
+        known[value] = len(known) < _MOST_VALUES and _is_index(value) and _is_natural(value, known)
+    return known[value]
+
+
+def _is_natural(value: Value, known: dict[Value, bool]) -> bool:
     node = value.node
-    if depth > _MOST_DEPTH or not _is_index(value):
-        return False
     if node is None:
         number = _number(value)
         return number is not None and number >= 0
@@ -178,4 +193,4 @@ def _is_not_negative(value: Value, depth: int) -> bool:
     if op.name == "size":
         return all(factor >= 0 and all(isinstance(a, str) for a in atoms) for atoms, factor in op.value.terms)
     through = op.name in ("rearrange", "expand", "slice", "concat", "add", "mul", "cast")
-    return op.name == "iota" or (through and all(_is_not_negative(v, depth + 1) for v in node.inputs))
+    return op.name == "iota" or (through and all(_is_not_negative(v, known) for v in node.inputs))

@@ -153,7 +153,7 @@ def test_a_site_of_an_onnx_file_has_its_nodes_name(tmp_path: Path) -> None:
         (["gpt2", "memory"], "nothing to explain of that name"),
         (["gpt2", "fusion", "--expect", "attention"], "an expected count is OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count is OP=NUMBER"),
-        (["gpt2", "fusion", "--set", "passes=3"], "passes= is a list of passes"),
+        (["gpt2", "fusion", "--set", "passes=3"], "--set passes= is no option of a model"),
         (["gpt2", "fusion", "--expect", "=3"], "an expected count is OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "atention=3"], "unknown op 'atention'"),
         (["no-such-model", "fusion"], "there is no model"),

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 from benchmarks.fusion import TOLERANCE, Row, attentions, difference, reasons, terms
 from benchmarks.hf_exports import Case, export
 from treadle.frontends.onnx_import.importer import import_onnx
+from treadle.passes.fusion_sites import find_sites
 from treadle.passes.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
@@ -53,6 +54,7 @@ def test_every_attention_is_fused(text: str, expected: list[str], tmp_path: Path
     assert reasons(optimized) == {}
     assert attentions(optimized.graph) == case.attentions
     assert terms(optimized.graph) == expected
+    assert {site.kind for site in find_sites(optimized.graph) if site.op is None} == set()
     assert difference(case, exported.path, found, optimized.graph) <= TOLERANCE
 
 

@@ -14,9 +14,10 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from treadle.backends.lowering.grouping import MOST_NODES
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import TreadleError
+from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.sizes import Bounds
@@ -186,3 +187,43 @@ def check(seed: int) -> None:
             np.testing.assert_array_equal(array, given[name], err_msg=f"seed {seed} writes to input {name}")
     for name, array in weights.items():
         np.testing.assert_array_equal(array, before[name], err_msg=f"seed {seed} writes to weight {name}")
+
+
+# -- what random programs found, or nearly -----------------------------------------------------------------------
+
+
+def test_a_weight_that_is_an_output_is_given_as_it_is() -> None:
+    """Products read it in panels, which the result is not."""
+    b = Builder(Graph("weights"))
+    w, v = b.parameter("w", f32[7, 5]), b.parameter("v", f32[5, 7])
+    x = b.input("x", "f32[S, 5]")
+    b.outputs(y=b.linear(x, w), z=b.matmul(x, v), w=w, again=w, v=v)
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in (("w", (7, 5)), ("v", (5, 7)))}
+    made = find_backend("tvm").compile(b.graph, Target("cpu"), weights)(x=np.ones((2, 5), np.float32))
+    for name in ("w", "again", "v"):
+        np.testing.assert_array_equal(made[name], weights["w" if name == "again" else name])
+
+
+def test_a_long_run_of_elementwise_ops_is_several_kernels() -> None:
+    b = Builder(Graph("long"))
+    x = y = b.input("x", "f32[S]")
+    for n in range(5 * MOST_NODES):
+        y = y * 0.5 + x if n % 2 else b.sigmoid(y)
+    b.outputs(y=y)
+    program = find_backend("tvm").compile(b.graph, Target("cpu"), {})
+    assert len(program.kernels) > 1
+    given = np.linspace(-2, 2, 21, dtype=np.float32)
+    wanted = interpret(b.graph, {"x": given}, float64=True)["y"]
+    np.testing.assert_allclose(program(x=given)["y"], wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [2**20, 2**40])
+def test_sizes_that_no_memory_holds_are_refused(size: int) -> None:
+    b = Builder(Graph("outer"))
+    b.outputs(y=b.matmul(b.input("x", "f32[A, 0]"), b.input("y", "f32[0, B]")))
+    program = find_backend("tvm").compile(b.graph, Target("cpu"), {})
+    with pytest.raises(BackendError, match="not enough memory"):
+        program(x=np.zeros((size, 0), np.float32), y=np.zeros((0, size), np.float32))
+    got = program(x=np.zeros((2, 0), np.float32), y=np.zeros((0, 3), np.float32))["y"]
+    assert got.tolist() == [[0.0] * 3] * 2

@@ -17,6 +17,7 @@ from treadle.ir.types import f32
 
 PRODUCTS = ("linear", "matmul", "einsum")
 MOST_INPUTS = 8  # of a chain: each takes a register in the loop
+MOST_NODES = 48  # of a chain: the time to compile one grows with the square of its length, or faster
 
 
 @dataclass
@@ -36,6 +37,7 @@ def group(function: Function) -> dict[Node, Group]:
     uses = function.uses()
     outputs = set(function.outputs.values())
     roots: dict[Node, Node] = {}
+    counts: dict[Node, int] = {}
     for node in reversed(function.nodes):
         if node.op.name not in POINTWISE:
             continue
@@ -43,7 +45,8 @@ def group(function: Function) -> dict[Node, Group]:
         found = {roots.get(reader) for reader in readers}
         (root,) = found if len(found) == 1 else (None,)
         same = root is not None and node.result not in outputs and root.result.type.shape == node.result.type.shape
-        roots[node] = root if same and root is not None else node
+        roots[node] = root if same and root is not None and counts[root] < MOST_NODES else node
+        counts[roots[node]] = counts.get(roots[node], 0) + 1
     groups: dict[Node, Group] = {}
     for node in function.nodes:
         if node in roots:
