@@ -30,7 +30,7 @@ class WhereNegative(Rewrite):
         return p.where(p.shared(p.less(i, 0)), y, i)
 
     def fits(self, m: Match) -> bool:
-        return bool(m.i.type == m.result.type) and _is_not_negative(m.i.value, {})
+        return bool(m.i.type == m.result.type) and _bits(m.i.value, {}) is not None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return m.i
@@ -103,7 +103,7 @@ def _counting(shape: Sequence[Size]) -> _Linear:
 def _linear(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
     """A value as a linear function of its own axes' positions, with sizes as factors; None for another.
 
-    known   what was found of others before; of the value itself afterwards. Raises SizeError for a factor out of bounds.
+    known   what was found of others, and then of this one. Raises SizeError for a factor out of bounds.
     """
     if value not in known:
         known[value] = None  # also where there are too many
@@ -173,24 +173,35 @@ def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
     return _Linear(tuple(joined), x.constant)
 
 
-def _is_not_negative(value: Value, known: dict[Value, bool]) -> bool:
-    """Whether an integer is 0 or more, whatever the sizes: it is made of positions, sizes and numbers that are.
-
-    Of 32 bits or more, which positions do not fill.
-    """
+def _bits(value: Value, known: dict[Value, int | None]) -> int | None:
+    """How many bits an integer that is 0 or more needs at most, where each axis needs 31; None for any other."""
     if value not in known:
-        known[value] = False
-        known[value] = len(known) < _MOST_VALUES and _is_index(value) and _is_natural(value, known)
+        known[value] = None  # also where there are too many
+        if len(known) < _MOST_VALUES and value.type.dtype.is_int:
+            bits = _counted(value, known)
+            known[value] = bits if bits is not None and bits < 8 * value.type.dtype.bytes else None
     return known[value]
 
 
-def _is_natural(value: Value, known: dict[Value, bool]) -> bool:
+def _counted(value: Value, known: dict[Value, int | None]) -> int | None:
     node = value.node
     if node is None:
         number = _number(value)
-        return number is not None and number >= 0
+        return None if number is None or number < 0 else number.bit_length()
     op: Any = node.op
-    if op.name == "size":
-        return all(factor >= 0 and all(isinstance(a, str) for a in atoms) for atoms, factor in op.value.terms)
-    through = op.name in ("rearrange", "expand", "slice", "concat", "add", "mul", "cast")
-    return op.name == "iota" or (through and all(_is_not_negative(v, known) for v in node.inputs))
+    if op.name in ("iota", "size"):
+        return _bits_of(op.size if op.name == "iota" else op.value)
+    if op.name not in ("rearrange", "expand", "slice", "concat", "cast", "add", "mul"):
+        return None
+    parts = [bits for v in node.inputs if (bits := _bits(v, known)) is not None]
+    if len(parts) < len(node.inputs):
+        return None
+    return sum(parts) if op.name == "mul" else max(parts) + (op.name == "add")
+
+
+def _bits_of(size: Size) -> int | None:
+    """Likewise of a size: of a sum, one bit more for each term after the first."""
+    if any(factor < 0 or any(not isinstance(atom, str) for atom in atoms) for atoms, factor in size.terms):
+        return None
+    each = [31 * len(atoms) + factor.bit_length() - (factor == 1 and bool(atoms)) for atoms, factor in size.terms]
+    return max(each, default=1) + max(len(each) - 1, 0)
