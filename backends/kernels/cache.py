@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _SYMBOL = "kernel"
 _LINKERS = (("ld", "-shared"), ("ld.lld", "-shared"), ("cc", "-shared", "-nostdlib"), ("clang", "-shared", "-nostdlib"))
 _OPTIONS = {"tirx.disable_storage_rewrite": True}  # it merges register tiles, which then spill
+_ELSEWHERE = (("treadle.backends", "bfloat16.py"), ("treadle.ir.ops", "rounding.py"))  # what generators compute with
 _OBJECT_HEADER = 24  # bytes before a function object's first field, its address (TVMFFIObject)
 _DIGEST = hashlib.sha256().digest_size
 
@@ -263,8 +264,9 @@ def _default_folder(isa: Isa) -> Path | None:
 def _version(isa: Isa) -> str:
     """A hash of all that decides the code beside the spec: TVM, the options, the generators' own source."""
     digest = hashlib.sha256(f"{tvm_runtime.version()} {sorted(isa.llvm.items())} {_OPTIONS}".encode())
-    folder = importlib.resources.files("treadle.backends.kernels")
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+    sources = sorted(importlib.resources.files("treadle.backends.kernels").iterdir(), key=lambda f: f.name)
+    sources += [importlib.resources.files(package) / name for package, name in _ELSEWHERE]
+    for file in sources:
         if file.name.endswith(".py"):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

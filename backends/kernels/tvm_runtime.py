@@ -46,7 +46,10 @@ def set_threads(count: int) -> None:
     if getattr(_configured, "count", None) == count or pool_is_lost():
         return
     os.environ["TVM_BIND_THREADS"] = "0"  # the system decides where they run: a core of ours may be busy
-    os.environ["TVM_NUM_THREADS"] = str(max(count, os.cpu_count() or 1))
+    most = max(count, os.cpu_count() or 1)
+    os.environ["TVM_NUM_THREADS"] = str(most)
+    if not hasattr(_configured, "count") and count < most:
+        _call("runtime.config_threadpool", 1, most)  # a pool that began smaller never gets its other threads to work
     _call("runtime.config_threadpool", 1, count)
     _configured.count = count
 
