@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import stat
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from treadle.ir.errors import UsageError
@@ -54,3 +58,25 @@ def is_private(folder: Path) -> bool:
         if about.st_uid not in (0, os.geteuid()) or (shared and not sticky):
             return False
     return True
+
+
+UNUSED = 60 * 24 * 3600
+"""Seconds after which what was not used goes."""
+
+
+def mark_used(path: Path) -> None:
+    """Note that a file or folder of the cache was used now: its time of modification says so."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def forget_unused(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the files and folders of these names that were not used for UNUSED seconds."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            with suppress(OSError):
+                if names.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < time.time() - UNUSED:
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)

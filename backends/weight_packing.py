@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from treadle.backends.arena import ALIGNMENT
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.lowering.program import KernelProgram, Panels, Slot
 from treadle.backends.python_executable import collect_weights, misfit, shape_fits
-from treadle.backends.user_cache import cache_folder, is_private
+from treadle.backends.user_cache import cache_folder, forget_unused, is_private, mark_used
 from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
@@ -32,6 +33,7 @@ from treadle.ir.types import Type
 Array = np.ndarray[Any, Any]
 
 _FORMAT = "treadle panels 1"
+_FILES = re.compile(r"[0-9a-f]{32}\.panels")
 SMALLEST = 1 << 20  # bytes of panels that are worth a file
 
 
@@ -149,9 +151,11 @@ def _mapped_file(path: Path, size: int) -> Array | None:
     try:
         if path.stat().st_size != size or not is_private(path.parent):
             return None
-        return np.memmap(path, np.uint8, "r")
+        mapped = np.memmap(path, np.uint8, "r")
     except OSError:
         return None
+    mark_used(path)
+    return mapped
 
 
 def _written(
@@ -175,6 +179,7 @@ def _written(
             if not is_private(path.parent):
                 raise PermissionError(f"others can write {path.parent}")
             sweep(path.parent)
+            forget_unused(path.parent, _FILES)
             with replacing(path) as file:
                 _allocate(file, offsets[-1])
                 data = np.memmap(file.name, np.uint8, "r+")

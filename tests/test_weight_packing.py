@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,26 @@ def test_a_file_of_another_length_is_packed_again(tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-64])
     np.testing.assert_array_equal(packed(graph, program, weights, tmp_path / "cache"), right)
+
+
+def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:
+    graph, program = linear_program()
+    cache = tmp_path / "cache"
+    packed(graph, program, mapped_weights(tmp_path), cache)
+    (old,) = cache.iterdir()
+    note = cache / "note.txt"
+    note.write_text("not ours")
+    for path in (old, note):
+        os.utime(path, (0, 0))
+    packed(graph, program, mapped_weights(tmp_path), cache)  # used again
+    os.utime(note, (0, 0))
+    packed(graph, program, mapped_weights(tmp_path, "second.bin", seed=1), cache)
+    assert old.exists()
+    os.utime(old, (0, 0))
+    packed(graph, program, mapped_weights(tmp_path, "third.bin", seed=2), cache)
+    assert not old.exists()
+    assert note.exists()
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_weights_in_memory_make_no_file(tmp_path: Path) -> None:

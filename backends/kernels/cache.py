@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import importlib.resources
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ from treadle.backends.kernels import tvm_runtime
 from treadle.backends.kernels.isa import Isa, runs_here
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.runner import LAUNCH, POOL, Runner
-from treadle.backends.user_cache import cache_folder, is_private
+from treadle.backends.user_cache import cache_folder, forget_unused, is_private, mark_used
 from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.errors import BackendError, UsageError
 
@@ -255,9 +256,17 @@ def _linker() -> tuple[str, ...] | None:
 
 def _default_folder(isa: Isa) -> Path | None:
     try:
-        return cache_folder() / "kernels" / f"{isa.name}-{_version(isa)}"
+        folder = cache_folder() / "kernels" / f"{isa.name}-{_version(isa)}"
     except UsageError:
         return None
+    if folder.is_dir():
+        mark_used(folder)
+    else:  # a new version: older ones may be in nobody's use
+        forget_unused(folder.parent, _VERSIONS)
+    return folder
+
+
+_VERSIONS = re.compile(r"[\w-]+-[0-9a-f]{16}")
 
 
 @cache
