@@ -50,7 +50,8 @@ def run(code: str, namespace: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_and_print_what_is_shown(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_and_print_what_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where examples write files
     module = types.ModuleType("model")
     monkeypatch.setitem(sys.modules, "model", module)  # where dataclasses look
     namespace = module.__dict__
