@@ -7,25 +7,11 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.protocol import Port
-from treadle.backends.signature import as_numpy, refuse_dtype
-from treadle.ir.errors import BackendError
+from treadle.backends.signature import numpy_taken, refuse_dtype
 from treadle.ir.graph import Literal
 from treadle.ir.types import bf16, f32
 
 Array = np.ndarray[Any, Any]
-
-
-def numpy_taken(port: Port, value: Any) -> Array:
-    """What a caller passed for an input of a dtype that NumPy has."""
-    try:
-        return as_numpy(port, value)
-    except (TypeError, RuntimeError) as error:  # a tensor of PyTorch's on a device, or one that needs a gradient
-        raise BackendError(
-            f"input {port.name} is no array that NumPy can read",
-            received=f"{type(value).__name__}: {error}",
-            within=str(port),
-            hint=f"{port.name}.detach().cpu()",
-        ) from error
 
 
 def bf16_taken(port: Port, value: Any) -> Array:

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.arena import ALIGNMENT, Lifetime, check_arena, plan_arena
+from treadle.backends.bfloat16 import bf16_given, bf16_taken
 from treadle.backends.kernels import tvm_runtime
 from treadle.backends.kernels.cache import Entry, KernelCache, assembly
 from treadle.backends.kernels.calling import INTEGER, POINTER, address, function_of
 from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.kernels.runner import RECORD, Runner
 from treadle.backends.lowering.leftovers import find_leftovers
-from treadle.backends.lowering.listing import list_program
+from treadle.backends.lowering.listing import list_program, unique_titles
 from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Slot, Step, View, kernels_of
 from treadle.backends.protocol import Outputs, Port, ports
-from treadle.backends.signature import Signature
+from treadle.backends.signature import Signature, numpy_taken
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
@@ -122,8 +123,8 @@ class KernelExecutable:
         return list_program(self.name, self.program, self.cache.isa)
 
     def assembly(self, title: str) -> str:
-        """The assembly of the kernel of that title, one of those that `source` names. Raises BackendError."""
-        titles = {kernel.title: kernel for kernel in self.kernels}
+        """The assembly of a kernel, by its name in `source`. Raises BackendError where there is none of that name."""
+        titles = {name: kernel for kernel, name in unique_titles(self.kernels).items()}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
         return assembly(titles[title], self.cache.isa)
@@ -366,16 +367,12 @@ def stored(dtype: DType) -> np.dtype[Any]:
 
 def take(port: Port, value: Any) -> Array:
     """What a caller passed, as a row-major array of the port's dtype: the same memory where it is one already."""
-    from treadle.backends.bfloat16 import bf16_taken, numpy_taken
-
     array = numpy_taken(port, value) if port.dtype.numpy is not None else bf16_taken(port, value)
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def give(port: Port, array: Array, tensors: bool) -> Any:
     """A result for the caller: a tensor where one was passed."""
-    from treadle.backends.bfloat16 import bf16_given
-
     if port.dtype.numpy is None:
         return bf16_given(array, tensors)
     if tensors:

@@ -20,7 +20,7 @@ from treadle.backends.python_executable import (
     refuse_nodes,
     shape_fits,
 )
-from treadle.backends.signature import as_numpy
+from treadle.backends.signature import numpy_taken
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
@@ -89,18 +89,7 @@ class _NumpyArrays:
     """NumPy arrays; see `treadle.backends.python_executable.Arrays`."""
 
     def take(self, port: Port, value: Any) -> Array:
-        try:
-            return as_numpy(port, value)
-        except (
-            TypeError,
-            RuntimeError,
-        ) as error:  # a tensor of PyTorch's on a device, or one that needs a gradient
-            raise BackendError(
-                f"input {port.name} is no array that NumPy can read",
-                received=f"{type(value).__name__}: {error}",
-                within=str(port),
-                hint=f"{port.name}.detach().cpu()",
-            ) from error
+        return numpy_taken(port, value)
 
     def running(self) -> AbstractContextManager[Any]:
         return np.errstate(all="ignore")

@@ -195,5 +195,18 @@ def as_numpy(port: Port, value: Any) -> Array:
     return converted
 
 
+def numpy_taken(port: Port, value: Any) -> Array:
+    """What a caller passed, as `as_numpy` takes it; what NumPy cannot read is refused with what to do."""
+    try:
+        return as_numpy(port, value)
+    except (TypeError, RuntimeError) as error:  # a tensor of PyTorch's on a device, or one that needs a gradient
+        raise BackendError(
+            f"input {port.name} is no array that NumPy can read",
+            received=f"{type(value).__name__}: {error}",
+            within=str(port),
+            hint=f"{port.name}.detach().cpu()",
+        ) from error
+
+
 def _kind(dtype: np.dtype[Any]) -> str:
     return "i" if dtype.kind == "u" else dtype.kind

@@ -1,6 +1,6 @@
 """The TVM backend: our own kernels. TVM generates their code and runs their loops; what is computed how is ours.
 
-graph -> legalized graph -> kernel program (`kernel_lowering`) -> compiled kernels (`kernels.cache`) -> tables of
+graph -> legalized graph -> kernel program (`lowering`) -> compiled kernels (`kernels.cache`) -> tables of
 calls (`kernel_executable`). TVM is imported only when a kernel has to be compiled.
 """
 

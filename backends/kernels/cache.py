@@ -88,7 +88,7 @@ class KernelCache:
         if not runs_here(self.isa):
             raise BackendError(
                 f"kernels for {self.isa} do not run on this machine",
-                hint="inspect them (exe.source, exe.assembly), or compile for Target('cpu')",
+                hint="read them (`source`, `assembly`), or compile for Target('cpu')",
             )
 
     def path(self, kernel: Kernel) -> Path | None:
@@ -224,11 +224,11 @@ def assembly(kernel: Kernel, isa: Isa) -> str:
     return str(compile_module(kernel, isa).inspect_source("s"))
 
 
-def tvm_script(kernel: Kernel, isa: Isa) -> str:
-    """A kernel as TVMScript, for reading."""
+def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
+    """A kernel as TVMScript, for reading, under its title or another name."""
     from treadle.backends.kernels.emitter import primfunc
 
-    text = str(primfunc(kernel, isa, kernel.title).script(show_meta=False))
+    text = str(primfunc(kernel, isa, name or kernel.title).script(show_meta=False))
     return text[text.index("@T.prim_func") :].rstrip() + "\n"
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from treadle.backends.kernels.cache import tvm_script
 from treadle.backends.kernels.isa import Isa
 from treadle.backends.kernels.kernel import Kernel
-from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Step
+from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routine, Step, kernels_of
 
 _COLUMN = 72  # comments line up, but no further right than this
 
 
 def list_program(name: str, program: KernelProgram, isa: Isa) -> str:
     """The whole program, to be read: routines, then kernels."""
-    kernels = list(dict.fromkeys(s.kernel for r in program.routines for s in r.walk()))
+    kernels = kernels_of(program)
     titles = unique_titles(kernels)
     parts = [f"# {name}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
     parts += [_routine(routine, titles) for routine in program.routines]
-    parts += [f"# {kernel.key}\n{tvm_script(kernel, isa)}" for kernel in kernels]
+    parts += [f"# {kernel.key}\n{tvm_script(kernel, isa, titles[kernel])}" for kernel in kernels]
     return "\n\n".join(parts)
 
 
-def unique_titles(kernels: list[Kernel]) -> dict[Kernel, str]:
+def unique_titles(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
     """A name for each kernel, no two alike."""
     counts: dict[str, int] = {}
     titles = {}
