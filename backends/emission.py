@@ -88,9 +88,12 @@ class Program:
     nodes: Mapping[int, Node]
 
 
-def emit(graph: Graph, dialect: Dialect) -> Program:
-    """Write a graph as a Python module. Raises BackendError where a needed symbol is no input's dimension."""
-    return _ProgramWriter(graph, dialect).program()
+def emit(graph: Graph, dialect: Dialect, prepared: Sequence[str] = ()) -> Program:
+    """Write a graph as a Python module, with lines in its head on how weights were prepared.
+
+    Raises BackendError where a needed symbol is no input's dimension.
+    """
+    return _ProgramWriter(graph, dialect, prepared).program()
 
 
 class Line:
@@ -231,8 +234,8 @@ class _Text:
 
 
 class _ProgramWriter:
-    def __init__(self, graph: Graph, dialect: Dialect) -> None:
-        self.graph, self.dialect = graph, dialect
+    def __init__(self, graph: Graph, dialect: Dialect, prepared: Sequence[str]) -> None:
+        self.graph, self.dialect, self.prepared = graph, dialect, prepared
         self.constants: dict[Literal, int] = {}
         self.bundles: dict[str, tuple[str, ...]] = {}
         self.references: dict[str, Node] = {}
@@ -262,6 +265,7 @@ class _ProgramWriter:
         notes = []
         if self.bundles:
             notes.append(f'weights["{next(iter(self.bundles))}"]: all weights of that block, in its own order')
+        notes += [f"computed once, when weights are bound: {line}" for line in self.prepared]
         notes += [f"constants[{i}]: {literal.type}" for literal, i in self.constants.items()]
         notes += [
             f"reference.{name}: the NumPy reference of {_op_text(node.op)}" for name, node in self.references.items()

@@ -93,8 +93,14 @@ class KernelExecutable:
         weights: Mapping[Slot, Array],
         threads: int,
         entries: Mapping[Kernel, Entry],
+        prepared: Sequence[str] = (),
     ) -> None:
-        """entries: where the kernels' code is, and the runner's; none where this machine cannot run it."""
+        """Weights by slot, and kernels.
+
+        entries   where the kernels' code is, and the runner's; none where this machine cannot run it
+        prepared  what was computed from weights when they were bound, a line each
+        """
+        self._prepared = prepared
         self.name = graph.name
         self.signature = Signature(graph)
         self.inputs = self.signature.ports
@@ -120,7 +126,7 @@ class KernelExecutable:
     @cached_property
     def source(self) -> str:
         """The program as a listing of its steps, then every distinct kernel as TVMScript."""
-        return list_program(self.name, self.program, self.cache.isa)
+        return list_program(self.name, self.program, self.cache.isa, self._prepared)
 
     def assembly(self, title: str) -> str:
         """The assembly of a kernel, by its name in `source`. Raises BackendError where there is none of that name."""

@@ -1,10 +1,10 @@
-"""Legalization: composites that a dialect does not spell are replaced by their bodies, until it spells them."""
+"""Legalization: composites that a dialect does not spell are replaced by what they lower to, until it spells them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from treadle.ir.composites import body_of
+from treadle.ir.composites import lowering_of
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
@@ -26,7 +26,7 @@ def primitives(op: Op, types: Sequence[Type | None], keeps: Keeps) -> Iterator[t
     if not isinstance(op, Composite) or keeps(op, types):
         yield op, list(types)
         return
-    for node in body_of(op, types).nodes:
+    for node in lowering_of(op, types).nodes:
         yield from primitives(node.op, [None if v is None else v.type for v in node.operands], keeps)
 
 
@@ -50,7 +50,7 @@ def _lower(made: Function, node: Node, operands: Sequence[Value | None], keeps: 
             new.name = old.name
         made.nodes.append(copy)
         return copy.results
-    body = body_of(node.op, types)
+    body = lowering_of(node.op, types)
     values: dict[Value, Value] = dict(zip(body.inputs, (v for v in operands if v is not None), strict=True))
     for inner in body.nodes:
         placed = Node(
@@ -62,4 +62,8 @@ def _lower(made: Function, node: Node, operands: Sequence[Value | None], keeps: 
         )
         values |= zip(placed.results, _lower(made, placed, placed.operands, keeps), strict=True)
         values |= {a: values[b] for a, b in zip(inner.results, placed.results, strict=True)}
-    return [values.get(v, v) for v in body.outputs.values()]
+    made_of = [values.get(v, v) for v in body.outputs.values()]
+    for old, new in zip(node.results, made_of, strict=True):
+        if new.node is not None and new not in operands:
+            new.name = old.name
+    return made_of

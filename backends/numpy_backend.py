@@ -21,6 +21,7 @@ from treadle.backends.python_executable import (
     shape_fits,
 )
 from treadle.backends.signature import numpy_taken
+from treadle.backends.weight_preparation import prepare_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
@@ -61,13 +62,14 @@ class NumpyBackend:
                 hint="another backend, or the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS",
             )
         refuse_nodes(graph, self.name, self.supports)
-        program = emit(legalize(graph, keeps), NUMPY)
+        prepared = prepare_weights(legalize(graph, keeps))
+        program = emit(prepared.graph, NUMPY, tuple(prepared.notes()))
         references = {name: _Reference(node) for name, node in program.references.items()}
         namespace = {
             "constants": tuple(literal.array for literal in program.constants),
             "reference": SimpleNamespace(**references),
         }
-        arrays = collect_weights(graph, weights, _weight)
+        arrays = collect_weights(prepared, weights, _weight)
         return PythonExecutable(graph, program, arrays, namespace, _NumpyArrays())
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import count
 from typing import Any, Protocol
 
 from treadle.backends.emission import Program
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature
+from treadle.backends.weight_preparation import Prepared
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Graph, Node
@@ -57,6 +60,7 @@ class PythonExecutable:
         self.signature = Signature(graph)
         self.inputs = self.signature.ports
         self.outputs = ports(graph.main.outputs)
+        self._makers = {name: value.node for name, value in graph.main.outputs.items()}
         self.source = program.text
         self._program, self._arrays = program, arrays
         self._weights = {
@@ -65,6 +69,7 @@ class PythonExecutable:
         }
         self._held = frozenset(map(arrays.storage, (*weights.values(), *namespace["constants"])))
         self._file, self._main = _load(graph.name, program.text, namespace)
+        weakref.finalize(self, linecache.cache.pop, self._file, None)
 
     def __call__(self, /, **given: Any) -> Outputs:
         """Run on arrays by name. Raises BackendError where they are not what `inputs` says, or where a node fails."""
@@ -78,7 +83,10 @@ class PythonExecutable:
             outputs = Outputs()
             for name, array in results.items():
                 memory = self._arrays.storage(array)
-                outputs[name] = self._arrays.give(array, list(given.values()), memory in taken)
+                try:
+                    outputs[name] = self._arrays.give(array, list(given.values()), memory in taken)
+                except Exception as error:  # no memory for the copy
+                    raise self._not_given(name, error) from error
                 taken.add(memory)
             return outputs
 
@@ -98,22 +106,52 @@ class PythonExecutable:
             source=describe_source(node.source, node.scope) if node else None,
         )
 
+    def _not_given(self, name: str, error: Exception) -> BackendError:
+        """The error for an output that could not be copied, with the line of the node that made it."""
+        node = self._makers[name]
+        return BackendError(
+            f"{node.op.name if node else self.name}: output {name} could not be copied",
+            received=f"{type(error).__name__}: {error}",
+            source=describe_source(node.source, node.scope) if node else None,
+        )
+
     def __repr__(self) -> str:
         takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
         return f"<executable {self.name}({takes}) -> {gives}>"
 
 
+_numbers = count()  # so that executables of one text do not share the lines that tracebacks show
+
+
 def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Callable[..., Any]]:
     """Execute a module's text, known to tracebacks under a file name of its own; returns that name and `main`."""
-    file = f"<treadle {name} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
+    file = f"<treadle {name} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict[str, Any] = dict(namespace)
     exec(compile(text, file, "exec"), scope)
     return file, scope["main"]
 
 
-def collect_weights(graph: Graph, weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]) -> dict[str, Any]:
-    """Every parameter of a graph as a backend's array. Raises one BackendError that lists all that are missing."""
+def collect_weights(
+    prepared: Prepared, weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]
+) -> dict[str, Any]:
+    """Every parameter of a prepared graph as a backend's array, those that have recipes made by them.
+
+    Raises one BackendError that lists all that are missing.
+    """
+    refuse_missing(prepared.source, weights)
+    found = {}
+    for name, value in prepared.graph.parameters.items():
+        recipe = prepared.recipes.get(name)
+        if recipe is not None:
+            for source, wanted in recipe.sources.items():
+                take(source, wanted.type, weights[source])  # which refuses a misfit
+        found[name] = take(name, value.type, weights[name] if recipe is None else recipe.make(weights))
+    return found
+
+
+def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:
+    """Raise one BackendError that lists all weights of a graph that are missing."""
     missing = [name for name in graph.parameters if name not in weights]
     if missing:
         raise BackendError(
@@ -122,7 +160,6 @@ def collect_weights(graph: Graph, weights: Mapping[str, Any], take: Callable[[st
             within="\n".join(f"{name}: {graph.parameters[name].type}" for name in missing[:20])
             + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
         )
-    return {name: take(name, value.type, weights[name]) for name, value in graph.parameters.items()}
 
 
 def misfit(name: str, wanted: Type, received: str) -> BackendError:

@@ -23,6 +23,7 @@ from treadle.backends.python_executable import (
 )
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.torch_spelling import DTYPES, SPELLINGS, TORCH, keeps
+from treadle.backends.weight_preparation import prepare_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Literal, Node
 from treadle.ir.target import Target
@@ -89,13 +90,14 @@ class TorchBackend:
             return self.supports(node) or on_device
 
         refuse_nodes(graph, self.name, refusal)
-        program = emit(legalize(graph, keeps), TORCH)
+        prepared = prepare_weights(legalize(graph, keeps))
+        program = emit(prepared.graph, TORCH, tuple(prepared.notes()))
         arrays = _TorchArrays(device, target.threads)
         namespace = {
             "constants": tuple(map(arrays.constant, program.constants)),
             "device": device,
         }
-        return PythonExecutable(graph, program, collect_weights(graph, weights, arrays.weight), namespace, arrays)
+        return PythonExecutable(graph, program, collect_weights(prepared, weights, arrays.weight), namespace, arrays)
 
 
 class _TorchArrays:

@@ -22,6 +22,7 @@ from treadle.backends.lowering.rules import RULES, keeps, supported
 from treadle.backends.protocol import Executable
 from treadle.backends.python_executable import refuse_nodes
 from treadle.backends.weight_packing import pack_weights
+from treadle.backends.weight_preparation import prepare_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
@@ -59,12 +60,13 @@ class TvmBackend:
             raise BackendError("the tvm backend is not available", received=missing, hint="or backend numpy")
         isa = isa_of(target)
         refuse_nodes(graph, self.name, self.supports)
-        program = lower(legalize(graph, keeps), isa, RULES)
+        prepared = prepare_weights(legalize(graph, keeps))
+        program = lower(prepared.graph, isa, RULES)
         cache = KernelCache(isa)
         threads = target.cores() or 1
         kernels = [Runner(), *kernels_of(program)] if runs_here(isa) else []
         with ThreadPoolExecutor(max_workers=1) as pool:  # weights are laid out while kernels are compiled
             entries = pool.submit(cache.entries, kernels) if kernels else None
-            packed = pack_weights(graph, program, weights, threads=threads)
+            packed = pack_weights(prepared, program, weights, threads=threads)
             found = entries.result() if entries is not None else {}
-        return KernelExecutable(graph, program, cache, packed, threads, found)
+        return KernelExecutable(graph, program, cache, packed, threads, found, tuple(prepared.notes()))

@@ -23,22 +23,27 @@ import numpy as np
 from treadle.backends.arena import ALIGNMENT
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.lowering.program import KernelProgram, Panels, Slot
-from treadle.backends.python_executable import collect_weights, misfit, shape_fits
+from treadle.backends.python_executable import misfit, refuse_missing, shape_fits
 from treadle.backends.user_cache import cache_folder, forget_unused, is_private, mark_used
+from treadle.backends.weight_preparation import Prepared
 from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph
 from treadle.ir.types import Type
 
 Array = np.ndarray[Any, Any]
 
-_FORMAT = "treadle panels 1"
+_FORMAT = "treadle panels 2"
 _FILES = re.compile(r"[0-9a-f]{32}\.panels")
 SMALLEST = 1 << 20  # bytes of panels that are worth a file
 
 
 def pack_weights(
-    graph: Graph, program: KernelProgram, weights: Mapping[str, Any], *, threads: int = 1, folder: Path | None = None
+    prepared: Prepared,
+    program: KernelProgram,
+    weights: Mapping[str, Any],
+    *,
+    threads: int = 1,
+    folder: Path | None = None,
 ) -> dict[Slot, Array]:
     """An array for each parameter in each of its layouts.
 
@@ -46,29 +51,80 @@ def pack_weights(
 
     Raises BackendError for a missing weight or a misfit.
     """
-    arrays = collect_weights(graph, weights, _taken)
-    made = {slot: arrays[slot.name] for slot in program.weights if slot.layout is None}
+    held = _Weights(prepared, weights)
+    made = {slot: held.array(slot.name) for slot in program.weights if slot.layout is None}
     packed = [slot for slot in program.weights if slot.layout is not None]
-    from_file = [slot for slot in packed if is_mapped(arrays[slot.name])]
+    from_file = [slot for slot in packed if held.is_mapped(slot.name)]
     in_memory = [slot for slot in packed if slot not in set(from_file)]
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        made |= dict(zip(in_memory, pool.map(lambda s: panels(arrays[s.name], _layout(s)), in_memory), strict=True))
-        made |= _through_file(from_file, arrays, pool, folder)
+        made |= dict(zip(in_memory, pool.map(held.packed, in_memory), strict=True))
+        made |= _through_file(from_file, held, pool, folder)
     return made
+
+
+class _Weights:
+    """The parameters of a prepared graph: those that have recipes are made when they are asked for."""
+
+    def __init__(self, prepared: Prepared, weights: Mapping[str, Any]) -> None:
+        refuse_missing(prepared.source, weights)
+        self.recipes = prepared.recipes
+        self.parameters = prepared.graph.parameters
+        read = {n: v.type for n, v in self.parameters.items() if n not in self.recipes}
+        read |= {n: v.type for recipe in self.recipes.values() for n, v in recipe.sources.items()}
+        self.given = {name: _taken(name, wanted, weights[name]) for name, wanted in read.items()}
+        self._weights = weights
+        self._content: dict[str, str] = {}
+
+    def array(self, name: str) -> Array:
+        recipe = self.recipes.get(name)
+        if recipe is None:
+            return self.given[name]
+        return _taken(name, self.parameters[name].type, recipe.make(self._weights))
+
+    def packed(self, slot: Slot) -> Array:
+        return panels(self.array(slot.name), _layout(slot))
+
+    def packed_shape(self, slot: Slot) -> tuple[int, int, int]:
+        shape = self.parameters[slot.name].type.static_shape
+        assert shape is not None
+        return _packed_shape(shape, _layout(slot))
+
+    def dtype(self, slot: Slot) -> np.dtype[Any]:
+        return np.dtype(self.parameters[slot.name].type.dtype.numpy or np.uint16)
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether it lies in a mapped file, or what it is made of does."""
+        return all(is_mapped(self.given[source]) for source in self._sources(name))
+
+    def content(self, name: str, pool: ThreadPoolExecutor) -> str:
+        """What tells its elements from others: hashes of what it is made of, and how."""
+        sources = self._sources(name)
+        new = [n for n in sources if n not in self._content]
+        self._content |= zip(new, pool.map(_hashed, [self.given[n] for n in new]), strict=True)
+        recipe = self.recipes.get(name)
+        return " ".join([*(self._content[n] for n in sources), *([recipe.key] if recipe else [])])
+
+    def _sources(self, name: str) -> Sequence[str]:
+        recipe = self.recipes.get(name)
+        return [name] if recipe is None else list(recipe.sources)
+
+
+def _hashed(array: Array) -> str:
+    return f"{hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()} {array.shape} {array.dtype.str}"
 
 
 def panels(array: Array, layout: Panels) -> Array:
     """A matrix in panels; see `treadle.backends.lowering.program.Panels`."""
-    made = np.empty(_packed_shape(array, layout), array.dtype)
+    made = np.empty(_packed_shape(array.shape, layout), array.dtype)
     _fill(made, array, layout)
     return made
 
 
 def is_mapped(array: Array) -> bool:
-    """Whether an array lies in a mapped file."""
+    """Whether an array lies in a file: one that is mapped, or whose bytes were read and never change."""
     base: Any = array
     while base is not None:
-        if isinstance(base, np.memmap | mmap.mmap):
+        if isinstance(base, np.memmap | mmap.mmap | bytes):
             return True
         base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
     return False
@@ -85,8 +141,8 @@ def _fill(made: Array, array: Array, layout: Panels) -> None:
         made[whole, :, len(rest) :] = 0
 
 
-def _packed_shape(array: Array, layout: Panels) -> tuple[int, int, int]:
-    n, k = array.shape[::-1] if layout.transposed else array.shape
+def _packed_shape(shape: Sequence[int], layout: Panels) -> tuple[int, int, int]:
+    n, k = shape[::-1] if layout.transposed else shape
     return -(-n // layout.width), k, layout.width
 
 
@@ -107,39 +163,35 @@ def _taken(name: str, wanted: Type, value: Any) -> Array:
 
 
 def _through_file(
-    slots: Sequence[Slot], arrays: Mapping[str, Array], pool: ThreadPoolExecutor, folder: Path | None
+    slots: Sequence[Slot], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None
 ) -> dict[Slot, Array]:
     """Panels mapped from the file that holds them, which is made where it is not there."""
-    shapes = [_packed_shape(arrays[s.name], _layout(s)) for s in slots]
-    sizes = [int(np.prod(shape)) * arrays[s.name].itemsize for s, shape in zip(slots, shapes, strict=True)]
+    shapes = [held.packed_shape(slot) for slot in slots]
+    sizes = [int(np.prod(shape)) * held.dtype(s).itemsize for s, shape in zip(slots, shapes, strict=True)]
     offsets = [0]
     for size in sizes:
         offsets.append(-(-(offsets[-1] + size) // ALIGNMENT) * ALIGNMENT)
-    path = _path(slots, arrays, pool, folder) if offsets[-1] >= SMALLEST else None
+    path = _path(slots, held, pool, folder) if offsets[-1] >= SMALLEST else None
     data = None if path is None else _mapped_file(path, offsets[-1])
     if path is not None and data is None:
-        data = _written(path, slots, shapes, offsets, arrays, pool)
+        data = _written(path, slots, shapes, offsets, held, pool)
     if data is None:
-        return dict(zip(slots, pool.map(lambda s: panels(arrays[s.name], _layout(s)), slots), strict=True))
+        return dict(zip(slots, pool.map(held.packed, slots), strict=True))
     return {
-        slot: data[at : at + size].view(arrays[slot.name].dtype).reshape(shape)
+        slot: data[at : at + size].view(held.dtype(slot)).reshape(shape)
         for slot, at, size, shape in zip(slots, offsets[:-1], sizes, shapes, strict=True)
     }
 
 
-def _path(
-    slots: Sequence[Slot], arrays: Mapping[str, Array], pool: ThreadPoolExecutor, folder: Path | None
-) -> Path | None:
+def _path(slots: Sequence[Slot], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None) -> Path | None:
     """Named by content: every matrix's bytes, shape and dtype, and its layout."""
     try:
         folder = cache_folder() / "panels" if folder is None else folder
     except UsageError:
         return None
     digest = hashlib.sha256(_FORMAT.encode())
-    content = pool.map(lambda s: hashlib.sha256(arrays[s.name].reshape(-1).view(np.uint8).data).hexdigest(), slots)
-    for slot, found in zip(slots, content, strict=True):
-        array = arrays[slot.name]
-        digest.update(f"{found} {array.shape} {array.dtype.str} {slot.layout}\n".encode())
+    for slot in slots:
+        digest.update(f"{held.content(slot.name, pool)} {slot.layout}\n".encode())
     return folder / f"{digest.hexdigest()[:32]}.panels"
 
 
@@ -163,7 +215,7 @@ def _written(
     slots: Sequence[Slot],
     shapes: Sequence[tuple[int, int, int]],
     offsets: Sequence[int],
-    arrays: Mapping[str, Array],
+    held: _Weights,
     pool: ThreadPoolExecutor,
 ) -> Array | None:
     """Fill a new file and map it; None where the folder cannot be written.
@@ -192,7 +244,7 @@ def _written(
                 filled.set_exception(error)
 
     def fill(data: Array, i: int) -> None:
-        array = arrays[slots[i].name]
+        array = held.array(slots[i].name)
         size = int(np.prod(shapes[i])) * array.itemsize
         _fill(data[offsets[i] : offsets[i] + size].view(array.dtype).reshape(shapes[i]), array, _layout(slots[i]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from treadle.ir.builder import Builder, Expr
@@ -12,7 +12,8 @@ from treadle.ir.operation import Composite
 from treadle.ir.types import Type
 
 _BODY_SOURCE = Source("body", 0)
-_bodies: dict[tuple[Composite, tuple[str | None, ...]], Function] = {}
+_MOST_BODIES = 4096  # each belongs to an op on operands of certain types, of which files may bring any number
+_bodies: dict[tuple[Composite, tuple[str | None, ...], bool], Function] = {}
 
 
 def body_of(op: Composite, types: Sequence[Type | None]) -> Function:
@@ -21,19 +22,30 @@ def body_of(op: Composite, types: Sequence[Type | None]) -> Function:
     Shared and cached; do not change it. Raises GraphError where the body's results do not have the types that the op's
     rules infer.
     """
-    key = (op, tuple(None if t is None else t.text for t in types))
+    return _remembered(op, types, lowered=False)
+
+
+def lowering_of(op: Composite, types: Sequence[Type | None]) -> Function:
+    """What a backend lowers in the op's place; else as `body_of`."""
+    return _remembered(op, types, lowered=type(op).lowering is not Composite.lowering)
+
+
+def _remembered(op: Composite, types: Sequence[Type | None], *, lowered: bool) -> Function:
+    key = (op, tuple(None if t is None else t.text for t in types), lowered)
     found = _bodies.get(key)
     if found is None:
-        found = _bodies[key] = _build(op, types)
+        if len(_bodies) >= _MOST_BODIES:
+            _bodies.clear()
+        found = _bodies[key] = _build(op, types, op.lowering if lowered else op.body)
     return found
 
 
-def _build(op: Composite, types: Sequence[Type | None]) -> Function:
+def _build(op: Composite, types: Sequence[Type | None], build: Callable[..., Any]) -> Function:
     b = Builder(Graph(op.name))
     b.source = _BODY_SOURCE
     names = op.operand_names(len(types))
     operands = [None if t is None else b.input(n, t) for n, t in zip(names, types, strict=True)]
-    results = as_results(op.body(b, *operands))
+    results = as_results(build(b, *operands))
     inferred = op.infer(types)
     if [r.type for r in results] != list(inferred):
         raise GraphError(

@@ -2,7 +2,8 @@
 
 A primitive's operations are its points (the product of its rule's factors) times its `flops` a point; a composite's
 are its body's; attention counts its live pairs. Bytes are what an op reads and writes once, as if nothing stayed in a
-cache: an operand that is looked up is read only as often as the result is written.
+cache: an operand that is looked up is read only as often as the result is written. What is computed from weights alone
+is done once, when they are bound, and not counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from treadle.ir.errors import SizeError
 from treadle.ir.graph import Function, Graph, Node
 from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
+from treadle.ir.weight_only import weight_only_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,10 @@ def parameter_bytes(graph: Graph) -> int:
 
 def _function_cost(function: Function, sizes: Sizes, known: Mapping[str, Cost]) -> Cost:
     total = Cost()
+    once = weight_only_nodes(function)
     for node in function.nodes:
-        total = total + node_cost(node, sizes, known)
+        if node not in once:
+            total = total + node_cost(node, sizes, known)
     return total
 
 

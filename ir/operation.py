@@ -267,6 +267,10 @@ class Composite(Op):
         """Build the op's meaning from simpler ops: Exprs in (None where absent), an Expr or a tuple of them out."""
         raise GraphError(f"composite op {self.name} has no body")
 
+    def lowering(self, b: Builder, *operands: Any) -> Any:
+        """What a backend without a kernel for the op lowers: the body, or what is equal to it and runs faster."""
+        return self.body(b, *operands)
+
     def reference(self, *operands: Any) -> Any:
         from treadle.ir.interpreter import interpret_body
 

@@ -17,6 +17,7 @@ from treadle.backends.lowering.program import KernelProgram, Panels
 from treadle.backends.lowering.routine_writer import lower
 from treadle.backends.lowering.rules import RULES, keeps
 from treadle.backends.weight_packing import finish_writing, is_mapped, pack_weights, panels
+from treadle.backends.weight_preparation import Prepared
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
@@ -107,7 +108,7 @@ def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path: Path) -> 
 def test_a_misfit_is_named(tmp_path: Path) -> None:
     graph, program = linear_program()
     with pytest.raises(BackendError, match=r"weight w must be f32\[530, 500\]"):
-        pack_weights(graph, program, {"w": np.ones((500, 530), np.float32)}, folder=tmp_path)
+        pack_weights(Prepared(graph, graph), program, {"w": np.ones((500, 530), np.float32)}, folder=tmp_path)
 
 
 def _size(n: int) -> Any:
@@ -129,6 +130,6 @@ def mapped_weights(folder: Path, name: str = "weights.bin", seed: int = 0) -> di
 
 
 def packed(graph: Graph, program: KernelProgram, weights: dict[str, Any], folder: Path) -> np.ndarray[Any, Any]:
-    ((_, array),) = pack_weights(graph, program, weights, folder=folder).items()
+    ((_, array),) = pack_weights(Prepared(graph, graph), program, weights, folder=folder).items()
     finish_writing()
     return array

@@ -12,11 +12,13 @@ from treadle.backends.lowering.program import Buffer, Call, KernelProgram, Routi
 _COLUMN = 72  # comments line up, but no further right than this
 
 
-def list_program(name: str, program: KernelProgram, isa: Isa) -> str:
-    """The whole program, to be read: routines, then kernels."""
+def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence[str] = ()) -> str:
+    """The whole program, to be read: routines, then kernels; before them, lines on how weights are prepared."""
     kernels = kernels_of(program)
     titles = unique_titles(kernels)
     parts = [f"# {name}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
+    if prepared:
+        parts[0] += "\n".join(["# Computed once, when weights are bound:", *(f"#   {line}" for line in prepared), ""])
     parts += [_routine(routine, titles) for routine in program.routines]
     parts += [f"# {kernel.key}\n{tvm_script(kernel, isa, titles[kernel])}" for kernel in kernels]
     return "\n\n".join(parts)

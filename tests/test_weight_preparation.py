@@ -1,0 +1,177 @@
+"""Weight preparation: what is computed from weights alone is computed when they are bound, and gives the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from treadle.backends.registry import find_backend
+from treadle.backends.weight_preparation import MOST_GROWTH, prepare_weights
+from treadle.compiling import initial_weights
+from treadle.ir.builder import Builder
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.target import Target
+from treadle.ir.types import bf16, f32
+from treadle.ir.verifier import verify
+from treadle.resolving import resolve
+
+BACKENDS = ("numpy", "torch", "tvm")
+
+
+@pytest.fixture
+def merged() -> Graph:
+    """Two blocks, each of which multiplies by two weights joined and halved."""
+    graph = Graph("merged")
+    b = Builder(graph)
+    x = b.input("x", f32["B", 4])
+    for i in range(2):
+        q, k = b.parameter(f"h.{i}.q.weight", f32[3, 4]), b.parameter(f"h.{i}.k.weight", f32[2, 4])
+        b.scope = f"h.{i}"
+        halved = b.concat(q, k, axis=0) * 0.5
+        z = b.linear(x, halved, None)
+        x = b.linear(z, b.parameter(f"h.{i}.out.weight", f32[4, 5]), None)
+    b.outputs(y=x)
+    return graph
+
+
+def test_weights_of_weights_are_parameters_with_recipes(merged: Graph) -> None:
+    before = str(merged)
+    prepared = prepare_weights(merged)
+    verify(prepared.graph)
+    assert [node.op.name for node in prepared.graph.main.nodes] == ["linear"] * 4
+    assert list(prepared.notes()) == [
+        f"h.{i}.x = mul(concat(h.{i}.q.weight, h.{i}.k.weight, axis=0), 0.5)" for i in range(2)
+    ]
+    assert set(prepared.graph.parameters) == {"h.0.x", "h.1.x", "h.0.out.weight", "h.1.out.weight"}
+    assert str(merged) == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_one_recipe_makes_another_may_begin_with(backend: str) -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
+    first = b.exp(w)
+    second = first * 2.0
+    b.outputs(y=x * first + second, w=second)
+    assert len(prepare_weights(graph).recipes) == 2
+    runs_like_its_meaning(graph, backend, {"x": np.ones((2, 4), np.float32)})
+
+
+def test_of_one_making_one_key_of_another_two(merged: Graph) -> None:
+    first, second = prepare_weights(merged).recipes.values()
+    assert first.key == second.key
+    assert first.sources.keys() != second.sources.keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_give_what_the_graph_means(merged: Graph, backend: str) -> None:
+    runs_like_its_meaning(merged, backend, {"x": np.random.default_rng(0).standard_normal((3, 4), np.float32)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_leaves_it_to_its_callers(backend: str) -> None:
+    graph = resolve(gated_scales).graph
+    assert [f for f in graph.functions if f != "main"]
+    prepared = prepare_weights(graph)
+    verify(prepared.graph)
+    block = next(f for n, f in prepared.graph.functions.items() if n != "main")
+    assert "concat" not in [node.op.name for node in block.nodes]
+    assert len(prepared.recipes) == 3
+    runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((2, 8), np.float32)})
+
+
+def test_what_reads_an_input_or_constants_alone_stays() -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
+    ones = b.exp(b.constant(np.ones(4, np.float32)))
+    b.outputs(y=x * w + ones)
+    assert prepare_weights(graph).graph is graph
+
+
+def test_what_would_fill_the_memory_stays() -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x, w = b.input("x", f32["B", 1000]), b.parameter("w", f32[1, 1000])
+    large = b.expand(w, shape=(4 * MOST_GROWTH * 1000, 1000))
+    b.outputs(y=b.matmul(x, b.rearrange(b.exp(large), pattern="m n -> n m")))
+    prepared = prepare_weights(graph)
+    assert not prepared.recipes
+    verify(prepared.graph)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_missing_and_misfitting_weights_are_named_as_the_caller_knows_them(merged: Graph, backend: str) -> None:
+    weights = initial_weights(merged)
+    with pytest.raises(BackendError, match="needs weights that are not given") as error:
+        find_backend(backend).compile(merged, Target("cpu"), {n: w for n, w in weights.items() if n != "h.1.k.weight"})
+    assert "h.1.k.weight" in str(error.value) and "h.1.x" not in str(error.value)
+    weights["h.1.k.weight"] = np.zeros((2, 5), np.float32)
+    with pytest.raises(BackendError, match=r"weight h.1.k.weight must be f32\[2, 4\]"):
+        find_backend(backend).compile(merged, Target("cpu"), weights)
+
+
+def test_weights_in_bfloat16_are_joined_as_they_are() -> None:
+    torch = pytest.importorskip("torch")
+    graph = Graph("g")
+    b = Builder(graph)
+    x = b.input("x", f32["B", 4])
+    parts = [b.parameter(name, bf16[2, 4]) for name in "ab"]
+    b.outputs(y=b.linear(x, b.cast(b.concat(*parts, axis=0), to=f32), None))
+    weights = {name: torch.randn(2, 4).to(torch.bfloat16) for name in "ab"}
+    exe = find_backend("torch").compile(graph, Target("cpu"), weights)
+    x_array = np.random.default_rng(0).standard_normal((3, 4), np.float32)
+    joined = torch.cat([weights["a"], weights["b"]]).float().numpy()
+    np.testing.assert_allclose(exe(x=x_array)["y"], x_array @ joined.T, rtol=1e-5, atol=1e-6)
+
+
+def test_panels_of_a_prepared_weight_come_from_the_file_of_the_first_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tvm")
+    from treadle.backends import weight_packing
+
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
+    graph = Graph("g")
+    b = Builder(graph)
+    x = b.input("x", f32["B", 512])
+    b.outputs(y=b.linear(x, b.concat(*[b.parameter(n, f32[320, 512]) for n in "ab"], axis=0), None))
+    weights = {}
+    for name in "ab":
+        np.random.default_rng(ord(name)).standard_normal((320, 512), np.float32).tofile(tmp_path / name)
+        weights[name] = np.memmap(tmp_path / name, np.float32, "r", shape=(320, 512))
+    x_array = np.ones((2, 512), np.float32)
+    first = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
+    weight_packing.finish_writing()
+    monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
+    second = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
+    np.testing.assert_array_equal(first, second)
+    swapped = {"a": weights["b"], "b": weights["a"]}
+    with pytest.raises(TypeError):  # other contents are other panels
+        find_backend("tvm").compile(graph, Target("cpu"), swapped)
+
+
+@treadle.model
+def gated_scales(x: treadle.f32["B 8"], *, layers: int = 3) -> Any:
+    for _ in treadle.stack("h", layers):
+        first = treadle.parameter("a.weight", 4, 8)
+        second = treadle.parameter("b.weight", 4, 8)
+        x = x + treadle.tanh(treadle.einsum(x, treadle.concat(first, second, axis=0), equation="b k, n k -> b n"))
+    return x
+
+
+def runs_like_its_meaning(graph: Graph, backend: str, inputs: dict[str, Any]) -> None:
+    weights = initial_weights(graph, 3)
+    exe = find_backend(backend)
+    if exe.available() is not None:
+        pytest.skip(str(exe.available()))
+    made = exe.compile(graph, Target("cpu"), weights)(**inputs)
+    for name, wanted in interpret(graph, inputs, weights).items():
+        np.testing.assert_allclose(made[name], wanted, rtol=1e-5, atol=1e-6)
