@@ -1,6 +1,7 @@
 """Attention as both Python backends spell it: one kernel call, with a call inside for each mask and bias.
 
     kernels.attention(q, k, v, scale=0.125, masks=[kernels.causal(S, T), kernels.padding(lengths, T)])
+    out, p = kernels.attention_with_probabilities(q, k, v, scale=0.125)
 
 Every mask and bias is an array that broadcasts against [b, h, s, t]. Both kernel modules define the same
 functions.
@@ -24,12 +25,12 @@ from treadle.ir.attention_terms import (
     Term,
     Window,
 )
-from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
 
 _KNOWN = (Causal, Window, Padding, Segments, BooleanMask, TensorBias, T5Relative, Alibi)
 
 
-def knows(op: Attention) -> bool:
+def knows(op: Attention | AttentionWithProbabilities) -> bool:
     """Whether all terms of an attention have a spelling; else its body is lowered."""
     return all(type(term) in _KNOWN for term in op.terms)
 
@@ -41,7 +42,7 @@ def attention(line: Line, device: str = "") -> str:
     arguments += [f"masks=[{', '.join(masks)}]"] if masks else []
     arguments += [f"biases=[{', '.join(biases)}]"] if biases else []
     arguments += [f"softcap={line.op.softcap!r}"] if line.op.softcap is not None else []
-    return f"kernels.attention({', '.join(arguments)})"
+    return f"kernels.{line.op.name}({', '.join(arguments)})"
 
 
 def scale_of(line: Line) -> float:

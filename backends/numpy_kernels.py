@@ -205,17 +205,48 @@ def attention(
     for row in range(0, rows, some_rows):
         for query in range(0, queries, some_queries):
             b, s = slice(row, row + some_rows), slice(query, query + some_queries)
-            scores = _grouped(q[b, :, s] * scale, groups) @ keys_across[b, :, None]
-            scores = scores.reshape(scores.shape[0], heads, -1, keys)
-            if softcap is not None:
-                scores = softcap * np.tanh(scores / softcap)
-            for bias in biases:
-                scores += _part(bias, b, s)
-            for mask in masks:
-                np.copyto(scores, -np.inf, where=~_part(mask, b, s))
-            weights = _grouped(_safe_softmax(scores), groups)
-            out[b, :, s] = (weights @ v[b, :, None]).reshape(out[b, :, s].shape)
+            some_masks, some_biases = ([_part(x, b, s) for x in parts] for parts in (masks, biases))
+            p = _probabilities(q[b, :, s], keys_across[b], scale, some_masks, some_biases, softcap)
+            out[b, :, s] = (_grouped(p, groups) @ v[b, :, None]).reshape(out[b, :, s].shape)
     return out
+
+
+def attention_with_probabilities(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    masks: Sequence[Array] = (),
+    biases: Sequence[Array] = (),
+    softcap: float | None = None,
+) -> tuple[Array, Array]:
+    """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
+    groups = k.shape[1]
+    p = _probabilities(q, np.swapaxes(k, -1, -2), scale, masks, biases, softcap)
+    out = _grouped(p, groups) @ v[:, :, None]
+    return out.reshape(*q.shape[:3], v.shape[-1]), p
+
+
+def _probabilities(
+    q: Array,
+    keys_across: Array,
+    scale: float,
+    masks: Sequence[Array],
+    biases: Sequence[Array],
+    softcap: float | None,
+) -> Array:
+    """[b, h, s, t], of keys [b, g, d, t]"""
+    heads, groups, keys = q.shape[1], keys_across.shape[1], keys_across.shape[-1]
+    scores = _grouped(q * scale, groups) @ keys_across[:, :, None]
+    scores = scores.reshape(scores.shape[0], heads, -1, keys)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    for bias in biases:
+        scores += bias
+    for mask in masks:
+        np.copyto(scores, -np.inf, where=~mask)
+    return _safe_softmax(scores)
 
 
 def _grouped(x: Array, groups: int) -> Array:

@@ -8,7 +8,7 @@ from treadle.backends.attention_spelling import attention, knows
 from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.emission import Dialect, Line, Spelling, float_text
 from treadle.ir.operation import Op
-from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
 from treadle.ir.types import DType, Type
 
 SPELLINGS: dict[str, Spelling] = {
@@ -57,6 +57,7 @@ SPELLINGS: dict[str, Spelling] = {
     # products
     "matmul": "{x} @ {y}",
     "attention": attention,
+    "attention_with_probabilities": attention,
     "rotary": Line.by_reference,
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "transpose"),
@@ -203,4 +204,4 @@ NUMPY = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    return op.name in SPELLINGS and (not isinstance(op, Attention) or knows(op))
+    return op.name in SPELLINGS and (not isinstance(op, Attention | AttentionWithProbabilities) or knows(op))

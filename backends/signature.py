@@ -38,7 +38,7 @@ class Signature:
 
     def bind(self, given: Mapping[str, Any], convert: Convert) -> list[Any]:
         """The arrays in the order of the inputs. Raises BackendError where names, dtypes or shapes do not fit."""
-        self._check_names(given)
+        self.check_names(given)
         arrays = [convert(port, given[port.name]) for port in self.ports]
         self.sizes([tuple(array.shape) for array in arrays])
         return arrays
@@ -55,7 +55,8 @@ class Signature:
             self._fitting[key] = found
         return found
 
-    def _check_names(self, given: Mapping[str, Any]) -> None:
+    def check_names(self, given: Mapping[str, Any]) -> None:
+        """Raise BackendError where a name is unknown or missing."""
         names = [port.name for port in self.ports]
         unknown = [name for name in given if name not in names]
         missing = [name for name in names if name not in given]

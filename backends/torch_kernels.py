@@ -108,6 +108,36 @@ def attention(
 
     Masks and biases broadcast against [b, h, s, t]. A query that may see no key gets zeros: PyTorch leaves it open.
     """
+    mask = _joined(masks, biases)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        out = _weighted(_probabilities(q, k, scale, softcap, mask), v)
+    return out if mask is None else torch.where(_sees(mask), out, 0.0)
+
+
+def attention_with_probabilities(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    masks: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
+    mask = _joined(masks, biases)
+    p = _probabilities(q, k, scale, softcap, mask)
+    if mask is not None:
+        empty = ~_sees(mask)
+        if mask.device.type != "cpu" or empty.any():  # on a GPU, asking would wait for all that was begun
+            p = p.masked_fill_(empty, 0.0)
+    return _weighted(p, v), p
+
+
+def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
+    """Masks and biases as one: a bool, or a float where there is a bias."""
     mask: Tensor | None = None
     for keep in masks:
         mask = keep if mask is None else mask & keep
@@ -116,24 +146,32 @@ def attention(
         for other in biases[1:]:
             bias = bias + other
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    else:
-        out = _capped(q, k, v, scale, softcap, mask)
-    if mask is None:
-        return out
-    seen = mask if mask.dtype == torch.bool else mask > -math.inf
-    return torch.where(seen.any(-1, keepdim=True), out, 0.0)
+    return mask
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, mask: Tensor | None) -> Tensor:
-    """Attention whose scores are capped, which PyTorch's own does not offer."""
-    shared = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
-    scores = softcap * torch.tanh((q * scale) @ k.transpose(-1, -2) / softcap)
+def _sees(mask: Tensor) -> Tensor:
+    """[..., s, 1]: whether a query may see a key."""
+    return (mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None) -> Tensor:
+    """[b, h, s, t]; NaN for a query that may see no key. PyTorch's own attention gives none, and caps no scores."""
+    scores = (_grouped(q * scale, k.shape[1]) @ k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1) @ v
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    return torch.softmax(scores, -1)
+
+
+def _weighted(p: Tensor, v: Tensor) -> Tensor:
+    """[b, h, s, e]: values, each by its probability."""
+    return (_grouped(p, v.shape[1]) @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """[b, (g r), s, d] -> [b, g, r, s, d]"""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def causal(queries: int, keys: int, device: torch.device) -> Tensor:

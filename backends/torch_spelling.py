@@ -9,7 +9,7 @@ from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rea
 from treadle.backends.emission import Dialect, Line, Spelling, float_text
 from treadle.ir.attention_terms import Causal
 from treadle.ir.operation import Op
-from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
 from treadle.ir.ops.convolution import Conv
 from treadle.ir.types import DType, Type
 
@@ -291,6 +291,12 @@ def _attention(line: Line) -> str:
     return f"F.scaled_dot_product_attention({line.q}, {line.k}, {line.v}{options})"
 
 
+@_spells("attention_with_probabilities")
+def _attention_with_probabilities(line: Line) -> str:
+    """PyTorch's own call does not give them."""
+    return attention(line, "device")
+
+
 TORCH = Dialect(
     name="torch",
     imports=(
@@ -304,7 +310,7 @@ TORCH = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    if isinstance(op, Attention):
+    if isinstance(op, Attention | AttentionWithProbabilities):
         return knows(op)
     if isinstance(op, Conv):
         return types[0] is not None and types[0].rank <= 5  # PyTorch convolves over up to three axes

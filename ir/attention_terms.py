@@ -387,6 +387,18 @@ def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
     return max(least, default=None), min(greatest, default=None)
 
 
+def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size) -> bool:
+    """Whether every query sees a key whatever the operands hold: key 0 if only causal, its own where there is one.
+
+    A learned table or a slope is a finite number; a tensor that is added may hold -inf.
+    """
+    kinds = {type(term) for term in terms}
+    masks = {kind for kind in kinds if issubclass(kind, MaskTerm)}
+    if TensorBias in kinds:
+        return False
+    return masks <= {Causal} or (masks <= {Causal, Window} and queries == keys)
+
+
 def live_pairs(terms: Iterable[Term], queries: int, keys: int) -> int:
     """How many of the queries x keys pairs no mask rules out by position alone.
 

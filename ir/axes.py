@@ -29,7 +29,7 @@ from enum import Enum
 from functools import lru_cache
 
 from treadle.ir.errors import RuleError, SizeError
-from treadle.ir.sizes import ONE, Size, parse_size, product
+from treadle.ir.sizes import ONE, Size, parse_size, product, sum_of_symbols
 from treadle.ir.types import Dim, Factor, Type
 
 
@@ -310,6 +310,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_NAMES = re.compile(r"[A-Za-z_]\w*(?:\+[A-Za-z_]\w*)+", re.ASCII)
 _MARKS = {"": Role.MAPPED, ">": Role.SCANNED, "@": Role.INDEXED, "^": Role.GENERATED}
 
 
@@ -415,6 +416,8 @@ class _RuleReader:
         return AxisDim((), self.size(inner))
 
     def size(self, text: str) -> Size:
+        if _NAMES.fullmatch(text):  # a join's: as many terms as it has parts, more than an expression may hold
+            return sum_of_symbols(text.split("+"))
         try:
             return parse_size(text)
         except SizeError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.composites import body_of
-from treadle.ir.errors import GraphError
+from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite
 from treadle.ir.types import Type
@@ -145,8 +145,17 @@ class _Run:
         op = node.op.at(self.sizes)
         if self.float64:
             op = op.in_float64()
-        with np.errstate(all="ignore"):
-            made = op.reference(*operands)
+        try:
+            with np.errstate(all="ignore"):
+                made = op.reference(*operands)
+        except TreadleError:
+            raise
+        except Exception as error:  # NumPy's own, such as no memory for a result of this size
+            raise GraphError(
+                f"{op.name}: its reference failed",
+                received=f"{type(error).__name__}: {error}",
+                source=str(node.source or "") or None,
+            ) from error
         arrays = [np.asarray(a) for a in (made if isinstance(made, tuple) else (made,))]
         for value, array in zip(node.results, arrays, strict=True):
             wanted = value.type.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None

@@ -172,10 +172,33 @@ def attend(
     The op's terms are the masks, then the biases, in their order. Raises RuleError where shapes do not fit,
     GraphError where biases are given as masks or masks as biases.
     """
+    terms, operands = _applied(masks, biases)
+    out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
+    return out
+
+
+def attend_with_probabilities(
+    b: Builder,
+    q: Expr,
+    k: Expr,
+    v: Expr,
+    *,
+    masks: Masks | None = None,
+    biases: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    name: str | None = None,
+) -> tuple[Expr, Expr]:
+    """What `attend` gives, and the probabilities [b, h, s, t]. Raises as it does."""
+    terms, operands = _applied(masks, biases)
+    attributes = {"terms": terms, "scale": scale, "softcap": softcap, "name": name}
+    out, probabilities = b.attention_with_probabilities(q, k, v, *operands, **attributes)
+    return out, probabilities
+
+
+def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[Expr]]:
+    """The terms, and their operands in order."""
     # By `&` and `+`, which refuse what is not theirs.
     entries = () if masks is None else (Masks() & masks).entries
     entries += () if biases is None else (Biases() + biases).entries
-    terms = tuple(term for term, _ in entries)
-    operands = [x for _, given in entries for x in given]
-    out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
-    return out
+    return tuple(term for term, _ in entries), [x for _, given in entries for x in given]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -387,6 +388,11 @@ def product(sizes: Iterable[SizeLike]) -> Size:
     for size in sizes:
         total = total * size
     return total
+
+
+def sum_of_symbols(names: Iterable[str]) -> Size:
+    """The sum of these symbols, however many. Made at once: adding them one by one sorts each sum on the way."""
+    return Size(sorted(((name,), times) for name, times in Counter(names).items()))
 
 
 # -- the grammar: sum = term (("+"|"-") term)*, term = power (("*"|"//") power)*, power = int | name | (sum) -------

@@ -18,6 +18,17 @@ TARGETS = {
 }
 """Every known target's name, with a line on what it is. Levels of x86-64 are those of its psABI."""
 
+_RATES = {
+    "cpu": (60e9, 20e9),
+    "cuda": (60e12, 2e12),
+    "x86-64-v4": (100e9, 20e9),
+    "x86-64-v3": (50e9, 20e9),
+    "x86-64-v2": (15e9, 15e9),
+    "x86-64": (15e9, 15e9),
+    "arm64": (30e9, 20e9),
+}
+"""Floating-point operations and bytes of memory a second: of one core, or of a whole GPU. Orders of magnitude."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -54,6 +65,14 @@ class Target:
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))
         return os.cpu_count()
+
+    def seconds(self, flops: float, bytes: float) -> float:
+        """How long so many float32 operations on so many bytes take at least (the roofline of Williams et al. 2009).
+
+        The rates are orders of magnitude, known without touching the machine: to compare with, not to predict by.
+        """
+        rate, bandwidth = _RATES[self.name]
+        return max(flops / rate, bytes / bandwidth) / (self.threads or 1)
 
     def __str__(self) -> str:
         return self.name

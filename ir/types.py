@@ -10,6 +10,7 @@ notes that travel along. Which axes are *the same* is never read off a type: `tr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,17 @@ class DType:
     def is_int(self) -> bool:
         return self.kind == "int"
 
+    def holds(self, number: float) -> bool:
+        """Whether a number has a place among its elements: whole and in range for integers, 0 or 1 for bool; floats
+        round it, and are infinite or NaN only where it is."""
+        if self.kind == "bool":
+            return number in (0, 1)
+        if self.is_int:
+            limits = np.iinfo(self.numpy or np.int64)
+            return math.isfinite(number) and number == int(number) and limits.min <= number <= limits.max
+        largest = float(np.finfo(self.numpy).max) if self.numpy is not None else _LARGEST_BF16
+        return not math.isfinite(number) or abs(number) <= largest
+
     def __str__(self) -> str:
         return self.name
 
@@ -71,6 +83,7 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "u8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
+_LARGEST_BF16 = (2 - 2.0**-7) * 2.0**127
 _FROM_NUMPY = {dtype: DTYPES[name] for name, dtype in _NUMPY.items()}
 
 

@@ -104,13 +104,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class Values:
-    """What `follow_probabilities` came to: the product with the values, its result's layout, and what was passed."""
+    """What `follow_probabilities` came to: the product with the values, its result's layout, and what was passed.
+
+    returned   the probabilities, wherever on the way down they are handed out of the model as well
+    """
 
     product: Node
     values: Placed
     result: Layout
     guarded: bool
     nodes: tuple[Node, ...]
+    returned: tuple[Placed, ...] = ()
 
 
 # -- the softmax -----------------------------------------------------------------------------------------------
@@ -146,14 +150,22 @@ def softmax_at(node: Node) -> Weighting | None:
 
 
 def follow_probabilities(
-    axes: Axes, weighting: Weighting, layout: Layout, readers: Callable[[Value], Sequence[Node | None]]
+    axes: Axes,
+    weighting: Weighting,
+    layout: Layout,
+    readers: Callable[[Value], Sequence[Node | None]],
+    goes_out: Callable[[Node | None, Value], bool],
 ) -> Values:
-    """The product of the probabilities with values. `readers` gives who reads a value, None for an output.
+    """The product of the probabilities with values.
 
-    Raises Mismatch where there is none, or where the probabilities go elsewhere as well.
+    readers    who reads a value, None for an output
+    goes_out   whether such a reader only hands the value out of the model
+
+    Raises Mismatch where there is none, or where the probabilities are used elsewhere as well.
     """
     value, node, passed = weighting.anchor.results[0], weighting.anchor, list(weighting.nodes)
     guarded = weighting.guarded
+    returned: list[Placed] = []
     for _ in range(_MOST_STEPS):
         users = list(dict.fromkeys(readers(value)))
         guard = _zeros_for_nan(value, users)
@@ -161,11 +173,18 @@ def follow_probabilities(
             passed += [n for n in users if n is not None]
             node, value, guarded = guard, guard.results[0], True
             continue
+        used = [user for user in users if not goes_out(user, value)]
+        if users and not used:
+            raise Mismatch("the probabilities are an output, and nothing is weighted by them", node, passed)
+        if len(used) < len(users):
+            returned.append(Placed(value, layout))
+            users = used
         if len(users) != 1 or (user := users[0]) is None:
             raise Mismatch(_elsewhere(users), node, passed, "do not read the probabilities beside that product")
         passed.append(user)
         if user.op.name in PRODUCTS:
-            return _value_product(axes, user, value, layout, passed, guarded)
+            found = _value_product(axes, user, value, layout, passed, guarded)
+            return dataclasses.replace(found, returned=tuple(returned))
         if user.op.name == "rearrange":
             below = axes.below(user, layout)
             if below is None:
@@ -199,7 +218,7 @@ def _elsewhere(users: Sequence[Node | None]) -> str:
     if not users:
         return "nobody reads the probabilities"
     if None in users:
-        return "the probabilities are an output as well" if len(users) > 1 else "the probabilities are an output"
+        return "the probabilities are an output of a block that is used where it is called"
     others = [n for n in users if n is not None and n.op.name not in PRODUCTS] or [n for n in users if n is not None]
     line = f" ({others[0].source})" if others[0].source else ""
     return f"the probabilities are used elsewhere, by {others[0].op.name}{line}"

@@ -86,6 +86,10 @@ class Plan:
         greatest = float(np.finfo(self.dtype.numpy).max) if self.dtype.numpy is not None else 3e38
         if not 1 / greatest <= abs(self.scale) <= greatest:
             self._fail(f"the scale is {self.scale:g}, which {self.dtype} does not hold")
+        for placed in values.returned:
+            if not is_lossless(placed.value.type.dtype, self.dtype):
+                what = f"the probabilities are returned in {placed.value.type.dtype}, and attention is in {self.dtype}"
+                raise Mismatch(what, weighting.anchor, self.nodes, f"return them in {self.dtype}")
 
     def _atoms(self, layout: Layout) -> set[int]:
         return {atom for dim in self.axes.resolved(layout) for atom in dim}
@@ -267,8 +271,8 @@ class Plan:
 
     # -- building ----------------------------------------------------------------------------------------------
 
-    def build(self, b: Builder) -> Expr:
-        """Attention, in place of the product with the values."""
+    def build(self, b: Builder) -> list[tuple[Value, Expr]]:
+        """Attention: what it replaces, the product with the values first, and what stands in the place of each."""
         roles, axes = self.roles, self.axes
         groups = roles.groups
         q = self._laid_out(b, self.q, (groups["b"], groups["h"], groups["s"], self.d))
@@ -278,16 +282,27 @@ class Plan:
             q = b.where(self._sees(b, [_Seen(self.averaged.placed, self.averaged.keep)]), q, b.constant(0, q.dtype))
         fused = (*self.masks, *self.biases)
         operands = [operand.build(b, roles, self.dtype) for f in fused for operand in f.operands]
-        out: Expr = b.attention(
-            *(q, k, v, *operands),
-            terms=tuple(f.term for f in fused),
-            scale=self._scale_attribute(q),
-            softcap=None if self.scores.softcap is None else _shortest(self.scores.softcap, self.dtype),
-        )
+        attributes: dict[str, Any] = {
+            "terms": tuple(f.term for f in fused),
+            "scale": self._scale_attribute(q),
+            "softcap": None if self.scores.softcap is None else _shortest(self.scores.softcap, self.dtype),
+        }
+        returned = self.values.returned
+        made: list[Expr]
+        if returned:
+            made = list(b.attention_with_probabilities(*(q, k, v, *operands), **attributes, name="attention"))
+            made[1].value.name = "probabilities"
+        else:
+            made = [b.attention(*(q, k, v, *operands), **attributes)]
         if self.kept_nan:
-            out = b.where(self._sees(b, self.kept_nan), out, b.constant(math.nan, out.dtype))
-        held = (groups["b"], groups["h"], groups["s"], self.e)
-        return axes.place(b, out.cast(self.values.product.results[0].type.dtype), held, self.values.result)
+            seen = self._sees(b, self.kept_nan)
+            made = [b.where(seen, x, b.constant(math.nan, x.dtype)) for x in made]
+        by_row = (groups["b"], groups["h"], groups["s"])
+        wanted = [(Placed(self.values.product.results[0], self.values.result), made[0], self.e)]
+        wanted += [(placed, made[1], groups["t"]) for placed in returned]
+        return [
+            (p.value, axes.place(b, x.cast(p.value.type.dtype), (*by_row, last), p.layout)) for p, x, last in wanted
+        ]
 
     def _laid_out(self, b: Builder, origin: Origin, wanted: Sequence[Sequence[int]]) -> Expr:
         placed = origin.as_laid_out(self.axes, wanted)

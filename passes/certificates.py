@@ -318,7 +318,9 @@ def _fits(sides: tuple[Graph, Graph], sizes: Sizes) -> bool:
 _CURVED = frozenset(
     ("exp", "log", "erf", "tanh", "sigmoid", "softmax", "sqrt", "rsqrt", "reciprocal", "div", "pow", "maximum")
 ) | {"minimum", "relu", "where", "gelu", "gelu_tanh", "silu", "quick_gelu", "layer_norm", "rms_norm", "attention"}
-_PRODUCTS = frozenset(("matmul", "linear", "einsum", "attention"))
+_CURVED |= {"activated_linear", "gated_linear", "attention_with_probabilities"}
+_PRODUCTS = frozenset(("matmul", "linear", "einsum", "attention", "activated_linear", "gated_linear"))
+_PRODUCTS |= {"attention_with_probabilities"}
 
 
 def _kinds(sides: tuple[Graph, Graph]) -> tuple[str, ...]:

@@ -12,7 +12,12 @@ from treadle.ir.operation import Composite, find_op
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import Event, PassRecord
 
-FUSED = ("attention", "rotary", "softmax", "layer_norm", "rms_norm", "gelu", "gelu_tanh", "silu", "quick_gelu")
+FUSED = (
+    *("attention", "rotary", "softmax", "layer_norm", "rms_norm", "gelu", "gelu_tanh", "silu", "quick_gelu"),
+    *("activated_linear", "gated_linear"),
+    *("add_layer_norm", "add_rms_norm", "embedding_sum"),
+    *("attention_with_probabilities", "projections"),
+)
 """The composites that passes of the default pipeline make."""
 
 
@@ -42,10 +47,16 @@ class Decompose(Pass):
         kept: list[Node] = []
         pending = function.nodes[::-1]
         changes = 0
+
+        def current(value: Value) -> Value:
+            while value in replaced:  # a body may end in a composite
+                value = replaced[value]
+            return value
+
         while pending:
             node = pending.pop()
             if replaced and any(v in replaced for v in node.inputs):
-                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
+                node.operands = tuple(v if v is None else current(v) for v in node.operands)
             if node.op.name not in self.ops or not isinstance(node.op, Composite):
                 kept.append(node)
                 continue
@@ -59,5 +70,5 @@ class Decompose(Pass):
             log.matches.append(Event.at(self.name, function, node))
             changes += 1
         function.nodes = kept
-        function.outputs = {name: replaced.get(v, v) for name, v in function.outputs.items()}
+        function.outputs = {name: current(v) for name, v in function.outputs.items()}
         return changes

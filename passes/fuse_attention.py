@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from treadle.ir.builder import Builder
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.passes.attention_core import (
@@ -27,12 +27,14 @@ from treadle.passes.canonicalize import IdentityRearrange, RearrangeOfRearrange
 from treadle.passes.dead_code import drop_unread
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.returned_values import ReturnedValues, readers_of
 from treadle.passes.rewrite import sweep
 
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
     """softmax(softcap(scale q k^T) + biases, masked) v   -->   attention(q, k, v, terms, scale, softcap)
+    p = softmax(...); return p v, p                    -->   attention_with_probabilities(q, k, v, ...)
 
      1. any layout of q, k, v, the scores and the result: axes are followed through rearrange and expand
      2. keys and values repeated for several query heads  -->  fewer of their heads
@@ -41,6 +43,7 @@ class FuseAttention(Pass):
      5. conditions by position  -->  causal, window, padding, segments;  table[bucket(j - i)]  -->  t5_relative;
         slopes[h] (j - i)  -->  alibi;  every other condition or addend  -->  mask(axes), bias(axes)
      6. softmax, or one that puts zeros where every score is -inf
+     7. probabilities that are outputs of the model as well, moved or cast at most, also through a block's calls
 
     The two sides are equal for all finite inputs and weights, a row in which every key is masked included. There the
     left side is NaN (-inf and a plain softmax), zeros (-inf, guarded) or an average over all keys (a large negative
@@ -48,12 +51,16 @@ class FuseAttention(Pass):
     where zeros are meant, a large negative number stays an addend, and NaN is put back by a `where`. Scores are taken
     to be far below a mask's number in size.
 
+    Where the probabilities are read inside the model (averaged, multiplied, dropped out), the site is left alone though
+    the second result could serve: it would hide the softmax from the passes and backends that could join such a reader
+    to it. Who returns the probabilities asks for them whole, whatever computes them.
+
     zero_empty_rows   a row without keys may give zeros, whatever it gave; then every mask is a mask, and none an addend
 
-    Refuses: probabilities that are used elsewhere or changed before the product with the values; a softmax over another
-    axis than that product sums; a scale that depends on data; masks or biases before the soft-cap; a number in place of
-    masked scores that is not low enough, or that is where a row without keys would differ; an inner value that is used
-    elsewhere.
+    Refuses: probabilities that are used elsewhere or changed before the product with the values, or returned in a wider
+    dtype than attention's; a softmax over another axis than that product sums; a scale that depends on data; masks or
+    biases before the soft-cap; a number in place of masked scores that is not low enough, or that is where a row
+    without keys would differ; an inner value that is used elsewhere.
     """
 
     zero_empty_rows: bool = False
@@ -71,6 +78,19 @@ _TIDYING = (IdentityRearrange(), RearrangeOfRearrange())
 """For what attention's own layout leaves between it and its neighbours."""
 
 
+class Site(NamedTuple):
+    """A softmax whose result weights values: its own layout, and the way to the product with the values."""
+
+    weighting: Weighting
+    axes: Axes
+    layout: Layout
+    values: Values
+
+    @property
+    def product(self) -> Node:
+        return self.values.product
+
+
 class _Search:
     """The walk over one function. A site is looked at when its last node, the product with the values, is reached."""
 
@@ -80,27 +100,23 @@ class _Search:
         self.builder = Builder(graph, self.scratch)
         self.replaced: dict[Value, Value] = {}
         self.by_offset: dict[Value, np.ndarray[Any, Any] | None] = {}
-        self.users: dict[Value, list[Node | None]] = {}
-        for node in function.nodes:
-            for value in dict.fromkeys(node.inputs):
-                self.users.setdefault(value, []).append(node)
-        for value in function.outputs.values():
-            self.users.setdefault(value, []).append(None)
+        self.users = readers_of(function)
+        self.returned = ReturnedValues(graph)
 
     def readers(self, value: Value) -> Sequence[Node | None]:
         return self.users.get(value, ())
 
+    def goes_out(self, user: Node | None, value: Value) -> bool:
+        return self.returned.goes_out(self.function, user, value)
+
     def run(self) -> int:
-        weightings = [found for node in self.function.nodes if (found := softmax_at(node)) is not None]
-        sites: dict[Node, tuple[Weighting, Axes, Layout, Values]] = {}
-        for weighting in weightings:
-            axes = Axes()
-            layout = axes.of(weighting.anchor.results[0])
-            try:
-                values = follow_probabilities(axes, weighting, layout, self.readers)
-                sites[values.product] = (weighting, axes, layout, values)
-            except Mismatch as mismatch:
-                self._refuse(weighting, mismatch)
+        sites: dict[Node, Site] = {}
+        softmaxes: dict[Node, Node] = {}
+        for node in self.function.nodes:
+            site = self._site(node)
+            if site is not None:
+                sites[site.product] = site
+                softmaxes[site.product] = node
         if not sites:
             return 0
         kept: list[Node] = []
@@ -109,17 +125,47 @@ class _Search:
             if self.replaced and any(v in self.replaced for v in node.inputs):
                 node.operands = tuple(v if v is None else self.replaced.get(v, v) for v in node.operands)
             site = sites.get(node)
-            made = self._fused(node, *site) if site is not None else None
-            if made is None:
+            if site is not None and self.replaced:
+                site = self._site(softmaxes[node])  # what it reads may be an attention by now
+            made = self._fused(node, site) if site is not None else None
+            if made is None or site is None:
                 kept.append(node)
-            else:
-                kept += made
-                applied += 1
+                continue
+            returned = {placed.value for placed in site.values.returned}
+            behind = self._computed_from(returned, kept) if returned else {}
+            kept = [*(n for n in kept if n not in behind), *made, *behind]
+            applied += 1
         self.function.outputs = {name: self.replaced.get(v, v) for name, v in self.function.outputs.items()}
         self.function.nodes = kept
         if applied:
             drop_unread(self.function)
         return applied
+
+    def _site(self, node: Node) -> Site | None:
+        """The site of a softmax, if there is one; why it is none is recorded."""
+        weighting = softmax_at(node)
+        if weighting is None:
+            return None
+        axes = Axes()
+        layout = axes.of(weighting.anchor.results[0])
+        try:
+            values = follow_probabilities(axes, weighting, layout, self.readers, self.goes_out)
+        except Mismatch as mismatch:
+            self._refuse(weighting, mismatch)
+            return None
+        return Site(weighting, axes, layout, values)
+
+    def _computed_from(self, values: set[Value], nodes: Sequence[Node]) -> dict[Node, None]:
+        """Those of these nodes that are computed from values which were replaced. They read from now on what stands in
+        their place, and have to stand behind it."""
+        values = set(values)
+        found: dict[Node, None] = {}
+        for node in nodes:
+            if any(v in values for v in node.inputs):
+                node.operands = tuple(v if v is None else self.replaced.get(v, v) for v in node.operands)
+                values.update(node.results)
+                found[node] = None
+        return found
 
     def _refuse(self, weighting: Weighting, mismatch: Mismatch) -> None:
         """Record why a softmax of a product, or with one after it, is not fused; any other is no one's attention."""
@@ -142,8 +188,9 @@ class _Search:
         event = Event.at(self.options.name, self.function, mismatch.node, reason, mismatch.hint)
         self.log.refusals.append(event)
 
-    def _fused(self, root: Node, weighting: Weighting, axes: Axes, layout: Layout, values: Values) -> list[Node] | None:
+    def _fused(self, root: Node, site: Site) -> list[Node] | None:
         """The nodes to stand in the place of the product with the values, or None where the site is refused."""
+        weighting, axes, layout, values = site
         try:
             scores = find_scores(axes, weighting, layout, self.readers)
             zeros = self.options.zero_empty_rows
@@ -151,11 +198,14 @@ class _Search:
         except Mismatch as mismatch:
             self._record(mismatch)
             return None
-        old = root.results[0]
+        refused = ""
+        placed: list[tuple[Value, Expr]] = []
         try:
             with self.builder.placed_as(root):
-                result = plan.build(self.builder)
-            refused = "" if result.type == old.type else f"attention would give {result.type} for {old.type}"
+                placed = plan.build(self.builder)
+            for old, new in placed:
+                if new.type != old.type:
+                    refused = f"attention would give {new.type} for {old.type}"
         except TreadleError as error:
             refused = f"attention does not take this: {error.what}"
         made, self.scratch.nodes = self.scratch.nodes, []
@@ -167,8 +217,11 @@ class _Search:
         for note in plan.notes:
             event = Event.at(self.options.name, self.function, note.node, f"the mask {note.reason}", note.hint)
             self.log.refusals.append(event)
-        self.log.matches.append(Event.at(self.options.name, self.function, root))
-        self.replaced[old] = result.value
-        if old.name != root.op.name and result.value.node is not None:
-            result.value.name = old.name
+        rule = "attention-with-probabilities" if values.returned else self.options.name
+        self.log.matches.append(Event.at(rule, self.function, root))
+        for old, new in placed:
+            self.replaced[old] = new.value
+            self.users[new.value] = self.users.get(old, [])
+            if old.node is not None and old.name != old.node.op.name and new.value.node is not None:
+                new.value.name = old.name
         return made

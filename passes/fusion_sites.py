@@ -1,10 +1,16 @@
 """Candidate sites: where a graph does what a fused op could do, whether or not a rule recognises it.
 
-    attention       a softmax between two products;  attention
+    attention       a softmax between two products;  attention, attention_with_probabilities
     normalization   the mean of a square, and what is divided by its root;  layer_norm, rms_norm
     activation      erf, tanh + 1 or sigmoid, and what is multiplied by it;  gelu, gelu_tanh, silu, quick_gelu
     rotary          halves changed places and sign, x cos a + y sin a;  rotary
     linear          a product with a weight transposed, and a bias added to it;  linear
+    gate            two products, of which one is activated and multiplied by the other;  gated_linear
+    epilogue        a product and the activation of it, unless it is a gate;  activated_linear
+    residual        the sum of two values that are computed, and the norm of it;  add_layer_norm, add_rms_norm
+    embedding       two embeddings or more in one sum;  embedding_sum
+    projection      products of one value with several weights, none of them finished by what is above;  projections
+    scale           a number that scales what a product or a norm gives;  linear, rms_norm, layer_norm
 
 A product with a weight that lies as [in, out] is no site: matmul is the op for it, and a backend that packs weights
 packs this one as well, and adds the bias as it stores the product. There is nothing to gain, and a copy to lose.
@@ -17,19 +23,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.passes.product_sites import epilogue_nodes, gate_nodes
+from treadle.passes.projection_sites import products_of_one_value, scale_nodes
+from treadle.passes.stream_sites import embedding_nodes, normed_value, residual_nodes
 
 PRODUCTS = frozenset(("matmul", "einsum", "linear"))
 
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "attention": ("fuse-attention", ("attention",)),
+    "projection": ("merge-projections", ("projections",)),
+    "scale": ("fold-scale", ("linear", "rms_norm", "layer_norm")),
+    "attention": ("fuse-attention", ("attention", "attention_with_probabilities")),
     "normalization": ("fuse-normalization", ("layer_norm", "rms_norm")),
     "activation": ("fuse-gelu", ("gelu", "gelu_tanh", "silu", "quick_gelu")),
     "rotary": ("fuse-rotary", ("rotary",)),
     "linear": ("fuse-linear", ("linear",)),
+    "gate": ("fuse-gated-linear", ("gated_linear",)),
+    "epilogue": ("fuse-activated-linear", ("activated_linear",)),
+    "residual": ("fuse-residual-norm", ("add_layer_norm", "add_rms_norm")),
+    "embedding": ("fuse-embedding-sum", ("embedding_sum",)),
 }
-"""For each kind of site the pass that fuses it, and the ops that it becomes."""
+"""For each kind of site the pass that fuses it, and the ops that it becomes. An op belongs to the last kind that has
+it.
+"""
 
 _MOVES = frozenset(("cast", "rearrange", "reshape", "expand", "slice"))
 _ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "neg", "where", "tanh", "maximum", "minimum", "pow"))
@@ -64,14 +82,25 @@ class _Finder:
         for node in function.nodes:
             for value in dict.fromkeys(node.inputs):
                 self.users.setdefault(value, []).append(node)
+        self.gates = {node: found for node in function.nodes if (found := gate_nodes(node)) is not None}
+        self.gated = {node for nodes in self.gates.values() for node in nodes}
+        self.norms: dict[Value, Sequence[Node]] = {}
+        """What a value that is normalized is normalized by."""
+        for node in function.nodes:
+            spelled = self._normalization(node)
+            normed = normed_value(node, spelled)
+            if normed is not None:
+                self.norms.setdefault(normed, [node, *(spelled or ())])
 
     def sites(self) -> Iterator[Site]:
         fused = {op: kind for kind, (_, ops) in KINDS.items() for op in ops}
-        finders = (self._attention, self._normalization, self._activation, self._rotary, self._linear)
+        finders = (
+            *(self._attention, self._normalization, self._activation, self._rotary, self._linear),
+            *(self._gate, self._epilogue, self._residual, self._embedding, self._projection, self._scale),
+        )
         for node in self.function.nodes:
             if node.op.name in fused:
                 yield Site(fused[node.op.name], self.function.name, node, (node,), node.op.name)
-                continue
             for find in finders:
                 nodes = find(node)
                 if nodes is not None:
@@ -176,6 +205,38 @@ class _Finder:
         if any(w for user in turned for v in user.inputs for w in _waves(v)):
             return None  # the sum is the site
         return [p for p in parts if p is not None] + turned
+
+    def _gate(self, node: Node) -> Sequence[Node] | None:
+        """act(x g) * (x u)"""
+        return self.gates.get(node)
+
+    def _epilogue(self, node: Node) -> Sequence[Node] | None:
+        """act(x w), where it is no gate"""
+        if node in self.gated:
+            return None
+        return epilogue_nodes(node, self._activation(node))
+
+    def _projection(self, node: Node) -> Sequence[Node] | None:
+        """x u, x v, ..."""
+        return self._projections.get(node)
+
+    @cached_property
+    def _projections(self) -> Mapping[Node, Sequence[Node]]:
+        finished = {each for nodes in self.gates.values() for each in nodes}
+        finished.update(each for node in self.function.nodes for each in self._epilogue(node) or ())
+        return products_of_one_value(self.function, finished)
+
+    def _scale(self, node: Node) -> Sequence[Node] | None:
+        """(x w) * c, norm(x) * c"""
+        return scale_nodes(node)
+
+    def _residual(self, node: Node) -> Sequence[Node] | None:
+        """norm(x + residual)"""
+        return residual_nodes(node, self.norms)
+
+    def _embedding(self, node: Node) -> Sequence[Node] | None:
+        """embedding(t, i) + embedding(u, j)"""
+        return embedding_nodes(node, self.users)
 
     def _linear(self, node: Node) -> Sequence[Node] | None:
         """matmul(x, transpose(w)) + bias"""

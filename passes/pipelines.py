@@ -6,13 +6,19 @@ from treadle.passes.canonicalize import Canonicalize
 from treadle.passes.common_subexpressions import CommonSubexpressions
 from treadle.passes.dead_code import DeadCode
 from treadle.passes.fold_constants import FoldConstants
+from treadle.passes.fold_scale import FoldScale
+from treadle.passes.fuse_activated_linear import FuseActivatedLinear
 from treadle.passes.fuse_attention import FuseAttention
+from treadle.passes.fuse_embedding_sum import FuseEmbeddingSum
+from treadle.passes.fuse_gated_linear import FuseGatedLinear
 from treadle.passes.fuse_gelu import FuseGelu
 from treadle.passes.fuse_linear import FuseLinear
 from treadle.passes.fuse_normalization import FuseNormalization
+from treadle.passes.fuse_residual_norm import FuseResidualNorm
 from treadle.passes.fuse_rotary import FuseRotary
 from treadle.passes.fuse_softmax import FuseSoftmax
 from treadle.passes.manager import Pass
+from treadle.passes.merge_projections import MergeProjections
 
 DEFAULT: tuple[Pass, ...] = (
     # one spelling for everything, no work done twice, and none that nobody reads, which would keep others from fusing
@@ -27,6 +33,12 @@ DEFAULT: tuple[Pass, ...] = (
     FuseAttention(),
     FuseGelu(),
     FuseLinear(),
+    FoldScale(),
+    FuseGatedLinear(),
+    FuseActivatedLinear(),
+    FuseEmbeddingSum(),
+    FuseResidualNorm(),
+    MergeProjections(),
     # what is left over
     CommonSubexpressions(),
     DeadCode(),

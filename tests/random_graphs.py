@@ -61,6 +61,12 @@ RECIPES: dict[str, Recipe] = {
     "rms_norm": lambda b, r, x: b.rms_norm(x, weight(b, r, x.shape[-1]), eps=r.choice((1e-6, 1e-5, 0.1))),
     "layer_norm": lambda b, r, x: b.layer_norm(x, weight(b, r, x.shape[-1]), weight(b, r, x.shape[-1])),
     "linear": lambda b, r, x: b.linear(x, weight(b, r, 8, x.shape[-1])),
+    "activated_linear": lambda b, r, x: b.activated_linear(
+        x, weight(b, r, 8, x.shape[-1]), weight(b, r, 8), activation=r.choice(("gelu", "relu", "tanh"))
+    ),
+    "gated_linear": lambda b, r, x: b.gated_linear(
+        x, weight(b, r, x.shape[-1], 8), weight(b, r, x.shape[-1], 8), weight_axes="k n"
+    ),
     "concat": lambda b, r, x: b.concat(x, x, x, axis=r.randrange(x.rank)),
     "slice": lambda b, r, x: b.slice(
         x, axis=r.randrange(x.rank), start=r.choice((0, 1)), stop=r.choice((None, "S", 2))

@@ -140,6 +140,66 @@ def linear(b: Builder, r: Random, x: Expr) -> Expr:
     return b.tanh(b.rearrange(y, pattern="(b=B s) d -> b s d") if rows else y)
 
 
+def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:
+    """A product that is activated, or gated by another one: of the same value, of another, by the other's half."""
+    activate = r.choice((b.gelu, b.relu, b.silu, b.sigmoid, b.tanh))
+
+    def product(x: Expr, width: int = WIDTH) -> Expr:
+        if r.random() < 0.5:
+            return b.linear(x, parameter(b, width, WIDTH))
+        y = b.matmul(x, parameter(b, WIDTH, width))
+        return y + parameter(b, width) if r.random() < 0.5 else y
+
+    def halved() -> Expr:
+        y = product(x, 2 * WIDTH)
+        return activate(b.slice(y, axis=2, stop=WIDTH)) * b.slice(y, axis=2, start=WIDTH)
+
+    def gated() -> Expr:
+        gate = activate(product(x))
+        return gate * product(r.choice((x, x, -x)))
+
+    return b.tanh(one_of(r, lambda: activate(product(x)), gated, halved))
+
+
+def residual(b: Builder, r: Random, x: Expr) -> Expr:
+    """A norm of a sum, which goes on beside it or not."""
+    total = x + b.tanh(x)
+    y = one_of(r, lambda: b.layer_norm(total, parameter(b, WIDTH)), lambda: b.rms_norm(total))
+    return one_of(r, lambda: y, lambda: y + total)
+
+
+def embedded(b: Builder, r: Random, x: Expr) -> Expr:
+    one, other = (b.embedding(parameter(b, 3, WIDTH), b.constant(row)) for row in (0, 2))
+    return one_of(r, lambda: x + (one + other), lambda: x + (one * 2.0 + other))
+
+
+def projected(b: Builder, r: Random, x: Expr) -> Expr:
+    """Products of one value by two weights or three, with biases or without; some weights are read elsewhere too."""
+    parts = []
+    for _ in range(r.choice((2, 3))):
+        w = parameter(b, WIDTH, WIDTH)
+        y = b.linear(x, w) if r.random() < 0.7 else b.matmul(x, w)
+        y = y + parameter(b, WIDTH) if r.random() < 0.5 else y
+        parts.append(y + b.reduce_sum(w, axes=(0, 1), keep=False) * 0.01 if r.random() < 0.1 else y)
+    total = parts[0] * parts[1]
+    return b.sin(total + parts[2] if len(parts) > 2 else total)
+
+
+def scaled_product(b: Builder, r: Random, x: Expr) -> Expr:
+    """A product, wider or narrower than what it is of, or a norm, and one number that scales it."""
+    by, width = r.choice((0.125, -0.3, 2.0)), r.choice((2, 2 * WIDTH))
+    weight, bias = parameter(b, WIDTH), parameter(b, WIDTH)
+    normed = one_of(r, lambda: x, lambda: b.rms_norm(x, weight), lambda: b.layer_norm(x, weight, bias))
+    there, back = parameter(b, width, WIDTH), parameter(b, WIDTH, width)
+    y = one_of(
+        r,
+        lambda: b.linear(normed, there) * by,
+        lambda: b.matmul(normed, b.parameter(f"w{len(b.function.parameters)}", f64[WIDTH, width])) * by,
+        lambda: b.linear(normed * by, there),
+    )
+    return b.sin(b.linear(y, back))
+
+
 def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
     return one_of(
         r,
@@ -212,5 +272,6 @@ def idle(b: Builder, r: Random, x: Expr) -> Expr:
 
 STEPS: tuple[Step, ...] = (
     *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, attention, linear, unchanged, unchanged),
+    *(feed_forward, residual, embedded, projected, scaled_product),
     *(picked, one_of_two, powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle, inverted),
 )

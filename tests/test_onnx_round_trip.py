@@ -24,16 +24,21 @@ from treadle.passes.pipelines import DEFAULT
 TOLERANCE = 1e-6
 """In float64: an attribute such as a norm's eps is a float32 in ONNX, which is off by 6e-8 of itself."""
 
-FUSED = ("attention", "layer_norm", "rms_norm", "gelu", "gelu_tanh")
+FUSED = ("attention", "layer_norm", "rms_norm", "gelu", "gelu_tanh", "activated_linear", "gated_linear")
 
 
 def run_ops(graph: Graph) -> Counter[str]:
-    """How many nodes of each fused op a run passes, calls multiplied."""
+    """How many nodes of each fused op a run passes, calls multiplied.
+
+    A norm is one with its residual or without: the first of a block has the sum of the block before only once blocks
+    are written out.
+    """
     known: dict[str, Counter[str]] = {}
     for function in graph.functions.values():
         found: Counter[str] = Counter()
         for node in function.nodes:
-            found += known[node.op.callee] if node.op.callee is not None else Counter([node.op.name])
+            name = node.op.name.removeprefix("add_")
+            found += known[node.op.callee] if node.op.callee is not None else Counter([name])
         known[function.name] = found
     return Counter({name: known["main"][name] for name in FUSED if known["main"][name]})
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, optimize, program
-from treadle.ir.graph import Literal
 from treadle.ir.operation import find_op
 from treadle.ir.parser import parse_graph
 from treadle.ir.types import Type
@@ -22,7 +21,6 @@ from treadle.passes.fuse_linear import FuseLinear
 from treadle.passes.fuse_normalization import FuseNormalization
 from treadle.passes.fuse_softmax import FuseSoftmax
 from treadle.passes.manager import Pass
-from treadle.passes.rearrange_forms import composed, form_of
 
 # -- each rewrite: before --> after ------------------------------------------------------------------------------
 
@@ -666,45 +664,7 @@ def test_an_index_of_many_sums_is_looked_at_once() -> None:
         assert [e.rule for e in optimize(text, Canonicalize()).log[0].matches] == ["where-negative"] * found
 
 
-# -- rearranges ----------------------------------------------------------------------------------------------------
-
-SPLITS = [
-    "a b c -> a b c",
-    "a b c -> c a b",
-    "a b (c=2 d) -> c a b d",
-    "a (b=3 e) (c=2 d) -> (e c) a (b d)",
-    "a b c -> (a b) c",
-]
-
-
-@pytest.mark.parametrize("first", SPLITS)
-@pytest.mark.parametrize("second", ["swap", "join", "split"])
-def test_two_rearranges_are_the_one_that_they_compose_to(first: str, second: str) -> None:
-    x = np.arange(4 * 6 * 8).reshape(4, 6, 8)
-    rearrange = find_op("rearrange")
-    middle = rearrange(pattern=first).reference(x)
-    letters = "pqrs"[: middle.ndim]
-    pattern = {
-        "swap": f"{' '.join(letters)} -> {' '.join(reversed(letters))}",
-        "join": f"{' '.join(letters)} -> ({' '.join(letters)})",
-        "split": f"(m=2 {letters[0]}) {' '.join(letters[1:])} -> {' '.join(letters)} m",
-    }[second]
-    form = composed(first, pattern, Literal.of(x).type)
-    assert form is not None
-    np.testing.assert_array_equal(
-        rearrange(pattern=form.pattern).reference(x), rearrange(pattern=pattern).reference(middle)
-    )
-
-
-def test_splits_that_do_not_divide_each_other_stay_two_rearranges() -> None:
-    assert composed("a b -> (a b)", "(c=3 d) -> d c", Literal.of(np.zeros((2, 3))).type) is None
-
-
-def test_a_form_keeps_names_and_given_sizes() -> None:
-    form = composed("b s (heads=2 d) -> b s heads d", "b s h d -> b h s d", Literal.of(np.zeros((2, 3, 8))).type)
-    assert form is not None
-    assert form.pattern == "b s (heads=2 d) -> b heads s d"
-    assert form_of("a b -> b a", Literal.of(np.zeros((2, 3))).type).is_transposition
+# -- dtypes --------------------------------------------------------------------------------------------------------
 
 
 def test_a_bf16_constant_is_one_only_if_it_is_one() -> None:

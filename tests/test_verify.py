@@ -85,7 +85,7 @@ def test_a_wrong_kernel_is_found_with_the_users_line(monkeypatch: pytest.MonkeyP
     assert not report.passed
     assert wrong.passed is False
     assert wrong.fault is not None
-    assert (wrong.fault.op, wrong.fault.scope) == ("gelu_tanh", "h.0")
+    assert (wrong.fault.op, wrong.fault.scope) == ("activated_linear", "h.0")
     assert wrong.fault.line.endswith(line_of("gelu_tanh"))
     assert wrong.fault.difference is not None
     assert wrong.fault.difference.value == pytest.approx(1e-4, rel=0.01)
@@ -111,7 +111,7 @@ def test_a_kernel_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.failure is not None
     assert "gelu_tan" in report.failure
     assert report.fault is not None
-    assert report.fault.op == "gelu_tanh"
+    assert report.fault.op == "activated_linear"
     assert "gelu_tan" in (report.fault.failure or "")
 
 
@@ -254,7 +254,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     told = CliRunner().invoke(app, [*arguments, "--json"])
     assert told.exit_code == 1
     facts = json.loads(told.stdout)
-    assert facts["backends"][0]["first_fault"]["op"] == "gelu_tanh"
+    assert facts["backends"][0]["first_fault"]["op"] == "activated_linear"
     assert facts["sizes"][0]["S"] == 5
     refused = CliRunner().invoke(app, ["verify", f"{__file__}:toy", "--sizes", "Q=5"])
     assert refused.exit_code == 2

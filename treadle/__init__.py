@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from treadle.ir.following import follow as follow
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
+    from treadle.specializing import Specializing as Specializing
 
 _LAZY = {
     "Compiled": "treadle.compiling",
     "Graph": "treadle.ir.graph",
+    "Specializing": "treadle.specializing",
     "Target": "treadle.ir.target",
     "TreadleError": "treadle.ir.errors",
     "compile": "treadle.compiling",

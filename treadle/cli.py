@@ -55,6 +55,16 @@ OptionalInputs = Annotated[
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, or one that is installed.")]
 TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        min=1,
+        help="How many threads may work at once, with torch and tvm. By default one a core.",
+        show_default=False,
+    ),
+]
 Certify = Annotated[
     bool, typer.Option("--certify", help="Try every rewrite on drawn values, undo what fails, and print certificates.")
 ]
@@ -82,8 +92,11 @@ def _errors_told(as_json: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except TreadleError as error:
+        from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
         from treadle.reports import console, error_facts, error_text
 
+        if isinstance(error, StaticArgumentNeeded):
+            error.hint = f"--set {error.argument}=VALUE"
         _trace_if_asked()
         if as_json:
             _print_json({"error": error_facts(error)})
@@ -211,11 +224,13 @@ def compile(
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
+    threads: Threads = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compile a model and tell what every pass did, how long it took, and what runs where."""
     from treadle.artifacts import SUFFIX, is_artifact
+    from treadle.ir.target import Target
     from treadle.option_values import parse_config
     from treadle.reports import compiled_facts, compiled_lines, console, human, pass_table
 
@@ -223,9 +238,16 @@ def compile(
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     started = time.perf_counter()
     chosen = parse_config(config or ())
-    chosen |= {"backend": backend, "target": target, "seed": seed, "certify": certify or None}
+    chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
     made = treadle.compile(model, inputs=_names(inputs), **chosen)
     seconds = time.perf_counter() - started
+    if made.static:
+        names = ", ".join(made.static)
+        raise UsageError(
+            f"what is compiled depends on the value of {names}",
+            received=repr(made),
+            hint=f"--set {made.static[0]}=VALUE",
+        )
     written = {"file": str(output), "seal": made.save(output)} if output is not None else {}
     if as_json:
         _print_json({**compiled_facts(made, seconds), **written})
@@ -298,13 +320,15 @@ def run(
         str | None,
         typer.Option("--target", help="By default cpu, or what an artifact was made for.", show_default=False),
     ] = None,
+    threads: Threads = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a model on arrays."""
     import numpy as np
 
-    from treadle.artifacts import is_artifact, load
+    from treadle.artifacts import is_artifact, load, open_artifact
+    from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_config, parse_inputs
     from treadle.reports import array_facts, array_table, console, weights_text
@@ -312,10 +336,11 @@ def run(
     assigned, chosen = values or [], parse_config(config or ())
     if is_artifact(model):
         _refuse_for_artifact(config=config)
-        made = load(model, backend=backend, target=target)
+        where = None if target is None and threads is None else target or open_artifact(model).target
+        made = load(model, backend=backend, target=None if where is None else Target(where, threads))
     else:
         given = input_names(assigned)
-        chosen |= {"backend": backend or "numpy", "target": target or "cpu"}
+        chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
         made = treadle.compile(model, inputs=given, seed=seed, **chosen)
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     started = time.perf_counter()
@@ -451,16 +476,20 @@ def embed(
     config: Config = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Embed sentences with a sentence encoder, such as the fetched minilm: a vector a line."""
     from treadle.embedding import SentenceEmbedder
+    from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import parse_config, read_sentences
     from treadle.reports import console, similarity_table
 
     texts = read_sentences(sentences or [], file)
-    embedder = SentenceEmbedder.open(model, backend=backend, target=target, **parse_config(config or ()))
+    embedder = SentenceEmbedder.open(
+        model, backend=backend, target=Target(target, threads), **parse_config(config or ())
+    )
     embedded = embedder.embed_reporting(texts)
     vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T
     files = write_npy(output, {"embeddings": vectors}) if output is not None else []
@@ -500,15 +529,17 @@ def generate(
     config: Config = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue text with a causal language model, such as the fetched smollm2."""
     from treadle.continuation import TextWriter
+    from treadle.ir.target import Target
     from treadle.option_values import parse_config
     from treadle.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    writer = TextWriter.open(model, backend=backend, target=target, **parse_config(config or ()))
+    writer = TextWriter.open(model, backend=backend, target=Target(target, threads), **parse_config(config or ()))
     texts, ids = [""] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
     stream = len(prompts) == 1 and not as_json
     if stream:

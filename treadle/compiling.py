@@ -14,6 +14,7 @@ import numpy as np
 
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
+from treadle.frontends.contained_files import printable
 from treadle.frontends.dsl import Model
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import BackendError, UsageError
@@ -22,7 +23,7 @@ from treadle.ir.target import Target
 from treadle.passes.manager import Optimized, Pass, PassManager, debug_level
 from treadle.passes.pass_log import PassLog, PassRecord
 from treadle.passes.pipelines import DEFAULT
-from treadle.resolving import resolve
+from treadle.resolving import Resolved, StaticInputNeeded, resolve
 
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +40,8 @@ class Compiled:
     weights     the weights by name; memory-mapped where they come from a checkpoint
     unused      the checkpoint's tensors that the model does not take
     seed        the seed that drew the weights, or None where a checkpoint or the caller gave them
+
+    Where inputs determine shapes it is a `treadle.specializing.Specializing`, with a graph for each of their values.
     """
 
     name: str
@@ -75,12 +78,27 @@ class Compiled:
         """The code that runs, for a person to read."""
         return self.executable.source
 
+    @property
+    def static(self) -> tuple[str, ...]:
+        """The inputs whose values determine shapes, so that it is compiled for each; mostly none."""
+        return ()
+
+    def at(self, /, **static: Any) -> Compiled:
+        """What is compiled for values of such inputs: itself, for none. Raises UsageError for any other name."""
+        if static:
+            names = ", ".join(map(printable, static))
+            raise UsageError(f"{self.name} has no input {names} that determines a shape", received=repr(self))
+        return self
+
     def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
         """Run on arrays by name; answers by name. Raises BackendError where they are not what `inputs` says."""
+        self._refuse_unnamed(unnamed)
+        return self.executable(**arrays)
+
+    def _refuse_unnamed(self, unnamed: Sequence[Any]) -> None:
         if unnamed:
             names = ", ".join(f"{port.name}=..." for port in self.inputs)
             raise BackendError("inputs are given by name", hint=f"exe({names})")
-        return self.executable(**arrays)
 
     def save(self, path: str | Path) -> str:
         """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`."""
@@ -113,25 +131,36 @@ def compile(
     passes   the pipeline, a flat list
     inputs   optional inputs of the declaration to include, such as ("lengths",)
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
-    config   configuration of the declaration
+    config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 
-    Raises the error of the part that refuses: UsageError, FrontendError, CheckpointError, PassError, BackendError.
+    An ONNX file with an input that determines shapes, and of which config has no value, is compiled when it is called,
+    for each value: `treadle.specializing`. Raises the error of the part that refuses: UsageError, FrontendError,
+    CheckpointError, PassError, BackendError.
     """
     where = target if isinstance(target, Target) else Target(target)
     manager = PassManager(checked_passes(passes), certify=certify, target=where)
-    resolved = resolve(model, inputs=inputs, **config)
-    optimized = manager.run(resolved.graph)
-    if weights is not None:
-        _refuse_unknown(weights, resolved.graph.parameters)
-    given = weights if weights is not None else resolved.weights
-    bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
-    executable = find_backend(backend).compile(optimized.graph, where, bound)
-    optimized = _with_notes(optimized, backend, getattr(executable, "notes", ()))
-    if debug_level() >= 4:
-        print(executable.source, file=sys.stderr)
-    return Compiled(
-        resolved.name, optimized, executable, backend, where, bound, resolved.unused, seed if given is None else None
-    )
+    chosen = find_backend(backend)
+
+    def make(resolved: Resolved) -> Compiled:
+        optimized = manager.run(resolved.graph)
+        if weights is not None:
+            _refuse_unknown(weights, resolved.graph.parameters)
+        given = weights if weights is not None else resolved.weights
+        bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
+        executable = chosen.compile(optimized.graph, where, bound)
+        optimized = _with_notes(optimized, backend, getattr(executable, "notes", ()))
+        if debug_level() >= 4:
+            print(executable.source, file=sys.stderr)
+        drawn = seed if given is None else None
+        return Compiled(resolved.name, optimized, executable, backend, where, bound, resolved.unused, drawn)
+
+    try:
+        resolved = resolve(model, inputs=inputs, **config)
+    except StaticInputNeeded as needed:
+        from treadle.specializing import Specializing
+
+        return Specializing(needed.opened, needed.argument, make, backend=backend, target=where)
+    return make(resolved)
 
 
 def _with_notes(optimized: Optimized, backend: str, notes: Sequence[str]) -> Optimized:

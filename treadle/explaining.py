@@ -19,9 +19,10 @@ from typing import Any
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
 from treadle.frontends.dsl import Model
+from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.operation import find_op
+from treadle.ir.operation import Composite, find_op
 from treadle.passes.fusion_sites import KINDS, Site, find_sites
 from treadle.passes.manager import Optimized, Pass, PassManager
 from treadle.passes.pass_log import Event, PassRecord
@@ -105,23 +106,29 @@ class Block:
 class Explanation:
     """What became of every site of a model.
 
-    counts    how many ops of each name a run of the optimized graph computes, calls multiplied
-    expected  what was asked for with `--expect`
+    counts    how many ops of each name a run of the optimized graph has, calls multiplied
+    within    and how many that a larger fused op has taken in, by that op: {"gelu": {"activated_linear": 12}}
+    expected  what was asked for with `--expect`: of these, both together
     """
 
     model: str
     blocks: tuple[Block, ...]
     counts: Mapping[str, int]
+    within: Mapping[str, Mapping[str, int]]
     expected: Mapping[str, int]
     optimized: Optimized = field(repr=False)
 
     @property
     def met(self) -> bool:
         """Whether every expected count is what there is."""
-        return all(self.counts.get(op, 0) == wanted for op, wanted in self.expected.items())
+        return all(self.found(op) == wanted for op, wanted in self.expected.items())
+
+    def found(self, op: str) -> int:
+        """How many ops of a name there are, on their own or within a larger fused op."""
+        return self.counts.get(op, 0) + sum(self.within.get(op, {}).values())
 
     def as_dict(self) -> dict[str, Any]:
-        expected = [{"op": o, "expected": n, "found": self.counts.get(o, 0)} for o, n in self.expected.items()]
+        expected = [{"op": o, "expected": n, "found": self.found(o)} for o, n in self.expected.items()]
         fused = {op: self.counts[op] for op in _fused_ops() if self.counts.get(op)}
         return {
             "model": self.model,
@@ -144,13 +151,17 @@ class Explanation:
         fused = ", ".join(f"{self.counts[op]} {op}" for op in _fused_ops() if self.counts.get(op))
         lines += ["", f"a run has {fused or 'no fused op'}"]
         for op, wanted in self.expected.items():
-            found = self.counts.get(op, 0)
-            lines.append(f"expected {op}={wanted}: " + ("met" if found == wanted else f"NOT MET, there are {found}"))
+            found = self.found(op)
+            inside = "".join(f", {count} within {outer}" for outer, count in self.within.get(op, {}).items())
+            said = "met" if found == wanted else f"NOT MET, there are {found}"
+            lines.append(f"expected {op}={wanted}: {said}{inside}")
         return "\n".join(lines)
 
 
 def _fused_ops() -> Iterator[str]:
-    return (op for _, ops in KINDS.values() for op in ops)
+    """Each once, with the last kind that has it."""
+    ops = [op for _, made in KINDS.values() for op in made]
+    return reversed(dict.fromkeys(reversed(ops)))
 
 
 def explain_fusion(
@@ -165,7 +176,7 @@ def explain_fusion(
     """Optimize what MODEL names, and say of every candidate site what became of it.
 
     model    as `treadle.compile` takes it
-    expect   how many ops of a name a run of the optimized graph should have
+    expect   how many ops of a name a run of the optimized graph should have, those within a larger fused op included
     certify  try every rewrite on drawn values; one that fails is a refused site
 
     Raises what `compile` does for a model that cannot be read, UsageError for an artifact or a negative count,
@@ -187,7 +198,22 @@ def explain_fusion(
     for site, verdict in _judge(optimized):
         verdicts[site.function].append(verdict)
     blocks = tuple(Block(name, calls[name], _grouped(found)) for name, found in verdicts.items())
-    return Explanation(resolved.name, blocks, count_run_ops(optimized.graph), dict(expect or {}), optimized)
+    counts, within = count_run_ops(optimized.graph), _count_within(optimized.graph)
+    return Explanation(resolved.name, blocks, counts, within, dict(expect or {}), optimized)
+
+
+def _count_within(graph: Graph) -> dict[str, dict[str, int]]:
+    """How many fused ops a run computes as parts of larger ones, by their name and the larger one's."""
+    ops, calls = set(_fused_ops()), count_calls(graph)
+    found: dict[str, dict[str, int]] = {}
+    for function, node in graph.walk():
+        if node.op.name not in ops or not isinstance(node.op, Composite):
+            continue
+        for inner in body_of(node.op, [None if v is None else v.type for v in node.operands]).nodes:
+            if inner.op.name in ops:
+                held = found.setdefault(inner.op.name, {})
+                held[node.op.name] = held.get(node.op.name, 0) + calls[function.name]
+    return found
 
 
 def parse_expected(texts: Sequence[str]) -> dict[str, int]:

@@ -17,21 +17,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treadle.fetch import PINNED, fetched_model
 from treadle.frontends.binding import bind
+from treadle.frontends.contained_files import printable
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.dsl import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
+from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
+
+if TYPE_CHECKING:
+    from treadle.frontends.onnx_import.file import OnnxFile
 
 Array = np.ndarray[Any, Any]
 
@@ -58,6 +63,52 @@ class Resolved:
     blocks: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class OpenedOnnx:
+    """An ONNX file, parsed, with what the configuration says of it.
+
+    static  values of inputs that determine shapes
+    dims    sizes, or other names, of axes
+    """
+
+    path: Path
+    file: OnnxFile
+    static: Mapping[str, Any]
+    dims: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path, config: Mapping[str, Any]) -> OpenedOnnx:
+        """What config names is an input, whose value it gives, or an axis. Raises as `import_onnx` does."""
+        from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits
+
+        file = OnnxFile.open(path, OnnxLimits())
+        known = {value.name for value in file.proto.graph.input}
+        static = {name: value for name, value in config.items() if name in known}
+        return cls(path, file, static, {name: value for name, value in config.items() if name not in static})
+
+    def inputs(self) -> Graph:
+        """A graph of the inputs alone, those among them that determine shapes, but for what is given."""
+        from treadle.frontends.onnx_import.importer import declared_inputs
+
+        return declared_inputs(self.file, static=self.static, dims=self.dims)
+
+    def resolve(self, static: Mapping[str, Any] | None = None) -> Resolved:
+        """The model with these values of inputs beside those of the configuration. Raises as `import_onnx` does."""
+        from treadle.frontends.onnx_import.importer import import_opened
+
+        made = import_opened(self.file, static={**self.static, **(static or {})}, dims=self.dims)
+        return Resolved(made.graph.name, made.graph, None, made.weights, (), self.path)
+
+
+class StaticInputNeeded(StaticArgumentNeeded):
+    """The configuration lacks the value of an input that determines shapes.
+
+    opened   the file, of which a graph can be had for each value
+    """
+
+    opened: OpenedOnnx
+
+
 def resolve(
     model: Model | Graph | TorchModel | str | Path, *, inputs: Sequence[str] | None = None, **config: Any
 ) -> Resolved:
@@ -66,7 +117,8 @@ def resolve(
     inputs   optional inputs of the declaration to include
     config   configuration that overrides the declaration's or the checkpoint's
 
-    Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read.
+    Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read,
+    StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
     """
     if isinstance(model, Graph | TorchModel):
         if config or inputs:
@@ -164,16 +216,21 @@ def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, An
 
 
 def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
-    """What config names is an input that determines shapes, whose value it gives, or an axis, whose size it gives."""
-    from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits
-    from treadle.frontends.onnx_import.importer import import_onnx
-
-    if inputs:
-        raise UsageError("an ONNX file has no optional inputs", received=", ".join(inputs))
-    known = {value.name for value in OnnxFile.open(path, OnnxLimits()).proto.graph.input} if config else set()
-    static = {name: value for name, value in config.items() if name in known}
-    made = import_onnx(path, static=static, dims={n: v for n, v in config.items() if n not in static})
-    return Resolved(made.graph.name, made.graph, None, made.weights, (), path)
+    opened = OpenedOnnx.open(path, config)
+    if inputs:  # all inputs are there anyway
+        takes = [value.name for value in opened.inputs().main.inputs]
+        unknown = [name for name in inputs if name not in takes]
+        if unknown:
+            received = ", ".join(map(printable, unknown))
+            hint = "its inputs are " + ", ".join(map(printable, takes))
+            raise UsageError("an ONNX file has no optional inputs", received=received, within=path.name, hint=hint)
+    try:
+        return opened.resolve()
+    except StaticArgumentNeeded as error:
+        hint = f"{error.argument}=VALUE as an argument"
+        needed = StaticInputNeeded(error.what, received=error.received, within=error.within, hint=hint)
+        needed.argument, needed.opened = error.argument, opened
+        raise needed from error
 
 
 def _from_ctranslate2(

@@ -4,6 +4,8 @@
       -->  Attention(q, k, v, mask, is_causal=1, scale=...)                   from opset 23 on
       -->  MatMul(Softmax(MatMul(scale q, k') + mask), v)                     before, and for f64
 
+attention_with_probabilities is the same with a second result: the operator's qk_matmul_output, or the Softmax's.
+
 Attention takes one mask, true where a key is seen or a number that is added: masks and biases other than `causal` are
 computed from their bodies and joined into it. Causality is aligned as ours (key j <= query i, without past keys), the
 soft-cap comes before the mask, heads share keys in order, and a query that sees no key gets zeros: the standard's text
@@ -24,20 +26,23 @@ from treadle.ir.attention_terms import (
     BooleanMask,
     Causal,
     Grid,
-    MaskTerm,
     TensorBias,
     Term,
-    Window,
+    leave_a_key,
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph, Source
 from treadle.ir.types import Type, boolean, f64, i32
 
 _SOURCE = Source("attention", 0)
+_AFTER_SOFTMAX = 3  # what the operator's fourth result is
 
 
-def attention(line: Line) -> Tensor:
-    """The operator where the opset has it; ONNX Runtime has no kernel of it for f64."""
+def attention(line: Line) -> Sequence[Tensor]:
+    """The operator where the opset has it; ONNX Runtime has no kernel of it for f64.
+
+    The probabilities are its fourth result; the second and third are keys and values, those of the past before them.
+    """
     if line.w.opset < 23 or line.q.dtype is f64:
         return _spelled_out(line)
     others = [t for t in line.op.terms if not isinstance(t, Causal)]
@@ -47,8 +52,11 @@ def attention(line: Line) -> Tensor:
     if line.op.softcap is not None:
         attributes["softcap"] = line.op.softcap
     mask = [_mask(line, others, full=True)[0]] if others else []
-    made: Tensor = line.add("Attention", line.q, line.k, line.v, *mask, **attributes)
-    return made
+    if len(line.node.results) == 1:
+        return [line.add("Attention", line.q, line.k, line.v, *mask, **attributes)]
+    attributes["qk_matmul_output_mode"] = _AFTER_SOFTMAX
+    out, _, _, probabilities = line.w.add_all("Attention", line.q, line.k, line.v, *mask, results=4, **attributes)
+    return [out, probabilities]
 
 
 def _scale(line: Line) -> float:
@@ -111,7 +119,7 @@ def _laid_out(b: Builder, grid: Grid, term: Term, operands: Sequence[Expr]) -> E
 # -- without the operator ------------------------------------------------------------------------------------------
 
 
-def _spelled_out(line: Line) -> Tensor:
+def _spelled_out(line: Line) -> list[Tensor]:
     """Two products with a softmax between them."""
     terms = line.op.terms
     mask = _mask(line, terms, full=False) if terms else None
@@ -134,13 +142,16 @@ def _spelled_out(line: Line) -> Tensor:
         infinite = b.constant(-math.inf, scores.dtype)
         scores = b.where(held, scores, infinite) if held.dtype is boolean else scores + held
     weights = b.softmax(scores, axis=-1)
-    out = b.matmul(weights, b.rearrange(v, pattern="b g t e -> b g 1 t e") if shared else v)
+    made = [b.matmul(weights, b.rearrange(v, pattern="b g t e -> b g 1 t e") if shared else v)]
+    if len(line.node.results) == 2:
+        made.append(weights)
     if shared:
-        out = b.rearrange(out, pattern="b g r s e -> b (g r) s e")
-    if limit is not None and not _sees_a_key(terms, line.type("q"), line.type("k")):
-        out = b.where(_seen(b, limit), out, b.constant(0, out.dtype))
-    b.outputs(out=out)
-    return line.expanded(b.graph, tensors)["out"]
+        made = [b.rearrange(x, pattern="b g r s e -> b (g r) s e") for x in made]
+    if limit is not None and not leave_a_key(terms, q.shape[2], k.shape[2]):
+        seen = _seen(b, limit)
+        made = [b.where(seen, x, b.constant(0, x.dtype)) for x in made]
+    b.outputs(**{f"out{n}": x for n, x in enumerate(made)})
+    return list(line.expanded(b.graph, tensors).values())
 
 
 def _grouping(mask: Expr, k: Expr) -> str:
@@ -154,17 +165,6 @@ def _seen(b: Builder, mask: Expr) -> Expr:
     numbers = mask.cast(i32) if mask.dtype is boolean else mask
     seen: Expr = b.reduce_max(numbers, axes=(-1,), keep=True) > least
     return seen
-
-
-def _sees_a_key(terms: Sequence[Term], q: Type, k: Type) -> bool:
-    """Whether every query sees a key whatever the operands hold: key 0 if only causal, its own where there is one.
-
-    A learned table or a slope is a finite number.
-    """
-    masks = [type(term) for term in terms if isinstance(term, MaskTerm)]
-    if any(isinstance(term, TensorBias) for term in terms):
-        return False
-    return {*masks} <= {Causal} or ({*masks} <= {Causal, Window} and q.shape[2] == k.shape[2])
 
 
 # -- rotary --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from treadle.backends.axis_spelling import einsum_letters
 from treadle.backends.onnx_export.attention_forms import attention, rotary
 from treadle.backends.onnx_export.rearrange import rearranged, reshaped
 from treadle.backends.onnx_export.writer import NARROW, Line, Tensor
-from treadle.ir.errors import GraphError
 from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.rounding import FORMATS
@@ -90,6 +89,7 @@ SPELLINGS: dict[str, Spelling] = {
     "size": lambda line: line.w.scalar(line.op.value, line.op.dtype),
     # attention
     "attention": attention,
+    "attention_with_probabilities": attention,
     "rotary": rotary,
 }
 
@@ -121,6 +121,7 @@ FORMS: dict[str, Form] = {
     "embedding": Form(),
     "conv": Form(fits=_not_f64),
     "attention": Form(),
+    "attention_with_probabilities": Form(),
     "layer_norm": Form(17, _of_known_width),
     "gelu": Form(20, _not_f64),
     "gelu_tanh": Form(20, _not_f64),
@@ -362,12 +363,8 @@ def _pad(line: Line) -> Tensor:
 
 
 def _filling(line: Line, value: float, dtype: DType) -> Tensor:
-    """The constant that fills a tensor of this dtype; integers drop the fraction, as in NumPy."""
-    try:
-        held = value if dtype.is_float else bool(value) if dtype is boolean else int(value)
-        return line.w.constant(held, dtype)
-    except (OverflowError, ValueError, GraphError):  # an infinite integer, or one that is too large
-        raise line.w.refusal(f"{value} is no {dtype}") from None
+    """The constant that fills a tensor of this dtype, which holds the number: the op saw to that."""
+    return line.w.constant(value if dtype.is_float else bool(value) if dtype is boolean else int(value), dtype)
 
 
 # -- windows and scatters --------------------------------------------------------------------------------------

@@ -5,11 +5,22 @@ from __future__ import annotations
 from treadle.frontends.onnx_import.operators import Made, Site, operator
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.masking import Biases, Masks, attend, boolean_mask, causal, padding, tensor_bias, window
+from treadle.ir.masking import (
+    Biases,
+    Masks,
+    attend,
+    attend_with_probabilities,
+    boolean_mask,
+    causal,
+    padding,
+    tensor_bias,
+    window,
+)
 from treadle.ir.sizes import ONE, ZERO, Size
 from treadle.ir.types import i64
 
 _NO_MASKS, _NO_BIASES = Masks(), Biases()
+_AFTER_SOFTMAX = 3  # the mode in which the operator's fourth output is the probabilities
 
 
 def heads_apart(site: Site, x: Expr, heads: int) -> Expr:
@@ -60,15 +71,17 @@ def bottom_right(b: Builder, queries: Size, keys: Size, past: Expr) -> Masks:
 
 @operator("Attention", latest=25, first=23)
 def _attention(site: Site) -> Made:
-    """Scores asked for as an output, and softmax in another precision, are left to the operator's function body."""
+    """Scores asked for as an output, and softmax in another precision, are left to the operator's function body; the
+    probabilities as an output (mode 3) are not."""
     b = site.b
-    site.ignore("qk_matmul_output_mode")  # of an output that is left to the function body
+    mode = site.int("qk_matmul_output_mode", 0)
     precision, scale = site.int("softmax_precision"), site.float("scale")
     softcap, is_causal = site.float("softcap", 0.0), site.int("is_causal", 0)
     q_heads, kv_heads = site.int("q_num_heads"), site.int("kv_num_heads")
     before, after = site.int("left_window_size", -1), site.int("right_window_size", -1)
     q, k, v = (site.x(i) for i in range(3))
-    wants_scores = len(site.wanted) > 3 and site.wanted[3]
+    wants_more = len(site.wanted) > 3 and site.wanted[3]
+    wants_scores = wants_more and mode != _AFTER_SOFTMAX
     widths = {"f32": 1, "f16": 10, "f64": 11, "bf16": 16}
     if wants_scores or softcap < 0 or precision not in (None, widths.get(q.dtype.name)):
         site.decompose()
@@ -102,10 +115,17 @@ def _attention(site: Site) -> Made:
         masks, before, after = masks & window(before + 1), -1, -1
     if before >= 0 or after >= 0:
         masks = masks & between(b, queries, keys, ahead, before, -1 if is_causal else after)
-    y = attend(b, q, k, v, masks=masks, biases=biases, scale=scale, softcap=softcap or None)
+    probabilities: Expr | None = None
+    if wants_more:
+        y, probabilities = attend_with_probabilities(
+            b, q, k, v, masks=masks, biases=biases, scale=scale, softcap=softcap or None
+        )
+    else:
+        y = attend(b, q, k, v, masks=masks, biases=biases, scale=scale, softcap=softcap or None)
     made: list[Expr | None] = [heads_together(b, y) if merged else y]
     made += [k if len(site.wanted) > 1 and site.wanted[1] else None]
     made += [v if len(site.wanted) > 2 and site.wanted[2] else None]
+    made += [probabilities]
     return made[: max(len(site.wanted), 1)]
 
 

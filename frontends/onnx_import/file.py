@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+_WORTH_HOLDING = 1 << 12  # bytes of a tensor; a smaller one is mostly a constant of the graph
+_DATA_FIELDS = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data")
+
 
 @dataclass(frozen=True)
 class OnnxLimits:
@@ -63,6 +66,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     _proto: Any
     _file: OnnxFile
+    _held: Array | None = None
 
     @property
     def count(self) -> int:
@@ -73,6 +77,8 @@ class StoredTensor:
 
         Raises FrontendError where the bytes are missing, too few or too many.
         """
+        if self._held is not None:
+            return self._held
         made = decode(self.type, self._bytes(), self.count).reshape(self.shape)
         return made if self.type.carrier is not bf16 or made.dtype == np.float32 else made.astype(np.float32)
 
@@ -122,10 +128,12 @@ class OnnxFile:
     proto    the model
     shown    its name in errors and in source lines
     folder   the canonical folder of external data, or None where there is none
+    held     initializers that were read once for all imports, see `hold_weights`
     """
 
     def __init__(self, proto: onnx.ModelProto, shown: str, folder: Path | None, limits: OnnxLimits) -> None:
         self.proto, self.shown, self.folder, self.limits = proto, shown, folder, limits
+        self.held: dict[str, Array] = {}
         self._maps: dict[str, Array] = {}
         if not all(isinstance(text, str) for text in _texts(proto)):
             raise FrontendError("a name in the file is not UTF-8", within=shown)
@@ -170,8 +178,26 @@ class OnnxFile:
 
     # -- tensors -----------------------------------------------------------------------------------------------
 
-    def tensor(self, proto: Any, name: str, *, bf16_in_f32: bool = False) -> StoredTensor:
-        """A TensorProto, its type and shape checked. Its elements are read later."""
+    def hold_weights(self) -> None:
+        """Read the initializers once, for a file that several graphs are made of: their arrays are shared from then on.
+
+        Their bytes leave the message, which would keep them a second time. A tensor that cannot be read stays as it is,
+        and is refused where something needs it.
+        """
+        for tensor in self.proto.graph.initializer:
+            try:
+                array = self.tensor(tensor, tensor.name).array()
+            except FrontendError:
+                continue
+            if array.nbytes >= _WORTH_HOLDING and tensor.name not in self.held:
+                self.held[tensor.name] = array
+                for field in _DATA_FIELDS:
+                    tensor.ClearField(field)
+        # A message that is parsed holds all that it was parsed from, so the rest of it becomes another.
+        self.proto = type(self.proto).FromString(self.proto.SerializeToString())
+
+    def tensor(self, proto: Any, name: str, *, bf16_in_f32: bool = False, held: Array | None = None) -> StoredTensor:
+        """A TensorProto, its type and shape checked. Its elements are read later, if they are not `held`."""
         try:
             kind = element(proto.data_type, bf16_in_f32=bf16_in_f32)
         except FrontendError as error:
@@ -186,7 +212,7 @@ class OnnxFile:
             )
         if proto.HasField("segment"):
             raise FrontendError("tensors in segments are not supported", within=f"tensor {printable(name)}")
-        return StoredTensor(name, kind, shape, proto, self)
+        return StoredTensor(name, kind, shape, proto, self, held)
 
     def external(self, tensor: StoredTensor, size: int) -> Array:
         """The bytes of a tensor in another file of the model's folder, mapped."""

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 import treadle.frontends.onnx_import.tables  # noqa: F401  (registers the operators)
 from treadle.frontends.contained_files import PathLike, printable
 from treadle.frontends.onnx_import.elements import Element, carried, element, named
@@ -29,7 +31,7 @@ from treadle.ir.collection import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.graph import Graph, Source
 from treadle.ir.sizes import Bounds, Size, parse_size
-from treadle.ir.types import Dim, Type
+from treadle.ir.types import Dim, Type, boolean
 
 if TYPE_CHECKING:
     import onnx
@@ -92,11 +94,31 @@ def import_onnx(
     where it cannot be read.
     """
     file = OnnxFile.open(model, limits or OnnxLimits(), folder)
+    return import_opened(file, static=static, dims=dims, bf16_in_f32=bf16_in_f32)
+
+
+def import_opened(
+    file: OnnxFile,
+    *,
+    static: Mapping[str, Any] | None = None,
+    dims: Mapping[str, str | int] | None = None,
+    bf16_in_f32: bool = False,
+) -> Imported:
+    """Import a file that is open, as `import_onnx` does; it can be imported again with other values."""
     with collection_paused():
         try:
             return Importer(file, dict(static or {}), dict(dims or {}), bf16_in_f32).run()
         except RecursionError:
             raise FrontendError("the model nests too deep", within=file.shown) from None
+
+
+def declared_inputs(
+    file: OnnxFile, *, static: Mapping[str, Any] | None = None, dims: Mapping[str, str | int] | None = None
+) -> Graph:
+    """A graph with the inputs that an import would give it, those that determine shapes among them, and no node."""
+    importer = Importer(file, dict(static or {}), dict(dims or {}), False)
+    importer.declare()
+    return importer.graph
 
 
 @dataclass
@@ -147,10 +169,7 @@ class Importer:
 
     def run(self) -> Imported:
         proto = self.file.proto.graph
-        self._check_opset(self.file.opsets)
-        scope = Scope({}, self.file.opsets)
-        self._initializers(proto, scope)
-        self._inputs(proto, scope)
+        scope = self.declare()
         names = [v.name for v in proto.output]
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
@@ -178,6 +197,14 @@ class Importer:
             weights[name] = stored.array()
         return Imported(self.graph, weights, self.notes)
 
+    def declare(self) -> Scope:
+        """The names of the main graph before any node: weights and inputs."""
+        self._check_opset(self.file.opsets)
+        scope = Scope({}, self.file.opsets)
+        self._initializers(self.file.proto.graph, scope)
+        self._inputs(self.file.proto.graph, scope)
+        return scope
+
     def _check_opset(self, opsets: Mapping[str, int]) -> None:
         import onnx
 
@@ -193,6 +220,7 @@ class Importer:
     def _initializers(self, proto: Any, scope: Scope) -> None:
         if proto.sparse_initializer:
             raise UnsupportedOnnx("sparse tensors are not supported", within=self.file.shown)
+        held = self.file.held if scope.depth == 0 else {}
         for tensor in proto.initializer:
             if tensor.name in scope.values:
                 raise FrontendError(f"two tensors are called {printable(tensor.name)}", within=self.file.shown)
@@ -201,11 +229,11 @@ class Importer:
             except UnsupportedOnnx as error:  # which matters only if something uses it
                 self.unread[tensor.name] = error.what
                 continue
-            scope.values[tensor.name] = self.tensor(tensor, tensor.name, scope)
+            scope.values[tensor.name] = self.tensor(tensor, tensor.name, scope, held.get(tensor.name))
 
-    def tensor(self, proto: Any, name: str, scope: Scope) -> Known:
-        """A tensor of the file, under a name that no other weight has."""
-        stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32)
+    def tensor(self, proto: Any, name: str, scope: Scope, held: Array | None = None) -> Known:
+        """A tensor of the file, under a name that no other weight has; `held` is its array, if it was read already."""
+        stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32, held=held)
         wanted = base = f"{scope.path}.{name}" if scope.path else name
         count = 1
         while wanted in self.stored:
@@ -262,10 +290,17 @@ class Importer:
     def _static_input(self, declared: Any, scope: Scope) -> None:
         kind, type = self._tensor_type(declared)
         where = f"input {printable(declared.name)}, {self.file.shown}"
+        given = self.static[declared.name]
         try:
-            array = carried(kind, self.static[declared.name])
-        except (TypeError, ValueError) as error:
+            fits, array = _holds(kind, given), carried(kind, given)
+        except (TypeError, ValueError, OverflowError) as error:
             raise FrontendError("a static argument's value is no tensor", received=str(error), within=where) from None
+        if not fits:
+            raise FrontendError(
+                f"a static argument's value must be of type {kind}", received=printable(repr(given)), within=where
+            )
+        if not array.ndim and all(dim.dim_value == 1 for dim in type.shape.dim):
+            array = array.reshape([1] * len(type.shape.dim))  # a number for a tensor of one
         if array.ndim != len(type.shape.dim):
             raise FrontendError(
                 f"a static argument must have rank {len(type.shape.dim)}, has rank {array.ndim}", within=where
@@ -537,6 +572,16 @@ class Importer:
         self._run_nodes(graph.node, names, inner)
         self.b.scope, self.b.source = kept
         return [inner.find(name) for name in names[: len(node.output)]]
+
+
+def _holds(kind: Element, given: Any) -> bool:
+    """Whether what was given is integers of a type, or truth values; of types of fractions any number is taken."""
+    array = np.asarray(given)
+    if kind.carrier is boolean:
+        return array.dtype.kind == "b"
+    if kind.least is None or kind.greatest is None or not array.size:
+        return True
+    return array.dtype.kind in "iu" and kind.least <= array.min() and bool(array.max() <= kind.greatest)
 
 
 def _domain(node: Any) -> str:

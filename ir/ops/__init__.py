@@ -2,17 +2,21 @@
 
 # ruff: noqa: F401
 
+import treadle.ir.ops.activated_products
 import treadle.ir.ops.activations
 import treadle.ir.ops.arithmetic
 import treadle.ir.ops.attention
 import treadle.ir.ops.call
 import treadle.ir.ops.convolution
 import treadle.ir.ops.elementwise
+import treadle.ir.ops.embedding_sums
 import treadle.ir.ops.indexing
 import treadle.ir.ops.logic
+import treadle.ir.ops.merged_products
 import treadle.ir.ops.normalization
 import treadle.ir.ops.products
 import treadle.ir.ops.reductions
+import treadle.ir.ops.residual_norms
 import treadle.ir.ops.rotary
 import treadle.ir.ops.rounding
 import treadle.ir.ops.shapes

@@ -10,6 +10,7 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
+from treadle.ir.operation import Demand
 from treadle.ir.ops.axis_names import place
 from treadle.ir.types import Type, bf16, f16, f32
 
@@ -26,10 +27,18 @@ def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def not_empty(x: Type | None, axes: Sequence[int], what: str) -> list[Demand]:
+    """The demand that each of the axes has an element, since an empty one has no `what`. Raises as `places` does."""
+    if x is None or not x.rank:
+        return []
+    return [(x.shape[i] - 1, f"an axis of size 0 has no {what}") for i in places(axes, x.rank)]
+
+
 def refuse_empty(x: Type | None, axes: Sequence[int], what: str) -> None:
     """Raise RuleError where one of the axes is known to be empty, and so has no `what`."""
-    if x is not None and x.rank and any(x.shape[i].constant == 0 for i in places(axes, x.rank)):
-        raise RuleError(f"an axis of size 0 has no {what}")
+    for size, otherwise in not_empty(x, axes, what):
+        if size.constant == -1:
+            raise RuleError(otherwise)
 
 
 def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:

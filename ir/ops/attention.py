@@ -1,7 +1,8 @@
-"""Attention: one composite op; its masks and biases are the terms of `treadle.ir.attention_terms`."""
+"""Attention, alone and with its probabilities; masks and biases are the terms of `treadle.ir.attention_terms`."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -21,38 +22,30 @@ from treadle.ir.attention_terms import (
     Term,
     TermOperand,
     Window,
+    leave_a_key,
     live_pairs,
     reach_of,
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.differentiate import backward, operand_gradients
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Grads, Operand, op
+from treadle.ir.operation import Array, Composite, Demand, Grads, Operand, op
+from treadle.ir.ops.along_axes import not_empty
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 
 T = TypeVar("T")
 
 
-@op("attention", linear="v")
-class Attention(Composite):
-    """out[b, h, i] = sum_j p[b, h, i, j] v[b, h, j],   p = softmax over the keys j that i may see of
-    softcap(scale q[b, h, i] · k[b, h, j]) + biases        (Vaswani et al. 2017)
-
-    q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
-
-    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A
-    query that may see no key gets zeros, and so does its gradient.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Attending(Composite):
+    """What attention is with one result and with two.
 
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     """
 
-    q = Operand()
-    k = Operand()
-    v = Operand()
-    operand = Operand(variadic=True, optional=True)
     terms: tuple[Term, ...] = ()
     scale: float | None = None
     softcap: float | None = None
@@ -114,6 +107,10 @@ class Attention(Composite):
     # -- meaning ---------------------------------------------------------------------------------------------
 
     def reference(self, q: Any, k: Any, v: Any, *given: Any) -> Any:
+        return self._attended(q, k, v, given)[0]
+
+    def _attended(self, q: Array, k: Array, v: Array, given: Sequence[Array]) -> tuple[Array, Array]:
+        """What is attended to, and the probabilities."""
         shared = q.shape[1] // k.shape[1]
         k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
         scores = self.scale_for(q.shape[-1]) * (q @ np.swapaxes(k, -1, -2))
@@ -130,13 +127,8 @@ class Attention(Composite):
         peak = scores.max(axis=-1, keepdims=True)
         weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
         total = weights.sum(axis=-1, keepdims=True)
-        return (weights / np.where(total > 0, total, 1)) @ v
-
-    def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
-        weights = _weights(b, self._scores(b, q, k, given))
-        out = b.einsum(weights, v, equation="b g r s t, b g t e -> b g r s e")
-        merged: Expr = b.rearrange(out, pattern="b g r s e -> b (g r) s e")
-        return merged
+        probabilities = weights / np.where(total > 0, total, 1)
+        return probabilities @ v, probabilities
 
     def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
         """[b, g, r, s, t], with -inf where a mask says no."""
@@ -156,18 +148,29 @@ class Attention(Composite):
             scores = b.where(keep, scores, b.constant(-math.inf, scores.dtype))
         return scores
 
-    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """With weights p:  dv = p' dout,  dscores = p (dout v' - sum_e dout out); then the scores' body's."""
-        (g,), (q, k, v, *given), (out,) = grads, inputs, outputs
+    def _gradient(self, b: Builder, g: Any, g_probabilities: Any, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        """With probabilities p and what flows to them, dp = dout v' + their own gradient:
+
+        dv = p' dout,  dscores = p (dp - sum_t p dp);  then the scores' body's. Without a gradient of their own, that
+        sum is sum_e dout out.
+        """
+        q, k, v, *given = inputs
         start = len(b.function.nodes)
         scores = self._scores(b, q, k, [x for x in given if x is not None])
         nodes = b.function.nodes[start:]
-        weights = _weights(b, scores)
-        g_out = _grouped(b, g, k)
-        g_weights = b.einsum(g_out, v, equation="b g r s e, b g t e -> b g r s t")
-        mean = _grouped(b, b.reduce_sum(g * out, axes=(3,), keep=True), k)
+        weights = _weights(b, scores) if len(outputs) == 1 else _grouped(b, outputs[1], k)
+        g_weights = None if g_probabilities is None else _grouped(b, g_probabilities, k)
+        g_v = None
+        if g is not None:
+            g_out = _grouped(b, g, k)
+            through = b.einsum(g_out, v, equation="b g r s e, b g t e -> b g r s t")
+            g_weights = through if g_weights is None else through + g_weights
+            g_v = b.einsum(weights, g_out, equation="b g r s t, b g r s e -> b g t e")
+        if g_probabilities is None:
+            mean = _grouped(b, b.reduce_sum(g * outputs[0], axes=(3,), keep=True), k)
+        else:
+            mean = b.reduce_sum(weights * g_weights, axes=(4,), keep=True)
         found = backward(b, nodes, {scores.value: weights * (g_weights - mean)})
-        g_v = b.einsum(weights, g_out, equation="b g r s t, b g r s e -> b g t e")
         g_q, g_k, _, *g_given = operand_gradients(found, [q, k, None, *given])
         return [g_q, g_k, g_v, *g_given]
 
@@ -184,45 +187,124 @@ class Attention(Composite):
         between = 5 + 3 * (self.softcap is not None) + sum(isinstance(t, BiasTerm) for t in self.terms)
         return q[0] * q[1] * self.live_pairs(q[2], k[2]) * (2 * (q[3] + v[3]) + between)
 
-    # -- samples ---------------------------------------------------------------------------------------------
 
-    _SELF = ("f32[2,4,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]")
-    _GROUPED = ("f32[2,4,5,3]", "f32[2,2,5,3]", "f32[2,2,5,2]")
-    _CROSS = ("f32[2,2,3,4]", "f32[2,1,6,4]", "f32[2,1,6,2]")
-    samples = [
-        S(*_SELF),
-        S(*_CROSS, scale=1.0),
-        S(*_GROUPED, terms=(Causal(),), softcap=2.0),
-        S(*_CROSS, terms=(Causal(),)),
-        S(*_SELF, terms=(Causal(), Window(2))),
-        S(*_CROSS, terms=(Window(3),)),
-        S(*_GROUPED, "i64[2] < 6", terms=(Padding(),)),
-        S(*_SELF, "i64[2,5] < 3", "i64[2,5] < 3", terms=(Segments(), Causal())),
-        S(*_CROSS, "i64[2,3] < 3", "i64[2,6] < 3", terms=(Segments(),)),
-        S(*_GROUPED, "bool[2,4,5,5]", terms=(BooleanMask(),)),
-        S(*_CROSS, "bool[2,6]", terms=(BooleanMask("b t"),)),
-        S(*_GROUPED, "f32[2,4,5,5]", terms=(TensorBias(),)),
-        S(*_CROSS, "f32[2,3,6]", "f32[6]", terms=(TensorBias("h s t"), TensorBias("t"))),
-        S(*_GROUPED, "f32[8,4]", terms=(T5Relative(8, 4, True),), scale=1.0),
-        S(*_CROSS, "f32[6,2]", terms=(T5Relative(6, 5), Causal())),
-        S(*_GROUPED, "f32[4]", terms=(Causal(), Alibi())),
-        S(*_GROUPED, "i64[2] < 6", "f32[4]", terms=(Causal(), Window(3), Padding(), Alibi()), softcap=3.0),
-    ]
+# -- the ops -----------------------------------------------------------------------------------------------
+
+_SELF = ("f32[2,4,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]")
+_GROUPED = ("f32[2,4,5,3]", "f32[2,2,5,3]", "f32[2,2,5,2]")
+_CROSS = ("f32[2,2,3,4]", "f32[2,1,6,4]", "f32[2,1,6,2]")
+_SAMPLES = [
+    S(*_SELF),
+    S(*_CROSS, scale=1.0),
+    S(*_GROUPED, terms=(Causal(),), softcap=2.0),
+    S(*_CROSS, terms=(Causal(),)),
+    S(*_SELF, terms=(Causal(), Window(2))),
+    S(*_CROSS, terms=(Window(3),)),
+    S(*_GROUPED, "i64[2] < 6", terms=(Padding(),)),
+    S(*_SELF, "i64[2,5] < 3", "i64[2,5] < 3", terms=(Segments(), Causal())),
+    S(*_CROSS, "i64[2,3] < 3", "i64[2,6] < 3", terms=(Segments(),)),
+    S(*_GROUPED, "bool[2,4,5,5]", terms=(BooleanMask(),)),
+    S(*_CROSS, "bool[2,6]", terms=(BooleanMask("b t"),)),
+    S(*_GROUPED, "f32[2,4,5,5]", terms=(TensorBias(),)),
+    S(*_CROSS, "f32[2,3,6]", "f32[6]", terms=(TensorBias("h s t"), TensorBias("t"))),
+    S(*_GROUPED, "f32[8,4]", terms=(T5Relative(8, 4, True),), scale=1.0),
+    S(*_CROSS, "f32[6,2]", terms=(T5Relative(6, 5), Causal())),
+    S(*_GROUPED, "f32[4]", terms=(Causal(), Alibi())),
+    S(*_GROUPED, "i64[2] < 6", "f32[4]", terms=(Causal(), Window(3), Padding(), Alibi()), softcap=3.0),
+]
+_ERRORS = [
+    (S("f32[2,6,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]"), "dimension 1 of q is 6, not a multiple of 4"),
+    (S("f32[2,4,5,3]", "f32[2,4,5,2]", "f32[2,4,5,3]"), "axis d sizes disagree: 3 in q, 2 in k"),
+    (S("f32[2,4,5,3]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "axis t sizes disagree: 5 in k, 6 in v"),
+    (S("f32[2,4,5]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "q must have rank 4, has rank 3"),
+    (S("f32[2,4,5,D]", "f32[2,4,5,D]", "f32[2,4,5,3]"), "no default scale for heads of size D"),
+    (S(*_SELF, softcap=0.0), "softcap must be positive"),
+    (S(*_SELF, terms=(Padding(),)), "takes q, k, v, lengths, received 3 operands"),
+    (S(*_SELF, "i64[3]", terms=(Padding(),)), "axis b sizes disagree: 2 in q, 3 in lengths"),
+    (S(*_SELF, "i32[2]", terms=(Padding(),)), "lengths must be i64, is i32"),
+    (S(*_CROSS, "i64[2,6]", "i64[2,6]", terms=(Segments(),)), "3 in q, 6 in query_segments"),
+    (S(*_SELF, "bool[2,5,5]", terms=(BooleanMask(),)), "mask must have rank 4, has rank 3"),
+    (S(*_SELF, "f32[2,3]", terms=(TensorBias("b t"),)), "axis t sizes disagree: 5 in k, 3 in bias"),
+    (S(*_SELF, "f32[16,4]", terms=(T5Relative(),)), "must have 32 buckets, has 16"),
+    (S(*_SELF, "f32[6]", terms=(Alibi(),)), "dimension 0 of slopes is 6"),
+]
+
+
+@op("attention", linear="v")
+class Attention(_Attending):
+    """out[b, h, i] = sum_j p[b, h, i, j] v[b, h, j],   p = softmax over the keys j that i may see of
+    softcap(scale q[b, h, i] · k[b, h, j]) + biases        (Vaswani et al. 2017)
+
+    q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
+
+    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A
+    query that may see no key gets zeros, and so does its gradient.
+
+    terms    masks and biases, in any order; their operands follow v in the order of the terms
+    scale    None: 1/sqrt(d)
+    softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    """
+
+    q = Operand()
+    k = Operand()
+    v = Operand()
+    operand = Operand(variadic=True, optional=True)
+
+    def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
+        return _product(b, _weights(b, self._scores(b, q, k, given)), v)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        return self._gradient(b, grads[0], None, inputs, outputs)
+
+    samples = _SAMPLES
+    errors = _ERRORS
+
+
+@op("attention_with_probabilities")
+class AttentionWithProbabilities(_Attending):
+    """out, p = attention(q, k, v) and the probabilities p that it weights the values with
+
+    q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
+
+    For who wants to see them: p is held whole, as attention alone never does. The probabilities of a query that may
+    see no key are zeros, as what it gets. Operands and attributes are those of `attention`.
+    """
+
+    q = Operand()
+    k = Operand()
+    v = Operand()
+    operand = Operand(variadic=True, optional=True)
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        return f"{super().axis_rule(ranks)}, b (g r) s [t]"
+
+    def dtypes(self) -> str:
+        return f"{super().dtypes()}, f"
+
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        k = types[1]
+        return not_empty(k, (2,), "softmax") if k is not None and k.rank == 4 else []
+
+    def reference(self, q: Any, k: Any, v: Any, *given: Any) -> Any:
+        return self._attended(q, k, v, given)
+
+    def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> tuple[Expr, Expr]:
+        """With softmax, for which backends have kernels, wherever no row can be -inf throughout; and such that the last
+        op of each result is a product or a softmax, which then writes it where it is wanted."""
+        scores = _heads_merged(b, self._scores(b, q, k, given))
+        plain = leave_a_key(self.terms, q.shape[2], k.shape[2])
+        p = b.softmax(scores) if plain else _weights(b, scores)
+        alone = q.shape[1] == k.shape[1]
+        return b.matmul(p, v) if alone else _product(b, _grouped(b, p, k), v), p
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        g, g_probabilities = grads
+        return self._gradient(b, g, g_probabilities, inputs, outputs)
+
+    samples = _SAMPLES
     errors = [
-        (S("f32[2,6,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]"), "dimension 1 of q is 6, not a multiple of 4"),
-        (S("f32[2,4,5,3]", "f32[2,4,5,2]", "f32[2,4,5,3]"), "axis d sizes disagree: 3 in q, 2 in k"),
-        (S("f32[2,4,5,3]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "axis t sizes disagree: 5 in k, 6 in v"),
-        (S("f32[2,4,5]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "q must have rank 4, has rank 3"),
-        (S("f32[2,4,5,D]", "f32[2,4,5,D]", "f32[2,4,5,3]"), "no default scale for heads of size D"),
-        (S(*_SELF, softcap=0.0), "softcap must be positive"),
-        (S(*_SELF, terms=(Padding(),)), "takes q, k, v, lengths, received 3 operands"),
-        (S(*_SELF, "i64[3]", terms=(Padding(),)), "axis b sizes disagree: 2 in q, 3 in lengths"),
-        (S(*_SELF, "i32[2]", terms=(Padding(),)), "lengths must be i64, is i32"),
-        (S(*_CROSS, "i64[2,6]", "i64[2,6]", terms=(Segments(),)), "3 in q, 6 in query_segments"),
-        (S(*_SELF, "bool[2,5,5]", terms=(BooleanMask(),)), "mask must have rank 4, has rank 3"),
-        (S(*_SELF, "f32[2,3]", terms=(TensorBias("b t"),)), "axis t sizes disagree: 5 in k, 3 in bias"),
-        (S(*_SELF, "f32[16,4]", terms=(T5Relative(),)), "must have 32 buckets, has 16"),
-        (S(*_SELF, "f32[6]", terms=(Alibi(),)), "dimension 0 of slopes is 6"),
+        *_ERRORS,
+        (S("f32[2,4,5,3]", "f32[2,4,0,3]", "f32[2,4,0,3]"), "an axis of size 0 has no softmax"),
     ]
 
 
@@ -232,10 +314,21 @@ def _grouped(b: Builder, x: Expr, k: Expr) -> Expr:
     return made
 
 
+def _heads_merged(b: Builder, x: Expr) -> Expr:
+    """[b, g, r, s, d] with one axis of heads."""
+    made: Expr = b.rearrange(x, pattern="b g r s d -> b (g r) s d")
+    return made
+
+
+def _product(b: Builder, weights: Expr, v: Expr) -> Expr:
+    return _heads_merged(b, b.einsum(weights, v, equation="b g r s t, b g t e -> b g r s e"))
+
+
 def _weights(b: Builder, scores: Expr) -> Expr:
     """The softmax over the last axis, with zeros for a row that is -inf throughout."""
     zero, one = (b.constant(x, scores.dtype) for x in (0, 1))
-    peak = b.reduce_max(scores, axes=(4,), keep=True)
+    last = (scores.rank - 1,)
+    peak = b.reduce_max(scores, axes=last, keep=True)
     weights = b.exp(scores - b.where(peak > -math.inf, peak, zero))
-    total = b.reduce_sum(weights, axes=(4,), keep=True)
+    total = b.reduce_sum(weights, axes=last, keep=True)
     return weights / b.where(total > 0, total, one)  # type: ignore[no-any-return]

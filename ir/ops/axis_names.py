@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Collection
+from itertools import chain, count, islice
 
 from treadle.ir.errors import RuleError
 
@@ -18,14 +19,11 @@ def place(axis: int, rank: int) -> int:
     return axis % rank
 
 
-def axis_letters(count: int, taken: Collection[str] = ()) -> list[str]:
-    """That many one-letter names beside those taken.
+def axis_letters(number: int, taken: Collection[str] = ()) -> list[str]:
+    """That many names beside those taken: the 52 letters, and where a join has more parts, a0, a1, ... after them.
 
-    A rule whose sizes hold a graph's symbols must not name a factor like one of them. One letter, since a
-    longer name that a rule gives a size to becomes a label. Raises RuleError where the letters do not
-    suffice.
+    A rule whose sizes hold a graph's symbols must not name a factor like one of them. Letters first, since a longer
+    name that a rule gives a size to becomes a label.
     """
-    free = [letter for letter in string.ascii_letters if letter not in taken]
-    if count > len(free):
-        raise RuleError(f"needs {count} axis names beside {len(taken)}, and letters give {len(free)}")
-    return free[:count]
+    names = chain(string.ascii_letters, (f"a{i}" for i in count()))
+    return list(islice((name for name in names if name not in taken), number))

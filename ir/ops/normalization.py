@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.operation import Composite, Grads, Operand, op
-from treadle.ir.ops.along_axes import refuse_empty, rule_along, wide_array, widened
+from treadle.ir.operation import Composite, Demand, Grads, Operand, op
+from treadle.ir.ops.along_axes import not_empty, rule_along, wide_array, widened
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.samples import S
 from treadle.ir.types import Type
@@ -25,8 +25,8 @@ class Softmax(Composite):
     x = Operand()
     axis: int = -1
 
-    def check(self, types: Sequence[Type | None]) -> None:
-        refuse_empty(types[0], (self.axis,), "softmax")
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], (self.axis,), "softmax")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
@@ -58,8 +58,8 @@ class LogSoftmax(Composite):
     x = Operand()
     axis: int = -1
 
-    def check(self, types: Sequence[Type | None]) -> None:
-        refuse_empty(types[0], (self.axis,), "softmax")
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], (self.axis,), "softmax")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
@@ -98,8 +98,8 @@ class LayerNorm(Composite):
     bias = Operand(optional=True)
     eps: float = 1e-5
 
-    def check(self, types: Sequence[Type | None]) -> None:
-        refuse_empty(types[0], (-1,), "mean")
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], (-1,), "mean")
 
     def body(self, b: Builder, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
         y, _ = self.normalized(b, x)
@@ -158,8 +158,8 @@ class RMSNorm(Composite):
     weight = Operand(optional=True)
     eps: float = 1e-6
 
-    def check(self, types: Sequence[Type | None]) -> None:
-        refuse_empty(types[0], (-1,), "mean")
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], (-1,), "mean")
 
     def body(self, b: Builder, x: Expr, weight: Expr | None) -> Expr:
         y, _ = self.normalized(b, x)

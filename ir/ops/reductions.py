@@ -11,7 +11,7 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Composite, Demand, Grads, Op, Operand, Primitive, op
-from treadle.ir.ops.along_axes import places, refuse_empty, rule_along, wide_array, widened, with_ones
+from treadle.ir.ops.along_axes import not_empty, places, rule_along, wide_array, widened, with_ones
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
@@ -37,8 +37,8 @@ class _Reduction(Op):
 
 
 class _Extremum(_Reduction, Primitive):
-    def check(self, types: Sequence[Type | None]) -> None:
-        refuse_empty(types[0], self.axes, str(self.monoid))
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], self.axes, str(self.monoid))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
@@ -129,8 +129,8 @@ class ReduceMean(_Reduction, Composite):
 
     x = Operand()
 
-    def check(self, types: Sequence[Type | None]) -> None:
-        refuse_empty(types[0], self.axes, "mean")
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], self.axes, "mean")
 
     def body(self, b: Builder, x: Expr) -> Any:
         wide = widened(x)
@@ -240,8 +240,8 @@ class ArgMax(Primitive):
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "1" if self.keep else "")
 
-    def check(self, types: Sequence[Type | None]) -> None:
-        refuse_empty(types[0], (self.axis,), "greatest element")
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], (self.axis,), "greatest element")
 
     def reference(self, x: Any) -> Any:
         return np.argmax(x, axis=self.axis, keepdims=self.keep)

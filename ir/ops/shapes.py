@@ -283,9 +283,10 @@ class Concat(Primitive):
         names = axis_letters(rank + len(ranks) - 1)
         axis = place(self.axis, rank)
         joined = [names[axis], *names[rank:]]
-        total = Size.of("+".join(joined))
-        sides = [resized([*names[:axis], n, *names[axis + 1 : rank]], axis, total) for n in joined]
-        return f"{', '.join(left for left, _ in sides)} -> {sides[0][1]}"
+        before, after = names[:axis], names[axis + 1 : rank]
+        sides = [" ".join([*before, f"[{n}]", *after]) for n in joined]
+        total = f"[{'+'.join(joined)}]" if len(joined) > 1 else sized(Size.of(joined[0]))
+        return f"{', '.join(sides)} -> {' '.join([*before, total, *after])}"
 
     def reference(self, *parts: Any) -> Any:
         return np.concatenate(parts, axis=self.axis)
@@ -412,7 +413,10 @@ def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
 
 @op("pad", dtypes="t -> t", linear="x", flops=0)
 class Pad(Primitive):
-    """x with `before` elements of `value` before it along one axis, and `after` behind it."""
+    """x with `before` elements of `value` before it along one axis, and `after` behind it
+
+    value   a number that x's dtype holds
+    """
 
     x = Operand()
     axis: int
@@ -430,6 +434,12 @@ class Pad(Primitive):
         axis = place(self.axis, len(names))
         left, right = resized(names, axis, self.before + Size.symbol(names[axis]) + self.after)
         return f"{left} -> {right}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        assert x is not None
+        if not x.dtype.holds(self.value):
+            raise RuleError(f"value must be a number that {x.dtype} holds, is {self.value}")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return [(size, f"cannot pad by {size}") for size in (self.before, self.after)]
@@ -453,5 +463,10 @@ class Pad(Primitive):
     ]
     errors = [
         (S("f32[3]", axis=0, before=-1), "cannot pad by -1"),
+        (S("i8[3]", axis=0, after=1, value=300.0), "value must be a number that i8 holds, is 300.0"),
+        (S("i64[3]", axis=0, after=1, value=2.0**63), "value must be a number that i64 holds"),
+        (S("i64[3]", axis=0, after=1, value=float("nan")), "value must be a number that i64 holds, is nan"),
+        (S("u8[3]", axis=0, after=1, value=0.5), "value must be a number that u8 holds, is 0.5"),
+        (S("f32[3]", axis=0, after=1, value=1e39), "value must be a number that f32 holds, is 1e+39"),
         (S("f32[3]", axis=2), "there is no axis 2"),
     ]

@@ -1,0 +1,132 @@
+"""Products with a weight and what is done with them at once: an activation, and a gate made by a second product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.operation import Composite, Operand, find_op, op
+from treadle.ir.samples import S
+from treadle.ir.types import Type
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh", "sigmoid")
+"""What a product may be finished with: an op of this name."""
+
+WEIGHT_AXES = ("n k", "k n")
+
+
+class _ActivatedProduct(Composite):
+    """What both have in common: weights of either layout, an activation by name."""
+
+    activation: str
+    weight_axes: str
+    activations: ClassVar[tuple[str, ...]] = ACTIVATIONS
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.activation not in self.activations:
+            raise RuleError(f"activation is {self.activation!r}", hint="one of " + ", ".join(self.activations))
+        if self.weight_axes not in WEIGHT_AXES:
+            raise RuleError(f"weight_axes is {self.weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
+
+    @property
+    def _rows(self) -> str:
+        """matmul, which takes the one layout, has an axis of rows; linear, which takes the other, needs none."""
+        return "... m" if self.weight_axes == "k n" else "..."
+
+    @property
+    def _weight(self) -> str:
+        return "n [k]" if self.weight_axes == "n k" else "[k] n"
+
+    def _product(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
+        if self.weight_axes == "n k":
+            return b.linear(x, weight, bias)
+        product = b.matmul(x, weight)
+        return product if bias is None else product + bias
+
+    def _activated(self, b: Builder, x: Any) -> Any:
+        return b.apply(find_op(self.activation), x)
+
+
+@op("activated_linear", dtypes="f, f, f -> f")
+class ActivatedLinear(_ActivatedProduct):
+    """y[..., n] = act(sum_k x[..., k] weight[n, k] + bias[n])
+
+    The first half of a feed-forward network (Vaswani et al. 2017, 3.3), a pooler, the first layer of a head.
+
+    activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
+    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does and files of ONNX mostly hold it
+    """
+
+    x = Operand()
+    weight = Operand()
+    bias = Operand(optional=True)
+    activation: str = "gelu"
+    weight_axes: str = "n k"
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        return f"{self._rows} [k], {self._weight}, n -> {self._rows} n"
+
+    def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
+        return self._activated(b, self._product(b, x, weight, bias))
+
+    samples = [
+        S("f32[2,3,4]", "f32[5,4]", "f32[5]"),
+        S("f32[3,4]", "f32[5,4]", None, activation="relu"),
+        S("f32[4]", "f32[5,4]", "f32[5]", activation="gelu_tanh"),
+        S("f32[2,3,4]", "f32[4,5]", "f32[5]", activation="silu", weight_axes="k n"),
+        S("f32[3,4]", "f32[4,5]", None, activation="tanh", weight_axes="k n"),
+        S("f32[3,4]", "f32[5,4]", "f32[5]", activation="quick_gelu"),
+        S("f32[3,4]", "f32[5,4]", "f32[5]", activation="sigmoid"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[3,4]", None), "axis k sizes disagree: 3 in x, 4 in weight"),
+        (S("f32[2,3]", "f32[4,3]", "f32[3]"), "axis n sizes disagree: 4 in weight, 3 in bias"),
+        (S("f32[3]", "f32[3,4]", None, weight_axes="k n"), "x must have rank 2 or more"),
+        (S("f32[2,3]", "f32[4,3]", None, activation="exp"), "activation is 'exp'"),
+        (S("f32[2,3]", "f32[4,3]", None, weight_axes="k, n"), "weight_axes is 'k, n'"),
+    ]
+
+
+@op("gated_linear", dtypes="f, f, f, f, f -> f")
+class GatedLinear(_ActivatedProduct):
+    """y[..., n] = act(sum_k x[..., k] gate[n, k] + gate_bias[n]) * (sum_k x[..., k] up[n, k] + up_bias[n])
+
+    Gated linear units: with "sigmoid" GLU (Dauphin et al. 2017), with "relu", "gelu", "silu" and "none" (the identity)
+    ReGLU, GEGLU, SwiGLU and the bilinear layer (Shazeer 2020).
+
+    activation   act: one of activated_linear's, or "none"
+    weight_axes  of both weights: "n k", as linear takes one, or "k n", as matmul does
+    """
+
+    x = Operand()
+    gate = Operand()
+    up = Operand()
+    gate_bias = Operand(optional=True)
+    up_bias = Operand(optional=True)
+    activation: str = "silu"
+    weight_axes: str = "n k"
+    activations = (*ACTIVATIONS, "none")
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        return f"{self._rows} [k], {self._weight}, {self._weight}, n, n -> {self._rows} n"
+
+    def body(self, b: Builder, x: Expr, gate: Expr, up: Expr, gate_bias: Expr | None, up_bias: Expr | None) -> Any:
+        gating = self._product(b, x, gate, gate_bias)
+        gating = gating if self.activation == "none" else self._activated(b, gating)
+        return gating * self._product(b, x, up, up_bias)
+
+    samples = [
+        S("f32[2,3,4]", "f32[5,4]", "f32[5,4]", None, None),
+        S("f32[3,4]", "f32[5,4]", "f32[5,4]", "f32[5]", "f32[5]", activation="sigmoid"),
+        S("f32[4]", "f32[5,4]", "f32[5,4]", None, "f32[5]", activation="none"),
+        S("f32[2,3,4]", "f32[4,5]", "f32[4,5]", "f32[5]", None, activation="gelu_tanh", weight_axes="k n"),
+        S("f32[3,4]", "f32[4,5]", "f32[4,5]", None, None, activation="relu", weight_axes="k n"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[4,3]", "f32[5,3]", None, None), "axis n sizes disagree: 4 in gate, 5 in up"),
+        (S("f32[2,3]", "f32[4,3]", "f32[4,2]", None, None), "axis k sizes disagree"),
+        (S("f32[2,3]", "f32[4,3]", "f32[4,3]", None, None, activation="exp"), "activation is 'exp'"),
+        (S("f32[3]", "f32[3,4]", "f32[3,4]", None, None, weight_axes="k n"), "x must have rank 2 or more"),
+    ]

@@ -1,0 +1,103 @@
+"""Several products of one value, done as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.operation import Composite, Operand, op
+from treadle.ir.ops.activated_products import WEIGHT_AXES
+from treadle.ir.ops.shapes import zeros
+from treadle.ir.samples import S
+from treadle.ir.types import Type
+
+MOST_PROJECTIONS = 16
+
+
+@op("projections")
+class Projections(Composite):
+    """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
+
+    Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
+    each, absent where a product has none. Each weight keeps its name and its axes, so that heads can be split; what
+    runs is one product with all weights joined, which a backend does once, and the result cut.
+
+    count        how many, 2 to 16
+    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does
+    """
+
+    x = Operand()
+    operand = Operand(optional=True, variadic=True)
+    count: int = 2
+    weight_axes: str = "n k"
+
+    def operand_names(self, count: int) -> list[str]:
+        names = ["x", *(f"{name}{n}" for name in ("weight", "bias") for n in range(self.count))]
+        return [*names, *(f"operand{n}" for n in range(len(names), count))][:count]
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        rows = "... m" if self.weight_axes == "k n" else "..."
+        outs = [f"n{i}" for i in range(self.count)]
+        weights = [f"{n} [k]" if self.weight_axes == "n k" else f"[k] {n}" for n in outs]
+        return f"{', '.join([f'{rows} [k]', *weights, *outs])} -> {', '.join(f'{rows} {n}' for n in outs)}"
+
+    def dtypes(self) -> str:
+        return f"{', '.join(['f'] * (1 + 2 * self.count))} -> {', '.join(['f'] * self.count)}"
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if not 2 <= self.count <= MOST_PROJECTIONS:
+            raise RuleError(f"makes 2 to {MOST_PROJECTIONS} products, not {self.count}")
+        if self.weight_axes not in WEIGHT_AXES:
+            raise RuleError(f"weight_axes is {self.weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
+        if len(types) != 1 + 2 * self.count:
+            raise RuleError(
+                f"takes x, {self.count} weights and as many biases, received {len(types)} operands",
+                hint="none for a bias that is not there",
+            )
+        if None in types[1 : 1 + self.count]:
+            raise RuleError("every weight must be there")
+
+    def body(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
+        weights, biases = operands[: self.count], operands[self.count :]
+        return tuple([self._product(b, x, w, bias) for w, bias in zip(weights, biases, strict=True) if w is not None])
+
+    def lowering(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
+        """slices of one product: x (w_0 | w_1 | ...) + (b_0 | b_1 | ...)"""
+        weights = [w for w in operands[: self.count] if w is not None]
+        biases = operands[self.count :]
+        axis = self.weight_axes.split().index("n")
+        bias = None
+        if any(v is not None for v in biases):
+            known = [zeros(b, w.dtype[w.shape[axis]]) if v is None else v for w, v in zip(weights, biases, strict=True)]
+            bias = b.concat(*known, axis=0)
+        y = self._product(b, x, b.concat(*weights, axis=axis), bias)
+        made, start = [], weights[0].shape[axis] * 0
+        for weight in weights:
+            stop = start + weight.shape[axis]
+            made.append(b.slice(y, axis=-1, start=start, stop=stop))
+            start = stop
+        return tuple(made)
+
+    def _product(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
+        if self.weight_axes == "n k":
+            return b.linear(x, weight, bias)
+        product = b.matmul(x, weight)
+        return product if bias is None else product + bias
+
+    samples = [
+        S("f32[2,3,4]", "f32[5,4]", "f32[2,4]", "f32[5]", "f32[2]"),
+        S("f32[3,4]", "f32[5,4]", "f32[2,4]", "f32[2,4]", "f32[5]", None, "f32[2]", count=3),
+        S("f32[4]", "f32[5,4]", "f32[2,4]", None, None),
+        S("f32[2,3,4]", "f32[4,5]", "f32[4,2]", "f32[5]", None, weight_axes="k n"),
+        S("f32[3,4]", "f32[4,5]", "f32[4,5]", "f32[4,1]", None, None, None, count=3, weight_axes="k n"),
+    ]
+    errors = [
+        (S("f32[2,3]", "f32[4,3]", "f32[4,2]", None, None), "axis k sizes disagree"),
+        (S("f32[2,3]", "f32[4,3]", "f32[5,3]", "f32[5]", None), "axis n0 sizes disagree"),
+        (S("f32[2,3]", "f32[4,3]", None, None, None), "every weight must be there"),
+        (S("f32[2,3]", "f32[4,3]", None, count=1), "makes 2 to 16 products, not 1"),
+        (S("f32[2,3]", "f32[4,3]", "f32[4,3]"), "takes x, 2 weights and as many biases, received 3 operands"),
+        (S("f32[2,3]", "f32[3,4]", "f32[3,4]", None, None, weight_axes="k"), "weight_axes is 'k'"),
+    ]

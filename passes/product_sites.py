@@ -1,0 +1,88 @@
+"""Candidate sites around products: an activation of one, and one that gates another.
+
+Wider than the rules that fuse them: through casts and moves, with an activation that is spelled out, of two values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.activated_products import ACTIVATIONS
+
+_MOVES = frozenset(("cast", "rearrange", "reshape", "slice"))
+_SPELLING = frozenset(("add", "sub", "mul", "div", "neg", "pow", "erf", "exp", "reciprocal", "maximum", "minimum"))
+_MOST_STEPS = 32
+
+
+@dataclass
+class _Origin:
+    """What a value is made of: the products above it, the nodes on the way, and whether anything else comes in."""
+
+    products: list[Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    other: bool = False
+
+    @property
+    def of_one(self) -> Node | None:
+        """The product, if the value is made of one and of nothing else."""
+        return self.products[0] if len(self.products) == 1 and not self.other else None
+
+    def has(self, *ops: str) -> bool:
+        return any(node.op.name in ops for node in self.nodes)
+
+
+def epilogue_nodes(node: Node, spelled: Sequence[Node] | None) -> Sequence[Node] | None:
+    """act(x w + bias), at the activation, or at the erf, tanh or sigmoid of one that `spelled` has the nodes of"""
+    if node.op.name not in ACTIVATIONS and spelled is None:
+        return None
+    origin = _origin(node.inputs[0], _SPELLING if spelled is not None else frozenset())
+    if origin.of_one is None or origin.has("slice"):
+        return None
+    return [*origin.nodes, origin.of_one, *(spelled or ())]
+
+
+def gate_nodes(node: Node) -> Sequence[Node] | None:
+    """act(x g + b) * (x u + c), at the mul; two products, or two parts of one"""
+    if node.op.name != "mul":
+        return None
+    for gating, gated in (node.inputs, node.inputs[::-1]):
+        plain, curved = _origin(gated), _origin(gating, _SPELLING | set(ACTIVATIONS))
+        if plain.of_one is None or curved.of_one is None:
+            continue
+        if plain.of_one is curved.of_one and not (plain.has("slice") and curved.has("slice")):
+            continue  # x sigmoid(x), and whatever else is of one value
+        activated = curved.has("erf", "exp", *ACTIVATIONS)
+        if activated or (not curved.has(*_SPELLING - {"add"}) and plain.of_one.inputs[0] is curved.of_one.inputs[0]):
+            return [*curved.nodes, *plain.nodes, *dict.fromkeys((curved.of_one, plain.of_one))]
+    return None
+
+
+def _origin(value: Value, through: frozenset[str] | set[str] = frozenset()) -> _Origin:
+    """Up to products: through moves and sums with a bias, and through all ops of `through`."""
+    origin = _Origin()
+    pending, seen = [value], {value}
+    while pending:
+        node = (value := pending.pop()).node
+        if node is None:
+            origin.other |= not _is_bias(value)
+        elif _is_product(node):
+            origin.products.append(node)
+        elif len(seen) > _MOST_STEPS or not (node.op.name in through or node.op.name in _MOVES | {"add"}):
+            origin.other |= not _is_bias(value)
+        else:
+            origin.nodes.append(node)
+            new = [v for v in node.inputs if v not in seen]
+            seen.update(new)
+            pending += new
+    return origin
+
+
+def _is_product(node: Node) -> bool:
+    """With a matrix: one that is computed as well, a weight that is transposed or dequantized."""
+    return node.op.name == "linear" or (node.op.name == "matmul" and node.inputs[1].type.rank == 2)
+
+
+def _is_bias(value: Value) -> bool:
+    return value.literal is not None or value.type.rank <= 1

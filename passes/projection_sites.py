@@ -1,0 +1,50 @@
+"""Candidate sites around weights: products of one value with several, and scalings of what norms and products give.
+
+Wider than the rules: also where a weight is transposed first, or read by something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from treadle.ir.graph import Function, Node, Value
+
+_NORMS_AND_PRODUCTS = frozenset(("linear", "matmul", "rms_norm", "layer_norm"))
+
+
+def products_of_one_value(function: Function, finished: Collection[Node]) -> dict[Node, Sequence[Node]]:
+    """Products of one value with weights, by the first of each two or more; those in `finished` are none."""
+    groups: dict[tuple[Value, str], list[Node]] = {}
+    for node in function.nodes:
+        if node.op.name in ("linear", "matmul") and node not in finished:
+            x, weight = node.inputs[:2]
+            moved = weight.node
+            lies = "n k" if node.op.name == "linear" else "k n"
+            if moved is not None and moved.op.name == "rearrange":
+                weight, lies = moved.inputs[0], "n k" if lies == "k n" else "k n"
+            if weight.kind in ("parameter", "constant") and weight.type.rank == 2:
+                groups.setdefault((x, lies), []).append(node)
+    return {nodes[0]: nodes for nodes in groups.values() if len(nodes) > 1}
+
+
+def scale_nodes(node: Node) -> Sequence[Node] | None:
+    """y * c, at the mul, for what a product with a weight or a norm gives and one number c"""
+    if node.op.name not in ("mul", "div") or len(node.inputs) != 2:
+        return None
+    for scaled, number in (node.inputs, node.inputs[::-1]):
+        made = scaled.node
+        if (
+            number.type.rank == 0
+            and number.kind != "result"
+            and made is not None
+            and made.op.name in _NORMS_AND_PRODUCTS
+        ):
+            weight = made.inputs[1] if len(made.inputs) > 1 else None
+            if weight is not None and (weight.kind in ("parameter", "constant") or _is_moved_weight(weight)):
+                return [made]
+    return None
+
+
+def _is_moved_weight(value: Value) -> bool:
+    node = value.node
+    return node is not None and node.op.name == "rearrange" and node.inputs[0].kind in ("parameter", "constant")

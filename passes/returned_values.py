@@ -1,0 +1,61 @@
+"""Which values a model only hands out: those that reach outputs of `main` through nothing but moves and casts."""
+
+from __future__ import annotations
+
+from treadle.ir.graph import Function, Graph, Node, Value
+
+_HANDED_ON = frozenset(("rearrange", "reshape", "cast"))
+
+
+class ReturnedValues:
+    """Asked for values of one function; follows what a block gives to all places that call it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._users: dict[str, dict[Value, list[Node | None]]] = {}
+        self._known: dict[Value, bool] = {}
+
+    def goes_out(self, function: Function, user: Node | None, value: Value) -> bool:
+        """Whether a reader of a value (None: it is an output of the function) only hands it to outputs of `main`."""
+        if user is None:
+            return self._output_goes_out(function, value)
+        if user.op.name not in _HANDED_ON:
+            return False
+        (made,) = user.results
+        found = self._known.get(made)
+        if found is None:
+            found = self._known[made] = self._all_go_out(function, made)
+        return found
+
+    def _all_go_out(self, function: Function, value: Value) -> bool:
+        users = self._readers(function).get(value, [])
+        return bool(users) and all(self.goes_out(function, user, value) for user in users)
+
+    def _output_goes_out(self, function: Function, value: Value) -> bool:
+        if function is self.graph.main:
+            return True
+        at = [n for n, v in enumerate(function.outputs.values()) if v is value]
+        calls = [
+            (caller, node)
+            for caller in self.graph.functions.values()
+            for node in caller.nodes
+            if node.op.callee == function.name
+        ]
+        return bool(calls) and all(self._all_go_out(caller, node.results[n]) for caller, node in calls for n in at)
+
+    def _readers(self, function: Function) -> dict[Value, list[Node | None]]:
+        found = self._users.get(function.name)
+        if found is None:
+            found = self._users[function.name] = readers_of(function)
+        return found
+
+
+def readers_of(function: Function) -> dict[Value, list[Node | None]]:
+    """Who reads each value, each reader once; None where it is an output."""
+    found: dict[Value, list[Node | None]] = {}
+    for node in function.nodes:
+        for value in dict.fromkeys(node.inputs):
+            found.setdefault(value, []).append(node)
+    for value in dict.fromkeys(function.outputs.values()):
+        found.setdefault(value, []).append(None)
+    return found

@@ -1,0 +1,48 @@
+"""Forms of rearranges: what two in a row compose to, and which stay two."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from treadle.ir.graph import Literal
+from treadle.ir.operation import find_op
+from treadle.passes.rearrange_forms import composed, form_of
+
+SPLITS = [
+    "a b c -> a b c",
+    "a b c -> c a b",
+    "a b (c=2 d) -> c a b d",
+    "a (b=3 e) (c=2 d) -> (e c) a (b d)",
+    "a b c -> (a b) c",
+]
+
+
+@pytest.mark.parametrize("first", SPLITS)
+@pytest.mark.parametrize("second", ["swap", "join", "split"])
+def test_two_rearranges_are_the_one_that_they_compose_to(first: str, second: str) -> None:
+    x = np.arange(4 * 6 * 8).reshape(4, 6, 8)
+    rearrange = find_op("rearrange")
+    middle = rearrange(pattern=first).reference(x)
+    letters = "pqrs"[: middle.ndim]
+    pattern = {
+        "swap": f"{' '.join(letters)} -> {' '.join(reversed(letters))}",
+        "join": f"{' '.join(letters)} -> ({' '.join(letters)})",
+        "split": f"(m=2 {letters[0]}) {' '.join(letters[1:])} -> {' '.join(letters)} m",
+    }[second]
+    form = composed(first, pattern, Literal.of(x).type)
+    assert form is not None
+    np.testing.assert_array_equal(
+        rearrange(pattern=form.pattern).reference(x), rearrange(pattern=pattern).reference(middle)
+    )
+
+
+def test_splits_that_do_not_divide_each_other_stay_two_rearranges() -> None:
+    assert composed("a b -> (a b)", "(c=3 d) -> d c", Literal.of(np.zeros((2, 3))).type) is None
+
+
+def test_a_form_keeps_names_and_given_sizes() -> None:
+    form = composed("b s (heads=2 d) -> b s heads d", "b s h d -> b h s d", Literal.of(np.zeros((2, 3, 8))).type)
+    assert form is not None
+    assert form.pattern == "b s (heads=2 d) -> b heads s d"
+    assert form_of("a b -> b a", Literal.of(np.zeros((2, 3))).type).is_transposition

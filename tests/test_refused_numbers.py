@@ -1,0 +1,147 @@
+"""What an op cannot do with these sizes or numbers is refused with its name and line, by every backend alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.backend_checks import compiled, each_backend, graph_of, message
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import GraphError, ParseError, RuleError
+from treadle.ir.graph import Graph, Source
+from treadle.ir.interpreter import interpret
+from treadle.ir.parser import parse_graph
+from treadle.ir.printer import print_graph
+from treadle.ir.types import DTYPES
+
+LINE = Source("model.py", 7)
+
+REDUCTIONS: dict[str, tuple[Callable[[Builder, Expr], Expr], str]] = {
+    "reduce_max": (lambda b, x: b.reduce_max(x, axes=(1,)), "max"),
+    "reduce_min": (lambda b, x: b.reduce_min(x, axes=(1,)), "min"),
+    "reduce_mean": (lambda b, x: b.reduce_mean(x, axes=(1,)), "mean"),
+    "argmax": (lambda b, x: b.argmax(x, axis=1), "greatest element"),
+    "softmax": (lambda b, x: b.softmax(x, axis=1), "softmax"),
+    "log_softmax": (lambda b, x: b.log_softmax(x, axis=1), "softmax"),
+    "rms_norm": (lambda b, x: b.rms_norm(x, None), "mean"),
+}
+
+
+def _behind_two(name: str) -> Graph:
+    """The op along what is left of an axis without its first two elements: nothing, where it has two."""
+
+    def build(b: Builder) -> Expr:
+        rest = b.slice(b.input("x", "f32[B, S]"), axis=1, start=2)
+        b.source = LINE
+        return REDUCTIONS[name][0](b, rest)
+
+    return graph_of(build)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@each_backend
+def test_an_axis_that_a_call_makes_empty_is_refused(backend: str, name: str) -> None:
+    exe = compiled(backend, _behind_two(name))
+    text = message(lambda: exe(x=np.ones((3, 2), np.float32)))
+    assert f"{name}: an axis of size 0 has no {REDUCTIONS[name][1]}, where S = 2" in text
+    assert "model.py:7" in text
+    assert "sizes for which S-3 is 0 or more" in text
+    assert np.isfinite(np.asarray(exe(x=np.ones((3, 3), np.float32))["y"])).all()  # one element is enough
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_the_reference_refuses_it_too(name: str) -> None:
+    with pytest.raises(GraphError, match=f"{name}: an axis of size 0 has no {REDUCTIONS[name][1]}") as caught:
+        interpret(_behind_two(name), {"x": np.ones((3, 2), np.float32)})
+    assert "model.py:7" in str(caught.value)
+
+
+# -- numbers to pad with -------------------------------------------------------------------------------------
+
+
+def _padded(b: Builder, dtype: str, value: float) -> Expr:
+    b.source = LINE
+    made: Expr = b.pad(b.input("x", f"{dtype}[N]"), axis=0, before=1, value=value)
+    return made
+
+
+OUTSIDE = [
+    ("i8", 128.0), ("i8", 1e300), ("u8", -1.0), ("i32", float("inf")), ("i64", float("nan")), ("i64", 2.0**63),
+    ("i16", 0.5), ("bool", 2.0), ("f16", 65520.0), ("f32", 1e39), ("bf16", 3.4e38),
+]  # fmt: skip
+HELD = [
+    ("i8", 127.0), ("i8", -128.0), ("u8", 255.0), ("i64", -(2.0**63)), ("bool", 1.0), ("f16", 65504.0),
+    ("f32", 3e38), ("f32", float("-inf")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "value"), OUTSIDE)
+def test_a_number_outside_the_dtype_is_refused_where_the_graph_is_built(dtype: str, value: float) -> None:
+    with pytest.raises(RuleError, match=f"pad: value must be a number that {dtype} holds") as caught:
+        _padded(Builder(Graph("padded")), dtype, value)
+    assert "model.py:7" in str(caught.value)
+
+
+def test_a_number_outside_the_dtype_is_refused_in_a_text() -> None:
+    text = print_graph(graph_of(lambda b: _padded(b, "i8", 127.0)))
+    assert parse_graph(text).main.nodes
+    with pytest.raises((ParseError, RuleError), match="pad: value must be a number that i8 holds"):
+        parse_graph(text.replace("127.0", "300.0"))
+
+
+@pytest.mark.parametrize(("dtype", "value"), HELD)
+@each_backend
+def test_the_outermost_numbers_are_padded_with(backend: str, dtype: str, value: float) -> None:
+    graph = graph_of(lambda b: _padded(b, dtype, value))
+    x = np.zeros(2, DTYPES[dtype].numpy)
+    expected = np.concatenate([np.asarray([value]).astype(x.dtype), x])
+    np.testing.assert_array_equal(np.asarray(compiled(backend, graph)(x=x)["y"]), expected)
+
+
+# -- results that no memory holds ----------------------------------------------------------------------------
+
+HUGE = 2**58
+"""More bytes than a process can address."""
+
+
+def _wide(b: Builder) -> Expr:
+    x = b.input("x", "i8[N]")
+    b.source = LINE
+    made: Expr = b.pad(x, axis=0, before=HUGE)
+    return made
+
+
+def _repeated(b: Builder) -> Expr:
+    x = b.input("x", "i8[1]")
+    b.source = LINE
+    made: Expr = b.expand(x, shape=(HUGE,))
+    return made
+
+
+@pytest.mark.parametrize(("build", "name"), [(_wide, "pad"), (_repeated, "expand")], ids=["pad", "expand"])
+@each_backend
+def test_a_result_that_is_too_large_is_refused(backend: str, build: Callable[[Builder], Expr], name: str) -> None:
+    exe = compiled(backend, graph_of(build))
+    text = message(lambda: exe(x=np.ones(1, np.int8)))
+    if backend == "tvm":  # which plans the memory of all ops at once
+        assert "there is not enough memory" in text
+    else:
+        assert text.startswith(f"{name}: ")
+        assert "model.py:7" in text
+
+
+def test_the_reference_tells_what_it_could_not_make() -> None:
+    with pytest.raises(GraphError, match="pad: its reference failed") as caught:
+        interpret(graph_of(_wide), {"x": np.ones(1, np.int8)})
+    assert "MemoryError" in str(caught.value)
+    assert "model.py:7" in str(caught.value)
+
+
+def test_a_width_with_too_many_digits_is_refused_where_the_graph_is_built() -> None:
+    b = Builder(Graph("wide"))
+    x: Any = b.input("x", "i8[N]")
+    with pytest.raises(RuleError, match=r"pad: .*a number in a size is too large"):
+        b.pad(x, axis=0, before=2**70)
