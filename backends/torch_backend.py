@@ -22,7 +22,8 @@ from treadle.backends.python_executable import (
     shape_fits,
 )
 from treadle.backends.signature import as_numpy, refuse_dtype
-from treadle.backends.torch_spelling import DTYPES, SPELLINGS, TORCH, keeps
+from treadle.backends.torch_packing import can_pack, choose_packing, pack, packed_dialect, packed_names
+from treadle.backends.torch_spelling import DTYPES, SPELLINGS, keeps
 from treadle.backends.weight_preparation import prepare_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Literal, Node
@@ -62,7 +63,8 @@ class TorchBackend:
         return None
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
-        """Lower a graph. Weights of the CPU are not copied: they stay the arrays, or the mapped file, that they are.
+        """Lower a graph. On the CPU weights stay the arrays, or the mapped file, that they are, but for those that only
+        products read: they are packed, see `treadle.backends.torch_packing`.
 
         Raises BackendError without PyTorch or the target's device, for a refused node, for a missing weight.
         """
@@ -91,13 +93,16 @@ class TorchBackend:
 
         refuse_nodes(graph, self.name, refusal)
         prepared = prepare_weights(legalize(graph, keeps))
-        program = emit(prepared.graph, TORCH, tuple(prepared.notes()))
+        packing = choose_packing(prepared.graph) if device.type == "cpu" and can_pack() else {}
+        program = emit(prepared.graph, packed_dialect(packing), tuple(prepared.notes()))
         arrays = _TorchArrays(device, target.threads)
         namespace = {
             "constants": tuple(map(arrays.constant, program.constants)),
             "device": device,
         }
-        return PythonExecutable(graph, program, collect_weights(prepared, weights, arrays.weight), namespace, arrays)
+        tensors = collect_weights(prepared, weights, arrays.weight)
+        tensors |= {name: pack(tensors[name], way) for name, way in packed_names(prepared.graph, packing).items()}
+        return PythonExecutable(graph, program, tensors, namespace, arrays)
 
 
 class _TorchArrays:
@@ -154,6 +159,8 @@ class _TorchArrays:
                 self.torch.set_num_threads(before)
 
     def storage(self, array: torch.Tensor) -> int:
+        if array.is_mkldnn:  # which no result can be
+            return id(array)
         return array.untyped_storage().data_ptr() if array.numel() else id(array)
 
     def give(self, array: torch.Tensor, given: Sequence[Any], shared: bool) -> Any:

@@ -29,6 +29,17 @@ def round_to(x: Tensor, format: str, *, saturate: bool) -> Tensor:
     return (y if known.minus_zero else y + 0.0).to(x.dtype)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x)"""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = "") -> Tensor:
+    """x times a weight that `treadle.backends.torch_packing` packed, transposed, with what oneDNN does at once."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return y
+
+
 # -- along an axis -------------------------------------------------------------------------------------------
 
 

@@ -114,6 +114,20 @@ def _linear(line: Line) -> str:
     return f"F.linear({line.x}, {line.weight}{bias})"
 
 
+@_spells("activated_linear")
+def _activated_linear(line: Line) -> str:
+    if line.op.weight_axes == "k n":
+        product = f"{line.x} @ {line.weight}" + (f" + {line.bias}" if line.has("bias") else "")
+    else:
+        product = _linear(line)
+    return activated(line.op.activation, product)
+
+
+def activated(activation: str, x: str) -> str:
+    """An expression, activated by an op of this name."""
+    return f"kernels.quick_gelu({x})" if activation == "quick_gelu" else str(SPELLINGS[activation]).format(x=x)
+
+
 @_spells("einsum")
 def _einsum(line: Line) -> str:
     dtype = line.result.dtype

@@ -1,0 +1,154 @@
+"""Weights in oneDNN's layout: which are packed, and that products with them give what they gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.backends.registry import find_backend
+from treadle.compiling import initial_weights
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.target import Target
+from treadle.ir.types import DType, bf16, f16, f32, f64
+
+torch = pytest.importorskip("torch")
+
+from treadle.backends import torch_backend
+from treadle.backends.torch_packing import ACTIVATIONS, can_pack, choose_packing, packed_names
+
+pytestmark = pytest.mark.skipif(not can_pack(), reason="PyTorch has no oneDNN for this processor")
+
+K, N = 32, 48
+
+Array = np.ndarray[Any, Any]
+
+
+def graph_of(*, dtype: DType = f32) -> tuple[Builder, Expr]:
+    b = Builder(Graph("g"))
+    return b, b.input("x", dtype["B", "S", K])
+
+
+def names(b: Builder) -> dict[str, str]:
+    return packed_names(b.graph, choose_packing(b.graph))
+
+
+def source(graph: Graph) -> str:
+    return find_backend("torch").compile(graph, Target("cpu"), initial_weights(graph)).source
+
+
+@pytest.mark.parametrize("weight_axes", ["n k", "k n"])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "relu", "quick_gelu"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_activated_products(activation: str, weight_axes: str, biased: bool) -> None:
+    b, x = graph_of()
+    weight = b.parameter("w", f32[(N, K) if weight_axes == "n k" else (K, N)])
+    bias = b.parameter("bias", f32[N]) if biased else None
+    b.outputs(y=b.activated_linear(x, weight, bias, activation=activation, weight_axes=weight_axes))
+    assert names(b) == {"w": weight_axes}
+    text = source(b.graph)
+    assert text.count("kernels.linear(") == 1
+    assert ("F.relu(" in text) == (activation == "relu")
+    close_to_its_meaning(b.graph, np.random.default_rng(0).standard_normal((2, 3, K), np.float32))
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "relu"])
+def test_a_row_with_nan_is_nan(activation: str) -> None:
+    """oneDNN's own relu makes 0 of NaN."""
+    b, x = graph_of()
+    b.outputs(y=b.activated_linear(x, b.parameter("w", f32[N, K]), None, activation=activation))
+    array = np.ones((2, 1, K), np.float32)
+    array[0, 0, 0] = np.nan
+    close_to_its_meaning(b.graph, array)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, K), (2, 3, K), (1, 67, K)])
+def test_linear_and_matmul_of_any_size(shape: tuple[int, ...]) -> None:
+    b, x = graph_of()
+    y = b.linear(x, b.parameter("a", f32[N, K]), b.parameter("b", f32[N]))
+    b.outputs(y=b.matmul(y, b.parameter("c", f32[N, K])))
+    assert names(b) == {"a": "n k", "c": "k n"}
+    close_to_its_meaning(b.graph, np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
+def test_rows_that_do_not_lie_side_by_side() -> None:
+    b = Builder(Graph("g"))
+    x = b.rearrange(b.input("x", f32[K, "S"]), pattern="k s -> s k")
+    b.outputs(y=b.linear(x, b.parameter("a", f32[N, K]), None))
+    close_to_its_meaning(b.graph, np.random.default_rng(0).standard_normal((K, 5), np.float32))
+
+
+def test_a_weight_that_something_else_reads_stays_as_it_is() -> None:
+    b = Builder(Graph("tied"))
+    table = b.parameter("table", f32[N, K])
+    b.outputs(y=b.linear(b.embedding(table, b.input("ids", "i64[B]")), table, None))
+    assert names(b) == {}
+    b, x = graph_of()
+    w = b.parameter("w", f32[K, K])
+    b.outputs(y=b.linear(x, w, None) + b.matmul(x, w))  # once as it lies, once transposed
+    assert names(b) == {}
+    b, x = graph_of()
+    w = b.parameter("w", f32[N, K])
+    b.outputs(y=b.linear(x, w, None), w=w)
+    assert names(b) == {}
+
+
+@pytest.mark.parametrize("dtype", [f64, f16])
+def test_other_dtypes_are_left_to_pytorch(dtype: DType) -> None:
+    b, x = graph_of(dtype=dtype)
+    b.outputs(y=b.linear(x, b.parameter("w", dtype[N, K]), None))
+    assert names(b) == {}
+
+
+def test_bfloat16_is_packed() -> None:
+    b, x = graph_of(dtype=bf16)
+    b.outputs(y=b.cast(b.linear(x, b.parameter("w", bf16[N, K]), None), to=f32))
+    assert names(b) == {"w": "n k"}
+    weight, rows = torch.randn(N, K).bfloat16(), torch.randn(2, 3, K).bfloat16()
+    exe = find_backend("torch").compile(b.graph, Target("cpu"), {"w": weight})
+    wanted = torch.nn.functional.linear(rows, weight).float()
+    torch.testing.assert_close(exe(x=rows)["y"], wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("second", ["another weight", "what is computed"])
+def test_a_block_reads_packed_weights_if_all_its_calls_bring_such(second: str) -> None:
+    graph = Graph("blocks")
+    block = Function("h")
+    graph.add_function(block)
+    inside = Builder(graph, block)
+    inside.outputs(y=inside.linear(inside.input("x", f32["B", K]), inside.parameter("w", f32[K, K]), None))
+    b = Builder(graph)
+    x = b.input("x", f32["B", K])
+    weights = [b.parameter(f"h.{i}.w", f32[K, K]) for i in range(2)]
+    if second == "what is computed":
+        weights[1] = b.linear(b.input("z", f32[K, K]), weights[1], None)
+    for w in weights:
+        (x,) = b.call(block, [x, w])
+    b.outputs(y=x)
+    found = packed_names(graph, choose_packing(graph))
+    assert found == ({"h.0.w": "n k", "h.1.w": "n k"} if second == "another weight" else {"h.1.w": "n k"})
+    close(graph, {v.name: np.random.default_rng(0).standard_normal((K, K), np.float32) for v in graph.main.inputs})
+
+
+def test_without_onednn_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_backend, "can_pack", lambda: False)
+    b, x = graph_of()
+    b.outputs(y=b.activated_linear(x, b.parameter("w", f32[N, K]), None, activation="silu"))
+    assert "F.silu(F.linear(" in source(b.graph)
+    close_to_its_meaning(b.graph, np.random.default_rng(0).standard_normal((2, 3, K), np.float32))
+
+
+def close_to_its_meaning(graph: Graph, x: Array) -> None:
+    close(graph, {"x": x})
+
+
+def close(graph: Graph, inputs: dict[str, Array]) -> None:
+    """Sums of 32 products of numbers near 1 and 1/4, some of them twice."""
+    rng = np.random.default_rng(1)
+    weights = {n: (rng.standard_normal(w.shape) / 4).astype(w.dtype) for n, w in initial_weights(graph).items()}
+    made = find_backend("torch").compile(graph, Target("cpu"), weights)(**inputs)
+    for name, wanted in interpret(graph, inputs, weights, float64=True).items():
+        np.testing.assert_allclose(made[name], wanted, rtol=1e-5, atol=2e-5)
