@@ -16,12 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 TARGET = 0.75
 ROUNDS = 15
+
+
+BACKENDS = ("tvm", "torch")
+"""TVM holds the target; PyTorch shows what fusion and packed weights give without kernels of our own."""
 
 
 def main() -> int:
@@ -31,34 +36,50 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    ours, theirs, difference, compile_seconds = both(options.threads, options.tokens, options.layers)
+    theirs, ours = both(options.threads, options.tokens, options.layers)
     clock = time.thread_time if options.threads == 1 else time.perf_counter
-    times = in_turns([ours, theirs], clock)
-    ours_ms, theirs_ms = (statistics.median(t) * 1e3 for t in times)
-    rows = {
-        "threads": options.threads,
-        "tokens": options.tokens,
-        "treadle_ms": ours_ms,
-        "huggingface_eager_ms": theirs_ms,
-        "ratio": ours_ms / theirs_ms,
-        "ratio_of_the_best": min(times[0]) / min(times[1]),
-        "difference": difference,
-        "compile_s": compile_seconds,
-    }
+    times = in_turns([theirs, *(side.call for side in ours)], clock)
+    theirs_ms, *ours_ms = (statistics.median(t) * 1e3 for t in times)
+    rows = [
+        {
+            "backend": side.backend,
+            "threads": options.threads,
+            "tokens": options.tokens,
+            "treadle_ms": ms,
+            "huggingface_eager_ms": theirs_ms,
+            "ratio": ms / theirs_ms,
+            "ratio_of_the_best": min(found) / min(times[0]),
+            "difference": side.difference,
+            "compile_s": side.compile_seconds,
+        }
+        for side, ms, found in zip(ours, ours_ms, times[1:], strict=True)
+    ]
     if options.json:
         print(json.dumps(rows))
     else:
         print(f"BERT-base, {options.layers} layers, 1 x {options.tokens} tokens, {options.threads} threads, float32")
-        print(f"  largest difference, of the largest value   {difference:.1e}")
-        print(f"  treadle, tvm backend    {ours_ms:8.1f} ms    (compiled in {compile_seconds:.1f} s)")
         print(f"  Hugging Face, eager     {theirs_ms:8.1f} ms")
-        print(f"  ratio of the medians {rows['ratio']:.3f}, of the best {rows['ratio_of_the_best']:.3f}; ", end="")
-        print(f"target {TARGET} on one thread")
-    return 0 if difference < 2e-5 and (options.threads > 1 or rows["ratio"] <= TARGET) else 1
+        for row in rows:
+            name = f"treadle, {row['backend']}"
+            ratios = f"ratio of the medians {row['ratio']:.3f}, of the best {row['ratio_of_the_best']:.3f}"
+            print(f"  {name:<22}  {row['treadle_ms']:8.1f} ms    {ratios}", end="")
+            print(f"; compiled in {row['compile_s']:.1f} s; largest difference {row['difference']:.1e}")
+        print(f"  target {TARGET} on one thread, for {BACKENDS[0]}")
+    right = all(side.difference < 2e-5 for side in ours)
+    return 0 if right and (options.threads > 1 or ours_ms[0] <= TARGET * theirs_ms) else 1
 
 
-def both(threads: int, tokens: int, layers: int) -> tuple[Callable[[], Any], Callable[[], Any], float, float]:
-    """The two as functions without arguments, how far their outputs differ, and how long ours took to compile."""
+class Side(NamedTuple):
+    """One backend of ours: its name, how far its outputs are off, and how long it took to compile."""
+
+    backend: str
+    call: Callable[[], Any]
+    difference: float
+    compile_seconds: float
+
+
+def both(threads: int, tokens: int, layers: int) -> tuple[Callable[[], Any], list[Side]]:
+    """Hugging Face's model and ours, as functions without arguments."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -68,11 +89,6 @@ def both(threads: int, tokens: int, layers: int) -> tuple[Callable[[], Any], Cal
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        started = time.perf_counter()
-        exe = treadle.compile(folder, backend="tvm", target=Target("cpu", threads=threads))
-        seconds = time.perf_counter() - started
     ids = np.random.default_rng(0).integers(0, 30000, (1, tokens))
     tensor = torch.from_numpy(ids)
 
@@ -80,15 +96,18 @@ def both(threads: int, tokens: int, layers: int) -> tuple[Callable[[], Any], Cal
         with torch.inference_mode():
             return model(input_ids=tensor).last_hidden_state
 
-    given = {port.name: ids for port in exe.inputs[:1]}
-
-    def ours() -> Any:
-        return exe(**given)
-
-    name = exe.outputs[0].name
     reference = theirs().numpy()
-    difference = float(np.abs(ours()[name] - reference).max() / np.abs(reference).max())
-    return ours, theirs, difference, seconds
+    ours = []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for backend in BACKENDS:
+            started = time.perf_counter()
+            exe = treadle.compile(folder, backend=backend, target=Target("cpu", threads=threads))
+            seconds = time.perf_counter() - started
+            call = partial(exe, **{exe.inputs[0].name: ids})
+            difference = np.abs(call()[exe.outputs[0].name] - reference).max() / np.abs(reference).max()
+            ours.append(Side(backend, call, float(difference), seconds))
+    return theirs, ours
 
 
 def in_turns(calls: list[Callable[[], Any]], clock: Callable[[], float]) -> list[list[float]]:
