@@ -77,6 +77,25 @@ def test_views_are_read_in_place(build: Callable[[Builder, Expr], Expr], taken: 
         np.testing.assert_array_equal(exe(x=x)["y"], reference(x=x)["y"])
 
 
+@pytest.mark.parametrize("after", ["b h s d -> b h d s", "b h s d -> b s h d", "b h s d -> s (d b h)"])
+def test_a_copy_of_repeated_heads_is_written_as_the_next_rearrange_reads_it(after: str) -> None:
+    """No strides say b g r s d -> b (g r) s d of repeated heads: they are copied, so that what follows is a view."""
+
+    def build(b: Builder) -> Expr:
+        x = b.rearrange(b.input("x", "f32[B, S, 12]"), pattern="b s (g=3 d) -> b g 1 s d")
+        repeated = b.rearrange(b.expand(x, shape=(None, None, 2, None, None)), pattern="b g r s d -> b (g r) s d")
+        return b.rearrange(repeated, pattern=after) * 2.0
+
+    exe = compiled(graph_of(build))
+    assert steps(exe) == ["copy", "mul"]
+    letters = [n for n in after.partition("->")[2] if n.isalpha()]
+    for batch, length in ((2, 5), (1, 1)):
+        x = normal(batch, length, 12)
+        heads = np.repeat(x.reshape(batch, length, 3, 4).transpose(0, 2, 1, 3), 2, axis=1)
+        moved = heads.transpose(["bhsd".index(n) for n in letters]) * 2
+        np.testing.assert_array_equal(exe(x=x)["y"], moved.reshape(length, -1) if "(" in after else moved)
+
+
 def test_parts_are_written_where_they_belong() -> None:
     """concat writes each part once, into a result that a rearrange then shows otherwise."""
 

@@ -27,7 +27,6 @@ from treadle.backends.lowering.program import (
     Slot,
     Step,
     View,
-    row_major,
 )
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -324,10 +323,7 @@ class RoutineWriter:
         moved = Rearranged.of(node, value.type)
         view = moved.view(source)
         if view is None:
-            to = self.destination(result)
-            factors = moved.factored(source)
-            whole = replace(to, shape=factors.shape, strides=row_major(factors.shape))
-            self.copy(factors, whole, node)
+            self.copy(moved.factored(source), moved.split(self.destination(result), moved.result), node)
             return
         if result in self._direct and view.buffer is self._results.get(result):
             self.views[result] = view
@@ -366,8 +362,12 @@ class Rearranged:
 
     def factored(self, view: View) -> View:
         """The operand with a dimension a factor, in the result's order."""
+        return self.split(view, self.operand).permuted([self.before.index(f) for f in self.after])
+
+    def split(self, view: View, dimensions: Sequence[tuple[str, ...]]) -> View:
+        """A view of these dimensions with one a factor; it may be one whose elements lie apart."""
         axis = 0
-        for factors in self.operand:
+        for factors in dimensions:
             if factors:
                 view = view.split(axis, [self.sizes[f] for f in factors])
                 axis += len(factors)
@@ -377,7 +377,7 @@ class Rearranged:
                     shape=(*view.shape[:axis], *view.shape[axis + 1 :]),
                     strides=(*view.strides[:axis], *view.strides[axis + 1 :]),
                 )
-        return view.permuted([self.before.index(f) for f in self.after])
+        return view
 
     def view(self, view: View) -> View | None:
         """The result as a view of the operand, or None."""
