@@ -279,6 +279,15 @@ def test_what_a_block_gives_is_followed_to_all_its_calls() -> None:
     assert_same_numbers(parse_graph(text), optimized.graph)
 
 
+def test_probabilities_of_the_last_call_alone() -> None:
+    """What the first call gives nobody reads."""
+    text = block("z: f32[B, 2, S, 4]", "z = neg(one)", "return y = two, p = r, z = z")
+    optimized = optimize(text, FuseAttention())
+    assert names(optimized.graph).count(NAME) == 1
+    assert "softmax" not in names(optimized.graph)
+    assert_same_numbers(parse_graph(text), optimized.graph)
+
+
 # -- near misses -----------------------------------------------------------------------------------------------
 
 USED = {

@@ -19,6 +19,7 @@ from treadle.backends.kernel_executable import KernelExecutable
 from treadle.backends.kernels.attention import BLOCK, GROUP, FlashAttention, tile_rows
 from treadle.backends.kernels.attention_masks import RelativeBias
 from treadle.backends.kernels.isa import ISAS, runs_here
+from treadle.backends.lowering.routine_writer import steps_of
 from treadle.backends.lowering.rules import keeps
 from treadle.backends.registry import find_backend
 from treadle.ir.attention_terms import (
@@ -366,6 +367,119 @@ def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
         out = np.asarray(exe(**given).y)
         assert_close(out, interpret(graph, given, float64=True)["y"], ROUNDINGS * EPSILON["f64"], "attention")
         assert not out[0].any()
+
+
+# -- with its probabilities, by the body ------------------------------------------------------------------------
+
+
+def with_probabilities(*terms: Term, groups: int = 2, dtype: str = "f32") -> Graph:
+    """Attention of 4 heads over so many of keys, and its probabilities, on rows of which heads are views."""
+
+    def build(b: Builder) -> Mapping[str, Expr]:
+        q = b.rearrange(b.input("q", f"{dtype}[B,S,32]"), pattern="b s (h=4 d) -> b h s d")
+        keys = f"{dtype}[B,T,{8 * groups}]"
+        k, v = (b.rearrange(b.input(n, keys), pattern=f"b t (g={groups} d) -> b g t d") for n in "kv")
+        dtypes = {"f": dtype, "i64": "i64", "bool": "bool"}
+        sizes = SYMBOLS | {"h": "4"}
+        given = [
+            b.input(f"x{n}", f"{dtypes[operand.dtype]}[{','.join(sizes[axis] for axis in operand.axes.split())}]")
+            for n, operand in enumerate(o for term in terms for o in term.operands)
+        ]
+        out, p = b.attention_with_probabilities(q, k, v, *given, terms=terms)
+        return {"y": b.rearrange(out, pattern="b h s d -> b s (h d)"), "p": p}
+
+    return graph_of(build)
+
+
+def titles(graph: Graph) -> list[str]:
+    """The steps of a graph, without what finishes a product and how wide its panels are."""
+    return [step.kernel.title.split("_batch")[0] for step in steps_of(compiled(graph).program)]
+
+
+EMPTYING: dict[str, Term] = {
+    "padding": Padding(),
+    "mask": BooleanMask("b s t"),
+    "bias": TensorBias("b t"),
+    "segments": Segments(),
+    "window": Window(3),
+}
+
+
+@pytest.mark.parametrize("case", EMPTYING)
+def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> None:
+    """As many steps as where none may be, after those that make a mask; the product scales, masks and adds biases."""
+    assert titles(with_probabilities(groups=4)) == ["pack", "matmul", "softmax_f32", "pack", "matmul"]
+    made = titles(with_probabilities(EMPTYING[case], groups=4))
+    assert made[-5:] == ["pack", "matmul", "masked_softmax_f32", "pack", "matmul"]
+    masks = {"padding": ["iota", "less"], "segments": ["equal"], "mask": [], "bias": []}
+    assert case not in masks or made[:-5] == masks[case]
+
+
+def test_queries_of_heads_that_share_keys_are_laid_out_as_they_are_scaled() -> None:
+    """Those of one key head are rows of one product then: no keys are copied, no mask."""
+    made = titles(with_probabilities(TensorBias("b t")))
+    assert made == ["mul", "pack", "matmul", "masked_softmax_f32", "pack", "matmul", "copy"]  # the result's heads
+
+
+def test_probabilities_in_float64_are_those_of_primitives() -> None:
+    made = titles(with_probabilities(Padding(), dtype="f64"))
+    assert not any("softmax" in title for title in made) and "sum_rows_f64" in made
+
+
+def test_queries_in_float16_are_scaled_before_the_product() -> None:
+    """Which alone overflows here: 8 times 100^2 is past float16, and 1/sqrt(8) of it is not."""
+    graph = with_probabilities(Padding(), groups=4, dtype="f16")
+    exe = compiled(graph)
+    given = {name: np.full((1, 3, 32), 100, np.float16) for name in "qkv"} | {"x0": np.array([2])}
+    assert float(np.finfo(np.float16).max) < 8 * 100**2
+    assert "masked_softmax_f16" in titles(graph)
+    np.testing.assert_array_equal(np.asarray(exe(**given).p), np.broadcast_to(np.float16([0.5, 0.5, 0]), (1, 4, 3, 3)))
+
+
+@pytest.mark.parametrize("target", ["cpu", *SMALL])
+@pytest.mark.parametrize("case", EMPTYING)
+def test_probabilities_at_many_sizes(case: str, target: str) -> None:
+    graph = with_probabilities(EMPTYING[case], groups=4 if case in ("mask", "window") else 2)
+    exe = compiled(graph, target)
+    assert any(kernel.title == "masked_softmax_f32" for kernel in exe.kernels)
+    for queries, keys in ((13, 70), (37, 5), (1, 16)):
+        given = drawn(graph, B=2, S=queries, T=keys)
+        if case == "padding":
+            given["x0"] = np.array([0, keys])
+        elif case == "mask":
+            given["x0"][1, 0] = False
+        elif case == "bias":
+            given["x0"][1] = -np.inf
+        elif case == "segments":
+            given["x0"][0, 0] = 7  # of which there is no key
+        got, expected = exe(**given), interpret(graph, given, float64=True)
+        assert_near(got.y, expected["y"])
+        assert_near(got.p, expected["p"])
+        empty = ~expected["p"].any(-1)
+        assert empty.any() == (case != "window" or queries >= keys + 3)
+        assert not np.asarray(got.p)[empty].any()
+
+
+@pytest.mark.parametrize("target", ["cpu", *SMALL])
+def test_probabilities_of_a_row_do_not_depend_on_the_others(target: str) -> None:
+    graph = with_probabilities(Padding(), Window(40))
+    exe = compiled(graph, target)
+    given = drawn(graph, B=3, S=45, T=70) | {"x0": np.array([70, 0, 33])}
+    whole = exe(**given)
+    for row in range(3):
+        alone = exe(**{name: x[row : row + 1] for name, x in given.items()})
+        np.testing.assert_array_equal(alone.y[0], whole.y[row])
+        np.testing.assert_array_equal(alone.p[0], whole.p[row])
+    part = exe(**(given | {"q": given["q"][:, :9]}))
+    np.testing.assert_array_equal(part.p, np.asarray(whole.p)[:, :, :9])
+
+
+def test_threads_do_not_change_bits_of_probabilities() -> None:
+    graph = with_probabilities(BooleanMask("b s t"))
+    given = drawn(graph, B=2, S=70, T=90)
+    one, two = (find_backend("tvm").compile(graph, Target("cpu", threads=n), {})(**given) for n in (1, 2))
+    np.testing.assert_array_equal(one.p, two.p)
+    np.testing.assert_array_equal(one.y, two.y)
 
 
 def kept(*types: str, **attributes: Any) -> bool:

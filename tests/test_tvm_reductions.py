@@ -89,7 +89,23 @@ def test_softmax_of_rows_of_any_length(log: bool, isa: Isa) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("kernel", [Normalize(True, False, False, 1e-5, "f32"), Softmax(False, "f32")], ids=str)
+def test_masked_softmax_of_rows_of_any_length(isa: Isa) -> None:
+    """An empty row between two others, of which one is masked in part: zeros, and not a bit of theirs is another."""
+    for d in LENGTHS:
+        x = drawn(3, d + 5, seed=d)[:, :d] * 4
+        x[1] = -np.inf
+        x[2, 1::2] = -np.inf
+        got = along_rows(Softmax(False, "f32", zeros=True), isa, x, y_row=d + 3)
+        assert not got[1].any(), f"rows of {d}"
+        np.testing.assert_array_equal(got[::2], along_rows(Softmax(False, "f32"), isa, x[::2].copy()))
+
+
+@each_isa
+@pytest.mark.parametrize(
+    "kernel",
+    [Normalize(True, False, False, 1e-5, "f32"), Softmax(False, "f32"), Softmax(False, "f32", zeros=True)],
+    ids=str,
+)
 def test_the_bits_of_a_row_depend_on_it_alone(kernel: Kernel, isa: Isa) -> None:
     for d in (5, 48, 200):
         x = drawn(7, d)
@@ -116,6 +132,18 @@ def test_softmax_of_infinities_and_nan(isa: Isa) -> None:
     assert abs(y[0].sum() - 1) < 4 * EPSILON["f32"]
     assert np.isnan(y[1:4]).all(), "as the sum is"
     np.testing.assert_array_equal(y[4], np.arange(d) == 20)
+    masked = along_rows(Softmax(False, "f32", zeros=True), isa, x)
+    np.testing.assert_array_equal(masked[1], np.zeros(d))
+    np.testing.assert_array_equal(masked[[0, 2, 3, 4]], y[[0, 2, 3, 4]])
+
+
+@each_isa
+def test_not_a_number_among_masked_elements_is_not_lost(isa: Isa) -> None:
+    """The greatest of -inf and NaN may be -inf; the row is not taken for an empty one."""
+    for at in (0, 20, 36):
+        x = np.full((1, 37), -np.inf, np.float32)
+        x[0, at] = np.nan
+        assert np.isnan(along_rows(Softmax(False, "f32", zeros=True), isa, x)).all(), at
 
 
 # -- reductions --------------------------------------------------------------------------------------------------------
@@ -326,6 +354,7 @@ def test_what_has_a_kernel_is_one_step() -> None:
     assert titles(Case.of("rms_norm", 0, "bf16").forward_graph()) == ["rms_norm_bf16"]
     assert titles(Case.of("softmax", 0, "f16").forward_graph()) == ["softmax_f16"]
     assert titles(Case.of("log_softmax", 0).forward_graph()) == ["log_softmax_f32"]
+    assert titles(Case.of("masked_softmax", 0, "bf16").forward_graph()) == ["masked_softmax_bf16"]
     assert titles(Case.of("reduce_mean", 0, "f16").forward_graph()) == ["mean_rows_f16"]
     assert titles(Case.of("reduce_sum", 2).forward_graph()) == ["sum_columns_f32"]
     assert titles(Case.of("rotary", 0).forward_graph()) == ["rotary_f32"]

@@ -20,6 +20,7 @@ class Softmax(Kernel):
 
     log    whether it is the logarithm
     dtype  of x and y, by name: f32, f16 or bf16. All is computed in f32
+    zeros  whether a row that is -inf throughout gives zeros rather than NaN; not of the logarithm
 
     Passed: x, y; the sizes of the three dimensions; x's strides over the first two, y's. Both lie side by side along
     the last.
@@ -27,10 +28,11 @@ class Softmax(Kernel):
 
     log: bool
     dtype: str
+    zeros: bool = False
 
     @property
     def title(self) -> str:
-        return f"{'log_' if self.log else ''}softmax_{self.dtype}"
+        return f"{'log_' if self.log else 'masked_' if self.zeros else ''}softmax_{self.dtype}"
 
     def emit(self, k: Emitter) -> None:
         held = DTYPES[self.dtype]
@@ -57,7 +59,10 @@ class Softmax(Kernel):
         # A NaN need not show in the maximum: the sum has it in any case.
         found = Accumulator(k, span, f32, lambda a, b, _: k.greatest(a, b), float("-inf"))
         found.take(read, ending)
-        most = k.splat(k.let(found.total(), "most"), lanes)
+        peak = k.let(found.total(), "peak")
+        if self.zeros:  # e^(-inf - 0) is what it has to be, e^(-inf + inf) is not a number
+            peak = k.let(k.select(peak > k.number(float("-inf"), f32), peak, k.number(0.0, f32)), "peak")
+        most = k.splat(peak, lanes)
 
         def weight(value: Expr) -> Expr:
             return k.let(exp_nonpositive(k, k.let(value - most), lanes))
@@ -74,6 +79,8 @@ class Softmax(Kernel):
         sums = Accumulator(k, span, f32, lambda a, b, _: a + b, 0)
         sums.take(term, lambda: weight(ending()))
         total = k.let(sums.total(), "total")
+        if self.zeros:  # not `total > 0`, which would hide a NaN
+            total = k.let(k.select(k.equal(total, k.number(0.0, f32)), k.number(1.0, f32), total), "total")
         last = k.let(log(k, total, 1) if self.log else k.number(1.0, f32) / total, "last")
         last = k.splat(last, lanes)
 

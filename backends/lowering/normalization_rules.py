@@ -17,7 +17,7 @@ from treadle.backends.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
-from treadle.ir.ops.normalization import LayerNorm, LogSoftmax, RMSNorm
+from treadle.ir.ops.normalization import LayerNorm, LogSoftmax, MaskedSoftmax, RMSNorm
 from treadle.ir.ops.normalization import Softmax as SoftmaxOp
 from treadle.ir.ops.rotary import Rotary as RotaryOp
 from treadle.ir.types import Type, bf16, f16, f32
@@ -28,7 +28,7 @@ _DTYPES = (f32, f16, bf16)
 def _softmax(w: RoutineWriter, node: Node) -> None:
     (value,) = node.inputs
     (x, y), finish = fitted(w, node, w.view(value), [w.destination(node.result)], rows)
-    kernel = Softmax(isinstance(node.op, LogSoftmax), x.dtype.name)
+    kernel = Softmax(isinstance(node.op, LogSoftmax), x.dtype.name, isinstance(node.op, MaskedSoftmax))
     w.step(kernel, [x, y], [*x.shape, *x.strides[:2], *y.strides[:2]], node)
     finish()
 
@@ -86,6 +86,7 @@ def _turned(op: Op, types: Sequence[Type | None]) -> bool:
 RULES: Mapping[str, Rule] = {
     "softmax": _softmax,
     "log_softmax": _softmax,
+    "masked_softmax": _softmax,
     "layer_norm": _normalize,
     "rms_norm": _normalize,
     "rotary": _rotary,
@@ -93,6 +94,7 @@ RULES: Mapping[str, Rule] = {
 KEEPS: Mapping[str, Keeps] = {
     "softmax": _along_last,
     "log_softmax": _along_last,
+    "masked_softmax": _narrow,
     "layer_norm": _narrow,
     "rms_norm": _narrow,
     "rotary": _turned,

@@ -31,8 +31,9 @@ from treadle.ir.differentiate import backward, operand_gradients
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Array, Composite, Demand, Grads, Operand, op
 from treadle.ir.ops.along_axes import not_empty
+from treadle.ir.ops.normalization import MaskedSoftmax
 from treadle.ir.samples import S
-from treadle.ir.types import Type
+from treadle.ir.types import Type, f32, f64
 
 T = TypeVar("T")
 
@@ -130,11 +131,14 @@ class _Attending(Composite):
         probabilities = weights / np.where(total > 0, total, 1)
         return probabilities @ v, probabilities
 
-    def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
-        """[b, g, r, s, t], with -inf where a mask says no."""
+    def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
+        """[b, g, r, s, t], with -inf where a mask says no. scaled_last: the products are scaled, not the queries."""
         grid = Grid(b, k.shape[1], q.shape[2], k.shape[2])
-        scaled = q * self.scale_for(q.shape[-1].constant or 1)
-        scores: Expr = b.einsum(_grouped(b, scaled, k), k, equation="b g r s d, b g t d -> b g r s t")
+        scale = self.scale_for(q.shape[-1].constant or 1)
+        queries = q if scaled_last else q * scale
+        scores: Expr = b.einsum(_grouped(b, queries, k), k, equation="b g r s d, b g t d -> b g r s t")
+        if scaled_last:
+            scores = scores * scale
         if self.softcap is not None:
             scores = b.tanh(scores / self.softcap) * self.softcap
         keep: Expr | None = None
@@ -147,6 +151,15 @@ class _Attending(Composite):
         if keep is not None:
             scores = b.where(keep, scores, b.constant(-math.inf, scores.dtype))
         return scores
+
+    def _scores_to_lower(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
+        """The scores, scaled last, where a backend scales while it stores them.
+
+        Not in 16 bits, where the product might overflow; nor of heads that share keys: queries that are scaled first
+        lie anew, those of one key head side by side.
+        """
+        alone = q.shape[1] == k.shape[1]
+        return self._scores(b, q, k, given, scaled_last=alone and q.dtype in (f32, f64))
 
     def _gradient(self, b: Builder, g: Any, g_probabilities: Any, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         """With probabilities p and what flows to them, dp = dout v' + their own gradient:
@@ -253,6 +266,10 @@ class Attention(_Attending):
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
         return _product(b, _weights(b, self._scores(b, q, k, given)), v)
 
+    def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
+        """The body, with its softmax as one op."""
+        return _product(b, b.masked_softmax(self._scores_to_lower(b, q, k, given)), v)
+
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         return self._gradient(b, grads[0], None, inputs, outputs)
 
@@ -292,10 +309,21 @@ class AttentionWithProbabilities(_Attending):
         """With softmax, for which backends have kernels, wherever no row can be -inf throughout; and such that the last
         op of each result is a product or a softmax, which then writes it where it is wanted."""
         scores = _heads_merged(b, self._scores(b, q, k, given))
-        plain = leave_a_key(self.terms, q.shape[2], k.shape[2])
-        p = b.softmax(scores) if plain else _weights(b, scores)
-        alone = q.shape[1] == k.shape[1]
-        return b.matmul(p, v) if alone else _product(b, _grouped(b, p, k), v), p
+        p = b.softmax(scores) if self._leaves_a_key(q, k) else _weights(b, scores)
+        return self._out(b, p, k, v), p
+
+    def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> tuple[Expr, Expr]:
+        """The body, with its softmax as one op even where a row may be -inf throughout."""
+        scores = _heads_merged(b, self._scores_to_lower(b, q, k, given))
+        p = b.softmax(scores) if self._leaves_a_key(q, k) else b.masked_softmax(scores)
+        return self._out(b, p, k, v), p
+
+    def _leaves_a_key(self, q: Expr, k: Expr) -> bool:
+        return leave_a_key(self.terms, q.shape[2], k.shape[2])
+
+    def _out(self, b: Builder, p: Expr, k: Expr, v: Expr) -> Expr:
+        alone = p.shape[1] == k.shape[1]
+        return b.matmul(p, v) if alone else _product(b, _grouped(b, p, k), v)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         g, g_probabilities = grads
@@ -326,9 +354,4 @@ def _product(b: Builder, weights: Expr, v: Expr) -> Expr:
 
 def _weights(b: Builder, scores: Expr) -> Expr:
     """The softmax over the last axis, with zeros for a row that is -inf throughout."""
-    zero, one = (b.constant(x, scores.dtype) for x in (0, 1))
-    last = (scores.rank - 1,)
-    peak = b.reduce_max(scores, axes=last, keep=True)
-    weights = b.exp(scores - b.where(peak > -math.inf, peak, zero))
-    total = b.reduce_sum(weights, axes=last, keep=True)
-    return weights / b.where(total > 0, total, one)  # type: ignore[no-any-return]
+    return MaskedSoftmax().body(b, scores)  # type: ignore[no-any-return]

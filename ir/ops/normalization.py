@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,45 @@ class LogSoftmax(Composite):
     samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0)]
     errors = [
         (S("f32[2,3]", axis=2), "there is no axis 2"),
+        (S("f32[2,0]"), "an axis of size 0 has no softmax"),
+        (S("i64[2]"), "x must be a float, is i64"),
+    ]
+
+
+@op("masked_softmax", axes="... [n] -> ... [n]", dtypes="f -> f")
+class MaskedSoftmax(Composite):
+    """softmax over the last axis, and zeros for a row that is -inf throughout
+
+    The probabilities of attention: those of a query that may see no key. Where attention is lowered by its body it is
+    one op for which a backend may have a kernel.
+    """
+
+    x = Operand()
+
+    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
+        return not_empty(types[0], (-1,), "softmax")
+
+    def body(self, b: Builder, x: Expr) -> Any:
+        zero, one = (b.constant(v, x.dtype) for v in (0, 1))
+        last = (x.rank - 1,)
+        peak = b.reduce_max(x, axes=last, keep=True)
+        weights = b.exp(x - b.where(peak > -math.inf, peak, zero))
+        total = b.reduce_sum(weights, axes=last, keep=True)
+        return weights / b.where(total > 0, total, one)
+
+    def reference(self, x: Any) -> Any:
+        peak = np.max(x, -1, keepdims=True)
+        weights = np.exp(x - np.where(peak > -np.inf, peak, 0))
+        total = np.sum(weights, -1, keepdims=True)
+        return weights / np.where(total > 0, total, 1)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (y,) = grads, outputs
+        return [y * (g - b.reduce_sum(g * y, axes=(-1,), keep=True))]
+
+    samples = [S("f32[2,3,5]"), S("f32[4]")]
+    errors = [
+        (S("f32[]"), "x must have rank 1 or more"),
         (S("f32[2,0]"), "an axis of size 0 has no softmax"),
         (S("i64[2]"), "x must be a float, is i64"),
     ]
