@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+from tests.onnx_files import weights_of
 from tests.test_models import ZOO
-from tests.test_onnx_export import two_sizes, weights_of
+from tests.test_onnx_export import two_sizes
 from treadle.backends.onnx_export.exporter import export_onnx
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.drawn_inputs import draw_inputs
