@@ -225,7 +225,7 @@ class _Text:
     lines: list[tuple[str, str, Node | None]] = field(default_factory=list)
 
     def add(self, code: str, comment: str = "", node: Node | None = None) -> None:
-        self.lines.append((code, _on_one_line(comment), node))
+        self.lines.append((code, on_one_line(comment), node))
 
     def rendered(self) -> list[tuple[str, Node | None]]:
         widths = [len(code) for code, comment, _ in self.lines if comment]
@@ -261,7 +261,7 @@ class _ProgramWriter:
         )
 
     def _header(self) -> list[str]:
-        title = f"# {_on_one_line(self.graph.name)}, for the {self.dialect.name} backend."
+        title = f"# {on_one_line(self.graph.name)}, for the {self.dialect.name} backend."
         notes = []
         if self.bundles:
             notes.append(f'weights["{next(iter(self.bundles))}"]: all weights of that block, in its own order')
@@ -270,7 +270,7 @@ class _ProgramWriter:
         notes += [
             f"reference.{name}: the NumPy reference of {_op_text(node.op)}" for name, node in self.references.items()
         ]
-        return [title, *self.dialect.imports, *([""] if notes else []), *(f"# {_on_one_line(n)}" for n in notes)]
+        return [title, *self.dialect.imports, *([""] if notes else []), *(f"# {on_one_line(n)}" for n in notes)]
 
     def constant(self, literal: Literal) -> str:
         return f"constants[{self.constants.setdefault(literal, len(self.constants))}]"
@@ -451,6 +451,6 @@ def _escaped(name: str) -> str:
     return text.replace('"', '\\"')
 
 
-def _on_one_line(comment: str) -> str:
+def on_one_line(comment: str) -> str:
     """A comment as it may be written: what it quotes may come from a file, and no part of it may become code."""
     return comment if comment.isprintable() else comment.encode("unicode_escape").decode("ascii")

@@ -16,12 +16,11 @@ from treadle.backends.protocol import Executable, Port
 from treadle.backends.python_executable import (
     PythonExecutable,
     collect_weights,
-    misfit,
+    refuse_misfit,
     refuse_nodes,
-    shape_fits,
 )
 from treadle.backends.signature import numpy_taken
-from treadle.backends.weight_preparation import prepare_weights
+from treadle.backends.weight_preparation import as_numpy_weight, prepare_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
@@ -107,7 +106,5 @@ class _NumpyArrays:
 
 
 def _weight(name: str, wanted: Type, value: Any) -> Array:
-    array = np.asarray(value)
-    if array.dtype != wanted.dtype.numpy or not shape_fits(wanted, array.shape):
-        raise misfit(name, wanted, f"{array.dtype}{list(array.shape)}")
-    return array
+    refuse_misfit(name, wanted, value)
+    return as_numpy_weight(value)

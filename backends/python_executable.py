@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any, Protocol
 
+import numpy as np
+
 from treadle.backends.emission import Program
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature
@@ -140,14 +142,27 @@ def collect_weights(
     Raises one BackendError that lists all that are missing.
     """
     refuse_missing(prepared.source, weights)
+    given = {}  # until all are taken: a backend may know a weight by its address, which no other may have meanwhile
     found = {}
     for name, value in prepared.graph.parameters.items():
         recipe = prepared.recipes.get(name)
-        if recipe is not None:
+        if recipe is None:
+            given[name] = weights[name]
+        else:
             for source, wanted in recipe.sources.items():
-                take(source, wanted.type, weights[source])  # which refuses a misfit
-        found[name] = take(name, value.type, weights[name] if recipe is None else recipe.make(weights))
+                refuse_misfit(source, wanted.type, weights[source])
+            given[name] = recipe.make(weights)
+        found[name] = take(name, value.type, given[name])
     return found
+
+
+def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
+    """Raise BackendError for a weight of another shape or dtype; one of bf16 may be a tensor, or float32 numbers."""
+    array = value if hasattr(value, "detach") else np.asarray(value)
+    dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
+    known = ("bfloat16", "float32") if wanted.dtype.numpy is None else (wanted.dtype.numpy.name,)
+    if dtype not in known or not shape_fits(wanted, shape):
+        raise misfit(name, wanted, f"{dtype}{list(shape)}")
 
 
 def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:

@@ -23,9 +23,9 @@ import numpy as np
 from treadle.backends.arena import ALIGNMENT
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.lowering.program import KernelProgram, Panels, Slot
-from treadle.backends.python_executable import misfit, refuse_missing, shape_fits
+from treadle.backends.python_executable import refuse_misfit, refuse_missing
 from treadle.backends.user_cache import cache_folder, forget_unused, is_private, mark_used
-from treadle.backends.weight_preparation import Prepared
+from treadle.backends.weight_preparation import Prepared, as_numpy_weight
 from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
 from treadle.ir.types import Type
@@ -152,9 +152,8 @@ def _layout(slot: Slot) -> Panels:
 
 
 def _taken(name: str, wanted: Type, value: Any) -> Array:
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-    if array.dtype != (wanted.dtype.numpy or np.float32) or not shape_fits(wanted, array.shape):
-        raise misfit(name, wanted, f"{array.dtype}{list(array.shape)}")
+    refuse_misfit(name, wanted, value)
+    array = as_numpy_weight(value)
     array = np.ascontiguousarray(array).reshape(array.shape)
     return rounded(array) if wanted.dtype.numpy is None else array
 

@@ -26,10 +26,12 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded, widened
+from treadle.backends.emission import on_one_line
 from treadle.ir.attributes import attribute_text
+from treadle.ir.builder import describe_source
 from treadle.ir.clone import clone_function
-from treadle.ir.cost import parameter_bytes
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.errors import BackendError, TreadleError
+from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 from treadle.ir.types import bf16
@@ -40,6 +42,8 @@ Array = np.ndarray[Any, Any]
 MOST_GROWTH = 8
 """Prepared weights take at most this many times the bytes of all weights: four bits may become float32, no more."""
 _ALWAYS = 1 << 20  # bytes that are taken in any case
+_MOST_MOVED = 1 << 12  # nodes of a block that are moved to its callers, for each call
+_LONGEST_OPERAND = 160  # characters of what an op reads, in the line on a prepared weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +60,25 @@ class Recipe:
     sources: Mapping[str, Value]
 
     def make(self, weights: Mapping[str, Any]) -> Array:
-        """The prepared weight as a NumPy array; one of bf16 as float32 numbers that bf16 holds."""
-        values: dict[Value, Any] = {value: as_numpy_weight(weights[name]) for name, value in self.sources.items()}
+        """The prepared weight as a NumPy array; one of bf16 as float32 numbers that bf16 holds.
+
+        Raises BackendError where a node fails on these weights.
+        """
+        values: dict[Value, Any] = {v: _stored(as_numpy_weight(weights[name]), v) for name, v in self.sources.items()}
         for node in self.nodes:
             operands = [
                 None if v is None else _constant(v) if v.literal is not None else values[v] for v in node.operands
             ]
-            with np.errstate(all="ignore"):
-                made = node.op.at({}).reference(*operands)
+            try:
+                with np.errstate(all="ignore"):
+                    made = node.op.at({}).reference(*operands)
+            except Exception as error:
+                raise BackendError(
+                    f"{node.op.name}: failed on the weights that it reads",
+                    received=error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}",
+                    within=f"{self.result.name} = {self}",
+                    source=describe_source(node.source, node.scope),
+                ) from error
             for value, array in zip(node.results, made if isinstance(made, tuple) else (made,), strict=True):
                 values[value] = _stored(array, value)
         found: Array = values[self.result]
@@ -73,7 +88,7 @@ class Recipe:
     def key(self) -> str:
         """Text that two recipes share exactly if they make the same of the same weights, in the order of `sources`."""
         ids: dict[Value, str] = {value: f"w{i}" for i, value in enumerate(self.sources.values())}
-        digest = hashlib.sha256()
+        digest = hashlib.sha256("".join(f"{value.type}\n" for value in self.sources.values()).encode())
         for node in self.nodes:
             read = []
             for v in node.operands:
@@ -87,12 +102,15 @@ class Recipe:
 
     def __str__(self) -> str:
         texts: dict[Value, str] = {value: name for name, value in self.sources.items()}
+        text = ""
         for node in self.nodes:
             read = [_operand(v, texts) for v in node.operands if v is not None]
             given = [f"{name}={attribute_text(value)}" for name, value in node.op.attributes.items()]
-            for value in node.results:
-                texts[value] = f"{node.op.name}({', '.join(read + given)})"
-        return texts[self.result]
+            text = f"{node.op.name}({', '.join(read + given)})"
+            # What is read twice would be written twice, and so on, until it fills the memory.
+            short = text if len(text) <= _LONGEST_OPERAND else f"{node.op.name}(...)"
+            texts |= dict.fromkeys(node.results, short)
+        return text
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Prepared:
     def notes(self) -> Iterator[str]:
         """A line for each prepared weight."""
         for name, recipe in self.recipes.items():
-            yield f"{name} = {recipe}"
+            yield on_one_line(f"{name} = {recipe}")
 
 
 def prepare_weights(graph: Graph) -> Prepared:
@@ -127,9 +145,11 @@ def prepare_weights(graph: Graph) -> Prepared:
     for name, function in graph.functions.items():
         copy = made.functions[name] = clone_function(function)
         _with_callees_nodes(copy, made, moved)
+        _share(copy)
         if name != "main":
             moved[name] = _moved_out(copy)
-    recipes = _recipes(made.main, MOST_GROWTH * parameter_bytes(graph) + _ALWAYS)
+    held = sum(v.type.bytes_at({}) for v in graph.parameters.values() if not v.type.symbols)
+    recipes = _recipes(made.main, MOST_GROWTH * held + _ALWAYS)
     return Prepared(graph, made, recipes)
 
 
@@ -162,6 +182,8 @@ def _moved_out(function: Function) -> _Moved:
     """Take what a block computes from weights alone out of it; what is read of that becomes parameters."""
     before = function.arguments
     nodes = weight_only_nodes(function)
+    if len(nodes) > _MOST_MOVED:  # blocks that call others twice, and so on, would fill the memory of who moves it all
+        return _Moved(before, before, ())
     left = [node for node in function.nodes if node not in nodes]
     read = _read_by(left, function)
     replaced: dict[Value, Value] = {}
@@ -201,6 +223,19 @@ def _with_callees_nodes(function: Function, graph: Graph, moved: Mapping[str, _M
     function.nodes = nodes
 
 
+def _share(function: Function) -> None:
+    """Make once what is made of the same weights for several calls, as where all layers have the same ones (ALBERT)."""
+    known: dict[tuple[str, tuple[Value | None, ...]], Node] = {}
+    replaced: dict[Value, Value] = {}
+    for node in weight_only_nodes(function):
+        _replace_operands(node, replaced)
+        first = known.setdefault((op_key(node.op), node.operands), node)
+        if first is not node:
+            replaced |= zip(node.results, first.results, strict=True)
+    _replace(function, function.nodes, replaced)
+    function.nodes = [node for node in function.nodes if not replaced.keys() & node.results]
+
+
 # -- in main ---------------------------------------------------------------------------------------------------
 
 
@@ -214,14 +249,14 @@ def _recipes(main: Function, budget: int) -> dict[str, Recipe]:
     replaced: dict[Value, Value] = {}
     for node in nodes:
         for value in node.results:
-            budget -= value.type.bytes_at({}) if value in read else 0
-            if value not in read or budget < 0:
+            if value not in read or value.type.bytes_at({}) > budget:
                 continue
+            budget -= value.type.bytes_at({})
             name = _new_name(node, value, {**main.parameters, **recipes})
             recipes[name] = _recipe(value, nodes, main)
             replaced[value] = Value("parameter", value.type, name)
     _replace(main, [n for n in main.nodes if n not in nodes], replaced)  # recipes are made of the others
-    main.nodes = _needed(main)
+    main.nodes = needed_nodes(main.nodes, main.outputs.values())
     read = _read_by(main.nodes, main)
     main.parameters = {name: v for name, v in main.parameters.items() if v in read}
     main.parameters |= {v.name: v for v in replaced.values()}
@@ -241,25 +276,9 @@ def _closed(nodes: Mapping[Node, None], main: Function) -> dict[Node, None]:
 
 def _recipe(result: Value, nodes: dict[Node, None], main: Function) -> Recipe:
     names = {value: name for name, value in main.parameters.items()}
-    needed: set[Value] = {result}
-    chosen: list[Node] = []
-    for node in reversed(nodes):
-        if needed.intersection(node.results):
-            chosen.append(node)
-            needed.update(node.inputs)
-    sources = {names[v]: v for node in reversed(chosen) for v in node.inputs if v in names}
-    return Recipe(result, tuple(reversed(chosen)), sources)
-
-
-def _needed(function: Function) -> list[Node]:
-    """The nodes without those that nobody reads."""
-    needed = set(function.outputs.values())
-    kept = []
-    for node in reversed(function.nodes):
-        if needed.intersection(node.results):
-            kept.append(node)
-            needed.update(node.inputs)
-    return kept[::-1]
+    chosen = needed_nodes(list(nodes), [result])
+    sources = {names[v]: v for node in chosen for v in node.inputs if v in names}
+    return Recipe(result, tuple(chosen), sources)
 
 
 # -- both ------------------------------------------------------------------------------------------------------
@@ -272,9 +291,13 @@ def _read_by(nodes: Sequence[Node], function: Function) -> set[Value]:
 def _replace(function: Function, nodes: Sequence[Node], values: Mapping[Value, Value]) -> None:
     """Let these nodes, and the function's outputs, read other values."""
     for node in nodes:
-        if any(v in values for v in node.inputs):
-            node.operands = tuple(None if v is None else values.get(v, v) for v in node.operands)
+        _replace_operands(node, values)
     function.outputs = {name: values.get(v, v) for name, v in function.outputs.items()}
+
+
+def _replace_operands(node: Node, values: Mapping[Value, Value]) -> None:
+    if any(v in values for v in node.inputs):
+        node.operands = tuple(None if v is None else values.get(v, v) for v in node.operands)
 
 
 def _new_name(node: Node, value: Value, taken: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ A repeated block is one function; a node whose op is `Call` applies it with its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +213,17 @@ class Function:
 
     def __repr__(self) -> str:
         return f"<function {self.name}: {len(self.nodes)} nodes>"
+
+
+def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
+    """Those of the nodes, which are in program order, that values are computed by."""
+    needed = set(values)
+    found: list[Node] = []
+    for node in reversed(nodes):
+        if any(v in needed for v in node.results):
+            needed.update(node.inputs)
+            found.append(node)
+    return found[::-1]
 
 
 @dataclass(frozen=True, slots=True)

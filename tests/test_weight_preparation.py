@@ -14,10 +14,10 @@ from treadle.backends.weight_preparation import MOST_GROWTH, prepare_weights
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Graph
+from treadle.ir.graph import Function, Graph, Source
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
-from treadle.ir.types import bf16, f32
+from treadle.ir.types import bf16, f32, i16, i64
 from treadle.ir.verifier import verify
 from treadle.resolving import resolve
 
@@ -64,6 +64,20 @@ def test_what_one_recipe_makes_another_may_begin_with(backend: str) -> None:
     runs_like_its_meaning(graph, backend, {"x": np.ones((2, 4), np.float32)})
 
 
+def test_a_line_on_a_prepared_weight_is_one_line_and_not_long() -> None:
+    """Written out, a sum of itself forty times over has 2^40 terms."""
+    graph = Graph("g")
+    b = Builder(graph)
+    w = b.parameter("w\nimport os", f32[4])
+    doubled = w
+    for _ in range(40):
+        doubled = doubled + doubled
+    b.outputs(y=b.input("x", f32["B", 4]) * doubled, z=b.input("u", f32[4]) + b.exp(w))
+    long, plain = prepare_weights(graph).notes()
+    assert long.startswith("x = add(") and long.count("add(...)") > 1 and len(long) < 500
+    assert plain == "exp = exp(w\\nimport os)"
+
+
 def test_of_one_making_one_key_of_another_two(merged: Graph) -> None:
     first, second = prepare_weights(merged).recipes.values()
     assert first.key == second.key
@@ -94,6 +108,92 @@ def test_what_reads_an_input_or_constants_alone_stays() -> None:
     ones = b.exp(b.constant(np.ones(4, np.float32)))
     b.outputs(y=x * w + ones)
     assert prepare_weights(graph).graph is graph
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_depends_on_the_size_of_an_input_stays(backend: str) -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x, w = b.input("x", f32["B", "S"]), b.parameter("w", f32[6])
+    part = b.slice(w, axis=0, start="S-2", stop="S")  # two elements, but which?
+    b.outputs(y=part * 2.0, z=w * b.cast(b.size(value="S"), to=f32), x=x)
+    assert not prepare_weights(graph).recipes
+    runs_like_its_meaning(graph, backend, {"x": np.ones((1, 4), np.float32)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_whose_size_is_that_of_an_input_stays(backend: str) -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x, w, v = b.input("x", f32["B", "S"]), b.parameter("w", f32["S"]), b.parameter("v", f32[4])
+    b.outputs(y=x * b.exp(w), z=b.exp(v) * 2.0)
+    prepared = prepare_weights(graph)
+    assert list(prepared.notes()) == ["x = mul(exp(v), 2.0)"]
+    found = find_backend(backend)
+    if found.available() is not None:
+        pytest.skip(str(found.available()))
+    weights = {"w": np.arange(3, dtype=np.float32), "v": np.ones(4, np.float32)}
+    made = found.compile(graph, Target("cpu"), weights)(x=np.ones((2, 3), np.float32))
+    np.testing.assert_allclose(made["y"], np.exp([np.arange(3)] * 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_a_recipe_cannot_take_are_told_with_the_line(backend: str) -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    b.source = Source("model.py", 7)
+    picked = b.gather(b.parameter("table", f32[5, 4]), b.parameter("rows", i64[2]), axis=0)
+    b.outputs(y=b.linear(b.input("x", f32["B", 4]), picked, None))
+    weights = {"table": np.ones((5, 4), np.float32), "rows": np.array([1, 9])}
+    found = find_backend(backend)
+    if found.available() is not None:
+        pytest.skip(str(found.available()))
+    with pytest.raises(BackendError, match="gather: failed on the weights that it reads") as error:
+        found.compile(graph, Target("cpu"), weights)
+    assert "index 9 is outside an axis of size 5" in str(error.value)
+    assert "gather(table, rows, axis=0)" in str(error.value) and "model.py:7" in str(error.value)
+
+
+def test_what_does_not_fit_leaves_room_for_what_does() -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x, w = b.input("x", f32[1000]), b.parameter("w", f32[1, 1000])
+    large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB of 1 MB each
+    b.outputs(y=x + large[0], z=x + large[1], small=x + w * 5.0)
+    assert len(prepare_weights(graph).recipes) == 2  # one of the large ones, and the small one
+
+
+def nested(depth: int) -> Graph:
+    """Blocks of which each calls the one before twice, with weights of its own making."""
+    graph = Graph("nested")
+    inner = None
+    for level in range(depth):
+        block = Function(f"f{level}")
+        graph.add_function(block)
+        b = Builder(graph, block)
+        x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
+        for made in (b.tanh(w), w * 0.5):
+            (x,) = (x * made,) if inner is None else b.call(inner, [x, made])
+        b.outputs(y=x)
+        inner = block
+    assert inner is not None
+    b = Builder(graph)
+    (y,) = b.call(inner, [b.input("x", f32["B", 4]), b.parameter("w", f32[4])])
+    b.outputs(y=y)
+    return graph
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_within_blocks(backend: str) -> None:
+    assert len(prepare_weights(nested(3)).recipes) == 8
+    runs_like_its_meaning(nested(3), backend, {"x": np.ones((2, 4), np.float32)})
+
+
+def test_calls_that_multiply_do_not_fill_the_memory() -> None:
+    prepared = prepare_weights(nested(30))  # all that is computed from weights would be 2^31 nodes
+    verify(prepared.graph)
+    assert sum(len(function.nodes) for function in prepared.graph.functions.values()) < 30_000
+    assert prepared.recipes
 
 
 def test_what_would_fill_the_memory_stays() -> None:
@@ -130,6 +230,34 @@ def test_weights_in_bfloat16_are_joined_as_they_are() -> None:
     x_array = np.random.default_rng(0).standard_normal((3, 4), np.float32)
     joined = torch.cat([weights["a"], weights["b"]]).float().numpy()
     np.testing.assert_allclose(exe(x=x_array)["y"], x_array @ joined.T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [8, 32, 200])
+def test_each_prepared_weight_in_bfloat16_is_its_own(size: int) -> None:
+    """They are made in float32, one after the other, perhaps at one address, by which a backend knows weights."""
+    torch = pytest.importorskip("torch")
+    graph = Graph("g")
+    b = Builder(graph)
+    x = b.input("x", bf16["B", size])
+    for i in range(6):
+        halves = [b.parameter(f"{name}{i}", bf16[size // 2, size]) for name in "ab"]
+        b.function.outputs[f"y{i}"] = b.linear(x, b.concat(*halves, axis=0), None).value
+    tensors = {name: torch.randn(size // 2, size).to(torch.bfloat16) for name in graph.parameters}
+    weights = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    made = find_backend("torch").compile(graph, Target("cpu"), weights)(x=torch.eye(size).to(torch.bfloat16))
+    for i in range(6):
+        joined = torch.cat([tensors[f"a{i}"], tensors[f"b{i}"]])
+        assert torch.equal(torch.as_tensor(made[f"y{i}"]).to(torch.bfloat16), joined.T)
+
+
+def test_sources_of_another_dtype_make_another_key() -> None:
+    keys = set()
+    for dtype in (bf16, i16):
+        graph = Graph("g")
+        b = Builder(graph)
+        b.outputs(y=b.input("x", f32[4]) * b.cast(b.parameter("w", dtype[4]), to=f32))
+        keys |= {recipe.key for recipe in prepare_weights(graph).recipes.values()}
+    assert len(keys) == 2
 
 
 def test_panels_of_a_prepared_weight_come_from_the_file_of_the_first_time(
