@@ -18,6 +18,9 @@ TARGETS = {
 }
 """Every known target's name, with a line on what it is. Levels of x86-64 are those of its psABI."""
 
+MOST_THREADS = 1024
+"""The most threads of a target: an operating system that has no more to give ends a process that asks for a million."""
+
 _RATES = {
     "cpu": (60e9, 20e9),
     "cuda": (60e12, 2e12),
@@ -36,7 +39,8 @@ class Target:
 
     threads   how many threads may work at once on a processor; None: one for each core that the process may use
 
-    Raises UsageError for a name that is not in `TARGETS`, or for fewer than one thread.
+    Raises UsageError for a name that is not in `TARGETS`, and for threads that are no whole number from 1 to
+    `MOST_THREADS`.
     """
 
     name: str
@@ -45,8 +49,12 @@ class Target:
     def __post_init__(self) -> None:
         if self.name not in TARGETS:
             raise UsageError(f"unknown target {self.name!r}", hint="one of " + ", ".join(TARGETS))
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"a target has 1 thread or more, not {self.threads}")
+        if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS):
+            raise UsageError(
+                f"a target's threads are a number from 1 to {MOST_THREADS}",
+                received=f"threads={self.threads!r}"[:80],
+                hint="leave it out for one a core",
+            )
 
     @property
     def kind(self) -> str:

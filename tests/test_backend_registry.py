@@ -27,6 +27,10 @@ def test_targets() -> None:
     assert Target("cuda").cores() is None
     with pytest.raises(UsageError, match="unknown target 'tpu'"):
         Target("tpu")
+    for threads in (0, -1, 1.5, "2", True, 10**6):
+        with pytest.raises(UsageError, match="a target's threads are a number from 1 to 1024") as caught:
+            Target("cpu", threads=threads)
+        assert str(caught.value.received) == f"threads={threads!r}"
     graph, weights = block_model()
     assert "runs on the CPU only" in message(lambda: find_backend("numpy").compile(graph, Target("cuda"), weights))
 

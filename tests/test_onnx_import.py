@@ -67,7 +67,33 @@ def test_dims_make_two_names_one_or_give_a_size() -> None:
         import_onnx(proto)
     assert "dims=" in str(caught.value)
     assert str(import_onnx(proto, dims={"B": "A"}).graph.main.outputs["z"].type) == "f32[A]"
-    assert str(import_onnx(proto, dims={"A": 3, "B": 3}).graph.main.outputs["z"].type) == "f32[3]"
+    assert str(import_onnx(proto, dims={"A": 3, "B": np.int64(3)}).graph.main.outputs["z"].type) == "f32[3]"
+
+
+def test_a_size_may_be_given_to_an_expression_its_parts_and_an_axis_without_a_name() -> None:
+    proto = model("(float[?,N] x) => (float[?,N] y)", "y = Abs(x)")
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "past + S"
+    for dims, wanted in (({"x_0": 2, "past": 3}, "f32[2, S+3]"), ({"past + S": 7}, "f32[x_0, 7]")):
+        assert str(import_onnx(proto, dims=dims).graph.main.inputs[0].type) == wanted
+
+
+@pytest.mark.parametrize(
+    ("dims", "what", "hint"),
+    [
+        ({"batch": 2}, "the file has no axis and no input batch", "its axes are A, B; its inputs x, y"),
+        ({"A": "C", "D": 2}, "the file has no axis and no input D", "its axes are A, B; its inputs x, y"),
+        ({"A": 2.5}, "the size of axis A is a whole number, 0 or more", "leave A out for every size"),
+        ({"A": -1}, "the size of axis A is a whole number, 0 or more", "leave A out for every size"),
+        ({"A": "B", "B": 1.5}, "the size of axis B is a whole number, 0 or more", "leave B out for every size"),
+        ({"A": True}, "the size of axis A is a whole number, 0 or more", "leave A out for every size"),
+    ],
+)
+def test_dims_that_are_none_are_refused(dims: dict[str, Any], what: str, hint: str) -> None:
+    proto = model("(float[A] x, float[B] y) => (float[A] z)", "z = Abs(x)")
+    with pytest.raises(FrontendError) as caught:
+        import_onnx(proto, dims=dims)
+    assert caught.value.what == what
+    assert str(caught.value.hint).startswith(hint)
 
 
 SPLIT_HEADS = """
@@ -213,10 +239,18 @@ def test_a_static_argument_tells_its_axes() -> None:
     proto = model("(float[B,N] x, int64[N] axes) => (float y)", "y = ReduceSum(x, axes)")
     found = import_onnx(proto, static={"axes": np.array([0, 1])})
     assert str(found.graph.main.inputs[0].type) == "f32[B, 2]"
-    with pytest.raises(FrontendError, match="rank 1, has rank 2"):
+    with pytest.raises(FrontendError, match="rank 1, has rank 2") as caught:
         import_onnx(proto, static={"axes": np.zeros((1, 1), np.int64)})
+    assert caught.value.hint == "a value of INT64[N]"
     with pytest.raises(FrontendError, match="names no input"):
         import_onnx(proto, static={"axis": [0]})
+
+
+def test_the_k_of_top_k_may_be_zero_and_not_negative() -> None:
+    proto = model("(float[2,6] x, int64[1] k) => (float v, int64 i)", "v, i = TopK(x, k)")
+    assert str(import_onnx(proto, static={"k": [0]}).graph.main.outputs["v"].type) == "f32[2, 0]"
+    with pytest.raises(FrontendError, match="TopK: k must be 0 or more, is -1"):
+        import_onnx(proto, static={"k": [-1]})
 
 
 def test_a_shape_that_depends_on_data_is_refused() -> None:

@@ -279,6 +279,22 @@ def test_other_inputs_are_checked_as_ever(tmp_path: Path) -> None:
         exe(ROWS, k=1)
 
 
+def test_a_value_of_another_shape_is_told_the_shape(tmp_path: Path) -> None:
+    exe = opened(tmp_path, TOP)
+    for k in ([1, 2], [], [[3]]):
+        with pytest.raises(BackendError, match=r"input k (dimension 0 must be 1|must have rank 1)") as caught:
+            exe(x=ROWS, k=k)
+        assert caught.value.hint == "an array [1]"
+
+
+def test_configuration_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
+    """As it is for a file that is compiled at once: nothing waits for a call."""
+    for wrong in ({"kk": 3}, {"threads": 2}, {"B": 2.5}):
+        with pytest.raises(FrontendError, match=r"no axis and no input|is a whole number"):
+            treadle.compile(saved(tmp_path, TOP), **wrong)
+    assert opened(tmp_path, TOP, B=2)(x=ROWS, k=1)["values"].shape == (2, 1)
+
+
 def test_a_long_value_determines_no_shape(tmp_path: Path) -> None:
     exe = opened(tmp_path, model("(float[B,10] x, int64[N] axes) => (float y)", "y = ReduceSum(x, axes)"))
     assert exe(x=ROWS, axes=[1])["y"].shape == (2, 1)
@@ -303,7 +319,7 @@ def test_what_depends_on_the_value_says_so(tmp_path: Path, asked: str) -> None:
     exe(x=ROWS, k=3)
     with pytest.raises(UsageError, match="on the value of k") as caught:
         ASKED[asked](exe, tmp_path)
-    assert str(caught.value.hint).startswith("exe.at(k=...)")
+    assert str(caught.value.hint).startswith(f"exe.at(k=...).{asked if '.' not in asked else ''}")
     assert not (tmp_path / "any.treadle").exists()
 
 

@@ -39,7 +39,8 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="file.py:function, a folder with a checkpoint, a name of the zoo, or of a fetched model (see `models`).",
+        help="file.py:function, a folder with a checkpoint, a GGUF, ONNX or .treadle file, a name of the zoo, or of a "
+        "fetched model (see `models`).",
         show_default=False,
     ),
 ]
@@ -53,7 +54,7 @@ OptionalInputs = Annotated[
         "--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."
     ),
 ]
-BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, or one that is installed.")]
+BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, tvm, or another that is installed.")]
 TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.")]
 Threads = Annotated[
     int | None,

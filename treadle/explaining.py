@@ -11,7 +11,7 @@ read off the pass log by scope and source line, which a rewrite hands on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from treadle.compiling import checked_passes
 from treadle.frontends.dsl import Model
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph
+from treadle.ir.graph import Graph, Node
 from treadle.ir.operation import Composite, find_op
+from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.passes.fusion_sites import KINDS, Site, find_sites
 from treadle.passes.manager import Optimized, Pass, PassManager
 from treadle.passes.pass_log import Event, PassRecord
@@ -40,6 +41,13 @@ _TOLD = {
 _NEAR_MISS = re.compile(r"(?P<matched>\d+ ops) matched; (?P<edge>(?:operand|attribute) \S+ of \S+): (?P<reason>.*)")
 _NAMED_MATCH = re.compile(r"(?P<reason>.*); matched: (?P<matched>.*)", re.DOTALL)
 _PLACES = 4
+_ACTIVATIONS = f"{', '.join(ACTIVATIONS[:-1])} or {ACTIVATIONS[-1]}"
+_FORMS = {
+    "gate": f"act(x g) * (x u), both of one width, with {_ACTIVATIONS} for act",
+    "epilogue": f"{_ACTIVATIONS} of the product, or of its sum with a bias",
+    "scale": "the number times a product without a bias, or times a norm",
+}
+"""What the rules of a kind take, for who wrote something else."""
 
 
 @dataclass(frozen=True)
@@ -244,8 +252,19 @@ def _keys(site: Site) -> dict[_Key, set[str]]:
     return found
 
 
-def _judge(optimized: Optimized) -> Iterator[tuple[Site, Verdict]]:
-    sites = find_sites(optimized.source)
+def _judge(optimized: Optimized) -> list[tuple[Site, Verdict]]:
+    """A verdict on every site; products of a gate or an epilogue that was not fused may be sites of another kind."""
+    unfused: set[Node] = set()
+    while True:
+        judged = list(_judged(optimized, unfused))
+        more = {s.anchor for s, v in judged if s.kind in ("gate", "epilogue") and v.status not in (FUSED, ALREADY)}
+        if more <= unfused:
+            return judged
+        unfused |= more
+
+
+def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[Site, Verdict]]:
+    sites = find_sites(optimized.source, unfused)
     records = {kind: [r for r in optimized.log if r.name == name] for kind, (name, _) in KINDS.items()}
     told = {kind: _Told(kind, [s for s in sites if s.kind == kind], records[kind]) for kind in KINDS}
     there = {(f.name, n.scope, str(n.source or "")) for f, n in optimized.graph.walk()}
@@ -327,7 +346,8 @@ def _why_missed(site: Site, optimized: Optimized, there: set[_Key]) -> tuple[str
         return f"the pipeline has no {name}", ""
     if not there.intersection(_keys(site)):
         return "other passes left nothing of it", ""
-    return f"no rule of {name} came near: what stands around the {site.anchor.op.name} is none of their forms", ""
+    around = f"what stands around the {site.anchor.op.name} is none of their forms"
+    return f"no rule of {name} came near: {around}", _FORMS.get(site.kind, "")
 
 
 def _place(site: Site) -> str:

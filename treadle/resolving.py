@@ -168,6 +168,8 @@ def find_folder(model: str | Path) -> Path:
             f"{name} is a declaration of the zoo, without weights",
             hint="a folder with a checkpoint of it, or a fetched model",
         )
+    if Path(name).suffix in (GGUF_SUFFIX, ONNX_SUFFIX, ".treadle"):
+        raise UsageError(f"there is no file {name}")
     if name not in PINNED:
         known = [*family_names(), *PINNED]
         near = difflib.get_close_matches(name, known, n=1)

@@ -35,6 +35,7 @@ from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.interpreter import solve_sizes
 from treadle.ir.target import Target
 from treadle.passes.manager import Optimized
+from treadle.passes.pass_log import PassLog
 from treadle.resolving import OpenedOnnx, Resolved
 
 Array = np.ndarray[Any, Any]
@@ -219,18 +220,23 @@ class Specializing(Compiled):
         if not array.ndim and all(size.constant == 1 for size in port.type.shape):
             array = array.reshape([1] * port.type.rank)  # a number for a tensor of one
         wrong = solve_sizes(port.type, array.shape, {})
+        hint = f"an array [{', '.join(port.axes)}]" if port.axes else "a number"
         if wrong is None and prod(array.shape) > MOST_ELEMENTS:
-            wrong = f"determines a shape, and must have at most {MOST_ELEMENTS} elements"
+            wrong, hint = f"determines a shape, and must have at most {MOST_ELEMENTS} elements", "fewer elements"
         if wrong is not None:
             received = f"{port.name}: {port.dtype}[{', '.join(map(str, array.shape))}]"
-            raise BackendError(f"input {port.name} {wrong}", received=received, within=str(self._signature))
+            raise BackendError(f"input {port.name} {wrong}", received=received, within=str(self._signature), hint=hint)
         return Chosen(port.name, port.dtype.numpy.str, array.shape, array.tobytes())
 
     # -- what depends on the value ---------------------------------------------------------------------------------
 
     @property
     def optimized(self) -> Optimized:
-        self._refuse("the graph and what passes did to it depend", "graph")
+        self._refuse("the graph depends", "graph")
+
+    @property
+    def log(self) -> PassLog:
+        self._refuse("what passes did depends", "log")
 
     @property
     def executable(self) -> Executable:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -154,8 +154,9 @@ class Scope:
 class Importer:
     """The work of one import."""
 
-    def __init__(self, file: OnnxFile, static: dict[str, Any], dims: dict[str, str | int], bf16_in_f32: bool) -> None:
-        self.file, self.static, self.dims, self.bf16_in_f32 = file, static, dims, bf16_in_f32
+    def __init__(self, file: OnnxFile, static: dict[str, Any], dims: Mapping[str, Any], bf16_in_f32: bool) -> None:
+        self.file, self.static, self.bf16_in_f32 = file, static, bf16_in_f32
+        self.dims = {name: int(told) if isinstance(told, np.integer) else told for name, told in dims.items()}
         name = re.sub(r"\W+", "_", file.proto.graph.name or "", flags=re.ASCII).strip("_")
         self.graph = Graph(name or "onnx")
         self.b = Builder(self.graph)
@@ -256,6 +257,7 @@ class Importer:
         if unknown:
             known = ", ".join(printable(v.name) for v in inputs[:20])
             raise FrontendError(f"static= names no input: {unknown[0]!r}", received=known, within=self.file.shown)
+        self._check_dims(inputs)
         for declared in inputs:
             if declared.name in self.static:
                 self._static_input(declared, scope)
@@ -270,6 +272,25 @@ class Importer:
             roots = frozenset([declared.name]) if len(dims) <= 1 else frozenset()
             scope.values[declared.name] = Known(kind, expr=expr, name=declared.name, roots=roots)
             self.notes.inputs[declared.name] = kind
+
+    def _check_dims(self, inputs: Sequence[Any]) -> None:
+        """That what `dims` names are axes of inputs, or names that it gives them, and that it gives names or sizes."""
+        axes = dict.fromkeys(axis for declared in inputs for axis in _axis_names(declared))
+        for name, told in self.dims.items():
+            if name not in axes and name not in self.dims.values():
+                raise FrontendError(
+                    f"the file has no axis and no input {printable(name)}",
+                    received=f"{printable(name)}={printable(repr(told), 60)}",
+                    within=self.file.shown,
+                    hint=f"its axes are {_listed(axes)}; its inputs {_listed(v.name for v in inputs)}",
+                )
+            if not isinstance(told, str) and (type(told) is not int or told < 0):
+                raise FrontendError(
+                    f"the size of axis {printable(name)} is a whole number, 0 or more",
+                    received=printable(repr(told), 60),
+                    within=self.file.shown,
+                    hint=f"leave {printable(name)} out for every size, or give the name of another axis that it equals",
+                )
 
     def _tensor_type(self, declared: Any) -> tuple[Element, Any]:
         where = f"input {printable(declared.name)}, {self.file.shown}"
@@ -290,21 +311,22 @@ class Importer:
     def _static_input(self, declared: Any, scope: Scope) -> None:
         kind, type = self._tensor_type(declared)
         where = f"input {printable(declared.name)}, {self.file.shown}"
+        sizes = [d.dim_param or (str(d.dim_value) if d.HasField("dim_value") else "any") for d in type.shape.dim]
+        hint = f"a value of {kind}" + (f"[{printable(', '.join(sizes))}]" if sizes else ", a number")
         given = self.static[declared.name]
         try:
             fits, array = _holds(kind, given), carried(kind, given)
         except (TypeError, ValueError, OverflowError) as error:
-            raise FrontendError("a static argument's value is no tensor", received=str(error), within=where) from None
+            what, received = "a static argument's value is no tensor", printable(str(error))
+            raise FrontendError(what, received=received, within=where, hint=hint) from None
         if not fits:
-            raise FrontendError(
-                f"a static argument's value must be of type {kind}", received=printable(repr(given)), within=where
-            )
+            what = f"a static argument's value must be of type {kind}"
+            raise FrontendError(what, received=printable(repr(given)), within=where, hint=hint)
         if not array.ndim and all(dim.dim_value == 1 for dim in type.shape.dim):
             array = array.reshape([1] * len(type.shape.dim))  # a number for a tensor of one
         if array.ndim != len(type.shape.dim):
-            raise FrontendError(
-                f"a static argument must have rank {len(type.shape.dim)}, has rank {array.ndim}", within=where
-            )
+            what = f"a static argument must have rank {len(type.shape.dim)}, has rank {array.ndim}"
+            raise FrontendError(what, within=where, hint=hint)
         for size, dim in zip(array.shape, type.shape.dim, strict=True):
             if dim.dim_param:
                 known = self.dims.setdefault(dim.dim_param, size)
@@ -312,9 +334,8 @@ class Importer:
             else:
                 wrong = dim.HasField("dim_value") and dim.dim_value != size
             if wrong:
-                raise FrontendError(
-                    "a static argument is of another shape than declared", received=str(array.shape), within=where
-                )
+                what = "a static argument is of another shape than declared"
+                raise FrontendError(what, received=str(array.shape), within=where, hint=hint)
         scope.values[declared.name] = Known(kind, content=array, name=declared.name)
         self.notes.static[declared.name] = array
 
@@ -602,6 +623,22 @@ def _scope_of(node: Any, index: int, scope: Scope) -> str:
                 path = f"{modules[-2]}.{path}"
     path = printable(path, 400)
     return f"{scope.path}.{path}" if scope.depth and scope.path else path
+
+
+def _axis_names(declared: Any) -> list[str]:
+    """What `dims` may call the axes of an input: their names, and those in an expression of several."""
+    found = []
+    for position, dim in enumerate(declared.type.tensor_type.shape.dim):
+        if dim.dim_param:
+            found += [dim.dim_param, *re.findall(r"[^\W\d]\w*", dim.dim_param)]
+        elif not dim.HasField("dim_value"):
+            found.append(f"{declared.name}_{position}")
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [printable(name) for name in names]
+    return ", ".join(shown[:8] + ["..."] * (len(shown) > 8)) or "none"
 
 
 def _is_small(value: Known) -> bool:

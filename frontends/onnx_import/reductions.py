@@ -255,6 +255,8 @@ def _top_k(site: Site) -> Made:
     x = in_order(b, site.x(0), unsigned)
     k = site.int("k") if site.version < 10 else int(site.scalar(1))
     axis, largest = site.axis(site.int("axis", -1), x.rank), site.int("largest", 1)
+    if k < 0:
+        site.malformed(f"k must be 0 or more, is {k}")
     if k == 0:
         none = b.slice(site.x(0), axis=axis, start=0, stop=0)
         return [none, b.expand(b.constant(0, i64), shape=none.shape)]
