@@ -113,7 +113,7 @@ class Builder:
         except TypeError as error:
             known = ", ".join(cls.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
             raise GraphError(
-                f"{cls.name}: {str(error).replace('.__init__()', '').replace(cls.__name__, cls.name)}",
+                f"{cls.name} {str(error).rpartition('.__init__() ')[2]}",
                 source=describe_source(self.source or user_line(), self.scope),
                 hint=f"attributes of {cls.name}: {known}",
             ) from None
@@ -131,6 +131,11 @@ class Builder:
             entries = operand_entries(op.dtypes(), len(given))
             known = [v.type.dtype if v is not None else None for v in values]
             for i in numbers:
+                if isinstance(given[i], list | tuple) and any(isinstance(x, Expr) for x in given[i]):
+                    raise GraphError(
+                        f"{op.name}: an operand is a {type(given[i]).__name__} of traced values",
+                        hint=f"one by one, as in {op.name}(x, y)",
+                    )
                 literal = Literal.of(given[i], number_dtype(entries, i, known))
                 values[i], known[i] = Value.constant(literal), literal.dtype
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.ops.call import Call
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import PassRecord
@@ -32,7 +32,7 @@ class DeadCode(Pass):
 
 def drop_unread(function: Function) -> None:
     """Remove the nodes of one function whose results nobody reads."""
-    _drop_nodes(function, set())
+    function.nodes = needed_nodes(function.nodes, function.outputs.values())
 
 
 def _walk(graph: Graph, log: PassRecord) -> int:
@@ -62,14 +62,10 @@ def _walk(graph: Graph, log: PassRecord) -> int:
 
 def _drop_nodes(function: Function, used: set[Value]) -> int:
     """Drop nodes that give nothing used; adds what the others read to `used`."""
-    used.update(function.outputs.values())
-    kept: list[Node] = []
-    for node in reversed(function.nodes):
-        if any(v in used for v in node.results):
-            used.update(node.inputs)
-            kept.append(node)
+    kept = needed_nodes(function.nodes, function.outputs.values())
+    used.update(function.outputs.values(), *(node.inputs for node in kept))
     removed = len(function.nodes) - len(kept)
-    function.nodes = kept[::-1]
+    function.nodes = kept
     return removed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,25 +10,36 @@ from treadle.ir.cost import Cost, node_cost
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import find_op
 from treadle.ir.target import Target
+from treadle.ir.types import bf16, f16
 from treadle.passes.rewrite import Match, Refusal, Rewrite, RewriteSet
+
+_LEAST, _GREATEST = 2.0**-10, 2.0**10
 
 
 def _is_scale(c: Expr, x: Expr) -> bool:
-    """Whether c is one number, by which scaling earlier cannot overflow what scaling later does not."""
-    if c.rank != 0 or not x.dtype.is_float:
-        return False
-    number = c.value.literal.scalar if c.value.literal is not None else None
-    if x.dtype.name in ("f32", "f64"):
-        return number is None or math.isfinite(number)
-    return number is not None and abs(number) <= 1
+    """Whether c is one floating-point number."""
+    return c.rank == 0 and x.dtype.is_float
+
+
+def _leaves_range(c: Expr, x: Expr) -> Refusal | None:
+    """Why x * c may overflow, or lose digits, where c times the result of the op does not; None for usual scales."""
+    narrow = x.dtype in (f16, bf16)
+    number = None if c.value.literal is None else c.value.literal.scalar
+    if number is None:
+        why = f"the scale is not known, and may be too great for {x.dtype} if it comes first"
+        return Refusal(why) if narrow else None
+    if _LEAST <= abs(number) <= (1.0 if narrow else _GREATEST):
+        return None
+    return Refusal(f"a scale by {number:.6g} comes last: {x.dtype} may not hold what it gives before")
 
 
 @dataclass(frozen=True)
 class ScaleBeforeLinear(Rewrite):
     """linear(x, w) * c   -->   linear(x * c, w)        for one number c
 
-    The product of a vocabulary is wider than what it is made of. Refuses by the target's cost: a product that is
-    narrower than x, where there is less to scale after it.
+    The product of a vocabulary is wider than what it is made of. Refuses a number so great or small that x * c may be
+    out of range where y * c is not (in f16 and bf16 one above 1, or one that is not known), and by the target's cost a
+    product that is narrower than x, where there is less to scale after it.
     """
 
     def pattern(self, p: Any, x: Any, w: Any, c: Any) -> Any:
@@ -37,6 +47,9 @@ class ScaleBeforeLinear(Rewrite):
 
     def fits(self, m: Match) -> bool:
         return _is_scale(m.c, m.x)
+
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
 
     def slower(self, m: Match, target: Target) -> Refusal | None:
         return _costs_more(m.x.value, m.result, m.c.value, target)
@@ -49,7 +62,7 @@ class ScaleBeforeLinear(Rewrite):
 class ScaleBeforeMatmul(Rewrite):
     """matmul(x, w) * c   -->   matmul(x * c, w)        for a weight w and one number c
 
-    Refuses by the target's cost, as `ScaleBeforeLinear` does.
+    Refuses what `ScaleBeforeLinear` does.
     """
 
     def pattern(self, p: Any, x: Any, w: Any, c: Any) -> Any:
@@ -57,6 +70,9 @@ class ScaleBeforeMatmul(Rewrite):
 
     def fits(self, m: Match) -> bool:
         return m.w.value.kind == "parameter" and m.w.rank == 2 and _is_scale(m.c, m.x)
+
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
 
     def slower(self, m: Match, target: Target) -> Refusal | None:
         return _costs_more(m.x.value, m.result, m.c.value, target)
@@ -75,6 +91,9 @@ class ScaleInRMSNorm(Rewrite):
     def fits(self, m: Match) -> bool:
         return _is_bound(m.w, m.c) and _is_scale(m.c, m.x)
 
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
+
     def rewrite(self, b: Builder, m: Match) -> Any:
         return b.rms_norm(m.x, m.w * m.c, eps=m.eps)
 
@@ -87,7 +106,10 @@ class ScaleInLayerNorm(Rewrite):
         return p.layer_norm(x, w, bias, eps=eps) * c
 
     def fits(self, m: Match) -> bool:
-        return _is_bound(m.w, m.c) and _is_bound(m.bias, m.c) and _is_scale(m.c, m.x)
+        return _is_bound(m.w, m.bias, m.c) and _is_scale(m.c, m.x)
+
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
         return b.layer_norm(m.x, m.w * m.c, m.bias * m.c, eps=m.eps)

@@ -28,7 +28,7 @@ class FuseEmbeddingSum(Pass):
 
     Refuses: a term that is no embedding, or one that is scaled or cast before it is added (the sum of the others is
     taken without it, where they are added to each other first); an embedding, or a sum of some, that is used elsewhere;
-    more than eight.
+    embeddings of different widths; more than eight.
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
@@ -129,16 +129,22 @@ class _Sums:
         for value, why in against:
             if value not in self.refused:
                 self.refused.add(value)
-                self._refuse(value.node or root, why)
+                hint = "add the embeddings to each other first" if why.endswith("no embedding") else ""
+                self._refuse(value.node or root, why, hint)
         if against:
             return True
-        count = sum(len(self._lookup(value).tables) for value in terms)
-        if count > MOST_TABLES:
-            self._refuse(root, f"{count} embeddings are added, and embedding_sum takes at most {MOST_TABLES}")
-        return count > MOST_TABLES
+        tables = [table for value in terms for table in self._lookup(value).tables]
+        other = next((t for t in tables if t.type.shape[1] != tables[0].type.shape[1]), None)
+        if other is not None:
+            self._refuse(root, f"tables are of different widths: {tables[0].type} and {other.type}")
+            return True
+        if len(tables) > MOST_TABLES:
+            self._refuse(root, f"{len(tables)} embeddings are added, and embedding_sum takes at most {MOST_TABLES}")
+            return True
+        return False
 
-    def _refuse(self, node: Node, why: str) -> None:
-        self.log.refusals.append(Event.at(self.rule.name, self.function, node, why))
+    def _refuse(self, node: Node, why: str, hint: str = "") -> None:
+        self.log.refusals.append(Event.at(self.rule.name, self.function, node, why, hint))
 
     def _why_not(self, value: Value) -> str:
         node = value.node
@@ -146,7 +152,11 @@ class _Sums:
             return f"a term is {value.name}, and no embedding"
         elsewhere = len(self.readers[value]) > 1
         if elsewhere and (lookup_of(node) is not None or node.op.name == "add"):
-            return f"the {node.op.name} is used elsewhere as well"
+            if None in self.readers[value]:
+                return f"the {node.op.name} is an output as well"
+            other = next((n for n in self.readers[value] if n is not None and n.op.name != "add"), None)
+            by = "" if other is None else f", by {other.op.name}" + (f" ({other.source})" if other.source else "")
+            return f"the {node.op.name} is used elsewhere{by}"
         if lookup_of(node) is not None:
             return ""
         if is_of_embeddings(value):

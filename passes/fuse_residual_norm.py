@@ -87,11 +87,16 @@ class _Residuals:
         if other is not None:
             return Refusal(f"another {other.op.name} takes the sum already{_line(other)}", norm)
         reader = self._read_before(total, norm)
-        missing = [v for v in norm.inputs[1:] if v.node is not None and self.places[v.node] > self.places[total]]
+        missing = [v for v in norm.inputs[1:] if v.node is not None and self._place(v.node) > self.places[total]]
         if reader is not None and missing:
             name = next(n for n, v in zip(norm.op.operands, norm.operands, strict=True) if v is missing[0])
             return Refusal(f"the sum is read, by {reader.op.name}{_line(reader)}, before {name} is computed", norm)
         return None
+
+    def _place(self, node: Node) -> int:
+        """Where a node stands, or the fused op that a sum becomes part of."""
+        norm = self.norms.get(node)
+        return self.places[node if norm is None or self._read_before(node, norm) is not None else norm]
 
     def _read_before(self, total: Node, norm: Node) -> Node | None:
         """Who reads the sum before the norm does."""

@@ -21,7 +21,7 @@ miss is seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,27 +70,30 @@ class Site:
     op: str | None = None
 
 
-def find_sites(graph: Graph) -> list[Site]:
-    """Every candidate site of every distinct function, callees first, in program order."""
-    return [site for function in graph.functions.values() for site in _Finder(function).sites()]
+def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[Site]:
+    """Every candidate site of every distinct function, callees first, in program order.
+
+    unfused  anchors of gates and epilogues that were not fused: their products may be something else then
+    """
+    return [site for function in graph.functions.values() for site in _Finder(function, unfused).sites()]
 
 
 class _Finder:
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, unfused: Collection[Node]) -> None:
+        self.function, self.unfused = function, unfused
         self.users: dict[Value, list[Node]] = {}
         for node in function.nodes:
             for value in dict.fromkeys(node.inputs):
                 self.users.setdefault(value, []).append(node)
         self.gates = {node: found for node in function.nodes if (found := gate_nodes(node)) is not None}
-        self.gated = {node for nodes in self.gates.values() for node in nodes}
-        self.norms: dict[Value, Sequence[Node]] = {}
+        self.gated = {each for node, nodes in self.gates.items() if node not in unfused for each in nodes}
+        self.norms: dict[Value, list[Node]] = {}
         """What a value that is normalized is normalized by."""
         for node in function.nodes:
             spelled = self._normalization(node)
             normed = normed_value(node, spelled)
             if normed is not None:
-                self.norms.setdefault(normed, [node, *(spelled or ())])
+                self.norms.setdefault(normed, []).extend([node, *(spelled or ())])
 
     def sites(self) -> Iterator[Site]:
         fused = {op: kind for kind, (_, ops) in KINDS.items() for op in ops}
@@ -222,8 +225,9 @@ class _Finder:
 
     @cached_property
     def _projections(self) -> Mapping[Node, Sequence[Node]]:
-        finished = {each for nodes in self.gates.values() for each in nodes}
-        finished.update(each for node in self.function.nodes for each in self._epilogue(node) or ())
+        finished = set(self.gated)
+        activated = (node for node in self.function.nodes if node not in self.unfused)
+        finished.update(each for node in activated for each in self._epilogue(node) or ())
         return products_of_one_value(self.function, finished)
 
     def _scale(self, node: Node) -> Sequence[Node] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.ops.merged_products import MOST_PROJECTIONS
+from treadle.passes.dead_code import drop_unread
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import Event, PassRecord
 
@@ -22,8 +23,9 @@ class MergeProjections(Pass):
     keeps every core at work where three narrow ones do not. What runs is one product with a joined weight, which is
     made once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the way back.
 
-    Refuses: a weight that something else reads too, which would then be held twice. Leaves alone what is finished with
-    an activation or a gate: such a product is stored finished, a slice would have to be read again.
+    Refuses: a weight that something else reads too, which would then be held twice; a constant in place of a weight; a
+    bias that is computed, perhaps after the first of the products. Leaves alone what is finished with an activation or
+    a gate: such a product is stored finished, a slice would have to be read again.
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
@@ -33,13 +35,12 @@ class MergeProjections(Pass):
         uses = function.uses()
         made: dict[Node, list[Node]] = {}
         replaced: dict[Value, Value] = {}
+        weights = {part.product: tuple(p.weight for p in group) for group in projections for part in group}
         for group in projections:
             alone = []
             for part in group:
-                others = [n for n, _ in uses[part.weight] if n is not part.product]
-                if others or part.weight in function.outputs.values():
-                    name = others[0].op.name if others else "an output"
-                    reason = f"its weight is read by {name} too, and would be held twice"
+                reason = _why_not(part, uses, function, weights)
+                if reason:
                     log.refusals.append(Event.at(self.name, function, part.product, reason))
                 else:
                     alone.append(part)
@@ -57,7 +58,8 @@ class MergeProjections(Pass):
                 each.operands = tuple(None if v is None else replaced.get(v, v) for v in each.operands)
                 kept.append(each)
         function.outputs = {name: replaced.get(v, v) for name, v in function.outputs.items()}
-        function.nodes = _read(kept, function)
+        function.nodes = kept
+        drop_unread(function)  # products of which a sum with a bias was replaced
         return len(made)
 
 
@@ -85,6 +87,27 @@ def find_projections(function: Function) -> list[list[Projection]]:
             if weight.kind in ("parameter", "constant") and weight.type.rank == 2 and weight.type.static_shape:
                 groups.setdefault((x, node.op.name), []).append(_with_bias(node, uses, function))
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _why_not(
+    part: Projection,
+    uses: dict[Value, list[tuple[Node, int]]],
+    function: Function,
+    weights: Mapping[Node, tuple[Value, ...]],
+) -> str:
+    """What stands against a part of a larger product, if anything does.
+
+    Products with the same weights of another value, as in layers that share them (ALBERT), read the joined one too.
+    """
+    others = [n for n, _ in uses[part.weight] if n is not part.product and weights.get(n) != weights[part.product]]
+    if others or part.weight in function.outputs.values():
+        name = others[0].op.name if others else "an output"
+        return f"its weight is read by {name} too, and would be held twice"
+    if part.weight.kind == "constant":
+        return "its weight is a constant, and would be joined in every run"
+    if part.bias is not None and part.bias.kind == "result":
+        return "its bias is computed"
+    return ""
 
 
 def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function) -> Projection:
@@ -123,14 +146,3 @@ def _shared_scope(scopes: Sequence[str]) -> str:
     """The scope around all of these: attn of attn.q, attn.k and attn.v."""
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(scope.split(".") for scope in scopes), strict=False))
     return ".".join(parts[0] for parts in shared)
-
-
-def _read(nodes: Sequence[Node], function: Function) -> list[Node]:
-    """The nodes without products that the merged one replaced."""
-    needed = set(function.outputs.values())
-    kept = []
-    for node in reversed(nodes):
-        if node.op.name not in ("linear", "matmul") or needed.intersection(node.results):
-            kept.append(node)
-            needed.update(node.inputs)
-    return kept[::-1]

@@ -14,12 +14,13 @@ def product_with(p: Any, name: str, x: Any, weight: Any, bias: Any) -> Any:
 
 
 def is_product(product: Expr, weight: Expr, bias: Expr | None) -> bool:
-    """Whether the weight of a match is one matrix, and its bias a vector of the product's width."""
+    """Whether the weight of a match is one matrix, and its bias a vector as wide as that, which a sum may stretch."""
     if weight.rank != 2:
         return False
     if bias is None:
         return True
-    return bool(bias.rank == 1 and bias.shape[0] == product.shape[-1] and bias.dtype == product.dtype)
+    width = weight.shape[weight_axes(product).split().index("n")]
+    return bool(bias.rank == 1 and bias.shape[0] == width and bias.dtype == product.dtype)
 
 
 def weight_axes(product: Expr) -> str:

@@ -28,8 +28,8 @@ class ReturnedValues:
         return found
 
     def _all_go_out(self, function: Function, value: Value) -> bool:
-        users = self._readers(function).get(value, [])
-        return bool(users) and all(self.goes_out(function, user, value) for user in users)
+        """Whether nobody else reads it; one call may give to nobody what another gives to the caller of the model."""
+        return all(self.goes_out(function, user, value) for user in self._readers(function).get(value, []))
 
     def _output_goes_out(self, function: Function, value: Value) -> bool:
         if function is self.graph.main:

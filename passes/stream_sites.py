@@ -40,12 +40,15 @@ def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequenc
 
 def embedding_nodes(node: Node, users: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
     """embedding(t, i) + embedding(u, j) + ..., at the last add of the sum that nothing else reads"""
-    if node.op.name != "add" or len(_lookups(node, users)) < 2:
+    if node.op.name != "add":
+        return None
+    terms = _terms(node, users)
+    if sum(lookup_of(term) is not None for term in terms) < 2:
         return None
     readers = users.get(node.result, ())
     if len(readers) == 1 and readers[0].op.name == "add":
         return None
-    return [*_adds(node, users)[1:], *_lookups(node, users)]
+    return [*_adds(node, users)[1:], *terms]
 
 
 def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
@@ -59,10 +62,11 @@ def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
     return found
 
 
-def _lookups(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
-    """The embeddings among the terms of a sum."""
-    terms = [v.node for each in _adds(root, users) for v in each.inputs if v.node is not None]
-    return [node for node in terms if lookup_of(node) is not None]
+def _terms(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
+    """What computes the terms of a sum; one that is no embedding is where a refusal points."""
+    adds = _adds(root, users)
+    terms = [v.node for each in adds for v in each.inputs if v.node is not None]
+    return [node for node in terms if node not in adds]
 
 
 def _is_lookups(value: Value) -> bool:

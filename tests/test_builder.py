@@ -139,6 +139,10 @@ def text_operand(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
     return x + "1"
 
 
+def list_of_values(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
+    return b.concat([x, x], axis=0)
+
+
 def half_an_integer(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
     return i * 0.5
 
@@ -173,6 +177,7 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (wrong_dtypes, RuleError, "add: dtypes disagree: x is f32, y is i64"),
     (unknown_op, GraphError, "did you mean softmax"),
     (unknown_attribute, GraphError, "attributes of softmax: axis"),
+    (unknown_attribute, GraphError, "softmax got an unexpected keyword argument 'axes'\n"),
     (missing_attribute, GraphError, "pattern"),
     (attribute_of_another_kind, GraphError, "softmax: axis must be int, is 'last'"),
     (attribute_that_is_none, GraphError, "softmax: axis must be int, is None"),
@@ -184,6 +189,8 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (too_many, GraphError, "gelu takes 1 operands, received 2"),
     (none_of_any_number, GraphError, "concat takes one operand or more"),
     (text_operand, GraphError, "a constant cannot hold <U1"),
+    (list_of_values, GraphError, "concat: an operand is a list of traced values"),
+    (list_of_values, GraphError, "try       one by one, as in concat(x, y)"),
     (half_an_integer, GraphError, "0.5 is no i64"),
     (half_an_integer_first, GraphError, "0.5 is no i64"),
     (truth_of_a_value, GraphError, "where(condition, a, b) chooses element by element"),

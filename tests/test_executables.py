@@ -416,3 +416,16 @@ def test_missing_and_misshapen_weights(backend: str) -> None:
         assert f"weight {name} must be f32[8, 8]" in message(
             lambda w=wrong: compiled(backend, graph, weights | {name: w})
         )
+
+
+@each_backend
+def test_weights_may_be_tensors_that_are_trained(backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    graph, weights = block_model()
+    trained = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in weights.items()}
+    tokens = np.arange(6).reshape(2, 3)
+    expected = compiled(backend, graph, weights)(tokens=tokens).logits
+    np.testing.assert_array_equal(compiled(backend, graph, trained)(tokens=tokens).logits, expected)
+    name = "h.0.out.weight"
+    wrong = trained | {name: trained[name].bfloat16()}
+    assert f"weight {name} must be f32[8, 8]" in message(lambda: compiled(backend, graph, wrong))

@@ -99,6 +99,12 @@ def test_what_is_another_thing_is_left_alone(lines: list[str], weights: list[str
     assert "epilogue" not in [site.kind for site in find_sites(made.graph)]
 
 
+def test_a_vector_that_stretches_the_product_is_no_bias() -> None:
+    lines = ["m = matmul(x, $w)", "a = add(m, $b)", "y = relu(a)"]
+    made = optimize(activated(*lines, weights=["w: f32[4, 1]", "b: f32[8]"]), FuseActivatedLinear())
+    assert made.graph == made.source
+
+
 def test_it_is_certified_and_a_body_becomes_the_op_again() -> None:
     weights, before, after = FORMS["with-bias"]
     once = PassManager(DEFAULT, certify=True).run(parse_graph(activated(*before, weights=weights)))

@@ -17,7 +17,7 @@ from treadle.passes.fuse_embedding_sum import FuseEmbeddingSum
 from treadle.passes.manager import PassManager
 
 TAKES = "i: i64[B, S], j: i64[S], k: i32[B, S], x: f32[B, S, 8]"
-WEIGHTS = ["word: f32[9, 8]", "place: f32[7, 8]", "kind: f32[6, 8]"]
+WEIGHTS = ["word: f32[9, 8]", "place: f32[7, 8]", "kind: f32[6, 8]", "narrow: f32[7, 1]"]
 A, P, K = "a = embedding($word, i)", "p = embedding($place, j)", "e = embedding($kind, k)"
 THREE = "y = embedding_sum($word, $place, $kind, i, j, k, tables=3)"
 RETURN = "return y = y"
@@ -89,7 +89,15 @@ REFUSED = {
     ),
     "used elsewhere": (
         [A, P, "s = add(a, p)", "y = mul(s, a)", RETURN],
-        "the embedding is used elsewhere as well",
+        "the embedding is used elsewhere, by mul",
+    ),
+    "of another width": (
+        [A, "n = embedding($narrow, j)", "y = add(n, a)", RETURN],
+        "tables are of different widths: f32[7, 1] and f32[9, 8]",
+    ),
+    "in two sums": (
+        [A, P, K, "s = add(a, p)", "u = add(a, e)", "y = mul(s, u)", RETURN],
+        "the embedding is used elsewhere",
     ),
 }
 
@@ -115,7 +123,15 @@ def test_a_sum_that_is_used_elsewhere_is_one_of_its_own() -> None:
     optimized = optimize(text(*lines), FuseEmbeddingSum())
     after = [K, "s = embedding_sum($word, $place, i, j)", "u = add(s, e)", "y = mul(s, u)", RETURN]
     assert optimized.graph == parse_graph(text(*after))
-    assert [event.reason for event in optimized.log[0].refusals] == ["the add is used elsewhere as well"]
+    assert [event.reason for event in optimized.log[0].refusals] == ["the add is used elsewhere, by mul"]
+
+
+def test_an_embedding_that_is_an_output_stays() -> None:
+    lines = [A, P, "y = add(a, p)", "return y = y, a = a"]
+    both = program(TAKES, "y: f32[B, S, 8], a: f32[B, S, 8]", *lines, weights=WEIGHTS)
+    optimized = optimize(both, FuseEmbeddingSum())
+    assert optimized.graph == optimized.source
+    assert [event.reason for event in optimized.log[0].refusals] == ["the embedding is an output as well"]
 
 
 def test_more_tables_than_it_takes() -> None:
@@ -137,6 +153,12 @@ def test_bert_has_one_and_gpt2_too() -> None:
         assert not any(node.op.name == "embedding" for _, node in graph.walk())
 
 
+@t.model
+def with_a_layer_between(tokens: t.i64["B S"], features: t.f32["B S 4"]):
+    x = t.embed(tokens, 20, 8, name="word") + t.linear(features, 8, name="features")
+    return x + t.embed(t.positions(tokens), 16, 8, name="place")
+
+
 def test_explain_lists_each_site() -> None:
     verdicts = explain_fusion("bert", layers=1).blocks[-1].verdicts
     (verdict,) = [v for v in verdicts if v.kind == "embedding"]
@@ -144,6 +166,9 @@ def test_explain_lists_each_site() -> None:
     between = parse_graph(text(*REFUSED["another term between them"][0]))
     (verdict,) = [v for v in explain_fusion(between).blocks[0].verdicts if v.kind == "embedding"]
     assert (verdict.status, verdict.reason) == ("refused", "a term is x, and no embedding")
+    (verdict,) = [v for v in explain_fusion(with_a_layer_between).blocks[0].verdicts if v.kind == "embedding"]
+    assert (verdict.status, verdict.reason) == ("refused", "a term is linear, and no embedding")
+    assert verdict.hint == "add the embeddings to each other first"
     scaled = parse_graph(text(*REFUSED["scaled"][0]))
     assert [v for v in explain_fusion(scaled).blocks[0].verdicts if v.kind == "embedding"] == []
 

@@ -10,6 +10,7 @@ import pytest
 import treadle
 import treadle.frontends.language as t
 from tests.pass_programs import assert_same_numbers, optimize, program
+from treadle.explaining import explain_fusion
 from treadle.ir.graph import Graph
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.ir.parser import parse_graph
@@ -160,6 +161,10 @@ def test_a_near_miss_is_refused_with_its_reason(name: str) -> None:
         (["a = linear(x, $g)", "v = relu(a)", "y = mul(v, a)"], ALONG[:1]),  # of one product
         ([X, "z = neg(x)", "v = linear(z, $u)", "y = mul(a, v)"], ALONG[:2]),  # two products, no activation
         (["h = linear(x, $w)", "a = slice(h, axis=2, stop=8)", G, "y = mul(a, s)"], MERGED[:1]),  # the same half
+        (
+            ["m = matmul(x, $g)", "a = add(m, $b)", G, "v = matmul(x, $u)", "y = mul(s, v)"],
+            ["g: f32[4, 1]", "u: f32[4, 8]", "b: f32[8]"],
+        ),  # a bias that stretches the product
     ],
 )
 def test_what_is_no_gate_is_left_alone(lines: list[str], weights: list[str]) -> None:
@@ -218,3 +223,25 @@ def test_a_gate_is_found_where_it_is_spelled_out_or_of_two_values() -> None:
     assert "gate" not in sites(parse_graph(gated(*spelled[:3], "y = neg(s)", weights=ALONG[:1])))
     halves = REFUSED["halves-of-what-is-computed"]
     assert "gate" in sites(parse_graph(gated(*halves[0], weights=halves[1])))
+
+
+def test_what_a_gate_that_is_refused_leaves_is_told() -> None:
+    """Its activation is fused with its own product, or both products with each other, which a fused gate has not."""
+
+    def told(*lines: str) -> dict[str, str]:
+        verdicts = explain_fusion(parse_graph(gated(*lines, weights=ALONG[:2]))).blocks[-1].verdicts
+        return {v.kind: v.op or v.reason for v in verdicts if v.kind in ("gate", "epilogue", "projection")}
+
+    lines, _, reason = REFUSED["of-two-values"]
+    assert told(*lines) == {"gate": reason, "epilogue": "activated_linear"}
+    made = told("a = linear(x, $g)", "s = exp(a)", "v = linear(x, $u)", "y = mul(s, v)")
+    assert made.pop("gate").startswith("no rule of fuse-gated-linear came near")
+    assert made == {"projection": "projections"}
+    assert told(X, G, "v = linear(x, $u)", "y = mul(s, v)") == {"gate": "gated_linear"}
+
+
+def test_a_gate_of_another_form_is_told_the_forms() -> None:
+    lines = ["a = linear(x, $g)", "s = exp(a)", "v = linear(x, $u)", "y = mul(s, v)"]
+    verdicts = explain_fusion(parse_graph(gated(*lines, weights=ALONG[:2]))).blocks[-1].verdicts
+    (verdict,) = [v for v in verdicts if v.kind == "gate"]
+    assert verdict.hint.startswith("act(x g) * (x u), both of one width, with gelu, gelu_tanh,")

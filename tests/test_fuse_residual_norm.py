@@ -120,6 +120,18 @@ def test_a_second_norm_of_one_sum_is_told() -> None:
     assert [event.rule for event in optimized.log[0].matches] == ["add-layer-norm"]
 
 
+def test_a_weight_that_is_a_sum_comes_with_the_norm_of_it() -> None:
+    """t is part of the first norm's op then, which comes after the place where the second one would have to stand."""
+    vectors = "x: f32[8], r: f32[8]"
+    lines = ["t = add(x, r)", "u = exp(x)", "v = exp(r)", "s = add(u, v)", "z = tanh(s)"]
+    norms = ["n = rms_norm(t)", "m = rms_norm(s, t)", "return y = z, n = n, m = m"]
+    optimized = optimize(program(vectors, "y: f32[8], n: f32[8], m: f32[8]", *lines, *norms), FuseResidualNorm())
+    assert [event.rule for event in optimized.log[0].matches] == ["add-rms-norm"]
+    (refusal,) = optimized.log[0].refusals
+    assert refusal.reason == "the sum is read, by tanh, before weight is computed"
+    assert_same_numbers(optimized.source, optimized.graph)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_is_certified(name: str) -> None:
     before = program(TAKES, f"y: {X}", *CASES[name][0])
@@ -169,6 +181,14 @@ def test_explain_lists_each_site() -> None:
     (verdict,) = [v for v in explain_fusion(b.graph).blocks[0].verdicts if v.kind == "residual"]
     assert verdict.status == "refused"
     assert verdict.reason == "the sum is cast from f16 to f32 before it is normalized"
+
+
+def test_explain_notes_a_second_norm_of_a_sum() -> None:
+    lines = ["s = add(x, r)", "n = layer_norm(s, w)", "m = rms_norm(s, w)", "y = mul(n, m)", "return y = y"]
+    verdicts = explain_fusion(parse_graph(program(TAKES, f"y: {X}", *lines))).blocks[0].verdicts
+    (verdict,) = [v for v in verdicts if v.kind == "residual"]
+    assert (verdict.status, verdict.op) == ("fused", "add_layer_norm")
+    assert verdict.notes == ("another layer_norm takes the sum already",)
 
 
 @needs_tvm

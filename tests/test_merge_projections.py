@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from treadle.backends.legalization import legalize
 from treadle.backends.registry import find_backend
+from treadle.backends.weight_preparation import prepare_weights
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.following import follow
@@ -120,6 +122,54 @@ def test_a_weight_that_something_else_reads_is_refused() -> None:
     assert ops(optimized.graph).count("linear") == 1
 
 
+def test_constants_are_no_weights_that_are_joined_when_they_are_bound() -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x = b.input("x", f32["B", 8])
+    eyes = [b.constant(np.eye(8, dtype=np.float32) * n) for n in (2, 3)]
+    b.outputs(p=b.linear(x, eyes[0], None), q=b.linear(x, eyes[1], None))
+    optimized = run(graph, MergeProjections())
+    assert ops(optimized.graph) == ["linear", "linear"]
+    reasons = {refusal.reason for refusal in optimized.log[0].refusals}
+    assert reasons == {"its weight is a constant, and would be joined in every run"}
+
+
+def test_a_bias_that_is_computed_after_the_first_product_is_refused() -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    x = b.input("x", f32["B", 8])
+    p, q, v = (b.parameter(name, f32[4, 8]) for name in "pqv")
+    first = b.linear(x, p, None)
+    shift = b.tanh(b.parameter("shift", f32[4]))
+    b.outputs(p=first, q=b.linear(x, q, shift), v=b.linear(x, v, None))
+    optimized = run(graph, MergeProjections())
+    assert ops(optimized.graph) == ["projections", "tanh", "linear"]
+    (refusal,) = optimized.log[0].refusals
+    assert refusal.reason == "its bias is computed"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_that_share_weights_share_the_joined_one(backend: str) -> None:
+    found = find_backend(backend)
+    if found.available() is not None:
+        pytest.skip(str(found.available()))
+    graph = Graph("albert")
+    b = Builder(graph)
+    x = b.input("x", f32["B", 8])
+    weights = [b.parameter(name, f32[8, 8]) for name in "qk"]
+    for _ in range(2):
+        q, k = (b.linear(x, w, None) for w in weights)
+        x = b.sin(q * k)
+    b.outputs(y=x)
+    merged = run(graph, MergeProjections()).graph
+    assert ops(merged).count("projections") == 2
+    assert len(prepare_weights(legalize(merged, lambda op, types: False)).recipes) == 1
+    inputs = {"x": np.random.default_rng(0).standard_normal((3, 8), np.float32)}
+    drawn = initial_weights(graph)
+    made = found.compile(merged, Target("cpu"), drawn)(**inputs)["y"]
+    np.testing.assert_allclose(made, interpret(graph, inputs, drawn)["y"], rtol=1e-5, atol=1e-6)
+
+
 def test_products_of_different_values_stay_apart() -> None:
     graph = Graph("g")
     b = Builder(graph)
@@ -185,7 +235,22 @@ def test_half_precision_is_not_scaled_up_before_a_product() -> None:
     b = Builder(graph)
     x = b.input("x", f16["B", 4])
     b.outputs(y=b.linear(x, b.parameter("w", f16[16, 4]), None) * 8.0)
-    assert ops(run(graph, FoldScale()).graph) == ["linear", "mul"]
+    optimized = run(graph, FoldScale())
+    assert ops(optimized.graph) == ["linear", "mul"]
+    (refusal,) = optimized.log[0].refusals
+    assert refusal.reason == "a scale by 8 comes last: f16 may not hold what it gives before"
+
+
+def test_a_scale_that_leaves_the_range_of_numbers_stays_where_it_is() -> None:
+    """1e9 * 1e30 is infinite in float32; (1e9 * 1e-9) * 1e30 is not."""
+    graph = scaled_logits(8, 32, by=1e30)
+    optimized = run(graph, FoldScale())
+    assert ops(optimized.graph) == ["linear", "mul"]
+    (refusal,) = optimized.log[0].refusals
+    assert refusal.reason == "a scale by 1e+30 comes last: f32 may not hold what it gives before"
+    weights = {"head.weight": np.full((32, 8), 1e-9, np.float32)}
+    made = interpret(optimized.graph, {"x": np.full((1, 8), 1e9, np.float32)}, weights)
+    assert np.isfinite(made["logits"]).all()
 
 
 def test_the_default_pipeline_does_both() -> None:

@@ -151,6 +151,8 @@ def test_unknown_head_option_and_input() -> None:
         resolve("t5", inputs=("token_types",))
     with pytest.raises(UsageError, match="there is no model 'bret'"):
         resolve("bret")
+    with pytest.raises(UsageError, match=r"there is no file bert\.onnx"):
+        resolve("bert.onnx")
 
 
 def test_defaults_of_a_config() -> None:

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Composite, Operand, find_op, op
+from treadle.ir.ops.weight_layouts import multiplied, refuse_weight_axes, rows_of
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh", "sigmoid")
 """What a product may be finished with: an op of this name."""
-
-WEIGHT_AXES = ("n k", "k n")
 
 
 class _ActivatedProduct(Composite):
@@ -27,23 +26,18 @@ class _ActivatedProduct(Composite):
     def check(self, types: Sequence[Type | None]) -> None:
         if self.activation not in self.activations:
             raise RuleError(f"activation is {self.activation!r}", hint="one of " + ", ".join(self.activations))
-        if self.weight_axes not in WEIGHT_AXES:
-            raise RuleError(f"weight_axes is {self.weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
+        refuse_weight_axes(self.weight_axes)
 
     @property
     def _rows(self) -> str:
-        """matmul, which takes the one layout, has an axis of rows; linear, which takes the other, needs none."""
-        return "... m" if self.weight_axes == "k n" else "..."
+        return rows_of(self.weight_axes)
 
     @property
     def _weight(self) -> str:
         return "n [k]" if self.weight_axes == "n k" else "[k] n"
 
     def _product(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        if self.weight_axes == "n k":
-            return b.linear(x, weight, bias)
-        product = b.matmul(x, weight)
-        return product if bias is None else product + bias
+        return multiplied(b, x, weight, bias, self.weight_axes)
 
     def _activated(self, b: Builder, x: Any) -> Any:
         return b.apply(find_op(self.activation), x)

@@ -8,8 +8,8 @@ from typing import Any
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Composite, Operand, op
-from treadle.ir.ops.activated_products import WEIGHT_AXES
 from treadle.ir.ops.shapes import zeros
+from treadle.ir.ops.weight_layouts import multiplied, refuse_weight_axes, rows_of
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 
@@ -38,7 +38,7 @@ class Projections(Composite):
         return [*names, *(f"operand{n}" for n in range(len(names), count))][:count]
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        rows = "... m" if self.weight_axes == "k n" else "..."
+        rows = rows_of(self.weight_axes)
         outs = [f"n{i}" for i in range(self.count)]
         weights = [f"{n} [k]" if self.weight_axes == "n k" else f"[k] {n}" for n in outs]
         return f"{', '.join([f'{rows} [k]', *weights, *outs])} -> {', '.join(f'{rows} {n}' for n in outs)}"
@@ -49,8 +49,7 @@ class Projections(Composite):
     def check(self, types: Sequence[Type | None]) -> None:
         if not 2 <= self.count <= MOST_PROJECTIONS:
             raise RuleError(f"makes 2 to {MOST_PROJECTIONS} products, not {self.count}")
-        if self.weight_axes not in WEIGHT_AXES:
-            raise RuleError(f"weight_axes is {self.weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
+        refuse_weight_axes(self.weight_axes)
         if len(types) != 1 + 2 * self.count:
             raise RuleError(
                 f"takes x, {self.count} weights and as many biases, received {len(types)} operands",
@@ -61,7 +60,8 @@ class Projections(Composite):
 
     def body(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
         weights, biases = operands[: self.count], operands[self.count :]
-        return tuple([self._product(b, x, w, bias) for w, bias in zip(weights, biases, strict=True) if w is not None])
+        pairs = zip(weights, biases, strict=True)
+        return tuple([multiplied(b, x, w, bias, self.weight_axes) for w, bias in pairs if w is not None])
 
     def lowering(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
         """slices of one product: x (w_0 | w_1 | ...) + (b_0 | b_1 | ...)"""
@@ -72,19 +72,13 @@ class Projections(Composite):
         if any(v is not None for v in biases):
             known = [zeros(b, w.dtype[w.shape[axis]]) if v is None else v for w, v in zip(weights, biases, strict=True)]
             bias = b.concat(*known, axis=0)
-        y = self._product(b, x, b.concat(*weights, axis=axis), bias)
+        y = multiplied(b, x, b.concat(*weights, axis=axis), bias, self.weight_axes)
         made, start = [], weights[0].shape[axis] * 0
         for weight in weights:
             stop = start + weight.shape[axis]
             made.append(b.slice(y, axis=-1, start=start, stop=stop))
             start = stop
         return tuple(made)
-
-    def _product(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        if self.weight_axes == "n k":
-            return b.linear(x, weight, bias)
-        product = b.matmul(x, weight)
-        return product if bias is None else product + bias
 
     samples = [
         S("f32[2,3,4]", "f32[5,4]", "f32[2,4]", "f32[5]", "f32[2]"),

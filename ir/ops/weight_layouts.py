@@ -1,0 +1,30 @@
+"""How the weight of a product lies: [out, in], as linear takes it, or [in, out], as matmul does."""
+
+from __future__ import annotations
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+
+WEIGHT_AXES = ("n k", "k n")
+"""The values of an attribute `weight_axes`."""
+
+
+def refuse_weight_axes(weight_axes: str) -> None:
+    """Raise RuleError where an attribute is none of `WEIGHT_AXES`."""
+    if weight_axes not in WEIGHT_AXES:
+        raise RuleError(f"weight_axes is {weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
+
+
+def rows_of(weight_axes: str) -> str:
+    """x without its last axis, in an axis rule: matmul has an axis of rows, linear needs none."""
+    return "... m" if weight_axes == "k n" else "..."
+
+
+def multiplied(b: Builder, x: Expr, weight: Expr, bias: Expr | None, weight_axes: str) -> Expr:
+    """x weight + bias."""
+    product: Expr
+    if weight_axes == "n k":
+        product = b.linear(x, weight, bias)
+        return product
+    product = b.matmul(x, weight)
+    return product if bias is None else product + bias
