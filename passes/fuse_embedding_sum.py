@@ -83,14 +83,27 @@ class _Tree:
     inner: list[Node] = field(default_factory=list)
 
 
+def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
+    """Who reads each embedding and each sum, None for an output; other values can be many, as weights of calls are."""
+    found: dict[Value, list[Node | None]] = {
+        node.results[0]: [] for node in function.nodes if node.op.name == "add" or lookup_of(node) is not None
+    }
+    for node in function.nodes:
+        for value in node.operands:
+            if value in found:
+                found[value].append(node)
+    for value in function.outputs.values():
+        if value in found:
+            found[value].append(None)
+    return found
+
+
 class _Sums:
     def __init__(self, rule: FuseEmbeddingSum, function: Function, graph: Graph, log: PassRecord) -> None:
         self.rule, self.function, self.log = rule, function, log
         self.scratch = Function("scratch")
         self.builder = Builder(graph, self.scratch)
-        self.readers: dict[Value, list[Node | None]] = {v: [n for n, _ in us] for v, us in function.uses().items()}
-        for value in function.outputs.values():
-            self.readers.setdefault(value, []).append(None)
+        self.readers = _readers_of_sums(function)
         self.refused: set[Value] = set()
 
     def run(self) -> int:
@@ -150,8 +163,7 @@ class _Sums:
         node = value.node
         if node is None:
             return f"a term is {value.name}, and no embedding"
-        elsewhere = len(self.readers[value]) > 1
-        if elsewhere and (lookup_of(node) is not None or node.op.name == "add"):
+        if len(self.readers.get(value, ())) > 1:
             if None in self.readers[value]:
                 return f"the {node.op.name} is an output as well"
             other = next((n for n in self.readers[value] if n is not None and n.op.name != "add"), None)

@@ -28,7 +28,7 @@ class FuseResidualNorm(Pass):
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not any(node.op.name in FUSED for node in function.nodes):
+        if not any(node.op.name in FUSED and _Residuals._sum_before(node) is not None for node in function.nodes):
             return 0
         return _Residuals(self, function, graph, log).run()
 

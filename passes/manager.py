@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 from treadle.ir.clone import clone_graph
 from treadle.ir.collection import collection_paused
-from treadle.ir.errors import PassError, TreadleError, UsageError
+from treadle.ir.errors import PassError, TreadleError, UsageError, VerifyError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.target import Target
+from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.certificates import Counterexample
 from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
@@ -55,7 +56,21 @@ class Pass:
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         """Transform the whole graph: by default every function, callees first."""
-        return sum(self.run(function, graph, log) for function in list(graph.functions.values()))
+        log.touched = set()
+        total = 0
+        for function in list(graph.functions.values()):
+            signature = () if function is graph.main else _signature(function)  # which nobody calls
+            changes = self.run(function, graph, log)
+            if changes:
+                log.touched.add(function.name)
+                if signature and _signature(function) != signature:
+                    log.touched.update(graph.functions)  # its callers among them
+            total += changes
+        return total
+
+
+def _signature(function: Function) -> tuple[Type, ...]:
+    return tuple([v.type for v in (*function.inputs, *function.parameters.values(), *function.outputs.values())])
 
 
 class BrokenPassError(PassError):
@@ -117,7 +132,7 @@ class PassManager:
                 record.changes = each.run_graph(working, record)
                 record.after = count_ops(working)
                 if record.changed:
-                    verify(working)
+                    verify(working, None if self.certify else record.touched)
                     if self.certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
                         verify(working)
@@ -132,6 +147,11 @@ class PassManager:
             before = record.after
             if debug >= 2 and record.changed:
                 print(f"# {record.summary}\n{snapshot}", file=sys.stderr)
+        if records and not self.certify:
+            try:
+                verify(working)  # also where a pass said that it changed nothing
+            except VerifyError as error:
+                raise _broken(self.passes[-1], error, snapshot) from error
         log = PassLog(records)
         if debug >= 1:
             print(log, file=sys.stderr)

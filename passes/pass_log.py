@@ -70,7 +70,8 @@ class PassRecord:
     certificates  of the distinct rewrites, where they were asked for
 
     certifying, shown and target are for the pass while it runs: whether each rewrite is tried before it is kept, what
-    stands for what by a rewrite that was, and what the graph is compiled for.
+    stands for what by a rewrite that was, and what the graph is compiled for. touched is for the manager: the functions
+    that a pass says it changed, None where it does not say.
     """
 
     name: str
@@ -88,6 +89,7 @@ class PassRecord:
     certifying: bool = field(default=False, repr=False, compare=False)
     shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)
+    touched: set[str] | None = field(default=None, repr=False, compare=False)
 
     def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
         """Try a claim, and keep its certificate; the case in which it does not hold, if there is one."""
