@@ -100,9 +100,10 @@ def _why_not(
     Products with the same weights of another value, as in layers that share them (ALBERT), read the joined one too.
     """
     others = [n for n, _ in uses[part.weight] if n is not part.product and weights.get(n) != weights[part.product]]
-    if others or part.weight in function.outputs.values():
-        name = others[0].op.name if others else "an output"
-        return f"its weight is read by {name} too, and would be held twice"
+    if others:
+        return f"its weight is read by {others[0].op.name} too, and would be held twice"
+    if part.weight in function.outputs.values():
+        return "its weight is an output as well, and would be held twice"
     if part.weight.kind == "constant":
         return "its weight is a constant, and would be joined in every run"
     if part.bias is not None and part.bias.kind == "result":

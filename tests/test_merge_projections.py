@@ -148,6 +148,13 @@ def test_a_bias_that_is_computed_after_the_first_product_is_refused() -> None:
     assert refusal.reason == "its bias is computed"
 
 
+def test_a_weight_that_is_an_output_is_refused() -> None:
+    graph = projections(biases="")
+    graph.main.outputs["w"] = graph.parameters["k.weight"]
+    (refusal,) = run(graph, MergeProjections()).log[0].refusals
+    assert refusal.reason == "its weight is an output as well, and would be held twice"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_that_share_weights_share_the_joined_one(backend: str) -> None:
     found = find_backend(backend)
