@@ -76,7 +76,9 @@ def test_the_int8_sentence_model_is_near_the_float_one() -> None:
     inputs = {"input_ids": batch.ids, "attention_mask": mask, "token_type_ids": np.zeros_like(batch.ids)}
     (got,) = answers(import_onnx(path), inputs, ("torch",))
     hidden = got["last_hidden_state"]
-    np.testing.assert_allclose(hidden, runtime(str(path), inputs)["last_hidden_state"], rtol=0, atol=TOLERANCE)
+    expected = runtime(str(path), inputs)["last_hidden_state"]
+    # Both are float32, and off by up to 5e-5 from float64 where a token's activations are large: of the largest value.
+    np.testing.assert_allclose(hidden, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
     cosines = np.sum(embedder.pooling(hidden, batch.lengths) * embedder.embed(SENTENCES), axis=-1)
     assert np.all(cosines > 0.9994), cosines
 
