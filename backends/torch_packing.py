@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from treadle.backends.emission import Dialect, Line
 from treadle.backends.torch_spelling import SPELLINGS, TORCH, activated
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.types import bf16, f32
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ def choose_packing(graph: Graph) -> Packing:
         for value in unmet:
             chosen.pop(value, None)
     return chosen
+
+
+def packed_names(graph: Graph, packing: Packing) -> dict[str, str]:
+    """The weights of main that are packed, by name, with their axes."""
+    return {name: packing[value] for name, value in graph.parameters.items() if value in packing}
 
 
 def packed_dialect(packing: Packing) -> Dialect:
@@ -121,9 +126,3 @@ def _packed_or(otherwise: str | Callable[[Line], str], packing: Packing) -> Call
         return product if activation is None or told else activated(activation, product)
 
     return spelling
-
-
-def packed_names(graph: Graph, packing: Packing) -> dict[str, str]:
-    """The weights of main that are packed, by name, with their axes."""
-    main: Function = graph.main
-    return {name: packing[value] for name, value in main.parameters.items() if value in packing}

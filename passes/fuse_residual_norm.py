@@ -28,9 +28,17 @@ class FuseResidualNorm(Pass):
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not any(node.op.name in FUSED and _Residuals._sum_before(node) is not None for node in function.nodes):
+        if not any(_sum_before(node) is not None for node in function.nodes):
             return 0
         return _Residuals(self, function, graph, log).run()
+
+
+def _sum_before(norm: Node) -> Node | None:
+    """The sum that a norm is of, a cast between them or not."""
+    node = norm.inputs[0].node if norm.op.name in FUSED else None
+    if node is not None and node.op.name == "cast":
+        node = node.inputs[0].node
+    return node if node is not None and node.op.name == "add" else None
 
 
 class _Residuals:
@@ -47,7 +55,7 @@ class _Residuals:
         early: dict[Node, Node] = {}
         late: dict[Node, Node] = {}
         for norm in self.function.nodes:
-            total = self._sum_before(norm)
+            total = _sum_before(norm)
             if total is None:
                 continue
             refusal = self._why_not(total, norm)
@@ -62,14 +70,6 @@ class _Residuals:
                 early[total] = norm
         self._replace(early, late)
         return len(self.norms)
-
-    @staticmethod
-    def _sum_before(norm: Node) -> Node | None:
-        """The sum that a norm is of, a cast between them or not."""
-        node = norm.inputs[0].node if norm.op.name in FUSED else None
-        if node is not None and node.op.name == "cast":
-            node = node.inputs[0].node
-        return node if node is not None and node.op.name == "add" else None
 
     def _why_not(self, total: Node, norm: Node) -> Refusal | None:
         given = norm.inputs[0]
