@@ -7,6 +7,7 @@ constants are widened first, so that its own rounding does not count.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from treadle.ir.operation import Composite
 from treadle.ir.types import Type
 
 Array = np.ndarray[Any, Any]
+Operands = Sequence[Array | None]
 Watch = Callable[[Node, Sequence[Array]], None]
+Disturb = Callable[[Node, Operands, Callable[[Operands], list[Array]]], list[Array]]
 
 
 def interpret(
@@ -28,11 +31,15 @@ def interpret(
     *,
     float64: bool = False,
     watch: Watch | None = None,
+    disturb: Disturb | None = None,
 ) -> dict[str, Array]:
     """Run `main` on named inputs and weights; returns its outputs by name.
 
-    watch, if given, sees every node of every call with its results. Raises GraphError for a missing or unknown input or
-    weight, or a shape that does not fit.
+    watch    sees every node of every call with its results
+    disturb  gives the results of every node in place of its op: of the node, its operands, and what computes results of
+             operands
+
+    Raises GraphError for a missing or unknown input or weight, or a shape that does not fit.
     """
     weights = weights or {}
     wanted = [v.name for v in graph.main.inputs]
@@ -46,7 +53,7 @@ def interpret(
         raise GraphError(
             f"there is no input or weight {', '.join(unknown[:5])}" + (" and more" if len(unknown) > 5 else "")
         )
-    run = _Run(graph, float64, watch)
+    run = _Run(graph, float64, watch, disturb)
     named = [(v, inputs[v.name]) for v in graph.main.inputs]
     named += [(v, weights[name]) for name, v in graph.main.parameters.items()]
     arguments = [run.widen(np.asarray(array)) for _, array in named]
@@ -59,7 +66,7 @@ def interpret(
 
 def interpret_function(function: Function, arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
     """Run one call-free function on its arguments (inputs, then parameters) where the symbols have these sizes."""
-    run = _Run(None, False, None)
+    run = _Run(None, False)
     run.sizes.update(sizes)
     return run.function(function, list(arguments))
 
@@ -102,8 +109,10 @@ def solve_sizes(type: Type, shape: Sequence[int], sizes: dict[str, int]) -> str 
 
 
 class _Run:
-    def __init__(self, graph: Graph | None, float64: bool, watch: Watch | None) -> None:
-        self.graph, self.float64, self.watch = graph, float64, watch
+    def __init__(
+        self, graph: Graph | None, float64: bool, watch: Watch | None = None, disturb: Disturb | None = None
+    ) -> None:
+        self.graph, self.float64, self.watch, self.disturb = graph, float64, watch, disturb
         self.sizes: dict[str, int] = {}
 
     def bind(self, value: Value, array: Array) -> None:
@@ -124,14 +133,17 @@ class _Run:
 
         for node in function.nodes:
             operands = [read(v) for v in node.operands]
-            results = self.node(node, operands)
+            if self.disturb is None or node.op.callee is not None:
+                results = self.node(node, operands)
+            else:
+                results = self.disturb(node, operands, partial(self.node, node))
             if self.watch is not None and node.op.callee is None:
                 self.watch(node, results)
             values.update(zip(node.results, results, strict=True))
         found = [read(v) for v in function.outputs.values()]
         return [a for a in found if a is not None]
 
-    def node(self, node: Node, operands: list[Array | None]) -> list[Array]:
+    def node(self, node: Node, operands: Operands) -> list[Array]:
         if node.op.callee is not None:
             if self.graph is None:
                 raise GraphError("a call cannot be interpreted without its graph")

@@ -26,7 +26,8 @@ from treadle.ir.types import boolean, f32, i64
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import PassRecord
 from treadle.runtime import verification
-from treadle.runtime.verification import compare
+from treadle.runtime.roundings import SPACING, Moved
+from treadle.runtime.verification import compare, terms_of
 from treadle.verifying import verify_model
 
 
@@ -170,26 +171,119 @@ def test_a_refusal_is_not_a_fault() -> None:
 # -- differences -----------------------------------------------------------------------------------------------------
 
 
+def unmoved(expected: np.ndarray[Any, Any], *others: np.ndarray[Any, Any]) -> Moved:
+    return Moved.between(expected, others or [expected])
+
+
 def test_an_undecided_integer_may_differ() -> None:
-    decided, undecided = np.array([1, 2]), np.array([1, 5])
+    decided, undecided = np.array([1, 2]), unmoved(np.array([1, 2]), np.array([1, 5]))
     assert not compare(np.array([1, 2]), decided, undecided, 0.0, 1, i64[(2,)]).exceeds
     assert not compare(np.array([1, 5]), decided, undecided, 0.0, 1, i64[(2,)]).exceeds
     assert compare(np.array([7, 2]), decided, undecided, 0.0, 1, i64[(2,)]).exceeds
     true, false = np.array([True]), np.array([False])
-    assert compare(false, true, true, 0.0, 1, boolean[(1,)]).exceeds
+    assert compare(false, true, unmoved(true), 0.0, 1, boolean[(1,)]).exceeds
 
 
 def test_masks_do_not_hide_the_rest() -> None:
     """The least float32 in a result sets no scale for the others; infinities must agree."""
     least = float(np.finfo(np.float32).min)
     expected = np.array([least, 1.0, -np.inf])
-    eps = verification.SPACING["f32"]
-    near = compare(np.float32([least, 1 + 2 * eps, -np.inf]), expected, expected, eps, 1, f32[(3,)])
+    eps, moved = SPACING["f32"], unmoved(expected)
+    near = compare(np.float32([least, 1 + 2 * eps, -np.inf]), expected, moved, eps, 1, f32[(3,)])
     assert not near.exceeds
     assert near.value == pytest.approx(2 * eps)
-    assert compare(np.float32([least, 1.001, -np.inf]), expected, expected, eps, 1, f32[(3,)]).exceeds
-    assert compare(np.float32([least, 1, 0]), expected, expected, eps, 1, f32[(3,)]).exceeds
-    assert compare(np.float32([0, 1, -np.inf]), expected, expected, eps, 1, f32[(3,)]).exceeds
+    assert compare(np.float32([least, 1.001, -np.inf]), expected, moved, eps, 1, f32[(3,)]).exceeds
+    assert compare(np.float32([least, 1, 0]), expected, moved, eps, 1, f32[(3,)]).exceeds
+    assert compare(np.float32([0, 1, -np.inf]), expected, moved, eps, 1, f32[(3,)]).exceeds
+
+
+def test_a_tolerance_is_made_of_the_reference_alone() -> None:
+    """8 (eps max|f| + growth moved), relative to max|f|, whatever the result is."""
+    expected = np.array([4.0, -1.0])
+    moved = unmoved(expected, np.array([4.0, -1.5]))
+    for wrong in (1.0, 1e3, 1e30):
+        found = compare(np.float32([4.0, wrong]), expected, moved, 0.125, 2.0, f32[(2,)])
+        assert found.tolerance == pytest.approx(8 * (0.125 * 4 + 2.0 * 0.5) / 4)
+        assert found.value == pytest.approx((wrong + 1) / 4)
+
+
+def test_a_result_may_be_off_by_what_goes_into_one_number_of_it() -> None:
+    b = Builder(Graph("terms"))
+    x, w, k = b.input("x", "f32[3, 5, 7]"), b.input("w", "f32[11, 7]"), b.input("k", "f32[3, 7, 11]")
+    made = [b.linear(x, w), b.matmul(x, k), b.softmax(x), x + 1, b.reduce_sum(x, axes=(1,))]
+    assert [terms_of(y.value.node) for y in made] == [7, 7, 1, 1, 5]
+
+
+# -- what cannot be told ---------------------------------------------------------------------------------------------
+
+
+def test_a_badly_conditioned_model_is_not_called_wrong() -> None:
+    """The mean of numbers that are nearly equal: float32 keeps few digits of what is left, on every backend."""
+
+    @t.model
+    def offset(x: t.f32["B S 64"]):
+        return t.layer_norm(t.linear(x, 64, name="up") + 3000.0, name="norm")
+
+    report = verify_model(offset)
+    ran = [b for b in report.backends if b.refused is None]
+    assert report.passed, str(report)
+    assert all(1e-5 < b.difference.value < b.difference.tolerance < 0.1 for b in ran)
+
+
+def test_where_roundings_decide_the_result_nothing_is_claimed() -> None:
+    @t.model
+    def chaos(x: t.f32["B 8"]):
+        for _ in range(40):
+            x = t.sin(x * 7.0)
+        return x
+
+    report = verify_model(chaos, backends=["numpy"])
+    assert report.backends[0].passed is None
+    assert report.backends[0].fault is None
+    assert not report.passed
+    assert "cannot tell" in str(report)
+
+
+def test_results_that_are_nan_throughout_are_no_agreement() -> None:
+    @t.model
+    def empty(x: t.f32["B 8"]):
+        return t.softmax(t.where(x > 100.0, x, float("-inf"))) + 1.0
+
+    report = verify_model(empty, backends=["numpy"])
+    assert not report.passed
+    (found,) = report.not_finite
+    assert (found.origin, found.kind, found.is_all) == ("softmax of infinite numbers", "NaN", True)
+    assert Path(__file__).name in found.line
+    assert "nothing to compare" in str(report)
+    assert str(found) in str(report)
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["not_finite"][0]["origin"] == found.origin
+
+
+def test_a_weight_that_is_nan_is_named() -> None:
+    weights = treadle.compile(toy).weights
+    broken = {name: np.array(array) for name, array in weights.items()}
+    broken["h.1.up.weight"][3, 2] = np.nan
+    report = verify_model(toy, weights=broken, backends=["numpy"])
+    assert not report.passed
+    assert [each.origin for each in report.not_finite] == ["weight h.1.up.weight"]
+
+
+def test_some_numbers_that_are_not_finite_are_told_and_the_rest_compared() -> None:
+    @t.model
+    def logarithms(x: t.f32["B 8"]):
+        return t.log(x)
+
+    report = verify_model(logarithms, backends=["numpy"], sizes=[{"B": 50}])
+    (found,) = report.not_finite
+    assert (found.origin, found.kind, found.of) == ("log", "NaN", 400)
+    assert 0 < found.count < 400
+    assert report.passed, str(report)  # a log of what was drawn below zero is no fault of the model's
+
+
+def test_lines_are_told_as_they_are_known() -> None:
+    told: list[str] = []
+    report = verify_model(toy, told=told.append)
+    assert "\n".join(told) == str(report)
 
 
 # -- drawn inputs ----------------------------------------------------------------------------------------------------

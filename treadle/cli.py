@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -400,12 +400,11 @@ def verify(
         inputs=_names(inputs),
         sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
         seed=seed,
+        told=(lambda line: None) if as_json else partial(print, flush=True),
         **parse_config(config or ()),
     )
     if as_json:
         _print_json(report.as_dict())
-    else:
-        print(report)
     if not report.passed:
         raise typer.Exit(1)
 

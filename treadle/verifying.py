@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from treadle.option_values import choose_sizes
 from treadle.passes.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
-from treadle.runtime.verification import VerificationReport, verify_backends
+from treadle.runtime.verification import verify_backends
+from treadle.runtime.verification_report import VerificationReport
 
 Array = np.ndarray[Any, Any]
 
@@ -37,6 +38,7 @@ def verify_model(
     inputs: Sequence[str] | None = None,
     sizes: Sequence[Mapping[str, int]] | None = None,
     seed: int = 0,
+    told: Callable[[str], None] = lambda line: None,
     **config: Any,
 ) -> VerificationReport:
     """Run a model in every backend over drawn inputs, and compare with the float64 reference, whole and op by op.
@@ -45,6 +47,7 @@ def verify_model(
     backends  by name; all that are registered, if not said
     sizes     at which to run, small ones for the symbols that one leaves out; a few small ones, if not said
     seed      draws the inputs, and the weights where none are given
+    told      is given each line of the report as soon as it is known
     the rest  as for `treadle.compile`
 
     The reference computes every op in float64, so a large model takes its time. Raises what `compile` does for a model
@@ -66,4 +69,4 @@ def verify_model(
     if sizes is not None:
         least = small_sizes(optimized.source)[-1] if optimized.source.symbols else {}
         sizes = [choose_sizes(optimized.source, {**least, **each}) for each in sizes]
-    return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed)
+    return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed, told=told)

@@ -1,0 +1,95 @@
+"""How far a model's outputs move when every op of it rounds: its conditioning, by trying.
+
+Rounding is drawn, not carried out: in float64, every op's operands change by a relative spacing of its dtypes, up or
+down by chance, and so does its result. What the outputs move by is what no way of computing this model in these dtypes
+can be sure to stay within, however the loss comes about: a mean taken off numbers that are nearly equal, a softmax over
+scores of hundreds, a hundred layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.graph import Graph, Node
+from treadle.ir.interpreter import interpret
+from treadle.ir.types import DType
+
+Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Array]
+Operands = Sequence[Array | None]
+
+SPACING = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
+"""The relative distance of each float dtype's numbers."""
+
+_ROUNDS = 2
+
+
+def spacing_of(dtype: DType) -> float:
+    return SPACING[dtype.name] if dtype.is_float else 0.0
+
+
+def coarsest_spacing(graph: Graph) -> float:
+    """The spacing of the coarsest float dtype in a graph; 0 where there is no float."""
+    values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
+    return max((spacing_of(v.type.dtype) for v in values), default=0.0)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What the results of a run move by: `by`, the most for each float; `undecided`, where others became another."""
+
+    by: Array
+    undecided: Array
+
+    @staticmethod
+    def between(expected: Array, others: Sequence[Array]) -> Moved:
+        """By comparing a result with the same result of changed runs."""
+        by, undecided = np.zeros(expected.shape), np.zeros(expected.shape, np.bool_)
+        for other in others:
+            if expected.dtype.kind == "f":
+                with np.errstate(all="ignore"):
+                    difference = np.abs(other.astype(np.float64) - expected)
+                by = np.maximum(by, np.where(np.isfinite(difference), difference, 0.0))
+            undecided |= other != expected
+        return Moved(by, undecided)
+
+
+def moved_by_rounding(graph: Graph, inputs: Arrays, weights: Arrays, expected: Arrays) -> dict[str, Moved]:
+    """The moves of each output of a graph when every op of it rounds, the largest of a few draws.
+
+    expected  the graph's own outputs in float64
+    """
+    draws = [
+        interpret(graph, inputs, weights, float64=True, disturb=_rounding(np.random.default_rng(number)))
+        for number in range(_ROUNDS)
+    ]
+    return {name: Moved.between(array, [draw[name] for draw in draws]) for name, array in expected.items()}
+
+
+def changed(array: Array, spacing: float, rng: np.random.Generator) -> Array:
+    """An array of floats, each changed by a relative spacing, up or down, in float64; others as they are."""
+    if array.dtype.kind != "f" or not spacing:
+        return array
+    up = np.unpackbits(np.frombuffer(rng.bytes(-(-array.size // 8)), np.uint8), count=array.size).reshape(array.shape)
+    with np.errstate(all="ignore"):
+        return array * np.array((1 - spacing, 1 + spacing))[up]  # type: ignore[no-any-return]
+
+
+def _rounding(rng: np.random.Generator) -> Callable[[Node, Operands, Callable[[Operands], list[Array]]], list[Array]]:
+    def disturb(node: Node, operands: Operands, compute: Callable[[Operands], list[Array]]) -> list[Array]:
+        spacings = [0.0 if v is None else spacing_of(v.type.dtype) for v in node.operands]
+        made = [spacing_of(v.type.dtype) for v in node.results]
+        coarsest = max((*spacings, *made), default=0.0)
+        if node.op.flops == 0:  # it moves numbers, and rounds them only to a coarser dtype
+            results = compute(operands)
+            return [
+                changed(a, s, rng) if s > max(spacings, default=0.0) else a for a, s in zip(results, made, strict=True)
+            ]
+        moved = [None if a is None else changed(a, coarsest, rng) for a in operands]
+        return [changed(a, s, rng) for a, s in zip(compute(moved), made, strict=True)]
+
+    return disturb

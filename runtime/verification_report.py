@@ -1,0 +1,222 @@
+"""What verification found, for people (`str`) and for JSON (`as_dict`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LOOSEST = 0.5
+"""Where results may differ by more than this part of the largest one, their agreement shows nothing."""
+
+_MARKS = {True: "ok", False: "WRONG", None: "-"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far results are from the reference: max|a - b| / max|b|, and how far they may be."""
+
+    value: float = 0.0
+    tolerance: float = 0.0
+
+    @property
+    def exceeds(self) -> bool:
+        return not self.value <= self.tolerance  # a NaN exceeds
+
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether the results are within a tolerance that nearly any results would be within."""
+        return not self.exceeds and self.tolerance > LOOSEST
+
+    def worse(self, other: Difference) -> Difference:
+        """The one that is further past its tolerance, or nearer to it."""
+        return max(other, self, key=lambda d: (d.exceeds, d.value / d.tolerance if d.tolerance else d.value))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2g} (at most {self.tolerance:.2g})"
+
+
+@dataclass(frozen=True)
+class OpFault:
+    """The first op, in program order, whose own result is further off than it may be.
+
+    op          its name; `scope` and `line`, where the model's author put it
+    difference  how far it is off, on right operands; None where it failed
+    failure     the error it failed with
+    sizes       those at which it was seen
+    """
+
+    op: str
+    scope: str
+    line: str
+    difference: Difference | None
+    failure: str | None
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        how = self.failure or f"differs by {self.difference}"
+        return f"{self.op} {how}" + _placed(self.line, self.scope)
+
+    def as_dict(self) -> dict[str, Any]:
+        facts = {"op": self.op, "scope": self.scope, "source": self.line, "failure": self.failure}
+        return {**facts, **(_facts(self.difference) if self.difference else {}), "sizes": dict(self.sizes)}
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """An output that holds what is no number, by the model's own meaning, and where that comes from.
+
+    output         its name
+    kind           "NaN" or "infinite"
+    count, of      how many of its elements
+    origin         the op, the weight, the constant or the input; `scope` and `line`, where the model's author put it
+    sizes          those at which it was seen
+    from_a_weight  whether a weight brought it in
+    """
+
+    output: str
+    kind: str
+    count: int
+    of: int
+    origin: str
+    scope: str
+    line: str
+    sizes: Mapping[str, int]
+    from_a_weight: bool = False
+
+    @property
+    def is_all(self) -> bool:
+        return self.count == self.of
+
+    @property
+    def is_fatal(self) -> bool:
+        """Whether the model itself is at fault: there is no number to compare, or a weight is NaN."""
+        return self.is_all or (self.from_a_weight and self.kind == "NaN")
+
+    def __str__(self) -> str:
+        many = f"all {self.of}" if self.is_all else f"{self.count} of {self.of}"
+        return f"output {self.output}: {many} are {self.kind}, from {self.origin}" + _placed(self.line, self.scope)
+
+    def as_dict(self) -> dict[str, Any]:
+        facts = {"output": self.output, "kind": self.kind, "count": self.count, "of": self.of, "origin": self.origin}
+        return {**facts, "scope": self.scope, "source": self.line, "sizes": dict(self.sizes)}
+
+
+def _placed(line: str, scope: str) -> str:
+    where = ", ".join(part for part in (line, f"scope {scope}" if scope else "") if part)
+    return f"    {where}" if where else ""
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What one backend did.
+
+    refused     why it was not run at all: it is not installed, or does not take the graph; then nothing is known
+    difference  of its outputs, the worst over all sizes
+    failure     the error that a run ended with
+    fault       the first op that is further off than it may be
+    """
+
+    backend: str
+    refused: str | None = None
+    difference: Difference = Difference()
+    failure: str | None = None
+    fault: OpFault | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether all of it is as near as it must be; None where it was not run, or where nearness shows nothing."""
+        if self.refused:
+            return None
+        if self.difference.exceeds or self.failure or self.fault:
+            return False
+        return None if self.difference.shows_nothing else True
+
+    def lines(self, width: int) -> Iterator[str]:
+        """The report as text, names padded to a width."""
+        told = str(self.difference)
+        if self.refused:
+            told = f"not run: {self.refused}"
+        elif self.failure:
+            told = f"failed: {self.failure}"
+        elif self.passed is None and math.isinf(self.difference.tolerance):
+            told = "nothing to compare: no output holds a number"
+        elif self.passed is None:
+            told = f"cannot tell: a change of the last bits moves the outputs so far: {told}; every op alone is right"
+        yield f"  {self.backend:<{width}}  {_MARKS[self.passed]:<5}  {told}"
+        if self.fault is not None:
+            yield f"  {'':<{width}}         first op: {self.fault}"
+        elif self.passed is False:
+            yield f"  {'':<{width}}         every op alone is right: the fault lies in how they are put together"
+
+    def as_dict(self) -> dict[str, Any]:
+        facts = {"backend": self.backend, "passed": self.passed, "refused": self.refused, "failure": self.failure}
+        measured = _facts(self.difference) if not self.refused else {}
+        return {**facts, **measured, "first_fault": self.fault.as_dict() if self.fault else None}
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What `treadle.runtime.verification.verify_backends` found."""
+
+    model: str
+    target: str
+    seed: int
+    sizes: tuple[Mapping[str, int], ...]
+    not_finite: tuple[NotFinite, ...]
+    rewrites: Difference
+    backends: tuple[BackendReport, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the rewrites and all backends that ran are near enough, and at least one was shown to be."""
+        found = [b.passed for b in self.backends]
+        right = True in found and False not in found and not self.rewrites.exceeds
+        return right and not any(each.is_fatal for each in self.not_finite)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "target": self.target,
+            "seed": self.seed,
+            "sizes": [dict(s) for s in self.sizes],
+            "passed": self.passed,
+            "not_finite": [each.as_dict() for each in self.not_finite],
+            "rewrites": _facts(self.rewrites),
+            "backends": [b.as_dict() for b in self.backends],
+        }
+
+    def __str__(self) -> str:
+        layout = ReportLayout([b.backend for b in self.backends])
+        lines = [layout.heading(self.model, self.target, self.seed, self.sizes)]
+        lines += layout.not_finite(self.not_finite)
+        lines += layout.rewrites(self.rewrites)
+        for b in self.backends:
+            lines += layout.backend(b)
+        return "\n".join(lines)
+
+
+class ReportLayout:
+    """The report's lines, each of which can be told before the next is known."""
+
+    def __init__(self, backends: Sequence[str]) -> None:
+        self.width = max(len(name) for name in ("rewrites", *backends))
+
+    def heading(self, model: str, target: str, seed: int, sizes: Sequence[Mapping[str, int]]) -> str:
+        told = "; ".join(", ".join(f"{k}={v}" for k, v in s.items()) for s in sizes if s)
+        return f"{model} on {target}, seed {seed}" + (f", at {told}" if told else "")
+
+    def not_finite(self, found: Sequence[NotFinite]) -> list[str]:
+        return [f"  {'meaning':<{self.width}}  {_MARKS[False] if each.is_fatal else '-':<5}  {each}" for each in found]
+
+    def rewrites(self, difference: Difference) -> list[str]:
+        return [f"  {'rewrites':<{self.width}}  {_MARKS[not difference.exceeds]:<5}  {difference}"]
+
+    def backend(self, report: BackendReport) -> list[str]:
+        return list(report.lines(self.width))
+
+
+def _facts(difference: Difference) -> dict[str, Any]:
+    numbers = {"difference": difference.value, "tolerance": difference.tolerance}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
