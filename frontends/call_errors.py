@@ -1,12 +1,30 @@
-"""Wrong calls of layers, told with the layer's own options, of which Python's TypeError names none."""
+"""Wrong words and wrong calls of layers, told with the words that there are and with the layer's own options."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import re
+from collections.abc import Iterable
+
+from treadle.ir.errors import FrontendError
+from treadle.ir.source_lines import user_line
 
 _CALL = re.compile(r"(?:\w+\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
+
+
+class UnknownNameError(FrontendError, AttributeError):
+    """The DSL has no layer, op or type of that name. An AttributeError too, so that `hasattr` answers no."""
+
+
+def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
+    """What to raise for a word that the DSL lacks; with the nearest of those it has."""
+    near = difflib.get_close_matches(name, known, n=3)
+    return UnknownNameError(
+        f"the DSL has no {name!r}",
+        source=str(user_line() or "") or None,
+        hint="did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its words",
+    )
 
 
 def call_hint(error: BaseException) -> str | None:

@@ -1,13 +1,14 @@
 """The DSL: a model is a Python function whose calls, when traced, add ops to a graph.
 
     @t.model
-    def tiny(tokens: t.i64["B S"], *, vocab=1000, dim=64, layers=2):
+    def tiny(tokens: Annotated[t.Tensor, t.i64["B S"]], *, vocab: int = 1000, dim: int = 64) -> t.Tensor:
         x = t.embed(tokens, vocab, dim, name="wte")
-        for _ in t.stack("h", layers):
+        for _ in t.stack("h", 2):
             x += t.mlp(t.layer_norm(x, name="ln"), 4 * dim, name="mlp")
         return t.unembed(x, tied="wte")
 
-Positional arguments are inputs and say their types; keyword-only arguments are the configuration. An axis that is named
+Positional arguments are inputs and say their types; `t.i64["B S"]` alone does where no type checker reads it
+(docs/decisions/0009-types-that-checkers-read.md). Keyword-only arguments are the configuration. An axis that is named
 as an integer of the configuration has that size: `t.f32["B channels height width"]`. Tracing runs plain Python: there
 is no parser of Python source, and no control flow in a graph beyond calls of repeated blocks.
 """
@@ -22,13 +23,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, overload
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Union, get_args, get_origin, overload
 
 from treadle.frontends.call_errors import call_hint
-from treadle.ir.builder import Builder, Expr, describe_source
+from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError
-from treadle.ir.graph import Graph, Init
+from treadle.ir.graph import Graph, Init, Source
 from treadle.ir.outline import Region, outline_regions
 from treadle.ir.sizes import Bounds, Size, SizeLike
 from treadle.ir.source_lines import raising_line, user_line
@@ -36,20 +38,33 @@ from treadle.ir.types import Dim, DType, OptionalType, Type, f32, parse_type
 
 Tensor = Expr
 """A traced value: what a model's function receives and returns."""
+TensorLike = ExprLike
+"""What an op takes: a traced value, or a number or array, which becomes a constant."""
+
+if TYPE_CHECKING:  # with defaults, so that `t.Model` may stand without parameters
+    from typing_extensions import ParamSpec, TypeVar
+
+    P = ParamSpec("P", default=...)
+    R = TypeVar("R", default=Any)
+else:
+    from typing import ParamSpec, TypeVar
+
+    P, R = ParamSpec("P"), TypeVar("R")
 
 
 class Trace(Builder):
     """A builder that also remembers what the model's text says once.
 
     regions   the nodes that the repetitions of each stack added
-    declared  the parameters that may not be declared again; a repetition of a shared stack may declare the others'
+    declared  the parameters that may not be declared again, each with its line; a repetition of a shared stack may
+              declare the others'
     """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.regions: list[Region] = []
         self.depth = 0
-        self.declared: set[str] = set()
+        self.declared: dict[str, Source | None] = {}
 
 
 _current: ContextVar[Trace | None] = ContextVar("treadle_trace", default=None)
@@ -84,10 +99,10 @@ def stack(name: str, count: int, *, shared: bool = False) -> Iterator[int]:
             received=repr(count),
             source=describe_source(source, tracing.scope),
         )
-    before, declared = frozenset(tracing.declared), set(tracing.declared)
+    before, declared = dict(tracing.declared), dict(tracing.declared)
     for i in range(count):
         if shared:
-            tracing.declared = set(before)
+            tracing.declared = dict(before)
         outer, start = tracing.scope, len(tracing.function.nodes)
         tracing.scope = ".".join(filter(None, (outer, name, "" if shared else str(i))))
         tracing.depth += 1
@@ -117,15 +132,16 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
     init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another
     word, for a name that is declared already, and for a shape that is not known while tracing.
     """
-    tracing = trace()
+    tracing, line = trace(), user_line()
     full = f"{tracing.scope}.{name}" if tracing.scope else name
     if full in tracing.declared:
         raise FrontendError(
             f"parameter {full} is declared twice",
-            source=describe_source(user_line(), tracing.scope),
+            received=f"first at {tracing.declared[full]}, now at {line}",
+            source=describe_source(line, tracing.scope),
             hint=f"another name= or scope for one of the two; t.shared_parameter({full!r}) uses it again",
         )
-    tracing.declared.add(full)
+    tracing.declared[full] = line
     start = _INITS.get(init) if isinstance(init, str) else init
     if start is None:
         raise FrontendError(
@@ -210,17 +226,22 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Generic[P, R]):
     """A model declaration with its configuration; made by `@t.model`.
 
-    function  the traced function
+    function  the traced function, whose signature calls have inside other models
     config    configuration values that differ from the declaration's defaults
     given     names of the optional inputs that are present
     """
 
-    function: Callable[..., Any]
+    function: Callable[P, R]
     config: Mapping[str, Any] = field(default_factory=dict)
     given: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):  # for `inspect` and a notebook's `?`
+            object.__setattr__(self, name, getattr(self.function, name, None))
+        object.__setattr__(self, "__wrapped__", self.function)
 
     @property
     def name(self) -> str:
@@ -257,15 +278,20 @@ class Model:
         for p in self._signature.parameters.values():
             if p.kind is inspect.Parameter.KEYWORD_ONLY:
                 continue
-            kind = p.annotation
-            if not isinstance(kind, Type | OptionalType) or p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            declared, optional = _input_type(p.annotation)
+            if declared is None or p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
                 raise FrontendError(
                     f"input {p.name} of model {self.name} needs a type",
                     source=_definition(self.function),
-                    hint=f'such as {p.name}: t.i64["B S"]; configuration goes after *',
+                    hint=f'such as {p.name}: Annotated[t.Tensor, t.i64["B S"]]; configuration goes after *',
                 )
-            optional = isinstance(kind, OptionalType)
-            declared = kind.type if isinstance(kind, OptionalType) else kind
+            if p.default is not p.empty and not (p.default is None and optional):
+                raise FrontendError(
+                    f"input {p.name} of model {self.name} has a default, which an input cannot have",
+                    received=f"{p.default!r}"[:80],
+                    source=_definition(self.function),
+                    hint="configuration goes after *; an input that may be left out is `| None = None`",
+                )
             sized = declared.substitute(sizes)
             if any(size.constant is not None and size.constant < 0 for size in sized.shape):
                 raise FrontendError(
@@ -282,7 +308,7 @@ class Model:
         found = self._signature.parameters.values()
         return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
-    def configure(self, /, *, inputs: Sequence[str] | None = None, **config: Any) -> Model:
+    def configure(self, /, *, inputs: Sequence[str] | None = None, **config: Any) -> Model[P, R]:
         """The model with some configuration changed, or with those optional inputs present that `inputs` names.
 
         `inputs` may name required ones too, which are always present. Raises FrontendError for an unknown name.
@@ -332,7 +358,8 @@ class Model:
                 i.name: tracing.input(i.name, i.type) if not i.optional or i.name in self.given else None
                 for i in self.declared_inputs
             }
-            tracing.outputs(**_name_outputs(self, self.function(**arguments, **self._configuration())))
+            function: Callable[..., Any] = self.function
+            tracing.outputs(**_name_outputs(self, function(**arguments, **self._configuration())))
         except TreadleError as error:
             error.source = error.source or self._line_of(error, tracing)
             raise
@@ -361,32 +388,56 @@ class Model:
             )
         return values
 
-    def __call__(self, /, *inputs: Tensor | None, **config: Any) -> Any:
+    def __call__(self, /, *inputs: P.args, **config: P.kwargs) -> R:
         """Use the model inside another: its ops and parameters go under the current scope.
 
-        Optional inputs may be left out at the end.
+        Inputs go by position or name. Optional ones may be left out at the end.
         """
         if _current.get() is None:
             raise FrontendError(
                 f"model {self.name} is declared, not compiled",
                 hint=f"treadle.compile({self.name}) gives something that runs",
             )
-        inner = self.configure(**config)
-        absent = {i.name: None for i in inner.declared_inputs[len(inputs) :] if i.optional}
-        return inner.function(*inputs, **absent, **inner._configuration())
+        names = {i.name: i.optional for i in self.declared_inputs}
+        options: dict[str, Any] = {name: value for name, value in config.items() if name not in names}
+        named = {name: value for name, value in config.items() if name in names}
+        inner = self.configure(**options)
+        absent = {name: None for name in list(names)[len(inputs) :] if names[name] and name not in named}
+        function: Callable[..., R] = inner.function
+        return function(*inputs, **named, **absent, **inner._configuration())
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+        shown = ", ".join(f"{k}={v.__name__ if inspect.isfunction(v) else repr(v)}" for k, v in self.config.items())
         return f"<model {self.name}({shown})>"
 
 
 @overload
-def model(function: Callable[..., Any]) -> Model: ...
+def model(function: Callable[P, R]) -> Model[P, R]: ...
 @overload
-def model() -> Callable[[Callable[..., Any]], Model]: ...
+def model() -> Callable[[Callable[P, R]], Model[P, R]]: ...
 def model(function: Callable[..., Any] | None = None) -> Any:
     """Declare a model: decorate a function whose positional arguments are typed inputs."""
     return Model if function is None else Model(function)
+
+
+def _input_type(annotation: object) -> tuple[Type | None, bool]:
+    """The type that an annotation says, if any, and whether the input may be left out.
+
+    One of `t.i64["B"]` and `Annotated[t.Tensor, t.i64["B"]]`, with `| None` for an optional one.
+    """
+    if isinstance(annotation, OptionalType):
+        return annotation.type, True
+    if isinstance(annotation, Type):
+        return annotation, False
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        _, optional = _input_type(inner)
+        return next((note for note in notes if isinstance(note, Type)), None), optional
+    if get_origin(annotation) in (Union, UnionType):
+        members = get_args(annotation)
+        found = [type for type, _ in map(_input_type, members) if type is not None]
+        return found[0] if len(found) == 1 else None, NoneType in members
+    return None, False
 
 
 def _definition(function: Callable[..., Any]) -> str:

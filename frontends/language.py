@@ -4,166 +4,83 @@
 Models, stacks, scopes and parameters; the layers; attention's masks and biases; dtypes. Every op of the IR is here too
 under its own name (`t.einsum`, `t.rearrange`, `t.softmax`, ...), so that anything can be spelled by hand; where a layer
 has an op's name (`t.layer_norm`), the op itself is `t.ops.layer_norm`.
+
+What is imported `as` itself is a word; what begins with _ is not. (An `__all__` could not hold the ops.)
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-import difflib
-from collections.abc import Iterable
-from typing import Any
+from treadle.frontends import operations as _operations
+from treadle.frontends.call_errors import unknown_word as _unknown_word
+from treadle.frontends.dsl import Model as Model
+from treadle.frontends.dsl import Tensor as Tensor
+from treadle.frontends.dsl import TensorLike as TensorLike
+from treadle.frontends.dsl import bound as bound
+from treadle.frontends.dsl import constant as constant
+from treadle.frontends.dsl import model as model
+from treadle.frontends.dsl import parameter as parameter
+from treadle.frontends.dsl import scope as scope
+from treadle.frontends.dsl import shared_parameter as shared_parameter
+from treadle.frontends.dsl import size_of as size_of
+from treadle.frontends.dsl import stack as stack
+from treadle.frontends.dsl import trace as trace
+from treadle.frontends.layers import Activation as Activation
+from treadle.frontends.layers import attention as attention
+from treadle.frontends.layers import convolution as convolution
+from treadle.frontends.layers import cross_attention as cross_attention
+from treadle.frontends.layers import embed as embed
+from treadle.frontends.layers import gated_mlp as gated_mlp
+from treadle.frontends.layers import layer_norm as layer_norm
+from treadle.frontends.layers import linear as linear
+from treadle.frontends.layers import merge_heads as merge_heads
+from treadle.frontends.layers import mlp as mlp
+from treadle.frontends.layers import multi_head_attention as multi_head_attention
+from treadle.frontends.layers import rms_norm as rms_norm
+from treadle.frontends.layers import self_attention as self_attention
+from treadle.frontends.layers import sinusoidal_positions as sinusoidal_positions
+from treadle.frontends.layers import split_heads as split_heads
+from treadle.frontends.layers import unembed as unembed
+from treadle.frontends.rotary import rotary_frequencies as rotary_frequencies
+from treadle.ir.graph import Init as Init
+from treadle.ir.masking import Biases as Biases
+from treadle.ir.masking import Masks as Masks
+from treadle.ir.masking import alibi as alibi
+from treadle.ir.masking import boolean_mask as boolean_mask
+from treadle.ir.masking import causal as causal
+from treadle.ir.masking import padding as padding
+from treadle.ir.masking import segments as segments
+from treadle.ir.masking import t5_relative as t5_relative
+from treadle.ir.masking import tensor_bias as tensor_bias
+from treadle.ir.masking import window as window
+from treadle.ir.operation import OPS as _OPS
+from treadle.ir.types import Dim as Dim
+from treadle.ir.types import Factor as Factor
+from treadle.ir.types import bf16 as bf16
+from treadle.ir.types import boolean as boolean
+from treadle.ir.types import f16 as f16
+from treadle.ir.types import f32 as f32
+from treadle.ir.types import f64 as f64
+from treadle.ir.types import i8 as i8
+from treadle.ir.types import i16 as i16
+from treadle.ir.types import i32 as i32
+from treadle.ir.types import i64 as i64
+from treadle.ir.types import u8 as u8
 
-from treadle.frontends.dsl import (
-    Model,
-    Tensor,
-    bound,
-    constant,
-    model,
-    parameter,
-    scope,
-    shared_parameter,
-    size_of,
-    stack,
-    trace,
-)
-from treadle.frontends.layers import (
-    attention,
-    convolution,
-    cross_attention,
-    embed,
-    gated_mlp,
-    layer_norm,
-    linear,
-    merge_heads,
-    mlp,
-    multi_head_attention,
-    rms_norm,
-    self_attention,
-    sinusoidal_positions,
-    split_heads,
-    unembed,
-)
-from treadle.frontends.rotary import rotary_frequencies
-from treadle.ir.errors import FrontendError
-from treadle.ir.graph import Init
-from treadle.ir.masking import (
-    alibi,
-    boolean_mask,
-    causal,
-    padding,
-    segments,
-    t5_relative,
-    tensor_bias,
-    window,
-)
-from treadle.ir.operation import OPS, find_op
-from treadle.ir.source_lines import user_line
-from treadle.ir.types import Dim, Factor, bf16, boolean, f16, f32, f64, i8, i16, i32, i64, u8
+ops = _operations
+"""Every op by name, as functions of traced values."""
 
+if _TYPE_CHECKING:
+    from treadle.frontends.operations import *  # noqa: F403
+else:  # where a type checker looks, a misspelt word is no word
 
-class OpFunction:
-    """An op as a function of traced values: operands by position, attributes by keyword."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.__doc__ = find_op(name).__doc__
-
-    def __call__(self, *operands: Any, **attributes: Any) -> Any:
-        return trace().apply(self.name, *operands, **attributes)
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-class UnknownNameError(FrontendError, AttributeError):
-    """The DSL has no layer, op or type of that name. An AttributeError too, so that `hasattr` answers no."""
-
-
-def _unknown(name: str, known: Iterable[str]) -> UnknownNameError:
-    near = difflib.get_close_matches(name, known, n=3)
-    return UnknownNameError(
-        f"the DSL has no {name!r}",
-        source=str(user_line() or "") or None,
-        hint="did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its words",
-    )
-
-
-class Ops:
-    """Every op by name, as functions of traced values."""
-
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(name: str) -> _Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name not in OPS:
-            raise _unknown(name, OPS)
-        return OpFunction(name)
-
-    def __dir__(self) -> list[str]:
-        return sorted(OPS)
-
-
-ops = Ops()
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(name)
-    if name not in OPS:
-        raise _unknown(name, __dir__())
-    return OpFunction(name)
+        if name not in _OPS:
+            raise _unknown_word(name, __dir__())
+        return getattr(ops, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *OPS})
-
-
-__all__ = [
-    "Dim",
-    "Factor",
-    "Init",
-    "Model",
-    "Tensor",
-    "alibi",
-    "attention",
-    "bf16",
-    "boolean",
-    "boolean_mask",
-    "bound",
-    "causal",
-    "constant",
-    "convolution",
-    "cross_attention",
-    "embed",
-    "f16",
-    "f32",
-    "f64",
-    "gated_mlp",
-    "i8",
-    "i16",
-    "i32",
-    "i64",
-    "layer_norm",
-    "linear",
-    "merge_heads",
-    "mlp",
-    "model",
-    "multi_head_attention",
-    "ops",
-    "padding",
-    "parameter",
-    "rms_norm",
-    "rotary_frequencies",
-    "scope",
-    "segments",
-    "self_attention",
-    "shared_parameter",
-    "sinusoidal_positions",
-    "size_of",
-    "split_heads",
-    "stack",
-    "t5_relative",
-    "tensor_bias",
-    "trace",
-    "u8",
-    "unembed",
-    "window",
-]
+    return sorted({name for name in globals() if not name.startswith("_")} | _OPS.keys())

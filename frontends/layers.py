@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from treadle.frontends.dsl import Tensor, parameter, shared_parameter, trace
 from treadle.ir.builder import describe_source
@@ -29,7 +28,7 @@ def linear(x: Tensor, out: SizeLike | Dim, *, bias: bool = True, name: str) -> T
     with b.scoped(name):
         weight = parameter("weight", out, x.shape[-1])
         offset = parameter("bias", out, init="zeros") if bias else None
-        return _tensor(b.linear(x, weight, offset, name=name))
+        return b.linear(x, weight, offset, name=name)
 
 
 def embed(
@@ -65,7 +64,7 @@ def embed(
                 source=describe_source(user_line(), b.scope),
             )
     with b.scoped(name):
-        return _tensor(b.embedding(table, ids, name=name))
+        return b.embedding(table, ids, name=name)
 
 
 def sinusoidal_positions(positions: Tensor, dim: int, *, interleaved: bool = True, base: float = 10000.0) -> Tensor:
@@ -80,7 +79,7 @@ def sinusoidal_positions(positions: Tensor, dim: int, *, interleaved: bool = Tru
     # In float64: a float32 angle near 1000 is 3e-5 off. So a cosine may be the sine of a quarter turn more.
     p, i, is_cosine = (b.cast(x, to=f64) for x in (b.rearrange(positions, pattern="... -> ... 1"), i, is_cosine))
     angles = p * b.exp(i * (-2.0 * math.log(base) / dim)) + is_cosine * (math.pi / 2)
-    return _tensor(b.cast(b.sin(angles), to=f32, name="sinusoids"))
+    return b.cast(b.sin(angles), to=f32, name="sinusoids")
 
 
 def unembed(
@@ -95,7 +94,7 @@ def unembed(
     weight = shared_parameter(f"{tied}.weight")
     with b.scoped(name):
         offset = parameter("bias", weight.shape[0], init="zeros") if bias else None
-        return _tensor(b.linear(x, weight, offset, name=name))
+        return b.linear(x, weight, offset, name=name)
 
 
 def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) -> Tensor:
@@ -104,14 +103,14 @@ def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) ->
     with b.scoped(name):
         weight = parameter("weight", x.shape[-1], init="ones")
         offset = parameter("bias", x.shape[-1], init="zeros") if bias else None
-        return _tensor(b.layer_norm(x, weight, offset, eps=eps, name=name))
+        return b.layer_norm(x, weight, offset, eps=eps, name=name)
 
 
 def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis               (Zhang & Sennrich 2019)"""
     b = trace()
     with b.scoped(name):
-        return _tensor(b.rms_norm(x, parameter("weight", x.shape[-1], init="ones"), eps=eps, name=name))
+        return b.rms_norm(x, parameter("weight", x.shape[-1], init="ones"), eps=eps, name=name)
 
 
 def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = True, name: str = "mlp") -> Tensor:
@@ -133,12 +132,12 @@ def gated_mlp(
 
 def split_heads(x: Tensor, heads: int, *, label: str = "heads", name: str = "heads") -> Tensor:
     """[B, S, heads * d] -> [B, heads, S, d], the new axis labelled"""
-    return _tensor(trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name))
+    return trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """[B, heads, S, d] -> [B, S, heads * d]"""
-    return _tensor(trace().rearrange(x, pattern="b heads s d -> b s (heads d)", name="merged"))
+    return trace().rearrange(x, pattern="b heads s d -> b s (heads d)", name="merged")
 
 
 def attention(
@@ -206,32 +205,107 @@ def multi_head_attention(
         return linear(merge_heads(y), width, bias=with_bias, name="out")
 
 
-def self_attention(x: Tensor, heads: int, *, causal: bool = False, mask: Masks | None = None, **options: Any) -> Tensor:
+def self_attention(
+    x: Tensor,
+    heads: int,
+    *,
+    causal: bool = False,
+    kv_heads: int | None = None,
+    head_dim: SizeLike | None = None,
+    mask: Masks | None = None,
+    bias: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    projection_bias: bool = True,
+    key_bias: bool | None = None,
+    output_bias: bool | None = None,
+    rotate: Callable[[Tensor], Tensor] | None = None,
+    name: str = "attn",
+) -> Tensor:
     """Multi-head attention of a sequence x [B, S, D] to itself; `causal` lets position i see positions up to i.
 
-    Options are those of `multi_head_attention`.
+    The other options are those of `multi_head_attention`.
     """
     if causal:
         mask = causal_mask if mask is None else causal_mask & mask
-    return multi_head_attention(x, x, heads, mask=mask, **options)
+    return multi_head_attention(
+        x,
+        x,
+        heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        projection_bias=projection_bias,
+        key_bias=key_bias,
+        output_bias=output_bias,
+        rotate=rotate,
+        name=name,
+    )
 
 
-def cross_attention(x: Tensor, context: Tensor, heads: int, **options: Any) -> Tensor:
-    """Multi-head attention of x [B, S, D] to another sequence, context [B, T, C]. Options as above."""
-    return multi_head_attention(x, context, heads, **options)
+def cross_attention(
+    x: Tensor,
+    context: Tensor,
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    head_dim: SizeLike | None = None,
+    mask: Masks | None = None,
+    bias: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    projection_bias: bool = True,
+    key_bias: bool | None = None,
+    output_bias: bool | None = None,
+    rotate: Callable[[Tensor], Tensor] | None = None,
+    name: str = "attn",
+) -> Tensor:
+    """Multi-head attention of x [B, S, D] to another sequence, context [B, T, C].
+
+    The options are those of `multi_head_attention`, of which this is another name.
+    """
+    return multi_head_attention(
+        x,
+        context,
+        heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        projection_bias=projection_bias,
+        key_bias=key_bias,
+        output_bias=output_bias,
+        rotate=rotate,
+        name=name,
+    )
 
 
 def convolution(
-    x: Tensor, channels: int, kernel: Sequence[int], *, bias: bool = True, name: str, **options: Any
+    x: Tensor,
+    channels: int,
+    kernel: Sequence[int],
+    *,
+    strides: Sequence[int] = (),
+    padding: Sequence[int] = (),
+    dilations: Sequence[int] = (),
+    groups: int = 1,
+    bias: bool = True,
+    name: str,
 ) -> Tensor:
-    """A convolution over the trailing axes of x [B, C, *spatial]; options are those of the op `conv`."""
+    """A convolution over the trailing axes of x [B, C, *spatial]. `strides`, ... are those of the op `conv`."""
     b = trace()
-    groups = int(options.get("groups", 1))
     channels_in = x.shape[1] // groups
     with b.scoped(name):
         weight = parameter("weight", channels, channels_in, *kernel, init=Init("normal", 0.02))
         offset = parameter("bias", channels, init="zeros") if bias else None
-        return _tensor(b.conv(x, weight, offset, name=name, **options))
+        return b.conv(
+            x, weight, offset, strides=strides, padding=padding, dilations=dilations, groups=groups, name=name
+        )
 
 
 def _first_position(ids: Value) -> int | None:
@@ -260,13 +334,8 @@ def _head_dim(width: Size, heads: int) -> Size:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    return _tensor(trace().gelu(x))
+    return trace().gelu(x)
 
 
 def _silu(x: Tensor) -> Tensor:
-    return _tensor(trace().silu(x))
-
-
-def _tensor(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
+    return trace().silu(x)

@@ -122,21 +122,18 @@ class Grid:
 
     @cached_property
     def i(self) -> Expr:
-        made: Expr = self.b.rearrange(self.b.iota(size=self.queries, dtype=i64), pattern="s -> s 1")
-        return made
+        return self.b.rearrange(self.b.iota(size=self.queries, dtype=i64), pattern="s -> s 1")
 
     @cached_property
     def j(self) -> Expr:
-        made: Expr = self.b.iota(size=self.keys, dtype=i64)
-        return made
+        return self.b.iota(size=self.keys, dtype=i64)
 
     def spread(self, x: Expr, axes: str) -> Expr:
         """An operand of these axes as [b, g, r, s, t], with 1 for each axis that it lacks."""
         held = axes.split()
         left = " ".join(f"(g={self.groups} r)" if axis == "h" else axis for axis in held)
         right = " ".join(axis if axis in held else "1 1" if axis == "h" else "1" for axis in AXES)
-        made: Expr = self.b.rearrange(x, pattern=f"{left} -> {right.replace('h', 'g r')}")
-        return made
+        return self.b.rearrange(x, pattern=f"{left} -> {right.replace('h', 'g r')}")
 
 
 def _spread(x: Array, axes: str) -> Array:
@@ -227,8 +224,7 @@ class Segments(MaskTerm):
 
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         query_segments, key_segments = operands
-        same: Expr = grid.b.equal(grid.spread(query_segments, "b s"), grid.spread(key_segments, "b t"))
-        return same
+        return grid.b.equal(grid.spread(query_segments, "b s"), grid.spread(key_segments, "b t"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -319,8 +315,7 @@ class T5Relative(BiasTerm):
         row = b.minimum(b.maximum(grid.j - grid.i, -far), far) + far
         by_offset = b.gather(table, b.constant(self.bucket_by_offset, i64), axis=0)
         values = b.gather(by_offset, row, axis=0)
-        grouped: Expr = b.rearrange(values, pattern=f"s t (g={grid.groups} r) -> g r s t")
-        return grouped
+        return b.rearrange(values, pattern=f"s t (g={grid.groups} r) -> g r s t")
 
 
 def t5_buckets(offsets: Array, buckets: int, max_distance: int, bidirectional: bool) -> Array:
@@ -450,7 +445,7 @@ def _read_term(value: Term | str) -> Term:
     return parse_term(value) if isinstance(value, str) else value
 
 
-attribute_codec("Term", _read_term)
+attribute_codec("Term", _read_term, "Term | str")
 
 
 def _require(condition: bool, what: str, term: Term) -> None:

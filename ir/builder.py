@@ -6,27 +6,29 @@
     b.outputs(y=b.rms_norm(x, w, eps=1e-5) * 2.0)
     print(b.graph)
 
-Every op is a method of the builder under its own name: operands by position, attributes by keyword. The same vocabulary
-serves op bodies, gradients, patterns and the DSL.
+Every op is a method of the builder under its own name: operands by position, attributes by keyword
+(`treadle.ir.op_methods`). The same vocabulary serves op bodies, gradients, patterns and the DSL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import numpy as np
 
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
+from treadle.ir.op_methods import OpMethods
 from treadle.ir.operation import OPS, Op, find_op
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import DType, Type, parse_type
 
 
-class Builder:
+class Builder(OpMethods):
     """Adds nodes to one function of a graph, checking every op as it is added.
 
     scope    the path under which nodes are added ("h.3.attn"); see `scoped`
@@ -63,7 +65,7 @@ class Builder:
             raise GraphError(
                 f"parameter {name} is used with two types",
                 received=f"{known.type}, then {wanted}",
-                source=describe_source(self.source or user_line(), self.scope),
+                source=self.place(),
             )
         return Expr(self, known)
 
@@ -114,11 +116,11 @@ class Builder:
             known = ", ".join(cls.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
             raise GraphError(
                 f"{cls.name} {str(error).rpartition('.__init__() ')[2]}",
-                source=describe_source(self.source or user_line(), self.scope),
+                source=self.place(),
                 hint=f"attributes of {cls.name}: {known}",
             ) from None
         except TreadleError as error:
-            error.source = error.source or describe_source(self.source or user_line(), self.scope)
+            error.source = error.source or self.place()
             raise
         results = self._append(op, values, name, self.source or user_line(beyond=2)).results
         return Expr(self, results[0]) if len(results) == 1 else tuple(Expr(self, v) for v in results)
@@ -139,22 +141,6 @@ class Builder:
                 literal = Literal.of(given[i], number_dtype(entries, i, known))
                 values[i], known[i] = Value.constant(literal), literal.dtype
         return values
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """An op as a method. It becomes one of the class when it is first asked for: looking it up is then cheap."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        try:
-            cls = find_op(name)
-        except GraphError as error:
-            error.source = describe_source(self.source or user_line(), self.scope)
-            raise
-
-        def method(self: Builder, *operands: Any, name: str | None = None, **attributes: Any) -> Any:
-            return self._add(cls, operands, name, attributes)
-
-        setattr(Builder, name, method)
-        return partial(method, self)
 
     def call(self, function: Function, arguments: Sequence[Expr | Value]) -> tuple[Expr, ...]:
         """Call a function of the graph with its inputs, then its parameters. Returns its outputs."""
@@ -179,6 +165,10 @@ class Builder:
             yield
         finally:
             self.scope, self.source = scope, source
+
+    def place(self) -> str | None:
+        """Where the next node comes from, as errors say it: the line and the scope."""
+        return describe_source(self.source or user_line(), self.scope)
 
     def expr(self, value: Value) -> Expr:
         """An existing value as an Expr of this builder."""
@@ -229,6 +219,10 @@ _METHODS = {
 """What to write instead of the methods that one reaches for first."""
 
 
+ExprLike: TypeAlias = "Expr | Value | float | np.generic | np.ndarray[Any, Any] | list[Any] | tuple[Any, ...]"
+"""What stands for a value where an op takes one: numbers and arrays become constants."""
+
+
 class Expr:
     """A value and the builder that may add to it. Operators build nodes; numbers take the other side's dtype."""
 
@@ -265,46 +259,46 @@ class Expr:
         assert isinstance(result, Expr)
         return result
 
-    def __add__(self, other: Any) -> Expr:
+    def __add__(self, other: ExprLike) -> Expr:
         return self._apply("add", self, other)
 
-    def __radd__(self, other: Any) -> Expr:
+    def __radd__(self, other: ExprLike) -> Expr:
         return self._apply("add", other, self)
 
-    def __sub__(self, other: Any) -> Expr:
+    def __sub__(self, other: ExprLike) -> Expr:
         return self._apply("sub", self, other)
 
-    def __rsub__(self, other: Any) -> Expr:
+    def __rsub__(self, other: ExprLike) -> Expr:
         return self._apply("sub", other, self)
 
-    def __mul__(self, other: Any) -> Expr:
+    def __mul__(self, other: ExprLike) -> Expr:
         return self._apply("mul", self, other)
 
-    def __rmul__(self, other: Any) -> Expr:
+    def __rmul__(self, other: ExprLike) -> Expr:
         return self._apply("mul", other, self)
 
-    def __truediv__(self, other: Any) -> Expr:
+    def __truediv__(self, other: ExprLike) -> Expr:
         return self._apply("div", self, other)
 
-    def __rtruediv__(self, other: Any) -> Expr:
+    def __rtruediv__(self, other: ExprLike) -> Expr:
         return self._apply("div", other, self)
 
-    def __floordiv__(self, other: Any) -> Expr:
+    def __floordiv__(self, other: ExprLike) -> Expr:
         return self._apply("floor_divide", self, other)
 
-    def __rfloordiv__(self, other: Any) -> Expr:
+    def __rfloordiv__(self, other: ExprLike) -> Expr:
         return self._apply("floor_divide", other, self)
 
-    def __mod__(self, other: Any) -> Expr:
+    def __mod__(self, other: ExprLike) -> Expr:
         return self._apply("mod", self, other)
 
-    def __rmod__(self, other: Any) -> Expr:
+    def __rmod__(self, other: ExprLike) -> Expr:
         return self._apply("mod", other, self)
 
-    def __pow__(self, other: Any) -> Expr:
+    def __pow__(self, other: ExprLike) -> Expr:
         return self._apply("pow", self, other)
 
-    def __rpow__(self, other: Any) -> Expr:
+    def __rpow__(self, other: ExprLike) -> Expr:
         return self._apply("pow", other, self)
 
     def __neg__(self) -> Expr:
@@ -313,42 +307,42 @@ class Expr:
     def __abs__(self) -> Expr:
         return self._apply("abs", self)
 
-    def __matmul__(self, other: Any) -> Expr:
+    def __matmul__(self, other: ExprLike) -> Expr:
         return self._apply("matmul", self, other)
 
-    def __rmatmul__(self, other: Any) -> Expr:
+    def __rmatmul__(self, other: ExprLike) -> Expr:
         return self._apply("matmul", other, self)
 
-    def __lt__(self, other: Any) -> Expr:
+    def __lt__(self, other: ExprLike) -> Expr:
         return self._apply("less", self, other)
 
-    def __le__(self, other: Any) -> Expr:
+    def __le__(self, other: ExprLike) -> Expr:
         return self._apply("less_equal", self, other)
 
-    def __gt__(self, other: Any) -> Expr:
+    def __gt__(self, other: ExprLike) -> Expr:
         return self._apply("greater", self, other)
 
-    def __ge__(self, other: Any) -> Expr:
+    def __ge__(self, other: ExprLike) -> Expr:
         return self._apply("greater_equal", self, other)
 
-    def __eq__(self, other: object) -> Expr:  # type: ignore[override]  # element by element, as < is
+    def __eq__(self, other: ExprLike | None) -> Expr:  # type: ignore[override]  # element by element, as < is
         return NotImplemented if other is None else self._apply("equal", self, other)
 
-    def __ne__(self, other: object) -> Expr:  # type: ignore[override]
+    def __ne__(self, other: ExprLike | None) -> Expr:  # type: ignore[override]
         return NotImplemented if other is None else self._apply("not_equal", self, other)
 
     __hash__ = object.__hash__
 
-    def __and__(self, other: Any) -> Expr:
+    def __and__(self, other: ExprLike) -> Expr:
         return self._apply("logical_and", self, other)
 
-    def __or__(self, other: Any) -> Expr:
+    def __or__(self, other: ExprLike) -> Expr:
         return self._apply("logical_or", self, other)
 
     def __invert__(self) -> Expr:
         return self._apply("logical_not", self)
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> NoReturn:
         raise GraphError(
             "a traced value has no truth value: a graph has no data-dependent branches",
             received=str(self.type),
@@ -356,7 +350,7 @@ class Expr:
             hint="where(condition, a, b) chooses element by element",
         )
 
-    def __getitem__(self, index: Any) -> NoReturn:
+    def _no_item(self, index: Any) -> NoReturn:
         raise GraphError(
             "a traced value has no [ ]: its axes are cut and looked up by ops",
             received=str(self.type),
@@ -364,7 +358,7 @@ class Expr:
             hint="slice(x, axis=1, start=0, stop=4) for a part of an axis, gather(x, 0, axis=1) for one place on it",
         )
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def _no_method(self, name: str) -> NoReturn:
         """Raises NoSuchMethod, which names the op of that name where there is one."""
         if name.startswith("__"):
             raise AttributeError(name)
@@ -376,12 +370,15 @@ class Expr:
             hint=spelled,
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    def _no_iteration(self) -> NoReturn:
         raise GraphError(
             "a traced value cannot be iterated over",
             received=str(self.type),
             source=describe_source(user_line(), self.builder.scope),
         )
+
+    if not TYPE_CHECKING:  # type checkers say it before it runs
+        __getitem__, __getattr__, __iter__ = _no_item, _no_method, _no_iteration
 
     def __repr__(self) -> str:
         return f"{self.value.name}: {self.type}"

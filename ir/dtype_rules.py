@@ -48,6 +48,11 @@ def operand_entries(text: str, count: int) -> tuple[str, ...]:
     return wanted
 
 
+def count_results(text: str) -> int:
+    """How many results an op with this rule has."""
+    return len(_parse(text)[1])
+
+
 def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]) -> tuple[DType, ...]:
     """The results' dtypes; None stands for an absent operand. Raises RuleError where an operand does not fit."""
     wanted, results = operand_entries(text, len(dtypes)), _parse(text)[1]

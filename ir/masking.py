@@ -173,8 +173,7 @@ def attend(
     GraphError where biases are given as masks or masks as biases.
     """
     terms, operands = _applied(masks, biases)
-    out: Expr = b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
-    return out
+    return b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
 
 
 def attend_with_probabilities(
@@ -191,9 +190,7 @@ def attend_with_probabilities(
 ) -> tuple[Expr, Expr]:
     """What `attend` gives, and the probabilities [b, h, s, t]. Raises as it does."""
     terms, operands = _applied(masks, biases)
-    attributes = {"terms": terms, "scale": scale, "softcap": softcap, "name": name}
-    out, probabilities = b.attention_with_probabilities(q, k, v, *operands, **attributes)
-    return out, probabilities
+    return b.attention_with_probabilities(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
 
 
 def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[Expr]]:

@@ -361,11 +361,25 @@ def _interned(cls: type[Op], attributes: tuple[tuple[str, Any], ...], zeros: tup
 # -- attributes ------------------------------------------------------------------------------------------------
 
 _CODECS: dict[str, Callable[[Any], Any]] = {}
+_ACCEPTED: dict[str, str] = {}
 
 
-def attribute_codec(annotation: str, read: Callable[[Any], Any]) -> None:
-    """Register how a value given for an attribute with this annotation becomes the attribute (in tuples as well)."""
+def attribute_codec(annotation: str, read: Callable[[Any], Any], accepts: str | None = None) -> None:
+    """Register how a value given for an attribute with this annotation becomes the attribute (in tuples as well).
+
+    accepts  the annotation of what `read` takes, where that is more than the attribute's own
+    """
     _CODECS[annotation] = read
+    _ACCEPTED[annotation] = accepts or annotation
+
+
+def accepted_annotation(annotation: str) -> str:
+    """What a caller may give for an attribute with this annotation: `SizeLike | None` for `Size | None`."""
+    kinds = []
+    for kind in annotation.split(" | ") if not annotation.startswith("tuple[") else [annotation]:
+        inside = kind.removeprefix("tuple[").removesuffix(", ...]")
+        kinds.append(f"Sequence[{accepted_annotation(inside)}]" if inside != kind else _ACCEPTED.get(kind, kind))
+    return " | ".join(kinds)
 
 
 def _read_size(value: SizeLike) -> Size:
@@ -392,8 +406,8 @@ def _read_str(value: Any) -> str:
     return value
 
 
-attribute_codec("Size", _read_size)
-attribute_codec("DType", _read_dtype)
+attribute_codec("Size", _read_size, "SizeLike")
+attribute_codec("DType", _read_dtype, "DType | str")
 attribute_codec("float", float)
 attribute_codec("int", operator.index)
 attribute_codec("bool", _read_bool)

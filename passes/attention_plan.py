@@ -330,7 +330,7 @@ class Plan:
         assert kept is not None
         if kept.shape[3] == 1:
             return kept
-        return b.reduce_max(kept.cast(i32), axes=(3,), keep=True) > 0  # type: ignore[no-any-return]
+        return b.reduce_max(kept.cast(i32), axes=(3,), keep=True) > 0
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,7 @@ class Axes:
         form = normal_form(before, after, {name: Atom(self.sizes[atom]) for atom, name in names.items()})
         if form.is_identity and len(held) == len(goal):
             return x
-        made: Expr = b.rearrange(x, pattern=form.pattern)
-        return made
+        return b.rearrange(x, pattern=form.pattern)
 
 
 def narrowed(operand: Value, layout: Layout) -> Layout:

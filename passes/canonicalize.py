@@ -279,7 +279,9 @@ class ReshapeByAxes(Rewrite):
         return reshaping_pattern(m.x.type, m.shape) is not None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
-        return b.rearrange(m.x, pattern=reshaping_pattern(m.x.type, m.shape))
+        pattern = reshaping_pattern(m.x.type, m.shape)
+        assert pattern is not None  # fits
+        return b.rearrange(m.x, pattern=pattern)
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,16 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import treadle.ir.ops  # noqa: F401  (registers every op)
 from treadle.ir.errors import PassError
 from treadle.ir.operation import find_op
+from treadle.passes.op_terms import OpTerms
 
 COMMUTATIVE = frozenset(("add", "mul", "maximum", "minimum", "equal", "not_equal", "logical_and", "logical_or"))
 Number = float | int | bool
+TermLike: TypeAlias = "Term | Number"
 
 
 # -- terms -----------------------------------------------------------------------------------------------------
@@ -140,14 +142,11 @@ class EitherTerm(Term):
         return " or ".join("no operand" if o is None else str(o) for o in self.options)
 
 
-class Vocabulary:
+class Vocabulary(OpTerms):
     """What `pattern` receives as `p`: every op as a method, and the words that only patterns have."""
 
-    def __getattr__(self, name: str) -> Callable[..., Term]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        find_op(name)
-        return lambda *operands, **attributes: _term(name, *operands, **attributes)
+    def _term(self, op: str, *operands: Any, **attributes: Any) -> Term:
+        return _term(op, *operands, **attributes)
 
     def either(self, *options: Any) -> Term:
         """Any of these terms. A capture that only some of them hold is None where another one fitted."""

@@ -56,11 +56,13 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> _Any:
-    if name in _LAZY:
-        found = globals()[name] = getattr(_import_module(_LAZY[name]), name)
-        return found
-    return getattr(_language, name)
+if not TYPE_CHECKING:  # which knows every word, and that there is no other
+
+    def __getattr__(name: str) -> _Any:
+        if name in _LAZY:
+            found = globals()[name] = getattr(_import_module(_LAZY[name]), name)
+            return found
+        return getattr(_language, name)
 
 
 def __dir__() -> list[str]:

@@ -57,7 +57,7 @@ def truncated_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
     zero, one = b.constant(0, x.dtype), b.constant(1, x.dtype)
     rest = x - quotient * y
     rounded_down = b.not_equal(rest, zero) & b.not_equal(x < zero, y < zero)
-    return quotient + b.where(rounded_down, one, zero)  # type: ignore[no-any-return]
+    return quotient + b.where(rounded_down, one, zero)
 
 
 def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
@@ -71,7 +71,7 @@ def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
     rest = x - near * y
     near = near + b.where(in_order(b, rest, True) >= in_order(b, y, True), one, zero)
     large = b.where(in_order(b, x, True) >= in_order(b, y, True), one, zero)
-    return b.where(y < zero, large, near)  # type: ignore[no-any-return]
+    return b.where(y < zero, large, near)
 
 
 @operator("Mod", latest=28)

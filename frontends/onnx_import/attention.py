@@ -28,12 +28,12 @@ def heads_apart(site: Site, x: Expr, heads: int) -> Expr:
     width = x.shape[-1].constant
     if x.rank != 3 or width is None or heads < 1 or width % heads:
         site.malformed(f"a width of {x.shape[-1]} for {heads} heads")
-    return site.b.rearrange(x, pattern=f"b s (h={heads} d) -> b h s d")  # type: ignore[no-any-return]
+    return site.b.rearrange(x, pattern=f"b s (h={heads} d) -> b h s d")
 
 
 def heads_together(b: Builder, x: Expr) -> Expr:
     """[b, h, s, d] as [b, s, h d]."""
-    return b.rearrange(x, pattern="b h s d -> b s (h d)")  # type: ignore[no-any-return]
+    return b.rearrange(x, pattern="b h s d -> b s (h d)")
 
 
 def masked_by(site: Site, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
@@ -130,8 +130,7 @@ def _attention(site: Site) -> Made:
 
 
 def _count(b: Builder, size: Size) -> Expr:
-    made: Expr = b.constant(size.constant, i64) if size.constant is not None else b.size(value=size)
-    return made
+    return b.constant(size.constant, i64) if size.constant is not None else b.size(value=size)
 
 
 def _to_length(site: Site, mask: Expr, keys: Size) -> Expr:
@@ -142,7 +141,7 @@ def _to_length(site: Site, mask: Expr, keys: Size) -> Expr:
     if site.version < 24:
         site.malformed(f"a mask of {held} keys for {keys}")
     value = 0.0 if mask.dtype.kind == "bool" else float("-inf")
-    return site.b.pad(mask, axis=mask.rank - 1, after=keys - held, value=value)  # type: ignore[no-any-return]
+    return site.b.pad(mask, axis=mask.rank - 1, after=keys - held, value=value)
 
 
 def between(b: Builder, queries: Size, keys: Size, ahead: Expr | None, before: int, after: int) -> Masks:
@@ -177,8 +176,7 @@ def turned(b: Builder, x: Expr, cos: Expr, sin: Expr, *, interleaved: bool) -> E
         parts = pairs
     if 2 * f < d:
         parts.append(b.slice(x, axis=3, start=2 * f))
-    made: Expr = parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
-    return made
+    return parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
 
 
 @operator("RotaryEmbedding", latest=23, first=23)

@@ -36,7 +36,7 @@ def converted(b: Builder, x: Expr, held: Element, to: Element, *, saturate: bool
     if to.format is not None:
         wide = x if x.dtype.is_float else x.cast(f32)
         wide = wide.cast(f32) if wide.dtype is not f64 else wide
-        return b.round_to(wide, format=to.format, saturate=saturate and to.format != "bf16").cast(to.carrier)  # type: ignore[no-any-return]
+        return b.round_to(wide, format=to.format, saturate=saturate and to.format != "bf16").cast(to.carrier)
     if to.is_float or to.carrier is boolean:
         return x.cast(to.carrier)
     if x.dtype.is_float:
@@ -56,7 +56,7 @@ def _wrapped(b: Builder, x: Expr, held: Element, to: Element) -> Expr:
             return x.cast(to.carrier)
     wide = x.cast(i64) if x.dtype is not i64 else x
     low = b.mod(wide - to.least, 2**to.bits) + to.least if to.least else b.mod(wide, 2**to.bits)
-    return low.cast(to.carrier)  # type: ignore[no-any-return]
+    return low.cast(to.carrier)
 
 
 def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
@@ -65,7 +65,7 @@ def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
         wide = x.cast(f64)
         half = b.constant(2.0**63, f64)
         upper = (wide - half).cast(i64) + b.constant(-(2**63), i64)
-        return b.where(wide >= half, upper, b.where(wide >= half, b.constant(0.0, f64), wide).cast(i64))  # type: ignore[no-any-return]
+        return b.where(wide >= half, upper, b.where(wide >= half, b.constant(0.0, f64), wide).cast(i64))
     if to.bits >= 8:
         return x.cast(to.carrier)
     return _wrapped(b, x.cast(i32), _INT32, to)
@@ -78,7 +78,7 @@ def _float_of_uint64(b: Builder, x: Expr, to: Element) -> Expr:
     odd = b.mod(x, two)
     sticky = half + b.where(b.equal(b.mod(half, two), zero), odd, zero)
     kind = f64 if to.carrier is f64 else f32
-    return b.where(x < zero, sticky.cast(kind) * 2.0, x.cast(kind))  # type: ignore[no-any-return]
+    return b.where(x < zero, sticky.cast(kind) * 2.0, x.cast(kind))
 
 
 _INT32 = Element("INT32", 6, i32, 32, "int32_data", -(2**31), 2**31 - 1)

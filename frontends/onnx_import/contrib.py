@@ -108,7 +108,7 @@ def _embed_layer_norm(site: Site) -> Made:
 def _swapped(b: Builder, x: Expr) -> Expr:
     names = axis_letters(x.rank)
     right = [*names[:-2], names[-1], names[-2]]
-    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(right)}")  # type: ignore[no-any-return]
+    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(right)}")
 
 
 @operator("FusedMatMul", domain=MICROSOFT)
@@ -185,7 +185,7 @@ def _nibbles(b: Builder, x: Expr) -> Expr:
     halves = [b.rearrange(part, pattern=spread) for part in (b.mod(x, sixteen), x // sixteen)]
     apart = b.concat(*halves, axis=x.rank)
     joined = f"{' '.join(names)} z -> {' '.join(names[:-1])} ({names[-1]} z)"
-    return b.rearrange(apart, pattern=joined)  # type: ignore[no-any-return]
+    return b.rearrange(apart, pattern=joined)
 
 
 # -- rotary positions ----------------------------------------------------------------------------------------------

@@ -216,4 +216,4 @@ def _appended(site: Site, past: Expr, x: Expr, lengths: Expr, total: Size) -> Ex
     source, hit = (b.rearrange(v, pattern="b t -> b 1 t 1") for v in (b.where(hit, source, b.constant(0, i64)), hit))
     full = (*past.shape[:2], size, past.shape[3])
     picked = b.take_along_axis(x, b.expand(source, shape=full), axis=2)
-    return b.where(hit, picked, past)  # type: ignore[no-any-return]
+    return b.where(hit, picked, past)

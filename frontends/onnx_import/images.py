@@ -162,8 +162,7 @@ def _product(site: Site, x: Expr, matrix: Floats, axis: int) -> Expr:
     *names, new = axis_letters(x.rank + 1)
     result = [new if i == axis else n for i, n in enumerate(names)]
     weight = b.constant(matrix, x.dtype)
-    made: Expr = b.einsum(x, weight, equation=f"{' '.join(names)}, {new} {names[axis]} -> {' '.join(result)}")
-    return made
+    return b.einsum(x, weight, equation=f"{' '.join(names)}, {new} {names[axis]} -> {' '.join(result)}")
 
 
 # -- convolution, transposed ---------------------------------------------------------------------------------------

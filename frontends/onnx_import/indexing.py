@@ -16,8 +16,7 @@ from treadle.ir.types import i64
 
 def extent(b: Builder, size: Size) -> Expr:
     """A size as a scalar i64."""
-    made: Expr = b.constant(size.constant, i64) if size.constant is not None else b.size(value=size)
-    return made
+    return b.constant(size.constant, i64) if size.constant is not None else b.size(value=size)
 
 
 def from_start(site: Site, position: int, size: Size) -> Expr:
@@ -31,7 +30,7 @@ def from_start(site: Site, position: int, size: Size) -> Expr:
             return b.constant(np.where(content < 0, content + size.constant, content), value.type.carrier)
     indices = site.x(position)
     wide = indices.cast(i64)
-    return b.where(wide < 0, wide + extent(b, size), wide)  # type: ignore[no-any-return]
+    return b.where(wide < 0, wide + extent(b, size), wide)
 
 
 @operator("Gather", latest=13, moves=(0,))
@@ -112,7 +111,7 @@ def _places(site: Site, x: Expr, position: int, batch: int) -> tuple[Expr, list[
 def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: Site) -> Expr:
     """x [rows, ...] with updates [points, ...] put at, or added to, row numbers."""
     if kind == "add":
-        return b.index_add(x, rows, updates, axis=0)  # type: ignore[no-any-return]
+        return b.index_add(x, rows, updates, axis=0)
     if kind != "none":
         site.refuse(f"reduction {kind}")
     # The last update of a place holds: of each row, the greatest number among the updates that go there.
@@ -125,7 +124,7 @@ def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: Si
     chosen = b.gather(updates, b.maximum(last, 0), axis=0)
     ones = " ".join("1" * (x.rank - 1))
     hit = b.rearrange(last >= 0, pattern=f"n -> n {ones}") if ones else last >= 0
-    return b.where(hit, chosen, x)  # type: ignore[no-any-return]
+    return b.where(hit, chosen, x)
 
 
 @operator("ScatterND", latest=18, moves=(0, 2))
@@ -196,8 +195,7 @@ def _along(b: Builder, x: Expr, axis: int, rank: int) -> Expr:
     """A vector laid along one axis of a tensor."""
     names = ["1"] * rank
     names[axis] = "n"
-    made: Expr = b.rearrange(x, pattern=f"n -> {' '.join(names)}")
-    return made
+    return b.rearrange(x, pattern=f"n -> {' '.join(names)}")
 
 
 # -- triangles, one-hot --------------------------------------------------------------------------------------------

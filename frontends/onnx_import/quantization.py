@@ -50,7 +50,7 @@ def saturated(b: Builder, x: Expr, to: Element) -> Expr:
     assert to.least is not None
     assert to.greatest is not None
     held = b.minimum(b.maximum(x, float(to.least)), float(to.greatest))
-    return held.cast(to.carrier)  # type: ignore[no-any-return]
+    return held.cast(to.carrier)
 
 
 @operator("QuantizeLinear", latest=28, first=10)

@@ -37,13 +37,13 @@ def _reduction(
 
 
 def _sum(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
-    return site.b.reduce_sum(x, axes=axes, keep=keep)  # type: ignore[no-any-return]
+    return site.b.reduce_sum(x, axes=axes, keep=keep)
 
 
 def _mean(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     if x.dtype.is_int:
         site.refuse("of integers")
-    return site.b.reduce_mean(x, axes=axes, keep=keep)  # type: ignore[no-any-return]
+    return site.b.reduce_mean(x, axes=axes, keep=keep)
 
 
 def _extremum(ours: str, empty: float) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
@@ -56,7 +56,7 @@ def _extremum(ours: str, empty: float) -> Callable[[Site, Expr, tuple[int, ...],
                 value = b.constant(least, x.dtype)
             else:
                 value = b.constant(empty > 0, x.dtype) if x.dtype.kind == "bool" else site.constant(empty, x.dtype)
-            return b.expand(value, shape=tuple(left))  # type: ignore[no-any-return]
+            return b.expand(value, shape=tuple(left))
         if x.dtype.kind == "bool":
             return b.apply(ours, x.cast(u8), axes=axes, keep=keep).cast(x.dtype)  # type: ignore[no-any-return]
         unsigned = element.name == "UINT64"
@@ -69,7 +69,7 @@ def _log_sum_exp(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr
     """With the largest taken out, so that nothing overflows."""
     b = site.b
     if any(x.shape[a].constant == 0 for a in axes):
-        return b.log(b.reduce_sum(b.exp(x), axes=axes, keep=keep))  # type: ignore[no-any-return]
+        return b.log(b.reduce_sum(b.exp(x), axes=axes, keep=keep))
     largest = b.reduce_max(x, axes=axes, keep=True)
     finite = b.where(b.abs(largest) < math.inf, largest, b.constant(0.0, x.dtype))
     sums = b.log(b.reduce_sum(b.exp(x - finite), axes=axes, keep=True)) + finite
@@ -240,7 +240,7 @@ def flipped(b: Builder, x: Expr, axis: int) -> Expr:
     """x with one axis read backwards."""
     size = x.shape[axis]
     last = b.size(value=size - 1) if size.constant is None else b.constant(size.constant - 1, i64)
-    return b.gather(x, last - b.iota(size=size), axis=axis)  # type: ignore[no-any-return]
+    return b.gather(x, last - b.iota(size=size), axis=axis)
 
 
 _argument("ArgMax", 13, least=False)

@@ -222,7 +222,7 @@ def _expanded(b: Builder, x: Expr, sizes: Sequence[Size]) -> Expr:
     shape = [h if w == ONE else w for h, w in zip(held, wanted, strict=True)]
     if len(shape) == x.rank and tuple(shape) == x.shape:
         return x
-    return b.expand(x, shape=tuple(shape))  # type: ignore[no-any-return]
+    return b.expand(x, shape=tuple(shape))
 
 
 @operator("Expand", latest=13, moves=(0,))
@@ -353,17 +353,16 @@ def _sliced(site: Site, x: Expr, start: Size, end: Size, axis: int, step: int) -
             last = first
         if first == ZERO and last == size and step == 1:
             return x
-        made: Expr = b.slice(x, axis=axis, start=first, stop=last, stride=step)
-        return made
+        return b.slice(x, axis=axis, start=first, stop=last, stride=step)
     first = _clamped(site, start, size, 0, size - 1)
     last = _clamped(site, end, size, -1, size - 1)
     if first.constant is None and last.constant == -1 and step == -1 and first == size - 1:
         return flipped(b, x, axis)
     count = (first - last - step - 1) // -step
     if count.constant is not None and count.constant <= 0:
-        return b.slice(x, axis=axis, start=0, stop=0)  # type: ignore[no-any-return]
+        return b.slice(x, axis=axis, start=0, stop=0)
     begin = Known(named("INT64"), content=tidied([first], ())).expr(b)
-    return b.gather(x, begin - b.iota(size=count, dtype=i64) * -step, axis=axis)  # type: ignore[no-any-return]
+    return b.gather(x, begin - b.iota(size=count, dtype=i64) * -step, axis=axis)
 
 
 @operator("Pad", latest=25)
@@ -411,11 +410,11 @@ def _fill(site: Site) -> Any:
 
 def _padded(b: Builder, x: Expr, axis: int, before: Size, after: Size, value: Any) -> Expr:
     if not isinstance(value, Expr):
-        return b.pad(x, axis=axis, before=before, after=after, value=float(value))  # type: ignore[no-any-return]
+        return b.pad(x, axis=axis, before=before, after=after, value=float(value))
     sides = [
         b.expand(value, shape=tuple(n if i == axis else s for i, s in enumerate(x.shape))) for n in (before, after)
     ]
-    return b.concat(sides[0], x, sides[1], axis=axis)  # type: ignore[no-any-return]
+    return b.concat(sides[0], x, sides[1], axis=axis)
 
 
 def _border(site: Site, size: Size, before: Size, after: Size, mode: str) -> Expr:
@@ -434,8 +433,7 @@ def _border(site: Site, size: Size, before: Size, after: Size, mode: str) -> Exp
         period = max(2 * (n - 1), 1)
         folded = places % period
         places = np.where(folded >= n, period - folded, folded)
-    made: Expr = site.b.constant(places, i64)
-    return made
+    return site.b.constant(places, i64)
 
 
 @operator("DepthToSpace", latest=13)

@@ -115,13 +115,12 @@ def _of_sizes(b: Builder, content: Array, type: Element) -> Expr:
     def one(size: Size) -> Expr:
         if size.constant is not None:
             return constant(b, np.asarray(size.constant), type)
-        made: Expr = b.size(value=size, dtype=type.carrier)
-        return made
+        return b.size(value=size, dtype=type.carrier)
 
     if content.ndim == 0:
         return one(content.item())
     parts = [b.rearrange(one(size), pattern="-> 1") for size in content.flat]
-    joined: Expr = parts[0] if len(parts) == 1 else b.concat(*parts, axis=0)
+    joined = parts[0] if len(parts) == 1 else b.concat(*parts, axis=0)
     return joined if content.ndim == 1 else b.reshape(joined, shape=content.shape)
 
 

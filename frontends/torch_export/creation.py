@@ -82,7 +82,7 @@ def _triangle(site: Site, upper: bool) -> Expr:
     edge = rows + diagonal if diagonal else rows
     columns = b.iota(size=x.shape[-1])
     keep = columns >= edge if upper else columns <= edge
-    return b.where(keep, x, b.constant(False if x.dtype.kind == "bool" else 0, x.dtype))  # type: ignore[no-any-return]
+    return b.where(keep, x, b.constant(False if x.dtype.kind == "bool" else 0, x.dtype))
 
 
 @operator("tril.default")

@@ -75,7 +75,7 @@ def from_start(b: Builder, indices: Expr, size: Size) -> Expr:
     if is_count(indices.value):
         return indices
     wide = indices.cast(i64)
-    return b.where(wide < 0, wide + extent(b, size), wide)  # type: ignore[no-any-return]
+    return b.where(wide < 0, wide + extent(b, size), wide)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def _laid(b: Builder, x: Expr, places: Sequence[int], points: Sequence[Size]) ->
     spread = [names[places.index(i)] if i in places else "1" for i in range(len(points))]
     if any(i not in places and n != ONE for i, n in enumerate(points)):  # an index repeats along another's axis
         return _at_points_of(b, x, places, points, names, spread)
-    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[count:]])}")  # type: ignore[no-any-return]
+    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[count:]])}")
 
 
 def _at_points_of(
@@ -173,7 +173,7 @@ def _at_points(b: Builder, x: Expr, indices: Sequence[Expr], points: Sequence[Si
         rows = place if rows is None else rows * extent(b, size) + place
     assert rows is not None
     table, _ = reshaped(b, x, [product(x.shape[:count]), *x.shape[count:]])
-    return b.gather(table, expanded(b, rows, points), axis=0)  # type: ignore[no-any-return]
+    return b.gather(table, expanded(b, rows, points), axis=0)
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

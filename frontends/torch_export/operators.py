@@ -114,7 +114,7 @@ class Site:
             return found.cast(dtype)
         if isinstance(found, Size):
             whole = dtype if dtype.is_int else DTYPES["i64"]
-            made: Expr = (
+            made = (
                 self.b.constant(found.constant, whole)
                 if found.constant is not None
                 else self.b.size(value=found, dtype=whole)

@@ -98,7 +98,7 @@ def _rounded_div(site: Site) -> Made:
 
 def _truncated(site: Site, x: Expr) -> Expr:
     b = site.b
-    return b.where(x < 0.0, -b.floor(-x), b.floor(x))  # type: ignore[no-any-return]
+    return b.where(x < 0.0, -b.floor(-x), b.floor(x))
 
 
 @operator("floor_divide.default", "floor_divide.Scalar")
@@ -222,7 +222,7 @@ def _logic(combine: Callable[[Site, Expr, Expr], Expr], *names: str) -> None:
 
 
 def _differing(site: Site, x: Expr, y: Expr) -> Expr:
-    return site.b.not_equal(x, y)  # type: ignore[no-any-return]
+    return site.b.not_equal(x, y)
 
 
 _logic(lambda s, x, y: x & y, "__and__.Tensor", "__and__.Scalar", "bitwise_and.Tensor", "logical_and.default")

@@ -97,7 +97,7 @@ def permuted(b: Builder, x: Expr, order: Sequence[int]) -> Expr:
     if list(order) == list(range(x.rank)):
         return x
     names = axis_letters(x.rank)
-    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(names[i] for i in order)}")  # type: ignore[no-any-return]
+    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(names[i] for i in order)}")
 
 
 @operator("permute.default", "permute_copy.default")
@@ -320,7 +320,7 @@ def _repeated(b: Builder, x: Expr, axis: int, times: Size, *, whole: bool) -> Ex
     again = expanded(b, apart, [*before[:place], times, *before[place:]])
     names = axis_letters(x.rank + 1)
     joined = [*names[:axis], f"({names[axis]} {names[axis + 1]})", *names[axis + 2 :]]
-    return b.rearrange(again, pattern=f"{' '.join(names)} -> {' '.join(joined)}")  # type: ignore[no-any-return]
+    return b.rearrange(again, pattern=f"{' '.join(names)} -> {' '.join(joined)}")
 
 
 @operator("flip.default")

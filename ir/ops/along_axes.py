@@ -80,4 +80,4 @@ def with_ones(b: Builder, x: Expr, axes: Sequence[int], rank: int) -> Expr:
     names = [f"a{i}" for i in range(rank)]
     left = " ".join(n for i, n in enumerate(names) if i not in chosen)
     right = " ".join("1" if i in chosen else n for i, n in enumerate(names))
-    return b.rearrange(x, pattern=f"{left} -> {right}")  # type: ignore[no-any-return]
+    return b.rearrange(x, pattern=f"{left} -> {right}")

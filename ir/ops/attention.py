@@ -136,7 +136,7 @@ class _Attending(Composite):
         grid = Grid(b, k.shape[1], q.shape[2], k.shape[2])
         scale = self.scale_for(q.shape[-1].constant or 1)
         queries = q if scaled_last else q * scale
-        scores: Expr = b.einsum(_grouped(b, queries, k), k, equation="b g r s d, b g t d -> b g r s t")
+        scores = b.einsum(_grouped(b, queries, k), k, equation="b g r s d, b g t d -> b g r s t")
         if scaled_last:
             scores = scores * scale
         if self.softcap is not None:
@@ -172,7 +172,7 @@ class _Attending(Composite):
         scores = self._scores(b, q, k, [x for x in given if x is not None])
         nodes = b.function.nodes[start:]
         weights = _weights(b, scores) if len(outputs) == 1 else _grouped(b, outputs[1], k)
-        g_weights = None if g_probabilities is None else _grouped(b, g_probabilities, k)
+        g_weights: Any = None if g_probabilities is None else _grouped(b, g_probabilities, k)
         g_v = None
         if g is not None:
             g_out = _grouped(b, g, k)
@@ -338,14 +338,12 @@ class AttentionWithProbabilities(_Attending):
 
 def _grouped(b: Builder, x: Expr, k: Expr) -> Expr:
     """[b, (g r), s, d] with its heads grouped by those of k."""
-    made: Expr = b.rearrange(x, pattern=f"b (g={k.shape[1]} r) s d -> b g r s d")
-    return made
+    return b.rearrange(x, pattern=f"b (g={k.shape[1]} r) s d -> b g r s d")
 
 
 def _heads_merged(b: Builder, x: Expr) -> Expr:
     """[b, g, r, s, d] with one axis of heads."""
-    made: Expr = b.rearrange(x, pattern="b g r s d -> b (g r) s d")
-    return made
+    return b.rearrange(x, pattern="b g r s d -> b (g r) s d")
 
 
 def _product(b: Builder, weights: Expr, v: Expr) -> Expr:

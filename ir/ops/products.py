@@ -58,8 +58,7 @@ def _names(dims: Sequence[AxisDim], names: dict[str, str]) -> list[str]:
 def _squeezed(b: Builder, x: Expr, held: list[str]) -> Expr:
     if "1" not in held:
         return x
-    made: Expr = b.rearrange(x, pattern=f"{' '.join(held)} -> {' '.join(n for n in held if n != '1')}")
-    return made
+    return b.rearrange(x, pattern=f"{' '.join(held)} -> {' '.join(n for n in held if n != '1')}")
 
 
 @op("matmul", axes="... m k, ... k n -> ... m n", dtypes="n, n -> n", linear="x | y", flops=2)

@@ -89,8 +89,7 @@ class Rotary(Composite):
             parts = [b.rearrange(halves, pattern="b h s f two -> b h s (f two)")]
         if 2 * f < d:
             parts.append(b.slice(x, axis=3, start=2 * f))
-        made: Expr = parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
-        return made
+        return parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (_, positions, frequencies), (y,) = grads, inputs, outputs

@@ -21,8 +21,7 @@ from treadle.ir.types import Type, f32
 
 def zeros(b: Builder, type: Type) -> Expr:
     """Zeros of a type, which no constant holds in full."""
-    made: Expr = b.expand(b.constant(0, type.dtype), shape=type.shape)
-    return made
+    return b.expand(b.constant(0, type.dtype), shape=type.shape)
 
 
 def sized(size: Size) -> str:
@@ -407,8 +406,7 @@ def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
     padded = b.pad(apart, axis=axis + 1, after=stride - 1)
     split = " ".join([*before, name, gap, *after])
     merged = b.rearrange(padded, pattern=f"{split} -> {' '.join([*before, f'({name} {gap})', *after])}")
-    made: Expr = b.slice(merged, axis=axis, stop=size)
-    return made
+    return b.slice(merged, axis=axis, stop=size)
 
 
 @op("pad", dtypes="t -> t", linear="x", flops=0)

@@ -1,0 +1,39 @@
+"""Every op of the IR as a function of traced values: `t.softmax(x, axis=-1)`, also `t.ops.softmax`.
+
+A function is made from what the op's class says when it is first asked for. Type checkers and editors read
+operations.pyi instead, where each is spelled out; `make golden` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from treadle.frontends.call_errors import unknown_word
+from treadle.frontends.dsl import trace
+from treadle.ir.op_signatures import op_signature
+from treadle.ir.operation import OPS, Op
+
+
+@cache
+def _function(cls: type[Op]) -> Callable[..., Any]:
+    def function(*operands: Any, **attributes: Any) -> Any:
+        return trace().apply(cls, *operands, **attributes)
+
+    function.__name__ = function.__qualname__ = cls.name
+    function.__doc__ = cls.__doc__
+    function.__signature__ = op_signature(cls)
+    return function
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    if name not in OPS:
+        raise unknown_word(name, OPS)
+    return _function(OPS[name])
+
+
+def __dir__() -> list[str]:
+    return sorted(OPS)

@@ -1,0 +1,699 @@
+"""Every op as a function, from its class: operations.py as type checkers see it. Written by `make golden`.
+
+`from ... import *` leaves out the ops that have the name of a layer.
+"""
+
+from collections.abc import Sequence
+
+from treadle.frontends.dsl import Tensor, TensorLike
+from treadle.ir.attention_terms import Term
+from treadle.ir.sizes import SizeLike
+from treadle.ir.types import DType, i64
+
+__all__ = [
+    "abs",
+    "activated_linear",
+    "add",
+    "add_layer_norm",
+    "add_rms_norm",
+    "argmax",
+    "attention_with_probabilities",
+    "cast",
+    "concat",
+    "conv",
+    "cos",
+    "cumsum",
+    "div",
+    "einsum",
+    "embedding",
+    "embedding_sum",
+    "equal",
+    "erf",
+    "exp",
+    "expand",
+    "floor",
+    "floor_divide",
+    "fold_windows",
+    "gated_linear",
+    "gather",
+    "gelu",
+    "gelu_tanh",
+    "greater",
+    "greater_equal",
+    "index_add",
+    "iota",
+    "less",
+    "less_equal",
+    "log",
+    "log_softmax",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "masked_softmax",
+    "matmul",
+    "maximum",
+    "minimum",
+    "mod",
+    "mul",
+    "neg",
+    "not_equal",
+    "pad",
+    "positions",
+    "pow",
+    "projections",
+    "quick_gelu",
+    "rearrange",
+    "reciprocal",
+    "reduce_max",
+    "reduce_mean",
+    "reduce_min",
+    "reduce_sum",
+    "relu",
+    "reshape",
+    "rotary",
+    "round",
+    "round_to",
+    "rsqrt",
+    "scatter_add",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "size",
+    "slice",
+    "softmax",
+    "sqrt",
+    "sub",
+    "take_along_axis",
+    "tanh",
+    "top_k",
+    "where",
+    "windows",
+]
+
+def abs(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = |x|; the gradient at 0 is 0"""
+
+def activated_linear(
+    x: TensorLike,
+    weight: TensorLike,
+    bias: TensorLike | None = None,
+    /,
+    *,
+    activation: str = "gelu",
+    weight_axes: str = "n k",
+    name: str | None = None,
+) -> Tensor:
+    """y[..., n] = act(sum_k x[..., k] weight[n, k] + bias[n])
+
+    The first half of a feed-forward network (Vaswani et al. 2017, 3.3), a pooler, the first layer of a head.
+
+    activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
+    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does and files of ONNX mostly hold it
+    """
+
+def add(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x + y"""
+
+def add_layer_norm(
+    x: TensorLike,
+    residual: TensorLike,
+    weight: TensorLike | None = None,
+    bias: TensorLike | None = None,
+    /,
+    *,
+    eps: float = 1e-05,
+    name: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum = x + residual,   y = (sum - mean(sum)) / sqrt(var(sum) + eps) * weight + bias
+
+    Results: y, then the sum. `layer_norm` (Ba, Kiros & Hinton 2016) of a residual, as SkipLayerNormalization in ONNX
+    Runtime. The sum is rounded to its dtype before it is normalized.
+    """
+
+def add_rms_norm(
+    x: TensorLike,
+    residual: TensorLike,
+    weight: TensorLike | None = None,
+    /,
+    *,
+    eps: float = 1e-06,
+    name: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum = x + residual,   y = sum / sqrt(mean(sum^2) + eps) * weight
+
+    Results: y, then the sum. `rms_norm` (Zhang & Sennrich 2019) of a residual, as fused_add_rms_norm in vLLM. The sum
+    is rounded to its dtype before it is normalized.
+    """
+
+def argmax(x: TensorLike, /, *, axis: int, keep: bool = False, name: str | None = None) -> Tensor:
+    """y = the position of the greatest element along `axis`; the first of equal ones
+
+    keep   leave a dimension of size 1 in its place
+    """
+
+def attention(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    /,
+    *operand: TensorLike | None,
+    terms: Sequence[Term | str] = (),
+    scale: float | None = None,
+    softcap: float | None = None,
+    name: str | None = None,
+) -> Tensor:
+    """out[b, h, i] = sum_j p[b, h, i, j] v[b, h, j],   p = softmax over the keys j that i may see of
+    softcap(scale q[b, h, i] · k[b, h, j]) + biases        (Vaswani et al. 2017)
+
+    q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
+
+    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A
+    query that may see no key gets zeros, and so does its gradient.
+
+    terms    masks and biases, in any order; their operands follow v in the order of the terms
+    scale    None: 1/sqrt(d)
+    softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    """
+
+def attention_with_probabilities(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    /,
+    *operand: TensorLike | None,
+    terms: Sequence[Term | str] = (),
+    scale: float | None = None,
+    softcap: float | None = None,
+    name: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out, p = attention(q, k, v) and the probabilities p that it weights the values with
+
+    q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
+
+    For who wants to see them: p is held whole, as attention alone never does. The probabilities of a query that may
+    see no key are zeros, as what it gets. Operands and attributes are those of `attention`.
+    """
+
+def cast(x: TensorLike, /, *, to: DType | str, name: str | None = None) -> Tensor:
+    """y = x in the dtype `to`
+
+    Float to float rounds to nearest, ties to even. Float to integer drops the fraction; what the integer
+    cannot hold is undefined. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the
+    reference rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum
+    passes through; not into integers.
+    """
+
+def concat(*parts: TensorLike, axis: int = -1, name: str | None = None) -> Tensor:
+    """The parts laid end to end along one axis; elsewhere they have the same sizes."""
+
+def conv(
+    x: TensorLike,
+    weight: TensorLike,
+    bias: TensorLike | None = None,
+    /,
+    *,
+    strides: Sequence[int] = (),
+    padding: Sequence[int] = (),
+    dilations: Sequence[int] = (),
+    groups: int = 1,
+    name: str | None = None,
+) -> Tensor:
+    """y[b, o, i...] = bias[o] + sum_{c, k...} x[b, c, i stride + k dilation - padding...] weight[o, c, k...]
+
+    Cross-correlation over any number of spatial axes, which goes by the name of convolution in deep learning
+    (Dumoulin & Visin 2016). x is [b, c, *spatial], weight [o, c / groups, *kernel], y [b, o, *spatial].
+
+    strides, dilations   a number a spatial axis; empty means 1
+    padding              zeros before each spatial axis, then after each (ONNX's pads); half as many numbers
+                         pad both sides alike; empty means none. Causal: (dilation (k - 1), 0)
+    groups               output group j reads input group j alone
+    """
+
+def cos(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = cos x, x in radians"""
+
+def cumsum(
+    x: TensorLike,
+    /,
+    *,
+    axis: int,
+    exclusive: bool = False,
+    reverse: bool = False,
+    name: str | None = None,
+) -> Tensor:
+    """y[i] = sum of x[j] over j <= i, along `axis`
+
+    exclusive   j < i instead: starts at 0
+    reverse     j >= i (or j > i): sums from the end. The result at i then reads what comes after i, so the
+                axis is whole and not scanned.
+    """
+
+def div(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x / y
+
+    Floats only; of integers, `floor_divide` or cast first.
+    """
+
+def einsum(*x: TensorLike, equation: str, name: str | None = None) -> Tensor:
+    """z = the sum, over all axes that the result does not name, of the product of the operands
+
+    equation   "b h s d, b h t d -> b h s t": a name an axis, parted by spaces, as in einops (Rogozhnikov
+               2022); `...` stands for leading dimensions that broadcast. A name stands once in an operand: a
+               diagonal is refused.
+    """
+
+def embedding(table: TensorLike, indices: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y[..., d] = table[indices[...], d]"""
+
+def embedding_sum(*operand: TensorLike, tables: int = 2, name: str | None = None) -> Tensor:
+    """y[..., d] = sum_n table_n[indices_n[...], d]        (BERT, Devlin et al. 2019: token, position and segment)
+
+    Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: those of positions are
+    [s] beside tokens [b, s]. The sum is taken in the order of the tables.
+
+    tables  how many, 2 to 8
+    """
+
+def equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = (x = y); a NaN equals nothing"""
+
+def erf(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = 2/sqrt(pi) * integral from 0 to x of e^(-t^2) dt        (see treadle.ir.error_function)"""
+
+def exp(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = e^x"""
+
+def expand(x: TensorLike, /, *, shape: Sequence[SizeLike | None], name: str | None = None) -> Tensor:
+    """y[..., i, ...] = x[..., 0, ...]: x repeated along dimensions of size 1 and new leading ones
+
+    shape   the result's sizes. None, or the size that x has there, keeps a dimension and maps its axis;
+            another size needs a 1 in x, or no dimension at all, and generates an axis.
+    """
+
+def floor(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = the greatest whole number that is not above x; no gradient flows"""
+
+def floor_divide(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = floor(x / y)
+
+    Rounds towards minus infinity, integers as well (as NumPy, Python and torch.floor_divide; C truncates). An
+    integer divided by zero is undefined. Constant between its steps, so no gradient flows.
+    """
+
+def fold_windows(
+    x: TensorLike,
+    /,
+    *,
+    axis: int,
+    size: SizeLike,
+    stride: int = 1,
+    dilation: int = 1,
+    name: str | None = None,
+) -> Tensor:
+    """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added where they lie
+
+    The transpose of `windows`.
+
+    size   the size of the axis that the windows were taken from
+    """
+
+def gated_linear(
+    x: TensorLike,
+    gate: TensorLike,
+    up: TensorLike,
+    gate_bias: TensorLike | None = None,
+    up_bias: TensorLike | None = None,
+    /,
+    *,
+    activation: str = "silu",
+    weight_axes: str = "n k",
+    name: str | None = None,
+) -> Tensor:
+    """y[..., n] = act(sum_k x[..., k] gate[n, k] + gate_bias[n]) * (sum_k x[..., k] up[n, k] + up_bias[n])
+
+    Gated linear units: with "sigmoid" GLU (Dauphin et al. 2017), with "relu", "gelu", "silu" and "none" (the identity)
+    ReGLU, GEGLU, SwiGLU and the bilinear layer (Shazeer 2020).
+
+    activation   act: one of activated_linear's, or "none"
+    weight_axes  of both weights: "n k", as linear takes one, or "k n", as matmul does
+    """
+
+def gather(x: TensorLike, indices: TensorLike, /, *, axis: int = 0, name: str | None = None) -> Tensor:
+    """y[..., i..., ...] = x[..., indices[i...], ...]: slices of x along one axis, at indices of any rank"""
+
+def gelu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x Phi(x) = x/2 (1 + erf(x / sqrt 2)), Phi the normal distribution        (Hendrycks & Gimpel 2016)
+
+    dy/dx = Phi(x) + x phi(x), phi the normal density
+    """
+
+def gelu_tanh(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))        (Hendrycks & Gimpel 2016)"""
+
+def greater(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = (x > y); false where either is NaN"""
+
+def greater_equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = (x >= y); false where either is NaN"""
+
+def index_add(
+    target: TensorLike,
+    indices: TensorLike,
+    updates: TensorLike,
+    /,
+    *,
+    axis: int = 0,
+    name: str | None = None,
+) -> Tensor:
+    """y = target, then y[..., indices[i...], ...] += updates[..., i..., ...] for every i
+
+    The transpose of `gather`. Where indices repeat, all of their updates are added.
+    """
+
+def iota(*, size: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
+    """y[n] = n: the numbers from 0 to size - 1"""
+
+def layer_norm(
+    x: TensorLike,
+    weight: TensorLike | None = None,
+    bias: TensorLike | None = None,
+    /,
+    *,
+    eps: float = 1e-05,
+    name: str | None = None,
+) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        (Ba, Kiros & Hinton 2016)
+
+    Mean and variance are over the last axis, the variance divided by its size; 16-bit floats are computed with in f32,
+    and the result is rounded. With n the normalized x, r = 1/sqrt(...) and h = weight * dL/dy:
+    dL/dx = r (h - mean(h) - n mean(h n))
+    """
+
+def less(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = (x < y); false where either is NaN"""
+
+def less_equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = (x <= y); false where either is NaN"""
+
+def linear(x: TensorLike, weight: TensorLike, bias: TensorLike | None = None, /, *, name: str | None = None) -> Tensor:
+    """y[..., n] = sum_k x[..., k] weight[n, k] + bias[n]
+
+    The weight is [out, in], as checkpoints of PyTorch hold it (torch.nn.functional.linear).
+    """
+
+def log(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = ln x; -inf at 0, NaN below"""
+
+def log_softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
+    """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x"""
+
+def logical_and(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x and y"""
+
+def logical_not(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = not x"""
+
+def logical_or(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x or y"""
+
+def masked_softmax(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """softmax over the last axis, and zeros for a row that is -inf throughout
+
+    The probabilities of attention: those of a query that may see no key. Where attention is lowered by its body it is
+    one op for which a backend may have a kernel.
+    """
+
+def matmul(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z[..., m, n] = sum_k x[..., m, k] y[..., k, n]
+
+    Leading dimensions broadcast. A vector needs its second axis spelled: rearrange, or einsum.
+    """
+
+def maximum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = max(x, y); a NaN in either gives NaN
+
+    Where x = y, half of the gradient goes to each, as torch.maximum has it.
+    """
+
+def minimum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = min(x, y); a NaN in either gives NaN
+
+    Where x = y, half of the gradient goes to each, as torch.minimum has it.
+    """
+
+def mod(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x - floor(x / y) y
+
+    What `floor_divide` leaves: it has the sign of y, as in NumPy, Python and torch.remainder; in C that of x.
+    An integer modulo zero is undefined.
+    """
+
+def mul(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x * y"""
+
+def neg(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = -x"""
+
+def not_equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = (x != y); a NaN differs from everything"""
+
+def pad(
+    x: TensorLike,
+    /,
+    *,
+    axis: int,
+    before: SizeLike = 0,
+    after: SizeLike = 0,
+    value: float = 0.0,
+    name: str | None = None,
+) -> Tensor:
+    """x with `before` elements of `value` before it along one axis, and `after` behind it
+
+    value   a number that x's dtype holds
+    """
+
+def positions(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y[..., i] = i: where each element of x lies along the last axis
+
+    A count of the elements before each one, so the axis is scanned; in a generation step it goes on from the
+    row's past length. It reads no element.
+    """
+
+def pow(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x^y: NaN for a negative x unless y is a whole number
+
+    dz/dx = y x^(y-1), and 0 where y = 0;   dz/dy = x^y ln x, and 0 where x <= 0, where it has no real value.
+    """
+
+def projections(
+    x: TensorLike,
+    /,
+    *operand: TensorLike | None,
+    count: int = 2,
+    weight_axes: str = "n k",
+    name: str | None = None,
+) -> tuple[Tensor, ...]:
+    """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
+
+    Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
+    each, absent where a product has none. Each weight keeps its name and its axes, so that heads can be split; what
+    runs is one product with all weights joined, which a backend does once, and the result cut.
+
+    count        how many, 2 to 16
+    weight_axes  "n k", as linear takes a weight, or "k n", as matmul does
+    """
+
+def quick_gelu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x sigmoid(1.702 x)        (Hendrycks & Gimpel 2016; the activation of CLIP, Radford et al. 2021)"""
+
+def rearrange(x: TensorLike, /, *, pattern: str, name: str | None = None) -> Tensor:
+    """Split, permute and join axes: "b s (heads=12 d) -> b heads s d"        (einops, Rogozhnikov 2022)
+
+    pattern   the axis rule itself. Every name stands once on each side; `(h d)` is one dimension, h
+              outermost; `1` is a dimension of size 1, added or dropped; `...` any leading dimensions. Where a
+              dimension is split, all its factors but one give their size.
+    """
+
+def reciprocal(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = 1 / x"""
+
+def reduce_max(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
+    """y = max of x over `axes`; a NaN gives NaN
+
+    The gradient is shared evenly among equal maxima, as torch.amax has it.
+    """
+
+def reduce_mean(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
+    """y = (sum of x over `axes`) / (number of its terms)
+
+    The mean of two parts is no function of their means alone, so the axes are whole; the sum is in the body, for 16-bit
+    floats in f32.
+    """
+
+def reduce_min(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
+    """y = min of x over `axes`; a NaN gives NaN
+
+    The gradient is shared evenly among equal minima, as torch.amin has it.
+    """
+
+def reduce_sum(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
+    """y = sum of x over `axes`, accumulated in its own dtype"""
+
+def relu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = max(x, 0); the gradient at 0 is 0        (Nair & Hinton 2010)"""
+
+def reshape(x: TensorLike, /, *, shape: Sequence[SizeLike], name: str | None = None) -> Tensor:
+    """The elements of x, in row-major order, under another shape.
+
+    For importers: it does not say which axis becomes which, so every axis ends here. Who knows it uses
+    `rearrange`.
+
+    shape   the result's sizes, as many elements as x has for all values of the symbols
+    """
+
+def rms_norm(
+    x: TensorLike,
+    weight: TensorLike | None = None,
+    /,
+    *,
+    eps: float = 1e-06,
+    name: str | None = None,
+) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight        (Zhang & Sennrich 2019)
+
+    The mean is over the last axis; 16-bit floats are computed with in f32, and the result is rounded. With n the
+    normalized x, r = 1/sqrt(...) and h = weight * dL/dy:   dL/dx = r (h - n mean(h n))
+    """
+
+def rotary(
+    x: TensorLike,
+    positions: TensorLike,
+    frequencies: TensorLike,
+    /,
+    *,
+    layout: str = "half",
+    name: str | None = None,
+) -> Tensor:
+    """y_i = x_i cos a_i - x_j sin a_i,   y_j = x_j cos a_i + x_i sin a_i,   a_i = positions[b, s] frequencies[i]
+
+    RoPE (Su et al. 2021). x [b, h, s, d], positions [b, s], frequencies [f] in radians a position. The first 2f of the
+    d dimensions are turned, in f pairs (i, j); the others stay. Queries and keys turned so have products that depend on
+    the difference of their positions alone. Angles are computed in the frequencies' dtype, which should be f32 or wider
+    whatever x is.
+
+    layout  which dimensions are a pair: "half" (i, i + f), as Hugging Face and GPT-NeoX store heads, or "interleaved"
+            (2i, 2i + 1), as the paper, Llama's own code and GGUF do
+
+    With g = dL/dy:   dL/dx is g turned back,   dL/da_i = sum over h of g_j y_i - g_i y_j
+    """
+
+def round(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = the whole number nearest to x, of two equally near the even one; no gradient flows"""
+
+def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str | None = None) -> Tensor:
+    """y = the number of a narrower float format nearest to x, ties to the even one, in the dtype of x
+
+    format     a name of `FORMATS`
+    saturate   numbers past the format's largest, infinite ones as well, become the largest; otherwise they become what
+               the format has beyond: inf or NaN. A NaN stays one; in a format without any it becomes 0.
+    """
+
+def rsqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x^(-1/2); inf at 0, NaN below"""
+
+def scatter_add(
+    target: TensorLike,
+    indices: TensorLike,
+    updates: TensorLike,
+    /,
+    *,
+    axis: int = -1,
+    name: str | None = None,
+) -> Tensor:
+    """y = target, then y[..., indices[..., i, ...], ...] += updates[..., i, ...] for every i
+
+    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and updates have one shape: the rank of
+    target, and its sizes beside the axis. Where indices repeat, all of their updates are added.
+    """
+
+def sigmoid(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = 1 / (1 + e^(-x))"""
+
+def sign(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = 1, 0 or -1 where x is positive, zero or negative; no gradient flows"""
+
+def silu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x sigmoid(x)        (Hendrycks & Gimpel 2016; as swish, Ramachandran, Zoph & Le 2017)"""
+
+def sin(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = sin x, x in radians"""
+
+def size(*, value: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
+    """y = the value of a size expression, a scalar: the count that a mean over a symbolic axis divides by"""
+
+def slice(
+    x: TensorLike,
+    /,
+    *,
+    axis: int,
+    start: SizeLike = 0,
+    stop: SizeLike | None = None,
+    stride: int = 1,
+    name: str | None = None,
+) -> Tensor:
+    """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
+
+    start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
+                  the end. They are not clamped: what lies outside is refused.
+    stride        1 or more
+    """
+
+def softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
+    """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
+
+    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there.
+    """
+
+def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = x^(1/2); NaN below 0"""
+
+def sub(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x - y"""
+
+def take_along_axis(x: TensorLike, indices: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
+    """y[..., i, ...] = x[..., indices[..., i, ...], ...]: elements of x along one axis
+
+    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes beside the axis.
+    """
+
+def tanh(x: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """y = tanh x"""
+
+def top_k(x: TensorLike, /, *, k: int, axis: int = -1, name: str | None = None) -> tuple[Tensor, Tensor]:
+    """values, indices = the k greatest elements along `axis`, greatest first, and their positions
+
+    Of equal elements the one with the lower index comes first. A NaN counts as greater than any number.
+    """
+
+def where(condition: TensorLike, x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+    """z = x where the condition holds, else y
+
+    What is not chosen has gradient zero, whatever it holds: a NaN there does no harm.
+    """
+
+def windows(
+    x: TensorLike,
+    /,
+    *,
+    axis: int,
+    size: SizeLike,
+    stride: int = 1,
+    dilation: int = 1,
+    name: str | None = None,
+) -> Tensor:
+    """y[..., i, ..., k] = x[..., i stride + k dilation, ...]: windows of `size` elements along one axis
+
+    The axis becomes that of the windows; the elements of each lie along a new last one. What is left over at
+    the end and fills no window is dropped.
+    """

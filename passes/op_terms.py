@@ -1,0 +1,21 @@
+"""Every op as a word of patterns: `p.sigmoid(x)` is a term.
+
+Type checkers and editors read op_terms.pyi instead, where each is spelled out; `make golden` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from treadle.ir.operation import find_op
+
+
+class OpTerms:
+    """What a pattern's `Vocabulary` has beside its own words."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        find_op(name)
+        return lambda *operands, **attributes: self._term(name, *operands, **attributes)

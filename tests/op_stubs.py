@@ -1,0 +1,112 @@
+"""The text of the stubs of ops: what type checkers and editors read in place of modules that find ops by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from inspect import Parameter, Signature
+
+import treadle.frontends.layers as layers
+import treadle.ir.ops  # noqa: F401  (registers every op)
+from treadle.ir.builder import Builder
+from treadle.ir.op_signatures import BUILDER, LANGUAGE, PATTERN, Spelling, op_signature
+from treadle.ir.operation import OPS, Op
+
+WIDTH = 120
+
+METHODS = '''\
+"""Every op as a method, from its class: op_methods.py as type checkers see it. Written by `make golden`."""
+
+from collections.abc import Sequence
+
+from treadle.ir.attention_terms import Term
+from treadle.ir.builder import Expr, ExprLike
+from treadle.ir.sizes import SizeLike
+from treadle.ir.types import DType, i64
+
+class OpMethods:
+'''
+
+FUNCTIONS = '''\
+"""Every op as a function, from its class: operations.py as type checkers see it. Written by `make golden`.
+
+`from ... import *` leaves out the ops that have the name of a layer.
+"""
+
+from collections.abc import Sequence
+
+from treadle.frontends.dsl import Tensor, TensorLike
+from treadle.ir.attention_terms import Term
+from treadle.ir.sizes import SizeLike
+from treadle.ir.types import DType, i64
+
+'''
+
+TERMS = '''\
+"""Every op as a word of patterns, from its class: op_terms.py as type checkers see it. Written by `make golden`."""
+
+from typing import Any
+
+from treadle.ir.types import i64
+from treadle.passes.pattern import Term, TermLike
+
+class OpTerms:
+'''
+
+
+def stubs() -> dict[str, str]:
+    """Each stub's text, by its path in the tree."""
+    return {
+        "ir/op_methods.pyi": METHODS + _methods(BUILDER),
+        "passes/op_terms.pyi": TERMS + _methods(PATTERN),
+        "frontends/operations.pyi": FUNCTIONS + _functions(),
+    }
+
+
+def _ops() -> list[type[Op]]:
+    """The ops that come with the compiler, without those that `Builder` has a method of its own for."""
+    own = vars(Builder)
+    return [cls for name, cls in sorted(OPS.items()) if cls.__module__.startswith("treadle.ir.") and name not in own]
+
+
+def _methods(spelling: Spelling) -> str:
+    return "".join(_spelled(cls.name, op_signature(cls, spelling), indent="    ") for cls in _ops())
+
+
+def _functions() -> str:
+    layer_names = {name for name, function in vars(layers).items() if inspect.isfunction(function)}
+    exported = "".join(f'    "{cls.name}",\n' for cls in _ops() if cls.name not in layer_names)
+    made = [_spelled(cls.name, op_signature(cls, LANGUAGE), doc=inspect.cleandoc(cls.__doc__ or "")) for cls in _ops()]
+    return f"__all__ = [\n{exported}]\n\n" + "\n".join(made)
+
+
+def _spelled(name: str, signature: Signature, *, indent: str = "", doc: str = "") -> str:
+    """One function, laid out as ruff does."""
+    parts = [*(["self"] if indent else []), *_parameters(signature)]
+    end = f") -> {signature.return_annotation}:" + ("" if doc else " ...")
+    text = f"{indent}def {name}({', '.join(parts)}{end}\n"
+    if len(text) > WIDTH + 1:
+        text = f"{indent}def {name}(\n" + "".join(f"{indent}    {part},\n" for part in parts) + f"{indent}{end}\n"
+    if doc:
+        first, *rest = doc.splitlines()
+        lines = [f'    """{first}', *(f"    {line}".rstrip() for line in rest)]
+        text += "\n".join(lines) + ('\n    """\n' if rest else '"""\n')
+    return text
+
+
+def _parameters(signature: Signature) -> Iterator[str]:
+    found = list(signature.parameters.values())
+    for i, parameter in enumerate(found):
+        before = found[i - 1].kind if i else None
+        behind = found[i + 1].kind if i + 1 < len(found) else None
+        if parameter.kind is Parameter.KEYWORD_ONLY and before not in (parameter.kind, Parameter.VAR_POSITIONAL):
+            yield "*"
+        stars = "*" if parameter.kind is Parameter.VAR_POSITIONAL else ""
+        default = "" if parameter.default is Parameter.empty else f" = {_value(parameter.default)}"
+        yield f"{stars}{parameter.name}: {parameter.annotation}{default}"
+        if parameter.kind is Parameter.POSITIONAL_ONLY and behind is not parameter.kind:
+            yield "/"
+
+
+def _value(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
