@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
@@ -29,23 +31,23 @@ ARCHITECTURES = {
 
 @t.model
 def albert(
-    tokens: t.i64["B S"],
-    lengths: t.i64["B"] | None,
-    token_types: t.i64["B S"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
+    token_types: Annotated[t.Tensor, t.i64["B S"]] | None = None,
     *,
-    vocab=30000,
-    context=512,
-    types=2,
-    embedding=128,
-    dim=768,
-    heads=12,
-    layers=12,
-    hidden=3072,
-    act=t.gelu_tanh,
-    eps=1e-12,
-    head=None,
-    labels=2,
-):
+    vocab: int = 30000,
+    context: int = 512,
+    types: int = 2,
+    embedding: int = 128,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    hidden: int = 3072,
+    act: t.Activation = t.gelu_tanh,
+    eps: float = 1e-12,
+    head: str | None = None,
+    labels: int = 2,
+) -> dict[str, t.Tensor] | t.Tensor:
     """ALBERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
 
     embedding  the width of the tables of embeddings (E in the paper), which a layer of its own widens to dim (H)

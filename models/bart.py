@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
@@ -29,23 +29,23 @@ ACTIVATIONS = {
 
 @t.model
 def bart(
-    tokens: t.i64["B S"],
-    decoder_tokens: t.i64["B T"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    decoder_tokens: Annotated[t.Tensor, t.i64["B T"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    vocab=50265,
-    context=1024,
-    dim=768,
-    encoder_heads=12,
-    encoder_layers=6,
-    encoder_hidden=3072,
-    decoder_heads=12,
-    decoder_layers=6,
-    decoder_hidden=3072,
-    act=t.gelu,
-    scaled=False,
-    logits=True,
-):
+    vocab: int = 50265,
+    context: int = 1024,
+    dim: int = 768,
+    encoder_heads: int = 12,
+    encoder_layers: int = 6,
+    encoder_hidden: int = 3072,
+    decoder_heads: int = 12,
+    decoder_layers: int = 6,
+    decoder_hidden: int = 3072,
+    act: t.Activation = t.gelu,
+    scaled: bool = False,
+    logits: bool = True,
+) -> dict[str, t.Tensor]:
     """BART: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
 
     lengths  [B], how many of each row's tokens are real; absent: all

@@ -5,6 +5,8 @@ One declaration with a head to choose: in the paper, too, tasks differ in no mor
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.layers import Activation
@@ -38,22 +40,22 @@ ARCHITECTURES = {
 
 @t.model
 def bert(
-    tokens: t.i64["B S"],
-    lengths: t.i64["B"] | None,
-    token_types: t.i64["B S"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
+    token_types: Annotated[t.Tensor, t.i64["B S"]] | None = None,
     *,
-    vocab=30522,
-    context=512,
-    types=2,
-    dim=768,
-    heads=12,
-    layers=12,
-    hidden=3072,
-    act=t.gelu,
-    eps=1e-12,
-    head=None,
-    labels=2,
-):
+    vocab: int = 30522,
+    context: int = 512,
+    types: int = 2,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    hidden: int = 3072,
+    act: t.Activation = t.gelu,
+    eps: float = 1e-12,
+    head: str | None = None,
+    labels: int = 2,
+) -> dict[str, t.Tensor] | t.Tensor:
     """BERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
 
     lengths      [B], how many tokens of each row are real; absent: all

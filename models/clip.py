@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
@@ -25,20 +25,20 @@ from treadle.models.vit import ACTIVATIONS, block, embed_patches, prepend, read_
 
 @t.model
 def clip_text(
-    tokens: t.i64["B S"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    vocab=49408,
-    context=77,
-    dim=512,
-    heads=8,
-    layers=12,
-    hidden=2048,
-    act=t.quick_gelu,
-    eps=1e-5,
-    end=None,
-    projection=None,
-):
+    vocab: int = 49408,
+    context: int = 77,
+    dim: int = 512,
+    heads: int = 8,
+    layers: int = 12,
+    hidden: int = 2048,
+    act: t.Activation = t.quick_gelu,
+    eps: float = 1e-5,
+    end: int | None = None,
+    projection: int | None = None,
+) -> dict[str, t.Tensor]:
     """CLIP's text encoder: hidden states [B, S, dim] of tokens [B, S], and that of each text's end.
 
     lengths     [B], how many tokens of each row are real; absent: all
@@ -61,20 +61,20 @@ def clip_text(
 
 @t.model
 def clip_vision(
-    pixels: t.f32["N channels height width"],
+    pixels: Annotated[t.Tensor, t.f32["N channels height width"]],
     *,
-    channels=3,
-    height=224,
-    width=224,
-    patch=32,
-    dim=768,
-    heads=12,
-    layers=12,
-    hidden=3072,
-    act=t.quick_gelu,
-    eps=1e-5,
-    projection=None,
-):
+    channels: int = 3,
+    height: int = 224,
+    width: int = 224,
+    patch: int = 32,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    hidden: int = 3072,
+    act: t.Activation = t.quick_gelu,
+    eps: float = 1e-5,
+    projection: int | None = None,
+) -> dict[str, t.Tensor]:
     """CLIP's image encoder, a ViT: hidden states [N, 1 + patches, dim] of images, and their class token's, normalized.
 
     projection  the width to which the class token's state is projected; None: it is answered as it is
@@ -99,17 +99,17 @@ def _project(outputs: dict[str, t.Tensor], name: str, width: int | None) -> dict
 
 @t.model
 def clip(
-    tokens: t.i64["B S"],
-    pixels: t.f32["N channels height width"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    pixels: Annotated[t.Tensor, t.f32["N channels height width"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    channels=3,
-    height=224,
-    width=224,
-    projection=512,
-    text=None,
-    vision=None,
-):
+    channels: int = 3,
+    height: int = 224,
+    width: int = 224,
+    projection: int = 512,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+) -> dict[str, t.Tensor]:
     """CLIP: how well each of B texts fits each of N images, [B, N] and [N, B], and the vectors that say so.
 
     projection  the width of the vectors
@@ -132,8 +132,7 @@ def clip(
 
 def _unit(x: t.Tensor) -> t.Tensor:
     """Vectors of length 1 in the direction of x [..., D]."""
-    unit: t.Tensor = x / t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True))
-    return unit
+    return x / t.sqrt(t.reduce_sum(x * x, axes=(-1,), keep=True))
 
 
 ARCHITECTURES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.ir.errors import FrontendError
@@ -30,20 +32,20 @@ ARCHITECTURES = {
 
 @t.model
 def distilbert(
-    tokens: t.i64["B S"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    vocab=30522,
-    context=512,
-    dim=768,
-    heads=12,
-    layers=6,
-    hidden=3072,
-    act=t.gelu,
-    eps=1e-12,
-    head=None,
-    labels=2,
-):
+    vocab: int = 30522,
+    context: int = 512,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 6,
+    hidden: int = 3072,
+    act: t.Activation = t.gelu,
+    eps: float = 1e-12,
+    head: str | None = None,
+    labels: int = 2,
+) -> dict[str, t.Tensor] | t.Tensor:
     """DistilBERT: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
 
     lengths  [B], how many tokens of each row are real; absent: all

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.models.family import (
@@ -20,17 +22,17 @@ ACTIVATIONS = {"gelu_new": t.gelu_tanh, "gelu_pytorch_tanh": t.gelu_tanh, "gelu"
 
 @t.model
 def gpt2(
-    tokens: t.i64["B S"],
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
     *,
-    vocab=50257,
-    context=1024,
-    dim=768,
-    heads=12,
-    layers=12,
-    hidden=None,
-    act=t.gelu_tanh,
-    eps=1e-5,
-):
+    vocab: int = 50257,
+    context: int = 1024,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    hidden: int | None = None,
+    act: t.Activation = t.gelu_tanh,
+    eps: float = 1e-5,
+) -> t.Tensor:
     """GPT-2: next-token logits [B, S, vocab] of tokens [B, S]."""
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens), context, dim, name="wpe")
     for _ in t.stack("h", layers):

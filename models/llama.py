@@ -7,7 +7,7 @@ Gemma's norms, scaled embeddings and gelu (Gemma team 2024). SmolLM is Llama by 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Table
@@ -36,29 +36,29 @@ ACTIVATIONS = {
 
 @t.model
 def llama(
-    tokens: t.i64["B S"],
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
     *,
-    vocab=32000,
-    dim=4096,
-    heads=32,
-    kv_heads=None,
-    head_dim=None,
-    layers=32,
-    hidden=11008,
-    act=t.silu,
-    eps=1e-6,
-    tied=False,
-    base=10000.0,
-    scaling=None,
-    rotary_dims=None,
-    layout="half",
-    window=None,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    scaled_embeddings=False,
-    norm_offset=0.0,
-):
+    vocab: int = 32000,
+    dim: int = 4096,
+    heads: int = 32,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    layers: int = 32,
+    hidden: int = 11008,
+    act: t.Activation = t.silu,
+    eps: float = 1e-6,
+    tied: bool = False,
+    base: float = 10000.0,
+    scaling: Scaling | None = None,
+    rotary_dims: int | None = None,
+    layout: str = "half",
+    window: int | None = None,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    mlp_bias: bool = False,
+    scaled_embeddings: bool = False,
+    norm_offset: float = 0.0,
+) -> dict[str, t.Tensor]:
     """Llama: next-token logits [B, S, vocab] of tokens [B, S].
 
     kv_heads           key/value heads that the query heads share; None: one each
@@ -77,7 +77,7 @@ def llama(
     frequencies = t.rotary_frequencies(
         rotary_dims or size, base=base, scaling=scaling, length=t.size_of(tokens, 1)
     )  # fmt: skip
-    attention = {
+    attention: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": size,
         "mask": None if window is None else t.window(window),

@@ -6,6 +6,8 @@ the cosines.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Table
 from treadle.models.bart import SHARED, name_blocks, read_sizes
@@ -15,22 +17,22 @@ from treadle.models.transformer import decode, encode
 
 @t.model
 def marian(
-    tokens: t.i64["B S"],
-    decoder_tokens: t.i64["B T"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    decoder_tokens: Annotated[t.Tensor, t.i64["B T"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    vocab=58101,
-    decoder_vocab=None,
-    dim=512,
-    encoder_heads=8,
-    encoder_layers=6,
-    encoder_hidden=2048,
-    decoder_heads=8,
-    decoder_layers=6,
-    decoder_hidden=2048,
-    act=t.silu,
-    scaled=True,
-):
+    vocab: int = 58101,
+    decoder_vocab: int | None = None,
+    dim: int = 512,
+    encoder_heads: int = 8,
+    encoder_layers: int = 6,
+    encoder_hidden: int = 2048,
+    decoder_heads: int = 8,
+    decoder_layers: int = 6,
+    decoder_hidden: int = 2048,
+    act: t.Activation = t.silu,
+    scaled: bool = True,
+) -> dict[str, t.Tensor]:
     """Marian: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
 
     lengths        [B], how many of each row's tokens are real; absent: all

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.models import bert as base
@@ -32,22 +34,22 @@ ARCHITECTURES = {
 
 @t.model
 def roberta(
-    tokens: t.i64["B S"],
-    lengths: t.i64["B"] | None,
-    token_types: t.i64["B S"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
+    token_types: Annotated[t.Tensor, t.i64["B S"]] | None = None,
     *,
-    vocab=50265,
-    context=512,
-    types=1,
-    dim=768,
-    heads=12,
-    layers=12,
-    hidden=3072,
-    act=t.gelu,
-    eps=1e-5,
-    head=None,
-    labels=2,
-):
+    vocab: int = 50265,
+    context: int = 512,
+    types: int = 1,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    hidden: int = 3072,
+    act: t.Activation = t.gelu,
+    eps: float = 1e-5,
+    head: str | None = None,
+    labels: int = 2,
+) -> dict[str, t.Tensor] | t.Tensor:
     """RoBERTa: hidden states [B, S, dim] of tokens [B, S], or what a head makes of them.
 
     Rows are padded at their ends. lengths, token_types and head are BERT's.

@@ -5,6 +5,8 @@ Also its version 1.1 and mT5 (Xue et al. 2021): a gated feed-forward network, an
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.models.family import (
@@ -28,27 +30,27 @@ FEED_FORWARD = {
 
 @t.model
 def t5_encoder(
-    tokens: t.i64["B S"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    vocab=32128,
-    dim=512,
-    heads=8,
-    head_dim=64,
-    hidden=2048,
-    layers=6,
-    buckets=32,
-    max_distance=128,
-    act=t.relu,
-    gated=False,
-    eps=1e-6,
-):
+    vocab: int = 32128,
+    dim: int = 512,
+    heads: int = 8,
+    head_dim: int = 64,
+    hidden: int = 2048,
+    layers: int = 6,
+    buckets: int = 32,
+    max_distance: int = 128,
+    act: t.Activation = t.relu,
+    gated: bool = False,
+    eps: float = 1e-6,
+) -> dict[str, t.Tensor]:
     """T5's encoder: hidden states [B, S, dim] of tokens [B, S].
 
     lengths  [B], how many tokens of each row are real; absent: all
     """
     mask = None if lengths is None else t.padding(lengths)
-    attention = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
+    attention: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
     feed_forward = t.gated_mlp if gated else t.mlp
     x = t.embed(tokens, vocab, dim, name="shared")
     with t.scope("encoder"):
@@ -64,24 +66,24 @@ def t5_encoder(
 
 @t.model
 def t5(
-    tokens: t.i64["B S"],
-    decoder_tokens: t.i64["B T"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    decoder_tokens: Annotated[t.Tensor, t.i64["B T"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    vocab=32128,
-    dim=512,
-    heads=8,
-    head_dim=64,
-    hidden=2048,
-    layers=6,
-    decoder_layers=6,
-    buckets=32,
-    max_distance=128,
-    act=t.relu,
-    gated=False,
-    eps=1e-6,
-    tied=True,
-):
+    vocab: int = 32128,
+    dim: int = 512,
+    heads: int = 8,
+    head_dim: int = 64,
+    hidden: int = 2048,
+    layers: int = 6,
+    decoder_layers: int = 6,
+    buckets: int = 32,
+    max_distance: int = 128,
+    act: t.Activation = t.relu,
+    gated: bool = False,
+    eps: float = 1e-6,
+    tied: bool = True,
+) -> dict[str, t.Tensor]:
     """T5: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
 
     lengths  [B], how many of each row's tokens are real; absent: all
@@ -92,7 +94,7 @@ def t5(
         buckets=buckets, max_distance=max_distance, act=act, gated=gated, eps=eps,
     )["hidden"]  # fmt: skip
     mask = None if lengths is None else t.padding(lengths)
-    attention = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
+    attention: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "scale": 1.0, "projection_bias": False}
     feed_forward = t.gated_mlp if gated else t.mlp
     x = t.embed(decoder_tokens, tied="shared")
     with t.scope("decoder"):

@@ -6,14 +6,17 @@ Marian have them too, and differ in what lies around.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Table
 from treadle.models.family import Config, Family, read_int, read_layers, require
 
 
-def encode(x: t.Tensor, layers: int, hidden: int, act: Any, mask: Any, **attention: Any) -> t.Tensor:
+def encode(
+    x: t.Tensor, layers: int, hidden: int, act: t.Activation, mask: t.Masks | None, **attention: Any
+) -> t.Tensor:
     """The left column: self-attention, then a feed-forward network, each added to its input and normalized."""
     for _ in t.stack("layer", layers):
         x = t.layer_norm(x + t.self_attention(x, mask=mask, name="attn", **attention), name="attn_norm")
@@ -21,7 +24,9 @@ def encode(x: t.Tensor, layers: int, hidden: int, act: Any, mask: Any, **attenti
     return x
 
 
-def decode(x: t.Tensor, memory: t.Tensor, layers: int, hidden: int, act: Any, mask: Any, **attention: Any) -> t.Tensor:
+def decode(
+    x: t.Tensor, memory: t.Tensor, layers: int, hidden: int, act: t.Activation, mask: t.Masks | None, **attention: Any
+) -> t.Tensor:
     """The right column: causal self-attention, attention to the encoder's output, then a feed-forward network."""
     for _ in t.stack("layer", layers):
         x = t.layer_norm(x + t.self_attention(x, causal=True, name="attn", **attention), name="attn_norm")
@@ -32,16 +37,16 @@ def decode(x: t.Tensor, memory: t.Tensor, layers: int, hidden: int, act: Any, ma
 
 @t.model
 def transformer(
-    tokens: t.i64["B S"],
-    decoder_tokens: t.i64["B T"],
-    lengths: t.i64["B"] | None,
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    decoder_tokens: Annotated[t.Tensor, t.i64["B T"]],
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None,
     *,
-    vocab=37000,
-    dim=512,
-    heads=8,
-    layers=6,
-    hidden=2048,
-):
+    vocab: int = 37000,
+    dim: int = 512,
+    heads: int = 8,
+    layers: int = 6,
+    hidden: int = 2048,
+) -> dict[str, t.Tensor]:
     """The Transformer: next-token logits [B, T, vocab] of decoder_tokens [B, T], after tokens [B, S].
 
     One table embeds both sequences and makes the logits (3.4). The projections of attention have no biases (3.2.2),
@@ -50,10 +55,10 @@ def transformer(
     lengths  [B], how many of each row's tokens are real; absent: all
     """
     mask = None if lengths is None else t.padding(lengths)
-    attention = {"heads": heads, "projection_bias": False}
+    attention: dict[str, Any] = {"heads": heads, "projection_bias": False}
 
     def place(x: t.Tensor, ids: t.Tensor) -> t.Tensor:
-        return x * dim**0.5 + t.sinusoidal_positions(t.positions(ids), dim)
+        return x * math.sqrt(dim) + t.sinusoidal_positions(t.positions(ids), dim)
 
     x = place(t.embed(tokens, vocab, dim, name="shared"), tokens)
     y = place(t.embed(decoder_tokens, tied="shared"), decoder_tokens)

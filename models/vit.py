@@ -4,6 +4,8 @@ teacher (Touvron et al. 2021).
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.layers import Activation
@@ -44,22 +46,22 @@ ARCHITECTURES = {
 
 @t.model
 def vit(
-    pixels: t.f32["B channels height width"],
+    pixels: Annotated[t.Tensor, t.f32["B channels height width"]],
     *,
-    channels=3,
-    height=224,
-    width=224,
-    patch=16,
-    dim=768,
-    heads=12,
-    layers=12,
-    hidden=3072,
-    act=t.gelu,
-    eps=1e-12,
-    distilled=False,
-    head=None,
-    labels=1000,
-):
+    channels: int = 3,
+    height: int = 224,
+    width: int = 224,
+    patch: int = 16,
+    dim: int = 768,
+    heads: int = 12,
+    layers: int = 12,
+    hidden: int = 3072,
+    act: t.Activation = t.gelu,
+    eps: float = 1e-12,
+    distilled: bool = False,
+    head: str | None = None,
+    labels: int = 1000,
+) -> dict[str, t.Tensor] | t.Tensor:
     """ViT: hidden states [B, 1 + patches, dim] of images [B, channels, height, width], or what a head makes of them.
 
     distilled  whether a distillation token follows the class token, as in DeiT
@@ -98,15 +100,13 @@ def embed_patches(pixels: t.Tensor, dim: int, patch: int, *, bias: bool = True) 
     Each patch, flattened, is projected by one matrix: a convolution whose windows do not overlap.
     """
     x = t.convolution(pixels, dim, (patch, patch), strides=(patch, patch), bias=bias, name="patch")
-    projected: t.Tensor = t.rearrange(x, pattern="b d h w -> b (h w) d")
-    return projected
+    return t.rearrange(x, pattern="b d h w -> b (h w) d")
 
 
 def prepend(x: t.Tensor, *learned: t.Tensor) -> t.Tensor:
     """Learned tokens, [D] or [1, 1, D] each, before every sequence [B, N, D]."""
     batch, _, dim = x.shape
-    longer: t.Tensor = t.concat(*(t.expand(token, shape=(batch, 1, dim)) for token in learned), x, axis=1)
-    return longer
+    return t.concat(*(t.expand(token, shape=(batch, 1, dim)) for token in learned), x, axis=1)
 
 
 def block(x: t.Tensor, heads: int, hidden: int, *, mask: Masks | None = None, act: Activation, eps: float) -> t.Tensor:

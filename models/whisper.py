@@ -6,6 +6,8 @@ with learned positions that attends to it. Norms come before each part, and afte
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Source, Table
 from treadle.frontends.contained_files import printable
@@ -20,15 +22,15 @@ MELS = 80
 
 @t.model
 def whisper_encoder(
-    mel: t.f32["B 80 F"],
+    mel: Annotated[t.Tensor, t.f32["B 80 F"]],
     *,
-    context=1500,
-    dim=384,
-    heads=6,
-    layers=4,
-    hidden=1536,
-    act=t.gelu,
-):
+    context: int = 1500,
+    dim: int = 384,
+    heads: int = 6,
+    layers: int = 4,
+    hidden: int = 1536,
+    act: t.Activation = t.gelu,
+) -> dict[str, t.Tensor]:
     """Whisper's encoder: hidden states [B, (F - 1)//2 + 1, dim] of a log-mel spectrogram mel [B, 80, F].
 
     Frames are 10 ms apart, up to 2 * context of them; OpenAI's models were trained on 30 s, silence included.
@@ -49,21 +51,21 @@ def whisper_encoder(
 
 @t.model
 def whisper(
-    mel: t.f32["B 80 F"],
-    decoder_tokens: t.i64["B T"],
+    mel: Annotated[t.Tensor, t.f32["B 80 F"]],
+    decoder_tokens: Annotated[t.Tensor, t.i64["B T"]],
     *,
-    vocab=51864,
-    context=1500,
-    decoder_context=448,
-    dim=384,
-    heads=6,
-    layers=4,
-    hidden=1536,
-    decoder_heads=6,
-    decoder_layers=4,
-    decoder_hidden=1536,
-    act=t.gelu,
-):
+    vocab: int = 51864,
+    context: int = 1500,
+    decoder_context: int = 448,
+    dim: int = 384,
+    heads: int = 6,
+    layers: int = 4,
+    hidden: int = 1536,
+    decoder_heads: int = 6,
+    decoder_layers: int = 4,
+    decoder_hidden: int = 1536,
+    act: t.Activation = t.gelu,
+) -> dict[str, t.Tensor]:
     """Whisper: next-token logits [B, T, vocab] of decoder_tokens [B, T], after a log-mel spectrogram mel [B, 80, F]."""
     memory = whisper_encoder(
         mel, context=context, dim=dim, heads=heads, layers=layers, hidden=hidden, act=act

@@ -99,7 +99,11 @@ def test_the_page_of_the_language_has_all_its_words() -> None:
     page = (ROOT / "docs/dsl.md").read_text(encoding="utf-8")
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", re.sub(_BLOCK, "", page)))))
     ours = {name for name, op in OPS.items() if op.__module__.startswith("treadle.ir.")}  # tests register some, too
-    known = {*dir(language)} & {*vars(language), *ours} - inside - {"Factor", "Model", "trace"}  # for those who extend it
+    known = {*dir(language)} & {*vars(language), *ours} - inside - {
+        "Factor",
+        "Model",
+        "trace",
+    }  # for those who extend it
     assert sorted(known - words) == []
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from typing import Annotated
 
 import numpy as np
 from rich.console import Console
@@ -36,7 +37,7 @@ SENTENCES = (
 
 
 @t.model
-def feed_forward(x: t.f32["B S 64"], *, hidden=256, eps=1e-5):  # type: ignore[no-untyped-def, valid-type]  # noqa: F722
+def feed_forward(x: Annotated[t.Tensor, t.f32["B S 64"]], *, hidden: int = 256, eps: float = 1e-5) -> t.Tensor:
     """A transformer's feed-forward part in plain arithmetic, as a paper's equations have it."""
     centred = x - t.reduce_mean(x, axes=(2,), keep=True)
     variance = t.reduce_mean(centred**2, axes=(2,), keep=True)

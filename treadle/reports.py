@@ -283,7 +283,7 @@ def zoo_facts() -> Facts:
 
 
 def _config_text(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float | str) else f"t.{value}"
+    return value if value is None or isinstance(value, bool | int | float | str) else f"t.{value.__name__}"
 
 
 def zoo_tables(facts: Facts) -> Iterable[Table]:
