@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import linecache
 import re
 from collections.abc import Iterable
 
+from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.errors import FrontendError
 from treadle.ir.source_lines import user_line
 
@@ -30,21 +32,28 @@ def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
 def call_hint(error: BaseException) -> str | None:
     """What to try after a TypeError of a layer's call: the nearest option, and how the layer is called.
 
-    None where the error is no such TypeError.
+    None where the error is no such TypeError, or is of a function of the user's own that has a layer's name.
     """
     import treadle.frontends.layers as layers
 
     match = _CALL.match(str(error)) if isinstance(error, TypeError) else None
     layer = getattr(layers, match[1], None) if match else None
-    if match is None or not inspect.isfunction(layer):
+    if match is None or not inspect.isfunction(layer) or _called(match[1], error) not in (None, layer):
         return None
-    parameters = inspect.signature(layer).parameters.values()
-    options = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    spelled = ", ".join(p.name if p.default is p.empty else f"{p.name}={_shown(p.default)}" for p in parameters)
+    signature = inspect.signature(layer)
     wanted = re.search(r"'(\w+)'", match[3]) if match[2].startswith("got") else None
-    near = difflib.get_close_matches(wanted[1], options, n=1, cutoff=0.4) if wanted else []
-    return (f"did you mean {near[0]}=? " if near else "") + f"t.{match[1]}({spelled})"
+    near = nearest_option(wanted[1], signature) if wanted else None
+    return (f"did you mean {near}=? " if near else "") + f"t.{spelled_call(match[1], signature)}"
 
 
-def _shown(default: object) -> str:
-    return default.__name__ if inspect.isfunction(default) else repr(default)
+def _called(name: str, error: BaseException) -> object:
+    """What a bare name stands for on the line that raised an error; None where it stands for nothing, or is not bare
+    there: `t.mlp(`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or re.search(
+        rf"\.{name}\(", linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+    ):
+        return None
+    return trace.tb_frame.f_locals.get(name, trace.tb_frame.f_globals.get(name))

@@ -12,16 +12,18 @@ Every op is a method of the builder under its own name: operands by position, at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
+from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
 from treadle.ir.op_methods import OpMethods
+from treadle.ir.op_signatures import op_signature
 from treadle.ir.operation import OPS, Op, find_op
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.source_lines import user_line
@@ -113,11 +115,10 @@ class Builder(OpMethods):
             elif len(values) != cls.arity[1]:
                 values = cls.arrange(values)
         except TypeError as error:
-            known = ", ".join(cls.__dataclass_fields__) or "none"  # type: ignore[attr-defined]
             raise GraphError(
                 f"{cls.name} {str(error).rpartition('.__init__() ')[2]}",
                 source=self.place(),
-                hint=f"attributes of {cls.name}: {known}",
+                hint=_call_hint(cls, attributes),
             ) from None
         except TreadleError as error:
             error.source = error.source or self.place()
@@ -191,6 +192,17 @@ class _Scoped:
 
     def __exit__(self, *_: object) -> None:
         self.builder.scope, self.builder.source = self.outer
+
+
+def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
+    """How an op is called, after it was called with other attributes."""
+    signature = op_signature(cls)
+    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    unknown = next((name for name in given if name not in known), None)
+    near = nearest_option(unknown, signature) if unknown else None
+    return (f"did you mean {near}=? " if near else "") + (
+        f"{spelled_call(cls.name, signature)}\nattributes of {cls.name}: {', '.join(known) or 'none'}"
+    )
 
 
 def describe_source(source: Source | None, scope: str) -> str | None:
@@ -347,7 +359,7 @@ class Expr:
             "a traced value has no truth value: a graph has no data-dependent branches",
             received=str(self.type),
             source=describe_source(user_line(), self.builder.scope),
-            hint="where(condition, a, b) chooses element by element",
+            hint="t.where(condition, a, b) chooses element by element",
         )
 
     def _no_item(self, index: Any) -> NoReturn:
@@ -355,7 +367,7 @@ class Expr:
             "a traced value has no [ ]: its axes are cut and looked up by ops",
             received=str(self.type),
             source=describe_source(user_line(), self.builder.scope),
-            hint="slice(x, axis=1, start=0, stop=4) for a part of an axis, gather(x, 0, axis=1) for one place on it",
+            hint="t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one place",
         )
 
     def _no_method(self, name: str) -> NoReturn:

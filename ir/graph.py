@@ -336,6 +336,13 @@ class Graph:
     def __repr__(self) -> str:
         return f"<graph {self.name}: {sum(len(f.nodes) for f in self.functions.values())} nodes>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the graph as text."""
+        from treadle.ir.notebook_html import html_code
+        from treadle.ir.printer import print_graph
+
+        return html_code(repr(self)[1:-1], print_graph(self), open=True)
+
     def to_networkx(self, function: str = "main") -> networkx.MultiDiGraph:
         """One function as a networkx graph: a vertex per argument, constant and node; an edge per use of a value.
 

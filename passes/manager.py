@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from treadle.ir.clone import clone_graph
 from treadle.ir.collection import collection_paused
@@ -85,7 +85,7 @@ class Optimized:
 
     source: Graph
     graph: Graph
-    log: PassLog
+    log: PassLog = field(repr=False)  # which shows as a table
 
     def after(self, name: str) -> Graph:
         """The graph as the (last) pass of that name left it. Raises UsageError for a pass that was not run."""

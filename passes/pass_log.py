@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.notebook_html import html_code, html_table
 from treadle.ir.target import Target
 from treadle.passes.certificates import Certificate, Counterexample, certify
 from treadle.passes.regions import Claim
@@ -98,6 +99,11 @@ class PassRecord:
             self.certificates.append(found)
         return found if isinstance(found, Counterexample) else None
 
+    def __repr__(self) -> str:
+        counts = [(len(self.matches), "matches"), (len(self.refusals), "refused"), (len(self.near_misses), "nearly")]
+        told = "".join(f", {count} {what}" for count, what in counts if count)
+        return f"<pass {self.summary.removeprefix('after ')}{told}>"
+
     @property
     def changed(self) -> bool:
         return self.changes > 0 or self.before != self.after
@@ -150,15 +156,18 @@ class PassLog(Sequence[PassRecord]):
 
     def table(self, *, times: bool = True) -> str:
         """One line a pass: its name, op counts, what it matched, how often it refused or nearly matched."""
-        rows = [("pass", "ops", "change", "refused", "nearly", "ms")]
+        rows = self._rows(times)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def _rows(self, times: bool) -> list[tuple[str, ...]]:
+        """The table's cells, its head first."""
+        rows: list[tuple[str, ...]] = [("pass", "ops", "change", "refused", "nearly", "ms")]
         for r in self._records:
             ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else f"{r.after.total()}"
             refused, nearly = (str(len(events) or "") for events in (r.refusals, r.near_misses))
             rows.append((r.name, ops, _signed(r.op_changes), refused, nearly, f"{r.seconds * 1e3:.1f}"))
-        if not times:
-            rows = [row[:-1] for row in rows]  # type: ignore[misc]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return rows if times else [row[:-1] for row in rows]
 
     def explain(self) -> str:
         """Every refusal, near miss and note, a line each, under the name of its pass."""
@@ -173,8 +182,14 @@ class PassLog(Sequence[PassRecord]):
         """Every certificate, a line each, under the name of its pass."""
         return "\n".join("\n".join([r.name, *(f"  {c}" for c in r.certificates)]) for r in self if r.certificates)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and below it what `explain` says."""
+        head, *rows = self._rows(True)
+        told = self.explain()
+        return html_table(head, rows) + (html_code("refused, nearly matched, noted", told) if told else "")
 
 
 def count_ops(graph: Graph) -> Counter[str]:

@@ -20,27 +20,39 @@ from treadle.passes.fuse_softmax import FuseSoftmax
 from treadle.passes.manager import Pass
 from treadle.passes.merge_projections import MergeProjections
 
-DEFAULT: tuple[Pass, ...] = (
-    # one spelling for everything, no work done twice, and none that nobody reads, which would keep others from fusing
-    FoldConstants(),
-    Canonicalize(),
-    CommonSubexpressions(),
-    DeadCode(),
-    # spelled-out functions as the ops that they are
-    FuseNormalization(),
-    FuseSoftmax(),
-    FuseRotary(),
-    FuseAttention(),
-    FuseGelu(),
-    FuseLinear(),
-    FoldScale(),
-    FuseGatedLinear(),
-    FuseActivatedLinear(),
-    FuseEmbeddingSum(),
-    FuseResidualNorm(),
-    MergeProjections(),
-    # what is left over
-    CommonSubexpressions(),
-    DeadCode(),
+
+class Pipeline(tuple[Pass, ...]):
+    """A flat list of passes that shows, as a default in a signature for one, how many there are."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<pipeline of {len(self)} passes>"
+
+
+DEFAULT = Pipeline(
+    (
+        # one spelling for everything, no work done twice, and none that nobody reads: it would keep others from fusing
+        FoldConstants(),
+        Canonicalize(),
+        CommonSubexpressions(),
+        DeadCode(),
+        # spelled-out functions as the ops that they are
+        FuseNormalization(),
+        FuseSoftmax(),
+        FuseRotary(),
+        FuseAttention(),
+        FuseGelu(),
+        FuseLinear(),
+        FoldScale(),
+        FuseGatedLinear(),
+        FuseActivatedLinear(),
+        FuseEmbeddingSum(),
+        FuseResidualNorm(),
+        MergeProjections(),
+        # what is left over
+        CommonSubexpressions(),
+        DeadCode(),
+    )
 )
 """For every graph and every backend."""

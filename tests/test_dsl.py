@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import pytest
 
 import treadle.frontends.language as t
+import treadle.frontends.layers as layers
 from treadle.compiling import initial_weights
 from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
 from treadle.ir.graph import Init
@@ -102,6 +103,58 @@ def test_inputs_need_types(function: Callable[..., Any]) -> None:
             use()
         assert caught.value.what == f"input {name} of model {function.__name__} needs a type"
         assert caught.value.source == f"{FILE}:{inspect.getsourcelines(function)[1]}, model {function.__name__}"
+
+
+Vectors = Annotated[t.Tensor, t.f32["B 4"]]
+
+
+@t.model
+def annotated(
+    x: Vectors,
+    y: Vectors | None = None,
+    z: Optional[Annotated[t.Tensor, "no type", t.i64["B"]]] = None,  # noqa: UP045
+    w: Annotated[t.Tensor | None, t.i64["B"]] = None,
+    *,
+    factor: float = 2.0,
+) -> t.Tensor:
+    """Types as checkers read them."""
+    return x * factor if y is None else x + y
+
+
+def test_types_that_checkers_read() -> None:
+    assert [(i.name, str(i.type), i.optional) for i in annotated.declared_inputs] == [
+        ("x", "f32[B, 4]", False),
+        ("y", "f32[B, 4]", True),
+        ("z", "i64[B]", True),
+        ("w", "i64[B]", True),
+    ]
+    assert annotated.defaults == {"factor": 2.0}
+    assert [n.op.name for n in annotated.graph().main.nodes] == ["mul"]
+    assert [n.op.name for n in annotated.configure(inputs=["y"]).graph().main.nodes] == ["add"]
+
+
+def test_a_model_has_its_functions_signature() -> None:
+    assert str(inspect.signature(annotated)).endswith("*, factor: 'float' = 2.0) -> 't.Tensor'")
+    assert inspect.getdoc(annotated) == "Types as checkers read them."
+    assert (annotated.__name__, annotated.__module__) == ("annotated", __name__)
+    assert repr(annotated.configure(factor=t.gelu)) == "<model annotated(factor=gelu)>"
+
+
+def test_inputs_of_a_model_inside_another_go_by_name() -> None:
+    @t.model
+    def outer(x: Vectors):
+        return annotated(annotated(x=x), y=x, factor=3.0)
+
+    assert [n.op.name for n in outer.graph().main.nodes] == ["mul", "add"]
+
+
+def test_an_input_has_no_default() -> None:
+    def model(x: Vectors = 3):
+        return x
+
+    with pytest.raises(FrontendError, match="input x of model model has a default") as caught:
+        t.model(model).graph()
+    assert caught.value.received == "3"
 
 
 def test_a_type_that_python_cannot_read() -> None:
@@ -259,6 +312,18 @@ def declared_twice(x: t.f32["B 4"]):
     return t.linear(x, 4, name="f")
 
 
+def misspelt_option(x: t.f32["B S 8"]):
+    return t.self_attention(x, 4, casual=True)
+
+
+def misspelt_attribute(x: t.f32["B 4"]):
+    return t.softmax(x, axs=-1)
+
+
+def missing_argument(x: t.f32["B 4"]):
+    return t.linear(x, name="f")
+
+
 def nothing_to_share(x: t.f32["B 4"]):
     return x * t.parameter("word.weight", 4) + t.shared_parameter("wrd.weight")
 
@@ -297,6 +362,9 @@ MISTAKES: list[tuple[Callable[..., Any], str, type[TreadleError], str]] = [
     (ragged, "return", GraphError, "a constant cannot be made of this"),
     (strange_start, "return", FrontendError, "parameter w: unknown initial value 'xavier'"),
     (declared_twice, "return", FrontendError, "parameter f.weight is declared twice"),
+    (misspelt_option, "return", FrontendError, "did you mean causal=? t.self_attention(x, heads, causal=False,"),
+    (misspelt_attribute, "return", GraphError, "did you mean axis=? softmax(x, axis=-1, name=None)"),
+    (missing_argument, "return", FrontendError, "t.linear(x, out, bias=True, name)"),
     (nothing_to_share, "return", FrontendError, "did you mean word.weight?"),
     (bound_of_nothing, "t.bound", FrontendError, "no input has an axis 'S'"),
     (bound_too_tight, "upper=4", GraphError, "no size is left for B"),
@@ -315,6 +383,30 @@ def test_mistakes_name_their_line(function: Callable[..., Any], text: str, kind:
     assert caught.value.source.split(",")[0] == at(function, text)
 
 
+LAYERS = {
+    name: word for name, word in vars(layers).items() if inspect.isfunction(word) and word.__module__ == layers.__name__
+}
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("_")])
+def test_a_misspelt_option_of_a_layer(name: str) -> None:
+    """Each option of each layer, with its second letter left out: the error names it, the layer and the line."""
+    signature = inspect.signature(LAYERS[name])
+    required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name != "name"]
+    for option in (p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY):
+        wrong = option[0] + option[2:]
+
+        @t.model
+        def model(x: t.f32["B 4"]):
+            return LAYERS[name](*[x] * len(required), **{wrong: None})  # noqa: B023  (called at once)
+
+        with pytest.raises(FrontendError) as caught:
+            model.graph()
+        assert f"{name}() got an unexpected keyword argument '{wrong}'" in caught.value.what
+        assert caught.value.hint is not None
+        assert caught.value.hint.startswith(f"did you mean {option}=? t.{name}(")
+
+
 def test_a_mistake_in_the_users_helper_is_told_there() -> None:
     def helper(x: t.Tensor) -> t.Tensor:
         return x + t.parameter("w", 5)
@@ -329,6 +421,36 @@ def test_a_mistake_in_the_users_helper_is_told_there() -> None:
     with pytest.raises(RuleError) as caught:
         model.graph()
     assert caught.value.source == f"{at(helper, 'return')}, scope h.0.inner"
+
+
+def test_a_function_of_the_users_is_not_taken_for_a_layer() -> None:
+    def mlp(x: t.Tensor) -> t.Tensor:
+        return x
+
+    mlp.__qualname__ = "mlp"  # as at the top of a file
+
+    @t.model
+    def model(x: t.f32["B 4"]):
+        return mlp(x, hiden=3)
+
+    with pytest.raises(FrontendError, match=r"mlp\(\) got an unexpected keyword argument 'hiden'") as own:
+        model.graph()
+    assert own.value.hint is None
+
+    @t.model
+    def other(x: t.f32["B 4"]):
+        return t.mlp(x, hiden=3)
+
+    with pytest.raises(FrontendError) as layer:
+        other.graph()
+    assert str(layer.value.hint).startswith("did you mean hidden=? t.mlp(x, hidden, ")
+
+
+def test_a_parameter_declared_twice_names_both_lines() -> None:
+    with pytest.raises(FrontendError) as caught:
+        t.model(declared_twice).graph()
+    first, now = at(declared_twice, "x = t.linear"), at(declared_twice, "return")
+    assert caught.value.received == f"first at {first}, now at {now}"
 
 
 def test_a_failed_trace_leaves_nothing_behind() -> None:

@@ -3,13 +3,13 @@
     import treadle as t
 
     @t.model
-    def tiny(tokens: t.i64["B S"], *, vocab=1000, dim=64): ...
+    def tiny(tokens: Annotated[t.Tensor, t.i64["B S"]], *, vocab: int = 1000, dim: int = 64) -> t.Tensor: ...
 
     exe = t.compile(tiny, backend="numpy")
     exe(tokens=ids)
 
 The DSL's vocabulary lives here (see `treadle.frontends.language`), and so do `compile`, `fetch_model`, `from_torch`,
-`Graph`, `Target` and the errors; those are imported when they are first used.
+`Graph` and `Target`, which are imported when they are first used, and the errors, all of them `TreadleError`.
 """
 
 from importlib import import_module as _import_module
@@ -27,6 +27,17 @@ if (_checkout / "pyproject.toml").is_file():
 
 from treadle.frontends import language as _language  # noqa: E402
 from treadle.frontends.language import *  # noqa: E402, F403
+from treadle.ir.errors import BackendError as BackendError  # noqa: E402
+from treadle.ir.errors import CheckpointError as CheckpointError  # noqa: E402
+from treadle.ir.errors import FrontendError as FrontendError  # noqa: E402
+from treadle.ir.errors import GraphError as GraphError  # noqa: E402
+from treadle.ir.errors import ParseError as ParseError  # noqa: E402
+from treadle.ir.errors import PassError as PassError  # noqa: E402
+from treadle.ir.errors import RuleError as RuleError  # noqa: E402
+from treadle.ir.errors import SizeError as SizeError  # noqa: E402
+from treadle.ir.errors import TreadleError as TreadleError  # noqa: E402
+from treadle.ir.errors import UsageError as UsageError  # noqa: E402
+from treadle.ir.errors import VerifyError as VerifyError  # noqa: E402
 
 if TYPE_CHECKING:
     from treadle.artifacts import load as load
@@ -35,7 +46,6 @@ if TYPE_CHECKING:
     from treadle.compiling import compile as compile
     from treadle.fetch import fetch_model as fetch_model
     from treadle.frontends.torch_export.importer import from_torch as from_torch
-    from treadle.ir.errors import TreadleError as TreadleError
     from treadle.ir.following import follow as follow
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
@@ -46,7 +56,6 @@ _LAZY = {
     "Graph": "treadle.ir.graph",
     "Specializing": "treadle.specializing",
     "Target": "treadle.ir.target",
-    "TreadleError": "treadle.ir.errors",
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.following",

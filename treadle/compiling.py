@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from treadle.frontends.dsl import Model
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Init
+from treadle.ir.notebook_html import html_code, html_table, html_title
+from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
 from treadle.passes.manager import Optimized, Pass, PassManager, debug_level
 from treadle.passes.pass_log import PassLog, PassRecord
@@ -111,6 +113,45 @@ class Compiled:
         gives = ", ".join(str(p) for p in self.outputs)
         return f"<compiled {self.name} on {self.backend}: ({takes}) -> ({gives})>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what it takes and gives, and, to open, the graph, what passes did, and the code that runs."""
+        log = self.log.table() + "\n\n" + self.log.explain()
+        return "".join(
+            [
+                html_title(repr(self)[1:-1]),
+                self._html_ports(),
+                html_code(f"graph, {sum(len(f.nodes) for f in self.graph.functions.values())} ops", str(self.graph)),
+                html_code(f"log, {len(self.log)} passes", log.strip()),
+                html_code("source", self.source),
+            ]
+        )
+
+    def _html_ports(self) -> str:
+        rows = [("input", p) for p in self.inputs] + [("output", p) for p in self.outputs]
+        return html_table(
+            ("", "name", "dtype", "axes"), [(kind, p.name, str(p.dtype), ", ".join(p.axes)) for kind, p in rows]
+        )
+
+    # It is not changed once it is made, and holds what cannot be copied: the code that runs, mapped files.
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raises UsageError: it holds code and mapped files, which pickle does not take."""
+        raise UsageError(
+            "a compiled model cannot be pickled",
+            received=repr(self),
+            source=str(user_line() or "") or None,
+            hint=f'{self._to_save("model.treadle")}, and treadle.load("model.treadle") in the other process',
+        )
+
+    def _to_save(self, path: str) -> str:
+        return f'exe.save("{path}")'
+
 
 def compile(
     model: Model | Graph | TorchModel | str | Path,
@@ -124,18 +165,30 @@ def compile(
     certify: bool | None = None,
     **config: Any,
 ) -> Compiled:
-    """Compile a model for a backend and a target.
+    """Compile a model for a backend and a target; what it gives is called with arrays by name.
 
-    model    a declaration, a graph, a module that `from_torch` imported, or a name: see `treadle.resolving`
-    weights  arrays by parameter name, in place of the checkpoint's; without either, initial values drawn from `seed`
-    passes   the pipeline, a flat list
+        exe = t.compile(tiny_gpt, backend="tvm", layers=6)
+        logits = exe(tokens=np.array([[11, 7, 42]]))["logits"]
+
+    model    a declaration, a graph, a module that `from_torch` imported, or a name: a folder with a checkpoint, an
+             ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
+    backend  "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
+    target   what to compile for: "cpu"
+    weights  arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; without either,
+             initial values drawn from `seed`
+    passes   the pipeline, a flat list; []: the graph as it is declared
     inputs   optional inputs of the declaration to include, such as ("lengths",)
+    seed     an integer, 0 or more
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
     config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 
     An ONNX file with an input that determines shapes, and of which config has no value, is compiled when it is called,
-    for each value: `treadle.specializing`. Raises the error of the part that refuses: UsageError, FrontendError,
-    CheckpointError, PassError, BackendError.
+    for each value: `treadle.specializing`.
+
+    Raises UsageError for an argument that names nothing, FrontendError for a model that cannot be read or traced,
+    CheckpointError for a damaged file or one that does not fit, PassError for a pass that fails, BackendError for a
+    backend that is not available or refuses the graph. All are TreadleError, and so are those of a model's own lines
+    (GraphError, RuleError, SizeError).
     """
     where = target if isinstance(target, Target) else Target(target)
     manager = PassManager(checked_passes(passes), certify=certify, target=where)

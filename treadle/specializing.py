@@ -33,6 +33,7 @@ from treadle.frontends.contained_files import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.interpreter import solve_sizes
+from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.target import Target
 from treadle.passes.manager import Optimized
 from treadle.passes.pass_log import PassLog
@@ -133,6 +134,19 @@ class Specializing(Compiled):
     def __repr__(self) -> str:
         takes = ", ".join(map(str, self.inputs))
         return f"<compiled {self.name} on {self.backend}, for each {', '.join(self.static)}: ({takes})>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it takes, and what is kept."""
+        rows = [("input", p.name, str(p.dtype), ", ".join(p.axes)) for p in self.inputs]
+        kept = "\n".join(
+            f"{', '.join(f'{name} = {value.tolist()}' for name, value in each.static.items())}: {each.compiled!r}"
+            for each in self.specializations
+        )
+        ports = html_table(("", "name", "dtype", "axes"), rows)
+        return html_title(repr(self)[1:-1]) + ports + (html_code("specializations", kept) if kept else "")
+
+    def _to_save(self, path: str) -> str:
+        return f'exe.at({_assigned(self.static)}).save("{path}")'
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__

@@ -1,0 +1,113 @@
+"""What type checkers and linters say of a model: nothing of the README's, and the mistakes of one that has some."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MISTAKEN = """\
+from typing import Annotated
+
+import treadle as t
+
+Tokens = Annotated[t.Tensor, t.i64["B S"]]
+
+
+@t.model
+def inner(tokens: Tokens, lengths: Annotated[t.Tensor, t.i64["B"]] | None = None, *, dim: int = 8) -> t.Tensor:
+    return t.embed(tokens, 10, dim, name="e")
+
+
+@t.model
+def outer(tokens: Tokens, *, dim: int = 8) -> t.Tensor:
+    x = inner(tokens, dim=dim)
+    y, z = t.top_k(t.softmax(x, axis=-1) @ x, k=2)
+    t.layer_norm(2.0 * y + z.cast(t.f32), name="n").shape
+    t.self_attention(x, 4, causal=True)
+    inner()  # wrong
+    inner(tokens, dim="8")  # wrong
+    inner(tokens, width=8)  # wrong
+    t.sofmax(x)  # wrong
+    t.softmax(x, axes=1)  # wrong
+    t.softmax("x")  # wrong
+    t.self_attention(x, 4, casual=True)  # wrong
+    x.mean()  # wrong
+    x[0]  # wrong
+    return t.ops.layer_norm(x, eps=1e-6)
+
+
+outer.configure(dim=4)
+t.compile(outer, dim=4)(tokens=[[1]])
+t.compile(outer, sed=4, seed="4")  # wrong
+t.UsageError, t.BackendError
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with the README's model, one with mistakes, and the package as type checkers can follow it."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
+    (tmp_path / "readme.py").write_text("\n\n".join(blocks), encoding="utf-8")
+    (tmp_path / "mistaken.py").write_text(MISTAKEN, encoding="utf-8")
+    package = tmp_path / "packages" / "treadle"
+    package.mkdir(parents=True)
+    layers = [ROOT / name for name in ("backends", "frontends", "ir", "models", "passes", "runtime")]
+    for path in [*(ROOT / "treadle").iterdir(), *layers]:
+        (package / path.name).symlink_to(path)
+    return tmp_path
+
+
+def _run(folder: Path, *command: str) -> str:
+    environment = os.environ | {"MYPYPATH": str(folder / "packages")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False).stdout
+
+
+def _wrong_lines() -> set[int]:
+    return {i for i, line in enumerate(MISTAKEN.splitlines(), 1) if line.endswith("# wrong")}
+
+
+def test_mypy(workplace: Path) -> None:
+    pytest.importorskip("mypy")
+    (workplace / "mypy.ini").write_text(
+        "[mypy]\n"
+        "strict = true\n"
+        f"cache_dir = {ROOT / '.mypy_cache' / 'models'}\n"
+        "[mypy-treadle.*]\nfollow_imports = silent\n"
+        "[mypy-torch.*,tvm.*,networkx.*,onnx.*,rich.*,typer.*,tokenizers.*]\n"
+        "follow_imports = skip\nignore_missing_imports = true\n"
+    )
+    said = _run(workplace, sys.executable, "-m", "mypy", "--no-error-summary", "readme.py", "mistaken.py")
+    found = [re.match(r"(.*?\.py):(\d+): error", line) for line in said.splitlines() if " error: " in line]
+    places = {(m[1], int(m[2])) for m in found if m}
+    assert places == {("mistaken.py", line) for line in _wrong_lines()}, said
+
+
+def test_pyright(workplace: Path) -> None:
+    if importlib.util.find_spec("basedpyright"):
+        command = [sys.executable, "-m", "basedpyright"]
+    elif shutil.which("basedpyright"):
+        command = ["basedpyright"]
+    else:
+        pytest.skip("needs basedpyright")
+    settings = {"typeCheckingMode": "standard", "extraPaths": ["packages"], "include": ["*.py"]}
+    (workplace / "pyrightconfig.json").write_text(json.dumps(settings))
+    said = _run(workplace, *command, "--pythonpath", sys.executable, "--outputjson")
+    found = [d for d in json.loads(said)["generalDiagnostics"] if d["severity"] == "error"]
+    places = {(Path(d["file"]).name, d["range"]["start"]["line"] + 1) for d in found}
+    assert places == {("mistaken.py", line) for line in _wrong_lines()}, found
+
+
+def test_ruff(workplace: Path) -> None:
+    pytest.importorskip("ruff")
+    said = _run(workplace, sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "readme.py")
+    assert said.strip() == "All checks passed!"
