@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -197,7 +198,7 @@ class _Scoped:
 def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
     """How an op is called, after it was called with other attributes."""
     signature = op_signature(cls)
-    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     unknown = next((name for name in given if name not in known), None)
     near = nearest_option(unknown, signature) if unknown else None
     return (f"did you mean {near}=? " if near else "") + (
