@@ -19,7 +19,7 @@ from typing import Any
 from treadle.ir.graph import Node, Value
 from treadle.passes.axis_tracking import Axes, Layout, narrowed
 from treadle.passes.canonicalize import is_lossless
-from treadle.passes.pattern import Pattern
+from treadle.passes.pattern import Pattern, Vocabulary
 from treadle.passes.pattern_search import Search
 
 PRODUCTS = ("matmul", "einsum", "linear")
@@ -122,7 +122,7 @@ class Values:
 
 @cache
 def _guarded_softmax() -> Pattern:
-    def pattern(p: Any, x: Any, over_max: Any, over_sum: Any) -> Any:
+    def pattern(p: Vocabulary, x: Any, over_max: Any, over_sum: Any) -> Any:
         peak = p.reduce_max(x, axes=over_max, keep=True)
         weights = p.exp(x - p.where(peak > -math.inf, peak, 0))
         total = p.reduce_sum(weights, axes=over_sum, keep=True)

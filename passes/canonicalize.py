@@ -14,7 +14,7 @@ from treadle.ir.graph import Function, Graph, Literal, Value
 from treadle.ir.sizes import ZERO
 from treadle.ir.types import DType
 from treadle.passes.pass_log import Event, PassRecord
-from treadle.passes.pattern import COMMUTATIVE
+from treadle.passes.pattern import COMMUTATIVE, Vocabulary
 from treadle.passes.position_indices import GatherOfAll, SliceOfConcat, WhereNegative
 from treadle.passes.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.rewrite import Match, Rewrite, RewriteSet
@@ -24,7 +24,7 @@ from treadle.passes.rewrite import Match, Rewrite, RewriteSet
 class AddZero(Rewrite):
     """x + 0   -->   x        (of x = -0.0, the left side is 0.0 and the right side -0.0)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x + 0
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -35,7 +35,7 @@ class AddZero(Rewrite):
 class SubZero(Rewrite):
     """x - 0   -->   x        (not x - -0.0, which of x = -0.0 is 0.0)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x - p.constant("zero")
 
     def fits(self, m: Match) -> bool:
@@ -49,7 +49,7 @@ class SubZero(Rewrite):
 class MulOne(Rewrite):
     """x * 1   -->   x"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x * 1
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -60,7 +60,7 @@ class MulOne(Rewrite):
 class DivByPowerOfTwo(Rewrite):
     """x / 2^k   -->   x * 2^-k;   x / 1   -->   x        (exact: both are scalings of the exponent)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x / p.constant("divisor")
 
     def fits(self, m: Match) -> bool:
@@ -77,7 +77,7 @@ class DivByPowerOfTwo(Rewrite):
 class OneOver(Rewrite):
     """1 / x   -->   reciprocal(x)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.constant("one") / x
 
     def fits(self, m: Match) -> bool:
@@ -91,7 +91,7 @@ class OneOver(Rewrite):
 class PowOne(Rewrite):
     """x^1   -->   x"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x**1
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -102,7 +102,7 @@ class PowOne(Rewrite):
 class PowTwo(Rewrite):
     """x^2   -->   x * x"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x**2
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -113,7 +113,7 @@ class PowTwo(Rewrite):
 class NegNeg(Rewrite):
     """-(-x)   -->   x"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return -p.shared(-x)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -124,7 +124,7 @@ class NegNeg(Rewrite):
 class NotNot(Rewrite):
     """not not x   -->   x"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.logical_not(p.shared(p.logical_not(x)))
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -135,7 +135,7 @@ class NotNot(Rewrite):
 class AndTrue(Rewrite):
     """x and true, x or false   -->   x"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.either(x & True, x | False)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -146,7 +146,7 @@ class AndTrue(Rewrite):
 class WhereConstant(Rewrite):
     """where(true, x, y)   -->   x;   where(false, x, y)   -->   y        (expanded, where the other was larger)"""
 
-    def pattern(self, p: Any, x: Any, y: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, y: Any) -> Any:
         return p.where(p.constant("condition"), x, y)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -158,7 +158,7 @@ class WhereConstant(Rewrite):
 class CastToItself(Rewrite):
     """cast(x, the dtype of x)   -->   x"""
 
-    def pattern(self, p: Any, x: Any, to: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, to: Any) -> Any:
         return p.cast(x, to=to)
 
     def fits(self, m: Match) -> bool:
@@ -190,7 +190,7 @@ def is_lossless(source: DType, to: DType) -> bool:
 class CastOfCast(Rewrite):
     """cast(cast(x, wide), to)   -->   cast(x, to)        where `wide` holds every value of x"""
 
-    def pattern(self, p: Any, x: Any, wide: Any, to: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, wide: Any, to: Any) -> Any:
         return p.cast(p.shared(p.cast(x, to=wide)), to=to)
 
     def fits(self, m: Match) -> bool:
@@ -204,7 +204,7 @@ class CastOfCast(Rewrite):
 class IdentityRearrange(Rewrite):
     """rearrange(x, "a b -> a b")   -->   x"""
 
-    def pattern(self, p: Any, x: Any, pattern: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, pattern: Any) -> Any:
         return p.rearrange(x, pattern=pattern)
 
     def fits(self, m: Match) -> bool:
@@ -221,7 +221,7 @@ class RearrangeOfRearrange(Rewrite):
     Where p joins axes that q splits at other places (a product 2*3 read as 3*2) no one pattern says both.
     """
 
-    def pattern(self, p: Any, x: Any, first: Any, second: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
         return p.rearrange(p.shared(p.rearrange(x, pattern=first)), pattern=second)
 
     def fits(self, m: Match) -> bool:
@@ -238,7 +238,7 @@ class RearrangeOfRearrange(Rewrite):
 class Unchanging(Rewrite):
     """expand, reshape, slice or pad to the shape that x has, or concat of x alone   -->   x"""
 
-    def pattern(self, p: Any, x: Any, shape: Any, axis: Any, start: Any, stop: Any, value: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, shape: Any, axis: Any, start: Any, stop: Any, value: Any) -> Any:
         return p.either(
             p.expand(x, shape=shape),
             p.reshape(x, shape=shape),
@@ -258,7 +258,7 @@ class Unchanging(Rewrite):
 class ReshapeOfReshape(Rewrite):
     """reshape(reshape(x, s), t)   -->   reshape(x, t)"""
 
-    def pattern(self, p: Any, x: Any, first: Any, second: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
         return p.reshape(p.shared(p.reshape(x, shape=first)), shape=second)
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -272,7 +272,7 @@ class ReshapeByAxes(Rewrite):
     [B, S, 768] -> [B, S, 12, 64] is "a b (c d=64) -> a b c d"; [4, 6] -> [3, 8] cuts across, and stays.
     """
 
-    def pattern(self, p: Any, x: Any, shape: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, shape: Any) -> Any:
         return p.reshape(x, shape=shape)
 
     def fits(self, m: Match) -> bool:
@@ -288,7 +288,7 @@ class ReshapeByAxes(Rewrite):
 class ExpandOfExpand(Rewrite):
     """expand(expand(x, s), t)   -->   expand(x, t)"""
 
-    def pattern(self, p: Any, x: Any, first: Any, second: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
         return p.expand(p.shared(p.expand(x, shape=first)), shape=second)
 
     def rewrite(self, b: Builder, m: Match) -> Any:

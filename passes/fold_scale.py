@@ -11,6 +11,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.operation import find_op
 from treadle.ir.target import Target
 from treadle.ir.types import bf16, f16
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.rewrite import Match, Refusal, Rewrite, RewriteSet
 
 _LEAST, _GREATEST = 2.0**-10, 2.0**10
@@ -42,7 +43,7 @@ class ScaleBeforeLinear(Rewrite):
     product that is narrower than x, where there is less to scale after it.
     """
 
-    def pattern(self, p: Any, x: Any, w: Any, c: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:
         return p.linear(x, w) * c
 
     def fits(self, m: Match) -> bool:
@@ -65,7 +66,7 @@ class ScaleBeforeMatmul(Rewrite):
     Refuses what `ScaleBeforeLinear` does.
     """
 
-    def pattern(self, p: Any, x: Any, w: Any, c: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:
         return p.matmul(x, w) * c
 
     def fits(self, m: Match) -> bool:
@@ -85,7 +86,7 @@ class ScaleBeforeMatmul(Rewrite):
 class ScaleInRMSNorm(Rewrite):
     """rms_norm(x, w) * c   -->   rms_norm(x, w * c)        (w * c is made once, when weights are bound)"""
 
-    def pattern(self, p: Any, x: Any, w: Any, c: Any, eps: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any, eps: Any) -> Any:
         return p.rms_norm(x, w, eps=eps) * c
 
     def fits(self, m: Match) -> bool:
@@ -102,7 +103,7 @@ class ScaleInRMSNorm(Rewrite):
 class ScaleInLayerNorm(Rewrite):
     """layer_norm(x, w, bias) * c   -->   layer_norm(x, w * c, bias * c)"""
 
-    def pattern(self, p: Any, x: Any, w: Any, bias: Any, c: Any, eps: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, c: Any, eps: Any) -> Any:
         return p.layer_norm(x, w, bias, eps=eps) * c
 
     def fits(self, m: Match) -> bool:

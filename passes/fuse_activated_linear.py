@@ -7,6 +7,7 @@ from typing import Any
 
 from treadle.ir.builder import Builder
 from treadle.ir.ops.activated_products import ACTIVATIONS
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.product_patterns import is_product, product_with, weight_axes
 from treadle.passes.rewrite import Match, Rewrite
 
@@ -19,7 +20,7 @@ class FuseActivatedLinear(Rewrite):
     linear and [in, out] for matmul. Refuses: a product, or its sum with the bias, that is used elsewhere as well.
     """
 
-    def pattern(self, p: Any, x: Any, weight: Any, bias: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, weight: Any, bias: Any) -> Any:
         product = product_with(p, "product", x, weight, bias)
         return p.either(*[getattr(p, name)(product) for name in ACTIVATIONS])
 

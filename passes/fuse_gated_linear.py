@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.activated_products import ACTIVATIONS
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.product_patterns import is_product, product_with, weight_axes
 from treadle.passes.rewrite import Match, Refusal, Rewrite, RewriteSet
 
@@ -19,7 +20,7 @@ class GatedLinear(Rewrite):
     activation or its sum with the bias that is used elsewhere as well.
     """
 
-    def pattern(self, p: Any, x: Any, z: Any, gate: Any, up: Any, gate_bias: Any, up_bias: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, z: Any, gate: Any, up: Any, gate_bias: Any, up_bias: Any) -> Any:
         gating = product_with(p, "gating", x, gate, gate_bias)
         activated = [getattr(p, name)(gating) for name in ACTIVATIONS]
         return p.either(*activated, gating) * product_with(p, "gated", z, up, up_bias)
@@ -60,7 +61,7 @@ class MergedGate(Rewrite):
     Refuses: a weight that is computed, whose halves would be cut in every run.
     """
 
-    def pattern(self, p: Any, x: Any, weight: Any, bias: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, weight: Any, bias: Any) -> Any:
         product = product_with(p, "product", x, weight, bias)
         gate = p.slice(
             product, axis=p.attribute("gate_axis"), start=p.attribute("gate_start"), stop=p.attribute("gate_stop")

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.rewrite import Match, Rewrite, RewriteSet
 
 
-def _half(p: Any, x: Any) -> Any:
+def _half(p: Vocabulary, x: Any) -> Any:
     return p.either(x * 0.5, x / 2)
 
 
-def _halved(p: Any, x: Any, gate: Any) -> Any:
+def _halved(p: Vocabulary, x: Any, gate: Any) -> Any:
     """0.5 * x * gate, however it is grouped."""
     return p.either(p.shared(_half(p, x)) * gate, x * _half(p, gate), _half(p, x * gate))
 
@@ -23,7 +24,7 @@ def _halved(p: Any, x: Any, gate: Any) -> Any:
 class GeluErf(Rewrite):
     """x/2 * (1 + erf(x / sqrt 2))   -->   gelu(x)        (Hendrycks & Gimpel 2016)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         scaled = p.either(x * p.near(math.sqrt(0.5)), x / p.near(math.sqrt(2)))
         return _halved(p, x, p.erf(scaled) + 1)
 
@@ -35,7 +36,7 @@ class GeluErf(Rewrite):
 class GeluTanh(Rewrite):
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))   -->   gelu_tanh(x)        (Hendrycks & Gimpel 2016)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         scale, cubic = p.near(math.sqrt(2 / math.pi)), 0.044715
         square = p.shared(p.either(x * x, x**2))
         third = p.either(
@@ -59,7 +60,7 @@ class GeluTanh(Rewrite):
 class Silu(Rewrite):
     """x * sigmoid(x), x / (1 + exp(-x))   -->   silu(x)        (Hendrycks & Gimpel 2016)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.either(x * p.sigmoid(x), x / (p.exp(-x) + 1))
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -70,7 +71,7 @@ class Silu(Rewrite):
 class QuickGelu(Rewrite):
     """x * sigmoid(1.702 x)   -->   quick_gelu(x)        (Hendrycks & Gimpel 2016)"""
 
-    def pattern(self, p: Any, x: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x * p.sigmoid(x * 1.702)
 
     def rewrite(self, b: Builder, m: Match) -> Any:

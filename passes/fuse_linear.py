@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.rearrange_forms import Form, composed, form_of, reshaping_pattern
 from treadle.passes.rewrite import Match, Refusal, Rewrite, RewriteSet
 
@@ -21,7 +22,7 @@ class MatmulTransposed(Rewrite):
     Refuses: a w that is no weight (it is computed, as keys in an attention are).
     """
 
-    def pattern(self, p: Any, x: Any, w: Any, pattern: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, pattern: Any) -> Any:
         return p.matmul(x, p.shared(p.rearrange(w, pattern=pattern)))
 
     def fits(self, m: Match) -> bool:
@@ -46,7 +47,7 @@ class LinearBias(Rewrite):
     Refuses: a linear that is used elsewhere without the bias.
     """
 
-    def pattern(self, p: Any, x: Any, w: Any, bias: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any) -> Any:
         return p.named("product", p.linear(x, w)) + bias
 
     def fits(self, m: Match) -> bool:
@@ -64,7 +65,7 @@ class ProductOfRows(Rewrite):
     the first rearrange does to x remains. Refuses: a product or sum that is used elsewhere with its rows joined.
     """
 
-    def pattern(self, p: Any, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
         rows = p.shared(p.rearrange(x, pattern=first))
         product = p.named("product", p.either(p.matmul(rows, w), p.linear(rows, w, p.either(bias, None))))
         return p.rearrange(p.either(product, product + addend), pattern=second)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder, Expr
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.rewrite import Match, Refusal, Rewrite, RewriteSet
 
 
-def _scaled(p: Any, x: Any, mean_square: Any) -> Any:
+def _scaled(p: Vocabulary, x: Any, mean_square: Any) -> Any:
     """x / sqrt(mean_square + eps), however it is spelled."""
     shifted = mean_square + p.constant("eps")
     return p.either(
@@ -19,7 +20,7 @@ def _scaled(p: Any, x: Any, mean_square: Any) -> Any:
     )
 
 
-def _square(p: Any, x: Any) -> Any:
+def _square(p: Vocabulary, x: Any) -> Any:
     return p.either(x * x, x**2)
 
 
@@ -46,7 +47,7 @@ class LayerNorm(Rewrite):
     Refuses: a mean over other axes than the last.
     """
 
-    def pattern(self, p: Any, x: Any, axes: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, axes: Any) -> Any:
         centered = x - p.reduce_mean(x, axes=axes, keep=True)
         return _scaled(p, centered, p.reduce_mean(_square(p, centered), axes=axes, keep=True))
 
@@ -61,7 +62,7 @@ class LayerNorm(Rewrite):
 class LayerNormWeight(Rewrite):
     """layer_norm(x) * w   -->   layer_norm(x, w)        for a vector w of the last axis"""
 
-    def pattern(self, p: Any, x: Any, w: Any, eps: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, eps: Any) -> Any:
         return p.layer_norm(x, eps=eps) * w
 
     def fits(self, m: Match) -> bool:
@@ -75,7 +76,7 @@ class LayerNormWeight(Rewrite):
 class LayerNormBias(Rewrite):
     """layer_norm(x, w) + bias   -->   layer_norm(x, w, bias)        for a vector bias of the last axis"""
 
-    def pattern(self, p: Any, x: Any, w: Any, bias: Any, eps: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, eps: Any) -> Any:
         return p.layer_norm(x, p.either(None, w), eps=eps) + bias
 
     def fits(self, m: Match) -> bool:
@@ -92,7 +93,7 @@ class RMSNorm(Rewrite):
     Refuses: a mean over other axes than the last.
     """
 
-    def pattern(self, p: Any, x: Any, axes: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, axes: Any) -> Any:
         return _scaled(p, x, p.reduce_mean(_square(p, x), axes=axes, keep=True))
 
     def check(self, m: Match) -> Refusal | None:
@@ -106,7 +107,7 @@ class RMSNorm(Rewrite):
 class RMSNormWeight(Rewrite):
     """rms_norm(x) * w   -->   rms_norm(x, w)        for a vector w of the last axis"""
 
-    def pattern(self, p: Any, x: Any, w: Any, eps: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, eps: Any) -> Any:
         return p.rms_norm(x, eps=eps) * w
 
     def fits(self, m: Match) -> bool:

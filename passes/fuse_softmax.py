@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from treadle.ir.builder import Builder
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.rewrite import Match, Refusal, Rewrite
 
 
@@ -18,7 +19,7 @@ class FuseSoftmax(Rewrite):
     elsewhere.
     """
 
-    def pattern(self, p: Any, x: Any, max_axes: Any, sum_axes: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, max_axes: Any, sum_axes: Any) -> Any:
         weights = p.exp(x - p.reduce_max(x, axes=max_axes, keep=True))
         return weights / p.reduce_sum(weights, axes=sum_axes, keep=True)
 

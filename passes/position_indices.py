@@ -15,6 +15,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Value
 from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.rearrange_forms import form_of
 from treadle.passes.rewrite import Match, Rewrite
 
@@ -26,7 +27,7 @@ _MOST_VALUES = 256
 class WhereNegative(Rewrite):
     """where(i < 0, y, i)   -->   i        for an i made of positions and sizes, which are 0 or more"""
 
-    def pattern(self, p: Any, i: Any, y: Any) -> Any:
+    def pattern(self, p: Vocabulary, i: Any, y: Any) -> Any:
         return p.where(p.shared(p.less(i, 0)), y, i)
 
     def fits(self, m: Match) -> bool:
@@ -40,7 +41,7 @@ class WhereNegative(Rewrite):
 class SliceOfConcat(Rewrite):
     """slice(concat(x, y), of x alone)   -->   x;   and of y alone   -->   y"""
 
-    def pattern(self, p: Any, x: Any, y: Any, axis: Any, along: Any, start: Any, stop: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, y: Any, axis: Any, along: Any, start: Any, stop: Any) -> Any:
         joined = p.named("joined", p.shared(p.concat(x, y, axis=along)))
         return p.slice(joined, axis=axis, start=start, stop=stop, stride=1)
 
@@ -66,7 +67,7 @@ class SliceOfConcat(Rewrite):
 class GatherOfAll(Rewrite):
     """gather(x, i)   -->   reshape(x)        for an i that counts from 0 to the size of x's first axis, once each"""
 
-    def pattern(self, p: Any, x: Any, i: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, i: Any) -> Any:
         return p.gather(x, i, axis=0)
 
     def fits(self, m: Match) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from treadle.ir.builder import Expr
+from treadle.passes.pattern import Vocabulary
 
 
-def product_with(p: Any, name: str, x: Any, weight: Any, bias: Any) -> Any:
+def product_with(p: Vocabulary, name: str, x: Any, weight: Any, bias: Any) -> Any:
     """x weight + bias, captured under `name`; `bias` is None where there is none."""
     plain = p.matmul(x, weight)
     return p.named(name, p.either(p.linear(x, weight, p.either(bias, None)), plain, plain + bias))

@@ -29,7 +29,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import Event, PassRecord
-from treadle.passes.pattern import Pattern
+from treadle.passes.pattern import Pattern, Vocabulary
 from treadle.passes.pattern_search import Found, Miss, Search
 from treadle.passes.regions import claim_of_match
 
@@ -90,7 +90,7 @@ class Rewrite(Pass):
     Write `pattern` and `rewrite`, and where need be `fits` and `check`.
     """
 
-    def pattern(self, p: Any, *wildcards: Any, **options: Any) -> Any:
+    def pattern(self, p: Vocabulary, *wildcards: Any, **options: Any) -> Any:
         """The expression to find, over wildcards named by this method's parameters. See `treadle.passes.pattern`."""
         raise PassError(f"rewrite {self.name} has no pattern")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder
+from treadle.passes.pattern import Vocabulary
 from treadle.passes.rewrite import Match, Rewrite, RewriteSet
 
 
@@ -13,7 +14,7 @@ from treadle.passes.rewrite import Match, Rewrite, RewriteSet
 class ScaleAfterRMSNorm(Rewrite):
     """rms_norm(x, w * c)   -->   rms_norm(x, w) * c        for a weight w and one number c"""
 
-    def pattern(self, p: Any, x: Any, w: Any, c: Any, eps: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any, eps: Any) -> Any:
         return p.rms_norm(x, p.shared(w * c), eps=eps)
 
     def fits(self, m: Match) -> bool:
@@ -27,7 +28,7 @@ class ScaleAfterRMSNorm(Rewrite):
 class ScaleAfterLayerNorm(Rewrite):
     """layer_norm(x, w * c, bias * c)   -->   layer_norm(x, w, bias) * c"""
 
-    def pattern(self, p: Any, x: Any, w: Any, bias: Any, c: Any, eps: Any) -> Any:
+    def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, c: Any, eps: Any) -> Any:
         return p.layer_norm(x, p.shared(w * c), p.shared(bias * c), eps=eps)
 
     def fits(self, m: Match) -> bool:
