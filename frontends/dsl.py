@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Union, get_args, get_origin, overload
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 from treadle.frontends.call_errors import call_hint
+from treadle.frontends.input_types import Input, read_input
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError
@@ -34,7 +34,7 @@ from treadle.ir.graph import Graph, Init, Source
 from treadle.ir.outline import Region, outline_regions
 from treadle.ir.sizes import Bounds, Size, SizeLike
 from treadle.ir.source_lines import raising_line, user_line
-from treadle.ir.types import Dim, DType, OptionalType, Type, f32, parse_type
+from treadle.ir.types import Dim, DType, Type, f32, parse_type
 
 Tensor = Expr
 """A traced value: what a model's function receives and returns."""
@@ -217,15 +217,6 @@ def size_of(x: Tensor, axis: int) -> Size:
 
 
 @dataclass(frozen=True)
-class Input:
-    """A declared input: its name, type, and whether the model may be traced without it."""
-
-    name: str
-    type: Type
-    optional: bool
-
-
-@dataclass(frozen=True)
 class Model(Generic[P, R]):
     """A model declaration with its configuration; made by `@t.model`.
 
@@ -271,36 +262,18 @@ class Model(Generic[P, R]):
     def declared_inputs(self) -> tuple[Input, ...]:
         """All inputs, optional ones included, in the sizes of the configuration.
 
-        Raises FrontendError for one without a type, or with a negative size.
+        Raises FrontendError for one without a type, with a default, or with a negative size.
         """
         sizes = {n: v for n, v in {**self.defaults, **self.config}.items() if type(v) is int}
-        found = []
-        for p in self._signature.parameters.values():
-            if p.kind is inspect.Parameter.KEYWORD_ONLY:
-                continue
-            declared, optional = _input_type(p.annotation)
-            if declared is None or p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-                raise FrontendError(
-                    f"input {p.name} of model {self.name} needs a type",
-                    source=_definition(self.function),
-                    hint=f'such as {p.name}: Annotated[t.Tensor, t.i64["B S"]]; configuration goes after *',
-                )
-            if p.default is not p.empty and not (p.default is None and optional):
-                raise FrontendError(
-                    f"input {p.name} of model {self.name} has a default, which an input cannot have",
-                    received=f"{p.default!r}"[:80],
-                    source=_definition(self.function),
-                    hint="configuration goes after *; an input that may be left out is `| None = None`",
-                )
-            sized = declared.substitute(sizes)
-            if any(size.constant is not None and size.constant < 0 for size in sized.shape):
-                raise FrontendError(
-                    f"input {p.name} of model {self.name} has a negative size",
-                    received=str(sized),
-                    source=_definition(self.function),
-                )
-            found.append(Input(p.name, sized, optional))
-        return tuple(found)
+        try:
+            return tuple(
+                read_input(p, self.name, sizes)
+                for p in self._signature.parameters.values()
+                if p.kind is not inspect.Parameter.KEYWORD_ONLY
+            )
+        except FrontendError as error:
+            error.source = _definition(self.function)
+            raise
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -418,26 +391,6 @@ def model() -> Callable[[Callable[P, R]], Model[P, R]]: ...
 def model(function: Callable[..., Any] | None = None) -> Any:
     """Declare a model: decorate a function whose positional arguments are typed inputs."""
     return Model if function is None else Model(function)
-
-
-def _input_type(annotation: object) -> tuple[Type | None, bool]:
-    """The type that an annotation says, if any, and whether the input may be left out.
-
-    One of `t.i64["B"]` and `Annotated[t.Tensor, t.i64["B"]]`, with `| None` for an optional one.
-    """
-    if isinstance(annotation, OptionalType):
-        return annotation.type, True
-    if isinstance(annotation, Type):
-        return annotation, False
-    if get_origin(annotation) is Annotated:
-        inner, *notes = get_args(annotation)
-        _, optional = _input_type(inner)
-        return next((note for note in notes if isinstance(note, Type)), None), optional
-    if get_origin(annotation) in (Union, UnionType):
-        members = get_args(annotation)
-        found = [type for type, _ in map(_input_type, members) if type is not None]
-        return found[0] if len(found) == 1 else None, NoneType in members
-    return None, False
 
 
 def _definition(function: Callable[..., Any]) -> str:

@@ -1,0 +1,69 @@
+"""A model's inputs, as the parameters of its function say them.
+
+    tokens: Annotated[t.Tensor, t.i64["B S"]]                      to type checkers a tensor
+    tokens: t.i64["B S"]                                           the same, in short
+    lengths: Annotated[t.Tensor, t.i64["B"]] | None = None         may be left out
+
+docs/decisions/0009-types-that-checkers-read.md says why the first is spelled so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Union, get_args, get_origin
+
+from treadle.ir.errors import FrontendError
+from treadle.ir.types import OptionalType, Type
+
+
+@dataclass(frozen=True)
+class Input:
+    """A declared input: its name, type, and whether the model may be traced without it."""
+
+    name: str
+    type: Type
+    optional: bool
+
+
+def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int]) -> Input:
+    """An input, with sizes in the place of the symbols of their names.
+
+    Raises FrontendError for one without a type, with a default, or with a negative size.
+    """
+    name, what = parameter.name, f"input {parameter.name} of model {model}"
+    declared, optional = _read(parameter.annotation)
+    if declared is None or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+        raise FrontendError(
+            f"{what} needs a type",
+            hint=f'such as {name}: Annotated[t.Tensor, t.i64["B S"]]; configuration goes after *',
+        )
+    if parameter.default is not parameter.empty and not (parameter.default is None and optional):
+        raise FrontendError(
+            f"{what} has a default, which an input cannot have",
+            received=f"{parameter.default!r}"[:80],
+            hint="configuration goes after *; an input that may be left out is `| None = None`",
+        )
+    sized = declared.substitute(sizes)
+    if any(size.constant is not None and size.constant < 0 for size in sized.shape):
+        raise FrontendError(f"{what} has a negative size", received=str(sized))
+    return Input(name, sized, optional)
+
+
+def _read(annotation: object) -> tuple[Type | None, bool]:
+    """The type that an annotation says, if any, and whether the input may be left out."""
+    if isinstance(annotation, OptionalType):
+        return annotation.type, True
+    if isinstance(annotation, Type):
+        return annotation, False
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        _, optional = _read(inner)
+        return next((note for note in notes if isinstance(note, Type)), None), optional
+    if get_origin(annotation) in (Union, UnionType):
+        members = get_args(annotation)
+        found = [type for type, _ in map(_read, members) if type is not None]
+        return found[0] if len(found) == 1 else None, NoneType in members
+    return None, False
