@@ -58,8 +58,17 @@ class DType:
         if self.is_int:
             limits = np.iinfo(self.numpy or np.int64)
             return math.isfinite(number) and number == int(number) and limits.min <= number <= limits.max
-        largest = float(np.finfo(self.numpy).max) if self.numpy is not None else _LARGEST_BF16
-        return not math.isfinite(number) or abs(number) <= largest
+        return not math.isfinite(number) or abs(number) <= self.greatest
+
+    @property
+    def greatest(self) -> float:
+        """The greatest finite number of a float dtype."""
+        return float(np.finfo(self.numpy).max) if self.numpy is not None else _LARGEST_BF16
+
+    @property
+    def spacing(self) -> float:
+        """How far the next number after 1 is, in a float dtype."""
+        return float(np.finfo(self.numpy).eps) if self.numpy is not None else 2.0**-7
 
     def __str__(self) -> str:
         return self.name

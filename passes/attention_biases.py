@@ -122,10 +122,12 @@ def table_terms(roles: Roles, table: Table) -> list[Fused]:
     return [dataclasses.replace(whole, first=bool(kept[:, 0].all()), diagonal=bool(np.diagonal(kept).all()))]
 
 
-def addends_of(axes: Axes, added: Added) -> Iterator[Added | Chosen]:
+def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chosen]:
     """An addend, or its parts: of a sum of which each has fewer axes or one is a mask, and of a masked addend.
 
     s + where(c, x, -inf)   -->   s + x, masked by c
+
+    exactly   also where every key is masked: not if x may be so large that its sum with the number is another
     """
     placed = beneath(axes, added.placed)
     node = placed.value.node
@@ -138,23 +140,27 @@ def addends_of(axes: Axes, added: Added) -> Iterator[Added | Chosen]:
         count = _count(axes, placed)
         if all(_count(axes, p.placed) < count for p in parts) or any(as_mask(axes, p) for p in parts):
             for part in parts:
-                yield from addends_of(axes, part)
+                yield from addends_of(axes, part, exactly)
             return
     if node is not None and node.op.name == "where" and as_mask(axes, added) is None:
         condition, *sides = node.inputs
         for keep, (x, fill) in ((True, sides), (False, sides[::-1])):
             number = number_of(fill)
-            if number is not None and number * added.factor <= -ABSORBING and not _adds_inf(x, number):
-                yield from addends_of(axes, Added(Placed(x, narrowed(x, placed.layout)), added.factor, added.node))
+            if number is not None and number * added.factor <= -ABSORBING and _may_add(x, number, exactly):
+                inner = Added(Placed(x, narrowed(x, placed.layout)), added.factor, added.node)
+                yield from addends_of(axes, inner, exactly)
                 held = Placed(condition, narrowed(condition, placed.layout))
                 yield Chosen(held, keep, number * added.factor, added.node)
                 return
     yield added
 
 
-def _adds_inf(x: Value, fill: float) -> bool:
-    """Whether x may be infinite where it is masked by a finite number, to which it must not be added then."""
-    return math.isfinite(fill) and "infinite" in hazards_of(x)
+def _may_add(x: Value, fill: float, exactly: bool) -> bool:
+    """Whether x may be added to the number that masks it, and is lost in it. Infinity would not be, nor a large x."""
+    if not math.isfinite(fill):
+        return True
+    hazards = hazards_of(x)
+    return not hazards if exactly else "infinite" not in hazards
 
 
 def _count(axes: Axes, placed: Placed) -> int:

@@ -64,21 +64,31 @@ class Weighting:
 
 @dataclass(frozen=True)
 class Added:
-    """A bias: factor * value is added to the scores."""
+    """A bias: factor * value is added to the scores.
+
+    peak     the most by which it is multiplied on the way there
+    """
 
     placed: Placed
     factor: float
     node: Node
+    peak: float = 1.0
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A mask: where `keep` is not what the condition says, the scores are replaced by `fill`."""
+    """A mask: where `keep` is not what the condition says, the scores are replaced by `fill`.
+
+    fill     as the softmax sees it: the number, times `factor`
+    peak     the most by which it is multiplied on the way there
+    """
 
     placed: Placed
     keep: bool
     fill: float
     node: Node
+    factor: float = 1.0
+    peak: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -266,15 +276,25 @@ def _value_product(axes: Axes, user: Node, value: Value, layout: Layout, passed:
 
 @dataclass(frozen=True)
 class _Trail:
-    """What lies between the softmax and a value on the way up: softmax of (factor * value, capped) + terms."""
+    """What lies between the softmax and a value on the way up: softmax of (factor * value, capped) + terms.
+
+    least    the smallest that the factor has been, nearer to the softmax
+    """
 
     factor: float = 1.0
+    least: float = 1.0
     softcap: float | None = None
     terms: tuple[Added | Chosen, ...] = ()
     nodes: tuple[Node, ...] = ()
 
     def times(self, factor: float) -> _Trail:
-        return dataclasses.replace(self, factor=self.factor * factor)
+        least = min(self.least, abs(self.factor * factor))
+        return dataclasses.replace(self, factor=self.factor * factor, least=least)
+
+    @property
+    def peak(self) -> float:
+        """The most by which what stands here is multiplied before it is at the softmax."""
+        return abs(self.factor) / self.least
 
     def beyond(self, term: Added | Chosen) -> _Trail:
         return dataclasses.replace(self, terms=(term, *self.terms))
@@ -407,7 +427,7 @@ class _Ascent:
         for value, factor, other, share in orders:
             if trail.softcap is not None:
                 raise Mismatch("a bias is added before the soft-cap", node, trail.nodes[:-1])
-            bias = Added(Placed(other, narrowed(other, layout)), trail.factor * share, node)
+            bias = Added(Placed(other, narrowed(other, layout)), trail.factor * share, node, trail.peak)
             try:
                 return self.up(value, narrowed(value, layout), trail.times(factor).beyond(bias))
             except Mismatch as mismatch:
@@ -422,7 +442,8 @@ class _Ascent:
             raise Mismatch("a mask is applied before the soft-cap", node, trail.nodes[:-1])
         for value, fill, keep in ((x, y, True), (y, x, False)):
             if (number := number_of(fill)) is not None and value.node is not None:
-                mask = Chosen(Placed(condition, narrowed(condition, layout)), keep, number * trail.factor, node)
+                held = Placed(condition, narrowed(condition, layout))
+                mask = Chosen(held, keep, number * trail.factor, node, trail.factor, trail.peak)
                 if not mask.fill <= -LEAST_FILL:
                     raise Mismatch(
                         f"the mask puts {number:g} in place of scores, which does not take keys away",

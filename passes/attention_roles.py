@@ -61,6 +61,16 @@ class Operand:
     to: DType | None = None
     fill: float | None = None
 
+    @property
+    def dtypes(self) -> tuple[DType, ...]:
+        """The float dtypes of which attention's has to hold all numbers."""
+        dtype = self.placed.value.type.dtype
+        return (dtype,) if dtype.is_float and self.fill is None else ()
+
+    def fits(self, dtype: DType) -> bool:
+        """Whether a dtype holds the number that it is built with."""
+        return self.fill is None or dtype.holds(self.fill)
+
     def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:
         """The operand as attention in this dtype takes it."""
         x = b.expr(self.placed.value)

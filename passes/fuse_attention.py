@@ -214,7 +214,7 @@ class _Search:
             return None
         for node in made:
             node.source = root.source
-        for note in plan.notes:
+        for note in plan.chain.notes:
             event = Event.at(self.options.name, self.function, note.node, f"the mask {note.reason}", note.hint)
             self.log.refusals.append(event)
         rule = "attention-with-probabilities" if values.returned else self.options.name

@@ -14,6 +14,7 @@ from tests.attention_programs import (
     SCALE,
     SIZE,
     Build,
+    addend,
     bias,
     lengths_reach,
     masked,
@@ -177,8 +178,13 @@ def _narrowed_scores(b: Builder) -> Expr:
 
 
 def _a_mask_of_two(b: Builder) -> Expr:
-    """-1e9 filled in twice: a row without keys depends on both"""
-    return scaled(b, lambda x: b.where(lengths_reach(b), b.where(rows(b), x, -1e9), -1e9))
+    """-1e9 filled in, and added: a row without keys holds scores beside that number"""
+    return scaled(b, lambda x: b.where(rows(b), x + addend(b, lengths_reach(b), -1e9), -1e9))
+
+
+def _there_and_back(b: Builder) -> Expr:
+    """Float32's least number, doubled and halved: -inf, where a bias of it would be finite"""
+    return scaled(b, lambda x: b.where(rows(b), x, LOW) * 2.0 * 0.5)
 
 
 NEAR_MISSES = [
@@ -213,8 +219,11 @@ NEAR_MISSES = [
     NearMiss("regrouped", _regrouped, "the probabilities are reshaped across their axes"),
     NearMiss("scores rounded", _narrowed_scores, "the scores are cast from f32 to f16, which loses some"),
     NearMiss(
-        "two fills", _a_mask_of_two, "a row in which every key is masked by -1e+09 depends on more than that mask"
+        "a fill over an added mask",
+        _a_mask_of_two,
+        "a row in which every key is masked by -1e+09 depends on more than that mask",
     ),
+    NearMiss("past the range and back", _there_and_back, "masks are multiplied past the range of f32 on the way"),
     NearMiss(
         "scores as low as the mask",
         lambda b: products(b, lambda x: b.where(triangle(b), x * 1e6, -1e9)),

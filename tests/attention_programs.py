@@ -77,8 +77,16 @@ def triangle(b: Builder, keys: str = "S", off: int = 0) -> Expr:
     return j <= (i + off if off else i)
 
 
-def masked(b: Builder, keep: Callable[[], Expr], fill: float = -math.inf, keys: str = "S") -> Expr:
-    return scaled(b, lambda x: b.where(keep(), x, fill), keys)
+def masked(
+    b: Builder, keep: Callable[[], Expr], fill: float = -math.inf, keys: str = "S", over: float | None = None
+) -> Expr:
+    """A mask by a number, and if there is another number, one over a row's keys by that."""
+
+    def change(x: Expr) -> Expr:
+        made: Expr = b.where(keep(), x, fill)
+        return made if over is None else b.where(rows(b, keys), made, over)
+
+    return scaled(b, change, keys)
 
 
 def rows(b: Builder, keys: str = "S") -> Expr:
@@ -390,6 +398,49 @@ MASKS = [
 ]
 
 
+FILLS = [
+    Form("two fills", lambda b: masked(b, lambda: triangle(b), LOW, over=LOW), "bias(b s t)"),
+    Form("two fills by -1e9", lambda b: masked(b, lambda: triangle(b), -1e9, over=-1e9), "bias(b s t)"),
+    Form("two fills by two numbers", lambda b: masked(b, lambda: triangle(b), -1e4, over=-1e9), "bias(b s t)"),
+    Form("a fill over -inf", lambda b: masked(b, lambda: triangle(b), -math.inf, over=LOW), "bias(b s t)"),
+    Form(
+        "-inf over a fill",
+        lambda b: masked(b, lambda: triangle(b), LOW, over=-math.inf),
+        "mask(b t), bias(s t)",
+        keeps_nan=True,
+    ),
+    Form(
+        "a fill over an added mask",
+        lambda b: scaled(b, lambda x: b.where(triangle(b), x + addend(b, rows(b), LOW), LOW)),
+        "bias(b s t)",
+    ),
+    Form(
+        "a fill over a mask of two",
+        lambda b: scaled(b, lambda x: x + b.where(triangle(b), addend(b, rows(b), LOW), LOW)),
+        "bias(b s t)",
+    ),
+    Form(
+        "a fill over a bias",
+        lambda b: scaled(b, lambda x: b.where(rows(b), x + _t5(b), LOW)),
+        "bias(b t), t5_relative(6, 8, bidirectional)",
+    ),
+    Form(
+        "a fill by -1e9 over a bias", lambda b: scaled(b, lambda x: b.where(rows(b), x + _t5(b), -1e9)), "bias(b h s t)"
+    ),
+    Form(
+        "a fill over a bias from outside",
+        lambda b: scaled(b, lambda x: b.where(rows(b), x + bias(b, "f32[S, S]"), LOW)),
+        "bias(b s t)",
+    ),
+    Form(
+        "fills of negated scores",
+        lambda b: scaled(b, lambda x: -b.where(triangle(b), b.where(rows(b), -x, -LOW), -LOW)),
+        "bias(b s t)",
+    ),
+]
+"""A row in which every key is masked is an average over the keys that hold the greatest number."""
+
+
 def _queries(b: Builder) -> Expr:
     """Padded queries, which see nothing"""
     return b.rearrange(b.input("mask", "bool[B, S]"), pattern="b s -> b 1 s 1")
@@ -518,4 +569,4 @@ def _positive(b: Builder) -> Expr:
     return b.cast(rows(b), to="f32")
 
 
-FORMS = [*LAYOUTS, *SCALES, *MASKS, *BIASES]
+FORMS = [*LAYOUTS, *SCALES, *MASKS, *FILLS, *BIASES]

@@ -1,0 +1,47 @@
+"""Masks and biases in any order, by numbers of every size: what is fused gives the numbers that it gave.
+
+In float64, and on NumPy in the graph's own dtype, in which float32's least number twice is -inf. Drawn numbers add up
+without roundings (tests/attention_chains.py), so that what differs is what softmax and the product with values round.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import treadle
+from tests.attention_chains import DrawnAttention, draw_attention
+from treadle.ir.interpreter import interpret
+from treadle.passes.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
+
+ROOM = {"f16": 2.0**-7, "f32": 2.0**-18, "f64": 2.0**-40}
+"""For the largest number of 1, by the narrowest dtype: some spacings."""
+
+
+def fused(drawn: DrawnAttention) -> bool:
+    """Whether the attention was fused, with the numbers that it had."""
+    optimized = PassManager(DEFAULT, certify=False).run(drawn.graph)
+    if not any(node.op.name.startswith("attention") for _, node in optimized.graph.walk()):
+        return False
+    room = ROOM[drawn.text.split(",")[0]]
+    inputs = {v.name: drawn.arrays[v.name].astype(v.type.dtype.numpy) for v in drawn.graph.main.inputs}
+    with np.errstate(all="ignore"):
+        own = interpret(drawn.graph, inputs)
+        run = treadle.compile(optimized.graph, passes=(), certify=False)(**inputs)
+        wide, again = (interpret(graph, inputs, float64=True) for graph in (drawn.graph, optimized.graph))
+    for name in own:
+        told = f"{drawn.text}\n{optimized.graph}"
+        np.testing.assert_allclose(
+            again[name], wide[name], rtol=0, atol=min(room, 2.0**-18), equal_nan=True, err_msg=told
+        )
+        np.testing.assert_allclose(
+            np.asarray(run[name], np.float64), np.asarray(own[name], np.float64), rtol=0, atol=room, err_msg=told
+        )
+    return True
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_drawn_chains_keep_their_numbers(part: int) -> None:
+    """And most are fused: what is not has a number such as -1e9 filled in, beside masks that are added."""
+    assert sum(fused(draw_attention(seed)) for seed in range(90 * part, 90 * part + 90)) >= 60
