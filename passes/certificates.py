@@ -8,13 +8,19 @@ small sizes within the bounds of the symbols:
 
     plain     numbers drawn from a normal distribution, three of four truth values true
     masked    whole rows of truth values false and whole rows true, of integers zero, of the operand of a softmax or an
-              exponential -inf, and of what is added to it -1e9
+              exponential -inf, and of what is added to it -1e4, -1e9, -1e30 or its dtype's least number
     extreme   numbers up to 30 (3 where there are products), rows of equal numbers and of zeros
+
+What masks is tried in the graph's own dtypes as well, where twice float32's least number is -inf.
 
 **How near they must be.** A spacing of float64 is 2^-52, relative. The sides may differ by 8 (spacing max|f| +
 sqrt(n) moved), for n ops: `moved` is how far either side moves when what goes into it changes by a spacing
 (`treadle.passes.rounding_moves`). Integers and truth values must be equal, except where those changes give another one.
-A result may be NaN only where it was before.
+A result may be NaN only where it was before. In the graph's own dtypes roundings are larger, and some are within ops:
+there a `_PART` of the results' range may be off.
+
+A case in which roundings alone may move results by more than a `_PART` of their range tells nothing. It does not count,
+and the certificate says how many such there are.
 
 **What counts as wrong.** Only a case that the function may give: of inputs that are its own, or products of such with
 something else (`treadle.passes.regions`), with every axis as large as it is where numbers may have to do with that.
@@ -41,10 +47,10 @@ from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.hashing import canonical_form
 from treadle.ir.interpreter import interpret
-from treadle.ir.types import DType
+from treadle.ir.types import DType, f32, f64
 from treadle.passes.region_graphs import as_graphs, has_numbers, shrinkings_of
 from treadle.passes.regions import DEPTHS, Claim, Region
-from treadle.passes.rounding_moves import HUGE, SPACING, Moves
+from treadle.passes.rounding_moves import HUGE, MASKING, SPACING, Moves
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
@@ -52,7 +58,9 @@ Sizes = Mapping[str, int]
 
 _ROUNDINGS = 8.0
 _MOST_FLOPS, _MOST_ELEMENTS = 1 << 29, 1 << 23
-_MASK = -1e9
+_MASKED = {"masked": -1e9, "masked by -1e4": -1e4, "masked by -1e30": -1e30, "masked by the least": -math.inf}
+"""Cases, and what is then added: the least of its dtype where that is less."""
+_PART = 2.0**-5
 _FAILURES = (TreadleError, ArithmeticError, IndexError, TypeError, ValueError)
 
 
@@ -69,6 +77,7 @@ class Certificate:
     tolerance  what that error had to be below
     note       why there are no cases; "large axes made small" where they were
     refused    why not all sizes were tried, where an op refuses some
+    undecided  how many cases more told nothing, since roundings alone may move their results as far
     """
 
     rule: str
@@ -80,6 +89,12 @@ class Certificate:
     tolerance: float = 0.0
     note: str = ""
     refused: str = ""
+    undecided: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no size was refused, and no case told nothing."""
+        return not self.refused and not self.undecided
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "sizes": [dict(each) for each in self.sizes]}
@@ -98,6 +113,7 @@ class Certificate:
             tolerance=float(said["tolerance"]),
             note=str(said["note"]),
             refused=str(said.get("refused", "")),
+            undecided=int(said.get("undecided", 0)),
         )
 
     def __str__(self) -> str:
@@ -106,7 +122,9 @@ class Certificate:
         sizes = "; ".join(", ".join(f"{s}={n}" for s, n in each) for each in self.sizes if each)
         near = f"largest error {self.error:.2g} (at most {self.tolerance:.2g})"
         others = f"other sizes refused ({self.refused})" if self.refused else ""
-        told = [f"{self.cases} cases", near, f"at {sizes}" if sizes else "", others, self.note, f"seed {self.seed}"]
+        more = f"{self.undecided} more not certified: {_NOTHING}" if self.undecided else ""
+        told = [f"{self.cases} cases", near, f"at {sizes}" if sizes else "", more, others, self.note]
+        told.append(f"seed {self.seed}")
         return f"{self.rule} {self.instance}: {', '.join(each for each in told if each)}"
 
 
@@ -168,7 +186,7 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
             if len(_known) < _MOST_KNOWN:
                 _known[key] = now
         if isinstance(now, Certificate):
-            if now.refused:
+            if now.cases and not now.is_whole:
                 partial = partial or now
             elif now.cases or not (against or doubted or partial):
                 return now
@@ -176,7 +194,7 @@ def certify(rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0)
             doubted = doubted or f"not certified: {now}, but {now.doubt}"
         elif (tied := claim.tied(region)) is not None:
             doubted = doubted or f"not certified: {now}, but {_name(tied)} may never be what it was drawn as"
-        elif now.case == "masked" and computed != finite:
+        elif now.case.startswith("masked") and computed != finite:
             doubted = doubted or f"not certified: {now}, but what the function computes may hold no masks"
         else:
             against = now
@@ -216,7 +234,7 @@ def _tried_shrunk(
         found = _tried(rule, key, small, seed, "large axes made small", finite)
         if isinstance(found, Counterexample):
             against = found
-        elif found.cases and not found.refused:
+        elif found.cases and found.is_whole:
             return found
         elif found.cases:
             partial = partial or found
@@ -245,11 +263,11 @@ def _tried(
         return Certificate(rule, instance, seed, 0, (), note=f"not evaluated: {error.what}")
     if not chosen:
         return Certificate(rule, instance, seed, 0, (), note="not evaluated: too large")
-    kinds = _kinds(sides)
+    kinds = _kinds(sides, finite)
     if _is_constant(before) and _are_same_constants(sides):
         return Certificate(rule, instance, seed, 1, ((),), note="equal in their own precision")
     worst = (0.0, 0.0)
-    cases, refused = 0, ""
+    cases, undecided, refused = 0, 0, ""
     at: list[tuple[tuple[str, int], ...]] = []
     for number, sizes in enumerate(chosen):
         for case in kinds if number == len(chosen) // 2 else kinds[:2]:
@@ -260,20 +278,55 @@ def _tried(
             except _FAILURES as problem:  # sizes that an op refuses, indices that none fits
                 refused = _shown(problem)
                 continue
-            try:
-                new = interpret(after, inputs, float64=True)
-            except _FAILURES as problem:
-                return Counterexample(case, told, seed, f"the replacement fails: {_shown(problem)}")
-            found = _compared(sides, (old, new), inputs)
+            found = _judged(sides, old, inputs, float64=True)
             if isinstance(found, str):
                 return Counterexample(case, told, seed, found)
-            cases += 1
-            worst = max(worst, found)
+            if case in _MASKED and _has_masks(sides, inputs):
+                own = _in_own_dtypes(sides, inputs)
+                if isinstance(own, str):
+                    return Counterexample(f"{case}, in its own precision", told, seed, own)
+                undecided += own is None
+            undecided += found is None
+            cases += found is not None
+            worst = max(worst, found or worst)
             if told not in at:
                 at.append(told)
     if not cases:
-        return Certificate(rule, instance, seed, 0, (), note=f"not evaluated: {refused}")
-    return Certificate(rule, instance, seed, cases, tuple(at), *worst, note, refused)
+        why = f"not certified: {_NOTHING}" if undecided else f"not evaluated: {refused}"
+        return Certificate(rule, instance, seed, 0, (), note=why, undecided=undecided)
+    return Certificate(rule, instance, seed, cases, tuple(at), *worst, note, refused, undecided)
+
+
+_NOTHING = "roundings alone may move the results as far as they differ"
+
+
+def _judged(sides: tuple[Graph, Graph], old: Arrays, inputs: Arrays, float64: bool) -> tuple[float, float] | str | None:
+    """How near the replacement comes to what was, what is wrong with it, or None where that cannot be told."""
+    try:
+        new = interpret(sides[1], inputs, float64=float64)
+    except _FAILURES as problem:
+        return f"the replacement fails: {_shown(problem)}"
+    return _compared(sides, (old, new), inputs, float64)
+
+
+def _in_own_dtypes(sides: tuple[Graph, Graph], inputs: Arrays) -> tuple[float, float] | str | None:
+    own = {v.name: inputs[v.name].astype(v.type.dtype.numpy) for v in sides[0].main.inputs}
+    try:
+        old = interpret(sides[0], own)
+    except _FAILURES:
+        return None
+    return _judged(sides, old, own, float64=False)
+
+
+def _has_masks(sides: tuple[Graph, Graph], inputs: Arrays) -> bool:
+    """Whether numbers mask somewhere, in dtypes that NumPy has, other than float64."""
+    values = [v for side in sides for _, node in side.walk() for v in (*node.inputs, *node.results)]
+    dtypes = {v.type.dtype for v in values if v.type.dtype.is_float}
+    if not dtypes - {f64} or any(dtype.numpy is None for dtype in dtypes):
+        return False
+    arrays = [v.literal.array for v in values if v.literal is not None and v.type.dtype.is_float]
+    arrays += [a for a in inputs.values() if a.dtype.kind == "f"]
+    return any(np.any(np.abs(a[np.isfinite(a)]) >= MASKING) for a in arrays)
 
 
 def _shown(error: Exception) -> str:
@@ -323,9 +376,11 @@ _PRODUCTS = frozenset(("matmul", "linear", "einsum", "attention", "activated_lin
 _PRODUCTS |= {"attention_with_probabilities"}
 
 
-def _kinds(sides: tuple[Graph, Graph]) -> tuple[str, ...]:
+def _kinds(sides: tuple[Graph, Graph], finite: frozenset[str]) -> tuple[str, ...]:
     ops = {node.op.name for side in sides for _, node in side.walk()}
-    return ("plain", "masked", "extreme") if ops & _CURVED else ("plain", "masked")
+    kinds = ("plain", "masked", "extreme") if ops & _CURVED else ("plain", "masked")
+    added = any(math.isfinite(number) for value, number in _masks(sides[0]).items() if value.name not in finite)
+    return (*kinds, *(case for case in _MASKED if case != "masked")) if added else kinds
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------
@@ -340,7 +395,7 @@ def _drawn(
             for name, found in index_ranges(side, sizes).items():
                 low, high = ranges.get(name, (found.lower, found.upper))
                 ranges[name] = (max(low, found.lower), min(high, found.upper))
-    masks = _masks(sides[0]) if case == "masked" else {}
+    masks = _masks(sides[0]) if case in _MASKED else {}
     masks = {value: number for value, number in masks.items() if value.name not in finite}
     products = any(node.op.name in _PRODUCTS for side in sides for _, node in side.walk())
     inputs: dict[str, Array] = {}
@@ -350,12 +405,12 @@ def _drawn(
         if value.name.startswith("size "):
             inputs[value.name] = np.zeros(shape, np.bool_)
         elif value.type.dtype.is_float:
-            inputs[value.name] = _floats(rng, shape, case, masks.get(value), 3.0 if products else 30.0)
+            inputs[value.name] = _floats(rng, shape, case, _mask_of(value, masks, case), 3.0 if products else 30.0)
         elif value.type.dtype.is_int:
             inputs[value.name] = _integers(rng, shape, case, value.type.dtype, ranges.get(value.name), sizes)
         else:
             drawn = rng.random(shape) < 0.75
-            if case == "masked":
+            if case in _MASKED:
                 rows = _rows(rng, shape)
                 drawn = np.where(rows == 0, False, np.where(rows == 1, True, drawn))
             inputs[value.name] = drawn
@@ -365,6 +420,14 @@ def _drawn(
 def _rows(rng: np.random.Generator, shape: Sequence[int]) -> Array:
     """0, 1 or 2 for each row along the last axis; of a scalar, 2."""
     return rng.integers(0, 3, (*shape[:-1], 1)) if shape else np.array(2)
+
+
+def _mask_of(value: Value, masks: Mapping[Value, float], case: str) -> float | None:
+    """By which number an input masks in this case, if it does."""
+    number = masks.get(value)
+    if number is None or not math.isfinite(number):
+        return number
+    return max(_MASKED[case], -min(value.type.dtype.greatest, f32.greatest))
 
 
 def _floats(rng: np.random.Generator, shape: Sequence[int], case: str, mask: float | None, most: float) -> Array:
@@ -391,7 +454,7 @@ def _integers(
     if high < low:
         raise TreadleError("no index is left that points inside")
     drawn = rng.integers(low, min(high, int(np.iinfo(dtype.numpy or np.int64).max)) + 1, shape)
-    if case == "masked" and span is None:
+    if case in _MASKED and span is None:
         drawn = np.where(_rows(rng, shape) == 0, 0, np.where(rng.random(shape) < 0.5, drawn % 2, drawn))
     return np.asarray(drawn).astype(dtype.numpy)
 
@@ -404,7 +467,7 @@ _PASSING = frozenset(
 def _masks(graph: Graph) -> dict[Value, float]:
     """What masks an input that a softmax, an exponential or a maximum is taken of, moved and scaled at most.
 
-    -1e9 where it is added to something on the way, which must be finite; else -inf.
+    A finite number, -1, where it is added to something on the way; else -inf.
     """
     found: dict[Value, float] = {}
     seen: set[tuple[Value, bool]] = set()
@@ -417,7 +480,7 @@ def _masks(graph: Graph) -> dict[Value, float]:
         seen.add((value, added))
         node = value.node
         if node is None:
-            found[value] = _MASK if added or value in found else -math.inf
+            found[value] = -1.0 if added or value in found else -math.inf
         elif node.op.name in _PASSING:
             pending += [(v, added or node.op.name == "add") for v in node.inputs if v.type.dtype.is_float]
     return found
@@ -426,12 +489,16 @@ def _masks(graph: Graph) -> dict[Value, float]:
 # -- comparing -------------------------------------------------------------------------------------------------------
 
 
-def _compared(sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays) -> tuple[float, float] | str:
-    """The largest relative difference of the outputs and what it had to be below, or what is wrong."""
+def _compared(
+    sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays, float64: bool
+) -> tuple[float, float] | str | None:
+    """The largest relative difference of the outputs and what it had to be below, what is wrong, or None where
+    roundings may move an output by more than a part of its range."""
     before, after = made
     worst = (0.0, 0.0)
-    moves = Moves(sides, made, inputs)
+    moves = Moves(sides, made, inputs, float64)
     roundings = _ROUNDINGS * math.sqrt(sum(len(side.main.nodes) for side in sides))
+    told = True
     for name, wanted in before.items():
         got = after[name]
         if got.shape != wanted.shape:
@@ -442,6 +509,8 @@ def _compared(sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays
                 if not moves.further():
                     return f"{int(np.sum(differs))} of {wanted.size} results are others"
             continue
+        spacing = SPACING if float64 else float(np.finfo(wanted.dtype).eps)
+        got, wanted = got.astype(np.float64), wanted.astype(np.float64)
         with np.errstate(all="ignore"):
             if np.any(np.isnan(got) & ~np.isnan(wanted)):
                 return "there is a NaN where there was none"
@@ -451,10 +520,18 @@ def _compared(sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays
             plain = np.isfinite(wanted) & ~large
             scale = float(np.max(np.abs(wanted), initial=0.0, where=plain)) or 1.0
             error = float(np.max(np.abs(got - wanted), initial=0.0, where=plain)) / scale
-        tolerance = _ROUNDINGS * SPACING + roundings * moves.most[name] / scale
-        while not error <= tolerance:
+        most = _PART * _range(wanted[plain], scale)
+        tolerance = _ROUNDINGS * spacing + roundings * moves.most[name] / scale
+        while not error <= (tolerance if float64 else max(tolerance, most)):
             if not moves.further():
                 return f"the results differ by {error:.2g} of the largest, where {tolerance:.2g} may be"
-            tolerance = _ROUNDINGS * SPACING + roundings * moves.most[name] / scale
+            tolerance = _ROUNDINGS * spacing + roundings * moves.most[name] / scale
+        told = told and (tolerance <= most or (not float64 and error <= most))
         worst = max(worst, (error, tolerance))
-    return worst
+    return worst if told else None
+
+
+def _range(numbers: Array, scale: float) -> float:
+    """How far apart numbers lie, relative to the largest; all of it where they are the same but for roundings."""
+    spread = float(np.max(numbers, initial=-math.inf) - np.min(numbers, initial=math.inf)) / scale
+    return spread if spread > 2.0**-20 else 1.0

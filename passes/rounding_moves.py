@@ -3,11 +3,18 @@
 Inputs change by a spacing of float64, up or down; scalar constants by a spacing of the dtype in which they are written:
 sqrt(1/2) in float32 is no nearer to what gelu has. What was folded is a constant in its dtype, so there all constants
 change. Changes can cancel, as those of one scale on q and the same on k do, or be the same for all numbers from which a
-norm subtracts their mean. So they are tried in three steps, as far as is needed:
+norm subtracts their mean. So they are tried in steps, as far as is needed:
 
     1   everything at once, twice, up or down by chance
     2   each constant alone; its moves are added to what the inputs move
     3   everything at once, eight times more
+    4   what a score keeps beside a number that masks: with -1e9 added to it, no more than a spacing of 1e9
+
+Numbers that mask are meant to be equal where they are: a row in which every key is masked by float32's least number is
+uniform, and any change of one of them would leave a single key. So equal constants of that size change together, and
+numbers in which every score is lost do not change.
+
+Where the sides run in the graph's own dtypes, inputs and constants change by a spacing of theirs, and none that masks.
 """
 
 from __future__ import annotations
@@ -19,14 +26,18 @@ import numpy as np
 
 from treadle.ir.graph import Graph, Literal, Node, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.types import DType, bf16, f64
+from treadle.ir.types import DType, f64
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 
 SPACING = 2.0**-52
 HUGE = 1e30
-"""Numbers of this size stand for infinity, and say nothing of the scale of the others."""
+"""Numbers of this size stand for infinity, and say nothing of the scale of the others. Every score is lost in them."""
+MASKING = 9_000.0
+"""Numbers of this size mask: exp(-9000) is 0."""
+_LOST = 64.0
+"""With a spacing above this no score is left beside a number."""
 _AT_ONCE, _MORE = 2, 8
 _MOST_ALONE = 32
 """So many constants at most are changed alone."""
@@ -36,13 +47,16 @@ class Moves:
     """The largest move of each output of either side so far, and where any of its values became another.
 
     most, others   by the output's name; zero and nowhere before the first `further`
+    float64        whether the sides ran in float64, or else in the graph's own dtypes
     """
 
-    def __init__(self, sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays) -> None:
-        self._sides, self._made, self._inputs = sides, made, inputs
+    def __init__(
+        self, sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays, float64: bool = True
+    ) -> None:
+        self._sides, self._made, self._inputs, self._float64 = sides, made, inputs, float64
         self.most = dict.fromkeys(made[0], 0.0)
         self.others = {name: np.zeros(array.shape, np.bool_) for name, array in made[0].items()}
-        self._steps = iter((lambda: self._at_once(range(_AT_ONCE)), self._alone, self._more))
+        self._steps = iter((lambda: self._at_once(range(_AT_ONCE)), self._alone, self._more, self._beside_masks))
 
     def further(self) -> bool:
         """Try the next step; False where there is none."""
@@ -60,9 +74,8 @@ class Moves:
             for number in rounds:
                 rng = np.random.default_rng(number)
                 changed = self._changed_inputs(rng)
-                constants = constants_of(side, every)
-                signs = {value: _signs(rng, value.type.evaluate({})) for value in constants}
-                for name, move in self._moved(with_changed_constants(side, signs), original, changed).items():
+                signs = {value: self._signs_of(value, rng, number) for value in constants_of(side, every)}
+                for name, move in self._moved(self._with_changed(side, signs), original, changed).items():
                     self.most[name] = max(self.most[name], move)
 
     def _alone(self) -> None:
@@ -70,22 +83,50 @@ class Moves:
         for side, original in zip(self._sides, self._made, strict=True):
             rng = np.random.default_rng(0)
             total = self._moved(side, original, self._changed_inputs(rng))
-            for value in constants_of(side, every)[:_MOST_ALONE]:
-                signs = {value: _signs(rng, value.type.evaluate({}))}
-                for name, move in self._moved(with_changed_constants(side, signs), original, self._inputs).items():
+            alone = [value for value in constants_of(side, every) if not _only_masks(value)]
+            for value in alone[:_MOST_ALONE]:
+                signs = {value: self._signs_of(value, rng, 0)}
+                for name, move in self._moved(self._with_changed(side, signs), original, self._inputs).items():
                     total[name] += move
             for name, move in total.items():
                 self.most[name] = max(self.most[name], move)
 
+    def _beside_masks(self) -> None:
+        """The spacing of the largest number beside which a score is not lost altogether."""
+        numbers = [*self._inputs.values(), *(x.array for side in self._sides for x in _literals(side))]
+        for array in (a for a in numbers if a.dtype.kind == "f"):
+            sizes = np.abs(array[np.isfinite(array)]).astype(np.float64)
+            spacing = SPACING if self._float64 else float(np.finfo(array.dtype).eps)
+            masks = sizes[(sizes >= MASKING) & (sizes < _LOST / spacing)]
+            left = min(1.0, spacing * float(np.max(masks, initial=0.0)))
+            for name, made in self._made[0].items():
+                if made.dtype.kind == "f":
+                    plain = np.abs(made[np.isfinite(made)])
+                    most = float(np.max(plain, initial=0.0, where=plain < HUGE))
+                    self.most[name] = max(self.most[name], left * most)
+
     def _changed_inputs(self, rng: np.random.Generator) -> Arrays:
-        return {
-            name: a * (1 + SPACING * _signs(rng, a.shape)) if a.dtype.kind == "f" else a
-            for name, a in self._inputs.items()
-        }
+        def changed(a: Array) -> Array:
+            spacing, most = (SPACING, HUGE) if self._float64 else (float(np.finfo(a.dtype).eps), MASKING)
+            return np.where(np.abs(a) < most, a * (1 + spacing * _signs(rng, a.shape)), a).astype(a.dtype)
+
+        return {name: changed(a) if a.dtype.kind == "f" else a for name, a in self._inputs.items()}
+
+    def _signs_of(self, value: Value, rng: np.random.Generator, number: int) -> Array:
+        """Up or down for each element of a constant, at random; by what it is where it masks; 0 where it is kept."""
+        assert value.literal is not None
+        array = value.literal.array.astype(np.float64)
+        sizes = np.abs(array)
+        alike = np.where(_bits(array, number), 1.0, -1.0) if self._float64 else 0.0
+        signs = np.where(sizes >= MASKING, alike, _signs(rng, array.shape))
+        return np.where(sizes >= HUGE, 0.0, signs)
+
+    def _with_changed(self, side: Graph, signs: Mapping[Value, Array]) -> Graph:
+        return with_changed_constants(side, signs, self._float64)
 
     def _moved(self, side: Graph, original: Arrays, inputs: Arrays) -> dict[str, float]:
         found = {}
-        for name, array in interpret(side, inputs, float64=True).items():
+        for name, array in interpret(side, inputs, float64=self._float64).items():
             was = original[name]
             with np.errstate(all="ignore"):
                 difference = np.abs(array - was) if array.dtype.kind == "f" else np.zeros(array.shape)
@@ -99,14 +140,24 @@ def _signs(rng: np.random.Generator, shape: Sequence[int]) -> Array:
     return np.asarray(rng.choice((-1.0, 1.0), shape))
 
 
-def _literals(graph: Graph) -> Iterator[Value]:
+def _bits(array: Array, number: int) -> Array:
+    """A truth value for each number, the same wherever it stands; another by chance for another `number`."""
+    mixed = np.atleast_1d(array).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return np.asarray((mixed >> np.uint64(48 + number)) & np.uint64(1) == 1).reshape(array.shape)
+
+
+def _only_masks(value: Value) -> bool:
+    return value.literal is not None and bool(np.all(np.abs(value.literal.array) >= MASKING))
+
+
+def _literals(graph: Graph) -> Iterator[Literal]:
     values = [v for _, node in graph.walk() for v in node.inputs]
-    yield from (v for v in (*values, *graph.main.outputs.values()) if v.literal is not None)
+    yield from (v.literal for v in (*values, *graph.main.outputs.values()) if v.literal is not None)
 
 
 def _has_new_constants(before: Graph, after: Graph) -> bool:
-    known = {v.literal for v in _literals(before)}
-    return any(v.literal not in known and v.type.dtype.is_float for v in _literals(after))
+    known = set(_literals(before))
+    return any(literal not in known and literal.dtype.is_float for literal in _literals(after))
 
 
 def constants_of(graph: Graph, every: bool) -> list[Value]:
@@ -119,8 +170,8 @@ def constants_of(graph: Graph, every: bool) -> list[Value]:
     return list(found)
 
 
-def with_changed_constants(graph: Graph, signs: Mapping[Value, Array]) -> Graph:
-    """A copy of main in which these constants are changed by a spacing of their dtype, up or down."""
+def with_changed_constants(graph: Graph, signs: Mapping[Value, Array], float64: bool = True) -> Graph:
+    """A copy of main in which these constants are changed by a spacing of their dtype, up or down, in float64 or so."""
     copy = Graph(graph.name)
     copy.symbols, copy.functions = graph.symbols, dict(graph.functions)
     main = type(graph.main)("main")
@@ -131,7 +182,7 @@ def with_changed_constants(graph: Graph, signs: Mapping[Value, Array]) -> Graph:
         array = value.literal.array.astype(np.float64)
         with np.errstate(all="ignore"):
             changed = np.where(np.isfinite(array), array * (1 + _spacing(value.literal.dtype) * up), array)
-        values[value] = Value.constant(Literal.of(changed, f64))
+        values[value] = Value.constant(Literal.of(changed, f64 if float64 else value.literal.dtype))
     for node in graph.main.nodes:
         made = Node(node.op, [values.get(v, v) for v in node.operands], [v.type for v in node.results])
         values.update(zip(node.results, made.results, strict=True))
@@ -142,6 +193,4 @@ def with_changed_constants(graph: Graph, signs: Mapping[Value, Array]) -> Graph:
 
 
 def _spacing(dtype: DType) -> float:
-    if not dtype.is_float:
-        return 0.0
-    return 2.0**-7 if dtype is bf16 or dtype.numpy is None else float(np.finfo(dtype.numpy).eps)
+    return dtype.spacing if dtype.is_float else 0.0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import treadle
-from tests.attention_programs import masked, q_k_v, swapped, triangle
+from tests.attention_programs import LOW, masked, q_k_v, rows, swapped, triangle
 from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, numbers, program
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Literal, Value
@@ -537,3 +537,65 @@ def test_a_rewrite_that_is_slower_on_the_target_is_refused() -> None:
         optimized = PassManager([Square()], target=Target(target)).run(graph)
         assert [n.op.name for n in optimized.graph.main.nodes] == ops
     assert optimized.log[0].refusals[0].reason == "slower on cuda"
+
+
+# -- rows in which every key is masked --------------------------------------------------------------------------------
+
+
+def _two_masks(fill: float, dtype: str) -> Graph:
+    """softmax(where(rows, where(causal, q k, fill), fill)) v, with the rows' mask from outside."""
+    b = Builder(Graph("g"))
+    q, k, v = (x.cast(dtype) for x in q_k_v(b))
+    scores = b.where(triangle(b), q @ swapped(b, k), b.constant(fill, q.dtype))
+    b.outputs(y=b.softmax(b.where(rows(b), scores, b.constant(fill, q.dtype))) @ v)
+    return b.graph
+
+
+def _added_for_filled() -> Planted:
+    """A fill over a fill as two addends: a key that both mask is then further down than one that one masks."""
+
+    def put(b: Builder, m: Match) -> Any:
+        x = m.x + b.where(m.y, b.constant(0, m.x.dtype), b.constant(m.inner, m.x.dtype))
+        return b.softmax(x + b.where(m.outer, b.constant(0, m.x.dtype), b.constant(m.fill, m.x.dtype)))
+
+    @dataclass(frozen=True)
+    class AddedForFilled(Planted):
+        def pattern(self, p: Any, x: Any, y: Any, outer: Any) -> Any:
+            return p.softmax(p.where(outer, p.where(y, x, p.constant("inner")), p.constant("fill")))
+
+    return AddedForFilled(put=put)
+
+
+@pytest.mark.parametrize(
+    ("fill", "dtype"), [(LOW, "f32"), (-1e30, "f32"), (-1e9, "f32"), (-1e4, "f32"), (-65504, "f16")]
+)
+def test_a_fill_is_no_addend_where_another_fill_masks(fill: float, dtype: str) -> None:
+    optimized = certified(_two_masks(fill, dtype), _added_for_filled())
+    (reason,) = rolled_back(optimized)
+    assert "the results differ by" in reason or "a NaN where there was none" in reason
+    assert "case " in reason
+
+
+def test_what_overflows_in_its_own_dtype_is_seen() -> None:
+    """Float32's least number for all keys of a row leaves an average, and twice that number in float64 as well."""
+    b = Builder(Graph("g"))
+    x, row = b.input("x", "f32[B, S, S]"), b.input("row", "bool[B, S, 1]")
+    b.outputs(y=b.softmax(b.where(row, x @ x, LOW)))
+
+    def twice(b: Builder, m: Match) -> Any:
+        low = b.where(m.y, 0.0, b.constant(LOW))
+        return b.softmax(m.x + low + low)
+
+    rule = Planted(lambda p, x, y: p.softmax(p.where(y, x, LOW)), twice)
+    (reason,) = rolled_back(certified(b.graph, rule))
+    assert "there is a NaN where there was none (case masked, in its own precision" in reason
+
+
+def test_a_case_in_which_roundings_decide_is_no_evidence() -> None:
+    """sin(1e15 x) turns with the rounding of 1e15, so that nothing tells whether sin(1e15 x + 1) is the same."""
+    text = program("x: f32[B, S]", "y: f32[B, S]", "a = mul(x, 1e15)", "b = sin(a)", "return y = b")
+    rule = Planted(lambda p, x, y: p.sin(x * 1e15), lambda b, m: b.sin(m.x * 1e15 + 1.0))
+    found = certified(text, rule)
+    (note,) = certificates(found)
+    assert not rolled_back(found) and note.cases == 0 and note.undecided > 0
+    assert "not certified: roundings alone may move the results as far as they differ" in str(note)
