@@ -146,6 +146,9 @@ def softmax_at(node: Node) -> Weighting | None:
     if node.op.name == "softmax":
         value = node.inputs[0]
         return Weighting(node, value, node.op.axis % value.type.rank, False, (node,))  # type: ignore[attr-defined]
+    if node.op.name == "masked_softmax":
+        value = node.inputs[0]
+        return Weighting(node, value, value.type.rank - 1, True, (node,))
     if node.op.name != "div" or node.inputs[0].node is None or node.inputs[0].node.op.name != "exp":
         return None
     for found in Search(_guarded_softmax()).run(node):

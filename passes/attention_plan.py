@@ -71,7 +71,7 @@ class Plan:
         narrow = self.chain.overflows_in
         if narrow is not None and narrow is not self.dtype:
             reason = f"masks are added up in {narrow}, past its range, and attention is in {self.dtype}"
-            raise Mismatch(reason, self.scores.product, self.nodes, "-inf in their place")
+            raise Mismatch(reason, scores.product, self.nodes, f"cast the scores to {self.dtype} before that")
         for placed in values.returned:
             if not is_lossless(placed.value.type.dtype, self.dtype):
                 what = f"the probabilities are returned in {placed.value.type.dtype}, and attention is in {self.dtype}"

@@ -471,7 +471,7 @@ def _masks(graph: Graph) -> dict[Value, float]:
     """
     found: dict[Value, float] = {}
     seen: set[tuple[Value, bool]] = set()
-    taken = [node for node in graph.main.nodes if node.op.name in ("softmax", "exp", "reduce_max")]
+    taken = [node for node in graph.main.nodes if node.op.name in ("softmax", "masked_softmax", "exp", "reduce_max")]
     pending = [(node.inputs[0], False) for node in taken]
     while pending:
         value, added = pending.pop()

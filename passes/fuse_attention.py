@@ -48,8 +48,9 @@ class FuseAttention(Pass):
     The two sides are equal for all finite inputs and weights, a row in which every key is masked included. There the
     left side is NaN (-inf and a plain softmax), zeros (-inf, guarded) or an average over all keys (a large negative
     number); attention gives zeros. So a mask becomes a term only where a row always keeps a key (causal: its own) or
-    where zeros are meant, a large negative number stays an addend, and NaN is put back by a `where`. Scores are taken
-    to be far below a mask's number in size.
+    where zeros are meant, a large negative number stays an addend, and NaN is put back by a `where`. What is filled in
+    over other masks and biases wins over them, as it did (`treadle.passes.attention_chain`). Scores are taken to be far
+    below a mask's number in size.
 
     Where the probabilities are read inside the model (averaged, multiplied, dropped out), the site is left alone though
     the second result could serve: it would hide the softmax from the passes and backends that could join such a reader
@@ -59,14 +60,15 @@ class FuseAttention(Pass):
 
     Refuses: probabilities that are used elsewhere or changed before the product with the values, or returned in a wider
     dtype than attention's; a softmax over another axis than that product sums; a scale that depends on data; masks or
-    biases before the soft-cap; a number in place of masked scores that is not low enough, or that is where a row
-    without keys would differ; an inner value that is used elsewhere.
+    biases before the soft-cap; a number in place of masked scores that is not low enough; one such as -1e9, where a row
+    without keys may hold scores beside it; masks that are multiplied past the range of their dtype and back; an inner
+    value that is used elsewhere.
     """
 
     zero_empty_rows: bool = False
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not any(node.op.name in ("softmax", "div") for node in function.nodes):
+        if not any(node.op.name in ("softmax", "masked_softmax", "div") for node in function.nodes):
             return 0
         applied = _Search(self, function, graph, log).run()
         if applied:

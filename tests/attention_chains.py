@@ -106,13 +106,15 @@ class _Drawing:
 
     def softmax(self, x: Expr) -> Expr:
         b = self.b
-        kind = self.one("plain", "plain", "zeros for NaN", "guarded")
+        kind = self.one("plain", "plain", "zeros for NaN", "guarded", "masked_softmax")
         self.say(kind)
         if kind == "guarded":
             peak = b.reduce_max(x, axes=(-1,), keep=True)
             weights = b.exp(x - b.where(peak > -math.inf, peak, 0.0))
             total = b.reduce_sum(weights, axes=(-1,), keep=True)
             return weights / b.where(total > 0.0, total, 1.0)
+        if kind == "masked_softmax":
+            return b.masked_softmax(x)
         p = b.softmax(x)
         return b.where(b.not_equal(p, p), 0.0, p) if kind == "zeros for NaN" else p
 

@@ -340,6 +340,11 @@ def _guarded_spelled(b: Builder) -> Expr:
     return guarded_softmax(b, b.where(rows(b), q @ swapped(b, k) * SCALE, -math.inf)) @ v
 
 
+def _masked_softmax(b: Builder, keep: Expr) -> Expr:
+    q, k, v = q_k_v(b)
+    return b.masked_softmax(b.where(keep, q @ swapped(b, k) * SCALE, -math.inf)) @ v
+
+
 def _whole(b: Builder) -> Expr:
     return b.input("whole", f"bool[B, {HEADS}, S, S]")
 
@@ -377,6 +382,7 @@ MASKS = [
     Form("boolean rows, -1e4", lambda b: masked(b, lambda: rows(b), -1e4), "bias(b t)"),
     Form("boolean rows, lowest", lambda b: masked(b, lambda: rows(b), LOW), "bias(b t)"),
     Form("boolean, guarded", lambda b: _guarded(b, _whole(b)), "mask(b h s t)"),
+    Form("boolean, masked softmax", lambda b: _masked_softmax(b, rows(b)), "mask(b t)"),
     Form("boolean, guarded, spelled", _guarded_spelled, "mask(b t)"),
     Form("causal rows, guarded", lambda b: _guarded(b, triangle(b) & rows(b)), "causal, mask(b t)"),
     Form("mask of queries", lambda b: masked(b, lambda: _queries(b)), "mask(b s)", keeps_nan=True),
