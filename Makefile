@@ -4,6 +4,7 @@
 #   PYTHON=/path/to/python3.12   the interpreter to make .venv from, when there is none yet
 #   ARGS='-k attention -n 0'     passed on by test and golden (to pytest) and by demo
 #   BENCH=benchmarks/NAME.py     the benchmark to run, instead of all of them
+#   FUZZ=graphs                  the fuzzer of tests/fuzz/ to run, instead of all of them; ARGS go to it
 
 PYTHON ?=
 ARGS ?=
@@ -11,12 +12,13 @@ BENCH ?= $(sort $(wildcard benchmarks/*.py))
 
 CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 VENV_PYTHON := .venv/bin/python
+FUZZ ?= graphs artifacts gguf_files safetensors_files
 FOLDERS := backends frontends ir models passes runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint golden bench dev clean .typecheck
+.PHONY: help demo test lint golden bench fuzz dev clean .typecheck
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
@@ -37,6 +39,9 @@ golden: .venv/ready-test ## rewrite the golden files from what is printed now; t
 
 bench: .venv/ready-test ## run the benchmarks
 	@for file in $(BENCH); do echo "== $$file"; $(VENV_PYTHON) $$file || exit 1; done
+
+fuzz: .venv/ready-test ## draw random graphs and damaged files, thousands of each
+	@for name in $(FUZZ); do echo "== $$name"; $(VENV_PYTHON) -m tests.fuzz.$$name $(ARGS) || exit 1; done
 
 dev: .venv/ready-dev .typecheck ## make the environment for working on Treadle (editors find it in .venv)
 

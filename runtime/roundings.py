@@ -22,14 +22,11 @@ Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 Operands = Sequence[Array | None]
 
-SPACING = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
-"""The relative distance of each float dtype's numbers."""
-
-_ROUNDS = 2
+ROUNDS = 2
 
 
 def spacing_of(dtype: DType) -> float:
-    return SPACING[dtype.name] if dtype.is_float else 0.0
+    return dtype.spacing if dtype.is_float else 0.0
 
 
 def coarsest_spacing(graph: Graph) -> float:
@@ -58,14 +55,17 @@ class Moved:
         return Moved(by, undecided)
 
 
-def moved_by_rounding(graph: Graph, inputs: Arrays, weights: Arrays, expected: Arrays) -> dict[str, Moved]:
+def moved_by_rounding(
+    graph: Graph, inputs: Arrays, weights: Arrays, expected: Arrays, rounds: int = ROUNDS
+) -> dict[str, Moved]:
     """The moves of each output of a graph when every op of it rounds, the largest of a few draws.
 
     expected  the graph's own outputs in float64
+    rounds    how many draws
     """
     draws = [
         interpret(graph, inputs, weights, float64=True, disturb=_rounding(np.random.default_rng(number)))
-        for number in range(_ROUNDS)
+        for number in range(rounds)
     ]
     return {name: Moved.between(array, [draw[name] for draw in draws]) for name, array in expected.items()}
 

@@ -1,6 +1,6 @@
 """Random programs in which passes find something to do: functions as models spell them out, and near misses of them.
 
-In float64, and of values about one, so that what a rewrite changes shows.
+Of values about one, so that what a rewrite changes shows; in float64, or in any other float dtype.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from random import Random
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
-from treadle.ir.types import f64
+from treadle.ir.types import DType, f64
 
 WIDTH = 6
+FILLS = (-1e4, -1e9, -1e30, -3.4028234663852886e38, -math.inf)
+"""Numbers by which models mask; a narrow dtype takes those that it holds."""
 
 Step = Callable[[Builder, Random, Expr], Expr]
-"""From a value f64[B, S, 6] to another one."""
+"""From a value [B, S, 6] of a float dtype to another one."""
 
 
-def random_program(seed: int) -> Graph:
+def random_program(seed: int, dtype: DType = f64) -> Graph:
     """A chain of steps, in every third program behind a block that is called twice. A seed gives one program."""
     r = Random(seed)
     graph = Graph("random")
     main = Builder(graph)
-    x = main.input("x", f"f64[B, S, {WIDTH}]")
+    x = main.input("x", f"{dtype}[B, S, {WIDTH}]")
     if seed % 3 == 0:
         block = Function("block")
         graph.add_function(block)
@@ -45,8 +47,8 @@ def chain(b: Builder, r: Random, x: Expr) -> Expr:
     return made[-1] + r.choice(made) * 0.5
 
 
-def parameter(b: Builder, *shape: int) -> Expr:
-    return b.parameter(f"w{len(b.function.parameters)}", f64[shape])
+def parameter(b: Builder, dtype: DType, *shape: int) -> Expr:
+    return b.parameter(f"w{len(b.function.parameters)}", dtype[shape])
 
 
 # -- steps -----------------------------------------------------------------------------------------------------
@@ -94,8 +96,8 @@ def scaled(b: Builder, r: Random, x: Expr, square: Expr) -> Expr:
         lambda: x / b.sqrt(shifted),
         lambda: x * b.reciprocal(b.sqrt(shifted)),
     )
-    y = y * parameter(b, WIDTH) if r.random() < 0.7 else y
-    return y + parameter(b, WIDTH) if r.random() < 0.5 else y
+    y = y * parameter(b, x.dtype, WIDTH) if r.random() < 0.7 else y
+    return y + parameter(b, x.dtype, WIDTH) if r.random() < 0.5 else y
 
 
 def softmax(b: Builder, r: Random, x: Expr) -> Expr:
@@ -105,20 +107,32 @@ def softmax(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def attention(b: Builder, r: Random, x: Expr) -> Expr:
-    """Two heads of three; sometimes turned by their position, sometimes no attention for one reason or another."""
+    """Two heads of three; sometimes turned by their position, sometimes no attention for one reason or another.
+
+    Where the query's own key is masked, the first row has none.
+    """
     heads = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
     q = turned(b, r, heads) if r.random() < 0.5 else heads
-    scores = b.matmul(q, b.rearrange(heads, pattern="b h t d -> b h d t")) * r.choice((3**-0.5, 0.5))
+    scale = r.choice((3**-0.5, 3**-0.5, 0.5, 0.5, -0.5, 0.0))
+    scores = b.matmul(q, b.rearrange(heads, pattern="b h t d -> b h d t")) * scale
+    fill = r.choice([n for n in FILLS[: 5 if r.random() < 0.5 else 3] if x.dtype.holds(n)])
     j = b.iota(size="S")
-    keep = j <= b.rearrange(j, pattern="s -> s 1") + r.choice((0, 0, 1))
-    masked = one_of(r, lambda: scores, lambda: b.where(keep, scores, -1e9), lambda: b.minimum(scores, 2.0))
+    i = b.rearrange(j, pattern="s -> s 1")
+    keep = j <= i + r.choice((0, 0, 0, 1, 0 if fill == -math.inf else -1))
+    masked = one_of(
+        r,
+        lambda: scores,
+        lambda: b.where(keep, scores, fill),
+        lambda: b.where(i < j + 3, b.where(keep, scores, fill), fill),
+        lambda: b.minimum(scores, 2.0),
+    )
     weights = b.softmax(masked, axis=r.choice((-1, -1, -1, 2)))
     return b.rearrange(b.matmul(weights, heads), pattern="b h s d -> b s (h d)")
 
 
 def turned(b: Builder, r: Random, x: Expr) -> Expr:
     """The first two dimensions of each head by an angle that grows with the position, or by none of rotary's."""
-    angle = b.cast(b.rearrange(b.iota(size="S"), pattern="s -> 1 1 s 1"), to="f64") * b.constant([0.3], f64)
+    angle = b.cast(b.rearrange(b.iota(size="S"), pattern="s -> 1 1 s 1"), to=x.dtype) * b.constant([0.3], x.dtype)
     first, second = b.slice(x, axis=3, stop=1), b.slice(x, axis=3, start=1, stop=2)
     cos, sin = b.cos(angle), b.sin(angle)
     one = first * cos - second * sin
@@ -131,12 +145,12 @@ def inverted(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def linear(b: Builder, r: Random, x: Expr) -> Expr:
-    w = parameter(b, WIDTH, WIDTH)
+    w = parameter(b, x.dtype, WIDTH, WIDTH)
     w = w + 0.1 if r.random() < 0.3 else w
     rows = r.random() < 0.3
     x = b.rearrange(x, pattern="b s d -> (b s) d") if rows else x
     y = one_of(r, lambda: b.linear(x, w), lambda: b.matmul(x, b.rearrange(w, pattern="o i -> i o")))
-    y = y + parameter(b, WIDTH) if r.random() < 0.7 else y
+    y = y + parameter(b, x.dtype, WIDTH) if r.random() < 0.7 else y
     return b.tanh(b.rearrange(y, pattern="(b=B s) d -> b s d") if rows else y)
 
 
@@ -146,9 +160,9 @@ def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:
 
     def product(x: Expr, width: int = WIDTH) -> Expr:
         if r.random() < 0.5:
-            return b.linear(x, parameter(b, width, WIDTH))
-        y = b.matmul(x, parameter(b, WIDTH, width))
-        return y + parameter(b, width) if r.random() < 0.5 else y
+            return b.linear(x, parameter(b, x.dtype, width, WIDTH))
+        y = b.matmul(x, parameter(b, x.dtype, WIDTH, width))
+        return y + parameter(b, x.dtype, width) if r.random() < 0.5 else y
 
     def halved() -> Expr:
         y = product(x, 2 * WIDTH)
@@ -164,12 +178,12 @@ def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:
 def residual(b: Builder, r: Random, x: Expr) -> Expr:
     """A norm of a sum, which goes on beside it or not."""
     total = x + b.tanh(x)
-    y = one_of(r, lambda: b.layer_norm(total, parameter(b, WIDTH)), lambda: b.rms_norm(total))
+    y = one_of(r, lambda: b.layer_norm(total, parameter(b, x.dtype, WIDTH)), lambda: b.rms_norm(total))
     return one_of(r, lambda: y, lambda: y + total)
 
 
 def embedded(b: Builder, r: Random, x: Expr) -> Expr:
-    one, other = (b.embedding(parameter(b, 3, WIDTH), b.constant(row)) for row in (0, 2))
+    one, other = (b.embedding(parameter(b, x.dtype, 3, WIDTH), b.constant(row)) for row in (0, 2))
     return one_of(r, lambda: x + (one + other), lambda: x + (one * 2.0 + other))
 
 
@@ -177,9 +191,9 @@ def projected(b: Builder, r: Random, x: Expr) -> Expr:
     """Products of one value by two weights or three, with biases or without; some weights are read elsewhere too."""
     parts = []
     for _ in range(r.choice((2, 3))):
-        w = parameter(b, WIDTH, WIDTH)
+        w = parameter(b, x.dtype, WIDTH, WIDTH)
         y = b.linear(x, w) if r.random() < 0.7 else b.matmul(x, w)
-        y = y + parameter(b, WIDTH) if r.random() < 0.5 else y
+        y = y + parameter(b, x.dtype, WIDTH) if r.random() < 0.5 else y
         parts.append(y + b.reduce_sum(w, axes=(0, 1), keep=False) * 0.01 if r.random() < 0.1 else y)
     total = parts[0] * parts[1]
     return b.sin(total + parts[2] if len(parts) > 2 else total)
@@ -188,13 +202,13 @@ def projected(b: Builder, r: Random, x: Expr) -> Expr:
 def scaled_product(b: Builder, r: Random, x: Expr) -> Expr:
     """A product, wider or narrower than what it is of, or a norm, and one number that scales it."""
     by, width = r.choice((0.125, -0.3, 2.0)), r.choice((2, 2 * WIDTH))
-    weight, bias = parameter(b, WIDTH), parameter(b, WIDTH)
+    weight, bias = parameter(b, x.dtype, WIDTH), parameter(b, x.dtype, WIDTH)
     normed = one_of(r, lambda: x, lambda: b.rms_norm(x, weight), lambda: b.layer_norm(x, weight, bias))
-    there, back = parameter(b, width, WIDTH), parameter(b, WIDTH, width)
+    there, back = parameter(b, x.dtype, width, WIDTH), parameter(b, x.dtype, WIDTH, width)
     y = one_of(
         r,
         lambda: b.linear(normed, there) * by,
-        lambda: b.matmul(normed, b.parameter(f"w{len(b.function.parameters)}", f64[WIDTH, width])) * by,
+        lambda: b.matmul(normed, parameter(b, x.dtype, WIDTH, width)) * by,
         lambda: b.linear(normed * by, there),
     )
     return b.sin(b.linear(y, back))
@@ -204,7 +218,7 @@ def unchanged(b: Builder, r: Random, x: Expr) -> Expr:
     return one_of(
         r,
         *(lambda: x + 0, lambda: x - 0, lambda: x * 1, lambda: x / 1, lambda: x**1, lambda: b.neg(-x)),
-        *(lambda: b.cast(x, to="f64"), lambda: b.rearrange(x, pattern="b s d -> b s d")),
+        *(lambda: b.cast(x, to=x.dtype), lambda: b.rearrange(x, pattern="b s d -> b s d")),
     )
 
 
@@ -237,7 +251,7 @@ def selected(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def counted(b: Builder, r: Random, x: Expr) -> Expr:
-    return x * b.cast(b.cast(x > 0.0, to=r.choice(("i8", "bf16", "f32"))), to="f64")
+    return x * b.cast(b.cast(x > 0.0, to=r.choice(("i8", "bf16", "f32"))), to=x.dtype)
 
 
 def moved(b: Builder, r: Random, x: Expr) -> Expr:
@@ -261,12 +275,12 @@ def twice(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def by_a_constant(b: Builder, r: Random, x: Expr) -> Expr:
-    return x * (b.constant(2.0, f64) * b.exp(b.constant(-r.random(), f64)))
+    return x * (b.constant(2.0, x.dtype) * b.exp(b.constant(-r.random(), x.dtype)))
 
 
 def idle(b: Builder, r: Random, x: Expr) -> Expr:
     """An op whose result nobody uses."""
-    b.exp(x * parameter(b, WIDTH))
+    b.exp(x * parameter(b, x.dtype, WIDTH))
     return x
 
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import treadle
-from benchmarks.fuzz_artifact import Parts, judge, mutations, put
+from tests.fuzz.artifacts import Parts, judge, mutations, put
 from tests.op_checks import BACKENDS
 from tests.test_models import ZOO
 from treadle.artifacts import ArtifactLimits, load, open_artifact
@@ -301,7 +301,7 @@ def test_text_of_a_file_never_becomes_code() -> None:
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """400 damaged files; benchmarks/fuzz_artifact.py does 10,000 of the same kind, with a clock and a scale."""
+    """400 damaged files; tests/fuzz/artifacts.py does 10,000 of the same kind, with a clock and a scale."""
     outcomes = set()
     for number, (kind, file, valid) in enumerate(mutations(400, seed=11)):
         verdict = judge(file, tmp_path / f"{number}.treadle", valid)

@@ -1,7 +1,8 @@
 """Masks and biases in any order, by numbers of every size: what is fused gives the numbers that it gave.
 
 In float64, and on NumPy in the graph's own dtype, in which float32's least number twice is -inf. Drawn numbers add up
-without roundings (tests/attention_chains.py), so that what differs is what softmax and the product with values round.
+without roundings (tests/fuzz/attention_chains.py), so that what differs is what the softmax and the product with values
+round.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import treadle
-from tests.attention_chains import DrawnAttention, draw_attention
+from tests.fuzz.attention_chains import DrawnAttention, draw_attention
 from treadle.ir.interpreter import interpret
 from treadle.passes.manager import PassManager
 from treadle.passes.pipelines import DEFAULT

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks.fuzz_safetensors import header_and_data
+from tests.fuzz.safetensors_files import header_and_data
 from treadle.frontends.binding import Source, bind
 from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.safetensors_file import SafetensorsFile

@@ -26,7 +26,7 @@ import gguf
 import torch
 import transformers
 
-from benchmarks.fuzz_gguf import MERGES, Sizes, judge, mutations, tensors, vocabulary, write_model
+from tests.fuzz.gguf_files import MERGES, Sizes, judge, mutations, tensors, vocabulary, write_model
 from tests.test_huggingface_models import TOLERANCE, prepare
 from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer, gguf_end_tokens, gguf_text_tokenizer
 
@@ -307,7 +307,7 @@ def test_a_tensor_is_a_view_where_it_can_be(small: Path) -> None:
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """400 damaged files; benchmarks/fuzz_gguf.py does 10,000 of the same kind."""
+    """400 damaged files; tests/fuzz/gguf_files.py does 10,000 of the same kind."""
     outcomes = set()
     for number, (kind, file) in enumerate(mutations(400, seed=7)):
         verdict = judge(file, tmp_path / f"{number}.gguf")

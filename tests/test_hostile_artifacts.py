@@ -1,6 +1,6 @@
 """Artifacts that were made to cost their reader much are refused by a limit, or load, and limits can be set higher.
 
-benchmarks/fuzz_artifact.py takes the time that each of them needs, which is not done here.
+tests/fuzz/artifacts.py takes the time that each of them needs, which is not done here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz_artifact import hostile_file
-from benchmarks.hostile_artifacts import SHAPES
+from tests.fuzz.artifacts import hostile_file
+from tests.fuzz.hostile_artifacts import SHAPES
 from treadle.artifacts import GRAPH_LIMITS, ArtifactLimits, load, open_artifact
 from treadle.frontends.safetensors_file import Limits as HeaderLimits
 from treadle.ir.builder import Builder

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks.fuzz_safetensors import header_and_data, judge, mutations
+from tests.fuzz.safetensors_files import header_and_data, judge, mutations
 from treadle.frontends.safetensors_file import Limits, SafetensorsFile
 from treadle.ir.errors import CheckpointError, UsageError
 
@@ -421,7 +421,7 @@ def test_hostile_headers_cost_no_more_than_their_length(path: Path, text: bytes)
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """600 damaged files; benchmarks/fuzz_safetensors.py does 10,000 of the same kind."""
+    """600 damaged files; tests/fuzz/safetensors_files.py does 10,000 of the same kind."""
     outcomes = set()
     for number, (kind, file) in enumerate(mutations(600, seed=7)):
         verdict = judge(file, tmp_path / f"{number}.safetensors")

@@ -26,7 +26,7 @@ from treadle.ir.types import boolean, f32, i64
 from treadle.passes.manager import Pass
 from treadle.passes.pass_log import PassRecord
 from treadle.runtime import verification
-from treadle.runtime.roundings import SPACING, Moved
+from treadle.runtime.roundings import Moved
 from treadle.runtime.verification import compare, terms_of
 from treadle.verifying import verify_model
 
@@ -188,7 +188,7 @@ def test_masks_do_not_hide_the_rest() -> None:
     """The least float32 in a result sets no scale for the others; infinities must agree."""
     least = float(np.finfo(np.float32).min)
     expected = np.array([least, 1.0, -np.inf])
-    eps, moved = SPACING["f32"], unmoved(expected)
+    eps, moved = f32.spacing, unmoved(expected)
     near = compare(np.float32([least, 1 + 2 * eps, -np.inf]), expected, moved, eps, 1, f32[(3,)])
     assert not near.exceeds
     assert near.value == pytest.approx(2 * eps)

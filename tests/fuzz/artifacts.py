@@ -1,6 +1,6 @@
 """Fuzzing the artifact reader: a damaged or hostile `.treadle` file is refused with our error, or loads.
 
-    python benchmarks/fuzz_artifact.py [--count 10000] [--seed 0] [--hostile]
+    python -m tests.fuzz.artifacts [--count 10000] [--seed 0] [--hostile]
 
 Half of the mutations know the format: they edit graphs, log, fields, weights and layout, and then make the hashes and
 the seal right again, so that what lies behind these is met. The other half flip, cut and copy bytes at random, and must
@@ -8,7 +8,7 @@ be noticed unless the bytes are the same. A mutation fails the run if loading ra
 bytes that were changed, runs text of the file as code, takes longer than a second, or more memory than twice the file
 and 64 MiB. Exit status 1 if any fails.
 
-Before them come the files of benchmarks/hostile_artifacts.py, made to cost time: they must end as is said there, within
+Before them come the files of tests/fuzz/hostile_artifacts.py, made to cost time: they must end as is said there, within
 a second of the processor. --hostile runs these alone.
 """
 
@@ -44,8 +44,8 @@ from treadle.models.gpt2 import gpt2
 
 if __name__ == "__main__":  # run as a file, which has only its own folder on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.fuzz_safetensors import by_structure, header_and_data, scramble, split
-from benchmarks.hostile_artifacts import METADATA, SHAPES, Shape
+from tests.fuzz.hostile_artifacts import METADATA, SHAPES, Shape
+from tests.fuzz.safetensors_files import by_structure, header_and_data, scramble, split
 
 SECONDS = 1.0
 MEMORY_BASE, MEMORY_TIMES = 64 << 20, 2

@@ -1,6 +1,6 @@
 """Fuzzing the safetensors reader: a damaged file is refused with our error, or read as the library reads it.
 
-    python benchmarks/fuzz_safetensors.py [--count 10000] [--seed 0]
+    python -m tests.fuzz.safetensors_files [--count 10000] [--seed 0]
 
 Half of the mutations know the format (they edit the header's fields, ranges and text), half flip, cut and
 copy bytes at random. Each file is read whole by our reader and by the safetensors library. A mutation fails

@@ -2,7 +2,7 @@
 
 `SHAPES` gives them by name, with what is to come of each: those that load stay just within the limits of
 `ArtifactLimits`, the others go far past one of them. Their hashes and seals hold, so nothing else stops them.
-benchmarks/fuzz_artifact.py times them, tests/test_artifacts.py asserts what becomes of them.
+tests/fuzz/artifacts.py times them, tests/test_artifacts.py asserts what becomes of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fuzzing the GGUF reader: a damaged file is refused with our error, or read as the library reads it.
 
-    python benchmarks/fuzz_gguf.py [--count 10000] [--seed 0]
+    python -m tests.fuzz.gguf_files [--count 10000] [--seed 0]
 
 Half of the mutations know the format (they edit counts, types, lengths, sizes and offsets, and copy, drop and move
 whole entries), half flip, cut and copy bytes at random. Each file is opened, all its tensors are dequantised, its
