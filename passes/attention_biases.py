@@ -20,7 +20,7 @@ from treadle.ir.attention_terms import Alibi, BooleanMask, TensorBias
 from treadle.ir.graph import Value
 from treadle.passes.attention_buckets import t5_relative
 from treadle.passes.attention_core import LEAST_FILL, Added, Chosen, Placed, number_of
-from treadle.passes.attention_masks import band_terms, is_of_truth
+from treadle.passes.attention_masks import band_terms
 from treadle.passes.attention_positions import (
     MOST_PARTS,
     Affine,
@@ -32,6 +32,7 @@ from treadle.passes.attention_positions import (
 )
 from treadle.passes.attention_roles import Fused, Operand, Roles
 from treadle.passes.axis_tracking import Axes, narrowed
+from treadle.passes.truth_values import is_of_truth
 
 ABSORBING = 1e30
 """A score that is added to a number of this size is lost in its rounding: adding it masks as replacing by it does."""

@@ -35,13 +35,13 @@ def t5_relative(roles: Roles, placed: Placed) -> Fused | None:
         return None
     table, index = node.inputs
     rows = table.type.shape[0].constant
-    if table.type.rank != 2 or rows is None or roles.axes.flat(placed.layout[2]) != roles.groups["h"]:
+    if table.type.rank != 2 or rows is None or roles.axes.flat(placed.layout[2]) != roles.atoms("h"):
         return None
     at = Placed(index, placed.layout[:2])
     inner = table.node
     if inner is not None and _is_lookup(inner) and inner.inputs[1].literal is not None:
         return _by_constant(roles, inner, at)
-    if roles.axes.resolved(at.layout) != (roles.groups["s"], roles.groups["t"]):
+    if roles.axes.resolved(at.layout) != (roles.atoms("s"), roles.atoms("t")):
         return None
     return _by_evaluation(roles, table, rows, index)
 

@@ -6,8 +6,9 @@
     a[b, s] == c[b, t]                         -->   segments
     any other condition                        -->   mask(axes)
 
-A condition is a conjunction, whose parts are read one by one; triangles and bands may be constants as well. What a
-part is not is told in `notes`, with the node, so that a triangle one off is seen to have stayed a tensor.
+A condition is a conjunction, whose parts are read one by one; triangles and bands may be constants as well, or numbers
+0 and 1 (`treadle.passes.truth_values`). What a part is not is told in `notes`, with the node, so that a triangle one
+off is seen to have stayed a tensor.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.attention_terms import BooleanMask, Causal, Padding, Segments, Window
-from treadle.ir.graph import Node, Value
+from treadle.ir.graph import Node
 from treadle.ir.types import boolean, i64
 from treadle.passes.attention_core import Placed, number_of
 from treadle.passes.attention_positions import MOST_PARTS, Affine, affine_difference, band_of, beneath, constant_over
 from treadle.passes.attention_roles import Fused, Note, Operand, Reading, Roles
 from treadle.passes.axis_tracking import Axes, Layout, narrowed
+from treadle.passes.truth_values import conjuncts_of
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,15 @@ def _parts(axes: Axes, part: _Part, depth: int = 0) -> Iterator[_Part]:
     value, layout = part.placed.value, part.placed.layout
     node = value.node
     if node is not None and depth < MOST_PARTS:
-        name, operands = node.op.name, node.inputs
-        if name == "logical_not":
-            yield from _parts(axes, _Part(Placed(operands[0], layout), not part.wanted), depth + 1)
+        if node.op.name in ("rearrange", "expand") and (above := axes.above(node, layout)) is not None:
+            yield from _parts(axes, _Part(Placed(node.inputs[0], above), part.wanted), depth + 1)
             return
-        if name == ("logical_and" if part.wanted else "logical_or"):
-            for operand in operands:
-                yield from _parts(axes, _Part(Placed(operand, narrowed(operand, layout)), part.wanted), depth + 1)
-            return
-        if name in ("rearrange", "expand") and (above := axes.above(node, layout)) is not None:
-            yield from _parts(axes, _Part(Placed(operands[0], above), part.wanted), depth + 1)
-            return
-        if (name == "cast" or (name == "mul" and part.wanted)) and all(map(is_of_truth, operands)):
-            for operand in operands:  # a product of truth values is their conjunction
-                yield from _parts(axes, _Part(Placed(operand, narrowed(operand, layout)), part.wanted), depth + 1)
+        held = conjuncts_of(node, part.wanted)
+        if held is not None:
+            for operand, wanted in held:
+                yield from _parts(axes, _Part(Placed(operand, narrowed(operand, layout)), wanted), depth + 1)
             return
     yield part
-
-
-def is_of_truth(value: Value) -> bool:
-    """Whether a value is 0 or 1 by the way it is made: a condition, cast, moved or multiplied."""
-    node = value.node
-    if node is None or value.type.dtype.kind == "bool":
-        return value.type.dtype.kind == "bool"
-    return node.op.name in ("cast", "rearrange", "expand", "mul") and all(map(is_of_truth, node.inputs))
 
 
 def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | None:

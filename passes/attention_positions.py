@@ -95,7 +95,7 @@ def _position(roles: Roles, dim: Sequence[int]) -> Affine | None:
     """The position along a dimension, if that is the queries' or the keys' axis as a whole."""
     atoms = roles.axes.flat(dim)
     for axis in ("s", "t"):
-        if atoms and atoms == roles.groups[axis]:
+        if atoms and atoms == roles.atoms(axis):
             return Affine(int(axis == "s"), int(axis == "t"))
     return Affine() if not atoms else None
 
@@ -153,7 +153,7 @@ def constant_over(value: Value, layout: Layout, roles: Roles) -> tuple[Any, list
     for atoms, size in zip(dims, array.shape, strict=True):
         if size == 1:
             continue
-        name = next((n for n in ("s", "t") if atoms and atoms == roles.groups[n]), None)
+        name = next((n for n in ("s", "t") if atoms and roles.axes.flat(atoms) == roles.atoms(n)), None)
         if name is None or name in names:
             return None
         names.append(name)

@@ -21,6 +21,7 @@ from treadle.passes.axis_tracking import Axes, Layout
 class Roles:
     """The atoms of attention's axes, and the sizes' bounds. A group may be empty, and is then of size 1.
 
+    groups      as they were found: what is read later may split them, so that `atoms` is to be asked
     by_offset   what indices by position were found to be, for each j - i: kept for all sites of a function
     """
 
@@ -29,10 +30,14 @@ class Roles:
     symbols: dict[str, Bounds]
     by_offset: dict[Value, np.ndarray[Any, Any] | None]
 
+    def atoms(self, name: str) -> tuple[int, ...]:
+        """The atoms of an axis as they are by now: a mask of windows splits the rows that the windows are a part of."""
+        return self.axes.flat(self.groups[name])
+
     def held(self, layout: Layout) -> str:
         """The axes of which a layout holds an atom: "b t"."""
         there = {atom for dim in self.axes.resolved(layout) for atom in dim}
-        return " ".join(name for name, atoms in self.groups.items() if there.intersection(atoms))
+        return " ".join(name for name in self.groups if there.intersection(self.atoms(name)))
 
     def size(self, name: str) -> Size:
         return self.axes.size(self.groups[name])
@@ -133,4 +138,21 @@ class Whole(Operand):
     """An operand that is taken as it is."""
 
     def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:
-        return b.expr(self.placed.value).cast(dtype)
+        x = b.expr(self.placed.value)
+        return x.cast(dtype) if x.dtype.is_float else x
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an attention op says of itself, beside masks and biases that are tensors.
+
+    dtype   in which it attends
+    scale   None: 1/sqrt(d)
+    terms   those by position
+    heads   the layout of the axis along which keys may be repeated
+    """
+
+    dtype: DType
+    scale: float | None
+    terms: tuple[Fused, ...]
+    heads: Layout

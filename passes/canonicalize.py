@@ -16,6 +16,7 @@ from treadle.ir.types import DType
 from treadle.passes.pass_log import Event, PassRecord
 from treadle.passes.pattern import COMMUTATIVE, Vocabulary
 from treadle.passes.position_indices import GatherOfAll, SliceOfConcat, WhereNegative
+from treadle.passes.position_slices import SliceOfPositions
 from treadle.passes.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.rewrite import Match, Rewrite, RewriteSet
 
@@ -308,6 +309,7 @@ class Canonicalize(RewriteSet):
      6. two of rearrange, reshape or expand in a row  -->  one;  reshape of whole axes  -->  rearrange
      7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
      8. slice(concat(x, y)) of one of them; gather of all that there is; where(i < 0, y, i) of positions  -->  x
+     9. slice of a table that is made of positions  -->  the smaller table
 
     They keep every bit but one: x + 0 turns -0.0 into 0.0, and x does not. Left alone, since it would change
     numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.
@@ -335,6 +337,7 @@ class Canonicalize(RewriteSet):
         ExpandOfExpand(),
         WhereNegative(),
         SliceOfConcat(),
+        SliceOfPositions(),
         GatherOfAll(),
     )
 

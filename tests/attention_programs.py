@@ -163,6 +163,39 @@ def _keys_as_a_linear_weight(b: Builder) -> Expr:
     return b.softmax(b.linear(q, b.tanh(k)) * SCALE) @ v
 
 
+def _of_windows(b: Builder) -> tuple[Expr, Expr, Expr, Expr]:
+    """q, k, v as [(b w), h, s, d] with four windows for each image, and an addend for each of the four, as Swin's."""
+    q, k, v = (b.input(n, f"f32[4*B, {HEADS}, S, {SIZE}]") for n in "qkv")
+    return q, k, v, b.input("shifted", "f32[4, S, S]")
+
+
+def _shifted_windows(b: Builder) -> Expr:
+    """The addend repeated for every image, and the images joined with the windows"""
+    q, k, v, shifted = _of_windows(b)
+    each = b.expand(b.rearrange(shifted, pattern="w s t -> 1 w 1 s t"), shape=("B", 4, 1, "S", "S"))
+    joined = b.rearrange(each, pattern="b w 1 s t -> (b w) 1 s t")
+    return b.softmax(q @ swapped(b, k) * SCALE + joined) @ v
+
+
+def _windows_of_scores(b: Builder) -> Expr:
+    """The scores taken apart by windows for the addend"""
+    q, k, v, shifted = _of_windows(b)
+    scores = b.rearrange(q @ swapped(b, k) * SCALE, pattern="(b w=4) h s t -> b w h s t")
+    scores = scores + b.rearrange(shifted, pattern="w s t -> w 1 s t")
+    return b.softmax(b.rearrange(scores, pattern="b w h s t -> (b w) h s t")) @ v
+
+
+def _masked_windows(b: Builder) -> Expr:
+    """Windows as rows and columns of an image, which the mask has as one axis"""
+    q, k, v = (
+        b.rearrange(b.input(n, f"f32[B, 2, 2, {HEADS}, S, {SIZE}]"), pattern="b i j h s d -> (b i j) h s d")
+        for n in "qkv"
+    )
+    mask = b.rearrange(b.input("mask", "bool[4, S, S]"), pattern="w s t -> 1 w 1 s t")
+    each = b.rearrange(b.expand(mask, shape=("B", 4, 1, "S", "S")), pattern="b w 1 s t -> (b w) 1 s t")
+    return b.softmax(b.where(each, q @ swapped(b, k) * SCALE, -math.inf)) @ v
+
+
 def _one_query(b: Builder) -> Expr:
     """A step of generation: no axis of queries."""
     q = b.input("q", f"f32[B, {HEADS}, {SIZE}]")
@@ -237,6 +270,9 @@ LAYOUTS = [
     Form("two dimensions", _two_dimensions),
     Form("linear", _keys_as_a_linear_weight),
     Form("one query", _one_query),
+    Form("shifted windows", _shifted_windows, "bias(b s t)"),
+    Form("windows of scores", _windows_of_scores, "bias(b s t)"),
+    Form("masked windows", _masked_windows, "mask(b s t)", keeps_nan=True),
     Form("cross", lambda b: scaled(b, keys="T")),
     Form("grouped by repeating", _repeated_heads(2)),
     Form("multi-query by repeating", _repeated_heads(1)),
@@ -350,6 +386,18 @@ def _whole(b: Builder) -> Expr:
 
 
 MASKS = [
+    Form(
+        "causal, tril(ones) == 0",
+        lambda b: scaled(b, lambda x: b.where(b.equal(_lower(b), 0.0), -math.inf, x)),
+        "causal",
+    ),
+    Form(
+        "causal, triu(ones, 1)", lambda b: scaled(b, lambda x: b.where(b.cast(_past(b), to="bool"), LOW, x)), "causal"
+    ),
+    Form("causal, triu(ones, 1) * -1e9", lambda b: scaled(b, lambda x: x + _past(b) * -1e9), "causal"),
+    Form("causal, (1 - tril(ones)) * lowest", lambda b: scaled(b, lambda x: x + (1.0 - _lower(b)) * LOW), "causal"),
+    Form("causal, triu(full(-inf), 1)", lambda b: scaled(b, lambda x: x + _past(b, -math.inf)), "causal"),
+    Form("causal, a table cut", lambda b: scaled(b, lambda x: b.where(_cut(b), -math.inf, x)), "causal"),
     Form("causal", lambda b: masked(b, lambda: triangle(b)), "causal"),
     Form("causal, -1e9", lambda b: masked(b, lambda: triangle(b), -1e9), "causal"),
     Form("causal, lowest", lambda b: masked(b, lambda: triangle(b), LOW), "causal"),
@@ -445,6 +493,25 @@ FILLS = [
     ),
 ]
 """A row in which every key is masked is an average over the keys that hold the greatest number."""
+
+
+def _lower(b: Builder, size: int | str = "S") -> Expr:
+    """torch.tril(torch.ones(S, S))"""
+    j = b.iota(size=size)
+    keep = j <= b.rearrange(j, pattern="s -> s 1")
+    return b.where(keep, b.expand(1.0, shape=(size, size)), 0.0)
+
+
+def _past(b: Builder, number: float = 1.0) -> Expr:
+    """torch.triu(torch.full((S, S), number), 1)"""
+    i, j = places(b)
+    return b.where(j >= i + 1, b.expand(number, shape=("S", "S")), 0.0)
+
+
+def _cut(b: Builder) -> Expr:
+    """nanoGPT's: torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64)[:, :, :S, :S] == 0"""
+    table = b.rearrange(_lower(b, 64), pattern="s t -> 1 1 s t")
+    return b.equal(b.slice(b.slice(table, axis=2, stop="S"), axis=3, stop="S"), 0.0)
 
 
 def _queries(b: Builder) -> Expr:

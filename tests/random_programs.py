@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from random import Random
 
+from treadle.ir.attention_terms import BooleanMask
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.types import DType, f64
@@ -128,6 +129,17 @@ def attention(b: Builder, r: Random, x: Expr) -> Expr:
     )
     weights = b.softmax(masked, axis=r.choice((-1, -1, -1, 2)))
     return b.rearrange(b.matmul(weights, heads), pattern="b h s d -> b s (h d)")
+
+
+def attended(b: Builder, r: Random, x: Expr) -> Expr:
+    """The same as one op, with a mask that is causal, or a table of the longest context cut, or neither."""
+    heads = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
+    longest = r.choice((64, "S"))
+    j = b.iota(size=longest)
+    keep = j <= b.rearrange(j, pattern="s -> s 1") + r.choice((0, 0, 1))
+    keep = b.slice(b.slice(keep, axis=0, stop="S"), axis=1, stop="S") if longest == 64 else keep
+    y = b.attention(heads * r.choice((1.0, 0.5)), heads, heads, keep, terms=(BooleanMask("s t"),))
+    return b.rearrange(y, pattern="b h s d -> b s (h d)")
 
 
 def turned(b: Builder, r: Random, x: Expr) -> Expr:
@@ -285,7 +297,20 @@ def idle(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 STEPS: tuple[Step, ...] = (
-    *(gelu, gelu_tanh, gated, layer_norm, layer_norm, rms_norm, softmax, attention, linear, unchanged, unchanged),
+    *(
+        gelu,
+        gelu_tanh,
+        gated,
+        layer_norm,
+        layer_norm,
+        rms_norm,
+        softmax,
+        attention,
+        attended,
+        linear,
+        unchanged,
+        unchanged,
+    ),
     *(feed_forward, residual, embedded, projected, scaled_product),
     *(picked, one_of_two, powers, selected, counted, moved, reshaped, expanded, twice, by_a_constant, idle, inverted),
 )

@@ -38,7 +38,7 @@ AVERAGING = "bias(b t)"
         ("vit-script-sdpa-14", [""] * 2),
         ("clip-text-script-sdpa-18", [CAUSAL] * 2),
         ("t5-decoder-script-sdpa-18", ["causal, t5_relative(8, 12)", AVERAGING] * 2),
-        ("marian-script-sdpa-14", [PADDED] * 2 + [CAUSAL, PADDED] * 2),
+        ("marian-script-sdpa-14", [PADDED] * 2 + ["causal", PADDED] * 2),
         ("mistral-script-sdpa-18", ["causal, window(4), mask(b t)"] * 2),
         ("gemma-script-sdpa-14", [CAUSAL] * 2),
         ("whisper-decoder-script-sdpa-18", [CAUSAL, ""] * 2),

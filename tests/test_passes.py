@@ -51,6 +51,7 @@ def swapped(lines: Sequence[str], old: str, new: str) -> list[str]:
 X = "return y = x"
 INDICES = ["ib = iota(size=B)", 'rb = rearrange(ib, pattern="b -> b 1")', "sz = size(value=S)", "bs = mul(rb, sz)"]
 INDICES += ["s = iota(size=S)"]
+READ = ["y = where(c, x, 0.0)", "return y = y"]
 
 CANONICALIZED = [
     unary("add-zero", Canonicalize(), ["a = add(x, 0.0)", "return y = a"], [X]),
@@ -202,6 +203,36 @@ CANONICALIZED = [
         Canonicalize(),
         ["e = exp(x)", "c = concat(x, e, axis=2)", "y = slice(c, axis=2, start=1, stop=9)", "return y = y"],
         ["e = exp(x)", "c = concat(x, e, axis=2)", "y = slice(c, axis=2, start=1, stop=9)", "return y = y"],
+    ),
+    *(
+        unary(
+            f"slice-of-positions-{name}",
+            Canonicalize(),
+            ["n = iota(size=64)", *(line.format("n", "m") for line in lines), f"c = slice(m, axis=0, {span})", *READ],
+            ["n = iota(size=64)", *(line.format("n", "m") for line in lines), *after, *READ],  # dead-code has the rest
+            x="f32[S]",
+        )
+        for name, span, lines, after in (
+            ("of-a-condition", "stop=S", ["{1} = less({0}, 9)"], ["k = iota(size=S)", "c = less(k, 9)"]),
+            (
+                "from-within",
+                "start=2, stop=S + 2",
+                ["{1} = less({0}, 9)"],
+                ["k = iota(size=S)", "j = add(k, 2)", "c = less(j, 9)"],
+            ),
+            (
+                "of-numbers-chosen",
+                "stop=S",
+                ["t = less({0}, 9)", "f = where(t, 1.0, 0.0)", "{1} = cast(f, to=bool)"],
+                ["k = iota(size=S)", "u = less(k, 9)", "g = where(u, 1.0, 0.0)", "c = cast(g, to=bool)"],
+            ),
+            (
+                "not-of-waves",
+                "stop=S",
+                ["f = cast({0}, to=f32)", "w = cos(f)", "{1} = greater(w, 0.5)"],
+                ["c = slice(m, axis=0, stop=S)"],
+            ),
+        )
     ),
     unary("constant-right", Canonicalize(), ["a = add(3.0, x)", "return y = a"], ["a = add(x, 3.0)", "return y = a"]),
     unary("constant-stays", Canonicalize(), ["a = sub(3.0, x)", "return y = a"], ["a = sub(3.0, x)", "return y = a"]),
