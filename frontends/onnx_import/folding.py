@@ -83,6 +83,8 @@ def _moved(site: Site, moves: tuple[int, ...], run: Fold) -> list[Known | None] 
             continue
         content = value.content
         assert content is not None
+        if value.type.is_float:  # no sizes
+            return None
         kind = value.type
         index = np.arange(len(places), len(places) + content.size, dtype=np.int64).reshape(content.shape)
         places += as_sizes(content)

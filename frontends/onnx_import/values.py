@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from treadle.frontends.onnx_import.elements import Element
 from treadle.frontends.onnx_import.file import StoredTensor
+from treadle.frontends.stored_triangles import is_square, triangle_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Literal, Value
 from treadle.ir.sizes import Size
@@ -89,7 +90,11 @@ class Known:
         if self._expr is None:
             stored = self.stored
             if stored is not None and (stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)):
-                self._expr = b.parameter(self.name, self.type.carrier[stored.shape])
+                square = self.type.format is None and is_square(stored.shape)
+                triangle = triangle_of(stored.array()) if square else None
+                carrier = self.type.carrier
+                made = b.parameter(self.name, carrier[stored.shape]) if triangle is None else triangle.build(b, carrier)
+                self._expr = made
             else:
                 content = self.content
                 assert content is not None

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import treadle.frontends.torch_export.tables  # noqa: F401  (registers the operators)
+from treadle.frontends.stored_triangles import triangle_of
 from treadle.frontends.torch_export.lines import scope_of, source_of
 from treadle.frontends.torch_export.model import TorchModel, array_of
 from treadle.frontends.torch_export.operators import OPERATORS, Site, our_dtype, unsupported
@@ -201,8 +202,11 @@ class TorchImporter:
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else name
         if key not in self.known:
             array = array_of(tensor)
-            if tensor.numel() <= (_IN_PLACE if dtype.is_float else _IN_PLACE_WHOLE) and name not in self._parameters():
+            is_buffer = name not in self._parameters()
+            if tensor.numel() <= (_IN_PLACE if dtype.is_float else _IN_PLACE_WHOLE) and is_buffer:
                 self.known[key] = self.b.constant(array, dtype)
+            elif is_buffer and dtype.numpy is not None and (triangle := triangle_of(array)) is not None:
+                self.known[key] = triangle.build(self.b, dtype)
             else:
                 self.known[key] = self.b.parameter(name, Type(dtype, tuple(map(Dim.of, tensor.shape))))
                 self.weights[name] = array
