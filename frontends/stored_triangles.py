@@ -35,7 +35,7 @@ class Triangle(NamedTuple):
         else:
             made = b.where(keep, b.constant(self.inside, dtype), b.constant(self.outside, dtype))
         leading = len(self.shape) - 2
-        return b.rearrange(made, pattern=f"i j -> {'1 ' * leading}i j") if leading else made  # type: ignore[no-any-return]
+        return b.rearrange(made, pattern=f"i j -> {'1 ' * leading}i j") if leading else made
 
 
 def is_square(shape: Sequence[int]) -> bool:

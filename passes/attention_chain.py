@@ -134,20 +134,29 @@ def is_mask(
     return fill == -math.inf and not overridden
 
 
-def terms_of_chain(roles: Roles, scores: Scores, zero_empty_rows: bool, guarded: bool) -> ChainTerms:
+def terms_of_chain(
+    roles: Roles,
+    scores: Scores,
+    zero_empty_rows: bool,
+    guarded: bool,
+    beside: Sequence[Fused] = (),
+    rule: str = "FuseAttention",
+) -> ChainTerms:
     """The terms that do to scores what the chain does. Raises Mismatch where there are none.
 
     guarded   a row that is -inf throughout gives zeros, as attention gives, and not NaN
+    beside    masks that attention has already
+    rule      the pass that asks
     """
     found = ChainTerms()
     steps = _read(roles, scores, exactly=False)
     settled = not any(step.hazards for step in steps)
-    keeps_a_key = settled and never_empty([f for step in steps for f in step.kept.terms], roles)
+    keeps_a_key = settled and never_empty([*beside, *(f for step in steps for f in step.kept.terms)], roles)
     for step in steps:
         _expect_low(step, scores)
         found.notes += step.kept.notes
     if not (keeps_a_key or zero_empty_rows):
-        found.notes += _addend_notes(steps, settled)
+        found.notes += _addend_notes(steps, settled, rule)
         steps = _read(roles, scores, exactly=True)
     masks: list[Step] = []
     others: list[Step] = []
@@ -212,10 +221,10 @@ def _expect_low(step: Step, scores: Scores) -> None:
         raise Mismatch("what is added to the scores may be inf", node, scores.nodes)
 
 
-def _addend_notes(steps: Sequence[Step], settled: bool) -> Iterator[Note]:
+def _addend_notes(steps: Sequence[Step], settled: bool, rule: str) -> Iterator[Note]:
     """Tell of masks by large negative numbers, which are added, where with -inf they would have been terms."""
     why = "a row in which every key is masked is an average" if settled else "another addend may outweigh it"
-    hint = "-inf in its place, or FuseAttention(zero_empty_rows=True)"
+    hint = f"-inf in its place, or {rule}(zero_empty_rows=True)"
     for step in steps:
         if step.is_finite and (isinstance(step.mask, Chosen) or step.kept.structural):
             yield Note(f"stays an addend: it is {step.fill:g}, and {why}", step.term.node, hint)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import AXES, TensorBias
+from treadle.ir.attention_terms import AXES, MaskTerm, TensorBias
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.sizes import Bounds
@@ -30,7 +30,7 @@ from treadle.passes.attention_core import (
     is_weight,
     origin_of,
 )
-from treadle.passes.attention_roles import Roles
+from treadle.passes.attention_roles import Roles, Said
 from treadle.passes.axis_tracking import Axes, Layout
 from treadle.passes.canonicalize import is_lossless
 
@@ -47,6 +47,8 @@ class Plan:
     4. What is added up past the range of the dtype, float32's least number twice, is -inf as it was; see 1.
 
     With `zero_empty_rows` every mask is a mask.
+
+    said   of an attention that is one op already; of spelled-out attention None
     """
 
     def __init__(
@@ -59,12 +61,19 @@ class Plan:
         scores: Scores,
         zero_empty_rows: bool,
         by_offset: dict[Value, np.ndarray[Any, Any] | None],
+        said: Said | None = None,
     ) -> None:
+        self.said = said
         self.axes, self.layout, self.weighting, self.values, self.scores = axes, layout, weighting, values, scores
         self.nodes = scores.nodes
         self._find_origins()
         self.roles = Roles(axes, self._groups(), symbols, by_offset)
-        self.chain = terms_of_chain(self.roles, scores, zero_empty_rows, values.guarded or zero_empty_rows)
+        known = () if said is None else said.terms
+        masks = [f for f in known if isinstance(f.term, MaskTerm)]
+        guarded, rule = values.guarded or zero_empty_rows, "FuseAttention" if said is None else "RefineAttention"
+        self.chain = terms_of_chain(self.roles, scores, zero_empty_rows, guarded, masks, rule)
+        self.chain.masks[:0] = masks
+        self.chain.biases[:0] = [f for f in known if not isinstance(f.term, MaskTerm)]
         self.dtype = self._widest()
         if not 1 / self.dtype.greatest <= abs(self.scale) <= self.dtype.greatest:
             self._fail(f"the scale is {self.scale:g}, which {self.dtype} does not hold")
@@ -105,14 +114,16 @@ class Plan:
         if everything - result != keys:
             self._fail("the product with the values sums over another axis than the softmax's as well", values=True)
 
+        axis = self.weighting.axis
+        repeated = (*self.layout[:axis], *self.layout[axis + 1 :]) if self.said is None else self.said.heads
+
         def is_batch(atom: int) -> bool:  # asked while atoms are still being split
-            axis = self.axes.flat(self.layout[self.weighting.axis])
-            return atom in self._atoms(self.layout) and atom not in axis
+            return atom in self._atoms(repeated)
 
         self.q, self.k, self.v = (origin_of(self.axes, x, is_batch) for x in (q, k, values.values))
         if self.v.factor != 1.0:
             self.v = Origin(((values.values, 1.0),))
-        if is_weight(self.k.placed.value):
+        if self.said is None and is_weight(self.k.placed.value):
             self._fail("the keys are weights: a layer with a softmax, no attention")
         self.scale = scores.scale * self.q.factor * self.k.factor
 
@@ -151,6 +162,8 @@ class Plan:
 
     def _widest(self) -> DType:
         """The dtype to attend in: that of q, k, v, of the scores and of biases that holds all of the others."""
+        if self.said is not None:
+            return self.said.dtype
         values = [x.placed.value for x in (self.q, self.k, self.v)] + [self.scores.product.results[0]]
         operands = [operand for f in self.chain.biases for operand in f.operands]
         found = [v.type.dtype for v in values if v.type.dtype.is_float]
@@ -208,6 +221,8 @@ class Plan:
 
     def _scale_attribute(self, q: Expr) -> float | None:
         """The scale, or None if it is the default: 1/sqrt(d), as two constants of the dtype may say it."""
+        if self.said is not None and self.q.factor * self.k.factor == 1.0:
+            return self.said.scale
         d = q.shape[-1].constant
         if d is not None and abs(self.scale * math.sqrt(d) - 1) <= 4 * self.dtype.spacing:
             return None

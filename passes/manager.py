@@ -177,7 +177,8 @@ def _undo_what_fails(
                 failed.append((claim, wrong, against))
         for claim, edges, against in failed:
             event = Event.at(each.name, known.function, claim.at)
-            record.matches[:] = [m for m in record.matches if dataclasses.replace(m, rule=each.name) != event]
+            others = [m for m in record.matches if dataclasses.replace(m, rule=each.name, reason="") != event]
+            record.matches[:] = others
             reason = f"rolled back, since its certificate failed: {against}"
             record.refusals.append(dataclasses.replace(event, reason=reason))
             record.changes = max(record.changes - 1, 0)

@@ -26,7 +26,7 @@ class Event:
     op        the node's op
     scope     where the model's author put it ("h.0.mlp"), and `source`, the author's line; empty where
               unknown
-    reason    why not; empty for a match
+    reason    why not; of a match what it came to, where the rule tells
     hint      the smallest change that would let it be, where the rule can tell
     """
 

@@ -19,6 +19,7 @@ from treadle.passes.fuse_rotary import FuseRotary
 from treadle.passes.fuse_softmax import FuseSoftmax
 from treadle.passes.manager import Pass
 from treadle.passes.merge_projections import MergeProjections
+from treadle.passes.refine_attention import RefineAttention
 
 
 class Pipeline(tuple[Pass, ...]):
@@ -41,6 +42,7 @@ DEFAULT = Pipeline(
         FuseNormalization(),
         FuseSoftmax(),
         FuseRotary(),
+        RefineAttention(),
         FuseAttention(),
         FuseGelu(),
         FuseLinear(),

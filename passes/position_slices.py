@@ -88,7 +88,7 @@ class _Cut:
 
     def _sliced(self, value: Value, axis: int) -> Expr:
         stop = self.start + self.length
-        return self.b.slice(Expr(self.b, value), axis=axis, start=self.start, stop=stop)  # type: ignore[no-any-return]
+        return self.b.slice(Expr(self.b, value), axis=axis, start=self.start, stop=stop)
 
     def _node(self, value: Value, axis: int) -> Expr | None:
         node = value.node
