@@ -25,6 +25,7 @@ from treadle.frontends.torch_export.sizes import Symbols, UnknownSize, bounds_of
 from treadle.frontends.torch_export.tracing import (
     Dynamic,
     decomposed,
+    expect_dense,
     exported,
     name_symbols,
     named_arguments,
@@ -35,7 +36,7 @@ from treadle.ir.collection import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.sizes import Bounds, Size
-from treadle.ir.types import Dim, Type
+from treadle.ir.types import Dim, DType, Type
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +124,14 @@ def _kept() -> list[Any]:
     return found
 
 
+def _dtype_of(name: str, tensor: Any) -> DType:
+    try:
+        return our_dtype(tensor.dtype)
+    except FrontendError as error:
+        error.within = f"{name}, a tensor that the module is given or holds"
+        raise
+
+
 def _is_size(node: Any) -> bool:
     """Whether a node makes a size or a condition on sizes, which its own record tells."""
     val = node.meta.get("val")
@@ -176,7 +185,7 @@ class TorchImporter:
                 if not hasattr(val, "dtype"):
                     self.values[node] = self._plain(val)
                     continue
-                type = Type(our_dtype(val.dtype), tuple(Dim.of(self.symbols.size(n)) for n in val.shape))
+                type = Type(_dtype_of(node.name, val), tuple(Dim.of(self.symbols.size(n)) for n in val.shape))
                 self.values[node] = self.b.input(node.name, type)
                 inputs.append(node.name)
             elif kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
@@ -192,13 +201,8 @@ class TorchImporter:
         tensor: Any = state[name] if name in state else self.program.constants[name]
         if not hasattr(tensor, "detach"):
             raise FrontendError(f"{name} is no tensor", received=type(tensor).__name__)
-        dtype = our_dtype(tensor.dtype)
-        if tensor.is_meta:
-            raise FrontendError(
-                f"{name} has no elements: it is on the meta device", hint="load the module's weights first"
-            )
-        if tensor.is_sparse or tensor.is_quantized:
-            raise FrontendError(f"{name} is not a dense tensor", received=str(tensor.layout))
+        expect_dense(name, tensor)
+        dtype = _dtype_of(name, tensor)
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else name
         if key not in self.known:
             array = array_of(tensor)
@@ -222,7 +226,10 @@ class TorchImporter:
         if hasattr(argument, "op") and hasattr(argument, "meta"):
             if argument not in self.values:
                 raise unsupported(argument, "its result is not available")
-            return self.values[argument]
+            made = self.values[argument]
+            if isinstance(made, UnknownSize):
+                raise made
+            return made
         if isinstance(argument, list | tuple):
             return [self._plain(x) for x in argument]
         if hasattr(argument, "node") and hasattr(argument.node, "expr"):
@@ -234,7 +241,7 @@ class TorchImporter:
         try:
             self._import(node)
         except UnknownSize as error:
-            raise unsupported(node, error.what, received=error.received) from None
+            raise unsupported(node, error.what, error.hint, error.received) from None
         except FrontendError as error:
             if error.within is None:
                 error.within = f"{node.target}, node {node.name}"
@@ -259,7 +266,10 @@ class TorchImporter:
         if _is_size(node):
             val = node.meta["val"]
             whole = isinstance(val, int) or type(val).__name__ == "SymInt"
-            self.values[node] = self.symbols.size(val) if whole else None
+            try:
+                self.values[node] = self.symbols.size(val) if whole else None
+            except UnknownSize as error:  # which matters where the size is used, and checks alone may use it
+                self.values[node] = error
             return
         handler = OPERATORS.get(name or "")
         if handler is None:

@@ -64,3 +64,17 @@ def raised_at(error: BaseException) -> Source | None:
             found = Source(shown(name), trace.tb_lineno)
         trace = trace.tb_next
     return found
+
+
+_CALL = re.compile(r"[\\/]torch[\\/]_ops\.py$")
+
+
+def within_operator(error: BaseException) -> bool:
+    """Whether an exception came up while torch worked out the shape of an operator, not in the module's own code."""
+    trace: TracebackType | None = error.__traceback__
+    found = False
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        found = _CALL.search(name) is not None or (found and _TORCH.search(name) is not None)
+        trace = trace.tb_next
+    return found

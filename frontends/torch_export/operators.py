@@ -198,7 +198,7 @@ class Site:
 
     def is_at_least(self, x: Size, y: Size) -> bool:
         """Whether x >= y whatever the symbols are."""
-        return self.bounds(x - y).lower >= 0
+        return self.importer.symbols.is_at_least(x, y)
 
     # -- refusals ----------------------------------------------------------------------------------------------
 

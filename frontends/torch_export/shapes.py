@@ -6,6 +6,7 @@ A view's sizes are those that torch found for the result, so -1 and inferred siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from treadle.frontends.onnx_import.reductions import flipped
 from treadle.frontends.onnx_import.reshaping import reshaped
@@ -153,36 +154,63 @@ def expanded(b: Builder, x: Expr, shape: Sequence[Size]) -> Expr:
 # -- parts ---------------------------------------------------------------------------------------------------------
 
 
-def start_of(site: Site, start: Size, size: Size) -> Size:
-    """A slice's start as torch means it: from the end where it is negative, and within the axis."""
-    if start.constant is not None and start.constant < 0:
-        start = start + size
-    elif start.constant is None and site.bounds(start).lower < 0:
-        site.refuse(f"a start of {start}, which may be negative")
-    if site.is_at_least(ZERO, start):
-        return ZERO
-    if start.constant is None and not site.is_at_least(start, ZERO):
-        site.refuse(f"a start of {start}, which may be negative")
-    return start
+_FAR = 2**40
+"""Places of this and more mean the end of any axis."""
+
+
+def edge_of(site: Site, edge: Size, size: Size) -> Size:
+    """A slice's start or stop as torch means it: from the end where it is negative, and within the axis.
+
+    Where some sizes would have it clamped and others not, it is as in the example: a call with others is refused, by
+    the bounds of a symbol or by the slice itself.
+    """
+    symbols = site.importer.symbols
+    if edge.constant is not None and edge.constant >= _FAR:
+        return size
+    negative = edge.constant is not None and edge.constant < 0
+    if negative or not (symbols.suppose(edge, ZERO) or symbols.demand(edge, ZERO)):
+        if not symbols.suppose(Size.of(-1), edge):
+            _two_ways(site, f"a place of {edge}, which may be negative")
+        edge = edge + size
+    for limit, inside in ((ZERO, edge), (size, size - edge)):
+        if symbols.is_at_least(ZERO, inside):
+            return limit
+        if not (symbols.suppose(inside, ZERO) or symbols.demand(inside, ZERO)):
+            if not symbols.suppose(ZERO, inside):
+                _two_ways(site, f"a place of {edge} on an axis of {size}, which may be past its end")
+            return limit
+    return edge
+
+
+def _two_ways(site: Site, what: str) -> NoReturn:
+    site.refuse(
+        f"{what}: what the slice then means differs, and bounds of single dimensions do not tell them apart",
+        "an example in which it lies within the axis",
+    )
 
 
 @operator("slice.Tensor", "slice_copy.Tensor")
 def _slice(site: Site) -> Made:
     b, x = site.b, site.x("self")
     axis, step = site.axis("dim", default=0), site.integer("step", 1)
-    size, count = x.shape[axis], site.shape()[axis]
-    if count == size and step == 1:
+    size, symbols = x.shape[axis], site.importer.symbols
+    start = edge_of(site, site.size("start", 0), size)
+    stop = edge_of(site, site.size("end", _FAR), size)
+    if start == ZERO and stop == size and step == 1:
         return x
-    if count == ZERO:
-        return b.slice(x, axis=axis, start=0, stop=0)
-    start = start_of(site, site.size("start", 0), size)
-    return b.slice(x, axis=axis, start=start, stop=start + (count - 1) * step + 1, stride=step)
+    if not symbols.suppose(stop, start) and not symbols.demand(stop, start):
+        if not symbols.suppose(start, stop):
+            _two_ways(site, f"from {start} to {stop}, which may be before it")
+        stop = start
+    made = b.slice(x, axis=axis, start=start, stop=stop, stride=step)
+    symbols.explain(site.vals[0].shape[axis], made.shape[axis])
+    return made
 
 
 @operator("narrow.default")
 def _narrow(site: Site) -> Made:
     x, axis = site.x("self"), site.axis("dim")
-    start = start_of(site, site.size("start"), x.shape[axis])
+    start = edge_of(site, site.size("start"), x.shape[axis])
     return site.b.slice(x, axis=axis, start=start, stop=start + site.size("length"))
 
 
@@ -248,7 +276,7 @@ def _slice_scatter(site: Site) -> Made:
         site.refuse("with a step")
     if count == size:
         return source.cast(x.dtype)
-    return _replaced(b, x, source.cast(x.dtype), axis, start_of(site, site.size("start", 0), size))
+    return _replaced(b, x, source.cast(x.dtype), axis, edge_of(site, site.size("start", 0), size))
 
 
 @operator("select_scatter.default")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import FrontendError
-from treadle.ir.sizes import Bounds, Size, product
+from treadle.ir.sizes import ZERO, Bounds, Size, product
 
 _MOST_TRIED = 1 << 19
 """The most values of a symbol that a guard is tried on."""
@@ -30,12 +30,24 @@ class UnknownSize(FrontendError):
     """A size that is no expression of the inputs' sizes."""
 
 
+def depends_on_data(received: str | None = None) -> UnknownSize:
+    """The error for a size that the elements of a tensor give, such as n.item()."""
+    return UnknownSize(
+        "a size or a number of the module's code depends on data, and a graph has none that do",
+        received=received,
+        hint="keep it a tensor, and mask with torch.arange(size) < n in place of a slice [:n]; or give the module a "
+        "Python number, which becomes a part of the graph",
+    )
+
+
 class Symbols:
     """Names for the symbols of one export.
 
     names   the name of ours for each of torch's
     env     torch's own record of them, or None where all sizes are numbers
     bounds  what each of ours may be, as far as it is known: a minimum or maximum is told by these
+    told    the sizes that torch gave a symbol of their own, where we know better
+    least   differences of sizes that calls are held to not to be negative, beside the bounds
     traced  how many guards there were when the module's own code had run; later ones are of decompositions
     """
 
@@ -43,6 +55,8 @@ class Symbols:
         self.names: dict[str, str] = {}
         self.env: Any = None
         self.bounds: dict[str, Bounds] = {}
+        self.told: dict[str, Size] = {}
+        self.least: set[Size] = set()
         self.traced: int | None = None
 
     def size(self, value: Any) -> Size:
@@ -57,8 +71,10 @@ class Symbols:
         if expr.is_Integer:
             return Size.of(int(expr))
         if expr.is_Symbol:
+            if expr.name in self.told:
+                return self.told[expr.name]
             if expr.name not in self.names:
-                raise UnknownSize("a size depends on data", received=str(expr))
+                raise depends_on_data(str(expr))
             return Size.symbol(self.names[expr.name])
         parts = [self._of(x) for x in expr.args]
         if kind == "Add":
@@ -72,11 +88,88 @@ class Symbols:
         if kind in ("Mod", "PythonMod"):
             return parts[0] - parts[0] // parts[1] * parts[1]
         if kind in ("Min", "Max"):
-            for one in parts:
-                ordered = (one - other if kind == "Max" else other - one for other in parts)
-                if all(difference.bounds(self.bounds).lower >= 0 for difference in ordered):
-                    return one
-        raise UnknownSize(f"a size of {kind} is not supported", received=str(expr))
+            return self._extremum(parts, largest=kind == "Max")
+        raise UnknownSize(
+            f"a size of {kind} is not supported",
+            received=self.named(expr),
+            hint="leave the dimension out of dynamic=, or compute the size with +, -, *, //, %, min and max",
+        )
+
+    def explain(self, value: Any, size: Size) -> None:
+        """What a size of torch's is, where torch could not say: from x[:, n - 3:] on, which may count from the end."""
+        expr = getattr(getattr(value, "node", None), "expr", None)
+        if expr is not None and expr.is_Symbol and expr.name not in self.names:
+            self.told.setdefault(expr.name, size)
+
+    def named(self, expr: Any) -> str:
+        """An expression of torch's in our names."""
+        text = str(expr)
+        for theirs, ours in sorted(self.names.items(), key=lambda pair: -len(pair[0])):
+            text = text.replace(theirs, ours)
+        return text[:200]
+
+    # -- minima and maxima -------------------------------------------------------------------------------------
+
+    def is_at_least(self, x: Size, y: Size) -> bool:
+        """Whether x >= y for all sizes that a call may have."""
+        return (x - y).bounds(self.bounds).lower >= 0 or x - y in self.least
+
+    def _extremum(self, parts: Sequence[Size], largest: bool) -> Size:
+        """The one of several sizes that is the least or the largest: for all calls, or as it was in the example."""
+
+        def conditions(one: Size) -> list[Size]:
+            return [one - other if largest else other - one for other in parts]
+
+        for one in parts:
+            if all(self.is_at_least(difference, ZERO) for difference in conditions(one)):
+                return one
+        # What bounds a symbol from below goes first: of an example at the very edge, calls with larger sizes are taken.
+        for one in sorted(parts, key=lambda one: any(_falls(difference) for difference in conditions(one))):
+            if all(self._can_suppose(difference) for difference in conditions(one)):
+                for difference in conditions(one):
+                    self.suppose(difference, ZERO)
+                return one
+        text = ", ".join(map(str, parts))
+        raise UnknownSize(
+            f"which of the sizes is the {'largest' if largest else 'least'} is not the same for all calls, and bounds "
+            "of single dimensions do not tell it",
+            received=text,
+            hint="leave all but one of these dimensions out of dynamic=, or give them one name where they are equal",
+        )
+
+    def suppose(self, x: Size, y: Size) -> bool:
+        """Bound a symbol such that x >= y, as it is in the example. False where it is not, or bounds cannot say it."""
+        if self.is_at_least(x, y):
+            return True
+        if not self._can_suppose(x - y):
+            return False
+        linear = (x - y).as_linear
+        assert linear is not None
+        name, factor, offset = linear
+        held = Bounds(-(offset // factor)) if factor > 0 else Bounds(0, offset // -factor)
+        self.bounds[name] = self.bounds.get(name, Bounds()).intersect(held)
+        return True
+
+    def _can_suppose(self, difference: Size) -> bool:
+        return self.is_at_least(difference, ZERO) or (difference.as_linear is not None and self.hint(difference) >= 0)
+
+    def demand(self, x: Size, y: Size) -> bool:
+        """Hold x >= y for granted, as an op of the graph asks it of a call. False where it is not so in the example."""
+        if self.is_at_least(x, y):
+            return True
+        if self.hint(x) < self.hint(y):
+            return False
+        self.least.add(x - y)
+        return True
+
+    def hint(self, size: Size) -> int:
+        """A size's value in the example."""
+        return size.evaluate({ours: env_hint(self.env, theirs) for theirs, ours in self.names.items()})
+
+
+def _falls(difference: Size) -> bool:
+    """Whether a difference gets less as its symbol grows."""
+    return difference.as_linear is not None and difference.as_linear[1] < 0
 
 
 # -- guards --------------------------------------------------------------------------------------------------------
@@ -180,7 +273,7 @@ def env_hint(env: Any, name: str) -> int:
     for symbol, value in known.items():
         if symbol.name == name:
             return int(value)
-    raise UnknownSize("a size depends on data", received=name)
+    raise depends_on_data(name)
 
 
 def _parts(expr: Any) -> list[Any]:
@@ -252,9 +345,6 @@ def _always(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> bool:
 
 
 def _untold(guard: Any, symbols: Symbols, expr: Any) -> FrontendError:
-    text = str(expr)
-    for theirs, ours in sorted(symbols.names.items(), key=lambda pair: -len(pair[0])):
-        text = text.replace(theirs, ours)
     place = getattr(guard, "sloc", None)
     frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
     where = getattr(frame, "filename", None)
@@ -262,7 +352,7 @@ def _untold(guard: Any, symbols: Symbols, expr: Any) -> FrontendError:
 
     return FrontendError(
         "the module's code branches on a size, and what it does then holds for some sizes alone",
-        received=f"{text[:200]}",
+        received=symbols.named(expr),
         source=f"{shown(where)}:{frame.lineno}" if where and frame is not None else None,
         hint="leave that dimension out of dynamic=, or trace the module once for each case",
     )

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
-from treadle.frontends.torch_export.lines import raised_at, source_in
-from treadle.frontends.torch_export.sizes import Symbols
+from treadle.frontends.torch_export.lines import raised_at, source_in, within_operator
+from treadle.frontends.torch_export.sizes import Symbols, depends_on_data
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.sizes import Size
 
@@ -37,7 +37,43 @@ def named_arguments(module: Any, example: Example) -> dict[str, Any]:
         ) from None
     except ValueError:
         return dict(example) if isinstance(example, Mapping) else {}
-    return dict(bound.arguments)
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        match signature.parameters[name].kind:
+            case inspect.Parameter.VAR_KEYWORD:
+                found |= value
+            case inspect.Parameter.VAR_POSITIONAL:
+                found |= {f"{name}_{i}": x for i, x in enumerate(value)}
+            case _:
+                found[name] = value
+    return found
+
+
+@contextmanager
+def _one_parameter_each(module: Any, names: Sequence[str]) -> Iterator[None]:
+    """While it is traced, a module whose forward takes *args or **kwargs has a parameter for each argument.
+
+    torch.export takes dynamic shapes by parameters, and mistakes the arguments in a dict of them for more of these.
+    """
+    signature, own, forward = inspect.signature(module.forward), vars(module).get("forward"), module.forward
+    gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if not any(p.kind in gathering for p in signature.parameters.values()):
+        yield
+        return
+
+    def each(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    each.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    vars(module)["forward"] = each
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
 
 
 def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
@@ -65,7 +101,12 @@ def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
     if isinstance(given, str):
         words = given.split()
         if len(words) != rank:
-            raise UsageError(f"dynamic= gives {name} {len(words)} dimensions, it has {rank}", received=given)
+            told = " ".join([*words, *["_"] * rank][:rank])
+            raise UsageError(
+                f"dynamic= gives {name} {len(words)} dimensions, it has {rank}",
+                received=given,
+                hint=f"{{{name!r}: {told!r}}}, where _ leaves a dimension as it is",
+            )
         for axis, word in enumerate(words):
             if word.isdigit() and int(word) != shape[axis]:
                 raise UsageError(f"dimension {axis} of {name} is {shape[axis]}, dynamic= says {word}", received=given)
@@ -93,12 +134,17 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
         raise UsageError("from_torch takes a torch.nn.Module", received=type(module).__name__)
     if not isinstance(example, tuple | Mapping):
         raise UsageError("the example is a tuple of arguments, or a dict of them", received=type(example).__name__)
+    arguments = named_arguments(module, example)
+    for name, x in _tensors(arguments):
+        expect_dense(name, x, f"torch.zeros({name}.shape, dtype={name}.dtype): an example's values do not matter")
     shapes: dict[str, Any] | None = None
+    plain: AbstractContextManager[Any] = nullcontext()
     if opened:
-        shapes = dict.fromkeys(named_arguments(module, example))
+        shapes = dict.fromkeys(arguments)
         shapes |= {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in opened.items()}
+        plain = _one_parameter_each(module, list(arguments))
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), dict(example))
-    with _quietly(), torch.no_grad(), _any_size():
+    with _quietly(), torch.no_grad(), _any_size(), plain:
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except FrontendError:
@@ -106,7 +152,52 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
         except RecursionError:
             raise FrontendError("the module nests too deep for torch.export") from None
         except Exception as error:
+            for name, x in _held(module):  # what torch.export cannot trace with, whose message does not name it
+                expect_dense(name, x)
             raise _refused(error) from error
+
+
+def _tensors(values: Any) -> list[tuple[str, Any]]:
+    """The tensors in a tree of containers, each with the path that leads to it."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    paths = pytree.tree_flatten_with_path(values)[0]
+    named = (("_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path), x) for path, x in paths)
+    return [(name, x) for name, x in named if isinstance(x, torch.Tensor)]
+
+
+def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """The tensors of a module: parameters, buffers, and those that are attributes only."""
+    import torch
+
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+    for path, part in module.named_modules():
+        for name, x in vars(part).items():
+            if isinstance(x, torch.Tensor):
+                yield f"{path}.{name}" if path else name, x
+
+
+def expect_dense(
+    name: str, tensor: Any, instead: str = "module.to_empty(device='cpu') and then load_state_dict"
+) -> None:
+    """Raise FrontendError for a tensor whose elements do not lie in memory one by one.
+
+    instead  what gives a tensor on the meta device elements
+    """
+    import torch
+
+    if tensor.is_meta:
+        raise FrontendError(f"{name} has no elements: it is on the meta device", hint=instead)
+    kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else None
+    if kind is None and tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+    if kind is not None:
+        way = {"quantized": "dequantize()", "nested": "to_padded_tensor(0.0)"}.get(kind, "to_dense()")
+        raise FrontendError(
+            f"{name} is not a dense tensor", received=f"a {kind.lstrip('_')} tensor", hint=f"{name}.{way}"
+        )
 
 
 def _any_size() -> AbstractContextManager[Any]:
@@ -140,6 +231,10 @@ def _refused(error: Exception) -> FrontendError:
     at = source_in(marked) or raised_at(error)
     where = str(at) if at is not None else None
     if "data-dependent" in text:
+        if "Could not guard" not in text or within_operator(error):
+            made = depends_on_data(first[:200])
+            made.source = where
+            return made
         return FrontendError(
             "the module branches on data, which a graph cannot",
             received=first[:200],

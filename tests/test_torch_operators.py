@@ -1,0 +1,89 @@
+"""ATen operators imported by `from_torch` give torch's own numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import treadle
+from tests.torch_modules import Applied, assert_equal
+
+torch = pytest.importorskip("torch")
+nn: Any = pytest.importorskip("torch.nn")
+F: Any = torch.nn.functional
+
+
+class Masked(nn.Module):  # type: ignore[misc]
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "row", "float", "causal", "grouped", "one head"])
+def test_attention_means_what_it_means_in_torch(mask: str) -> None:
+    torch.manual_seed(0)
+    heads = 2 if mask == "grouped" else 4
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, heads, 5, 8), torch.randn(2, heads, 5, 6)
+    given, options = None, dict[str, Any](scale=0.3)
+    match mask:
+        case "bool":
+            given = torch.rand(2, 1, 3, 5) > 0.4
+            given[1, :, 1] = False  # a row that sees nothing: zeros
+        case "row":
+            given = torch.rand(1, 5) > 0.4
+        case "float":
+            given = torch.randn(4, 3, 5)
+        case "causal":
+            options = {"is_causal": True}
+        case "grouped":
+            options = {"enable_gqa": True}
+        case "one head":
+            q, k, v, given = q[:, 0], k[:, 0], v[:, 0], torch.rand(2, 3, 5) > 0.2
+    module = Masked(**options)
+    example = (q, k, v) if given is None else (q, k, v, given)
+    assert_equal(treadle.from_torch(module, example), module, example)
+
+
+OPERATORS: dict[str, Any] = {
+    "integers": lambda x: ((x * 7).int() // 3, torch.div((x * 9).int(), 4, rounding_mode="trunc"), (x * 9).long() % -4),
+    "promotion": lambda x: (x.int() + 0.5, x.int() / 2, x > 0.1, x.int() == x, x.double() - x, 1 - x, 2.0**x),
+    "choices": lambda x: (torch.where(x > 0, x, 1.5), x.clamp(-0.5, 0.5), x.clamp(min=0.1), torch.maximum(x, -x)),
+    "functions": lambda x: (F.softplus(x), F.hardswish(x), F.leaky_relu(x), x.ceil(), x.trunc(), x.round(), F.mish(x)),
+    "along": lambda x: (x.var(-1), x.std(0, correction=0), x.logsumexp(1), x.norm(dim=-1), x.amin((0, 2)), x.sum()),
+    "extremes": lambda x: (*x.max(1), x.argmin(-1, keepdim=True), *x.topk(2, -1), *x.sort(1, descending=True)),
+    "truths": lambda x: ((x > 0).any(-1), (x > -3).all(), (x > 0).sum(0), ~(x > 0) | (x < 1), (x > 0) ^ (x > 1)),
+    "softmax": lambda x: (x.softmax(1), x.log_softmax(-1), F.softmax(x, -1, dtype=torch.float64)),
+    "norms": lambda x: (F.layer_norm(x, x.shape[1:]), F.rms_norm(x, x.shape[-1:]), F.group_norm(x, 3), F.normalize(x)),
+    "places": lambda x: (x[:, 1], x[..., ::2], x[:, [2, 0, -1]], x[[0, 1], :, [3, -2]], x.flip(1), x.roll(1, -1)),
+    "picks": lambda x: (x.gather(1, x[:, :2].argsort(1)), x.index_select(-1, torch.tensor([3, 0])), x[None, 1:, -2:]),
+    "joins": lambda x: (torch.stack([x, -x], 1), torch.cat([x, x[:, :1].double()], 1), *x.chunk(2, -1), *x.unbind(1)),
+    "repeats": lambda x: (x.repeat(1, 2, 1), x.repeat_interleave(3, dim=-1), x.tile(2)),
+    "pads": lambda x: (F.pad(x, (1, 2, -1, 0), value=3), F.pad(x, (0, 1))),
+    "views": lambda x: (x.reshape(4, -1), x.view(2, 3, 2, 2).transpose(1, 2).reshape(4, 6), x.mT, x.movedim(0, 2)),
+    "cuts": lambda x: (x.reshape(2, 6, 2), x.reshape(6, 4).reshape(3, 8), x.flatten(), x.reshape(2, 2, 6)),
+    "triangles": lambda x: (x.tril(), x.triu(1), torch.ones(3, 4).tril(-1) * x, torch.eye(4) + x[0, :1]),
+    "made": lambda x: (torch.arange(4) + x, torch.arange(1, 3, 0.5) * x, torch.full_like(x, 2), x.new_zeros(2)),
+    "differences": lambda x: (x.diff(dim=1), (x > 0).diff(prepend=x[..., :1] > 1)),
+    "products": lambda x: (x @ x.mT, torch.einsum("bij,bkj->bik", x, x), x[0] @ x[1, 0]),
+    "sums": lambda x: (torch.baddbmm(x @ x.mT, x, x.mT), torch.addmm(x[0, :, 0], x[0], x[1].mT, alpha=0.5, beta=2)),
+    "convolutions": lambda x: (
+        F.conv1d(x, x[:, :, :3]),
+        F.conv1d(x, x[0, :, None, :2], padding="same", groups=3),
+        F.conv1d(x[0], x[:, :, :2], padding=2, stride=2, dilation=2),
+        F.conv2d(x[:, None], x[:1, None, :2, :2], x[0, 0, :1], padding=(1, 0)),
+    ),
+    "writes": lambda x: (torch.slice_scatter(x, x[:, :1] * 2, 1, 1, 2), x.select_scatter(x[:, 0], 1, -1)),
+}
+
+
+@pytest.mark.parametrize("group", OPERATORS)
+def test_operators(group: str) -> None:
+    """Values apart from each other by more than rounding, so that orders are told."""
+    values = torch.randperm(24, generator=torch.Generator().manual_seed(1)).float().reshape(2, 3, 4)
+    x = (values - 11.3) / 5
+    module = Applied(OPERATORS[group])
+    assert_equal(treadle.from_torch(module, (x,)), module, (x,))

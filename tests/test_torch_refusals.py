@@ -1,0 +1,200 @@
+"""What `from_torch` does not take is refused by name, with the module's own line and a way out that works."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+import treadle
+from tests.torch_modules import Applied, Rule, assert_equal
+
+torch = pytest.importorskip("torch")
+nn: Any = pytest.importorskip("torch.nn")
+F: Any = torch.nn.functional
+
+LINE = r"from +\S*torch_\w+\.py:\d+"
+"""A line of the module's code. Of a function that a forward calls, torch keeps the line of the call."""
+
+
+class DataBranch(nn.Module):  # type: ignore[misc]
+    def forward(self, x: Any) -> Any:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class Counting(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Any) -> Any:
+        self.calls.add_(1)
+        return x + self.calls
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (DataBranch(), "branches on data"),
+        (Applied(lambda x: torch.linalg.svd(x)[1]), "svd"),
+        (Applied(lambda x: x[x > 0]), "index.Tensor: by truth values"),
+        (Applied(torch.fft.rfft), "complex|fft"),
+        (nn.Dropout(0.5), "dropout in training mode"),
+        (Counting(), "changes a tensor"),
+        (Applied(lambda x: x.undefined()), "cannot trace the module"),
+    ],
+    ids=["branch", "operator", "mask", "complex", "training", "buffer", "attribute"],
+)
+def test_what_is_not_taken_is_refused(module: Any, words: str) -> None:
+    with pytest.raises(treadle.TreadleError, match=words) as caught:
+        treadle.from_torch(module, (torch.randn(3, 4),))
+    if isinstance(module, Applied | DataBranch):
+        assert re.search(LINE, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("example", "dynamic", "words"),
+    [
+        ((torch.ones(2, 3), 1), None, "does not fit"),
+        ({"y": torch.ones(2)}, None, "does not fit"),
+        ([torch.ones(2)], None, "a tuple of arguments"),
+        ((torch.ones(2, 3),), {"z": "B"}, "no tensor of the example"),
+        ((torch.ones(2, 3),), {"x": "B"}, "1 dimensions, it has 2"),
+        ((torch.ones(2, 3),), {"x": {5: "B"}}, "no dimension 5"),
+        ((torch.ones(2, 3),), {"x": {0: "B", 1: "B"}}, "2 and 3 in the example"),
+        ((torch.ones(2, 3),), {"x": {0: "2B"}}, "identifier"),
+    ],
+)
+def test_examples_and_names_that_do_not_fit(example: Any, dynamic: Any, words: str) -> None:
+    with pytest.raises(treadle.TreadleError, match=words):
+        treadle.from_torch(Applied(lambda x: x), example, dynamic=dynamic)
+
+
+def test_a_string_that_names_too_few_dimensions_says_how_it_goes_on() -> None:
+    module, x = Applied(lambda x: x * 2), torch.randn(2, 3, 4)
+    with pytest.raises(treadle.TreadleError, match="it has 3") as caught:
+        treadle.from_torch(module, (x,), dynamic={"x": "B S"})
+    assert "{'x': 'B S _'}" in str(caught.value)
+    model = treadle.from_torch(module, (x,), dynamic={"x": "B S _"})
+    assert_equal(model, module, (torch.randn(5, 1, 4),))
+
+
+def test_arguments_of_args_and_kwargs_have_open_dimensions() -> None:
+    module = Rule(lambda *args, **kwargs: args[0] * kwargs["scale"] + args[1] if args else kwargs["x"] * kwargs["y"])
+    before = dict(vars(module))
+    named = {"x": torch.randn(2, 3), "y": torch.randn(2, 3)}
+    model = treadle.from_torch(module, named, dynamic={"x": "B S", "y": "B S"})
+    assert_equal(model, module, {"x": torch.randn(4, 1), "y": torch.randn(4, 1)})
+    model = treadle.from_torch(module, named, dynamic={"y": "B S", "x": "B _"} | {"y": "B _"})
+    assert [str(v.type) for v in model.graph.main.inputs] == ["f32[B, 3]", "f32[B, 3]"]
+    assert vars(module) == before  # the module's own forward is back
+    with pytest.raises(treadle.TreadleError, match="names 'z', no tensor of the example") as caught:
+        treadle.from_torch(module, named, dynamic={"z": "B S"})
+    assert "x, y" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda x, n: x[:, : n.item()],
+        lambda x, n: x[:, n:],
+        lambda x, n: x[:, : int(n)],
+        lambda x, n: torch.zeros(n.item()) + x[0, 0],
+        lambda x, n: F.max_pool1d(x[None, :, : n.item()], 2),
+        lambda x, n: x.repeat(1, n.item()),
+    ],
+    ids=["bound", "tensor", "int", "made", "operator", "times"],
+)
+def test_a_size_from_data_is_called_that_and_no_branch(rule: Any) -> None:
+    module = Rule(rule)
+    with pytest.raises(treadle.TreadleError, match="depends on data, and a graph has none") as caught:
+        treadle.from_torch(module, (torch.randn(4, 8), torch.tensor(3)))
+    assert "branches" not in str(caught.value)
+    assert re.search(LINE, str(caught.value))
+    assert "torch.arange(size) < n" in str(caught.value)
+
+
+def test_what_is_tried_in_place_of_a_size_from_data_works() -> None:
+    cut = Rule(lambda x, n: x[:, :n].sum(1))
+    masked = Rule(lambda x, n: torch.where(torch.arange(x.shape[1]) < n, x, 0).sum(1))
+    x = torch.randn(4, 8)
+    assert_equal(treadle.from_torch(masked, (x, torch.tensor(3))), masked, (x, torch.tensor(5)))
+    assert_equal(treadle.from_torch(cut, (x, 3)), cut, (x, 3))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda x, n: x if n.item() > 2 else -x,
+        lambda x, n: x if n > 2 else -x,
+        lambda x, n: x if bool((x > 0).all()) else -x,
+    ],
+)
+def test_a_branch_on_data_is_called_one(rule: Any) -> None:
+    with pytest.raises(treadle.TreadleError, match="branches on data") as caught:
+        treadle.from_torch(Rule(rule), (torch.randn(4, 8), torch.tensor(3)))
+    assert "torch.where" in str(caught.value)
+
+
+def nested(layout: Any) -> Any:
+    return torch.nested.nested_tensor([torch.eye(3), torch.ones(2, 3)], layout=layout)
+
+
+ODD: dict[str, tuple[Any, str, str]] = {
+    "meta": (lambda: torch.ones(3, 3, device="meta"), "it is on the meta device", ""),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "not a dense tensor", "sparse_coo"),
+    "csr": (lambda: torch.eye(3).to_sparse_csr(), "not a dense tensor", "sparse_csr"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8), "not a dense", "quantized"),
+    "nested": (lambda: nested(torch.strided), "not a dense tensor", "nested"),
+    "jagged": (lambda: nested(torch.jagged), "not a dense tensor", "nested"),
+    "complex": (lambda: torch.eye(3).cfloat(), "dtype complex64 is not supported", "odd"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["input", "keyword", "parameter", "buffer", "attribute"])
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_that_are_not_dense_are_refused_by_name(kind: str, place: str) -> None:
+    make, words, received = ODD[kind]
+    held, module, x = make(), nn.Module(), torch.eye(3)
+    match place:
+        case "input":
+            module, example = Rule(lambda odd: odd * 2), {"odd": held}
+        case "keyword":
+            module, example = Rule(lambda x, odd: x + odd["odd"]), {"x": x, "odd": {"odd": held}}
+        case _:
+            module, example = Rule(lambda x: x + module.odd), {"x": x}
+            if place == "parameter":
+                if kind == "quantized":
+                    pytest.skip("torch has no quantized parameters")
+                module.odd = nn.Parameter(held)
+            elif place == "buffer":
+                module.register_buffer("odd", held)
+            else:
+                module.odd = held
+    with pytest.raises(treadle.TreadleError, match=words) as caught:
+        treadle.from_torch(module, example)
+    assert type(caught.value.what) is str
+    assert "odd" in str(caught.value)
+    assert received in str(caught.value)
+
+
+def test_a_meta_example_is_told_what_to_give_instead() -> None:
+    module, x = Applied(lambda x: x * 2), torch.ones(2, 3, device="meta")
+    with pytest.raises(treadle.TreadleError, match="meta device") as caught:
+        treadle.from_torch(module, (x,))
+    assert "torch.zeros(x.shape, dtype=x.dtype)" in str(caught.value)
+    treadle.from_torch(module, (torch.zeros(x.shape, dtype=x.dtype),))
+
+
+def test_a_dimension_that_the_module_fixes() -> None:
+    with pytest.raises(treadle.TreadleError, match="dimension 1 of input is 4, whatever its name"):
+        treadle.from_torch(nn.Linear(4, 2), (torch.randn(3, 4),), dynamic={"input": "N D"})
+
+
+def test_it_takes_modules_alone() -> None:
+    with pytest.raises(treadle.TreadleError, match=r"takes a torch\.nn\.Module"):
+        treadle.from_torch(lambda x: x, (torch.ones(2),))

@@ -1,0 +1,80 @@
+"""Modules for tests of `from_torch`, and holding an import of one against torch's own numbers.
+
+Float32 through a few layers on two implementations: both round at 2^-24 an operation, over sums of tens of terms, so
+2e-5 of the largest output is far above rounding and far below any mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from treadle.frontends.torch_export.model import TorchModel
+
+torch = pytest.importorskip("torch")
+nn: Any = pytest.importorskip("torch.nn")
+
+ROOM = 2e-5
+BACKENDS = ("numpy", "torch")
+
+
+def leaves(result: Any) -> list[Any]:
+    """The tensors of a module's result, in order."""
+    from torch.utils import _pytree as pytree
+
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+
+
+def assert_equal(model: TorchModel, module: Any, *examples: Any) -> treadle.Compiled:
+    """Hold an imported module against itself in torch, on every backend. Returns it compiled."""
+    # Of the same passes on the same graph, one certificate will do.
+    executables = [
+        treadle.compile(model, backend=name, certify=None if name == "numpy" else False) for name in BACKENDS
+    ]
+    for example in examples:
+        with torch.no_grad():
+            wanted = leaves(module(**example) if isinstance(example, Mapping) else module(*example))
+        for exe in executables:
+            got = exe(**model.arguments(example))
+            assert len(got) == len(wanted)
+            for (name, ours), theirs in zip(got.items(), wanted, strict=True):
+                held = theirs.numpy()
+                assert ours.dtype == held.dtype, name
+                assert ours.shape == held.shape, name
+                room = ROOM * max(float(np.abs(held).max(initial=0)), 1e-3) if held.dtype.kind == "f" else 0
+                np.testing.assert_allclose(ours, held, rtol=0, atol=room, err_msg=name)
+    return executables[0]
+
+
+def drawn(module: Any) -> Any:
+    """Every weight drawn anew, norms and biases too, so that two of them in each other's place would show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            weight.normal_(mean, 0.2, generator=generator)
+    return module.eval()
+
+
+class Applied(nn.Module):  # type: ignore[misc]
+    def __init__(self, rule: Any) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, x: Any) -> Any:
+        return self.rule(x)
+
+
+class Rule(nn.Module):  # type: ignore[misc]
+    """A function of any arguments as a module."""
+
+    def __init__(self, rule: Any) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rule(*args, **kwargs)
