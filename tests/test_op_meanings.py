@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.op_checks import RUNNERS, runner
 from treadle.ir.builder import Builder
 from treadle.ir.differentiate import backward
 from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_body
 from treadle.ir.operation import Composite, find_op
+from treadle.ir.ops.pooling import padding_for_ceil
 from treadle.ir.types import DTYPES
 
 Array = np.ndarray[Any, Any]
@@ -167,3 +169,60 @@ def test_float64_interpretation_does_not_round_at_casts() -> None:
     third = np.float32([1 / 3])
     assert interpret(b.graph, {"x": third}, float64=True)["y"].tolist() == third.tolist()
     assert interpret(b.graph, {"x": third})["y"].tolist() == np.float32(np.float16(third)).tolist()
+
+
+def pool_forms(ceil: bool) -> list[tuple[int, int, int, int, int]]:
+    """Size of the axis, kernel, stride, padding and dilation of every small pool that torch takes."""
+    forms = [
+        (n, k, stride, padding, dilation)
+        for n in range(1, 9)
+        for k in (1, 2, 3)
+        for stride in (1, 2, 4)
+        for padding in range(k // 2 + 1)
+        for dilation in (1, 2)
+    ]
+    return [f for f in forms if f[0] + 2 * f[3] - (f[1] - 1) * f[4] - 1 + (f[2] - 1 if ceil else 0) >= 0]
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+def test_pools_are_those_of_torch_also_with_the_number_of_windows_rounded_up(ceil: bool) -> None:
+    torch = pytest.importorskip("torch")
+    functions = torch.nn.functional
+    for n, k, stride, padding, dilation in pool_forms(ceil):
+        x = np.random.default_rng(n).standard_normal((1, 2, n))
+        given, told = torch.from_numpy(x), f"{n} elements, padding {padding}, ceil {ceil}"
+        after = padding_for_ceil(k, stride, dilation, padding) if ceil else padding
+        form = {"kernel": (k,), "strides": (stride,), "padding": (padding, after), "dilations": (dilation,)}
+        options = (k, stride, padding)
+        theirs = functions.max_pool1d(given, *options, dilation, ceil_mode=ceil)
+        np.testing.assert_array_equal(reference("max_pool", x, **form), theirs, err_msg=told)
+        if dilation == 1:
+            mean = torch.nn.functional.avg_pool1d(
+                torch.from_numpy(x), *options, ceil_mode=ceil, count_include_pad=False
+            )
+            np.testing.assert_allclose(reference("average_pool", x, **form), mean, rtol=1e-15, err_msg=told)
+            padded = np.pad(x, [(0, 0), (0, 0), (padding, padding)])
+            counted = functions.avg_pool1d(given, *options, ceil_mode=ceil)
+            form["padding"] = (0, after - padding)
+            np.testing.assert_allclose(
+                reference("average_pool", padded, **form), counted, rtol=1e-15, err_msg=str(form)
+            )
+
+
+def test_a_window_that_holds_no_element() -> None:
+    form = {"kernel": (2,), "dilations": (4,), "padding": (3, 3)}
+    assert reference("max_pool", [1.0, 2.0], **form).tolist() == [2.0, -np.inf, -np.inf, 1.0]
+    assert reference("max_pool", [1, 2], **form).tolist() == [2, -(2**63), -(2**63), 1]
+    assert reference("sum_pool", [1.0, 2.0], **form).tolist() == [2.0, 0.0, 0.0, 1.0]
+    np.testing.assert_array_equal(reference("average_pool", [1.0, 2.0], **form), [2.0, np.nan, np.nan, 1.0])
+
+
+@pytest.mark.parametrize("name", ["max_pool", "sum_pool", "average_pool"])
+@pytest.mark.parametrize("backend", RUNNERS)
+def test_pools_of_a_symbolic_axis(name: str, backend: str) -> None:
+    b, form = Builder(Graph("pools")), {"kernel": (3, 20), "strides": (2, 3), "padding": (1, 4)}
+    b.outputs(y=b.apply(name, b.input("x", "f32[B, H, W]"), **form))
+    run = runner(backend)
+    for shape in ((2, 5, 17), (1, 6, 31)):
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        np.testing.assert_allclose(run(b.graph, {"x": x})["y"], reference(name, x, **form), rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ import treadle.ir.ops.indexing
 import treadle.ir.ops.logic
 import treadle.ir.ops.merged_products
 import treadle.ir.ops.normalization
+import treadle.ir.ops.pooling
 import treadle.ir.ops.products
 import treadle.ir.ops.reductions
 import treadle.ir.ops.residual_norms

@@ -22,7 +22,8 @@ def window_count(size: Size, window: SizeLike, stride: int, dilation: int) -> Si
     return (size - (Size.of(window) - 1) * dilation - 1) // stride + 1
 
 
-def _positive(**numbers: int) -> None:
+def positive(**numbers: int) -> None:
+    """Raise RuleError for the first of these that is less than 1."""
     for name, number in numbers.items():
         if number < 1:
             raise RuleError(f"{name} must be 1 or more, is {number}")
@@ -50,7 +51,7 @@ class Windows(Primitive):
         return f"{left} -> {right} ^{element}={self.size}"
 
     def check(self, types: Sequence[Type | None]) -> None:
-        _positive(stride=self.stride, dilation=self.dilation)
+        positive(stride=self.stride, dilation=self.dilation)
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         (x,) = types
@@ -110,7 +111,7 @@ class FoldWindows(Primitive):
     def check(self, types: Sequence[Type | None]) -> None:
         (x,) = types
         assert x is not None
-        _positive(stride=self.stride, dilation=self.dilation)
+        positive(stride=self.stride, dilation=self.dilation)
         if x.rank < 2:
             raise RuleError("x needs an axis of windows and a last one of their elements")
         count = window_count(self.size, x.shape[-1], self.stride, self.dilation)
@@ -144,6 +145,26 @@ class FoldWindows(Primitive):
         (S("f32[2,5,3]", axis=1, size=8), "an axis of size 8 has 6 windows, x has 5"),
         (S("f32[3]", axis=0, size=3), "x needs an axis of windows"),
     ]
+
+
+def sliding(
+    count: int, strides: tuple[int, ...], padding: tuple[int, ...], dilations: tuple[int, ...]
+) -> list[tuple[int, int, int, int]]:
+    """Padding before, padding after, stride and dilation of windows along each of `count` axes. Raises RuleError.
+
+    strides, dilations   a number an axis; empty means 1
+    padding              before each axis, then after each; half as many numbers are for both sides alike; empty means 0
+    """
+    padding = padding * (2 if len(padding) == count else 1) or (0,) * (2 * count)
+    strides, dilations = strides or (1,) * count, dilations or (1,) * count
+    for name, numbers, wanted in (
+        ("strides", strides, count),
+        ("dilations", dilations, count),
+        ("padding", padding, 2 * count),
+    ):
+        if len(numbers) != wanted:
+            raise RuleError(f"{name} has {len(numbers)} numbers for {count} spatial axes")
+    return list(zip(padding[:count], padding[count:], strides, dilations, strict=True))
 
 
 @op("conv", dtypes="f, f, f -> f", linear="x bias | weight bias", flops=2)
@@ -183,23 +204,14 @@ class Conv(Composite):
 
     def spatial(self, count: int) -> list[tuple[int, int, int, int]]:
         """Padding before, padding after, stride and dilation of each spatial axis. Raises RuleError."""
-        padding = self.padding * (2 if len(self.padding) == count else 1) or (0,) * (2 * count)
-        strides, dilations = self.strides or (1,) * count, self.dilations or (1,) * count
-        for name, numbers, wanted in (
-            ("strides", strides, count),
-            ("dilations", dilations, count),
-            ("padding", padding, 2 * count),
-        ):
-            if len(numbers) != wanted:
-                raise RuleError(f"{name} has {len(numbers)} numbers for {count} spatial axes")
-        return list(zip(padding[:count], padding[count:], strides, dilations, strict=True))
+        return sliding(count, self.strides, self.padding, self.dilations)
 
     def check(self, types: Sequence[Type | None]) -> None:
         x, _, _ = types
         assert x is not None
-        _positive(groups=self.groups)
+        positive(groups=self.groups)
         for _, _, stride, dilation in self.spatial(x.rank - 2):
-            _positive(stride=stride, dilation=dilation)
+            positive(stride=stride, dilation=dilation)
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         x, weight, _ = types
