@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from treadle.frontends.onnx_import.products import matmul
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
 from treadle.ir.sizes import ONE, Size
@@ -100,21 +102,23 @@ def _each(site: Site, name: str, count: int, default: int = 1) -> tuple[int, ...
 
 @operator("scaled_dot_product_attention.default")
 def _attention(site: Site) -> Made:
-    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both first axes."""
+    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both first axes.
+
+    What is 1 of batches or heads in one of them and more in another is broadcast, as products of matrices are. One head
+    of keys and values for several of queries needs no copies; nor do heads that the module's code repeats.
+    """
     b, q, k, v = site.b, site.x("query"), site.x("key"), site.x("value")
     if site.real("dropout_p", 0.0) != 0:
         site.refuse("with dropout", "module.eval()")
-    if not 2 <= q.rank <= 4 or k.rank != q.rank or v.rank != q.rank:
-        site.refuse(f"of ranks {q.rank}, {k.rank} and {v.rank}")
-    rank, leading = q.rank, [ONE] * (4 - q.rank)
-    if rank == 3:  # [b, s, d]: one head
-        q, k, v = (reshaped(b, x, [x.shape[0], ONE, *x.shape[1:]])[0] for x in (q, k, v))
-    elif rank == 2:
-        q, k, v = (reshaped(b, x, [*leading, *x.shape])[0] for x in (q, k, v))
-    if not site.flag("enable_gqa") and not (q.shape[1] == k.shape[1] == v.shape[1]):
-        site.refuse(f"of {q.shape[1]}, {k.shape[1]} and {v.shape[1]} heads", "enable_gqa=True")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        site.refuse(f"of batches of {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
+    rank = max(q.rank, k.rank, v.rank)
+    if rank > 4 or min(q.rank, k.rank, v.rank) < 2:
+        site.refuse(f"of ranks {q.rank}, {k.rank} and {v.rank}", "reshape the leading axes to one for the batch")
+    q, k, v = (_of_rank_four(b, x, rank) for x in (q, k, v))
+    batch, heads = (_shared(site, name, [x.shape[i] for x in (q, k, v)]) for i, name in enumerate(("batches", "heads")))
+    k, v = _before_repeats(b, k, v)
+    groups = k.shape[1] if k.shape[1] != ONE else v.shape[1]
+    q = expanded(b, q, (batch, heads, *q.shape[2:]))
+    k, v = (expanded(b, x, (batch, groups, *x.shape[2:])) for x in (k, v))
     masks, biases = Masks(), Biases()
     mask = site.maybe("attn_mask")
     if mask is not None:
@@ -128,6 +132,52 @@ def _attention(site: Site) -> Made:
     if rank == 4:
         return y
     return reshaped(b, y, [y.shape[0], *y.shape[2:]] if rank == 3 else y.shape[2:])[0]
+
+
+def _of_rank_four(b: Builder, x: Expr, rank: int) -> Expr:
+    """x [b, h, s, d] where the operands have rank 4; [b, s, d] has one head, and axes that x lacks are 1."""
+    lead = [ONE] * (rank - x.rank) + list(x.shape[:-2])
+    lead = lead if rank == 4 else [*lead, ONE] if rank == 3 else [ONE, ONE]
+    return reshaped(b, x, [*lead, *x.shape[-2:]])[0]
+
+
+def _shared(site: Site, what: str, sizes: Sequence[Size]) -> Size:
+    """The size that operands have along a leading axis, where those that are 1 broadcast."""
+    (q, k, v), several = sizes, [n for n in dict.fromkeys(sizes) if n != ONE]
+    if len(several) <= 1:
+        return several[0] if several else ONE
+    if what == "heads" and site.flag("enable_gqa") and k == v:
+        return q
+    told = f"of {q}, {k} and {v} {what}"
+    fits = what == "heads" and k == v and q.divide(k) is not None
+    site.refuse(told, "enable_gqa=True" if fits else None)
+
+
+def _before_repeats(b: Builder, k: Expr, v: Expr) -> tuple[Expr, Expr]:
+    """Keys and values with the heads that they had before each was repeated for several heads of queries."""
+    fewer = [_before_repeat(b, x) for x in (k, v)]
+    if fewer[0] is None or fewer[1] is None or fewer[0].shape[1] != fewer[1].shape[1]:
+        return k, v
+    return fewer[0], fewer[1]
+
+
+def _before_repeat(b: Builder, x: Expr) -> Expr | None:
+    """expand(k [b, 1, t, d])  -->  k;   rearrange(expand(k [b, g, 1, t, d]), "b g r t d -> b (g r) t d")  -->  k"""
+    node = x.value.node
+    if node is not None and node.op.name == "expand" and node.operands[0] is not None:
+        below = b.expr(node.operands[0])
+        if below.rank == 4 and below.shape == (x.shape[0], ONE, *x.shape[2:]):
+            return below
+    above = node.operands[0].node if node is not None and node.op.name == "rearrange" and node.operands[0] else None
+    if node is None or above is None or above.op.name != "expand" or above.operands[0] is None:
+        return None
+    rule, below = node.op.rule(()), b.expr(above.operands[0])
+    (left, right) = ([getattr(d, "factors", ()) for d in side] for side in (*rule.operands, *rule.results))
+    if below.rank != 5 or below.shape[2] != ONE or right != [left[0], (*left[1], *left[2]), *left[3:]]:
+        return None
+    groups = below.shape[1]
+    made, _ = reshaped(b, below, [below.shape[0], groups, *below.shape[3:]])
+    return made if made.shape == (x.shape[0], groups, *x.shape[2:]) else None
 
 
 def _masked_by(site: Site, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
