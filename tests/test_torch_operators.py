@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import treadle
-from tests.torch_modules import Applied, assert_equal
+from tests.torch_modules import Applied, Rule, assert_equal
 
 torch = pytest.importorskip("torch")
 nn: Any = pytest.importorskip("torch.nn")
@@ -87,3 +87,56 @@ def test_operators(group: str) -> None:
     x = (values - 11.3) / 5
     module = Applied(OPERATORS[group])
     assert_equal(treadle.from_torch(module, (x,)), module, (x,))
+
+
+BROADCAST: dict[str, tuple[Any, tuple[tuple[int, ...], ...], list[str]]] = {
+    # a rule, the shapes of q, k and v, and the ops that it makes beside the attention
+    "one head": (F.scaled_dot_product_attention, ((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)), []),
+    "one head, flagged": (
+        lambda *x: F.scaled_dot_product_attention(*x, enable_gqa=True),
+        ((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)),
+        [],
+    ),
+    "one head of keys": (F.scaled_dot_product_attention, ((2, 4, 3, 8), (2, 1, 5, 8), (2, 4, 5, 6)), ["expand"]),
+    "one head of queries": (F.scaled_dot_product_attention, ((2, 1, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6)), ["expand"]),
+    "one batch of keys": (F.scaled_dot_product_attention, ((2, 4, 3, 8), (1, 4, 5, 8), (1, 4, 5, 6)), ["expand"] * 2),
+    "expanded": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1)),
+        ((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)),
+        [],
+    ),
+    "repeated": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)),
+        ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)),
+        [],
+    ),
+    "repeated in another order": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)),
+        ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)),
+        ["rearrange", "expand", "rearrange"] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+def test_heads_and_batches_of_one_broadcast_as_in_torch(name: str) -> None:
+    """Fewer heads of keys and values are read as they are, also where the module's code repeats them."""
+    rule, shapes, ops = BROADCAST[name]
+    torch.manual_seed(0)
+    module, example = Rule(rule), tuple(torch.randn(s) for s in shapes)
+    open_dims = {f"args_{i}": {2: "S" if i == 0 else "T"} for i in range(3)}
+    model = treadle.from_torch(module, example, dynamic=open_dims)
+    exe = assert_equal(
+        model, module, example, tuple(torch.randn(*s[:2], 7 if i else 4, s[3]) for i, s in enumerate(shapes))
+    )
+    assert sorted(n.op.name for _, n in exe.graph.walk() if n.op.name != "attention") == sorted(ops)
+
+
+def test_heads_that_do_not_fit_are_told_a_way_that_works() -> None:
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    rule = Rule(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    assert_equal(treadle.from_torch(rule, (q, k, v)), rule, (q, k, v))
+    deep = Rule(F.scaled_dot_product_attention)
+    with pytest.raises(treadle.TreadleError, match="of ranks 5, 5 and 5") as caught:
+        treadle.from_torch(deep, (q[None], k[None, :, :1], v[None, :, :1]))
+    assert "reshape the leading axes" in str(caught.value)

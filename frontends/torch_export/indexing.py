@@ -1,4 +1,4 @@
-"""ATen operators that read and write at places which another tensor holds: embedding, index, gather, scatter.
+"""ATen operators that read at places which another tensor holds: embedding, index, gather.
 
 Masks are often read at all places of an axis, x[batch[:, None, None], key[None, None, :]] with counts from 0; such an
 index is a rearrange.
@@ -117,7 +117,7 @@ def _index(site: Site) -> Made:
     together = axes == list(range(axes[0], axes[-1] + 1))
     # The indexed axes first; then the result's go back to where they belong.
     rest = [k for k in range(x.rank) if k not in axes]
-    points = _broadcast(site, [i.shape for i in given])
+    points = broadcast(site, [i.shape for i in given])
     counted = [counted_axis(i, x.shape[k]) for i, k in zip(given, axes, strict=True)]
     front = permuted(b, x, [*axes, *rest])
     known = [c + len(points) - i.rank if c is not None else None for c, i in zip(counted, given, strict=True)]
@@ -134,7 +134,7 @@ def _index(site: Site) -> Made:
     return picked
 
 
-def _broadcast(site: Site, shapes: Sequence[tuple[Size, ...]]) -> list[Size]:
+def broadcast(site: Site, shapes: Sequence[tuple[Size, ...]]) -> list[Size]:
     rank = max(len(s) for s in shapes)
     made = [ONE] * rank
     for shape in shapes:
@@ -164,35 +164,25 @@ def _at_points_of(
     return expanded(b, laid, [*points, *x.shape[count:]])
 
 
-def _at_points(b: Builder, x: Expr, indices: Sequence[Expr], points: Sequence[Size]) -> Expr:
-    """x[i, j, ...] for its first axes, as rows of x with these axes as one."""
-    count = len(indices)
+def rows_at(b: Builder, sizes: Sequence[Size], indices: Sequence[Expr]) -> Expr:
+    """Indices along several axes as places on one axis that holds these axes in order."""
     rows: Expr | None = None
-    for index, size in zip(indices, x.shape[:count], strict=True):
+    for index, size in zip(indices, sizes, strict=True):
         place = from_start(b, index, size).cast(i64)
         rows = place if rows is None else rows * extent(b, size) + place
     assert rows is not None
+    return rows
+
+
+def _at_points(b: Builder, x: Expr, indices: Sequence[Expr], points: Sequence[Size]) -> Expr:
+    """x[i, j, ...] for its first axes, as rows of x with these axes as one."""
+    count = len(indices)
+    rows = rows_at(b, x.shape[:count], indices)
     table, _ = reshaped(b, x, [product(x.shape[:count]), *x.shape[count:]])
     return b.gather(table, expanded(b, rows, points), axis=0)
 
 
-# -- writing -------------------------------------------------------------------------------------------------------
-
-
-@operator("scatter_add.default")
-def _scatter_add(site: Site) -> Made:
-    x, indices, source, axis = site.x("self"), site.x("index"), site.x("src"), site.axis("dim")
-    if source.shape != indices.shape or any(i != axis and x.shape[i] != n for i, n in enumerate(indices.shape)):
-        site.refuse("of a part of an axis")
-    return site.b.scatter_add(x, indices, source, axis=axis)
-
-
-@operator("index_add.default")
-def _index_add(site: Site) -> Made:
-    x, axis = site.x("self"), site.axis("dim")
-    if site.real("alpha", 1.0) != 1:
-        site.refuse("with alpha")
-    return site.b.index_add(x, from_start(site.b, site.x("index"), x.shape[axis]), site.x("source"), axis=axis)
+# -- one-hot -----------------------------------------------------------------------------------------------------------
 
 
 @operator("one_hot.default")

@@ -7,7 +7,7 @@ from functools import reduce
 
 from treadle.frontends.onnx_import.arithmetic import truncated_quotient
 from treadle.frontends.torch_export.operators import Made, Site, operator
-from treadle.ir.builder import Expr
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import DType, f32
 
 # -- the value as it is --------------------------------------------------------------------------------------------
@@ -296,6 +296,41 @@ def _round(site: Site) -> Made:
 def _trunc(site: Site) -> Made:
     x = site.x("self")
     return _truncated(site, x) if x.dtype.is_float else x
+
+
+def _wide(x: Expr) -> Expr:
+    """16-bit floats in float32, in which torch computes functions of them."""
+    return x.cast(f32) if x.dtype.bytes == 2 else x
+
+
+@operator("log1p.default")
+def _log1p(site: Site) -> Made:
+    """log(1 + x), near 0 by what 1 + x has lost of x: log(u) x / (u - 1) with u = 1 + x        (Kahan)"""
+    b, x = site.b, _wide(site.operand("self", site.dtype()))
+    u = x + 1.0
+    kept = u - 1.0
+    near = b.where(b.equal(kept, 0.0), x, b.log(u) * (x / kept))
+    return b.where(b.abs(x) < 1.0, near, b.log(u)).cast(site.dtype())
+
+
+def _expm1(b: Builder, x: Expr) -> Expr:
+    """exp(x) - 1, near 0 as 2 t / (1 - t) with t = tanh(x / 2), which loses nothing of x there."""
+    half = b.tanh(x * 0.5)
+    return b.where(b.abs(x) < 1.0, 2.0 * half / (1.0 - half), b.exp(x) - 1.0)  # type: ignore[no-any-return]
+
+
+@operator("expm1.default")
+def _exp_less_one(site: Site) -> Made:
+    return _expm1(site.b, _wide(site.operand("self", site.dtype()))).cast(site.dtype())
+
+
+@operator("elu.default")
+def _elu(site: Site) -> Made:
+    """scale x above 0, scale alpha (exp(input_scale x) - 1) below"""
+    b, x = site.b, _wide(site.x("self"))
+    alpha, scale, inner = site.real("alpha", 1.0), site.real("scale", 1.0), site.real("input_scale", 1.0)
+    below = _expm1(b, x if inner == 1 else x * inner) * (alpha * scale)
+    return b.where(x > 0.0, x if scale == 1 else x * scale, below).cast(site.dtype())
 
 
 @operator("square.default")

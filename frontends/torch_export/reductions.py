@@ -160,22 +160,43 @@ def _rms_norm(site: Site) -> Made:
 @operator("batch_norm.default", "_native_batch_norm_legit_no_training.default")
 def _batch_norm(site: Site) -> Made:
     """At inference: by the running statistics."""
-    b, x = site.b, site.x("input")
     if site.flag("training") or site.maybe("running_mean") is None or site.maybe("running_var") is None:
         site.refuse("in training mode", "module.eval()")
-    ones = " ".join(["c", *["1"] * (x.rank - 2)])
-
-    def along(name: str) -> Expr | None:
-        held = site.maybe(name)
-        return None if held is None else b.rearrange(held, pattern=f"c -> {ones}")
-
-    mean, variance, weight, bias = (along(n) for n in ("running_mean", "running_var", "weight", "bias"))
-    assert mean is not None
-    assert variance is not None
-    y = (x - mean) * b.rsqrt(variance + site.real("eps"))
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
+    y = _normalized(site)
     return [y, None, None] if len(site.vals) > 1 else y
+
+
+def _along_channels(site: Site, name: str) -> Expr | None:
+    """A vector along the second axis of the input."""
+    held = site.maybe(name)
+    ones = " ".join(["c", *["1"] * (site.x("input").rank - 2)])
+    return None if held is None else site.b.rearrange(held, pattern=f"c -> {ones}")
+
+
+def _scaled(site: Site, y: Expr) -> Expr:
+    weight, bias = (_along_channels(site, n) for n in ("weight", "bias"))
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _normalized(site: Site) -> Expr:
+    """The input by its running statistics."""
+    mean, variance = (_along_channels(site, n) for n in ("running_mean", "running_var"))
+    if mean is None or variance is None:
+        site.refuse("without running statistics")
+    return _scaled(site, (site.x("input") - mean) * site.b.rsqrt(variance + site.real("eps")))
+
+
+@operator("instance_norm.default")
+def _instance_norm(site: Site) -> Made:
+    """[b, c, ...], each channel of each row normalized over what follows it, or by the running statistics."""
+    b, x = site.b, site.x("input")
+    if not site.flag("use_input_stats"):
+        return _normalized(site)
+    if site.maybe("running_mean") is not None:
+        site.refuse("in training mode", "module.eval()")
+    rows, _ = reshaped(b, x, [*x.shape[:2], product(x.shape[2:])])
+    return _scaled(site, reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps")), x.shape)[0])
 
 
 @operator("group_norm.default")
@@ -186,11 +207,7 @@ def _group_norm(site: Site) -> Made:
     if rest is None:
         site.refuse(f"of {x.shape[1]} channels in {groups} groups")
     rows, _ = reshaped(b, x, [x.shape[0], Size.of(groups), rest])
-    y, _ = reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps", 1e-5)), x.shape)
-    ones = " ".join(["c", *["1"] * (x.rank - 2)])
-    weight, bias = site.maybe("weight"), site.maybe("bias")
-    y = y if weight is None else y * b.rearrange(weight, pattern=f"c -> {ones}")
-    return y if bias is None else y + b.rearrange(bias, pattern=f"c -> {ones}")
+    return _scaled(site, reshaped(b, b.layer_norm(rows, None, None, eps=site.real("eps", 1e-5)), x.shape)[0])
 
 
 # -- along one axis ------------------------------------------------------------------------------------------------

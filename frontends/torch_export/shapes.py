@@ -276,7 +276,7 @@ def _slice_scatter(site: Site) -> Made:
         site.refuse("with a step")
     if count == size:
         return source.cast(x.dtype)
-    return _replaced(b, x, source.cast(x.dtype), axis, edge_of(site, site.size("start", 0), size))
+    return replaced(b, x, source.cast(x.dtype), axis, edge_of(site, site.size("start", 0), size))
 
 
 @operator("select_scatter.default")
@@ -285,10 +285,11 @@ def _select_scatter(site: Site) -> Made:
     at = site.size("index")
     at = at + x.shape[axis] if at.constant is not None and at.constant < 0 else at
     row, _ = reshaped(b, source.cast(x.dtype), [*x.shape[:axis], ONE, *x.shape[axis + 1 :]])
-    return _replaced(b, x, row, axis, at)
+    return replaced(b, x, row, axis, at)
 
 
-def _replaced(b: Builder, x: Expr, part: Expr, axis: int, start: Size) -> Expr:
+def replaced(b: Builder, x: Expr, part: Expr, axis: int, start: Size) -> Expr:
+    """x with `part` from a place of an axis on."""
     stop = start + part.shape[axis]
     parts = [part]
     if start != ZERO:

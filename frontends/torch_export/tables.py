@@ -8,3 +8,5 @@ import treadle.frontends.torch_export.pointwise
 import treadle.frontends.torch_export.products
 import treadle.frontends.torch_export.reductions
 import treadle.frontends.torch_export.shapes
+import treadle.frontends.torch_export.windows
+import treadle.frontends.torch_export.writing
