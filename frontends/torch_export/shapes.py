@@ -202,7 +202,7 @@ def _slice(site: Site) -> Made:
         if not symbols.suppose(start, stop):
             _two_ways(site, f"from {start} to {stop}, which may be before it")
         stop = start
-    made = b.slice(x, axis=axis, start=start, stop=stop, stride=step)
+    made = b.slice(x, axis=axis, start=start, stop=None if stop == size else stop, stride=step)
     symbols.explain(site.vals[0].shape[axis], made.shape[axis])
     return made
 
