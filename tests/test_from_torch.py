@@ -163,6 +163,22 @@ def test_a_module_of_ones_own() -> None:
     assert_equal(model, module, example(2, 5), example(3, 8), example(1, 4))
 
 
+def test_arguments_in_containers_go_by_the_names_that_the_graph_has() -> None:
+    class Nested(nn.Module):  # type: ignore[misc]
+        def forward(self, first: Any, pair: Any, scale: float = 1.0) -> Any:
+            return first["a"] * scale + pair[0] @ pair[1]
+
+    module = Nested()
+    named = {"first": {"a": torch.randn(2, 2)}, "pair": [torch.randn(2, 3), torch.randn(3, 2)], "scale": 2.0}
+    for example in (named, tuple(named.values())):
+        model = treadle.from_torch(module, example)
+        assert list(model.arguments(example)) == ["first_a", "pair_0", "pair_1"]
+        assert_equal(model, module, example)
+    with pytest.raises(treadle.TreadleError, match="pair_0 is not a dense tensor") as caught:
+        model.arguments({"pair": [torch.eye(2).to_sparse()]})
+    assert "pair_0.to_dense()" in str(caught.value)
+
+
 def test_a_bfloat16_module_keeps_its_dtype() -> None:
     module = drawn(nn.Linear(4, 3)).bfloat16()
     x = torch.randn(2, 4).bfloat16()

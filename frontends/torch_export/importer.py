@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import treadle.frontends.torch_export.tables  # noqa: F401  (registers the operators)
 from treadle.frontends.stored_triangles import triangle_of
 from treadle.frontends.torch_export.lines import scope_of, source_of
-from treadle.frontends.torch_export.model import TorchModel, array_of
+from treadle.frontends.torch_export.model import TorchModel, array_of, expect_dense
 from treadle.frontends.torch_export.operators import OPERATORS, Site, our_dtype, unsupported
 from treadle.frontends.torch_export.sizes import Symbols, UnknownSize, bounds_of
 from treadle.frontends.torch_export.tracing import (
     Dynamic,
     decomposed,
-    expect_dense,
     exported,
     name_symbols,
     named_arguments,
@@ -79,6 +78,17 @@ def from_torch(
     )
     opened = open_dimensions(arguments, dynamic)
     program = exported(module, example, opened)
+    try:
+        return _imported(type(module).__name__, program, opened)
+    except (TreadleError, MemoryError):
+        raise
+    except Exception as error:
+        raise FrontendError(
+            "what torch.export gives of the module cannot be read", received=f"{type(error).__name__}: {error}"[:300]
+        ) from error
+
+
+def _imported(name: str, program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]) -> TorchModel:
     symbols, told = name_symbols(program, opened)
     if not _is_plain(program):
         env, traced = symbols.env, len(symbols.env.guards) if symbols.env is not None else 0
@@ -86,7 +96,7 @@ def from_torch(
         symbols, told = name_symbols(program, opened)
         symbols.traced = traced if symbols.env is env else None
     with collection_paused():
-        return TorchImporter(type(module).__name__, program, symbols, told).run()
+        return TorchImporter(name, program, symbols, told).run()
 
 
 def _name(node: Any) -> str | None:
@@ -205,7 +215,7 @@ class TorchImporter:
         dtype = _dtype_of(name, tensor)
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) if tensor.numel() else name
         if key not in self.known:
-            array = array_of(tensor)
+            array = array_of(name, tensor)
             is_buffer = name not in self._parameters()
             if tensor.numel() <= (_IN_PLACE if dtype.is_float else _IN_PLACE_WHOLE) and is_buffer:
                 self.known[key] = self.b.constant(array, dtype)
@@ -249,7 +259,7 @@ class TorchImporter:
             raise
         except TreadleError as error:
             raise unsupported(node, error.what, error.hint, error.received) from error
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        except Exception as error:  # whatever it is, the user hears of the node and not of our code
             raise unsupported(node, "cannot be read", None, f"{type(error).__name__}: {error}"[:200]) from error
 
     def _import(self, node: Any) -> None:

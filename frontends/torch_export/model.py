@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Graph
 from treadle.ir.sizes import Size
 
@@ -39,23 +41,59 @@ class TorchModel:
     opaque: tuple[str, ...] = ()
 
     def arguments(self, example: tuple[Any, ...] | Mapping[str, Any]) -> dict[str, Array]:
-        """Tensors as the module takes them, as the arrays by name that an executable takes."""
-        import torch
+        """Tensors as the module takes them, as the arrays by name that an executable takes.
 
-        given: dict[str, Any] = {}
-        if isinstance(example, Mapping):
-            given.update((name, x) for name, x in example.items() if name in self.inputs)
-        else:
-            tensors = [x for x in example if isinstance(x, torch.Tensor)]
-            given.update(zip(self.inputs, tensors, strict=False))
-        return {name: array_of(x) for name, x in given.items()}
+        Raises FrontendError for tensors that are no arrays.
+        """
+        named = named_tensors(example) if isinstance(example, Mapping) else None
+        tensors = [x for _, x in named_tensors(example)]
+        pairs = named if named is not None else zip(self.inputs, tensors, strict=False)
+        return {name: array_of(name, x) for name, x in pairs if name in self.inputs}
 
 
-def array_of(tensor: Any) -> Array:
-    """A tensor's elements as an array; bfloat16, which NumPy lacks, as float32."""
+def named_tensors(values: Any) -> list[tuple[str, Any]]:
+    """The tensors in a tree of containers, by the keys that lead to them, as torch.export names them: ids, past_0."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    found = []
+    for path, x in pytree.tree_flatten_with_path(values)[0]:
+        if isinstance(x, torch.Tensor):
+            name = "_".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+            found.append((re.sub(r"\W", "_", name), x))
+    return found
+
+
+def expect_dense(
+    name: str, tensor: Any, instead: str = "module.to_empty(device='cpu') and then load_state_dict"
+) -> None:
+    """Raise FrontendError for a tensor whose elements do not lie in memory one by one.
+
+    instead  what gives a tensor on the meta device elements
+    """
     import torch
 
+    if tensor.is_meta:
+        raise FrontendError(f"{name} has no elements: it is on the meta device", hint=instead)
+    kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else None
+    if kind is None and tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+    if kind is not None:
+        way = {"quantized": "dequantize()", "nested": "to_padded_tensor(0.0)"}.get(kind, "to_dense()")
+        raise FrontendError(
+            f"{name} is not a dense tensor", received=f"a {kind.lstrip('_')} tensor", hint=f"{name}.{way}"
+        )
+
+
+def array_of(name: str, tensor: Any) -> Array:
+    """A tensor's elements as an array; bfloat16, which NumPy lacks, as float32. Raises FrontendError for odd ones."""
+    import torch
+
+    expect_dense(name, tensor)
     held = tensor.detach().cpu()
     if held.dtype is torch.bfloat16:
         held = held.float()
-    return np.asarray(held.resolve_conj().resolve_neg().numpy())
+    try:
+        return np.asarray(held.resolve_conj().resolve_neg().numpy())
+    except (TypeError, RuntimeError) as error:
+        raise FrontendError(f"{name} is no array of NumPy's", received=str(error)[:200]) from None

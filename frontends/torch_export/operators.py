@@ -123,7 +123,10 @@ class Site:
         if isinstance(found, bool | int | float):
             return self.b.constant(bool(found) if dtype.kind == "bool" else found, dtype)
         if found is None:
-            self.refuse("a number that depends on data, or is no whole one of the sizes")
+            self.refuse(
+                "a number that depends on data, or that sizes give by other ways than whole numbers",
+                "leave its dimensions out of dynamic=, or keep a number from data a tensor",
+            )
         self.refuse(f"an operand is {type(found).__name__}")
 
     def size(self, name: str, default: int | None = None) -> Size:

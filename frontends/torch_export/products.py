@@ -74,7 +74,10 @@ def _conv(site: Site) -> Made:
     strides, dilations = (_each(site, name, spatial) for name in ("stride", "dilation"))
     padding = site.given("padding")
     if padding == "same":
-        reach = [((n.constant or 1) - 1) * d for n, d in zip(weight.shape[2:], dilations, strict=True)]
+        kernel = [n.constant for n in weight.shape[2:]]
+        if None in kernel:
+            site.refuse("padding 'same' of a kernel whose size is open", "padding as numbers")
+        reach = [(n - 1) * d for n, d in zip(kernel, dilations, strict=True) if n is not None]
         pads = (*(r // 2 for r in reach), *(r - r // 2 for r in reach))
     elif padding == "valid":
         pads = (0,) * (2 * spatial)

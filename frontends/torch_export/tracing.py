@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from typing import TYPE_CHECKING, Any
 
 from treadle.frontends.torch_export.lines import raised_at, source_in, within_operator
+from treadle.frontends.torch_export.model import expect_dense, named_tensors
 from treadle.frontends.torch_export.sizes import Symbols, depends_on_data
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.sizes import Size
@@ -86,7 +87,11 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
         tensor = arguments.get(name)
         if not isinstance(tensor, torch.Tensor):
             known = ", ".join(n for n, x in arguments.items() if isinstance(x, torch.Tensor))
-            raise UsageError(f"dynamic= names {name!r}, no tensor of the example", received=known)
+            raise UsageError(
+                f"dynamic= names {name!r}, no tensor of the example",
+                received=f"tensors: {known}" if known else None,
+                hint="the names of arguments that are tensors; those in containers keep their sizes",
+            )
         dims = _dims(name, given, tensor.shape)
         for axis, symbol in dims.items():
             size = int(tensor.shape[axis])
@@ -135,7 +140,7 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
     if not isinstance(example, tuple | Mapping):
         raise UsageError("the example is a tuple of arguments, or a dict of them", received=type(example).__name__)
     arguments = named_arguments(module, example)
-    for name, x in _tensors(arguments):
+    for name, x in named_tensors(arguments):
         expect_dense(name, x, f"torch.zeros({name}.shape, dtype={name}.dtype): an example's values do not matter")
     shapes: dict[str, Any] | None = None
     plain: AbstractContextManager[Any] = nullcontext()
@@ -157,16 +162,6 @@ def exported(module: Any, example: Any, opened: Mapping[str, dict[int, str]]) ->
             raise _refused(error) from error
 
 
-def _tensors(values: Any) -> list[tuple[str, Any]]:
-    """The tensors in a tree of containers, each with the path that leads to it."""
-    import torch
-    from torch.utils import _pytree as pytree
-
-    paths = pytree.tree_flatten_with_path(values)[0]
-    named = (("_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path), x) for path, x in paths)
-    return [(name, x) for name, x in named if isinstance(x, torch.Tensor)]
-
-
 def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """The tensors of a module: parameters, buffers, and those that are attributes only."""
     import torch
@@ -177,27 +172,6 @@ def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
         for name, x in vars(part).items():
             if isinstance(x, torch.Tensor):
                 yield f"{path}.{name}" if path else name, x
-
-
-def expect_dense(
-    name: str, tensor: Any, instead: str = "module.to_empty(device='cpu') and then load_state_dict"
-) -> None:
-    """Raise FrontendError for a tensor whose elements do not lie in memory one by one.
-
-    instead  what gives a tensor on the meta device elements
-    """
-    import torch
-
-    if tensor.is_meta:
-        raise FrontendError(f"{name} has no elements: it is on the meta device", hint=instead)
-    kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else None
-    if kind is None and tensor.layout is not torch.strided:
-        kind = str(tensor.layout).removeprefix("torch.")
-    if kind is not None:
-        way = {"quantized": "dequantize()", "nested": "to_padded_tensor(0.0)"}.get(kind, "to_dense()")
-        raise FrontendError(
-            f"{name} is not a dense tensor", received=f"a {kind.lstrip('_')} tensor", hint=f"{name}.{way}"
-        )
 
 
 def _any_size() -> AbstractContextManager[Any]:
