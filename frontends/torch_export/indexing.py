@@ -89,14 +89,23 @@ def _embedding(site: Site) -> Made:
 
 @operator("index_select.default")
 def _index_select(site: Site) -> Made:
-    x, axis = site.x("self"), site.axis("dim")
-    return site.b.gather(x, from_start(site.b, site.x("index"), x.shape[axis]), axis=axis)
+    b, x, indices = site.b, site.x("self"), site.x("index")
+    if x.rank == 0:
+        return x
+    axis = site.axis("dim")
+    if indices.rank == 0:
+        indices, _ = reshaped(b, indices, [ONE])
+    return b.gather(x, from_start(b, indices, x.shape[axis]), axis=axis)
 
 
 @operator("gather.default")
 def _gather(site: Site) -> Made:
     """Elements along one axis; along the others, x may reach further than the indices."""
     b, x, indices, axis = site.b, site.x("self"), site.x("index"), site.axis("dim")
+    if x.rank == 0:
+        return expanded(b, reshaped(b, x, [ONE] * indices.rank)[0], indices.shape)
+    if indices.rank == 0:
+        return b.gather(x, indices, axis=0)
     for i, size in enumerate(indices.shape):
         if i != axis and x.shape[i] != size:
             x = b.slice(x, axis=i, stop=size)

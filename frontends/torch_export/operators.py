@@ -11,6 +11,7 @@ torch itself found for the node, so that a mistaken one is an error and no wrong
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -121,7 +122,10 @@ class Site:
             )
             return made.cast(dtype)
         if isinstance(found, bool | int | float):
-            return self.b.constant(bool(found) if dtype.kind == "bool" else found, dtype)
+            if dtype.kind == "bool":
+                return self.b.constant(bool(found), dtype)
+            whole_number = dtype.is_int and math.isfinite(found)  # as torch fills a tensor of integers with 2.5
+            return self.b.constant(int(found) if whole_number else found, dtype)
         if found is None:
             self.refuse(
                 "a number that depends on data, or that sizes give by other ways than whole numbers",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 
 from treadle.frontends.onnx_import.arithmetic import truncated_quotient
 from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import DType, f32
 
@@ -54,7 +56,7 @@ def _scaled(site: Site, y: Expr) -> Expr:
 def _add(site: Site) -> Made:
     if site.dtype().kind == "bool":
         x, y = _both(site, site.dtype())
-        return x | y
+        return x | y if site.real("alpha", 1.0) else expanded(site.b, x, site.shape())
     x, y = _both(site, site.dtype())
     return x + _scaled(site, y)
 
@@ -256,7 +258,8 @@ def _is_nan(site: Site) -> Made:
 
 @operator("isinf.default")
 def _is_infinite(site: Site) -> Made:
-    return site.b.equal(site.b.abs(site.x("self")), float("inf"))
+    b, x = site.b, site.x("self")
+    return b.equal(b.abs(x), math.inf) if x.dtype.is_float else expanded(b, b.constant(False), x.shape)
 
 
 # -- functions -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, Site, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizes import ONE, Size, product
-from treadle.ir.types import u8
+from treadle.ir.types import i64, u8
 
 # -- reductions ----------------------------------------------------------------------------------------------------
 
@@ -270,12 +270,18 @@ def _topk(site: Site) -> Made:
     return [reversed_order(b, values), indices]
 
 
-@operator("sort.default")
+@operator("sort.default", "sort.stable")
 def _sort(site: Site) -> Made:
-    b, x, axis = site.b, site.x("self"), site.axis("dim", default=-1)
+    """Of equal elements the first comes first, as top_k has it."""
+    b, x = site.b, site.x("self")
+    if x.rank == 0:
+        return [x, b.constant(0, i64)]
+    axis = site.axis("dim", default=-1)
     size = x.shape[axis].constant
-    if size is None or size < 1:
-        site.refuse("of a symbolic axis")
+    if not size:
+        site.refuse("of a symbolic axis" if size is None else "of no elements", "leave that axis out of dynamic=")
+    if x.dtype.kind == "bool":
+        site.refuse("of truth values", "x.int()")
     if site.flag("descending"):
         return list(b.top_k(x, k=size, axis=axis))
     values, indices = b.top_k(reversed_order(b, x), k=size, axis=axis)

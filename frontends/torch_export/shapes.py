@@ -84,7 +84,7 @@ def _squeeze(site: Site) -> Made:
     x = site.x("self")
     asked = site.given("dim")
     axes = range(x.rank) if asked is None else [site.position(a, x.rank) for a in site.integers("dim")]
-    for axis in axes:
+    for axis in axes if x.rank else ():
         size = x.shape[axis]
         if size.constant is None and site.bounds(size).lower <= 1:
             if size.as_symbol is None:
