@@ -76,6 +76,19 @@ OPERATORS: dict[str, Any] = {
         F.conv1d(x[0], x[:, :, :2], padding=2, stride=2, dilation=2),
         F.conv2d(x[:, None], x[:1, None, :2, :2], x[0, 0, :1], padding=(1, 0)),
     ),
+    "scalars": lambda x: (
+        *(x[0, 0, 0].gather(0, torch.tensor(0)), x[0, 0].gather(0, torch.tensor(2)), x.sum().squeeze(0)),
+        *(x[0, 0].index_select(0, torch.tensor(1)), x.sum().index_select(0, torch.tensor([0])), *x.sum().sort()),
+        *(x[0].gather(0, torch.zeros(0, 4, dtype=torch.int64)), x.sum().scatter(0, torch.tensor(0), 2.0)),
+    ),
+    "filled": lambda x: (
+        *(torch.full_like(x.int(), 2.5), x.int().scatter(1, x[:, :1].int().long() * 0, 2.5), x.int().isinf()),
+        torch.add(x > 0, x > -1, alpha=False),
+    ),
+    "sorted": lambda x: (
+        *x.round().sort(dim=1, stable=True),
+        *x.round().sort(dim=2, descending=True, stable=True),
+    ),
     "writes": lambda x: (torch.slice_scatter(x, x[:, :1] * 2, 1, 1, 2), x.select_scatter(x[:, 0], 1, -1)),
 }
 

@@ -17,7 +17,7 @@ from treadle.frontends.torch_export.shapes import expanded, permuted
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import i64
 
 # -- what an index is known to be ----------------------------------------------------------------------------------
@@ -106,6 +106,8 @@ def _gather(site: Site) -> Made:
         return expanded(b, reshaped(b, x, [ONE] * indices.rank)[0], indices.shape)
     if indices.rank == 0:
         return b.gather(x, indices, axis=0)
+    if any(n == ZERO for n in indices.shape):
+        return expanded(b, b.constant(False if x.dtype.kind == "bool" else 0, x.dtype), indices.shape)
     for i, size in enumerate(indices.shape):
         if i != axis and x.shape[i] != size:
             x = b.slice(x, axis=i, stop=size)

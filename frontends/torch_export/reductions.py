@@ -278,8 +278,10 @@ def _sort(site: Site) -> Made:
         return [x, b.constant(0, i64)]
     axis = site.axis("dim", default=-1)
     size = x.shape[axis].constant
-    if not size:
-        site.refuse("of a symbolic axis" if size is None else "of no elements", "leave that axis out of dynamic=")
+    if size is None:
+        site.refuse("of a symbolic axis", "leave that axis out of dynamic=")
+    if size == 0:
+        site.refuse("of no elements")
     if x.dtype.kind == "bool":
         site.refuse("of truth values", "x.int()")
     if site.flag("descending"):
