@@ -18,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attention_with_probabilities",
+    "average_pool",
     "cast",
     "concat",
     "conv",
@@ -51,6 +52,7 @@ __all__ = [
     "logical_or",
     "masked_softmax",
     "matmul",
+    "max_pool",
     "maximum",
     "minimum",
     "mod",
@@ -84,6 +86,7 @@ __all__ = [
     "softmax",
     "sqrt",
     "sub",
+    "sum_pool",
     "take_along_axis",
     "tanh",
     "top_k",
@@ -193,6 +196,22 @@ def attention_with_probabilities(
 
     For who wants to see them: p is held whole, as attention alone never does. The probabilities of a query that may
     see no key are zeros, as what it gets. Operands and attributes are those of `attention`.
+    """
+
+def average_pool(
+    x: TensorLike,
+    /,
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int] = (),
+    padding: Sequence[int] = (),
+    dilations: Sequence[int] = (),
+    name: str | None = None,
+) -> Tensor:
+    """y[..., i...] = the mean of the elements of x that the window at i holds
+
+    What lies in the padding is not counted: a window that holds no element gives NaN. To count zeros around x (which
+    frameworks call count_include_pad), pad x with them. 16-bit floats are summed in f32.
     """
 
 def cast(x: TensorLike, /, *, to: DType | str, name: str | None = None) -> Tensor:
@@ -430,6 +449,22 @@ def matmul(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tenso
     Leading dimensions broadcast. A vector needs its second axis spelled: rearrange, or einsum.
     """
 
+def max_pool(
+    x: TensorLike,
+    /,
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int] = (),
+    padding: Sequence[int] = (),
+    dilations: Sequence[int] = (),
+    name: str | None = None,
+) -> Tensor:
+    """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
+
+    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. The gradient is
+    shared among equal maxima, axis after axis.
+    """
+
 def maximum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = max(x, y); a NaN in either gives NaN
 
@@ -660,6 +695,21 @@ def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 
 def sub(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x - y"""
+
+def sum_pool(
+    x: TensorLike,
+    /,
+    *,
+    kernel: Sequence[int],
+    strides: Sequence[int] = (),
+    padding: Sequence[int] = (),
+    dilations: Sequence[int] = (),
+    name: str | None = None,
+) -> Tensor:
+    """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...], accumulated in its own dtype
+
+    What lies in the padding adds nothing.
+    """
 
 def take_along_axis(x: TensorLike, indices: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y[..., i, ...] = x[..., indices[..., i, ...], ...]: elements of x along one axis

@@ -67,6 +67,17 @@ class OpMethods:
         softcap: float | None = None,
         name: str | None = None,
     ) -> tuple[Expr, Expr]: ...
+    def average_pool(
+        self,
+        x: ExprLike,
+        /,
+        *,
+        kernel: Sequence[int],
+        strides: Sequence[int] = (),
+        padding: Sequence[int] = (),
+        dilations: Sequence[int] = (),
+        name: str | None = None,
+    ) -> Expr: ...
     def cast(self, x: ExprLike, /, *, to: DType | str, name: str | None = None) -> Expr: ...
     def concat(self, *parts: ExprLike, axis: int = -1, name: str | None = None) -> Expr: ...
     def conv(
@@ -171,6 +182,17 @@ class OpMethods:
     def logical_or(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def masked_softmax(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def matmul(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
+    def max_pool(
+        self,
+        x: ExprLike,
+        /,
+        *,
+        kernel: Sequence[int],
+        strides: Sequence[int] = (),
+        padding: Sequence[int] = (),
+        dilations: Sequence[int] = (),
+        name: str | None = None,
+    ) -> Expr: ...
     def maximum(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def minimum(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def mod(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
@@ -291,6 +313,17 @@ class OpMethods:
     def softmax(self, x: ExprLike, /, *, axis: int = -1, name: str | None = None) -> Expr: ...
     def sqrt(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def sub(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
+    def sum_pool(
+        self,
+        x: ExprLike,
+        /,
+        *,
+        kernel: Sequence[int],
+        strides: Sequence[int] = (),
+        padding: Sequence[int] = (),
+        dilations: Sequence[int] = (),
+        name: str | None = None,
+    ) -> Expr: ...
     def take_along_axis(
         self,
         x: ExprLike,

@@ -80,6 +80,7 @@ OPERATORS: dict[str, Any] = {
         *(x[0, 0, 0].gather(0, torch.tensor(0)), x[0, 0].gather(0, torch.tensor(2)), x.sum().squeeze(0)),
         *(x[0, 0].index_select(0, torch.tensor(1)), x.sum().index_select(0, torch.tensor([0])), *x.sum().sort()),
         *(x[0].gather(0, torch.zeros(0, 4, dtype=torch.int64)), x.sum().scatter(0, torch.tensor(0), 2.0)),
+        *(x.sum().index_add(0, torch.tensor(0), x[0, 0, 0]), x[0].index_add(1, torch.tensor(2), x[1, :, :1])),
     ),
     "filled": lambda x: (
         *(torch.full_like(x.int(), 2.5), x.int().scatter(1, x[:, :1].int().long() * 0, 2.5), x.int().isinf()),

@@ -67,10 +67,10 @@ def _average_pool(count: int, name: str) -> None:
                 if pad:
                     x = b.pad(x, axis=axis, before=pad, after=pad)
             before, after = (0,) * count, tuple(n - p for n, p in zip(after, pads, strict=True))
-        options = {"kernel": kernel, "strides": strides, "padding": (*before, *after)}
         if divisor is None:
-            return b.average_pool(x, **options)
-        return b.sum_pool(x, **options) / float(site.integer("divisor_override"))
+            return b.average_pool(x, kernel=kernel, strides=strides, padding=(*before, *after))
+        sums = b.sum_pool(x, kernel=kernel, strides=strides, padding=(*before, *after))
+        return sums / float(site.integer("divisor_override"))
 
 
 _average_pool(1, "avg_pool1d.default")
@@ -108,7 +108,7 @@ def _meant(site: Site, x: Expr, axis: int, size: int, count: int) -> Expr:
     *names, new = axis_letters(x.rank + 1)
     result = [new if i == axis else n for i, n in enumerate(names)]
     equation = f"{' '.join(names)}, {new} {names[axis]} -> {' '.join(result)}"
-    return site.b.einsum(x, site.b.constant(weights, x.dtype), equation=equation)  # type: ignore[no-any-return]
+    return site.b.einsum(x, site.b.constant(weights, x.dtype), equation=equation)
 
 
 # -- windows as they are -------------------------------------------------------------------------------------------

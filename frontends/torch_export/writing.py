@@ -61,14 +61,14 @@ def _zeros(b: Builder, shape: Sequence[Size]) -> Expr:
 def _hits(b: Builder, x: Expr, indices: Expr, axis: int) -> Expr:
     """How often each element of x is written."""
     ones = expanded(b, b.constant(1, i64), indices.shape)
-    return b.scatter_add(_zeros(b, x.shape), indices, ones, axis=axis)  # type: ignore[no-any-return]
+    return b.scatter_add(_zeros(b, x.shape), indices, ones, axis=axis)
 
 
 def _laid(b: Builder, size: Size, axis: int, rank: int, first: int = 0) -> Expr:
     """first, first + 1, ... along one axis of a tensor of some rank."""
     names = ["n" if i == axis else "1" for i in range(rank)]
     numbers = b.iota(size=size)
-    return b.rearrange(numbers + first if first else numbers, pattern=f"n -> {' '.join(names)}")  # type: ignore[no-any-return]
+    return b.rearrange(numbers + first if first else numbers, pattern=f"n -> {' '.join(names)}")
 
 
 def _last_writes(b: Builder, indices: Expr, size: Size, axis: int) -> Expr:
@@ -77,12 +77,10 @@ def _last_writes(b: Builder, indices: Expr, size: Size, axis: int) -> Expr:
     if is_distinct(indices.value, axis):
         shape = [size if i == axis else n for i, n in enumerate(indices.shape)]
         numbers = expanded(b, _laid(b, count, axis, rank, first=1), indices.shape)
-        return b.scatter_add(_zeros(b, shape), indices, numbers, axis=axis) - 1  # type: ignore[no-any-return]
+        return b.scatter_add(_zeros(b, shape), indices, numbers, axis=axis) - 1
     apart, _ = reshaped(b, indices.cast(i64), [*indices.shape[:axis], ONE, *indices.shape[axis:]])
     same = b.equal(apart, _laid(b, size, axis, rank + 1))
-    return b.reduce_max(  # type: ignore[no-any-return]
-        b.where(same, _laid(b, count, axis + 1, rank + 1), b.constant(-1, i64)), axes=(axis + 1,)
-    )
+    return b.reduce_max(b.where(same, _laid(b, count, axis + 1, rank + 1), b.constant(-1, i64)), axes=(axis + 1,))
 
 
 def is_distinct(value: Value, axis: int) -> bool:
@@ -112,7 +110,7 @@ def _scatter(site: Site) -> Made:
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
         assert source is not None
         at = _last_writes(b, indices, x.shape[axis], axis)
-        return b.where(at >= 0, b.take_along_axis(source.cast(x.dtype), b.maximum(at, 0), axis=axis), x)  # type: ignore[no-any-return]
+        return b.where(at >= 0, b.take_along_axis(source.cast(x.dtype), b.maximum(at, 0), axis=axis), x)
 
     return _within(site, rule)
 
@@ -122,7 +120,7 @@ def _scatter_value(site: Site) -> Made:
     b, axis = site.b, site.axis("dim")
 
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
-        return b.where(_hits(b, x, indices, axis) > 0, site.operand("value", x.dtype), x)  # type: ignore[no-any-return]
+        return b.where(_hits(b, x, indices, axis) > 0, site.operand("value", x.dtype), x)
 
     return _within(site, rule)
 
@@ -139,7 +137,7 @@ def _adding(site: Site) -> Callable[[Expr, Expr, Expr | None], Expr]:
         assert source is not None
         if x.dtype.kind == "bool":
             site.refuse("of truth values")
-        return b.scatter_add(x, indices, source.cast(x.dtype), axis=axis)  # type: ignore[no-any-return]
+        return b.scatter_add(x, indices, source.cast(x.dtype), axis=axis)
 
     return rule
 
@@ -166,10 +164,18 @@ def _scatter_reduce(site: Site) -> Made:
 
 @operator("index_add.default")
 def _index_add(site: Site) -> Made:
-    x, axis = site.x("self"), site.axis("dim")
+    b, x, indices, source = site.b, site.x("self"), site.x("index"), site.x("source")
     if site.real("alpha", 1.0) != 1:
         site.refuse("with alpha", "the source times alpha")
-    return site.b.index_add(x, from_start(site.b, site.x("index"), x.shape[axis]), site.x("source"), axis=axis)
+    if x.dtype.kind == "bool":
+        site.refuse("of truth values")
+    if x.rank == 0:
+        return x + reshaped(b, source, [])[0]
+    axis = site.axis("dim")
+    if indices.rank == 0:
+        indices, _ = reshaped(b, indices, [ONE])
+        source, _ = reshaped(b, source, [ONE if i == axis else n for i, n in enumerate(x.shape)])
+    return b.index_add(x, from_start(b, indices, x.shape[axis]), source, axis=axis)
 
 
 # -- at points of several axes -------------------------------------------------------------------------------------
@@ -225,7 +231,7 @@ def _last_points(b: Builder, rows: Expr, given: Sequence[Expr], sizes: Sequence[
     if any(i not in counted and n != ONE for i, n in enumerate(points)):
         return _last_writes(b, rows, size, 0)
     numbers = b.iota(size=rows.shape[0]) + 1
-    return b.index_add(_zeros(b, [size]), rows, numbers, axis=0) - 1  # type: ignore[no-any-return]
+    return b.index_add(_zeros(b, [size]), rows, numbers, axis=0) - 1
 
 
 def _at_truths(site: Site, x: Expr, indices: Sequence[Expr | None], values: Expr, more: bool) -> Expr:
@@ -244,4 +250,4 @@ def _at_truths(site: Site, x: Expr, indices: Sequence[Expr | None], values: Expr
         values, _ = reshaped(b, values, [*shape[:at], *[ONE] * mask.rank, *shape[at + 1 :]])
     wide, _ = reshaped(b, mask, [*mask.shape, *[ONE] * behind])
     wide, values = (expanded(b, v, x.shape) for v in (wide, x + values if more else values))
-    return b.where(wide, values, x)  # type: ignore[no-any-return]
+    return b.where(wide, values, x)

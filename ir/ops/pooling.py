@@ -216,8 +216,9 @@ class AveragePool(_Pool):
         for i, (size, before, after, stride, dilation) in enumerate(self.places):
             if before or after:
                 ones = b.expand(b.constant(1, x.dtype), shape=(x.shape[x.rank - spatial + i],))
-                options = {"strides": (stride,), "padding": (before, after), "dilations": (dilation,)}
-                held = b.sum_pool(ones, kernel=(size,), **options)
+                held = b.sum_pool(
+                    ones, kernel=(size,), strides=(stride,), padding=(before, after), dilations=(dilation,)
+                )
                 total = total * b.rearrange(held, pattern=f"n -> n {' '.join('1' * (spatial - 1 - i))}")
         return total
 
