@@ -176,6 +176,8 @@ class Halves(nn.Module):  # type: ignore[misc]
 def test_bfloat16_tensors_go_into_each_backend_with_their_bits() -> None:
     torch.manual_seed(0)
     module, x = Halves(), torch.randn(3, 40).bfloat16()
+    x[0, :2] = torch.tensor([2.0**100, -(2.0**-100)])  # which no other 16-bit float holds
+    module.weight.data[:2] = torch.tensor([0.0, 2.0**-99])
     model = treadle.from_torch(module, (x,), dynamic={"x": "B _"})
     assert str(next(iter(model.graph.main.outputs.values())).type) == "bf16[B, 40]"
     assert model.weights["weight"].dtype == np.float32
