@@ -80,7 +80,7 @@ def package_folders() -> dict[str, str]:
     for path in python_files(*LAYERS):
         if path.name == "__init__.py":
             folder = where(path.parent)
-            found["treadle" if folder == "treadle" else "treadle." + folder.replace("/", ".")] = folder
+            found["treadle." * (folder.split("/")[0] != "treadle") + folder.replace("/", ".")] = folder
     return found
 
 
@@ -148,7 +148,8 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
 def test_console_scripts_exist() -> None:
     for target in pyproject()["project"]["scripts"].values():
         module, function = target.split(":")
-        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        place = ROOT.joinpath(*module.split("."))
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         assert path.is_file(), target
         assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree_of(path).body)
 

@@ -1,0 +1,93 @@
+"""What makes functions commands: the application, how errors are told, and how JSON is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+import treadle
+from treadle.ir.errors import TreadleError
+
+app = typer.Typer(
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Declare transformers, compile them, look at the optimized graph, run them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function the command of this name, whose errors are told."""
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def guarded(**options: Any) -> None:
+            with _errors_told(options["as_json"]):
+                function(**options)
+
+        return app.command(name)(guarded)
+
+    return made
+
+
+def print_json(facts: Any) -> None:
+    """Print the one object of `--json`."""
+    print(json.dumps(facts, indent=2, allow_nan=False))
+
+
+@contextmanager
+def _errors_told(as_json: bool) -> Iterator[None]:
+    """Print what goes wrong inside, and exit."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except BrokenPipeError:  # who read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except TreadleError as error:
+        from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
+        from treadle.reports import console, error_facts, error_text
+
+        if isinstance(error, StaticArgumentNeeded):
+            error.hint = f"--set {error.argument}=VALUE"
+        _trace_if_asked()
+        if as_json:
+            print_json({"error": error_facts(error)})
+        else:
+            console(stderr=True).print(error_text(error), soft_wrap=True)
+        raise typer.Exit(2) from None
+    except Exception as error:
+        _trace_if_asked()
+        what = f"Treadle has failed, which is its own fault: {type(error).__name__}: {error}"
+        how = "TREADLE_DEBUG=1 with the same command shows where; please report it with that text"
+        if as_json:
+            print_json({"error": {"kind": "InternalError", "what": what, "try": how}})
+        else:
+            print(f"{what}\n  try       {how}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _trace_if_asked() -> None:
+    level = os.environ.get("TREADLE_DEBUG", "")
+    if level.isdigit() and int(level) >= 1:
+        traceback.print_exc()
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"treadle {treadle.__version__}")
+        raise typer.Exit

@@ -1,0 +1,80 @@
+"""`treadle compile`: a model compiled, and what each pass did."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import treadle
+from treadle.cli.application import command, print_json
+from treadle.cli.options import (
+    NOTHING_CERTIFIED,
+    AsJson,
+    BackendName,
+    Certify,
+    Config,
+    ModelName,
+    OptionalInputs,
+    Seed,
+    TargetName,
+    Threads,
+    names_of,
+)
+from treadle.ir.errors import UsageError
+
+
+@command("compile")
+def compile_model(
+    model: ModelName,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE.treadle", help="Write an artifact, which `run` takes.", show_default=False
+        ),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each pass refused, and why.")] = False,
+    certify: Certify = False,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model and tell what every pass did, how long it took, and what runs where."""
+    from treadle.artifacts import SUFFIX, is_artifact
+    from treadle.ir.target import Target
+    from treadle.option_values import parse_config
+    from treadle.reports import compiled_facts, compiled_lines, console, human, pass_table
+
+    if output is not None and not is_artifact(output):
+        raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
+    started = time.perf_counter()
+    chosen = parse_config(config or ())
+    chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
+    made = treadle.compile(model, inputs=names_of(inputs), **chosen)
+    seconds = time.perf_counter() - started
+    if made.static:
+        names = ", ".join(made.static)
+        raise UsageError(
+            f"what is compiled depends on the value of {names}",
+            received=repr(made),
+            hint=f"--set {made.static[0]}=VALUE",
+        )
+    written = {"file": str(output), "seal": made.save(output)} if output is not None else {}
+    if as_json:
+        print_json({**compiled_facts(made, seconds), **written})
+        return
+    out = console()
+    out.print(pass_table(made.log))
+    if explain:
+        print("\n" + (made.log.explain() or "no pass refused anything"))
+    if certify:
+        print("\n" + (made.log.certified() or NOTHING_CERTIFIED))
+    print("", *compiled_lines(made, seconds), sep="\n")
+    if output is not None:
+        print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")

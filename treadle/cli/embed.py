@@ -1,0 +1,71 @@
+"""`treadle embed`: sentences as vectors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, BackendName, Config, ModelName, TargetName, Threads
+
+
+@command("embed")
+def embed_sentences(
+    model: ModelName,
+    sentences: Annotated[
+        list[str] | None, typer.Argument(help="Sentences; without any, the lines of --file or of standard input.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A text file with a sentence a line; - is standard input.")
+    ] = None,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Print how near each two are, not the vectors.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write DIR/embeddings.npy.", show_default=False)
+    ] = None,
+    config: Config = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Embed sentences with a sentence encoder, such as the fetched minilm: a vector a line."""
+    from treadle.embedding import SentenceEmbedder
+    from treadle.ir.target import Target
+    from treadle.npy_files import write_npy
+    from treadle.option_values import parse_config, read_sentences
+    from treadle.reports import console, similarity_table
+
+    texts = read_sentences(sentences or [], file)
+    embedder = SentenceEmbedder.open(
+        model, backend=backend, target=Target(target, threads), **parse_config(config or ())
+    )
+    embedded = embedder.embed_reporting(texts)
+    vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T
+    files = write_npy(output, {"embeddings": vectors}) if output is not None else []
+    cut = embedded.cut
+    if cut and not as_json:
+        which = ", ".join(str(i + 1) for i in cut[:10]) + (", ..." if len(cut) > 10 else "")
+        print(f"cut to {embedder.tokenizer.max_tokens} tokens: sentence {which}", file=sys.stderr)
+    if as_json:
+        facts: dict[str, Any] = {
+            "model": embedder.model.name,
+            "backend": backend,
+            "sentences": [
+                {"text": text, "tokens": tokens, "cut": i in cut, "vector": vector.tolist()}
+                for i, (text, tokens, vector) in enumerate(zip(texts, embedded.tokens, vectors, strict=True))
+            ],
+            "files": list(map(str, files)),
+        }
+        print_json({**facts, "similarity": near.tolist()} if similarity else facts)
+    elif similarity:
+        console().print(similarity_table(texts, near))
+    elif not files:
+        for vector in vectors:
+            print(" ".join(f"{x:.7g}" for x in vector))
+    for written in files if not as_json else []:
+        print(f"wrote {written}")

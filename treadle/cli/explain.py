@@ -1,0 +1,44 @@
+"""`treadle explain`: where a fused op could stand, and why it does not."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Certify, Config, ModelName, OptionalInputs, names_of
+from treadle.ir.errors import UsageError
+
+
+@command("explain")
+def explain_sites(
+    model: ModelName,
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion.", show_default=False)],
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OP=N", help="Exit 1 unless a run has N ops OP, such as attention=12. Repeatable."),
+    ] = None,
+    certify: Certify = False,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say of every place where a fused op could stand whether it does, by which rule, or why not."""
+    from treadle.explaining import explain_fusion, parse_expected
+    from treadle.option_values import parse_config
+
+    if subject != "fusion":
+        raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion")
+    chosen = parse_config(config or ()) | {"inputs": names_of(inputs), "certify": certify or None}
+    chosen["expect"] = parse_expected(expect or ())
+    found = explain_fusion(model, **chosen)
+    if as_json:
+        facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
+        print_json(found.as_dict() | ({"certificates": facts} if certify else {}))
+    else:
+        print(found)
+        if certify:
+            print("\n" + (found.optimized.log.certified() or NOTHING_CERTIFIED))
+    if not found.met:
+        raise typer.Exit(1)

@@ -1,0 +1,61 @@
+"""`treadle export`: a model as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, Seed, names_of, refuse_for_artifact
+from treadle.ir.errors import UsageError
+
+
+@command("export")
+def export_to_onnx(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.onnx", help="Where to write the ONNX model.")],
+    opset: Annotated[int, typer.Option("--opset", help="Version of ONNX's operators.")] = 23,
+    external_above: Annotated[
+        int, typer.Option(metavar="BYTES", help="Larger weights go to FILE.onnx.data.", min=0)
+    ] = 2**20,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's optimized graph with its weights as ONNX."""
+    from treadle.artifacts import is_artifact, open_artifact
+    from treadle.backends.onnx_export.exporter import export_onnx
+    from treadle.compiling import initial_weights
+    from treadle.option_values import parse_config
+    from treadle.passes.manager import PassManager
+    from treadle.passes.pipelines import DEFAULT
+    from treadle.reports import human
+    from treadle.resolving import resolve
+
+    if output.suffix != ".onnx":
+        raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
+    if is_artifact(model):
+        refuse_for_artifact(config=config, inputs=inputs)
+        held = open_artifact(model)
+        graph, weights = held.optimized.graph, held.weights
+    else:
+        resolved = resolve(model, inputs=names_of(inputs), **parse_config(config or ()))
+        graph = PassManager(DEFAULT).run(resolved.graph).graph
+        weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
+    made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
+    files = [path for path in (made.path, made.data) if path is not None]
+    if as_json:
+        facts = {"model": graph.name, "opset": made.opset, "files": list(map(str, files)), "operators": made.operators}
+        print_json({**facts, "inputs": made.inputs, "outputs": made.outputs})
+        return
+    for name, inside in (*made.inputs.items(), *made.outputs.items()):
+        if name != inside:
+            print(f"{name} is called {inside} in the file")
+    for path in files:
+        print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
+    counts = sorted(made.operators.items(), key=lambda each: -each[1])
+    told = ", ".join(f"{count} {name}" for name, count in counts)
+    print(f"{sum(made.operators.values())} nodes of opset {made.opset}: {told}")

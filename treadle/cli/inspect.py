@@ -1,0 +1,78 @@
+"""`treadle inspect`: a model's graph, or what follows from it, as text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, BackendName, Config, ModelName, OptionalInputs, names_of, refuse_for_artifact
+from treadle.ir.errors import UsageError
+
+
+@command("inspect")
+def inspect_graph(
+    model: ModelName,
+    raw: Annotated[bool, typer.Option("--raw", help="The graph as it was declared, before any pass.")] = False,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="PASS", help="The graph as this pass left it.")
+    ] = None,
+    unfold: Annotated[bool, typer.Option("--unfold", help="Every repetition of a block, written out.")] = False,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B=1,S=128",
+            help="Sizes at which FLOPs and bytes are told. Else 1 for a leading axis, 128 for others, within bounds.",
+        ),
+    ] = None,
+    follow: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS", help="Say whether an axis may be stepped, packed and split, and why not."),
+    ] = None,
+    source: Annotated[bool, typer.Option("--source", help="The code that the backend makes of the graph.")] = False,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    backend: BackendName = "numpy",
+    as_json: AsJson = False,
+) -> None:
+    """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
+    from treadle.artifacts import is_artifact, open_artifact
+    from treadle.backends.registry import find_backend
+    from treadle.ir.following import follow as follow_axis
+    from treadle.ir.printer import print_graph
+    from treadle.option_values import choose_sizes, parse_config, parse_sizes
+    from treadle.passes.manager import PassManager
+    from treadle.passes.pipelines import DEFAULT
+    from treadle.reports import backend_source, following_facts, following_text, graph_facts, graph_header
+    from treadle.resolving import resolve
+
+    if raw and after:
+        raise UsageError("--raw and --after name two stages of the graph", hint="one of them")
+    if follow is not None and (source or unfold):
+        raise UsageError("--follow prints no graph and no source", hint="one of them")
+    find_backend(backend)
+    if is_artifact(model):
+        refuse_for_artifact(config=config, inputs=inputs, after=after)
+        optimized = open_artifact(model).optimized
+        graph = optimized.source if raw else optimized.graph
+    else:
+        declared = resolve(model, inputs=names_of(inputs), **parse_config(config or ())).graph
+        optimized = PassManager(() if raw else DEFAULT).run(declared)
+        graph = optimized.after(after) if after else optimized.graph
+    stage = "as declared" if raw else f"after {after}" if after else "optimized"
+    facts = graph_facts(graph, choose_sizes(graph, parse_sizes(sizes)))
+    facts["stage"] = stage
+    if follow is not None:
+        following = follow_axis(graph, follow)
+        shown, facts["follow"] = following_text(following), following_facts(following)
+    elif source:
+        shown = facts["source"] = backend_source(graph, backend)
+    else:
+        shown = facts["graph"] = print_graph(graph, unfold=unfold)
+        shown = f"{graph_header(facts, stage)}{shown}"
+    if as_json:
+        print_json(facts)
+    else:
+        sys.stdout.write(shown.rstrip("\n") + "\n")

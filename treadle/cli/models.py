@@ -1,0 +1,21 @@
+"""`treadle models`: the zoo, and what can be fetched."""
+
+from __future__ import annotations
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson
+
+
+@command("models")
+def list_models(as_json: AsJson = False) -> None:
+    """List the zoo, and the models with real weights that can be fetched."""
+    from treadle.reports import console, zoo_facts, zoo_tables
+
+    facts = zoo_facts()
+    if as_json:
+        print_json(facts)
+        return
+    out = console()
+    for table in zoo_tables(facts):
+        out.print(table)
+        print()

@@ -1,0 +1,64 @@
+"""Arguments and options that several commands share, and what is said of them in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from treadle.ir.errors import UsageError
+
+NOTHING_CERTIFIED = "no pass changed anything that needs a certificate"
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="file.py:function, a folder with a checkpoint, a GGUF, ONNX or .treadle file, a name of the zoo, or of a "
+        "fetched model (see `models`).",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change the model's configuration, such as layers=2. Repeatable."),
+]
+OptionalInputs = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."
+    ),
+]
+BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, tvm, or another that is installed.")]
+TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        min=1,
+        help="How many threads may work at once, with torch and tvm. By default one a core.",
+        show_default=False,
+    ),
+]
+Certify = Annotated[
+    bool, typer.Option("--certify", help="Try every rewrite on drawn values, undo what fails, and print certificates.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Draws the weights where no checkpoint gives them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def refuse_for_artifact(**options: Any) -> None:
+    """An artifact is configured, and its passes have run: options that would change that are refused."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        told = {"config": "--set", "inputs": "--inputs", "after": "--after"}
+        raise UsageError(
+            "an artifact is what was compiled, and takes no " + " or ".join(told[name] for name in given),
+            hint="treadle compile MODEL -o FILE.treadle, with other options",
+        )
+
+
+def names_of(text: str | None) -> tuple[str, ...] | None:
+    """The names of a list with commas."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,0 +1,89 @@
+"""`treadle run`: a model run on arrays."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import treadle
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, Config, ModelName, Seed, Threads, refuse_for_artifact
+
+
+@command("run")
+def run_model(
+    model: ModelName,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=VALUE",
+            help="A .npy file, numbers 1,2,3 (one row) or lists [[1,2],[3,4]]. Repeatable; an optional input that is "
+            "given is included.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each output to DIR/NAME.npy.", show_default=False)
+    ] = None,
+    config: Config = None,
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="By default numpy, or what an artifact was made for.", show_default=False),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="By default cpu, or what an artifact was made for.", show_default=False),
+    ] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a model on arrays."""
+    import numpy as np
+
+    from treadle.artifacts import is_artifact, load, open_artifact
+    from treadle.ir.target import Target
+    from treadle.npy_files import write_npy
+    from treadle.option_values import input_names, parse_config, parse_inputs
+    from treadle.reports import array_facts, array_table, console, weights_text
+
+    assigned, chosen = values or [], parse_config(config or ())
+    if is_artifact(model):
+        refuse_for_artifact(config=config)
+        where = None if target is None and threads is None else target or open_artifact(model).target
+        made = load(model, backend=backend, target=None if where is None else Target(where, threads))
+    else:
+        given = input_names(assigned)
+        chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
+        made = treadle.compile(model, inputs=given, seed=seed, **chosen)
+    arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
+    started = time.perf_counter()
+    outputs = {name: np.asarray(array) for name, array in made(**arrays).items()}
+    seconds = time.perf_counter() - started
+    files = write_npy(output, outputs) if output is not None else []
+    facts = {name: array_facts(array) for name, array in outputs.items()}
+    if as_json:
+        print_json(
+            {
+                "model": made.name,
+                "backend": made.backend,
+                "target": str(made.target),
+                "weights": weights_text(made),
+                "seconds": seconds,
+                "outputs": facts,
+                "files": list(map(str, files)),
+            }
+        )
+        return
+    console().print(array_table(facts))
+    for name, told in facts.items():
+        if "values" in told:
+            print(f"\n{name} = {json.dumps(told['values'])}")
+    where = f"in {made.backend} on {made.target}"
+    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}, its weights {weights_text(made)}")
+    for file in files:
+        print(f"wrote {file}")

@@ -1,0 +1,48 @@
+"""`treadle verify`: every backend held against the float64 meaning of a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, TargetName, names_of
+
+
+@command("verify")
+def verify_backends(
+    model: ModelName,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", help="A backend to verify; all that are registered, if not said. Repeatable."),
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="B=1,S=16", help="Sizes to run at. Repeatable; a few small ones, if not said."),
+    ] = None,
+    config: Config = None,
+    inputs: OptionalInputs = None,
+    target: TargetName = "cpu",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the inputs, and weights that are not given.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Hold every backend against the float64 meaning of a model, whole and op by op. Exit code 1 if one is wrong."""
+    from treadle.option_values import parse_config, parse_sizes
+    from treadle.verifying import verify_model
+
+    report = verify_model(
+        model,
+        backends=backend,
+        target=target,
+        inputs=names_of(inputs),
+        sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
+        seed=seed,
+        told=(lambda line: None) if as_json else partial(print, flush=True),
+        **parse_config(config or ()),
+    )
+    if as_json:
+        print_json(report.as_dict())
+    if not report.passed:
+        raise typer.Exit(1)
