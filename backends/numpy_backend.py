@@ -28,6 +28,8 @@ from treadle.ir.types import Type
 
 Array = np.ndarray[Any, Any]
 
+_WITHOUT_BF16 = 'backend="torch", or widen="bf16" to compute in f32; on the command line --backend torch, --widen bf16'
+
 
 class NumpyBackend:
     """Runs graphs in NumPy. Every op of the registry; every dtype but bf16, which NumPy does not have.
@@ -60,7 +62,7 @@ class NumpyBackend:
                 received=f"threads={target.threads}",
                 hint="another backend, or the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS",
             )
-        refuse_nodes(graph, self.name, self.supports)
+        refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16)
         prepared = prepare_weights(legalize(graph, keeps))
         program = emit(prepared.graph, NUMPY, tuple(prepared.notes()))
         references = {name: _Reference(node) for name, node in program.references.items()}

@@ -188,7 +188,9 @@ def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
     return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
 
 
-def refuse_nodes(graph: Graph, backend: str, supports: Callable[[Node], str | None]) -> None:
+def refuse_nodes(
+    graph: Graph, backend: str, supports: Callable[[Node], str | None], *, hint: str | None = None
+) -> None:
     """Raise one BackendError that lists every node which a backend does not support, with its source."""
     refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
     if not refused:
@@ -203,4 +205,5 @@ def refuse_nodes(graph: Graph, backend: str, supports: Callable[[Node], str | No
         f"the {backend} backend cannot run {graph.name}",
         received="\n".join(lines),
         source=describe_source(refused[0][0].source, refused[0][0].scope),
+        hint=hint,
     )

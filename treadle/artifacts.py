@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from treadle.artifact_file import SectionFile, write_sections
 from treadle.backends.registry import find_backend
@@ -32,7 +34,9 @@ from treadle.ir.parser import parse_graph
 from treadle.ir.printer import print_graph
 from treadle.ir.scanner import Limits as TextLimits
 from treadle.ir.target import Target
+from treadle.ir.types import DType
 from treadle.ir.verifier import verify
+from treadle.ir.widening import narrow_dtypes, widen_graph
 from treadle.passes.certificates import Certificate
 from treadle.passes.manager import Optimized
 from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
@@ -175,10 +179,12 @@ def load(
     target: str | Target | None = None,
     limits: ArtifactLimits | None = None,
     check: bool = True,
+    widen: str | Iterable[str] = (),
 ) -> Compiled:
     """Load a compiled model from a file that `save` wrote.
 
     backend, target  in place of those that it was compiled for
+    widen            "bf16", "f16", or both: values of these dtypes are f32 instead, as in `compile`
     limits           what the file may ask for
     check            compare every weight with its hash, which reads the whole file once
 
@@ -186,7 +192,7 @@ def load(
     ParseError or VerifyError, with section and place, for a file that is damaged, foreign or past a limit;
     BackendError as `compile` does.
     """
-    held = open_artifact(path, limits=limits, check=check)
+    held = _widened(open_artifact(path, limits=limits, check=check), narrow_dtypes(widen))
     where = target if isinstance(target, Target) else Target(held.target if target is None else target)
     chosen = held.backend if backend is None else backend
     found = find_backend(chosen)
@@ -201,6 +207,16 @@ def load(
             within=f"{printable(str(path))}: section graph",
         ) from error
     return Compiled(held.name, held.optimized, executable, chosen, where, held.weights, (), held.seed)
+
+
+def _widened(held: Artifact, narrow: frozenset[DType]) -> Artifact:
+    """With the values of narrow dtypes in f32, weights among them."""
+    if not narrow:
+        return held
+    declared, graph = (widen_graph(g, narrow) for g in (held.optimized.source, held.optimized.graph))
+    kept = {name: v.type.dtype for name, v in held.optimized.graph.parameters.items()}
+    weights = {n: np.asarray(w, np.float32) if kept[n] in narrow else w for n, w in held.weights.items()}
+    return replace(held, optimized=Optimized(declared, graph, held.optimized.log), weights=weights)
 
 
 def _read_graph(file: SectionFile, section: str, limits: TextLimits) -> Graph:

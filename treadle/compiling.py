@@ -163,6 +163,7 @@ def compile(
     inputs: Sequence[str] | None = None,
     seed: int = 0,
     certify: bool | None = None,
+    widen: str | Iterable[str] = (),
     **config: Any,
 ) -> Compiled:
     """Compile a model for a backend and a target; what it gives is called with arrays by name.
@@ -180,6 +181,7 @@ def compile(
     inputs   optional inputs of the declaration to include, such as ("lengths",)
     seed     an integer, 0 or more
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
+    widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights among them (`treadle.ir.widening`)
     config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 
     An ONNX file with an input that determines shapes, and of which config has no value, is compiled when it is called,
@@ -208,7 +210,7 @@ def compile(
         return Compiled(resolved.name, optimized, executable, backend, where, bound, resolved.unused, drawn)
 
     try:
-        resolved = resolve(model, inputs=inputs, **config)
+        resolved = resolve(model, inputs=inputs, widen=widen, **config)
     except StaticInputNeeded as needed:
         from treadle.specializing import Specializing
 

@@ -23,7 +23,7 @@ _INLINE_BYTES = 1 << 20
 _TEXT_BYTES = 256 << 20  # of sentences to embed
 
 
-_ARGUMENTS = frozenset({"backend", "certify", "inputs", "model", "passes", "seed", "target", "weights"})
+_ARGUMENTS = frozenset({"backend", "certify", "inputs", "model", "passes", "seed", "target", "weights", "widen"})
 """What `treadle.compile` takes beside the configuration."""
 
 

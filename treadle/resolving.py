@@ -14,8 +14,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
+from treadle.ir.types import DType
+from treadle.ir.widening import narrow_dtypes, widen_graph
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
 
 if TYPE_CHECKING:
@@ -69,12 +71,14 @@ class OpenedOnnx:
 
     static  values of inputs that determine shapes
     dims    sizes, or other names, of axes
+    narrow  dtypes that are widened to f32
     """
 
     path: Path
     file: OnnxFile
     static: Mapping[str, Any]
     dims: Mapping[str, Any]
+    narrow: frozenset[DType] = frozenset()
 
     @classmethod
     def open(cls, path: Path, config: Mapping[str, Any]) -> OpenedOnnx:
@@ -90,14 +94,14 @@ class OpenedOnnx:
         """A graph of the inputs alone, those among them that determine shapes, but for what is given."""
         from treadle.frontends.onnx_import.importer import declared_inputs
 
-        return declared_inputs(self.file, static=self.static, dims=self.dims)
+        return widen_graph(declared_inputs(self.file, static=self.static, dims=self.dims), self.narrow)
 
     def resolve(self, static: Mapping[str, Any] | None = None) -> Resolved:
         """The model with these values of inputs beside those of the configuration. Raises as `import_onnx` does."""
         from treadle.frontends.onnx_import.importer import import_opened
 
         made = import_opened(self.file, static={**self.static, **(static or {})}, dims=self.dims)
-        return Resolved(made.graph.name, made.graph, None, made.weights, (), self.path)
+        return _widened(Resolved(made.graph.name, made.graph, None, made.weights, (), self.path), self.narrow)
 
 
 class StaticInputNeeded(StaticArgumentNeeded):
@@ -110,16 +114,46 @@ class StaticInputNeeded(StaticArgumentNeeded):
 
 
 def resolve(
-    model: Model | Graph | TorchModel | str | Path, *, inputs: Sequence[str] | None = None, **config: Any
+    model: Model | Graph | TorchModel | str | Path,
+    *,
+    inputs: Sequence[str] | None = None,
+    widen: str | Iterable[str] = (),
+    **config: Any,
 ) -> Resolved:
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include
+    widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.widening`)
     config   configuration that overrides the declaration's or the checkpoint's
 
     Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read,
     StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
     """
+    narrow = narrow_dtypes(widen)
+    try:
+        return _widened(_resolve(model, inputs, config), narrow)
+    except StaticInputNeeded as needed:
+        needed.opened = replace(needed.opened, narrow=narrow)
+        raise
+
+
+def _widened(resolved: Resolved, narrow: frozenset[DType]) -> Resolved:
+    """With the values of narrow dtypes in f32, weights among them."""
+    held = {name for name, value in resolved.graph.parameters.items() if value.type.dtype in narrow}
+    weights = resolved.weights
+    if weights is not None and held:
+        weights = {name: _as_f32(array) if name in held else array for name, array in weights.items()}
+    return replace(resolved, graph=widen_graph(resolved.graph, narrow), weights=weights) if narrow else resolved
+
+
+def _as_f32(array: Any) -> Array:
+    """A weight's numbers in float32, as which bf16 ones come already."""
+    return np.asarray(array, np.float32)
+
+
+def _resolve(
+    model: Model | Graph | TorchModel | str | Path, inputs: Sequence[str] | None, config: Mapping[str, Any]
+) -> Resolved:
     if isinstance(model, Graph | TorchModel):
         if config or inputs:
             raise UsageError("a graph takes no configuration", received=", ".join([*config, *(inputs or ())]))

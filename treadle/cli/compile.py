@@ -21,6 +21,7 @@ from treadle.cli.options import (
     Seed,
     TargetName,
     Threads,
+    Widen,
     names_of,
 )
 from treadle.ir.errors import UsageError
@@ -38,6 +39,7 @@ def compile_model(
     explain: Annotated[bool, typer.Option("--explain", help="Say what each pass refused, and why.")] = False,
     certify: Certify = False,
     config: Config = None,
+    widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
@@ -56,6 +58,7 @@ def compile_model(
     started = time.perf_counter()
     chosen = parse_config(config or ())
     chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
+    chosen["widen"] = names_of(widen) or ()
     made = treadle.compile(model, inputs=names_of(inputs), **chosen)
     seconds = time.perf_counter() - started
     if made.static:

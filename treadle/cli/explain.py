@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Certify, Config, ModelName, OptionalInputs, names_of
+from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Certify, Config, ModelName, OptionalInputs, Widen, names_of
 from treadle.ir.errors import UsageError
 
 
@@ -21,6 +21,7 @@ def explain_sites(
     ] = None,
     certify: Certify = False,
     config: Config = None,
+    widen: Widen = None,
     inputs: OptionalInputs = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,6 +32,7 @@ def explain_sites(
     if subject != "fusion":
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion")
     chosen = parse_config(config or ()) | {"inputs": names_of(inputs), "certify": certify or None}
+    chosen["widen"] = names_of(widen) or ()
     chosen["expect"] = parse_expected(expect or ())
     found = explain_fusion(model, **chosen)
     if as_json:

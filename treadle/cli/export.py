@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, Seed, names_of, refuse_for_artifact
+from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, Seed, Widen, names_of, refuse_for_artifact
 from treadle.ir.errors import UsageError
 
 
@@ -21,6 +21,7 @@ def export_to_onnx(
         int, typer.Option(metavar="BYTES", help="Larger weights go to FILE.onnx.data.", min=0)
     ] = 2**20,
     config: Config = None,
+    widen: Widen = None,
     inputs: OptionalInputs = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -38,11 +39,11 @@ def export_to_onnx(
     if output.suffix != ".onnx":
         raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
     if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs)
+        refuse_for_artifact(config=config, inputs=inputs, widen=widen)
         held = open_artifact(model)
         graph, weights = held.optimized.graph, held.weights
     else:
-        resolved = resolve(model, inputs=names_of(inputs), **parse_config(config or ()))
+        resolved = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **parse_config(config or ()))
         graph = PassManager(DEFAULT).run(resolved.graph).graph
         weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
     made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, ModelName, OptionalInputs, names_of, refuse_for_artifact
+from treadle.cli.options import (
+    AsJson,
+    BackendName,
+    Config,
+    ModelName,
+    OptionalInputs,
+    Widen,
+    names_of,
+    refuse_for_artifact,
+)
 from treadle.ir.errors import UsageError
 
 
@@ -33,6 +42,7 @@ def inspect_graph(
     ] = None,
     source: Annotated[bool, typer.Option("--source", help="The code that the backend makes of the graph.")] = False,
     config: Config = None,
+    widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
     as_json: AsJson = False,
@@ -54,11 +64,12 @@ def inspect_graph(
         raise UsageError("--follow prints no graph and no source", hint="one of them")
     find_backend(backend)
     if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs, after=after)
+        refuse_for_artifact(config=config, inputs=inputs, widen=widen, after=after)
         optimized = open_artifact(model).optimized
         graph = optimized.source if raw else optimized.graph
     else:
-        declared = resolve(model, inputs=names_of(inputs), **parse_config(config or ())).graph
+        chosen = parse_config(config or ())
+        declared = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen).graph
         optimized = PassManager(() if raw else DEFAULT).run(declared)
         graph = optimized.after(after) if after else optimized.graph
     stage = "as declared" if raw else f"after {after}" if after else "optimized"

@@ -11,7 +11,7 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, ModelName, Seed, Threads, refuse_for_artifact
+from treadle.cli.options import AsJson, Config, ModelName, Seed, Threads, Widen, names_of, refuse_for_artifact
 
 
 @command("run")
@@ -30,6 +30,7 @@ def run_model(
         Path | None, typer.Option(metavar="DIR", help="Write each output to DIR/NAME.npy.", show_default=False)
     ] = None,
     config: Config = None,
+    widen: Widen = None,
     backend: Annotated[
         str | None,
         typer.Option("--backend", help="By default numpy, or what an artifact was made for.", show_default=False),
@@ -51,15 +52,21 @@ def run_model(
     from treadle.option_values import input_names, parse_config, parse_inputs
     from treadle.reports import array_facts, array_table, console, weights_text
 
+    narrow = names_of(widen) or ()
     assigned, chosen = values or [], parse_config(config or ())
     if is_artifact(model):
         refuse_for_artifact(config=config)
         where = None if target is None and threads is None else target or open_artifact(model).target
-        made = load(model, backend=backend, target=None if where is None else Target(where, threads))
+        made = load(
+            model,
+            backend=backend,
+            target=None if where is None else Target(where, threads),
+            widen=narrow,
+        )
     else:
         given = input_names(assigned)
         chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
-        made = treadle.compile(model, inputs=given, seed=seed, **chosen)
+        made = treadle.compile(model, inputs=given, seed=seed, widen=narrow, **chosen)
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     started = time.perf_counter()
     outputs = {name: np.asarray(array) for name, array in made(**arrays).items()}
