@@ -103,6 +103,12 @@ def gguf_end_tokens(file: GGUFFile) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_token_id(file, key, count) for key in keys if file.has(key)))
 
 
+def gguf_chat_template(file: GGUFFile) -> str | None:
+    """The template in which the model expects a conversation, if it was trained for one."""
+    key = "tokenizer.chat_template"
+    return file.text(key) if file.has(key) else None
+
+
 def _token_id(file: GGUFFile, key: str, count: int) -> int:
     return file.integer(key, least=0, most=count - 1)
 

@@ -23,7 +23,9 @@ from treadle.frontends.contained_files import PathLike, printable, read_regular
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
-_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_OLDER = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+"""Vocabularies in the forms that were there before tokenizer.json, which transformers turns into one."""
 _FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
 _UNLIMITED = 1 << 31  # files say 10^30 where they mean no limit
 
@@ -83,6 +85,16 @@ class TextTokenizer:
             ) from error
         place = ModelFolder.find(folder)
         shown = place.show(_FILE)
+        older = [name for name in _OLDER if place.has(name)]
+        if older and not place.has(_FILE):
+            raise CheckpointError(
+                f"the folder has no {_FILE}, which holds the vocabulary and how text is cut",
+                received=", ".join(older),
+                within=place.shown,
+                hint="make it with transformers, in Python:\n"
+                f"from transformers import AutoTokenizer\n"
+                f"AutoTokenizer.from_pretrained({place.shown!r}).save_pretrained({place.shown!r})",
+            )
         data = read_regular(place.file(_FILE), limit_bytes, shown, "limit_bytes=")
         made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
         made.no_padding()
@@ -110,12 +122,30 @@ class TextTokenizer:
             row[: len(e.ids)] = e.ids
         return TokenBatch(ids, lengths, np.array([bool(e.overflowing) for e in encoded]))
 
+    def special_tokens(self) -> list[str]:
+        """The special tokens by name, which a text may hold as they are written."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for _, token in sorted(added.items()) if token.special]
+
     def text(self, ids: Sequence[int]) -> str:
         """Ids as text, special ones left out; bytes that are no whole character come as U+FFFD."""
         decoded = _guarded(
             lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True), "ids are no text", _FILE
         )
         return str(decoded)
+
+
+def folder_chat_template(folder: PathLike) -> str | None:
+    """The template in which a folder's model expects a conversation, if it was trained for one: chat_template.jinja, or
+    what tokenizer_config.json holds. It is not run. Raises CheckpointError where the file is too long or damaged."""
+    place = ModelFolder.find(folder)
+    if place.has(_TEMPLATE):
+        data = read_regular(place.file(_TEMPLATE), _FILE_BYTES, place.show(_TEMPLATE), "limit_bytes=")
+        return data.decode("utf-8", "replace")
+    template = _settings(place, _FILE_BYTES).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t.get("template") for t in template if isinstance(t, dict)), None)
+    return template if isinstance(template, str) else None
 
 
 def _refuse_surrogates(text: str) -> None:
@@ -131,16 +161,21 @@ def _refuse_surrogates(text: str) -> None:
 
 def _longest_input(place: ModelFolder, limit_bytes: int) -> int | None:
     """`model_max_length` of tokenizer_config.json: the number of tokens that the model was made for."""
+    length = _settings(place, limit_bytes).get("model_max_length")
+    return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
+
+
+def _settings(place: ModelFolder, limit_bytes: int) -> dict[str, Any]:
+    """What tokenizer_config.json holds; nothing where it is not there or no object."""
     if not place.has(_SETTINGS):
-        return None
+        return {}
     shown = place.show(_SETTINGS)
     data = read_regular(place.file(_SETTINGS), limit_bytes, shown, "limit_bytes=")
     try:
         settings = json.loads(data)  # the strict reader refuses integers as long as these files hold
     except (ValueError, RecursionError) as error:
         raise CheckpointError("the file is not JSON", received=str(error), within=shown) from None
-    length = settings.get("model_max_length") if isinstance(settings, dict) else None
-    return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def _guarded(action: Callable[[], T], what: str, shown: str) -> T:

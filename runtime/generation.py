@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,15 +19,22 @@ from treadle.runtime.sampling import Sampling
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., Mapping[str, Any]]
+Ending = Literal["end", "context", "count"]
+"""Why a row ends: a token that ends a text, a full context, or as many tokens as were asked for."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its row in the batch, its id, and whether it ends the row."""
+    """One generated token: its row in the batch, its id, and why the row ends with it, None where it goes on."""
 
     row: int
     id: int
-    last: bool
+    ending: Ending | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the row ends with it."""
+        return self.ending is not None
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,24 @@ def generate(
 ) -> Iterator[Token]:
     """Continue each prompt by up to `most` tokens, a step at a time, rows in order within a step.
 
-    A row ends after `most` tokens, after an id in `stop` (which is given, too), or when the context is full. Raises
-    UsageError for an empty prompt, or one that leaves no room in the context.
+    A row ends after an id in `stop` (which is given, too), when the context is full, or after `most` tokens. Raises
+    UsageError at once, before a token is asked for, for an empty prompt, or one that leaves no room in the context.
     """
-    sampling = sampling or Sampling()
     rows = [list(p) for p in prompts]
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, 1):
         if not row:
-            raise UsageError(f"prompt {i} is empty", hint="give it at least one token")
+            raise UsageError(f"prompt {i} of {len(rows)} has no tokens", hint="a prompt with a word in it")
         if model.context is not None and len(row) > model.context:
-            raise UsageError(f"prompt {i} has {len(row)} tokens, the model takes {model.context}")
+            raise UsageError(
+                f"prompt {i} of {len(rows)} has {len(row)} tokens, the model takes {model.context}",
+                hint="a shorter prompt",
+            )
+    return _generated(model, rows, most, sampling or Sampling(), frozenset(stop))
+
+
+def _generated(
+    model: Stepper, rows: list[list[int]], most: int, sampling: Sampling, stop: frozenset[int]
+) -> Iterator[Token]:
     running = list(range(len(rows))) if most > 0 else []
     for step in range(most):
         if not running:
@@ -116,9 +131,16 @@ def generate(
         for i, scores in zip(running, logits, strict=True):
             token = sampling.choose(scores, row=i, step=step)
             rows[i].append(token)
-            full = model.context is not None and len(rows[i]) > model.context
-            last = step + 1 == most or token in stop or full
-            yield Token(i, token, last)
-            if not last:
+            made = Token(i, token, _ending(model, len(rows[i]), token in stop, step + 1 == most))
+            yield made
+            if not made.last:
                 going.append(i)
         running = going
+
+
+def _ending(model: Stepper, length: int, is_end: bool, is_all: bool) -> Ending | None:
+    if is_end:
+        return "end"
+    if model.context is not None and length > model.context:
+        return "context"
+    return "count" if is_all else None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from treadle.cli import app
 from treadle.continuation import TextWriter
+from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.runtime.sampling import Sampling
 
@@ -88,10 +92,6 @@ def test_an_end_token_that_is_no_id(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from typer.testing import CliRunner
-
-    from treadle.cli import app
-
     done = CliRunner().invoke(app, ["generate", str(folder), "the cat", "a", "--tokens", "5", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
@@ -102,3 +102,103 @@ def test_the_command_prints_one_object(folder: Path, capsys: pytest.CaptureFixtu
         assert text["text"] == "".join(p.text for p in wanted)
     refused = CliRunner().invoke(app, ["generate", str(folder), "x", "--temperature", "-1"])
     assert refused.exit_code == 2
+
+
+# -- the command -----------------------------------------------------------------------------------------------
+
+
+def generated(*words: str) -> Any:
+    return CliRunner().invoke(app, ["generate", *words])
+
+
+def test_a_prompt_that_is_refused_is_not_echoed(folder: Path) -> None:
+    for prompt, what in (("", "has no tokens"), ("the cat sat on the mat " * 20, "the model takes 40")):
+        done = generated(str(folder), prompt)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert what in done.stderr
+        told = generated(str(folder), "a", prompt, "--json")
+        assert what in json.loads(told.stdout)["error"]["what"]
+        assert "prompt 2 of 2" in json.loads(told.stdout)["error"]["what"]
+
+
+def test_a_line_ends_before_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise UsageError("no token can be chosen")
+
+    monkeypatch.setattr(Sampling, "choose", fail)
+    done = generated(str(folder), "the cat")
+    assert done.exit_code == 2
+    assert done.output == "the cat\nno token can be chosen\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "ending", "reason"),
+    [
+        ("the cat", ["--tokens", "3"], "count", "stopped after 3 tokens, as many as --tokens allows"),
+        ("a " * 19, ["--tokens", "40"], "context", "the model's context is full"),
+        ("the cat", ["--tokens", "40"], "end", "the model ended the text"),
+    ],
+)
+def test_it_says_why_it_stopped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, words: list[str], ending: str, reason: str
+) -> None:
+    choose = Sampling.choose
+
+    def chosen(self: Sampling, scores: object, *, row: int = 0, step: int = 0) -> int:
+        return 0 if ending == "end" and step == 2 else choose(self, scores, row=row, step=step) or 1  # 0 is the end
+
+    monkeypatch.setattr(Sampling, "choose", chosen)
+    done = generated(str(folder), prompt, *words)
+    assert done.exit_code == 0
+    assert reason in done.stderr
+    assert "stopped" not in done.stdout
+    assert json.loads(generated(str(folder), prompt, *words, "--json").stdout)["texts"][0]["ending"] == ending
+    both = generated(str(folder), prompt, prompt, *words)
+    assert "text 2: stopped after" in both.stderr
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_model_that_ends_at_once_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    text = template if place.endswith("jinja") else json.dumps({"chat_template": template})
+    (tmp_path / place).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(Sampling, "choose", lambda *_, **__: 0)
+    assert "made for chat: write the prompt as its chat template does, with its marks <end>" in (
+        generated(str(tmp_path), "the cat").stderr
+    )
+    assert json.loads(generated(str(tmp_path), "the cat", "--json").stdout)["chat_template"] is True
+    assert "chat" not in generated(str(folder), "the cat").stderr
+
+
+def test_what_no_family_reads_is_told_before_its_tokenizer(folder: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    for file in folder.iterdir():
+        if file.name != "tokenizer.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "strange"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "model_type is 'strange'" in generated(str(tmp_path), "the cat").stderr
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "strange")
+    writer.add_tokenizer_model("llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "general.architecture is not supported" in generated(str(tmp_path / "m.gguf"), "the cat").stderr
+
+
+def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "sat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertConfig(vocab_size=len(words)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json") as refused:
+        TextTokenizer.open(tmp_path)
+    assert refused.value.received == "vocab.txt"
+    first, *program = refused.value.hint.splitlines()
+    assert "transformers" in first
+    exec("\n".join(program), {})
+    assert TextTokenizer.open(tmp_path).batch(["cat sat"]).ids.tolist() == [[2, 5, 6, 3]]

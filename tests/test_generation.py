@@ -94,8 +94,8 @@ def test_what_cannot_be_continued_is_refused_with_the_reason(model: Stepper) -> 
     pair = t.compile("t5", vocab=50, dim=32, heads=4, head_dim=8, hidden=64, layers=1, decoder_layers=1)
     with pytest.raises(UsageError, match="one input"):
         Stepper.of(pair.graph, pair)
-    with pytest.raises(UsageError, match="prompt 0 is empty"):
-        list(generate(model, [[]], most=1))
+    with pytest.raises(UsageError, match="prompt 1 of 1 has no tokens"):
+        generate(model, [[]], most=1)
     with pytest.raises(UsageError, match="17 tokens, the model takes 16"):
         list(generate(model, [[0] * 17], most=1))
     with pytest.raises(UsageError, match="not finite"):

@@ -14,15 +14,17 @@ from typing import Any
 
 from treadle.compiling import Compiled, compile
 from treadle.frontends.contained_files import read_regular
+from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.gguf_tokenizer import gguf_end_tokens, gguf_text_tokenizer
-from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
+from treadle.frontends.huggingface import ModelFolder, open_checkpoint
 from treadle.frontends.strict_json import read_json_object
-from treadle.frontends.text import TextTokenizer
+from treadle.frontends.text import TextTokenizer, folder_chat_template
 from treadle.ir.errors import CheckpointError
 from treadle.ir.target import Target
+from treadle.models.registry import family_of, read_gguf
 from treadle.resolving import GGUF_SUFFIX, find_folder
-from treadle.runtime.generation import Stepper, generate
+from treadle.runtime.generation import Ending, Stepper, Token, generate
 from treadle.runtime.sampling import Sampling
 
 _CONFIG_BYTES = 4 << 20
@@ -32,25 +34,31 @@ _CONFIG_BYTES = 4 << 20
 class Piece:
     """A part of one row's continuation, as soon as it is known.
 
-    row   the prompt's number
-    text  what is new of the text: none where a character's bytes are not complete
-    id    the token
-    last  whether the row ends with it
+    row     the prompt's number
+    text    what is new of the text: none where a character's bytes are not complete
+    id      the token
+    ending  why the row ends with it: "end", "context" or "count"; None where it goes on
     """
 
     row: int
     text: str
     id: int
-    last: bool
+    ending: Ending | None
+
+    @property
+    def last(self) -> bool:
+        """Whether the row ends with it."""
+        return self.ending is not None
 
 
 @dataclass(frozen=True)
 class TextWriter:
-    """A compiled causal language model, its tokenizer, and the ids that end a text."""
+    """A compiled causal language model, its tokenizer, the ids that end a text, and its chat template if it has one."""
 
     model: Compiled
     tokenizer: TextTokenizer
     end: tuple[int, ...]
+    template: str | None = None
 
     @classmethod
     def open(
@@ -58,32 +66,46 @@ class TextWriter:
     ) -> TextWriter:
         """Compile a model that has a tokenizer.
 
-        Raises UsageError where MODEL names no weights or no causal language model, and the errors of reading it.
+        Raises UsageError where MODEL names no weights or no causal language model, and the errors of reading it: what
+        no family reads is told before what its tokenizer lacks.
         """
         place = find_folder(model)
         if place.suffix == GGUF_SUFFIX:
             file = GGUFFile.open(place)
-            tokenizer, end = gguf_text_tokenizer(file), gguf_end_tokens(file)
+            read_gguf(file)
+            tokenizer, end, template = gguf_text_tokenizer(file), gguf_end_tokens(file), gguf_chat_template(file)
         else:
+            if place.is_dir() and find_ctranslate2(place) is None:
+                family_of(open_checkpoint(place).config)
             tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
+            template = folder_chat_template(place)
         made = compile(model, backend=backend, target=target, **config)
         Stepper.of(made.graph, made)  # refuses what cannot be continued before anything is asked of it
-        return cls(made, tokenizer, end)
+        return cls(made, tokenizer, end, template)
 
     def continued(self, prompts: Sequence[str], *, most: int, sampling: Sampling | None = None) -> Iterator[Piece]:
-        """Continue each prompt by up to `most` tokens, or to the model's end of text. Raises UsageError for an empty
-        prompt, or one that leaves no room."""
+        """Continue each prompt by up to `most` tokens, or to the model's end of text. Raises UsageError at once for an
+        empty prompt, or one that leaves no room."""
         batch = self.tokenizer.batch(prompts)
         rows = [[int(i) for i in ids[:length]] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
-        written: list[list[int]] = [[] for _ in rows]
-        shown = [""] * len(rows)
         stepper = Stepper.of(self.model.graph, self.model)
-        for token in generate(stepper, rows, most=most, sampling=sampling, stop=self.end):
+        tokens = generate(stepper, rows, most=most, sampling=sampling, stop=self.end)
+        return self._pieces(tokens, len(rows))
+
+    @property
+    def marks(self) -> list[str]:
+        """The special tokens that the chat template writes around what is said, such as <|im_start|>."""
+        return [token for token in self.tokenizer.special_tokens() if self.template and token in self.template]
+
+    def _pieces(self, tokens: Iterator[Token], count: int) -> Iterator[Piece]:
+        written: list[list[int]] = [[] for _ in range(count)]
+        shown = [""] * count
+        for token in tokens:
             written[token.row].append(token.id)
             text = self.tokenizer.text(written[token.row])
             whole = text if token.last else text.rstrip("\N{REPLACEMENT CHARACTER}")
             new, shown[token.row] = whole[len(shown[token.row]) :], whole
-            yield Piece(token.row, new, token.id, token.last)
+            yield Piece(token.row, new, token.id, token.ending)
 
 
 def _folder_end_tokens(folder: Path) -> tuple[int, ...]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, BackendName, Config, ModelName, TargetName, Threads
+
+if TYPE_CHECKING:
+    from treadle.continuation import Piece, TextWriter
 
 
 @command("generate")
@@ -33,29 +38,65 @@ def continue_texts(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     writer = TextWriter.open(model, backend=backend, target=Target(target, threads), **parse_config(config or ()))
-    texts, ids = [""] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
+    written = [Written(prompt) for prompt in prompts]
+    pieces = writer.continued(prompts, most=most, sampling=sampling)
     stream = len(prompts) == 1 and not as_json
     if stream:
         print(prompts[0], end="", flush=True)
-    for piece in writer.continued(prompts, most=most, sampling=sampling):
-        texts[piece.row] += piece.text
-        ids[piece.row].append(piece.id)
+    try:
+        for piece in pieces:
+            written[piece.row].add(piece)
+            if stream:
+                print(piece.text, end="", flush=True)
+    finally:
         if stream:
-            print(piece.text, end="", flush=True)
+            print(flush=True)  # also before an error
     if as_json:
         print_json(
             {
                 "model": writer.model.name,
                 "backend": backend,
                 "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
-                "texts": [
-                    {"prompt": prompt, "text": text, "tokens": row}
-                    for prompt, text, row in zip(prompts, texts, ids, strict=True)
-                ],
+                "chat_template": writer.template is not None,
+                "texts": [each.facts() for each in written],
             }
         )
-    elif stream:
-        print()
-    else:
-        for prompt, text in zip(prompts, texts, strict=True):
-            print(f"{prompt}{text}\n")
+        return
+    for each in written if not stream else []:
+        print(f"{each.prompt}{each.text}\n")
+    sys.stdout.flush()
+    for number, each in enumerate(written, 1):
+        which = f"text {number}: " if len(written) > 1 else ""
+        print(which + each.reason(writer), file=sys.stderr)
+
+
+@dataclass
+class Written:
+    """What one prompt was continued by."""
+
+    prompt: str
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    ending: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.ids.append(piece.id)
+        self.ending = piece.ending
+
+    def facts(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "text": self.text, "tokens": self.ids, "ending": self.ending}
+
+    def reason(self, writer: TextWriter) -> str:
+        """Why it stopped, in words."""
+        count = len(self.ids)
+        tokens = f"{count} token{'s' * (count != 1)}"
+        if self.ending == "context":
+            return f"stopped after {tokens}: the model's context is full"
+        if self.ending == "count":
+            return f"stopped after {tokens}, as many as --tokens allows"
+        told = f"stopped after {tokens}: the model ended the text"
+        if self.text.strip() or writer.template is None:
+            return told
+        marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
+        return f"{told} at once. It was made for chat: write the prompt as its chat template does{marks}"
