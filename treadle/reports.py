@@ -30,10 +30,17 @@ _SHOWN_VALUES = 64  # an output of at most this many elements is told in full
 _PIPED_WIDTH = 120
 
 
+class _Plain(Console):
+    """A console that leaves it to its caller what to do where the reader of its output has left."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console for tables: as wide as the terminal, colours only there."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _PIPED_WIDTH)
+    return _Plain(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ anything else is a fault of Treadle's, told so, with exit code 1. With `--json` 
 else. What a command needs is imported when it runs, so that `--help` is quick.
 """
 
+import itertools
 import sys
 from importlib import import_module
 
+from treadle.cli.application import LEFT, forget_output, print_json
 from treadle.cli.application import app as app
 
 COMMANDS = ("inspect", "compile", "explain", "run", "verify", "export", "embed", "generate", "models", "fetch")
@@ -24,4 +26,28 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="treadle")
+    words = list(itertools.takewhile(lambda word: word != "--", sys.argv[1:]))
+    code: str | int | None
+    try:
+        try:
+            code = _run_as_json(words) if "--json" in words else app(prog_name="treadle")
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        forget_output()
+        code = LEFT
+    sys.exit(code)
+
+
+def _run_as_json(words: list[str]) -> int:
+    """Run a command whose one object on standard output may be an error of how it is called."""
+    try:
+        return int(app(prog_name="treadle", standalone_mode=False) or 0)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of typer's own, as all errors of options and arguments are
+            raise
+        named = [word for word in words[:1] if word in COMMANDS]
+        what, hint = error.format_message(), " ".join(["treadle", *named, "--help"])
+        print_json({"error": {"kind": "UsageError", "what": what, "try": hint}})
+        return 2

@@ -16,8 +16,10 @@ import typer
 import treadle
 from treadle.ir.errors import TreadleError
 
+LEFT = 128 + 13
+"""The exit code where the reader of our output has left: what a shell says of a program that SIGPIPE ended."""
+
 app = typer.Typer(
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Declare transformers, compile them, look at the optimized graph, run them.",
     no_args_is_help=True,
@@ -31,7 +33,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def made(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def guarded(**options: Any) -> None:
-            with _errors_told(options["as_json"]):
+            with _reader_may_leave(), _errors_told(options["as_json"]):
                 function(**options)
 
         return app.command(name)(guarded)
@@ -45,16 +47,23 @@ def print_json(facts: Any) -> None:
 
 
 @contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Exit quietly where the reader of our output has left."""
+    try:
+        yield
+    except BrokenPipeError:
+        forget_output()
+        raise typer.Exit(LEFT) from None
+
+
+@contextmanager
 def _errors_told(as_json: bool) -> Iterator[None]:
     """Print what goes wrong inside, and exit."""
     try:
         yield
         sys.stdout.flush()
-    except (typer.Exit, typer.Abort, typer.BadParameter):
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
-    except BrokenPipeError:  # who read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
     except TreadleError as error:
         from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
         from treadle.reports import console, error_facts, error_text
@@ -76,6 +85,17 @@ def _errors_told(as_json: bool) -> Iterator[None]:
         else:
             print(f"{what}\n  try       {how}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def forget_output() -> None:
+    """Let what is still to be printed go nowhere: its reader has left, as `head` does, and that is no error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _trace_if_asked() -> None:

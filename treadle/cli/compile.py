@@ -51,6 +51,7 @@ def compile_model(
     from treadle.artifacts import SUFFIX, is_artifact
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
+    from treadle.progress import working
     from treadle.reports import compiled_facts, compiled_lines, console, human, pass_table
 
     if output is not None and not is_artifact(output):
@@ -59,7 +60,8 @@ def compile_model(
     chosen = parse_config(config or ())
     chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
     chosen["widen"] = names_of(widen) or ()
-    made = treadle.compile(model, inputs=names_of(inputs), **chosen)
+    with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):
+        made = treadle.compile(model, inputs=names_of(inputs), **chosen)
     seconds = time.perf_counter() - started
     if made.static:
         names = ", ".join(made.static)

@@ -38,13 +38,16 @@ def embed_sentences(
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import parse_config, read_sentences
+    from treadle.progress import working
     from treadle.reports import console, similarity_table
 
     texts = read_sentences(sentences or [], file)
-    embedder = SentenceEmbedder.open(
-        model, backend=backend, target=Target(target, threads), **parse_config(config or ())
-    )
-    embedded = embedder.embed_reporting(texts)
+    with working(f"compiling {model}", shown=not as_json):
+        embedder = SentenceEmbedder.open(
+            model, backend=backend, target=Target(target, threads), **parse_config(config or ())
+        )
+    with working(f"embedding {len(texts)} sentences", shown=not as_json):
+        embedded = embedder.embed_reporting(texts)
     vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T
     files = write_npy(output, {"embeddings": vectors}) if output is not None else []
     cut = embedded.cut

@@ -28,13 +28,15 @@ def explain_sites(
     """Say of every place where a fused op could stand whether it does, by which rule, or why not."""
     from treadle.explaining import explain_fusion, parse_expected
     from treadle.option_values import parse_config
+    from treadle.progress import working
 
     if subject != "fusion":
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion")
     chosen = parse_config(config or ()) | {"inputs": names_of(inputs), "certify": certify or None}
     chosen["widen"] = names_of(widen) or ()
     chosen["expect"] = parse_expected(expect or ())
-    found = explain_fusion(model, **chosen)
+    with working(f"looking for fused ops in {model}", shown=not as_json):
+        found = explain_fusion(model, **chosen)
     if as_json:
         facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
         print_json(found.as_dict() | ({"certificates": facts} if certify else {}))

