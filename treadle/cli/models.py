@@ -9,6 +9,8 @@ from treadle.cli.options import AsJson
 @command("models")
 def list_models(as_json: AsJson = False) -> None:
     """List the zoo, and the models with real weights that can be fetched."""
+    from rich.text import Text
+
     from treadle.reports import console, zoo_facts, zoo_tables
 
     facts = zoo_facts()
@@ -17,5 +19,5 @@ def list_models(as_json: AsJson = False) -> None:
         return
     out = console()
     for table in zoo_tables(facts):
-        out.print(table)
+        out.print(table, soft_wrap=isinstance(table, Text))
         print()

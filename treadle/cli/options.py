@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from treadle.cli.completing import complete_backend, complete_model, complete_target
 from treadle.ir.errors import UsageError
 
 NOTHING_CERTIFIED = "no pass changed anything that needs a certificate"
@@ -17,6 +18,7 @@ ModelName = Annotated[
         help="file.py:function, a folder with a checkpoint, a GGUF, ONNX or .treadle file, a name of the zoo, or of a "
         "fetched model (see `models`).",
         show_default=False,
+        autocompletion=complete_model,
     ),
 ]
 Config = Annotated[
@@ -29,8 +31,11 @@ OptionalInputs = Annotated[
         "--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."
     ),
 ]
-BackendName = Annotated[str, typer.Option("--backend", help="numpy, torch, tvm, or another that is installed.")]
-TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.")]
+BackendName = Annotated[
+    str,
+    typer.Option("--backend", help="numpy, torch, tvm, or another that is installed.", autocompletion=complete_backend),
+]
+TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.", autocompletion=complete_target)]
 Threads = Annotated[
     int | None,
     typer.Option(

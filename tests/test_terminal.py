@@ -1,0 +1,273 @@
+"""What a person sees: a terminal of 80 columns, and a pipe."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+
+from treadle.fetch import fetched_model
+from treadle.fitting import fit_code, fit_graph, fit_prose
+from treadle.ir.parser import parse_graph
+from treadle.passes.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.resolving import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 80
+
+
+def environment(**more: str) -> dict[str, str]:
+    known = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "TREADLE_DEBUG", "NO_COLOR", "FORCE_COLOR")}
+    return {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **more}
+
+
+def on_terminal(*words: str, cwd: Path = ROOT) -> tuple[int, str]:
+    """Run Python on a terminal of 80 columns; gives the exit code and all that was written there."""
+    ours, theirs = pty.openpty()
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    process = subprocess.Popen([sys.executable, *words], stdout=theirs, stderr=theirs, env=environment(), cwd=cwd)
+    os.close(theirs)
+    said = b""
+    while True:
+        try:
+            data = os.read(ours, 1 << 16)
+        except OSError:  # what Linux says when the other side is closed
+            break
+        if not data:
+            break
+        said += data
+    os.close(ours)
+    return process.wait(), said.decode().replace("\r\n", "\n")
+
+
+def seen(said: str) -> list[str]:
+    """The lines without colours, and without progress, which was taken away again."""
+    left = re.sub(r"[^\n]*\n\x1b\[\?25h\r\x1b\[1A\x1b\[2K", "", said)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", left).split("\n")
+
+
+def piped(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, encoding="utf-8", check=False)
+
+
+# -- width -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--source"], ["--follow", "S"]])
+def test_inspect_fits_80_columns_and_a_pipe_gets_lines_whole(more: list[str]) -> None:
+    words = ["inspect", "bert", *more]
+    code, said = on_terminal("-m", "treadle", *words)
+    rows = seen(said)
+    whole = piped("-m", "treadle", *words)
+    assert code == whole.returncode == 0
+    assert max(map(len, rows)) <= WIDTH
+    assert max(map(len, whole.stdout.split("\n"))) > WIDTH
+    assert whole.stderr == ""
+    if "--source" in words:
+        ast.parse("\n".join(rows))
+    elif "--follow" not in words:
+        assert parse_graph("\n".join(rows)) == parse_graph(whole.stdout)
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "clip"])
+@pytest.mark.parametrize("width", [50, 80])
+def test_a_graph_that_is_fitted_is_the_same_graph(name: str, width: int) -> None:
+    graph = PassManager(DEFAULT).run(resolve(name).graph).graph
+    text = fit_graph(str(graph), width)
+    assert parse_graph(text) == graph
+    if width == WIDTH:
+        assert max(map(len, text.split("\n"))) <= WIDTH
+
+
+def test_scopes_and_lines_give_way_before_types() -> None:
+    line = 'x = add(a, "#  b")   # f32[B, S]  model.py:3  h.0.mlp'
+    assert fit_code(line, 60) == line
+    assert fit_code(line, 45) == 'x = add(a, "#  b")   # f32[B, S]  model.py:3'
+    assert fit_code(line, 40) == 'x = add(a, "#  b")   # f32[B, S]'
+    assert fit_code(line, 25) == 'x = add(a, "#  b")'
+
+
+def test_lines_are_broken_between_arguments_and_never_in_a_text_or_a_type() -> None:
+    assert fit_code("y = f(aaaa, bbbb, g(cccc, dddd))", 20) == "y = f(aaaa, bbbb,\n    g(cccc, dddd))"
+    text = 'y = f("a long text, with commas in it")'
+    assert fit_code(text, 20) == text
+    assert fit_graph("a = f(x: f32[B, S, 8], y: i64[B])", 24) == "a = f(x: f32[B, S, 8],\n    y: i64[B])"
+    assert fit_prose("  one two three", 9) == "  one two\n    three"
+
+
+def test_tables_keep_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from treadle.reports import console, zoo_tables
+
+    path = str(tmp_path / ("a-long-folder-" * 12) / "model")
+    facts = {"zoo": [], "fetched": [{"name": "minilm", "about": "a model", "download_bytes": 5, "path": path}]}
+    for width in (80, 120):
+        out = console()
+        out.width = width
+        with out.capture() as said:
+            for each in zoo_tables(facts):
+                out.print(each, soft_wrap=not hasattr(each, "columns"))
+        assert path in said.get()
+
+
+def test_models_fits_80_columns_but_for_paths() -> None:
+    code, said = on_terminal("-m", "treadle", "models")
+    rows = [row for row in seen(said) if "/" not in row or "treadle fetch" in row]
+    assert code == 0
+    assert max(map(len, rows)) <= WIDTH
+    assert any("layers=12," in row or "layers=12" in row for row in rows)
+    assert not any(re.search(r"=,?\s*$", row) for row in rows), "a default is broken before its value"
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_demo(wide: bool) -> None:
+    for name in ("minilm", "smollm2"):
+        if fetched_model(name) is None:
+            pytest.skip(f"{name} was not fetched: treadle fetch {name}")
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("gguf")
+    if wide:
+        done = piped("-m", "treadle.demo")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert max(map(len, done.stdout.split("\n"))) > 150
+        return
+    code, said = on_terminal("-m", "treadle.demo")
+    rows = [row for row in seen(said) if not row.startswith("/")]  # paths are kept whole
+    assert code == 0
+    assert max(map(len, rows)) <= WIDTH
+    assert not any("…" in row for row in rows if "─" in row), "a heading is cut"
+
+
+# -- progress --------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+from treadle.progress import working, downloading
+with working("thinking hard", shown="--json" not in sys.argv):
+    time.sleep(1.2)
+with downloading("fetching it", 1000, shown="--json" not in sys.argv) as progress:
+    progress(500)
+    time.sleep(0.3)
+with working("never seen"):
+    pass
+print("done")
+"""
+
+
+def test_work_that_lasts_is_shown_on_a_terminal_and_taken_away() -> None:
+    code, said = on_terminal("-c", SLOW)
+    assert code == 0
+    assert "thinking hard" in said
+    assert "0.5/1.0 kB" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
+    assert "never seen" not in said
+    assert [row for row in seen(said) if row.strip()] == ["done"]
+
+
+def test_nothing_of_it_goes_to_a_pipe_or_where_json_is_asked() -> None:
+    done = piped("-c", SLOW)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+    code, said = on_terminal("-c", SLOW, "--json")
+    assert (code, said) == (0, "done\n")
+
+
+def test_compiling_says_so(tmp_path: Path) -> None:
+    lines = ["import time", "import treadle as t", "", "@t.model", 'def m(x: t.f32["B 2"]):', "    time.sleep(1.2)"]
+    (tmp_path / "m.py").write_text("\n".join([*lines, '    return {"y": x * 2}', ""]), encoding="utf-8")
+    for words in (["compile"], ["inspect"], ["run", "--input", "x=1,2"]):
+        command = ["-m", "treadle", words[0], "m.py:m", *words[1:]]
+        assert re.search(r"(compiling|optimizing) m\.py:m", on_terminal(*command, cwd=tmp_path)[1])
+        assert "ing m.py:m" not in on_terminal(*command, "--json", cwd=tmp_path)[1]
+        assert piped(*command, cwd=tmp_path).stderr == ""
+
+
+# -- readers that leave ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "m.py:m"], ["compile", "m.py:m"], ["explain", "m.py:m", "fusion"], ["models"], ["--help"],
+        ["inspect", "nosuch", "--json"], ["inspect", "--json"], ["run", "m.py:m", "--input", "x=1,2"],
+    ],
+)  # fmt: skip
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path, words: list[str]) -> None:
+    text = 'import treadle as t\n\n\n@t.model\ndef m(x: t.f32["B 2"]):\n    return {"y": x * 2}\n'
+    (tmp_path / "m.py").write_text(text, encoding="utf-8")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "treadle", *words]
+    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), cwd=tmp_path)
+    os.close(writing)
+    said = process.communicate()[1]
+    assert not said
+    assert process.returncode in (1, 2, 128 + 13)
+    if words[0] in ("compile", "models", "inspect") and "--json" not in words and "--help" not in words:
+        assert process.returncode == 128 + 13
+
+
+# -- completion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("treadle ins", {"inspect"}),
+        ("treadle inspect --fol", {"--follow"}),
+        ("treadle inspect gp", {"gpt2"}),
+        ("treadle fetch minilm", {"minilm", "minilm-int8"}),
+        ("treadle inspect gpt2 --backend to", {"torch"}),
+    ],
+)
+def test_shells_complete(typed: str, expected: set[str], tmp_path: Path) -> None:
+    variables = {"_TREADLE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", "from treadle.cli import main; main()"],
+        env=environment(**variables), capture_output=True, encoding="utf-8", cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_the_script_for_a_shell_can_be_shown() -> None:
+    done = piped("-m", "treadle", "--show-completion", "bash")
+    assert "_TREADLE_COMPLETE=complete_bash" in done.stdout + done.stderr
+
+
+# -- errors of usage -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "hint"),
+    [
+        (["inspect", "--json"], "Missing argument 'MODEL'", "treadle inspect --help"),
+        (["compile", "gpt2", "--nosuch", "--json"], "No such option: --nosuch", "treadle compile --help"),
+        (["nosuch", "--json"], "No such command 'nosuch'", "treadle --help"),
+        (["compile", "gpt2", "--seed", "x", "--json"], "Invalid value for '--seed'", "treadle compile --help"),
+    ],
+)
+def test_an_error_of_usage_is_json_too(words: list[str], what: str, hint: str) -> None:
+    import json
+
+    done = piped("-m", "treadle", *words)
+    assert (done.returncode, done.stderr) == (2, "")
+    error = json.loads(done.stdout)["error"]
+    assert what in error["what"]
+    assert error["try"] == hint
+    assert piped("-m", *hint.split()).returncode == 0
+
+
+def test_a_reader_of_errors_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "treadle", "inspect", "nosuch"]
+    assert subprocess.run(command, stdout=writing, stderr=writing, env=environment(), check=False).returncode == 141
+    os.close(writing)

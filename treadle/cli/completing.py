@@ -1,0 +1,49 @@
+"""What a shell offers for a value that is typed: models, names to fetch, backends, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from glob import escape, glob
+from os.path import isdir
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names of the zoo and of fetched models, and paths."""
+    from treadle.fetch import PINNED, fetched_model
+    from treadle.models.registry import family_names
+
+    names = [*family_names(), *(name for name in PINNED if fetched_model(name) is not None)]
+    return [*_beginning(names, incomplete), *_paths(incomplete)]
+
+
+def complete_fetched(incomplete: str) -> list[str]:
+    """Names of models that can be fetched."""
+    from treadle.fetch import PINNED
+
+    return _beginning(PINNED, incomplete)
+
+
+def complete_backend(incomplete: str) -> list[str]:
+    """Names of backends, of other packages too."""
+    from treadle.backends.registry import backend_names
+
+    return _beginning(backend_names(), incomplete)
+
+
+def complete_target(incomplete: str) -> list[str]:
+    """Names of targets."""
+    from treadle.ir.target import TARGETS
+
+    return _beginning(TARGETS, incomplete)
+
+
+def _beginning(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _paths(incomplete: str) -> Iterator[str]:
+    for path in sorted(glob(f"{escape(incomplete)}*")):
+        if isdir(path):
+            yield f"{path}/"
+        elif path.endswith((".py", ".gguf", ".onnx", ".treadle")):
+            yield path

@@ -1,0 +1,139 @@
+"""Text made to fit a terminal: nothing is wrapped in the middle of a line.
+
+In a line that is too long the note at its end gives way first, a column after the other from the right (scope, source
+line, types). What is still too long goes on in a further line, indented, broken between two arguments. The text of a
+graph still reads back, and Python is still Python. Where output is no terminal, text stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+
+from treadle.reports import console
+
+_HANG = 4
+_CODE_DEPTHS = range(1, 1000)  # how deep inside of brackets a line may be broken
+_GRAPH_DEPTHS = range(3)  # deeper is a term of attention, one word to the parser
+_NOTE = "   # "
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def fitted(text: str, fit: Callable[[str, int], str]) -> str:
+    """The text for standard output: fitted to a terminal's width, as it is anywhere else."""
+    return fit(text, console().width) if sys.stdout.isatty() else text
+
+
+def fit_prose(text: str, width: int) -> str:
+    """Lines of words, those that are too long broken between words, and indented as they began."""
+    return "\n".join(each for line in text.split("\n") for each in _words_wrapped(line, width))
+
+
+def fit_graph(text: str, width: int) -> str:
+    """A graph's text, in which lists that go over several lines are laid out anew."""
+    return _fit_lines(re.sub(r",\n +", ", ", text), width, depths=_GRAPH_DEPTHS)
+
+
+def fit_code(text: str, width: int) -> str:
+    """Lines of Python, or of what looks like it, with notes after `#`; they are broken inside of brackets only."""
+    return _fit_lines(text, width, depths=_CODE_DEPTHS)
+
+
+def _fit_lines(text: str, width: int, *, depths: range) -> str:
+    lines: list[str] = []
+    noted: list[tuple[str, list[str]]] = []  # lines that follow each other, as code and the columns of its note
+    for line in text.split("\n"):
+        code, note = _split_note(line)
+        if note and code.strip():
+            noted.append((code.rstrip(), re.split(r" {2,}", note)))
+            continue
+        lines += [*_fit_noted(noted, width, depths), *_folded(line, width, depths)]
+        noted = []
+    return "\n".join([*lines, *_fit_noted(noted, width, depths)])
+
+
+def _fit_noted(lines: list[tuple[str, list[str]]], width: int, depths: range) -> Iterator[str]:
+    """Lines with as many columns of their notes as all of them have room for; one has none where only it is longer."""
+    most = max((len(columns) for _, columns in lines), default=0)
+    for kept in range(most, 0, -1):
+        rows = [(code, columns[:kept]) for code, columns in lines]
+        widths = [max((len(c[i]) for _, c in rows if i < len(c)), default=0) for i in range(kept)]
+        room = width - len(_NOTE) - sum(widths) - 2 * (kept - 1)
+        if kept == 1 or all(len(code) <= room for code, _ in rows):
+            at = max((len(code) for code, _ in rows if len(code) <= room), default=0)
+            for code, columns in rows:
+                padded = [f"{c:<{w}}" for c, w in zip(columns, widths, strict=False)]
+                whole = f"{code:<{at}}{_NOTE}{'  '.join(padded)}".rstrip()
+                yield from [whole] if len(whole) <= width else _folded(code, width, depths)
+            return
+
+
+def _split_note(line: str) -> tuple[str, str]:
+    """A line's code, and what stands after `# ` outside of quotes."""
+    for at, sign, _ in _outside_quotes(line):
+        if sign == "#":
+            return line[:at], line[at + 1 :].strip()
+    return line, ""
+
+
+def _folded(line: str, width: int, depths: range) -> Iterator[str]:
+    """A line of code, broken after commas, else at spaces; a piece that has neither stays too long."""
+    if line.lstrip().startswith("#"):
+        yield from _words_wrapped(line, width)
+        return
+    lead = len(line) - len(line.lstrip())
+    hang = lead + (len("weights ") if line.lstrip().startswith("weights ") else _HANG)
+    while len(line) > width:
+        at = _break(line, width, hang, depths)
+        if at is None:
+            break
+        yield line[:at].rstrip()
+        line = " " * hang + line[at:].lstrip()
+    yield line
+
+
+def _break(line: str, width: int, hang: int, depths: range) -> int | None:
+    """Where a line goes on in the next: as far as there is room, and not deep inside of brackets."""
+    spaces = [(at, depth) for at, sign, depth in _outside_quotes(line) if sign == " " and hang < at <= width]
+    commas = [(at, depth) for at, depth in spaces if line[at - 1] == "," and depth in depths]
+    inside = [(at, depth) for at, depth in spaces if depth in depths and depth]
+    for places in ([p for p in commas if p[0] > width // 2], commas, inside):
+        if places:
+            least = min(depth for _, depth in places)
+            return max(at for at, depth in places if depth == least)
+    return None
+
+
+def _outside_quotes(line: str) -> Iterator[tuple[int, str, int]]:
+    """The signs of a line that stand in no quotes and in no type or index, with how many brackets are around them."""
+    quote, escaped = "", False
+    opened: list[bool] = []  # whether each bracket belongs to the word before it, as in f32[B, S]
+    for at, sign in enumerate(line):
+        if quote:
+            quote = "" if sign == quote and not escaped else quote
+            escaped = sign == "\\" and not escaped
+        elif sign in "\"'":
+            quote = sign
+        elif sign in _OPENING:
+            opened.append(sign == "[" and at > 0 and (line[at - 1].isalnum() or line[at - 1] == "_"))
+        elif sign in _CLOSING and opened:
+            opened.pop()
+        elif not any(opened):
+            yield at, sign, len(opened)
+
+
+def _words_wrapped(line: str, width: int) -> Iterable[str]:
+    if len(line) <= width:
+        return [line]
+    match = re.match(r" *(?:# )?", line)
+    lead = match[0] if match is not None else ""
+    return textwrap.wrap(
+        line[len(lead) :],
+        width,
+        initial_indent=lead,
+        subsequent_indent=f"{lead}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
