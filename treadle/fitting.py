@@ -85,24 +85,25 @@ def _folded(line: str, width: int, depths: range) -> Iterator[str]:
         return
     lead = len(line) - len(line.lstrip())
     hang = lead + (len("weights ") if line.lstrip().startswith("weights ") else _HANG)
-    while len(line) > width:
-        at = _break(line, width, hang, depths)
+    places = [(at, depth) for at, sign, depth in _outside_quotes(line) if sign == " " and at > hang and depth in depths]
+    begin, indent = 0, 0
+    while indent + len(line) - begin > width:
+        at = _break(line, [p for p in places if begin < p[0] <= begin + width - indent], begin + width // 2)
         if at is None:
             break
-        yield line[:at].rstrip()
-        line = " " * hang + line[at:].lstrip()
-    yield line
+        yield " " * indent + line[begin:at].rstrip()
+        begin, indent = at + 1, hang
+    yield " " * indent + line[begin:]
 
 
-def _break(line: str, width: int, hang: int, depths: range) -> int | None:
-    """Where a line goes on in the next: as far as there is room, and not deep inside of brackets."""
-    spaces = [(at, depth) for at, sign, depth in _outside_quotes(line) if sign == " " and hang < at <= width]
-    commas = [(at, depth) for at, depth in spaces if line[at - 1] == "," and depth in depths]
-    inside = [(at, depth) for at, depth in spaces if depth in depths and depth]
-    for places in ([p for p in commas if p[0] > width // 2], commas, inside):
-        if places:
-            least = min(depth for _, depth in places)
-            return max(at for at, depth in places if depth == least)
+def _break(line: str, places: list[tuple[int, int]], late: int) -> int | None:
+    """At which of the places, with their depths, a line is broken: late in it, and not deep inside of brackets."""
+    commas = [(at, depth) for at, depth in places if line[at - 1] == ","]
+    inside = [(at, depth) for at, depth in places if depth]
+    for found in ([p for p in commas if p[0] > late], commas, inside):
+        if found:
+            least = min(depth for _, depth in found)
+            return max(at for at, depth in found if depth == least)
     return None
 
 
