@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.ir.attention_terms import T5Relative
+from treadle.ir.errors import BackendError
 from treadle.ir.ops.rounding import FORMATS
 
 # -- element by element --------------------------------------------------------------------------------------
@@ -61,10 +62,38 @@ def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
     return values.narrow(axis, 0, k), indices.narrow(axis, 0, k)
 
 
+# -- indices -------------------------------------------------------------------------------------------------
+#
+# PyTorch says of an index outside neither which nor of what, and on a GPU its assertion ends the use of the device.
+
+
+def _within(indices: Tensor, size: int) -> Tensor:
+    """The indices of an axis of this size. Raises BackendError for one that is outside."""
+    outside = (indices < 0) | (indices >= size)
+    if bool(outside.any()):
+        raise BackendError(f"index {int(indices[outside][0])} is outside an axis of size {size}")
+    return indices
+
+
+def embedding(indices: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table."""
+    return F.embedding(_within(indices, table.shape[0]), table)
+
+
+def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """Elements of x along an axis, at indices that lie as the result does."""
+    return x.gather(axis, _within(indices, x.shape[axis]))
+
+
+def scatter_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
+    """The transpose of `take_along_axis`: updates added to target."""
+    return target.scatter_add(axis, _within(indices, target.shape[axis]), updates)
+
+
 def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     """Slices of x along an axis, at indices of any rank."""
     axis %= x.dim()
-    picked = x.index_select(axis, indices.reshape(-1))
+    picked = x.index_select(axis, _within(indices, x.shape[axis]).reshape(-1))
     return picked.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
 
 
@@ -72,7 +101,7 @@ def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Te
     """The transpose of `take`: updates added to target."""
     axis %= target.dim()
     rows = updates.reshape((*target.shape[:axis], indices.numel(), *target.shape[axis + 1 :]))
-    return target.index_add(axis, indices.reshape(-1), rows)
+    return target.index_add(axis, _within(indices, target.shape[axis]).reshape(-1), rows)
 
 
 def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) -> Tensor:

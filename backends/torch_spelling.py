@@ -191,7 +191,7 @@ def _conv(line: Line) -> str:
 
 @_spells("embedding")
 def _embedding(line: Line) -> str:
-    return f"F.embedding({_index(line, 'indices', 'i32')}, {line.array('table')})"
+    return f"kernels.embedding({_index(line, 'indices', 'i32')}, {line.array('table')})"
 
 
 @_spells("gather")
@@ -207,13 +207,13 @@ def _index_add(line: Line) -> str:
 
 @_spells("take_along_axis")
 def _take_along_axis(line: Line) -> str:
-    return f"torch.gather({line.array('x')}, {line.op.axis}, {_index(line, 'indices')})"
+    return f"kernels.take_along_axis({line.array('x')}, {_index(line, 'indices')}, {line.op.axis})"
 
 
 @_spells("scatter_add")
 def _scatter_add(line: Line) -> str:
     indices = _index(line, "indices")
-    return f"{line.array('target')}.scatter_add({line.op.axis}, {indices}, {line.array('updates')})"
+    return f"kernels.scatter_add({line.array('target')}, {indices}, {line.array('updates')}, {line.op.axis})"
 
 
 def _index(line: Line, name: str, also: str = "i64") -> str:

@@ -197,11 +197,11 @@ class GGUFFile:
         dtype = np.dtype(_SCALARS[value.kind][1])
         return np.frombuffer(self._data, np.uint8, value.count * dtype.itemsize, value.at).view(dtype)
 
-    def fail(self, key: str, what: str, received: str | None = None) -> NoReturn:
+    def fail(self, key: str, what: str, received: str | None = None, hint: str | None = None) -> NoReturn:
         """Refuse the value of a key: raises CheckpointError with its byte."""
         value = self._values.get(key)
         place = f"byte {value.at}, key {printable(key)}" if value is not None else f"key {printable(key)}"
-        raise CheckpointError(f"{printable(key)} {what}", received=received, within=f"{self.path}: {place}")
+        raise CheckpointError(f"{printable(key)} {what}", received=received, within=f"{self.path}: {place}", hint=hint)
 
     def _present(self, key: str) -> _Value:
         value = self._values.get(key)

@@ -23,7 +23,10 @@ def backward(b: Builder, nodes: Sequence[Node], grads: Mapping[Value, Expr]) -> 
         if all(g is None for g in given):
             continue
         if node.op.callee is not None:
-            raise GraphError(f"cannot differentiate a call of {node.op.callee}", hint="inline the function first")
+            raise GraphError(
+                f"cannot differentiate a call of {node.op.callee}",
+                hint="treadle.ir.inline.inline_calls(graph), whose result has no calls",
+            )
         inputs = [None if v is None else b.expr(v) for v in node.operands]
         with b.placed_as(node):
             made = node.op.gradient(b, given, inputs, [b.expr(v) for v in node.results])

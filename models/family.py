@@ -18,6 +18,12 @@ from treadle.ir.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
+OTHER_WAYS = """\
+or an ONNX file of the model: torch.onnx.export(module, example, "model.onnx", dynamo=True) writes one, and
+treadle.compile("model.onnx"), or `treadle compile model.onnx`, takes it
+or its PyTorch module: treadle.compile(treadle.from_torch(module, example))"""
+"""What else brings in a model that no family of the zoo reads: the end of a hint."""
+
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000  # tracing takes time in proportion to them
 

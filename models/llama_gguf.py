@@ -15,6 +15,7 @@ from treadle.frontends.binding import Table
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.rotary import Divided, Linear, Scaling
 from treadle.ir.errors import CheckpointError
+from treadle.models.family import OTHER_WAYS
 from treadle.models.llama import llama
 
 LAYOUTS = {"llama": "interleaved", "qwen2": "half"}
@@ -30,7 +31,8 @@ def from_gguf(file: GGUFFile) -> t.Model:
     """The model that a file holds. Raises CheckpointError, with the key, for what is not supported or not there."""
     kind = file.architecture
     if kind not in LAYOUTS:
-        file.fail("general.architecture", "is not supported", f"{kind!r}; supported: {', '.join(LAYOUTS)}")
+        received, hint = repr(kind), f"an architecture of {', '.join(LAYOUTS)}\n{OTHER_WAYS}"
+        file.fail("general.architecture", "is not supported", received, hint)
     if file.integer(f"{kind}.expert_count", 0, least=0):
         file.fail(f"{kind}.expert_count", "is not supported: the feed-forward networks are experts")
     layers = file.integer(f"{kind}.block_count", most=_LAYERS)

@@ -9,7 +9,7 @@ from treadle.frontends.binding import Table
 from treadle.frontends.dsl import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.models.family import Config, Family
+from treadle.models.family import OTHER_WAYS, Config, Family
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "albert": ("albert",),
@@ -56,7 +56,7 @@ def family_of(config: Config) -> Family:
     supported = sorted(k for kinds in _MODULES.values() for k in kinds)
     raise CheckpointError(
         f"config.json: model_type is {kind!r}, which no family of the zoo reads",
-        hint="supported: " + ", ".join(supported),
+        hint=f"a model_type of {', '.join(supported)}\n{OTHER_WAYS}",
     )
 
 

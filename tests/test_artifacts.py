@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from treadle.ir.scanner import Limits as TextLimits
 from treadle.ir.target import Target
 from treadle.models.gpt2 import gpt2
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"vocab": 11, "dim": 12, "heads": 3, "layers": 2}
 
 
@@ -330,3 +333,49 @@ def test_compile_run_and_inspect(tmp_path: Path) -> None:
         assert op in shown.stdout
     assert runner.invoke(app, ["run", str(path), "--set", "layers=3"]).exit_code == 2
     assert runner.invoke(app, ["compile", "gpt2", *sets, "-o", str(tmp_path / "small.bin")]).exit_code == 2
+
+
+# -- what a killed save leaves ---------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from treadle.backends.whole_files import replacing
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"half of it")
+    file.flush()
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def saving(target: Path, fate: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", KILLED, str(target), fate]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files are locked by flock")
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "m.treadle"
+    assert saving(target, "killed").wait() == -9
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".m.treadle-")
+    living = saving(target, "lives")
+    assert living.stdout is not None
+    assert living.stdin is not None
+    assert living.stdout.readline() == "writing\n"
+    staged = set(os.listdir(tmp_path))
+    assert left not in staged
+    assert len(staged) == 1
+    others = [".m.treadle-0123456789ab.txt", ".n.treadle-0123456789ab", "m.treadle-0123456789ab"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"not ours")
+    (tmp_path / ".m.treadle-0123456789ab").symlink_to(tmp_path / others[0])
+    treadle.compile("gpt2", vocab=11, dim=8, heads=2, layers=1, context=4).save(target)
+    found = os.listdir(tmp_path)
+    assert sorted(found) == sorted([*others, ".m.treadle-0123456789ab", "m.treadle", *staged])
+    living.stdin.close()
+    assert living.wait() == 0, "a save that lives is left alone"
+    assert target.read_bytes() == b"half of it"

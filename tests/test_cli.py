@@ -242,6 +242,21 @@ def test_run_on_numbers(treadle_command: Treadle) -> None:
     assert (told["y"]["min"], told["y"]["mean"], told["y"]["max"]) == (2, 7, 12)
 
 
+def test_what_a_run_tells_as_json(treadle_command: Treadle) -> None:
+    told = treadle_command(
+        "run", "model.py:scale", "--input", "x=1,2,3", "--seed", "5", "--output", "out", "--json"
+    ).json
+    assert list(told) == ["model", "backend", "target", "weights", "seconds", "outputs", "files"]
+    assert (told["model"], told["backend"], told["target"]) == ("scale", "numpy", "cpu")
+    assert told["weights"] == "drawn from seed 5"
+    assert told["seconds"] > 0
+    assert sorted(told["files"]) == [os.path.join("out", "total.npy"), os.path.join("out", "y.npy")]
+    assert list(told["outputs"]) == ["y", "total"]
+    assert list(told["outputs"]["y"]) == ["dtype", "shape", "min", "mean", "max", "not_finite", "values"]
+    assert (told["outputs"]["y"]["dtype"], told["outputs"]["y"]["shape"]) == ("float32", [1, 3])
+    assert treadle_command(*words, "--json").json["files"] == []
+
+
 def test_numbers_without_brackets_are_one_row(treadle_command: Treadle) -> None:
     told = treadle_command("run", "model.py:scale", "--input", "x=1,2,3", "--json").json
     assert told["outputs"]["y"]["values"] == [[2, 4, 6]]

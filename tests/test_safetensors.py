@@ -184,6 +184,28 @@ def test_an_unknown_tensor_names_the_nearest(path: Path) -> None:
     assert caught.value.hint.startswith("did you mean h.0.attn.weight or ")
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("F8_E5M2", 8), ("F8_E8M0", 8), ("F6_E2M3", 6), ("F6_E3M2", 6), ("F4", 4)])
+def test_each_narrow_float_has_its_width_and_is_refused_by_name(path: Path, dtype: str, bits: int) -> None:
+    """Four elements are as many bytes as half of the bits of one; one byte more or less is damage."""
+    count = bits // 2
+    file = SafetensorsFile.open(write(path, {"w": entry(dtype, [4], 0, count)}, bytes(count)))
+    assert str(file["w"]) == f"{dtype.lower()}[4]"
+    with pytest.raises(CheckpointError, match="NumPy has no dtype that holds the tensor") as refused:
+        file.array("w")
+    assert refused.value.received == f"{dtype.lower()}[4]"
+    for wrong in (count - 1, count + 1):
+        with pytest.raises(CheckpointError) as damaged:
+            SafetensorsFile.open(write(path, {"w": entry(dtype, [4], 0, wrong)}, bytes(wrong)))
+        assert "w" in (damaged.value.within or "")
+
+
+@pytest.mark.parametrize("dtype", ["F6", "F4_E2M1", "f4", "F8"])
+def test_a_dtype_that_the_format_lacks_is_refused_by_name(path: Path, dtype: str) -> None:
+    with pytest.raises(CheckpointError, match="unknown dtype") as refused:
+        SafetensorsFile.open(write(path, {"w": entry(dtype, [4], 0, 4)}, bytes(4)))
+    assert refused.value.received == dtype
+
+
 def test_narrow_floats_are_known_but_have_no_array(path: Path) -> None:
     file = SafetensorsFile.open(write(path, {"w": entry("F8_E4M3", [2], 0, 2)}, b"\x01\x02"))
     assert str(file["w"]) == "f8_e4m3[2]"

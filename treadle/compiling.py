@@ -238,7 +238,9 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     for name, value in graph.parameters.items():
         shape = value.type.static_shape
         if shape is None or value.type.dtype.numpy is None:
-            raise UsageError(f"parameter {name}: {value.type} cannot be drawn", hint="pass weights=")
+            drawable = 'widen="bf16", on the command line --widen bf16' if shape is not None else ""
+            hint = " or ".join(filter(None, ["weights=", drawable]))
+            raise UsageError(f"parameter {name}: {value.type} cannot be drawn", hint=hint)
         rng = np.random.default_rng([seed, *name.encode()])
         drawn[name] = graph.initial.get(name, Init("normal", 0.02)).draw(shape, value.type.dtype, rng)
     return drawn

@@ -1,0 +1,181 @@
+"""What a `try` of an error names is there: commands, options, arguments, words. Hints are read in the source."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+import treadle
+from treadle.cli import COMMANDS, app
+from treadle.ir.errors import CheckpointError
+from treadle.ir.operation import OPS
+from treadle.models.family import OTHER_WAYS
+from treadle.models.registry import family_of
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("ir", "frontends", "passes", "backends", "models", "runtime", "treadle")
+THEIRS = {"export", "pip", "ensurepip", "pretrained"}  # what is called in hints and belongs to others
+
+
+def shown(node: ast.AST) -> str:
+    """The text that an expression gives, with … for what is put in when it runs."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(shown(part) for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return shown(left) + shown(right)
+        case ast.IfExp(body=body, orelse=orelse):
+            return f"{shown(body)} | {shown(orelse)}"
+        case ast.BoolOp(values=values):
+            return " | ".join(map(shown, values))
+    return "…"
+
+
+def hints() -> Iterator[tuple[str, str]]:
+    """Every text that is given as a hint, or is one under another name, with its place."""
+    for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.keyword(arg="hint", value=value):
+                    yield f"{place}:{value.lineno}", shown(value)
+                case ast.Assign(targets=[ast.Name(id="hint") | ast.Attribute(attr="hint")], value=value):
+                    yield f"{place}:{node.lineno}", shown(value)
+                case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
+                    if name.strip("_") in ("WITHOUT_BF16", "OTHER_WAYS", "CONVERSION", "DAMAGED", "WHERE_TRUSTED"):
+                        yield f"{place}:{node.lineno}", shown(value)
+
+
+HINTS = list(hints())
+GROUP: Any = typer.main.get_command(app)
+OPTIONS = {name: {o for p in GROUP.commands[name].params for o in p.opts} for name in COMMANDS}
+
+
+def callables() -> dict[str, list[Callable[..., Any]]]:
+    """Functions, methods and classes of ours by their bare names."""
+    found: dict[str, list[Callable[..., Any]]] = {}
+    for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
+        dotted = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        module = dotted if dotted.startswith("treadle") else f"treadle.{dotted}"
+        if module.endswith(("__init__", "__main__")):
+            continue
+        for name, value in vars(import_module(module)).items():
+            if callable(value) and getattr(value, "__module__", "").startswith("treadle"):
+                found.setdefault(name, []).append(value)
+                for inner, method in vars(value).items() if inspect.isclass(value) else ():
+                    if inspect.isfunction(method):
+                        found.setdefault(inner, []).append(method)
+    return found
+
+
+CALLABLES = callables()
+
+
+def test_there_are_hints_to_look_at() -> None:
+    assert len(HINTS) > 200
+    assert sum("--" in text for _, text in HINTS) > 5
+
+
+@pytest.mark.parametrize(("place", "text"), [h for h in HINTS if "treadle " in h[1] or "--" in h[1]])
+def test_commands_and_options_are_there(place: str, text: str) -> None:
+    named = re.findall(r"(?:^|[`\s])treadle (\w+)", text)
+    assert all(command in COMMANDS for command in named), text
+    ours = [OPTIONS[command] for command in named] or list(OPTIONS.values())
+    for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"pip install.*|… -m .*", "", text)):
+        assert any(option in options for options in ours), f"{option} of {text!r}"
+
+
+def test_arguments_are_those_of_what_is_called() -> None:
+    """`Name(argument=...)`: something of that name is ours, and takes the argument."""
+    wrong = []
+    for place, text in HINTS:
+        for name, inside in re.findall(r"(?<!torch\.)\b([A-Za-z_]\w*)\(([^()]*)\)?", text):
+            given = re.findall(r"(?:^|,\s*)(\w+)=", inside)
+            if not given or name in THEIRS:
+                continue
+            takers = [inspect.signature(each).parameters for each in CALLABLES.get(name, []) if _has_signature(each)]
+            takers += [{f.name: f for f in dataclasses.fields(OPS[name])}] if name in OPS else []  # type: ignore[arg-type]
+            if not any(all(g in taker or _takes_any(taker) for g in given) for taker in takers):
+                wrong.append(f"{place}: {name}({inside})")
+    assert wrong == []
+
+
+def test_words_after_t_and_treadle_are_there() -> None:
+    for place, text in HINTS:
+        for package, word in re.findall(r"(?<![\w.'])(t|treadle)\.([a-z]\w*)(?![\w.])", text):
+            assert hasattr(treadle, word), f"{place}: {package}.{word}"
+
+
+def test_variables_are_read() -> None:
+    source = "".join(p.read_text(encoding="utf-8") for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
+    for place, text in HINTS:
+        for name in re.findall(r"\bTREADLE_[A-Z]+", text):
+            assert re.search(rf'environ[^\n]*"{name}"', source), f"{place}: {name}"
+
+
+def test_extras_are_those_of_the_package() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for place, text in HINTS:
+        for extra in re.findall(r"treadle\[(\w+)\]", text):
+            assert extra in extras, place
+
+
+def _has_signature(each: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(each)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _takes_any(taker: Any) -> bool:
+    return any(getattr(p, "kind", None) is inspect.Parameter.VAR_KEYWORD for p in taker.values())
+
+
+# -- followed to the letter ------------------------------------------------------------------------------------
+
+
+def test_a_model_of_no_family_comes_in_by_the_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    with pytest.raises(CheckpointError, match="which no family of the zoo reads") as refused:
+        family_of({"model_type": "mamba"})
+    assert (refused.value.hint or "").endswith(OTHER_WAYS)
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "treadle": treadle, "module": torch.nn.Linear(4, 2).eval(), "example": (torch.ones(1, 4),)}
+    x = np.float32([[1, 2, 3, 4]])
+    expected = names["module"](torch.from_numpy(x)).detach().numpy()
+    export, *compiles = re.findall(r"torch\.onnx\.export\(.*?\)|treadle\.compile\((?:[^()]|\([^()]*\))*\)", OTHER_WAYS)
+    eval(export, names)
+    assert len(compiles) == 2
+    for text in compiles:
+        exe = eval(text, names)
+        (value,) = exe(**{exe.inputs[0].name: x}).values()
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert "`treadle compile model.onnx`" in OTHER_WAYS
+
+
+def test_a_parameter_that_cannot_be_drawn_names_what_draws_it() -> None:
+    from tests.backend_checks import graph_of
+    from treadle.compiling import initial_weights
+    from treadle.ir.errors import UsageError
+
+    graph = graph_of(lambda b: b.input("x", "bf16[3]") * b.parameter("w", "bf16[3]"))
+    with pytest.raises(UsageError, match="cannot be drawn") as refused:
+        initial_weights(graph)
+    assert 'widen="bf16"' in (refused.value.hint or "")
+    assert treadle.compile(graph, widen="bf16").seed == 0
