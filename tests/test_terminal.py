@@ -80,6 +80,12 @@ def test_inspect_fits_80_columns_and_a_pipe_gets_lines_whole(more: list[str]) ->
         assert parse_graph("\n".join(rows)) == parse_graph(whole.stdout)
 
 
+def test_explain_fits_80_columns() -> None:
+    code, said = on_terminal("-m", "treadle", "explain", "bert", "fusion")
+    assert code == 0
+    assert max(map(len, seen(said))) <= WIDTH
+
+
 @pytest.mark.parametrize("name", ["t5", "whisper", "clip"])
 @pytest.mark.parametrize("width", [50, 80])
 def test_a_graph_that_is_fitted_is_the_same_graph(name: str, width: int) -> None:

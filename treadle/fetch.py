@@ -242,12 +242,14 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
 
 def _watched(process: subprocess.Popen[str], folder: Path, progress: Progress | None) -> str:
     """What a process says on standard error until it ends; meanwhile the bytes in a folder are told."""
+    most = 0
     while True:
         try:
             return process.communicate(timeout=None if progress is None else _INTERVAL)[1]
         except subprocess.TimeoutExpired:
             if progress is not None:
-                progress(_bytes_in(folder))
+                most = max(most, _bytes_in(folder))  # what is whole leaves the folder
+                progress(most)
 
 
 def _bytes_in(folder: Path) -> int:

@@ -78,9 +78,9 @@ def compile_model(
     out = console()
     out.print(pass_table(made.log))
     if explain:
-        print("\n" + (made.log.explain() or "no pass refused anything"))
+        print("\n" + fitted(made.log.explain() or "no pass refused anything", fit_prose))
     if certify:
-        print("\n" + (made.log.certified() or NOTHING_CERTIFIED))
+        print("\n" + fitted(made.log.certified() or NOTHING_CERTIFIED, fit_prose))
     print("", fitted("\n".join(compiled_lines(made, seconds)), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")

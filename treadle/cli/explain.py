@@ -27,6 +27,7 @@ def explain_sites(
 ) -> None:
     """Say of every place where a fused op could stand whether it does, by which rule, or why not."""
     from treadle.explaining import explain_fusion, parse_expected
+    from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_config
     from treadle.progress import working
 
@@ -41,8 +42,8 @@ def explain_sites(
         facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
         print_json(found.as_dict() | ({"certificates": facts} if certify else {}))
     else:
-        print(found)
+        print(fitted(str(found), fit_prose))
         if certify:
-            print("\n" + (found.optimized.log.certified() or NOTHING_CERTIFIED))
+            print("\n" + fitted(found.optimized.log.certified() or NOTHING_CERTIFIED, fit_prose))
     if not found.met:
         raise typer.Exit(1)
