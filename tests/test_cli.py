@@ -243,9 +243,8 @@ def test_run_on_numbers(treadle_command: Treadle) -> None:
 
 
 def test_what_a_run_tells_as_json(treadle_command: Treadle) -> None:
-    told = treadle_command(
-        "run", "model.py:scale", "--input", "x=1,2,3", "--seed", "5", "--output", "out", "--json"
-    ).json
+    words = ["run", "model.py:scale", "--input", "x=1,2,3", "--seed", "5"]
+    told = treadle_command(*words, "--output", "out", "--json").json
     assert list(told) == ["model", "backend", "target", "weights", "seconds", "outputs", "files"]
     assert (told["model"], told["backend"], told["target"]) == ("scale", "numpy", "cpu")
     assert told["weights"] == "drawn from seed 5"

@@ -13,7 +13,6 @@ from treadle.cli.options import AsJson, BackendName, Config, ModelName, TargetNa
 
 if TYPE_CHECKING:
     from treadle.continuation import Piece, TextWriter
-    from treadle.progress import working
 
 
 @command("generate")
@@ -35,6 +34,7 @@ def continue_texts(
     from treadle.continuation import TextWriter
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
+    from treadle.progress import working
     from treadle.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
