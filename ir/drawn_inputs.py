@@ -61,8 +61,9 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
         if sizes not in found and all(n >= 0 for shape in shapes for n in shape):
             found.append(sizes)
     if not found:
+        told = ",".join(f"{symbol}=N" for symbol in graph.symbols)
         raise UsageError(
-            "no small sizes fit the model", received=", ".join(graph.symbols), hint="--sizes with ones that do"
+            "no small sizes fit the model", received=", ".join(graph.symbols), hint=f"--sizes {told}, with ones that do"
         )
     return found
 

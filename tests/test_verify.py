@@ -336,6 +336,17 @@ def test_inputs_that_cannot_be_drawn() -> None:
         verify_model(b.graph, backends=["numpy"])
 
 
+def test_sizes_that_fit_where_no_small_ones_do() -> None:
+    """The hint works as it stands: with sizes for every symbol."""
+    b = Builder(Graph("long"))
+    x = b.input("x", "f32[S]")
+    b.outputs(y=b.slice(x, axis=0, stop="S - 100"))
+    with pytest.raises(UsageError, match="no small sizes fit") as error:
+        verify_model(b.graph, backends=["numpy"])
+    assert "--sizes S=N" in str(error.value)
+    assert verify_model(b.graph, backends=["numpy"], sizes=[{"S": 120}]).passed
+
+
 # -- the command line ------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,7 @@ def verify_model(
         found = weights if weights is not None else resolved.weights
         given = initial_weights(optimized.source, seed) if found is None else dict(found)
     if sizes is not None:
-        least = small_sizes(optimized.source)[-1] if optimized.source.symbols else {}
+        symbols = set(optimized.source.symbols)
+        least = small_sizes(optimized.source)[-1] if any(symbols - set(each) for each in sizes) else {}
         sizes = [choose_sizes(optimized.source, {**least, **each}) for each in sizes]
     return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed, told=told)
