@@ -13,7 +13,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Literal, Value
 from treadle.ir.sizes import ZERO
 from treadle.ir.types import DType
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 from treadle.passes.pattern import COMMUTATIVE, Vocabulary
 from treadle.passes.position_indices import GatherOfAll, SliceOfConcat, WhereNegative
 from treadle.passes.position_slices import SliceOfPositions
@@ -369,7 +369,7 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
                 operands = list(node.operands)
                 operands[position] = Value.constant(Literal(literal.dtype, (), literal.data))
                 node.operands = tuple(operands)
-                log.matches.append(Event.at("constants-to-scalars", function, node))
+                log.match("constants-to-scalars", function, node)
                 changed += 1
     return changed
 
@@ -390,6 +390,6 @@ def constants_to_the_right(function: Function, log: PassRecord) -> int:
             left, right = node.inputs
             if left.literal is not None and right.literal is None:
                 node.operands = (right, left)
-                log.matches.append(Event.at("constants-to-the-right", function, node))
+                log.match("constants-to-the-right", function, node)
                 swapped += 1
     return swapped

@@ -8,7 +8,7 @@ from typing import Any
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import op_key
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CommonSubexpressions(Pass):
                 kept.append(node)
             else:
                 merged.update(zip(node.results, first.results, strict=True))
-                log.matches.append(Event.at(self.name, function, node))
+                log.match(self.name, function, node, made=(first,))
         changes = len(function.nodes) - len(kept)
         function.nodes = kept
         function.outputs = {name: merged.get(v, v) for name, v in function.outputs.items()}

@@ -10,7 +10,7 @@ from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite, find_op
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 
 FUSED = (
     *("attention", "rotary", "softmax", "layer_norm", "rms_norm", "gelu", "gelu_tanh", "silu", "quick_gelu"),
@@ -67,7 +67,7 @@ class Decompose(Pass):
                 each.source = node.source
             replaced.update(zip(node.results, results, strict=True))
             pending.extend(reversed(made))
-            log.matches.append(Event.at(self.name, function, node))
+            log.match(self.name, function, node, made=made)
             changes += 1
         function.nodes = kept
         function.outputs = {name: current(v) for name, v in function.outputs.items()}

@@ -10,7 +10,7 @@ from treadle.ir.errors import SizeError, TreadleError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
 from treadle.ir.operation import Op
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class FoldConstants(Pass):
             literals = _evaluated(op, node) if op is not None and refusal is None else None
             if literals is not None:
                 folded.update(zip(node.results, map(Value.constant, literals), strict=True))
-                log.matches.append(Event.at(self.name, function, node))
+                log.match(self.name, function, node)
                 continue
             kept.append(node)
             if op is not None:
-                log.refusals.append(Event.at(self.name, function, node, refusal or "its reference failed"))
+                log.refuse(self.name, function, node, refusal or "its reference failed")
         changes = len(function.nodes) - len(kept)
         function.nodes = kept
         function.outputs = {name: folded.get(v, v) for name, v in function.outputs.items()}

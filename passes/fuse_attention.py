@@ -26,7 +26,7 @@ from treadle.passes.axis_tracking import Axes, Layout
 from treadle.passes.canonicalize import IdentityRearrange, RearrangeOfRearrange
 from treadle.passes.dead_code import drop_unread
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 from treadle.passes.returned_values import ReturnedValues, readers_of
 from treadle.passes.rewrite import sweep
 
@@ -185,10 +185,8 @@ class _Search:
         return () if any(map(is_weight, (found.left.value, found.right.value))) else found.nodes[::-1]
 
     def _record(self, mismatch: Mismatch) -> None:
-        matched = ", ".join(n.op.name for n in dict.fromkeys(mismatch.matched))
-        reason = mismatch.reason + (f"; matched: {matched}" if matched else "")
-        event = Event.at(self.options.name, self.function, mismatch.node, reason, mismatch.hint)
-        self.log.refusals.append(event)
+        rule, matched = self.options.name, mismatch.matched
+        self.log.refuse(rule, self.function, mismatch.node, mismatch.reason, mismatch.hint, matched=matched)
 
     def _fused(self, root: Node, site: Site) -> list[Node] | None:
         """The nodes to stand in the place of the product with the values, or None where the site is refused."""
@@ -217,10 +215,11 @@ class _Search:
         for node in made:
             node.source = root.source
         for note in plan.chain.notes:
-            event = Event.at(self.options.name, self.function, note.node, f"the mask {note.reason}", note.hint)
-            self.log.refusals.append(event)
+            reason = f"the mask {note.reason}"
+            self.log.refuse(self.options.name, self.function, note.node, reason, note.hint, (weighting.anchor,))
         rule = "attention-with-probabilities" if values.returned else self.options.name
-        self.log.matches.append(Event.at(rule, self.function, root))
+        taken = (*weighting.nodes, *scores.nodes, *values.nodes)
+        self.log.match(rule, self.function, root, taken, made)
         for old, new in placed:
             self.replaced[old] = new.value
             self.users[new.value] = self.users.get(old, [])

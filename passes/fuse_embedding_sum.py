@@ -12,7 +12,7 @@ from treadle.ir.ops.embedding_sums import MOST_TABLES, EmbeddingSum
 from treadle.ir.ops.indexing import Gather
 from treadle.passes.dead_code import drop_unread
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 
 _SCALINGS = frozenset(("mul", "div", "cast", "neg", "expand", "rearrange"))
 _MOST_STEPS = 8
@@ -118,7 +118,8 @@ class _Sums:
                 continue
             made[node] = self._sum(node, tree.terms)
             within.update(tree.inner)
-            self.log.matches.append(Event.at(self.rule.name, self.function, node))
+            taken = [*tree.inner, *(v.node for v in tree.terms if v.node is not None)]
+            self.log.match(self.rule.name, self.function, node, taken, (made[node],))
         if made:
             self._replace(made)
         return len(made)
@@ -143,7 +144,7 @@ class _Sums:
             if value not in self.refused:
                 self.refused.add(value)
                 hint = "add the embeddings to each other first" if why.endswith("no embedding") else ""
-                self._refuse(value.node or root, why, hint)
+                self._refuse(value.node or root, why, hint, root)
         if against:
             return True
         tables = [table for value in terms for table in self._lookup(value).tables]
@@ -156,8 +157,8 @@ class _Sums:
             return True
         return False
 
-    def _refuse(self, node: Node, why: str, hint: str = "") -> None:
-        self.log.refusals.append(Event.at(self.rule.name, self.function, node, why, hint))
+    def _refuse(self, node: Node, why: str, hint: str = "", root: Node | None = None) -> None:
+        self.log.refuse(self.rule.name, self.function, node, why, hint, () if root is None else (root,))
 
     def _why_not(self, value: Value) -> str:
         node = value.node

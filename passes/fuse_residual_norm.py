@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 from treadle.passes.rewrite import Refusal
 
 FUSED: Mapping[str, str] = {"layer_norm": "add_layer_norm", "rms_norm": "add_rms_norm"}
@@ -61,7 +61,7 @@ class _Residuals:
             refusal = self._why_not(total, norm)
             if refusal is not None:
                 at = refusal.node or total
-                self.log.refusals.append(Event.at(self.rule.name, self.function, at, refusal.reason, refusal.hint))
+                self.log.refuse(self.rule.name, self.function, at, refusal.reason, refusal.hint, (total, norm))
                 continue
             self.norms[total] = norm
             if self._read_before(total, norm) is None:
@@ -129,7 +129,7 @@ class _Residuals:
         for old, new in zip((norm.result, total.result), node.results, strict=True):
             replaced[old] = new
             new.name = old.name
-        self.log.matches.append(Event.at(rule.replace("_", "-"), self.function, norm))
+        self.log.match(rule.replace("_", "-"), self.function, norm, (total,), (node,))
         return node
 
 

@@ -17,7 +17,7 @@ from treadle.passes.axis_tracking import Axes, Layout, narrowed
 from treadle.passes.canonicalize import IdentityRearrange, RearrangeOfRearrange
 from treadle.passes.dead_code import drop_unread
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 from treadle.passes.rearrange_forms import form_of
 from treadle.passes.rewrite import sweep
 
@@ -128,14 +128,14 @@ class _Turns:
             replaced[node.results[0]] = result.value
             if node.results[0].name != node.op.name:
                 result.value.name = node.results[0].name
-            self._mark(node.results[0], view.base, done)
-            self.log.matches.append(Event.at(self.rule.name, self.function, node))
+            taken = self._mark(node.results[0], view.base, done)
+            self.log.match(self.rule.name, self.function, node, taken, nodes)
         if made:
             self._replace(made, replaced)
         return len(made)
 
     def _refuse(self, node: Node, reason: str) -> None:
-        self.log.refusals.append(Event.at(self.rule.name, self.function, node, reason))
+        self.log.refuse(self.rule.name, self.function, node, reason)
 
     def _is_whole(self, view: _View) -> bool:
         """Whether a view is of whole pairs along one axis, and not of what is yet to be joined with the other half."""
@@ -166,7 +166,9 @@ class _Turns:
             return "the cosine and the sine are of different angles"
         return None
 
-    def _mark(self, value: Value, base: Value | None, done: set[Value]) -> None:
+    def _mark(self, value: Value, base: Value | None, done: set[Value]) -> list[Node]:
+        """What is within a turn is no root of its own; gives its nodes."""
+        found: list[Node] = []
         pending = [value]
         while pending:
             inner = pending.pop()
@@ -174,7 +176,9 @@ class _Turns:
                 continue
             done.add(inner)
             if inner.node is not None and self.views.get(inner) is not None:
+                found.append(inner.node)
                 pending += inner.node.inputs
+        return found
 
     def _replace(self, made: dict[Node, list[Node]], replaced: dict[Value, Value]) -> None:
         function = self.function

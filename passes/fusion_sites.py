@@ -69,6 +69,11 @@ class Site:
     nodes: tuple[Node, ...]
     op: str | None = None
 
+    @property
+    def anchors(self) -> tuple[Node, ...]:
+        """The nodes of which each gives it away: a rule may take a part of several products, or of a sum."""
+        return self.nodes if self.kind in ("projection", "embedding") else (self.anchor,)
+
 
 def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[Site]:
     """Every candidate site of every distinct function, callees first, in program order.
@@ -195,8 +200,8 @@ class _Finder:
         """x cos a + y sin a, or concat(-x2, x1) times something"""
         if node.op.name == "add" and len(node.inputs) == 2:
             sides = [v.node for v in node.inputs if v.node is not None and v.node.op.name == "mul"]
-            waves = [{w for v in side.inputs for w in _waves(v)} for side in sides]
-            if len(sides) == 2 and {"cos"} in waves and {"sin"} in waves:
+            waves = [[_waves(v) for v in side.inputs] for side in sides]
+            if len(sides) == 2 and any({"cos"} in one and {"sin"} in other for one, other in (waves, waves[::-1])):
                 return [*sides, *(n for side in sides for n in _makers(side) if n is not None)]
             return None
         if node.op.name != "concat":

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 from treadle.ir.clone import clone_graph
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import PassError, TreadleError, UsageError, VerifyError
-from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.certificates import Counterexample
+from treadle.passes.lineage import Lineage
 from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
 from treadle.passes.regions import Claim, Edge, Recorded
 
@@ -81,11 +82,15 @@ class BrokenPassError(PassError):
 
 @dataclass(frozen=True)
 class Optimized:
-    """What a pipeline made of a graph: the source as it was given, the result, and the log with every stage."""
+    """What a pipeline made of a graph: the source as it was given, the result, and the log with every stage.
+
+    left   the nodes of the source whose work some node of the result does, where passes said what they made of which
+    """
 
     source: Graph
     graph: Graph
     log: PassLog = field(repr=False)  # which shows as a table
+    left: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
 
     def after(self, name: str) -> Graph:
         """The graph as the (last) pass of that name left it. Raises UsageError for a pass that was not run."""
@@ -124,8 +129,11 @@ class PassManager:
         snapshot, working = graph, clone_graph(graph)
         before = count_ops(working)
         records: list[PassRecord] = []
+        lineage = Lineage(graph, working)
         for each in self.passes:
-            record = PassRecord(each.name, each.options, before, certifying=self.certify, target=self.target)
+            record = PassRecord(
+                *(each.name, each.options, before), certifying=self.certify, target=self.target, lineage=lineage
+            )
             started = time.perf_counter()
             recorded = {name: Recorded.of(f) for name, f in working.functions.items()} if self.certify else {}
             try:
@@ -140,6 +148,7 @@ class PassManager:
                 raise _broken(each, error, snapshot) from error
             record.seconds = time.perf_counter() - started
             record.shown.clear()
+            record.lineage = Lineage()  # which holds nodes that are gone
             if record.changed:
                 snapshot = clone_graph(working)
             record.graph = snapshot
@@ -157,7 +166,7 @@ class PassManager:
             print(log, file=sys.stderr)
         if debug >= 3:
             print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
-        return Optimized(graph, working, log)
+        return Optimized(graph, working, log, lineage.of(node for _, node in working.walk()))
 
 
 def _undo_what_fails(
@@ -176,7 +185,7 @@ def _undo_what_fails(
             if wrong:
                 failed.append((claim, wrong, against))
         for claim, edges, against in failed:
-            event = Event.at(each.name, known.function, claim.at)
+            event = Event.at(each.name, known.function, claim.at, given=record.lineage.of((claim.at,)))
             others = [m for m in record.matches if dataclasses.replace(m, rule=each.name, reason="") != event]
             record.matches[:] = others
             reason = f"rolled back, since its certificate failed: {against}"

@@ -11,7 +11,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.ops.merged_products import MOST_PROJECTIONS
 from treadle.passes.dead_code import drop_unread
 from treadle.passes.manager import Pass
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.pass_log import PassRecord
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ class MergeProjections(Pass):
             for part in group:
                 reason = _why_not(part, uses, function, weights)
                 if reason:
-                    log.refusals.append(Event.at(self.name, function, part.product, reason))
+                    log.refuse(self.name, function, part.product, reason)
                 else:
                     alone.append(part)
             for start in range(0, len(alone) - 1, MOST_PROJECTIONS):
                 parts = alone[start : start + MOST_PROJECTIONS]
                 if len(parts) > 1:
                     made[parts[0].product] = _merged(graph, parts, replaced)
-                    log.matches += [Event.at(self.name, function, part.product) for part in parts]
+                    for part in parts:
+                        bias = [] if part.result.node is None else [part.result.node]
+                        log.match(self.name, function, part.product, bias, made[parts[0].product])
         if not made:
             return 0
         gone = {v.node for v in replaced}

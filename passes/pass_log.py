@@ -6,7 +6,7 @@ Everything but the times is a pure function of the graph and the pipeline: equal
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.notebook_html import html_code, html_table
 from treadle.ir.target import Target
 from treadle.passes.certificates import Certificate, Counterexample, certify
+from treadle.passes.lineage import Lineage
 from treadle.passes.regions import Claim
 
 
@@ -28,6 +29,11 @@ class Event:
               unknown
     reason    why not; of a match what it came to, where the rule tells
     hint      the smallest change that would let it be, where the rule can tell
+    matched   the ops that had matched before it was given up, by name, in the order in which the rule met them; empty
+              where the whole rule matched
+    edge      where a near miss ended: "operand 1 of div"; empty for a refusal, which is about the node
+    given     the nodes of the graph as it was given that it is about, while they are known (an artifact does not hold
+              them)
     """
 
     rule: str
@@ -37,28 +43,39 @@ class Event:
     source: str
     reason: str = ""
     hint: str = ""
+    matched: tuple[str, ...] = ()
+    edge: str = ""
+    given: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
 
     @staticmethod
-    def at(rule: str, function: Function, node: Node, reason: str = "", hint: str = "") -> Event:
-        return Event(rule, function.name, node.op.name, node.scope, str(node.source or ""), reason, hint)
+    def at(rule: str, function: Function, node: Node, reason: str = "", hint: str = "", **more: Any) -> Event:
+        return Event(rule, function.name, node.op.name, node.scope, str(node.source or ""), reason, hint, **more)
 
     @property
     def place(self) -> str:
         """`gpt2.py:41  h.0.mlp`, or what is known of it."""
         return "  ".join(part for part in (self.source, self.scope) if part) or self.function
 
-    def __str__(self) -> str:
-        return f"{self.rule} at {self.op}" + (f": {self.reason}" if self.reason else "") + f"    {self.place}"
+    @property
+    def told(self) -> str:
+        """The reason, with how far the rule came: `5 ops matched; operand 1 of div: expected ...`."""
+        if self.edge:
+            return f"{len(self.matched)} ops matched; {self.edge}: {self.reason}"
+        return self.reason + (f"; matched: {', '.join(self.matched)}" if self.matched else "")
 
-    def as_dict(self) -> dict[str, str]:
-        found = {
+    def __str__(self) -> str:
+        return f"{self.rule} at {self.op}" + (f": {self.told}" if self.told else "") + f"    {self.place}"
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
             "rule": self.rule,
             "function": self.function,
             "op": self.op,
             "scope": self.scope,
             "source": self.source,
         }
-        return found | {name: text for name, text in (("reason", self.reason), ("hint", self.hint)) if text}
+        more = {"reason": self.reason, "hint": self.hint, "matched": list(self.matched), "edge": self.edge}
+        return found | {name: said for name, said in more.items() if said}
 
 
 @dataclass
@@ -70,9 +87,10 @@ class PassRecord:
     notes    lines of the pass's own: weights removed, folds skipped
     certificates  of the distinct rewrites, where they were asked for
 
-    certifying, shown and target are for the pass while it runs: whether each rewrite is tried before it is kept, what
-    stands for what by a rewrite that was, and what the graph is compiled for. touched is for the manager: the functions
-    that a pass says it changed, None where it does not say.
+    certifying, shown, target and lineage are for the pass while it runs: whether each rewrite is tried before it is
+    kept, what stands for what by a rewrite that was, what the graph is compiled for, and which nodes of the graph as it
+    was given a node does the work of. touched is for the manager: the functions that a pass says it changed, None where
+    it does not say.
     """
 
     name: str
@@ -90,7 +108,35 @@ class PassRecord:
     certifying: bool = field(default=False, repr=False, compare=False)
     shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)
+    lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
     touched: set[str] | None = field(default=None, repr=False, compare=False)
+
+    def match(
+        self, rule: str, function: Function, root: Node, nodes: Iterable[Node] = (), made: Iterable[Node] = ()
+    ) -> None:
+        """A rule took nodes (the root, if it does not say which), and put what it made in their place."""
+        given = self.lineage.of((root, *nodes))
+        self.matches.append(Event.at(rule, function, root, given=given))
+        self.lineage.stand(made, (root, *nodes))
+
+    def refuse(
+        self,
+        rule: str,
+        function: Function,
+        at: Node,
+        reason: str,
+        hint: str = "",
+        nodes: Iterable[Node] = (),
+        matched: Iterable[Node] = (),
+    ) -> None:
+        """A rule was about to take nodes, and did not, by what it found at one.
+
+        matched   where it had not gone through all of its form: the nodes that fitted
+        """
+        matched = tuple(dict.fromkeys(matched))
+        given = self.lineage.of((at, *nodes, *matched))
+        names = tuple([node.op.name for node in matched])
+        self.refusals.append(Event.at(rule, function, at, reason, hint, matched=names, given=given))
 
     def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
         """Try a claim, and keep its certificate; the case in which it does not hold, if there is one."""

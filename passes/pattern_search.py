@@ -35,12 +35,16 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """Where a search stopped that came furthest: how many ops and leaves had matched, and the edge that did not."""
+    """Where a search stopped that came furthest: what had matched, nodes and a number of leaves, and what did not."""
 
-    ops: int
+    nodes: tuple[Node, ...]
     leaves: int
     edge: Edge
     wanted: Any
+
+    @property
+    def ops(self) -> int:
+        return len(self.nodes)
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -60,8 +64,9 @@ class Miss:
             return f"{self.wanted.value!r} as {self.edge}"
         return ""
 
-    def __str__(self) -> str:
-        return f"{self.edge}: expected {_describe_wanted(self.wanted)}, found {_describe(self.edge.found)}"
+    @property
+    def reason(self) -> str:
+        return f"expected {_describe_wanted(self.wanted)}, found {_describe(self.edge.found)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +219,7 @@ class Search:
     def _missed(self, edge: Edge, wanted: Any) -> None:
         best = self.miss
         if best is None or (len(self._nodes), self._leaves) > best.progress:
-            self.miss = Miss(len(self._nodes), self._leaves, edge, wanted)
+            self.miss = Miss(tuple(self._nodes), self._leaves, edge, wanted)
 
 
 def _sorted(goals: Sequence[_Goal], ops: _Goals, leaves: _Goals) -> tuple[_Goals, _Goals]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from treadle.ir.graph import Node, Value
+from treadle.ir.operation import Op
 from treadle.ir.ops.activated_products import ACTIVATIONS
 
 _MOVES = frozenset(("cast", "rearrange", "reshape", "slice"))
@@ -28,6 +29,11 @@ class _Origin:
     def of_one(self) -> Node | None:
         """The product, if the value is made of one and of nothing else."""
         return self.products[0] if len(self.products) == 1 and not self.other else None
+
+    @property
+    def cuts(self) -> set[Op]:
+        """The slices on the way; two alike cut the same part."""
+        return {node.op for node in self.nodes if node.op.name == "slice"}
 
     def has(self, *ops: str) -> bool:
         return any(node.op.name in ops for node in self.nodes)
@@ -51,8 +57,8 @@ def gate_nodes(node: Node) -> Sequence[Node] | None:
         plain, curved = _origin(gated), _origin(gating, _SPELLING | set(ACTIVATIONS))
         if plain.of_one is None or curved.of_one is None:
             continue
-        if plain.of_one is curved.of_one and not (plain.has("slice") and curved.has("slice")):
-            continue  # x sigmoid(x), and whatever else is of one value
+        if plain.of_one is curved.of_one and not _are_apart(plain.cuts, curved.cuts):
+            continue  # x sigmoid(x), and whatever else is of one value or of one part of it
         activated = curved.has("erf", "exp", *ACTIVATIONS)
         if activated or (not curved.has(*_SPELLING - {"add"}) and plain.of_one.inputs[0] is curved.of_one.inputs[0]):
             return [*curved.nodes, *plain.nodes, *dict.fromkeys((curved.of_one, plain.of_one))]
@@ -77,6 +83,11 @@ def _origin(value: Value, through: frozenset[str] | set[str] = frozenset()) -> _
             seen.update(new)
             pending += new
     return origin
+
+
+def _are_apart(cuts: set[Op], others: set[Op]) -> bool:
+    """Whether two values are different parts of one."""
+    return bool(cuts and others) and cuts.isdisjoint(others)
 
 
 def _is_product(node: Node) -> bool:

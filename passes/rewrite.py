@@ -198,6 +198,7 @@ class _Sweep:
         for rule, pattern in self.rules_by_root.get(root.op.name, ()):
             search = Search(pattern)
             refusal: Refusal | None = None
+            about: tuple[Node, ...] = ()
             for found in search.run(root):
                 match = Match(self.builder, pattern, root, found)
                 if not rule.fits(match):
@@ -206,18 +207,23 @@ class _Sweep:
                 made = self._apply(rule, match) if why_not is None else why_not
                 if not isinstance(made, Refusal):
                     return made
-                refusal = refusal or made
+                if refusal is None:
+                    refusal, about = made, match.nodes
             if refusal is not None:
                 refused = True
-                event = Event.at(rule.name, self.function, refusal.node or root, refusal.reason, refusal.hint)
-                self.log.refusals.append(event)
+                at = refusal.node or root
+                self.log.refuse(rule.name, self.function, at, refusal.reason, refusal.hint, about)
             miss = search.miss
             if miss is not None and miss.ops >= max(LEAST_OPS_OF_NEAR_MISS, (pattern.size + 1) // 2):
                 nearest = max(nearest or (rule, miss), (rule, miss), key=lambda pair: pair[1].progress)
         if nearest is not None and not refused:
             rule, miss = nearest
             hint = miss.hint if miss.ops >= _traced(rule).size else ""
-            event = Event.at(rule.name, self.function, miss.edge.node, f"{miss.ops} ops matched; {miss}", hint)
+            matched, edge = tuple([node.op.name for node in miss.nodes]), str(miss.edge)
+            given = self.log.lineage.of(miss.nodes)
+            event = Event.at(
+                *(rule.name, self.function, miss.edge.node, miss.reason, hint), matched=matched, edge=edge, given=given
+            )
             self.near_misses.append((root, event))
         return None
 
@@ -258,7 +264,7 @@ class _Sweep:
             self.generation[node] = generation
             for value in node.inputs:
                 self.users.setdefault(value, []).append(node)
-        self.log.matches.append(Event.at(rule.name, self.function, root))
+        self.log.match(rule.name, self.function, root, [n for n in match.nodes if n not in match.shared], made)
         self.applied += 1
         self._replace(root, results)
         while unread := [n for n in match.nodes if n not in self.gone and not self._is_read(n)]:

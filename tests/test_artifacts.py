@@ -29,6 +29,7 @@ from treadle.ir.parser import parse_graph
 from treadle.ir.scanner import Limits as TextLimits
 from treadle.ir.target import Target
 from treadle.models.gpt2 import gpt2
+from treadle.passes.pass_log import Event
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"vocab": 11, "dim": 12, "heads": 3, "layers": 2}
@@ -98,6 +99,35 @@ def test_every_dtype_comes_back(tmp_path: Path) -> None:
     again = load(tmp_path / "dtypes.treadle")
     assert same_bits(made(), again())
     assert all(np.array_equal(again()[name][:2], array) for name, array in arrays.items())
+
+
+def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> None:
+    """A near miss, and a refusal that names ops; a file from before they were fields has both in the reason."""
+    b = Builder(Graph("near"))
+    x = b.input("x", "f32[B, S, 8]")
+    scores = b.minimum(b.matmul(x, b.rearrange(x, pattern="b s d -> b d s")), 3.0)
+    b.outputs(y=x * 0.5 * (b.erf(x * 0.7) + 1.0), z=b.matmul(b.softmax(scores), x))
+    path = tmp_path / "near.treadle"
+    made = treadle.compile(b.graph, certify=False)
+    made.save(path)
+    again = load(path)
+    near, refused = (
+        [e for r in again.log for e in getattr(r, kind) if e.matched] for kind in ("near_misses", "refusals")
+    )
+    assert (near[0].matched, near[0].edge) == (("mul", "mul", "add", "erf", "mul"), "operand 1 of mul")
+    assert (refused[0].matched, refused[0].reason) == (("softmax",), "the scores are clipped")
+    assert again.log.explain() == made.log.explain()
+
+    def as_before(parts: Parts) -> None:
+        log = json.loads(parts.sections["log"][2])
+        for event in [e for record in log["passes"] for kind in ("refusals", "near_misses") for e in record[kind]]:
+            event["reason"] = Event(**{**event, "matched": tuple(event.pop("matched", ()))}).told
+            event.pop("edge", None)
+        put(parts, "log", json.dumps(log).encode())
+
+    old = load(edited(path, as_before))
+    assert not any(event.matched for record in old.log for event in record.refusals)
+    assert old.log.explain() == made.log.explain()
 
 
 def test_another_backend_than_it_was_made_for(tmp_path: Path) -> None:
@@ -223,6 +253,8 @@ HOSTILE: list[tuple[Any, str, str]] = [
     (replace("graph", "main(tokens:", "main(ids:"), "", "section graph"),
     (replace("log", '"passes"', '"pass"'), "the pass log has no list of passes", "section log"),
     (replace("log", '"changes":0', '"changes":null'), "the pass log is not as it is written", "section log, pass"),
+    (replace("log", '"rule":', '"given":"x","rule":'), "the pass log is not as it is written", "section log, pass"),
+    (replace("log", '"rule":', '"matched":"x","rule":'), "the pass log is not as it is written", "section log, pass"),
     (replace("log", "[", "{"), "expected", "section log, byte"),
 ]
 

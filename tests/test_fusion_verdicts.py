@@ -1,0 +1,140 @@
+"""What `treadle explain` says of the sites adds up: each once, and fused exactly where a fused op was made of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tests.attention_programs import FORMS as ATTENTION_FORMS
+from tests.attention_programs import Form, graph_of
+from tests.pass_programs import program
+from tests.random_programs import random_program
+from tests.test_fuse_rotary import FORMS as ROTARY_FORMS
+from tests.test_fuse_rotary import Case
+from tests.test_models import ZOO
+from treadle.explaining import Explanation, explain_fusion
+from treadle.fusion_verdicts import judge
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
+from treadle.ir.parser import parse_graph
+from treadle.passes.common_subexpressions import CommonSubexpressions
+from treadle.passes.dead_code import DeadCode
+from treadle.passes.decompose import Decompose
+from treadle.passes.fusion_sites import KINDS, find_sites
+from treadle.passes.manager import Pass, PassManager
+from treadle.passes.pass_log import count_ops
+from treadle.reports import count_calls
+
+SPELLED = ("attention", "rotary")
+"""Kinds whose rules make one op of one site."""
+
+
+def named_apart(graph: Graph) -> Graph:
+    """Each node under a name of its own and without a line, as an ONNX file has them."""
+    for number, (_, node) in enumerate(graph.walk()):
+        node.scope, node.source = f"/{node.op.name}_{number}", None
+    return graph
+
+
+def tidied(graph: Graph, *passes: Pass) -> Graph:
+    """Without what is there twice or read by nobody, so that a site is a site's worth of ops."""
+    return PassManager([*passes, CommonSubexpressions(), DeadCode()], certify=False).run(graph).graph
+
+
+def explained(graph: Graph) -> Explanation:
+    """The explanation, whose numbers add up."""
+    explanation = explain_fusion(graph, certify=False)
+    optimized = explanation.optimized
+    judged = judge(optimized)
+    names = Counter((site.function, site.kind, site.anchor) for site, _ in judged)
+    assert set(names.values()) <= {1}
+    assert {(s.function, s.kind, s.anchor) for s in find_sites(optimized.source)} <= set(names)
+    calls = count_calls(optimized.source)
+    told = Counter(verdict.status for site, verdict in judged for _ in range(calls[site.function]))
+    assert {status: count for status, count in explanation.sites.items() if count} == told
+    places = sum(block.calls * len(v.places) for block in explanation.blocks for v in block.verdicts)
+    assert sum(explanation.sites.values()) == places
+    for kind in SPELLED:
+        name, ops = KINDS[kind]
+        made = count_ops(optimized.after(name)) - count_ops(optimized.source)
+        fused = [site for site, verdict in judged if (site.kind, verdict.status) == (kind, "fused")]
+        assert len(fused) == sum(made[op] for op in ops), str(explanation)
+    return explanation
+
+
+def statuses(explanation: Explanation, *kinds: str) -> Counter[str]:
+    found = [v for block in explanation.blocks for v in block.verdicts if v.kind in kinds]
+    return Counter(verdict.status for verdict in found for _ in verdict.places)
+
+
+# -- the sums ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ROTARY_FORMS, ids=[case.name for case in ROTARY_FORMS])
+@pytest.mark.parametrize("name", [named_apart, tidied])
+def test_a_turn_that_became_rotary_is_told_as_that(case: Case, name: Callable[[Graph], Graph]) -> None:
+    """Also one whose root is beyond its sum: a join with dimensions that are not turned, or of the pairs."""
+    assert set(statuses(explained(name(tidied(graph_of(case.build)))), "rotary")) == {"fused"}
+
+
+@pytest.mark.parametrize("form", ATTENTION_FORMS, ids=[form.name for form in ATTENTION_FORMS])
+def test_every_form_of_attention_is_told_as_fused(form: Form) -> None:
+    assert statuses(explained(named_apart(tidied(graph_of(form.build)))), "attention") == {"fused": 1}
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_programs_add_up(seed: int) -> None:
+    graph = tidied(random_program(seed))
+    explained(graph)
+    explained(named_apart(graph))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_models_of_the_zoo_add_up(name: str) -> None:
+    """As they are declared, and spelled out, whose fused ops are as many as they declare."""
+    declared = ZOO[name][0].graph()
+    ops = count_ops(declared)
+    explained(declared)
+    again = explained(named_apart(tidied(declared, Decompose())))
+    for kind in SPELLED:
+        assert statuses(again, kind) == {"fused": n} if (n := ops[kind]) else not statuses(again, kind), str(again)
+
+
+# -- sites that other sites hold ---------------------------------------------------------------------------------------
+
+
+def merged_gate(b: Builder) -> Expr:
+    """As Phi-3 has it, with the activation spelled out."""
+    x = b.input("x", "f32[B, S, 8]")
+    y = b.linear(x, b.parameter("w", "f32[12, 8]"))
+    gate, up = b.slice(y, axis=2, stop=6), b.slice(y, axis=2, start=6)
+    return gate * b.sigmoid(gate) * up
+
+
+def test_the_activation_of_a_gate_is_no_gate_itself() -> None:
+    """x sigmoid(x) of one half of a product is an activation; the product with the other half is the gate."""
+    explanation = explained(named_apart(graph_of(merged_gate)))
+    assert statuses(explanation, "gate") == {"fused": 1}
+    assert statuses(explanation, "activation") == {"fused": 1}
+    assert explanation.sites == {"fused": 2, "already": 1, "refused": 0, "nearly": 0, "missed": 0}
+
+
+def test_sites_that_were_one_and_the_same_are_both_told_as_fused() -> None:
+    lines = ["h = mul(x, 0.5)", "a = mul(x, 0.7071067811865476)", "e = erf(a)", "p = add(e, 1.0)", "g = mul(h, p)"]
+    again = [line.replace(" = ", "2 = ").replace("(a)", "(a2)").replace("(e,", "(e2,") for line in lines]
+    again[-1] = "g2 = mul(h2, p2)"
+    text = program("x: f32[B, S, 8]", "y: f32[B, S, 8]", *lines, *again, "z = sub(g, g2)", "return y = z")
+    explanation = explain_fusion(named_apart(parse_graph(text)))
+    assert statuses(explanation, "activation") == {"fused": 2}
+
+
+def test_a_turn_of_what_a_sine_was_in_is_a_site() -> None:
+    b = Builder(Graph("g"))
+    x, angles = b.sin(b.input("x", "f32[B, 4, S, 6]")) + 1.0, b.input("angles", "f32[S, 3]")
+    cos, sin = b.cos(angles), b.sin(angles)
+    one, two = b.slice(x, axis=3, stop=3), b.slice(x, axis=3, start=3)
+    b.outputs(y=b.concat(one * cos - two * sin, two * cos + one * sin, axis=3))
+    (site,) = find_sites(b.graph)
+    assert (site.kind, site.anchor.op.name) == ("rotary", "add")

@@ -1,0 +1,214 @@
+"""What became of each place where a fused op could stand: a verdict on every site, from the events in the pass log.
+
+An event names the nodes of the graph as it was given that a rule took or looked at (`treadle.passes.lineage`), so that
+a site belongs to the rule that took its anchor, wherever that rule's own root was. An event of a pass that does not say
+what it took is given to a site at its scope and source line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from treadle.ir.graph import Node
+from treadle.ir.ops.activated_products import ACTIVATIONS
+from treadle.passes.fusion_sites import KINDS, Site, find_sites
+from treadle.passes.manager import Optimized
+from treadle.passes.pass_log import Event, PassRecord
+
+FUSED, ALREADY, REFUSED, NEARLY, MISSED = STATUSES = ("fused", "already", "refused", "nearly", "missed")
+UNFUSED = (REFUSED, NEARLY, MISSED)
+_PLACES = 4
+_ACTIVATIONS = f"{', '.join(ACTIVATIONS[:-1])} or {ACTIVATIONS[-1]}"
+_FORMS = {
+    "gate": f"act(x g) * (x u), both of one width, with {_ACTIVATIONS} for act",
+    "epilogue": f"{_ACTIVATIONS} of the product, or of its sum with a bias",
+    "scale": "the number times a product without a bias, or times a norm",
+}
+"""What the rules of a kind take, for who wrote something else."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one site, or of several alike in one block.
+
+    kind      attention, normalization, ...: see `treadle.passes.fusion_sites`
+    status    fused, already, refused (by a rule that recognised it), nearly (a pattern stopped half way) or missed
+    op        what it is in the optimized graph, if it was fused or is one already
+    rules     what fused it, or came nearest
+    matched   the ops that had matched, by name, in the order in which the rule met them; empty for a refused site of
+              which all had
+    edge      where the match stopped: the op, or its operand or attribute
+    at        the place of that, where it is not the site's own
+    reason    why it is not fused
+    hint      the smallest change that would let it be, where the rule can tell
+    notes     what a rule said of a site that it did fuse
+    places    "gpt2.py:41  h.0.attn", or the ONNX node's name; one for each site
+    """
+
+    kind: str
+    status: str
+    op: str = ""
+    rules: tuple[str, ...] = ()
+    matched: tuple[str, ...] = ()
+    edge: str = ""
+    at: str = ""
+    reason: str = ""
+    hint: str = ""
+    notes: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        told = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v}
+        return {**told, "sites": len(self.places)}
+
+    def lines(self) -> Iterator[str]:
+        """A line for the verdict and its place, and one for each thing more that is known."""
+        how = {FUSED: f"fused into {self.op} by {', '.join(self.rules)}", ALREADY: f"{self.op} is one op already"}
+        many = f"{len(self.places)} x " if len(self.places) > 1 else ""
+        yield f"  {many}{self.kind:<13}  {how.get(self.status, 'not fused')}    {self.places[0]}".rstrip()
+        if self.places[1:]:
+            more = f" and {len(self.places) - _PLACES} more" if len(self.places) > _PLACES else ""
+            yield "    also at   " + "; ".join(self.places[1:_PLACES]) + more
+        if self.status in UNFUSED:
+            told = {"rule": ", ".join(self.rules), "matched": self._matched(), "edge": self.edge}
+            told |= {"at": self.at, "why": self.reason, "try": self.hint}
+            yield from (f"    {label:<8}  {text}" for label, text in told.items() if text)
+        yield from (f"    note      {text}" for text in self.notes)
+
+    def _matched(self) -> str:
+        return ", ".join(self.matched) or ("all of it" if self.status == REFUSED else "")
+
+
+def judge(optimized: Optimized) -> list[tuple[Site, Verdict]]:
+    """A verdict on every site; products of a gate or an epilogue that was not fused may be sites of another kind."""
+    unfused: set[Node] = set()
+    while True:
+        judged = list(_judged(optimized, unfused))
+        more = {s.anchor for s, v in judged if s.kind in ("gate", "epilogue") and v.status in UNFUSED}
+        if more <= unfused:
+            return judged
+        unfused |= more
+
+
+def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[Site, Verdict]]:
+    sites = find_sites(optimized.source, unfused)
+    records = {kind: [r for r in optimized.log if r.name == name] for kind, (name, _) in KINDS.items()}
+    told = {kind: _Told(kind, [s for s in sites if s.kind == kind], records[kind]) for kind in KINDS}
+    for site in sites:
+        verdict = told[site.kind].verdict(site)
+        if verdict.status == MISSED:
+            reason, hint = _why_missed(site, optimized)
+            verdict = replace(verdict, reason=reason, hint=hint)
+        yield site, verdict
+
+
+_Key = tuple[str, str, str]
+
+
+class _Told:
+    """What the pass of one kind said of each site of that kind."""
+
+    def __init__(self, kind: str, sites: Sequence[Site], records: Sequence[PassRecord]) -> None:
+        self.kind = kind
+        self.sites = [site for site in sites if site.op is None]
+        self.anchored: dict[Node, list[Site]] = {}
+        self.at: dict[_Key, dict[Site, set[str]]] = {}
+        for site in self.sites:
+            for node in site.anchors:
+                self.anchored.setdefault(node, []).append(site)
+            for node in site.nodes:
+                key = (site.function, node.scope, str(node.source or ""))
+                self.at.setdefault(key, {}).setdefault(site, set()).add(node.op.name)
+        self.matches = self._given([e for r in records for e in r.matches], taken=True)
+        self.refusals = self._given([e for r in records for e in r.refusals], taken=False)
+        self.near_misses = self._given([e for r in records for e in r.near_misses], taken=False)
+
+    def _given(self, events: Sequence[Event], *, taken: bool) -> dict[Site, list[Event]]:
+        """The events of each site: those that hold its anchor, then what was said of its other nodes and of no anchor.
+
+        taken   a rule took the nodes, so that a site is its own only with the anchor
+        """
+        found: dict[Site, list[Event]] = {}
+        beside: list[Event] = []
+        for event in events:
+            held = dict.fromkeys(site for node in event.given for site in self.anchored.get(node, ()))
+            if event.given and not held and not taken:
+                beside.append(event)
+            for site in held if event.given else self._at_its_place(event, found):
+                found.setdefault(site, []).append(event)
+        for event in beside:
+            for site in self._nearest(event):
+                found.setdefault(site, []).append(event)
+        return found
+
+    def _at_its_place(self, event: Event, found: Mapping[Site, Sequence[Event]]) -> list[Site]:
+        """The first site at an event's scope and line that has heard nothing of that rule, one with its op if any."""
+        near = self.at.get((event.function, event.scope, event.source), {})
+        exact = [site for site, ops in near.items() if event.op in ops]
+        return [s for s in exact or near if event.rule not in (e.rule for e in found.get(s, ()))][:1]
+
+    def _nearest(self, event: Event) -> list[Site]:
+        """The site of which an event holds the most nodes, the first of several."""
+        held = max(self.sites, key=lambda site: len(event.given.intersection(site.nodes)), default=None)
+        return [held] if held is not None and event.given.intersection(held.nodes) else []
+
+    def verdict(self, site: Site) -> Verdict:
+        places = (_place(site),)
+        if site.op is not None:
+            return Verdict(self.kind, ALREADY, site.op, places=places)
+        matches = self.matches.get(site, [])
+        refusals = self.refusals.get(site, [])
+        rules = tuple(dict.fromkeys(e.rule for e in matches if not _is_tidying(e.rule)))
+        if rules:
+            notes = tuple(e.told for e in refusals if e.rule not in rules or "rolled back" not in e.reason)
+            return Verdict(self.kind, FUSED, _made(self.kind, rules), rules, notes=notes, places=places)
+        for status, events in ((REFUSED, refusals), (NEARLY, self.near_misses.get(site, []))):
+            if events:
+                event = events[0]
+                at = event.place if event.place != places[0] else ""
+                told = (event.matched, event.edge or event.op, at, event.reason, event.hint)
+                return Verdict(self.kind, status, "", (event.rule,), *told, places=places)
+        return Verdict(self.kind, MISSED, places=places)
+
+
+def _is_tidying(rule: str) -> bool:
+    return rule in ("identity-rearrange", "rearrange-of-rearrange")
+
+
+def _made(kind: str, rules: Sequence[str]) -> str:
+    """The op that a rule of this kind makes: the one whose name its own begins with, or the kind's only one."""
+    ops = KINDS[kind][1]
+    spelled = {op: op.replace("_", "-") for op in ops}
+    named = [op for op in ops if any(rule == spelled[op] or rule.startswith(spelled[op] + "-") for rule in rules)]
+    return max(named, key=len) if named else ops[0]
+
+
+def _why_missed(site: Site, optimized: Optimized) -> tuple[str, str]:
+    """Why nothing was said of a site, and what would help."""
+    name = KINDS[site.kind][0]
+    if all(record.name != name for record in optimized.log):
+        return f"the pipeline has no {name}", ""
+    if not optimized.left.intersection(site.anchors):
+        return "other passes left nothing of it", ""
+    around = f"what stands around the {site.anchor.op.name} is none of their forms"
+    return f"no rule of {name} came near: {around}", _FORMS.get(site.kind, "")
+
+
+def _place(site: Site) -> str:
+    node = site.anchor
+    return "  ".join(part for part in (str(node.source or ""), node.scope) if part) or site.function
+
+
+def grouped(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
+    """Verdicts that differ in their places alone, as one; those that are not fused go first."""
+    groups: dict[Verdict, list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(replace(verdict, places=(), at=""), []).append(verdict)
+    made = []
+    for alike, each in groups.items():
+        edges = {verdict.at for verdict in each}
+        at = edges.pop() if len(edges) == 1 else ""
+        made.append(replace(alike, places=tuple([place for v in each for place in v.places]), at=at))
+    return tuple(sorted(made, key=lambda verdict: verdict.status not in UNFUSED))
