@@ -117,6 +117,22 @@ class Rule:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether each element of a result is made of one element of each operand: `..., ... -> ...`."""
+        patterns = (*self.operands, *self.results)
+        return bool(self.operands) and all(pattern == (_Ellipsis(),) for pattern in patterns)
+
+    @property
+    def sums_products(self) -> bool:
+        """Whether two operands share a factor that is summed, and the other factors are only carried along."""
+        roles = {factor.role for factor in self.factors.values()}
+        dims = [[dim for dim in pattern if isinstance(dim, AxisDim)] for pattern in self.operands]
+        held = [{name for dim in pattern for name in dim.factors} for pattern in dims]
+        summed = [f.name for f in self.factors.values() if f.role is Role.REDUCED and f.monoid in (None, "sum")]
+        shared = any(sum(name in names for names in held) > 1 for name in summed)
+        return shared and roles <= {Role.MAPPED, Role.REDUCED}
+
     def apply(self, types: Sequence[Type | None], names: Sequence[str] | None = None) -> Application:
         """Match operands against the rule and infer the results' dimensions.
 

@@ -183,6 +183,20 @@ class Node:
         """The operands that are present."""
         return tuple([v for v in self.operands if v is not None])
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether its op works on each element by itself: see `Op.is_elementwise`."""
+        return self.op.is_elementwise(self._ranks)
+
+    @property
+    def is_contraction(self) -> bool:
+        """Whether its op is a product that sums over an axis of two operands: see `Op.is_contraction`."""
+        return self.op.is_contraction(self._ranks)
+
+    @property
+    def _ranks(self) -> list[int | None]:
+        return [None if v is None else v.type.rank for v in self.operands]
+
     def __repr__(self) -> str:
         return f"<{self.op.name} {self.scope or '-'} {self.source or ''}>"
 

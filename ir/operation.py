@@ -237,6 +237,18 @@ class Op:
             ) from None
         return tuple(Type(d, s) for d, s in zip(dtypes, shapes, strict=True))
 
+    def is_elementwise(self, ranks: Sequence[int | None]) -> bool:
+        """Whether each element of its result is made of one element of each operand, by its axis rule."""
+        return self.callee is None and self.rule(ranks).is_elementwise
+
+    def is_contraction(self, ranks: Sequence[int | None]) -> bool:
+        """Whether it is a product that sums over an axis of two operands: matmul, linear, an einsum of two.
+
+        By its axis rule, in which a summed factor is in two operands and in no result, and by being linear in each of
+        two operands, the other held fixed. (attention sums so, and is linear in its values alone.)
+        """
+        return len(self.linear) > 1 and self.rule(ranks).sums_products
+
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
         """Groups of operands in which the op is linear together, the others held fixed."""

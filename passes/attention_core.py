@@ -21,6 +21,7 @@ from treadle.passes.axis_tracking import Axes, Layout, narrowed
 from treadle.passes.canonicalize import is_lossless
 from treadle.passes.pattern import Pattern, Vocabulary
 from treadle.passes.pattern_search import Search
+from treadle.passes.round_trips import RoundTrip, round_trip_at, round_trip_from
 
 PRODUCTS = ("matmul", "einsum", "linear")
 _MOVES = ("rearrange", "expand")
@@ -208,6 +209,9 @@ def follow_probabilities(
             if not to.is_float:
                 raise Mismatch(f"the probabilities are cast to {to}", user, passed[:-1])
         else:
+            trip = round_trip_from(value, readers)
+            if trip is not None:
+                raise Mismatch(f"the probabilities are {_rounded(trip)}", user, passed[:-1], _UNQUANTIZED)
             hint = "export the model for inference, without dropout" if user.op.name == "mul" else ""
             raise Mismatch(_changed(user, value), user, passed[:-1], hint)
         node, value = user, user.results[0]
@@ -304,18 +308,36 @@ class _Trail:
 
 
 def find_scores(
-    axes: Axes, weighting: Weighting, layout: Layout, readers: Callable[[Value], Sequence[Node | None]]
+    axes: Axes,
+    weighting: Weighting,
+    layout: Layout,
+    readers: Callable[[Value], Sequence[Node | None]],
+    *,
+    rounded: bool = False,
 ) -> Scores:
-    """The product of queries and keys that the softmax is taken of. Raises Mismatch where there is none."""
-    return _Ascent(axes, readers, set(weighting.nodes)).up(weighting.scores, layout, _Trail(nodes=weighting.nodes))
+    """The product of queries and keys that the softmax is taken of. Raises Mismatch where there is none.
+
+    rounded   go on above scores that a quantizer rounds, which stand in the way of attention and not of a person's eye
+    """
+    ascent = _Ascent(axes, readers, set(weighting.nodes), rounded)
+    return ascent.up(weighting.scores, layout, _Trail(nodes=weighting.nodes))
+
+
+_UNQUANTIZED = "leave the softmax and both its products out of quantization"
+
+
+def _rounded(trip: RoundTrip) -> str:
+    return f"quantized: rounded to {trip.dtype} and back"
 
 
 _DATA_SCALE = "the scale is a tensor: it depends on data"
 
 
 class _Ascent:
-    def __init__(self, axes: Axes, readers: Callable[[Value], Sequence[Node | None]], softmax: set[Node]) -> None:
-        self.axes, self.readers, self.softmax = axes, readers, softmax
+    def __init__(
+        self, axes: Axes, readers: Callable[[Value], Sequence[Node | None]], softmax: set[Node], rounded: bool
+    ) -> None:
+        self.axes, self.readers, self.softmax, self.rounded = axes, readers, softmax, rounded
         self.steps = 0
 
     def up(self, value: Value, layout: Layout, trail: _Trail) -> Scores:
@@ -326,6 +348,11 @@ class _Ascent:
             what = f"the scores are {'an' if value.kind == 'input' else 'a'} {value.kind}, not a product"
             raise Mismatch(what if node is None else "the chain before the softmax is too long", below, trail.nodes)
         self._read_here_alone(value, node, trail)
+        trip = round_trip_at(node)
+        if trip is not None and self.rounded:
+            return self.up(trip.value, layout, dataclasses.replace(trail, nodes=(*trail.nodes, *trip.nodes)))
+        if trip is not None:
+            raise Mismatch(f"the scores are {_rounded(trip)}", trip.nodes[-1], trail.nodes, _UNQUANTIZED)
         trail = dataclasses.replace(trail, nodes=(*trail.nodes, node))
         step = getattr(self, f"_{node.op.name}", None)
         if step is None:

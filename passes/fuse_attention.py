@@ -179,7 +179,7 @@ class _Search:
         """What lies between a softmax and the product of queries and keys that it is taken of, with that product."""
         axes = Axes()
         try:
-            found = find_scores(axes, weighting, axes.of(weighting.scores), self.readers)
+            found = find_scores(axes, weighting, axes.of(weighting.scores), self.readers, rounded=True)
         except Mismatch:
             return ()
         return () if any(map(is_weight, (found.left.value, found.right.value))) else found.nodes[::-1]

@@ -28,9 +28,8 @@ from functools import cached_property
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.passes.product_sites import epilogue_nodes, gate_nodes
 from treadle.passes.projection_sites import products_of_one_value, scale_nodes
+from treadle.passes.round_trips import counts_steps, round_trip_at, round_trip_from
 from treadle.passes.stream_sites import embedding_nodes, normed_value, residual_nodes
-
-PRODUCTS = frozenset(("matmul", "einsum", "linear"))
 
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "projection": ("merge-projections", ("projections",)),
@@ -120,21 +119,18 @@ class _Finder:
     def _readers(self, node: Node) -> list[Node]:
         return [user for value in node.results for user in self.users.get(value, ())]
 
-    def _up(self, values: Iterable[Value | None], through: frozenset[str], stop: Callable[[Node], bool]) -> list[Node]:
-        """The nodes from these values up to the first that `stop` says; empty where none is met."""
-        return self._search([v.node for v in values if v is not None], _makers, through, stop)
-
     def _down(self, node: Node, through: frozenset[str], stop: Callable[[Node], bool]) -> list[Node]:
-        return self._search(self._readers(node), self._readers, through, stop)
+        """The nodes from this one's readers down to the first that `stop` says; empty where none is met."""
+        return self._search(self._readers(node), self._readers, lambda n: n.op.name in through, stop)
 
     @staticmethod
     def _search(
         start: Iterable[Node | None],
         neighbours: Callable[[Node], Iterable[Node | None]],
-        through: frozenset[str],
+        through: Callable[[Node], bool],
         stop: Callable[[Node], bool],
     ) -> list[Node]:
-        """The path to the nearest node that `stop` says, over nodes whose ops are in `through`."""
+        """The path to the nearest node that `stop` says, over nodes that `through` lets pass."""
         paths: dict[Node, list[Node]] = {}
         pending = [(node, [node], 0) for node in start if node is not None]
         while pending:
@@ -144,7 +140,7 @@ class _Finder:
             paths[node] = path
             if stop(node):
                 return path
-            if node.op.name in through and depth < _MOST_STEPS:
+            if depth < _MOST_STEPS and through(node):
                 pending += [(n, [*path, n], depth + 1) for n in neighbours(node) if n is not None]
         return []
 
@@ -153,15 +149,25 @@ class _Finder:
     def _attention(self, node: Node) -> Sequence[Node] | None:
         """softmax, or exp(x - max) / sum"""
         if node.op.name == "softmax":
-            scores: Value | None = node.inputs[0]
+            scores = node.inputs[0]
             own: list[Node] = []
         elif node.op.name == "div" and (found := _spelled_softmax(node)) is not None:
             scores, own = found
         else:
             return None
-        above = self._up([scores], _MOVES | _ELEMENTWISE, _is_product)
-        below = self._down(node, _MOVES | _ELEMENTWISE, _is_product)
+        above = self._search([scores.node], _above_rounding, _keeps_elements_apart, lambda n: n.is_contraction)
+        below = self._search(
+            self._readers_below_rounding(node),
+            self._readers_below_rounding,
+            _keeps_elements_apart,
+            lambda n: n.is_contraction,
+        )
         return [*own, *above, *below] if above and below else None
+
+    def _readers_below_rounding(self, node: Node) -> list[Node]:
+        """Who reads a node's results; of one that a quantizer rounds, the last node of that."""
+        trips = [round_trip_from(value, lambda v: self.users.get(v, ())) for value in node.results]
+        return [trip.nodes[0] for trip in trips if trip is not None] or self._readers(node)
 
     def _normalization(self, node: Node) -> Sequence[Node] | None:
         """mean(x^2), with a root behind it"""
@@ -171,7 +177,10 @@ class _Finder:
         if not root:
             return None
         scaled = self._search(
-            self._readers(root[-1]), self._readers, frozenset(("reciprocal", "div", "cast", "expand")), _is_scaling
+            self._readers(root[-1]),
+            self._readers,
+            lambda n: n.op.name in ("reciprocal", "div", "cast", "expand"),
+            _is_scaling,
         )
         spread = [
             user for last in scaled[-1:] for user in self._readers(last) if user.op.name in ("mul", "add", "cast")
@@ -236,8 +245,8 @@ class _Finder:
         return products_of_one_value(self.function, finished)
 
     def _scale(self, node: Node) -> Sequence[Node] | None:
-        """(x w) * c, norm(x) * c"""
-        return scale_nodes(node)
+        """(x w) * c, norm(x) * c, unless it is a quantizer's scale, of which there is nothing to fold"""
+        return None if counts_steps(node, self._readers(node)) else scale_nodes(node)
 
     def _residual(self, node: Node) -> Sequence[Node] | None:
         """norm(x + residual)"""
@@ -262,8 +271,14 @@ def _makers(node: Node) -> list[Node | None]:
     return [v.node for v in node.inputs]
 
 
-def _is_product(node: Node) -> bool:
-    return node.op.name in PRODUCTS
+def _above_rounding(node: Node) -> list[Node | None]:
+    """What makes a node's operands; of the last node of a quantizer's rounding, what makes the value that it rounds."""
+    trip = round_trip_at(node)
+    return _makers(node) if trip is None else [trip.value.node]
+
+
+def _keeps_elements_apart(node: Node) -> bool:
+    return node.is_elementwise or node.op.name in _MOVES
 
 
 def _is_scaling(node: Node) -> bool:

@@ -21,6 +21,8 @@ import pytest
 from tests import op_checks
 from tests.op_checks import RUNNERS, TESTED
 from treadle.ir.axes import Application, AxisDim, Role, Rule
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Function, Graph
 from treadle.ir.operation import OPS, Op
 from treadle.ir.samples import Sample
 from treadle.ir.types import Type, f64
@@ -218,3 +220,37 @@ def test_linear_in_the_operands_it_names(name: str, number: int, run: str) -> No
         ]
         wanted = [2.0 * a - 3.0 * b for a, b in zip(case.results, case.run(second), strict=True)]
         same(case.run(mixed), wanted, f"linear in {sorted(group)}")
+
+
+# -- what follows from a rule -----------------------------------------------------------------------------------------
+
+
+def ops_of_samples(says: Callable[[Op, Sequence[int | None]], bool]) -> set[str]:
+    """The ops of which that holds on a sample."""
+    samples = [(OPS[name](**s.attributes), s) for name in OPS for s in OPS[name].samples]
+    return {op.name for op, s in samples if says(op, [None if t is None else t.rank for t in s.types])}
+
+
+def test_contractions_follow_from_the_rules() -> None:
+    """Not attention, which sums so and is linear in its values alone; not conv, which reads windows; no gate."""
+    assert ops_of_samples(Op.is_contraction) == {"matmul", "linear", "einsum"}
+    assert not OPS["einsum"](equation="i, j -> i j").is_contraction([1, 1])
+    assert not OPS["einsum"](equation="i j -> i").is_contraction([2])
+
+
+def test_elementwise_ops_follow_from_the_rules() -> None:
+    found = ops_of_samples(Op.is_elementwise)
+    assert {"add", "where", "cast", "round", "erf", "gelu", "less"} <= found
+    assert found.isdisjoint(("softmax", "matmul", "rearrange", "expand", "slice", "iota", "layer_norm", "attention"))
+
+
+def test_a_call_is_neither() -> None:
+    graph = Graph("g")
+    block = Function("block")
+    graph.add_function(block)
+    inside, main = Builder(graph, block), Builder(graph)
+    inside.outputs(y=-inside.input("x", "f32[2]"))
+    (y,) = main.call(block, [main.input("x", "f32[2]")])
+    assert y.value.node is not None
+    assert not y.value.node.is_elementwise
+    assert not y.value.node.is_contraction

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from treadle.ir.parser import parse_graph
 from treadle.passes.fuse_linear import FuseLinear
 from treadle.passes.fusion_sites import find_sites
 from treadle.passes.rewrite import Match, Rewrite
+from treadle.passes.round_trips import round_trip_at
 
 MODEL = """import math
 
@@ -145,6 +147,85 @@ def test_a_site_of_an_onnx_file_has_its_nodes_name(tmp_path: Path) -> None:
     assert facts["expected"] == [{"op": "attention", "expected": 1, "found": 0}]
     onnx.save(onnx.parser.parse_model(text.replace("axis = 1", "axis = 3")), path)
     assert told(str(path), "fusion", "--expect", "attention=1")[0] == 0
+
+
+# -- quantized models -------------------------------------------------------------------------------------------------
+
+
+def quantized(folder: Path, *excluded: str) -> Path:
+    """Attention as ONNX Runtime's quantizer leaves it, with QuantizeLinear and DequantizeLinear around each node."""
+    onnx = pytest.importorskip("onnx")
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    body = """
+        [q] q0 = MatMul (x, wq)
+        [k] k0 = MatMul (x, wk)
+        [v] v0 = MatMul (x, wv)
+        [kt] kt0 = Transpose <perm = [0, 2, 1]> (k0)
+        [scores] s = MatMul (q0, kt0)
+        [scaled] s1 = Div (s, c)
+        [probabilities] p = Softmax <axis = -1> (s1)
+        [values] o = MatMul (p, v0)
+        [out] y = MatMul (o, wo)
+    """
+    text = f'<ir_version: 8, opset_import: ["": 17]> quantized (float[B,S,8] x) => (float[B,S,8] y) {{ {body} }}'
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) for name in ("wq", "wk", "wv", "wo")}
+    for name, array in {**weights, "c": np.float32(2.0).reshape(())}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, folder / "float.onnx")
+
+    class Samples(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.left = [{"x": rng.standard_normal((2, 5, 8)).astype(np.float32)} for _ in range(2)]
+
+        def get_next(self) -> Any:
+            return self.left.pop() if self.left else None
+
+    path = folder / "quantized.onnx"
+    quantization.quantize_static(folder / "float.onnx", path, Samples(), nodes_to_exclude=list(excluded))
+    return path
+
+
+def test_attention_of_a_quantized_model_is_a_site_and_a_quantizers_scales_are_none(tmp_path: Path) -> None:
+    explanation = explain_fusion(quantized(tmp_path))
+    found = {v.kind: v for block in explanation.blocks for v in block.verdicts}
+    attention = found.pop("attention")
+    assert (attention.status, attention.rules, attention.edge) == ("refused", ("fuse-attention",), "div")
+    assert attention.reason == "the probabilities are quantized: rounded to i8 and back"
+    assert "p_QuantizeLinear" in attention.at and "probabilities" in attention.places[0]
+    assert attention.hint == "leave the softmax and both its products out of quantization"
+    assert "scale" not in found
+
+
+@pytest.mark.parametrize(
+    ("excluded", "reason"),
+    [
+        (("probabilities", "scores", "values"), ""),  # what the hint says
+        (("probabilities", "values"), "the scores are quantized: rounded to i8 and back"),
+        (("scores", "values"), "the probabilities are quantized: rounded to i8 and back"),
+    ],
+)
+def test_attention_beside_quantized_projections(excluded: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    explanation = explain_fusion(quantized(tmp_path, *excluded))
+    (found,) = [v for block in explanation.blocks for v in block.verdicts if v.kind == "attention"]
+    assert (found.status, found.reason) == ("refused" if reason else "fused", reason)
+
+
+def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() -> None:
+    b = Builder(Graph("g"))
+    x, bias = b.input("x", "f32[B, 8]"), b.input("bias", "f32[8]")
+    steps = b.minimum(b.maximum(b.round(x / 0.25) + 3.0, -128.0), 127.0)
+    back = (steps.cast("i8").cast("i32") - 3).cast("f32") * 0.25
+    beside = b.round(x / 0.25) * 0.25 + bias
+    b.outputs(back=back, beside=beside)
+    trip = round_trip_at(back.value.node)
+    assert trip is not None
+    assert (trip.value, trip.dtype.name, len(trip.nodes)) == (x.value, "i8", 10)
+    assert [node for node in b.graph.main.nodes if round_trip_at(node) is not None] == [
+        trip.nodes[1],
+        trip.nodes[0],
+    ]
 
 
 # -- what is wrong with the question ----------------------------------------------------------------------------------

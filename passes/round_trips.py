@@ -1,0 +1,85 @@
+"""Values that are rounded to an integer dtype and back, as quantizers leave them in a model: DequantizeLinear of
+QuantizeLinear.
+
+    (clip(round(x / scale) + zero) - zero) scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.types import DType
+
+_MOST_STEPS = 16
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What is rounded, to which dtype, and the nodes that do it, the last one first."""
+
+    value: Value
+    dtype: DType
+    nodes: tuple[Node, ...]
+
+
+def round_trip_at(node: Node) -> RoundTrip | None:
+    """The round trip whose last node this is."""
+    if not node.results[0].type.dtype.is_float or not (node.op.name == "cast" or _is_scaling(node)):
+        return None
+    passed, least = [node], None
+    if node.op.name != "cast":
+        made = node.inputs[_along(node)].node
+        if made is None or made.op.name != "cast":
+            return None
+        passed.append(made)
+    value = passed[-1].inputs[0]
+    for _ in range(_MOST_STEPS):
+        if value.type.dtype.is_int and (least is None or value.type.dtype.bytes < least.bytes):
+            least = value.type.dtype
+        made = value.node
+        if least is None or made is None or not made.is_elementwise or (along := _along(made)) < 0:
+            return None
+        passed.append(made)
+        value = made.inputs[along]
+        if made.op.name == "round":
+            made = value.node
+            if made is not None and _is_scaling(made):
+                passed.append(made)
+                value = made.inputs[_along(made)]
+            return RoundTrip(value, least, tuple(passed))
+    return None
+
+
+def round_trip_from(value: Value, readers: Callable[[Value], Sequence[Node | None]]) -> RoundTrip | None:
+    """The round trip that a value goes through where it has one reader, and each value on the way."""
+    at = value
+    for _ in range(_MOST_STEPS):
+        users = readers(at)
+        if len(users) != 1 or (user := users[0]) is None or not user.is_elementwise:
+            return None
+        trip = round_trip_at(user)
+        if trip is not None and trip.value is value:
+            return trip
+        at = user.results[0]
+    return None
+
+
+def counts_steps(node: Node, readers: Sequence[Node]) -> bool:
+    """Whether a division or a multiplication gives numbers of a quantizer's steps: all its readers round them."""
+    return _is_scaling(node) and bool(readers) and all(user.op.name == "round" for user in readers)
+
+
+def _along(node: Node) -> int:
+    """The operand that is not a number or a vector beside the others; -1 where there are several or none."""
+    found = [i for i, v in enumerate(node.inputs) if v.type.shape == node.results[0].type.shape and v.literal is None]
+    return found[0] if len(found) == 1 else -1
+
+
+def _is_scaling(node: Node) -> bool:
+    """Whether an op is linear in the one operand of the result's size, and multiplies it by the other."""
+    along = _along(node)
+    if along < 0 or len(node.inputs) != 2:
+        return False
+    return frozenset((node.op.operand_names(2)[along],)) in node.op.linear
