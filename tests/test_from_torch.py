@@ -179,6 +179,42 @@ def test_arguments_in_containers_go_by_the_names_that_the_graph_has() -> None:
     assert "pair_0.to_dense()" in str(caught.value)
 
 
+class Turned(nn.Module):  # type: ignore[misc]
+    """Attention over heads that are turned in pairs, before they are moved: GPT-J's two ways and Llama's own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.register_buffer("frequencies", 100.0 ** -(torch.arange(0, 8, 2).float() / 8))
+
+    def turn(self, x: Any) -> Any:
+        angles = torch.outer(torch.arange(x.shape[1]).float(), self.frequencies)[None, :, None, :]
+        if self.way == "repeated":
+            cos, sin = (torch.repeat_interleave(table, 2, 3) for table in (angles.cos(), angles.sin()))
+            return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+        if self.way == "strided":
+            one, two = x[..., ::2], x[..., 1::2]
+        else:
+            one, two = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack((one * cos - two * sin, one * sin + two * cos), -1).flatten(3)
+
+    def forward(self, x: Any) -> Any:
+        heads = (*x.shape[:2], 4, 8)
+        q, k = (self.turn(each(x).view(heads)).transpose(1, 2) for each in (self.q, self.k))
+        return torch.softmax(q @ k.transpose(2, 3) * 8**-0.5, -1) @ x.view(heads).transpose(1, 2)
+
+
+@pytest.mark.parametrize("way", ["repeated", "strided", "unbound"])
+def test_heads_turned_in_pairs_before_they_are_moved_are_rotary(way: str) -> None:
+    module, example = drawn(Turned(way)).eval(), {"x": torch.randn(2, 5, 32)}
+    model = treadle.from_torch(module, example, dynamic={"x": "B S 32"})
+    made = assert_equal(model, module, example, {"x": torch.randn(3, 7, 32)})
+    ops = [node.op.name for _, node in made.graph.walk()]
+    assert (ops.count("rotary"), ops.count("attention")) == (2, 1)
+
+
 def test_a_bfloat16_module_keeps_its_dtype() -> None:
     module = drawn(nn.Linear(4, 3)).bfloat16()
     x = torch.randn(2, 4).bfloat16()

@@ -183,6 +183,77 @@ def _moved_in_pairs(b: Builder) -> Expr:
     return interleaved(b, first * cos - second * sin, first * sin + second * cos)
 
 
+# In [b, s, h, d], as Llama's own code and GPT-NeoX's turn heads before they move them.
+
+
+def by_position(b: Builder, x: Expr) -> Expr:
+    """[b, s, 1, f]"""
+    return b.rearrange(x, pattern="b 1 s f -> b s 1 f")
+
+
+def turned_pairs(b: Builder, x: Expr) -> Expr:
+    """[b, s, h, f, 2], of x [b, s, h, (f 2)]: pairs as they are stacked, before they are put side by side"""
+    apart = b.rearrange(x, pattern=f"b s h (f={HALF} two) -> b s h f two")
+    first, second = (b.slice(apart, axis=4, start=i, stop=i + 1) for i in range(2))
+    one, two = (b.rearrange(y, pattern="b s h f 1 -> b s h f") for y in (first, second))
+    cos = by_position(b, b.cos(angles(b)))
+    sin = by_position(b, b.sin(angles_again(b)))
+    both = (one * cos - two * sin, one * sin + two * cos)
+    return b.concat(*(b.rearrange(y, pattern="b s h f -> b s h f 1") for y in both), axis=4)
+
+
+def turned_halves(b: Builder, x: Expr) -> Expr:
+    a = by_position(b, doubled(b, angles(b)))
+    return x * b.cos(a) + rotate_half(b, x) * b.sin(a)
+
+
+def row_heads(b: Builder, size: int = 2 * HALF) -> Expr:
+    return b.input("x", f"f32[B, S, 4, {size}]")
+
+
+def cut_heads(b: Builder, size: int = 2 * HALF, parts: int = 1) -> Expr:
+    """[b, s, h, parts d], of a product's result"""
+    width = 4 * size * parts
+    x = b.linear(b.input("x", "f32[B, S, 5]"), b.parameter("w", f"f32[{width}, 5]"))
+    return b.rearrange(x, pattern="b s (h=4 d) -> b s h d")
+
+
+def _pairs_then(pattern: str) -> Build:
+    """What follows is one rearrange with that which puts pairs side by side"""
+    return lambda b: b.rearrange(turned_pairs(b, row_heads(b)), pattern=pattern)
+
+
+def _pairs_of_a_product(b: Builder) -> Expr:
+    return b.rearrange(turned_pairs(b, cut_heads(b)), pattern="b s h f two -> b h s (f two)")
+
+
+def _joined_pairs_of_a_product(b: Builder) -> Expr:
+    return b.rearrange(turned_pairs(b, cut_heads(b)), pattern="b s h f two -> b s (h f two)")
+
+
+def _halves_of_a_product(b: Builder) -> Expr:
+    return turned_halves(b, cut_heads(b))
+
+
+def _halves_of_a_part(b: Builder) -> Expr:
+    """Keys of one product for queries, keys and values, head by head, as GPT-NeoX has them"""
+    whole = cut_heads(b, parts=3)
+    return turned_halves(b, b.slice(whole, axis=3, start=2 * HALF, stop=4 * HALF))
+
+
+def _halves_of_a_block(b: Builder) -> Expr:
+    """Keys that lie behind all queries, as Phi-3 has them"""
+    x = b.linear(b.input("x", "f32[B, S, 5]"), b.parameter("w", f"f32[{3 * 8 * HALF}, 5]"))
+    keys = b.slice(x, axis=2, start=8 * HALF, stop=16 * HALF)
+    return turned_halves(b, b.rearrange(keys, pattern="b s (h=4 d) -> b s h d"))
+
+
+def _partial_of_a_product(b: Builder) -> Expr:
+    x = cut_heads(b, 10)
+    part = b.slice(x, axis=3, stop=2 * HALF)
+    return b.concat(turned_halves(b, part), b.slice(x, axis=3, start=2 * HALF), axis=3)
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -205,6 +276,16 @@ FORMS = [
     Case("one row of positions", _one_row_of_positions, "half"),
     Case("angles by matmul", _angles_by_matmul, "half"),
     Case("angles by einsum", _angles_by_einsum, "half"),
+    Case("pairs, then moved", _pairs_then("b s h f two -> b h s (f two)"), "interleaved"),
+    Case("pairs, then transposed", _pairs_then("b s h f two -> b h (f two) s"), "interleaved"),
+    Case("pairs, then heads joined", _pairs_then("b s h f two -> b s (h f two)"), "interleaved"),
+    Case("pairs, then heads split", _pairs_then("b s (g=2 h) f two -> b s g h (f two)"), "interleaved"),
+    Case("pairs of a product", _pairs_of_a_product, "interleaved"),
+    Case("pairs of a product, joined", _joined_pairs_of_a_product, "interleaved"),
+    Case("halves of a product", _halves_of_a_product, "half"),
+    Case("halves of a part of each head", _halves_of_a_part, "half"),
+    Case("halves of a block of heads", _halves_of_a_block, "half"),
+    Case("partial, of a product", _partial_of_a_product, "half"),
 ]
 
 
@@ -291,6 +372,18 @@ def _one_row_of_x(b: Builder) -> Expr:
     return turned(b, b.input("x", f"f32[1, 4, S, {2 * HALF}]"), doubled(b, angles(b)))
 
 
+def _turned_back_of_a_product(b: Builder) -> Expr:
+    x, a = cut_heads(b), by_position(b, doubled(b, angles(b)))
+    return x * b.cos(a) - rotate_half(b, x) * b.sin(a)
+
+
+def _other_heads(b: Builder) -> Expr:
+    """The elements beside the sine are of the next head"""
+    x, a = cut_heads(b), by_position(b, doubled(b, angles(b)))
+    next_ = b.concat(b.slice(x, axis=2, start=1), b.slice(x, axis=2, stop=1), axis=2)
+    return x * b.cos(a) + rotate_half(b, next_) * b.sin(a)
+
+
 NEAR_MISSES = [
     Case("turned back", _turned_back, ORDER),
     Case("no sign", _no_sign, ORDER),
@@ -302,6 +395,8 @@ NEAR_MISSES = [
     Case("two tables", _two_tables, "the cosine and the sine are of different angles"),
     Case("two tensors", _two_tensors, "are not multiplied with elements of one tensor"),
     Case("moved apart", _moved_apart, "are not multiplied with elements of one tensor"),
+    Case("turned back, of a product", _turned_back_of_a_product, ORDER),
+    Case("pairs of other heads", _other_heads, ORDER),
     Case("one row of x", _one_row_of_x, f"multiplies, f32[1, 4, S, {2 * HALF}], is repeated along the angles"),
     Case("angles by head", _angles_by_head, "the angles vary along 3 axes beside that of pairs"),
 ]
