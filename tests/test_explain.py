@@ -15,6 +15,7 @@ from tests.golden import Golden
 from tests.pass_programs import GELU, program
 from treadle.cli import app
 from treadle.explaining import explain_fusion, parse_expected
+from treadle.fusion_verdicts import Verdict
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph, Source
@@ -77,6 +78,28 @@ def test_fused_and_refused_sites_are_told_by_block(toy: str, golden: Golden) -> 
     code, text = told(toy, "fusion")
     assert code == 0
     golden("explain/fused_and_refused.txt", text)
+
+
+def test_lines_break_between_words_and_places(toy: str, golden: Golden) -> None:
+    explanation = explain_fusion(toy)
+    golden("explain/at_60_columns.txt", explanation.text(60))
+    assert explanation.text(10_000) == str(explanation)
+    for each in (explanation, explain_fusion("gpt2"), explain_fusion("t5")):
+        told = each.text(80)
+        assert max(map(len, told.splitlines())) <= 80
+        assert [w for w in told.split() if w != "from"] == [w for w in str(each).split() if w != "from"]
+
+
+def test_a_place_that_does_not_fit_has_a_line_of_its_own() -> None:
+    place = "src/model/blocks/attention.py:1041  decoder.layers.11.self_attention"
+    verdict = Verdict("attention", "fused", "attention", ("fuse-attention",), places=(place, place, "a.py:1  b", place))
+    assert list(verdict.lines(80)) == [
+        "  4 x attention      fused into attention by fuse-attention",
+        f"    from      {place}",
+        f"    also at   {place};",
+        "              a.py:1  b;",
+        f"              {place}",
+    ]
 
 
 def test_json_says_the_same(toy: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
 from treadle.frontends.dsl import Model
-from treadle.fusion_verdicts import STATUSES, UNFUSED, Verdict, grouped, judge
+from treadle.fusion_verdicts import STATUSES, UNFUSED, Verdict, filled, grouped, judge
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
@@ -89,6 +89,10 @@ class Explanation:
         }
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """What the command prints, in lines of a width if one is given; no path and no word is broken."""
         sites = self.sites
         run, open_ = sum(sites.values()), sum(sites[status] for status in UNFUSED)
         lines = [f"{self.model}: {run} candidate site{'s' * (run != 1)} in a run, {open_} not fused"]
@@ -96,9 +100,9 @@ class Explanation:
             if block.verdicts:
                 times = "once" if block.calls == 1 else f"{block.calls} times"
                 called = f", called {times}" if block.function != "main" else ""
-                lines += ["", f"{block.function}{called}", *(line for v in block.verdicts for line in v.lines())]
-        fused = ", ".join(f"{self.counts[op]} {op}" for op in _fused_ops() if self.counts.get(op))
-        lines += ["", f"a run has {fused or 'no fused op'}"]
+                lines += ["", f"{block.function}{called}", *(line for v in block.verdicts for line in v.lines(width))]
+        fused = [f"{self.counts[op]} {op}" for op in _fused_ops() if self.counts.get(op)] or ["no fused op"]
+        lines += ["", *filled("a run has ", [*(f"{each}," for each in fused[:-1]), fused[-1]], " ", width)]
         for op, wanted in self.expected.items():
             found = self.found(op)
             inside = "".join(f", {count} within {outer}" for outer, count in self.within.get(op, {}).items())

@@ -63,22 +63,54 @@ class Verdict:
         told = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v}
         return {**told, "sites": len(self.places)}
 
-    def lines(self) -> Iterator[str]:
-        """A line for the verdict and its place, and one for each thing more that is known."""
+    def lines(self, width: int | None = None) -> Iterator[str]:
+        """A line for the verdict and its place, and one for each thing more that is known, none longer than `width`.
+
+        What does not fit goes on in the next line, between words and places. A place that does not fit beside its
+        verdict has the next line for itself.
+        """
         how = {FUSED: f"fused into {self.op} by {', '.join(self.rules)}", ALREADY: f"{self.op} is one op already"}
         many = f"{len(self.places)} x " if len(self.places) > 1 else ""
-        yield f"  {many}{self.kind:<13}  {how.get(self.status, 'not fused')}    {self.places[0]}".rstrip()
+        head, place = f"  {many}{self.kind:<13}  ", self.places[0]
+        first = f"{head}{how.get(self.status, 'not fused')}    {place}".rstrip()
+        if width is None or len(first) <= width:
+            yield first
+        else:
+            yield from filled(head, how.get(self.status, "not fused").split(), " ", width)
+            yield from filled(_label("from"), [place], "", width)
         if self.places[1:]:
             more = f" and {len(self.places) - _PLACES} more" if len(self.places) > _PLACES else ""
-            yield "    also at   " + "; ".join(self.places[1:_PLACES]) + more
+            *others, last = self.places[1:_PLACES]
+            yield from filled(_label("also at"), [*(f"{other};" for other in others), last + more], " ", width)
         if self.status in UNFUSED:
             told = {"rule": ", ".join(self.rules), "matched": self._matched(), "edge": self.edge}
-            told |= {"at": self.at, "why": self.reason, "try": self.hint}
-            yield from (f"    {label:<8}  {text}" for label, text in told.items() if text)
-        yield from (f"    note      {text}" for text in self.notes)
+            told |= {"why": self.reason, "try": self.hint}
+            for label, text in told.items():
+                if text:
+                    yield from filled(_label(label), text.split(" "), " ", width)
+                if label == "edge" and self.at:
+                    yield from filled(_label("at"), [self.at], "", width)
+        for note in self.notes:
+            yield from filled(_label("note"), note.split(" "), " ", width)
 
     def _matched(self) -> str:
         return ", ".join(self.matched) or ("all of it" if self.status == REFUSED else "")
+
+
+def _label(label: str) -> str:
+    return f"    {label:<8}  "
+
+
+def filled(start: str, parts: Sequence[str], between: str, width: int | None) -> Iterator[str]:
+    """The parts after a start, in as many lines as they take; each further one is indented as far as the first."""
+    line = start + parts[0]
+    for part in parts[1:]:
+        if width is not None and len(line) + len(between) + len(part) > width:
+            yield line.rstrip()
+            line = " " * len(start) + part
+        else:
+            line += between + part
+    yield line.rstrip()
 
 
 def judge(optimized: Optimized) -> list[tuple[Site, Verdict]]:

@@ -42,7 +42,7 @@ def explain_sites(
         facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
         print_json(found.as_dict() | ({"certificates": facts} if certify else {}))
     else:
-        print(fitted(str(found), fit_prose))
+        print(fitted(str(found), lambda _, width: found.text(width)))
         if certify:
             print("\n" + fitted(found.optimized.log.certified() or NOTHING_CERTIFIED, fit_prose))
     if not found.met:
