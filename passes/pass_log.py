@@ -32,8 +32,10 @@ class Event:
     matched   the ops that had matched before it was given up, by name, in the order in which the rule met them; empty
               where the whole rule matched
     edge      where a near miss ended: "operand 1 of div"; empty for a refusal, which is about the node
-    given     the nodes of the graph as it was given that it is about, while they are known (an artifact does not hold
-              them)
+    given     the nodes of the graph as it was given that it is about
+    made      the ops that a match put in their place, by name
+
+    An artifact holds all but the last two.
     """
 
     rule: str
@@ -46,6 +48,7 @@ class Event:
     matched: tuple[str, ...] = ()
     edge: str = ""
     given: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    made: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @staticmethod
     def at(rule: str, function: Function, node: Node, reason: str = "", hint: str = "", **more: Any) -> Event:
@@ -112,12 +115,13 @@ class PassRecord:
     touched: set[str] | None = field(default=None, repr=False, compare=False)
 
     def match(
-        self, rule: str, function: Function, root: Node, nodes: Iterable[Node] = (), made: Iterable[Node] = ()
+        self, rule: str, function: Function, root: Node, nodes: Iterable[Node] = (), made: Sequence[Node] = ()
     ) -> None:
         """A rule took nodes (the root, if it does not say which), and put what it made in their place."""
-        given = self.lineage.of((root, *nodes))
-        self.matches.append(Event.at(rule, function, root, given=given))
-        self.lineage.stand(made, (root, *nodes))
+        taken = (root, *nodes)
+        ops = tuple([node.op.name for node in made])
+        self.matches.append(Event.at(rule, function, root, given=self.lineage.of(taken), made=ops))
+        self.lineage.stand(made, taken)
 
     def refuse(
         self,

@@ -121,6 +121,21 @@ def test_the_activation_of_a_gate_is_no_gate_itself() -> None:
     assert explanation.sites == {"fused": 2, "already": 1, "refused": 0, "nearly": 0, "missed": 0}
 
 
+def test_what_a_scale_went_into_is_told_of_each() -> None:
+    """One site a line of the text and an event each, though all stand in one line of the program's."""
+    b = Builder(Graph("g"))
+    x, w = b.input("x", "f32[B, S, 8]"), b.parameter("w", "f32[8]")
+    made = (b.rms_norm(x, w), b.matmul(x, b.parameter("m", "f32[8, 16]")), b.linear(x, b.parameter("n", "f32[16, 8]")))
+    for number, y in enumerate(made):
+        b.function.outputs[f"y{number}"] = (y * 0.5).value
+    scales = [v for block in explained(b.graph).blocks for v in block.verdicts if v.kind == "scale"]
+    assert [(v.status, v.op, v.rules) for v in scales] == [
+        ("fused", "rms_norm", ("scale-in-rms-norm",)),
+        ("fused", "matmul", ("scale-before-matmul",)),
+        ("fused", "linear", ("scale-before-linear",)),
+    ]
+
+
 def test_sites_that_were_one_and_the_same_are_both_told_as_fused() -> None:
     lines = ["h = mul(x, 0.5)", "a = mul(x, 0.7071067811865476)", "e = erf(a)", "p = add(e, 1.0)", "g = mul(h, p)"]
     again = [line.replace(" = ", "2 = ").replace("(a)", "(a2)").replace("(e,", "(e2,") for line in lines]

@@ -324,7 +324,7 @@ def _read_record(said: Any, before: Counter[str]) -> PassRecord:
 def _read_event(said: Any) -> Event:
     """An event; one that was written before `matched` and `edge` were has both in the text of its reason."""
     matched = said.get("matched", [])
-    if "given" in said or not isinstance(matched, list):
+    if {"given", "made"}.intersection(said) or not isinstance(matched, list):
         raise TypeError("no event's field")
     fields: dict[str, Any] = {name: _text(value) for name, value in said.items() if name != "matched"}
     return Event(**fields, matched=tuple([_text(op) for op in matched]))

@@ -192,10 +192,11 @@ class _Told:
             return Verdict(self.kind, ALREADY, site.op, places=places)
         matches = self.matches.get(site, [])
         refusals = self.refusals.get(site, [])
-        rules = tuple(dict.fromkeys(e.rule for e in matches if not _is_tidying(e.rule)))
-        if rules:
+        fused = [e for e in matches if not _is_tidying(e.rule)]
+        if fused:
+            rules = tuple(dict.fromkeys(e.rule for e in fused))
             notes = tuple(e.told for e in refusals if e.rule not in rules or "rolled back" not in e.reason)
-            return Verdict(self.kind, FUSED, _made(self.kind, rules), rules, notes=notes, places=places)
+            return Verdict(self.kind, FUSED, _made(self.kind, fused), rules, notes=notes, places=places)
         for status, events in ((REFUSED, refusals), (NEARLY, self.near_misses.get(site, []))):
             if events:
                 event = events[0]
@@ -209,12 +210,13 @@ def _is_tidying(rule: str) -> bool:
     return rule in ("identity-rearrange", "rearrange-of-rearrange")
 
 
-def _made(kind: str, rules: Sequence[str]) -> str:
-    """The op that a rule of this kind makes: the one whose name its own begins with, or the kind's only one."""
+def _made(kind: str, fused: Sequence[Event]) -> str:
+    """The op that the last of these put there: one of the kind's, or else what it made last, as a matmul of what is
+    scaled."""
     ops = KINDS[kind][1]
-    spelled = {op: op.replace("_", "-") for op in ops}
-    named = [op for op in ops if any(rule == spelled[op] or rule.startswith(spelled[op] + "-") for rule in rules)]
-    return max(named, key=len) if named else ops[0]
+    of_kind = [op for event in fused for op in event.made if op in ops]
+    made = [op for event in fused for op in event.made]
+    return (of_kind or made or list(ops))[-1]
 
 
 def _why_missed(site: Site, optimized: Optimized) -> tuple[str, str]:
