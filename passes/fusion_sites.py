@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.passes.attention_core import softmax_at
 from treadle.passes.product_sites import epilogue_nodes, gate_nodes
 from treadle.passes.projection_sites import products_of_one_value, scale_nodes
 from treadle.passes.round_trips import counts_steps, round_trip_at, round_trip_from
@@ -147,10 +148,10 @@ class _Finder:
     # -- the kinds ---------------------------------------------------------------------------------------------
 
     def _attention(self, node: Node) -> Sequence[Node] | None:
-        """softmax, or exp(x - max) / sum"""
-        if node.op.name == "softmax":
-            scores = node.inputs[0]
-            own: list[Node] = []
+        """softmax of whatever kind, or exp(x - max) / sum"""
+        own: Sequence[Node]
+        if (weighting := softmax_at(node)) is not None:
+            scores, own = weighting.scores, weighting.nodes
         elif node.op.name == "div" and (found := _spelled_softmax(node)) is not None:
             scores, own = found
         else:
