@@ -115,12 +115,18 @@ class PassRecord:
     touched: set[str] | None = field(default=None, repr=False, compare=False)
 
     def match(
-        self, rule: str, function: Function, root: Node, nodes: Iterable[Node] = (), made: Sequence[Node] = ()
+        self,
+        rule: str,
+        function: Function,
+        root: Node,
+        nodes: Iterable[Node] = (),
+        made: Sequence[Node] = (),
+        reason: str = "",
     ) -> None:
         """A rule took nodes (the root, if it does not say which), and put what it made in their place."""
         taken = (root, *nodes)
         ops = tuple([node.op.name for node in made])
-        self.matches.append(Event.at(rule, function, root, given=self.lineage.of(taken), made=ops))
+        self.matches.append(Event.at(rule, function, root, reason, given=self.lineage.of(taken), made=ops))
         self.lineage.stand(made, taken)
 
     def refuse(

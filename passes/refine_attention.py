@@ -112,7 +112,7 @@ class _Refiner:
                 return []
         for made in self.scratch.nodes:
             made.source = node.source
-        self.log.matches.append(Event.at(self.rule, self.function, node, gain))
+        self.log.match(self.rule, self.function, node, made=self.scratch.nodes, reason=gain)
         return placed
 
     def _plan(self, node: Node) -> Plan:
@@ -128,7 +128,7 @@ class _Refiner:
         return plan
 
     def _refuse(self, note: Note) -> None:
-        self.log.refusals.append(Event.at(self.rule, self.function, note.node, note.reason, note.hint))
+        self.log.refuse(self.rule, self.function, note.node, note.reason, note.hint)
 
     def _tell_of_tensors(self, plan: Plan) -> None:
         """A near miss for each mask of queries and keys that is computed, and is no term."""
