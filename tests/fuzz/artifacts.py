@@ -14,9 +14,7 @@ a second of the processor. --hostile runs these alone.
 
 from __future__ import annotations
 
-import argparse
 import builtins
-import collections
 import copy
 import json
 import random
@@ -44,6 +42,7 @@ from treadle.models.gpt2 import gpt2
 
 if __name__ == "__main__":  # run as a file, which has only its own folder on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.fuzz.campaign import Tally, options_of
 from tests.fuzz.hostile_artifacts import METADATA, SHAPES, Shape
 from tests.fuzz.safetensors_files import by_structure, header_and_data, scramble, split
 
@@ -330,18 +329,11 @@ def refusal(path: Path) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=10_000, help="mutations (default 10000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hostile", action="store_true", help="the hostile files alone, no mutations")
-    options = parser.parse_args()
-    failures = time_hostile()
+    options, tally = options_of(__doc__, hostile="the hostile files alone, no mutations"), Tally()
+    tally.failures += time_hostile()
     if options.hostile:
         options.count = 0
-    outcomes: collections.Counter[str] = collections.Counter()
-    reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     slowest, most = 0.0, 0.0
-    started = time.perf_counter()
     tracemalloc.start()
     with tempfile.TemporaryDirectory() as folder:
         for number, (kind, file, valid) in enumerate(mutations(options.count, options.seed)):
@@ -354,27 +346,14 @@ def main() -> int:
             seconds = time.perf_counter() - began
             memory = tracemalloc.get_traced_memory()[1] - held
             path.unlink()
-            outcomes[verdict.outcome] += 1
-            if verdict.reason:
-                reasons[verdict.outcome][verdict.reason] += 1
             slowest, most = max(slowest, seconds), max(most, memory)
             failure = verdict.failure
             if seconds > SECONDS:
                 failure = failure or f"took {seconds:.2f} s"
             if memory > MEMORY_BASE + MEMORY_TIMES * len(file):
                 failure = failure or f"took {memory} bytes for a file of {len(file)}"
-            if failure:
-                failures.append(f"mutation {number} ({kind}): {failure}")
-    print(f"{options.count} mutations, seed {options.seed}, {time.perf_counter() - started:.1f} s")
-    for outcome, many in sorted(outcomes.items()):
-        print(f"  {many:6d}  {outcome}")
-        for reason, times in reasons[outcome].most_common(40):
-            print(f"            {times:6d}  {reason}")
-    print(f"  slowest {slowest * 1e3:.0f} ms, most memory {most / 2**20:.1f} MiB")
-    print(f"  {len(failures)} failures")
-    for failure in failures[:20]:
-        print(f"    {failure}")
-    return 1 if failures else 0
+            tally.add(f"mutation {number} ({kind})", verdict.outcome, verdict.reason, failure)
+    return tally.close(options, f"slowest {slowest * 1e3:.0f} ms, most memory {most / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

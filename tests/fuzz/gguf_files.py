@@ -12,8 +12,6 @@ file's length, or takes more than a second; the run fails if its memory ever gro
 
 from __future__ import annotations
 
-import argparse
-import collections
 import random
 import resource
 import struct
@@ -29,6 +27,7 @@ import gguf
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
+from tests.fuzz.campaign import Tally, options_of, scrambled
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
 from treadle.ir.errors import CheckpointError
@@ -253,28 +252,7 @@ def counted(file: bytes, start: int, stop: int) -> bytes:
 
 
 def at_random(rng: random.Random, file: bytes, header: int) -> tuple[str, bytes]:
-    """Bytes flipped, set, removed, inserted, copied elsewhere, or the end cut off; mostly in the header."""
-    edited = bytearray(file)
-    kind = rng.choice(("flip", "set", "remove", "insert", "copy", "cut"))
-    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
-        if not edited:
-            break
-        at = rng.randrange(min(header, len(edited)) if rng.random() < 0.8 else len(edited))
-        length = rng.choice((1, 1, 2, 8))
-        if kind == "flip":
-            edited[at] ^= 1 << rng.randrange(8)
-        elif kind == "set":
-            edited[at] = rng.choice(b"\x00\x01\x08\x7f\x80\xff")
-        elif kind == "remove":
-            del edited[at : at + length]
-        elif kind == "insert":
-            edited[at:at] = bytes(rng.choice(b"\x00\x01\x08\xff") for _ in range(length))
-        elif kind == "copy":
-            start = rng.randrange(len(edited))
-            edited[at:at] = edited[start : start + length * 8]
-        else:
-            del edited[at:]
-    return kind, bytes(edited)
+    return scrambled(rng, file, header, b"\x00\x01\x08\x7f\x80\xff")
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------
@@ -366,47 +344,29 @@ def peak() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=10_000, help="mutations (default 10000)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    outcomes: collections.Counter[str] = collections.Counter()
-    reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    failures: list[str] = []
+    options, tally = options_of(__doc__), Tally()
     slowest, most = 0.0, 0.0
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for number, valid in enumerate(seeds()):
             verdict = judge(valid, Path(folder) / f"valid-{number}.gguf")
             if verdict.outcome != "read" or verdict.failure:
-                failures.append(f"a valid file: {verdict}")
+                tally.failures.append(f"a valid file: {verdict}")
         before, longest = peak(), max(map(len, seeds()))
         for number, (kind, file) in enumerate(mutations(options.count, options.seed)):
             # A new name each time: a file that is mapped must not be written over.
             path = Path(folder) / f"{number}.gguf"
             verdict = judge(file, path)
             path.unlink()
-            outcomes[verdict.outcome] += 1
-            if verdict.reason:
-                reasons[verdict.outcome][verdict.reason.split(":")[0][:90]] += 1
             slowest = max(slowest, verdict.seconds)
             most = max(most, verdict.calls / (CALLS_BASE + CALLS_A_BYTE * len(file)))
-            if verdict.failure or verdict.seconds > SECONDS:
-                failures.append(f"mutation {number} ({kind}): {verdict.failure or f'{verdict.seconds:.2f} s'}")
+            failure = verdict.failure or (f"{verdict.seconds:.2f} s" if verdict.seconds > SECONDS else None)
+            outcome = "read" if verdict.outcome == "read" else f"refused at {verdict.outcome}"
+            tally.add(f"mutation {number} ({kind})", outcome, verdict.reason.split(":")[0][:90], failure)
         grown = peak() - before
     if grown > 2 * longest + MEMORY:
-        failures.append(f"memory grew by {grown >> 20} MiB, with files of up to {longest >> 10} KiB")
-    print(f"{options.count} mutations, seed {options.seed}, {time.perf_counter() - started:.1f} s")
-    for outcome, many in sorted(outcomes.items()):
-        print(f"  {many:6d}  {'read' if outcome == 'read' else f'refused at {outcome}'}")
-        for reason, times in reasons[outcome].most_common(12):
-            print(f"            {times:6d}  {reason}")
-    print(f"  work: at most {most:.0%} of {CALLS_BASE} + {CALLS_A_BYTE} calls a byte; slowest {slowest:.2f} s")
-    print(f"  memory: grew by {grown / 2**20:.0f} MiB over the run")
-    print(f"  {len(failures)} failures")
-    for failure in failures[:20]:
-        print(f"    {failure}")
-    return 1 if failures else 0
+        tally.failures.append(f"memory grew by {grown >> 20} MiB, with files of up to {longest >> 10} KiB")
+    work = f"work: at most {most:.0%} of {CALLS_BASE} + {CALLS_A_BYTE} calls a byte; slowest {slowest:.2f} s"
+    return tally.close(options, work, f"memory: grew by {grown / 2**20:.0f} MiB over the run")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@ name, shape or byte, or does more work than a multiple of the file's length. Exi
 
 from __future__ import annotations
 
-import argparse
-import collections
 import json
 import random
 import struct
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
+from tests.fuzz.campaign import Tally, options_of, scrambled
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import CheckpointError
 
@@ -180,27 +178,7 @@ def at_random(rng: random.Random, file: bytes) -> tuple[str, bytes]:
 
 
 def scramble(rng: random.Random, text: bytes) -> tuple[str, bytes]:
-    edited = bytearray(text)
-    kind = rng.choice(("flip", "set", "remove", "insert", "copy", "cut"))
-    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
-        if not edited:
-            break
-        at = rng.randrange(len(edited))
-        length = rng.choice((1, 1, 2, 8))
-        if kind == "flip":
-            edited[at] ^= 1 << rng.randrange(8)
-        elif kind == "set":
-            edited[at] = rng.choice(b'\x00\x7f\x80\xff"{}[],:0189- eE')
-        elif kind == "remove":
-            del edited[at : at + length]
-        elif kind == "insert":
-            edited[at:at] = bytes(rng.choice(b'"{}[],:0189- aF\\') for _ in range(length))
-        elif kind == "copy":
-            start = rng.randrange(len(edited))
-            edited[at:at] = edited[start : start + length * 8]
-        else:
-            del edited[at:]
-    return kind, bytes(edited)
+    return scrambled(rng, text, len(text), b'\x00\x7f\x80\xff"{}[],:0189- aeEF\\')
 
 
 @dataclass(frozen=True)
@@ -291,37 +269,17 @@ def difference(ours: SafetensorsFile, arrays: dict[str, Any], theirs: dict[str, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=10_000, help="mutations (default 10000)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    outcomes: collections.Counter[str] = collections.Counter()
-    reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    failures: list[str] = []
+    options, tally = options_of(__doc__), Tally()
     most = 0.0
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for number, (kind, file) in enumerate(mutations(options.count, options.seed)):
             # A new name each time: a file that is mapped must not be written over.
             path = Path(folder) / f"{number}.safetensors"
             verdict = judge(file, path)
             path.unlink()
-            outcomes[verdict.outcome] += 1
-            if verdict.reason:
-                reasons[verdict.outcome][verdict.reason] += 1
             most = max(most, verdict.calls / (CALLS_BASE + CALLS_A_BYTE * len(file)))
-            if verdict.failure:
-                failures.append(f"mutation {number} ({kind}): {verdict.failure}")
-    print(f"{options.count} mutations, seed {options.seed}, {time.perf_counter() - started:.1f} s")
-    for outcome, many in sorted(outcomes.items()):
-        print(f"  {many:6d}  {outcome}")
-        for reason, times in reasons[outcome].most_common():
-            print(f"            {times:6d}  {reason}")
-    print(f"  work: at most {most:.0%} of {CALLS_BASE} + {CALLS_A_BYTE} calls a byte")
-    print(f"  {len(failures)} failures")
-    for failure in failures[:20]:
-        print(f"    {failure}")
-    return 1 if failures else 0
+            tally.add(f"mutation {number} ({kind})", verdict.outcome, verdict.reason, verdict.failure)
+    return tally.close(options, f"work: at most {most:.0%} of {CALLS_BASE} + {CALLS_A_BYTE} calls a byte")
 
 
 if __name__ == "__main__":
