@@ -57,12 +57,17 @@ class LinearBias(Rewrite):
         return b.linear(m.x, m.w, m.bias)
 
 
+def _is_linear(m: Match) -> bool:
+    return bool(m.product.value.node.op.name == "linear")
+
+
 @dataclass(frozen=True)
 class ProductOfRows(Rewrite):
     """matmul(join(x), w) + bias, with its rows split again   -->   matmul(x, w) + bias        and linear, likewise
 
     [B, S, k] -> [(B S), k] -> [(B S), n] -> [B, S, n], as an addmm has it: leading axes are rows as they are. What else
-    the first rearrange does to x remains. Refuses: a product or sum that is used elsewhere with its rows joined.
+    the first rearrange does to x remains. A vector, [k] -> [1, k] -> [1, n] -> [n], is an operand of `linear` alone: a
+    matmul keeps its one row. Refuses: a product or sum that is used elsewhere with its rows joined.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
@@ -72,6 +77,8 @@ class ProductOfRows(Rewrite):
 
     def fits(self, m: Match) -> bool:
         plain = m.w.rank == 2 and m.product.rank == 2 and (m.addend is None or m.addend.rank <= 1)
+        if m.result.type.rank == 1 and not _is_linear(m):
+            return False
         return bool(plain and m.product.type.dims[1:] == m.result.type.dims[-1:] and self._on_x(m) is not None)
 
     def _on_x(self, m: Match) -> Form | None:
@@ -88,7 +95,7 @@ class ProductOfRows(Rewrite):
         form = self._on_x(m)
         assert form is not None
         x = m.x if form.is_identity and len(form.before) == len(form.after) else b.rearrange(m.x, pattern=form.pattern)
-        product = b.matmul(x, m.w) if m.product.value.node.op.name == "matmul" else b.linear(x, m.w, m.bias)
+        product = b.linear(x, m.w, m.bias) if _is_linear(m) else b.matmul(x, m.w)
         return product if m.addend is None else product + m.addend
 
 
