@@ -562,3 +562,19 @@ def test_an_unknown_word_is_an_attribute_error_too() -> None:
     with pytest.raises(TreadleError, match="sofmax"):
         _ = treadle.ops.sofmax
     assert "softmax" in dir(treadle)
+
+
+def test_names_that_an_onnx_file_gives_may_be_any(treadle_command: Treadle, tmp_path: Path) -> None:
+    """As a hint lists them: an axis called `?`, an input called `input.1`."""
+    onnx = pytest.importorskip("onnx")
+    proto = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["": 18]> g (float[A,2] x) => (float y) { y = Abs(x) }'
+    )
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "?"
+    proto.graph.input[0].name = proto.graph.node[0].input[0] = "input.1"
+    onnx.save(proto, str(tmp_path / "m.onnx"))
+    refused(treadle_command("inspect", "m.onnx", "--set", "n=3"), "its axes are input.1_0, ?; its inputs input.1")
+    for name in ("input.1_0", "?"):
+        assert "f32[3, 2]" in treadle_command("inspect", "m.onnx", "--set", f"{name}=3").out
+    ran = treadle_command("run", "m.onnx", "--set", "?=1", "--input", "input.1=[[-1, 2]]")
+    assert (ran.code, "[[1" in ran.out) == (0, True), ran

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,57 @@ def test_names_of_axes_become_sizes(dim: str, size: str) -> None:
 def test_an_axis_without_a_name_gets_one() -> None:
     found = import_onnx(model("(float[?,3] x) => (float[?,3] y)", "y = Abs(x)"))
     assert str(found.graph.main.inputs[0].type) == "f32[x_0, 3]"
+
+
+@pytest.mark.parametrize("unknown", [None, -1, "?", "", "*"])
+def test_an_axis_of_which_the_file_says_nothing_is_called_by_its_place(unknown: Any) -> None:
+    proto = model("(float[A,A] x) => (float y)", "y = Abs(x)")
+    for dim in proto.graph.input[0].type.tensor_type.shape.dim:
+        dim.ClearField("dim_param")
+        if isinstance(unknown, str):
+            dim.dim_param = unknown
+        elif unknown is not None:
+            dim.dim_value = unknown
+    assert str(import_onnx(proto).graph.main.inputs[0].type) == "f32[x_0, x_1]"
+    assert str(import_onnx(proto, dims={"x_1": 4}).graph.main.inputs[0].type) == "f32[x_0, 4]"
+    assert import_onnx(proto, static={"x": np.zeros((2, 3), np.float32)}).graph.main.inputs == []
+    with pytest.raises(FrontendError) as caught:
+        import_onnx(proto, dims={"n": 4})
+    listed = "x_0, x_1" if not isinstance(unknown, str) or not unknown else f"x_0, {unknown}, x_1"
+    assert caught.value.hint == f"its axes are {listed}; its inputs x"
+    if unknown in ("?", "*"):  # which the file does say, of both
+        assert str(import_onnx(proto, dims={unknown: 4, "x_1": 5}).graph.main.inputs[0].type) == "f32[4, 5]"
+
+
+def test_every_axis_that_a_hint_lists_can_be_given() -> None:
+    proto = model("(float[A,B,C,D,?] x) => (float y)", "y = Abs(x)")
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    for dim, name in zip(dims, ("Dynamic.0", "past + S", "batch size", "7"), strict=False):
+        dim.dim_param = name
+    plain = import_onnx(proto).graph.main.inputs[0].type
+    with pytest.raises(FrontendError) as caught:
+        import_onnx(proto, dims={"Dynamic": 4})
+    listed = re.fullmatch("its axes are (.*); its inputs x", str(caught.value.hint))
+    assert listed is not None
+    assert listed[1] == "Dynamic.0, past + S, S, past, batch size, 7, x_4"
+    for name in listed[1].split(", "):
+        told = import_onnx(proto, dims={name: 4}).graph.main.inputs[0].type
+        assert told.shape != plain.shape, name
+        assert Size.of(4) in told.shape or name in ("S", "past")
+
+
+def test_an_axis_may_be_called_as_its_symbol_is() -> None:
+    proto = model("(float[A,B] x) => (float y)", "y = Abs(x)")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch size"
+    assert str(import_onnx(proto).graph.main.inputs[0].type) == "f32[batch_size, B]"
+    assert str(import_onnx(proto, dims={"batch_size": 2}).graph.main.inputs[0].type) == "f32[2, B]"
+
+
+def test_a_negative_size_is_refused() -> None:
+    proto = model("(float[2] x) => (float y)", "y = Abs(x)")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -2
+    with pytest.raises(FrontendError, match="a dimension is impossible"):
+        import_onnx(proto)
 
 
 def test_dims_make_two_names_one_or_give_a_size() -> None:

@@ -102,8 +102,8 @@ def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
 
 
 def _assignment(text: str, example: str) -> tuple[str, str]:
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not name.isidentifier() or not value:
+    name, _, value = (part.strip() for part in text.partition("="))
+    if not name or not value:  # any name: an ONNX file may call an axis `?` and an input `input.1`
         raise UsageError("an option must be NAME=VALUE", received=printable(text) if text else "nothing", hint=example)
     return name, value
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 
 import treadle.frontends.onnx_import.tables  # noqa: F401  (registers the operators)
 from treadle.frontends.contained_files import PathLike, printable
+from treadle.frontends.onnx_import.declared_axes import DeclaredAxes, declared_sizes
 from treadle.frontends.onnx_import.elements import Element, carried, element, named
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits, captured, describe, live_nodes
@@ -30,7 +31,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.graph import Graph, Source
-from treadle.ir.sizes import Bounds, Size, parse_size
+from treadle.ir.sizes import Size
 from treadle.ir.types import Dim, Type, boolean
 
 if TYPE_CHECKING:
@@ -156,11 +157,11 @@ class Importer:
 
     def __init__(self, file: OnnxFile, static: dict[str, Any], dims: Mapping[str, Any], bf16_in_f32: bool) -> None:
         self.file, self.static, self.bf16_in_f32 = file, static, bf16_in_f32
-        self.dims = {name: int(told) if isinstance(told, np.integer) else told for name, told in dims.items()}
         name = re.sub(r"\W+", "_", file.proto.graph.name or "", flags=re.ASCII).strip("_")
         self.graph = Graph(name or "onnx")
         self.b = Builder(self.graph)
         self.notes = ImportNotes(file.opsets, f"{file.proto.producer_name} {file.proto.producer_version}".strip()[:80])
+        self.axes = DeclaredAxes(dims, file.shown, self.notes.symbols, self.graph.symbols)
         self.functions = {(f.domain if f.domain != "ai.onnx" else "", f.name): f for f in file.proto.functions}
         self.stored: dict[str, Known] = {}
         self.unread: dict[str, str] = {}
@@ -257,7 +258,7 @@ class Importer:
         if unknown:
             known = ", ".join(printable(v.name) for v in inputs[:20])
             raise FrontendError(f"static= names no input: {unknown[0]!r}", received=known, within=self.file.shown)
-        self._check_dims(inputs)
+        self.axes.check(inputs)
         for declared in inputs:
             if declared.name in self.static:
                 self._static_input(declared, scope)
@@ -267,30 +268,11 @@ class Importer:
                     raise FrontendError(f"two inputs are called {printable(declared.name)}", within=self.file.shown)
                 continue
             kind, type = self._tensor_type(declared)
-            dims = [self._dim(declared, position, d) for position, d in enumerate(type.shape.dim)]
+            dims = [self.axes.size(declared, position) for position in range(len(type.shape.dim))]
             expr = self.b.input(declared.name, Type(kind.carrier, tuple(map(Dim.of, dims))))
             roots = frozenset([declared.name]) if len(dims) <= 1 else frozenset()
             scope.values[declared.name] = Known(kind, expr=expr, name=declared.name, roots=roots)
             self.notes.inputs[declared.name] = kind
-
-    def _check_dims(self, inputs: Sequence[Any]) -> None:
-        """That what `dims` names are axes of inputs, or names that it gives them, and that it gives names or sizes."""
-        axes = dict.fromkeys(axis for declared in inputs for axis in _axis_names(declared))
-        for name, told in self.dims.items():
-            if name not in axes and name not in self.dims.values():
-                raise FrontendError(
-                    f"the file has no axis and no input {printable(name)}",
-                    received=f"{printable(name)}={printable(repr(told), 60)}",
-                    within=self.file.shown,
-                    hint=f"its axes are {_listed(axes)}; its inputs {_listed(v.name for v in inputs)}",
-                )
-            if not isinstance(told, str) and (type(told) is not int or told < 0):
-                raise FrontendError(
-                    f"the size of axis {printable(name)} is a whole number, 0 or more",
-                    received=printable(repr(told), 60),
-                    within=self.file.shown,
-                    hint=f"leave {printable(name)} out for every size, or give the name of another axis that it equals",
-                )
 
     def _tensor_type(self, declared: Any) -> tuple[Element, Any]:
         where = f"input {printable(declared.name)}, {self.file.shown}"
@@ -311,7 +293,7 @@ class Importer:
     def _static_input(self, declared: Any, scope: Scope) -> None:
         kind, type = self._tensor_type(declared)
         where = f"input {printable(declared.name)}, {self.file.shown}"
-        sizes = [d.dim_param or (str(d.dim_value) if d.HasField("dim_value") else "any") for d in type.shape.dim]
+        sizes = declared_sizes(declared)
         hint = f"a value of {kind}" + (f"[{printable(', '.join(sizes))}]" if sizes else ", a number")
         given = self.static[declared.name]
         try:
@@ -328,59 +310,11 @@ class Importer:
             what = f"a static argument must have rank {len(type.shape.dim)}, has rank {array.ndim}"
             raise FrontendError(what, within=where, hint=hint)
         for size, dim in zip(array.shape, type.shape.dim, strict=True):
-            if dim.dim_param:
-                known = self.dims.setdefault(dim.dim_param, size)
-                wrong = isinstance(known, int) and known != size
-            else:
-                wrong = dim.HasField("dim_value") and dim.dim_value != size
-            if wrong:
+            if not self.axes.settle(dim, size):
                 what = "a static argument is of another shape than declared"
                 raise FrontendError(what, received=str(array.shape), within=where, hint=hint)
         scope.values[declared.name] = Known(kind, content=array, name=declared.name)
         self.notes.static[declared.name] = array
-
-    def _dim(self, declared: Any, position: int, dim: Any) -> Size:
-        if dim.dim_param:
-            return self.symbol(dim.dim_param)
-        if dim.HasField("dim_value"):
-            if not 0 <= dim.dim_value < 2**40:
-                raise FrontendError(
-                    "a dimension is impossible",
-                    received=str(dim.dim_value),
-                    within=f"input {printable(declared.name)}, {self.file.shown}",
-                )
-            return Size.of(dim.dim_value)
-        return self.symbol(f"{declared.name}_{position}")
-
-    def symbol(self, text: str) -> Size:
-        """The size that the name of an axis stands for: a symbol, or an expression of several."""
-        found = self.notes.symbols.get(text)
-        if found is None:
-            found = self.notes.symbols[text] = self._new_symbol(text)
-            for symbol in found.symbols:
-                self.graph.symbols.setdefault(symbol, Bounds())
-        return found
-
-    def _new_symbol(self, text: str) -> Size:
-        told = self.dims.get(text)
-        if told is not None:
-            return Size.of(told) if isinstance(told, int) else self.symbol(told) if told != text else Size.symbol(told)
-        if re.search(r"[-+*/]", text):
-            try:
-                size = parse_size(text)
-                if size.symbols and all(s not in self.dims for s in size.symbols):
-                    return size
-                return size.substitute({s: self.symbol(s) for s in size.symbols})
-            except TreadleError:
-                pass
-        base = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")[:64] or "n"
-        base = f"n{base}" if base[0].isdigit() else base
-        name, count = base, 1
-        taken = {s for size in self.notes.symbols.values() for s in size.symbols}
-        while name in taken:
-            count += 1
-            name = f"{base}_{count}"
-        return Size.symbol(name)
 
     # -- nodes -------------------------------------------------------------------------------------------------
 
@@ -623,22 +557,6 @@ def _scope_of(node: Any, index: int, scope: Scope) -> str:
                 path = f"{modules[-2]}.{path}"
     path = printable(path, 400)
     return f"{scope.path}.{path}" if scope.depth and scope.path else path
-
-
-def _axis_names(declared: Any) -> list[str]:
-    """What `dims` may call the axes of an input: their names, and those in an expression of several."""
-    found = []
-    for position, dim in enumerate(declared.type.tensor_type.shape.dim):
-        if dim.dim_param:
-            found += [dim.dim_param, *re.findall(r"[^\W\d]\w*", dim.dim_param)]
-        elif not dim.HasField("dim_value"):
-            found.append(f"{declared.name}_{position}")
-    return found
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = [printable(name) for name in names]
-    return ", ".join(shown[:8] + ["..."] * (len(shown) > 8)) or "none"
 
 
 def _is_small(value: Known) -> bool:

@@ -1,0 +1,173 @@
+"""Axes of an ONNX file's inputs: what the file calls them, the sizes that the caller gives, and their symbols.
+
+A file names an axis (`dim_param`), gives its size (`dim_value`), or neither. A size of -1, and a name without a letter
+or a digit such as `?`, say nothing: exporters write them for an axis that they do not know, two of which may differ.
+Such an axis is called by its place, `x_0`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.contained_files import printable
+from treadle.ir.errors import FrontendError, TreadleError
+from treadle.ir.sizes import Bounds, Size, parse_size
+
+_UNKNOWN = -1
+"""The size that stands for any."""
+_LARGEST = 2**40
+
+
+def number_of(dim: Any) -> int | None:
+    """The size that a file gives an axis, if it gives one."""
+    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value != _UNKNOWN else None
+
+
+def name_of(dim: Any) -> str | None:
+    """The name that a file gives an axis, if it has one that says which axis it is."""
+    return dim.dim_param if _is_a_name(dim.dim_param) else None
+
+
+def _is_a_name(text: str) -> bool:
+    return re.search(r"[^\W_]", text) is not None
+
+
+def _placed(declared: Any, position: int) -> str:
+    return f"{declared.name}_{position}"
+
+
+def _names(declared: Any) -> list[str]:
+    """What the caller may call an input's axes: by name, by those in an expression of several, or by place."""
+    found = []
+    for position, dim in enumerate(declared.type.tensor_type.shape.dim):
+        if (name := name_of(dim)) is not None:
+            expression = _expression(name)
+            found += [name, *(sorted(expression.symbols) if expression else ())]
+        elif number_of(dim) is None:
+            found += [_placed(declared, position), *filter(None, [dim.dim_param])]
+    return found
+
+
+def _spelled(name: str) -> str:
+    """A name as a symbol's: letters, digits and _."""
+    base = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[:64] or "n"
+    return f"n{base}" if base[0].isdigit() else base
+
+
+def _expression(name: str) -> Size | None:
+    """What a name says of other axes, such as `past + seq`."""
+    if not re.search(r"[-+*/]", name):
+        return None
+    try:
+        return parse_size(name)
+    except TreadleError:
+        return None
+
+
+class DeclaredAxes:
+    """The axes of one import.
+
+    told     by name: a size, or another axis's name; `import_onnx` calls it dims
+    shown    the file, for errors
+    symbols  the size that stands for each name asked for so far
+    bounds   of the graph's symbols
+    """
+
+    def __init__(
+        self, told: Mapping[str, Any], shown: str, symbols: dict[str, Size], bounds: MutableMapping[str, Bounds]
+    ) -> None:
+        self.told = {name: int(size) if isinstance(size, np.integer) else size for name, size in told.items()}
+        self.shown, self.symbols, self.bounds = shown, symbols, bounds
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Read the symbols' names as the file's, and refuse what names no axis, or gives neither a name nor a size.
+
+        Raises FrontendError.
+        """
+        axes = dict.fromkeys(axis for declared in inputs for axis in _names(declared))
+        for name, told in list(self.told.items()):
+            if name not in axes:
+                meant = [a for a in axes if _is_a_name(a) and _spelled(a) == name and a not in self.told]
+                if len(meant) == 1:
+                    self.told[meant[0]] = self.told.pop(name)
+                    name = meant[0]
+                elif name not in self.told.values():
+                    raise FrontendError(
+                        f"the file has no axis and no input {printable(name)}",
+                        received=f"{printable(name)}={printable(repr(told), 60)}",
+                        within=self.shown,
+                        hint=f"its axes are {_listed(axes)}; its inputs {_listed(v.name for v in inputs)}",
+                    )
+            if not isinstance(told, str) and (type(told) is not int or told < 0):
+                raise FrontendError(
+                    f"the size of axis {printable(name)} is a whole number, 0 or more",
+                    received=printable(repr(told), 60),
+                    within=self.shown,
+                    hint=f"leave {printable(name)} out for every size, or give the name of another axis that it equals",
+                )
+
+    def size(self, declared: Any, position: int) -> Size:
+        """The size of an input's axis. Raises FrontendError for an impossible one."""
+        dim = declared.type.tensor_type.shape.dim[position]
+        if (name := name_of(dim)) is not None:
+            return self.named(name)
+        number = number_of(dim)
+        if number is None:
+            place = _placed(declared, position)
+            return self.named(dim.dim_param if place not in self.told and dim.dim_param in self.told else place)
+        if not 0 <= number < _LARGEST:
+            raise FrontendError(
+                "a dimension is impossible",
+                received=str(number),
+                within=f"input {printable(declared.name)}, {self.shown}",
+            )
+        return Size.of(number)
+
+    def settle(self, dim: Any, size: int) -> bool:
+        """Whether an axis may have a size, by what the file and the caller say; from now on its name has it."""
+        if (name := name_of(dim)) is not None:
+            known = self.told.setdefault(name, size)
+            return not isinstance(known, int) or known == size
+        number = number_of(dim)
+        return number is None or number == size
+
+    def named(self, name: str) -> Size:
+        """The size that a name stands for: a symbol, or an expression of several."""
+        found = self.symbols.get(name)
+        if found is None:
+            found = self.symbols[name] = self._new(name)
+            for symbol in found.symbols:
+                self.bounds.setdefault(symbol, Bounds())
+        return found
+
+    def _new(self, text: str) -> Size:
+        told = self.told.get(text)
+        if told is not None:
+            return Size.of(told) if isinstance(told, int) else self.named(told) if told != text else Size.symbol(told)
+        expression = _expression(text)
+        if expression is not None:
+            return expression.substitute({s: self.named(s) for s in expression.symbols if s in self.told})
+        name, count = _spelled(text), 1
+        taken = {s for size in self.symbols.values() for s in size.symbols}
+        while name in taken:
+            count += 1
+            name = f"{_spelled(text)}_{count}"
+        return Size.symbol(name)
+
+
+def declared_sizes(declared: Any) -> list[str]:
+    """The sizes of an input as the file gives them, for an error to name."""
+    sizes = []
+    for dim in declared.type.tensor_type.shape.dim:
+        number = number_of(dim)
+        sizes.append(name_of(dim) or ("any" if number is None else str(number)))
+    return sizes
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [printable(name) for name in names]
+    return ", ".join(shown[:8] + ["..."] * (len(shown) > 8)) or "none"
