@@ -281,6 +281,10 @@ class Size:
         value = self.constant
         if value is not None and divisor is not None:
             return _constant(value // divisor)
+        if divisor is not None and divisor > 1:
+            whole, rest = _whole_parts(self, divisor)
+            if whole.terms:
+                return whole + rest // other
         return Size([((Quotient(self, other),), 1)])
 
     __radd__ = __add__
@@ -358,6 +362,20 @@ def _without(mono: Monomial, part: Monomial) -> Monomial | None:
             return None
         left.remove(atom)
     return tuple(left)
+
+
+def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
+    """A size as `whole * divisor + rest`, so that its quotient is whole + rest // divisor: (S-1)//2+1 is (S+1)//2.
+
+    The number in the rest is from 0 to divisor - 1; its other coefficients are smaller than the divisor, with the sign
+    that they had, so that bounds stay as tight.
+    """
+    whole: dict[Monomial, int] = {}
+    rest: dict[Monomial, int] = {}
+    for mono, coeff in size.terms:
+        out = coeff // divisor if not mono or coeff > 0 else -(-coeff // divisor)
+        whole[mono], rest[mono] = out, coeff - out * divisor
+    return Size._from(whole), Size._from(rest)
 
 
 def _grouped(size: Size) -> str:

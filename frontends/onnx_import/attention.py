@@ -25,8 +25,7 @@ _AFTER_SOFTMAX = 3  # the mode in which the operator's fourth output is the prob
 
 def heads_apart(site: Site, x: Expr, heads: int) -> Expr:
     """[b, s, h d] as [b, h, s, d]."""
-    width = x.shape[-1].constant
-    if x.rank != 3 or width is None or heads < 1 or width % heads:
+    if x.rank != 3 or heads < 1 or site.number(x.shape[-1], "the width of the heads together") % heads:
         site.malformed(f"a width of {x.shape[-1]} for {heads} heads")
     return site.b.rearrange(x, pattern=f"b s (h={heads} d) -> b h s d")
 
@@ -162,21 +161,22 @@ def between(b: Builder, queries: Size, keys: Size, ahead: Expr | None, before: i
 
 def turned(b: Builder, x: Expr, cos: Expr, sin: Expr, *, interleaved: bool) -> Expr:
     """x [b, h, s, d] with the first 2f of its dimensions turned by angles whose cosines and sines are [b, s, f]."""
-    f, d = cos.shape[-1].constant or 0, x.shape[-1].constant or 0
+    f, d = cos.shape[-1], x.shape[-1]
     cos, sin = (b.rearrange(table, pattern="b s f -> b 1 s f") for table in (cos, sin))
     if interleaved:
-        first, second = (b.slice(x, axis=3, start=k, stop=2 * f, stride=2) for k in (0, 1))
+        first, second = (b.slice(x, axis=3, start=k, stop=f * 2, stride=2) for k in (0, 1))
     else:
-        first, second = b.slice(x, axis=3, start=0, stop=f), b.slice(x, axis=3, start=f, stop=2 * f)
+        first, second = b.slice(x, axis=3, start=0, stop=f), b.slice(x, axis=3, start=f, stop=f * 2)
     pairs = [first * cos - second * sin, first * sin + second * cos]
     if interleaved:
         apart = b.concat(*[b.rearrange(p, pattern="b h s f -> b h s f 1") for p in pairs], axis=4)
         parts = [b.rearrange(apart, pattern="b h s f p -> b h s (f p)")]
     else:
         parts = pairs
-    if 2 * f < d:
-        parts.append(b.slice(x, axis=3, start=2 * f))
-    return parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
+    if f * 2 != d:
+        parts.append(b.slice(x, axis=3, start=f * 2))
+    made: Expr = parts[0] if len(parts) == 1 else b.concat(*parts, axis=3)
+    return made
 
 
 @operator("RotaryEmbedding", latest=23, first=23)
@@ -189,9 +189,9 @@ def _rotary(site: Site) -> Made:
         x = heads_apart(site, x, heads)
     if site.has(3):
         cos, sin = (b.gather(table, site.x(3), axis=0) for table in (cos, sin))
-    size = x.shape[3].constant
+    size = site.number(x.shape[3], "the width of a head")
     wanted = width or size
-    if size is None or not wanted or wanted > size or cos.shape[-1] != wanted // 2 or cos.shape != sin.shape:
+    if not wanted or wanted > size or cos.shape[-1] != wanted // 2 or cos.shape != sin.shape:
         site.malformed(f"caches of {cos.shape[-1]} and {sin.shape[-1]} columns for {wanted} dimensions")
     y = turned(b, x, cos, sin, interleaved=interleaved)
     return heads_together(b, y) if merged else y

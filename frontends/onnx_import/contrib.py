@@ -205,8 +205,8 @@ def _rotary(site: Site) -> Made:
     merged = x.rank == 3
     if merged:
         if not heads and not width:
-            size = (cos.shape[-1] * 2).constant
-            wide = x.shape[-1].constant
+            size = site.number(cos.shape[-1] * 2, "twice the number of the tables' columns")
+            wide = site.number(x.shape[-1], "the width of x")
             if not size or not wide:
                 site.malformed("neither num_heads nor rotary_embedding_dim tells the heads")
             heads = wide // size

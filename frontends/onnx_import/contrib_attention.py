@@ -69,7 +69,7 @@ def _attention(site: Site) -> Made:
         site.refuse("with rotary positions, or past and present in one buffer")
     site.ignore("rotary_embedding_dim")
     weight = site.x(1)
-    whole = weight.shape[1].constant or 0
+    whole = site.number(weight.shape[1], "the number of the weight's columns")
     widths = site.ints("qkv_hidden_sizes") or (whole // 3,) * 3
     if len(widths) != 3 or sum(widths) != whole:
         site.malformed(f"widths {list(widths)} of a weight of {whole} columns")
@@ -166,7 +166,7 @@ def _grouped(site: Site) -> Made:
     if site.has(1):
         parts = [heads_apart(site, site.x(i), n) for i, n in ((0, heads), (1, groups), (2, groups))]
     else:
-        width = (site.shape(0)[2].constant or 0) // max(heads + 2 * groups, 1)
+        width = site.number(site.shape(0)[2], "the packed width") // max(heads + 2 * groups, 1)
         every = heads_apart(site, site.x(0), heads + 2 * groups)
         ends = [0, heads, heads + groups, heads + 2 * groups]
         if width < 1:
@@ -178,7 +178,7 @@ def _grouped(site: Site) -> Made:
     total = site.size(6)
     prompt = total == queries
     if not prompt and not is_at_least(total, queries + 1, site.importer.graph.symbols):
-        site.refuse(f"{queries} queries of {total} positions: a prompt or not", "dims= gives sizes")
+        site.refuse_symbolic(f"{queries} queries of {total} positions: a prompt or not", queries, total)
     past = b.expand(b.constant(0, i64), shape=q.shape[:1]) if prompt else real - extent(b, queries)
     if rotary:
         positions = b.rearrange(b.iota(size=queries), pattern="s -> 1 s") + b.rearrange(past, pattern="b -> b 1")

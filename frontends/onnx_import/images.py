@@ -1,4 +1,4 @@
-"""ONNX operators of vision models around their transformers: Resize, ConvTranspose, global pooling.
+"""ONNX operators of vision models around their transformers: Resize, ConvTranspose.
 
 A resize is linear and one axis after the other: each is a product with a matrix [new, old] that is known at import.
 """
@@ -12,11 +12,12 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from treadle.frontends.onnx_import.folding import is_at_least
 from treadle.frontends.onnx_import.operators import Made, Site, operator
-from treadle.frontends.onnx_import.products import windowing
+from treadle.frontends.onnx_import.windows import Windows, halves, kernel_sizes, steps, windows
 from treadle.ir.builder import Expr
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.sizes import Size
+from treadle.ir.sizes import ZERO, Size
 from treadle.ir.types import i64
 
 Floats = npt.NDArray[np.float64]
@@ -176,16 +177,8 @@ def _conv_transpose(site: Site) -> Made:
     """
     b, x, weight, bias = site.b, site.x(0), site.x(1), site.maybe(2)
     spatial, groups = x.rank - 2, site.int("group", 1)
-    site.ignore("kernel_shape")
-    automatic, asked = site.text("auto_pad", "NOTSET"), site.ints("output_shape")
-    beyond = site.ints("output_padding") or (0,) * spatial
-    kernel = [s.constant or 0 for s in weight.shape[2:]]
-    if automatic != "NOTSET" or asked is not None:
-        strides, dilations = site.ints("strides") or (1,) * spatial, site.ints("dilations") or (1,) * spatial
-        site.ignore("pads")
-        pads = _wanted_pads(site, x, kernel, strides, dilations, beyond, automatic, asked)
-    else:
-        strides, dilations, pads = windowing(site, x, kernel)
+    kernel, beyond = kernel_sizes(site, weight), site.ints("output_padding") or (0,) * spatial
+    found = _transposed_windows(site, x, kernel, beyond)
     names = axis_letters(2 * spatial, "bcgo")
     places, inner = " ".join(names[:spatial]), " ".join(names[spatial:])
     split = b.rearrange(x, pattern=f"b (g={groups} c) {places} -> b g c {places}")
@@ -193,57 +186,44 @@ def _conv_transpose(site: Site) -> Made:
     y = b.einsum(split, kernels, equation=f"b g c {places}, g c o {inner} -> b g o {places} {inner}")
     y = b.rearrange(y, pattern=f"b g o {places} {inner} -> b (g o) {places} {inner}")
     for i in reversed(range(spatial)):
-        axis, stride, dilation = i + 2, strides[i], dilations[i]
+        axis, stride, dilation = i + 2, found.strides[i], found.dilations[i]
         size = (x.shape[axis] - 1) * stride + (kernel[i] - 1) * dilation + 1
         y = b.fold_windows(y, axis=axis, size=size, stride=stride, dilation=dilation)
-    for i in range(spatial):
-        before, after = pads[i], pads[spatial + i] - beyond[i]
-        if before < 0:
-            y, before = b.pad(y, axis=i + 2, before=-before), 0
-        if after < 0:
-            y, after = b.pad(y, axis=i + 2, after=-after), 0
-        if before or after:
-            y = b.slice(y, axis=i + 2, start=before, stop=y.shape[i + 2] - after)
+    for axis, (before, after) in enumerate(zip(found.before, found.after, strict=True), start=2):
+        y = _cut(site, y, axis, before, after - beyond[axis - 2])
     return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
 
 
-def _wanted_pads(
-    site: Site,
-    x: Expr,
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    beyond: Sequence[int],
-    automatic: str,
-    asked: Sequence[int] | None,
-) -> tuple[int, ...]:
-    """The padding that gives the output's wanted sizes."""
-    spatial = x.rank - 2
-    if automatic == "VALID" and asked is None:
-        return (0,) * (2 * spatial)
-    before, after = [], []
-    for i in range(spatial):
-        n = x.shape[i + 2].constant
-        if n is None:
-            site.refuse("a wanted size of a symbolic axis")
-        size = asked[i - spatial] if asked is not None else n * strides[i]
-        total = strides[i] * (n - 1) + beyond[i] + (kernel[i] - 1) * dilations[i] + 1 - size
-        small, large = total // 2, total - total // 2
-        before.append(small if automatic == "SAME_UPPER" else large)
-        after.append(large if automatic == "SAME_UPPER" else small)
-    return (*before, *after)
+def _transposed_windows(site: Site, x: Expr, kernel: Sequence[Size], beyond: Sequence[int]) -> Windows:
+    """The windows whose convolution ConvTranspose is the transpose of; padding may be what gives the wanted sizes."""
+    automatic, asked = site.text("auto_pad", "NOTSET"), site.ints("output_shape")
+    spatial = len(kernel)
+    if len(beyond) != spatial or (asked is not None and len(asked) < spatial):
+        site.malformed(f"output_padding or output_shape is not for {spatial} axes")
+    if asked is None and automatic not in ("SAME_UPPER", "SAME_LOWER"):
+        return windows(site, x, kernel)
+    strides, dilations = steps(site, spatial)
+    site.ignore("pads")
+    totals = []
+    for i, (n, k, stride, dilation) in enumerate(zip(x.shape[2:], kernel, strides, dilations, strict=True)):
+        wanted = n * stride if asked is None else asked[i - spatial]
+        totals.append((n - 1) * stride + beyond[i] + (k - 1) * dilation + 1 - wanted)
+    return Windows(strides, dilations, *halves(totals, automatic == "SAME_UPPER"))
 
 
-# -- pooling -------------------------------------------------------------------------------------------------------
-
-
-@operator("GlobalAveragePool", latest=22)
-def _global_average(site: Site) -> Made:
-    x = site.x(0)
-    return site.b.reduce_mean(x, axes=tuple(range(2, x.rank)), keep=True)
-
-
-@operator("GlobalMaxPool", latest=22)
-def _global_max(site: Site) -> Made:
-    x = site.x(0)
-    return site.b.reduce_max(x, axes=tuple(range(2, x.rank)), keep=True)
+def _cut(site: Site, y: Expr, axis: int, before: Size, after: Size) -> Expr:
+    """y without that many elements on both sides of an axis; with so many zeros more where they are negative."""
+    b, symbols = site.b, site.importer.graph.symbols
+    missing, cut = [ZERO, ZERO], [ZERO, ZERO]
+    for side, size in enumerate((before, after)):
+        if is_at_least(size, ZERO, symbols):
+            cut[side] = size
+        elif is_at_least(ZERO, size, symbols):
+            missing[side] = -size
+        else:
+            site.refuse_symbolic(f"a padding of {size}, which is negative for some sizes", size)
+    if any(size != ZERO for size in missing):
+        y = b.pad(y, axis=axis, before=missing[0], after=missing[1])
+    if any(size != ZERO for size in cut):
+        y = b.slice(y, axis=axis, start=cut[0], stop=y.shape[axis] - cut[1])
+    return y

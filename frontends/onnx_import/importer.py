@@ -362,7 +362,7 @@ class Importer:
         except TreadleError as error:
             hint = error.hint
             if any(words in error.what for words in ("disagree", "elements, the shape", "it must be 1")):
-                hint = "dims={...} says which names of axes are one, or gives their sizes"
+                hint = "dims={...}, or --set NAME=VALUE, says which names of axes are one, or gives their sizes"
             received = error.received
             raise FrontendError(error.what, received=received, within=where, hint=hint) from error
         except RecursionError:

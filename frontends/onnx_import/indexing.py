@@ -70,8 +70,8 @@ def _gather_nd(site: Site) -> Made:
     """x[batch..., i0, i1, ...] where the last axis of the indices holds i0, i1, ..."""
     b, x = site.b, site.x(0)
     batch = site.int("batch_dims", 0)
-    rows, _ = _places(site, x, 1, batch)
-    head, depth = x.shape[:batch], site.shape(1)[-1].constant or 0
+    rows, _, depth = _places(site, x, 1, batch)
+    head = x.shape[:batch]
     tail = x.shape[batch + depth :]
     points = site.shape(1)[batch:-1]
     table, _ = reshaped(b, x, [product(x.shape[: batch + depth]), *tail])
@@ -79,14 +79,14 @@ def _gather_nd(site: Site) -> Made:
     return reshaped(b, picked, [*head, *points, *tail])[0]
 
 
-def _places(site: Site, x: Expr, position: int, batch: int) -> tuple[Expr, list[Size]]:
+def _places(site: Site, x: Expr, position: int, batch: int) -> tuple[Expr, list[Size], int]:
     """Indices of several axes as row numbers of x with these axes (and those of the batch) as one: [points].
 
-    Returns them, and the sizes of the points' axes.
+    Returns them, the sizes of the points' axes, and how many axes an index is of.
     """
     b, indices, shape = site.b, site.x(position).cast(i64), site.shape(position)
-    depth = shape[-1].constant
-    if depth is None or not 1 <= depth <= x.rank - batch:
+    depth = site.number(shape[-1], "how many axes an index is of")
+    if not 1 <= depth <= x.rank - batch:
         site.malformed(f"indices of {shape[-1]} axes for rank {x.rank}")
     places: Expr | None = None
     for k in range(depth):
@@ -102,7 +102,7 @@ def _places(site: Site, x: Expr, position: int, batch: int) -> tuple[Expr, list[
         along = b.rearrange(b.iota(size=x.shape[k]), pattern=f"n -> {' '.join(names)}")
         places = places + along * extent(b, stride)
         stride = stride * x.shape[k]
-    return reshaped(b, places, [product(shape[:-1])])[0], list(shape[:-1])
+    return reshaped(b, places, [product(shape[:-1])])[0], list(shape[:-1]), depth
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -131,8 +131,7 @@ def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: Si
 def _scatter_nd(site: Site) -> Made:
     b, x, updates = site.b, site.x(0), site.x(2)
     kind = site.text("reduction", "none")
-    depth = site.shape(1)[-1].constant or 0
-    rows, points = _places(site, x, 1, 0)
+    rows, points, depth = _places(site, x, 1, 0)
     tail = x.shape[depth:]
     if any(s.constant == 0 for s in (*points, *x.shape)):
         return x

@@ -82,6 +82,9 @@ def operator(
     return register
 
 
+Number = int  # which names a method within Site
+
+
 class Site:
     """One node while it is imported: its operands and attributes, and where its meaning is built.
 
@@ -248,6 +251,20 @@ class Site:
     def refuse(self, why: str, hint: str | None = None) -> NoReturn:
         """Raise UnsupportedOnnx for a case that is not taken."""
         raise unsupported(self.node, self.version, self.where, why, hint)
+
+    def number(self, size: Size, what: str) -> Number:
+        """A size that must be a number here. Refuses one that holds symbols."""
+        if size.constant is None:
+            self.refuse_symbolic(f"{what} is {size}, and must be a number", size)
+        return size.constant
+
+    def refuse_symbolic(self, why: str, *sizes: Size) -> NoReturn:
+        """Refuse a case that is not taken for symbolic sizes, and say how to give them."""
+        symbols = sorted(frozenset().union(*(size.symbols for size in sizes)))
+        given = ", ".join(f"{s}=8" for s in symbols)
+        dims = ", ".join(f"{s!r}: 8" for s in symbols)
+        on_line = " ".join(f"--set {s}=8" for s in symbols)
+        self.refuse(why, f"numbers: treadle.compile(..., {given}), {on_line}, or dims={{{dims}}} of import_onnx")
 
     def malformed(self, why: str) -> NoReturn:
         """Raise FrontendError for a node that breaks its operator's specification."""

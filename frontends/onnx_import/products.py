@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import reduce
 
 from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.windows import kernel_sizes, windows
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 
@@ -100,48 +100,20 @@ def _diagonal(site: Site, x: Expr, names: list[str], name: str) -> tuple[Expr, l
 
 @operator("Conv", latest=22)
 def _conv(site: Site) -> Made:
-    x, weight = site.x(0), site.x(1)
-    spatial = x.rank - 2
-    kernel = site.ints("kernel_shape")
-    if kernel is not None and tuple(kernel) != tuple(s.constant for s in weight.shape[2:]):
-        site.malformed("kernel_shape is not the weight's")
-    strides, dilations, padding = windowing(site, x, [s.constant or 0 for s in weight.shape[2:]])
-    return site.b.conv(
-        x,
+    return convolution(site, site.x(0), site.x(1), site.maybe(2))
+
+
+def convolution(site: Site, x: Expr, weight: Expr, bias: Expr | None) -> Expr:
+    """The convolution that a node's attributes say."""
+    found = windows(site, x, kernel_sizes(site, weight))
+    padded, padding = found.apart(x)
+    made: Expr = site.b.conv(
+        padded,
         weight,
-        site.maybe(2),
-        strides=strides,
-        dilations=dilations,
-        padding=padding if any(padding) else (0,) * (2 * spatial),
+        bias,
+        strides=found.strides,
+        dilations=found.dilations,
+        padding=padding or (0,) * (2 * len(found.strides)),
         groups=site.int("group", 1),
     )
-
-
-def windowing(site: Site, x: Expr, kernel: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Strides, dilations and padding (before each axis, then after each) of windows over the axes after the second."""
-    spatial = x.rank - 2
-    strides = site.ints("strides") or (1,) * spatial
-    dilations = site.ints("dilations") or (1,) * spatial
-    pads = site.ints("pads") or (0,) * (2 * spatial)
-    automatic = site.text("auto_pad", "NOTSET")
-    if len(strides) != spatial or len(dilations) != spatial or len(pads) != 2 * spatial or len(kernel) != spatial:
-        site.malformed(f"strides, dilations or pads are not for {spatial} axes")
-    if automatic in ("SAME_UPPER", "SAME_LOWER"):
-        before, after = [], []
-        for size, k, stride, dilation in zip(x.shape[2:], kernel, strides, dilations, strict=True):
-            if size.constant is None:
-                if stride != 1:
-                    site.refuse(f"auto_pad {automatic} with a stride over a symbolic axis")
-                total = (k - 1) * dilation
-            else:
-                windows = -(-size.constant // stride)
-                total = max((windows - 1) * stride + (k - 1) * dilation + 1 - size.constant, 0)
-            small, large = total // 2, total - total // 2
-            before.append(small if automatic == "SAME_UPPER" else large)
-            after.append(large if automatic == "SAME_UPPER" else small)
-        pads = (*before, *after)
-    elif automatic == "VALID":
-        pads = (0,) * (2 * spatial)
-    elif automatic != "NOTSET":
-        site.malformed(f"auto_pad is {automatic!r}")
-    return tuple(strides), tuple(dilations), tuple(pads)
+    return made

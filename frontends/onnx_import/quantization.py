@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from treadle.frontends.onnx_import.casts import converted
 from treadle.frontends.onnx_import.elements import Element, named
 from treadle.frontends.onnx_import.operators import Made, Site, operator
-from treadle.frontends.onnx_import.products import matmul, windowing
+from treadle.frontends.onnx_import.products import convolution, matmul
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.frontends.onnx_import.values import Known
 from treadle.ir.builder import Builder, Expr
@@ -149,10 +149,7 @@ def _matmul_integer(site: Site) -> Made:
 @operator("ConvInteger", latest=10, first=10)
 def _conv_integer(site: Site) -> Made:
     x, weight = centered(site, 0, 2, 1), centered(site, 1, 3, 0)
-    site.ignore("kernel_shape")
-    strides, dilations, padding = windowing(site, x, [s.constant or 0 for s in weight.shape[2:]])
-    y = site.b.conv(x, weight, None, strides=strides, dilations=dilations, padding=padding, groups=site.int("group", 1))
-    return in_int32(y, product(weight.shape[1:]))
+    return in_int32(convolution(site, x, weight, None), product(weight.shape[1:]))
 
 
 @operator("QLinearMatMul", latest=21, first=10)

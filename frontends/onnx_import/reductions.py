@@ -15,14 +15,12 @@ from treadle.ir.types import f32, i64, u8
 # -- reductions ----------------------------------------------------------------------------------------------------
 
 
-def _axes(site: Site, by_input: int) -> tuple[int, ...] | None:
-    """The axes to reduce; None: the operator is to change nothing."""
-    rank, changes_nothing = len(site.shape(0)), site.int("noop_with_empty_axes", 0)
+def _axes(site: Site, by_input: int) -> tuple[int, ...]:
+    """The axes to reduce, which may be none; then what else the operator does, such as a logarithm, remains."""
+    rank, none_is_none = len(site.shape(0)), site.int("noop_with_empty_axes", 0)
     axes = site.ints("axes") if site.version < by_input else site.numbers(1) if site.has(1) else None
     if not axes:
-        if changes_nothing:
-            return None
-        axes = tuple(range(rank))
+        axes = () if none_is_none else tuple(range(rank))
     return tuple(site.axis(axis, rank) for axis in axes)
 
 
@@ -32,23 +30,24 @@ def _reduction(
     @operator(name, latest=latest)
     def _reduced(site: Site) -> Made:
         keep = bool(site.int("keepdims", 1))
-        axes = _axes(site, by_input)
-        return site.x(0) if axes is None else rule(site, site.x(0), axes, keep)
+        return rule(site, site.x(0), _axes(site, by_input), keep)
 
 
 def _sum(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
-    return site.b.reduce_sum(x, axes=axes, keep=keep)
+    return site.b.reduce_sum(x, axes=axes, keep=keep) if axes else x
 
 
 def _mean(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     if x.dtype.is_int:
         site.refuse("of integers")
-    return site.b.reduce_mean(x, axes=axes, keep=keep)
+    return site.b.reduce_mean(x, axes=axes, keep=keep) if axes else x
 
 
 def _extremum(ours: str, empty: float) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
     def rule(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
         b, element = site.b, site.element(0)
+        if not axes:
+            return x
         if any(x.shape[a].constant == 0 for a in axes):
             left = [1 if i in axes else n for i, n in enumerate(x.shape) if keep or i not in axes]
             if element.is_int:
@@ -68,6 +67,8 @@ def _extremum(ours: str, empty: float) -> Callable[[Site, Expr, tuple[int, ...],
 def _log_sum_exp(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     """With the largest taken out, so that nothing overflows."""
     b = site.b
+    if not axes:
+        return x
     if any(x.shape[a].constant == 0 for a in axes):
         return b.log(b.reduce_sum(b.exp(x), axes=axes, keep=keep))
     largest = b.reduce_max(x, axes=axes, keep=True)
@@ -93,8 +94,6 @@ def _reduce_prod(site: Site) -> Made:
     """Over axes of known sizes: one product after the other."""
     b, x, keep = site.b, site.x(0), bool(site.int("keepdims", 1))
     axes = _axes(site, 18)
-    if axes is None:
-        return x
     for axis in sorted(axes, reverse=True):
         size = x.shape[axis].constant
         if size is None or size > 64:

@@ -185,7 +185,7 @@ def _squeeze(site: Site) -> Made:
         if x.shape[i] != ONE:
             if x.shape[i].constant is not None:
                 site.malformed(f"dimension {i} is {x.shape[i]}, not 1")
-            site.refuse(f"dimension {i} is {x.shape[i]}, and must be 1", "dims= gives its size")
+            site.refuse_symbolic(f"dimension {i} is {x.shape[i]}, and must be 1", x.shape[i])
     return reshaped(site.b, x, [s for i, s in enumerate(x.shape) if i not in dropped])[0]
 
 

@@ -10,6 +10,7 @@ import treadle.frontends.onnx_import.contrib_attention
 import treadle.frontends.onnx_import.functions
 import treadle.frontends.onnx_import.images
 import treadle.frontends.onnx_import.indexing
+import treadle.frontends.onnx_import.pooling
 import treadle.frontends.onnx_import.products
 import treadle.frontends.onnx_import.quantization
 import treadle.frontends.onnx_import.reductions

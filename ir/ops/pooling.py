@@ -123,7 +123,8 @@ class _Separable(_Pool):
     """The reduction of a window, and the op that it is of two elements."""
     combines: ClassVar[str]
 
-    def filling(self, dtype: DType) -> float:
+    @staticmethod
+    def filling(dtype: DType) -> float:
         """The number that changes no reduction of a window."""
         raise NotImplementedError
 
@@ -164,7 +165,8 @@ class MaxPool(_Separable):
     x = Operand()
     reduces, combines = "reduce_max", "maximum"
 
-    def filling(self, dtype: DType) -> float:
+    @staticmethod
+    def filling(dtype: DType) -> float:
         return float(np.iinfo(dtype.numpy or np.int64).min) if dtype.is_int else -math.inf
 
     def reference(self, x: Any) -> Any:
@@ -185,7 +187,8 @@ class SumPool(_Separable):
     x = Operand()
     reduces, combines = "reduce_sum", "add"
 
-    def filling(self, dtype: DType) -> float:
+    @staticmethod
+    def filling(dtype: DType) -> float:
         return 0.0
 
     def reference(self, x: Any) -> Any:
