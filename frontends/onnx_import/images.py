@@ -1,13 +1,16 @@
 """ONNX operators of vision models around their transformers: Resize, ConvTranspose.
 
 A resize is linear and one axis after the other: each is a product with a matrix [new, old] that is known at import.
+Where the sizes are symbolic, the places of the new elements are computed at the call, and elements gathered from there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +18,10 @@ import numpy.typing as npt
 from treadle.frontends.onnx_import.folding import is_at_least
 from treadle.frontends.onnx_import.operators import Made, Site, operator
 from treadle.frontends.onnx_import.windows import Windows, halves, kernel_sizes, steps, windows
-from treadle.ir.builder import Expr
+from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizes import ZERO, Size
-from treadle.ir.types import i64
+from treadle.ir.types import f64, i64
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,73 +46,126 @@ def _resize(site: Site) -> Made:
     new, scales = _targets(site, x, axes, policy)
     for axis, size, scale in zip(axes, new, scales, strict=True):
         old = x.shape[axis]
-        if size == old and scale == 1.0:
+        if size == old and scale in (1.0, None):
             continue
-        if old.constant is None or size.constant is None:
-            site.refuse(f"an axis of size {old} to {size}, which must be numbers", "dims= gives the sizes of axes")
-        if not (0 < old.constant <= _MOST and 0 < size.constant <= _MOST):
+        if mode not in ("nearest", "linear", "cubic") or (mode != "nearest" and not x.dtype.is_float):
+            site.refuse(f"mode {mode} of {x.dtype}")
+        if old.constant == 0 or size.constant == 0:
             site.refuse(f"an axis of {old} to {size}")
-        at = _coordinates(site, places, old.constant, size.constant, scale)
-        if mode == "nearest":
-            x = b.gather(x, b.constant(_nearest(site, nearest, at, old.constant), i64), axis=axis)
-        else:
-            filtered = _linear if mode == "linear" else partial(_cubic, cubic) if mode == "cubic" else None
-            if filtered is None or not x.dtype.is_float:
-                site.refuse(f"mode {mode} of {x.dtype}")
-            matrix = _matrix(at, old.constant, filtered, 1 if mode == "linear" else 2, scale, outside, antialias)
-            x = _product(site, x, matrix, axis)
+        if old.constant is not None and size.constant is not None and max(old.constant, size.constant) <= _MOST:
+            by = size.constant / old.constant if scale is None else scale
+            at = _coordinates(
+                site, places, np.arange(size.constant, dtype=np.float64), old.constant, size.constant, by, np.where
+            )
+            if mode == "nearest":
+                x = b.gather(x, b.constant(_nearest(site, nearest, at, old.constant), i64), axis=axis)
+            else:
+                filtered = _linear if mode == "linear" else partial(_cubic, cubic)
+                matrix = _matrix(at, old.constant, filtered, 1 if mode == "linear" else 2, by, outside, antialias)
+                x = _product(site, x, matrix, axis)
+            continue
+        if mode == "cubic" or (mode == "linear" and antialias and (scale is None or scale < 1)):
+            site.refuse_symbolic(f"mode {mode} from an axis of size {old} to {size}", old, size)
+        count, wanted = (b.size(value=n, dtype=f64) for n in (old, size))
+        by = wanted / count if scale is None else scale
+        at = _coordinates(site, places, b.iota(size=size).cast(f64), count, wanted, by, b.where)
+        x = _taken_nearest(site, x, axis, at, nearest) if mode == "nearest" else _between(site, x, axis, at, outside)
     return x
 
 
-def _targets(site: Site, x: Expr, axes: Sequence[int], policy: str) -> tuple[list[Size], list[float]]:
-    """The new sizes of the axes, and the scales by which places are found."""
+def _targets(site: Site, x: Expr, axes: Sequence[int], policy: str) -> tuple[list[Size], list[float | None]]:
+    """The new sizes of the axes, and the scales by which places are found; None: the ratio of the sizes."""
     old = [x.shape[a] for a in axes]
     if site.has(3) and site.shape(3) != (Size.of(0),):
         new = site.sizes(3)
         if len(new) != len(axes):
             site.malformed(f"{len(new)} sizes for {len(axes)} axes")
-        if policy != "stretch":
-            ratios = [
-                n.constant / o.constant if n.constant and o.constant else math.nan
-                for n, o in zip(new, old, strict=True)
-            ]
-            if any(math.isnan(r) for r in ratios):
-                site.refuse(f"policy {policy} with symbolic sizes")
-            ratio = min(ratios) if policy == "not_larger" else max(ratios)
-            new = [Size.of(math.floor(ratio * (o.constant or 0) + 0.5)) for o in old]
-            return new, [ratio] * len(axes)
-        pairs = zip(new, old, strict=True)
-        return new, [n.constant / o.constant if n.constant and o.constant else 1.0 for n, o in pairs]
-    content = site.content(2)
-    scales = [float(s) for s in content.flat]
+        if policy == "stretch":
+            return new, [None] * len(axes)
+        told = [
+            tuple(site.number(s, f"with policy {policy}, the size of an axis") for s in pair)
+            for pair in zip(new, old, strict=True)
+        ]
+        if any(o == 0 for _, o in told):
+            site.refuse("of an axis of size 0")
+        ratio = (min if policy == "not_larger" else max)(n / o for n, o in told)
+        return [Size.of(math.floor(ratio * o + 0.5)) for _, o in told], [ratio] * len(axes)
+    scales = [float(s) for s in site.content(2).flat]
     if len(scales) != len(axes) or any(not (0 < s < math.inf) for s in scales):
         site.malformed(f"scales {scales[:8]} for {len(axes)} axes")
-    new = []
-    for o, s in zip(old, scales, strict=True):
-        if s != 1.0 and o.constant is None:
-            site.refuse(f"an axis of size {o} by {s}", "dims= gives the sizes of axes")
-        new.append(o if s == 1.0 else Size.of(math.floor((o.constant or 0) * s)))
-    return new, scales
+    return [_scaled(site, o, s) for o, s in zip(old, scales, strict=True)], list(scales)
 
 
-def _coordinates(site: Site, places: str, old: int, new: int, scale: float) -> Floats:
-    """Where each new element lies among the old ones."""
-    i = np.arange(new, dtype=np.float64)
+def _scaled(site: Site, size: Size, scale: float) -> Size:
+    """floor(size scale)"""
+    if size.constant is not None:
+        return Size.of(math.floor(size.constant * scale))
+    ratio = Fraction(scale)
+    if ratio.denominator > _MOST:  # 0.6 is not, and what a product with it rounds to depends on the size
+        site.refuse_symbolic(f"an axis of size {size} by {scale}", size)
+    return size * ratio.numerator // ratio.denominator
+
+
+def _coordinates(site: Site, places: str, i: Any, old: Any, new: Any, scale: Any, where: Callable[..., Any]) -> Any:
+    """Where the new elements i lie among the old ones: in NumPy, or in the graph, whose sizes are scalars there."""
     match places:
         case "half_pixel":
             return (i + 0.5) / scale - 0.5
         case "half_pixel_symmetric":
             adjustment = new / (scale * old)
-            center = old / 2
-            return center * (1 - adjustment) + (i + 0.5) / scale - 0.5
+            return old / 2 * (1 - adjustment) + (i + 0.5) / scale - 0.5
         case "pytorch_half_pixel":
-            return (i + 0.5) / scale - 0.5 if new > 1 else np.zeros(new)
+            return where(new > 1, (i + 0.5) / scale - 0.5, i * 0.0)
         case "align_corners":
             exact = old * scale  # which is not rounded to a size here
-            return i * ((old - 1) / (exact - 1)) if new > 1 else np.zeros(new)
+            return i * ((old - 1) / where(new > 1, exact - 1, exact * 0.0 + 1.0))
         case "asymmetric":
             return i / scale
     site.malformed(f"coordinate_transformation_mode is {places!r}")
+
+
+def _taken_nearest(site: Site, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
+    """The elements of x that lie nearest to places along an axis, found at the call."""
+    b = site.b
+    match mode:
+        case "round_prefer_floor":
+            index = -b.floor(0.5 - at)
+        case "round_prefer_ceil":
+            index = b.floor(at + 0.5)
+        case "floor":
+            index = b.floor(at)
+        case "ceil":
+            index = -b.floor(-at)
+        case _:
+            site.malformed(f"nearest_mode is {mode!r}")
+    return b.gather(x, _within(b, index, x.shape[axis]), axis=axis)  # type: ignore[no-any-return]
+
+
+def _between(site: Site, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
+    """x between its elements: each two neighbours, weighed by how near they lie to places along an axis."""
+    b, size = site.b, x.shape[axis]
+    first, ones = b.floor(at), " ".join("1" * (x.rank - 1 - axis))
+    total: Expr | None = None
+    weights = []
+    for place in (first, first + 1.0):
+        weight = 1.0 - b.abs(at - place)
+        if exclude:
+            inside = b.logical_and(place >= 0.0, place <= b.size(value=size - 1, dtype=f64))
+            weight = b.where(inside, weight, 0.0)
+        weights.append(weight)
+    whole = weights[0] + weights[1]
+    for place, weight in zip((first, first + 1.0), weights, strict=True):
+        share = b.rearrange((weight / whole if exclude else weight).cast(x.dtype), pattern=f"n -> n {ones}")
+        part = b.gather(x, _within(b, place, size), axis=axis) * share
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _within(b: Builder, index: Expr, size: Size) -> Expr:
+    """Positions on an axis of a size; those past an edge are at the edge."""
+    last = b.size(value=size - 1, dtype=f64)
+    return b.maximum(b.minimum(index, last), 0.0).cast(i64)  # type: ignore[no-any-return]
 
 
 def _nearest(site: Site, mode: str, at: Floats, old: int) -> npt.NDArray[np.int64]:

@@ -266,6 +266,12 @@ class Site:
         on_line = " ".join(f"--set {s}=8" for s in symbols)
         self.refuse(why, f"numbers: treadle.compile(..., {given}), {on_line}, or dims={{{dims}}} of import_onnx")
 
+    def mismatched(self, why: str, *sizes: Size) -> NoReturn:
+        """Sizes that must be equal are not: a damaged node, or, if they hold symbols, a case that is not taken."""
+        if all(size.constant is not None for size in sizes):
+            self.malformed(why)
+        self.refuse_symbolic(why, *sizes)
+
     def malformed(self, why: str) -> NoReturn:
         """Raise FrontendError for a node that breaks its operator's specification."""
         raise FrontendError(f"{printable(self.node.op_type)}: {why}", within=self.where)

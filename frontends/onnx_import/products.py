@@ -88,7 +88,7 @@ def _diagonal(site: Site, x: Expr, names: list[str], name: str) -> tuple[Expr, l
     first = spread.index(name)
     second = spread.index(name, first + 1)
     if x.shape[first] != x.shape[second]:
-        site.malformed("the axes of a diagonal differ in size")
+        site.mismatched("the axes of a diagonal differ in size", x.shape[first], x.shape[second])
     place = b.iota(size=x.shape[first])
     row, column = ([n if i == k else "1" for i, n in enumerate(axis_letters(x.rank))] for k in (first, second))
     at_row = b.rearrange(place, pattern=f"{row[first]} -> {' '.join(row)}")

@@ -95,9 +95,9 @@ def _reduce_prod(site: Site) -> Made:
     b, x, keep = site.b, site.x(0), bool(site.int("keepdims", 1))
     axes = _axes(site, 18)
     for axis in sorted(axes, reverse=True):
-        size = x.shape[axis].constant
-        if size is None or size > 64:
-            site.refuse("over an axis of symbolic size, or of more than 64")
+        size = site.number(x.shape[axis], "the size of an axis")
+        if size > 64:
+            site.refuse("over an axis of more than 64")
         parts = [b.slice(x, axis=axis, start=i, stop=i + 1) for i in range(size)]
         shape = [1 if i == axis else n for i, n in enumerate(x.shape)]
         x = parts[0] if parts else b.expand(b.constant(1, x.dtype), shape=tuple(shape))
@@ -270,10 +270,17 @@ def _top_k(site: Site) -> Made:
 def _hardmax(site: Site) -> Made:
     b, x = site.b, site.x(0)
     axis = site.axis(site.int("axis", -1 if site.version >= 13 else 1), x.rank)
-    if site.version < 13 and axis != x.rank - 1:
-        site.refuse("over several axes")
+    if site.version >= 13 or axis == x.rank - 1:
+        return _hard(b, x, axis)
+    rows, _ = reshaped(b, x, [*x.shape[:axis], product(x.shape[axis:])])
+    return reshaped(b, _hard(b, rows, axis), x.shape)[0]
+
+
+def _hard(b: Builder, x: Expr, axis: int) -> Expr:
+    """1 at the first of the greatest along an axis, 0 elsewhere."""
     first = b.argmax(x, axis=axis, keep=True)
     names = ["1"] * x.rank
     names[axis] = "n"
     place = b.rearrange(b.iota(size=x.shape[axis]), pattern=f"n -> {' '.join(names)}")
-    return b.equal(first, place).cast(x.dtype)
+    made: Expr = b.equal(first, place).cast(x.dtype)
+    return made

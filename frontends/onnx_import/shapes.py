@@ -10,6 +10,7 @@ import numpy as np
 
 from treadle.frontends.onnx_import.elements import named
 from treadle.frontends.onnx_import.folding import is_at_least
+from treadle.frontends.onnx_import.indexing import extent
 from treadle.frontends.onnx_import.operators import Made, Site, operator
 from treadle.frontends.onnx_import.reductions import flipped
 from treadle.frontends.onnx_import.reshaping import reshaped
@@ -282,7 +283,7 @@ def _split(site: Site) -> Made:
         each = size.divide(count)
         if each is None:
             if size.constant is None:
-                site.refuse(f"an axis of size {size} into {count} equal parts")
+                site.refuse_symbolic(f"an axis of size {size} into {count} equal parts", size)
             step = -(-size.constant // count)
             parts = [Size.of(max(min(step, size.constant - i * step), 0)) for i in range(count)]
         else:
@@ -294,7 +295,7 @@ def _split(site: Site) -> Made:
         made.append(b.slice(x, axis=axis, start=start, stop=start + part))
         start = start + part
     if start != size:
-        site.malformed(f"parts of {start} in all, of an axis of size {size}")
+        site.mismatched(f"parts of {start} in all, of an axis of size {size}", start, size)
     return made
 
 
@@ -420,8 +421,10 @@ def _padded(b: Builder, x: Expr, axis: int, before: Size, after: Size, value: An
 def _border(site: Site, size: Size, before: Size, after: Size, mode: str) -> Expr:
     """Where along an axis each element of its padded form is read."""
     n, lead, tail = size.constant, before.constant, after.constant
-    if n is None or lead is None or tail is None or n == 0:
-        site.refuse(f"mode {mode} of an axis of symbolic or no size")
+    if n is None or lead is None or tail is None:
+        return _symbolic_border(site.b, size, before, after, mode)
+    if n == 0:
+        site.refuse(f"mode {mode} of an axis of no size")
     if n + lead + tail > 1 << 20:
         site.refuse(f"mode {mode} to an axis of {n + lead + tail}")
     places = np.arange(-lead, n + tail)
@@ -434,6 +437,18 @@ def _border(site: Site, size: Size, before: Size, after: Size, mode: str) -> Exp
         folded = places % period
         places = np.where(folded >= n, period - folded, folded)
     return site.b.constant(places, i64)
+
+
+def _symbolic_border(b: Builder, size: Size, before: Size, after: Size, mode: str) -> Expr:
+    """The same, where it is known at the call."""
+    places = b.iota(size=before + size + after) - extent(b, before)
+    last = extent(b, size) - 1
+    if mode == "edge":
+        return b.minimum(b.maximum(places, 0), last)  # type: ignore[no-any-return]
+    if mode == "wrap":
+        return b.mod(places, extent(b, size))  # type: ignore[no-any-return]
+    folded = b.mod(places, b.maximum(last * 2, 1))
+    return b.minimum(folded, last * 2 - folded)  # type: ignore[no-any-return]
 
 
 @operator("DepthToSpace", latest=13)
