@@ -347,6 +347,8 @@ REARRANGES = [
     ("f32[6, 6]", "(a b=3) (c=3 d) -> (c a) d b", ["Reshape", "Transpose", "Reshape"]),
     ("f32[B, S, 4]", "b s d -> (b s d)", ["Reshape"]),
     ("f32[B, 4, S]", "b (c=2 d) s -> c (b s) d", ["Reshape", "Transpose", "Reshape"]),
+    ("f32[1, 1]", "1 1 ->", ["Squeeze"]),
+    ("f32[]", "-> 1 1", ["Unsqueeze"]),
 ]
 
 
@@ -356,6 +358,14 @@ def test_a_rearrange_is_few_nodes(type: str, pattern: str, operators: list[str],
     graph = graph_of(lambda b: b.rearrange(b.input("x", type), pattern=pattern))
     made = same_at(graph, tmp_path, 13, {"B": 2, "S": 5}, {"B": 1, "S": 1})
     assert made.operators == Counter(operators)
+
+
+@pytest.mark.parametrize("opset", [13, 23])
+@pytest.mark.parametrize(("type", "shape"), [("f32[1]", ()), ("f32[1, 1, 1]", ()), ("f32[]", (1, 1)), ("f32[]", ())])
+def test_reshapes_to_and_from_rank_0(type: str, shape: tuple[int, ...], opset: int, tmp_path: Path) -> None:
+    graph = graph_of(lambda b: b.reshape(b.input("x", type), shape=shape) * 2.0)
+    made = same_at(graph, tmp_path, opset, {}, {})
+    assert "Reshape" not in made.operators
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "f64", "i64", "i8", "u8"])

@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,11 @@ from onnx import TensorProto, defs, helper, numpy_helper
 from treadle.backends.registry import find_backend
 from treadle.frontends.onnx_import.elements import carried, restored
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
-from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.ir.errors import FrontendError, TreadleError
+from treadle.frontends.onnx_import.importer import Imported, import_onnx
+from treadle.ir.errors import FrontendError, PassError, TreadleError
 from treadle.ir.target import Target
+from treadle.passes.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
 
 Array = np.ndarray[Any, Any]
 
@@ -275,7 +278,7 @@ def _cast(d: Draw) -> None:
     d.set(to=d.of(*[getattr(TensorProto, t) for t in ("FLOAT", "FLOAT16", "DOUBLE", "INT64", "INT32", "INT8", "BOOL")]))
     if d.version >= 19:
         d.perhaps(saturate=d.int(0, 1))
-    if d.version >= 24 and d.maybe(0.1):  # ONNX Runtime does not know it
+    if d.version >= 24 and d.maybe(0.4):  # ONNX Runtime does not know it
         d.set(round_mode="up")
 
 
@@ -286,7 +289,7 @@ def _cast_like(d: Draw) -> None:
     d.x(d.of(d.floats([1]), d.ints([2]), d.floats([], np.float16), d.bools([1])))
     if d.version >= 19:
         d.perhaps(saturate=d.int(0, 1))
-    if d.version >= 24 and d.maybe(0.1):  # ONNX Runtime does not know it
+    if d.version >= 24 and d.maybe(0.4):  # ONNX Runtime does not know it
         d.set(round_mode="up")
 
 
@@ -315,12 +318,13 @@ def _reduction(d: Draw) -> None:
     kinds = ("float32", "int32") if d.name not in ("ReduceMean", "ReduceLogSum", "ReduceLogSumExp", "ReduceL2") else ()
     x = d.numbers(shape, *(kinds or ("float32",)))
     d.x(np.abs(x) + x.dtype.type(1) if d.name == "ReduceLogSum" else x)
-    axes = d.some(len(shape)) if shape and d.maybe(0.75) else None
+    axes = d.some(len(shape)) if shape and d.maybe(0.6) else None
     d.perhaps(keepdims=d.int(0, 1))
     if d.version < (13 if d.name == "ReduceSum" else 18):
         d.set(axes=axes)
         return
-    d.perhaps(noop_with_empty_axes=d.int(0, 1))
+    if d.maybe(0.7 if axes is None else 0.2):
+        d.set(noop_with_empty_axes=1)
     if axes is not None or d.maybe(0.3):
         d.told(axes or [])
 
@@ -986,10 +990,15 @@ def _attention(d: Draw) -> None:
 # -- models --------------------------------------------------------------------------------------------------------
 
 
+@lru_cache
+def _history() -> list[Any]:
+    return [schema for schema in defs.get_all_schemas_with_history() if schema.domain == ""]
+
+
+@lru_cache
 def opsets(name: str) -> list[int]:
     """An opset for each version of an operator that is drawn."""
-    schemas = [s for s in defs.get_all_schemas_with_history() if s.name == name and s.domain == ""]
-    versions = sorted(s.since_version for s in schemas if not s.deprecated)
+    versions = sorted(s.since_version for s in _history() if s.name == name and not s.deprecated)
     return sorted({max(version, OLDEST) for version in versions if version <= NEWEST}) or [17]
 
 
@@ -1034,11 +1043,17 @@ def assembled(d: Draw, opset: int) -> Case:
     return Case(d.name, proto, given, sizes, d.rounding)
 
 
+def attributes(name: str) -> set[str]:
+    """The attributes of an operator, in the versions that are drawn."""
+    return {a for opset in opsets(name) if defs.has(name) for a in defs.get_schema(name, opset, "").attributes}
+
+
 def cases(seed: int) -> Iterator[Case]:
-    """Cases without an end: each operator in turn."""
+    """Cases without an end: each operator in turn, as often as it has attributes."""
+    turns = [(name, k) for name in DRAWN for k in range(max(len(attributes(name)), 1))]
     for n in itertools.count():
-        for name in DRAWN:
-            yield drawn(name, seed * 1_000_003 + n)
+        for name, k in turns:
+            yield drawn(name, (seed * 1_000_003 + n) * 100 + k)
 
 
 # -- what becomes of a case ----------------------------------------------------------------------------------------
@@ -1065,20 +1080,25 @@ def _with_types(case: Case) -> onnx.ModelProto:
     return proto
 
 
-def imported(case: Case, backend: str, dims: dict[str, int] | None = None) -> list[Array]:
-    """What the imported model answers. Raises TreadleError."""
+def imported(case: Case, dims: dict[str, int] | None = None) -> Imported:
+    """A case as a graph, what determines shapes given as it asks for it. Raises FrontendError."""
     static: dict[str, Any] = {}
     while True:
         try:
-            graph, weights, notes = import_onnx(case.proto, static=static, dims=dims)
-            break
+            return import_onnx(case.proto, static=static, dims=dims)
         except StaticArgumentNeeded as error:
             if error.argument in static:
                 raise
             static[error.argument] = case.inputs[error.argument]
+
+
+def answer(case: Case, made: Imported, backend: str) -> list[Array]:
+    """What a graph answers after the default pipeline. Raises TreadleError."""
+    graph, weights, notes = made
     given = {name: carried(kind, case.inputs[name]) for name, kind in notes.inputs.items()}
-    made = find_backend(backend).compile(graph, Target("cpu"), weights)(**given)
-    return [restored(notes.outputs[v.name], made[v.name]) for v in case.proto.graph.output]
+    optimized = PassManager(DEFAULT).run(graph).graph
+    results = find_backend(backend).compile(optimized, Target("cpu"), weights)(**given)
+    return [restored(notes.outputs[v.name], results[v.name]) for v in case.proto.graph.output]
 
 
 def difference(got: Sequence[Array], wanted: Sequence[Array], rounding: int) -> str | None:
@@ -1112,36 +1132,43 @@ class Outcome:
 
 
 def outcome(case: Case, backend: str = "numpy") -> Outcome:
-    """Import and run a case, with its sizes and without, and compare. A crash, and an import that reads a node which
-    ONNX Runtime runs as damaged, are wrong."""
+    """Import and run a case, with its sizes and without, and compare.
+
+    A refusal at import is an answer, unless it says that the node cannot be read. Where sizes are unknown, one at the
+    call is an answer as well: a cut that is past the end for some of them. Anything else that is raised is wrong.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = in_runtime(case)
-        ways = [case.sizes, None] if case.sizes else [None]
-        found: list[str] = []
-        why = ""
-        for dims in ways:
-            try:
-                got = imported(case, backend, dims)
-            except TreadleError as error:
-                damaged = type(error) is FrontendError and "cannot be read" in error.what
-                if damaged:
-                    return Outcome("wrong", f"{error.what}: {error.received}")
-                found.append("refused")
-                why = why or error.what
-                continue
-            except Exception as error:
-                return Outcome("wrong", f"{type(error).__name__}: {error}")
-            if isinstance(wanted, str):
-                found.append("left")
-                continue
-            if (apart := difference(got, wanted, case.rounding)) is not None:
-                return Outcome("wrong", apart + (" (without sizes)" if dims is None and case.sizes else ""))
-            found.append("same")
-    symbolic = found[1] if len(found) > 1 else "none"
+        found = [_one_way(case, backend, dims, wanted) for dims in ([case.sizes, None] if case.sizes else [{}])]
+    symbolic = found[1].verdict if len(found) > 1 else "none"
+    for one in found:
+        if one.verdict == "wrong":
+            return one
     if isinstance(wanted, str):
         return Outcome("left", wanted, symbolic)
-    return Outcome(found[0], why, symbolic)
+    return Outcome(found[0].verdict, next((one.why for one in found if one.why), ""), symbolic)
+
+
+def _one_way(case: Case, backend: str, dims: dict[str, int] | None, wanted: list[Array] | str) -> Outcome:
+    """What becomes of a case with sizes for its axes, or (None) without."""
+    without = " (without sizes)" if dims is None else ""
+    try:
+        made = imported(case, dims)
+    except FrontendError as error:
+        damaged = "cannot be read" in error.what
+        return Outcome("wrong" if damaged else "refused", f"{error.what}{f': {error.received}' if damaged else ''}")
+    try:
+        got = answer(case, made, backend)
+    except TreadleError as error:
+        at_call = dims is None and not isinstance(error, PassError)
+        return Outcome("refused" if at_call else "wrong", f"{error.what}{without}")
+    except Exception as error:
+        return Outcome("wrong", f"{type(error).__name__}: {error}{without}")
+    if isinstance(wanted, str):
+        return Outcome("left")
+    apart = difference(got, wanted, case.rounding)
+    return Outcome("same") if apart is None else Outcome("wrong", apart + without)
 
 
 def main() -> None:

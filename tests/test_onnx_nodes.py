@@ -1,0 +1,229 @@
+"""ONNX operators one node at a time: a run of the generator in tests/fuzz/onnx_nodes.py, and cases of their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("torch")
+
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from tests.fuzz.onnx_nodes import DRAWN, attributes, cases, drawn, outcome
+from tests.onnx_models import Array, answers, model, same_as_runtime
+from treadle.frontends.onnx_import.errors import UnsupportedOnnx
+from treadle.frontends.onnx_import.importer import import_onnx
+from treadle.frontends.onnx_import.operators import OPERATORS
+from treadle.ir.errors import FrontendError
+
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> Array:
+    return RNG.standard_normal(shape, np.float32)
+
+
+# -- the generator -------------------------------------------------------------------------------------------------
+
+NOT_DRAWN = {
+    "Attention": {"qk_matmul_output_mode", "softmax_precision"},  # tests/test_attention_probabilities.py
+    "BatchNormalization": {"spatial"},  # 0 is another operator, and refused
+    "Constant": {"sparse_value", "value_string", "value_strings"},  # of types that are refused
+}
+
+
+def test_every_operator_and_attribute_is_drawn() -> None:
+    known = {name for domain, name in OPERATORS if not domain}
+    assert set(DRAWN) == known
+    missing = {}
+    for name in DRAWN:
+        seen = {a.name for seed in range(60) for a in drawn(name, seed).proto.graph.node[0].attribute}
+        if unseen := attributes(name) - seen - NOT_DRAWN.get(name, set()):
+            missing[name] = unseen
+    assert missing == {}
+
+
+@pytest.mark.parametrize(("backend", "count"), [("numpy", 300), ("torch", 120)])
+def test_drawn_nodes_give_what_onnx_runtime_gives(backend: str, count: int) -> None:
+    verdicts: Counter[str] = Counter()
+    step = 5  # so that a short run sees most operators
+    for case in itertools.islice(cases(0), 0, count * step, step):
+        found = outcome(case, backend)
+        assert found.verdict != "wrong", f"{case}\n{found.why}"
+        verdicts[found.verdict] += 1
+    assert verdicts["same"] > 0.9 * count
+
+
+# -- reductions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", ["", ", no_axes"])
+@pytest.mark.parametrize("kind", ["L1", "L2", "LogSum", "LogSumExp", "SumSquare", "Sum", "Mean", "Max", "Min", "Prod"])
+def test_a_reduction_over_no_axes_does_what_remains_of_it(kind: str, axes: str) -> None:
+    proto = model("(float[A,2] x) => (float y)", f"y = Reduce{kind}<noop_with_empty_axes = 1>(x{axes})", opset=20)
+    if axes:
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros(0, np.int64), "no_axes"))
+    x = np.abs(floats(3, 2)) + np.float32(0.5) if kind == "LogSum" else floats(3, 2)
+    found = same_as_runtime(proto, {"x": x})
+    np.testing.assert_allclose(
+        answers(found, {"x": x})[0]["y"], ReferenceEvaluator(proto).run(None, {"x": x})[0], rtol=1e-6
+    )
+
+
+# -- windows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", ["Conv", "ConvInteger", "MaxPool", "AveragePool", "LpPool"])
+@pytest.mark.parametrize("automatic", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 1), (3, 2), (2, 2), (1, 2), (2, 3), (5, 3), (3, 7)])
+def test_automatic_padding_of_a_symbolic_axis(operator: str, automatic: str, kernel: int, stride: int) -> None:
+    kind = "uint8" if operator == "ConvInteger" else "float"
+    weight = f", {kind}[3,2,{kernel}] w" if operator.startswith("Conv") else ""
+    options = f'kernel_shape = [{kernel}], strides = [{stride}], auto_pad = "{automatic}"'
+    result = "int32" if operator == "ConvInteger" else "float"
+    proto = model(
+        f"({kind}[B,2,S] x{weight}) => ({result} y)",
+        f"y = {operator}<{options}>(x{', w' if weight else ''})",
+        opset=19,
+    )
+    found = import_onnx(proto)
+    (length,) = found.graph.main.outputs["y"].type.shape[2:]
+    for size in (max(kernel, stride), 8, 9, 10):
+        shapes = {"x": (2, 2, size), **({"w": (3, 2, kernel)} if weight else {})}
+        given = {n: floats(*s) if kind == "float" else RNG.integers(0, 255, s, np.uint8) for n, s in shapes.items()}
+        assert length.evaluate({"S": size}) == -(-size // stride)
+        if stride <= kernel:  # ONNX Runtime fails where a stride past the kernel drops elements
+            same_as_runtime(proto, given)
+        told = answers(import_onnx(proto, dims={"S": size}), given)
+        for got, wanted in zip(answers(found, given), told, strict=True):
+            np.testing.assert_allclose(got["y"], wanted["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["Conv", "ConvInteger"])
+def test_automatic_padding_of_a_symbolic_kernel(operator: str) -> None:
+    kind = "float" if operator == "Conv" else "uint8"
+    proto = model(
+        f"({kind}[1,2,9] x, {kind}[3,2,K] w) => ({'float' if operator == 'Conv' else 'int32'} y)",
+        f'y = {operator}<auto_pad = "SAME_UPPER">(x, w)',
+    )
+    for k in (1, 2, 3, 4):
+        given = {"x": RNG.integers(0, 255, (1, 2, 9)), "w": RNG.integers(0, 255, (3, 2, k))}
+        found = same_as_runtime(proto, {n: x.astype("float32" if kind == "float" else kind) for n, x in given.items()})
+    assert str(found.graph.main.outputs["y"].type).endswith("[1, 3, 9]")
+
+
+def test_automatic_padding_that_sizes_do_not_tell_is_refused_with_what_to_say() -> None:
+    proto = model(
+        "(float[1,2,S] x, float[3,2,K] w) => (float y)", 'y = Conv<auto_pad = "SAME_UPPER", strides = [2]>(x, w)'
+    )
+    with pytest.raises(UnsupportedOnnx) as caught:
+        import_onnx(proto)
+    assert "auto_pad of windows that span K, a stride of 2 apart, over an axis of size S" in caught.value.what
+    assert "node 0 making y (Conv)" in str(caught.value)
+    assert str(caught.value.hint).startswith("numbers: treadle.compile(..., K=8, S=8), --set K=8 --set S=8, or dims=")
+    import_onnx(proto, dims={"K": 8, "S": 8})
+    import_onnx(proto, dims={"K": 2})
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        ("kernel_shape = [3], ceil_mode = 1", None),
+        ("kernel_shape = [3], pads = [3, 0]", "padding must be from 0 to 2"),
+        ("kernel_shape = [0]", "kernel_shape is [0]"),
+        ("kernel_shape = [9]", "a window spans 9 elements"),
+        ("kernel_shape = [2, 2]", "a kernel of 2 axes"),
+        ("kernel_shape = [2], strides = [0]", "strides [0]"),
+        ("kernel_shape = [2], pads = [0, 0, 0]", "pads [0, 0, 0]"),
+        ('kernel_shape = [2], auto_pad = "BOTH"', "auto_pad is 'BOTH'"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused_by_name(form: str, why: str | None) -> None:
+    proto = model("(float[1,2,8] x) => (float y)", f"y = MaxPool<{form}>(x)")
+    if why is None:
+        import_onnx(proto)
+        return
+    with pytest.raises(FrontendError) as caught:
+        import_onnx(proto)
+    assert why in caught.value.what
+    assert "MaxPool" in str(caught.value)
+
+
+def test_the_places_of_greatest_elements_are_refused() -> None:
+    proto = model("(float[1,2,8] x) => (float y, int64 i)", "y, i = MaxPool<kernel_shape = [2]>(x)")
+    with pytest.raises(UnsupportedOnnx, match="with the indices of the greatest elements"):
+        import_onnx(proto)
+
+
+# -- resize --------------------------------------------------------------------------------------------------------
+
+PLACES = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric")
+
+
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_a_resize_to_sizes_of_another_input(mode: str, places: str) -> None:
+    """Which are symbols, as those of the axis that is resized."""
+    body = f"""
+        end = Shape<start = 2>(like)
+        start = Shape<end = 2>(x)
+        sizes = Concat<axis = 0>(start, end)
+        y = Resize<mode = "{mode}", coordinate_transformation_mode = "{places}">(x, , , sizes)
+    """
+    proto = model("(float[B,2,H,W] x, float[B,3,G,V] like) => (float y)", body, opset=19)
+    for shape, like in (((5, 4), (3, 8)), ((1, 6), (4, 1)), ((3, 3), (7, 3))):
+        found = same_as_runtime(proto, {"x": floats(2, 2, *shape), "like": floats(2, 3, *like)}, tolerance=1e-5)
+    assert str(found.graph.main.outputs["y"].type) == "f32[B, 2, G, V]"
+
+
+@pytest.mark.parametrize("nearest", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
+@pytest.mark.parametrize("scale", [0.5, 1.5, 2.0])
+def test_a_resize_by_a_scale_of_a_symbolic_axis(scale: float, nearest: str) -> None:
+    body = f"""
+        scales = Constant<value_floats = [1.0, 1.0, {scale}]>()
+        y = Resize<nearest_mode = "{nearest}", coordinate_transformation_mode = "asymmetric">(x, , scales)
+        z = Resize<mode = "linear">(x, , scales)
+    """
+    proto = model("(float[B,2,W] x) => (float y, float z)", body, opset=18)
+    for width in (2, 5, 8):
+        same_as_runtime(proto, {"x": floats(1, 2, width)}, tolerance=1e-5)
+
+
+def test_a_resize_that_needs_sizes_says_so() -> None:
+    body = 's = Constant<value_floats = [1.0, 1.0, 2.0]>() y = Resize<mode = "cubic">(x, , s)'
+    proto = model("(float[B,2,W] x) => (float y)", body)
+    with pytest.raises(UnsupportedOnnx) as caught:
+        import_onnx(proto)
+    assert caught.value.what == "Resize: mode cubic from an axis of size W to 2*W"
+    assert "--set W=8" in str(caught.value.hint)
+    import_onnx(proto, dims={"W": 8})
+
+
+# -- borders and cuts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["edge", "reflect", "wrap"])
+def test_padding_of_a_symbolic_axis_with_its_own_elements(mode: str) -> None:
+    body = f'p = Constant<value_ints = [0, 2, 0, 1]>() y = Pad<mode = "{mode}">(x, p)'
+    proto = model("(float[B,S] x) => (float y)", body, opset=19)
+    for size in (3, 4, 7):
+        same_as_runtime(proto, {"x": floats(2, size)})
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "axes = [1, 2], starts = [1, -2], ends = [3, 2147483647]",
+        "starts = [0, 1], ends = [9, -1]",
+        "axes = [2], starts = [-9], ends = [2]",
+    ],
+)
+def test_a_slice_whose_cuts_are_attributes(form: str) -> None:
+    """As Slice has them before opset 10."""
+    same_as_runtime(model("(float[2,4,5] x) => (float y)", f"y = Slice<{form}>(x)", opset=9), {"x": floats(2, 4, 5)})
