@@ -192,6 +192,7 @@ def _rotary(site: Site) -> Made:
     size = site.number(x.shape[3], "the width of a head")
     wanted = width or size
     if not wanted or wanted > size or cos.shape[-1] != wanted // 2 or cos.shape != sin.shape:
-        site.malformed(f"caches of {cos.shape[-1]} and {sin.shape[-1]} columns for {wanted} dimensions")
+        columns = cos.shape[-1], sin.shape[-1]
+        site.mismatched(f"caches of {columns[0]} and {columns[1]} columns for {wanted} dimensions", *columns)
     y = turned(b, x, cos, sin, interleaved=interleaved)
     return heads_together(b, y) if merged else y
