@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.fuzz.onnx_nodes import DRAWN, attributes, cases, drawn, outcome
 from tests.onnx_models import Array, answers, model, same_as_runtime
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.frontends.onnx_import.operators import OPERATORS
+from treadle.frontends.onnx_import.operators import OPERATORS, Made, Site
 from treadle.ir.errors import FrontendError
 
 RNG = np.random.default_rng(0)
@@ -58,6 +59,18 @@ def test_drawn_nodes_give_what_onnx_runtime_gives(backend: str, count: int) -> N
         assert found.verdict != "wrong", f"{case}\n{found.why}"
         verdicts[found.verdict] += 1
     assert verdicts["same"] > 0.9 * count
+
+
+def test_a_wrong_number_and_a_crash_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashes(site: Site) -> Made:
+        raise KeyError("x")
+
+    case = next(case for seed in itertools.count() if (case := drawn("Neg", seed)).inputs)
+    known = OPERATORS["", "Neg"]
+    for handler, why in ((lambda site: site.x(0), "should be"), (crashes, "Neg cannot be read: KeyError")):
+        monkeypatch.setitem(OPERATORS, ("", "Neg"), replace(known, handler=handler))
+        found = outcome(case)
+        assert (found.verdict, why in found.why) == ("wrong", True)
 
 
 # -- reductions ----------------------------------------------------------------------------------------------------

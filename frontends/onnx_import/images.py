@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from treadle.frontends.onnx_import.folding import is_at_least
 from treadle.frontends.onnx_import.operators import Made, Site, operator
-from treadle.frontends.onnx_import.windows import Windows, halves, kernel_sizes, steps, windows
+from treadle.frontends.onnx_import.windows import Windows, halves, kernel_sizes, steps, windows_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizes import ZERO, Size
@@ -67,8 +67,8 @@ def _resize(site: Site) -> Made:
         if mode == "cubic" or (mode == "linear" and antialias and (scale is None or scale < 1)):
             site.refuse_symbolic(f"mode {mode} from an axis of size {old} to {size}", old, size)
         count, wanted = (b.size(value=n, dtype=f64) for n in (old, size))
-        by = wanted / count if scale is None else scale
-        at = _coordinates(site, places, b.iota(size=size).cast(f64), count, wanted, by, b.where)
+        ratio = wanted / count if scale is None else scale
+        at = _coordinates(site, places, b.iota(size=size).cast(f64), count, wanted, ratio, b.where)
         x = _taken_nearest(site, x, axis, at, nearest) if mode == "nearest" else _between(site, x, axis, at, outside)
     return x
 
@@ -138,7 +138,7 @@ def _taken_nearest(site: Site, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
             index = -b.floor(-at)
         case _:
             site.malformed(f"nearest_mode is {mode!r}")
-    return b.gather(x, _within(b, index, x.shape[axis]), axis=axis)  # type: ignore[no-any-return]
+    return b.gather(x, _within(b, index, x.shape[axis]), axis=axis)
 
 
 def _between(site: Site, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
@@ -165,7 +165,7 @@ def _between(site: Site, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
 def _within(b: Builder, index: Expr, size: Size) -> Expr:
     """Positions on an axis of a size; those past an edge are at the edge."""
     last = b.size(value=size - 1, dtype=f64)
-    return b.maximum(b.minimum(index, last), 0.0).cast(i64)  # type: ignore[no-any-return]
+    return b.maximum(b.minimum(index, last), 0.0).cast(i64)
 
 
 def _nearest(site: Site, mode: str, at: Floats, old: int) -> npt.NDArray[np.int64]:
@@ -257,7 +257,7 @@ def _transposed_windows(site: Site, x: Expr, kernel: Sequence[Size], beyond: Seq
     if len(beyond) != spatial or (asked is not None and len(asked) < spatial):
         site.malformed(f"output_padding or output_shape is not for {spatial} axes")
     if asked is None and automatic not in ("SAME_UPPER", "SAME_LOWER"):
-        return windows(site, x, kernel)
+        return windows_of(site, x, kernel)
     strides, dilations = steps(site, spatial)
     site.ignore("pads")
     totals = []

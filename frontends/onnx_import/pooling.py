@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from treadle.frontends.onnx_import.operators import Made, Site, operator
-from treadle.frontends.onnx_import.windows import Windows, windows
+from treadle.frontends.onnx_import.windows import Windows, windows_of
 from treadle.ir.builder import Expr
 from treadle.ir.ops.along_axes import widened
 from treadle.ir.ops.pooling import MaxPool, padding_for_ceil
@@ -27,7 +27,7 @@ class Pool:
         if not kernel or min(kernel) < 1:
             site.malformed(f"kernel_shape is {list(kernel or ())}")
         self.kernel = kernel
-        self.asked = self.found = windows(site, self.x, [Size.of(k) for k in kernel])
+        self.asked = self.found = windows_of(site, self.x, [Size.of(k) for k in kernel])
         if site.int("ceil_mode", 0) and site.text("auto_pad", "NOTSET") in ("NOTSET", "VALID"):
             each = zip(kernel, self.asked.strides, self.asked.dilations, self.asked.after, strict=True)
             ends = (padding_for_ceil(k, stride, dilation, after.constant or 0) for k, stride, dilation, after in each)

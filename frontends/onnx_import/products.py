@@ -6,7 +6,7 @@ import re
 from functools import reduce
 
 from treadle.frontends.onnx_import.operators import Made, Site, operator
-from treadle.frontends.onnx_import.windows import kernel_sizes, windows
+from treadle.frontends.onnx_import.windows import kernel_sizes, windows_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 
@@ -105,7 +105,7 @@ def _conv(site: Site) -> Made:
 
 def convolution(site: Site, x: Expr, weight: Expr, bias: Expr | None) -> Expr:
     """The convolution that a node's attributes say."""
-    found = windows(site, x, kernel_sizes(site, weight))
+    found = windows_of(site, x, kernel_sizes(site, weight))
     padded, padding = found.apart(x)
     made: Expr = site.b.conv(
         padded,

@@ -444,11 +444,11 @@ def _symbolic_border(b: Builder, size: Size, before: Size, after: Size, mode: st
     places = b.iota(size=before + size + after) - extent(b, before)
     last = extent(b, size) - 1
     if mode == "edge":
-        return b.minimum(b.maximum(places, 0), last)  # type: ignore[no-any-return]
+        return b.minimum(b.maximum(places, 0), last)
     if mode == "wrap":
-        return b.mod(places, extent(b, size))  # type: ignore[no-any-return]
+        return b.mod(places, extent(b, size))
     folded = b.mod(places, b.maximum(last * 2, 1))
-    return b.minimum(folded, last * 2 - folded)  # type: ignore[no-any-return]
+    return b.minimum(folded, last * 2 - folded)
 
 
 @operator("DepthToSpace", latest=13)

@@ -69,7 +69,7 @@ def steps(site: Site, spatial: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(strides), tuple(dilations)
 
 
-def windows(site: Site, x: Expr, kernel: Sequence[Size]) -> Windows:
+def windows_of(site: Site, x: Expr, kernel: Sequence[Size]) -> Windows:
     """The windows that a node's attributes say. Refuses an automatic padding that its sizes do not tell."""
     spatial = x.rank - 2
     if spatial < 1 or len(kernel) != spatial:

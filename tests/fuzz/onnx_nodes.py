@@ -1,7 +1,7 @@
 """ONNX models of one node each, over every operator that the importer knows, its attributes and its versions, held
 against ONNX Runtime.
 
-    python -m tests.fuzz.onnx_nodes --count 5000 --seed 0
+    python -m tests.fuzz.onnx_nodes [--count 5000] [--seed 0] [--only Conv] [--backend torch]
 
 `cases(seed)` goes on for ever: each operator in turn, with random operands and attributes, some operands constant, some
 axes without a size. `outcome(case)` imports a case with its sizes and without, runs both, and says how it went.
@@ -1171,12 +1171,12 @@ def _one_way(case: Case, backend: str, dims: dict[str, int] | None, wanted: list
     return Outcome("same") if apart is None else Outcome("wrong", apart + without)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one operator")
-    parser.add_argument("--backend", default="numpy")
+    parser.add_argument("--count", type=int, default=5000, help="nodes (default 5000)")
+    parser.add_argument("--seed", type=int, default=0, help="what they are drawn from (default 0)")
+    parser.add_argument("--only", choices=sorted(DRAWN), metavar="OPERATOR", help="this operator alone")
+    parser.add_argument("--backend", default="numpy", help="what runs them (default numpy)")
     parser.add_argument("--reasons", type=int, default=40, help="how many reasons for refusals are printed")
     asked = parser.parse_args()
     several = cases(asked.seed) if not asked.only else (drawn(asked.only, asked.seed + n) for n in itertools.count())
@@ -1195,8 +1195,8 @@ def main() -> None:
     for reason, times in reasons.most_common(asked.reasons):
         print(f"{times:5}  {reason}")
     print(f"seed {asked.seed}, {asked.backend}: {dict(verdicts)}; without sizes: {dict(symbolic)}")
-    sys.exit(bool(verdicts["wrong"]))
+    return 1 if verdicts["wrong"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
