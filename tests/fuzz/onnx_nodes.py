@@ -317,6 +317,8 @@ def _reduction(d: Draw) -> None:
     shape = d.shape(0)
     kinds = ("float32", "int32") if d.name not in ("ReduceMean", "ReduceLogSum", "ReduceLogSumExp", "ReduceL2") else ()
     x = d.numbers(shape, *(kinds or ("float32",)))
+    if d.name == "ReduceProd" and x.dtype.kind == "i":
+        x = d.ints(shape, -1, 1, x.dtype)  # ONNX Runtime does not say what a product past int32 is
     d.x(np.abs(x) + x.dtype.type(1) if d.name == "ReduceLogSum" else x)
     axes = d.some(len(shape)) if shape and d.maybe(0.6) else None
     d.perhaps(keepdims=d.int(0, 1))
