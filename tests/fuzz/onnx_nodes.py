@@ -949,7 +949,8 @@ def _resize(d: Draw) -> None:
     centered = d.attributes.get("coordinate_transformation_mode") in (None, "half_pixel")
     if d.version >= 18 and mode != "nearest" and centered:
         d.perhaps(antialias=d.int(0, 1))
-    if d.version >= 18 and not by_scale and axes != [-1, -2]:  # with which ONNX Runtime loses the policy
+    # With negative axes ONNX Runtime loses the policy, and of aligned corners it rounds the scaled size here, too.
+    if d.version >= 18 and not by_scale and axes != [-1, -2] and place != "align_corners":
         d.perhaps(keep_aspect_ratio_policy=d.of("stretch", "not_larger", "not_smaller"))
     d.perhaps(extrapolation_value=0.5)
 
