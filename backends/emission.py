@@ -120,20 +120,28 @@ class Line:
             raise AttributeError(name)
         return self[name]
 
+    def as_read_by(self, kind: type[Line]) -> Line:
+        """The same node as another kind of line sees it."""
+        return kind(self._writer, self.node)
+
     def _text(self, value: Value) -> str:
         if value.literal is not None and value.literal.shape == () and value.type.dtype in self._dtypes:
             return number(value.literal)
+        return self._read(value)
+
+    def _read(self, value: Value) -> str:
+        """A value as an array."""
         return self._writer.read(value)
 
     @property
     def arrays(self) -> str:
         """All operands that are present, as arrays."""
-        return ", ".join(self._writer.read(v) for v in self.node.inputs)
+        return ", ".join(map(self._read, self.node.inputs))
 
     def array(self, name: str) -> str:
         """An operand as an array, also where it is a scalar constant."""
         value = self._values[name]
-        return "None" if value is None else self._writer.read(value)
+        return "None" if value is None else self._read(value)
 
     def has(self, name: str) -> bool:
         """Whether an optional operand is present."""

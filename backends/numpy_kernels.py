@@ -1,6 +1,7 @@
 """Kernels in NumPy that emitted source calls: what one expression cannot say, or says wastefully.
 
-Each gives results in the dtype of its operands. Nothing here loops over elements.
+Each gives results in the dtype of its operands, and sums in it: emitted source passes float16 in float32. Attention
+alone takes it as it is, and rounds scores and probabilities as its body does. Nothing here loops over elements.
 """
 
 from __future__ import annotations
@@ -117,24 +118,22 @@ def log_softmax(x: Array, axis: int) -> Array:
 
 
 def layer_norm(x: Array, weight: Array | None, bias: Array | None, eps: float) -> Array:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, of float16 in float32"""
-    wide = wide_array(x)
-    y: Array = wide - np.mean(wide, axis=-1, keepdims=True)
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis"""
+    y: Array = x - np.mean(x, axis=-1, keepdims=True)
     y /= np.sqrt(np.mean(y * y, axis=-1, keepdims=True) + eps)
     if weight is not None:
         y *= weight
     if bias is not None:
         y += bias
-    return y.astype(x.dtype, copy=False)
+    return y
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, of float16 in float32"""
-    wide = wide_array(x)
-    y: Array = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis"""
+    y: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
     if weight is not None:
         y *= weight
-    return y.astype(x.dtype, copy=False)
+    return y
 
 
 def take(x: Array, indices: Array, axis: int) -> Array:
@@ -207,7 +206,7 @@ def attention(
             b, s = slice(row, row + some_rows), slice(query, query + some_queries)
             some_masks, some_biases = ([_part(x, b, s) for x in parts] for parts in (masks, biases))
             p = _probabilities(q[b, :, s], keys_across[b], scale, some_masks, some_biases, softcap)
-            out[b, :, s] = (_grouped(p, groups) @ v[b, :, None]).reshape(out[b, :, s].shape)
+            out[b, :, s] = _product(_grouped(p, groups), v[b, :, None]).reshape(out[b, :, s].shape)
     return out
 
 
@@ -224,7 +223,7 @@ def attention_with_probabilities(
     """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
     groups = k.shape[1]
     p = _probabilities(q, np.swapaxes(k, -1, -2), scale, masks, biases, softcap)
-    out = _grouped(p, groups) @ v[:, :, None]
+    out = _product(_grouped(p, groups), v[:, :, None])
     return out.reshape(*q.shape[:3], v.shape[-1]), p
 
 
@@ -238,7 +237,7 @@ def _probabilities(
 ) -> Array:
     """[b, h, s, t], of keys [b, g, d, t]"""
     heads, groups, keys = q.shape[1], keys_across.shape[1], keys_across.shape[-1]
-    scores = _grouped(q * scale, groups) @ keys_across[:, :, None]
+    scores = _product(_grouped(q * scale, groups), keys_across[:, :, None])
     scores = scores.reshape(scores.shape[0], heads, -1, keys)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
@@ -246,7 +245,13 @@ def _probabilities(
         scores += bias
     for mask in masks:
         np.copyto(scores, -np.inf, where=~mask)
-    return _safe_softmax(scores)
+    return _safe_softmax(wide_array(scores)).astype(q.dtype, copy=False)
+
+
+def _product(x: Array, y: Array) -> Array:
+    """x @ y, of float16 summed in float32"""
+    made: Array = (wide_array(x) @ wide_array(y)).astype(x.dtype, copy=False)
+    return made
 
 
 def _grouped(x: Array, groups: int) -> Array:

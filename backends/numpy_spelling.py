@@ -1,15 +1,48 @@
-"""How ops are spelled in NumPy. What has no entry is run by its reference, or, if a composite, by its body."""
+"""How ops are spelled in NumPy. What has no entry is run by its reference, or, if a composite, by its body.
+
+float16 is summed in float32, see `Op.accumulates`, and so is computed whatever takes several steps.
+"""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
 
 from treadle.backends.attention_spelling import attention, knows
 from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.emission import Dialect, Line, Spelling, float_text
-from treadle.ir.operation import Op
+from treadle.ir.graph import Value
+from treadle.ir.operation import Op, find_op
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
-from treadle.ir.types import DType, Type
+from treadle.ir.types import DType, Type, f16
+
+# -- 16 bits ---------------------------------------------------------------------------------------------------
+
+
+class _WideLine(Line):
+    """A node whose float16 operands are read in float32."""
+
+    def _read(self, value: Value) -> str:
+        text = super()._read(value)
+        return f"{text}.astype(np.float32)" if value.type.dtype is f16 else text
+
+
+def _in_f32(spelling: Spelling) -> Callable[[Line], str]:
+    """An op's spelling, of float16 in float32 with one rounding: of sums, and of what takes several steps."""
+
+    def spelled(line: Line) -> str:
+        dtypes = {r.type.dtype for r in line.node.results}
+        held = line if f16 not in dtypes else line.as_read_by(_WideLine)
+        text = spelling.format_map(held) if isinstance(spelling, str) else spelling(held)
+        if held is line:
+            return text
+        is_call = isinstance(ast.parse(text, mode="eval").body, ast.Call)
+        return f"{text}.astype(np.float16)" if is_call else f"({text}).astype(np.float16)"
+
+    return spelled
+
+
+# -- the table -------------------------------------------------------------------------------------------------
 
 SPELLINGS: dict[str, Spelling] = {
     # arithmetic
@@ -27,11 +60,11 @@ SPELLINGS: dict[str, Spelling] = {
     "exp": "np.exp({x})",
     "log": "np.log({x})",
     "sqrt": "np.sqrt({x})",
-    "rsqrt": "1.0 / np.sqrt({x})",
+    "rsqrt": _in_f32("1.0 / np.sqrt({x})"),
     "reciprocal": "1.0 / {x}",
     "tanh": "np.tanh({x})",
-    "erf": "kernels.erf({x})",
-    "sigmoid": "1.0 / (1.0 + np.exp(-{x}))",
+    "erf": _in_f32("kernels.erf({x})"),
+    "sigmoid": _in_f32("1.0 / (1.0 + np.exp(-{x}))"),
     "sin": "np.sin({x})",
     "cos": "np.cos({x})",
     "abs": "np.abs({x})",
@@ -39,10 +72,10 @@ SPELLINGS: dict[str, Spelling] = {
     "floor": "np.floor({x})",
     "round": "np.rint({x})",
     "relu": "np.maximum({x}, 0.0)",
-    "gelu": "kernels.gelu({x})",
-    "gelu_tanh": "kernels.gelu_tanh({x})",
-    "silu": "{x} / (1.0 + np.exp(-{x}))",
-    "quick_gelu": "{x} / (1.0 + np.exp(-1.702 * {x}))",
+    "gelu": _in_f32("kernels.gelu({x})"),
+    "gelu_tanh": _in_f32("kernels.gelu_tanh({x})"),
+    "silu": _in_f32("{x} / (1.0 + np.exp(-{x}))"),
+    "quick_gelu": _in_f32("{x} / (1.0 + np.exp(-1.702 * {x}))"),
     # logic
     "equal": "{x} == {y}",
     "not_equal": "{x} != {y}",
@@ -186,13 +219,17 @@ def _log_softmax(line: Line) -> str:
 
 @_spells("layer_norm")
 def _layer_norm(line: Line) -> str:
-    return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {line.op.eps!r})"
+    return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {float_text(line.op.eps)})"
 
 
 @_spells("rms_norm")
 def _rms_norm(line: Line) -> str:
-    return f"kernels.rms_norm({line.x}, {line.weight}, {line.op.eps!r})"
+    return f"kernels.rms_norm({line.x}, {line.weight}, {float_text(line.op.eps)})"
 
+
+_ATTENTIONS = (Attention, AttentionWithProbabilities)  # whose kernel sums in float32 itself
+_SUMMING = [n for n in SPELLINGS if find_op(n).accumulates is not None and not issubclass(find_op(n), _ATTENTIONS)]
+SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
 
 NUMPY = Dialect(
     name="numpy",
@@ -204,4 +241,4 @@ NUMPY = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    return op.name in SPELLINGS and (not isinstance(op, Attention | AttentionWithProbabilities) or knows(op))
+    return op.name in SPELLINGS and (not isinstance(op, _ATTENTIONS) or knows(op))

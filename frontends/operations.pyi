@@ -261,7 +261,7 @@ def cumsum(
     reverse: bool = False,
     name: str | None = None,
 ) -> Tensor:
-    """y[i] = sum of x[j] over j <= i, along `axis`
+    """y[i] = sum of x[j] over j <= i, along `axis`, of 16-bit floats carried in f32
 
     exclusive   j < i instead: starts at 0
     reverse     j >= i (or j > i): sums from the end. The result at i then reads what comes after i, so the
@@ -332,7 +332,7 @@ def fold_windows(
 ) -> Tensor:
     """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added where they lie
 
-    The transpose of `windows`.
+    The transpose of `windows`. Where windows overlap, 16-bit floats are added in f32.
 
     size   the size of the axis that the windows were taken from
     """
@@ -387,7 +387,7 @@ def index_add(
 ) -> Tensor:
     """y = target, then y[..., indices[i...], ...] += updates[..., i..., ...] for every i
 
-    The transpose of `gather`. Where indices repeat, all of their updates are added.
+    The transpose of `gather`. Where indices repeat, all of their updates are added, of 16-bit floats in f32.
     """
 
 def iota(*, size: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
@@ -425,7 +425,10 @@ def log(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = ln x; -inf at 0, NaN below"""
 
 def log_softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
-    """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x"""
+    """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x
+
+    16-bit floats are computed with in f32, and the result is rounded.
+    """
 
 def logical_and(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x and y"""
@@ -440,7 +443,7 @@ def masked_softmax(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """softmax over the last axis, and zeros for a row that is -inf throughout
 
     The probabilities of attention: those of a query that may see no key. Where attention is lowered by its body it is
-    one op for which a backend may have a kernel.
+    one op for which a backend may have a kernel. 16-bit floats are computed with in f32, and the result is rounded.
     """
 
 def matmul(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -573,7 +576,7 @@ def reduce_min(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, nam
     """
 
 def reduce_sum(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
-    """y = sum of x over `axes`, accumulated in its own dtype"""
+    """y = sum of x over `axes`, accumulated in its own dtype, of 16-bit floats in f32"""
 
 def relu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = max(x, 0); the gradient at 0 is 0        (Nair & Hinton 2010)"""
@@ -649,7 +652,8 @@ def scatter_add(
     """y = target, then y[..., indices[..., i, ...], ...] += updates[..., i, ...] for every i
 
     The transpose of `take_along_axis`, PyTorch's scatter_add. indices and updates have one shape: the rank of
-    target, and its sizes beside the axis. Where indices repeat, all of their updates are added.
+    target, and its sizes beside the axis. Where indices repeat, all of their updates are added, of 16-bit floats in
+    f32.
     """
 
 def sigmoid(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -687,7 +691,8 @@ def slice(
 def softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
 
-    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there.
+    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there. 16-bit floats are computed
+    with in f32, and the result is rounded.
     """
 
 def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:

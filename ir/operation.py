@@ -65,6 +65,10 @@ class Op:
     dtype_text: ClassVar[str | None] = None
     linear_text: ClassVar[str] = ""
     flops: ClassVar[int] = 1
+    accumulates: ClassVar[DType | None] = None
+    """For an op that adds elements up: sums are held in this dtype at least, whatever the terms are, and rounded to the
+    result's dtype once. The reference, the body, the gradient and every backend keep to it: f16 and bf16 cannot count
+    past 2048 and 256. None: it adds up no elements."""
     step: ClassVar[str | None] = None
     """How an axis that it scans or generates goes on in a generation step ("carries the running sum"); None: not."""
     pairs: ClassVar[tuple[str, str] | None] = None
@@ -253,6 +257,11 @@ class Op:
     def linear(self) -> tuple[frozenset[str], ...]:
         """Groups of operands in which the op is linear together, the others held fixed."""
         return tuple(frozenset(group.split()) for group in self.linear_text.split("|") if group.strip())
+
+    def sums_in(self, dtype: DType) -> DType:
+        """What sums that are rounded to a dtype at last are held in: the more precise of it and `accumulates`."""
+        least = self.accumulates
+        return least if least is not None and dtype.is_float and dtype.bytes < least.bytes else dtype
 
     def at(self, values: Mapping[str, int]) -> Op:
         """The op with its symbolic sizes evaluated."""

@@ -168,12 +168,6 @@ def seedings(case: Case) -> list[list[int]]:
     return [together, *([n] for n in together if len(together) > 1)]
 
 
-def resolution(graph: Graph) -> float:
-    """The spacing of the coarsest float dtype that a graph computes in."""
-    values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
-    return max((EPSILON[v.type.dtype.name] for v in values if v.type.dtype.is_float), default=EPSILON["f64"])
-
-
 def refusal(backend: str, graph: Graph) -> str | None:
     """What a backend says of a graph that it may refuse, by its documentation; None: it must run it."""
     values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
@@ -187,7 +181,11 @@ def held(x: Array, dtype: DType) -> Array:
 
 
 def assert_close(got: Array, expected: Array, tolerance: float, what: str) -> None:
-    """Equal shapes and elements, floats up to a tolerance relative to the largest magnitude (1 at least)."""
+    """Equal shapes and elements, floats up to a tolerance relative to the largest magnitude (1 at least).
+
+    For float64 beside float64: two orders of the same sums, or a difference quotient. What a dtype's own precision
+    allows is told by `tests.rounding_bounds`.
+    """
     if expected.dtype.kind != "f":
         np.testing.assert_array_equal(got, expected, err_msg=what, strict=True)
         return

@@ -10,7 +10,7 @@ from treadle.ir.errors import RuleError
 from treadle.ir.operation import Composite, Operand, find_op, op
 from treadle.ir.ops.weight_layouts import multiplied, refuse_weight_axes, rows_of
 from treadle.ir.samples import S
-from treadle.ir.types import Type
+from treadle.ir.types import Type, f32
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh", "sigmoid")
 """What a product may be finished with: an op of this name."""
@@ -22,6 +22,7 @@ class _ActivatedProduct(Composite):
     activation: str
     weight_axes: str
     activations: ClassVar[tuple[str, ...]] = ACTIVATIONS
+    accumulates = f32
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.activation not in self.activations:

@@ -63,7 +63,7 @@ def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
 
 
 def widened(x: Expr) -> Expr:
-    """x, in f32 if it is of 16 bits: its squares and sums may be past what those hold."""
+    """x as it is summed: in f32 if it is of 16 bits, whose squares and sums may be past what those hold."""
     return x.cast(f32) if x.dtype in (f16, bf16) else x
 
 

@@ -30,7 +30,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.differentiate import backward, operand_gradients
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Array, Composite, Demand, Grads, Operand, op
-from treadle.ir.ops.along_axes import not_empty
+from treadle.ir.ops.along_axes import not_empty, wide_array
 from treadle.ir.ops.normalization import MaskedSoftmax
 from treadle.ir.samples import S
 from treadle.ir.types import Type, f32, f64
@@ -51,6 +51,7 @@ class _Attending(Composite):
     scale: float | None = None
     softcap: float | None = None
     pairs = ("s", "t")
+    accumulates = f32
 
     # -- rules -----------------------------------------------------------------------------------------------
 
@@ -86,6 +87,8 @@ class _Attending(Composite):
             raise RuleError(f"takes {', '.join(names)}, received {len(types)} operands")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise RuleError(f"softcap must be positive, is {self.softcap}")
+        if self.scale is not None and not math.isfinite(self.scale):  # with which every score is infinite or NaN
+            raise RuleError(f"scale must be finite, is {self.scale}", hint="a finite number, or none for 1/sqrt(d)")
         q = types[0]
         if self.scale is None and q is not None and q.rank == 4 and not q.shape[-1].constant:
             raise RuleError(f"has no default scale for heads of size {q.shape[-1]}", hint="give scale")
@@ -111,10 +114,12 @@ class _Attending(Composite):
         return self._attended(q, k, v, given)[0]
 
     def _attended(self, q: Array, k: Array, v: Array, given: Sequence[Array]) -> tuple[Array, Array]:
-        """What is attended to, and the probabilities."""
-        shared = q.shape[1] // k.shape[1]
-        k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
-        scores = self.scale_for(q.shape[-1]) * (q @ np.swapaxes(k, -1, -2))
+        """What is attended to, and the probabilities. As in the body scores and probabilities are rounded to the dtype,
+        so that a bias past what it holds is infinite; sums are not."""
+        dtype, shared = q.dtype, q.shape[1] // k.shape[1]
+        k, v = (np.repeat(wide_array(x), shared, axis=1) for x in (k, v))
+        queries = self.scale_for(q.shape[-1]) * q
+        scores = (wide_array(queries) @ np.swapaxes(k, -1, -2)).astype(dtype)
         if self.softcap is not None:
             scores = self.softcap * np.tanh(scores / self.softcap)
         i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])
@@ -124,12 +129,12 @@ class _Attending(Composite):
                 scores = scores + term.reference(i, j, *operands)
             else:
                 keep = keep & term.reference(i, j, *operands)
-        scores = np.where(keep, scores, -np.inf)
+        scores = wide_array(np.where(keep, scores, -np.inf))
         peak = scores.max(axis=-1, keepdims=True)
         weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
         total = weights.sum(axis=-1, keepdims=True)
-        probabilities = weights / np.where(total > 0, total, 1)
-        return probabilities @ v, probabilities
+        probabilities = (weights / np.where(total > 0, total, 1)).astype(dtype)
+        return (wide_array(probabilities) @ v).astype(dtype), probabilities
 
     def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
         """[b, g, r, s, t], with -inf where a mask says no. scaled_last: the products are scaled, not the queries."""
@@ -232,6 +237,8 @@ _ERRORS = [
     (S("f32[2,4,5]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "q must have rank 4, has rank 3"),
     (S("f32[2,4,5,D]", "f32[2,4,5,D]", "f32[2,4,5,3]"), "no default scale for heads of size D"),
     (S(*_SELF, softcap=0.0), "softcap must be positive"),
+    (S(*_SELF, scale=math.nan), "scale must be finite, is nan"),
+    (S(*_SELF, scale=-math.inf), "scale must be finite, is -inf"),
     (S(*_SELF, terms=(Padding(),)), "takes q, k, v, lengths, received 3 operands"),
     (S(*_SELF, "i64[3]", terms=(Padding(),)), "axis b sizes disagree: 2 in q, 3 in lengths"),
     (S(*_SELF, "i32[2]", terms=(Padding(),)), "lengths must be i64, is i32"),

@@ -10,11 +10,12 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Composite, Demand, Grads, Operand, Primitive, op
+from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.ops.shapes import resized, sized
 from treadle.ir.samples import S
 from treadle.ir.sizes import Size, SizeLike
-from treadle.ir.types import Type
+from treadle.ir.types import Type, f32
 
 
 def window_count(size: Size, window: SizeLike, stride: int, dilation: int) -> Size:
@@ -92,7 +93,7 @@ class Windows(Primitive):
 class FoldWindows(Primitive):
     """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added where they lie
 
-    The transpose of `windows`.
+    The transpose of `windows`. Where windows overlap, 16-bit floats are added in f32.
 
     size   the size of the axis that the windows were taken from
     """
@@ -102,6 +103,7 @@ class FoldWindows(Primitive):
     size: Size
     stride: int = 1
     dilation: int = 1
+    accumulates = f32
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         *names, element = axis_letters(ranks[0] or 0, self.size.symbols)
@@ -123,12 +125,13 @@ class FoldWindows(Primitive):
         axis = place(self.axis, x.ndim - 1)
         shape = list(x.shape[:-1])
         shape[axis] = self.size.evaluate({})
-        y = np.zeros(shape, x.dtype)
+        wide = wide_array(x)
+        y = np.zeros(shape, wide.dtype)
         moved, reach = np.moveaxis(y, axis, 0), (x.shape[axis] - 1) * self.stride + 1
         for k in range(x.shape[-1]):
             first = k * self.dilation
-            moved[first : first + reach : self.stride] += np.moveaxis(x[..., k], axis, 0)
-        return y
+            moved[first : first + reach : self.stride] += np.moveaxis(wide[..., k], axis, 0)
+        return y.astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs
@@ -187,6 +190,7 @@ class Conv(Composite):
     padding: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     groups: int = 1
+    accumulates = f32
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         spatial = (ranks[0] or 0) - 2

@@ -11,6 +11,7 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.error_function import erf
 from treadle.ir.operation import Grads, Operand, Primitive, op
+from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.samples import S
 from treadle.ir.types import DType
 
@@ -99,7 +100,7 @@ class Rsqrt(_Elementwise):
     x = Operand()
 
     def reference(self, x: Any) -> Any:
-        return np.reciprocal(np.sqrt(x))
+        return np.reciprocal(np.sqrt(wide_array(x))).astype(x.dtype)
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
         return -0.5 * y / x
@@ -147,7 +148,7 @@ class Erf(_Elementwise):
     x = Operand()
 
     def reference(self, x: Any) -> Any:
-        return erf(x)
+        return erf(wide_array(x)).astype(x.dtype)
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
         return 2.0 / math.sqrt(math.pi) * b.exp(-x * x)
@@ -163,7 +164,7 @@ class Sigmoid(_Elementwise):
     x = Operand()
 
     def reference(self, x: Any) -> Any:
-        return np.reciprocal(1 + np.exp(np.negative(x)))
+        return np.reciprocal(1 + np.exp(np.negative(wide_array(x)))).astype(x.dtype)
 
     def derivative(self, b: Builder, x: Expr, y: Expr) -> Any:
         return y * (1.0 - y)

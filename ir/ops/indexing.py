@@ -19,11 +19,12 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.operation import Composite, Grads, Operand, Primitive, op
+from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
 from treadle.ir.sizes import Size
-from treadle.ir.types import DType, Type, i64
+from treadle.ir.types import DType, Type, f32, i64
 
 
 def _inside(op: str, indices: Any, size: int) -> Any:
@@ -81,13 +82,14 @@ class Gather(Primitive):
 class IndexAdd(Primitive):
     """y = target, then y[..., indices[i...], ...] += updates[..., i..., ...] for every i
 
-    The transpose of `gather`. Where indices repeat, all of their updates are added.
+    The transpose of `gather`. Where indices repeat, all of their updates are added, of 16-bit floats in f32.
     """
 
     target = Operand()
     indices = Operand()
     updates = Operand()
     axis: int = 0
+    accumulates = f32
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         before, v, after, picked = _slice_names(self.axis, ranks[0] or 0, ranks[1] or 0)
@@ -95,11 +97,11 @@ class IndexAdd(Primitive):
         return f"{target}, {picked}, {before} {picked} {after} -> {target}"
 
     def reference(self, target: Any, indices: Any, updates: Any) -> Any:
-        y = target.copy()
+        y = np.array(wide_array(target))
         axis = place(self.axis, y.ndim)
         rows = np.moveaxis(updates, range(axis, axis + indices.ndim), range(indices.ndim))
         np.add.at(np.moveaxis(y, axis, 0), _inside("index_add", indices, y.shape[axis]), rows)
-        return y
+        return y.astype(target.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (_, indices, _) = grads, inputs
@@ -183,22 +185,24 @@ class ScatterAdd(Primitive):
     """y = target, then y[..., indices[..., i, ...], ...] += updates[..., i, ...] for every i
 
     The transpose of `take_along_axis`, PyTorch's scatter_add. indices and updates have one shape: the rank of
-    target, and its sizes beside the axis. Where indices repeat, all of their updates are added.
+    target, and its sizes beside the axis. Where indices repeat, all of their updates are added, of 16-bit floats in
+    f32.
     """
 
     target = Operand()
     indices = Operand()
     updates = Operand()
     axis: int = -1
+    accumulates = f32
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         target, picked = _element_names(self.axis, ranks[0] or 0)
         return f"{target}, {picked}, {picked} -> {target}"
 
     def reference(self, target: Any, indices: Any, updates: Any) -> Any:
-        y = target.copy()
+        y = np.array(wide_array(target))
         np.add.at(y, _elements(_inside("scatter_add", indices, y.shape[self.axis]), self.axis), updates)
-        return y
+        return y.astype(target.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (_, indices, _) = grads, inputs

@@ -11,7 +11,7 @@ from treadle.ir.operation import Composite, Operand, op
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.ops.weight_layouts import multiplied, refuse_weight_axes, rows_of
 from treadle.ir.samples import S
-from treadle.ir.types import Type
+from treadle.ir.types import Type, f32
 
 MOST_PROJECTIONS = 16
 
@@ -32,6 +32,7 @@ class Projections(Composite):
     operand = Operand(optional=True, variadic=True)
     count: int = 2
     weight_axes: str = "n k"
+    accumulates = f32
 
     def operand_names(self, count: int) -> list[str]:
         names = ["x", *(f"{name}{n}" for name in ("weight", "bias") for n in range(self.count))]

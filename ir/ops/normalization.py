@@ -9,22 +9,25 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
 from treadle.ir.operation import Composite, Demand, Grads, Operand, op
 from treadle.ir.ops.along_axes import not_empty, rule_along, wide_array, widened
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.samples import S
-from treadle.ir.types import Type
+from treadle.ir.types import Type, f32
 
 
 @op("softmax", dtypes="f -> f")
 class Softmax(Composite):
     """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
 
-    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there.
+    Of a row that is -inf throughout it is NaN; attention, which masks, gives zeros there. 16-bit floats are computed
+    with in f32, and the result is rounded.
     """
 
     x = Operand()
     axis: int = -1
+    accumulates = f32
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], (self.axis,), "softmax")
@@ -33,16 +36,18 @@ class Softmax(Composite):
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
 
     def body(self, b: Builder, x: Expr) -> Any:
-        weights = b.exp(x - b.reduce_max(x, axes=(self.axis,), keep=True))
-        return weights / b.reduce_sum(weights, axes=(self.axis,), keep=True)
+        wide = widened(x)
+        weights = b.exp(wide - b.reduce_max(wide, axes=(self.axis,), keep=True))
+        return (weights / b.reduce_sum(weights, axes=(self.axis,), keep=True)).cast(x.dtype)
 
     def reference(self, x: Any) -> Any:
-        weights = np.exp(x - np.max(x, self.axis, keepdims=True))
-        return weights / np.sum(weights, self.axis, keepdims=True)
+        wide = wide_array(x)
+        weights = np.exp(wide - np.max(wide, self.axis, keepdims=True))
+        return (weights / np.sum(weights, self.axis, keepdims=True)).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (y,) = grads, outputs
-        return [y * (g - b.reduce_sum(g * y, axes=(self.axis,), keep=True))]
+        return [_through_softmax(b, g, y, self.axis)]
 
     samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0), S("f32[2,3,4]", axis=1)]
     errors = [
@@ -54,10 +59,14 @@ class Softmax(Composite):
 
 @op("log_softmax", dtypes="f -> f")
 class LogSoftmax(Composite):
-    """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x"""
+    """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x
+
+    16-bit floats are computed with in f32, and the result is rounded.
+    """
 
     x = Operand()
     axis: int = -1
+    accumulates = f32
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], (self.axis,), "softmax")
@@ -66,16 +75,20 @@ class LogSoftmax(Composite):
         return rule_along([self.axis], ranks[0] or 0, "[{}]", "[{}]")
 
     def body(self, b: Builder, x: Expr) -> Any:
-        shifted = x - b.reduce_max(x, axes=(self.axis,), keep=True)
-        return shifted - b.log(b.reduce_sum(b.exp(shifted), axes=(self.axis,), keep=True))
+        wide = widened(x)
+        shifted = wide - b.reduce_max(wide, axes=(self.axis,), keep=True)
+        return (shifted - b.log(b.reduce_sum(b.exp(shifted), axes=(self.axis,), keep=True))).cast(x.dtype)
 
     def reference(self, x: Any) -> Any:
-        shifted = x - np.max(x, self.axis, keepdims=True)
-        return shifted - np.log(np.sum(np.exp(shifted), self.axis, keepdims=True))
+        wide = wide_array(x)
+        shifted = wide - np.max(wide, self.axis, keepdims=True)
+        return (shifted - np.log(np.sum(np.exp(shifted), self.axis, keepdims=True))).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (y,) = grads, outputs
-        return [g - b.exp(y) * b.reduce_sum(g, axes=(self.axis,), keep=True)]
+        g_wide = widened(g)
+        total = b.reduce_sum(g_wide, axes=(self.axis,), keep=True)
+        return [(g_wide - b.exp(widened(y)) * total).cast(y.dtype)]
 
     samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0)]
     errors = [
@@ -90,31 +103,34 @@ class MaskedSoftmax(Composite):
     """softmax over the last axis, and zeros for a row that is -inf throughout
 
     The probabilities of attention: those of a query that may see no key. Where attention is lowered by its body it is
-    one op for which a backend may have a kernel.
+    one op for which a backend may have a kernel. 16-bit floats are computed with in f32, and the result is rounded.
     """
 
     x = Operand()
+    accumulates = f32
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], (-1,), "softmax")
 
     def body(self, b: Builder, x: Expr) -> Any:
-        zero, one = (b.constant(v, x.dtype) for v in (0, 1))
+        wide = widened(x)
+        zero, one = (b.constant(v, wide.dtype) for v in (0, 1))
         last = (x.rank - 1,)
-        peak = b.reduce_max(x, axes=last, keep=True)
-        weights = b.exp(x - b.where(peak > -math.inf, peak, zero))
+        peak = b.reduce_max(wide, axes=last, keep=True)
+        weights = b.exp(wide - b.where(peak > -math.inf, peak, zero))
         total = b.reduce_sum(weights, axes=last, keep=True)
-        return weights / b.where(total > 0, total, one)
+        return (weights / b.where(total > 0, total, one)).cast(x.dtype)
 
     def reference(self, x: Any) -> Any:
-        peak = np.max(x, -1, keepdims=True)
-        weights = np.exp(x - np.where(peak > -np.inf, peak, 0))
+        wide = wide_array(x)
+        peak = np.max(wide, -1, keepdims=True)
+        weights = np.exp(wide - np.where(peak > -np.inf, peak, 0))
         total = np.sum(weights, -1, keepdims=True)
-        return weights / np.where(total > 0, total, 1)
+        return (weights / np.where(total > 0, total, 1)).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (y,) = grads, outputs
-        return [y * (g - b.reduce_sum(g * y, axes=(-1,), keep=True))]
+        return [_through_softmax(b, g, y, -1)]
 
     samples = [S("f32[2,3,5]"), S("f32[4]")]
     errors = [
@@ -122,6 +138,19 @@ class MaskedSoftmax(Composite):
         (S("f32[2,0]"), "an axis of size 0 has no softmax"),
         (S("i64[2]"), "x must be a float, is i64"),
     ]
+
+
+def refuse_eps(eps: float) -> None:
+    """Raise RuleError for an eps that is no number: every result would be NaN. One that is inf gives zeros."""
+    if math.isnan(eps):
+        raise RuleError("eps must be a number, is nan", hint="eps=1e-5")
+
+
+def _through_softmax(b: Builder, g: Expr, y: Expr, axis: int) -> Expr:
+    """dL/dx = y (g - sum of g y along the axis), of a softmax y"""
+    g_wide, wide = widened(g), widened(y)
+    made: Expr = (wide * (g_wide - b.reduce_sum(g_wide * wide, axes=(axis,), keep=True))).cast(y.dtype)
+    return made
 
 
 @op("layer_norm", axes="... [d], d, d -> ... [d]", dtypes="f, f, f -> f")
@@ -137,6 +166,10 @@ class LayerNorm(Composite):
     weight = Operand(optional=True)
     bias = Operand(optional=True)
     eps: float = 1e-5
+    accumulates = f32
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        refuse_eps(self.eps)
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], (-1,), "mean")
@@ -183,6 +216,7 @@ class LayerNorm(Composite):
         (S("f32[2,8]", "f32[8]", "f32[2,8]"), "bias must have rank 1"),
         (S("f32[2,0]", None, None), "an axis of size 0 has no mean"),
         (S("f32[]", None, None), "x must have rank 1 or more"),
+        (S("f32[8]", None, None, eps=math.nan), "eps must be a number, is nan"),
     ]
 
 
@@ -197,6 +231,10 @@ class RMSNorm(Composite):
     x = Operand()
     weight = Operand(optional=True)
     eps: float = 1e-6
+    accumulates = f32
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        refuse_eps(self.eps)
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], (-1,), "mean")
@@ -230,4 +268,5 @@ class RMSNorm(Composite):
     errors = [
         (S("f32[2,8]", "f32[7]"), "axis d sizes disagree: 8 in x, 7 in weight"),
         (S("f32[2,0]", None), "an axis of size 0 has no mean"),
+        (S("f32[8]", None, eps=math.nan), "eps must be a number, is nan"),
     ]

@@ -11,6 +11,7 @@ from treadle.ir.axes import Application, AxisDim, Role, parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.operation import Grads, Operand, Primitive, op
+from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.samples import S
 from treadle.ir.types import Type, f32
@@ -70,9 +71,10 @@ class MatMul(Primitive):
 
     x = Operand()
     y = Operand()
+    accumulates = f32
 
     def reference(self, x: Any, y: Any) -> Any:
-        return np.matmul(x, y)
+        return np.matmul(wide_array(x), wide_array(y)).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,) = grads
@@ -102,10 +104,11 @@ class Linear(Primitive):
     x = Operand()
     weight = Operand()
     bias = Operand(optional=True)
+    accumulates = f32
 
     def reference(self, x: Any, weight: Any, bias: Any) -> Any:
-        y = np.matmul(x, weight.T)
-        return y if bias is None else y + bias
+        y = np.matmul(wide_array(x), wide_array(weight).T)
+        return (y if bias is None else y + bias).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, weight, bias) = grads, inputs
@@ -137,6 +140,7 @@ class Einsum(Primitive):
 
     x = Operand(variadic=True)
     equation: str
+    accumulates = f32
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return self.equation
@@ -171,8 +175,9 @@ class Einsum(Primitive):
         arguments: list[Any] = []
         for x, dims in zip(operands, application.operands, strict=True):
             held = [(numbers[d.factors[0]], n) for d, n in zip(dims or (), x.shape, strict=True) if d.factors]
-            arguments += [x.reshape([n for _, n in held]), [number for number, _ in held]]
-        return np.einsum(*arguments, [numbers[d.factors[0]] for d in application.results[0]])
+            arguments += [wide_array(x).reshape([n for _, n in held]), [number for number, _ in held]]
+        made = np.einsum(*arguments, [numbers[d.factors[0]] for d in application.results[0]])
+        return made.astype(operands[0].dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,) = grads

@@ -16,7 +16,7 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
 from treadle.ir.sizes import Size, product
-from treadle.ir.types import DType, Type, i64
+from treadle.ir.types import DType, Type, f32, i64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,9 @@ class _Extremum(_Reduction, Primitive):
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,), (y,) = grads, inputs, outputs
         g, y = (with_ones(b, v, self.axes, x.rank) for v in (g, y))
-        chosen = b.equal(x, y).cast(x.dtype)
-        return [chosen * (g / b.reduce_sum(chosen, axes=self.axes, keep=True))]
+        chosen = widened(b.equal(x, y).cast(x.dtype))
+        share = widened(g) / b.reduce_sum(chosen, axes=self.axes, keep=True)
+        return [(chosen * share).cast(x.dtype)]
 
     samples = [
         S("f32[2,3,5] distinct", axes=(-1,)),
@@ -64,13 +65,15 @@ class _Extremum(_Reduction, Primitive):
 
 @op("reduce_sum", dtypes="n -> n", linear="x")
 class ReduceSum(_Reduction, Primitive):
-    """y = sum of x over `axes`, accumulated in its own dtype"""
+    """y = sum of x over `axes`, accumulated in its own dtype, of 16-bit floats in f32"""
 
     x = Operand()
     monoid = "sum"
+    accumulates = f32
 
     def reference(self, x: Any) -> Any:
-        return np.sum(x, axis=self.axes, keepdims=self.keep, dtype=x.dtype)
+        wide = wide_array(x)
+        return np.sum(wide, axis=self.axes, keepdims=self.keep, dtype=wide.dtype).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs
@@ -128,6 +131,7 @@ class ReduceMean(_Reduction, Composite):
     """
 
     x = Operand()
+    accumulates = f32
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], self.axes, "mean")
@@ -186,7 +190,7 @@ class SizeOf(Primitive):
 
 @op("cumsum", dtypes="n -> n", linear="x")
 class CumSum(Primitive):
-    """y[i] = sum of x[j] over j <= i, along `axis`
+    """y[i] = sum of x[j] over j <= i, along `axis`, of 16-bit floats carried in f32
 
     exclusive   j < i instead: starts at 0
     reverse     j >= i (or j > i): sums from the end. The result at i then reads what comes after i, so the
@@ -198,18 +202,19 @@ class CumSum(Primitive):
     exclusive: bool = False
     reverse: bool = False
     step = "carries the running sum"
+    accumulates = f32
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         mark = "[{}]" if self.reverse else ">{}"
         return rule_along([self.axis], ranks[0] or 0, mark, mark)
 
     def reference(self, x: Any) -> Any:
-        terms = np.moveaxis(x, self.axis, 0)
+        terms = np.moveaxis(wide_array(x), self.axis, 0)
         if self.reverse:
             terms = terms[::-1]
         if self.exclusive:
             terms = np.concatenate([np.zeros_like(terms[:1]), terms[:-1]])
-        sums = np.cumsum(terms, axis=0, dtype=x.dtype)
+        sums = np.cumsum(terms, axis=0, dtype=terms.dtype).astype(x.dtype)
         return np.moveaxis(sums[::-1] if self.reverse else sums, 0, self.axis)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:

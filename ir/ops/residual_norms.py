@@ -13,13 +13,16 @@ from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.operation import Composite, Demand, Grads, Operand, op
 from treadle.ir.ops.normalization import LayerNorm, RMSNorm
 from treadle.ir.samples import S
-from treadle.ir.types import Type
+from treadle.ir.types import Type, f32
 
 
 class _AddNorm(Composite):
     """What the two have in common. An op of them names the norm that its sum goes through."""
 
+    accumulates = f32
+
     def check(self, types: Sequence[Type | None]) -> None:
+        self.norm.check(types[:1])
         x, residual = types[:2]
         assert x is not None
         assert residual is not None

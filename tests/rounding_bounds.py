@@ -1,0 +1,208 @@
+"""How far a graph's numbers may lie from the exact ones: a running error analysis (Wilkinson 1963) of its ops.
+
+Every value is carried with a bound on its error, element by element. Nothing is known of single ops: what there is to
+know stands in their classes.
+
+composite    its body is analysed, so that what cancels in it, or is rounded in it, counts
+elementwise  what flows in: how far the result moves where each operand moves by its bound, either way. Then the op's
+             own rounding: half a spacing of the result's dtype at the element's own value, and FUNCTION spacings of the
+             dtype in which it is computed, which for 16 bits is f32
+sum          what flows in, through the op itself, which is linear: f(|x| + bound) - f(|x|). Then n roundings of the sum
+             of the terms' magnitudes, in the dtype that the op accumulates in (`Op.sums_in`); n is the op on ones. The
+             result is rounded once, as above
+movement     what flows in, moved
+
+A backend that rounds less, as one does that fuses ops, is within the bounds as well. Exact numbers are computed in f64,
+so that their own roundings count where that is the dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from tests.op_checks import EPSILON
+from treadle.ir.composites import body_of
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.operation import Composite, Op
+from treadle.ir.types import DType, bf16, f16, f32, f64
+
+Array = np.ndarray[Any, Any]
+
+LEAST = {"f64": 2.0**-1022, "f32": 2.0**-126, "f16": 2.0**-24, "bf16": 2.0**-126}
+"""Numbers below it are spaced evenly (f16), or may be taken for 0 (the others': processors are told so)."""
+
+FUNCTION = 2
+"""Spacings that a library's function of an element may err by: those of glibc, SLEEF and NumPy promise 1 to 2."""
+
+
+class Bounded:
+    """Exact numbers, and how far others may lie from them; `moved` for integers and bools is 0."""
+
+    def __init__(self, exact: Array, moved: Array | float = 0.0) -> None:
+        self.exact = exact
+        self.moved = np.broadcast_to(np.asarray(moved, np.float64), exact.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.exact.dtype.kind == "f"
+
+
+def bounded(
+    graph: Graph, inputs: Mapping[str, Array], weights: Mapping[str, Array] | None = None, *, narrow: bool = False
+) -> dict[str, Bounded]:
+    """The outputs of a graph without calls, whose attributes hold no symbols, on arrays that its dtypes hold exactly.
+
+    narrow  what one may give who computes bf16 in bf16, every step and every sum, as the reference of onnx does
+    """
+    arrays = [inputs[v.name] for v in graph.main.inputs]
+    arrays += [(weights or {})[name] for name in graph.main.parameters]
+    given = [Bounded(_wide(np.asarray(x))) for x in arrays]
+    found = _Analysis({f32: bf16} if narrow else {}).function(graph.main, given)
+    made = zip(graph.main.outputs.items(), found, strict=True)
+    return {name: _unless_too_large(found, value.type.dtype) for (name, value), found in made}
+
+
+def _unless_too_large(found: Bounded, dtype: DType) -> Bounded:
+    """The same, with no bound where a number may be past the dtype's largest, which gives inf."""
+    if not found.is_float:
+        return found
+    largest = float(np.finfo(dtype.numpy).max) if dtype.numpy is not None else float(np.finfo(np.float32).max)
+    return Bounded(found.exact, np.where(np.abs(found.exact) + found.moved > largest, np.inf, found.moved))
+
+
+def assert_within(got: Any, wanted: Bounded, what: str) -> None:
+    """Equal shapes, integers and bools; floats within their bounds, infinite and NaN where the exact ones are."""
+    made = np.asarray(got)
+    if not wanted.is_float:
+        np.testing.assert_array_equal(made, wanted.exact, err_msg=what)
+        return
+    assert made.shape == wanted.exact.shape, f"{what}: shape {made.shape}, expected {wanted.exact.shape}"
+    made = np.asarray(made, np.float64)
+    finite = np.isfinite(wanted.exact)
+    np.testing.assert_array_equal(made[~finite], wanted.exact[~finite], err_msg=what)
+    with np.errstate(invalid="ignore"):
+        off = np.abs(made - wanted.exact)
+    beyond = finite & ~(off <= wanted.moved)
+    if np.any(beyond):
+        worst = np.unravel_index(np.argmax(np.where(beyond, off / np.maximum(wanted.moved, 1e-300), 0)), off.shape)
+        raise AssertionError(
+            f"{what}: {np.count_nonzero(beyond)} of {off.size} elements are beyond their bounds; "
+            f"at {list(map(int, worst))} {made[worst]} for {wanted.exact[worst]}, "
+            f"off by {off[worst]:.3g}, bound {wanted.moved[worst]:.3g}"
+        )
+
+
+# -- functions and nodes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Analysis:
+    """held: for a dtype, the one in which it is held instead."""
+
+    held: Mapping[DType, DType]
+
+    def function(self, function: Function, arguments: Sequence[Bounded]) -> list[Bounded]:
+        values: dict[Value, Bounded] = dict(zip(function.arguments, arguments, strict=True))
+
+        def read(value: Value | None) -> Bounded | None:
+            if value is None:
+                return None
+            if value.literal is None:
+                return values[value]
+            # An op's own constant, such as sqrt(1/2), is rounded to its dtype; the literal holds what is left of it.
+            held = _wide(value.literal.array)
+            return Bounded(held, self._rounding(value.type.dtype, held) if held.dtype.kind == "f" else 0.0)
+
+        for node in function.nodes:
+            operands = [read(v) for v in node.operands]
+            values.update(zip(node.results, self._node(node, operands), strict=True))
+        return [found for value in function.outputs.values() if (found := read(value)) is not None]
+
+    def _node(self, node: Node, operands: Sequence[Bounded | None]) -> list[Bounded]:
+        op = node.op
+        if isinstance(op, Composite):
+            body = body_of(op, [None if v is None else v.type for v in node.operands])
+            return self.function(body, [x for x in operands if x is not None])
+        exact = _apply(op, [None if x is None else x.exact for x in operands])
+        moves = self._moves(node, operands, exact)
+        return [
+            Bounded(y, move + self._own(node, number, operands, y)) if y.dtype.kind == "f" else Bounded(y)
+            for number, (y, move) in enumerate(zip(exact, moves, strict=True))
+        ]
+
+    def _moves(self, node: Node, operands: Sequence[Bounded | None], exact: Sequence[Array]) -> list[Array]:
+        """How far the results move where the operands move by their bounds."""
+        op = node.op
+        floats = [x.is_float and bool(np.any(x.moved)) if x is not None else False for x in operands]
+        if not any(floats):
+            return [np.zeros(y.shape) for y in exact]
+        if _is_sum(op) or op.flops == 0:
+            sizes = [None if x is None else np.abs(x.exact) if x.is_float else x.exact for x in operands]
+            further = [  # of infinite numbers nothing is said
+                s + x.moved if x is not None and s is not None and x.is_float else s
+                for s, x in zip(sizes, operands, strict=True)
+            ]
+            return [_apart(a, b) for a, b in zip(_apply(op, further), _apply(op, sizes), strict=True)]
+        found = [np.zeros(y.shape) for y in exact]
+        for signs in product(*[(-1.0, 1.0) if moves else (0.0,) for moves in floats]):
+            with np.errstate(invalid="ignore"):
+                moved = [
+                    None if x is None else x.exact + sign * x.moved if x.is_float else x.exact
+                    for sign, x in zip(signs, operands, strict=True)
+                ]
+            found = [np.maximum(f, _apart(a, y)) for f, a, y in zip(found, _apply(op, moved), exact, strict=True)]
+        return found
+
+    def _own(self, node: Node, number: int, operands: Sequence[Bounded | None], y: Array) -> Array | float:
+        """What the op itself errs by: in its sums, and as it rounds its result."""
+        op, dtype = node.op, node.results[number].type.dtype
+        given = [v.type.dtype for v in node.inputs]
+        if op.flops == 0 and (dtype in given or not given):  # a cast to a coarser dtype rounds, a movement does not
+            return 0.0
+        made = self._rounding(dtype, y)
+        if not _is_sum(op):
+            return made if op.flops == 0 else made + FUNCTION * 2 * self._half(self._working(dtype)) * np.abs(y)
+        sizes = [None if x is None else np.abs(x.exact) if x.is_float else x.exact for x in operands]
+        ones = [None if x is None else np.ones_like(x.exact) if x.is_float else x.exact for x in operands]
+        (terms,), (count,) = _apply(op, sizes), _apply(op, ones)
+        return made + self._half(op.sums_in(dtype)) * (count + 1) * terms
+
+    def _working(self, dtype: DType) -> DType:
+        return f32 if dtype in (f16, bf16) else dtype
+
+    def _half(self, dtype: DType) -> float:
+        dtype = self.held.get(dtype, dtype)
+        return EPSILON[dtype.name] / 2 + (EPSILON["f64"] / 2 if dtype is f64 else 0)
+
+    def _rounding(self, dtype: DType, y: Array) -> Array:
+        """Half a spacing at each number."""
+        made: Array = self._half(dtype) * np.abs(y) + LEAST[dtype.name]
+        return made
+
+
+def _is_sum(op: Op) -> bool:
+    return op.accumulates is not None
+
+
+def _apart(a: Array, b: Array) -> Array:
+    """|a - b|, 0 where either is infinite or NaN; of integers and bools 0."""
+    if b.dtype.kind != "f":
+        return np.zeros(b.shape)
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(a - b)
+    return np.where(np.isfinite(apart), apart, 0.0)
+
+
+def _apply(op: Op, operands: Sequence[Array | None]) -> list[Array]:
+    with np.errstate(all="ignore"):
+        made = op.in_float64().reference(*operands)
+    return [np.asarray(a) for a in (made if isinstance(made, tuple) else (made,))]
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(np.float64) if x.dtype.kind == "f" else x

@@ -1,0 +1,216 @@
+"""Sums over long axes in 16 bits: an op says in which dtype it adds up; its reference and every backend keep to it.
+
+Cases are made of the ops' own samples, by their rules: one factor of the axes is stretched. In f16 a running sum of
+numbers below 1 stops near 2048, in bf16 near 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.op_checks import RUNNERS, TESTED, Array, Case, held, refusal, runner, seedings
+from tests.rounding_bounds import Bounded, assert_within, bounded
+from treadle.ir.axes import Application, Role
+from treadle.ir.composites import body_of
+from treadle.ir.errors import RuleError
+from treadle.ir.graph import Graph
+from treadle.ir.operation import OPS, Composite, Op
+from treadle.ir.samples import SampleOperand
+from treadle.ir.sizes import Size
+from treadle.ir.types import DTYPES, Type
+
+LONG = 4099  # a prime: no vector, block or panel divides it
+MOST = 6  # cases of an op: samples that come late are mostly other terms of attention, of which no sum knows
+NARROW = ("f16", "bf16")
+SUMMING = [name for name in TESTED if OPS[name].accumulates is not None]
+
+
+# -- stretched samples -----------------------------------------------------------------------------------------
+
+
+def applied(case: Case) -> Application:
+    return case.op.apply(case.types)
+
+
+def stretched(name: str, number: int, factor: str, dtype: str) -> Case | None:
+    """A sample with one factor of size LONG, and positive floats; None where the op does not take it."""
+    case = Case.of(name, number, dtype)
+    application = applied(case)
+    sizes = {n: dim.size.constant or 0 for n, dim in application.dims.items()}
+    more = LONG - sizes[factor]
+    types: list[Type | None] = []
+    for type, dims in zip(case.types, application.operands, strict=True):
+        if type is None or dims is None:
+            types.append(type)
+            continue
+        shape = [
+            old if factor not in dim.factors else old.constant // sizes[factor] * LONG  # type: ignore[operator]
+            for old, dim in zip(type.shape, dims, strict=True)
+        ]
+        types.append(type.dtype[tuple(shape)])
+    if types == list(case.types):
+        return None
+    for op in (case.op, longer(case.op, more)):
+        try:
+            op.infer(types)
+        except RuleError:
+            continue
+        return Case(op, tuple(types), drawn(OPS[name].samples[number].operands, types))
+    return None
+
+
+def longer(op: Op, more: int) -> Op:
+    """The op with attributes that are sizes larger: windows of more elements are folded into a longer axis."""
+    sizes = {n: v + more * op.attributes.get("dilation", 1) for n, v in op.attributes.items() if isinstance(v, Size)}
+    return replace(op, **sizes) if sizes else op  # type: ignore[type-var]
+
+
+def drawn(operands: tuple[SampleOperand | None, ...], types: list[Type | None]) -> tuple[Array | None, ...]:
+    rng = np.random.default_rng(0)
+    made: list[Array | None] = []
+    for operand, type in zip(operands, types, strict=True):
+        if operand is None or type is None:
+            made.append(None)
+        elif type.dtype.is_float:
+            made.append(held(rng.uniform(0, 0.25, type.evaluate({})), type.dtype))
+        else:
+            made.append(replace(operand, type=type).draw(rng))
+    return tuple(made)
+
+
+def long_cases(name: str, dtype: str, *roles: Role) -> Iterator[tuple[str, Case]]:
+    """Each with what it is."""
+    for number in range(len(OPS[name].samples)):
+        case = Case.of(name, number, dtype)
+        if not case.takes_its_operands:
+            continue
+        for factor, told in applied(case).factors.items():
+            made = stretched(name, number, factor, dtype) if told.role in roles else None
+            if made is not None:
+                yield f"{name}-{number} {dtype}, {factor} of {LONG}", made
+
+
+@dataclass(frozen=True)
+class Long:
+    """A graph on inputs, and what its outputs may be."""
+
+    what: str
+    graph: Graph
+    inputs: Mapping[str, Array]
+    wanted: Mapping[str, Bounded]
+
+    @staticmethod
+    def of(what: str, graph: Graph, inputs: Mapping[str, Array]) -> Long:
+        return Long(what, graph, inputs, bounded(graph, inputs))
+
+    def hold(self, run: str) -> None:
+        """Fail where a runner's outputs are not within their bounds."""
+        if refusal(run, self.graph):
+            return
+        made = runner(run)(self.graph, self.inputs)
+        for output, wanted in self.wanted.items():
+            assert_within(made[output], wanted, f"{self.what}, {output}")
+
+
+@lru_cache(maxsize=2)  # all runners come one after another
+def long_forms(name: str, dtype: str) -> list[Long]:
+    """Forward, along every axis that is summed."""
+    cases = long_cases(name, dtype, Role.REDUCED, Role.WHOLE, Role.SCANNED)
+    return [Long.of(what, case.forward_graph(), case.inputs) for what, case in islice(cases, MOST)]
+
+
+@lru_cache(maxsize=2)
+def long_gradients(name: str, dtype: str) -> list[Long]:
+    """Along any axis: what an op maps, the gradient of a weight or of what broadcasts adds up."""
+    found = []
+    for what, case in islice(long_cases(name, dtype, *Role), MOST):
+        for seeded in seedings(case)[:1]:
+            graph = case.gradient_graph(seeded)
+            inputs = {n: np.abs(x) if n.startswith("seed") else x for n, x in case.seed_inputs(seeded).items()}
+            if any(node.op.accumulates for _, node in graph.walk()):
+                found.append(Long.of(f"gradient of {what}", graph, inputs))
+    return found
+
+
+# -- what an op says ---------------------------------------------------------------------------------------------
+
+
+def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
+    """Whether elements of one operand are added up: by a node of the body, or by the op, which makes more of ones."""
+    if isinstance(op, Composite):
+        return any(
+            adds_up(node.op, tuple(None if v is None else v.type for v in node.operands))
+            for node in body_of(op, types).nodes
+        )
+    names = op.operand_names(len(types))
+    for group in op.linear:
+        for name in names:
+            if name in group or name.rstrip("0123456789") in group:
+                operands = [
+                    None if t is None else start(t, 1.0 if n == name or n not in group else 0.0)
+                    for n, t in zip(names, types, strict=True)
+                ]
+                with np.errstate(all="ignore"):
+                    made = op.reference(*operands)
+                if any(np.any(np.asarray(y) > 1) for y in (made if isinstance(made, tuple) else (made,))):
+                    return True
+    return False
+
+
+def start(type: Type, value: float) -> Array:
+    """An array of one number; of integers, which may be indices, zeros."""
+    shape: Any = type.evaluate({})
+    return np.full(shape, value if type.dtype.is_float else 0, type.dtype.numpy or np.float32)
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_an_op_that_adds_up_says_in_which_dtype(name: str) -> None:
+    cases = [Case.of(name, number) for number in range(len(OPS[name].samples))]
+    floats = [c for c in cases if any(t is not None and t.dtype.is_float for t in c.types)]
+    adds = any(adds_up(c.op, c.types) for c in floats)
+    told = OPS[name].accumulates
+    assert (told is not None) == adds, f"{name} {'adds up' if adds else 'adds nothing up'}, accumulates is {told}"
+    assert told is None or told.bytes >= 4
+
+
+# -- what it does ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", SUMMING)
+def test_long_axes_are_summed_as_the_op_says(name: str, dtype: str, run: str) -> None:
+    forms = long_forms(name, dtype)
+    assert forms, "no sample of the op has a long form"
+    for form in forms:
+        form.hold(run)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", TESTED)
+def test_gradients_are_summed_so_as_well(name: str, dtype: str, run: str) -> None:
+    for form in long_gradients(name, dtype):
+        form.hold(run)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_sum_that_is_held_in_its_own_dtype_is_caught(dtype: str) -> None:
+    """The bounds are narrower than what is looked for."""
+    _, case = next(long_cases("reduce_sum", dtype, Role.REDUCED))
+    (x,) = case.operands
+    assert x is not None
+    total = np.zeros(x.shape[:-1])
+    for i in range(LONG):
+        total = held(total + x[..., i], DTYPES[dtype]).astype(np.float64)
+    graph = case.forward_graph()
+    (wanted,) = bounded(graph, case.inputs).values()
+    with pytest.raises(AssertionError, match="beyond their bounds"):
+        assert_within(total, wanted, "sum")
