@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from treadle.backends.emission import Line
+from treadle.backends.emission import Line, float_text
 from treadle.ir.attention_terms import (
     Alibi,
     BiasTerm,
@@ -38,10 +38,10 @@ def knows(op: Attention | AttentionWithProbabilities) -> bool:
 def attention(line: Line, device: str = "") -> str:
     """The kernel call. device is the argument that says where masks made from nothing but sizes shall lie."""
     masks, biases = _terms_of(line, device)
-    arguments = [line.q, line.k, line.v, f"scale={scale_of(line)!r}"]
+    arguments = [line.q, line.k, line.v, f"scale={float_text(scale_of(line))}"]
     arguments += [f"masks=[{', '.join(masks)}]"] if masks else []
     arguments += [f"biases=[{', '.join(biases)}]"] if biases else []
-    arguments += [f"softcap={line.op.softcap!r}"] if line.op.softcap is not None else []
+    arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
     return f"kernels.{line.op.name}({', '.join(arguments)})"
 
 

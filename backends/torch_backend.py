@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _INTEGER_PRODUCTS = ("matmul", "einsum")  # which PyTorch has for integers on the CPU only
 
 
+_REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
+
 class TorchBackend:
     """Runs graphs in PyTorch, on the CPU or a GPU, under inference mode.
 
@@ -141,22 +144,30 @@ class _TorchArrays:
     def _rounded(self, port: Port, value: Any) -> torch.Tensor:
         wide = self.torch.from_numpy(as_numpy(Port(port.name, port.type.with_dtype(f32)), value).copy())
         narrow = wide.to(self.torch.bfloat16)
-        if not self.torch.equal(narrow.to(self.torch.float32), wide):
+        back = narrow.to(self.torch.float32)
+        if not bool(((back == wide) | wide.isnan()).all()):
             raise refuse_dtype(port, "a float32 that bf16 does not hold", f"a tensor, {port.name}.to(torch.bfloat16)")
         return narrow.to(self.device)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inference mode, with as many threads as the target says; PyTorch's own number is put back."""
+        """Inference mode, with as many threads as the target says, and with sums of 16 bits in float32 on a GPU too,
+        where PyTorch lets cuBLAS add parts up in 16. PyTorch's own settings are put back."""
         before = self.torch.get_num_threads()
         if self.threads is not None and self.threads != before:
             self.torch.set_num_threads(self.threads)
+        matmul = self.torch.backends.cuda.matmul
+        reduced = {name: getattr(matmul, name) for name in _REDUCED if self.device.type == "cuda"}
         try:
+            for name in reduced:
+                setattr(matmul, name, False)
             with self.torch.inference_mode():
                 yield
         finally:
             if self.torch.get_num_threads() != before:
                 self.torch.set_num_threads(before)
+            for name, value in reduced.items():
+                setattr(matmul, name, value)
 
     def storage(self, array: torch.Tensor) -> int:
         if array.is_mkldnn:  # which no result can be

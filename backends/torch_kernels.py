@@ -87,7 +87,8 @@ def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
 
 def scatter_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
     """The transpose of `take_along_axis`: updates added to target."""
-    return target.scatter_add(axis, _within(indices, target.shape[axis]), updates)
+    within = _within(indices, target.shape[axis])
+    return _wide(target).scatter_add(axis, within, _wide(updates)).to(target.dtype)
 
 
 def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
@@ -101,7 +102,13 @@ def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Te
     """The transpose of `take`: updates added to target."""
     axis %= target.dim()
     rows = updates.reshape((*target.shape[:axis], indices.numel(), *target.shape[axis + 1 :]))
-    return target.index_add(axis, _within(indices, target.shape[axis]).reshape(-1), rows)
+    within = _within(indices, target.shape[axis]).reshape(-1)
+    return _wide(target).index_add(axis, within, _wide(rows)).to(target.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x as it is summed: in float32 if it is of 16 bits. PyTorch rounds after every addition that it does in place."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) -> Tensor:
@@ -109,12 +116,13 @@ def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) ->
     axis %= x.dim() - 1
     shape = [*x.shape[:-1]]
     shape[axis] = size
-    y = x.new_zeros(shape)
+    wide = _wide(x)
+    y = wide.new_zeros(shape)
     moved, reach = y.movedim(axis, 0), (x.shape[axis] - 1) * stride + 1
     for k in range(x.shape[-1]):
         first = k * dilation
-        moved[first : first + reach : stride] += x[..., k].movedim(axis, 0)
-    return y
+        moved[first : first + reach : stride] += wide[..., k].movedim(axis, 0)
+    return y.to(x.dtype)
 
 
 # -- rotary positions ----------------------------------------------------------------------------------------
@@ -149,11 +157,13 @@ def attention(
     Masks and biases broadcast against [b, h, s, t]. A query that may see no key gets zeros: PyTorch leaves it open.
     """
     mask = _joined(masks, biases)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    else:
-        out = _weighted(_probabilities(q, k, scale, softcap, mask), v)
-    return out if mask is None else torch.where(_sees(mask), out, 0.0)
+    if softcap is not None:
+        return _weighted(_probabilities(q, k, scale, softcap, mask), v)
+    empty = _empty_rows(mask)
+    if mask is not None and empty is not None:  # a row of NaN would reach others through a product in bfloat16
+        mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out if empty is None else out.masked_fill(empty, 0.0)
 
 
 def attention_with_probabilities(
@@ -167,12 +177,7 @@ def attention_with_probabilities(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
-    mask = _joined(masks, biases)
-    p = _probabilities(q, k, scale, softcap, mask)
-    if mask is not None:
-        empty = ~_sees(mask)
-        if mask.device.type != "cpu" or empty.any():  # on a GPU, asking would wait for all that was begun
-            p = p.masked_fill_(empty, 0.0)
+    p = _probabilities(q, k, scale, softcap, _joined(masks, biases))
     return _weighted(p, v), p
 
 
@@ -189,19 +194,25 @@ def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
     return mask
 
 
-def _sees(mask: Tensor) -> Tensor:
-    """[..., s, 1]: whether a query may see a key."""
-    return (mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
+def _empty_rows(mask: Tensor | None) -> Tensor | None:
+    """[..., s, 1]: which queries may see no key; None where there are none. On a GPU, asking would wait for all that
+    was begun, so there it is never None for a mask."""
+    if mask is None:
+        return None
+    empty = ~(mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
+    return empty if mask.device.type != "cpu" or bool(empty.any()) else None
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None) -> Tensor:
-    """[b, h, s, t]; NaN for a query that may see no key. PyTorch's own attention gives none, and caps no scores."""
+    """[b, h, s, t], zeros for a query that may see no key. PyTorch's own attention gives none, and caps no scores."""
     scores = (_grouped(q * scale, k.shape[1]) @ k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
-    return torch.softmax(scores, -1)
+    p = torch.softmax(scores, -1)
+    empty = _empty_rows(mask)
+    return p if empty is None else p.masked_fill_(empty, 0.0)
 
 
 def _weighted(p: Tensor, v: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from treadle.backends.attention_spelling import attention, knows, scale_of
 from treadle.backends.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.emission import Dialect, Line, Spelling, float_text
 from treadle.ir.attention_terms import Causal
+from treadle.ir.axes import Role
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
+from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.convolution import Conv
 from treadle.ir.types import DType, Type
 
@@ -43,7 +45,6 @@ SPELLINGS: dict[str, Spelling] = {
     "exp": "torch.exp({x})",
     "log": "torch.log({x})",
     "sqrt": "torch.sqrt({x})",
-    "rsqrt": "torch.rsqrt({x})",
     "reciprocal": "torch.reciprocal({x})",
     "tanh": "torch.tanh({x})",
     "erf": "torch.erf({x})",
@@ -103,6 +104,13 @@ def _sign(line: Line) -> str:
     return f"torch.where({x} == {x}, torch.sign({x}), {x})" if line.result.dtype.is_float else f"torch.sign({x})"
 
 
+@_spells("rsqrt")
+def _rsqrt(line: Line) -> str:
+    """PyTorch takes two steps on a processor, and rounds 16 bits after each."""
+    dtype = line.result.dtype
+    return f"torch.rsqrt({line.x}.float()).to({dtype_text(dtype)})" if dtype.bytes == 2 else f"torch.rsqrt({line.x})"
+
+
 @_spells("round_to")
 def _round_to(line: Line) -> str:
     return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
@@ -130,9 +138,20 @@ def activated(activation: str, x: str) -> str:
 
 @_spells("einsum")
 def _einsum(line: Line) -> str:
-    dtype = line.result.dtype
+    dtype, equation = line.result.dtype, einsum_letters(line.op.equation)
+    if line.op.sums_in(dtype) is not dtype and not _is_summed_once(line):
+        operands = ", ".join(f"{line.array(name)}.float()" for name in line.names)
+        return f'torch.einsum("{equation}", {operands}).to({dtype_text(dtype)})'
     told = "" if dtype.is_float else f".to({dtype_text(dtype)})"  # sums of small integers are int64 in PyTorch
-    return f'torch.einsum("{einsum_letters(line.op.equation)}", {line.arrays}){told}'
+    return f'torch.einsum("{equation}", {line.arrays}){told}'
+
+
+def _is_summed_once(line: Line) -> bool:
+    """Whether PyTorch makes an einsum in one step, and so rounds once: one operand, or one product of two matrices."""
+    applied = line.op.apply([line.type(name) for name in line.names])
+    held = [{f for dim in dims for f in dim.factors} for dims in applied.operands if dims is not None]
+    summed = [name for name, factor in applied.factors.items() if factor.role is Role.REDUCED]
+    return len(held) == 1 or (len(held) == 2 and all(name in one for one in held for name in summed))
 
 
 @_spells("expand")
@@ -268,12 +287,22 @@ def _top_k(line: Line) -> str:
 
 @_spells("softmax")
 def _softmax(line: Line) -> str:
-    return f"torch.softmax({line.array('x')}, {line.op.axis})"
+    last = place(line.op.axis, line.type("x").rank) == line.type("x").rank - 1
+    x, axis = line.array("x"), line.op.axis
+    return f"torch.softmax({x}, {axis})" if last else _in_f32(line, f"torch.softmax({x}, {axis}%s)")
 
 
 @_spells("log_softmax")
 def _log_softmax(line: Line) -> str:
-    return f"torch.log_softmax({line.array('x')}, {line.op.axis})"
+    return _in_f32(line, f"torch.log_softmax({line.array('x')}, {line.op.axis}%s)")
+
+
+def _in_f32(line: Line, call: str) -> str:
+    """A call whose `%s` is told to compute in float32 what is of 16 bits, which PyTorch would round twice."""
+    dtype = line.result.dtype
+    if line.op.sums_in(dtype) is dtype:
+        return call % ""
+    return f"{call % ', dtype=torch.float32'}.to({dtype_text(dtype)})"
 
 
 @_spells("rotary")
@@ -285,22 +314,27 @@ def _rotary(line: Line) -> str:
 @_spells("layer_norm")
 def _layer_norm(line: Line) -> str:
     width = line.shape(line.type("x").shape[-1:])
-    return f"F.layer_norm({line.x}, {width}, {line.weight}, {line.bias}, {line.op.eps!r})"
+    return f"F.layer_norm({line.x}, {width}, {line.weight}, {line.bias}, {float_text(line.op.eps)})"
 
 
 @_spells("rms_norm")
 def _rms_norm(line: Line) -> str:
     width = line.shape(line.type("x").shape[-1:])
-    return f"F.rms_norm({line.x}, {width}, {line.weight}, {line.op.eps!r})"
+    return f"F.rms_norm({line.x}, {width}, {line.weight}, {float_text(line.op.eps)})"
 
 
 @_spells("attention")
 def _attention(line: Line) -> str:
-    """PyTorch's own call where it means the same: no term, or causal alone, which leaves every query a key."""
-    if line.op.softcap is not None or line.op.terms not in ((), (Causal(),)):
+    """PyTorch's own call where it means the same: no term, or causal alone, which leaves every query a key.
+
+    Under `is_causal` it scales the -inf of its mask as well, which only a positive scale leaves -inf.
+    """
+    scale = scale_of(line)
+    own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
+    if line.op.softcap is not None or not own:
         return attention(line, "device")
     options = ", is_causal=True" if line.op.terms else ""
-    options += f", scale={scale_of(line)!r}"
+    options += f", scale={float_text(scale)}"
     options += ", enable_gqa=True" if line.type("q").shape[1] != line.type("k").shape[1] else ""
     return f"F.scaled_dot_product_attention({line.q}, {line.k}, {line.v}{options})"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -10,29 +12,34 @@ import numpy as np
 import pytest
 
 from tests.backend_checks import assert_near, compiled, each_backend, graph_of, message, needs_torch
-from tests.op_checks import TESTED, Case, held, refusal
+from tests.op_checks import EPSILON, TESTED, Case, held, refusal
 from treadle.backends import numpy_kernels
 from treadle.backends.axis_spelling import einsum_letters
 from treadle.backends.registry import find_backend
-from treadle.ir.attention_terms import BooleanMask, Causal, MaskTerm, Padding, Term, Window
+from treadle.compiling import compile
+from treadle.ir.attention_terms import BooleanMask, Causal, MaskTerm, Padding, TensorBias, Term, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import body_of
 from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.operation import OPS, Composite, Operand, Primitive, op
+from treadle.ir.ops.attention import Attention
 from treadle.ir.types import DTYPES
 
 # -- meanings that libraries leave open ------------------------------------------------------------------------------
 
 
-def attention_graph(*terms: Term) -> Graph:
-    def build(b: Builder) -> Expr:
-        q, k, v = (b.input(n, t) for n, t in (("q", "f32[2,4,S,8]"), ("k", "f32[2,2,T,8]"), ("v", "f32[2,2,T,4]")))
-        types = {"lengths": "i64[2]", "mask": "bool[2,4,S,T]"}
+def attention_graph(
+    *terms: Term, op: str = "attention", dtype: str = "f32", groups: int = 2, width: int = 4, **attributes: Any
+) -> Graph:
+    def build(b: Builder) -> Mapping[str, Expr]:
+        shapes = {"q": "2,4,S,8", "k": f"2,{groups},T,8", "v": f"2,{groups},T,{width}"}
+        q, k, v = (b.input(n, f"{dtype}[{shape}]") for n, shape in shapes.items())
+        types = {"lengths": "i64[2]", "mask": "bool[2,4,S,T]", "bias": f"{dtype}[2,4,S,T]"}
         extra = [b.input(o.name, types[o.name]) for term in terms for o in term.operands]
-        made: Expr = b.attention(q, k, v, *extra, terms=terms)
-        return made
+        made = b.apply(op, q, k, v, *extra, terms=terms, **attributes)
+        return {"y": made[0], "p": made[1]} if isinstance(made, tuple) else {"y": made}
 
     return graph_of(build, "attention")
 
@@ -43,24 +50,118 @@ def attention_inputs(queries: int, keys: int, **extra: Any) -> dict[str, Any]:
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} | extra
 
 
+_FAR = np.zeros((2, 4, 3, 3), np.float32)
+_FAR[:, :, 1] = -np.inf
+
 MASKED = {
     "padding": ((Padding(),), attention_inputs(3, 5, lengths=np.array([0, 5])), (0, slice(None))),
+    "padding and window": (
+        (Padding(), Window(2)),
+        attention_inputs(40, 40, lengths=np.array([3, 39])),
+        (0, slice(4, 40)),
+    ),
+    "bias": ((TensorBias(),), attention_inputs(3, 3, bias=_FAR), (slice(None), slice(1, 2))),
     "window": ((Causal(), Window(2)), attention_inputs(6, 3), (slice(None), slice(5, 6))),
     "mask": ((BooleanMask(),), attention_inputs(3, 3, mask=np.zeros((2, 4, 3, 3), bool)), (slice(None), slice(None))),
 }
 
 
+FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_float]
+ATTENTIONS = ["attention", "attention_with_probabilities"]
+
+
+def assert_attends(backend: str, graph: Graph, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a backend makes of inputs in the graph's dtypes, which must be near the op's meaning."""
+    if refusal(backend, graph):
+        return {}
+    inputs = {v.name: held(given[v.name], v.type.dtype) for v in graph.main.inputs}
+    found = compiled(backend, graph)(**inputs)
+    # Scores and probabilities may be rounded to the dtype: scores near 4 to 2 spacings, e^2 of which values of 2 take.
+    tolerance = 32 * max(EPSILON[v.type.dtype.name] for v in graph.main.inputs if v.type.dtype.is_float)
+    for name, wanted in interpret(graph, inputs, float64=True).items():
+        np.testing.assert_allclose(np.asarray(found[name], np.float64), wanted, rtol=0, atol=tolerance, err_msg=name)
+    return dict(found)
+
+
 @each_backend
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("op", ATTENTIONS)
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_a_query_that_sees_no_key_gets_zeros(case: str, softcap: float | None, backend: str) -> None:
+def test_a_query_that_sees_no_key_gets_zeros(
+    case: str, softcap: float | None, op: str, dtype: str, backend: str
+) -> None:
     terms, given, (row, query) = MASKED[case]
-    graph = attention_graph(*terms)
-    (node,) = graph.main.nodes
-    node.op = replace(node.op, softcap=softcap)  # type: ignore[type-var]
-    out = compiled(backend, graph)(**given).y
-    np.testing.assert_array_equal(out[row, :, query], np.zeros_like(out[row, :, query]))
-    assert_near(out, interpret(graph, given, float64=True)["y"])
+    for out in assert_attends(backend, attention_graph(*terms, op=op, dtype=dtype, softcap=softcap), given).values():
+        np.testing.assert_array_equal(out[row, :, query], np.zeros_like(out[row, :, query]))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("op", ATTENTIONS)
+@pytest.mark.parametrize("scale", [-0.5, 0.0, -0.0])
+@pytest.mark.parametrize("case", ["causal", "causal, all of one shape", *MASKED])
+def test_a_mask_stays_one_whatever_the_scale(case: str, scale: float, op: str, dtype: str, backend: str) -> None:
+    """PyTorch scales the mask of its `is_causal` as well."""
+    terms, given, _ = MASKED[case] if case in MASKED else ((Causal(),), attention_inputs(5, 5), ())
+    if case == "causal, all of one shape":  # which PyTorch does by another kernel
+        given |= {name: np.repeat(given["k"], 2, axis=1) for name in ("k", "v")}
+    for softcap in (None, 5.0):
+        _, groups, _, width = given["v"].shape
+        shape = {"groups": groups, "width": width}
+        graph = attention_graph(*terms, op=op, dtype=dtype, scale=scale, softcap=softcap, **shape)
+        assert_attends(backend, graph, given)
+
+
+@needs_torch
+@pytest.mark.parametrize("op", ATTENTIONS)
+@pytest.mark.parametrize("case", MASKED)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_no_row_without_keys_reaches_a_product_in_torch(
+    case: str, softcap: float | None, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's product of bfloat16 may spread a row's NaN to other rows, on some processors and at some sizes."""
+    import torch
+
+    from treadle.backends import torch_kernels
+
+    seen = []
+
+    def watched(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append(bool(p.isfinite().all()))
+        return weighted(p, v)
+
+    def watched_whole(*operands: torch.Tensor, attn_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        keeps = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
+        seen.append(bool(keeps.any(-1).all()))
+        return whole(*operands, attn_mask=attn_mask, **options)
+
+    weighted, whole = torch_kernels._weighted, torch_kernels.F.scaled_dot_product_attention
+    monkeypatch.setattr(torch_kernels, "_weighted", watched)
+    monkeypatch.setattr(torch_kernels.F, "scaled_dot_product_attention", watched_whole)
+    terms, given, _ = MASKED[case]
+    compiled("torch", attention_graph(*terms, op=op, softcap=softcap))(**given)
+    assert seen == [True]
+
+
+@each_backend
+def test_attention_in_small_ops_may_have_a_negative_scale(backend: str) -> None:
+    """What the passes make of it is one causal attention."""
+
+    def build(b: Builder) -> Expr:
+        q, k, v = (b.input(n, "f32[1,2,5,8]") for n in "qkv")
+        scores = b.einsum(q, k, equation="b h s d, b h t d -> b h s t") * -0.25
+        keep = b.constant(np.tri(5, dtype=bool))
+        p = b.softmax(b.where(keep, scores, b.constant(-math.inf, scores.dtype)))
+        made: Expr = b.matmul(p, v)
+        return made
+
+    graph = graph_of(build)
+    exe = compile(graph, backend=backend)
+    assert any(isinstance(n.op, Attention) for n in exe.optimized.graph.main.nodes)
+    rng = np.random.default_rng(0)
+    given = {n: rng.standard_normal((1, 2, 5, 8)).astype(np.float32) for n in "qkv"}
+    assert_near(exe(**given)["y"], interpret(graph, given, float64=True)["y"])
 
 
 @dataclass(frozen=True, repr=False)
@@ -182,7 +283,6 @@ def test_normalization_of_f16_squares_in_f32(name: str, backend: str) -> None:
         np.testing.assert_allclose(made, expected, rtol=2.0**-10)
 
 
-FLOATS = [name for name, dtype in DTYPES.items() if dtype.is_float]
 NUMBERS = [0.1, -1 / 3, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519.0, 1e-7, -0.0, float("inf")]
 """Among them ties of bf16, of which the even one is nearest, and what f16 holds as a subnormal."""
 
