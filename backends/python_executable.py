@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from treadle.backends.emission import Program
+from treadle.backends.emission import Program, on_one_line
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature
 from treadle.backends.weight_preparation import Prepared
@@ -127,7 +127,7 @@ _numbers = count()  # so that executables of one text do not share the lines tha
 
 def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Callable[..., Any]]:
     """Execute a module's text, known to tracebacks under a file name of its own; returns that name and `main`."""
-    file = f"<treadle {name} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
+    file = f"<treadle {on_one_line(name)} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict[str, Any] = dict(namespace)
     exec(compile(text, file, "exec"), scope)

@@ -21,6 +21,7 @@ from tests.backend_checks import (
     each_backend,
     graph_of,
     message,
+    needs_torch,
     needs_tvm,
     python_backends,
 )
@@ -28,10 +29,10 @@ from tests.golden import Golden
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, GraphError
-from treadle.ir.graph import Function, Graph
+from treadle.ir.graph import Function, Graph, Source
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
-from treadle.ir.types import DTYPES
+from treadle.ir.types import DTYPES, bf16
 
 
 def test_an_executable_tells_its_signature() -> None:
@@ -236,6 +237,64 @@ def test_tensors_in_tensors_out() -> None:
     assert isinstance(exe(tokens=ids.numpy()).logits, np.ndarray)
     np.testing.assert_array_equal(out.numpy(), exe(tokens=ids.numpy()).logits)
     assert isinstance(compiled("numpy", graph, weights)(tokens=ids).logits, np.ndarray)
+
+
+BF16_BACKENDS = ["torch", pytest.param("tvm", marks=needs_tvm)]  # NumPy has none
+
+
+@needs_torch
+@pytest.mark.parametrize("given", ["arrays", "tensors"])
+@pytest.mark.parametrize("backend", BF16_BACKENDS)
+def test_bf16_holds_what_is_no_number(backend: str, given: str) -> None:
+    import torch
+
+    exe = compiled(backend, graph_of(lambda b: b.input("x", "bf16[2, 3]") * b.constant(2.0, bf16)))
+    x = np.array([[np.nan, np.inf, -np.inf], [-0.0, 1.5, 3.0]], np.float32)
+    y = exe(x=torch.from_numpy(x).bfloat16() if given == "tensors" else x).y
+    assert isinstance(y, torch.Tensor) == (given == "tensors")
+    np.testing.assert_array_equal(y.float().numpy() if given == "tensors" else y, 2 * x)
+    turned = exe(x=torch.from_numpy(x.T.copy()).bfloat16().T if given == "tensors" else x.T.copy().T).y
+    np.testing.assert_array_equal(np.asarray(turned.float() if given == "tensors" else turned), 2 * x)
+    with pytest.raises(BackendError, match="a float32 that bf16 does not hold"):
+        exe(x=np.full((2, 3), 0.1, np.float32))
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", 'a"\nb\\', "{x} %s", ""])
+def test_any_name_is_harmless(name: str, backend: str) -> None:
+    """Of a graph, a function, a value, a weight, a scope or a file; one that ends C strings or lines, too."""
+    graph = Graph(name)
+    block = Function(f"{name}.block")
+    graph.add_function(block)
+    inside = Builder(graph, block)
+    x, w = inside.input(name, "f32[B, 2]"), inside.parameter(f"{name}w", "f32[2, 2]")
+    inside.outputs(**{name: inside.linear(x, w, None, name=name)})
+    b = Builder(graph)
+    b.source = Source(name, 3)
+    x, w = b.input(name, "f32[B, 2]"), b.parameter(f"{name}w", "f32[2, 2]")
+    with b.scoped(name):
+        (y,) = b.call(block, [x, w])
+    b.outputs(**{name: b.softmax(y)})
+    array = np.arange(6, dtype=np.float32).reshape(3, 2)
+    exe = compiled(backend, graph, {f"{name}w": np.eye(2, dtype=np.float32)})
+    found = exe(**{name: array})[name]
+    np.testing.assert_allclose(found, np.exp(array) / np.exp(array).sum(1, keepdims=True), rtol=1e-6)
+    assert "\0" not in exe.source
+
+
+@needs_torch
+def test_sums_of_16_bits_are_not_reduced_in_16_on_a_gpu() -> None:
+    """What PyTorch is told while a program runs on one, here without one."""
+    import torch
+
+    from treadle.backends.torch_backend import _TorchArrays
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    with _TorchArrays(torch.device("cuda"), None).running():
+        assert not matmul.allow_fp16_reduced_precision_reduction
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    assert (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction) == before
 
 
 def test_bf16_runs_on_torch() -> None:

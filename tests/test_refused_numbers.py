@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.backend_checks import compiled, each_backend, graph_of, message
+from tests.op_checks import TESTED, Case
+from tests.rounding_bounds import assert_within, bounded
+from treadle.ir.attributes import attribute_fields
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, ParseError, RuleError
 from treadle.ir.graph import Graph, Source
 from treadle.ir.interpreter import interpret
+from treadle.ir.operation import OPS
 from treadle.ir.parser import parse_graph
 from treadle.ir.printer import print_graph
 from treadle.ir.types import DTYPES
@@ -99,6 +106,61 @@ def test_the_outermost_numbers_are_padded_with(backend: str, dtype: str, value: 
     x = np.zeros(2, DTYPES[dtype].numpy)
     expected = np.concatenate([np.asarray([value]).astype(x.dtype), x])
     np.testing.assert_array_equal(np.asarray(compiled(backend, graph)(x=x)["y"]), expected)
+
+
+# -- float attributes ----------------------------------------------------------------------------------------
+
+FLOAT_ATTRIBUTES = [
+    (name, field.name)
+    for name in TESTED
+    for field in attribute_fields(OPS[name]).values()
+    if "float" in field.annotation
+]
+
+
+def _with_number(name: str, field: str, value: float) -> Case:
+    """The op's first sample, with another number for one attribute."""
+    case = Case.of(name, 0)
+    return replace(case, op=type(case.op)(**case.op.attributes | {field: value}))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("name", "field"), FLOAT_ATTRIBUTES)
+@each_backend
+def test_an_attribute_that_is_no_finite_number_runs_or_is_refused(
+    backend: str, name: str, field: str, value: float
+) -> None:
+    case = _with_number(name, field, value)
+    if not case.takes_its_operands:
+        b = Builder(Graph("refused"))
+        operands = [None if t is None else b.input(f"x{n}", t).value for n, t in enumerate(case.types)]
+        b.source = LINE
+        with pytest.raises(RuleError, match=f"{name}: {field} must be .*, is {value}") as caught:
+            b.emit(case.op, operands)
+        assert "model.py:7" in str(caught.value)
+        return
+    graph = case.forward_graph()
+    assert parse_graph(print_graph(graph)) == graph
+    made = compiled(backend, graph)(**case.inputs)
+    for output, wanted in bounded(graph, case.inputs).items():
+        assert_within(made[output], wanted, output)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("name", "field"), FLOAT_ATTRIBUTES)
+def test_onnx_holds_such_an_attribute_too(name: str, field: str, value: float, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    case = _with_number(name, field, value)
+    if not case.takes_its_operands:
+        return
+    from treadle.backends.onnx_export.exporter import export_onnx
+
+    graph = case.forward_graph()
+    path = export_onnx(graph, {}, tmp_path / "op.onnx").path
+    made = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, case.inputs)
+    for got, (output, wanted) in zip(made, bounded(graph, case.inputs).items(), strict=True):
+        assert_within(got, wanted, output)
 
 
 # -- results that no memory holds ----------------------------------------------------------------------------

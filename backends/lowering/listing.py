@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from treadle.backends.emission import on_one_line
 from treadle.backends.kernels.cache import tvm_script
 from treadle.backends.kernels.isa import Isa
 from treadle.backends.kernels.kernel import Kernel
@@ -16,9 +17,11 @@ def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence
     """The whole program, to be read: routines, then kernels; before them, lines on how weights are prepared."""
     kernels = kernels_of(program)
     titles = unique_titles(kernels)
-    parts = [f"# {name}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
+    parts = [f"# {on_one_line(name)}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
     if prepared:
-        parts[0] += "\n".join(["# Computed once, when weights are bound:", *(f"#   {line}" for line in prepared), ""])
+        parts[0] += "\n".join(
+            ["# Computed once, when weights are bound:", *(f"#   {on_one_line(line)}" for line in prepared), ""]
+        )
     parts += [_routine(routine, titles) for routine in program.routines]
     parts += [f"# {kernel.key}\n{tvm_script(kernel, isa, titles[kernel])}" for kernel in kernels]
     return "\n\n".join(parts)
@@ -41,6 +44,7 @@ def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     lines += [_step(step, titles, read) for step in routine.steps]
     lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
     width = max((len(code) for code, note in lines if note and len(code) <= _COLUMN), default=0)
+    lines = [(on_one_line(code), on_one_line(note)) for code, note in lines]  # which hold names of the user's
     return "\n".join(f"{code:<{width}}  # {note}" if note else code for code, note in lines)
 
 
