@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.backends.arena import ALIGNMENT, Lifetime, check_arena, plan_arena
 from treadle.ir.errors import BackendError
-
-INSTANCES = Path(__file__).resolve().parents[2] / "shared" / "data" / "memory"
 
 lifetimes = st.lists(
     st.builds(
@@ -50,11 +46,24 @@ def test_a_plan_that_lies_is_caught() -> None:
         check_arena(lives, [0, 64, 128])
 
 
-@pytest.mark.skipif(not INSTANCES.is_dir(), reason="the benchmark instances are not there")
-def test_real_instances_are_planned_well() -> None:
-    """Within a third of the most that lives at once, which no plan can beat."""
-    for file in sorted(INSTANCES.glob("*resnet50*.csv")):
-        with file.open() as rows:
-            lives = [Lifetime(r["id"], int(r["lower"]), int(r["upper"]), int(r["size"])) for r in csv.DictReader(rows)]
-        peak = max(sum(x.size for x in lives if x.first <= t < x.end) for t in {x.first for x in lives})
-        assert check_arena(lives, plan_arena(lives)) <= peak * 4 / 3
+def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> list[Lifetime]:
+    """A rectangle of steps and memory cut into buffers that fill it: planned at best, they take `high - low` units."""
+    length, height = end - first, high - low
+    if max(length, height) == 1 or rng.random() < 0.08:
+        return [Lifetime(f"{first} to {end} at {low}", first, end, height * ALIGNMENT)]
+    if height == 1 or (length > 1 and rng.random() < 0.5):
+        at = int(rng.integers(first + 1, end))
+        return cut(rng, first, at, low, high) + cut(rng, at, end, low, high)
+    at = int(rng.integers(low + 1, high))
+    return cut(rng, first, end, low, at) + cut(rng, first, end, at, high)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_is_near_the_best_one(seed: int) -> None:
+    """Within a tenth of the least, which is known. Placed in the order in which they come, most of these take more."""
+    rng = np.random.default_rng(seed)
+    lives = cut(rng, 0, 64, 0, 64)
+    rng.shuffle(lives)  # type: ignore[arg-type]
+    peaks = {sum(x.size for x in lives if x.first <= t < x.end) for t in range(64)}
+    assert peaks == {64 * ALIGNMENT}
+    assert check_arena(lives, plan_arena(lives)) <= 64 * ALIGNMENT * 1.1

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.op_checks import held
+from tests.rounding_bounds import assert_within, bounded
 from treadle.backends.registry import find_backend
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
-from treadle.ir.interpreter import interpret
+from treadle.ir.inline import inline_calls
 from treadle.ir.target import Target
 from treadle.ir.types import DType, bf16, f16, f32, f64
 
@@ -107,10 +109,12 @@ def test_bfloat16_is_packed() -> None:
     b, x = graph_of(dtype=bf16)
     b.outputs(y=b.cast(b.linear(x, b.parameter("w", bf16[N, K]), None), to=f32))
     assert names(b) == {"w": "n k"}
-    weight, rows = torch.randn(N, K).bfloat16(), torch.randn(2, 3, K).bfloat16()
-    exe = find_backend("torch").compile(b.graph, Target("cpu"), {"w": weight})
-    wanted = torch.nn.functional.linear(rows, weight).float()
-    torch.testing.assert_close(exe(x=rows)["y"], wanted, rtol=1e-2, atol=1e-2)
+    rng = np.random.default_rng(0)
+    weight, rows = (held(rng.standard_normal(shape), bf16) for shape in ((N, K), (2, 3, K)))
+    tensors = [torch.from_numpy(x).bfloat16() for x in (weight, rows)]
+    exe = find_backend("torch").compile(b.graph, Target("cpu"), {"w": tensors[0]})
+    (wanted,) = bounded(b.graph, {"x": rows}, {"w": weight}).values()
+    assert_within(exe(x=tensors[1])["y"], wanted, "y")
 
 
 @pytest.mark.parametrize("second", ["another weight", "what is computed"])
@@ -146,9 +150,9 @@ def close_to_its_meaning(graph: Graph, x: Array) -> None:
 
 
 def close(graph: Graph, inputs: dict[str, Array]) -> None:
-    """Sums of 32 products of numbers near 1 and 1/4, some of them twice."""
+    """On random weights, what the rounding of its ops allows; of a graph with calls, of the graph without them."""
     rng = np.random.default_rng(1)
     weights = {n: (rng.standard_normal(w.shape) / 4).astype(w.dtype) for n, w in initial_weights(graph).items()}
     made = find_backend("torch").compile(graph, Target("cpu"), weights)(**inputs)
-    for name, wanted in interpret(graph, inputs, weights, float64=True).items():
-        np.testing.assert_allclose(made[name], wanted, rtol=1e-5, atol=2e-5)
+    for name, wanted in bounded(inline_calls(graph), inputs, weights).items():
+        assert_within(made[name], wanted, name)

@@ -20,6 +20,7 @@ from treadle.backends.lowering.shape_rules import reshaped
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
+from treadle.ir.interpreter import interpret
 from treadle.ir.sizes import Size, product
 from treadle.ir.target import Target
 from treadle.ir.types import DTYPES, f32
@@ -134,6 +135,39 @@ def test_reshapes_that_strides_can_say() -> None:
     assert strides(view([b, 6, s], [1, b, b * 6]), 6, b, s) is None
     assert strides(view([4, 6], [1, 4]), 2, 2, 6) == ["2", "1", "4"]
     assert row_major((Size.of(2), s)) == (s, Size.of(1))
+
+
+REST: dict[str, tuple[Callable[[Builder, Expr], Expr], Callable[[int], tuple[int, ...]]]] = {
+    "an axis, turned": (lambda b, x: b.rearrange(x, pattern="b s d -> d b s"), lambda n: (4, 3, n)),
+    "turned and joined": (lambda b, x: b.rearrange(x, pattern="b s d -> d (s b)"), lambda n: (4, 3 * n)),
+    "turned and split": (lambda b, x: b.rearrange(x, pattern="b s (d two=2) -> two d s b"), lambda n: (2, 2, n, 3)),
+    "reshaped to rows": (lambda b, x: b.reshape(x, shape=("S-2", 12)), lambda n: (n, 12)),
+    "turned, then reshaped": (
+        lambda b, x: b.reshape(b.rearrange(x, pattern="b s d -> d s b"), shape=(2, "2*S-4", 3)),
+        lambda n: (2, 2 * n, 3),
+    ),
+}
+"""Of x[3, S, 4] without its first two of S: a form, and its shape where n are left."""
+
+
+@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("further", [False, True])
+def test_a_view_of_nothing_has_its_shape(name: str, further: bool) -> None:
+    """Whether the form is the result itself, or read by another op."""
+    build, shape = REST[name]
+
+    def whole(b: Builder) -> Expr:
+        rest = b.slice(b.input("x", "f32[3, S, 4]"), axis=1, start=2)
+        made = build(b, rest)
+        return made * 2.0 if further else made
+
+    graph = graph_of(whole)
+    exe = compiled(graph)
+    for left in (0, 1, 5):
+        x = normal(3, left + 2, 4)
+        found = np.asarray(exe(x=x)["y"])
+        assert found.shape == shape(left)
+        np.testing.assert_array_equal(found, interpret(graph, {"x": x})["y"], strict=True)
 
 
 # -- indexing ------------------------------------------------------------------------------------------------
