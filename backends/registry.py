@@ -17,9 +17,9 @@ from treadle.ir.errors import BackendError
 
 GROUP = "treadle.backends"
 _OURS = {
-    "numpy": ("treadle.backends.numpy_backend", "NumpyBackend"),
-    "torch": ("treadle.backends.torch_backend", "TorchBackend"),
-    "tvm": ("treadle.backends.tvm_backend", "TvmBackend"),
+    "numpy": ("treadle.backends.numpy.backend", "NumpyBackend"),
+    "torch": ("treadle.backends.torch.backend", "TorchBackend"),
+    "tvm": ("treadle.backends.tvm.backend", "TvmBackend"),
 }
 
 

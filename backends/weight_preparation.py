@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded, widened
-from treadle.backends.emission import on_one_line
-from treadle.ir.attributes import attribute_text
+from treadle.backends.python.emission import on_one_line
 from treadle.ir.builder import describe_source
 from treadle.ir.clone import clone_function
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
+from treadle.ir.text.attributes import attribute_text
 from treadle.ir.types import bf16
 from treadle.ir.weight_only import weight_only_nodes
 

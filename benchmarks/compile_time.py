@@ -33,7 +33,7 @@ TVM_RUNS = 3
 def seconds(layers: int, runs: int) -> list[float]:
     """Times in this process; the first is cold."""
     from treadle.models.bert import FAMILY
-    from treadle.passes.manager import PassManager
+    from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
 
     model = FAMILY.model.configure(layers=layers)

@@ -46,9 +46,9 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.call import Call
 from treadle.ir.target import Target
-from treadle.passes.fusion_sites import find_sites
-from treadle.passes.manager import Optimized, PassManager
+from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.passes.sites.fusion_sites import find_sites
 
 TOLERANCE = 2e-5
 """Of the largest number: float32 sums of some dozens of terms, through a few layers, in another order."""

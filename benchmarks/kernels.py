@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from treadle.backends.kernels import tvm_runtime
-from treadle.backends.kernels.calling import bind
-from treadle.backends.kernels.isa import host_isa
-from treadle.backends.kernels.matmul import Matmul, panel_width
-from treadle.backends.lowering.program import Panels
 from treadle.backends.registry import find_backend
-from treadle.backends.weight_packing import panels
+from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.isa import host_isa
+from treadle.backends.tvm.kernels.matmul import Matmul, panel_width
+from treadle.backends.tvm.lowering.program import Panels
+from treadle.backends.tvm.weight_packing import panels
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target

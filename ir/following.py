@@ -18,13 +18,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
-from treadle.ir.attributes import attribute_symbols
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite
 from treadle.ir.sizes import ONE, Size
+from treadle.ir.text.attributes import attribute_symbols
 from treadle.ir.types import Factor
 
 

@@ -343,7 +343,7 @@ class Graph:
     __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        from treadle.ir.printer import print_graph
+        from treadle.ir.text.printer import print_graph
 
         return print_graph(self)
 
@@ -353,7 +353,7 @@ class Graph:
     def _repr_html_(self) -> str:
         """For notebooks: the graph as text."""
         from treadle.ir.notebook_html import html_code
-        from treadle.ir.printer import print_graph
+        from treadle.ir.text.printer import print_graph
 
         return html_code(repr(self)[1:-1], print_graph(self), open=True)
 

@@ -13,9 +13,9 @@ from hashlib import sha256
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
-from treadle.ir.attributes import attribute_fields, attribute_text
 from treadle.ir.graph import Function, Graph, Literal, Value
 from treadle.ir.operation import Op
+from treadle.ir.text.attributes import attribute_fields, attribute_text
 from treadle.ir.types import Type
 
 _IN_PLACE = 64

@@ -15,13 +15,13 @@ import re
 from collections.abc import Collection
 from math import prod
 
-from treadle.ir.attributes import attribute_symbols
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import TreadleError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
-from treadle.ir.printer import excerpt
+from treadle.ir.text.attributes import attribute_symbols
+from treadle.ir.text.printer import excerpt
 from treadle.ir.types import Type, boolean
 
 

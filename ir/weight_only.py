@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from treadle.ir.attributes import attribute_symbols
 from treadle.ir.graph import Function, Node, Value, needed_nodes
+from treadle.ir.text.attributes import attribute_symbols
 
 
 def weight_only_nodes(function: Function) -> dict[Node, None]:

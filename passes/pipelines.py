@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from treadle.passes.canonicalize import Canonicalize
-from treadle.passes.common_subexpressions import CommonSubexpressions
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.fold_constants import FoldConstants
-from treadle.passes.fold_scale import FoldScale
-from treadle.passes.fuse_activated_linear import FuseActivatedLinear
-from treadle.passes.fuse_attention import FuseAttention
-from treadle.passes.fuse_embedding_sum import FuseEmbeddingSum
-from treadle.passes.fuse_gated_linear import FuseGatedLinear
-from treadle.passes.fuse_gelu import FuseGelu
-from treadle.passes.fuse_linear import FuseLinear
-from treadle.passes.fuse_normalization import FuseNormalization
-from treadle.passes.fuse_residual_norm import FuseResidualNorm
-from treadle.passes.fuse_rotary import FuseRotary
-from treadle.passes.fuse_softmax import FuseSoftmax
-from treadle.passes.manager import Pass
-from treadle.passes.merge_projections import MergeProjections
-from treadle.passes.refine_attention import RefineAttention
+from treadle.passes.cleanup.canonicalize import Canonicalize
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.fold_constants import FoldConstants
+from treadle.passes.framework.manager import Pass
+from treadle.passes.fusion.attention.fuse_attention import FuseAttention
+from treadle.passes.fusion.attention.refine_attention import RefineAttention
+from treadle.passes.fusion.fuse_embedding_sum import FuseEmbeddingSum
+from treadle.passes.fusion.fuse_gelu import FuseGelu
+from treadle.passes.fusion.fuse_normalization import FuseNormalization
+from treadle.passes.fusion.fuse_residual_norm import FuseResidualNorm
+from treadle.passes.fusion.fuse_rotary import FuseRotary
+from treadle.passes.fusion.fuse_softmax import FuseSoftmax
+from treadle.passes.products.fold_scale import FoldScale
+from treadle.passes.products.fuse_activated_linear import FuseActivatedLinear
+from treadle.passes.products.fuse_gated_linear import FuseGatedLinear
+from treadle.passes.products.fuse_linear import FuseLinear
+from treadle.passes.products.merge_projections import MergeProjections
 
 
 class Pipeline(tuple[Pass, ...]):

@@ -44,7 +44,7 @@ from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.types import Type
-from treadle.passes.manager import Optimized
+from treadle.passes.framework.manager import Optimized
 from treadle.runtime.not_finite import FiniteWatch
 from treadle.runtime.roundings import Moved, changed, coarsest_spacing, moved_by_rounding
 from treadle.runtime.verification_report import (

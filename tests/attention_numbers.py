@@ -10,7 +10,7 @@ import numpy as np
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import literal_key, op_key
 from treadle.ir.interpreter import interpret
-from treadle.passes.rearrange_forms import form_of
+from treadle.passes.cleanup.rearrange_forms import form_of
 
 Array = np.ndarray[Any, Any]
 

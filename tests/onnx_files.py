@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.op_checks import Array
-from treadle.backends.onnx_export.exporter import (
+from treadle.backends.onnx.exporter import (
     Exported,
     export_onnx,
 )

@@ -48,7 +48,7 @@ TERMS = '''\
 from typing import Any
 
 from treadle.ir.types import i64
-from treadle.passes.pattern import Term, TermLike
+from treadle.passes.framework.pattern import Term, TermLike
 
 class OpTerms:
 '''
@@ -58,7 +58,7 @@ def stubs() -> dict[str, str]:
     """Each stub's text, by its path in the tree."""
     return {
         "ir/op_methods.pyi": METHODS + _methods(BUILDER),
-        "passes/op_terms.pyi": TERMS + _methods(PATTERN),
+        "passes/framework/op_terms.pyi": TERMS + _methods(PATTERN),
         "frontends/operations.pyi": FUNCTIONS + _functions(),
     }
 

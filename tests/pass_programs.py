@@ -10,9 +10,9 @@ import numpy as np
 
 from treadle.ir.graph import Graph, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.parser import parse_graph
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import Type
-from treadle.passes.manager import Optimized, Pass, PassManager
+from treadle.passes.framework.manager import Optimized, Pass, PassManager
 
 SIZES = {"B": 2, "S": 3}
 

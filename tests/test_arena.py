@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treadle.backends.arena import ALIGNMENT, Lifetime, check_arena, plan_arena
+from treadle.backends.tvm.arena import ALIGNMENT, Lifetime, check_arena, plan_arena
 from treadle.ir.errors import BackendError
 
 lifetimes = st.lists(

@@ -25,11 +25,11 @@ from treadle.ir.builder import Builder
 from treadle.ir.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.errors import BackendError, CheckpointError, ParseError, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.parser import parse_graph
-from treadle.ir.scanner import Limits as TextLimits
 from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.scanner import Limits as TextLimits
 from treadle.models.gpt2 import gpt2
-from treadle.passes.pass_log import Event
+from treadle.passes.framework.pass_log import Event
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"vocab": 11, "dim": 12, "heads": 3, "layers": 2}

@@ -13,7 +13,7 @@ import pytest
 import treadle
 from tests.fuzz.attention_chains import DrawnAttention, draw_attention
 from treadle.ir.interpreter import interpret
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 ROOM = {"f16": 2.0**-7, "f32": 2.0**-18, "f64": 2.0**-40}

@@ -25,7 +25,7 @@ from tests.torch_modules import assert_equal, drawn
 from treadle.frontends.onnx_import.importer import Imported, import_onnx
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.graph import Graph
-from treadle.passes.manager import Optimized, PassManager
+from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
 
 F: Any = torch.nn.functional

@@ -28,13 +28,13 @@ from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.ops.attention import AttentionWithProbabilities
-from treadle.ir.parser import parse_graph
 from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, i64
-from treadle.passes import certificates
-from treadle.passes.decompose import Decompose
-from treadle.passes.fuse_attention import FuseAttention
-from treadle.passes.manager import PassManager
+from treadle.passes.certificates.certifying import certifying as certificates
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.fusion.attention.fuse_attention import FuseAttention
 from treadle.passes.pipelines import DEFAULT
 
 Array = np.ndarray[Any, Any]
@@ -376,7 +376,7 @@ def test_decomposed_it_is_recognised_again(number: int) -> None:
 
 
 def exported(graph: Graph, opset: int, path: Path) -> Any:
-    from treadle.backends.onnx_export.exporter import export_onnx
+    from treadle.backends.onnx.exporter import export_onnx
 
     return export_onnx(graph, {}, path, opset=opset)
 
@@ -509,7 +509,7 @@ def test_bert_with_its_attentions_through_onnx(dynamo: bool, tmp_path: Path) -> 
 
 def exported_again(exe: Any, path: Path) -> Path:
     """The optimized graph as a file whose attention is the operator."""
-    from treadle.backends.onnx_export.exporter import export_onnx
+    from treadle.backends.onnx.exporter import export_onnx
 
     made = export_onnx(exe.graph, exe.weights, path, opset=23)
     assert made.operators["Attention"] == len(exe.graph.main.outputs) - 1

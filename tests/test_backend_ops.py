@@ -13,8 +13,8 @@ import pytest
 
 from tests.backend_checks import assert_near, compiled, each_backend, graph_of, message, needs_torch
 from tests.op_checks import EPSILON, TESTED, Case, held, refusal
-from treadle.backends import numpy_kernels
-from treadle.backends.axis_spelling import einsum_letters
+from treadle.backends.numpy import kernels as numpy_kernels
+from treadle.backends.python.axis_spelling import einsum_letters
 from treadle.backends.registry import find_backend
 from treadle.compiling import compile
 from treadle.ir.attention_terms import BooleanMask, Causal, MaskTerm, Padding, TensorBias, Term, Window
@@ -123,7 +123,7 @@ def test_no_row_without_keys_reaches_a_product_in_torch(
     """PyTorch's product of bfloat16 may spread a row's NaN to other rows, on some processors and at some sizes."""
     import torch
 
-    from treadle.backends import torch_kernels
+    from treadle.backends.torch import kernels as torch_kernels
 
     seen = []
 

@@ -11,13 +11,13 @@ from tests.pass_programs import program
 from tests.test_certificates import Planted, certificates, certified, rolled_back
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
-from treadle.ir.parser import parse_graph
 from treadle.ir.sizes import Bounds
-from treadle.passes.certificates import Certificate, Counterexample, certify
-from treadle.passes.manager import Optimized
-from treadle.passes.region_graphs import shrinkings_of
-from treadle.passes.regions import MOST_NODES, claim_of_match
-from treadle.passes.rewrite import Match, Rewrite
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.certificates.certifying import Certificate, Counterexample, certify
+from treadle.passes.certificates.region_graphs import shrinkings_of
+from treadle.passes.certificates.regions import MOST_NODES, claim_of_match
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.framework.rewrite import Match, Rewrite
 
 # -- what is free, and what is tied to something else ----------------------------------------------------------------
 

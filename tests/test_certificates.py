@@ -17,23 +17,23 @@ from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, numbers, 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Literal, Value
 from treadle.ir.ops.elementwise import Neg
-from treadle.ir.parser import parse_graph
 from treadle.ir.sizes import Bounds
 from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.verifier import verify
-from treadle.passes.canonicalize import MulOne, PowTwo
-from treadle.passes.certificates import Certificate
-from treadle.passes.common_subexpressions import CommonSubexpressions
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.fold_constants import FoldConstants
-from treadle.passes.fuse_gelu import FuseGelu
-from treadle.passes.fuse_normalization import FuseNormalization
-from treadle.passes.manager import Optimized, Pass, PassManager
-from treadle.passes.pass_log import PassRecord
+from treadle.passes.certificates.certifying import Certificate
+from treadle.passes.certificates.region_graphs import shrinkings_of
+from treadle.passes.certificates.regions import claim_of_match
+from treadle.passes.cleanup.canonicalize import MulOne, PowTwo
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.fold_constants import FoldConstants
+from treadle.passes.framework.manager import Optimized, Pass, PassManager
+from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
+from treadle.passes.fusion.fuse_gelu import FuseGelu
+from treadle.passes.fusion.fuse_normalization import FuseNormalization
 from treadle.passes.pipelines import DEFAULT
-from treadle.passes.region_graphs import shrinkings_of
-from treadle.passes.regions import claim_of_match
-from treadle.passes.rewrite import Match, Refusal, Rewrite, RewriteSet
 
 
 def certified(graph: Graph | str, *passes: Pass) -> Optimized:

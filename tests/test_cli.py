@@ -16,7 +16,7 @@ import pytest
 
 import treadle.cli
 from treadle.ir.errors import TreadleError
-from treadle.ir.parser import parse_graph
+from treadle.ir.text.parser import parse_graph
 from treadle.resolving import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -541,7 +541,8 @@ try:
     treadle.cli.main()
 except SystemExit:
     pass
-heavy = {"torch", "networkx", "tokenizers", "transformers", "treadle.backends.emission", "treadle.passes.manager"}
+heavy = {"torch", "networkx", "tokenizers", "transformers",
+         "treadle.backends.python.emission", "treadle.passes.framework.manager"}
 print("loaded", sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     done = process("-c", code)

@@ -11,7 +11,7 @@ import pytest
 import treadle.frontends.language as t
 from treadle.compiling import compile
 from treadle.ir.errors import TreadleError
-from treadle.passes.canonicalize import Canonicalize
+from treadle.passes.cleanup.canonicalize import Canonicalize
 
 ONES = {"head.weight": np.ones((3, 4), np.float32), "head.bias": np.ones(3, np.float32)}
 

@@ -11,9 +11,9 @@ import treadle.frontends.language as t
 from treadle.compiling import compile
 from treadle.ir.errors import FrontendError, GraphError
 from treadle.ir.interpreter import interpret
-from treadle.ir.parser import parse_graph
-from treadle.ir.printer import print_graph
 from treadle.ir.sizes import Bounds
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
 
 
 @t.model

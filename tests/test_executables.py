@@ -287,7 +287,7 @@ def test_sums_of_16_bits_are_not_reduced_in_16_on_a_gpu() -> None:
     """What PyTorch is told while a program runs on one, here without one."""
     import torch
 
-    from treadle.backends.torch_backend import _TorchArrays
+    from treadle.backends.torch.backend import _TorchArrays
 
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction

@@ -19,11 +19,11 @@ from treadle.fusion_verdicts import Verdict
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph, Source
-from treadle.ir.parser import parse_graph
-from treadle.passes.fuse_linear import FuseLinear
-from treadle.passes.fusion_sites import find_sites
-from treadle.passes.rewrite import Match, Rewrite
-from treadle.passes.round_trips import round_trip_at
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.round_trips import round_trip_at
+from treadle.passes.framework.rewrite import Match, Rewrite
+from treadle.passes.products.fuse_linear import FuseLinear
+from treadle.passes.sites.fusion_sites import find_sites
 
 MODEL = """import math
 

@@ -11,18 +11,18 @@ import pytest
 import treadle
 import treadle.frontends.language as t
 from tests.pass_programs import GELU, assert_same_numbers, optimize, program
-from treadle.backends.onnx_export.exporter import export_onnx
+from treadle.backends.onnx.exporter import export_onnx
 from treadle.explaining import explain_fusion
 from treadle.ir.cost import node_cost
 from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.ops.activated_products import ACTIVATIONS
-from treadle.ir.parser import parse_graph
-from treadle.passes.decompose import Decompose
-from treadle.passes.fuse_activated_linear import FuseActivatedLinear
-from treadle.passes.fusion_sites import find_sites
-from treadle.passes.manager import PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.passes.products.fuse_activated_linear import FuseActivatedLinear
+from treadle.passes.sites.fusion_sites import find_sites
 
 ALONG = ["w: f32[8, 4]", "b: f32[8]"]
 ACROSS = ["w: f32[4, 8]", "b: f32[8]"]

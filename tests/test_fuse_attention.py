@@ -24,16 +24,16 @@ from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.ops.attention import Attention
-from treadle.ir.parser import parse_graph
 from treadle.ir.samples import Sample
-from treadle.passes.canonicalize import Canonicalize
-from treadle.passes.common_subexpressions import CommonSubexpressions
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.decompose import FUSED, Decompose
-from treadle.passes.fold_constants import FoldConstants
-from treadle.passes.fuse_attention import FuseAttention
-from treadle.passes.fuse_softmax import FuseSoftmax
-from treadle.passes.manager import Optimized, PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.canonicalize import Canonicalize
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.decompose import FUSED, Decompose
+from treadle.passes.cleanup.fold_constants import FoldConstants
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.fusion.attention.fuse_attention import FuseAttention
+from treadle.passes.fusion.fuse_softmax import FuseSoftmax
 from treadle.passes.pipelines import DEFAULT
 
 PASSES = (

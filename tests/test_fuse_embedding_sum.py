@@ -11,10 +11,10 @@ from treadle.explaining import explain_fusion
 from treadle.ir.cost import node_cost
 from treadle.ir.following import follow
 from treadle.ir.ops.embedding_sums import EmbeddingSum
-from treadle.ir.parser import parse_graph
-from treadle.passes.decompose import Decompose
-from treadle.passes.fuse_embedding_sum import FuseEmbeddingSum
-from treadle.passes.manager import PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.fusion.fuse_embedding_sum import FuseEmbeddingSum
 
 TAKES = "i: i64[B, S], j: i64[S], k: i32[B, S], x: f32[B, S, 8]"
 WEIGHTS = ["word: f32[9, 8]", "place: f32[7, 8]", "kind: f32[6, 8]", "narrow: f32[7, 1]"]

@@ -13,12 +13,12 @@ from tests.pass_programs import assert_same_numbers, optimize, program
 from treadle.explaining import explain_fusion
 from treadle.ir.graph import Graph
 from treadle.ir.ops.activated_products import ACTIVATIONS
-from treadle.ir.parser import parse_graph
-from treadle.passes.decompose import Decompose
-from treadle.passes.fuse_gated_linear import FuseGatedLinear
-from treadle.passes.fusion_sites import find_sites
-from treadle.passes.manager import PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.passes.products.fuse_gated_linear import FuseGatedLinear
+from treadle.passes.sites.fusion_sites import find_sites
 
 ALONG = ["g: f32[8, 4]", "u: f32[8, 4]", "b: f32[8]", "c: f32[8]"]
 ACROSS = ["g: f32[4, 8]", "u: f32[4, 8]", "b: f32[8]", "c: f32[8]"]

@@ -14,10 +14,10 @@ from tests.pass_programs import assert_same_numbers, optimize, program
 from treadle.explaining import explain_fusion
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
-from treadle.ir.parser import parse_graph
-from treadle.passes.decompose import Decompose
-from treadle.passes.fuse_residual_norm import FuseResidualNorm
-from treadle.passes.manager import PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.fusion.fuse_residual_norm import FuseResidualNorm
 from treadle.passes.pipelines import DEFAULT
 
 X = "f32[B, S, 8]"
@@ -205,7 +205,7 @@ def test_tvm_has_the_kernels_that_it_had(model: str) -> None:
 
 def test_onnx_and_back(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    from treadle.backends.onnx_export.exporter import export_onnx
+    from treadle.backends.onnx.exporter import export_onnx
 
     made = t.compile("bert", **SMALL)
     export_onnx(made.graph, made.weights, tmp_path / "bert.onnx")

@@ -14,13 +14,13 @@ from tests.pass_programs import optimize, program
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.ops.rotary import Rotary
-from treadle.ir.parser import parse_graph
 from treadle.ir.samples import Sample
-from treadle.passes.canonicalize import Canonicalize
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.decompose import Decompose
-from treadle.passes.fuse_rotary import FuseRotary
-from treadle.passes.manager import Optimized, PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.canonicalize import Canonicalize
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.fusion.fuse_rotary import FuseRotary
 
 Build = Callable[[Builder], Expr]
 HALF = 3

@@ -20,9 +20,9 @@ pytest.importorskip("transformers")
 from benchmarks.fusion import TOLERANCE, Row, attentions, difference, reasons, terms
 from benchmarks.hf_exports import Case, export
 from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.passes.fusion_sites import find_sites
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.passes.sites.fusion_sites import find_sites
 
 PADDED = "mask(b t)"
 CAUSAL = "causal, mask(b t)"

@@ -18,13 +18,13 @@ from treadle.explaining import Explanation, explain_fusion
 from treadle.fusion_verdicts import judge
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
-from treadle.ir.parser import parse_graph
-from treadle.passes.common_subexpressions import CommonSubexpressions
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.decompose import Decompose
-from treadle.passes.fusion_sites import KINDS, find_sites
-from treadle.passes.manager import Pass, PassManager
-from treadle.passes.pass_log import count_ops
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.framework.pass_log import count_ops
+from treadle.passes.sites.fusion_sites import KINDS, find_sites
 from treadle.reports import count_calls
 
 SPELLED = ("attention", "rotary")

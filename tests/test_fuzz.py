@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.fuzz.graphs import BACKENDS, LONG, Judge, draw, verdicts
-from treadle.backends import numpy_spelling
+from treadle.backends.numpy import spelling as numpy_spelling
 from treadle.ir.types import bf16, f16, f64
 
 GRAPHS = 80

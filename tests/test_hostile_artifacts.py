@@ -19,9 +19,9 @@ from treadle.ir.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.errors import CheckpointError, ParseError, TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.inline import inline_calls
-from treadle.ir.parser import parse_graph
-from treadle.ir.printer import print_graph
-from treadle.ir.scanner import Limits
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
+from treadle.ir.text.scanner import Limits
 from treadle.ir.verifier import verify
 from treadle.models.gpt2 import gpt2
 from treadle.models.registry import family_names, find_family

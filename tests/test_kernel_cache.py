@@ -16,19 +16,19 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from treadle.backends.kernels import cache as kernel_cache
-from treadle.backends.kernels import isa as instruction_sets
-from treadle.backends.kernels import tvm_runtime
-from treadle.backends.kernels.cache import KernelCache, assembly, tvm_script
-from treadle.backends.kernels.calling import bind
-from treadle.backends.kernels.isa import ISAS, host_isa, isa_of, runs_here
-from treadle.backends.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels import cache as kernel_cache
+from treadle.backends.tvm.kernels import isa as instruction_sets
+from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.cache import KernelCache, assembly, tvm_script
+from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.isa import ISAS, host_isa, isa_of, runs_here
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
 from treadle.ir.target import TARGETS, Target
 from treadle.ir.types import f32
 
 if TYPE_CHECKING:
-    from treadle.backends.kernels.emitter import Emitter
+    from treadle.backends.tvm.kernels.emitter import Emitter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,8 +107,8 @@ sys.modules["torch"] = None  # which TVM imports where it can, for seconds
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from tests.test_kernel_cache import Scale, scaled, expected
-from treadle.backends.kernels.cache import KernelCache
-from treadle.backends.kernels.isa import host_isa
+from treadle.backends.tvm.kernels.cache import KernelCache
+from treadle.backends.tvm.kernels.isa import host_isa
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):
     assert (scaled(KernelCache(host_isa(), Path(sys.argv[2])), Scale(float(i))) == expected(float(i))).all()

@@ -16,12 +16,12 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from treadle.backends.kernels import cache as kernel_cache
-from treadle.backends.kernels.cache import KernelCache
-from treadle.backends.kernels.calling import bind
-from treadle.backends.kernels.isa import ISAS, host_isa
-from treadle.backends.kernels.kernel import Kernel
 from treadle.backends.registry import find_backend
+from treadle.backends.tvm.kernels import cache as kernel_cache
+from treadle.backends.tvm.kernels.cache import KernelCache
+from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.isa import ISAS, host_isa
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.user_cache import is_private
 from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.builder import Builder
@@ -30,7 +30,7 @@ from treadle.ir.target import Target
 from treadle.ir.types import f32
 
 if TYPE_CHECKING:
-    from treadle.backends.kernels.emitter import Emitter
+    from treadle.backends.tvm.kernels.emitter import Emitter
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners, modes and fork are POSIX's")
 

@@ -10,16 +10,16 @@ import pytest
 
 import treadle.frontends.language as t
 from tests.backend_checks import graph_of
-from treadle.backends.kernels.isa import ISAS
 from treadle.backends.legalization import legalize
-from treadle.backends.lowering.leftovers import find_leftovers
-from treadle.backends.lowering.routine_writer import lower
-from treadle.backends.lowering.rules import RULES, keeps
+from treadle.backends.tvm.kernels.isa import ISAS
+from treadle.backends.tvm.lowering.leftovers import find_leftovers
+from treadle.backends.tvm.lowering.routine_writer import lower
+from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.compiling import compile
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.models.registry import find_family
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 

@@ -13,9 +13,9 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.parser import parse_graph
-from treadle.ir.printer import print_graph
 from treadle.ir.sizes import Size, sum_of_symbols
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
 from treadle.resolving import resolve
 
 PARTS = 200
@@ -73,7 +73,7 @@ def test_backends_join_many_parts(backend: str) -> None:
 
 def test_many_parts_go_to_onnx_and_back(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    from treadle.backends.onnx_export.exporter import export_onnx
+    from treadle.backends.onnx.exporter import export_onnx
 
     graph = graph_of(_joined)
     export_onnx(graph, {}, tmp_path / "many.onnx")

@@ -16,14 +16,14 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.types import f16, f32
 from treadle.models.gpt2 import gpt2
-from treadle.passes.common_subexpressions import CommonSubexpressions
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.decompose import Decompose
-from treadle.passes.fold_scale import FoldScale
-from treadle.passes.manager import Optimized, Pass, PassManager
-from treadle.passes.merge_projections import MergeProjections
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
-from treadle.passes.unfold_scale import UnfoldScale
+from treadle.passes.products.fold_scale import FoldScale
+from treadle.passes.products.merge_projections import MergeProjections
+from treadle.passes.products.unfold_scale import UnfoldScale
 from treadle.resolving import resolve
 
 BACKENDS = ("numpy", "torch", "tvm")

@@ -10,8 +10,8 @@ import treadle.frontends.language as t
 from treadle.frontends.rotary import Dynamic
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.ir.following import follow
-from treadle.ir.parser import parse_graph
-from treadle.ir.printer import print_graph
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
 from treadle.models.albert import albert
 from treadle.models.bart import bart
 from treadle.models.bert import HEADS, bert

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import treadle as t
-from treadle.ir.attributes import attribute_fields
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.operation import OPS
+from treadle.ir.text.attributes import attribute_fields
 
 
 class Outline(HTMLParser):

@@ -16,7 +16,7 @@ from tests.op_checks import DTYPES, EPSILON, TESTED, Array, Case
 from tests.rounding_bounds import Bounded, assert_within, bounded
 from tests.test_models import ZOO
 from tests.test_op_suite import dtypes_of
-from treadle.backends.onnx_export.exporter import (
+from treadle.backends.onnx.exporter import (
     NEWEST_OPSET,
     OLDEST_OPSET,
     Exported,
@@ -30,7 +30,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.operation import OPS
 from treadle.ir.types import bf16
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 onnx = pytest.importorskip("onnx")

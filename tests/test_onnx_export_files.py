@@ -17,7 +17,7 @@ from tests.backend_checks import assert_near, block_model, graph_of, message
 from tests.onnx_files import exported, in_runtime, run, session, weights_of
 from tests.op_checks import DTYPES
 from tests.test_models import ZOO
-from treadle.backends.onnx_export.exporter import (
+from treadle.backends.onnx.exporter import (
     ALIGNMENT,
     DEFAULT_OPSET,
     EXTERNAL_ABOVE,

@@ -17,7 +17,7 @@ from tests.onnx_exports import draw, export
 from tests.onnx_models import answers, runtime
 from treadle.fetch import fetched_model
 from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.ir.parser import parse_graph
+from treadle.ir.text.parser import parse_graph
 
 # float32 models of a few layers: sums in another order differ by some of the last of 24 bits.
 TOLERANCE = 2e-5

@@ -21,8 +21,8 @@ from tests.onnx_models import answers, model, runtime, same_as_runtime
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.errors import FrontendError
-from treadle.ir.parser import parse_graph
 from treadle.ir.sizes import Size
+from treadle.ir.text.parser import parse_graph
 
 RNG = np.random.default_rng(0)
 

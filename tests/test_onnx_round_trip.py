@@ -14,12 +14,12 @@ pytest.importorskip("onnxruntime")
 from tests.onnx_files import weights_of
 from tests.test_models import ZOO
 from tests.test_onnx_export import two_sizes
-from treadle.backends.onnx_export.exporter import export_onnx
+from treadle.backends.onnx.exporter import export_onnx
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.ir.drawn_inputs import draw_inputs
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 TOLERANCE = 1e-6

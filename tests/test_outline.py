@@ -14,7 +14,7 @@ import treadle.frontends.language as t
 from treadle.ir.graph import Graph
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
-from treadle.ir.parser import parse_graph
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.verifier import verify
 
 

@@ -20,16 +20,16 @@ from tests.random_graphs import random_graphs
 from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError, TreadleError, UsageError
 from treadle.ir.graph import Function, Graph, Node, Source
-from treadle.ir.parser import parse_graph
-from treadle.passes.canonicalize import Canonicalize
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.fold_constants import FoldConstants
-from treadle.passes.fuse_gelu import FuseGelu
-from treadle.passes.manager import BrokenPassError, Pass, PassManager
-from treadle.passes.pass_log import PassRecord
-from treadle.passes.pattern import Pattern
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.cleanup.canonicalize import Canonicalize
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.fold_constants import FoldConstants
+from treadle.passes.framework.manager import BrokenPassError, Pass, PassManager
+from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.framework.pattern import Pattern
+from treadle.passes.framework.rewrite import Match, Refusal, Rewrite
+from treadle.passes.fusion.fuse_gelu import FuseGelu
 from treadle.passes.pipelines import DEFAULT
-from treadle.passes.rewrite import Match, Refusal, Rewrite
 
 # -- what patterns say and refuse to say --------------------------------------------------------------------------
 

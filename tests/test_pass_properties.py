@@ -10,9 +10,9 @@ import pytest
 from tests.pass_programs import numbers
 from tests.random_programs import random_program
 from treadle.ir.verifier import verify
-from treadle.passes.manager import Optimized, PassManager
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.framework.rewrite import RewriteSet
 from treadle.passes.pipelines import DEFAULT
-from treadle.passes.rewrite import RewriteSet
 
 PROGRAMS = 150
 # Some hundred roundings, which a normalization of equal numbers multiplies by 1 / sqrt(1e-5), about 300.

@@ -10,17 +10,17 @@ import pytest
 
 from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, optimize, program
 from treadle.ir.operation import find_op
-from treadle.ir.parser import parse_graph
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import Type
-from treadle.passes.canonicalize import Canonicalize, is_lossless
-from treadle.passes.common_subexpressions import CommonSubexpressions
-from treadle.passes.dead_code import DeadCode
-from treadle.passes.fold_constants import FoldConstants
-from treadle.passes.fuse_gelu import FuseGelu
-from treadle.passes.fuse_linear import FuseLinear
-from treadle.passes.fuse_normalization import FuseNormalization
-from treadle.passes.fuse_softmax import FuseSoftmax
-from treadle.passes.manager import Pass
+from treadle.passes.cleanup.canonicalize import Canonicalize, is_lossless
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.cleanup.dead_code import DeadCode
+from treadle.passes.cleanup.fold_constants import FoldConstants
+from treadle.passes.framework.manager import Pass
+from treadle.passes.fusion.fuse_gelu import FuseGelu
+from treadle.passes.fusion.fuse_normalization import FuseNormalization
+from treadle.passes.fusion.fuse_softmax import FuseSoftmax
+from treadle.passes.products.fuse_linear import FuseLinear
 
 # -- each rewrite: before --> after ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from treadle.frontends.onnx_import.products import matmul
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.types import f32
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 LEAD = (2, 1, 3)

@@ -7,7 +7,7 @@ import pytest
 
 from treadle.ir.graph import Literal
 from treadle.ir.operation import find_op
-from treadle.passes.rearrange_forms import composed, form_of
+from treadle.passes.cleanup.rearrange_forms import composed, form_of
 
 SPLITS = [
     "a b c -> a b c",

@@ -16,11 +16,11 @@ from tests.pass_programs import optimize, program
 from treadle.ir.attention_terms import Alibi, BooleanMask, Causal, Padding, T5Relative, TensorBias, Term, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph, Node
-from treadle.ir.parser import parse_graph
-from treadle.passes.attention_roles import Fused
-from treadle.passes.manager import Optimized, PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.fusion.attention.refine_attention import RefineAttention
+from treadle.passes.fusion.attention.roles import Fused
 from treadle.passes.pipelines import DEFAULT
-from treadle.passes.refine_attention import RefineAttention
 
 # A scale is one constant of float32, half a spacing off, times scores of about 20.
 ROUNDING = 16 * float(np.finfo(np.float32).eps)
@@ -451,7 +451,7 @@ def test_a_wrong_reading_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None
     def wrong(low: int | None, high: int | None) -> list[Fused]:
         return [Fused(Window(2), diagonal=True)]
 
-    monkeypatch.setattr("treadle.passes.attention_masks.band_terms", wrong)
+    monkeypatch.setattr("treadle.passes.fusion.attention.masks.band_terms", wrong)
     before = graph_of(attended(mask("s t", triangle)))
     (match,) = PassManager([RefineAttention()], certify=False).run(before).log[0].matches
     assert match.reason == "mask(s t) read as window(2)"

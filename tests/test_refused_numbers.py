@@ -14,14 +14,14 @@ import pytest
 from tests.backend_checks import compiled, each_backend, graph_of, message
 from tests.op_checks import TESTED, Case
 from tests.rounding_bounds import assert_within, bounded
-from treadle.ir.attributes import attribute_fields
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, ParseError, RuleError
 from treadle.ir.graph import Graph, Source
 from treadle.ir.interpreter import interpret
 from treadle.ir.operation import OPS
-from treadle.ir.parser import parse_graph
-from treadle.ir.printer import print_graph
+from treadle.ir.text.attributes import attribute_fields
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
 from treadle.ir.types import DTYPES
 
 LINE = Source("model.py", 7)
@@ -154,7 +154,7 @@ def test_onnx_holds_such_an_attribute_too(name: str, field: str, value: float, t
     case = _with_number(name, field, value)
     if not case.takes_its_operands:
         return
-    from treadle.backends.onnx_export.exporter import export_onnx
+    from treadle.backends.onnx.exporter import export_onnx
 
     graph = case.forward_graph()
     path = export_onnx(graph, {}, tmp_path / "op.onnx").path

@@ -22,8 +22,8 @@ from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.ir.errors import BackendError, FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
-from treadle.passes.manager import Pass
-from treadle.passes.pass_log import PassRecord
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
 from treadle.specializing import MOST_ELEMENTS, MOST_KEPT, Specializing
 from treadle.verifying import verify_model
 

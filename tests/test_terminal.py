@@ -17,8 +17,8 @@ import pytest
 
 from treadle.fetch import fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
-from treadle.ir.parser import parse_graph
-from treadle.passes.manager import PassManager
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 

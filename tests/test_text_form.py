@@ -24,10 +24,10 @@ from treadle.ir.hashing import canonical_form, function_key, structural_hash
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.operation import OPS
-from treadle.ir.parser import parse_graph
-from treadle.ir.printer import print_function, print_graph
-from treadle.ir.scanner import Limits
 from treadle.ir.sizes import Bounds
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_function, print_graph
+from treadle.ir.text.scanner import Limits
 from treadle.ir.types import bf16, boolean, f16, f32, f64, i32, parse_type
 from treadle.ir.verifier import verify
 

@@ -9,7 +9,7 @@ import pytest
 
 import treadle as t
 from treadle.ir.interpreter import interpret
-from treadle.ir.parser import parse_graph
+from treadle.ir.text.parser import parse_graph
 
 
 def swish(x: t.Tensor) -> t.Tensor:

@@ -19,8 +19,8 @@ from treadle.ir.types import DType, bf16, f16, f32, f64
 
 torch = pytest.importorskip("torch")
 
-from treadle.backends import torch_backend
-from treadle.backends.torch_packing import ACTIVATIONS, can_pack, choose_packing, packed_names
+from treadle.backends.torch import backend as torch_backend
+from treadle.backends.torch.packing import ACTIVATIONS, can_pack, choose_packing, packed_names
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="PyTorch has no oneDNN for this processor")
 

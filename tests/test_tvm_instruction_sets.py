@@ -9,15 +9,15 @@ import pytest
 
 from tests.op_checks import TESTED, Case
 from tests.rounding_bounds import assert_within, bounded
-from treadle.backends.kernels.isa import ISAS, host_isa, runs_here
 from treadle.backends.registry import find_backend
+from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
 from treadle.ir.operation import OPS
 from treadle.ir.target import Target
 from treadle.ir.types import f32
 
 pytest.importorskip("tvm")
 
-from treadle.backends.kernels.vector_math import POINTWISE
+from treadle.backends.tvm.kernels.vector_math import POINTWISE
 
 LESSER = [n for n in ("x86-64-v3", "x86-64-v2") if runs_here(ISAS[n]) and host_isa().name != n]
 

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from treadle.backends import tvm_backend
-from treadle.backends.kernels.isa import ISAS, runs_here
+from treadle.backends.tvm import backend as tvm_backend
+from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.compiling import Compiled, compile, initial_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.interpreter import interpret

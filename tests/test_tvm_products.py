@@ -11,12 +11,12 @@ import pytest
 
 from tests.backend_checks import graph_of
 from tests.op_checks import EPSILON, Array
-from treadle.backends.kernel_executable import KernelExecutable
-from treadle.backends.kernels.cache import assembly
-from treadle.backends.kernels.isa import ISAS, host_isa, runs_here
-from treadle.backends.kernels.matmul import Matmul, Pack, panel_width
-from treadle.backends.lowering.program import Call
 from treadle.backends.registry import find_backend
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
+from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
+from treadle.backends.tvm.lowering.program import Call
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target

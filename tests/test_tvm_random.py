@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from treadle.backends.lowering.grouping import MOST_NODES
 from treadle.backends.registry import find_backend
+from treadle.backends.tvm.lowering.grouping import MOST_NODES
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph

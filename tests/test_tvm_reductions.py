@@ -11,19 +11,19 @@ import pytest
 
 from tests.backend_checks import assert_near, compiled, graph_of
 from tests.op_checks import EPSILON, Case
-from treadle.backends.kernels import tvm_runtime
-from treadle.backends.kernels.cache import assembly
-from treadle.backends.kernels.calling import bind
-from treadle.backends.kernels.isa import ISAS, Isa, runs_here
-from treadle.backends.kernels.kernel import Kernel
-from treadle.backends.kernels.normalization import Normalize
-from treadle.backends.kernels.reduction import Reduce, RunningSum, SizeValue
-from treadle.backends.kernels.rotary import Rotary
-from treadle.backends.kernels.selection import ArgMax, TopK
-from treadle.backends.kernels.softmax import Softmax
 from treadle.backends.legalization import legalize
-from treadle.backends.lowering.routine_writer import lower, steps_of
-from treadle.backends.lowering.rules import RULES, keeps
+from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.calling import bind
+from treadle.backends.tvm.kernels.isa import ISAS, Isa, runs_here
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.normalization import Normalize
+from treadle.backends.tvm.kernels.reduction import Reduce, RunningSum, SizeValue
+from treadle.backends.tvm.kernels.rotary import Rotary
+from treadle.backends.tvm.kernels.selection import ArgMax, TopK
+from treadle.backends.tvm.kernels.softmax import Softmax
+from treadle.backends.tvm.lowering.routine_writer import lower, steps_of
+from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret

@@ -10,14 +10,14 @@ import pytest
 
 from tests.backend_checks import graph_of, message
 from tests.op_checks import Array
-from treadle.backends.kernel_executable import KernelExecutable
-from treadle.backends.kernels.cache import assembly
-from treadle.backends.kernels.gathering import ScatterAdd, Take
-from treadle.backends.kernels.isa import ISAS
-from treadle.backends.kernels.shaping import FoldWindows, Iota
-from treadle.backends.lowering.program import Buffer, Call, View, row_major
-from treadle.backends.lowering.shape_rules import reshaped
 from treadle.backends.registry import find_backend
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
+from treadle.backends.tvm.kernels.isa import ISAS
+from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
+from treadle.backends.tvm.lowering.program import Buffer, Call, View, row_major
+from treadle.backends.tvm.lowering.shape_rules import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret

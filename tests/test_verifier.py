@@ -12,8 +12,8 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import VerifyError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
 from treadle.ir.ops.call import Call
-from treadle.ir.parser import parse_graph
 from treadle.ir.sizes import Bounds
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import boolean, f32, parse_type
 from treadle.ir.verifier import verify
 

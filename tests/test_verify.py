@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 import treadle
 import treadle.frontends.language as t
 from tests.test_models import ZOO
-from treadle.backends import numpy_spelling
-from treadle.backends.numpy_backend import NumpyBackend
+from treadle.backends.numpy import spelling as numpy_spelling
+from treadle.backends.numpy.backend import NumpyBackend
 from treadle.cli import app
 from treadle.ir.builder import Builder
 from treadle.ir.drawn_inputs import Range, draw_inputs, index_ranges, small_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.types import boolean, f32, i64
-from treadle.passes.manager import Pass
-from treadle.passes.pass_log import PassRecord
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
 from treadle.runtime import verification
 from treadle.runtime.roundings import Moved
 from treadle.runtime.verification import compare, terms_of

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.backends import weight_packing
-from treadle.backends.kernels.isa import ISAS
-from treadle.backends.kernels.matmul import panel_width
 from treadle.backends.legalization import legalize
-from treadle.backends.lowering.program import KernelProgram, Panels
-from treadle.backends.lowering.routine_writer import lower
-from treadle.backends.lowering.rules import RULES, keeps
-from treadle.backends.weight_packing import finish_writing, is_mapped, pack_weights, panels
+from treadle.backends.tvm import weight_packing
+from treadle.backends.tvm.kernels.isa import ISAS
+from treadle.backends.tvm.kernels.matmul import panel_width
+from treadle.backends.tvm.lowering.program import KernelProgram, Panels
+from treadle.backends.tvm.lowering.routine_writer import lower
+from treadle.backends.tvm.lowering.rules import RULES, keeps
+from treadle.backends.tvm.weight_packing import finish_writing, is_mapped, pack_weights, panels
 from treadle.backends.weight_preparation import Prepared
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError

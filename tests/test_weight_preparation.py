@@ -264,7 +264,7 @@ def test_panels_of_a_prepared_weight_come_from_the_file_of_the_first_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tvm")
-    from treadle.backends import weight_packing
+    from treadle.backends.tvm import weight_packing
 
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
     graph = Graph("g")

@@ -30,16 +30,16 @@ from treadle.frontends.strict_json import JsonReader
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.graph import Function, Graph
-from treadle.ir.parser import parse_graph
-from treadle.ir.printer import print_graph
-from treadle.ir.scanner import Limits as TextLimits
 from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
+from treadle.ir.text.scanner import Limits as TextLimits
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
 from treadle.ir.widening import narrow_dtypes, widen_graph
-from treadle.passes.certificates import Certificate
-from treadle.passes.manager import Optimized
-from treadle.passes.pass_log import Event, PassLog, PassRecord, count_ops
+from treadle.passes.certificates.certifying import Certificate
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 
 SUFFIX = ".treadle"
 

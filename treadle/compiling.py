@@ -22,8 +22,8 @@ from treadle.ir.graph import Graph, Init
 from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
-from treadle.passes.manager import Optimized, Pass, PassManager, debug_level
-from treadle.passes.pass_log import PassLog, PassRecord
+from treadle.passes.framework.manager import Optimized, Pass, PassManager, debug_level
+from treadle.passes.framework.pass_log import PassLog, PassRecord
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import Resolved, StaticInputNeeded, resolve
 

@@ -24,7 +24,7 @@ from treadle.frontends.dsl import Model
 from treadle.ir.errors import TreadleError
 from treadle.ir.following import follow
 from treadle.ir.graph import Graph
-from treadle.ir.printer import print_function
+from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert
 from treadle.progress import downloading, working
 from treadle.reports import compiled_lines, console, error_text, human, pass_table, similarity_table

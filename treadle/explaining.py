@@ -4,8 +4,8 @@
     print(explanation)
     explanation.counts["attention"]            # ops of the optimized graph, calls multiplied
 
-The sites are those of the graph as it was declared or imported (`treadle.passes.fusion_sites`); what became of each is
-read off the pass log (`treadle.fusion_verdicts`).
+The sites are those of the graph as it was declared or imported (`treadle.passes.sites.fusion_sites`); what became of
+each is read off the pass log (`treadle.fusion_verdicts`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.operation import Composite, find_op
-from treadle.passes.fusion_sites import KINDS
-from treadle.passes.manager import Optimized, Pass, PassManager
+from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.passes.sites.fusion_sites import KINDS
 from treadle.reports import count_calls, count_run_ops
 from treadle.resolving import resolve
 

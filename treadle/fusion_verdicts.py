@@ -1,8 +1,8 @@
 """What became of each place where a fused op could stand: a verdict on every site, from the events in the pass log.
 
-An event names the nodes of the graph as it was given that a rule took or looked at (`treadle.passes.lineage`), so that
-a site belongs to the rule that took its anchor, wherever that rule's own root was. An event of a pass that does not say
-what it took is given to a site at its scope and source line.
+An event names the nodes of the graph as it was given that a rule took or looked at
+(`treadle.passes.framework.lineage`), so that a site belongs to the rule that took its anchor, wherever that rule's own
+root was. An event of a pass that does not say what it took is given to a site at its scope and source line.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from treadle.ir.graph import Node
 from treadle.ir.ops.activated_products import ACTIVATIONS
-from treadle.passes.fusion_sites import KINDS, Site, find_sites
-from treadle.passes.manager import Optimized
-from treadle.passes.pass_log import Event, PassRecord
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.framework.pass_log import Event, PassRecord
+from treadle.passes.sites.fusion_sites import KINDS, Site, find_sites
 
 FUSED, ALREADY, REFUSED, NEARLY, MISSED = STATUSES = ("fused", "already", "refused", "nearly", "missed")
 UNFUSED = (REFUSED, NEARLY, MISSED)
@@ -33,7 +33,7 @@ _FORMS = {
 class Verdict:
     """What became of one site, or of several alike in one block.
 
-    kind      attention, normalization, ...: see `treadle.passes.fusion_sites`
+    kind      attention, normalization, ...: see `treadle.passes.sites.fusion_sites`
     status    fused, already, refused (by a rule that recognised it), nearly (a pattern stopped half way) or missed
     op        what it is in the optimized graph, if it was fused or is one already
     rules     what fused it, or came nearest

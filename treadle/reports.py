@@ -25,7 +25,7 @@ from treadle.ir.errors import TreadleError
 from treadle.ir.following import Encounter, Following, Verdict
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.passes.pass_log import PassLog
+from treadle.passes.framework.pass_log import PassLog
 
 Facts = dict[str, Any]
 

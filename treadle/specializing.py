@@ -35,8 +35,8 @@ from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.interpreter import solve_sizes
 from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.target import Target
-from treadle.passes.manager import Optimized
-from treadle.passes.pass_log import PassLog
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.framework.pass_log import PassLog
 from treadle.resolving import OpenedOnnx, Resolved
 
 Array = np.ndarray[Any, Any]

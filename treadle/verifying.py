@@ -19,7 +19,7 @@ from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.option_values import choose_sizes
-from treadle.passes.manager import Pass, PassManager
+from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 from treadle.runtime.verification import verify_backends

@@ -37,7 +37,7 @@ from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.types import DType, bf16, f16, f32, f64
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.runtime.roundings import Moved, coarsest_spacing, moved_by_rounding
 

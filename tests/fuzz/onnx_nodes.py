@@ -31,7 +31,7 @@ from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.importer import Imported, import_onnx
 from treadle.ir.errors import FrontendError, PassError, TreadleError
 from treadle.ir.target import Target
-from treadle.passes.manager import PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 Array = np.ndarray[Any, Any]

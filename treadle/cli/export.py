@@ -28,10 +28,10 @@ def export_to_onnx(
 ) -> None:
     """Write a model's optimized graph with its weights as ONNX."""
     from treadle.artifacts import is_artifact, open_artifact
-    from treadle.backends.onnx_export.exporter import export_onnx
+    from treadle.backends.onnx.exporter import export_onnx
     from treadle.compiling import initial_weights
     from treadle.option_values import parse_config
-    from treadle.passes.manager import PassManager
+    from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
     from treadle.progress import working
     from treadle.reports import human

@@ -52,9 +52,9 @@ def inspect_graph(
     from treadle.backends.registry import find_backend
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.following import follow as follow_axis
-    from treadle.ir.printer import print_graph
+    from treadle.ir.text.printer import print_graph
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
-    from treadle.passes.manager import PassManager
+    from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
     from treadle.progress import working
     from treadle.reports import backend_source, following_facts, following_text, graph_facts, graph_header

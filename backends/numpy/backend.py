@@ -1,0 +1,112 @@
+"""The NumPy backend: readable source on every machine. It claims no speed, and needs nothing but NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.legalization import legalize
+from treadle.backends.numpy.spelling import NUMPY, keeps
+from treadle.backends.protocol import Executable, Port
+from treadle.backends.python.emission import emit
+from treadle.backends.python.executable import (
+    PythonExecutable,
+    collect_weights,
+    refuse_misfit,
+    refuse_nodes,
+)
+from treadle.backends.signature import numpy_taken
+from treadle.backends.weight_preparation import as_numpy_weight, prepare_weights
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.target import Target
+from treadle.ir.types import Type
+
+Array = np.ndarray[Any, Any]
+
+_WITHOUT_BF16 = 'backend="torch", or widen="bf16" to compute in f32; on the command line --backend torch, --widen bf16'
+
+
+class NumpyBackend:
+    """Runs graphs in NumPy. Every op of the registry; every dtype but bf16, which NumPy does not have.
+
+    A call takes NumPy arrays, and PyTorch tensors in the processor's memory, and gives NumPy arrays.
+    """
+
+    name = "numpy"
+
+    def available(self) -> str | None:
+        """None: NumPy is always there."""
+        return None
+
+    def supports(self, node: Node) -> str | None:
+        """None, or the reason why the node cannot be run."""
+        lacking = {v.type.dtype.name for v in (*node.inputs, *node.results) if v.type.dtype.numpy is None}
+        return f"NumPy has no {', '.join(sorted(lacking))}" if lacking else None
+
+    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Lower a graph. Raises BackendError for a target that is no CPU, a refused node, a missing weight."""
+        if target.kind != "cpu":
+            raise BackendError(
+                "the numpy backend runs on the CPU only",
+                received=str(target),
+                hint='Target("cpu"), or backend torch',
+            )
+        if target.threads is not None:
+            raise BackendError(
+                "the numpy backend does not choose the number of threads",
+                received=f"threads={target.threads}",
+                hint="another backend, or the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS",
+            )
+        refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16)
+        prepared = prepare_weights(legalize(graph, keeps))
+        program = emit(prepared.graph, NUMPY, tuple(prepared.notes()))
+        references = {name: _Reference(node) for name, node in program.references.items()}
+        namespace = {
+            "constants": tuple(literal.array for literal in program.constants),
+            "reference": SimpleNamespace(**references),
+        }
+        arrays = collect_weights(prepared, weights, _weight)
+        return PythonExecutable(graph, program, arrays, namespace, _NumpyArrays())
+
+
+class _Reference:
+    """An op that is run by its own NumPy reference."""
+
+    def __init__(self, node: Node) -> None:
+        self.op = node.op
+        self.dtypes = [v.type.dtype.numpy for v in node.results]
+
+    def __call__(self, *operands: Any, **sizes: int) -> Any:
+        made = self.op.at(sizes).reference(*[None if x is None else np.asarray(x) for x in operands])
+        results = made if isinstance(made, tuple) else (made,)
+        cast = tuple(np.asarray(x, dtype) for x, dtype in zip(results, self.dtypes, strict=True))
+        return cast if isinstance(made, tuple) else cast[0]
+
+
+class _NumpyArrays:
+    """NumPy arrays; see `treadle.backends.python.executable.Arrays`."""
+
+    def take(self, port: Port, value: Any) -> Array:
+        return numpy_taken(port, value)
+
+    def running(self) -> AbstractContextManager[Any]:
+        return np.errstate(all="ignore")
+
+    def storage(self, array: Any) -> int:
+        while isinstance(getattr(array, "base", None), np.ndarray):
+            array = array.base
+        return id(array)
+
+    def give(self, array: Any, given: Sequence[Any], shared: bool) -> Array:
+        result = np.asarray(array)
+        return result.copy() if shared or not result.flags.writeable else result
+
+
+def _weight(name: str, wanted: Type, value: Any) -> Array:
+    refuse_misfit(name, wanted, value)
+    return as_numpy_weight(value)

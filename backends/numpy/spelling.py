@@ -1,0 +1,244 @@
+"""How ops are spelled in NumPy. What has no entry is run by its reference, or, if a composite, by its body.
+
+float16 is summed in float32, see `Op.accumulates`, and so is computed whatever takes several steps.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+
+from treadle.backends.python.attention_spelling import attention, knows
+from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
+from treadle.backends.python.emission import Dialect, Line, Spelling, float_text
+from treadle.ir.graph import Value
+from treadle.ir.operation import Op, find_op
+from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
+from treadle.ir.types import DType, Type, f16
+
+# -- 16 bits ---------------------------------------------------------------------------------------------------
+
+
+class _WideLine(Line):
+    """A node whose float16 operands are read in float32."""
+
+    def _read(self, value: Value) -> str:
+        text = super()._read(value)
+        return f"{text}.astype(np.float32)" if value.type.dtype is f16 else text
+
+
+def _in_f32(spelling: Spelling) -> Callable[[Line], str]:
+    """An op's spelling, of float16 in float32 with one rounding: of sums, and of what takes several steps."""
+
+    def spelled(line: Line) -> str:
+        dtypes = {r.type.dtype for r in line.node.results}
+        held = line if f16 not in dtypes else line.as_read_by(_WideLine)
+        text = spelling.format_map(held) if isinstance(spelling, str) else spelling(held)
+        if held is line:
+            return text
+        is_call = isinstance(ast.parse(text, mode="eval").body, ast.Call)
+        return f"{text}.astype(np.float16)" if is_call else f"({text}).astype(np.float16)"
+
+    return spelled
+
+
+# -- the table -------------------------------------------------------------------------------------------------
+
+SPELLINGS: dict[str, Spelling] = {
+    # arithmetic
+    "add": "{x} + {y}",
+    "sub": "{x} - {y}",
+    "mul": "{x} * {y}",
+    "div": "{x} / {y}",
+    "pow": "np.power({x}, {y})",
+    "maximum": "np.maximum({x}, {y})",
+    "minimum": "np.minimum({x}, {y})",
+    "floor_divide": "np.floor_divide({x}, {y})",
+    "mod": "np.mod({x}, {y})",
+    "neg": "-{x}",
+    # functions
+    "exp": "np.exp({x})",
+    "log": "np.log({x})",
+    "sqrt": "np.sqrt({x})",
+    "rsqrt": _in_f32("1.0 / np.sqrt({x})"),
+    "reciprocal": "1.0 / {x}",
+    "tanh": "np.tanh({x})",
+    "erf": _in_f32("kernels.erf({x})"),
+    "sigmoid": _in_f32("1.0 / (1.0 + np.exp(-{x}))"),
+    "sin": "np.sin({x})",
+    "cos": "np.cos({x})",
+    "abs": "np.abs({x})",
+    "sign": "np.sign({x})",
+    "floor": "np.floor({x})",
+    "round": "np.rint({x})",
+    "relu": "np.maximum({x}, 0.0)",
+    "gelu": _in_f32("kernels.gelu({x})"),
+    "gelu_tanh": _in_f32("kernels.gelu_tanh({x})"),
+    "silu": _in_f32("{x} / (1.0 + np.exp(-{x}))"),
+    "quick_gelu": _in_f32("{x} / (1.0 + np.exp(-1.702 * {x}))"),
+    # logic
+    "equal": "{x} == {y}",
+    "not_equal": "{x} != {y}",
+    "less": "{x} < {y}",
+    "less_equal": "{x} <= {y}",
+    "greater": "{x} > {y}",
+    "greater_equal": "{x} >= {y}",
+    "logical_and": "{x} & {y}",
+    "logical_or": "{x} | {y}",
+    "logical_not": "~{x}",
+    "where": "np.where({condition}, {x}, {y})",
+    # products
+    "matmul": "{x} @ {y}",
+    "attention": attention,
+    "attention_with_probabilities": attention,
+    "rotary": Line.by_reference,
+    # shapes and positions
+    "rearrange": lambda line: rearranged(line, "transpose"),
+    "slice": sliced,
+    "embedding": "kernels.take({table}, {indices}, 0)",
+    "positions": "np.broadcast_to(np.arange({x}.shape[-1]), {x}.shape)",
+}
+
+
+def _spells(name: str) -> Callable[[Callable[[Line], str]], Callable[[Line], str]]:
+    def add(spelling: Callable[[Line], str]) -> Callable[[Line], str]:
+        SPELLINGS[name] = spelling
+        return spelling
+
+    return add
+
+
+def dtype_text(dtype: DType) -> str:
+    """`np.float32`"""
+    assert dtype.numpy is not None
+    return "np.bool_" if dtype.name == "bool" else f"np.{dtype.numpy.name}"
+
+
+def _accumulating(line: Line) -> str:
+    """NumPy adds small integers up in int64 unless it is told not to."""
+    return f", dtype={dtype_text(line.result.dtype)}" if line.result.dtype.is_int else ""
+
+
+@_spells("cast")
+def _cast(line: Line) -> str:
+    return f"{line.array('x')}.astype({dtype_text(line.op.to)})"
+
+
+@_spells("linear")
+def _linear(line: Line) -> str:
+    product = f"{line.x} @ {line.weight}.T"
+    return f"{product} + {line.bias}" if line.has("bias") else product
+
+
+@_spells("einsum")
+def _einsum(line: Line) -> str:
+    return f'kernels.einsum("{einsum_letters(line.op.equation)}", {line.arrays})'
+
+
+@_spells("expand")
+def _expand(line: Line) -> str:
+    return f"np.broadcast_to({line.array('x')}, {line.shape(line.result.shape)})"
+
+
+@_spells("reshape")
+def _reshape(line: Line) -> str:
+    return f"{line.array('x')}.reshape({line.shape(line.op.shape)})"
+
+
+@_spells("concat")
+def _concat(line: Line) -> str:
+    return f"np.concatenate(({line.arrays},), axis={line.op.axis})"
+
+
+@_spells("pad")
+def _pad(line: Line) -> str:
+    rank = line.type("x").rank
+    widths = ["(0, 0)"] * rank
+    widths[line.op.axis] = f"({line.size(line.op.before)}, {line.size(line.op.after)})"
+    fill = float_text(line.op.value)
+    value = f", constant_values={fill}" if fill != "0.0" else ""
+    return f"np.pad({line.array('x')}, ({', '.join(widths)},){value})"
+
+
+@_spells("gather")
+def _gather(line: Line) -> str:
+    return f"kernels.take({line.array('x')}, {line.array('indices')}, {line.op.axis})"
+
+
+@_spells("iota")
+def _iota(line: Line) -> str:
+    return f"np.arange({line.size(line.op.size)}, dtype={dtype_text(line.op.dtype)})"
+
+
+@_spells("size")
+def _size(line: Line) -> str:
+    return f"np.asarray({line.size(line.op.value)}, {dtype_text(line.op.dtype)})"
+
+
+@_spells("reduce_sum")
+def _sum(line: Line) -> str:
+    return f"np.sum({line.array('x')}, axis={axes_of(line)}{keeping(line, 'keepdims')}{_accumulating(line)})"
+
+
+@_spells("reduce_max")
+def _max(line: Line) -> str:
+    return f"np.max({line.array('x')}, axis={axes_of(line)}{keeping(line, 'keepdims')})"
+
+
+@_spells("reduce_min")
+def _min(line: Line) -> str:
+    return f"np.min({line.array('x')}, axis={axes_of(line)}{keeping(line, 'keepdims')})"
+
+
+@_spells("reduce_mean")
+def _mean(line: Line) -> str:
+    return f"np.mean({line.array('x')}, axis={axes_of(line)}{keeping(line, 'keepdims')})"
+
+
+@_spells("cumsum")
+def _cumsum(line: Line) -> str:
+    if line.op.exclusive or line.op.reverse:
+        return line.by_reference()
+    return f"np.cumsum({line.array('x')}, axis={line.op.axis}{_accumulating(line)})"
+
+
+@_spells("argmax")
+def _argmax(line: Line) -> str:
+    return f"np.argmax({line.array('x')}, axis={line.op.axis}{keeping(line, 'keepdims')})"
+
+
+@_spells("softmax")
+def _softmax(line: Line) -> str:
+    return f"kernels.softmax({line.array('x')}, {line.op.axis})"
+
+
+@_spells("log_softmax")
+def _log_softmax(line: Line) -> str:
+    return f"kernels.log_softmax({line.array('x')}, {line.op.axis})"
+
+
+@_spells("layer_norm")
+def _layer_norm(line: Line) -> str:
+    return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {float_text(line.op.eps)})"
+
+
+@_spells("rms_norm")
+def _rms_norm(line: Line) -> str:
+    return f"kernels.rms_norm({line.x}, {line.weight}, {float_text(line.op.eps)})"
+
+
+_ATTENTIONS = (Attention, AttentionWithProbabilities)  # whose kernel sums in float32 itself
+_SUMMING = [n for n in SPELLINGS if find_op(n).accumulates is not None and not issubclass(find_op(n), _ATTENTIONS)]
+SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
+
+NUMPY = Dialect(
+    name="numpy",
+    imports=("import numpy as np", "import treadle.backends.numpy.kernels as kernels"),
+    spellings=SPELLINGS,
+    otherwise=Line.by_reference,
+)
+
+
+def keeps(op: Op, types: Sequence[Type | None]) -> bool:
+    """Whether an op is spelled as it is; else a composite's body is."""
+    return op.name in SPELLINGS and (not isinstance(op, _ATTENTIONS) or knows(op))

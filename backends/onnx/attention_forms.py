@@ -1,0 +1,184 @@
+"""Attention and rotary positions in ONNX.
+
+    attention(q, k, v, lengths, slopes, terms=(causal, padding, alibi))
+      -->  Attention(q, k, v, mask, is_causal=1, scale=...)                   from opset 23 on
+      -->  MatMul(Softmax(MatMul(scale q, k') + mask), v)                     before, and for f64
+
+attention_with_probabilities is the same with a second result: the operator's qk_matmul_output, or the Softmax's.
+
+Attention takes one mask, true where a key is seen or a number that is added: masks and biases other than `causal` are
+computed from their bodies and joined into it. Causality is aligned as ours (key j <= query i, without past keys), the
+soft-cap comes before the mask, heads share keys in order, and a query that sees no key gets zeros: the standard's text
+says so since onnx 1.23, and ONNX Runtime does so. Softmax gives NaN there, so that its form ends with a Where, unless
+every query surely sees a key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from treadle.backends.onnx.writer import Line, Tensor
+from treadle.ir.attention_terms import (
+    AXES,
+    BiasTerm,
+    BooleanMask,
+    Causal,
+    Grid,
+    TensorBias,
+    Term,
+    leave_a_key,
+)
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph, Source
+from treadle.ir.types import Type, boolean, f64, i32
+
+_SOURCE = Source("attention", 0)
+_AFTER_SOFTMAX = 3  # what the operator's fourth result is
+
+
+def attention(line: Line) -> Sequence[Tensor]:
+    """The operator where the opset has it; ONNX Runtime has no kernel of it for f64.
+
+    The probabilities are its fourth result; the second and third are keys and values, those of the past before them.
+    """
+    if line.w.opset < 23 or line.q.dtype is f64:
+        return _spelled_out(line)
+    others = [t for t in line.op.terms if not isinstance(t, Causal)]
+    attributes: dict[str, Any] = {"scale": _scale(line)}
+    if len(others) < len(line.op.terms):
+        attributes["is_causal"] = 1
+    if line.op.softcap is not None:
+        attributes["softcap"] = line.op.softcap
+    mask = [_mask(line, others, full=True)[0]] if others else []
+    if len(line.node.results) == 1:
+        return [line.add("Attention", line.q, line.k, line.v, *mask, **attributes)]
+    attributes["qk_matmul_output_mode"] = _AFTER_SOFTMAX
+    out, _, _, probabilities = line.w.add_all("Attention", line.q, line.k, line.v, *mask, results=4, **attributes)
+    return [out, probabilities]
+
+
+def _scale(line: Line) -> float:
+    return float(line.op.scale_for(line.type("q").shape[-1].constant or 1))  # the op refuses a symbol without a scale
+
+
+# -- the mask ------------------------------------------------------------------------------------------------------
+
+
+def _mask(line: Line, terms: Sequence[Term], *, full: bool) -> tuple[Tensor, Type]:
+    """The terms as one mask: bool, or, where one of them is a bias, a float.
+
+    It is [s, t], or [b or 1, h or 1, s, t]; only where it is `full` do s and t not broadcast, which ONNX Runtime asks.
+    """
+    b = _builder(line)
+    q, k = line.type("q"), line.type("k")
+    grid = Grid(b, q.shape[1], q.shape[2], k.shape[2])  # each head a group of its own
+    given = iter([b.input(n, v.type) for n, v in zip(line.names[3:], line.node.inputs[3:], strict=True)])
+    keep: Expr | None = None
+    bias: Expr | None = None
+    for term in terms:
+        made = _laid_out(b, grid, term, [next(given) for _ in term.operands])
+        if isinstance(term, BiasTerm):
+            bias = made if bias is None else bias + made
+        else:
+            keep = made if keep is None else keep & made
+    mask = keep if bias is None else bias
+    if bias is not None and keep is not None:
+        mask = b.where(keep, bias, b.constant(-math.inf, bias.dtype))
+    assert mask is not None  # there is a term
+    shape = (*mask.shape[:-2], grid.queries, grid.keys)
+    b.outputs(mask=b.expand(mask, shape=shape) if full and mask.shape != shape else mask)
+    made_of = b.graph.main.outputs["mask"].type
+    return line.expanded(b.graph, line.present[3:])["mask"], made_of
+
+
+def _builder(line: Line) -> Builder:
+    """For a graph that will stand in the line's place."""
+    b = Builder(Graph(line.op.name))
+    b.graph.symbols = dict(line.w.graph.symbols)
+    b.source = _SOURCE
+    return b
+
+
+def _laid_out(b: Builder, grid: Grid, term: Term, operands: Sequence[Expr]) -> Expr:
+    """A term against [b, h, s, t]. Its body is against [b, g, r, s, t], and may lack some of the leading axes."""
+    if isinstance(term, BooleanMask | TensorBias):
+        laid: Expr = b.rearrange(
+            operands[0], pattern=f"{term.axes} -> {' '.join(a if a in term.axes else '1' for a in AXES)}"
+        )
+        return laid
+    made = term.body(grid, *operands)
+    if made.rank < 3:  # of positions alone: [s, t]
+        return made
+    names = ["b", "g", "r", "s", "t"][5 - made.rank :]
+    laid = b.rearrange(made, pattern=f"{' '.join(names)} -> {'b' if 'b' in names else '1'} (g r) s t")
+    return laid
+
+
+# -- without the operator ------------------------------------------------------------------------------------------
+
+
+def _spelled_out(line: Line) -> list[Tensor]:
+    """Two products with a softmax between them."""
+    terms = line.op.terms
+    mask = _mask(line, terms, full=False) if terms else None
+    b = _builder(line)
+    q, k, v = (b.input(name, line.type(name)) for name in ("q", "k", "v"))
+    tensors = [line.q, line.k, line.v]
+    limit: Expr | None = None
+    if mask is not None:
+        limit = b.input("mask", mask[1])
+        tensors.append(mask[0])
+    shared = q.shape[1] != k.shape[1]
+    grouped = f"b (g={k.shape[1]} r) s d -> b g r s d"
+    query = q if _scale(line) == 1 else q * _scale(line)
+    keys = b.rearrange(k, pattern="b g t d -> b g 1 d t" if shared else "b h t d -> b h d t")
+    scores = b.matmul(b.rearrange(query, pattern=grouped) if shared else query, keys)
+    if line.op.softcap is not None:
+        scores = b.tanh(scores / line.op.softcap) * line.op.softcap
+    if limit is not None:
+        held = b.rearrange(limit, pattern=_grouping(limit, k)) if shared and limit.rank == 4 else limit
+        infinite = b.constant(-math.inf, scores.dtype)
+        scores = b.where(held, scores, infinite) if held.dtype is boolean else scores + held
+    weights = b.softmax(scores, axis=-1)
+    made = [b.matmul(weights, b.rearrange(v, pattern="b g t e -> b g 1 t e") if shared else v)]
+    if len(line.node.results) == 2:
+        made.append(weights)
+    if shared:
+        made = [b.rearrange(x, pattern="b g r s e -> b (g r) s e") for x in made]
+    if limit is not None and not leave_a_key(terms, q.shape[2], k.shape[2]):
+        seen = _seen(b, limit)
+        made = [b.where(seen, x, b.constant(0, x.dtype)) for x in made]
+    b.outputs(**{f"out{n}": x for n, x in enumerate(made)})
+    return list(line.expanded(b.graph, tensors).values())
+
+
+def _grouping(mask: Expr, k: Expr) -> str:
+    """How a mask's heads are grouped by those of k; one for all heads is one for all groups."""
+    return "b 1 s t -> b 1 1 s t" if mask.shape[1].constant == 1 else f"b (g={k.shape[1]} r) s t -> b g r s t"
+
+
+def _seen(b: Builder, mask: Expr) -> Expr:
+    """[b or 1, h or 1, s, 1]: whether a query sees a key."""
+    least = 0 if mask.dtype is boolean else -math.inf
+    numbers = mask.cast(i32) if mask.dtype is boolean else mask
+    seen: Expr = b.reduce_max(numbers, axes=(-1,), keep=True) > least
+    return seen
+
+
+# -- rotary --------------------------------------------------------------------------------------------------------
+
+
+def rotary(line: Line) -> Tensor:
+    """RotaryEmbedding, with cosines and sines of each row's positions for its caches."""
+    w, frequencies = line.w, line.frequencies
+    positions = w.add("Unsqueeze", w.cast(line.positions, frequencies.dtype), w.integers(2))
+    angles = w.add("Mul", positions, frequencies)
+    cos, sin = (w.cast(w.add(name, angles), line.x.dtype) for name in ("Cos", "Sin"))
+    f, d = (line.type(name).shape[-1].constant for name in ("frequencies", "x"))
+    attributes: dict[str, int] = {"interleaved": 1} if line.op.layout == "interleaved" else {}
+    if 2 * f < d:
+        attributes["rotary_embedding_dim"] = 2 * f
+    made: Tensor = line.add("RotaryEmbedding", line.x, cos, sin, **attributes)
+    return made

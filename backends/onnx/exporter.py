@@ -1,0 +1,324 @@
+"""ONNX export: a graph as a model of the standard's operators, which ONNX Runtime and other tools read.
+
+    made = treadle.compile("gpt2")
+    export_onnx(made.graph, made.weights, "gpt2.onnx", opset=17)
+
+Repeated blocks are written out: functions of a model need opset 15, many readers do not take them, ONNX Runtime inlines
+them before it optimizes, and a node of a block could not bear its layer's scope. docs/onnx-export.md has the rest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.legalization import legalize
+from treadle.backends.onnx.spelling import keeps, spell
+from treadle.backends.onnx.writer import CODES, OnnxNode, OnnxWriter, Tensor, plain
+from treadle.backends.python.executable import misfit, shape_fits
+from treadle.backends.whole_files import replacing
+from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.graph import Graph, Literal, Value
+from treadle.ir.inline import inline_calls
+from treadle.ir.sizes import Bounds
+from treadle.ir.types import Type, bf16
+
+Array = np.ndarray[Any, Any]
+
+OLDEST_OPSET, DEFAULT_OPSET, NEWEST_OPSET = 13, 23, 28
+"""The default is the first that has attention, rotary positions and RMS norm as operators."""
+
+EXTERNAL_ABOVE = 2**20
+ALIGNMENT = 4096
+"""Of external weights: a page, so that readers can map them."""
+
+_LARGEST_MESSAGE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    path            the model
+    data            the file beside it that holds the large weights, or None where there are none
+    opset           the version of the standard's operators
+    operators       how many nodes there are of each operator
+    external_bytes  of the weights in `data`
+    inputs          the name in the file of each input, and `outputs`, of each output: its own, unless an input and an
+                    output share it, or it is no text
+    """
+
+    path: Path
+    data: Path | None
+    opset: int
+    operators: Mapping[str, int]
+    external_bytes: int
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+def export_onnx(
+    graph: Graph,
+    weights: Mapping[str, Any],
+    path: str | Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    external_above: int = EXTERNAL_ABOVE,
+) -> Exported:
+    """Write a graph, with its weights by name, as an ONNX model.
+
+    graph           as a pass left it: a fused op is an operator where the opset has one that means the same, else its
+                    body's operators
+    weights         arrays; bf16 ones as float32, since NumPy has no bf16
+    path            FILE.onnx; weights of more than `external_above` bytes go to FILE.onnx.data beside it
+    opset           13 to 28
+    external_above  bytes
+
+    Symbolic axes stay, under their names. Equal arguments give equal bytes. The files appear whole or not at all, and
+    replace ones of their names. Raises BackendError where the package onnx is missing, the opset is not one of these, a
+    weight is missing or does not fit, or an op or a dtype has no form at the opset; UsageError where the file cannot be
+    written; GraphError where the blocks, written out, are too many.
+    """
+    _refuse_opset(opset)
+    target = Path(path)
+    model = _Model(graph, opset)
+    tensors = model.held(weights)
+    outside = [t for t in tensors if t.size > external_above]
+    _refuse_size(graph, sum(t.size for t in tensors if t.size <= external_above), external_above)
+    data = target.parent / f"{target.name}.data"
+    places = _places(outside)
+    proto = model.proto(tensors, places, data.name)
+    _refuse_size(graph, proto.ByteSize(), external_above)
+    try:
+        _write(target, proto.SerializeToString(deterministic=True), data, outside, places)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character, or none
+        why = getattr(error, "strerror", None) or error
+        raise UsageError("the ONNX file cannot be written", received=f"{target}: {why}", hint="another path") from error
+    return Exported(
+        target,
+        data if outside else None,
+        opset,
+        dict(sorted(Counter(node.op_type for node in model.w.nodes).items())),
+        sum(t.size for t in outside),
+        {v.name: model.tensors[v].name for v in model.main.inputs},
+        {name: tensor.name for name, tensor in model.outputs.items()},
+    )
+
+
+def _refuse_opset(opset: int) -> None:
+    try:
+        import onnx
+    except ImportError as error:
+        raise BackendError(
+            "ONNX export needs the package onnx", received=str(error), hint='pip install "treadle[onnx]"'
+        ) from error
+    newest = min(NEWEST_OPSET, onnx.defs.onnx_opset_version())
+    if not _is_integer(opset) or not OLDEST_OPSET <= opset <= newest:
+        raise BackendError(
+            f"ONNX export writes opsets {OLDEST_OPSET} to {newest}",
+            received=f"opset {opset!r}, onnx {onnx.__version__}",
+            hint=f"opset={DEFAULT_OPSET}",
+        )
+
+
+def _refuse_size(graph: Graph, size: int, external_above: int) -> None:
+    if size > _LARGEST_MESSAGE:
+        raise BackendError(
+            f"{graph.name} is {size:,} bytes without the weights beside it, and a protobuf message less than 2 GiB",
+            received=f"external_above={external_above}",
+            hint="a smaller external_above",
+        )
+
+
+def _is_integer(opset: object) -> bool:
+    return isinstance(opset, int) and not isinstance(opset, bool)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A weight or constant that the model holds: its tensor, its shape, and its elements."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    elements: Array | bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.elements.nbytes if isinstance(self.elements, np.ndarray) else len(self.elements)
+
+    @property
+    def data(self) -> memoryview:
+        """The elements' bytes, little-endian, row-major; a view where the array lies so already."""
+        if isinstance(self.elements, bytes):
+            return memoryview(self.elements)
+        array = self.elements.astype(self.elements.dtype.newbyteorder("<"), copy=False)
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _weight(name: str, wanted: Type, value: Any) -> Array | bytes:
+    """The elements of a weight. Raises BackendError where it is not of its type."""
+    try:
+        array = np.asarray(value)
+    except TypeError as error:  # a tensor of PyTorch's in bf16
+        raise misfit(name, wanted, str(error)) from None
+    if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
+        raise misfit(name, wanted, f"{array.dtype}{list(array.shape)}")
+    return Literal.of(array, bf16).data if wanted.dtype is bf16 else array
+
+
+def _places(held: Sequence[_Held]) -> dict[Tensor, int]:
+    """Where each weight begins in the external file."""
+    places, end = {}, 0
+    for each in held:
+        places[each.tensor] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = places[each.tensor] + each.size
+    return places
+
+
+def _write(target: Path, proto: bytes, data: Path, held: Sequence[_Held], places: Mapping[Tensor, int]) -> None:
+    """Write the model and the file beside it, both or none: each whole before the first takes its name.
+
+    The weights take theirs first, so that no model stands there without them. Raises OSError.
+    """
+    for path in (target, data):
+        if path.is_dir():
+            raise IsADirectoryError(0, f"{path.name} is a folder")
+    with replacing(target) as model:
+        model.write(proto)
+        model.flush()
+        if held:
+            with replacing(data) as file:
+                for each in held:
+                    file.write(bytes(places[each.tensor] - file.tell()))
+                    file.write(each.data)
+
+
+# -- the model -----------------------------------------------------------------------------------------------------
+
+
+class _Model:
+    """The graph written as nodes, and these as a message of ONNX's."""
+
+    def __init__(self, graph: Graph, opset: int) -> None:
+        self.graph = graph
+        self.w = OnnxWriter(graph, opset, keeps(opset), spell)
+        self.main = legalize(inline_calls(graph), self.w.keeps).main
+        self.tensors: dict[Value, Tensor] = {}
+        self.outputs = self._write()
+
+    def _write(self) -> dict[str, Tensor]:
+        for value in self.main.inputs:
+            self.tensors[value] = Tensor(self.w.name(value.name), value.type.dtype)
+        wanted = {name: self.w.name(name) for name in self.main.outputs}
+        for name, value in self.main.parameters.items():
+            self.tensors[value] = Tensor(self.w.name(name), value.type.dtype)
+        self.w.sources = [(self.tensors[v], v.type.shape) for v in self.main.arguments]
+        self.w.write(self.main, self.tensors)
+        return self._named_outputs(wanted)
+
+    def _named_outputs(self, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+        """The tensor of each output, under the wanted name; one that has a name already is handed on by an Identity."""
+        free = {t for node in self.w.nodes for t in node.outputs}
+        found = {}
+        for name, value in self.main.outputs.items():
+            tensor = self.w.tensor(value, self.tensors)
+            if tensor in free:
+                free.discard(tensor)
+                tensor.name = wanted[name]
+            else:
+                tensor = self.w.handed_on(tensor, wanted[name])
+            found[name] = tensor
+        return found
+
+    # -- what it holds ---------------------------------------------------------------------------------------
+
+    def held(self, weights: Mapping[str, Any]) -> list[_Held]:
+        """The weights that a node reads, and the constants, in the order in which they are first read."""
+        parameters = {self.tensors[v]: (name, v) for name, v in self.main.parameters.items()}
+        constants = {tensor: literal for literal, tensor in self.w.constants.items()}
+        read = dict.fromkeys(t for node in self.w.nodes for t in node.inputs if t is not None)
+        missing = [parameters[t][0] for t in read if t in parameters and parameters[t][0] not in weights]
+        if missing:
+            raise BackendError(
+                f"{self.graph.name} needs weights that are not given",
+                received=f"{len(weights)} weights",
+                within="\n".join(missing[:20]) + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
+            )
+        found = []
+        for tensor in read:
+            if tensor in parameters:
+                name, value = parameters[tensor]
+                elements = _weight(name, value.type, weights[name])
+                shape = np.shape(weights[name])
+                found.append(_Held(tensor, tuple(map(int, shape)), elements))
+            elif tensor in constants:
+                literal = constants[tensor]
+                found.append(_Held(tensor, literal.shape, literal.data))
+        return found
+
+    # -- as a message ----------------------------------------------------------------------------------------
+
+    def proto(self, held: Sequence[_Held], places: Mapping[Tensor, int], data: str) -> Any:
+        """The ModelProto, whose weights that have a place lie there in the file `data`."""
+        import onnx
+
+        imports = [onnx.helper.make_opsetid("", self.w.opset)]
+        model = onnx.ModelProto(ir_version=onnx.helper.find_min_ir_version_for(imports), producer_name="treadle")
+        model.opset_import.extend(imports)
+        graph = model.graph
+        graph.name = plain(self.graph.name) or "graph"  # which must have one
+        graph.node.extend(map(_node_proto, self.w.nodes))
+        graph.initializer.extend(_tensor_proto(each, places.get(each.tensor), data) for each in held)
+        graph.input.extend(_value_info(self.tensors[v].name, v.type) for v in self.main.inputs)
+        graph.output.extend(_value_info(self.outputs[name].name, v.type) for name, v in self.main.outputs.items())
+        outputs = set(self.outputs.values())
+        inner = {t: type for t, type in self.w.types.items() if t not in outputs}
+        graph.value_info.extend(_value_info(t.name, type) for t, type in inner.items())
+        bounds = [bound.around(s) for s, bound in sorted(self.graph.symbols.items()) if bound != Bounds()]
+        if bounds:
+            model.metadata_props.add(key="treadle.sizes", value=", ".join(bounds))
+        return model
+
+
+def _node_proto(node: OnnxNode) -> Any:
+    import onnx
+
+    made = onnx.NodeProto(
+        op_type=node.op_type,
+        name=node.name,
+        input=["" if t is None else t.name for t in node.inputs],
+        output=[t.name for t in node.outputs],
+    )
+    if node.doc:
+        made.doc_string = node.doc
+    made.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in node.attributes.items())
+    return made
+
+
+def _tensor_proto(held: _Held, place: int | None, data: str) -> Any:
+    import onnx
+
+    made = onnx.TensorProto(name=held.tensor.name, data_type=CODES[held.tensor.dtype.name][0], dims=held.shape)
+    if place is None:
+        made.raw_data = bytes(held.data)
+        return made
+    made.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", data), ("offset", place), ("length", held.size)):
+        made.external_data.add(key=key, value=str(value))
+    return made
+
+
+def _value_info(name: str, type: Type) -> Any:
+    import onnx
+
+    shape = [size.constant if size.constant is not None else str(size) for size in type.shape]
+    return onnx.helper.make_tensor_value_info(name, CODES[type.dtype.name][0], shape)

@@ -1,0 +1,440 @@
+"""How ops are spelled in ONNX: the name of an operator, or a function that adds a few.
+
+`FORMS` says from which opset on a composite is an operator of the standard, and when that means exactly the same. All
+other composites are replaced by their bodies; a primitive without a spelling has no form in ONNX, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.onnx.attention_forms import attention, rotary
+from treadle.backends.onnx.rearrange import rearranged, reshaped
+from treadle.backends.onnx.writer import NARROW, Line, Tensor
+from treadle.backends.python.axis_spelling import einsum_letters
+from treadle.ir.operation import Op
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.rounding import FORMATS
+from treadle.ir.sizes import Size
+from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i64, u8
+
+Spelling = str | Callable[[Line], Tensor | Sequence[Tensor]]
+"""An operator's name, which is applied to the operands that are present; or what gives the results' tensors."""
+
+SPELLINGS: dict[str, Spelling] = {
+    # arithmetic
+    "add": "Add",
+    "sub": "Sub",
+    "mul": "Mul",
+    "div": "Div",
+    "pow": "Pow",
+    "maximum": "Max",
+    "minimum": "Min",
+    "neg": "Neg",
+    # functions
+    "exp": "Exp",
+    "log": "Log",
+    "sqrt": "Sqrt",
+    "rsqrt": lambda line: line.add("Reciprocal", line.add("Sqrt", line.x)),
+    "reciprocal": "Reciprocal",
+    "tanh": "Tanh",
+    "erf": "Erf",
+    "sigmoid": "Sigmoid",
+    "sin": "Sin",
+    "cos": "Cos",
+    "abs": "Abs",
+    "sign": "Sign",
+    "floor": "Floor",
+    "round": "Round",
+    "relu": "Relu",
+    "cast": lambda line: line.w.cast(line.x, line.op.to),
+    # activations
+    "gelu": lambda line: line.add("Gelu", line.x),
+    "gelu_tanh": lambda line: line.add("Gelu", line.x, approximate="tanh"),
+    # logic
+    "equal": "Equal",
+    "not_equal": lambda line: line.add("Not", line.add("Equal", line.x, line.y)),
+    "less": "Less",
+    "less_equal": "LessOrEqual",
+    "greater": "Greater",
+    "greater_equal": "GreaterOrEqual",
+    "logical_and": "And",
+    "logical_or": "Or",
+    "logical_not": "Not",
+    "where": "Where",
+    # products
+    "matmul": "MatMul",
+    # looking along axes
+    "softmax": lambda line: line.add("Softmax", line.x, axis=line.op.axis),
+    "log_softmax": lambda line: line.add("LogSoftmax", line.x, axis=line.op.axis),
+    "reduce_sum": lambda line: _reduced(line, "ReduceSum", line.x),
+    "reduce_max": lambda line: _reduced(line, "ReduceMax", line.x),
+    "reduce_min": lambda line: _reduced(line, "ReduceMin", line.x),
+    "reduce_mean": lambda line: line.w.cast(_reduced(line, "ReduceMean", _wide(line, line.x)), line.x.dtype),
+    "argmax": lambda line: line.add("ArgMax", line.x, axis=line.op.axis, keepdims=int(line.op.keep)),
+    # shapes and positions
+    "rearrange": rearranged,
+    "reshape": lambda line: reshaped(line.w, line.x, line.type("x").shape, line.op.shape),
+    "concat": lambda line: line.add("Concat", *line.present, axis=line.op.axis),
+    "gather": lambda line: line.add("Gather", line.x, line.indices, axis=line.op.axis),
+    "take_along_axis": lambda line: line.add(
+        "GatherElements", line.x, line.indices, axis=place(line.op.axis, line.type("x").rank)
+    ),
+    "embedding": lambda line: line.add("Gather", line.table, line.indices, axis=0),
+    "iota": lambda line: line.w.cast(line.w.counted(line.op.size), line.op.dtype),
+    "size": lambda line: line.w.scalar(line.op.value, line.op.dtype),
+    # attention
+    "attention": attention,
+    "attention_with_probabilities": attention,
+    "rotary": rotary,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """When a composite is spelled as it is: from an opset on, and where `fits` holds for the op and its types."""
+
+    since: int = 13
+    fits: Callable[[Any, Sequence[Type | None]], bool] = lambda op, types: True
+
+
+def _of_known_width(op: Any, types: Sequence[Type | None]) -> bool:
+    """The normalizations compute in f32 (f64 needs its own), and take a weight, made of ones where there is none."""
+    x = types[0]
+    assert x is not None
+    return x.dtype is not f64 and (types[1] is not None or x.shape[-1].constant is not None)
+
+
+def _not_f64(op: Any, types: Sequence[Type | None]) -> bool:
+    """For f64 ONNX Runtime has no kernel, or the operator's own function rounds its numbers to f32."""
+    return types[0] is not None and types[0].dtype is not f64
+
+
+FORMS: dict[str, Form] = {
+    "softmax": Form(),
+    "log_softmax": Form(),
+    "reduce_mean": Form(),
+    "embedding": Form(),
+    "conv": Form(fits=_not_f64),
+    "attention": Form(),
+    "attention_with_probabilities": Form(),
+    "layer_norm": Form(17, _of_known_width),
+    "gelu": Form(20, _not_f64),
+    "gelu_tanh": Form(20, _not_f64),
+    "rms_norm": Form(23, _of_known_width),
+    "rotary": Form(23, _not_f64),
+}
+"""Not Swish, of opset 24: ONNX Runtime has it there and at no later opset."""
+
+
+def keeps(opset: int) -> Callable[[Op, Sequence[Type | None]], bool]:
+    """Whether a composite is spelled as it is at this opset; else its body is."""
+
+    def kept(op: Op, types: Sequence[Type | None]) -> bool:
+        form = FORMS.get(op.name)
+        return form is not None and opset >= form.since and form.fits(op, types)
+
+    return kept
+
+
+def spell(line: Line) -> list[Tensor]:
+    """Add a node of ours; returns the tensors of its results. Raises BackendError where it has no form."""
+    spelling = SPELLINGS.get(line.op.name)
+    if spelling is None:
+        raise line.w.refusal("has no form in ONNX")
+    made = line.add(spelling, *line.present) if isinstance(spelling, str) else spelling(line)
+    return [made] if isinstance(made, Tensor) else list(made)
+
+
+def _spells(name: str) -> Callable[[Callable[[Line], Any]], Callable[[Line], Any]]:
+    def add(spelling: Callable[[Line], Any]) -> Callable[[Line], Any]:
+        SPELLINGS[name] = spelling
+        return spelling
+
+    return add
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------
+
+
+@_spells("mod")
+def _mod(line: Line) -> Tensor:
+    """Of integers ONNX's has the sign of y, as ours. Of floats it is C's, with the sign of x: y is added to mend it."""
+    if not line.x.dtype.is_float:
+        return _tensor(line.add("Mod", line.x, line.y))
+    rest, mend = _float_rest(line)
+    return _tensor(line.add("Where", mend, line.add("Add", rest, line.y), rest))
+
+
+def _float_rest(line: Line) -> tuple[Tensor, Tensor]:
+    """C's remainder, and whether it is not 0 and its sign is not that of y."""
+    zero = line.w.constant(0.0, line.x.dtype)
+    rest = line.add("Mod", line.x, line.y, fmod=1)
+    signs_differ = line.add("Xor", line.add("Less", rest, zero), line.add("Less", line.y, zero))
+    return rest, line.add("And", signs_differ, line.add("Not", line.add("Equal", rest, zero)))
+
+
+@_spells("floor_divide")
+def _floor_divide(line: Line) -> Tensor:
+    """As NumPy: (x - rest) / y is whole but for its rounding, and one less where the remainder was mended."""
+    quotient = line.add("Div", line.x, line.y)
+    if line.x.dtype is u8:
+        return _tensor(quotient)
+    if not line.x.dtype.is_float:
+        zero = line.w.constant(0, line.x.dtype)
+        inexact = line.add("Not", line.add("Equal", line.add("Mul", quotient, line.y), line.x))
+        signs_differ = line.add("Xor", line.add("Less", line.x, zero), line.add("Less", line.y, zero))
+        down = line.w.cast(line.add("And", inexact, signs_differ), line.x.dtype)
+        return _tensor(line.add("Sub", quotient, down))
+    rest, mend = _float_rest(line)
+    whole = line.add("Div", line.add("Sub", line.x, rest), line.y)
+    whole = line.add("Round", line.add("Sub", whole, line.w.cast(mend, line.x.dtype)))
+    by_zero = line.add("Equal", line.y, line.w.constant(0.0, line.x.dtype))
+    return _tensor(line.add("Where", by_zero, quotient, whole))
+
+
+def _tensor(made: Any) -> Tensor:
+    assert isinstance(made, Tensor)
+    return made
+
+
+@_spells("round_to")
+def _round_to(line: Line) -> Tensor:
+    """A cast to the format and back. A cast to bf16 does not saturate; f16 holds no number that would be too large."""
+    w, x = line.w, line.x
+    if line.op.format == "bf16":
+        if line.op.saturate and x.dtype is not f16:
+            most = FORMATS["bf16"].largest
+            x = w.add("Min", w.add("Max", x, w.constant(-most, x.dtype)), w.constant(most, x.dtype))
+        return w.cast(w.cast(x, bf16), line.x.dtype)
+    code, dtype = NARROW[line.op.format]
+    narrow = w.add("Cast", x, dtype=dtype, to=code, saturate=int(line.op.saturate))
+    return w.cast(narrow, x.dtype)
+
+
+# -- products --------------------------------------------------------------------------------------------------
+
+
+@_spells("linear")
+def _linear(line: Line) -> Tensor:
+    """Gemm transposes the weight itself, but takes matrices alone."""
+    bias = [line.bias] if line.has("bias") else []
+    if line.type("x").rank == 2:
+        return _tensor(line.add("Gemm", line.x, line.weight, *bias, transB=1))
+    made = line.add("MatMul", line.x, line.add("Transpose", line.weight, perm=[1, 0]))
+    return _tensor(line.add("Add", made, *bias) if bias else made)
+
+
+@_spells("einsum")
+def _einsum(line: Line) -> Tensor:
+    """Every axis gets a letter, those of `...` too; an operand loses the ones of axes that it does not hold."""
+    application = line.op.apply([v.type for v in line.node.inputs])
+    terms, operands = [], []
+    for x, value, dims in zip(line.present, line.node.inputs, application.operands, strict=True):
+        held = [at for at, dim in enumerate(dims or ()) if dim.factors]
+        operands.append(reshaped(line.w, x, value.type.shape, [value.type.shape[at] for at in held]))
+        terms.append(" ".join(name for dim in dims or () for name in dim.factors))
+    result = " ".join(name for dim in application.results[0] for name in dim.factors)
+    equation = f"{', '.join(terms)} -> {result}".replace("...", "_")
+    return _tensor(line.add("Einsum", *operands, equation=einsum_letters(equation)))
+
+
+@_spells("conv")
+def _conv(line: Line) -> Tensor:
+    befores, afters, strides, dilations = zip(*line.op.spatial(line.type("x").rank - 2), strict=True)
+    bias = [line.bias] if line.has("bias") else []
+    return _tensor(
+        line.add(
+            "Conv",
+            line.x,
+            line.weight,
+            *bias,
+            pads=[*befores, *afters],
+            strides=list(strides),
+            dilations=list(dilations),
+            group=line.op.groups,
+        )
+    )
+
+
+# -- looking along axes ----------------------------------------------------------------------------------------
+
+
+def _wide(line: Line, x: Tensor) -> Tensor:
+    """x, in f32 if it is of 16 bits: what ours computes in."""
+    return line.w.cast(x, f32) if x.dtype in (f16, bf16) else x
+
+
+def _reduced(line: Line, op_type: str, x: Tensor) -> Tensor:
+    """Sums take their axes as an input at all our opsets, the others from opset 18."""
+    axes = [place(axis, line.type("x").rank) for axis in line.op.axes]
+    if not axes:
+        return x
+    keep = int(line.op.keep)
+    if op_type == "ReduceSum" or line.w.opset >= 18:
+        return _tensor(line.add(op_type, x, line.w.integers(*axes), keepdims=keep))
+    return _tensor(line.add(op_type, x, axes=axes, keepdims=keep))
+
+
+@_spells("cumsum")
+def _cumsum(line: Line) -> Tensor:
+    axis = line.w.constant(line.op.axis, i64)
+    return _tensor(line.add("CumSum", line.x, axis, exclusive=int(line.op.exclusive), reverse=int(line.op.reverse)))
+
+
+@_spells("top_k")
+def _top_k(line: Line) -> tuple[Tensor, ...]:
+    return line.w.add_all("TopK", line.x, line.w.integers(line.op.k), results=2, axis=line.op.axis)
+
+
+@_spells("layer_norm")
+def _layer_norm(line: Line) -> Tensor:
+    return _normalized(line, "LayerNormalization", [line.bias] if line.has("bias") else [])
+
+
+@_spells("rms_norm")
+def _rms_norm(line: Line) -> Tensor:
+    return _normalized(line, "RMSNormalization", [])
+
+
+def _normalized(line: Line, op_type: str, bias: Sequence[Tensor]) -> Tensor:
+    x = _wide(line, line.x)
+    if line.has("weight"):
+        weight = _wide(line, line.weight)
+    else:
+        weight = line.w.constant(np.ones(line.type("x").shape[-1].constant), x.dtype)
+    made = line.add(op_type, x, weight, *[_wide(line, b) for b in bias], axis=-1, epsilon=line.op.eps)
+    return line.w.cast(made, line.x.dtype)
+
+
+# -- shapes and positions --------------------------------------------------------------------------------------
+
+
+@_spells("expand")
+def _expand(line: Line) -> Tensor:
+    """A 1 in the shape keeps what x has there."""
+    have, want = line.type("x").shape, line.result.shape
+    if have == want:
+        return _tensor(line.x)
+    new = len(want) - len(have)
+    kept = [at >= new and have[at - new] == size for at, size in enumerate(want)]
+    shape = [1 if keep else size for keep, size in zip(kept, want, strict=True)]
+    return _tensor(line.add("Expand", line.x, line.w.vector(shape)))
+
+
+@_spells("positions")
+def _positions(line: Line) -> Tensor:
+    shape = line.type("x").shape
+    made = line.w.counted(shape[-1])
+    return made if len(shape) == 1 else _tensor(line.add("Expand", made, line.w.vector(shape)))
+
+
+@_spells("slice")
+def _slice(line: Line) -> Tensor:
+    size = line.type("x").shape[line.op.axis]
+    start, stop = line.op.span(size)
+    starts, stops = (
+        line.w.vector([edge if edge is not None and _from_end(edge) else position])
+        for edge, position in ((line.op.start, start), (line.op.stop, stop))
+    )
+    if stop == size:
+        stops = line.w.integers(2**63 - 1)
+    steps = [line.w.integers(line.op.stride)] if line.op.stride != 1 else []
+    return _tensor(line.add("Slice", line.x, starts, stops, line.w.integers(line.op.axis), *steps))
+
+
+def _from_end(edge: Size) -> bool:
+    """Whether an edge counts from the end, as in ONNX, whatever the axis's size."""
+    return edge.constant is not None and edge.constant < 0
+
+
+@_spells("pad")
+def _pad(line: Line) -> Tensor:
+    rank = line.type("x").rank
+    axis = place(line.op.axis, rank)
+    before = [line.op.before if at == axis else 0 for at in range(rank)]
+    after = [line.op.after if at == axis else 0 for at in range(rank)]
+    value = _filling(line, line.op.value, line.x.dtype)
+    return _tensor(line.add("Pad", line.x, line.w.vector([*before, *after]), value, mode="constant"))
+
+
+def _filling(line: Line, value: float, dtype: DType) -> Tensor:
+    """The constant that fills a tensor of this dtype, which holds the number: the op saw to that."""
+    return line.w.constant(value if dtype.is_float else bool(value) if dtype is boolean else int(value), dtype)
+
+
+# -- windows and scatters --------------------------------------------------------------------------------------
+
+
+def _window_positions(line: Line, count: Size, size: Size) -> Tensor:
+    """i64[count, size]: where on its axis each element of each window lies."""
+    w, stride, dilation = line.w, line.op.stride, line.op.dilation
+    if count.constant is not None and size.constant is not None:
+        grid = np.arange(count.constant)[:, None] * stride + np.arange(size.constant) * dilation
+        return w.constant(grid, i64)
+    first = w.add("Unsqueeze", w.add("Mul", w.counted(count), w.constant(stride, i64)), w.integers(1))
+    return w.add("Add", first, w.add("Mul", w.counted(size), w.constant(dilation, i64)))
+
+
+@_spells("windows")
+def _windows(line: Line) -> Tensor:
+    rank = line.type("x").rank
+    axis = place(line.op.axis, rank)
+    made = line.add("Gather", line.x, _window_positions(line, line.result.shape[axis], line.op.size), axis=axis)
+    order = [at for at in range(rank + 1) if at != axis + 1] + [axis + 1]
+    return made if axis + 1 == rank else _tensor(line.add("Transpose", made, perm=order))
+
+
+@_spells("fold_windows")
+def _fold_windows(line: Line) -> Tensor:
+    x, rank = line.type("x"), line.type("x").rank
+    axis = place(line.op.axis, rank - 1)
+    positions = _window_positions(line, x.shape[axis], x.shape[-1])
+    others = [at for at in range(rank - 1) if at != axis]
+    shape = [line.result.shape[at] for at in (axis, *others)]
+    zeros = line.add("Expand", line.w.constant(0, x.dtype), line.w.vector(shape))
+    updates = line.add("Transpose", line.x, perm=[axis, rank - 1, *others])
+    return _moved_back(line, _added(line, zeros, positions, updates), axis, rank - 1)
+
+
+@_spells("index_add")
+def _index_add(line: Line) -> Tensor:
+    rank, picked = line.type("target").rank, line.type("indices").rank
+    axis = place(line.op.axis, rank)
+    others = [at for at in range(rank) if at != axis]
+    target, updates = line.target, line.updates
+    if axis:
+        target = line.add("Transpose", target, perm=[axis, *others])
+        before, after = range(axis), range(axis + picked, rank - 1 + picked)
+        updates = line.add("Transpose", updates, perm=[*range(axis, axis + picked), *before, *after])
+    return _moved_back(line, _added(line, target, line.indices, updates), axis, rank)
+
+
+def _added(line: Line, target: Tensor, positions: Tensor, updates: Tensor) -> Tensor:
+    """The target with the updates added to its rows at these positions."""
+    _refuse_before_16(line)
+    rows = line.add("Unsqueeze", line.w.cast(positions, i64), line.w.integers(-1))
+    return _tensor(line.add("ScatterND", target, rows, updates, reduction="add"))
+
+
+def _moved_back(line: Line, made: Tensor, axis: int, rank: int) -> Tensor:
+    """The first dimension back in the place of `axis`."""
+    order = [*range(1, axis + 1), 0, *range(axis + 1, rank)]
+    return _tensor(line.add("Transpose", made, perm=order)) if axis else made
+
+
+@_spells("scatter_add")
+def _scatter_add(line: Line) -> Tensor:
+    _refuse_before_16(line)
+    return _tensor(
+        line.add("ScatterElements", line.target, line.indices, line.updates, axis=line.op.axis, reduction="add")
+    )
+
+
+def _refuse_before_16(line: Line) -> None:
+    if line.w.opset < 16:
+        raise line.w.refusal(f"opset {line.w.opset} has no scatter that adds", hint="opset 16 or newer")

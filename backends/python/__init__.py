@@ -1,0 +1,1 @@
+"""What the backends that emit Python share: emission, spelling of axes and attention, the executable."""

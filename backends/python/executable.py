@@ -1,0 +1,209 @@
+"""Executables made of emitted Python: weights in place, the module executed once, each call checked and run."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+
+from treadle.backends.protocol import Outputs, Port, ports
+from treadle.backends.python.emission import Program, on_one_line
+from treadle.backends.signature import Signature
+from treadle.backends.weight_preparation import Prepared
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import BackendError, TreadleError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.types import Type
+
+
+class Arrays(Protocol):
+    """What an executable needs to know of a backend's arrays."""
+
+    def take(self, port: Port, value: Any) -> Any:
+        """What a caller passed, as an array of the port's dtype. Raises BackendError."""
+        ...
+
+    def running(self) -> AbstractContextManager[Any]:
+        """The state in which the program runs."""
+        ...
+
+    def storage(self, array: Any) -> int:
+        """A number that two arrays share exactly if they lie in the same memory."""
+        ...
+
+    def give(self, array: Any, given: Sequence[Any], shared: bool) -> Any:
+        """A result for the caller, of the kind of what was given; a copy where its memory is shared."""
+        ...
+
+
+class PythonExecutable:
+    """A graph compiled to Python source. See `treadle.backends.protocol.Executable`.
+
+    Results are the caller's own: what lies in the memory of an input, a weight, a constant or another result is copied
+    before it is handed out.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        program: Program,
+        weights: Mapping[str, Any],
+        namespace: Mapping[str, Any],
+        arrays: Arrays,
+    ) -> None:
+        """weights are in the backend's own arrays; namespace holds what the text refers to beside its imports."""
+        self.name = graph.name
+        self.signature = Signature(graph)
+        self.inputs = self.signature.ports
+        self.outputs = ports(graph.main.outputs)
+        self._makers = {name: value.node for name, value in graph.main.outputs.items()}
+        self.source = program.text
+        self._program, self._arrays = program, arrays
+        self._weights = {
+            **weights,
+            **{key: tuple(weights[n] for n in names) for key, names in program.bundles.items()},
+        }
+        self._held = frozenset(map(arrays.storage, (*weights.values(), *namespace["constants"])))
+        self._file, self._main = _load(graph.name, program.text, namespace)
+        weakref.finalize(self, linecache.cache.pop, self._file, None)
+
+    def __call__(self, /, **given: Any) -> Outputs:
+        """Run on arrays by name. Raises BackendError where they are not what `inputs` says, or where a node fails."""
+        arguments = self.signature.bind(given, self._arrays.take)
+        with self._arrays.running():
+            try:
+                results = self._main(*arguments, self._weights)
+            except Exception as error:
+                raise self._explained(error) from error
+            taken = set(self._held.union(map(self._arrays.storage, arguments)))
+            outputs = Outputs()
+            for name, array in results.items():
+                memory = self._arrays.storage(array)
+                try:
+                    outputs[name] = self._arrays.give(array, list(given.values()), memory in taken)
+                except Exception as error:  # no memory for the copy
+                    raise self._not_given(name, error) from error
+                taken.add(memory)
+            return outputs
+
+    def _explained(self, error: Exception) -> TreadleError:
+        """The error of a node, with its line of the emitted source and of the user's."""
+        line, trace = 0, error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == self._file:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        node = self._program.nodes.get(line)
+        text = error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"
+        return BackendError(
+            f"{node.op.name if node else self.name}: failed while running",
+            received=text,
+            within=self.source.splitlines()[line - 1].partition("  # ")[0].strip() if line else None,
+            source=describe_source(node.source, node.scope) if node else None,
+        )
+
+    def _not_given(self, name: str, error: Exception) -> BackendError:
+        """The error for an output that could not be copied, with the line of the node that made it."""
+        node = self._makers[name]
+        return BackendError(
+            f"{node.op.name if node else self.name}: output {name} could not be copied",
+            received=f"{type(error).__name__}: {error}",
+            source=describe_source(node.source, node.scope) if node else None,
+        )
+
+    def __repr__(self) -> str:
+        takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
+        return f"<executable {self.name}({takes}) -> {gives}>"
+
+
+_numbers = count()  # so that executables of one text do not share the lines that tracebacks show
+
+
+def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Callable[..., Any]]:
+    """Execute a module's text, known to tracebacks under a file name of its own; returns that name and `main`."""
+    file = f"<treadle {on_one_line(name)} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    scope: dict[str, Any] = dict(namespace)
+    exec(compile(text, file, "exec"), scope)
+    return file, scope["main"]
+
+
+def collect_weights(
+    prepared: Prepared, weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]
+) -> dict[str, Any]:
+    """Every parameter of a prepared graph as a backend's array, those that have recipes made by them.
+
+    Raises one BackendError that lists all that are missing.
+    """
+    refuse_missing(prepared.source, weights)
+    given = {}  # until all are taken: a backend may know a weight by its address, which no other may have meanwhile
+    found = {}
+    for name, value in prepared.graph.parameters.items():
+        recipe = prepared.recipes.get(name)
+        if recipe is None:
+            given[name] = weights[name]
+        else:
+            for source, wanted in recipe.sources.items():
+                refuse_misfit(source, wanted.type, weights[source])
+            given[name] = recipe.make(weights)
+        found[name] = take(name, value.type, given[name])
+    return found
+
+
+def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
+    """Raise BackendError for a weight of another shape or dtype; one of bf16 may be a tensor, or float32 numbers."""
+    array = value if hasattr(value, "detach") else np.asarray(value)
+    dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
+    known = ("bfloat16", "float32") if wanted.dtype.numpy is None else (wanted.dtype.numpy.name,)
+    if dtype not in known or not shape_fits(wanted, shape):
+        raise misfit(name, wanted, f"{dtype}{list(shape)}")
+
+
+def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:
+    """Raise one BackendError that lists all weights of a graph that are missing."""
+    missing = [name for name in graph.parameters if name not in weights]
+    if missing:
+        raise BackendError(
+            f"{graph.name} needs weights that are not given",
+            received=f"{len(weights)} weights",
+            within="\n".join(f"{name}: {graph.parameters[name].type}" for name in missing[:20])
+            + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
+        )
+
+
+def misfit(name: str, wanted: Type, received: str) -> BackendError:
+    """The error for a weight of another shape or dtype."""
+    return BackendError(f"weight {name} must be {wanted}", received=f"{name}: {received}")
+
+
+def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
+    """Whether a weight has its type's shape, symbols aside."""
+    sizes = [size.constant for size in wanted.shape]
+    return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
+
+
+def refuse_nodes(
+    graph: Graph, backend: str, supports: Callable[[Node], str | None], *, hint: str | None = None
+) -> None:
+    """Raise one BackendError that lists every node which a backend does not support, with its source."""
+    refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
+    if not refused:
+        return
+    lines = []
+    for node, why in refused[:20]:
+        place = describe_source(node.source, node.scope)
+        lines.append(f"{node.op.name}: {why}" + (f"    ({place})" if place else ""))
+    if len(refused) > 20:
+        lines.append(f"and {len(refused) - 20} more")
+    raise BackendError(
+        f"the {backend} backend cannot run {graph.name}",
+        received="\n".join(lines),
+        source=describe_source(refused[0][0].source, refused[0][0].scope),
+        hint=hint,
+    )

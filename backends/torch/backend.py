@@ -1,0 +1,229 @@
+"""The PyTorch backend: reaches every device that PyTorch reaches. Imports torch only when it is used."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treadle.backends.legalization import legalize, primitives
+from treadle.backends.protocol import Executable, Port
+from treadle.backends.python.emission import emit
+from treadle.backends.python.executable import (
+    PythonExecutable,
+    collect_weights,
+    misfit,
+    refuse_nodes,
+    shape_fits,
+)
+from treadle.backends.signature import as_numpy, refuse_dtype
+from treadle.backends.torch.packing import can_pack, choose_packing, pack, packed_dialect, packed_names
+from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
+from treadle.backends.weight_preparation import prepare_weights
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph, Literal, Node
+from treadle.ir.target import Target
+from treadle.ir.types import DType, Type, f32
+
+if TYPE_CHECKING:
+    import torch
+
+_INTEGER_PRODUCTS = ("matmul", "einsum")  # which PyTorch has for integers on the CPU only
+
+
+_REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
+
+class TorchBackend:
+    """Runs graphs in PyTorch, on the CPU or a GPU, under inference mode.
+
+    A call takes NumPy arrays or tensors, which are moved to the target's device. It gives tensors, on that device,
+    if it was given one, else NumPy arrays; a bf16 result becomes a float32 array, since NumPy has no bf16, and a
+    bf16 input may be given as a float32 array whose values bf16 holds.
+    """
+
+    name = "torch"
+
+    def available(self) -> str | None:
+        """None, or that PyTorch is not installed."""
+        if importlib.util.find_spec("torch") is None:
+            return "PyTorch is not installed: pip install 'treadle[torch]'"
+        return None
+
+    def supports(self, node: Node) -> str | None:
+        """None, or the reason why the node cannot be run."""
+        if node.op.callee is not None:
+            return None
+        for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
+            if op.name not in SPELLINGS:
+                inside = "" if op is node.op else f", which is in the body of {node.op.name}"
+                return f"{op.name} has no form in PyTorch{inside}"
+        return None
+
+    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Lower a graph. On the CPU weights stay the arrays, or the mapped file, that they are, but for those that only
+        products read: they are packed, see `treadle.backends.torch.packing`.
+
+        Raises BackendError without PyTorch or the target's device, for a refused node, for a missing weight.
+        """
+        missing = self.available()
+        if missing is not None:
+            raise BackendError("the torch backend is not available", received=missing, hint="or backend numpy")
+        import torch
+
+        if target.kind == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                "PyTorch finds no CUDA device", received=f"torch {torch.__version__}", hint='Target("cpu")'
+            )
+        if target.kind == "isa":
+            raise BackendError(
+                f"the torch backend does not generate code for {target}",
+                hint='Target("cpu") or Target("cuda"), or backend tvm',
+            )
+        device = torch.device(target.kind)
+
+        def refusal(node: Node) -> str | None:
+            integers = node.op.name in _INTEGER_PRODUCTS and not node.results[0].type.dtype.is_float
+            on_device = (
+                "PyTorch multiplies no matrices of integers on a GPU" if integers and device.type != "cpu" else None
+            )
+            return self.supports(node) or on_device
+
+        refuse_nodes(graph, self.name, refusal)
+        prepared = prepare_weights(legalize(graph, keeps))
+        packing = choose_packing(prepared.graph) if device.type == "cpu" and can_pack() else {}
+        program = emit(prepared.graph, packed_dialect(packing), tuple(prepared.notes()))
+        arrays = _TorchArrays(device, target.threads)
+        namespace = {
+            "constants": tuple(map(arrays.constant, program.constants)),
+            "device": device,
+        }
+        tensors = collect_weights(prepared, weights, arrays.weight)
+        tensors |= {name: pack(tensors[name], way) for name, way in packed_names(prepared.graph, packing).items()}
+        return PythonExecutable(graph, program, tensors, namespace, arrays)
+
+
+class _TorchArrays:
+    """Tensors on one device; see `treadle.backends.python.executable.Arrays`."""
+
+    def __init__(self, device: torch.device, threads: int | None) -> None:
+        import torch
+
+        self.torch, self.device, self.threads = torch, device, threads
+        self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    @cached_property
+    def _dtypes(self) -> dict[torch.dtype, DType]:
+        from treadle.ir.types import DTYPES as ours
+
+        return {getattr(self.torch, theirs): ours[name] for name, theirs in DTYPES.items()}
+
+    def _dtype(self, dtype: DType) -> torch.dtype:
+        return getattr(self.torch, DTYPES[dtype.name])  # type: ignore[no-any-return]
+
+    # -- inputs and outputs ----------------------------------------------------------------------------------
+
+    def take(self, port: Port, value: Any) -> torch.Tensor:
+        if not isinstance(value, self.torch.Tensor):
+            if port.dtype.name == "bf16":
+                return self._rounded(port, value)
+            return self.lifted(as_numpy(port, value))
+        wanted = self._dtype(port.dtype)
+        if value.dtype != wanted:
+            held = self._dtypes.get(value.dtype)
+            if held is None or not _widens(held, port.dtype):
+                shown = str(value.dtype).removeprefix("torch.")
+                raise refuse_dtype(port, shown, f"{port.name}.to(torch.{DTYPES[port.dtype.name]})", value.shape)
+        return value.detach().to(self.device, wanted)
+
+    def _rounded(self, port: Port, value: Any) -> torch.Tensor:
+        wide = self.torch.from_numpy(as_numpy(Port(port.name, port.type.with_dtype(f32)), value).copy())
+        narrow = wide.to(self.torch.bfloat16)
+        back = narrow.to(self.torch.float32)
+        if not bool(((back == wide) | wide.isnan()).all()):
+            raise refuse_dtype(port, "a float32 that bf16 does not hold", f"a tensor, {port.name}.to(torch.bfloat16)")
+        return narrow.to(self.device)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inference mode, with as many threads as the target says, and with sums of 16 bits in float32 on a GPU too,
+        where PyTorch lets cuBLAS add parts up in 16. PyTorch's own settings are put back."""
+        before = self.torch.get_num_threads()
+        if self.threads is not None and self.threads != before:
+            self.torch.set_num_threads(self.threads)
+        matmul = self.torch.backends.cuda.matmul
+        reduced = {name: getattr(matmul, name) for name in _REDUCED if self.device.type == "cuda"}
+        try:
+            for name in reduced:
+                setattr(matmul, name, False)
+            with self.torch.inference_mode():
+                yield
+        finally:
+            if self.torch.get_num_threads() != before:
+                self.torch.set_num_threads(before)
+            for name, value in reduced.items():
+                setattr(matmul, name, value)
+
+    def storage(self, array: torch.Tensor) -> int:
+        if array.is_mkldnn:  # which no result can be
+            return id(array)
+        return array.untyped_storage().data_ptr() if array.numel() else id(array)
+
+    def give(self, array: torch.Tensor, given: Sequence[Any], shared: bool) -> Any:
+        array = array.clone() if shared else array
+        array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element that is many
+        if any(isinstance(x, self.torch.Tensor) for x in given):
+            return array
+        return (array.float() if array.dtype == self.torch.bfloat16 else array).cpu().numpy()
+
+    # -- weights and constants -------------------------------------------------------------------------------
+
+    def lifted(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        """An array as a tensor on the device: the same memory on the CPU, wherever PyTorch can address it."""
+        tileable = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+        if not (tileable and array.flags.aligned and array.dtype.isnative):
+            # ascontiguousarray would leave a negative stride along an axis of one element
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
+        with warnings.catch_warnings():
+            # Nothing writes to arguments, weights or constants: results that share their memory are copied.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return self.torch.from_numpy(array).to(self.device)
+
+    def constant(self, literal: Literal) -> torch.Tensor:
+        """A constant as a tensor; NumPy holds those of bf16 in float32, which loses nothing."""
+        return self.lifted(literal.array).to(self._dtype(literal.dtype))
+
+    def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
+        """A weight as a tensor; arrays that are one weight under several names stay one."""
+        if not isinstance(value, self.torch.Tensor):
+            array = np.asarray(value)
+            key = (
+                array.__array_interface__["data"][0],
+                array.shape,
+                array.strides,
+                array.dtype,
+                wanted.dtype,
+            )
+            if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
+                raise misfit(name, wanted, f"{array.dtype}{list(array.shape)}")
+            if key not in self._weights:
+                # A bf16 weight comes from a checkpoint as float32.
+                self._weights[key] = self.lifted(array).to(self._dtype(wanted.dtype))
+            return self._weights[key]
+        if not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
+            raise misfit(name, wanted, f"{value.dtype}{list(value.shape)}")
+        return value.detach().to(self.device)
+
+
+def _widens(held: DType, wanted: DType) -> bool:
+    """Whether every value of one dtype has a place in another of its kind."""
+    if held.kind != wanted.kind:
+        return False
+    if held.numpy is None or wanted.numpy is None:
+        return held.numpy is None and wanted.name in ("f32", "f64")
+    return bool(np.can_cast(held.numpy, wanted.numpy, "safe"))

@@ -1,0 +1,279 @@
+"""Kernels in PyTorch that emitted source calls: what one expression cannot say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treadle.ir.attention_terms import T5Relative
+from treadle.ir.errors import BackendError
+from treadle.ir.ops.rounding import FORMATS
+
+# -- element by element --------------------------------------------------------------------------------------
+
+
+def round_to(x: Tensor, format: str, *, saturate: bool) -> Tensor:
+    """The nearest numbers of a narrower float format, in the dtype of x; see `treadle.ir.ops.rounding`."""
+    known = FORMATS[format]
+    wide = x.double()
+    finite = torch.where(wide.isfinite(), wide, 0.0)
+    spacing = (torch.frexp(finite).exponent - 1).clamp(min=known.least) - known.fraction
+    y = torch.ldexp(torch.round(torch.ldexp(finite, -spacing)), spacing)
+    beyond = known.largest if saturate or known.beyond is None else known.beyond
+    y = torch.where(wide.isinf() | (y.abs() > known.largest), torch.full_like(wide, beyond).copysign(wide), y)
+    y = torch.where(wide.isnan(), 0.0 if known.beyond is None else math.nan, y)
+    return (y if known.minus_zero else y + 0.0).to(x.dtype)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x)"""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = "") -> Tensor:
+    """x times a weight that `treadle.backends.torch.packing` packed, transposed, with what oneDNN does at once."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return y
+
+
+# -- along an axis -------------------------------------------------------------------------------------------
+
+
+def cumsum(x: Tensor, axis: int, *, exclusive: bool, reverse: bool) -> Tensor:
+    """Running sums of what stands up to an element (before it, if exclusive), or from it on (after it) if reverse."""
+    terms = x.flip(axis) if reverse else x
+    sums = torch.cumsum(terms, axis, dtype=x.dtype)
+    if exclusive:
+        sums = torch.cat((torch.zeros_like(sums.narrow(axis, 0, 1)), sums.narrow(axis, 0, x.shape[axis] - 1)), axis)
+    return sums.flip(axis) if reverse else sums
+
+
+def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
+    """The k greatest elements, greatest first, and their positions; of equal ones the first.
+
+    torch.topk leaves open which of equal ones it takes, so all are sorted.
+    """
+    values, indices = torch.sort(x, dim=axis, descending=True, stable=True)
+    return values.narrow(axis, 0, k), indices.narrow(axis, 0, k)
+
+
+# -- indices -------------------------------------------------------------------------------------------------
+#
+# PyTorch says of an index outside neither which nor of what, and on a GPU its assertion ends the use of the device.
+
+
+def _within(indices: Tensor, size: int) -> Tensor:
+    """The indices of an axis of this size. Raises BackendError for one that is outside."""
+    outside = (indices < 0) | (indices >= size)
+    if bool(outside.any()):
+        raise BackendError(f"index {int(indices[outside][0])} is outside an axis of size {size}")
+    return indices
+
+
+def embedding(indices: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table."""
+    return F.embedding(_within(indices, table.shape[0]), table)
+
+
+def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """Elements of x along an axis, at indices that lie as the result does."""
+    return x.gather(axis, _within(indices, x.shape[axis]))
+
+
+def scatter_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
+    """The transpose of `take_along_axis`: updates added to target."""
+    within = _within(indices, target.shape[axis])
+    return _wide(target).scatter_add(axis, within, _wide(updates)).to(target.dtype)
+
+
+def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """Slices of x along an axis, at indices of any rank."""
+    axis %= x.dim()
+    picked = x.index_select(axis, _within(indices, x.shape[axis]).reshape(-1))
+    return picked.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
+
+
+def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
+    """The transpose of `take`: updates added to target."""
+    axis %= target.dim()
+    rows = updates.reshape((*target.shape[:axis], indices.numel(), *target.shape[axis + 1 :]))
+    within = _within(indices, target.shape[axis]).reshape(-1)
+    return _wide(target).index_add(axis, within, _wide(rows)).to(target.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x as it is summed: in float32 if it is of 16 bits. PyTorch rounds after every addition that it does in place."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) -> Tensor:
+    """Windows, whose elements lie along the last axis, added where they lie."""
+    axis %= x.dim() - 1
+    shape = [*x.shape[:-1]]
+    shape[axis] = size
+    wide = _wide(x)
+    y = wide.new_zeros(shape)
+    moved, reach = y.movedim(axis, 0), (x.shape[axis] - 1) * stride + 1
+    for k in range(x.shape[-1]):
+        first = k * dilation
+        moved[first : first + reach : stride] += wide[..., k].movedim(axis, 0)
+    return y.to(x.dtype)
+
+
+# -- rotary positions ----------------------------------------------------------------------------------------
+
+
+def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, layout: str) -> Tensor:
+    """Pairs of dimensions of x [b, h, s, d], turned by positions [b, s] times frequencies [f]; the rest of d stays."""
+    angles = (positions[:, None, :, None] * frequencies).to(frequencies.dtype)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turned, rest = x.tensor_split((2 * frequencies.shape[0],), dim=-1)
+    first, second = turned.chunk(2, dim=-1) if layout == "half" else (turned[..., ::2], turned[..., 1::2])
+    pairs = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.cat(pairs, -1) if layout == "half" else torch.stack(pairs, -1).flatten(-2)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    masks: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+    softcap: float | None = None,
+) -> Tensor:
+    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see `treadle.ir.ops.attention`.
+
+    Masks and biases broadcast against [b, h, s, t]. A query that may see no key gets zeros: PyTorch leaves it open.
+    """
+    mask = _joined(masks, biases)
+    if softcap is not None:
+        return _weighted(_probabilities(q, k, scale, softcap, mask), v)
+    empty = _empty_rows(mask)
+    if mask is not None and empty is not None:  # a row of NaN would reach others through a product in bfloat16
+        mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def attention_with_probabilities(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    masks: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
+    p = _probabilities(q, k, scale, softcap, _joined(masks, biases))
+    return _weighted(p, v), p
+
+
+def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
+    """Masks and biases as one: a bool, or a float where there is a bias."""
+    mask: Tensor | None = None
+    for keep in masks:
+        mask = keep if mask is None else mask & keep
+    if biases:
+        bias = biases[0]
+        for other in biases[1:]:
+            bias = bias + other
+        mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+    return mask
+
+
+def _empty_rows(mask: Tensor | None) -> Tensor | None:
+    """[..., s, 1]: which queries may see no key; None where there are none. On a GPU, asking would wait for all that
+    was begun, so there it is never None for a mask."""
+    if mask is None:
+        return None
+    empty = ~(mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
+    return empty if mask.device.type != "cpu" or bool(empty.any()) else None
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None) -> Tensor:
+    """[b, h, s, t], zeros for a query that may see no key. PyTorch's own attention gives none, and caps no scores."""
+    scores = (_grouped(q * scale, k.shape[1]) @ k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    p = torch.softmax(scores, -1)
+    empty = _empty_rows(mask)
+    return p if empty is None else p.masked_fill_(empty, 0.0)
+
+
+def _weighted(p: Tensor, v: Tensor) -> Tensor:
+    """[b, h, s, e]: values, each by its probability."""
+    return (_grouped(p, v.shape[1]) @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """[b, (g r), s, d] -> [b, g, r, s, d]"""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+
+
+def causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[s, t]: j <= i"""
+    return torch.arange(keys, device=device) <= torch.arange(queries, device=device)[:, None]
+
+
+def window(queries: int, keys: int, size: int, device: torch.device) -> Tensor:
+    """[s, t]: |i - j| < size"""
+    offsets = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
+    return offsets.abs() < size
+
+
+def padding(lengths: Tensor, keys: int) -> Tensor:
+    """[b, 1, 1, t]: j < lengths[b]"""
+    return torch.arange(keys, device=lengths.device) < lengths[:, None, None, None]
+
+
+def segments(of_queries: Tensor, of_keys: Tensor) -> Tensor:
+    """[b, 1, s, t]: of_queries[b, i] == of_keys[b, j]"""
+    return of_queries[:, None, :, None] == of_keys[:, None, None, :]
+
+
+def laid_out(x: Tensor, axes: str) -> Tensor:
+    """A tensor of some of the axes b, h, s and t, with 1 for each that it lacks."""
+    sizes = dict(zip(axes.split(), x.shape, strict=True))
+    return x.reshape([sizes.get(axis, 1) for axis in "bhst"])
+
+
+def t5_relative(table: Tensor, queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """[1, h, s, t]: table[bucket(j - i), h]"""
+    bucket = _t5_buckets(buckets, max_distance, bidirectional, table.device)
+    offsets = _offsets(queries, keys, table.device).clamp(-max_distance, max_distance) + max_distance
+    return _by_offset(table[bucket[offsets]].T, keys)
+
+
+@lru_cache(maxsize=64)
+def _t5_buckets(buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
+    return torch.from_numpy(T5Relative(buckets, max_distance, bidirectional).bucket_by_offset).to(device)
+
+
+def alibi(slopes: Tensor, queries: int, keys: int) -> Tensor:
+    """[1, h, s, t]: slopes[h] (j - i)"""
+    return _by_offset(slopes[:, None] * _offsets(queries, keys, slopes.device).to(slopes.dtype), keys)
+
+
+def _offsets(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Every j - i, ascending."""
+    return torch.arange(1 - queries, keys, device=device)
+
+
+def _by_offset(values: Tensor, keys: int) -> Tensor:
+    """[h, s + t - 1], a value for each j - i, as [1, h, s, t]: row i is the window that starts at s - 1 - i."""
+    return values.unfold(-1, keys, 1).flip(1)[None]

@@ -1,0 +1,365 @@
+"""How ops are spelled in PyTorch. Without an entry, a composite is run by its body, a primitive is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from treadle.backends.python.attention_spelling import attention, knows, scale_of
+from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
+from treadle.backends.python.emission import Dialect, Line, Spelling, float_text
+from treadle.ir.attention_terms import Causal
+from treadle.ir.axes import Role
+from treadle.ir.operation import Op
+from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.convolution import Conv
+from treadle.ir.types import DType, Type
+
+DTYPES = {
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u8": "uint8",
+    "bool": "bool",
+}
+"""Our names of dtypes, and PyTorch's."""
+
+SPELLINGS: dict[str, Spelling] = {
+    # arithmetic
+    "add": "{x} + {y}",
+    "sub": "{x} - {y}",
+    "mul": "{x} * {y}",
+    "div": "{x} / {y}",
+    "pow": "torch.pow({x}, {y})",
+    "maximum": lambda line: f"torch.maximum({line.array('x')}, {line.array('y')})",
+    "minimum": lambda line: f"torch.minimum({line.array('x')}, {line.array('y')})",
+    "floor_divide": "{x} // {y}",
+    "mod": "torch.remainder({x}, {y})",
+    "neg": "-{x}",
+    # functions
+    "exp": "torch.exp({x})",
+    "log": "torch.log({x})",
+    "sqrt": "torch.sqrt({x})",
+    "reciprocal": "torch.reciprocal({x})",
+    "tanh": "torch.tanh({x})",
+    "erf": "torch.erf({x})",
+    "sigmoid": "torch.sigmoid({x})",
+    "sin": "torch.sin({x})",
+    "cos": "torch.cos({x})",
+    "abs": "torch.abs({x})",
+    "floor": "torch.floor({x})",
+    "round": "torch.round({x})",
+    "relu": "F.relu({x})",
+    "gelu": "F.gelu({x})",
+    "gelu_tanh": 'F.gelu({x}, approximate="tanh")',
+    "silu": "F.silu({x})",
+    "quick_gelu": "{x} * torch.sigmoid(1.702 * {x})",
+    # logic
+    "equal": "{x} == {y}",
+    "not_equal": "{x} != {y}",
+    "less": "{x} < {y}",
+    "less_equal": "{x} <= {y}",
+    "greater": "{x} > {y}",
+    "greater_equal": "{x} >= {y}",
+    "logical_and": "{x} & {y}",
+    "logical_or": "{x} | {y}",
+    "logical_not": "~{x}",
+    "where": lambda line: f"torch.where({line.array('condition')}, {line.x}, {line.y})",
+    # products
+    "matmul": "{x} @ {y}",
+    # shapes and positions
+    "rearrange": lambda line: rearranged(line, "permute"),
+    "slice": sliced,
+    "positions": "torch.arange({x}.shape[-1], device=device).expand({x}.shape)",
+}
+
+
+def _spells(name: str) -> Callable[[Callable[[Line], str]], Callable[[Line], str]]:
+    def add(spelling: Callable[[Line], str]) -> Callable[[Line], str]:
+        SPELLINGS[name] = spelling
+        return spelling
+
+    return add
+
+
+def dtype_text(dtype: DType) -> str:
+    """`torch.float32`"""
+    return f"torch.{DTYPES[dtype.name]}"
+
+
+@_spells("cast")
+def _cast(line: Line) -> str:
+    return f"{line.array('x')}.to({dtype_text(line.op.to)})"
+
+
+@_spells("sign")
+def _sign(line: Line) -> str:
+    """PyTorch gives 0 for NaN."""
+    x = line.array("x")
+    return f"torch.where({x} == {x}, torch.sign({x}), {x})" if line.result.dtype.is_float else f"torch.sign({x})"
+
+
+@_spells("rsqrt")
+def _rsqrt(line: Line) -> str:
+    """PyTorch takes two steps on a processor, and rounds 16 bits after each."""
+    dtype = line.result.dtype
+    return f"torch.rsqrt({line.x}.float()).to({dtype_text(dtype)})" if dtype.bytes == 2 else f"torch.rsqrt({line.x})"
+
+
+@_spells("round_to")
+def _round_to(line: Line) -> str:
+    return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
+
+
+@_spells("linear")
+def _linear(line: Line) -> str:
+    bias = f", {line.bias}" if line.has("bias") else ""
+    return f"F.linear({line.x}, {line.weight}{bias})"
+
+
+@_spells("activated_linear")
+def _activated_linear(line: Line) -> str:
+    if line.op.weight_axes == "k n":
+        product = f"{line.x} @ {line.weight}" + (f" + {line.bias}" if line.has("bias") else "")
+    else:
+        product = _linear(line)
+    return activated(line.op.activation, product)
+
+
+def activated(activation: str, x: str) -> str:
+    """An expression, activated by an op of this name."""
+    return f"kernels.quick_gelu({x})" if activation == "quick_gelu" else str(SPELLINGS[activation]).format(x=x)
+
+
+@_spells("einsum")
+def _einsum(line: Line) -> str:
+    dtype, equation = line.result.dtype, einsum_letters(line.op.equation)
+    if line.op.sums_in(dtype) is not dtype and not _is_summed_once(line):
+        operands = ", ".join(f"{line.array(name)}.float()" for name in line.names)
+        return f'torch.einsum("{equation}", {operands}).to({dtype_text(dtype)})'
+    told = "" if dtype.is_float else f".to({dtype_text(dtype)})"  # sums of small integers are int64 in PyTorch
+    return f'torch.einsum("{equation}", {line.arrays}){told}'
+
+
+def _is_summed_once(line: Line) -> bool:
+    """Whether PyTorch makes an einsum in one step, and so rounds once: one operand, or one product of two matrices."""
+    applied = line.op.apply([line.type(name) for name in line.names])
+    held = [{f for dim in dims for f in dim.factors} for dims in applied.operands if dims is not None]
+    summed = [name for name, factor in applied.factors.items() if factor.role is Role.REDUCED]
+    return len(held) == 1 or (len(held) == 2 and all(name in one for one in held for name in summed))
+
+
+@_spells("expand")
+def _expand(line: Line) -> str:
+    return f"{line.array('x')}.expand({line.shape(line.result.shape)})"
+
+
+@_spells("reshape")
+def _reshape(line: Line) -> str:
+    return f"{line.array('x')}.reshape({line.shape(line.op.shape)})"
+
+
+@_spells("concat")
+def _concat(line: Line) -> str:
+    return f"torch.cat(({line.arrays},), dim={line.op.axis})"
+
+
+@_spells("pad")
+def _pad(line: Line) -> str:
+    rank = line.type("x").rank
+    inner = rank - 1 - line.op.axis % rank  # F.pad counts axes from the last
+    widths = "0, 0, " * inner + f"{line.size(line.op.before)}, {line.size(line.op.after)}"
+    fill = float_text(line.op.value)
+    value = f", value={fill}" if fill != "0.0" else ""
+    return f"F.pad({line.array('x')}, ({widths}){value})"
+
+
+@_spells("windows")
+def _windows(line: Line) -> str:
+    span = (line.op.size - 1) * line.op.dilation + 1
+    every = f"[..., ::{line.op.dilation}]" if line.op.dilation != 1 else ""
+    return f"{line.array('x')}.unfold({line.op.axis}, {line.size(span)}, {line.op.stride}){every}"
+
+
+@_spells("fold_windows")
+def _fold_windows(line: Line) -> str:
+    op = line.op
+    return f"kernels.fold_windows({line.array('x')}, {op.axis}, {line.size(op.size)}, {op.stride}, {op.dilation})"
+
+
+@_spells("conv")
+def _conv(line: Line) -> str:
+    spatial = line.type("x").rank - 2
+    before, after, strides, dilations = zip(*line.op.spatial(spatial), strict=True)
+    x, options = line.x, ""
+    if before == after:
+        options += f", padding={before}" if any(before) else ""
+    else:
+        sides = [str(n) for pair in reversed(list(zip(before, after, strict=True))) for n in pair]
+        x = f"F.pad({x}, ({', '.join(sides)}))"
+    options += f", stride={strides}" if any(n != 1 for n in strides) else ""
+    options += f", dilation={dilations}" if any(n != 1 for n in dilations) else ""
+    options += f", groups={line.op.groups}" if line.op.groups != 1 else ""
+    return f"F.conv{spatial}d({x}, {line.weight}, {line.bias}{options})"
+
+
+@_spells("embedding")
+def _embedding(line: Line) -> str:
+    return f"kernels.embedding({_index(line, 'indices', 'i32')}, {line.array('table')})"
+
+
+@_spells("gather")
+def _gather(line: Line) -> str:
+    return f"kernels.take({line.array('x')}, {_index(line, 'indices', 'i32')}, {line.op.axis})"
+
+
+@_spells("index_add")
+def _index_add(line: Line) -> str:
+    operands = f"{line.array('target')}, {_index(line, 'indices', 'i32')}, {line.array('updates')}"
+    return f"kernels.index_add({operands}, {line.op.axis})"
+
+
+@_spells("take_along_axis")
+def _take_along_axis(line: Line) -> str:
+    return f"kernels.take_along_axis({line.array('x')}, {_index(line, 'indices')}, {line.op.axis})"
+
+
+@_spells("scatter_add")
+def _scatter_add(line: Line) -> str:
+    indices = _index(line, "indices")
+    return f"kernels.scatter_add({line.array('target')}, {indices}, {line.array('updates')}, {line.op.axis})"
+
+
+def _index(line: Line, name: str, also: str = "i64") -> str:
+    """Indices in a dtype that PyTorch indexes with: i64, and in some functions another."""
+    text = line.array(name)
+    return text if line.type(name).dtype.name in ("i64", also) else f"{text}.long()"
+
+
+@_spells("iota")
+def _iota(line: Line) -> str:
+    return f"torch.arange({line.size(line.op.size)}, dtype={dtype_text(line.op.dtype)}, device=device)"
+
+
+@_spells("size")
+def _size(line: Line) -> str:
+    return f"torch.tensor({line.size(line.op.value)}, dtype={dtype_text(line.op.dtype)}, device=device)"
+
+
+def _reduction(function: str) -> Callable[[Line], str]:
+    def spelling(line: Line) -> str:
+        if not line.op.axes:  # which PyTorch would take for all of them
+            return line.array("x")
+        # PyTorch adds small integers up in int64 unless it is told not to.
+        dtype = line.result.dtype
+        told = f", dtype={dtype_text(dtype)}" if function == "sum" and dtype.is_int else ""
+        return f"torch.{function}({line.array('x')}, dim={axes_of(line)}{keeping(line, 'keepdim')}{told})"
+
+    return spelling
+
+
+SPELLINGS |= {f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("sum", "sum"), ("mean", "mean"))}
+SPELLINGS |= {f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("max", "amax"), ("min", "amin"))}
+
+
+@_spells("cumsum")
+def _cumsum(line: Line) -> str:
+    if line.op.exclusive or line.op.reverse:
+        flags = f"exclusive={line.op.exclusive}, reverse={line.op.reverse}"
+        return f"kernels.cumsum({line.array('x')}, {line.op.axis}, {flags})"
+    return f"torch.cumsum({line.array('x')}, {line.op.axis}, dtype={dtype_text(line.result.dtype)})"
+
+
+@_spells("argmax")
+def _argmax(line: Line) -> str:
+    return f"torch.argmax({line.array('x')}, dim={line.op.axis}{keeping(line, 'keepdim')})"
+
+
+@_spells("top_k")
+def _top_k(line: Line) -> str:
+    return f"kernels.top_k({line.array('x')}, {line.op.k}, {line.op.axis})"
+
+
+@_spells("softmax")
+def _softmax(line: Line) -> str:
+    last = place(line.op.axis, line.type("x").rank) == line.type("x").rank - 1
+    x, axis = line.array("x"), line.op.axis
+    return f"torch.softmax({x}, {axis})" if last else _in_f32(line, f"torch.softmax({x}, {axis}%s)")
+
+
+@_spells("log_softmax")
+def _log_softmax(line: Line) -> str:
+    return _in_f32(line, f"torch.log_softmax({line.array('x')}, {line.op.axis}%s)")
+
+
+def _in_f32(line: Line, call: str) -> str:
+    """A call whose `%s` is told to compute in float32 what is of 16 bits, which PyTorch would round twice."""
+    dtype = line.result.dtype
+    if line.op.sums_in(dtype) is dtype:
+        return call % ""
+    return f"{call % ', dtype=torch.float32'}.to({dtype_text(dtype)})"
+
+
+@_spells("rotary")
+def _rotary(line: Line) -> str:
+    operands = f"{line.array('x')}, {line.array('positions')}, {line.array('frequencies')}"
+    return f'kernels.rotary({operands}, "{line.op.layout}")'
+
+
+@_spells("layer_norm")
+def _layer_norm(line: Line) -> str:
+    width = line.shape(line.type("x").shape[-1:])
+    return f"F.layer_norm({line.x}, {width}, {line.weight}, {line.bias}, {float_text(line.op.eps)})"
+
+
+@_spells("rms_norm")
+def _rms_norm(line: Line) -> str:
+    width = line.shape(line.type("x").shape[-1:])
+    return f"F.rms_norm({line.x}, {width}, {line.weight}, {float_text(line.op.eps)})"
+
+
+@_spells("attention")
+def _attention(line: Line) -> str:
+    """PyTorch's own call where it means the same: no term, or causal alone, which leaves every query a key.
+
+    Under `is_causal` it scales the -inf of its mask as well, which only a positive scale leaves -inf.
+    """
+    scale = scale_of(line)
+    own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
+    if line.op.softcap is not None or not own:
+        return attention(line, "device")
+    options = ", is_causal=True" if line.op.terms else ""
+    options += f", scale={float_text(scale)}"
+    options += ", enable_gqa=True" if line.type("q").shape[1] != line.type("k").shape[1] else ""
+    return f"F.scaled_dot_product_attention({line.q}, {line.k}, {line.v}{options})"
+
+
+@_spells("attention_with_probabilities")
+def _attention_with_probabilities(line: Line) -> str:
+    """PyTorch's own call does not give them."""
+    return attention(line, "device")
+
+
+TORCH = Dialect(
+    name="torch",
+    imports=(
+        "import torch",
+        "import torch.nn.functional as F",
+        "import treadle.backends.torch.kernels as kernels",
+    ),
+    spellings=SPELLINGS,
+)
+
+
+def keeps(op: Op, types: Sequence[Type | None]) -> bool:
+    """Whether an op is spelled as it is; else a composite's body is."""
+    if isinstance(op, Attention | AttentionWithProbabilities):
+        return knows(op)
+    if isinstance(op, Conv):
+        return types[0] is not None and types[0].rank <= 5  # PyTorch convolves over up to three axes
+    return op.name in SPELLINGS

@@ -1,0 +1,72 @@
+"""The TVM backend: our own kernels. TVM generates their code and runs their loops; what is computed how is ours.
+
+graph -> legalized graph -> kernel program (`lowering`) -> compiled kernels (`kernels.cache`) -> tables of
+calls (`kernel_executable`). TVM is imported only when a kernel has to be compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from treadle.backends.legalization import legalize, primitives
+from treadle.backends.protocol import Executable
+from treadle.backends.python.executable import refuse_nodes
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.cache import KernelCache
+from treadle.backends.tvm.kernels.isa import isa_of, runs_here
+from treadle.backends.tvm.kernels.runner import Runner
+from treadle.backends.tvm.lowering.program import kernels_of
+from treadle.backends.tvm.lowering.routine_writer import lower
+from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
+from treadle.backends.tvm.weight_packing import pack_weights
+from treadle.backends.weight_preparation import prepare_weights
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.target import Target
+from treadle.ir.types import Type
+
+
+class TvmBackend:
+    """Runs graphs on the CPU by kernels of our own. A call takes NumPy arrays or tensors, and gives the same kind."""
+
+    name = "tvm"
+
+    def available(self) -> str | None:
+        """None, or that TVM is not installed."""
+        return tvm_runtime.missing()
+
+    def supports(self, node: Node) -> str | None:
+        """None, or the reason why the node cannot be run."""
+        if node.op.callee is not None:
+            return None
+        types: list[Type | None] = [None if v is None else v.type for v in node.operands]
+        for op, operands in primitives(node.op, types, keeps):
+            why = supported(op, operands)
+            if why is not None:
+                return why if op is node.op else f"{why}, which is in the body of {node.op.name}"
+        return None
+
+    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Lower a graph, compile or load its kernels, and lay its weights out.
+
+        For another machine's target the executable can be read (`source`, `assembly`) but not called.
+        Raises BackendError without TVM, for a target without code, for a refused node, for a missing weight.
+        """
+        missing = self.available()
+        if missing is not None:
+            raise BackendError("the tvm backend is not available", received=missing, hint="or backend numpy")
+        isa = isa_of(target)
+        refuse_nodes(graph, self.name, self.supports)
+        prepared = prepare_weights(legalize(graph, keeps))
+        program = lower(prepared.graph, isa, RULES)
+        cache = KernelCache(isa)
+        threads = target.cores() or 1
+        kernels = [Runner(), *kernels_of(program)] if runs_here(isa) else []
+        with ThreadPoolExecutor(max_workers=1) as pool:  # weights are laid out while kernels are compiled
+            entries = pool.submit(cache.entries, kernels) if kernels else None
+            packed = pack_weights(prepared, program, weights, threads=threads)
+            found = entries.result() if entries is not None else {}
+        return KernelExecutable(graph, program, cache, packed, threads, found, tuple(prepared.notes()))

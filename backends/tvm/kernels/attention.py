@@ -1,0 +1,506 @@
+"""Attention in one pass over the keys, with the softmax's maximum and sum kept along (Dao et al. 2022).
+
+    out[b, h, i] = sum_j p_j v[b, h // r, j]
+    p = softmax over j of softcap(scale q[b, h, i] · k[b, h // r, j]) + biases
+
+A task is some queries of all heads that share keys. It takes the keys block by block: packs a block of keys
+(transposed) and values, and lets every group of its queries attend to it while it is in the cache. For each query
+three things are kept: the maximum m of its scores so far, the sum l of exp(score - m), and that of the values.
+
+What a row's bits depend on: its own query, and the keys in blocks that begin at multiples of `BLOCK`. A key that is
+masked adds exactly 0 to the sums, and a block without a key that is seen changes nothing, so that it may be skipped;
+and a query's lanes know nothing of its neighbours in a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.attention_masks import Term, TermWriter, lane_numbers
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.square_transpose import transposed
+from treadle.backends.tvm.kernels.vector_math import exp
+from treadle.ir.types import DTYPES, f32, i64
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+BLOCK = 128  # keys that are packed at a time
+GROUP = 16  # queries whose scores are held at a time
+PANEL = 2  # vectors of a panel: what a tile spans beside its rows
+
+_LEAST = -87.0  # below it exp is no normal number; it counts as 0
+_I32 = DTYPES["i32"]
+_INFINITY = float("inf")
+
+
+def tile_rows(isa: Isa) -> int:
+    """Queries of a tile: as many as leave registers for a panel and a query's element."""
+    return 8 if isa.registers >= 32 else 4
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that a kernel works in, in float32 for each slot.
+
+    keys     a block of keys, as panels [BLOCK / width, d, width]
+    values   a block of values, as panels [BLOCK, width], the last one a vector wide if their number is odd
+    queries  a group of queries, scaled
+    scores   [GROUP, BLOCK]
+    sums     for each query of a task the sum of the values so far, filled up to full vectors
+    rows     for each query of a task m, l, and what the old sums are multiplied by
+    """
+
+    keys: int
+    values: int
+    queries: int
+    scores: int
+    sums: int
+    rows: int
+
+    @staticmethod
+    def of(d: int, e: int, isa: Isa) -> Scratch:
+        """For heads of these widths; `sums` and `rows` for one query."""
+        padded = -(-e // isa.lanes()) * isa.lanes()
+        return Scratch(BLOCK * d, BLOCK * padded, GROUP * d, GROUP * BLOCK, padded, 4)
+
+
+@dataclass(frozen=True)
+class FlashAttention(Kernel):
+    """Attention over float32, any number of queries and keys.
+
+    d, e      the width of queries and keys, and of values
+    scale     what the products are multiplied by
+    softcap   c: scores become c tanh(scores / c)
+    padded    how many operands say how many of a row's keys are real
+    terms     the other masks and biases: codes of `attention_masks.Term`
+
+    Passed: q, k, v; the lengths; the terms' operands; out, and the parts of `Scratch`. Then b, g, r (query heads that
+    share keys), s, t; the least and greatest j - i that a query sees; how many queries of a head a task takes at
+    most, a multiple of GROUP; the number of slots, each with a `Scratch` of its own; the strides of q, k, v and out
+    over batch, head and position; those of the terms.
+    """
+
+    d: int
+    e: int
+    scale: float
+    softcap: float | None = None
+    padded: int = 0
+    terms: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        more = [Term.of(code).kind for code in self.terms]
+        return "_".join(["attention", str(self.d), *["padding"] * self.padded, *more])
+
+    def emit(self, k: Emitter) -> None:
+        _Writer(self, k).write()
+
+
+class _Writer:
+    """Writes a kernel. Index variables are named as in the formula: b, g, r, i (query), j (key)."""
+
+    def __init__(self, spec: FlashAttention, k: Emitter) -> None:
+        self.spec, self.k = spec, k
+        self.lanes = k.isa.lanes()
+        self.tile = tile_rows(k.isa)
+        self.width = PANEL * self.lanes
+        self.vectors = -(-spec.e // self.lanes)
+        self._arguments()
+
+    def _arguments(self) -> None:
+        k, spec = self.k, self.spec
+        pointers = {name: k.pointer(name, f32) for name in ("q", "keys", "values")}
+        lengths = [k.pointer(f"lengths{n}", i64) for n in range(spec.padded)]
+        self.terms = [TermWriter(k, Term.of(code), n) for n, code in enumerate(spec.terms)]
+        pointers["out"] = k.pointer("out", f32)
+        parts = ("packed_keys", "packed_values", "queries", "scores", "sums", "rows")
+        scratch = [k.pointer(name, f32) for name in parts]
+        self.b, self.g, self.r, self.s, self.t = (k.size(name) for name in "bgrst")
+        self.low, self.high = k.size("low"), k.size("high")
+        self.most, self.slots = k.size("most"), k.size("slots")
+        heads = self.g * self.r
+        shapes = {
+            "q": [self.b, heads, self.s, spec.d],
+            "keys": [self.b, self.g, self.t, spec.d],
+            "values": [self.b, self.g, self.t, spec.e],
+            "out": [self.b, heads, self.s, spec.e],
+        }
+        strides = {name: [k.size(f"{name}_stride{n}") for n in range(3)] for name in shapes}
+        for n, term in enumerate(self.terms):
+            term.ask(n)
+        views = {name: k.view(pointers[name], shape, [*strides[name], 1]) for name, shape in shapes.items()}
+        self.q, self.key, self.value, self.out = (views[n] for n in ("q", "keys", "values", "out"))
+        self.lengths = [k.view(p, [self.b]) for p in lengths]
+        for term in self.terms:
+            term.bind(self.b, heads, self.s, self.t, self.width)
+        part = Scratch.of(spec.d, spec.e, k.isa)
+        rows = self.r * self.most
+        held = [[part.keys], [part.values], [GROUP, spec.d], [GROUP, BLOCK], [rows, part.sums], [rows, part.rows]]
+        made = [k.view(p, [self.slots, *shape]) for p, shape in zip(scratch, held, strict=True)]
+        self.packed_keys, self.packed_values, self.queries, self.scores, self.sums, self.rows = made
+
+    # -- tasks -----------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Every slot takes its share of the tasks, one after the other, in memory of its own."""
+        k = self.k
+        chunks = self._index(k.greatest(self._ceil(self.s, self.most), k.index(1)), "chunks")
+        self.chunk = self._index(self._ceil(self._ceil(self.s, chunks), GROUP) * GROUP, "chunk")  # of about equal size
+        tasks = self._index(self.b * self.g * chunks, "tasks")
+        active = self._index(k.least(self.slots, tasks), "active")
+        with k.parallel(active, "slot") as slot:
+            self.slot = slot
+            first = self._index(k.floor_divide(slot * tasks, active), "first")
+            last = self._index(k.floor_divide((slot + 1) * tasks, active), "last")
+            with k.loop(last - first, "n") as n:
+                task = self._index(first + n, "task")
+                at = self._index(k.floor_mod(task, chunks), "at")
+                pair = self._index(k.floor_divide(task, chunks), "pair")
+                # Of a causal attention the last queries cost the most: threads get early and late ones in turn.
+                half = self._index(k.floor_divide(at, 2), "half")
+                chunk = self._index(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
+                self._task(
+                    self._index(k.floor_divide(pair, self.g), "row"), self._index(k.floor_mod(pair, self.g), "g"), chunk
+                )
+
+    def _task(self, b: Expr, g: Expr, chunk: Expr) -> None:
+        k = self.k
+        self.at_b, self.at_g = b, g
+        first = self.first = self._index(chunk * self.chunk, "first_query")
+        count = self.count = self._index(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
+        groups = self._index(self._ceil(count, GROUP), "groups")
+        self._begin(groups)
+        limit = self.t
+        for n, lengths in enumerate(self.lengths):
+            limit = self._index(k.least(limit, k.load(lengths, [b])), f"limit{n}")
+        self.limit = limit
+        begin, end = self._seen(first, count)
+        block = self._index(k.floor_divide(begin, BLOCK), "first_block")
+        blocks = self._index(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
+        with k.loop(blocks, "block") as n:
+            self.base = self._index((block + n) * BLOCK, "base")
+            c0, c1 = self._columns(begin, end)
+            self._pack_keys(c0, c1)
+            self._pack_values(c0, c1)
+            with k.loop(self.r, "r") as r, k.loop(groups, "group") as group:
+                self._group(r, group)
+        self._finish(count)
+
+    def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
+        """The keys, from and up to, that some of these queries see."""
+        k = self.k
+        begin = self._index(k.greatest(first + self.low, k.index(0)), "begin")
+        end = self._index(k.least(self.limit, first + count + self.high), "end")
+        return begin, end
+
+    def _columns(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
+        """These keys as columns of the block."""
+        k = self.k
+        c0 = self._index(k.greatest(begin - self.base, k.index(0)), "from_column")
+        c1 = self._index(k.least(end - self.base, k.index(BLOCK)), "to_column")
+        return c0, c1
+
+    def _begin(self, groups: Expr) -> None:
+        k = self.k
+        with k.loop(self.r, "r") as r, k.loop(groups * GROUP, "i") as i:
+            row = self._index(r * self.chunk + i, "state")
+            k.store(self.rows, [self.slot, row, 0], k.number(-_INFINITY, f32))
+            k.store(self.rows, [self.slot, row, 1], k.number(0.0, f32))
+            with k.loop(self.vectors, "v") as v:
+                k.store(self.sums, [self.slot, row, v * self.lanes], k.number(0.0, f32, self.lanes), self.lanes)
+
+    def _finish(self, count: Expr) -> None:
+        """out = sum / l; zeros for a query that saw nothing."""
+        k, lanes = self.k, self.lanes
+        whole, rest = divmod(self.spec.e, lanes)
+        with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
+            row = self._index(r * self.chunk + i, "state")
+            at = [self.at_b, self.at_g * self.r + r, self.first + i]
+            total = k.let(k.load(self.rows, [self.slot, row, 1]), "l")
+            zero, one = k.number(0.0, f32), k.number(1.0, f32)
+            factor = k.let(k.select(k.equal(total, zero), zero, one / total), "factor")
+            with k.loop(whole, "v") as v:
+                value = k.load(self.sums, [self.slot, row, v * lanes], lanes) * k.splat(factor, lanes)
+                k.store(self.out, [*at, v * lanes], value, lanes)
+            if rest:
+                with k.loop(rest, "v") as v:
+                    c = whole * lanes + v
+                    k.store(self.out, [*at, c], k.load(self.sums, [self.slot, row, c]) * factor)
+
+    # -- packing ---------------------------------------------------------------------------------------------
+
+    def _pack_keys(self, c0: Expr, c1: Expr) -> None:
+        """Columns c0 up to c1 of the block, in whole vectors; past the last key it is repeated."""
+        k, lanes, d = self.k, self.lanes, self.spec.d
+        begin = self._index(k.floor_divide(c0, lanes), "from_vector")
+        with k.loop(self._ceil(c1, lanes) - begin, "n") as n:
+            column = self._index((begin + n) * lanes, "column")
+            left = self._index(self.t - 1 - (self.base + column), "left")
+            keys = [self._index(self.base + column + k.least(k.index(x), left), "key") for x in range(lanes)]
+            panel = self._index(k.floor_divide(column, self.width), "panel")
+            to = self._index(panel * (d * self.width) + (column - panel * self.width), "to")
+
+            def square(start: Expr) -> None:
+                read = [k.load(self.key, [self.at_b, self.at_g, j, start], lanes) for j in keys]
+                for x, vector in enumerate(transposed(k, read)):
+                    k.store(self.packed_keys, [self.slot, to + (start + x) * self.width], vector, lanes)
+
+            if d < lanes:
+                with k.loop(d, "c") as c:
+                    for x, j in enumerate(keys):
+                        value = k.load(self.key, [self.at_b, self.at_g, j, c])
+                        k.store(self.packed_keys, [self.slot, to + c * self.width + x], value)
+                return
+            with k.loop(d // lanes, "c") as c:
+                square(self._index(c * lanes, "start"))
+            if d % lanes:
+                square(k.index(d - lanes))  # overlapping the one before
+
+    def _pack_values(self, c0: Expr, c1: Expr) -> None:
+        k, lanes = self.k, self.lanes
+        whole, rest = divmod(self.spec.e, lanes)
+        with k.loop(c1 - c0, "n") as n:
+            column = self._index(c0 + n, "column")
+            at = [self.at_b, self.at_g, self.base + column]
+            with k.loop(whole // PANEL, "panel") as panel, k.unroll(PANEL, "v") as v:
+                vector = k.load(self.value, [*at, panel * self.width + v * lanes], lanes)
+                k.store(self.packed_values, [self.slot, self._packed(panel, PANEL, column, v)], vector, lanes)
+            for v in range(whole // PANEL * PANEL, whole):
+                self._pack_vector(column, v, k.load(self.value, [*at, v * lanes], lanes))
+            if rest:
+                padded = k.registers(lanes, f32, "padded")
+                k.store(padded, [0], k.number(0.0, f32, lanes), lanes)
+                with k.unroll(rest, "c") as c:
+                    k.store(padded, [c], k.load(self.value, [*at, whole * lanes + c]))
+                self._pack_vector(column, whole, k.load(padded, [0], lanes))
+
+    def _pack_vector(self, column: Expr, v: int, vector: Expr) -> None:
+        panel, inside = divmod(v, PANEL)
+        at = self._packed(panel, min(PANEL, self.vectors - panel * PANEL), column, inside)
+        self.k.store(self.packed_values, [self.slot, at], vector, self.lanes)
+
+    def _packed(self, panel: Any, vectors: int, column: Expr, v: Any) -> Expr:
+        """Where a vector of a value lies in a panel of so many."""
+        return panel * (BLOCK * self.width) + column * (vectors * self.lanes) + v * self.lanes
+
+    # -- a group of queries ----------------------------------------------------------------------------------
+
+    def _group(self, r: Expr, group: Expr) -> None:
+        """A group of queries of one head and the block."""
+        k = self.k
+        first = self._index(self.first + group * GROUP, "group_first")
+        count = self._index(k.least(self.count - group * GROUP, k.index(GROUP)), "group_count")
+        begin, end = self._seen(first, count)
+        c0, c1 = self._columns(begin, end)
+        with k.when(c0 < c1):
+            p0 = self._index(k.floor_divide(c0, self.width), "from_panel")
+            p1 = self._index(self._ceil(c1, self.width), "to_panel")
+            # One or two queries that are left go one by one, more as a tile that is filled up with zeros.
+            full = self._index(k.floor_divide(count, self.tile), "full")
+            left = self._index(count - full * self.tile, "left")
+            tiles = self._index(full + k.select(left > k.index(2), k.index(1), k.index(0)), "tiles")
+            single = self._index(k.greatest(count - tiles * self.tile, k.index(0)), "single")
+            self._scale(r, first, count, tiles * self.tile)
+            with k.loop(p1 - p0, "n") as n:
+                panel = self._index(p0 + n, "panel")
+                with k.loop(tiles, "tile") as tile:
+                    self._score(self._index(tile * self.tile, "tile_row"), self.tile, panel)
+                with k.loop(single, "row") as row:
+                    self._score(self._index(tiles * self.tile + row, "tile_row"), 1, panel)
+            state = self._index(r * self.chunk + group * GROUP, "state")
+            with k.loop(count, "row") as row:
+                self._softmax(r, first + row, row, state + row, p0 * self.width, p1 * self.width)
+            panels, rest = divmod(self.vectors, PANEL)
+
+            def sums(panel: Any, vectors: int) -> None:
+                with k.loop(tiles, "tile") as tile:
+                    self._sum(self._index(tile * self.tile, "tile_row"), self.tile, state, panel, vectors, c0, c1)
+                with k.loop(single, "row") as row:
+                    self._sum(self._index(tiles * self.tile + row, "tile_row"), 1, state, panel, vectors, c0, c1)
+
+            with k.loop(panels, "panel") as panel:
+                sums(panel, PANEL)
+            if rest:
+                sums(panels, rest)
+
+    def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
+        """The group's queries times scale, side by side; zeros up to so many rows."""
+        k, lanes, d = self.k, self.lanes, self.spec.d
+        head = self._index(self.at_g * self.r + r, "head")
+        step = lanes if d >= lanes else 1
+        starts = [*range(0, d - step + 1, step), *([d - step] if d % step else [])]
+        with k.loop(count, "row") as row:
+            for c in starts:
+                x = k.load(self.q, [self.at_b, head, first + row, c], step)
+                k.store(self.queries, [self.slot, row, c], x * k.number(self.spec.scale, f32, step), step)
+        with k.loop(k.greatest(rows - count, k.index(0)), "row") as row:
+            for c in starts:
+                k.store(self.queries, [self.slot, count + row, c], k.number(0.0, f32, step), step)
+
+    def _score(self, first: Expr, rows: int, panel: Expr) -> None:
+        """A tile of scores: rows x a panel of keys, in registers through all of d."""
+        k, lanes, d = self.k, self.lanes, self.spec.d
+        acc = k.registers(rows * self.width, f32)
+        with k.unroll(rows * PANEL, "n") as n:
+            k.store(acc, [n * lanes], k.number(0.0, f32, lanes), lanes)
+        with k.loop(d, "c") as c, k.unroll(rows, "i") as i:
+            x = k.splat(k.load(self.queries, [self.slot, first + i, c]), lanes)
+            with k.unroll(PANEL, "j") as j:
+                at = (i * PANEL + j) * lanes
+                y = k.load(self.packed_keys, [self.slot, (panel * d + c) * self.width + j * lanes], lanes)
+                k.store(acc, [at], k.load(acc, [at], lanes) + x * y, lanes)
+        with k.unroll(rows, "i") as i, k.unroll(PANEL, "j") as j:
+            value = k.load(acc, [(i * PANEL + j) * lanes], lanes)
+            k.store(self.scores, [self.slot, first + i, panel * self.width + j * lanes], value, lanes)
+
+    def _sum(self, first: Expr, rows: int, state: Expr, panel: Any, vectors: int, c0: Expr, c1: Expr) -> None:
+        """sums = sums * factor + weights @ values, for a tile of queries and a panel of the values' elements."""
+        k, lanes = self.k, self.lanes
+        acc = k.registers(rows * vectors * lanes, f32)
+        with k.unroll(rows, "i") as i:
+            factor = k.splat(k.load(self.rows, [self.slot, state + first + i, 2]), lanes)
+            with k.unroll(vectors, "v") as v:
+                held = k.load(self.sums, [self.slot, state + first + i, panel * self.width + v * lanes], lanes)
+                k.store(acc, [(i * vectors + v) * lanes], held * factor, lanes)
+        with k.loop(c1 - c0, "n") as n, k.unroll(rows, "i") as i:
+            x = k.splat(k.load(self.scores, [self.slot, first + i, c0 + n]), lanes)
+            with k.unroll(vectors, "v") as v:
+                at = (i * vectors + v) * lanes
+                y = k.load(self.packed_values, [self.slot, self._packed(panel, vectors, c0 + n, v)], lanes)
+                k.store(acc, [at], k.load(acc, [at], lanes) + x * y, lanes)
+        with k.unroll(rows, "i") as i, k.unroll(vectors, "v") as v:
+            made = k.load(acc, [(i * vectors + v) * lanes], lanes)
+            k.store(self.sums, [self.slot, state + first + i, panel * self.width + v * lanes], made, lanes)
+
+    # -- the softmax of a row --------------------------------------------------------------------------------
+
+    def _softmax(self, r: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
+        """Scores of a query as weights, exp(score - m), with m, l and the factor of the old sums brought up to date."""
+        k, lanes = self.k, self.lanes
+        i = self._index(i, "query")
+        lo = self._index(i + self.low - self.base, "first_column")
+        hi = self._index(k.least(self.limit, i + self.high + 1) - self.base, "past_column")
+        peak = k.registers(self.width, f32, "peak")
+        with k.unroll(PANEL, "u") as u:
+            k.store(peak, [u * lanes], k.number(-_INFINITY, f32, lanes), lanes)
+        pairs = self._index(k.floor_divide(c1 - c0, self.width), "pairs")
+        if self.spec.softcap is None and not self.terms:
+            whole = k.let(k.both(lo <= c0, c1 <= hi), "whole")
+            with k.when(whole), k.loop(pairs, "n") as n, k.unroll(PANEL, "u") as u:
+                x = k.load(self.scores, [self.slot, row, c0 + n * self.width + u * lanes], lanes)
+                k.store(peak, [u * lanes], k.greatest(k.load(peak, [u * lanes], lanes), x), lanes)
+            with k.when(k.any_of(lo > c0, c1 > hi)):
+                self._masked(r, i, row, c0, pairs, lo, hi, peak)
+        else:
+            self._masked(r, i, row, c0, pairs, lo, hi, peak)
+        old = k.let(k.load(self.rows, [self.slot, state, 0]), "old")
+        both = k.load(peak, [0], lanes)
+        for u in range(1, PANEL):
+            both = k.greatest(both, k.load(peak, [u * lanes], lanes))
+        new = k.let(k.greatest(old, k.maximum_of_lanes(both, lanes)), "new")
+        # A query that has seen nothing has -inf there, which must not meet itself in a difference.
+        shift = k.let(k.select(new > k.number(-_INFINITY, f32), new, k.number(0.0, f32)), "shift")
+        total = k.registers(self.width, f32, "total")
+        with k.unroll(PANEL, "u") as u:
+            k.store(total, [u * lanes], k.number(0.0, f32, lanes), lanes)
+        with k.loop(pairs, "n") as n:
+            for u in range(PANEL):
+                at = [self.slot, row, c0 + n * self.width + u * lanes]
+                weight = self._weight(k.load(self.scores, at, lanes) - k.splat(shift, lanes))
+                k.store(self.scores, at, weight, lanes)
+                k.store(total, [u * lanes], k.load(total, [u * lanes], lanes) + weight, lanes)
+        summed = k.load(total, [0], lanes)
+        for u in range(1, PANEL):
+            summed = summed + k.load(total, [u * lanes], lanes)
+        factor = k.registers(lanes, f32, "factor")
+        k.store(factor, [0], self._weight(k.splat(old - shift, lanes)), lanes)
+        scaled = k.load(self.rows, [self.slot, state, 1]) * k.load(factor, [0])
+        k.store(self.rows, [self.slot, state, 1], scaled + k.sum_of_lanes(summed, lanes))
+        k.store(self.rows, [self.slot, state, 2], k.load(factor, [0]))
+        k.store(self.rows, [self.slot, state, 0], new)
+
+    def _weight(self, x: Expr) -> Expr:
+        """exp(x) for x <= 0; 0 where it is no normal number, and so for a key that is masked."""
+        k, lanes = self.k, self.lanes
+        x = k.let(x, "x")
+        made = exp(k, x, lanes)
+        return k.let(k.select(x < k.number(_LEAST, f32, lanes), k.number(0.0, f32, lanes), made), "weight")
+
+    def _masked(self, r: Expr, i: Expr, row: Expr, c0: Expr, pairs: Expr, lo: Expr, hi: Expr, peak: Any) -> None:
+        """Apply soft-cap, biases and masks to a row of scores, and find its largest."""
+        k, lanes = self.k, self.lanes
+        head = self._index(self.at_g * self.r + r, "head")
+        for term in self.terms:
+            term.begin(self.at_b, head, i)
+        bounds = [k.cast(k.least(k.greatest(x, k.index(0)), k.index(BLOCK)), _I32) for x in (lo, hi)]
+        first, past = (k.splat(k.let(x, "bound"), lanes) for x in bounds)
+        numbers = lane_numbers(k, _I32, lanes)
+
+        def one(column: Expr, u: Any, read: Any) -> None:
+            at = [self.slot, row, column]
+            x = self._biased(k.load(self.scores, at, lanes), self.base + column, read)
+            here = k.let(k.splat(k.cast(column, _I32), lanes) + numbers, "columns")
+            keep = k.both(first <= here, here < past)
+            for term in self.terms:
+                if term.term.is_mask:
+                    keep = k.both(keep, term.vector(self.base + column, lanes, read))
+            x = k.let(k.select(keep, x, k.number(-_INFINITY, f32, lanes)), "score")
+            k.store(self.scores, at, x, lanes)
+            k.store(peak, [u * lanes], k.greatest(k.load(peak, [u * lanes], lanes), x), lanes)
+
+        def whole(view: Any, index: Sequence[Any]) -> Any:
+            return k.load(view, index, lanes)
+
+        if not any(t.term.by_key and t.term.kind in ("segments", "mask", "bias") for t in self.terms):
+            with k.loop(pairs, "n") as n:
+                for u in range(PANEL):
+                    one(c0 + n * self.width + u * lanes, u, whole)
+            return
+        # An operand ends with the last key: from there on it is not read.
+        inside = self._index(self.t - self.base, "inside")
+        vectors = self._index(pairs * PANEL, "vectors")
+        full = self._index(k.greatest(k.least(vectors, k.floor_divide(inside - c0, lanes)), k.index(0)), "full")
+        with k.loop(full, "n") as n:
+            one(self._index(c0 + n * lanes, "column"), 0, whole)
+        with k.loop(vectors - full, "n") as n:
+            column = self._index(c0 + (full + n) * lanes, "column")
+            left = self._index(k.greatest(k.least(inside - column, k.index(lanes)), k.index(0)), "left")
+
+            def part(view: Any, index: Sequence[Any]) -> Any:
+                padded = k.registers(lanes, view.dtype, "padded")
+                k.store(padded, [0], k.number(0, view.dtype, lanes), lanes)
+                with k.loop(left, "c") as c:
+                    k.store(padded, [c], k.load(view, [*index[:-1], index[-1] + c]))
+                return k.load(padded, [0], lanes)
+
+            one(column, 0, part)
+
+    def _biased(self, x: Expr, j: Expr, read: Any) -> Expr:
+        k, lanes, cap = self.k, self.lanes, self.spec.softcap
+        if cap is not None:
+            # tanh z = 1 - 2 / (exp(2 z) + 1); far out exp ends where tanh is 1 in float32.
+            twice = k.registers(lanes, f32, "twice")  # a product that meets a minimum trips TVM's simplifier
+            k.store(twice, [0], x * k.number(2.0 / cap, f32, lanes), lanes)
+            bent = exp(k, k.load(twice, [0], lanes), lanes)
+            one = k.number(1.0, f32, lanes)
+            x = k.number(cap, f32, lanes) * (one - k.number(2.0, f32, lanes) / (bent + one))
+        for term in self.terms:
+            if not term.term.is_mask:
+                x = x + term.vector(j, lanes, read)
+        return x
+
+    def _index(self, value: Expr, name: str) -> Expr:
+        """An index computed once, in a register: what TVM knows nothing of, it does not reason about.
+
+        Its analysis of nested minima, maxima and quotients takes minutes where they are given as expressions.
+        """
+        held = self.k.registers(1, i64, f"{name}_register")
+        self.k.store(held, [0], value)
+        return self.k.let(self.k.load(held, [0]), name)
+
+    def _ceil(self, x: Expr, n: Any) -> Expr:
+        return self.k.floor_divide(x + (n - 1), n)

@@ -1,0 +1,347 @@
+"""The emitter: what kernel generators write loops with. The one module beside the cache that imports TVM.
+
+It is a thin layer over TVM's IRBuilder. Expressions are TVM's own, so `+ - * < &` and the like work on them; what
+TVM spells at length, or wrongly for our purpose, has a word here. Index arithmetic is in int64 throughout.
+
+Facts that the layer knows so that generators need not:
+- buffers are declared with an alignment of 4 bytes, or the element's own if smaller, so that any pointer may be passed
+- a register tile needs an annotation, or it becomes an allocation inside the loop
+- LLVM keeps a tile in registers only if every index into it is a constant: unroll the loops over it (`k.unroll`)
+- `(x + magic) - magic` is folded away: round with `k.nearest`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from treadle.backends.bfloat16 import rounded
+from treadle.backends.tvm.kernels.conversions import narrow_cast
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.types import DType, bf16, boolean, i64
+
+Expr = Any
+"""An expression of TVM's; indices may be Python integers."""
+
+_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32"}
+_NAMES |= {"i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
+
+
+def tvm_dtype(dtype: DType, lanes: int = 1) -> str:
+    """TVM's name of a dtype. A bool in memory is a uint8, see `Emitter.load`; a bf16 is its bits: see `conversions`."""
+    return _NAMES[dtype.name] + (f"x{lanes}" if lanes > 1 else "")
+
+
+def primfunc(kernel: Kernel, isa: Isa, name: str) -> Any:
+    """A kernel as TVM's PrimFunc of that name."""
+    emitter = Emitter(isa, {})
+    made = _written(kernel, name, emitter)
+    if emitter.imported:  # which has to stand before the loops that refer to it
+        made = _written(kernel, name, Emitter(isa, emitter.imported))
+    return made
+
+
+def _written(kernel: Kernel, name: str, emitter: Emitter) -> Any:
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        kernel.emit(emitter)
+        emitter.close()
+    return ib.get()
+
+
+class Emitter:
+    """Writes one kernel for one instruction set."""
+
+    def __init__(self, isa: Isa, imported: Mapping[str, str]) -> None:
+        """`imported`: the LLVM text that the kernel refers to, by function, as an earlier attempt found out."""
+        self.isa = isa
+        self.imported: dict[str, str] = dict(imported)
+        self._known = dict(imported)
+        self._frames: list[Any] = []
+
+    def close(self) -> None:
+        """End what the kernel opened for its whole length."""
+        while self._frames:
+            self._frames.pop().__exit__(None, None, None)
+
+    # -- arguments -------------------------------------------------------------------------------------------
+
+    def pointer(self, name: str, dtype: DType) -> Expr:
+        """The next pointer of the call."""
+        handle = T.arg(f"{name}_ptr", T.handle(_stored(dtype)))
+        return _Pointer(name, handle, dtype)
+
+    def size(self, name: str) -> Expr:
+        """The next size of the call, an int64."""
+        return T.arg(name, T.int64())
+
+    def view(self, pointer: Any, shape: Sequence[Expr], strides: Sequence[Expr] | None = None) -> Any:
+        """What a pointer points at, under a shape; strides in elements, row-major if left out."""
+        width = min(4, pointer.dtype.bytes)
+        shape = [_index(n) for n in shape] or [_index(1)]
+        made = T.decl_buffer(
+            shape,
+            _stored(pointer.dtype),
+            data=pointer.handle,
+            strides=None if strides is None else [_index(s) for s in strides],
+            align=width,
+        )
+        IRBuilder.name(pointer.name, made)
+        return _View(made, pointer.dtype, pointer.name)
+
+    # -- loops and names -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def parallel(self, count: Expr, name: str = "p") -> Iterator[Expr]:
+        """A loop whose iterations the threads share; one to a kernel, outermost."""
+        self._import()
+        with T.parallel(_index(0), _index(count)) as i:
+            yield self.name(name, i)
+
+    @contextmanager
+    def loop(self, count: Expr, name: str = "i") -> Iterator[Expr]:
+        """A loop from 0 to below count."""
+        self._import()
+        with T.serial(_index(0), _index(count)) as i:
+            yield self.name(name, i)
+
+    @contextmanager
+    def unroll(self, count: int, name: str = "u") -> Iterator[Expr]:
+        """A loop that is written out by the code generator: for indices into registers."""
+        with T.unroll(_index(0), _index(count)) as i:
+            yield self.name(name, i)
+
+    @contextmanager
+    def when(self, condition: Expr) -> Iterator[None]:
+        """Only if the condition holds."""
+        with T.If(condition), T.Then():
+            yield
+
+    def name(self, name: str, value: Expr) -> Expr:
+        """Give a variable a name in the printed source."""
+        IRBuilder.name(name, value)
+        return value
+
+    def let(self, value: Expr, name: str = "t") -> Expr:
+        """A value computed once."""
+        bound = T.Bind(value)
+        IRBuilder.name(name, bound)
+        return bound
+
+    def opaque(self, value: Expr, name: str = "t") -> Expr:
+        """An index computed once, of which the code generator sees only that; nested divisions cost it minutes."""
+        cell = self.registers(1, i64, f"{name}_cell")
+        self.store(cell, [0], _index(value))
+        return self.let(self.load(cell, [0]), name)
+
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def registers(self, count: int, dtype: DType, name: str = "acc") -> Any:
+        """A tile of so many elements that stays in registers as long as every index is a constant."""
+        made = T.alloc_buffer((count,), _stored(dtype), scope="local", annotations={"disable_lower_builtin": True})
+        IRBuilder.name(name, made)
+        return _View(made, dtype, name)
+
+    def load(self, view: Any, index: Sequence[Expr], lanes: int = 1) -> Expr:
+        """An element, or so many that lie side by side along the last index. A bool is what is not 0."""
+        *outer, last = [_index(i) for i in index] or [_index(0)]
+        found = view.buffer[(*outer, _ramp(last, lanes))] if lanes > 1 else view.buffer[(*outer, last)]
+        return tirx.NE(found, _filled(tirx.const(0, "uint8"), lanes)) if view.dtype is boolean else found
+
+    def store(self, view: Any, index: Sequence[Expr], value: Expr, lanes: int = 1) -> None:
+        """Write an element, or so many side by side along the last index."""
+        *outer, last = [_index(i) for i in index] or [_index(0)]
+        if view.dtype is boolean:
+            value = tirx.Cast("uint8" + (f"x{lanes}" if lanes > 1 else ""), value)
+        T.buffer_store(view.buffer, value, [*outer, _ramp(last, lanes) if lanes > 1 else last])
+
+    def address(self, view: Any, index: Sequence[Expr]) -> Expr:
+        """The address of an element, for an intrinsic."""
+        return tirx.address_of(view.buffer[tuple(_index(i) for i in index)])
+
+    # -- values ----------------------------------------------------------------------------------------------
+
+    def number(self, value: float | int | bool, dtype: DType, lanes: int = 1) -> Expr:
+        """A constant."""
+        name = tvm_dtype(dtype)
+        if dtype is bf16:
+            made = tirx.IntImm(name, int(rounded(np.asarray(value, np.float32))))
+        elif dtype.is_float:
+            if value != value or value in (float("inf"), float("-inf")):  # which an immediate does not hold
+                made = _not_finite(value, name)
+            else:
+                made = tirx.FloatImm(name, float(value))
+        else:
+            made = tirx.const(bool(value), "bool") if dtype is boolean else tirx.IntImm(name, int(value))
+        return _filled(made, lanes)
+
+    def index(self, value: Expr) -> Expr:
+        """An int64 index."""
+        return _index(value)
+
+    def splat(self, value: Expr, lanes: int) -> Expr:
+        """A scalar in every lane."""
+        return _filled(value, lanes)
+
+    def lane_indices(self, first: Expr, lanes: int) -> Expr:
+        """first, first + 1, ... as an int64 vector."""
+        return _ramp(_index(first), lanes) if lanes > 1 else _index(first)
+
+    def cast(self, value: Expr, dtype: DType, lanes: int = 1) -> Expr:
+        """A value converted as C converts: a float to an integer by dropping its fraction. See `conversions`."""
+        made = narrow_cast(self, value, re.sub(r"x\d+$", "", str(value.ty)), dtype, lanes)
+        return tirx.Cast(tvm_dtype(dtype, lanes), value) if made is None else made
+
+    def select(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+        """By lane. Both sides are computed, so both must be safe."""
+        return tirx.Select(condition, then, otherwise)
+
+    def either(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+        """A scalar; only the side that is taken is computed."""
+        return tirx.if_then_else(condition, then, otherwise)
+
+    def both(self, x: Expr, y: Expr) -> Expr:
+        """Whether both conditions hold."""
+        return tirx.And(x, y)
+
+    def any_of(self, x: Expr, y: Expr) -> Expr:
+        """Whether one of the conditions holds, by lane."""
+        return tirx.Or(x, y)
+
+    def equal(self, x: Expr, y: Expr) -> Expr:
+        """By lane, as an expression at once; `x == y` waits for where it is used."""
+        return tirx.EQ(x, y)
+
+    def is_nan(self, x: Expr) -> Expr:
+        """By lane; of a float32 or float64. `x != x` would be folded away."""
+        return tirx.isnan(x)
+
+    def least(self, x: Expr, y: Expr) -> Expr:
+        """The smaller; which one for a NaN is open."""
+        return tirx.min(x, y)
+
+    def greatest(self, x: Expr, y: Expr) -> Expr:
+        """The larger; which one for a NaN is open."""
+        return tirx.max(x, y)
+
+    def nearest(self, x: Expr) -> Expr:
+        """The nearest whole number, ties to even."""
+        return tirx.nearbyint(x)
+
+    def floor(self, x: Expr) -> Expr:
+        return tirx.floor(x)
+
+    def sqrt(self, x: Expr) -> Expr:
+        return tirx.sqrt(x)
+
+    def absolute(self, x: Expr) -> Expr:
+        return tirx.abs(x)
+
+    def floor_divide(self, x: Expr, y: Expr) -> Expr:
+        """Integers, towards minus infinity."""
+        return tirx.floordiv(_index(x), _index(y))
+
+    def floor_mod(self, x: Expr, y: Expr) -> Expr:
+        """What `floor_divide` leaves, with the sign of y."""
+        return tirx.floormod(_index(x), _index(y))
+
+    def bits(self, value: Expr, dtype: DType, lanes: int = 1) -> Expr:
+        """The same bits as another dtype of the same width."""
+        return tirx.reinterpret(tvm_dtype(dtype, lanes), value)
+
+    def shift_left(self, x: Expr, y: Expr) -> Expr:
+        return tirx.shift_left(x, y)
+
+    def libm(self, name: str, dtype: DType, *operands: Expr) -> Expr:
+        """A scalar function of C's mathematical library, by its float64 name: `exp` is `expf` for f32."""
+        suffix = "f" if dtype.name == "f32" else ""
+        return tirx.call_pure_extern(tvm_dtype(dtype), name + suffix, *operands)
+
+    def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
+        """The vector of these lanes of some vectors side by side."""
+        return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
+
+    # -- LLVM ------------------------------------------------------------------------------------------------
+
+    def llvm(self, name: str, text: Callable[[], str], result: str, *operands: Expr) -> Expr:
+        """A call of a function that is given as LLVM's own text, which is inlined. `result` is TVM's dtype.
+
+        Only for what TVM cannot say and every instruction set has: the text is the same for all.
+        """
+        if name not in self.imported:
+            self.imported[name] = text()
+        return tirx.call_pure_extern(result, name, *operands)
+
+    def _import(self) -> None:
+        if self._known and not self._frames:  # not for what is found out on the way: a frame may be open by then
+            text = "\n".join(self._known.values())
+            self._frames.append(T.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", text))
+            self._frames[-1].__enter__()
+
+    def sum_of_lanes(self, x: Expr, lanes: int) -> Expr:
+        """The sum of a float32 vector's lanes, halves added to halves."""
+        return self._across(x, lanes, "fadd", "reassoc nsz", "float -0.0, ")
+
+    def maximum_of_lanes(self, x: Expr, lanes: int) -> Expr:
+        """The largest of a float32 vector's lanes."""
+        return self._across(x, lanes, "fmax", "nnan nsz", "")
+
+    def _across(self, x: Expr, lanes: int, kind: str, flags: str, start: str) -> Expr:
+        name = f"treadle_{kind}_{lanes}"
+        vector = f"<{lanes} x float>"
+        scalar = "float, " if start else ""
+
+        def text() -> str:
+            return f"""
+define float @{name}({vector} %x) alwaysinline {{
+  %r = call {flags} float @llvm.vector.reduce.{kind}.v{lanes}f32({start}{vector} %x)
+  ret float %r
+}}
+declare float @llvm.vector.reduce.{kind}.v{lanes}f32({scalar}{vector})
+"""
+
+        return self.llvm(name, text, "float32", x)
+
+
+class _Pointer:
+    def __init__(self, name: str, handle: Any, dtype: DType) -> None:
+        self.name, self.handle, self.dtype = name, handle, dtype
+
+
+class _View:
+    def __init__(self, buffer: Any, dtype: DType, name: str) -> None:
+        self.buffer, self.dtype, self.name = buffer, dtype, name
+
+
+def _stored(dtype: DType) -> str:
+    return "uint8" if dtype is boolean else tvm_dtype(dtype)
+
+
+def _index(value: Expr) -> Expr:
+    if isinstance(value, tvm.ir.Expr):
+        return value if str(value.ty).startswith("int64") else tirx.Cast("int64", value)
+    return tirx.IntImm("int64", value)
+
+
+def _ramp(first: Expr, lanes: int) -> Expr:
+    return tirx.Ramp(first, tirx.IntImm("int64", 1), lanes)
+
+
+def _filled(value: Expr, lanes: int) -> Expr:
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def _not_finite(value: float, name: str) -> Expr:
+    if value != value:
+        return tirx.Cast(name, tirx.reinterpret("float32", tirx.IntImm("int32", 0x7FC00000)))
+    return tirx.Cast(name, tirx.reinterpret("float32", tirx.IntImm("int32", 0x7F800000 if value > 0 else -0x800000)))

@@ -1,0 +1,176 @@
+"""Reading and adding at positions that another array holds.
+
+    y[p, i, d] = x[p, indices[p, i, d], d]           `Take`
+    y[p, indices[p, i, d], d] += x[p, i, d]          `ScatterAdd`
+
+Axes before the indexed one are p, those after it d. Where all of a row share one index, `rows` moves rows as a whole.
+An index outside its axis reads and writes nothing; the kernel says so in its status words (`lowering.program.STATUS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.types import DTYPES, i64
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+MOVED = {1: DTYPES["u8"], 2: DTYPES["i16"], 4: DTYPES["i32"], 8: i64}
+"""By an element's bytes: the dtype that elements are moved as, whatever they mean."""
+
+COLUMNS = 64  # of a row that a thread adds to at a time
+
+
+@dataclass(frozen=True)
+class Take(Kernel):
+    """y[p, i, d] = x[p, indices[p, i, d], d]
+
+    bytes       of an element
+    indices     their dtype by name
+    rows        whether an index is shared by a row of d, whose elements lie side by side in x and y
+    width       of x's panels; 0: x is not in panels. Only with `rows`, and without p
+    transposed  whether the panels hold x's columns; else its rows. See `lowering.program.Panels`
+
+    Passed: x, indices, y, the status words; the sizes p, v, d, i, v being that of x's indexed axis; then strides:
+    x's of p, v and d, those of the indices of p, i and d, y's of p, i and d. With rows only x's of p and v, that of the
+    indices of i, y's of p and i.
+    """
+
+    bytes: int
+    indices: str
+    rows: bool
+    width: int = 0
+    transposed: bool = False
+
+    @property
+    def title(self) -> str:
+        return "gather" + ("_rows" if self.rows else "") + ("_of_panels" if self.width else "")
+
+    def emit(self, k: Emitter) -> None:
+        dtype = MOVED[self.bytes]
+        pointers = [k.pointer("x", dtype), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", dtype)]
+        told = k.pointer("status", i64)
+        p, v, d, i = (k.size(name) for name in "pvdi")
+        if self.rows:
+            x_strides: list[Expr] = [k.size("x_p"), k.size("x_v"), 1]
+            index_strides: list[Expr] = [0, k.size("indices_i"), 0]
+            y_strides: list[Expr] = [k.size("y_p"), k.size("y_i"), 1]
+        else:
+            x_strides = [k.size(f"x_{a}") for a in "pvd"]
+            index_strides = [k.size(f"indices_{a}") for a in "pid"]
+            y_strides = [k.size(f"y_{a}") for a in "pid"]
+        packed = k.floor_divide((d if self.transposed else v) + (self.width - 1), self.width) if self.width else 0
+        shape = [p, v, d] if not self.width else [packed, v if self.transposed else d, self.width]
+        x = k.view(pointers[0], shape, None if self.width else x_strides)
+        indices = k.view(pointers[1], [p, i, d], index_strides)
+        y = k.view(pointers[2], [p, i, d], y_strides)
+        status = k.view(told, [4])
+        with k.parallel(p * i, "task") as task:
+            at = [k.let(k.floor_divide(task, i), "outer"), k.let(k.floor_mod(task, i), "place")]
+            if self.rows:
+                index = k.let(k.index(k.load(indices, [*at, 0])), "index")
+                _checked(k, status, index, v, lambda: self._row(k, x, y, at, index, d))
+            else:
+                with k.loop(d, "d") as c:
+                    index = k.let(k.index(k.load(indices, [*at, c])), "index")
+                    move = lambda: k.store(y, [*at, c], k.load(x, [at[0], index, c]))  # noqa: E731
+                    _checked(k, status, index, v, move)
+
+    def _row(self, k: Emitter, x: Any, y: Any, at: list[Expr], index: Expr, d: Expr) -> None:
+        """Row `index` of x as row `at` of y."""
+        if not self.width:
+            _along(k, d, k.isa.lanes(self.bytes), lambda c, n: k.store(y, [*at, c], k.load(x, [at[0], index, c], n), n))
+            return
+        if not self.transposed:
+            panel, column = k.floor_divide(index, self.width), k.floor_mod(index, self.width)
+            panel, column = k.let(panel, "panel"), k.let(column, "column")
+            with k.loop(d, "d") as c:
+                k.store(y, [*at, c], k.load(x, [panel, c, column]))
+            return
+        with k.loop(k.floor_divide(d + (self.width - 1), self.width), "panel") as panel:
+            first = k.let(panel * self.width, "first")
+            with k.loop(k.least(d - first, k.index(self.width)), "c") as c:
+                k.store(y, [*at, first + c], k.load(x, [panel, index, c]))
+
+
+@dataclass(frozen=True)
+class ScatterAdd(Kernel):
+    """y[p, indices[p, i, d], d] += x[p, i, d], for one i after another: where indices repeat, the order is theirs
+
+    dtype    of y, which holds what is added to
+    added    of x
+    indices  their dtype by name
+    rows     as in `Take`
+
+    Passed: x, indices, y, the status words; the sizes p, v, d, i, v being that of y's indexed axis; then strides: x's
+    of p, i and d, those of the indices of p, i and d, y's of p, v and d. With rows only x's of p and i, that of the
+    indices of i, y's of p and v.
+    """
+
+    dtype: str
+    added: str
+    indices: str
+    rows: bool
+
+    def emit(self, k: Emitter) -> None:
+        dtype = DTYPES[self.dtype]
+        pointers = [k.pointer("x", DTYPES[self.added]), k.pointer("indices", DTYPES[self.indices])]
+        pointers.append(k.pointer("y", dtype))
+        told = k.pointer("status", i64)
+        p, v, d, i = (k.size(name) for name in "pvdi")
+        if self.rows:
+            x_strides: list[Expr] = [k.size("x_p"), k.size("x_i"), 1]
+            index_strides: list[Expr] = [0, k.size("indices_i"), 0]
+            y_strides: list[Expr] = [k.size("y_p"), k.size("y_v"), 1]
+        else:
+            x_strides = [k.size(f"x_{a}") for a in "pid"]
+            index_strides = [k.size(f"indices_{a}") for a in "pid"]
+            y_strides = [k.size(f"y_{a}") for a in "pvd"]
+        x = k.view(pointers[0], [p, i, d], x_strides)
+        indices = k.view(pointers[1], [p, i, d], index_strides)
+        y = k.view(pointers[2], [p, v, d], y_strides)
+        status = k.view(told, [4])
+        blocks = k.let(k.floor_divide(d + (COLUMNS - 1), COLUMNS), "blocks")
+        with k.parallel(p * blocks, "task") as task:
+            outer = k.let(k.floor_divide(task, blocks), "outer")
+            first = k.let(k.floor_mod(task, blocks) * COLUMNS, "first")
+            count = k.let(k.least(d - first, k.index(COLUMNS)), "count")
+            with k.loop(i, "i") as place:
+
+                def add(index: Expr, c: Expr, lanes: int) -> None:
+                    value = k.load(x, [outer, place, c], lanes)
+                    value = value if self.added == self.dtype else k.cast(value, dtype, lanes)
+                    k.store(y, [outer, index, c], k.load(y, [outer, index, c], lanes) + value, lanes)
+
+                if self.rows:
+                    index = k.let(k.index(k.load(indices, [outer, place, 0])), "index")
+                    lanes = k.isa.lanes(max(4, dtype.bytes))
+                    body = lambda c, n: add(index, first + c, n)  # noqa: E731
+                    _checked(k, status, index, v, lambda: _along(k, count, lanes, body))
+                else:
+                    with k.loop(count, "c") as c:
+                        index = k.let(k.index(k.load(indices, [outer, place, first + c])), "index")
+                        _checked(k, status, index, v, lambda: add(index, first + c, 1))
+
+
+def _checked(k: Emitter, status: Any, index: Expr, size: Expr, inside: Callable[[], None]) -> None:
+    """What is done with an index that lies on an axis of that size; of another only the status tells."""
+    with k.when(k.both(index >= k.index(0), index < size)):
+        inside()
+    with k.when(k.any_of(index < k.index(0), index >= size)):
+        k.store(status, [1], index)
+        k.store(status, [2], size)
+        k.store(status, [0], k.index(1))
+
+
+def _along(k: Emitter, count: Expr, lanes: int, body: Callable[[Expr, int], None]) -> None:
+    """`body(c, n)` for n elements from c on: as many vectors as there are, then one by one."""
+    vectors = k.let(k.floor_divide(count, lanes), "vectors")
+    with k.loop(vectors, "v") as v:
+        body(v * lanes, lanes)
+    with k.loop(count - vectors * lanes, "t") as t:
+        body(vectors * lanes + t, 1)

@@ -1,0 +1,288 @@
+"""Matrix products with a packed right side, and what is done with each element before it is stored.
+
+    c[b, m, n] = epilogue(sum_k a[b, m, k] * w[b, n // width, k, n % width], ...)
+
+The tile of rows x panel stays in registers through all of k; w is read one full vector at a time and a is broadcast.
+Every row sums over k in one order, so a row's bits depend neither on how many rows there are nor on its place
+among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.ir.types import DTYPES, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+
+PANELS = 32  # with fewer, rows are shared out as well
+CHUNK = 16  # tiles that a task then has
+
+
+def panel_width(columns: int | None, isa: Isa) -> int:
+    """How many columns a panel of a matrix has: one to four vectors, the most that leave the fewest empty columns.
+
+    None: the number of columns is not known before the call.
+    """
+    lanes = isa.lanes()
+    choices = (3, 4, 2, 1) if isa.registers >= 32 else (2, 1)
+    if columns is None:
+        return lanes * choices[0]
+    return lanes * min(choices, key=lambda vectors: -(-columns // (lanes * vectors)) * vectors)
+
+
+def tile_rows(width: int, isa: Isa) -> int:
+    """How many rows a tile has: as many as leave registers for a vector of each column of a panel and of a."""
+    vectors = width // isa.lanes()
+    return {4: 6, 3: 8, 2: 12, 1: 12}[vectors] if isa.registers >= 32 else {2: 6, 1: 12}[vectors]
+
+
+@dataclass(frozen=True)
+class Matmul(Kernel):
+    """c = epilogue(a @ w), over float32.
+
+    width    of a panel of w
+    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
+    extras   for each further input of the chain how it lies: `n` a vector over n, `m` one number a row, `mn` a matrix
+             like c, `1` one number
+    batch    whether there are two batch dimensions, over which all of them may have strides
+    whole    whether n is a multiple of the width at every call
+
+    Passed: a, w, the extras, c; m, k, n; a's stride of rows, `m` and `mn` extras' and
+    c's strides of rows; with batch: the two sizes, then for each pointer its two strides.
+    """
+
+    width: int
+    epilogue: Chain | None = None
+    extras: tuple[str, ...] = ()
+    batch: bool = False
+    whole: bool = False
+
+    @property
+    def title(self) -> str:
+        done = f"_{self.epilogue.title}" if self.epilogue else ""
+        return f"matmul{'_batch' * self.batch}_{self.width}{done}"
+
+    def flops(self, sizes: Sequence[int]) -> int:
+        m, depth, columns = sizes[:3]
+        return 2 * m * depth * columns
+
+    def emit(self, k: Emitter) -> None:
+        result = self.epilogue.dtype if self.epilogue else f32
+        dtypes = [DTYPES[name] for name in self.epilogue.inputs[1:]] if self.epilogue else []
+        pointers = [k.pointer("a", f32), k.pointer("w", f32)]
+        pointers += [k.pointer(f"x{i}", d) for i, d in enumerate(dtypes)] + [k.pointer("c", result)]
+        m = k.size("m")
+        depth, columns = k.size("k"), k.size("n")
+        rows = {"a": k.size("a_stride")}
+        rows |= {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if "m" in how}
+        rows["c"] = k.size("c_stride")
+        panels = k.floor_divide(k.index(columns) + (self.width - 1), self.width)
+        shapes: dict[str, tuple[list[Expr], list[Expr] | None]] = {
+            "a": ([m, depth], [rows["a"], 1]),
+            "w": ([panels, depth, self.width], None),
+            "c": ([m, columns], [rows["c"], 1]),
+        }
+        for i, how in enumerate(self.extras):
+            shape: list[Expr] = {"n": [columns], "m": [m], "mn": [m, columns], "1": [1]}[how]
+            shapes[f"x{i}"] = shape, [rows[f"x{i}"], 1][: len(how)] if "m" in how else None
+        if not self.batch:
+            views = {p.name: k.view(p, *shapes[p.name]) for p in pointers}
+            chunk, chunks = self._chunks(k, m, panels)
+            with k.parallel(panels * chunks, "task") as task:
+                panel, first, rows_here = self._share(k, task, m, chunk, chunks)
+                self._panel(k, views, panel, first, rows_here, depth, columns)
+            return
+        b0, b1 = k.size("b0"), k.size("b1")
+        batched = {p.name: (k.size(f"{p.name}_b0"), k.size(f"{p.name}_b1")) for p in pointers}
+        views = {}
+        for p in pointers:
+            shape, strides = shapes[p.name]
+            if strides is None:
+                strides = [depth * self.width, self.width, 1][-len(shape) :] if len(shape) == 3 else [1]
+            views[p.name] = k.view(p, [b0, b1, *shape], [*batched[p.name], *strides])
+        chunk, chunks = self._chunks(k, m, b0 * b1 * panels)
+        with k.parallel(b0 * b1 * panels * chunks, "task") as task:
+            both, first, rows_here = self._share(k, task, m, chunk, chunks)
+            panel = k.let(k.floor_mod(both, panels), "panel")
+            b = k.opaque(k.floor_divide(both, panels), "b")
+            at = [k.let(k.floor_divide(b, b1), "i0"), k.let(k.floor_mod(b, b1), "i1")]
+            self._panel(k, views, panel, first, rows_here, depth, columns, at)
+
+    def _chunks(self, k: Emitter, m: Expr, panels: Expr) -> tuple[Expr, Expr]:
+        """How many rows a task has of its panel, and how many tasks that makes: one a panel, unless panels are few."""
+        few = tile_rows(self.width, k.isa) * CHUNK
+        chunk = k.let(k.either(panels >= PANELS, m, k.index(few)), "chunk")
+        return chunk, k.let(k.either(panels >= PANELS, k.index(1), k.floor_divide(m + (few - 1), few)), "chunks")
+
+    def _share(self, k: Emitter, task: Expr, m: Expr, chunk: Expr, chunks: Expr) -> tuple[Expr, Expr, Expr]:
+        """Of a task: which panel, its first row, how many rows. The tasks of one panel stand side by side."""
+        panel = k.opaque(k.floor_divide(task, chunks), "panel")
+        first = k.opaque((task - panel * chunks) * chunk, "first")
+        return panel, first, k.let(k.least(m - first, chunk), "rows")
+
+    def _panel(
+        self,
+        k: Emitter,
+        views: dict[str, Any],
+        panel: Expr,
+        start: Expr,
+        m: Expr,
+        depth: Expr,
+        columns: Expr,
+        batch: Sequence[Expr] = (),
+    ) -> None:
+        """m rows of one panel: full tiles, then one of the rows that are left."""
+        rows = tile_rows(self.width, k.isa)
+        blocks = k.let(k.floor_divide(m, rows), "blocks")
+        rest = k.let(k.floor_mod(m, rows), "rest")
+        with k.loop(blocks, "block") as block:
+            self._tile(k, views, panel, k.let(start + block * rows, "first"), rows, depth, columns, batch)
+        for count in (8, 4, 2, 1):  # so few variants, and no row is summed in another order for it
+            if count < rows:
+                with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
+                    before = blocks * rows + k.floor_divide(rest, 2 * count) * (2 * count)
+                    self._tile(k, views, panel, k.let(start + before, "first"), count, depth, columns, batch)
+
+    def _tile(
+        self,
+        k: Emitter,
+        views: dict[str, Any],
+        panel: Expr,
+        first: Expr,
+        rows: int,
+        depth: Expr,
+        columns: Expr,
+        batch: Sequence[Expr],
+    ) -> None:
+        lanes = k.isa.lanes()
+        vectors = self.width // lanes
+        a, w = views["a"], views["w"]
+        acc = k.registers(rows * self.width, f32)
+        with k.unroll(rows * vectors, "r") as r:
+            k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
+        with k.loop(depth, "k") as step, k.unroll(rows, "i") as i:
+            x = k.splat(k.load(a, [*batch, first + i, step]), lanes)
+            with k.unroll(vectors, "j") as j:
+                at = (i * vectors + j) * lanes
+                product = x * k.load(w, [*batch, panel, step, j * lanes], lanes)
+                k.store(acc, [at], k.load(acc, [at], lanes) + product, lanes)
+        # What finishes an element is written out once a vector of the panel, not once a register.
+        tile = k.registers(rows * self.width, f32, "tile")
+        with k.unroll(rows * vectors, "r") as r:
+            k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
+        with k.loop(rows, "i") as i, k.loop(vectors, "j") as j:
+            value = k.load(tile, [i * self.width + j * lanes], lanes)
+            at = [*batch, first + i]
+            column = k.let(panel * self.width + j * lanes, "column")
+            if self.whole:
+                k.store(views["c"], [*at, column], self._finished(k, views, at, column, value, lanes), lanes)
+            else:
+                self._store_inside(k, views, at, column, value, columns, lanes)
+
+    def _finished(
+        self, k: Emitter, views: dict[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
+    ) -> Expr:
+        """The epilogue of a vector in row `at` from `column` on, all of it inside the matrix."""
+        if self.epilogue is None:
+            return value
+        extras = [self._extra(k, views, i, at, column, lanes) for i in range(len(self.extras))]
+        return self.epilogue.emit(k, [value, *extras], lanes)
+
+    def _extra(
+        self, k: Emitter, views: dict[str, Any], number: int, at: Sequence[Expr], column: Expr, lanes: int
+    ) -> Expr:
+        how, view = self.extras[number], views[f"x{number}"]
+        if how in ("1", "m"):
+            return k.splat(k.load(view, [*at[:-1], 0] if how == "1" else at), lanes)
+        return k.load(view, [*at[:-1], column] if how == "n" else [*at, column], lanes)
+
+    def _store_inside(
+        self,
+        k: Emitter,
+        views: dict[str, Any],
+        at: Sequence[Expr],
+        column: Expr,
+        value: Expr,
+        columns: Expr,
+        lanes: int,
+    ) -> None:
+        """Finish and store what of a vector is inside the matrix; extras are read through copies that zeros fill up."""
+        inside = k.let(k.least(k.index(columns) - column, k.index(lanes)), "inside")
+        extras = []
+        for number, how in enumerate(self.extras):
+            if "n" not in how:
+                extras.append(self._extra(k, views, number, at, column, lanes))
+                continue
+            view = views[f"x{number}"]
+            held = k.registers(lanes, view.dtype, "held")
+            k.store(held, [0], k.number(0, view.dtype, lanes), lanes)
+            self._copy(k, view, [*at[:-1], column] if how == "n" else [*at, column], held, [k.index(0)], inside, lanes)
+            extras.append(k.load(held, [0], lanes))
+        made = k.registers(lanes, views["c"].dtype, "made")
+        k.store(made, [0], self.epilogue.emit(k, [value, *extras], lanes) if self.epilogue else value, lanes)
+        self._copy(k, made, [k.index(0)], views["c"], [*at, column], inside, lanes)
+
+    def _copy(
+        self,
+        k: Emitter,
+        source: Any,
+        read: Sequence[Expr],
+        to: Any,
+        written: Sequence[Expr],
+        count: Expr,
+        lanes: int,
+    ) -> None:
+        """`count` elements, all lanes at once where it is so many; none where it is not positive."""
+        with k.when(count >= k.index(lanes)):
+            k.store(to, written, k.load(source, read, lanes), lanes)
+        with k.when(count < k.index(lanes)), k.loop(k.greatest(count, k.index(0)), "t") as t:
+            k.store(to, [*written[:-1], written[-1] + t], k.load(source, [*read[:-1], read[-1] + t]))
+
+
+@dataclass(frozen=True)
+class Pack(Kernel):
+    """w[b, n // width, k, n % width] = x[b, n, k], for a right side that is computed. Filled up with zeros.
+
+    width    of a panel
+    near     whether x's elements lie side by side along n, and are copied as vectors
+
+    Passed: x, w; n, k; x's strides over n and k; the two batch sizes, x's two batch strides. w is contiguous.
+    """
+
+    width: int
+    near: bool = False
+
+    def emit(self, k: Emitter) -> None:
+        x, w = k.pointer("x", f32), k.pointer("w", f32)
+        n, depth = k.size("n"), k.size("k")
+        strides = [k.size("x_n"), k.size("x_k")]
+        b0, b1 = k.size("b0"), k.size("b1")
+        outer = [k.size("x_b0"), k.size("x_b1")]
+        panels = k.floor_divide(n + (self.width - 1), self.width)
+        source = k.view(x, [b0, b1, depth, n], [*outer, strides[1], 1 if self.near else strides[0]])
+        packed = k.view(w, [b0, b1, panels, depth, self.width])
+        with k.parallel(b0 * b1 * panels, "task") as task:
+            panel = k.let(k.floor_mod(task, panels), "panel")
+            b = k.opaque(k.floor_divide(task, panels), "b")
+            at = [k.opaque(k.floor_divide(b, b1), "i0"), k.opaque(k.floor_mod(b, b1), "i1")]
+            inside = k.let(k.least(n - panel * self.width, k.index(self.width)), "inside")
+            if self.near:
+                lanes = k.isa.lanes()
+                with k.when(inside >= k.index(self.width)), k.loop(depth, "d") as d:
+                    for j in range(0, self.width, lanes):
+                        k.store(
+                            packed, [*at, panel, d, j], k.load(source, [*at, d, panel * self.width + j], lanes), lanes
+                        )
+            with k.when(inside < k.index(self.width if self.near else self.width + 1)), k.loop(depth, "d") as d:
+                with k.loop(inside, "j") as j:
+                    k.store(packed, [*at, panel, d, j], k.load(source, [*at, d, panel * self.width + j]))
+                with k.loop(k.index(self.width) - inside, "j") as j:
+                    k.store(packed, [*at, panel, d, inside + j], k.number(0.0, f32))

@@ -1,0 +1,96 @@
+"""The runner: a flat table of kernel calls, run in one call, so that nothing of Python stands between two kernels.
+
+It also decides, call by call, whether a kernel's parallel loop goes to the pool of threads or runs where it is: waking
+the pool costs more than a small kernel takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from treadle.backends.tvm.kernels.kernel import Kernel
+
+RECORD = 5
+"""A call in the table, in 8-byte words: the function's address, its first argument, where its arguments lie, how many
+they are, and 1 if it shall run on the calling thread alone."""
+
+LAUNCH = "treadle_launch"
+"""The function that kernels call for a parallel loop, in place of TVM's; it has the same signature."""
+
+POOL = "treadle_pool_launch"
+"""A variable: where TVM's own such function is."""
+
+# The switch is one for all threads of a process. Should two programs run at once and disturb each other's, a loop takes
+# the pool that need not, or does not: no result depends on it.
+_TEXT = f"""
+%record = type {{ ptr, ptr, ptr, i64, i64 }}
+%argument = type {{ i32, i32, i64 }}
+@treadle_alone = dllexport global i64 0
+@{POOL} = dllexport global ptr null
+
+define dllexport i32 @{LAUNCH}(ptr %body, ptr %data, i32 %tasks) {{
+entry:
+  %group = alloca {{ ptr, i32 }}
+  %alone = load i64, ptr @treadle_alone
+  %here = icmp ne i64 %alone, 0
+  br i1 %here, label %serial, label %parallel
+serial:
+  %count = getelementptr {{ ptr, i32 }}, ptr %group, i32 0, i32 1
+  store ptr null, ptr %group
+  store i32 1, ptr %count
+  %done = call i32 %body(i32 0, ptr %group, ptr %data)
+  ret i32 %done
+parallel:
+  %pool = load ptr, ptr @{POOL}
+  %shared = call i32 %pool(ptr %body, ptr %data, i32 %tasks)
+  ret i32 %shared
+}}
+
+define dllexport i32 @__tvm_ffi_kernel(ptr %unused, ptr %given, i32 %given_count, ptr %returned) {{
+entry:
+  %result = alloca {{ i32, i32, i64 }}
+  %table_at = getelementptr %argument, ptr %given, i64 0, i32 2
+  %failed_at = getelementptr %argument, ptr %given, i64 1, i32 2
+  %count_at = getelementptr %argument, ptr %given, i64 2, i32 2
+  %table = load ptr, ptr %table_at
+  %failed_to = load ptr, ptr %failed_at
+  %count = load i64, ptr %count_at
+  br label %head
+head:
+  %i = phi i64 [ 0, %entry ], [ %next, %body ]
+  %more = icmp slt i64 %i, %count
+  br i1 %more, label %body, label %finished
+body:
+  %record = getelementptr %record, ptr %table, i64 %i
+  %self_at = getelementptr %record, ptr %record, i32 0, i32 1
+  %arguments_at = getelementptr %record, ptr %record, i32 0, i32 2
+  %number_at = getelementptr %record, ptr %record, i32 0, i32 3
+  %alone_at = getelementptr %record, ptr %record, i32 0, i32 4
+  %function = load ptr, ptr %record
+  %self = load ptr, ptr %self_at
+  %arguments = load ptr, ptr %arguments_at
+  %number = load i64, ptr %number_at
+  %alone = load i64, ptr %alone_at
+  store i64 %alone, ptr @treadle_alone
+  %short = trunc i64 %number to i32
+  %code = call i32 %function(ptr %self, ptr %arguments, i32 %short, ptr %result)
+  %next = add i64 %i, 1
+  %good = icmp eq i32 %code, 0
+  br i1 %good, label %head, label %failed
+failed:
+  store i64 %i, ptr %failed_to
+  ret i32 0
+finished:
+  store i64 -1, ptr %failed_to
+  ret i32 0
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Runner(Kernel):
+    """Passed: the table, where to put the result; how many calls. The result is -1, or the number of a failed call."""
+
+    @property
+    def llvm(self) -> str:
+        return _TEXT

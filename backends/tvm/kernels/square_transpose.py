@@ -1,0 +1,28 @@
+"""A square of vectors transposed in registers: what packing of keys, or of any matrix by its columns, is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+
+def transposed(k: Emitter, rows: Sequence[Expr]) -> list[Expr]:
+    """A square of as many vectors as lanes, transposed: its halves change places, then the halves of these, ..."""
+    lanes = len(rows)
+    held = [k.let(row, "row") for row in rows]
+    size = lanes // 2
+    while size:
+        made: list[Any] = [None] * lanes
+        for x in range(lanes):
+            if x & size:
+                continue
+            pair = [held[x], held[x + size]]
+            low = [e if not e & size else lanes + e - size for e in range(lanes)]
+            high = [e + size if not e & size else lanes + e for e in range(lanes)]
+            made[x] = k.let(k.shuffle(pair, low), "low")
+            made[x + size] = k.let(k.shuffle(pair, high), "high")
+        held, size = made, size // 2
+    return held

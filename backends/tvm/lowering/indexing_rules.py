@@ -1,0 +1,203 @@
+"""Lowering rules of indexing: gather and take_along_axis, their transposes, and positions counted out.
+
+Whatever the ranks, kernels see three dimensions: the axes before the indexed one, that axis, those after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from treadle.backends.tvm.kernels.conversions import working
+from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
+from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
+from treadle.backends.tvm.kernels.shaping import Iota
+from treadle.backends.tvm.lowering.program import STATUS, View
+from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.axis_names import place
+from treadle.ir.sizes import ONE, ZERO, Size
+from treadle.ir.types import DType
+
+_TOLD = View.contiguous(STATUS, (STATUS.elements,))
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def _embedding(w: RoutineWriter, node: Node) -> None:
+    _gather_along(w, node, 0)
+
+
+def _gather(w: RoutineWriter, node: Node) -> None:
+    _gather_along(w, node, _axis(node))
+
+
+def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
+    x, indices = node.inputs
+    source, picked = w.view(x), _flat(w, w.view(indices))
+
+    def emit(to: View) -> None:
+        panels = source.panels
+        if panels is not None:
+            (_, count, columns), (p, i, _) = (ONE, *x.type.shape), to.shape
+            kernel = Take(x.type.dtype.bytes, indices.type.dtype.name, True, panels.width, panels.transposed)
+            # the strides of x are those of the panels, which the kernel knows
+            sizes = [p, count, columns, i, ZERO, ZERO, picked.strides[0], *to.strides[:2]]
+            w.step(kernel, [source, picked, to, _TOLD], sizes, node, writes=2)
+            return
+        _take(w, node, _thirds_of(w, source, axis), _shared(picked), to, shared=True)
+
+    _write(w, node.result, axis, indices.type.rank, emit, rows=source.panels is not None)
+
+
+def _take_along_axis(w: RoutineWriter, node: Node) -> None:
+    x, indices = node.inputs
+    axis = _axis(node)
+    source, picked = _thirds_of(w, w.view(x), axis), _thirds_of(w, w.view(indices), axis)
+    _write(w, node.result, axis, 1, lambda to: _take(w, node, source, picked, to))
+
+
+def _take(w: RoutineWriter, node: Node, x: View, picked: View, to: View, shared: bool = False) -> None:
+    """The step, all views of three dimensions. `shared`: every row has one index."""
+    rows = shared and _side_by_side(x) and _side_by_side(to)
+    p, i, d = to.shape
+    strides = (x.strides, picked.strides, to.strides)
+    if rows:
+        strides = (x.strides[:2], picked.strides[1:2], to.strides[:2])
+    kernel = Take(to.dtype.bytes, picked.dtype.name, rows)
+    sizes = [p, x.shape[1], d, i, *[s for each in strides for s in each]]
+    w.step(kernel, [x, picked, to, _TOLD], sizes, node, writes=2)
+
+
+# -- adding --------------------------------------------------------------------------------------------------
+
+
+def _index_add(w: RoutineWriter, node: Node) -> None:
+    _, indices, updates = node.inputs
+    axis = _axis(node)
+    picked = _shared(_flat(w, w.view(indices)))
+    _add(w, node, axis, picked, _thirds_of(w, w.view(updates), axis, indices.type.rank), shared=True)
+
+
+def _scatter_add(w: RoutineWriter, node: Node) -> None:
+    _, indices, updates = node.inputs
+    axis = _axis(node)
+    _add(w, node, axis, _thirds_of(w, w.view(indices), axis), _thirds_of(w, w.view(updates), axis))
+
+
+def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, shared: bool = False) -> None:
+    """target as the result, and to it what is added; of 16 bits in float32, rounded once at the end."""
+    target = node.inputs[0]
+    dtype = target.type.dtype
+    held = working(dtype)
+
+    def emit(to: View) -> None:
+        into = to if held is dtype else w.scratch(held, to.shape, "sums")
+        before = w.view(target)
+        whole = View.contiguous(into.buffer, target.type.shape) if into is not to else None
+        if whole is not None:
+            w.pointwise(cast(dtype, held), [before], whole, node)
+        else:
+            w.copy(_thirds_of(w, before, axis), into, node)
+        rows = shared and _side_by_side(added) and _side_by_side(into)
+        p, i, d = added.shape
+        strides = (added.strides, picked.strides, into.strides)
+        if rows:
+            strides = (added.strides[:2], picked.strides[1:2], into.strides[:2])
+        sizes = [p, into.shape[1], d, i, *[s for each in strides for s in each]]
+        kernel = ScatterAdd(held.name, dtype.name, picked.dtype.name, rows)
+        w.step(kernel, [added, picked, into, _TOLD], sizes, node, writes=2)
+        if whole is not None:
+            w.pointwise(cast(held, dtype), [into], to, node)
+
+    _write(w, node.result, axis, 1, emit)
+
+
+def cast(from_: DType, to: DType) -> Chain:
+    """A chain that converts."""
+    return Chain((from_.name,), (Instruction("cast", (0,), to.name),))
+
+
+# -- positions -----------------------------------------------------------------------------------------------
+
+
+def _iota(w: RoutineWriter, node: Node) -> None:
+    to = w.destination(node.result)
+    w.step(Iota(to.dtype.name), [to], [to.shape[0], to.strides[0]], node)
+
+
+def _positions(w: RoutineWriter, node: Node) -> None:
+    shape = node.result.type.shape
+    counted = w.scratch(node.result.type.dtype, shape[-1:], "positions")
+    w.step(Iota(counted.dtype.name), [counted], [shape[-1], ONE], node)
+    w.set(node.result, counted.broadcast(shape))
+
+
+# -- three dimensions ----------------------------------------------------------------------------------------
+
+
+def _axis(node: Node) -> int:
+    return place(node.op.attributes["axis"], node.inputs[0].type.rank)
+
+
+def thirds(view: View, axis: int, count: int = 1) -> View | None:
+    """The dimensions before `axis`, `count` from there on, and the rest, as one each; None where no stride says it."""
+    after = view.merged(axis + count, view.rank - axis - count)
+    middle = after.merged(axis, count) if after is not None else None
+    return middle.merged(0, axis) if middle is not None else None
+
+
+def _thirds_of(w: RoutineWriter, view: View, axis: int, count: int = 1) -> View:
+    """The same, of a copy if need be."""
+    found = thirds(view, axis, count)
+    if found is None:
+        found = thirds(w.copied(view), axis, count)
+    assert found is not None
+    return found
+
+
+def _write(
+    w: RoutineWriter, value: Value, axis: int, count: int, emit: Callable[[View], None], rows: bool = False
+) -> None:
+    """Have a result written through a view of three dimensions, and copied where its place has no such view."""
+    to = w.destination(value)
+    direct = thirds(to, axis, count)
+    if direct is not None and not (rows and not _side_by_side(direct)):
+        emit(direct)
+        return
+    made = w.scratch(to.dtype, to.shape)
+    direct = thirds(made, axis, count)
+    assert direct is not None
+    emit(direct)
+    w.copy(made, to, value.node)
+
+
+def _flat(w: RoutineWriter, view: View) -> View:
+    """All dimensions as one."""
+    found = view.merged(0, view.rank)
+    if found is None:
+        found = w.copied(view).merged(0, view.rank)
+    assert found is not None
+    return found
+
+
+def _shared(picked: View) -> View:
+    """Indices i as those of every p and d."""
+    return View(picked.buffer, (ONE, picked.shape[0], ONE), (ZERO, picked.strides[0], ZERO), picked.offset)
+
+
+def _side_by_side(view: View) -> bool:
+    last: Size = view.shape[-1]
+    return view.strides[-1] == ONE or last == ONE
+
+
+RULES: Mapping[str, Rule] = {
+    "embedding": _embedding,
+    "gather": _gather,
+    "take_along_axis": _take_along_axis,
+    "index_add": _index_add,
+    "scatter_add": _scatter_add,
+    "iota": _iota,
+    "positions": _positions,
+}
+KEEPS: Mapping[str, Keeps] = {}

@@ -1,0 +1,62 @@
+"""Kernel programs as text: the steps a line each, then every distinct kernel as TVMScript."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from treadle.backends.python.emission import on_one_line
+from treadle.backends.tvm.kernels.cache import tvm_script
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.lowering.program import Buffer, Call, KernelProgram, Routine, Step, kernels_of
+
+_COLUMN = 72  # comments line up, but no further right than this
+
+
+def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence[str] = ()) -> str:
+    """The whole program, to be read: routines, then kernels; before them, lines on how weights are prepared."""
+    kernels = kernels_of(program)
+    titles = unique_titles(kernels)
+    parts = [f"# {on_one_line(name)}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
+    if prepared:
+        parts[0] += "\n".join(
+            ["# Computed once, when weights are bound:", *(f"#   {on_one_line(line)}" for line in prepared), ""]
+        )
+    parts += [_routine(routine, titles) for routine in program.routines]
+    parts += [f"# {kernel.key}\n{tvm_script(kernel, isa, titles[kernel])}" for kernel in kernels]
+    return "\n\n".join(parts)
+
+
+def unique_titles(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
+    """A name for each kernel, no two alike."""
+    counts: dict[str, int] = {}
+    titles = {}
+    for kernel in kernels:
+        count = counts.get(kernel.title, 0)
+        counts[kernel.title] = count + 1
+        titles[kernel] = f"{kernel.title}_{count}" if count else kernel.title
+    return titles
+
+
+def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
+    lines = [(f"def {routine.name}({', '.join(b.name for b in routine.arguments)}):", "")]
+    read = {v.buffer for s in routine.steps for v in (s.arguments if isinstance(s, Call) else s.pointers[: -s.writes])}
+    lines += [_step(step, titles, read) for step in routine.steps]
+    lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
+    width = max((len(code) for code, note in lines if note and len(code) <= _COLUMN), default=0)
+    lines = [(on_one_line(code), on_one_line(note)) for code, note in lines]  # which hold names of the user's
+    return "\n".join(f"{code:<{width}}  # {note}" if note else code for code, note in lines)
+
+
+def _step(step: Step | Call, titles: dict[Kernel, str], read: set[Buffer]) -> tuple[str, str]:
+    """A line and its comment; what a kernel writes for itself alone is not named."""
+    if isinstance(step, Call):
+        made = ", ".join(v.buffer.name for v in step.results)
+        given = ", ".join(v.buffer.name for v in step.arguments)
+        return f"    {made} = {step.routine.name}({given})", step.node.scope
+    reads, writes = step.pointers[: -step.writes], step.pointers[-step.writes :]
+    made = ", ".join(str(v) for v in writes if v.buffer in read or v.buffer.kind == "result")
+    where = step.node.scope if step.node is not None else ""
+    source = str(step.node.source) if step.node is not None and step.node.source is not None else ""
+    code = f"    {made} = {titles[step.kernel]}({', '.join(v.buffer.name for v in reads)})"
+    return code, "  ".join(t for t in (source, where, step.note) if t)

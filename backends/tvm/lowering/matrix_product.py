@@ -1,0 +1,257 @@
+"""A product of two terms as one step: which letter is a row, a column, summed, or of a batch, and the copies it takes.
+
+    c[batch..., m, n] = epilogue(sum_k x[batch..., m, k] y[batch..., n, k])
+
+Letters of one part are joined: in views, and in copies where strides cannot say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
+from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.backends.tvm.lowering.program import Panels, View
+from treadle.backends.tvm.lowering.routine_writer import RoutineWriter
+from treadle.ir.graph import Node
+from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.types import f32
+
+Letters = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A view whose dimensions have letters. Dimensions of 1 have none, and are left out."""
+
+    letters: Letters
+    view: View
+
+    @staticmethod
+    def of(view: View, letters: Sequence[str | None]) -> Term:
+        """A view, and the letter of each dimension; None for one of size 1."""
+        kept = [axis for axis, letter in enumerate(letters) if letter is not None]
+        shape, strides = tuple(view.shape[a] for a in kept), tuple(view.strides[a] for a in kept)
+        return Term(tuple(str(letters[a]) for a in kept), replace(view, shape=shape, strides=strides))
+
+    def stride(self, letter: str | None) -> Size:
+        """How far apart elements of a letter lie; 0 where it has no such letter."""
+        return self.view.strides[self.letters.index(letter)] if letter in self.letters else ZERO
+
+    def over(self, order: Sequence[str], sizes: Mapping[str, Size]) -> View:
+        """The view with the dimensions of these letters, repeated along those that it does not have."""
+        shape = tuple(sizes[letter] for letter in order)
+        return replace(self.view, shape=shape, strides=tuple(self.stride(letter) for letter in order))
+
+    def joined(self, order: Sequence[str], sizes: Mapping[str, Size]) -> Size | None:
+        """The stride of these letters as one dimension; None where there is none."""
+        found = self.over(order, sizes).merged(0, len(order))
+        return None if found is None else found.strides[0]
+
+    def copied(self, w: RoutineWriter, order: Sequence[str], sizes: Mapping[str, Size]) -> Term:
+        """A copy in which these letters lie in this order, without gaps."""
+        return Term(tuple(order), w.copied(self.over(order, sizes)))
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What is done with a sum before it is stored: a chain whose first input it is, and the chain's other inputs."""
+
+    chain: Chain | None = None
+    extras: tuple[Term, ...] = ()
+
+
+class MatrixProduct:
+    """One product of two terms as a step, with the copies that it needs.
+
+    packed   whether y is a matrix in panels
+    """
+
+    def __init__(
+        self,
+        w: RoutineWriter,
+        node: Node,
+        sizes: Mapping[str, Size],
+        x: Term,
+        y: Term,
+        to: Term,
+        finish: Finish,
+        packed: bool = False,
+    ) -> None:
+        self.w, self.node, self.sizes, self.packed = w, node, sizes, packed
+        self.chain, self.extras = finish.chain, list(finish.extras)
+        self.x, self.y, self.to, self.c = x, y, to, to
+        self.column = self._column()
+        if self.column in x.letters:
+            self.x, self.y = y, x
+        letters, own, other = to.letters, set(self.x.letters), set(self.y.letters)
+        self.k = [n for n in self.x.letters if n in other and n not in letters]
+        self.rows = [n for n in letters if n in own and n not in other]
+        self.batch = [n for n in letters if n in other and n != self.column]
+
+    def _column(self) -> str | None:
+        """The letter of the columns: of one operand alone, and if possible with elements side by side in the result."""
+        if self.packed:
+            return next(n for n in reversed(self.to.letters) if n in self.y.letters)
+        alone = [n for n in self.to.letters if (n in self.x.letters) != (n in self.y.letters)]
+        near = [n for n in alone if self.to.stride(n) == ONE and self.sizes[n] != ONE]
+        found = near or alone
+        return found[-1] if found else None
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    def emit(self) -> None:
+        columns = [self.column] if self.column is not None else []
+        if columns and self.to.stride(self.column) != ONE and self.sizes[columns[0]] != ONE:
+            self._store_elsewhere()
+        self._lay_out_k()
+        if not self.batch:
+            self._join_rows()
+            groups: list[list[str]] = []
+        else:
+            groups = self._join_batch()
+            if len(groups) > 2:
+                groups = self._copy_all()
+        self._step(groups)
+        if self.c is not self.to:
+            self.w.copy(self.c.over(self.to.letters, self.sizes), self.to.view, None)
+
+    @property
+    def _written(self) -> list[Term]:
+        return [self.c, *self.extras]
+
+    def _store_elsewhere(self) -> None:
+        """Have the product written to memory of its own, and copied from there."""
+        order = [n for n in self.to.letters if n != self.column] + ([self.column] if self.column is not None else [])
+        order = [n for n in order if n in self.batch] + [n for n in order if n not in self.batch]
+        made = self.w.scratch(self.to.view.dtype, [self.sizes[n] for n in order], "product")
+        self.c = Term(tuple(order), made)
+
+    def _lay_out_k(self) -> None:
+        """Have x's summed letters side by side, and y's joined in the same order."""
+        y_order = [n for n in self.y.letters if n in self.k]
+        if self._near(self.k) and self.y.joined(self.k, self.sizes) is None and self._near(y_order):
+            self.k = y_order
+        if not self._near(self.k):
+            if self.y.joined(self.k, self.sizes) is None:
+                self.k = y_order
+            held = [n for n in self.to.letters if n in self.x.letters and self.x.stride(n) != ZERO]
+            held = [n for n in held if n not in self.rows] + [n for n in held if n in self.rows]
+            self.x = self.x.copied(self.w, [*held, *self.k], self.sizes)
+        if not self.packed and self.y.joined(self.k, self.sizes) is None:
+            held = [n for n in self.to.letters if n in self.y.letters and n != self.column]
+            held = [n for n in held if self.y.stride(n) != ZERO]
+            columns = [self.column] if self.column is not None else []
+            # columns innermost, as they lie in panels
+            self.y = self.y.copied(self.w, [*held, *self.k, *columns], self.sizes)
+
+    def _near(self, order: Sequence[str]) -> bool:
+        """Whether these letters of x lie side by side, in this order."""
+        stride = self.x.joined(order, self.sizes)
+        return stride is not None and (stride == ONE or product(self.sizes[n] for n in order) == ONE)
+
+    def _join_rows(self) -> None:
+        """Have all rows at one distance, in copies of what has them not: y is the same for all of them."""
+        if self.x.joined(self.rows, self.sizes) is None:
+            self.x = self.x.copied(self.w, [*self.rows, *self.k], self.sizes)
+        if self.c.joined(self.rows, self.sizes) is None:
+            self._store_elsewhere()
+        columns = [self.column] if self.column is not None else []
+        for i, extra in enumerate(self.extras):
+            if extra.joined(self.rows, self.sizes) is None or not self._in_line(extra):
+                self.extras[i] = extra.copied(self.w, [*self.rows, *columns], self.sizes)
+
+    def _in_line(self, extra: Term) -> bool:
+        """Whether an extra has its columns side by side, or repeats one."""
+        return extra.stride(self.column) in (ZERO, ONE) or self.sizes[str(self.column)] == ONE
+
+    def _join_batch(self) -> list[list[str]]:
+        """The letters of each batch dimension; rows that do not join are given to them."""
+        columns = [self.column] if self.column is not None else []
+        for i, extra in enumerate(self.extras):
+            if not self._in_line(extra):
+                self.extras[i] = extra.copied(
+                    self.w, [n for n in self.to.letters if n not in columns] + columns, self.sizes
+                )
+        start = 0
+        while any(t.joined(self.rows[start:], self.sizes) is None for t in (self.x, *self._written)):
+            start += 1
+        outer = self.rows[:start]
+        self.rows = self.rows[start:]
+        self.batch = [n for n in self.to.letters if n in self.batch or n in outer]
+        groups = [[n] for n in self.batch if self.sizes[n] != ONE]
+        at = 0
+        while at + 1 < len(groups):
+            both = groups[at] + groups[at + 1]
+            if all(t.joined(both, self.sizes) is not None for t in (self.x, self.y, *self._written)):
+                groups[at : at + 2] = [both]
+            else:
+                at += 1
+        return groups
+
+    def _copy_all(self) -> list[list[str]]:
+        """All terms in memory of their own, with every batch letter in one order."""
+        columns = [self.column] if self.column is not None else []
+        self.x = self.x.copied(self.w, [*self.batch, *self.rows, *self.k], self.sizes)
+        self.y = self.y.copied(self.w, [*self.batch, *self.k, *columns], self.sizes)
+        order = [*self.batch, *self.rows, *columns]
+        if self.c.letters != tuple(order) or not self.c.view.is_contiguous:
+            self.c = Term(tuple(order), self.w.scratch(self.to.view.dtype, [self.sizes[n] for n in order], "product"))
+        self.extras = [extra.copied(self.w, order, self.sizes) for extra in self.extras]
+        return [self.batch]
+
+    # -- the step --------------------------------------------------------------------------------------------
+
+    def _step(self, groups: list[list[str]]) -> None:
+        w, sizes = self.w, self.sizes
+        m, k = (product(sizes[n] for n in part) for part in (self.rows, self.k))
+        n = sizes[self.column] if self.column is not None else ONE
+        counts = [product(sizes[n] for n in group) for group in groups]
+        counts = [ONE] * (2 - len(counts)) + counts
+
+        def joined(term: Term, letters: Sequence[str]) -> Size:
+            found = term.joined(letters, sizes)
+            assert found is not None
+            return found
+
+        def batch(term: Term) -> list[Size]:
+            return [ZERO] * (2 - len(groups)) + [joined(term, group) for group in groups]
+
+        if self.packed:
+            panels, width = self.y.view, panel_width(n.constant, w.isa)
+            w_batch = [ZERO, ZERO]
+        else:
+            width = panel_width(n.constant, w.isa)
+            panels, w_batch = self._pack(width, n, k, counts, batch(self.y), joined(self.y, self.k))
+        how, rows = [], []
+        for extra in self.extras:
+            row = joined(extra, self.rows) if m != ONE else ZERO
+            near = self.column is None or n == ONE or extra.stride(self.column) == ONE
+            how.append(("n" if near else "1") if row == ZERO else "mn" if near else "m")
+            rows += [row] if row != ZERO else []
+        whole = n.constant is not None and n.constant % width == 0
+        kernel = Matmul(width, self.chain, tuple(how), bool(groups), whole)
+        given: list[Size] = [m, k, n]
+        given += [joined(self.x, self.rows), *rows, joined(self.c, self.rows)]
+        if groups:
+            given += counts
+            for strides in (batch(self.x), w_batch, *[batch(e) for e in self.extras], batch(self.c)):
+                given += strides
+        pointers = [self.x.view, panels, *[e.view for e in self.extras], self.c.view]
+        w.step(kernel, pointers, given, self.node)
+
+    def _pack(
+        self, width: int, n: Size, k: Size, counts: list[Size], strides: list[Size], k_stride: Size
+    ) -> tuple[View, list[Size]]:
+        """y in panels, for each part of the batch over which it differs, and how far apart these lie."""
+        layout = Panels(width)
+        one = layout.elements((n, k))
+        own = [count if stride != ZERO else ONE for count, stride in zip(counts, strides, strict=True)]
+        view = self.y.view
+        made = self.w.scratch(f32, (one * own[0] * own[1],), f"{view.buffer.name}_panels")
+        sizes = [n, k, self.y.stride(self.column), k_stride, *own, *strides]
+        near = self.column is not None and self.y.stride(self.column) == ONE
+        self.w.step(Pack(width, near), [view, made], sizes, self.node)
+        apart = [one * own[1], one]
+        return made, [a if stride != ZERO else ZERO for a, stride in zip(apart, strides, strict=True)]

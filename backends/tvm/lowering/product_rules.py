@@ -1,0 +1,224 @@
+"""Lowering rules of products: linear, matmul and einsum, with the chain that finishes them.
+
+All of them are sums of products over letters: `... k, n k -> ... n` is a linear, and so on. Two operands in float32
+become a matrix product,
+
+    c[batch..., m, n] = epilogue(sum_k x[batch..., m, k] y[batch..., n, k])
+
+by giving each letter its part and joining those of one part: in views, and in copies where strides cannot say it. The
+side that holds the result's innermost letter is y; it is packed in panels, or is a parameter that lies in panels.
+Float16 and bfloat16 are widened first; float64 and integers are summed element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from treadle.backends.tvm.kernels.contraction import Contraction
+from treadle.backends.tvm.kernels.matmul import panel_width
+from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
+from treadle.backends.tvm.lowering.grouping import chain_of, inputs_of
+from treadle.backends.tvm.lowering.matrix_product import Finish, MatrixProduct, Term
+from treadle.backends.tvm.lowering.program import Panels, View
+from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
+from treadle.ir.graph import Node, Value
+from treadle.ir.sizes import Size
+from treadle.ir.types import DType, f32
+
+# -- rules ---------------------------------------------------------------------------------------------------
+
+
+def _product(w: RoutineWriter, node: Node) -> None:
+    """The rule of a product, and of the group of elementwise ops that finishes one."""
+    part = w.groups.get(node)
+    made = part.product if part is not None else node
+    assert made is not None
+    equation = Equation.of(made)
+    dtype = made.result.type.dtype
+    bias = made.operands[2] if made.op.name == "linear" else None
+    factors = [v for v in made.operands[:2] if v is not None] if made.op.name == "linear" else made.inputs
+    if dtype is f32:
+        finish = _finish(w, node, made, equation)
+        to = w.destination(node.result)
+        if bias is not None:
+            biased = Term.of(w.view(bias), equation.result[-1:])
+            finish = Finish(_with_bias(finish.chain), (biased, *finish.extras))
+        _sum(w, node, equation, factors, equation.of_result(to), finish)
+        return
+    to = w.destination(node.result)
+    exact = dtype.is_int or dtype.name == "f64"
+    if exact and bias is None:
+        _contract(w, node, equation, [w.view(v) for v in factors], equation.of_result(to))
+        return
+    total = w.scratch(dtype if exact else f32, to.shape, "sums")
+    if exact:
+        _contract(w, node, equation, [w.view(v) for v in factors], equation.of_result(total))
+    else:
+        _sum(w, node, equation, factors, equation.of_result(total), Finish())
+    w.pointwise(_narrowing(total.dtype, dtype, bias), [total, *([w.view(bias)] if bias is not None else [])], to, node)
+
+
+def _narrowing(held: DType, dtype: DType, bias: Value | None) -> Chain:
+    """(sum + bias) converted to dtype."""
+    inputs = (held.name, dtype.name) if bias is not None else (held.name,)
+    made: list[Instruction] = []
+    at = 0
+    if bias is not None:
+        other = 1
+        if held is not dtype:
+            made.append(Instruction("cast", (1,), held.name))
+            other = len(inputs)
+        made.append(Instruction("add", (0, other), held.name))
+        at = len(inputs) + len(made) - 1
+    if held is not dtype:
+        made.append(Instruction("cast", (at,), dtype.name))
+    return Chain(inputs, tuple(made))
+
+
+def _finish(w: RoutineWriter, node: Node, made: Node, equation: Equation) -> Finish:
+    part = w.groups.get(node)
+    if part is None:
+        return Finish()
+    others = [v for v in inputs_of(part) if v is not made.result]
+    shape = made.result.type.shape
+    extras = [equation.of_result(w.view(v).broadcast(shape)) for v in others]
+    return Finish(chain_of(part, [made.result, *others]), tuple(extras))
+
+
+def _with_bias(chain: Chain | None) -> Chain:
+    """The chain with sum + bias in place of the sum; the bias is the second input."""
+    add = Instruction("add", (0, 1), "f32")
+    if chain is None:
+        return Chain(("f32", "f32"), (add,))
+    inputs = ("f32", "f32", *chain.inputs[1:])
+    old = len(chain.inputs)
+
+    def moved(place: int) -> int:
+        return len(inputs) if place == 0 else place + 1 if place < old else place + 2
+
+    rest = [replace(i, operands=tuple(moved(p) for p in i.operands)) for i in chain.instructions]
+    return Chain(inputs, (add, *rest))
+
+
+# -- letters -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Equation:
+    """What an op sums: the letter of each dimension of its operands and its result, None for a dimension of 1."""
+
+    operands: tuple[tuple[str | None, ...], ...]
+    result: tuple[str | None, ...]
+    sizes: Mapping[str, Size]
+
+    @staticmethod
+    def of(node: Node) -> Equation:
+        applied = node.op.apply([None if v is None else v.type for v in node.operands])
+        operands = [
+            tuple(d.factors[0] if d.factors else None for d in dims) for dims in applied.operands if dims is not None
+        ]
+        result = tuple(d.factors[0] if d.factors else None for d in applied.results[0])
+        sizes = {name: dim.size for name, dim in applied.dims.items()}
+        return Equation(tuple(operands), result, sizes)
+
+    def of_result(self, view: View) -> Term:
+        """A view of the result's shape."""
+        return Term.of(view, self.result)
+
+
+def _contract(w: RoutineWriter, node: Node, equation: Equation, views: Sequence[View], to: Term) -> None:
+    """The sum element by element, in the operands' own dtype."""
+    terms = [Term.of(view, letters) for view, letters in zip(views, equation.operands, strict=False)]
+    _contract_terms(w, node, terms, to, equation.sizes, f"{to.view.dtype} is summed element by element")
+
+
+def _contract_terms(
+    w: RoutineWriter, node: Node, terms: Sequence[Term], to: Term, sizes: Mapping[str, Size], note: str
+) -> None:
+    summed = list(dict.fromkeys(letter for t in terms for letter in t.letters if letter not in to.letters))
+    order = [*to.letters, *summed]
+    dtypes = tuple(t.view.dtype.name for t in terms)
+    strides = [*[t.stride(letter) for t in terms for letter in order], *to.view.strides]
+    kernel = Contraction(to.view.dtype.name, dtypes, len(to.letters), len(summed))
+    w.step(kernel, [*[t.view for t in terms], to.view], [*[sizes[n] for n in order], *strides], node, note=note)
+
+
+# -- in float32 ----------------------------------------------------------------------------------------------
+
+
+def _sum(w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Value], to: Term, finish: Finish) -> None:
+    """The sum in float32: a matrix product for each operand after the first."""
+    sizes = equation.sizes
+    if len(values) == 2:
+        weight = _in_panels(w, node, values[1], equation)
+        if weight is not None:
+            x = Term.of(_widened(w, w.view(values[0])), equation.operands[0])
+            MatrixProduct(w, node, sizes, x, Term.of(weight, equation.operands[1]), to, finish, packed=True).emit()
+            return
+    terms = [Term.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False)]
+    terms = [_without_lone(w, node, terms, i, to, sizes) for i in range(len(terms))]
+    if len(terms) == 1:
+        term = terms[0]
+        chain = finish.chain or Chain((term.view.dtype.name,), ())
+        operands = [t.over(to.letters, sizes) for t in (term, *finish.extras)]
+        w.pointwise(_converted(chain, term.view.dtype), operands, to.view, node)
+        return
+    left = terms[0]
+    for i, right in enumerate(terms[1:], start=1):
+        last = i == len(terms) - 1
+        if last:
+            made, done = to, finish
+        else:
+            later = {letter for t in (*terms[i + 1 :], to) for letter in t.letters}
+            kept = [n for n in dict.fromkeys((*left.letters, *right.letters)) if n in later]
+            made, done = Term(tuple(kept), w.scratch(f32, [sizes[n] for n in kept], "product")), Finish()
+        x, y = (replace(t, view=_widened(w, t.view)) for t in (left, right))
+        MatrixProduct(w, node, sizes, x, y, made, done).emit()
+        left = made
+
+
+def _converted(chain: Chain, dtype: DType) -> Chain:
+    """A chain over float32 on a first input of another dtype."""
+    if chain.inputs[0] == dtype.name:
+        return chain
+    old = len(chain.inputs)
+    moved = [
+        replace(i, operands=tuple(old if p == 0 else p + (p >= old) for p in i.operands)) for i in chain.instructions
+    ]
+    return Chain((dtype.name, *chain.inputs[1:]), (Instruction("cast", (0,), chain.inputs[0]), *moved))
+
+
+def _without_lone(
+    w: RoutineWriter, node: Node, terms: Sequence[Term], at: int, to: Term, sizes: Mapping[str, Size]
+) -> Term:
+    """A term summed over the letters that it alone has."""
+    others = {letter for i, t in enumerate((*terms, to)) if i != at for letter in t.letters}
+    kept = tuple(letter for letter in terms[at].letters if letter in others)
+    if kept == terms[at].letters:
+        return terms[at]
+    made = Term(kept, w.scratch(f32, [sizes[n] for n in kept], "sums"))
+    _contract_terms(w, node, [terms[at]], made, sizes, "letters of one operand are summed element by element")
+    return made
+
+
+def _widened(w: RoutineWriter, view: View) -> View:
+    """A view in float32."""
+    if view.dtype is f32:
+        return view
+    made = w.scratch(f32, view.shape, f"{view.buffer.name}_wide")
+    w.pointwise(Chain((view.dtype.name,), (Instruction("cast", (0,), "f32"),)), [view], made, None)
+    return made
+
+
+def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -> View | None:
+    """A parameter in the panels that a product reads, if the product is one that reads it so."""
+    n = equation.result[-1] if equation.result else None
+    if value.type.rank != 2 or n is None or n not in equation.operands[1]:
+        return None
+    transposed = equation.operands[1][1] == n
+    return w.panels(value, Panels(panel_width(equation.sizes[n].constant, w.isa), transposed))
+
+
+RULES: Mapping[str, Rule] = dict.fromkeys(("linear", "matmul", "einsum"), _product)
+KEEPS: Mapping[str, Keeps] = {}

@@ -1,0 +1,418 @@
+"""Lowering to kernels: a graph as a kernel program, node by node, by a table of rules.
+
+    program = lower(graph, isa)
+
+What a rule sees is a `RoutineWriter`: operands come as views, results get a place to be written to, steps are added.
+Rules live in `rules` and the modules beside it; a rule is a function of the writer and the
+node. What is done here, once: which memory a value has, views in place of copies, where a result is
+written so that the rearrange after it is a view, layouts of parameters, calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.matmul import panel_width
+from treadle.backends.tvm.kernels.pointwise import Chain, Pointwise
+from treadle.backends.tvm.lowering.grouping import Group, group
+from treadle.backends.tvm.lowering.program import (
+    Buffer,
+    Call,
+    KernelProgram,
+    Panels,
+    Routine,
+    Slot,
+    Step,
+    View,
+)
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.operation import Op
+from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.types import DType, Type, f32
+
+Rule = Callable[["RoutineWriter", Node], None]
+"""Emits a node: reads its operands' views, adds steps, says where its results are."""
+
+Keeps = Callable[[Op, Sequence[Type | None]], bool]
+"""Whether a rule covers a composite on operands of these types; else its body is lowered."""
+
+Layouts = dict[Value, list[Panels | None]]
+"""For each parameter of a function the layouts in which it is read; None is the parameter as it is."""
+
+
+def lower(graph: Graph, isa: Isa, rules: Mapping[str, Rule]) -> KernelProgram:
+    """A legalized graph as kernels. Raises BackendError for an op that no rule is there for."""
+    wanted: dict[str, Layouts] = {}
+    routines: dict[str, RoutineWriter] = {}
+    for function in graph.functions.values():
+        wanted[function.name] = _layouts(graph, function, isa, wanted)
+        writer = RoutineWriter(function, isa, rules, wanted[function.name], routines)
+        writer.write()
+        routines[function.name] = writer
+    main = routines["main"]
+    weights = dict(main.slots)
+    inputs = {value.name: main.views[value].buffer for value in graph.main.inputs}
+    outputs = {
+        name: View.contiguous(buffer, value.type.shape)
+        for (name, value), buffer in zip(graph.main.outputs.items(), main.routine.results, strict=True)
+    }
+    return KernelProgram(tuple(w.routine for w in routines.values()), inputs, weights, outputs)
+
+
+# -- layouts of parameters -----------------------------------------------------------------------------------
+
+
+def _layouts(graph: Graph, function: Function, isa: Isa, callees: Mapping[str, Layouts]) -> Layouts:
+    """In which layouts each parameter is read.
+
+    A product wants panels. A table that is gathered from is read in panels as well if a product wants it; anything else
+    reads the parameter as it is, the function's outputs among it.
+    """
+    uses, outputs = function.uses(), set(function.outputs.values())
+    found: Layouts = {}
+    for value in function.parameters.values():
+        layouts: list[Panels | None] = []
+        gathered = False
+        for node, position in uses.get(value, []):
+            callee = graph.callee(node)
+            if callee is not None:
+                inner = list(callee.arguments)[position]
+                layouts += callees[callee.name].get(inner, [None])
+            elif node.op.name == "embedding" and position == 0:
+                gathered = True
+            else:
+                layouts.append(_wanted(node, position, isa))
+        if value in outputs or (gathered and not any(layouts)):
+            layouts.append(None)
+        found[value] = list(dict.fromkeys(layouts)) or [None]
+    return found
+
+
+def _wanted(node: Node, position: int, isa: Isa) -> Panels | None:
+    """The layout that a node reads its operand in, if it is a parameter."""
+    value = node.operands[position]
+    assert value is not None
+    if value.type.dtype is not f32 or value.type.rank != 2 or position != 1:
+        return None
+    rows, columns = (size.constant for size in value.type.shape)
+    if node.op.name == "linear":
+        return Panels(panel_width(rows, isa))
+    if node.op.name == "matmul":
+        return Panels(panel_width(columns, isa), transposed=True)
+    return None
+
+
+# -- a function ----------------------------------------------------------------------------------------------
+
+
+class RoutineWriter:
+    """Writes one function as a routine.
+
+    views   where each value is
+    slots   the parameters, each in each of its layouts
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        isa: Isa,
+        rules: Mapping[str, Rule],
+        layouts: Layouts,
+        routines: Mapping[str, RoutineWriter],
+    ) -> None:
+        self.function, self.isa, self.rules = function, isa, rules
+        self.layouts, self.routines = layouts, routines
+        self.routine = Routine(function.name)
+        self.views: dict[Value, View] = {}
+        self.slots: dict[Slot, Buffer] = {}
+        self.uses = function.uses()
+        self.groups: dict[Node, Group] = group(function)
+        self._panels: dict[tuple[Value, Panels], View] = {}
+        self._results: dict[Value, Buffer] = {}
+        self._direct: set[Value] = set()  # results of the routine that the operand of their rearrange is written to
+        self._names: dict[str, int] = {}
+        for value in function.inputs:
+            self.views[value] = View.contiguous(self._argument(value.name, value.type, None), value.type.shape)
+        for name, value in function.parameters.items():
+            for layout in layouts[value]:
+                buffer = self._argument(name, value.type, layout)
+                self.slots[Slot(name, value.type, layout)] = buffer
+                view = View.contiguous(buffer, value.type.shape)
+                if layout is not None:
+                    self._panels[value, layout] = view
+                self.views.setdefault(value, view)
+                if layout is None:
+                    self.views[value] = view
+
+    def _argument(self, name: str, type: Type, layout: Panels | None) -> Buffer:
+        elements = product(type.shape) if layout is None else layout.elements(type.shape)
+        buffer = Buffer(self._new_name(name), type.dtype, elements, "argument", layout)
+        self.routine.arguments.append(buffer)
+        return buffer
+
+    def _new_name(self, hint: str) -> str:
+        count = self._names.get(hint, 0)
+        self._names[hint] = count + 1
+        return f"{hint}_{count}" if count else hint
+
+    # -- what rules use --------------------------------------------------------------------------------------
+
+    def view(self, value: Value) -> View:
+        """Where a value is. One in panels only is given as such: see `View.panels`."""
+        if value not in self.views:
+            assert value.literal is not None, value
+            buffer = Buffer(
+                self._new_name("constant"), value.type.dtype, value.type.elements, "constant", literal=value.literal
+            )
+            self.views[value] = View.contiguous(buffer, value.type.shape)
+        return self.views[value]
+
+    def panels(self, value: Value, layout: Panels) -> View | None:
+        """A parameter in panels, if it is there in this layout."""
+        return self._panels.get((value, layout))
+
+    def contiguous(self, view: View) -> View:
+        """The same elements in row-major order without gaps: the view itself, or a copy."""
+        return view if view.is_contiguous else self.copied(view)
+
+    def copied(self, view: View) -> View:
+        """A copy in row-major order."""
+        made = self.scratch(view.dtype, view.shape, f"{view.buffer.name}_copy")
+        self.copy(view, made, None)
+        return made
+
+    def copy(self, source: View, to: View, node: Node | None) -> None:
+        """Add a step that copies elements between two views of one shape."""
+        self.pointwise(Chain((source.dtype.name,), ()), [source], to, node)
+
+    def pointwise(self, chain: Chain, operands: Sequence[View], to: View, node: Node | None) -> None:
+        """Add a step that computes a chain; operands broadcast to the result's shape."""
+        views = _collapsed([*(v.broadcast(to.shape) for v in operands), to])
+        shape = views[-1].shape
+        inner = "".join(_how(view) for view in views)
+        kernel = Pointwise(chain, len(shape), inner)
+        strides = [stride for view in views for stride in view.strides]
+        self.step(kernel, views, [*shape, *strides], node)
+
+    def scratch(self, dtype: DType, shape: Sequence[Size], hint: str = "scratch") -> View:
+        """New memory of the routine's own."""
+        buffer = Buffer(self._new_name(hint), dtype, product(shape), "local")
+        return View.contiguous(buffer, shape)
+
+    def destination(self, value: Value) -> View:
+        """Where to write a result: the routine's own result, or so that the rearrange that reads it is a view."""
+        if value in self._results:
+            self.views[value] = View.contiguous(self._results[value], value.type.shape)
+            return self.views[value]
+        readers = self.uses.get(value, [])
+        view = None
+        if len(readers) == 1 and readers[0][0].op.name == "rearrange":
+            view = self._before_rearrange(value, readers[0][0])
+        if view is None:
+            buffer = Buffer(self._new_name(value.name), value.type.dtype, value.type.elements, "local")
+            view = View.contiguous(buffer, value.type.shape)
+        self.views[value] = view
+        return view
+
+    def set(self, value: Value, view: View) -> None:
+        """Say that a result is what a view shows; nothing is computed."""
+        if value in self._results:
+            to = View.contiguous(self._results[value], value.type.shape)
+            self.copy(view, to, value.node)
+            view = to
+        self.views[value] = view
+
+    def step(
+        self,
+        kernel: Kernel,
+        pointers: Sequence[View],
+        sizes: Sequence[Size | int],
+        node: Node | None,
+        *,
+        writes: int = 1,
+        note: str = "",
+    ) -> None:
+        """Add a step. The last `writes` pointers are written."""
+        exact = tuple([Size.of(s) for s in sizes])
+        self.routine.steps.append(Step(kernel, tuple(pointers), exact, node, writes, note))
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """All steps."""
+        for name, value in self.function.outputs.items():
+            buffer = Buffer(self._new_name(f"out_{name}"), value.type.dtype, value.type.elements, "result")
+            self.routine.results.append(buffer)
+            if value.node is not None:
+                self._results.setdefault(value, buffer)
+        for node in self.function.nodes:
+            part = self.groups.get(node)
+            if part is not None and part.root is not node:
+                continue  # computed where its group is
+            if node.op.callee is not None:
+                self._call(node)
+                continue
+            name = node.op.name if part is None else "pointwise" if part.product is None else part.product.op.name
+            rule = self.rules.get(name)
+            if rule is None:
+                raise BackendError(f"the tvm backend has no kernel for op {node.op.name!r}")
+            rule(self, node)
+        for value, buffer in zip(self.function.outputs.values(), self.routine.results, strict=True):
+            if self._results.get(value) is not buffer:  # an argument, a constant, or an output under two names
+                self.copy(self.view(value), View.contiguous(buffer, value.type.shape), value.node)
+
+    def _call(self, node: Node) -> None:
+        callee = self.routines[str(node.op.callee)]
+        count = len(callee.function.inputs)
+        arguments = [self.contiguous(self.view(v)) for v in node.inputs[:count]]
+        given = dict(zip(callee.function.parameters, node.inputs[count:], strict=True))
+        for slot in callee.slots:
+            arguments.append(self._weight(given[slot.name], slot))
+        results = []
+        for result in node.results:
+            view = self.destination(result)
+            results.append(view)
+        spilled = [(r, self.scratch(r.dtype, r.shape)) if not r.is_contiguous else (r, r) for r in results]
+        self.routine.steps.append(Call(callee.routine, tuple(arguments), tuple(to for _, to in spilled), node))
+        for wanted, made in spilled:
+            if wanted is not made:
+                self.copy(made, wanted, node)
+
+    def _weight(self, value: Value, slot: Slot) -> View:
+        """What a call passes for a parameter of its callee."""
+        if slot.layout is None:
+            return self.contiguous(self.view(value))
+        packed = self.panels(value, slot.layout)
+        return packed if packed is not None else self.packed(self.view(value), slot.layout)
+
+    def packed(self, view: View, layout: Panels) -> View:
+        """A matrix that is computed, or a constant, in panels: packed by a step."""
+        from treadle.backends.tvm.kernels.matmul import Pack
+
+        n, k = (1, 0) if layout.transposed else (0, 1)
+        elements = layout.elements(view.shape)
+        buffer = Buffer(self._new_name(f"{view.buffer.name}_panels"), view.dtype, elements, "local", layout)
+        made = View.contiguous(buffer, view.shape)
+        sizes: list[Size | int] = [view.shape[n], view.shape[k], view.strides[n], view.strides[k], 1, 1, 0, 0]
+        self.step(Pack(layout.width), [view, made], sizes, None)
+        return made
+
+    def _before_rearrange(self, value: Value, node: Node) -> View | None:
+        """A view to write a value to, such that the rearrange of it is contiguous; None where strides cannot say it."""
+        moved = Rearranged.of(node, value.type)
+        buffer = self._results.get(node.result)
+        if buffer is None:
+            buffer = Buffer(self._new_name(node.result.name), value.type.dtype, value.type.elements, "local")
+        whole = View.contiguous(buffer, [moved.sizes[f] for f in moved.after])
+        view: View | None = whole.permuted([moved.after.index(f) for f in moved.before])
+        for axis, factors in enumerate(moved.operand):
+            view = view.merged(axis, len(factors)) if view is not None else None
+        if view is not None and node.result in self._results:
+            self._direct.add(node.result)
+        return view
+
+    def rearranged(self, node: Node) -> None:
+        """The rule of rearrange: a view if strides can say it, else a copy."""
+        (value,) = node.inputs
+        result = node.result
+        source = self.view(value)
+        moved = Rearranged.of(node, value.type)
+        view = moved.view(source)
+        if view is None:
+            self.copy(moved.factored(source), moved.split(self.destination(result), moved.result), node)
+            return
+        if result in self._direct and view.buffer is self._results.get(result):
+            self.views[result] = view
+            return
+        self.set(result, view)
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """A rearrange of an operand of known type, as dimensions to split, permute and merge.
+
+    operand  for each dimension of the operand its factors; a dimension of 1 has none
+    result   likewise
+    sizes    of the factors
+    """
+
+    operand: tuple[tuple[str, ...], ...]
+    result: tuple[tuple[str, ...], ...]
+    sizes: Mapping[str, Size]
+
+    @staticmethod
+    def of(node: Node, type: Type) -> Rearranged:
+        application = node.op.apply([type])
+        operand = application.operands[0]
+        assert operand is not None
+        sizes = {name: dim.size for name, dim in application.dims.items()}
+        return Rearranged(tuple(d.factors for d in operand), tuple(d.factors for d in application.results[0]), sizes)
+
+    @property
+    def before(self) -> list[str]:
+        return [f for factors in self.operand for f in factors]
+
+    @property
+    def after(self) -> list[str]:
+        return [f for factors in self.result for f in factors]
+
+    def factored(self, view: View) -> View:
+        """The operand with a dimension a factor, in the result's order."""
+        return self.split(view, self.operand).permuted([self.before.index(f) for f in self.after])
+
+    def split(self, view: View, dimensions: Sequence[tuple[str, ...]]) -> View:
+        """A view of these dimensions with one a factor; it may be one whose elements lie apart."""
+        axis = 0
+        for factors in dimensions:
+            if factors:
+                view = view.split(axis, [self.sizes[f] for f in factors])
+                axis += len(factors)
+            else:
+                view = replace(
+                    view,
+                    shape=(*view.shape[:axis], *view.shape[axis + 1 :]),
+                    strides=(*view.strides[:axis], *view.strides[axis + 1 :]),
+                )
+        return view
+
+    def view(self, view: View) -> View | None:
+        """The result as a view of the operand, or None."""
+        if view.panels is not None:
+            return None
+        found: View | None = self.factored(view)
+        for axis, factors in enumerate(self.result):
+            found = found.merged(axis, len(factors)) if found is not None else None
+        return found
+
+
+def _collapsed(views: Sequence[View]) -> list[View]:
+    """Views of one shape with as few dimensions as possible: those of size 1 dropped, neighbours merged."""
+    rank = views[0].rank
+    kept = [axis for axis in range(rank) if views[0].shape[axis] != ONE]
+    found = [
+        replace(v, shape=tuple(v.shape[a] for a in kept), strides=tuple(v.strides[a] for a in kept)) for v in views
+    ]
+    axis = len(kept) - 2
+    while axis >= 0:
+        merged = [v.merged(axis, 2) for v in found]
+        if all(v is not None for v in merged):
+            found = [v for v in merged if v is not None]
+        axis -= 1
+    return found
+
+
+def _how(view: View) -> str:
+    """How a view moves along its last dimension; see `Pointwise.inner`."""
+    if not view.strides:
+        return "0"
+    return {0: "0", 1: "1"}.get(view.strides[-1].constant if view.strides[-1].constant is not None else -1, "s")
+
+
+def steps_of(program: KernelProgram) -> Iterator[Step]:
+    """Every step of every routine, once."""
+    for routine in program.routines:
+        yield from routine.walk()

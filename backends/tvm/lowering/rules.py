@@ -1,0 +1,59 @@
+"""The table of lowering rules: op name -> which kernels compute it. Rules of one kind lie in a module of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from treadle.backends.tvm.kernels.vector_math import POINTWISE
+from treadle.backends.tvm.lowering import (
+    attention_rules,
+    indexing_rules,
+    normalization_rules,
+    product_rules,
+    reduction_rules,
+    shape_rules,
+)
+from treadle.backends.tvm.lowering.grouping import chain_of, inputs_of
+from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
+from treadle.ir.graph import Node
+from treadle.ir.operation import Composite, Op
+from treadle.ir.types import Type
+
+_MODULES = (
+    shape_rules,
+    product_rules,
+    attention_rules,
+    normalization_rules,
+    reduction_rules,
+    indexing_rules,
+)
+
+
+def _pointwise(w: RoutineWriter, node: Node) -> None:
+    part = w.groups[node]
+    inputs = inputs_of(part)
+    w.pointwise(chain_of(part, inputs), [w.view(v) for v in inputs], w.destination(node.result), node)
+
+
+RULES: Mapping[str, Rule] = {
+    "pointwise": _pointwise,
+    **{name: rule for module in _MODULES for name, rule in module.RULES.items()},
+}
+"""`pointwise` stands for every group of elementwise ops."""
+
+KEEPS: Mapping[str, Keeps] = {name: keeps for module in _MODULES for name, keeps in module.KEEPS.items()}
+"""For composites with a rule: whether it covers these operands. One that is not there covers every case."""
+
+
+def keeps(op: Op, types: Sequence[Type | None]) -> bool:
+    """Whether a composite is lowered as it is, rather than by its body."""
+    if op.name in POINTWISE:
+        return True
+    return op.name in RULES and (op.name not in KEEPS or KEEPS[op.name](op, types))
+
+
+def supported(op: Op, types: Sequence[Type | None]) -> str | None:
+    """None, or why there is no kernel for an op on operands of these types, which is a primitive or kept."""
+    if isinstance(op, Composite) or keeps(op, types):
+        return None
+    return f"{op.name} has no kernel for " + ", ".join(str(t.dtype) for t in types if t is not None)

@@ -1,0 +1,1 @@
+"""The graph as text: printed, scanned and parsed."""

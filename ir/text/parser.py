@@ -1,0 +1,532 @@
+"""Reads a graph from text: the inverse of `treadle.ir.text.printer`; docs/ir-grammar.md is the grammar.
+
+The text may come from anywhere. It is read in one pass, without recursion on its contents, under `Limits`; every way in
+which it can be wrong is a ParseError with the line, the column and what was expected. Types are inferred again, and
+compared with those that the text says. A graph that was read verifies.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import treadle.ir.ops  # noqa: F401  (registers the ops)
+from treadle.ir.errors import GraphError, TreadleError
+from treadle.ir.graph import Function, Graph, Init, Node, Source, Value
+from treadle.ir.operation import OPS, Op
+from treadle.ir.ops.call import Call
+from treadle.ir.sizes import Bounds
+from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts, read_attribute
+from treadle.ir.text.constants import ConstantReader
+from treadle.ir.text.scanner import RESERVED, Limits, Scanner
+from treadle.ir.types import DTYPES, Type
+
+_RUN = re.compile(r"((?:\w+\.)*?)\{(\d{1,9})\.\.(\d{1,9})\}((?:\.\w+)*)")
+_ATTRIBUTE = re.compile(r"([A-Za-z_]\w*)\s*=")
+_TENSOR = re.compile(r"[a-z]\w*\[")
+_NAME_START = re.compile(r'[A-Za-z_"]')
+_OPEN = re.compile(r"\{")
+_CLOSE = re.compile(r"\}")
+
+_OPERAND = r"(?:\$[A-Za-z_]\w*+(?:\.\w++)*+|[A-Za-z_]\w*+)"
+_PLAIN_OPERANDS = re.compile(rf"{_OPERAND}(?:, {_OPERAND})*(?=\)|, )")
+_PLAIN_HEAD = re.compile(r"([A-Za-z_]\w*+) = ([A-Za-z_]\w*+)(?=\()")
+
+_TYPE = r"[a-z]\w*\[[^\]\n]*\]"
+_STRING = r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"'
+_NOTE = re.compile(
+    rf"[ \t]*#[ \t]*(?P<types>{_TYPE}(?:, {_TYPE})*+|\(\))"
+    rf"(?:[ \t]++(?P<file>{_STRING}|[\w./<>+-]++):(?P<line>-?\d{{1,9}})(?!\S))?"
+    rf"(?:[ \t]++(?P<scope>{_STRING}|\w++(?:\.\w++)*+))?"
+    r"[ \t]*+(?:\|[^\n]*+)?(?=\n|\Z)"
+)
+_NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
+_ONE_TYPE = re.compile(_TYPE)
+
+# What follows the reading costs too, and is counted with it: verifying, and what a backend does.
+_NODE_WORK = 30
+_APPLICATION_WORK = 60
+_ARGUMENT_WORK = 15
+_PARAMETER_WORK = 20
+_NOTE_CHARACTERS_OF_WORK = 16
+
+
+def parse_graph(text: str, limits: Limits | None = None) -> Graph:
+    """Read a graph. Raises ParseError, with the place in the text."""
+    return _Parser(text, limits or Limits()).graph()
+
+
+class _Parser:
+    def __init__(self, text: str, limits: Limits) -> None:
+        self.s = Scanner(text, limits)
+        self.limits = limits
+        self.constants = ConstantReader(self.s, limits)
+        self.nodes = 0
+        self.operands = 0
+        self.arguments_left = limits.arguments
+        self.applied: dict[tuple[type[Op], str, tuple[str | None, ...]], tuple[Op, tuple[Type, ...], int]] = {}
+
+    # -- the graph -------------------------------------------------------------------------------------------------
+
+    def graph(self) -> Graph:
+        s = self.s
+        s.expect_word("graph")
+        self.result = Graph(s.name("the graph's name"))
+        s.expect("{")
+        if s.accept_word("symbols"):
+            self.symbol()
+            while s.accept(","):
+                self.symbol()
+        if s.accept_word("parameters"):
+            self.parameters()
+        while s.accept_word("block"):
+            self.block()
+        s.expect_word("main")
+        self.function(self.result.main)
+        self.constants.read_data()
+        s.expect("}")
+        s.skip()
+        if s.at != len(s.text):
+            raise s.error(f"expected the end of the text, found {s.found()}")
+        return self.result
+
+    def symbol(self) -> None:
+        s = self.s
+        lower, upper = 1, None
+        start = s.skip()
+        number = s.accept_number()
+        if number is not None:
+            s.at = start
+            lower = s.integer("a bound")
+            s.expect("<=")
+        name = s.name("a symbol")
+        if s.accept("<="):
+            upper = s.integer("a bound")
+        if upper is not None and upper < lower:
+            raise s.error(f"no size is left for {name}", start)
+        if name in self.result.symbols:
+            raise s.error(f"{name} is declared twice", start)
+        if len(self.result.symbols) >= self.limits.symbols:
+            raise s.error("too many symbols", start, hint=f"at most {self.limits.symbols}")
+        self.result.symbols[name] = Bounds(lower, upper)
+
+    def declared_type(self) -> Type:
+        s = self.s
+        start = s.skip()
+        found = s.type()
+        self.declared(found.symbols, start)
+        return found
+
+    def declared(self, symbols: Iterable[str], at: int) -> None:
+        unknown = sorted(set(symbols) - self.result.symbols.keys())
+        if unknown:
+            raise self.s.error(f"symbol {unknown[0]} is not declared", at, hint="add it to the graph's symbols")
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> None:
+        s = self.s
+        s.expect("{")
+        run: tuple[str, int, int] | None = None
+        tails: list[tuple[str, Type, Init | None, int]] = []
+
+        def expand() -> None:
+            if run is not None:
+                head, first, last = run
+                if (last - first + 1) * len(tails) > self.limits.parameters:
+                    raise s.error("too many parameters", tails[0][3], hint=f"at most {self.limits.parameters}")
+                for number in range(first, last + 1):
+                    for tail, type, init, at in tails:
+                        self.parameter(f"{head}{number}{tail}", type, init, at)
+            tails.clear()
+
+        while not s.accept("}"):
+            start = s.skip()
+            match = s.match(_RUN)
+            if match is None:
+                expand()
+                run = None
+                name = s.path("a parameter's name")
+                self.parameter(name, *self.parameter_type(), start)
+                continue
+            s.spend(_PARAMETER_WORK, start)
+            this = (match[1], int(match[2]), int(match[3]))
+            if this != run:
+                expand()
+                run = this
+            tails.append((match[4], *self.parameter_type(), start))
+        expand()
+
+    def parameter_type(self) -> tuple[Type, Init | None]:
+        s = self.s
+        s.expect(":")
+        type, init = self.declared_type(), None
+        if s.accept("="):
+            kind, scale = s.name("an initial value"), None
+            if s.accept("("):
+                scale = s.accept_number()
+                if scale is None:
+                    raise s.error(f"expected a number, found {s.found()}")
+                s.expect(")")
+            init = Init(kind, scale)
+        return type, init
+
+    def parameter(self, name: str, type: Type, init: Init | None, at: int) -> None:
+        parameters = self.result.main.parameters
+        if name in parameters:
+            raise self.s.error(f"there are two parameters {name}", at)
+        if len(parameters) >= self.limits.parameters:
+            raise self.s.error("too many parameters", at, hint=f"at most {self.limits.parameters}")
+        self.s.spend(_PARAMETER_WORK, at)
+        parameters[name] = Value("parameter", type, name)
+        if init is not None:
+            self.result.initial[name] = init
+
+    # -- functions -------------------------------------------------------------------------------------------------
+
+    def block(self) -> None:
+        s = self.s
+        start = s.skip()
+        name = s.name("a block's name")
+        if name in self.result.functions:
+            raise s.error(f"there are two functions {name}", start)
+        if len(self.result.functions) >= self.limits.functions:
+            raise s.error("too many functions", start, hint=f"at most {self.limits.functions}")
+        function = Function(name)
+        self.function(function)
+        self.result.add_function(function)
+
+    def function(self, function: Function) -> None:
+        s = self.s
+        self.current = function
+        self.values: dict[str, Value] = {}
+        for name, type, at in self.typed_names():
+            if name in self.values:
+                raise s.error(f"there are two inputs {name}", at)
+            value = self.values[name] = Value("input", type, name)
+            function.inputs.append(value)
+        s.expect("->")
+        promised = self.typed_names()
+        if function is not self.result.main and s.accept_word("weights"):
+            self.weight()
+            while s.accept(","):
+                self.weight()
+        s.expect("{")
+        while not s.accept_word("return"):
+            self.statement()
+        start = s.skip()
+        self.outputs()
+        given = [(name, v.type) for name, v in function.outputs.items()]
+        if given != [(name, type) for name, type, _ in promised]:
+            raise s.error(
+                f"{function.name} returns other values than its signature says",
+                start,
+                received=f"({_signature(given)}), promised ({_signature((n, t) for n, t, _ in promised)})",
+            )
+        s.expect("}")
+
+    def typed_names(self) -> list[tuple[str, Type, int]]:
+        s = self.s
+        found: list[tuple[str, Type, int]] = []
+        s.expect("(")
+        while not s.accept(")"):
+            if found:
+                s.expect(",")
+            start = s.skip()
+            name = s.name("a name")
+            s.expect(":")
+            found.append((name, self.declared_type(), start))
+            self.argument(start)
+        return found
+
+    def argument(self, at: int) -> None:
+        """Count an input, an output or a weight of a function."""
+        self.arguments_left -= 1
+        if self.arguments_left < 0:
+            most = f"at most {self.limits.arguments} inputs, outputs and weights of functions"
+            raise self.s.error("too many arguments", at, hint=most)
+        self.s.spend(_ARGUMENT_WORK, at)
+
+    def weight(self) -> None:
+        s = self.s
+        start = s.skip()
+        name = s.path("a weight's name")
+        s.expect(":")
+        if name in self.current.parameters:
+            raise s.error(f"there are two weights {name}", start)
+        self.argument(start)
+        self.current.parameters[name] = Value("parameter", self.declared_type(), name)
+
+    def outputs(self) -> None:
+        s = self.s
+        outputs = self.current.outputs
+        while not s.sees(_CLOSE):
+            if outputs:
+                s.expect(",")
+            start = s.skip()
+            name = s.name("an output's name")
+            s.expect("=")
+            value = self.operand()
+            if value is None:
+                raise s.error("an output cannot be none", start)
+            if name in outputs:
+                raise s.error(f"there are two outputs {name}", start)
+            self.argument(start)
+            outputs[name] = value
+
+    # -- statements ------------------------------------------------------------------------------------------------
+
+    def statement(self) -> None:
+        s = self.s
+        start = s.skip()
+        head = _PLAIN_HEAD.match(s.text, start)
+        if head is not None and self.is_plain(head):
+            names, at = [head[1]], head.start(2)
+            s.at = head.end()
+            node = self.apply(head[2], at)
+        else:
+            names = self.statement_names()
+            at = s.skip()
+            node = self.application()
+        if len(names) != len(node.results):
+            types = ", ".join(str(v.type) for v in node.results)
+            raise s.error(f"{node.op.name} has {len(node.results)} results, {len(names)} are named", at, received=types)
+        for name, value in zip(names, node.results, strict=True):
+            if name in self.values:
+                raise s.error(f"{name} is defined twice", start)
+            value.name = name
+            self.values[name] = value
+        self.note(node)
+        self.current.nodes.append(node)
+        s.spend(_NODE_WORK + 2 * len(node.operands), start)
+        self.nodes += 1
+        self.operands += len(node.operands)
+        if self.nodes > self.limits.nodes or self.operands > self.limits.operands:
+            limits = f"at most {self.limits.nodes} with {self.limits.operands} operands"
+            raise s.error("too many nodes", start, hint=limits)
+
+    def is_plain(self, head: re.Match[str]) -> bool:
+        """Whether `name = op` can be taken as it stands."""
+        return head[1] not in RESERVED and head[2] != "op" and len(head[0]) <= self.limits.name_characters
+
+    def statement_names(self) -> list[str]:
+        """Read the results' names and what parts them from the application; there need not be any."""
+        s = self.s
+        start = s.at
+        names = [s.name("a statement or return")]
+        while s.accept(","):
+            names.append(s.name("a result's name"))
+        if not s.accept("="):
+            if len(names) > 1:
+                raise s.error(f"expected '=', found {s.found()}")
+            names, s.at = [], start
+        return names
+
+    def application(self) -> Node:
+        s = self.s
+        start = s.at
+        name = s.name("an op or a function")
+        if name == "op" and s.sees(_NAME_START):
+            return self.apply(s.name("an op"), start, is_op=True)
+        return self.apply(name, start)
+
+    def apply(self, name: str, start: int, *, is_op: bool = False) -> Node:
+        """Read what follows an op's or a function's name."""
+        callee = None if is_op or name == "main" else self.result.functions.get(name)
+        if callee is not None:
+            return self.call(callee, start)
+        cls = OPS.get(name)
+        if cls is None or cls is Call:
+            raise self.s.error(
+                f"unknown op or function {name!r}", start, hint=_nearest(name, [*self.result.functions, *OPS])
+            )
+        return self.op(cls, start)
+
+    def op(self, cls: type[Op], start: int) -> Node:
+        operands, attributes, said = self.arguments(cls)
+        # The same op on the same types comes again and again; labels, too, are in a type's text.
+        types = tuple([None if v is None else v.type.text for v in operands])
+        key = (cls, said, types)
+        found = self.applied.get(key)
+        if found is None:
+            self.s.spend(_APPLICATION_WORK + len(said) + sum([len(text) for text in types if text]), start)
+            found = self.applied[key] = self.infer(cls, operands, attributes, start)
+        op, results, absent = found
+        return Node(op, [*operands, *[None] * absent], results)
+
+    def infer(
+        self, cls: type[Op], operands: list[Value | None], attributes: dict[str, Any], start: int
+    ) -> tuple[Op, tuple[Type, ...], int]:
+        """An op, its results' types, and how many operands are left out at the end."""
+        s = self.s
+        missing = [n for n in attribute_fields(cls).keys() - default_texts(cls).keys() if n not in attributes]
+        if missing:
+            raise s.error(f"{cls.name}: attribute {min(missing)} is missing", start)
+        with s.located(start):
+            try:
+                arranged = cls.arrange(operands)
+                op = cls.make(**attributes)
+                types = op.infer([None if v is None else v.type for v in arranged])
+            except TreadleError:
+                raise
+            except Exception as error:
+                # An op's own code may take for granted what builders see to; text may say anything.
+                raise GraphError(f"{cls.name} cannot have these attributes and operands: {error}") from None
+        self.declared(attribute_symbols(op), start)
+        for type in types:
+            s.inferred(type, start)
+        return op, types, len(arranged) - len(operands)
+
+    def call(self, callee: Function, start: int) -> Node:
+        s = self.s
+        inputs, *_ = self.arguments(None)
+        if len(inputs) != len(callee.inputs):
+            raise s.error(f"{callee.name} takes {len(callee.inputs)} inputs, received {len(inputs)}", start)
+        weights = self.weights(callee, start) if s.accept_word("with") else {}
+        if missing := [n for n in callee.parameters if n not in weights]:
+            raise s.error(
+                f"{callee.name}: no weight is given for {missing[0]}", start, hint="with a.path, or {name: $w}"
+            )
+        operands = [*inputs, *(weights[n] for n in callee.parameters)]
+        op = Call.of(callee)
+        with s.located(start):
+            types = op.infer([None if v is None else v.type for v in operands])
+        return Node(op, operands, types)
+
+    def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
+        """Read what follows `with`: a path under which the weights have their formal names, and exceptions."""
+        s = self.s
+        bound: dict[str, Value | None] = {}
+        prefix = None if s.sees(_OPEN) else s.path("a path")
+        if s.accept("{"):
+            while not s.accept("}"):
+                if bound:
+                    s.expect(",")
+                at = s.skip()
+                name = s.path("a weight's name")
+                if name not in callee.parameters or name in bound:
+                    why = "is given twice" if name in bound else f"is no weight of {callee.name}"
+                    raise s.error(f"{name} {why}", at, hint=_nearest(name, callee.parameters))
+                s.expect(":")
+                bound[name] = self.operand()
+        if prefix is not None:
+            for name in callee.parameters:
+                if name not in bound:
+                    bound[name] = self.weight_named(f"{prefix}.{name}", start)
+        return bound
+
+    def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any], str]:
+        """Read operands and attributes in parentheses, and the attributes' text; a function (None) has none."""
+        s = self.s
+        s.expect("(")
+        operands = self.plain_operands()
+        attributes: dict[str, Any] = {}
+        began = s.at
+        while not s.accept(")"):
+            if operands or attributes:
+                s.expect(",")
+            key = s.match(_ATTRIBUTE)
+            if key is None:
+                if attributes:
+                    raise s.error("operands come before attributes")
+                operands.append(self.operand())
+                began = s.at
+                continue
+            name = key[1]
+            fields = attribute_fields(cls) if cls is not None else {}
+            if name not in fields or name in attributes:
+                why = "is given twice" if name in attributes else "is no attribute here"
+                known = ", ".join(fields)
+                raise s.error(f"{name} {why}", key.start(), hint=f"attributes: {known}" if known else None)
+            attributes[name] = read_attribute(s, fields[name].annotation)
+        if len(operands) > s.limits.items and cls is not None:
+            raise s.error("too many operands", hint=f"at most {s.limits.items}")
+        return operands, attributes, s.text[began : s.at]
+
+    def plain_operands(self) -> list[Value | None]:
+        """Read operands that are bare names, all at once. None are read where any of them is something else."""
+        s = self.s
+        match = s.match(_PLAIN_OPERANDS)
+        found: list[Value | None] = []
+        if match is None:
+            return found
+        for word in match[0].split(", "):
+            if word[0] == "$":
+                value = self.current.parameters.get(word[1:])
+            else:
+                value = None if word in RESERVED else self.values.get(word)
+            if value is None:  # read one by one, it is found out what this is, or what is wrong with it
+                s.at = match.start()
+                return []
+            found.append(value)
+        return found
+
+    def operand(self) -> Value | None:
+        s = self.s
+        start = s.skip()
+        if s.accept("$"):
+            return self.weight_named(s.path("a parameter's name"), start)
+        if s.accept_word("none"):
+            return None
+        if s.sees(_TENSOR):
+            return self.constants.tensor()
+        scalar = self.constants.accept_scalar()
+        if scalar is not None:
+            return scalar
+        name = s.name("an operand")
+        value = self.values.get(name)
+        if value is None:
+            raise s.error(f"unknown value {name!r}", start, hint=_nearest(name, self.values))
+        return value
+
+    def weight_named(self, name: str, at: int) -> Value:
+        value = self.current.parameters.get(name)
+        if value is None:
+            raise self.s.error(f"unknown parameter ${name}", at, hint=_nearest(name, self.current.parameters))
+        return value
+
+    # -- notes -----------------------------------------------------------------------------------------------------
+
+    def note(self, node: Node) -> None:
+        """Read the comment at the end of a statement's line: types, which must be right, source line and scope."""
+        s = self.s
+        match = _NOTE.match(s.text, s.at)
+        if match is None:
+            start = _NOTE_START.match(s.text, s.at)
+            if start is not None and start[1] in DTYPES:
+                raise s.error("malformed note", start.start(1), hint="# types  file:line  scope")
+            return
+        s.spend((match.end() - match.start()) // _NOTE_CHARACTERS_OF_WORK, match.start("types"))
+        types = [s.type_of(text, match.start("types")) for text in _ONE_TYPE.findall(match["types"])]
+        if types != [v.type for v in node.results]:
+            given = ", ".join(str(v.type) for v in node.results)
+            raise s.error(f"{node.op.name} gives {given}, the note says {match['types']}", match.start("types"))
+        for value, type in zip(node.results, types, strict=True):
+            value.type = type  # the same sizes, with the factors and labels that were written
+        if match["file"] is not None:
+            node.source = Source(_plain(s, match, "file"), int(match["line"]))
+        if match["scope"] is not None:
+            node.scope = _plain(s, match, "scope")
+        s.at = match.end()
+
+
+def _plain(s: Scanner, match: re.Match[str], group: str) -> str:
+    """A group of a match, without quotes."""
+    if not match[group].startswith('"'):
+        return match[group]
+    s.at = match.start(group)
+    return s.string()
+
+
+def _signature(outputs: Iterable[tuple[str, Type]]) -> str:
+    return ", ".join(f"{name}: {type}" for name, type in outputs)
+
+
+def _nearest(name: str, known: Collection[str]) -> str | None:
+    """A hint with the names most like this one; none where searching would take long."""
+    if len(name) > 60 or len(known) > 2000:
+        return None
+    near = difflib.get_close_matches(name, [n for n in known if len(n) <= 60], n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else None

@@ -1,0 +1,292 @@
+"""A graph as text that a person likes to read, blocks folded. `treadle.ir.text.parser` reads it back to an equal graph.
+
+    block h(x: f32[B, S, 8]) -> (x: f32[B, S, 8])
+      weights ln_1.weight: f32[8]
+    {
+      ln_1 = rms_norm(x, $ln_1.weight, eps=1e-05)   # f32[B, S, 8]  gpt2.py:41  ln_1
+      return x = ln_1
+    }
+
+docs/ir-grammar.md is the grammar. The text is a function of the graph alone, and printing what was read gives it again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from treadle.ir.graph import Function, Graph, Node, Source, Value
+from treadle.ir.text.attributes import attribute_text, default_texts
+from treadle.ir.text.constants import DataSection, constant_text
+from treadle.ir.text.scanner import RESERVED, name_text, path_text, quoted, type_text
+
+Annotate = Callable[[Node], str | None]
+"""Gives a remark on a node, such as its FLOPs, for the end of its line; the parser passes over it."""
+
+_WIDTH = 100
+_CODE_COLUMN = 72
+_TYPE_COLUMN = 28
+
+
+def print_graph(graph: Graph, *, unfold: bool = False, sources: bool = True, annotate: Annotate | None = None) -> str:
+    """The whole graph as text.
+
+    unfold    put every block's body in place of its calls (see `treadle.ir.inline`)
+    sources   say each node's source line and scope, after its types
+    annotate  gives a remark for the end of a node's line
+    """
+    if unfold:
+        from treadle.ir.inline import inline_calls
+
+        graph = inline_calls(graph)
+    data = DataSection()
+    lines = [f"graph {name_text(graph.name)} {{"]
+    if graph.symbols:
+        lines.append("  symbols " + ", ".join(b.around(name_text(s)) for s, b in graph.symbols.items()))
+    if graph.parameters:
+        lines += ["  parameters {", *(f"    {line}" for line in _parameter_lines(graph)), "  }"]
+    for function in graph.functions.values():
+        text = FunctionText(graph, function, data=data, sources=sources, annotate=annotate)
+        lines += [""] if len(lines) > 1 else []
+        lines += [f"  {line}" for line in text.lines()]
+    if section := data.lines():
+        lines += ["", *(f"  {line}" for line in section)]
+    return "\n".join([*lines, "}", ""])
+
+
+def print_function(graph: Graph, function: Function, *, sources: bool = True, annotate: Annotate | None = None) -> str:
+    """One function of a graph as text, constants complete in place."""
+    return "\n".join(FunctionText(graph, function, sources=sources, annotate=annotate).lines()) + "\n"
+
+
+def excerpt(graph: Graph, function: Function, index: int, around: int = 3) -> str:
+    """The lines of a few nodes either side of one, which is marked; works for a graph that does not verify."""
+    text = FunctionText(graph, function)
+    first = max(0, index - around)
+    rows = text.rows(function.nodes[first : index + around + 1])
+    numbered = zip(range(first, len(function.nodes)), rows, strict=False)
+    return "\n".join(f"{'>' if n == index else ' '} op {n}: {row}"[:160] for n, row in numbered)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def value_names(graph: Graph, function: Function) -> dict[Value, str]:
+    """A name for each input and result: inputs keep theirs, results get their hint, made unique by a number.
+
+    A call's results that have no hint of their own are named after the function's outputs.
+    """
+    names: dict[Value, str] = {v: v.name for v in function.inputs}
+    taken = set(names.values())
+    next_number: Counter[str] = Counter()
+    for node in function.nodes:
+        callee = graph.functions.get(node.op.callee) if node.op.callee is not None else None
+        outputs = list(callee.outputs) if callee is not None else []
+        for value in node.results:
+            hint = value.name
+            if hint == node.op.callee and value.index < len(outputs):
+                hint = outputs[value.index]
+            base = name = _as_name(hint)
+            while name in taken:
+                next_number[base] += 1
+                name = f"{base}_{next_number[base] + 1}"
+            taken.add(name)
+            names[value] = name
+    return names
+
+
+def _as_name(hint: str) -> str:
+    """The hint as a bare name, at most 60 characters."""
+    word = re.sub(r"\W", "_", hint)[:60]
+    if not re.match(r"[A-Za-z_]", word):
+        word = f"_{word}"
+    return f"{word}_" if word in RESERVED else word
+
+
+# -- one function --------------------------------------------------------------------------------------------------
+
+
+class FunctionText:
+    """The text of one function, line by line. Without a data section, constants stand in place whole."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        function: Function,
+        *,
+        data: DataSection | None = None,
+        sources: bool = True,
+        annotate: Annotate | None = None,
+    ) -> None:
+        self.graph, self.function, self.data = graph, function, data
+        self.sources, self.annotate = sources, annotate
+        self.names = value_names(graph, function)
+
+    def lines(self) -> list[str]:
+        """The function's lines, signature and all."""
+        outputs = [f"{name_text(n)} = {self.operand(v)}" for n, v in self.function.outputs.items()]
+        body = [*self.rows(self.function.nodes), *_wrapped(outputs, "return ", "       ")]
+        return [*self.signature(), *(f"  {line}" for line in body), "}"]
+
+    def signature(self) -> list[str]:
+        """The lines before the body, the last of which opens it."""
+        function = self.function
+        inputs = [f"{name_text(v.name)}: {type_text(v.type)}" for v in function.inputs]
+        outputs = [f"{name_text(n)}: {type_text(v.type)}" for n, v in function.outputs.items()]
+        is_main = function.name == "main"
+        lead = "main" if is_main else f"block {name_text(function.name)}"
+        lines = [f"{lead}({', '.join(inputs)}) -> ({', '.join(outputs)})"]
+        if len(lines[0]) > _WIDTH:
+            opened = [f"{lead}(", *_wrapped(inputs, "  ", "  "), ") -> ("] if inputs else [f"{lead}() -> ("]
+            lines = [*opened, *_wrapped(outputs, "  ", "  "), ")"]
+        if is_main or not function.parameters:
+            return [*lines[:-1], f"{lines[-1]} {{"]
+        weights = [f"{path_text(n)}: {type_text(v.type)}" for n, v in function.parameters.items()]
+        return [*lines, *_wrapped(weights, "  weights ", "          "), "{"]
+
+    def rows(self, nodes: Sequence[Node]) -> list[str]:
+        """A line a node, notes aligned in columns that a few long lines do not move."""
+        rows = [(self.statement(node), *self.note(node)) for node in nodes]
+        code = max((len(c) for c, *_ in rows if len(c) <= _CODE_COLUMN), default=0)
+        type = max((len(t) for _, t, _ in rows if len(t) <= _TYPE_COLUMN), default=0)
+        return [f"{c:<{code}}   # {t:<{type}}  {rest}".rstrip() for c, t, rest in rows]
+
+    def note(self, node: Node) -> tuple[str, str]:
+        """What follows a statement: its results' types; source line, scope and remark."""
+        types = ", ".join(type_text(v.type) for v in node.results) or "()"
+        rest: list[str] = []
+        if self.sources:
+            rest += [source_text(node.source)] if node.source is not None else []
+            rest += [path_text(node.scope)] if node.scope else []
+        if self.annotate is not None and (remark := self.annotate(node)):
+            rest.append("| " + " ".join(remark.split()))
+        return types, "  ".join(rest)
+
+    def statement(self, node: Node) -> str:
+        """`a, b = op(x, k=5)`"""
+        results = ", ".join(self.names[v] for v in node.results)
+        application = self.call(node) or self.application(node)
+        return f"{results} = {application}" if results else application
+
+    def application(self, node: Node) -> str:
+        """`op(x, 0.5, none, $w, k=5)`"""
+        op = node.op
+        fixed = sum(not o.variadic for o in op.operands.values())
+        operands = list(node.operands)
+        while operands and operands[-1] is None and len(operands) <= fixed:
+            operands.pop()
+        unsaid = default_texts(type(op))
+        attributes = ((n, attribute_text(v)) for n, v in op.attributes.items())
+        inside = [*map(self.operand, operands), *(f"{n}={t}" for n, t in attributes if unsaid.get(n) != t)]
+        mark = "op " if op.name in self.graph.functions or op.callee is not None else ""
+        return f"{mark}{name_text(op.name)}({', '.join(inside)})"
+
+    def call(self, node: Node) -> str | None:
+        """`h(x) with h.3`, or None where the node is no call of a function of the graph."""
+        callee = self.graph.functions.get(node.op.callee) if node.op.callee is not None else None
+        if callee is None or len(node.operands) != len(callee.arguments):
+            return None
+        inputs = node.operands[: len(callee.inputs)]
+        weights = dict(zip(callee.parameters, node.operands[len(inputs) :], strict=True))
+        prefixes = Counter(p for n, v in weights.items() if (p := _prefix(v, n)) is not None)
+        prefix = prefixes.most_common(1)[0][0] if prefixes else None
+        others = {n: v for n, v in weights.items() if _prefix(v, n) != prefix or prefix is None}
+        text = f"{name_text(callee.name)}({', '.join(map(self.operand, inputs))})"
+        text += " with" if weights else ""
+        text += f" {path_text(prefix)}" if prefix is not None else ""
+        bound = ", ".join(f"{path_text(n)}: {self.operand(v)}" for n, v in others.items())
+        return f"{text} {{{bound}}}" if bound else text
+
+    def operand(self, value: Value | None) -> str:
+        """A value where it is used."""
+        if value is None:
+            return "none"
+        if value.literal is not None:
+            return constant_text(value.literal, self.data)
+        if value.kind == "parameter":
+            return f"${path_text(value.name)}"
+        return name_text(self.names[value]) if value in self.names else f"<undefined {value.name}>"
+
+
+def _prefix(value: Value | None, formal: str) -> str | None:
+    """The path under which a weight has its formal name: `h.3` for $h.3.attn.weight as attn.weight."""
+    if value is None or value.kind != "parameter" or not value.name.endswith(f".{formal}"):
+        return None
+    return value.name[: -len(formal) - 1]
+
+
+def source_text(source: Source) -> str:
+    """`gpt2.py:41`, the file in quotes where it holds anything unusual."""
+    bare = re.fullmatch(r"[\w./<>+-]+", source.file)
+    return f"{source.file if bare else quoted(source.file)}:{source.line}"
+
+
+def _wrapped(items: Iterable[str], first: str, rest: str) -> Iterator[str]:
+    """Items parted by commas, in lines of limited width."""
+    line, filled = first, False
+    for item in items:
+        if filled and len(line) + len(item) > _WIDTH:
+            yield line.rstrip()
+            line, filled = rest, False
+        line += f"{item}, "
+        filled = True
+    yield line.removesuffix(", ").rstrip()
+
+
+# -- parameters ----------------------------------------------------------------------------------------------------
+
+
+def _parameter_lines(graph: Graph) -> list[str]:
+    """A line a parameter; parameters that repeat under consecutive integers are folded, `h.{0..11}.ln_1.weight`.
+
+    Lines of one run follow each other and mean: for each integer, these parameters in this order.
+    """
+    names = list(graph.parameters)
+    rights = [f": {type_text(v.type)}" + _init_text(graph, name) for name, v in graph.parameters.items()]
+    split = [_split_at_integer(name) for name in names]
+    ends = list(range(1, len(names) + 1))  # where the names end that share this one's head and integer
+    for at in range(len(names) - 2, -1, -1):
+        here, after = split[at], split[at + 1]
+        if here is not None and after is not None and here[:2] == after[:2]:
+            ends[at] = ends[at + 1]
+
+    lines: list[str] = []
+    at, last_run = 0, ""
+    while at < len(names):
+        first = split[at]
+        length = ends[at] - at
+        stop = at + length
+        if first is not None:
+            head, number, _ = first
+            while stop + length <= len(names) and all(
+                split[stop + k] == (head, number + (stop - at) // length, (split[at + k] or first)[2])
+                and rights[stop + k] == rights[at + k]
+                for k in range(length)
+            ):
+                stop += length
+            last = number + (stop - at) // length - 1
+            run = f"{head}{{{number}..{last}}}"
+            if last > number and run != last_run:
+                lines += [f"{run}{(split[at + k] or first)[2]}{rights[at + k]}" for k in range(length)]
+                at, last_run = stop, run
+                continue
+        lines.append(path_text(names[at]) + rights[at])
+        at, last_run = at + 1, ""
+    return lines
+
+
+def _split_at_integer(name: str) -> tuple[str, int, str] | None:
+    """`h.3.attn.weight` as ("h.", 3, ".attn.weight"): the first part of the path that is an integer."""
+    if len(name) > 200:  # the pattern takes quadratic time on what it does not match
+        return None
+    match = re.fullmatch(r"((?:\w+\.)*?)(0|[1-9][0-9]{0,8})((?:\.\w+)*)", name, re.ASCII)
+    return (match[1], int(match[2]), match[3]) if match else None
+
+
+def _init_text(graph: Graph, name: str) -> str:
+    init = graph.initial.get(name)
+    if init is None:
+        return ""
+    scale = f"({attribute_text(init.scale)})" if init.scale is not None else ""
+    return f" = {name_text(init.kind)}{scale}"

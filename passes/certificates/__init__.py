@@ -1,0 +1,1 @@
+"""Certificates: what a rewrite changed, cut out and evaluated before and after."""

@@ -1,0 +1,1 @@
+"""Passes that leave a graph simpler: folded, deduplicated, in one spelling."""

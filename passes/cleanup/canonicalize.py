@@ -1,0 +1,395 @@
+"""Canonicalize: one spelling for what can be spelled in several ways, so that later patterns need only one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Function, Graph, Literal, Value
+from treadle.ir.sizes import ZERO
+from treadle.ir.types import DType
+from treadle.passes.cleanup.position_indices import GatherOfAll, SliceOfConcat, WhereNegative
+from treadle.passes.cleanup.position_slices import SliceOfPositions
+from treadle.passes.cleanup.rearrange_forms import composed, form_of, reshaping_pattern
+from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.framework.pattern import COMMUTATIVE, Vocabulary
+from treadle.passes.framework.rewrite import Match, Rewrite, RewriteSet
+
+
+@dataclass(frozen=True)
+class AddZero(Rewrite):
+    """x + 0   -->   x        (of x = -0.0, the left side is 0.0 and the right side -0.0)"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return x + 0
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class SubZero(Rewrite):
+    """x - 0   -->   x        (not x - -0.0, which of x = -0.0 is 0.0)"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return x - p.constant("zero")
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.zero == 0 and math.copysign(1, m.zero) > 0)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class MulOne(Rewrite):
+    """x * 1   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return x * 1
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class DivByPowerOfTwo(Rewrite):
+    """x / 2^k   -->   x * 2^-k;   x / 1   -->   x        (exact: both are scalings of the exponent)"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return x / p.constant("divisor")
+
+    def fits(self, m: Match) -> bool:
+        dtype = m.x.dtype.numpy
+        if dtype is None or not math.isfinite(m.divisor) or abs(math.frexp(m.divisor)[0]) != 0.5:
+            return False
+        return bool(np.finfo(dtype).tiny <= abs(1 / m.divisor) <= np.finfo(dtype).max)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x if m.divisor == 1 else m.x * (1 / m.divisor)
+
+
+@dataclass(frozen=True)
+class OneOver(Rewrite):
+    """1 / x   -->   reciprocal(x)"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return p.constant("one") / x
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.one == 1)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.reciprocal(m.x)
+
+
+@dataclass(frozen=True)
+class PowOne(Rewrite):
+    """x^1   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return x**1
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class PowTwo(Rewrite):
+    """x^2   -->   x * x"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return x**2
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x * m.x
+
+
+@dataclass(frozen=True)
+class NegNeg(Rewrite):
+    """-(-x)   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return -p.shared(-x)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class NotNot(Rewrite):
+    """not not x   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return p.logical_not(p.shared(p.logical_not(x)))
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class AndTrue(Rewrite):
+    """x and true, x or false   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any) -> Any:
+        return p.either(x & True, x | False)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class WhereConstant(Rewrite):
+    """where(true, x, y)   -->   x;   where(false, x, y)   -->   y        (expanded, where the other was larger)"""
+
+    def pattern(self, p: Vocabulary, x: Any, y: Any) -> Any:
+        return p.where(p.constant("condition"), x, y)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        chosen = m.x if m.condition else m.y
+        return chosen if chosen.type == m.result.type else b.expand(chosen, shape=m.result.type.shape)
+
+
+@dataclass(frozen=True)
+class CastToItself(Rewrite):
+    """cast(x, the dtype of x)   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any, to: Any) -> Any:
+        return p.cast(x, to=to)
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.x.dtype == m.to)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+LOSSLESS: Mapping[str, tuple[str, ...]] = {
+    "bool": ("u8", "i8", "i16", "i32", "i64", "bf16", "f16", "f32", "f64"),
+    "u8": ("i16", "i32", "i64", "bf16", "f16", "f32", "f64"),
+    "i8": ("i16", "i32", "i64", "bf16", "f16", "f32", "f64"),
+    "i16": ("i32", "i64", "f32", "f64"),
+    "i32": ("i64", "f64"),
+    "bf16": ("f32", "f64"),
+    "f16": ("f32", "f64"),
+    "f32": ("f64",),
+}
+"""For each dtype, those that hold all of its values exactly."""
+
+
+def is_lossless(source: DType, to: DType) -> bool:
+    """Whether a cast keeps every value."""
+    return source == to or to.name in LOSSLESS.get(source.name, ())
+
+
+@dataclass(frozen=True)
+class CastOfCast(Rewrite):
+    """cast(cast(x, wide), to)   -->   cast(x, to)        where `wide` holds every value of x"""
+
+    def pattern(self, p: Vocabulary, x: Any, wide: Any, to: Any) -> Any:
+        return p.cast(p.shared(p.cast(x, to=wide)), to=to)
+
+    def fits(self, m: Match) -> bool:
+        return is_lossless(m.x.dtype, m.wide)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x.cast(m.to)
+
+
+@dataclass(frozen=True)
+class IdentityRearrange(Rewrite):
+    """rearrange(x, "a b -> a b")   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any, pattern: Any) -> Any:
+        return p.rearrange(x, pattern=pattern)
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.x.type == m.result.type) and form_of(m.pattern, m.x.type).is_identity
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class RearrangeOfRearrange(Rewrite):
+    """rearrange(rearrange(x, p), q)   -->   rearrange(x, q after p)
+
+    Where p joins axes that q splits at other places (a product 2*3 read as 3*2) no one pattern says both.
+    """
+
+    def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
+        return p.rearrange(p.shared(p.rearrange(x, pattern=first)), pattern=second)
+
+    def fits(self, m: Match) -> bool:
+        return composed(m.first, m.second, m.x.type) is not None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        form = composed(m.first, m.second, m.x.type)
+        assert form is not None
+        identity = form.is_identity and m.x.type == m.result.type
+        return m.x if identity else b.rearrange(m.x, pattern=form.pattern)
+
+
+@dataclass(frozen=True)
+class Unchanging(Rewrite):
+    """expand, reshape, slice or pad to the shape that x has, or concat of x alone   -->   x"""
+
+    def pattern(self, p: Vocabulary, x: Any, shape: Any, axis: Any, start: Any, stop: Any, value: Any) -> Any:
+        return p.either(
+            p.expand(x, shape=shape),
+            p.reshape(x, shape=shape),
+            p.slice(x, axis=axis, start=start, stop=stop, stride=1),
+            p.pad(x, axis=axis, before=start, after=stop, value=value),
+            p.concat(x, axis=axis),
+        )
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.x.type == m.result.type) and m.start in (None, ZERO)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
+class ReshapeOfReshape(Rewrite):
+    """reshape(reshape(x, s), t)   -->   reshape(x, t)"""
+
+    def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
+        return p.reshape(p.shared(p.reshape(x, shape=first)), shape=second)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.reshape(m.x, shape=m.second)
+
+
+@dataclass(frozen=True)
+class ReshapeByAxes(Rewrite):
+    """reshape(x, s)   -->   rearrange(x, ...)        where it splits and joins whole axes
+
+    [B, S, 768] -> [B, S, 12, 64] is "a b (c d=64) -> a b c d"; [4, 6] -> [3, 8] cuts across, and stays.
+    """
+
+    def pattern(self, p: Vocabulary, x: Any, shape: Any) -> Any:
+        return p.reshape(x, shape=shape)
+
+    def fits(self, m: Match) -> bool:
+        return reshaping_pattern(m.x.type, m.shape) is not None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        pattern = reshaping_pattern(m.x.type, m.shape)
+        assert pattern is not None  # fits
+        return b.rearrange(m.x, pattern=pattern)
+
+
+@dataclass(frozen=True)
+class ExpandOfExpand(Rewrite):
+    """expand(expand(x, s), t)   -->   expand(x, t)"""
+
+    def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
+        return p.expand(p.shared(p.expand(x, shape=first)), shape=second)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.expand(m.x, shape=m.result.type.shape)
+
+
+@dataclass(frozen=True)
+class Canonicalize(RewriteSet):
+    """Many small equations, applied until none fits; the classes of this file are the list:
+
+     0. c + x  -->  x + c, for each commutative op and constant c;  x + [[c]], x + expand(c)  -->  x + c, of one element
+     1. x + 0, x - 0, x * 1, x / 1, x^1  -->  x
+     2. x / 2^k  -->  x * 2^-k;   x^2  -->  x * x;   1 / x  -->  reciprocal(x)
+     3. -(-x), not not x, x and true, x or false  -->  x
+     4. where of a constant condition  -->  the chosen side
+     5. cast to the same dtype, cast of a lossless cast
+     6. two of rearrange, reshape or expand in a row  -->  one;  reshape of whole axes  -->  rearrange
+     7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
+     8. slice(concat(x, y)) of one of them; gather of all that there is; where(i < 0, y, i) of positions  -->  x
+     9. slice of a table that is made of positions  -->  the smaller table
+
+    They keep every bit but one: x + 0 turns -0.0 into 0.0, and x does not. Left alone, since it would change
+    numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.
+    """
+
+    rules: ClassVar[tuple[Rewrite, ...]] = (
+        AddZero(),
+        SubZero(),
+        MulOne(),
+        DivByPowerOfTwo(),
+        OneOver(),
+        PowOne(),
+        PowTwo(),
+        NegNeg(),
+        NotNot(),
+        AndTrue(),
+        WhereConstant(),
+        CastToItself(),
+        CastOfCast(),
+        IdentityRearrange(),
+        RearrangeOfRearrange(),
+        Unchanging(),
+        ReshapeOfReshape(),
+        ReshapeByAxes(),
+        ExpandOfExpand(),
+        WhereNegative(),
+        SliceOfConcat(),
+        SliceOfPositions(),
+        GatherOfAll(),
+    )
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        moved = constants_to_scalars(function, log) + constants_to_the_right(function, log)
+        return moved + super().run(function, graph, log)
+
+
+BROADCASTING = COMMUTATIVE | {"sub", "div", "pow", "less", "less_equal", "greater", "greater_equal", "where"}
+"""Ops whose operands broadcast, so that a constant of one element may as well be a scalar."""
+
+
+def constants_to_scalars(function: Function, log: PassRecord) -> int:
+    """x + [[c]]   -->   x + c        for a constant of one element beside a value of no lower rank
+
+    x + expand(c)   -->   x + c        beside a value of the result's shape
+    """
+    changed = 0
+    for node in function.nodes:
+        if node.op.name not in BROADCASTING:
+            continue
+        for position, value in enumerate(node.inputs):
+            literal = _repeated_number(value)
+            if literal is None or value.type.rank == 0:
+                continue
+            others = [v for v in node.inputs if v is not value and v.literal is None]
+            whole = node.results[0].type.dims
+            if any(v.type.rank >= value.type.rank if value.node is None else v.type.dims == whole for v in others):
+                operands = list(node.operands)
+                operands[position] = Value.constant(Literal(literal.dtype, (), literal.data))
+                node.operands = tuple(operands)
+                log.match("constants-to-scalars", function, node)
+                changed += 1
+    return changed
+
+
+def _repeated_number(value: Value) -> Literal | None:
+    """The constant of one element that this is, or is made of by nothing but repeating and reshaping."""
+    while value.node is not None and value.node.op.name in ("expand", "rearrange", "reshape"):
+        value = value.node.inputs[0]
+    literal = value.literal
+    return literal if literal is not None and math.prod(literal.shape) == 1 else None
+
+
+def constants_to_the_right(function: Function, log: PassRecord) -> int:
+    """c + x   -->   x + c        for each commutative op; not a pattern, since patterns match in both orders"""
+    swapped = 0
+    for node in function.nodes:
+        if node.op.name in COMMUTATIVE:
+            left, right = node.inputs
+            if left.literal is not None and right.literal is None:
+                node.operands = (right, left)
+                log.match("constants-to-the-right", function, node)
+                swapped += 1
+    return swapped

@@ -1,0 +1,105 @@
+"""Dead code: what no output depends on is removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
+from treadle.ir.ops.call import Call
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class DeadCode(Pass):
+    """a = f(x); b = g(x); return b   -->   b = g(x); return b
+
+    Removes nodes without a used result, results of a function that no call uses, inputs and weights that a
+    function does not read, functions that nobody calls, and weights of the model that are left over (named in
+    the log). Keeps the model's own inputs and outputs.
+    """
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        changes = 0
+        # A function that takes less than before may leave nodes of its callers dead, which the next walk sees.
+        while found := _walk(graph, log):
+            changes += found
+        return changes
+
+
+def drop_unread(function: Function) -> None:
+    """Remove the nodes of one function whose results nobody reads."""
+    function.nodes = needed_nodes(function.nodes, function.outputs.values())
+
+
+def _walk(graph: Graph, log: PassRecord) -> int:
+    """Clean every function once, callers first; returns the number of things removed."""
+    removed = 0
+    used: set[Value] = set()
+    calls: dict[str, list[Node]] = {}
+    for function in reversed(list(graph.functions.values())):
+        callers = calls.get(function.name, [])
+        if function is not graph.main:
+            if not callers:
+                del graph.functions[function.name]
+                log.notes.append(f"removed function {function.name}, which nobody calls")
+                removed += 1
+                continue
+            removed += _drop_results(function, callers, used)
+        removed += _drop_nodes(function, used)
+        if function is graph.main:
+            removed += _drop_weights(graph, used, log)
+        else:
+            removed += _drop_arguments(function, callers, used)
+        for node in function.nodes:
+            if node.op.callee is not None:
+                calls.setdefault(node.op.callee, []).append(node)
+    return removed
+
+
+def _drop_nodes(function: Function, used: set[Value]) -> int:
+    """Drop nodes that give nothing used; adds what the others read to `used`."""
+    kept = needed_nodes(function.nodes, function.outputs.values())
+    used.update(function.outputs.values(), *(node.inputs for node in kept))
+    removed = len(function.nodes) - len(kept)
+    function.nodes = kept
+    return removed
+
+
+def _drop_results(function: Function, callers: Sequence[Node], used: set[Value]) -> int:
+    wanted = [any(call.results[i] in used for call in callers) for i in range(len(function.outputs))]
+    if all(wanted):
+        return 0
+    function.outputs = {name: v for (name, v), keep in zip(function.outputs.items(), wanted, strict=True) if keep}
+    for call in callers:
+        call.op = Call.of(function)
+        call.results = tuple(v for v, keep in zip(call.results, wanted, strict=True) if keep)
+        for index, value in enumerate(call.results):
+            value.index = index
+    return wanted.count(False)
+
+
+def _drop_arguments(function: Function, callers: Sequence[Node], used: set[Value]) -> int:
+    wanted = [v in used for v in function.arguments]
+    if all(wanted):
+        return 0
+    function.inputs = [v for v in function.inputs if v in used]
+    function.parameters = {name: v for name, v in function.parameters.items() if v in used}
+    for call in callers:
+        call.op = Call.of(function)
+        call.operands = tuple(v for v, keep in zip(call.operands, wanted, strict=True) if keep)
+    return wanted.count(False)
+
+
+def _drop_weights(graph: Graph, used: set[Value], log: PassRecord) -> int:
+    unused = [name for name, v in graph.main.parameters.items() if v not in used]
+    for name in unused:
+        del graph.main.parameters[name]
+        graph.initial.pop(name, None)
+    if unused:
+        more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+        log.notes.append(f"removed unused weights: {', '.join(unused[:_NAMED])}{more}")
+    return len(unused)

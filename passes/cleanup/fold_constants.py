@@ -1,0 +1,85 @@
+"""Constant folding: what depends on constants alone is computed now, by the ops' own references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from treadle.ir.errors import SizeError, TreadleError
+from treadle.ir.graph import Function, Graph, Literal, Node, Value
+from treadle.ir.operation import Op
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """op(c1, c2, ...)   -->   c        for constants c1, c2, ... and sizes without symbols
+
+    In the graph's own precision: a float32 constant rounds as the float32 op would at run time.
+
+    limit_bytes   a fold whose results would take more is refused
+    small_bytes   a fold that makes more bytes than it reads (iota, expand) is refused past this
+
+    Refuses: results over those limits; bf16, in which NumPy does not compute; ops whose reference fails. Calls are
+    not entered: a function is folded once for all its calls.
+    """
+
+    limit_bytes: int = 1 << 20
+    small_bytes: int = 1 << 10
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        folded: dict[Value, Value] = {}
+        kept: list[Node] = []
+        for node in function.nodes:
+            if any(v in folded for v in node.inputs):
+                node.operands = tuple(v if v is None else folded.get(v, v) for v in node.operands)
+            op = _fixed(node)
+            refusal = self._refusal(node) if op is not None else None
+            literals = _evaluated(op, node) if op is not None and refusal is None else None
+            if literals is not None:
+                folded.update(zip(node.results, map(Value.constant, literals), strict=True))
+                log.match(self.name, function, node)
+                continue
+            kept.append(node)
+            if op is not None:
+                log.refuse(self.name, function, node, refusal or "its reference failed")
+        changes = len(function.nodes) - len(kept)
+        function.nodes = kept
+        function.outputs = {name: folded.get(v, v) for name, v in function.outputs.items()}
+        return changes
+
+    def _refusal(self, node: Node) -> str | None:
+        types = [v.type for v in (*node.inputs, *node.results)]
+        if any(t.dtype.numpy is None for t in types):
+            return "NumPy does not compute in bf16"
+        made = sum(v.type.bytes_at({}) for v in node.results)
+        if made > self.limit_bytes:
+            return f"would make {made:,} bytes, over the limit of {self.limit_bytes:,}"
+        read = sum(v.type.bytes_at({}) for v in node.inputs)
+        if made > max(read, self.small_bytes):
+            return f"would make {made:,} bytes from {read:,}, over the limit of {self.small_bytes:,}"
+        return None
+
+
+def _fixed(node: Node) -> Op | None:
+    """The node's op if nothing but constants and fixed sizes goes into it."""
+    if node.op.callee is not None or any(v.literal is None for v in node.inputs):
+        return None
+    try:
+        return None if any(v.type.symbols for v in node.results) else node.op.at({})
+    except SizeError:
+        return None
+
+
+def _evaluated(op: Op, node: Node) -> list[Literal] | None:
+    operands = [None if v is None or v.literal is None else v.literal.array for v in node.operands]
+    try:
+        with np.errstate(all="ignore"):
+            made = op.reference(*operands)
+        results = made if isinstance(made, tuple) else (made,)
+        literals = [Literal.of(r, v.type.dtype) for r, v in zip(results, node.results, strict=True)]
+    except (TreadleError, ArithmeticError, IndexError, TypeError, ValueError):
+        return None
+    return literals if all(x.type == v.type for x, v in zip(literals, node.results, strict=True)) else None

@@ -1,0 +1,208 @@
+"""Indices by position that pick what is there already: how exporters read mask[b, t] by tensors of indices.
+
+i = iota(B) * S + iota(S)                       [B, S], the numbers from 0 to B S - 1
+gather(x as [(B S)], where(i < 0, i + B S, i))  x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from treadle.ir.builder import Builder
+from treadle.ir.errors import SizeError
+from treadle.ir.graph import Value
+from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.passes.cleanup.rearrange_forms import form_of
+from treadle.passes.framework.pattern import Vocabulary
+from treadle.passes.framework.rewrite import Match, Rewrite
+
+_MOST_VALUES = 256
+"""How many values an index may be made of: a search that goes further says nothing."""
+
+
+@dataclass(frozen=True)
+class WhereNegative(Rewrite):
+    """where(i < 0, y, i)   -->   i        for an i made of positions and sizes, which are 0 or more"""
+
+    def pattern(self, p: Vocabulary, i: Any, y: Any) -> Any:
+        return p.where(p.shared(p.less(i, 0)), y, i)
+
+    def fits(self, m: Match) -> bool:
+        return bool(m.i.type == m.result.type) and _bits(m.i.value, {}) is not None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return m.i
+
+
+@dataclass(frozen=True)
+class SliceOfConcat(Rewrite):
+    """slice(concat(x, y), of x alone)   -->   x;   and of y alone   -->   y"""
+
+    def pattern(self, p: Vocabulary, x: Any, y: Any, axis: Any, along: Any, start: Any, stop: Any) -> Any:
+        joined = p.named("joined", p.shared(p.concat(x, y, axis=along)))
+        return p.slice(joined, axis=axis, start=start, stop=stop, stride=1)
+
+    def fits(self, m: Match) -> bool:
+        return self._chosen(m) is not None
+
+    def _chosen(self, m: Match) -> Any:
+        rank = m.joined.rank
+        axis = m.axis % rank
+        if axis != m.along % rank:
+            return None
+        op: Any = m.root.op
+        start, stop = op.span(m.joined.shape[axis])
+        cut, end = m.x.shape[axis], m.joined.shape[axis]
+        chosen = {(ZERO, cut): m.x, (cut, end): m.y}.get((start, stop))
+        return chosen if chosen is not None and chosen.type == m.result.type else None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return self._chosen(m)
+
+
+@dataclass(frozen=True)
+class GatherOfAll(Rewrite):
+    """gather(x, i)   -->   reshape(x)        for an i that counts from 0 to the size of x's first axis, once each"""
+
+    def pattern(self, p: Vocabulary, x: Any, i: Any) -> Any:
+        return p.gather(x, i, axis=0)
+
+    def fits(self, m: Match) -> bool:
+        if not m.i.rank or not m.i.value.node or m.x.type.elements != m.result.type.elements:
+            return False
+        try:
+            found = _linear(m.i.value, {})
+            return found is not None and found == _counting(m.i.shape) and product(m.i.shape) == m.x.shape[0]
+        except SizeError:  # a size that grows out of bounds
+            return False
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.reshape(m.x, shape=m.result.type.shape)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """constant + the sum over axes of factor * position; a factor along an axis of size 1 is 0."""
+
+    factors: tuple[Size, ...]
+    constant: Size = ZERO
+
+
+def _counting(shape: Sequence[Size]) -> _Linear:
+    """The numbers from 0 on in the order of a shape, as a linear function."""
+    factors: list[Size] = []
+    stride = ONE
+    for size in reversed(shape):
+        factors.insert(0, ZERO if size == ONE else stride)
+        stride = stride * size
+    return _Linear(tuple(factors))
+
+
+def _linear(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
+    """A value as a linear function of its own axes' positions, with sizes as factors; None for another.
+
+    known   what was found of others, and then of this one. Raises SizeError for a factor out of bounds.
+    """
+    if value not in known:
+        known[value] = None  # also where there are too many
+        if len(known) < _MOST_VALUES:
+            known[value] = _read(value, known)
+    return known[value]
+
+
+def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
+    node, shape = value.node, value.type.shape
+    if node is None:
+        number = _number(value)
+        return None if number is None else _Linear((), Size.of(number))
+    op: Any = node.op
+    if not _is_index(value):
+        return None
+    if op.name == "iota":
+        return _Linear((ZERO if shape[0] == ONE else ONE,))
+    if op.name == "size":
+        return _Linear((), op.value)
+    if op.name not in ("rearrange", "expand", "cast", "add", "mul"):
+        return None
+    parts = [part for v in node.inputs if (part := _linear(v, known)) is not None]
+    if len(parts) < len(node.inputs):
+        return None
+    if op.name == "cast":
+        return parts[0]
+    if op.name == "rearrange":
+        return _rearranged(parts[0], op.pattern, node.inputs[0])
+    x, *rest = (_Linear((*[ZERO] * (len(shape) - len(part.factors)), *part.factors), part.constant) for part in parts)
+    if not rest:
+        return x
+    (y,) = rest
+    if op.name == "add":
+        return _Linear(tuple(a + b for a, b in zip(x.factors, y.factors, strict=True)), x.constant + y.constant)
+    if any(factor != ZERO for factor in y.factors):
+        x, y = y, x
+    if any(factor != ZERO for factor in y.factors):
+        return None
+    return _Linear(tuple(a * y.constant for a in x.factors), x.constant * y.constant)
+
+
+def _is_index(value: Value) -> bool:
+    return value.type.dtype.is_int and value.type.dtype.bytes >= 4
+
+
+def _number(value: Value) -> int | None:
+    """A scalar constant that an index is made with."""
+    number = value.literal.scalar if value.literal is not None and value.literal.shape == () else None
+    return None if number is None or not _is_index(value) else int(number)
+
+
+def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
+    """A linear function with its axes moved, split, and joined where a step of the outer one is one past the inner."""
+    form = form_of(pattern, operand.type)
+    factors: dict[int, Size] = {}
+    for dim, factor in zip(form.before, x.factors, strict=True):
+        for atom in reversed(dim):
+            factors[atom] = factor
+            factor = factor * form.sizes[atom]
+    joined: list[Size] = []
+    for dim in form.after:
+        for outer, inner in pairwise(dim):
+            if factors[outer] != factors[inner] * form.sizes[inner]:
+                return None
+        joined.append(factors[dim[-1]] if dim else ZERO)
+    return _Linear(tuple(joined), x.constant)
+
+
+def _bits(value: Value, known: dict[Value, int | None]) -> int | None:
+    """How many bits an integer that is 0 or more needs at most, where each axis needs 31; None for any other."""
+    if value not in known:
+        known[value] = None  # also where there are too many
+        if len(known) < _MOST_VALUES and value.type.dtype.is_int:
+            bits = _counted(value, known)
+            known[value] = bits if bits is not None and bits < 8 * value.type.dtype.bytes else None
+    return known[value]
+
+
+def _counted(value: Value, known: dict[Value, int | None]) -> int | None:
+    node = value.node
+    if node is None:
+        number = _number(value)
+        return None if number is None or number < 0 else number.bit_length()
+    op: Any = node.op
+    if op.name in ("iota", "size"):
+        return _bits_of(op.size if op.name == "iota" else op.value)
+    if op.name not in ("rearrange", "expand", "slice", "concat", "cast", "add", "mul"):
+        return None
+    parts = [bits for v in node.inputs if (bits := _bits(v, known)) is not None]
+    if len(parts) < len(node.inputs):
+        return None
+    return sum(parts) if op.name == "mul" else max(parts) + (op.name == "add")
+
+
+def _bits_of(size: Size) -> int | None:
+    """Likewise of a size: of a sum, one bit more for each term after the first."""
+    if any(factor < 0 or any(not isinstance(atom, str) for atom in atoms) for atoms, factor in size.terms):
+        return None
+    each = [31 * len(atoms) + factor.bit_length() - (factor == 1 and bool(atoms)) for atoms, factor in size.terms]
+    return max(each, default=1) + max(len(each) - 1, 0)

@@ -1,0 +1,125 @@
+"""Slices of tables that are made of positions: as the smaller table.
+
+slice(tril(ones(C, C)), [:S, :S])   -->   tril(ones(S, S))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.ir.axes import Role
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Function, Value
+from treadle.ir.sizes import ZERO, Size
+from treadle.passes.framework.rewrite import Match, Rewrite
+
+_MOST_VALUES = 32
+"""A table that is made of more is left as it is."""
+
+
+@dataclass(frozen=True)
+class SliceOfPositions(Rewrite):
+    """slice(x)   -->   x, made that short        for an x made of positions, and of constants of integers
+
+    Its integers and truth values may be computed, its floats be chosen, cast and moved: tables of cosines are left, to
+    be made once for all calls.
+    """
+
+    def pattern(self, p: Any, x: Any, axis: Any, start: Any, stop: Any) -> Any:
+        return p.slice(x, axis=axis, start=start, stop=stop, stride=1)
+
+    def fits(self, m: Match) -> bool:
+        if _is_leaf(m.x.value) or not _is_of_positions(m.x.value):
+            return False
+        made = self.rewrite(Builder(m.x.builder.graph, Function("tried")), m)
+        return made is not None and made.type == m.result.type
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        axis = m.axis % m.x.rank
+        op: Any = m.root.op
+        start, stop = op.span(m.x.shape[axis])
+        return _Cut(b, start, stop - start).of(m.x.value, axis)
+
+
+def _is_leaf(value: Value) -> bool:
+    """Whether it is cut where it is: two slices would change places for ever."""
+    return value.node is None or value.node.op.name == "slice"
+
+
+def _is_of_positions(value: Value) -> bool:
+    """Whether nothing but positions, integers and single numbers goes into a value."""
+    pending, seen = [value], {value}
+    while pending:
+        x = pending.pop()
+        node = x.node
+        if node is None:
+            if x.literal is None or (x.type.dtype.is_float and x.literal.array.size != 1):
+                return False
+            continue
+        copied = node.op.name in ("where", "cast", "expand", "rearrange", "slice", "iota")
+        if len(seen) > _MOST_VALUES or node.op.callee is not None or (x.type.dtype.is_float and not copied):
+            return False
+        pending += [v for v in node.inputs if v not in seen]
+        seen.update(node.inputs)
+    return True
+
+
+@dataclass
+class _Cut:
+    """The making of a table once more, `length` long from `start` on along an axis of the result."""
+
+    b: Builder
+    start: Size
+    length: Size
+    made: dict[tuple[Value, int], Expr | None] = dataclasses.field(default_factory=dict)
+
+    def of(self, value: Value, axis: int) -> Expr | None:
+        """The value cut along an axis, or None where some op does more with that axis than map it."""
+        key = (value, axis)
+        if key not in self.made:
+            try:
+                self.made[key] = self._sliced(value, axis) if _is_leaf(value) else self._node(value, axis)
+            except TreadleError:  # a pattern that spells the size which is now another
+                self.made[key] = None
+        return self.made[key]
+
+    def _sliced(self, value: Value, axis: int) -> Expr:
+        stop = self.start + self.length
+        return self.b.slice(Expr(self.b, value), axis=axis, start=self.start, stop=stop)
+
+    def _node(self, value: Value, axis: int) -> Expr | None:
+        node = value.node
+        assert node is not None
+        op: Any = node.op
+        if op.name == "iota":
+            counted: Expr = self.b.iota(size=self.length, dtype=op.dtype)
+            if self.start == ZERO:
+                return counted
+            first = self.start.constant
+            return counted + (first if first is not None else self.b.size(value=self.start, dtype=op.dtype))
+        application = op.apply([None if v is None else v.type for v in node.operands])
+        dim = application.results[value.index][axis]
+        if len(dim.factors) != 1:
+            return None
+        (factor,) = dim.factors
+        role = application.factors[factor].role
+        if op.name == "expand":
+            op = dataclasses.replace(op, shape=(*op.shape[:axis], self.length, *op.shape[axis + 1 :]))
+        elif role is not Role.MAPPED:
+            return None
+        operands: list[Value | None] = []
+        for operand, dims in zip(node.operands, application.operands, strict=True):
+            held = [i for i, each in enumerate(dims or ()) if factor in each.factors]
+            if operand is None or not held:
+                operands.append(operand)
+                continue
+            if len(held) > 1 or dims[held[0]].factors != (factor,):
+                return None
+            cut = self.of(operand, held[0])
+            if cut is None:
+                return None
+            operands.append(cut.value)
+        return Expr(self.b, self.b.emit(op, operands).results[value.index])

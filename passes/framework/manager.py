@@ -1,0 +1,241 @@
+"""Passes and the manager that runs a flat list of them, checks what they leave, and keeps a record of each.
+
+    optimized = PassManager(DEFAULT).run(graph)
+    optimized.graph                          # the result; the graph that was given is untouched
+    optimized.after("fuse-gelu")             # the graph as that pass left it
+    print(optimized.log)                     # a table, one line a pass
+
+TREADLE_DEBUG=1 prints the table to stderr, 2 also the graph after each pass that changed it, 3 also the
+refusals. TREADLE_CERTIFY=1 certifies where nobody says otherwise: see `PassManager`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from treadle.ir.clone import clone_graph
+from treadle.ir.collection import collection_paused
+from treadle.ir.errors import PassError, TreadleError, UsageError, VerifyError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.target import Target
+from treadle.ir.types import Type
+from treadle.ir.verifier import verify
+from treadle.passes.certificates.certifying import Counterexample
+from treadle.passes.certificates.regions import Claim, Edge, Recorded
+from treadle.passes.framework.lineage import Lineage
+from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One transformation of a graph; its fields are its options.
+
+    A pass changes what it is given, in place. It sees each distinct function once, callees first, so its work
+    does not grow with the number of times that a block is repeated.
+    """
+
+    @property
+    def name(self) -> str:
+        """The class's name in lower case: `fuse-gelu`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(self).__name__).lower()
+
+    @property
+    def options(self) -> str:
+        """The fields that differ from their default, as text."""
+        fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+        return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        """Transform one function, writing to the log what was matched or refused; returns the number of changes."""
+        return 0
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        """Transform the whole graph: by default every function, callees first."""
+        log.touched = set()
+        total = 0
+        for function in list(graph.functions.values()):
+            signature = () if function is graph.main else _signature(function)  # which nobody calls
+            changes = self.run(function, graph, log)
+            if changes:
+                log.touched.add(function.name)
+                if signature and _signature(function) != signature:
+                    log.touched.update(graph.functions)  # its callers among them
+            total += changes
+        return total
+
+
+def _signature(function: Function) -> tuple[Type, ...]:
+    return tuple([v.type for v in (*function.inputs, *function.parameters.values(), *function.outputs.values())])
+
+
+class BrokenPassError(PassError):
+    """A pass failed, or left a graph that does not verify. `graph` is the graph as it was before that pass."""
+
+    graph: Graph
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What a pipeline made of a graph: the source as it was given, the result, and the log with every stage.
+
+    left   the nodes of the source whose work some node of the result does, where passes said what they made of which
+    """
+
+    source: Graph
+    graph: Graph
+    log: PassLog = field(repr=False)  # which shows as a table
+    left: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+
+    def after(self, name: str) -> Graph:
+        """The graph as the (last) pass of that name left it. Raises UsageError for a pass that was not run."""
+        for record in reversed(self.log):
+            if record.name == name and record.graph is not None:
+                return record.graph
+        known = ", ".join(dict.fromkeys(r.name for r in self.log))
+        raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
+
+
+class PassManager:
+    """Runs passes in order, verifying after each that changed something.
+
+    certify   try what every pass does, before and after, on drawn values (`treadle.passes.certificates.certifying`).
+    What fails
+              is undone and reported as a refusal, and the other passes go on. None: as TREADLE_CERTIFY says
+    target    what the graph is compiled for; a rewrite may be refused as slower there
+    """
+
+    def __init__(self, passes: Sequence[Pass], *, certify: bool | None = None, target: Target | None = None) -> None:
+        self.passes = tuple(passes)
+        self.certify = os.environ.get("TREADLE_CERTIFY", "") not in ("", "0") if certify is None else certify
+        self.target = target or Target("cpu")
+
+    def run(self, graph: Graph) -> Optimized:
+        """Optimize a copy of the graph.
+
+        Raises VerifyError where the graph given is broken already, BrokenPassError (a PassError) where a pass
+        fails.
+        """
+        with collection_paused():
+            return self._run(graph)
+
+    def _run(self, graph: Graph) -> Optimized:
+        debug = debug_level()
+        verify(graph)
+        snapshot, working = graph, clone_graph(graph)
+        before = count_ops(working)
+        records: list[PassRecord] = []
+        lineage = Lineage(graph, working)
+        for each in self.passes:
+            record = PassRecord(
+                *(each.name, each.options, before), certifying=self.certify, target=self.target, lineage=lineage
+            )
+            started = time.perf_counter()
+            recorded = {name: Recorded.of(f) for name, f in working.functions.items()} if self.certify else {}
+            try:
+                record.changes = each.run_graph(working, record)
+                record.after = count_ops(working)
+                if record.changed:
+                    verify(working, None if self.certify else record.touched)
+                    if self.certify and _undo_what_fails(each, record, recorded, snapshot, working):
+                        record.after = count_ops(working)
+                        verify(working)
+            except Exception as error:
+                raise _broken(each, error, snapshot) from error
+            record.seconds = time.perf_counter() - started
+            record.shown.clear()
+            record.lineage = Lineage()  # which holds nodes that are gone
+            if record.changed:
+                snapshot = clone_graph(working)
+            record.graph = snapshot
+            records.append(record)
+            before = record.after
+            if debug >= 2 and record.changed:
+                print(f"# {record.summary}\n{snapshot}", file=sys.stderr)
+        if records and not self.certify:
+            try:
+                verify(working)  # also where a pass said that it changed nothing
+            except VerifyError as error:
+                raise _broken(self.passes[-1], error, snapshot) from error
+        log = PassLog(records)
+        if debug >= 1:
+            print(log, file=sys.stderr)
+        if debug >= 3:
+            print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
+        return Optimized(graph, working, log, lineage.of(node for _, node in working.walk()))
+
+
+def _undo_what_fails(
+    each: Pass, record: PassRecord, recorded: dict[str, Recorded], before: Graph, working: Graph
+) -> int:
+    """Certify what a pass did to every function, and put back what was where that fails; returns how often."""
+    undone = 0
+    formals = {name: known.arguments for name, known in recorded.items()}
+    for known in [known for known in recorded.values() if known.function in working.functions.values()]:
+        failed: list[tuple[Claim, list[Edge], Counterexample]] = []
+        for claim, edges in list(known.claims(working, formals)):
+            against = None if _is_shown(claim, record) else record.certify(each.name, claim, (before, working))
+            if against is None:
+                continue
+            wrong = [e for e in edges if not _holds_at(e, known, each, record, (before, working))]
+            if wrong:
+                failed.append((claim, wrong, against))
+        for claim, edges, against in failed:
+            event = Event.at(each.name, known.function, claim.at, given=record.lineage.of((claim.at,)))
+            others = [m for m in record.matches if dataclasses.replace(m, rule=each.name, reason="") != event]
+            record.matches[:] = others
+            reason = f"rolled back, since its certificate failed: {against}"
+            record.refusals.append(dataclasses.replace(event, reason=reason))
+            record.changes = max(record.changes - 1, 0)
+            undone += 1
+            if not known.revert(edges, claim.before):
+                copy = clone_graph(before)
+                working.functions, working.symbols, working.initial = copy.functions, copy.symbols, copy.initial
+                record.matches.clear()
+                record.changes = 0
+                record.notes.append("all that this pass did was rolled back")
+                return undone
+    return undone
+
+
+def _holds_at(edge: Edge, known: Recorded, each: Pass, record: PassRecord, graphs: tuple[Graph, Graph]) -> bool:
+    """Whether a reader of a value that is another now gives what it gave: abs(x), of x and of -x."""
+    if edge.node is None or edge.where is None:
+        return False
+    return record.certify(each.name, known.claim_of_reader(edge.node), graphs) is None
+
+
+def _is_shown(claim: Claim, record: PassRecord) -> bool:
+    """Whether certified rewrites led from the one value to the other."""
+    if len(claim.before) != 1:
+        return False
+    value: Value | None = claim.before[0]
+    while value is not None and value is not claim.after[0]:
+        value = record.shown.get(value)
+    return value is not None and claim.before[0] is not claim.after[0]
+
+
+def _broken(each: Pass, error: Exception, before: Graph) -> BrokenPassError:
+    known = error if isinstance(error, TreadleError) else None
+    broken = BrokenPassError(
+        f"pass {each.name} failed: {known.what if known else f'{type(error).__name__}: {error}'}",
+        received=known.received if known else None,
+        within=known.within if known else None,
+        source=known.source if known else None,
+        hint=f"this is a fault of the pass, not of the model; a pipeline without {each.name} avoids it",
+    )
+    broken.graph = before
+    return broken
+
+
+def debug_level() -> int:
+    """TREADLE_DEBUG, 0 where it is not set; README has the table. Raises UsageError for anything but a number."""
+    text = os.environ.get("TREADLE_DEBUG", "") or "0"
+    if not text.isdigit():
+        raise UsageError("TREADLE_DEBUG must be a number from 0 to 4", received=repr(text))
+    return int(text)

@@ -1,0 +1,257 @@
+"""The pass log: for each pass what it changed, what it matched, what it refused and what it nearly matched, and why.
+
+Everything but the times is a pure function of the graph and the pipeline: equal inputs give equal logs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.notebook_html import html_code, html_table
+from treadle.ir.target import Target
+from treadle.passes.certificates.certifying import Certificate, Counterexample, certify
+from treadle.passes.certificates.regions import Claim
+from treadle.passes.framework.lineage import Lineage
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened at one node: a match, a refusal or a near miss.
+
+    rule      the rewrite's name
+    function  the function that holds the node
+    op        the node's op
+    scope     where the model's author put it ("h.0.mlp"), and `source`, the author's line; empty where
+              unknown
+    reason    why not; of a match what it came to, where the rule tells
+    hint      the smallest change that would let it be, where the rule can tell
+    matched   the ops that had matched before it was given up, by name, in the order in which the rule met them; empty
+              where the whole rule matched
+    edge      where a near miss ended: "operand 1 of div"; empty for a refusal, which is about the node
+    given     the nodes of the graph as it was given that it is about
+    made      the ops that a match put in their place, by name
+
+    An artifact holds all but the last two.
+    """
+
+    rule: str
+    function: str
+    op: str
+    scope: str
+    source: str
+    reason: str = ""
+    hint: str = ""
+    matched: tuple[str, ...] = ()
+    edge: str = ""
+    given: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    made: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    @staticmethod
+    def at(rule: str, function: Function, node: Node, reason: str = "", hint: str = "", **more: Any) -> Event:
+        return Event(rule, function.name, node.op.name, node.scope, str(node.source or ""), reason, hint, **more)
+
+    @property
+    def place(self) -> str:
+        """`gpt2.py:41  h.0.mlp`, or what is known of it."""
+        return "  ".join(part for part in (self.source, self.scope) if part) or self.function
+
+    @property
+    def told(self) -> str:
+        """The reason, with how far the rule came: `5 ops matched; operand 1 of div: expected ...`."""
+        if self.edge:
+            return f"{len(self.matched)} ops matched; {self.edge}: {self.reason}"
+        return self.reason + (f"; matched: {', '.join(self.matched)}" if self.matched else "")
+
+    def __str__(self) -> str:
+        return f"{self.rule} at {self.op}" + (f": {self.told}" if self.told else "") + f"    {self.place}"
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "rule": self.rule,
+            "function": self.function,
+            "op": self.op,
+            "scope": self.scope,
+            "source": self.source,
+        }
+        more = {"reason": self.reason, "hint": self.hint, "matched": list(self.matched), "edge": self.edge}
+        return found | {name: said for name, said in more.items() if said}
+
+
+@dataclass
+class PassRecord:
+    """One pass over one graph. A pass writes its events here while it runs; the manager fills in the rest.
+
+    graph    the graph after the pass; not to be changed
+    ops      how many nodes of each op the distinct functions hold, before and after
+    notes    lines of the pass's own: weights removed, folds skipped
+    certificates  of the distinct rewrites, where they were asked for
+
+    certifying, shown, target and lineage are for the pass while it runs: whether each rewrite is tried before it is
+    kept, what stands for what by a rewrite that was, what the graph is compiled for, and which nodes of the graph as it
+    was given a node does the work of. touched is for the manager: the functions that a pass says it changed, None where
+    it does not say.
+    """
+
+    name: str
+    options: str
+    before: Counter[str]
+    after: Counter[str] = field(default_factory=Counter)
+    changes: int = 0
+    seconds: float = 0.0
+    matches: list[Event] = field(default_factory=list)
+    refusals: list[Event] = field(default_factory=list)
+    near_misses: list[Event] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
+    graph: Graph | None = None
+    certifying: bool = field(default=False, repr=False, compare=False)
+    shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
+    target: Target = field(default=Target("cpu"), repr=False, compare=False)
+    lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
+    touched: set[str] | None = field(default=None, repr=False, compare=False)
+
+    def match(
+        self,
+        rule: str,
+        function: Function,
+        root: Node,
+        nodes: Iterable[Node] = (),
+        made: Sequence[Node] = (),
+        reason: str = "",
+    ) -> None:
+        """A rule took nodes (the root, if it does not say which), and put what it made in their place."""
+        taken = (root, *nodes)
+        ops = tuple([node.op.name for node in made])
+        self.matches.append(Event.at(rule, function, root, reason, given=self.lineage.of(taken), made=ops))
+        self.lineage.stand(made, taken)
+
+    def refuse(
+        self,
+        rule: str,
+        function: Function,
+        at: Node,
+        reason: str,
+        hint: str = "",
+        nodes: Iterable[Node] = (),
+        matched: Iterable[Node] = (),
+    ) -> None:
+        """A rule was about to take nodes, and did not, by what it found at one.
+
+        matched   where it had not gone through all of its form: the nodes that fitted
+        """
+        matched = tuple(dict.fromkeys(matched))
+        given = self.lineage.of((at, *nodes, *matched))
+        names = tuple([node.op.name for node in matched])
+        self.refusals.append(Event.at(rule, function, at, reason, hint, matched=names, given=given))
+
+    def certify(self, rule: str, claim: Claim, graphs: tuple[Graph, Graph]) -> Counterexample | None:
+        """Try a claim, and keep its certificate; the case in which it does not hold, if there is one."""
+        found = certify(rule, claim, graphs)
+        if isinstance(found, Certificate) and found not in self.certificates:
+            self.certificates.append(found)
+        return found if isinstance(found, Counterexample) else None
+
+    def __repr__(self) -> str:
+        counts = [(len(self.matches), "matches"), (len(self.refusals), "refused"), (len(self.near_misses), "nearly")]
+        told = "".join(f", {count} {what}" for count, what in counts if count)
+        return f"<pass {self.summary.removeprefix('after ')}{told}>"
+
+    @property
+    def changed(self) -> bool:
+        return self.changes > 0 or self.before != self.after
+
+    @property
+    def op_changes(self) -> dict[str, int]:
+        """The change in the number of nodes, for each op whose number changed, by name."""
+        deltas = {name: self.after[name] - self.before[name] for name in sorted({*self.before, *self.after})}
+        return {name: delta for name, delta in deltas.items() if delta}
+
+    @property
+    def summary(self) -> str:
+        """`after fuse-gelu: 14 -> 9 ops, 0.4 ms`"""
+        return f"after {self.name}: {self.before.total()} -> {self.after.total()} ops, {self.seconds * 1e3:.1f} ms"
+
+    def as_dict(self, *, times: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "pass": self.name,
+            "options": self.options,
+            "changes": self.changes,
+            "ops": {"before": self.before.total(), "after": self.after.total(), "changes": self.op_changes},
+            "matches": [e.as_dict() for e in self.matches],
+            "refusals": [e.as_dict() for e in self.refusals],
+            "near_misses": [e.as_dict() for e in self.near_misses],
+            "notes": list(self.notes),
+        }
+        if self.certificates:
+            found["certificates"] = [c.as_dict() for c in self.certificates]
+        return {**found, "seconds": self.seconds} if times else found
+
+
+class PassLog(Sequence[PassRecord]):
+    """The records of a pipeline, in order. Prints as a table; `as_dict` is for JSON."""
+
+    def __init__(self, records: Sequence[PassRecord]) -> None:
+        self._records = tuple(records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._records[index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[PassRecord]:
+        return iter(self._records)
+
+    def as_dict(self, *, times: bool = False) -> dict[str, Any]:
+        """The log as JSON-able data; with times it differs from run to run."""
+        return {"passes": [r.as_dict(times=times) for r in self._records]}
+
+    def table(self, *, times: bool = True) -> str:
+        """One line a pass: its name, op counts, what it matched, how often it refused or nearly matched."""
+        rows = self._rows(times)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def _rows(self, times: bool) -> list[tuple[str, ...]]:
+        """The table's cells, its head first."""
+        rows: list[tuple[str, ...]] = [("pass", "ops", "change", "refused", "nearly", "ms")]
+        for r in self._records:
+            ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else f"{r.after.total()}"
+            refused, nearly = (str(len(events) or "") for events in (r.refusals, r.near_misses))
+            rows.append((r.name, ops, _signed(r.op_changes), refused, nearly, f"{r.seconds * 1e3:.1f}"))
+        return rows if times else [row[:-1] for row in rows]
+
+    def explain(self) -> str:
+        """Every refusal, near miss and note, a line each, under the name of its pass."""
+        lines: list[str] = []
+        for r in self._records:
+            told = [f"  refused  {e}" for e in r.refusals] + [f"  nearly   {e}" for e in r.near_misses]
+            told += [f"  note     {n}" for n in r.notes]
+            lines += [r.name, *told] if told else []
+        return "\n".join(lines)
+
+    def certified(self) -> str:
+        """Every certificate, a line each, under the name of its pass."""
+        return "\n".join("\n".join([r.name, *(f"  {c}" for c in r.certificates)]) for r in self if r.certificates)
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, and below it what `explain` says."""
+        head, *rows = self._rows(True)
+        told = self.explain()
+        return html_table(head, rows) + (html_code("refused, nearly matched, noted", told) if told else "")
+
+
+def count_ops(graph: Graph) -> Counter[str]:
+    """How many nodes of each op the graph's distinct functions hold."""
+    return Counter(node.op.name for _, node in graph.walk())
+
+
+def _signed(changes: Mapping[str, int]) -> str:
+    return ", ".join(f"{delta:+d} {name}" for name, delta in changes.items())

@@ -1,0 +1,247 @@
+"""Patterns: expressions over wildcards, written as a graph is written.
+
+    def pattern(self, p, x):                      # x is a wildcard
+        return x * p.sigmoid(x)                   # both x must be one value
+
+A pattern is written in the builder's vocabulary, over terms instead of values: every op is a method of `p`, numbers
+are scalar constants, and these say what an op cannot:
+
+    p.either(a, b, ...)     any of these; None stands for an absent operand
+    p.constant("scale")     any scalar constant, captured as a Python number
+    p.near(0.7978845)       a scalar constant at most one spacing of its dtype from this number
+    p.attribute("eps")      any value of an attribute, captured; a wildcard in an attribute's place does the same
+    p.shared(a)             a's value may be used outside the match: the rewrite does not need it gone
+    p.named("scores", a)    a captured under a name, for `check` to look at
+
+Commutative ops match in both orders. A number matches a scalar constant that is the number rounded to its
+dtype, and no other. An attribute that the pattern leaves out must have its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import treadle.ir.ops  # noqa: F401  (registers every op)
+from treadle.ir.errors import PassError
+from treadle.ir.operation import find_op
+from treadle.passes.framework.op_terms import OpTerms
+
+COMMUTATIVE = frozenset(("add", "mul", "maximum", "minimum", "equal", "not_equal", "logical_and", "logical_or"))
+Number = float | int | bool
+TermLike: TypeAlias = "Term | Number"
+
+
+# -- terms -----------------------------------------------------------------------------------------------------
+
+
+class Term:
+    """A part of a pattern; stands where an `Expr` stands in a graph and has the same operators."""
+
+    def __add__(self, other: Any) -> Term:
+        return _term("add", self, other)
+
+    def __radd__(self, other: Any) -> Term:
+        return _term("add", other, self)
+
+    def __sub__(self, other: Any) -> Term:
+        return _term("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Term:
+        return _term("sub", other, self)
+
+    def __mul__(self, other: Any) -> Term:
+        return _term("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Term:
+        return _term("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Term:
+        return _term("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Term:
+        return _term("div", other, self)
+
+    def __pow__(self, other: Any) -> Term:
+        return _term("pow", self, other)
+
+    def __neg__(self) -> Term:
+        return _term("neg", self)
+
+    def __matmul__(self, other: Any) -> Term:
+        return _term("matmul", self, other)
+
+    def __lt__(self, other: Any) -> Term:
+        return _term("less", self, other)
+
+    def __le__(self, other: Any) -> Term:
+        return _term("less_equal", self, other)
+
+    def __gt__(self, other: Any) -> Term:
+        return _term("greater", self, other)
+
+    def __ge__(self, other: Any) -> Term:
+        return _term("greater_equal", self, other)
+
+    def __and__(self, other: Any) -> Term:
+        return _term("logical_and", self, other)
+
+    def __or__(self, other: Any) -> Term:
+        return _term("logical_or", self, other)
+
+    def __invert__(self) -> Term:
+        return _term("logical_not", self)
+
+
+@dataclass(frozen=True, eq=False)
+class Wildcard(Term):
+    """Any value (or, in an attribute's place, any attribute); the same one wherever the wildcard stands."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"the same value as {self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantTerm(Term):
+    """A scalar constant: of this value (or `near` it), or of any value captured under `name`."""
+
+    value: Number | None = None
+    name: str | None = None
+    near: bool = False
+
+    def __str__(self) -> str:
+        return "a scalar constant" if self.value is None else f"constant {self.value:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class OpTerm(Term):
+    """The result of an op on these operands, with these attributes."""
+
+    op: str
+    operands: tuple[Term | None, ...]
+    attributes: tuple[tuple[str, Any], ...]
+    name: str | None = None
+    shared: bool = False
+
+    def __str__(self) -> str:
+        return self.op
+
+
+@dataclass(frozen=True, eq=False)
+class EitherTerm(Term):
+    """The first of several terms that fits (all are tried before the search gives up)."""
+
+    options: tuple[Term | None, ...]
+
+    def __str__(self) -> str:
+        return " or ".join("no operand" if o is None else str(o) for o in self.options)
+
+
+class Vocabulary(OpTerms):
+    """What `pattern` receives as `p`: every op as a method, and the words that only patterns have."""
+
+    def _term(self, op: str, *operands: Any, **attributes: Any) -> Term:
+        return _term(op, *operands, **attributes)
+
+    def either(self, *options: Any) -> Term:
+        """Any of these terms. A capture that only some of them hold is None where another one fitted."""
+        terms = [_as_term(o) for o in options]
+        return EitherTerm(tuple(o for t in terms for o in (t.options if isinstance(t, EitherTerm) else (t,))))
+
+    def constant(self, name: str) -> Term:
+        """Any scalar constant, captured under this name as a Python number."""
+        return ConstantTerm(name=name)
+
+    def near(self, number: float) -> Term:
+        """A scalar constant that a model may have computed in its own dtype: at most one spacing from the number."""
+        return ConstantTerm(number, near=True)
+
+    def attribute(self, name: str) -> Wildcard:
+        """Any value of an attribute, captured under this name."""
+        return Wildcard(name)
+
+    def shared(self, term: Term) -> Term:
+        """The term's own value (not those below it) may be used outside the match."""
+        if isinstance(term, EitherTerm):
+            return EitherTerm(tuple(o and self.shared(o) for o in term.options))
+        return dataclasses.replace(term, shared=True) if isinstance(term, OpTerm) else term
+
+    def named(self, name: str, term: Term) -> Term:
+        """The term, captured under a name."""
+        if isinstance(term, EitherTerm):
+            return EitherTerm(tuple(o and self.named(name, o) for o in term.options))
+        return dataclasses.replace(term, name=name) if isinstance(term, OpTerm) else term
+
+
+def _as_term(x: Any) -> Term | None:
+    if x is None or isinstance(x, Term):
+        return x
+    if isinstance(x, (bool, int, float)):
+        return ConstantTerm(x)
+    raise PassError("a pattern is made of terms and numbers", received=f"{type(x).__name__}: {x!r}")
+
+
+def _term(op: str, *operands: Any, **attributes: Any) -> OpTerm:
+    cls = find_op(op)
+    given = dict(cls.attribute_defaults())
+    given.update(attributes)
+    fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unsaid = [n for n in fields if n not in given]
+    unknown = [n for n in attributes if n not in fields]
+    if unsaid or unknown:
+        raise PassError(
+            f"a pattern with {op} must say its attributes: {', '.join(unsaid or unknown)} is not"
+            + ("" if unsaid else " one of them"),
+            hint=f'attributes of {op}: {", ".join(fields) or "none"}; p.attribute("name") matches any value',
+        )
+    return OpTerm(op, tuple(_as_term(x) for x in cls.arrange(operands)), tuple((n, given[n]) for n in fields))
+
+
+# -- patterns --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A traced pattern: its root, the ops that a root may be, the names it captures, and its least number of ops."""
+
+    root: Term
+    root_ops: tuple[str, ...]
+    captures: frozenset[str]
+    size: int
+
+    @staticmethod
+    def trace(function: Callable[..., Any]) -> Pattern:
+        """Call a pattern function with terms. Raises PassError where it is not a pattern."""
+        names = list(inspect.signature(function).parameters)[1:]
+        root = _as_term(function(Vocabulary(), *(Wildcard(n) for n in names)))
+        roots = root.options if isinstance(root, EitherTerm) else (root,)
+        ops = [r.op for r in roots if isinstance(r, OpTerm)]
+        if root is None or len(ops) != len(roots):
+            raise PassError("a pattern's root must be an op, or either of several")
+        captures = frozenset(names) | frozenset(_captures(root))
+        return Pattern(root, tuple(dict.fromkeys(ops)), captures, _least_ops(root))
+
+
+def _captures(term: Term | None) -> Iterator[str]:
+    if isinstance(term, EitherTerm):
+        for option in term.options:
+            yield from _captures(option)
+    elif isinstance(term, OpTerm):
+        if term.name is not None:
+            yield term.name
+        for operand in term.operands:
+            yield from _captures(operand)
+        yield from (a.name for _, a in term.attributes if isinstance(a, Wildcard))
+    elif isinstance(term, (Wildcard, ConstantTerm)) and term.name is not None:
+        yield term.name
+
+
+def _least_ops(term: Term | None) -> int:
+    if isinstance(term, EitherTerm):
+        return min(_least_ops(o) for o in term.options)
+    return 1 + sum(map(_least_ops, term.operands)) if isinstance(term, OpTerm) else 0

@@ -1,0 +1,1 @@
+"""Passes that find a fused op in what models spell out."""

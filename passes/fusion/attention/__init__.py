@@ -1,0 +1,1 @@
+"""Attention, found in what models spell out in any layout, with any masks and biases."""

@@ -1,0 +1,258 @@
+"""What is added to the scores of spelled-out attention, as biases, or as the masks that some of it is.
+
+where(c, 0, -inf), (1 - c) * -1e9, a constant of zeros and -inf    -->   masks
+table[bucket(iota(T) - iota(S))]                                   -->   t5_relative
+slopes[h] * (iota(T) - iota(S))                                    -->   alibi
+any other addend                                                   -->   bias(axes)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.attention_terms import Alibi, BooleanMask, TensorBias
+from treadle.ir.graph import Value
+from treadle.passes.fusion.attention.buckets import t5_relative
+from treadle.passes.fusion.attention.core import LEAST_FILL, Added, Chosen, Placed, number_of
+from treadle.passes.fusion.attention.masks import band_terms
+from treadle.passes.fusion.attention.positions import (
+    MOST_PARTS,
+    Affine,
+    affine,
+    band_of,
+    beneath,
+    constant_over,
+    offset_table,
+)
+from treadle.passes.fusion.attention.roles import Fused, Operand, Roles
+from treadle.passes.fusion.axis_tracking import Axes, narrowed
+from treadle.passes.fusion.truth_values import is_of_truth
+
+ABSORBING = 1e30
+"""A score that is added to a number of this size is lost in its rounding: adding it masks as replacing by it does."""
+
+
+def as_mask(axes: Axes, added: Added) -> Chosen | None:
+    """An addend that is 0 where a condition holds and a large negative number elsewhere, as that condition.
+
+    where(c, 0, -inf), (1 - c) * -1e9 for a condition c
+    """
+    value, layout, factor = added.placed.value, added.placed.layout, added.factor
+    for _ in range(MOST_PARTS):
+        node = value.node
+        if node is None:
+            break
+        match node.op.name:
+            case "rearrange" | "expand":
+                above = axes.above(node, layout)
+                if above is None:
+                    return None
+                value, layout = node.inputs[0], above
+            case "cast" if node.inputs[0].type.dtype.is_float:
+                value = node.inputs[0]
+            case "mul":
+                scaled = next(
+                    ((x, n) for x, y in (node.inputs, node.inputs[::-1]) if (n := number_of(y)) is not None), None
+                )
+                if scaled is None:
+                    return None
+                factor, value = factor * scaled[1], scaled[0]
+                layout = narrowed(value, layout)
+                if -math.inf < factor <= -LEAST_FILL and (truth := _complement(value)) is not None:
+                    return Chosen(Placed(truth[0], narrowed(truth[0], layout)), truth[1], factor, added.node)
+            case "where":
+                condition, x, y = node.inputs
+                numbers = number_of(x), number_of(y)
+                for keep, (kept, fill) in ((True, numbers), (False, numbers[::-1])):
+                    if kept == 0 and fill is not None and fill * factor <= -LEAST_FILL:
+                        return Chosen(Placed(condition, narrowed(condition, layout)), keep, fill * factor, added.node)
+                return None
+            case _:
+                return None
+    return None
+
+
+def _complement(value: Value) -> tuple[Value, bool] | None:
+    """A condition, and the truth that it has where the value is 0: c, True for 1 - c; c, False for c itself."""
+    node = value.node
+    if node is not None and node.op.name == "sub" and number_of(node.inputs[0]) == 1 and is_of_truth(node.inputs[1]):
+        return node.inputs[1], True
+    return (value, False) if is_of_truth(value) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A constant addend that is 0 where `kept`, and `fill` elsewhere."""
+
+    placed: Placed
+    kept: Any
+    axes: tuple[str, ...]
+    fill: float
+
+
+def table_mask(roles: Roles, added: Added) -> Table | None:
+    """A constant addend of zeros and one large negative number, or None for another."""
+    if not added.placed.value.type.dtype.is_float:
+        return None
+    table = constant_over(added.placed.value, roles.axes.resolved(added.placed.layout), roles)
+    if table is None:
+        return None
+    array, axes = table
+    others = np.unique(array[array != 0])
+    if len(others) != 1 or not (fill := float(others[0]) * added.factor) <= -LEAST_FILL:
+        return None
+    return Table(added.placed, array == 0, tuple(axes), fill)
+
+
+def table_terms(roles: Roles, table: Table) -> list[Fused]:
+    """What a constant addend keeps as terms by position, or where it is none, as a mask that tells what it keeps."""
+    whole = Fused(BooleanMask("t"))
+    if len(table.axes) != 2:
+        return [whole]
+    kept = table.kept if table.axes == ("s", "t") else table.kept.T
+    band = band_of(kept)
+    terms = None if band is None else band_terms(*band)
+    if terms is not None:
+        return terms
+    return [dataclasses.replace(whole, first=bool(kept[:, 0].all()), diagonal=bool(np.diagonal(kept).all()))]
+
+
+def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chosen]:
+    """An addend, or its parts: of a sum of which each has fewer axes or one is a mask, and of a masked addend.
+
+    s + where(c, x, -inf)   -->   s + x, masked by c
+
+    exactly   also where every key is masked: not if x may be so large that its sum with the number is another
+    """
+    placed = beneath(axes, added.placed)
+    node = placed.value.node
+    if node is not None and node.op.name in ("add", "sub"):
+        signs = (1.0, 1.0 if node.op.name == "add" else -1.0)
+        parts = [
+            Added(Placed(v, narrowed(v, placed.layout)), added.factor * sign, added.node)
+            for v, sign in zip(node.inputs, signs, strict=True)
+        ]
+        count = _count(axes, placed)
+        if all(_count(axes, p.placed) < count for p in parts) or any(as_mask(axes, p) for p in parts):
+            for part in parts:
+                yield from addends_of(axes, part, exactly)
+            return
+    if node is not None and node.op.name == "where" and as_mask(axes, added) is None:
+        condition, *sides = node.inputs
+        for keep, (x, fill) in ((True, sides), (False, sides[::-1])):
+            number = number_of(fill)
+            if number is not None and number * added.factor <= -ABSORBING and _may_add(x, number, exactly):
+                inner = Added(Placed(x, narrowed(x, placed.layout)), added.factor, added.node)
+                yield from addends_of(axes, inner, exactly)
+                held = Placed(condition, narrowed(condition, placed.layout))
+                yield Chosen(held, keep, number * added.factor, added.node)
+                return
+    yield added
+
+
+def _may_add(x: Value, fill: float, exactly: bool) -> bool:
+    """Whether x may be added to the number that masks it, and is lost in it. Infinity would not be, nor a large x."""
+    if not math.isfinite(fill):
+        return True
+    hazards = hazards_of(x)
+    return not hazards if exactly else "infinite" not in hazards
+
+
+def _count(axes: Axes, placed: Placed) -> int:
+    return sum(map(len, axes.resolved(placed.layout)))
+
+
+def read_bias(roles: Roles, added: Added) -> list[Fused]:
+    """An addend as a bias: by position where it is one, and else as a tensor."""
+    placed = beneath(roles.axes, added.placed)
+    node = placed.value.node
+    if added.factor == 1.0 and node is not None:
+        structural = t5_relative(roles, placed) or _alibi(roles, placed)
+        if structural is not None:
+            return [structural]
+    axes = roles.held(placed.layout) or "t"
+    return [Fused(TensorBias(axes), (Operand(placed, axes, factor=added.factor),))]
+
+
+def _alibi(roles: Roles, placed: Placed) -> Fused | None:
+    """slopes[h] * (j - i)"""
+    node = placed.value.node
+    assert node is not None
+    if node.op.name != "mul":
+        return None
+    for slopes, offset in (node.inputs, node.inputs[::-1]):
+        own = beneath(roles.axes, Placed(slopes, narrowed(slopes, placed.layout)))
+        if roles.held(own.layout) in ("h", "") and _is_offset(roles, Placed(offset, narrowed(offset, placed.layout))):
+            return Fused(Alibi(), (Operand(own, "h"),))
+    return None
+
+
+def _is_offset(roles: Roles, placed: Placed) -> bool:
+    """j - i, cast to a float"""
+    offsets = offset_table(roles, placed)
+    if offsets is not None:
+        return bool(np.array_equal(*offsets))
+    under = beneath(roles.axes, placed)
+    cast = under.value.node
+    if cast is None or cast.op.name != "cast" or not cast.inputs[0].type.dtype.is_int:
+        return False
+    return affine(roles, Placed(cast.inputs[0], under.layout)) == Affine(-1, 1)
+
+
+# -- what addends may hold -------------------------------------------------------------------------------------
+
+_BOUNDED = frozenset(
+    (
+        "matmul",
+        "linear",
+        "einsum",
+        "softmax",
+        "layer_norm",
+        "rms_norm",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "sin",
+        "cos",
+        "attention",
+    )
+)
+_PICKING = frozenset(("gather", "embedding", "take_along_axis"))
+_MOST_LOOKED_AT = 256
+
+
+def hazards_of(value: Value) -> frozenset[str]:
+    """What an addend may hold, by the constants it is made of: numbers so "large" that they mask, "infinite" ones.
+
+    Where inf itself is among these, and not only -inf, it is "rising".
+
+    Weights, and what layers make of finite numbers, are neither; an input that is a float may be large.
+    """
+    found: set[str] = set()
+    pending, seen = [value], {value}
+    while pending:
+        x = pending.pop()
+        node = x.node
+        if len(seen) > _MOST_LOOKED_AT:
+            return frozenset(("large", "infinite"))
+        if x.literal is not None and x.type.dtype.is_float:
+            magnitudes = np.abs(x.literal.array)
+            found |= {"infinite"} if not np.isfinite(magnitudes).all() else set()
+            found |= {"rising"} if np.isposinf(x.literal.array).any() else set()
+            found |= {"large"} if (magnitudes >= LEAST_FILL).any() else set()
+        elif x.kind == "input" and x.type.dtype.is_float:
+            found.add("large")
+        if node is None or node.op.name in _BOUNDED or not x.type.dtype.is_float:
+            continue
+        if node.op.name in ("log", "div", "reciprocal", "call"):
+            found |= {"large", "infinite"} if node.op.name == "log" else {"large"}
+        operands = node.inputs[:1] if node.op.name in _PICKING else node.inputs
+        pending += [v for v in operands if v not in seen]
+        seen.update(operands)
+    return frozenset(found)

@@ -1,0 +1,197 @@
+"""Values by position: integers that are sums of a query's and a key's position, constants over both, and bands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.sizes import ONE, ZERO, Size
+from treadle.passes.fusion.attention.core import Placed, number_of
+from treadle.passes.fusion.attention.roles import Roles
+from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
+
+MOST_PARTS = 32
+"""An expression of more levels is not looked through."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """s i + t j + constant + the sum of some tensors, each with a sign; integers."""
+
+    s: int = 0
+    t: int = 0
+    constant: Size = ZERO
+    tensors: tuple[tuple[int, Placed], ...] = ()
+
+    def shifted(self, by: int) -> Affine:
+        return dataclasses.replace(self, constant=self.constant + by)
+
+    def plus(self, other: Affine, sign: int = 1) -> Affine:
+        tensors = (*self.tensors, *((sign * n, x) for n, x in other.tensors))
+        cancelled = tuple((n, x) for n, x in tensors if not any(m == -n and y.value is x.value for m, y in tensors))
+        constant = self.constant + (other.constant if sign > 0 else -other.constant)
+        return Affine(self.s + sign * other.s, self.t + sign * other.t, constant, cancelled)
+
+
+def affine_difference(roles: Roles, x: Placed, y: Placed) -> Affine | None:
+    left, right = affine(roles, x), affine(roles, y)
+    return None if left is None or right is None else left.plus(right, -1)
+
+
+def affine(roles: Roles, placed: Placed, depth: int = 0) -> Affine | None:
+    """An integer value by position, or None where it is no integer."""
+    value, layout = placed.value, placed.layout
+    if not value.type.dtype.is_int:
+        return None
+    number = number_of(value)
+    if number is not None:
+        return Affine(constant=Size.of(int(number)))
+    start = _counted_from(value, layout, roles)
+    if start is not None:
+        axis, first = start
+        return Affine(int(axis == "s"), int(axis == "t"), Size.of(first))
+    node = value.node
+    if node is not None and depth < MOST_PARTS:
+        made = _affine_op(roles, node, layout, depth + 1)
+        if made is not None:
+            return made
+    return Affine(tensors=((1, placed),))
+
+
+def _affine_op(roles: Roles, node: Node, layout: Layout, depth: int) -> Affine | None:
+    def of(operand: Value) -> Affine | None:
+        return affine(roles, Placed(operand, narrowed(operand, layout)), depth)
+
+    match node.op.name:
+        case "iota":
+            return _position(roles, layout[0])
+        case "positions":
+            return _position(roles, layout[-1])
+        case "size":
+            return Affine(constant=node.op.value)  # type: ignore[attr-defined]
+        case "rearrange" | "expand":
+            above = roles.axes.above(node, layout)
+            return None if above is None else affine(roles, Placed(node.inputs[0], above), depth)
+        case "cast":
+            x = node.inputs[0]
+            wider = x.type.dtype.is_int and x.type.dtype.bytes <= node.results[0].type.dtype.bytes
+            return of(x) if wider else None
+        case "add" | "sub":
+            left, right = map(of, node.inputs)
+            sign = 1 if node.op.name == "add" else -1
+            return None if left is None or right is None else left.plus(right, sign)
+        case "neg":
+            made = of(node.inputs[0])
+            return None if made is None else Affine().plus(made, -1)
+    return None
+
+
+def _position(roles: Roles, dim: Sequence[int]) -> Affine | None:
+    """The position along a dimension, if that is the queries' or the keys' axis as a whole."""
+    atoms = roles.axes.flat(dim)
+    for axis in ("s", "t"):
+        if atoms and atoms == roles.atoms(axis):
+            return Affine(int(axis == "s"), int(axis == "t"))
+    return Affine() if not atoms else None
+
+
+def _counted_from(value: Value, layout: Layout, roles: Roles) -> tuple[str, int] | None:
+    """Which axis, s or t, a table of numbers counts along, and from what on."""
+    table = constant_over(value, roles.axes.resolved(layout), roles)
+    if table is None:
+        return None
+    array, axes = table
+    if len(axes) != 1 or not np.array_equal(array, np.arange(len(array)) + array[0]):
+        return None
+    return axes[0], int(array[0])
+
+
+def beneath(axes: Axes, placed: Placed) -> Placed:
+    value, layout = placed.value, placed.layout
+    while value.node is not None and value.node.op.name in ("rearrange", "expand"):
+        above = axes.above(value.node, layout)
+        if above is None:
+            break
+        value, layout = value.node.inputs[0], above
+    return Placed(value, layout)
+
+
+# -- constants -------------------------------------------------------------------------------------------------
+
+
+def constant_over(value: Value, layout: Layout, roles: Roles) -> tuple[Any, list[str]] | None:
+    """A constant over s and t (in this or the other order), or one of them: its array, and its axes.
+
+    Of a slice from the start the whole: what lies past its end is at no position.
+    """
+    dims = list(layout)
+    while (node := value.node) is not None:
+        match node.op.name:
+            case "slice":
+                op: Any = node.op
+                if op.start != ZERO or op.stride != 1:
+                    return None
+                sliced = op.axis % value.type.rank
+                if value.type.shape[sliced] == ONE and node.inputs[0].type.shape[sliced] != ONE:
+                    return None
+                above: Layout | None = tuple(dims)
+            case "rearrange" | "expand":
+                above = roles.axes.above(node, tuple(dims)) if _squeezes(node) else None
+            case _:
+                above = None
+        if above is None:
+            return None
+        value, dims = node.inputs[0], list(roles.axes.resolved(above))
+    if value.literal is None or value.literal.array.size > _LARGEST_TABLE:
+        return None
+    array, names = value.literal.array, []
+    for atoms, size in zip(dims, array.shape, strict=True):
+        if size == 1:
+            continue
+        name = next((n for n in ("s", "t") if atoms and roles.axes.flat(atoms) == roles.atoms(n)), None)
+        if name is None or name in names:
+            return None
+        names.append(name)
+    return (array.reshape([n for n in array.shape if n != 1]), names) if names else None
+
+
+_LARGEST_TABLE = 1 << 24
+
+
+def _squeezes(node: Node) -> bool:
+    """Whether a move keeps every dimension whole, and so a slice's start at its start."""
+    if node.op.name == "expand":
+        return True
+    return "(" not in node.op.pattern  # type: ignore[attr-defined]
+
+
+def offset_table(roles: Roles, placed: Placed) -> tuple[Any, Any] | None:
+    """A constant over s and t, as it is for each query and key, and j - i for them."""
+    table = constant_over(placed.value, roles.axes.resolved(placed.layout), roles)
+    if table is None or len(table[1]) != 2:
+        return None
+    array = table[0] if table[1] == ["s", "t"] else table[0].T
+    rows, columns = array.shape
+    return array, np.arange(columns) - np.arange(rows)[:, None]
+
+
+def band_of(kept: Any) -> tuple[int | None, int | None] | None:
+    """Low and high of j - i in a band of truths, with None for what reaches a corner; None if it is no band."""
+    rows, columns = kept.shape
+    offsets = np.arange(columns) - np.arange(rows)[:, None]
+    inside = offsets[kept]
+    if not len(inside):
+        return None
+    low, high = int(inside.min()), int(inside.max())
+    if not np.array_equal(kept, (offsets >= low) & (offsets <= high)):
+        return None
+    if low == 1 - rows and high > 0:  # nothing lies below, so that any lower limit says the same
+        return (-high if -high <= low else None), (None if high == columns - 1 else high)
+    if high == columns - 1 and low < 0:
+        return low, (-low if -low >= high else None)
+    return (None if low == 1 - rows else low), (None if high == columns - 1 else high)

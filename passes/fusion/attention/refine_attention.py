@@ -1,0 +1,233 @@
+"""Attention that came as one op, looked at again: what its masks say as terms, repeated keys as fewer heads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.attention_terms import BiasTerm, BooleanMask, Causal, Segments, TensorBias, Term, Window
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import TreadleError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.passes.cleanup.dead_code import drop_unread
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import Event, PassRecord
+from treadle.passes.fusion.attention.core import Added, Chosen, Mismatch, Placed, Scores, Values, Weighting
+from treadle.passes.fusion.attention.plan import Plan
+from treadle.passes.fusion.attention.roles import Fused, Note, Said, Whole
+from treadle.passes.fusion.axis_tracking import Axes, Layout
+
+
+@dataclass(frozen=True)
+class RefineAttention(Pass):
+    """attention(q, k, v, mask(b s t))   -->   attention(q, k, v, causal, mask(b t))        for a mask that is both
+
+     1. a mask that is a conjunction  -->  its parts: causal, window, padding, segments, and for the rest masks of as
+        few axes as they have;  a part that is true everywhere  -->  nothing
+     2. a bias  -->  the parts of a sum: t5_relative, alibi, and what is 0 or -inf as a mask;  one that is 0 or a large
+        negative number  -->  a mask, if every row is sure to keep a key, beside all other masks
+     3. keys and values repeated for several query heads  -->  fewer of their heads
+     4. a number that q or k are multiplied by  -->  the scale
+
+    For ops as frontends bring them: ONNX's Attention, PyTorch's scaled_dot_product_attention, a layer with a mask that
+    is a tensor. What tensors say is read as FuseAttention reads it. The op keeps its dtype and its other terms.
+
+    Refuses, and tells: a triangle or a band that is no term; a large negative number that is added where a row may be
+    without keys, which is an average over all of them; what may be inf in an addend. A mask that is made of anything
+    else is a near miss; one that comes from outside is what it is.
+
+    zero_empty_rows   a row without keys may give zeros, whatever it gave; then every mask is a mask, and none an addend
+    """
+
+    zero_empty_rows: bool = False
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        if not any(_is_attention(node) for node in function.nodes):
+            return 0
+        return _Refiner(self, function, graph, log).run()
+
+
+def _is_attention(node: Node) -> bool:
+    return node.op.name in ("attention", "attention_with_probabilities")
+
+
+class _Refiner:
+    """The walk over one function."""
+
+    def __init__(self, options: RefineAttention, function: Function, graph: Graph, log: PassRecord) -> None:
+        self.options, self.function, self.graph, self.log = options, function, graph, log
+        self.rule = options.name
+        self.scratch = Function("scratch")
+        self.builder = Builder(graph, self.scratch)
+        self.by_offset: dict[Value, np.ndarray[Any, Any] | None] = {}
+
+    def run(self) -> int:
+        replaced: dict[Value, Value] = {}
+        kept: list[Node] = []
+        applied = 0
+        for node in self.function.nodes:
+            if any(v in replaced for v in node.inputs):
+                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
+            placed = self._refined(node) if _is_attention(node) else []
+            made, self.scratch.nodes = self.scratch.nodes, []
+            kept += made if placed else [node]
+            applied += bool(placed)
+            for old, new in placed:
+                replaced[old] = new.value
+                if old.name != node.op.name and new.value.node is not None:
+                    new.value.name = old.name
+        if applied:
+            self.function.outputs = {name: replaced.get(v, v) for name, v in self.function.outputs.items()}
+            self.function.nodes = kept
+            drop_unread(self.function)
+        return applied
+
+    def _refined(self, node: Node) -> list[tuple[Value, Expr]]:
+        """What stands in the place of an op's results, its nodes in the scratch function; nothing where it stays."""
+        try:
+            plan = self._plan(node)
+        except Mismatch as mismatch:
+            self._refuse(Note(mismatch.reason, mismatch.node, mismatch.hint))
+            return []
+        for note in plan.chain.notes:
+            self._refuse(Note(f"the mask {note.reason}", note.node, note.hint))
+        if not plan.chain.notes:
+            self._tell_of_tensors(plan)
+        gain = _gain(plan, node)
+        if not gain:
+            return []
+        try:
+            with self.builder.placed_as(node):
+                placed = plan.build(self.builder)
+        except TreadleError as error:
+            self._refuse(Note(f"attention does not take this: {error.what}", node))
+            return []
+        for old, new in placed:
+            if new.type != old.type:
+                self._refuse(Note(f"attention would give {new.type} for {old.type}", node))
+                return []
+        for made in self.scratch.nodes:
+            made.source = node.source
+        self.log.match(self.rule, self.function, node, made=self.scratch.nodes, reason=gain)
+        return placed
+
+    def _plan(self, node: Node) -> Plan:
+        """The op as a plan to make it once more. Keys may have been repeated in another order than heads share them
+        in; then they stay as they are."""
+        for grouped in (True, False):
+            axes = Axes()
+            site = _Site.of(axes, node, grouped)
+            found, zeros = (site.weighting, site.values, site.scores), self.options.zero_empty_rows
+            plan = Plan(axes, site.rows, self.graph.symbols, *found, zeros, self.by_offset, site.said)
+            if plan.roles.atoms("h") == axes.flat(site.rows[1]):
+                return plan
+        return plan
+
+    def _refuse(self, note: Note) -> None:
+        self.log.refuse(self.rule, self.function, note.node, note.reason, note.hint)
+
+    def _tell_of_tensors(self, plan: Plan) -> None:
+        """A near miss for each mask of queries and keys that is computed, and is no term."""
+        for fused in plan.chain.masks:
+            if not isinstance(fused.term, BooleanMask) or not {"s", "t"} <= set(fused.term.axes.split()):
+                continue
+            made_by = fused.operands[0].placed.value.node
+            if made_by is not None:
+                reason = (
+                    f"the mask stays a tensor: {made_by.op.name} gives none of causal, window, padding and segments"
+                )
+                self.log.near_misses.append(Event.at(self.rule, self.function, made_by, reason))
+
+
+# -- an op as the plan's parts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Site:
+    """An attention op in the words in which spelled-out attention is found.
+
+    rows   the layout of the scores: b, h, s, t
+    """
+
+    rows: Layout
+    weighting: Weighting
+    values: Values
+    scores: Scores
+    said: Said
+
+    @staticmethod
+    def of(axes: Axes, node: Node, grouped: bool) -> _Site:
+        op: Any = node.op
+        q, k, v, *given = node.inputs
+        b, s, t, d, e = (axes.new(x.type.shape[i]) for x, i in ((q, 0), (q, 2), (k, 2), (q, 3), (v, 3)))
+        g = axes.new(k.type.shape[1])
+        shared = q.type.shape[1].divide(k.type.shape[1])
+        h = (*g, *axes.new(shared)) if shared is not None else g
+        rows = (b, h, s, t)
+        by_name = dict(zip("bhst", rows, strict=True))
+        added: list[Added] = []
+        chosen: list[Chosen] = []
+        said: list[Fused] = []
+        rest = iter(given)
+        for term in op.terms:
+            operands = [next(rest) for _ in term.operands]
+            if not isinstance(term, BooleanMask | TensorBias):
+                said.append(_as_said(term, operands))
+                continue
+            placed = Placed(operands[0], tuple(by_name[axis] for axis in term.axes.split()))
+            if isinstance(term, BooleanMask):
+                chosen.append(Chosen(placed, True, -np.inf, node))
+            else:
+                added.append(Added(placed, 1.0, node))
+        terms: tuple[Added | Chosen, ...] = (*added, *chosen)  # a mask takes the key away, whatever is added
+        scale = op.scale_for(q.type.shape[3].constant or 1)
+        return _Site(
+            rows,
+            Weighting(node, node.results[0], 3, True, (node,)),
+            Values(
+                *(node, Placed(v, (b, g, t, e)), (b, h, s, e), True, (node,)),
+                returned=tuple(Placed(x, rows) for x in node.results[1:]),
+            ),
+            Scores(node, Placed(q, (b, h, s, d)), Placed(k, (b, g, t, d)), d, scale, op.softcap, terms, (node,)),
+            Said(q.type.dtype, op.scale, tuple(said), (h,) if grouped else ()),
+        )
+
+
+def _as_said(term: Term, operands: Sequence[Value]) -> Fused:
+    """A term that is by position, with what is known of the keys that it keeps."""
+    own = isinstance(term, Segments) and operands[0] is operands[1]
+    return Fused(
+        term,
+        tuple(Whole(Placed(x, ()), "") for x in operands),
+        diagonal=isinstance(term, Causal | Window) or own,
+        first=isinstance(term, Causal),
+    )
+
+
+# -- whether it is worth it --------------------------------------------------------------------------------------------
+
+
+def _gain(plan: Plan, node: Node) -> str:
+    """What the op would say that it did not; nothing where it would be no better."""
+    op: Any = node.op
+    heads, fewer = node.inputs[1].type.shape[1], plan.axes.size(plan.g)
+    terms = [f.term for f in (*plan.chain.masks, *plan.chain.biases)]
+    told = []
+    if _weight(terms) < _weight(op.terms):
+        was, now = (Counter(map(str, each)) for each in (op.terms, terms))
+        told.append(f"{', '.join(was - now)} read as {', '.join(now - was) or 'true everywhere'}")
+    if fewer != heads:
+        told.append(f"{fewer} heads of keys and values, not {heads}")
+    if plan.q.factor * plan.k.factor != 1.0:
+        told.append(f"scale {plan.scale:g}, with what queries and keys are multiplied by")
+    return "; ".join(told)
+
+
+def _weight(terms: Sequence[Term]) -> tuple[int, list[tuple[int, bool]]]:
+    """Less for more terms by position; among equals, for tensors of fewer axes, the largest first, and truth values."""
+    tensors = [(len(t.axes.split()), isinstance(t, BiasTerm)) for t in terms if isinstance(t, BooleanMask | TensorBias)]
+    return len(tensors) - len(terms), sorted(tensors, reverse=True)

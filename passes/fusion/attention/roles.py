@@ -1,0 +1,158 @@
+"""Which axes are attention's, and terms with the operands that they will be built from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.attention_terms import BooleanMask, MaskTerm, Term
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Node, Value
+from treadle.ir.sizes import ZERO, Bounds, Size
+from treadle.ir.types import DType
+from treadle.passes.fusion.attention.core import Placed
+from treadle.passes.fusion.axis_tracking import Axes, Layout
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The atoms of attention's axes, and the sizes' bounds. A group may be empty, and is then of size 1.
+
+    groups      as they were found: what is read later may split them, so that `atoms` is to be asked
+    by_offset   what indices by position were found to be, for each j - i: kept for all sites of a function
+    """
+
+    axes: Axes
+    groups: dict[str, tuple[int, ...]]
+    symbols: dict[str, Bounds]
+    by_offset: dict[Value, np.ndarray[Any, Any] | None]
+
+    def atoms(self, name: str) -> tuple[int, ...]:
+        """The atoms of an axis as they are by now: a mask of windows splits the rows that the windows are a part of."""
+        return self.axes.flat(self.groups[name])
+
+    def held(self, layout: Layout) -> str:
+        """The axes of which a layout holds an atom: "b t"."""
+        there = {atom for dim in self.axes.resolved(layout) for atom in dim}
+        return " ".join(name for name in self.groups if there.intersection(self.atoms(name)))
+
+    def size(self, name: str) -> Size:
+        return self.axes.size(self.groups[name])
+
+    def place(self, b: Builder, x: Expr, layout: Layout, axes: str) -> Expr:
+        """x with a dimension for each of these axes; it is repeated along what it lacks of them."""
+        return self.axes.place(b, x, layout, [self.groups[name] for name in axes.split()])
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An operand of a term: a value, the axes under which the term takes it, and what is done to it first.
+
+    negated   of a condition: where it is false
+    factor    of a bias
+    plus      of lengths
+    to        the dtype that it is cast to
+    fill      of a condition that is a bias: what is added where it is false, 0 being added where it is true
+    """
+
+    placed: Placed
+    axes: str
+    negated: bool = False
+    factor: float = 1.0
+    plus: Size = ZERO
+    to: DType | None = None
+    fill: float | None = None
+
+    @property
+    def dtypes(self) -> tuple[DType, ...]:
+        """The float dtypes of which attention's has to hold all numbers."""
+        dtype = self.placed.value.type.dtype
+        return (dtype,) if dtype.is_float and self.fill is None else ()
+
+    def fits(self, dtype: DType) -> bool:
+        """Whether a dtype holds the number that it is built with."""
+        return self.fill is None or dtype.holds(self.fill)
+
+    def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:
+        """The operand as attention in this dtype takes it."""
+        x = b.expr(self.placed.value)
+        if self.to is not None:
+            x = x.cast(self.to)
+        if self.negated:
+            x = b.logical_not(x)
+        if self.factor != 1.0:
+            x = x * self.factor
+        if self.plus != ZERO:
+            x = x + (self.plus.constant if self.plus.constant is not None else b.size(value=self.plus, dtype=x.dtype))
+        if self.fill is not None:
+            x = b.where(x, b.constant(0, dtype), b.constant(self.fill, dtype))
+        if x.dtype.is_float:
+            x = x.cast(dtype)
+        return roles.place(b, x, self.placed.layout, self.axes)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A term with its operands. `diagonal`: it keeps j = i; `first`: it keeps j = 0, whatever its operands hold."""
+
+    term: Term
+    operands: tuple[Operand, ...] = ()
+    diagonal: bool = False
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Note:
+    """Why something stayed a tensor, and the node that shows it. `hint`: what would let it be a term."""
+
+    reason: str
+    node: Node
+    hint: str = ""
+
+
+@dataclass
+class Reading:
+    """What conditions came to: terms in order, and notes on what stayed a tensor."""
+
+    terms: list[Fused] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+    @property
+    def structural(self) -> bool:
+        """Whether a part of it is known by position."""
+        return any(not isinstance(f.term, BooleanMask) for f in self.terms)
+
+
+def never_empty(terms: Sequence[Fused], roles: Roles) -> bool:
+    """Whether together they leave every query a key, whatever their operands hold."""
+    masks = [f for f in terms if isinstance(f.term, MaskTerm)]
+    square = roles.size("s") == roles.size("t")
+    return all(f.first for f in masks) or (square and all(f.diagonal for f in masks))
+
+
+@dataclass(frozen=True)
+class Whole(Operand):
+    """An operand that is taken as it is."""
+
+    def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:
+        x = b.expr(self.placed.value)
+        return x.cast(dtype) if x.dtype.is_float else x
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an attention op says of itself, beside masks and biases that are tensors.
+
+    dtype   in which it attends
+    scale   None: 1/sqrt(d)
+    terms   those by position
+    heads   the layout of the axis along which keys may be repeated
+    """
+
+    dtype: DType
+    scale: float | None
+    terms: tuple[Fused, ...]
+    heads: Layout

@@ -1,0 +1,159 @@
+"""Axes followed through ops that move elements: which axis of one value is which of another, whatever their layouts.
+
+    scores     f32[B*H, S, T]     (0 1)(2)(3)
+    rearranged f32[B, H, S, T]    (0)(1)(2)(3)
+
+A value's layout lists, for each of its dimensions, the atoms that it is the product of, outermost first. Atoms are
+numbers; those of size 1 are left out, and one that turns out to be a product is split for all layouts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from treadle.ir.axes import AxisDim
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Node, Value
+from treadle.ir.sizes import ONE, Size, product
+from treadle.passes.cleanup.rearrange_forms import Atom, Atoms, form_of, normal_form
+
+Layout = Atoms
+
+
+class Axes:
+    """The atoms of one search: their sizes, and what those that were split are made of."""
+
+    def __init__(self) -> None:
+        self.sizes: list[Size] = []
+        self._parts: dict[int, tuple[int, ...]] = {}
+
+    def new(self, size: Size) -> tuple[int, ...]:
+        """An atom of this size, as a dimension: nothing where the size is 1."""
+        if size == ONE:
+            return ()
+        self.sizes.append(size)
+        return (len(self.sizes) - 1,)
+
+    def of(self, value: Value) -> Layout:
+        """A layout of a value of which nothing is known: an atom a dimension."""
+        return tuple(self.new(size) for size in value.type.shape)
+
+    def flat(self, dim: Iterable[int]) -> tuple[int, ...]:
+        """A dimension with its split atoms replaced by their parts."""
+        found: list[int] = []
+        for atom in dim:
+            parts = self._parts.get(atom)
+            if parts is None:
+                found.append(atom)
+            else:
+                found += self.flat(parts)
+        return tuple(found)
+
+    def resolved(self, layout: Layout) -> Layout:
+        """A layout in atoms that are not split."""
+        return tuple(map(self.flat, layout))
+
+    def size(self, atoms: Iterable[int]) -> Size:
+        return product(self.sizes[atom] for atom in atoms)
+
+    def _split(self, atom: int, outer: Size, inner: Size) -> tuple[int, int]:
+        self.sizes += [outer, inner]
+        made = (len(self.sizes) - 2, len(self.sizes) - 1)
+        self._parts[atom] = made
+        return made
+
+    def cut(self, dim: Sequence[int], sizes: Sequence[Size]) -> list[tuple[int, ...]] | None:
+        """A dimension in consecutive pieces of these sizes, or None where they do not come out even."""
+        rest = list(self.flat(dim))
+        pieces: list[tuple[int, ...]] = []
+        for size in sizes:
+            piece: list[int] = []
+            left = size
+            while left != ONE:
+                if not rest:
+                    return None
+                atom = rest.pop(0)
+                have = self.sizes[atom]
+                if (remaining := left.divide(have)) is not None:
+                    piece.append(atom)
+                    left = remaining
+                elif (inner := have.divide(left)) is not None:
+                    first, second = self._split(atom, left, inner)
+                    piece.append(first)
+                    rest.insert(0, second)
+                    left = ONE
+                else:
+                    return None
+            pieces.append(tuple(piece))
+        return None if rest else pieces
+
+    # -- through ops -------------------------------------------------------------------------------------------
+
+    def above(self, node: Node, layout: Layout) -> Layout | None:
+        """The layout of a rearrange's or an expand's operand, from its result's; None for what cannot be told."""
+        operand = node.inputs[0]
+        if node.op.name == "expand":
+            return narrowed(operand, layout)
+        return self._rearranged(node, layout, backward=True)
+
+    def below(self, node: Node, layout: Layout) -> Layout | None:
+        """The layout of a rearrange's result, from its operand's."""
+        return self._rearranged(node, layout, backward=False)
+
+    def _rearranged(self, node: Node, layout: Layout, backward: bool) -> Layout | None:
+        form = form_of(node.op.pattern, node.inputs[0].type)  # type: ignore[attr-defined]
+        known, wanted = (form.after, form.before) if backward else (form.before, form.after)
+        pieces: dict[int, tuple[int, ...]] = {}
+        for dim, atoms in zip(layout, known, strict=True):
+            cut = self.cut(dim, [form.sizes[atom] for atom in atoms])
+            if cut is None:
+                return None
+            pieces |= zip(atoms, cut, strict=True)
+        return tuple(self.flat(a for atom in dim for a in pieces[atom]) for dim in wanted)
+
+    def factors(self, node: Node, layout: Layout) -> tuple[list[Layout], dict[str, tuple[int, ...]]]:
+        """The layouts of a contraction's operands, from its result's, and what each summed factor is made of."""
+        application = node.op.apply([None if v is None else v.type for v in node.operands])
+        known: dict[str, tuple[int, ...]] = {}
+        for dim, atoms in zip(application.results[0], layout, strict=True):
+            known |= dict.fromkeys(dim.factors, atoms)
+        summed: dict[str, tuple[int, ...]] = {}
+
+        def atoms_of(dim: AxisDim) -> tuple[int, ...]:
+            if not dim.factors:
+                return ()
+            (name,) = dim.factors
+            if name not in known:
+                known[name] = summed[name] = self.new(application.dims[name].size)
+            return known[name]
+
+        layouts = [tuple(map(atoms_of, dims)) for dims in application.operands if dims is not None]
+        return layouts, summed
+
+    # -- building ----------------------------------------------------------------------------------------------
+
+    def place(self, b: Builder, x: Expr, layout: Layout, wanted: Sequence[Sequence[int]]) -> Expr:
+        """x, of this layout, under another one; along atoms that it does not hold it is repeated."""
+        held, goal = self.resolved(layout), tuple(map(self.flat, wanted))
+        there = {atom for dim in held for atom in dim}
+        missing = [atom for dim in goal for atom in dim if atom not in there]
+        if missing:
+            spread = tuple((atom,) if atom in there else () for dim in goal for atom in dim)
+            x = self._moved(b, x, held, spread)
+            held = tuple((atom,) for dim in goal for atom in dim)
+            x = b.expand(x, shape=tuple(self.size(dim) for dim in held))
+        return self._moved(b, x, held, goal)
+
+    def _moved(self, b: Builder, x: Expr, held: Layout, goal: Layout) -> Expr:
+        names = {atom: f"a{atom}" for dim in (*held, *goal) for atom in dim}
+        before, after = ([[names[atom] for atom in dim] for dim in side] for side in (held, goal))
+        form = normal_form(before, after, {name: Atom(self.sizes[atom]) for atom, name in names.items()})
+        if form.is_identity and len(held) == len(goal):
+            return x
+        return b.rearrange(x, pattern=form.pattern)
+
+
+def narrowed(operand: Value, layout: Layout) -> Layout:
+    """The layout of an operand that broadcasts to a result of this layout: nothing where it has a 1."""
+    own = layout[len(layout) - operand.type.rank :]
+    return tuple(() if size == ONE else dim for size, dim in zip(operand.type.shape, own, strict=True))

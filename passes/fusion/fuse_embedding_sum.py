@@ -1,0 +1,205 @@
+"""Embeddings that are added up, as one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.embedding_sums import MOST_TABLES, EmbeddingSum
+from treadle.ir.ops.indexing import Gather
+from treadle.passes.cleanup.dead_code import drop_unread
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+_SCALINGS = frozenset(("mul", "div", "cast", "neg", "expand", "rearrange"))
+_MOST_STEPS = 8
+
+
+@dataclass(frozen=True)
+class FuseEmbeddingSum(Pass):
+    """embedding(t, i) + embedding(u, j) + ...   -->   embedding_sum(t, u, ..., i, j, ...)
+
+    However the additions nest, and in whatever order; indices may broadcast. A gather of rows of a weight is an
+    embedding, too. One chain of additions keeps its order, and so its bits; (a + b) + (c + d) becomes one, whose last
+    digits may differ.
+
+    Refuses: a term that is no embedding, or one that is scaled or cast before it is added (the sum of the others is
+    taken without it, where they are added to each other first); an embedding, or a sum of some, that is used elsewhere;
+    embeddings of different widths; more than eight.
+    """
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        if sum(lookup_of(node) is not None for node in function.nodes) < 2:
+            return 0
+        return _Sums(self, function, graph, log).run()
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What one embedding, or a sum of them, reads: tables, and the indices of each."""
+
+    tables: tuple[Value, ...]
+    indices: tuple[Value, ...]
+
+    def __add__(self, other: Lookup) -> Lookup:
+        return Lookup(self.tables + other.tables, self.indices + other.indices)
+
+
+def lookup_of(node: Node | None) -> Lookup | None:
+    """The lookup that a node is, if it is one."""
+    if node is None:
+        return None
+    if isinstance(node.op, EmbeddingSum):
+        return Lookup(node.inputs[: node.op.tables], node.inputs[node.op.tables :])
+    if node.op.name == "embedding":
+        return Lookup((node.inputs[0],), (node.inputs[1],))
+    if isinstance(node.op, Gather) and node.result.type.dtype.kind != "bool":
+        table, indices = node.inputs
+        if table.kind in ("parameter", "constant") and table.type.rank == 2 and place(node.op.axis, 2) == 0:
+            return Lookup((table,), (indices,))
+    return None
+
+
+def is_of_embeddings(value: Value, depth: int = 0) -> bool:
+    """Whether a term of a sum is an embedding, scaled, cast or moved perhaps, or a sum of such."""
+    node = value.node
+    if node is None or depth > _MOST_STEPS:
+        return False
+    if lookup_of(node) is not None:
+        return True
+    if node.op.name == "add":
+        return all(is_of_embeddings(v, depth + 1) for v in node.inputs)
+    return node.op.name in _SCALINGS and any(is_of_embeddings(v, depth + 1) for v in node.inputs)
+
+
+@dataclass
+class _Tree:
+    """The terms of a sum, those that are added first in front, and the additions below its root."""
+
+    terms: list[Value]
+    inner: list[Node] = field(default_factory=list)
+
+
+def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
+    """Who reads each embedding and each sum, None for an output; other values can be many, as weights of calls are."""
+    found: dict[Value, list[Node | None]] = {
+        node.results[0]: [] for node in function.nodes if node.op.name == "add" or lookup_of(node) is not None
+    }
+    for node in function.nodes:
+        for value in node.operands:
+            if value in found:
+                found[value].append(node)
+    for value in function.outputs.values():
+        if value in found:
+            found[value].append(None)
+    return found
+
+
+class _Sums:
+    def __init__(self, rule: FuseEmbeddingSum, function: Function, graph: Graph, log: PassRecord) -> None:
+        self.rule, self.function, self.log = rule, function, log
+        self.scratch = Function("scratch")
+        self.builder = Builder(graph, self.scratch)
+        self.readers = _readers_of_sums(function)
+        self.refused: set[Value] = set()
+
+    def run(self) -> int:
+        """The largest sums first: what is within one that is fused is no sum of its own."""
+        made: dict[Node, Node] = {}
+        within: set[Node] = set()
+        for node in reversed(self.function.nodes):
+            if node.op.name != "add" or node in within:
+                continue
+            tree = self._tree(node)
+            if sum(map(is_of_embeddings, tree.terms)) < 2 or self._is_refused(node, tree.terms):
+                continue
+            made[node] = self._sum(node, tree.terms)
+            within.update(tree.inner)
+            taken = [*tree.inner, *(v.node for v in tree.terms if v.node is not None)]
+            self.log.match(self.rule.name, self.function, node, taken, (made[node],))
+        if made:
+            self._replace(made)
+        return len(made)
+
+    def _tree(self, root: Node) -> _Tree:
+        left, right = (self._branch(v) for v in root.inputs)
+        if len(right.terms) > 1 == len(left.terms):
+            left, right = right, left
+        return _Tree(left.terms + right.terms, left.inner + right.inner)
+
+    def _branch(self, value: Value) -> _Tree:
+        node = value.node
+        if node is None or node.op.name != "add" or len(self.readers[value]) > 1:
+            return _Tree([value])
+        tree = self._tree(node)
+        return _Tree(tree.terms, [node, *tree.inner])
+
+    def _is_refused(self, root: Node, terms: Sequence[Value]) -> bool:
+        """Whether something stands against it, which is recorded once for each term."""
+        against = [(value, why) for value in terms if (why := self._why_not(value))]
+        for value, why in against:
+            if value not in self.refused:
+                self.refused.add(value)
+                hint = "add the embeddings to each other first" if why.endswith("no embedding") else ""
+                self._refuse(value.node or root, why, hint, root)
+        if against:
+            return True
+        tables = [table for value in terms for table in self._lookup(value).tables]
+        other = next((t for t in tables if t.type.shape[1] != tables[0].type.shape[1]), None)
+        if other is not None:
+            self._refuse(root, f"tables are of different widths: {tables[0].type} and {other.type}")
+            return True
+        if len(tables) > MOST_TABLES:
+            self._refuse(root, f"{len(tables)} embeddings are added, and embedding_sum takes at most {MOST_TABLES}")
+            return True
+        return False
+
+    def _refuse(self, node: Node, why: str, hint: str = "", root: Node | None = None) -> None:
+        self.log.refuse(self.rule.name, self.function, node, why, hint, () if root is None else (root,))
+
+    def _why_not(self, value: Value) -> str:
+        node = value.node
+        if node is None:
+            return f"a term is {value.name}, and no embedding"
+        if len(self.readers.get(value, ())) > 1:
+            if None in self.readers[value]:
+                return f"the {node.op.name} is an output as well"
+            other = next((n for n in self.readers[value] if n is not None and n.op.name != "add"), None)
+            by = "" if other is None else f", by {other.op.name}" + (f" ({other.source})" if other.source else "")
+            return f"the {node.op.name} is used elsewhere{by}"
+        if lookup_of(node) is not None:
+            return ""
+        if is_of_embeddings(value):
+            return f"a term is not the embedding itself, but {node.op.name} of it"
+        return f"a term is {node.op.name}, and no embedding"
+
+    @staticmethod
+    def _lookup(value: Value) -> Lookup:
+        found = lookup_of(value.node)
+        assert found is not None
+        return found
+
+    def _sum(self, root: Node, terms: Sequence[Value]) -> Node:
+        whole = Lookup((), ())
+        for value in terms:
+            whole += self._lookup(value)
+        operands = [self.builder.expr(v) for v in (*whole.tables, *whole.indices)]
+        with self.builder.placed_as(root):
+            made = self.builder.embedding_sum(*operands, tables=len(whole.tables))
+        node = self.scratch.nodes.pop()
+        node.source = root.source
+        if root.result.name != root.op.name:
+            made.value.name = root.result.name
+        return node
+
+    def _replace(self, made: dict[Node, Node]) -> None:
+        replaced = {node.result: new.result for node, new in made.items()}
+        self.function.nodes = [made.get(node, node) for node in self.function.nodes]
+        for node in self.function.nodes:
+            if any(v in replaced for v in node.inputs):
+                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
+        self.function.outputs = {name: replaced.get(v, v) for name, v in self.function.outputs.items()}
+        drop_unread(self.function)

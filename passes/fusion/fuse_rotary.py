@@ -1,0 +1,344 @@
+"""Rotary positions that models spell out, as the one op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.rotary import LAYOUTS
+from treadle.passes.cleanup.canonicalize import IdentityRearrange, RearrangeOfRearrange
+from treadle.passes.cleanup.dead_code import drop_unread
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.framework.rewrite import sweep
+from treadle.passes.fusion.attention.core import PRODUCTS, Placed
+from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
+from treadle.passes.fusion.rotary_views import View, Views, no_term
+
+_ROOTS = ("add", "sub", "concat", "rearrange")
+
+
+@dataclass(frozen=True)
+class FuseRotary(Pass):
+    """x cos a + rotate(x) sin a   -->   rotary(x, positions, frequencies)        a = positions frequencies
+
+     1. half-split pairs (i, i + f):  concat(-x2, x1);  concat(x1 cos - x2 sin, x2 cos + x1 sin)
+     2. interleaved pairs (2i, 2i + 1), likewise
+     3. only the first 2f dimensions turned, the others passed on
+     4. x as a rearrange gives it that moves its leading axes: [b, s, h, d] -> [b, h, s, d]
+     5. x as a product gives it, of which a rearrange cuts heads: [b, s, (h d)], or [b, s, (h 3 d)] and a part of that
+     6. pairs that are put together in one rearrange with what follows: [b, s, h, f, 2] -> [b, h, s, (f 2)]
+
+    However it is spelled, the last axis is followed element by element: each must be x_i cos a_i -+ x_j sin a_i with
+    the same positions throughout. Refuses: pairs, signs or angles in no such order; positions that are no integers;
+    angles that are no product of positions and frequencies; an x that is none of one tensor's elements in order.
+    """
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        ops = {node.op.name for node in function.nodes}
+        if not {"cos", "sin", "mul"} <= ops:
+            return 0
+        return _Turns(self, function, graph, log).run()
+
+
+class _Turns:
+    def __init__(self, rule: FuseRotary, function: Function, graph: Graph, log: PassRecord) -> None:
+        self.rule, self.function, self.graph, self.log = rule, function, graph, log
+        self.views = Views()
+        self.scratch = Function("scratch")
+        self.builder = Builder(graph, self.scratch)
+
+    def run(self) -> int:
+        """Largest first: a turned part of the dimensions is within what joins it with the rest."""
+        made: dict[Node, list[Node]] = {}
+        replaced: dict[Value, Value] = {}
+        done: set[Value] = set()
+        for node in reversed(self.function.nodes):
+            if node.op.name not in _ROOTS or node.results[0] in done:
+                continue
+            view = self.views.of(node.results[0])
+            if view is None or "x cos" not in view.terms or "x sin" not in view.terms:
+                reason = self._why_no_turn(node)
+                if reason is not None:
+                    self._refuse(node, reason)
+                continue
+            turn = _turn_of(view)
+            if turn is None:
+                if self._is_whole(view):
+                    self._refuse(node, "the pairs, signs or angles are in neither of rotary's orders")
+                    self._mark(node.results[0], view.base, done)
+                continue
+            with self.builder.placed_as(node):
+                result = self._rotary(node, view, turn)
+            nodes, self.scratch.nodes = self.scratch.nodes, []
+            if result is None:
+                continue
+            for each in nodes:
+                each.source = node.source
+            made[node] = nodes
+            replaced[node.results[0]] = result.value
+            if node.results[0].name != node.op.name:
+                result.value.name = node.results[0].name
+            taken = self._mark(node.results[0], view.base, done)
+            self.log.match(self.rule.name, self.function, node, taken, nodes)
+        if made:
+            self._replace(made, replaced)
+        return len(made)
+
+    def _refuse(self, node: Node, reason: str) -> None:
+        self.log.refuse(self.rule.name, self.function, node, reason)
+
+    def _is_whole(self, view: View) -> bool:
+        """Whether a view is of whole pairs, and not of what is yet to be joined with the other half."""
+        cos, sin = view.terms["x cos"], view.terms["x sin"]
+        partners = np.intersect1d(cos.index, sin.index)
+        return "x" not in view.terms and bool(partners.size)
+
+    def _why_no_turn(self, node: Node) -> str | None:
+        """Why a sum of something times a cosine and something times a sine is no view of both; None for other sums."""
+        products = [v.node for v in node.inputs if v.node is not None and v.node.op.name == "mul"]
+        if node.op.name not in ("add", "sub") or len(products) != 2:
+            return None
+        tables = [[v for v in map(self.views.known, p.inputs) if v is not None and v.is_table] for p in products]
+        if sorted(kind for found in tables for v in found for kind in v.terms) != ["cos", "sin"]:
+            return None
+        for product, (table,) in zip(products, tables, strict=True):
+            made = self.views.known(product.results[0])
+            if made is None or made.angles is None:
+                x = next((v for v in product.inputs if self.views.known(v) is not table), product.inputs[0])
+                (kind,) = table.terms
+                return f"what the {kind} multiplies, {x.type}, is repeated along the angles, or its last axis varies"
+        one, other = (self.views.known(p.results[0]) for p in products)
+        assert one is not None
+        assert other is not None
+        if one.base is not other.base:
+            return "the cosine and the sine are not multiplied with elements of one tensor"
+        if one.angles is not other.angles or one.lead != other.lead:
+            return "the cosine and the sine are of different angles"
+        return None
+
+    def _mark(self, value: Value, base: Value | None, done: set[Value]) -> list[Node]:
+        """What is within a turn is no root of its own; gives its nodes."""
+        found: list[Node] = []
+        pending = [value]
+        while pending:
+            inner = pending.pop()
+            if inner is base or inner in done:
+                continue
+            done.add(inner)
+            if inner.node is not None and self.views.known(inner) is not None:
+                found.append(inner.node)
+                pending += inner.node.inputs
+        return found
+
+    def _replace(self, made: dict[Node, list[Node]], replaced: dict[Value, Value]) -> None:
+        function = self.function
+        nodes: list[Node] = []
+        for node in function.nodes:
+            nodes += made.get(node, [node])
+        for node in nodes:
+            if any(v in replaced for v in node.inputs):
+                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
+        function.outputs = {name: replaced.get(v, v) for name, v in function.outputs.items()}
+        function.nodes = nodes
+        drop_unread(function)
+        sweep((IdentityRearrange(), RearrangeOfRearrange()), function, self.graph, self.log)
+
+    # -- the op ------------------------------------------------------------------------------------------------
+
+    def _rotary(self, node: Node, view: View, turn: _Turn) -> Expr | None:
+        """The op in place of a root, or None, with the reason in the log, where its angles or axes are others."""
+        assert view.base is not None
+        assert view.angles is not None
+        b = self.builder
+        x, lead = turn.heads_of(b.expr(view.base)), view.lead
+        if x.rank != 4:
+            self._refuse(node, f"x has rank {x.rank}, rotary takes rows, heads, positions and dimensions")
+            return None
+        lead = (*lead, *[None] * (3 - len(lead)))
+        axes = Axes()
+        x_layout = axes.of(x.value)
+        varying = [i for i, at in enumerate(lead) if at is not None]
+        if not 1 <= len(varying) <= 2:
+            self._refuse(
+                node, f"the angles vary along {len(varying)} axes beside that of pairs, not by row and position"
+            )
+            return None
+        s = varying[-1]
+        others = [i for i in range(3) if i != s]
+        row = varying[0] if len(varying) == 2 else others[0]
+        head = next(i for i in others if i != row)
+        angle_layout = list(axes.of(view.angles))
+        for i in varying:
+            at = lead[i]
+            assert at is not None
+            angle_layout[at] = x_layout[i]
+        found = _positions_and_frequencies(axes, Placed(view.angles, tuple(angle_layout)))
+        if found is None:
+            self._refuse(node, "the angles are no product of whole positions and frequencies")
+            return None
+        positions, frequencies = found
+        inner = axes.new(x.shape[-1])
+        held: Layout = (*x_layout[:3], inner)
+        order = (x_layout[row], x_layout[head], x_layout[s], inner)
+        placed = axes.place(b, x, held, order)
+        whole = axes.place(b, b.expr(positions.value), positions.layout, (x_layout[row], x_layout[s]))
+        f = axes.place(b, b.expr(frequencies.value), frequencies.layout, (angle_layout[-1],))
+        if f.shape[0] != turn.pairs:
+            f = b.slice(f, axis=0, start=0, stop=turn.pairs)
+        made = turn.shaped(axes.place(b, b.rotary(placed, whole, f, layout=turn.layout), order, held), view)
+        if made.type != node.results[0].type:
+            self._refuse(node, f"rotary would give {made.type} for {node.results[0].type}")
+            return None
+        return made
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What rotary makes of a base's last axis.
+
+    layout  rotary's, and the number of its `pairs`
+    heads   how many are side by side along that axis, 1 where heads have an axis of their own
+    size    the dimensions of one, `first` where it begins, and `stride` how far the next one is
+    whole   the size of the base's last axis, which is cut into blocks of `stride`
+    """
+
+    layout: str
+    pairs: int
+    heads: int
+    size: int
+    first: int
+    stride: int
+    whole: int
+
+    def heads_of(self, x: Expr) -> Expr:
+        """The heads that are turned, of a base [..., d] or [b, s, (h d)]; x itself where it is just these."""
+        b, first = x.builder, self.first
+        if x.rank == 3:
+            begin, count = self.first // self.stride * self.stride, self.stride * self.heads
+            if count != self.whole:
+                x, first = b.slice(x, axis=2, start=begin, stop=begin + count), first - begin
+            x = b.rearrange(x, pattern=f"b s (h={self.heads} d) -> b s h d")
+        if (first, self.size) != (0, x.shape[-1].constant):
+            x = b.slice(x, axis=x.rank - 1, start=first, stop=first + self.size)
+        return x
+
+    def shaped(self, y: Expr, view: View) -> Expr:
+        """[..., d] or [b, s, h, d] as a view has these last axes: joined, or with one of pairs."""
+        assert view.base is not None
+        b, joined = y.builder, view.base.type.rank == 3
+        if view.shape == ((self.heads, self.size) if joined else (self.size,)):
+            return y
+        if joined:
+            y = b.rearrange(y, pattern="... h d -> ... (h d)")
+        if len(view.shape) > 1:
+            names = [f"d{i}" for i in range(len(view.shape))]
+            cut = " ".join(f"{name}={size}" for name, size in zip(names, view.shape, strict=True))
+            y = b.rearrange(y, pattern=f"... ({cut}) -> ... {' '.join(names)}")
+        return y
+
+
+def _turn_of(view: View) -> _Turn | None:
+    """How rotary gives every element of a view, if it does."""
+    if view.base is None or not set(view.terms) <= {"x", "x cos", "x sin"}:
+        return None
+    size, rank = math.prod(view.shape), view.base.type.rank
+    turns = (_turn_in(view, heads) for heads in (_divisors(size) if rank == 3 else (1,)))
+    return next((turn for turn in turns if turn is not None), None)
+
+
+def _divisors(size: int) -> Iterator[int]:
+    return (n for n in range(1, size // 2 + 1) if size % n == 0)
+
+
+def _turn_in(view: View, heads: int) -> _Turn | None:
+    """How rotary gives a view of that many heads side by side, all in one order."""
+    terms = [view.terms.get(kind) or no_term(view.shape) for kind in ("x cos", "x sin", "x")]
+    cos, sin, passed = (term.map(lambda a: a.reshape(heads, -1)) for term in terms)
+    whole = None if view.base is None else view.base.type.shape[-1].constant
+    assert whole is not None
+    size = cos.index.shape[1]
+    turned = int(np.count_nonzero(cos.coefficient[0]))
+    f = turned // 2
+    if turned % 2 or not f:
+        return None
+    index = np.where(cos.coefficient != 0, cos.index, passed.index)
+    first = int(index[0, 0])
+    stride = int(index[1, 0]) - first if heads > 1 else whole
+    n, offset = np.arange(size), first + stride * np.arange(heads)[:, None]
+    inside = np.broadcast_to(n < turned, index.shape)
+    if stride < size or first % stride + size > stride or first // stride * stride + stride * heads > whole:
+        return None
+    if not np.array_equal(index, n + offset):
+        return None
+    if not np.array_equal(cos.coefficient, inside) or not np.array_equal(passed.coefficient, ~inside):
+        return None
+    if sin.coefficient[~inside].any():
+        return None
+    for layout in LAYOUTS:
+        half = layout == "half"
+        second = n >= f if half else n % 2 == 1
+        partner = np.where(second, n - f, n + f) if half else n ^ 1
+        pair = n % f if half else n // 2
+        signed = ((sin.index, partner + offset), (sin.coefficient, np.where(second, 1, -1)))
+        wanted = (*signed, (cos.angle, pair), (sin.angle, pair))
+        if all(np.array_equal(got[inside], np.broadcast_to(want, got.shape)[inside]) for got, want in wanted):
+            return _Turn(layout, f, heads, size, first, stride, whole)
+    return None
+
+
+def _positions_and_frequencies(axes: Axes, angles: Placed) -> tuple[Placed, Placed] | None:
+    """The factors of an outer product: whole positions along all axes but the last, and frequencies along that."""
+    last = set(axes.flat(angles.layout[-1]))
+    value, layout = angles.value, angles.layout
+    while (node := value.node) is not None and node.op.name in ("rearrange", "expand", "cast"):
+        above = layout if node.op.name == "cast" else axes.above(node, layout)
+        if above is None or not node.inputs[0].type.dtype.is_float:
+            return None
+        value, layout = node.inputs[0], above
+    if node is None or len(node.inputs) != 2:
+        return None
+    if node.op.name in PRODUCTS:
+        layouts, summed = axes.factors(node, layout)
+        if any(summed.values()):
+            return None
+    elif node.op.name == "mul":
+        layouts = [narrowed(v, layout) for v in node.inputs]
+    else:
+        return None
+    sides = [Placed(v, made) for v, made in zip(node.inputs, layouts, strict=True)]
+    for positions, frequencies in (sides, sides[::-1]):
+        held = [{a for dim in axes.resolved(p.layout) for a in dim} for p in (positions, frequencies)]
+        whole = _whole_numbers(axes, positions)
+        if whole is not None and not held[0] & last and held[1] <= last:
+            return whole, _uncast(axes, frequencies)
+    return None
+
+
+def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
+    """The integers beneath a cast to a float, and moves."""
+    value, layout = placed.value, placed.layout
+    while (node := value.node) is not None and node.op.name in ("rearrange", "expand", "cast"):
+        above = layout if node.op.name == "cast" else axes.above(node, layout)
+        if above is None:
+            return None
+        value, layout = node.inputs[0], above
+        if value.type.dtype.is_int:
+            return Placed(value, layout)
+    return None
+
+
+def _uncast(axes: Axes, placed: Placed) -> Placed:
+    """Beneath moves that do not repeat."""
+    value, layout = placed.value, placed.layout
+    while (node := value.node) is not None and node.op.name in ("rearrange", "expand"):
+        above = axes.above(node, layout)
+        if above is None:
+            break
+        value, layout = node.inputs[0], above
+    return Placed(value, layout)

@@ -1,0 +1,36 @@
+"""Softmax spelled out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.ir.builder import Builder
+from treadle.passes.framework.pattern import Vocabulary
+from treadle.passes.framework.rewrite import Match, Refusal, Rewrite
+
+
+@dataclass(frozen=True)
+class FuseSoftmax(Rewrite):
+    """exp(x - max(x)) / sum(exp(x - max(x)))   -->   softmax(x)        max and sum over one axis
+
+    Without the maximum taken off first the two sides differ where exp overflows, so that is left alone.
+    Refuses: a maximum or a sum over several axes or over two different ones; an inner value that is used
+    elsewhere.
+    """
+
+    def pattern(self, p: Vocabulary, x: Any, max_axes: Any, sum_axes: Any) -> Any:
+        weights = p.exp(x - p.reduce_max(x, axes=max_axes, keep=True))
+        return weights / p.reduce_sum(weights, axes=sum_axes, keep=True)
+
+    def check(self, m: Match) -> Refusal | None:
+        over_max, over_sum = ({axis % m.x.rank for axis in axes} for axes in (m.max_axes, m.sum_axes))
+        if over_max != over_sum:
+            return Refusal(f"the maximum is over axes {m.max_axes}, the sum over {m.sum_axes}")
+        if len(over_sum) != 1:
+            return Refusal(f"the sum is over axes {m.sum_axes}, softmax needs one")
+        return None
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        (axis,) = m.sum_axes
+        return b.softmax(m.x, axis=-1 if axis == m.x.rank - 1 else axis)

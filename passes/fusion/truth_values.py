@@ -1,0 +1,101 @@
+"""Truth values, as conditions or as numbers 0 and 1: what makes one true, as the conjunction of what others are.
+
+x and y, x * y, where(x, y, 0)                          true if x is and y is
+x or y, where(x, 1, y)                                  false if x is not and y is not
+not x, 1 - x, x == 0, x < 0.5, where(x, 0, 1)           true if x is not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from treadle.ir.graph import Node, Value
+from treadle.passes.fusion.attention.core import number_of
+
+Wanted = tuple[Value, bool]
+"""A value, and which truth it should have."""
+
+_COMPARISONS = {
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "less": np.less,
+    "less_equal": np.less_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+}
+_MOST_LEVELS = 8
+"""Numbers that are made of more levels of ops are not looked through."""
+_LARGEST_TABLE = 1 << 24
+
+
+def conjuncts_of(node: Node, wanted: bool) -> Sequence[Wanted] | None:
+    """What must hold, all of it, for a result to have a truth; None where its op says no such thing.
+
+    Operands broadcast to the result. One that is a number counts as true where it is not 0.
+    """
+    operands = node.inputs
+    match node.op.name:
+        case "logical_not":
+            return [(operands[0], not wanted)]
+        case "logical_and" if wanted:
+            return [(x, True) for x in operands]
+        case "logical_or" if not wanted:
+            return [(x, False) for x in operands]
+        case "cast" if is_of_truth(operands[0]):
+            return [(operands[0], wanted)]
+        case "mul" if wanted and all(map(is_of_truth, operands)):
+            return [(x, True) for x in operands]
+        case "sub" if number_of(operands[0]) == 1 and is_of_truth(operands[1]):
+            return [(operands[1], not wanted)]
+        case "where":
+            return _choice(operands[0], operands[1], operands[2], wanted)
+        case name if name in _COMPARISONS:
+            return _comparison(name, operands[0], operands[1], wanted)
+    return None
+
+
+def is_of_truth(value: Value, level: int = 0) -> bool:
+    """Whether a value is 0 or 1 by the way it is made: a condition, or a constant of these; cast, moved, cut,
+    multiplied, chosen, or taken from 1."""
+    node, literal = value.node, value.literal
+    if value.type.dtype.kind == "bool":
+        return True
+    if literal is not None:
+        return literal.array.size <= _LARGEST_TABLE and bool(np.isin(literal.array, (0, 1)).all())
+    if node is None or level >= _MOST_LEVELS:
+        return False
+    match node.op.name:
+        case "cast" | "rearrange" | "expand" | "slice" | "mul":
+            return all(is_of_truth(x, level + 1) for x in node.inputs)
+        case "where":
+            return all(is_of_truth(x, level + 1) for x in node.inputs[1:])
+        case "sub":
+            return number_of(node.inputs[0]) == 1 and is_of_truth(node.inputs[1], level + 1)
+    return False
+
+
+def _choice(condition: Value, x: Value, y: Value, wanted: bool) -> Sequence[Wanted] | None:
+    """where(condition, x, y), of which one side is a number"""
+    for known, other, truth in ((x, y, True), (y, x, False)):
+        number = number_of(known)
+        if number is None or not is_of_truth(other):
+            continue
+        if bool(number) != wanted:
+            return [(condition, not truth), (other, wanted)]
+        if (opposite := number_of(other)) is not None and bool(opposite) != wanted:
+            return [(condition, truth)]
+    return None
+
+
+def _comparison(name: str, x: Value, y: Value, wanted: bool) -> Sequence[Wanted] | None:
+    """0 or 1, compared with a number that only one of these fits"""
+    for value, number, turned in ((x, number_of(y), False), (y, number_of(x), True)):
+        if number is None or not is_of_truth(value):
+            continue
+        compare = _COMPARISONS[name]
+        fits = [bool(compare(number, n) if turned else compare(n, number)) for n in (0, 1)]
+        if fits[0] != fits[1]:
+            return [(value, fits[1] == wanted)]
+    return None

@@ -1,0 +1,150 @@
+"""Scalings of logits and of normalized values: done where there is least to scale, at best in a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.cost import Cost, node_cost
+from treadle.ir.graph import Node, Value
+from treadle.ir.operation import find_op
+from treadle.ir.target import Target
+from treadle.ir.types import bf16, f16
+from treadle.passes.framework.pattern import Vocabulary
+from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
+
+_LEAST, _GREATEST = 2.0**-10, 2.0**10
+
+
+def _is_scale(c: Expr, x: Expr) -> bool:
+    """Whether c is one floating-point number."""
+    return c.rank == 0 and x.dtype.is_float
+
+
+def _leaves_range(c: Expr, x: Expr) -> Refusal | None:
+    """Why x * c may overflow, or lose digits, where c times the result of the op does not; None for usual scales."""
+    narrow = x.dtype in (f16, bf16)
+    number = None if c.value.literal is None else c.value.literal.scalar
+    if number is None:
+        why = f"the scale is not known, and may be too great for {x.dtype} if it comes first"
+        return Refusal(why) if narrow else None
+    if _LEAST <= abs(number) <= (1.0 if narrow else _GREATEST):
+        return None
+    return Refusal(f"a scale by {number:.6g} comes last: {x.dtype} may not hold what it gives before")
+
+
+@dataclass(frozen=True)
+class ScaleBeforeLinear(Rewrite):
+    """linear(x, w) * c   -->   linear(x * c, w)        for one number c
+
+    The product of a vocabulary is wider than what it is made of. Refuses a number so great or small that x * c may be
+    out of range where y * c is not (in f16 and bf16 one above 1, or one that is not known), and by the target's cost a
+    product that is narrower than x, where there is less to scale after it.
+    """
+
+    def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:
+        return p.linear(x, w) * c
+
+    def fits(self, m: Match) -> bool:
+        return _is_scale(m.c, m.x)
+
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
+
+    def slower(self, m: Match, target: Target) -> Refusal | None:
+        return _costs_more(m.x.value, m.result, m.c.value, target)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.linear(m.x * m.c, m.w, None)
+
+
+@dataclass(frozen=True)
+class ScaleBeforeMatmul(Rewrite):
+    """matmul(x, w) * c   -->   matmul(x * c, w)        for a weight w and one number c
+
+    Refuses what `ScaleBeforeLinear` does.
+    """
+
+    def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:
+        return p.matmul(x, w) * c
+
+    def fits(self, m: Match) -> bool:
+        return m.w.value.kind == "parameter" and m.w.rank == 2 and _is_scale(m.c, m.x)
+
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
+
+    def slower(self, m: Match, target: Target) -> Refusal | None:
+        return _costs_more(m.x.value, m.result, m.c.value, target)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.matmul(m.x * m.c, m.w)
+
+
+@dataclass(frozen=True)
+class ScaleInRMSNorm(Rewrite):
+    """rms_norm(x, w) * c   -->   rms_norm(x, w * c)        (w * c is made once, when weights are bound)"""
+
+    def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any, eps: Any) -> Any:
+        return p.rms_norm(x, w, eps=eps) * c
+
+    def fits(self, m: Match) -> bool:
+        return _is_bound(m.w, m.c) and _is_scale(m.c, m.x)
+
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.rms_norm(m.x, m.w * m.c, eps=m.eps)
+
+
+@dataclass(frozen=True)
+class ScaleInLayerNorm(Rewrite):
+    """layer_norm(x, w, bias) * c   -->   layer_norm(x, w * c, bias * c)"""
+
+    def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, c: Any, eps: Any) -> Any:
+        return p.layer_norm(x, w, bias, eps=eps) * c
+
+    def fits(self, m: Match) -> bool:
+        return _is_bound(m.w, m.bias, m.c) and _is_scale(m.c, m.x)
+
+    def check(self, m: Match) -> Refusal | None:
+        return _leaves_range(m.c, m.x)
+
+    def rewrite(self, b: Builder, m: Match) -> Any:
+        return b.layer_norm(m.x, m.w * m.c, m.bias * m.c, eps=m.eps)
+
+
+@dataclass(frozen=True)
+class FoldScale(RewriteSet):
+    """Scale logits where it costs least: before the product, and in the weight of the norm before that, for nothing."""
+
+    rules: ClassVar[tuple[Rewrite, ...]] = (
+        ScaleBeforeLinear(),
+        ScaleBeforeMatmul(),
+        ScaleInRMSNorm(),
+        ScaleInLayerNorm(),
+    )
+
+
+def _is_bound(*values: Expr) -> bool:
+    """Whether these are known when weights are bound."""
+    return all(v.value.kind in ("parameter", "constant") for v in values)
+
+
+def _costs_more(before: Value, after: Value, c: Value, target: Target) -> Refusal | None:
+    """Why scaling before a product takes longer than scaling after it; None if it does not."""
+    sizes = dict.fromkeys(before.type.symbols | after.type.symbols, 1)
+    early, late = (_scaling_cost(v, c, sizes) for v in (before, after))
+    if target.seconds(early.flops, early.bytes) < target.seconds(late.flops, late.bytes):
+        return None
+    return Refusal(
+        f"to scale {before.type.shape[-1]} elements a row before the product is no faster on {target} than "
+        f"{after.type.shape[-1]} after it"
+    )
+
+
+def _scaling_cost(x: Value, c: Value, sizes: dict[str, int]) -> Cost:
+    mul = find_op("mul")()
+    return node_cost(Node(mul, (x, c), [x.type]), sizes)

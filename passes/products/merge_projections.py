@@ -1,0 +1,151 @@
+"""Projections of one value, such as an attention's query, key and value, as one product whose result is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.merged_products import MOST_PROJECTIONS
+from treadle.passes.cleanup.dead_code import drop_unread
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+
+@dataclass(frozen=True)
+class MergeProjections(Pass):
+    """q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv)
+    -->   q, k, v = projections(x, wq, wk, wv, bq, bk, none)
+
+    and likewise matmul(x, w) + b, for weights that lie as [in, out]. x is read once, and one product of many columns
+    keeps every core at work where three narrow ones do not. What runs is one product with a joined weight, which is
+    made once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the way back.
+
+    Refuses: a weight that something else reads too, which would then be held twice; a constant in place of a weight; a
+    bias that is computed, perhaps after the first of the products. Leaves alone what is finished with an activation or
+    a gate: such a product is stored finished, a slice would have to be read again.
+    """
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        projections = find_projections(function)
+        if not projections:
+            return 0
+        uses = function.uses()
+        made: dict[Node, list[Node]] = {}
+        replaced: dict[Value, Value] = {}
+        weights = {part.product: tuple(p.weight for p in group) for group in projections for part in group}
+        for group in projections:
+            alone = []
+            for part in group:
+                reason = _why_not(part, uses, function, weights)
+                if reason:
+                    log.refuse(self.name, function, part.product, reason)
+                else:
+                    alone.append(part)
+            for start in range(0, len(alone) - 1, MOST_PROJECTIONS):
+                parts = alone[start : start + MOST_PROJECTIONS]
+                if len(parts) > 1:
+                    made[parts[0].product] = _merged(graph, parts, replaced)
+                    for part in parts:
+                        bias = [] if part.result.node is None else [part.result.node]
+                        log.match(self.name, function, part.product, bias, made[parts[0].product])
+        if not made:
+            return 0
+        gone = {v.node for v in replaced}
+        kept: list[Node] = []
+        for node in function.nodes:
+            for each in (*made.get(node, ()), *(() if node in gone else (node,))):
+                each.operands = tuple(None if v is None else replaced.get(v, v) for v in each.operands)
+                kept.append(each)
+        function.outputs = {name: replaced.get(v, v) for name, v in function.outputs.items()}
+        function.nodes = kept
+        drop_unread(function)  # products of which a sum with a bias was replaced
+        return len(made)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A product of x with a weight, and a bias.
+
+    product  the node that multiplies
+    result   what there is after the bias
+    """
+
+    product: Node
+    result: Value
+    weight: Value
+    bias: Value | None
+
+
+def find_projections(function: Function) -> list[list[Projection]]:
+    """Products of one value with weights, two or more of a kind, in program order."""
+    uses = function.uses()
+    groups: dict[tuple[Value, str], list[Projection]] = {}
+    for node in function.nodes:
+        if node.op.name in ("linear", "matmul"):
+            x, weight = node.inputs[:2]
+            if weight.kind in ("parameter", "constant") and weight.type.rank == 2 and weight.type.static_shape:
+                groups.setdefault((x, node.op.name), []).append(_with_bias(node, uses, function))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _why_not(
+    part: Projection,
+    uses: dict[Value, list[tuple[Node, int]]],
+    function: Function,
+    weights: Mapping[Node, tuple[Value, ...]],
+) -> str:
+    """What stands against a part of a larger product, if anything does.
+
+    Products with the same weights of another value, as in layers that share them (ALBERT), read the joined one too.
+    """
+    others = [n for n, _ in uses[part.weight] if n is not part.product and weights.get(n) != weights[part.product]]
+    if others:
+        return f"its weight is read by {others[0].op.name} too, and would be held twice"
+    if part.weight in function.outputs.values():
+        return "its weight is an output as well, and would be held twice"
+    if part.weight.kind == "constant":
+        return "its weight is a constant, and would be joined in every run"
+    if part.bias is not None and part.bias.kind == "result":
+        return "its bias is computed"
+    return ""
+
+
+def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function) -> Projection:
+    """A product with the vector that is added to it, where nothing else reads it before."""
+    if len(node.inputs) > 2:
+        return Projection(node, node.result, node.inputs[1], node.inputs[2])
+    readers = uses.get(node.result, [])
+    if len(readers) == 1 and readers[0][0].op.name == "add" and node.result not in function.outputs.values():
+        add, position = readers[0]
+        bias = add.inputs[1 - position]
+        fits = bias.type.shape == node.result.type.shape[-1:] and bias.kind in ("parameter", "constant")
+        if fits and add.result.type == node.result.type:
+            return Projection(node, add.result, node.inputs[1], bias)
+    return Projection(node, node.result, node.inputs[1], None)
+
+
+def _merged(graph: Graph, parts: Sequence[Projection], replaced: dict[Value, Value]) -> list[Node]:
+    """The node of one op for all parts; what replaces their results is added to `replaced`."""
+    scratch = Function("scratch")
+    b = Builder(graph, scratch)
+    first = parts[0].product
+    weights = [b.expr(part.weight) for part in parts]
+    biases = [None if part.bias is None else b.expr(part.bias) for part in parts]
+    weight_axes = "n k" if first.op.name == "linear" else "k n"
+    with b.placed_as(first):
+        b.scope = _shared_scope([part.product.scope for part in parts])
+        x = b.expr(first.inputs[0])
+        made = b.projections(x, *weights, *biases, count=len(parts), weight_axes=weight_axes)
+    for part, result in zip(parts, made, strict=True):
+        result.value.name = part.result.name
+        replaced[part.result] = result.value
+    return scratch.nodes
+
+
+def _shared_scope(scopes: Sequence[str]) -> str:
+    """The scope around all of these: attn of attn.q, attn.k and attn.v."""
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(scope.split(".") for scope in scopes), strict=False))
+    return ".".join(parts[0] for parts in shared)

@@ -1,0 +1,30 @@
+"""A product with a matrix as a pattern: linear, or matmul with or without a bias, whichever way the matrix lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from treadle.ir.builder import Expr
+from treadle.passes.framework.pattern import Vocabulary
+
+
+def product_with(p: Vocabulary, name: str, x: Any, weight: Any, bias: Any) -> Any:
+    """x weight + bias, captured under `name`; `bias` is None where there is none."""
+    plain = p.matmul(x, weight)
+    return p.named(name, p.either(p.linear(x, weight, p.either(bias, None)), plain, plain + bias))
+
+
+def is_product(product: Expr, weight: Expr, bias: Expr | None) -> bool:
+    """Whether the weight of a match is one matrix, and its bias a vector as wide as that, which a sum may stretch."""
+    if weight.rank != 2:
+        return False
+    if bias is None:
+        return True
+    width = weight.shape[weight_axes(product).split().index("n")]
+    return bool(bias.rank == 1 and bias.shape[0] == width and bias.dtype == product.dtype)
+
+
+def weight_axes(product: Expr) -> str:
+    """How the weight lies: "n k" for linear, "k n" for matmul."""
+    node = product.value.node
+    return "n k" if node is not None and node.op.name == "linear" else "k n"

@@ -1,0 +1,351 @@
+"""Candidate sites: where a graph does what a fused op could do, whether or not a rule recognises it.
+
+    attention       a softmax between two products;  attention, attention_with_probabilities
+    normalization   the mean of a square, and what is divided by its root;  layer_norm, rms_norm
+    activation      erf, tanh + 1 or sigmoid, and what is multiplied by it;  gelu, gelu_tanh, silu, quick_gelu
+    rotary          halves changed places and sign, x cos a + y sin a;  rotary
+    linear          a product with a weight transposed, and a bias added to it;  linear
+    gate            two products, of which one is activated and multiplied by the other;  gated_linear
+    epilogue        a product and the activation of it, unless it is a gate;  activated_linear
+    residual        the sum of two values that are computed, and the norm of it;  add_layer_norm, add_rms_norm
+    embedding       two embeddings or more in one sum;  embedding_sum
+    projection      products of one value with several weights, none of them finished by what is above;  projections
+    scale           a number that scales what a product or a norm gives;  linear, rms_norm, layer_norm
+
+A product with a weight that lies as [in, out] is no site: matmul is the op for it, and a backend that packs weights
+packs this one as well, and adds the bias as it stores the product. There is nothing to gain, and a copy to lose.
+
+This looks for what a person would point at, not for what the rules say: it is wider than they are, so that what they
+miss is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.passes.cleanup.round_trips import counts_steps, round_trip_at, round_trip_from
+from treadle.passes.fusion.attention.core import softmax_at
+from treadle.passes.sites.product_sites import epilogue_nodes, gate_nodes
+from treadle.passes.sites.projection_sites import products_of_one_value, scale_nodes
+from treadle.passes.sites.stream_sites import embedding_nodes, normed_value, residual_nodes
+
+KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "projection": ("merge-projections", ("projections",)),
+    "scale": ("fold-scale", ("linear", "rms_norm", "layer_norm")),
+    "attention": ("fuse-attention", ("attention", "attention_with_probabilities")),
+    "normalization": ("fuse-normalization", ("layer_norm", "rms_norm")),
+    "activation": ("fuse-gelu", ("gelu", "gelu_tanh", "silu", "quick_gelu")),
+    "rotary": ("fuse-rotary", ("rotary",)),
+    "linear": ("fuse-linear", ("linear",)),
+    "gate": ("fuse-gated-linear", ("gated_linear",)),
+    "epilogue": ("fuse-activated-linear", ("activated_linear",)),
+    "residual": ("fuse-residual-norm", ("add_layer_norm", "add_rms_norm")),
+    "embedding": ("fuse-embedding-sum", ("embedding_sum",)),
+}
+"""For each kind of site the pass that fuses it, and the ops that it becomes. An op belongs to the last kind that has
+it.
+"""
+
+_MOVES = frozenset(("cast", "rearrange", "reshape", "expand", "slice"))
+_ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "neg", "where", "tanh", "maximum", "minimum", "pow"))
+_MOST_STEPS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in one distinct function.
+
+    anchor  the node that gives it away: the softmax, the mean, the product
+    nodes   what belongs to it, the anchor first
+    op      the fused op where it is one already
+    """
+
+    kind: str
+    function: str
+    anchor: Node
+    nodes: tuple[Node, ...]
+    op: str | None = None
+
+    @property
+    def anchors(self) -> tuple[Node, ...]:
+        """The nodes of which each gives it away: a rule may take a part of several products, or of a sum."""
+        return self.nodes if self.kind in ("projection", "embedding") else (self.anchor,)
+
+
+def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[Site]:
+    """Every candidate site of every distinct function, callees first, in program order.
+
+    unfused  anchors of gates and epilogues that were not fused: their products may be something else then
+    """
+    return [site for function in graph.functions.values() for site in _Finder(function, unfused).sites()]
+
+
+class _Finder:
+    def __init__(self, function: Function, unfused: Collection[Node]) -> None:
+        self.function, self.unfused = function, unfused
+        self.users: dict[Value, list[Node]] = {}
+        for node in function.nodes:
+            for value in dict.fromkeys(node.inputs):
+                self.users.setdefault(value, []).append(node)
+        self.gates = {node: found for node in function.nodes if (found := gate_nodes(node)) is not None}
+        self.gated = {each for node, nodes in self.gates.items() if node not in unfused for each in nodes}
+        self.norms: dict[Value, list[Node]] = {}
+        """What a value that is normalized is normalized by."""
+        for node in function.nodes:
+            spelled = self._normalization(node)
+            normed = normed_value(node, spelled)
+            if normed is not None:
+                self.norms.setdefault(normed, []).extend([node, *(spelled or ())])
+
+    def sites(self) -> Iterator[Site]:
+        fused = {op: kind for kind, (_, ops) in KINDS.items() for op in ops}
+        finders = (
+            *(self._attention, self._normalization, self._activation, self._rotary, self._linear),
+            *(self._gate, self._epilogue, self._residual, self._embedding, self._projection, self._scale),
+        )
+        for node in self.function.nodes:
+            if node.op.name in fused:
+                yield Site(fused[node.op.name], self.function.name, node, (node,), node.op.name)
+            for find in finders:
+                nodes = find(node)
+                if nodes is not None:
+                    kind = find.__name__.removeprefix("_")
+                    yield Site(kind, self.function.name, node, tuple(dict.fromkeys((node, *nodes))))
+
+    # -- walking -----------------------------------------------------------------------------------------------
+
+    def _readers(self, node: Node) -> list[Node]:
+        return [user for value in node.results for user in self.users.get(value, ())]
+
+    def _down(self, node: Node, through: frozenset[str], stop: Callable[[Node], bool]) -> list[Node]:
+        """The nodes from this one's readers down to the first that `stop` says; empty where none is met."""
+        return self._search(self._readers(node), self._readers, lambda n: n.op.name in through, stop)
+
+    @staticmethod
+    def _search(
+        start: Iterable[Node | None],
+        neighbours: Callable[[Node], Iterable[Node | None]],
+        through: Callable[[Node], bool],
+        stop: Callable[[Node], bool],
+    ) -> list[Node]:
+        """The path to the nearest node that `stop` says, over nodes that `through` lets pass."""
+        paths: dict[Node, list[Node]] = {}
+        pending = [(node, [node], 0) for node in start if node is not None]
+        while pending:
+            node, path, depth = pending.pop(0)
+            if node in paths:
+                continue
+            paths[node] = path
+            if stop(node):
+                return path
+            if depth < _MOST_STEPS and through(node):
+                pending += [(n, [*path, n], depth + 1) for n in neighbours(node) if n is not None]
+        return []
+
+    # -- the kinds ---------------------------------------------------------------------------------------------
+
+    def _attention(self, node: Node) -> Sequence[Node] | None:
+        """softmax of whatever kind, or exp(x - max) / sum"""
+        own: Sequence[Node]
+        if (weighting := softmax_at(node)) is not None:
+            scores, own = weighting.scores, weighting.nodes
+        elif node.op.name == "div" and (found := _spelled_softmax(node)) is not None:
+            scores, own = found
+        else:
+            return None
+        above = self._search([scores.node], _above_rounding, _keeps_elements_apart, lambda n: n.is_contraction)
+        below = self._search(
+            self._readers_below_rounding(node),
+            self._readers_below_rounding,
+            _keeps_elements_apart,
+            lambda n: n.is_contraction,
+        )
+        return [*own, *above, *below] if above and below else None
+
+    def _readers_below_rounding(self, node: Node) -> list[Node]:
+        """Who reads a node's results; of one that a quantizer rounds, the last node of that."""
+        trips = [round_trip_from(value, lambda v: self.users.get(v, ())) for value in node.results]
+        return [trip.nodes[0] for trip in trips if trip is not None] or self._readers(node)
+
+    def _normalization(self, node: Node) -> Sequence[Node] | None:
+        """mean(x^2), with a root behind it"""
+        if node.op.name not in ("reduce_mean", "reduce_sum") or (square := _square(node.inputs[0])) is None:
+            return None
+        root = self._down(node, frozenset(("add", "cast", "mul", "div", "maximum")), _is_root)
+        if not root:
+            return None
+        scaled = self._search(
+            self._readers(root[-1]),
+            self._readers,
+            lambda n: n.op.name in ("reciprocal", "div", "cast", "expand"),
+            _is_scaling,
+        )
+        spread = [
+            user for last in scaled[-1:] for user in self._readers(last) if user.op.name in ("mul", "add", "cast")
+        ]
+        spread += [user for last in spread[:1] for user in self._readers(last) if user.op.name in ("mul", "add")]
+        centered = [n for n in (square.inputs[0].node,) if n is not None and n.op.name == "sub"]
+        return [square, *centered, *root, *scaled, *spread]
+
+    def _activation(self, node: Node) -> Sequence[Node] | None:
+        """erf(x), 1 + tanh(x), x sigmoid(x)"""
+        if node.op.name not in ("erf", "tanh", "sigmoid"):
+            return None
+        below = self._down(node, frozenset(("add", "mul", "cast")), lambda n: n.op.name == "mul")
+        if not below or (node.op.name == "tanh" and "add" not in [n.op.name for n in below]):
+            return None
+        argument = node.inputs[0]
+        origins = _origins(argument)
+        gated = [v for v in below[-1].inputs if not (v.node is not None and v.node in (node, *below))]
+        if not any(origins.intersection(_origins(v)) for v in gated):
+            return None
+        above = [n for n in (argument.node,) if n is not None and n.op.name in ("mul", "div", "add")]
+        more = [user for user in self._readers(below[-1]) if user.op.name == "mul"]
+        return [*above, *below, *more]
+
+    def _rotary(self, node: Node) -> Sequence[Node] | None:
+        """x cos a + y sin a, or concat(-x2, x1) times something"""
+        if node.op.name == "add" and len(node.inputs) == 2:
+            sides = [v.node for v in node.inputs if v.node is not None and v.node.op.name == "mul"]
+            waves = [[_waves(v) for v in side.inputs] for side in sides]
+            if len(sides) == 2 and any({"cos"} in one and {"sin"} in other for one, other in (waves, waves[::-1])):
+                return [*sides, *(n for side in sides for n in _makers(side) if n is not None)]
+            return None
+        if node.op.name != "concat":
+            return None
+        parts = [v.node for v in node.inputs]
+        if not any(p is not None and p.op.name == "neg" and _is_cut(p.inputs[0]) for p in parts):
+            return None
+        turned = [user for user in self._readers(node) if user.op.name == "mul"]
+        if any(w for user in turned for v in user.inputs for w in _waves(v)):
+            return None  # the sum is the site
+        return [p for p in parts if p is not None] + turned
+
+    def _gate(self, node: Node) -> Sequence[Node] | None:
+        """act(x g) * (x u)"""
+        return self.gates.get(node)
+
+    def _epilogue(self, node: Node) -> Sequence[Node] | None:
+        """act(x w), where it is no gate"""
+        if node in self.gated:
+            return None
+        return epilogue_nodes(node, self._activation(node))
+
+    def _projection(self, node: Node) -> Sequence[Node] | None:
+        """x u, x v, ..."""
+        return self._projections.get(node)
+
+    @cached_property
+    def _projections(self) -> Mapping[Node, Sequence[Node]]:
+        finished = set(self.gated)
+        activated = (node for node in self.function.nodes if node not in self.unfused)
+        finished.update(each for node in activated for each in self._epilogue(node) or ())
+        return products_of_one_value(self.function, finished)
+
+    def _scale(self, node: Node) -> Sequence[Node] | None:
+        """(x w) * c, norm(x) * c, unless it is a quantizer's scale, of which there is nothing to fold"""
+        return None if counts_steps(node, self._readers(node)) else scale_nodes(node)
+
+    def _residual(self, node: Node) -> Sequence[Node] | None:
+        """norm(x + residual)"""
+        return residual_nodes(node, self.norms)
+
+    def _embedding(self, node: Node) -> Sequence[Node] | None:
+        """embedding(t, i) + embedding(u, j)"""
+        return embedding_nodes(node, self.users)
+
+    def _linear(self, node: Node) -> Sequence[Node] | None:
+        """matmul(x, transpose(w)) + bias"""
+        moved = node.inputs[1].node if node.op.name == "matmul" else None
+        if moved is None or moved.op.name != "rearrange":
+            return None
+        weight = moved.inputs[0]
+        if weight.kind not in ("parameter", "constant") or weight.type.rank != 2:
+            return None
+        return [moved, *(user for user in self._readers(node) if user.op.name == "add")]
+
+
+def _makers(node: Node) -> list[Node | None]:
+    return [v.node for v in node.inputs]
+
+
+def _above_rounding(node: Node) -> list[Node | None]:
+    """What makes a node's operands; of the last node of a quantizer's rounding, what makes the value that it rounds."""
+    trip = round_trip_at(node)
+    return _makers(node) if trip is None else [trip.value.node]
+
+
+def _keeps_elements_apart(node: Node) -> bool:
+    return node.is_elementwise or node.op.name in _MOVES
+
+
+def _is_scaling(node: Node) -> bool:
+    return node.op.name in ("mul", "div") and not any(v.literal is not None for v in node.inputs)
+
+
+def _is_root(node: Node) -> bool:
+    if node.op.name == "pow":
+        exponent = node.inputs[1].literal
+        return exponent is not None and exponent.scalar in (0.5, -0.5)
+    return node.op.name in ("sqrt", "rsqrt")
+
+
+def _square(value: Value) -> Node | None:
+    node = value.node
+    if node is None:
+        return None
+    if node.op.name == "mul" and node.inputs[0] is node.inputs[1]:
+        return node
+    if node.op.name == "pow" and node.inputs[1].literal is not None and node.inputs[1].literal.scalar == 2:
+        return node
+    return None
+
+
+def _spelled_softmax(node: Node) -> tuple[Value, list[Node]] | None:
+    """x and the nodes of exp(x - max(x)) / sum(exp(x - max(x)))"""
+    above, below = (v.node for v in node.inputs)
+    while below is not None and below.op.name in ("where", "expand", "maximum", "add"):
+        below = next((v.node for v in below.inputs if v.node is not None and v.type.dtype.is_float), None)
+    if above is None or below is None or above.op.name != "exp" or below.op.name != "reduce_sum":
+        return None
+    if below.inputs[0].node is not above:
+        return None
+    shifted = above.inputs[0]
+    inner = shifted.node
+    if inner is not None and inner.op.name == "sub":
+        return inner.inputs[0], [inner, above, below]
+    return shifted, [above, below]
+
+
+def _origins(value: Value) -> set[Value]:
+    """The value, and those that it is made of by a few elementwise ops and moves."""
+    found, pending = {value}, [(value, 0)]
+    while pending:
+        v, depth = pending.pop()
+        if v.node is not None and v.node.op.name in _ELEMENTWISE | {"cast"} and depth < 6:
+            new = [u for u in v.node.inputs if u.literal is None and u not in found]
+            found.update(new)
+            pending += [(u, depth + 1) for u in new]
+    return found
+
+
+def _waves(value: Value) -> set[str]:
+    """Whether a factor is a cosine or a sine, moved or joined."""
+    found: set[str] = set()
+    pending, depth = [value], 0
+    while pending and depth < 32:
+        node = pending.pop().node
+        depth += 1
+        if node is not None and node.op.name in ("cos", "sin"):
+            found.add(node.op.name)
+        elif node is not None and node.op.name in _MOVES | {"concat", "gather", "embedding", "mul"}:
+            pending += node.inputs
+    return found
+
+
+def _is_cut(value: Value) -> bool:
+    node = value.node
+    return node is not None and node.op.name in ("slice", "gather", "rearrange", "reshape")

@@ -1,0 +1,89 @@
+"""Candidate sites along the residual stream: the embeddings that it begins with, and the norms of sums in it.
+
+A sum with a bias or a table is no residual, nor is one that broadcasts; a sum of embeddings alone is a site of its own.
+One in which fewer than two terms are embeddings as they are (Marian scales them) is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from treadle.ir.graph import Node, Value
+from treadle.passes.fusion.fuse_embedding_sum import lookup_of
+
+_MOVES = frozenset(("cast", "rearrange", "reshape", "expand"))
+
+
+def normed_value(node: Node, spelled: Sequence[Node] | None) -> Value | None:
+    """What a norm over the last axis is of: at the op, or at the mean of one that `spelled` has the nodes of."""
+    if node.op.name in ("layer_norm", "rms_norm"):
+        return _uncast(node.inputs[0])
+    if spelled is None:
+        return None
+    axes, rank = node.op.attributes["axes"], node.inputs[0].type.rank
+    if [axis % rank for axis in axes] != [rank - 1]:
+        return None
+    square = spelled[0].inputs[0]
+    centered = square.node
+    return _uncast(centered.inputs[0] if centered is not None and centered.op.name == "sub" else square)
+
+
+def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
+    """norm(x + residual), at the add, of two values of one shape that are computed"""
+    if node.op.name != "add" or node.result not in norms:
+        return None
+    stretched = any(v.type.shape != node.result.type.shape for v in node.inputs)
+    if stretched or any(map(_is_weight, node.inputs)) or all(map(_is_lookups, node.inputs)):
+        return None
+    return norms[node.result]
+
+
+def embedding_nodes(node: Node, users: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
+    """embedding(t, i) + embedding(u, j) + ..., at the last add of the sum that nothing else reads"""
+    if node.op.name != "add":
+        return None
+    terms = _terms(node, users)
+    if sum(lookup_of(term) is not None for term in terms) < 2:
+        return None
+    readers = users.get(node.result, ())
+    if len(readers) == 1 and readers[0].op.name == "add":
+        return None
+    return [*_adds(node, users)[1:], *terms]
+
+
+def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
+    """An addition, and those whose results it alone adds up."""
+    found, pending = [], [root]
+    while pending:
+        node = pending.pop()
+        found.append(node)
+        below = [v.node for v in node.inputs if v.node is not None and len(users.get(v, ())) == 1]
+        pending += [n for n in below if n.op.name == "add"]
+    return found
+
+
+def _terms(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
+    """What computes the terms of a sum; one that is no embedding is where a refusal points."""
+    adds = _adds(root, users)
+    terms = [v.node for each in adds for v in each.inputs if v.node is not None]
+    return [node for node in terms if node not in adds]
+
+
+def _is_lookups(value: Value) -> bool:
+    node = value.node
+    if node is not None and node.op.name == "add":
+        return all(map(_is_lookups, node.inputs))
+    return lookup_of(node) is not None
+
+
+def _is_weight(value: Value) -> bool:
+    """A weight or a constant, moved perhaps."""
+    while value.node is not None and value.node.op.name in _MOVES:
+        value = value.node.inputs[0]
+    return value.kind in ("parameter", "constant")
+
+
+def _uncast(value: Value) -> Value:
+    while value.node is not None and value.node.op.name == "cast":
+        value = value.node.inputs[0]
+    return value
