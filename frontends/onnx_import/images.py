@@ -53,10 +53,9 @@ def _resize(site: Site) -> Made:
         if old.constant == 0 or size.constant == 0:
             site.refuse(f"an axis of {old} to {size}")
         if old.constant is not None and size.constant is not None and max(old.constant, size.constant) <= _MOST:
-            by = size.constant / old.constant if scale is None else scale
-            at = _coordinates(
-                site, places, np.arange(size.constant, dtype=np.float64), old.constant, size.constant, by, np.where
-            )
+            ends = old.constant, size.constant
+            by = ends[1] / ends[0] if scale is None else scale
+            at = _coordinates(site, places, np.arange(ends[1], dtype=np.float64), ends, scale, np.where)
             if mode == "nearest":
                 x = b.gather(x, b.constant(_nearest(site, nearest, at, old.constant), i64), axis=axis)
             else:
@@ -67,8 +66,7 @@ def _resize(site: Site) -> Made:
         if mode == "cubic" or (mode == "linear" and antialias and (scale is None or scale < 1)):
             site.refuse_symbolic(f"mode {mode} from an axis of size {old} to {size}", old, size)
         count, wanted = (b.size(value=n, dtype=f64) for n in (old, size))
-        ratio = wanted / count if scale is None else scale
-        at = _coordinates(site, places, b.iota(size=size).cast(f64), count, wanted, ratio, b.where)
+        at = _coordinates(site, places, b.iota(size=size).cast(f64), (count, wanted), scale, b.where)
         x = _taken_nearest(site, x, axis, at, nearest) if mode == "nearest" else _between(site, x, axis, at, outside)
     return x
 
@@ -106,21 +104,32 @@ def _scaled(site: Site, size: Size, scale: float) -> Size:
     return size * ratio.numerator // ratio.denominator
 
 
-def _coordinates(site: Site, places: str, i: Any, old: Any, new: Any, scale: Any, where: Callable[..., Any]) -> Any:
-    """Where the new elements i lie among the old ones: in NumPy, or in the graph, whose sizes are scalars there."""
+def _coordinates(
+    site: Site, places: str, i: Any, ends: tuple[Any, Any], scale: float | None, where: Callable[..., Any]
+) -> Any:
+    """Where the new elements i lie among the old ones: in NumPy, or in the graph, whose sizes are scalars there.
+
+    ends    the old size and the new one
+    scale   None: their ratio, which is multiplied before it divides, so that a place between two elements, or on one,
+            is found exactly there
+    """
+    old, new = ends
+    whole = new if scale is None else old * scale  # before it was rounded
+
+    def back(place: Any) -> Any:
+        return place * old / new if scale is None else place / scale
+
     match places:
         case "half_pixel":
-            return (i + 0.5) / scale - 0.5
+            return back(i + 0.5) - 0.5
         case "half_pixel_symmetric":
-            adjustment = new / (scale * old)
-            return old / 2 * (1 - adjustment) + (i + 0.5) / scale - 0.5
+            return old / 2 * (1 - new / whole) + back(i + 0.5) - 0.5
         case "pytorch_half_pixel":
-            return where(new > 1, (i + 0.5) / scale - 0.5, i * 0.0)
+            return where(new > 1, back(i + 0.5) - 0.5, i * 0.0)
         case "align_corners":
-            exact = old * scale  # which is not rounded to a size here
-            return i * ((old - 1) / where(new > 1, exact - 1, exact * 0.0 + 1.0))
+            return i * (old - 1) / where(new > 1, whole - 1, whole * 0.0 + 1.0)
         case "asymmetric":
-            return i / scale
+            return back(i)
     site.malformed(f"coordinate_transformation_mode is {places!r}")
 
 

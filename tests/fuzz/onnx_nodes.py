@@ -943,7 +943,9 @@ def _resize(d: Draw) -> None:
         d.told([d.int(1, 9) if move else n for move, n in zip(moved, over, strict=True)])
     d.set(mode=mode, coordinate_transformation_mode=place, axes=axes)
     if mode == "nearest":
-        d.perhaps(nearest_mode=d.of("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"))
+        # A place that is on an element exactly, such as 1.5 * 5/3 - 0.5, may be just below it in ONNX Runtime's floats.
+        kinds = ("floor", "ceil") if by_scale else ()
+        d.perhaps(nearest_mode=d.of("round_prefer_floor", "round_prefer_ceil", *kinds))
     if mode == "cubic":
         d.perhaps(cubic_coeff_a=-0.5, exclude_outside=d.int(0, 1))
     centered = d.attributes.get("coordinate_transformation_mode") in (None, "half_pixel")
