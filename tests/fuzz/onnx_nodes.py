@@ -480,7 +480,8 @@ def _flatten(d: Draw) -> None:
 def _gather(d: Draw) -> None:
     shape = d.shape()
     axis = d.axis(len(shape)) if d.version >= 11 else d.int(0, len(shape) - 1)
-    d.x(d.numbers(shape))
+    table = len(shape) == 2 and axis % 2 == 0
+    d.x(d.numbers(shape), False if table else None)  # an embedding of ours, if constant: it takes no negative index
     low = -shape[axis] if d.version >= 11 else 0
     d.x(d.ints(d.shape(0, 2), low, shape[axis] - 1, d.of(np.int32, np.int64)), d.maybe(0.4))
     d.set(axis=axis)
