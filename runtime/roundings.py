@@ -1,9 +1,9 @@
 """How far a model's outputs move when every op of it rounds: its conditioning, by trying.
 
-Rounding is drawn, not carried out: in float64, every op's operands change by a relative spacing of its dtypes, up or
-down by chance, and so does its result. What the outputs move by is what no way of computing this model in these dtypes
-can be sure to stay within, however the loss comes about: a mean taken off numbers that are nearly equal, a softmax over
-scores of hundreds, a hundred layers.
+Rounding is drawn, not carried out: in float64, every op's operands change by a spacing of its dtypes, up or down by
+chance, and so does its result; constants alone are what they are. What the outputs move by is what no way of
+computing this model in these dtypes can be sure to stay within, however the loss comes about: a mean taken off
+numbers that are nearly equal, a softmax over scores of hundreds, a hundred layers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Moved:
             if expected.dtype.kind == "f":
                 with np.errstate(all="ignore"):
                     difference = np.abs(other.astype(np.float64) - expected)
-                by = np.maximum(by, np.where(np.isfinite(difference), difference, 0.0))
+                    lost = np.isfinite(expected) & ~np.isfinite(other)
+                by = np.maximum(by, np.where(lost, np.inf, np.where(np.isfinite(difference), difference, 0.0)))
             undecided |= other != expected
         return Moved(by, undecided)
 
@@ -70,26 +71,39 @@ def moved_by_rounding(
     return {name: Moved.between(array, [draw[name] for draw in draws]) for name, array in expected.items()}
 
 
-def changed(array: Array, spacing: float, rng: np.random.Generator) -> Array:
-    """An array of floats, each changed by a relative spacing, up or down, in float64; others as they are."""
+def changed(array: Array, spacing: float, rng: np.random.Generator, least: float = 0.0) -> Array:
+    """An array of floats, each changed by a relative spacing, or the `least` number, up or down; others as they are."""
     if array.dtype.kind != "f" or not spacing:
         return array
     up = np.unpackbits(np.frombuffer(rng.bytes(-(-array.size // 8)), np.uint8), count=array.size).reshape(array.shape)
     with np.errstate(all="ignore"):
-        return array * np.array((1 - spacing, 1 + spacing))[up]  # type: ignore[no-any-return]
+        near = array * np.array((1 - spacing, 1 + spacing))[up]
+        return near + np.where(array != 0, np.array((-least, least))[up], 0.0) if least > _NO_NUMBER else near
+
+
+_NO_NUMBER = 1e-30
+"""Dtypes whose least numbers are smaller than this lose none of them."""
 
 
 def _rounding(rng: np.random.Generator) -> Callable[[Node, Operands, Callable[[Operands], list[Array]]], list[Array]]:
+    def rounded(array: Array, dtype: DType) -> Array:
+        least = 0.0 if dtype.numpy is None or not dtype.is_float else float(np.finfo(dtype.numpy).smallest_subnormal)
+        return changed(array, spacing_of(dtype), rng, least)
+
     def disturb(node: Node, operands: Operands, compute: Callable[[Operands], list[Array]]) -> list[Array]:
-        spacings = [0.0 if v is None else spacing_of(v.type.dtype) for v in node.operands]
-        made = [spacing_of(v.type.dtype) for v in node.results]
-        coarsest = max((*spacings, *made), default=0.0)
+        given = [v.type.dtype for v in node.inputs]
+        made = [v.type.dtype for v in node.results]
         if node.op.flops == 0:  # it moves numbers, and rounds them only to a coarser dtype
+            finest = max(map(spacing_of, given), default=0.0)
             results = compute(operands)
             return [
-                changed(a, s, rng) if s > max(spacings, default=0.0) else a for a, s in zip(results, made, strict=True)
+                rounded(a, dtype) if spacing_of(dtype) > finest else a for a, dtype in zip(results, made, strict=True)
             ]
-        moved = [None if a is None else changed(a, coarsest, rng) for a in operands]
-        return [changed(a, s, rng) for a, s in zip(compute(moved), made, strict=True)]
+        coarsest = max((*given, *made), key=spacing_of)
+        moved = [
+            a if a is None or v is None or v.literal is not None else rounded(a, coarsest)
+            for a, v in zip(operands, node.operands, strict=True)
+        ]
+        return [rounded(a, dtype) for a, dtype in zip(compute(moved), made, strict=True)]
 
     return disturb

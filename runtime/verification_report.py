@@ -141,7 +141,7 @@ class BackendReport:
         elif self.failure:
             told = f"failed: {self.failure}"
         elif self.passed is None and math.isinf(self.difference.tolerance):
-            told = "nothing to compare: no output holds a number"
+            told = "cannot tell: no output is a number whatever the last bits are; every op alone is right"
         elif self.passed is None:
             told = f"cannot tell: a change of the last bits moves the outputs so far: {told}; every op alone is right"
         yield f"  {self.backend:<{width}}  {_MARKS[self.passed]:<5}  {told}"
