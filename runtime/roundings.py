@@ -77,7 +77,7 @@ def changed(array: Array, spacing: float, rng: np.random.Generator, least: float
         return array
     up = np.unpackbits(np.frombuffer(rng.bytes(-(-array.size // 8)), np.uint8), count=array.size).reshape(array.shape)
     with np.errstate(all="ignore"):
-        near = array * np.array((1 - spacing, 1 + spacing))[up]
+        near: Array = array * np.array((1 - spacing, 1 + spacing))[up]
         return near + np.where(array != 0, np.array((-least, least))[up], 0.0) if least > _NO_NUMBER else near
 
 
