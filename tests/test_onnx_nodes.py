@@ -1,4 +1,4 @@
-"""ONNX operators one node at a time: a run of the generator in tests/fuzz/onnx_nodes.py, and cases of their own."""
+"""ONNX operators one node at a time: a run of the generator in tests/fuzz/onnx_nodes/, and cases of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ pytest.importorskip("torch")
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from tests.fuzz.onnx_nodes import DRAWN, attributes, cases, drawn, outcome
+from tests.fuzz.onnx_nodes.cases import attributes, cases, drawn
+from tests.fuzz.onnx_nodes.drawing import DRAWN
+from tests.fuzz.onnx_nodes.judging import outcome
 from tests.onnx_models import Array, answers, model, same_as_runtime
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
