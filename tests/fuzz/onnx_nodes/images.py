@@ -1,7 +1,8 @@
-"""Pools and resizes, as drawn."""
+"""Operators of windows and images, as drawn: convolutions, pools, resizes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,67 @@ import numpy as np
 from tests.fuzz.onnx_nodes.drawing import Draw, draws
 
 Array = np.ndarray[Any, Any]
+
+
+def _windows(d: Draw, kernel: Sequence[int], transposed: bool = False, dilated: bool = True) -> None:
+    """Strides, dilations and padding. Where the padding is automatic ONNX Runtime knows no dilations, and a stride past
+    the kernel only as an error: those are left out."""
+    automatic = d.of("SAME_UPPER", "SAME_LOWER") if d.maybe(0.3) else d.of(None, None, "NOTSET", "VALID")
+    same = automatic is not None and automatic.startswith("SAME")
+    d.perhaps(strides=[d.int(1, k if same else 3) for k in kernel])
+    if dilated and not same:
+        d.perhaps(dilations=[d.int(1, 2) for _ in kernel])
+    d.set(auto_pad=automatic)
+    if automatic in (None, "NOTSET") and d.maybe(0.7):
+        d.set(pads=[d.int(0, k - 1) for _ in range(2) for k in kernel])
+
+
+def _image(d: Draw, channels: int, kernel: Sequence[int]) -> Array:
+    """An x in which one window fits at least."""
+    return d.floats([d.int(1, 2), channels, *(2 * k + d.int(0, 4) for k in kernel)])
+
+
+@draws("Conv", "ConvInteger")
+def _conv(d: Draw) -> None:
+    kernel, groups = [d.int(1, 3) for _ in range(d.int(1, 2))], d.int(1, 2)
+    c, o = d.int(1, 2), d.int(1, 3)
+    x, weight = _image(d, groups * c, kernel), d.floats([groups * o, c, *kernel])
+    if d.name == "Conv":
+        d.x(x)
+        d.x(weight, d.maybe())
+        if d.maybe():
+            d.x(d.floats([groups * o]))
+    else:
+        d.x(d.ints(x.shape, 0, 255, np.uint8))
+        d.x(d.ints(weight.shape, 0, 255, np.uint8), d.maybe())
+        if d.maybe():
+            d.x(d.ints([], 0, 255, np.uint8))
+            if d.maybe():
+                d.x(d.ints([], 0, 255, np.uint8))
+    _windows(d, kernel)
+    d.set(group=groups if groups > 1 else None)
+    d.perhaps(kernel_shape=kernel)
+
+
+@draws("ConvTranspose")
+def _conv_transpose(d: Draw) -> None:
+    kernel, groups = [d.int(1, 3) for _ in range(d.int(1, 2))], d.int(1, 2)
+    c, o = d.int(1, 2), d.int(1, 3)
+    x = d.x(_image(d, groups * c, kernel))
+    d.x(d.floats([groups * c, o, *kernel]), d.maybe())
+    if d.maybe():
+        d.x(d.floats([groups * o]))
+    _windows(d, kernel)
+    d.set(group=groups if groups > 1 else None)
+    d.perhaps(kernel_shape=kernel)
+    strides = d.attributes.get("strides", [1] * len(kernel))
+    assert x is not None
+    if d.attributes.get("auto_pad") is None and "pads" not in d.attributes and d.maybe(0.3):
+        reach = zip(x.shape[2:], strides, d.attributes.get("dilations", [1] * len(kernel)), kernel, strict=True)
+        whole = [(n - 1) * stride + (k - 1) * dilation + 1 for n, stride, dilation, k in reach]
+        d.set(output_shape=[size - d.int(0, k - 1) for size, k in zip(whole, kernel, strict=True)])
+    elif not (d.attributes.get("auto_pad") or "").startswith("SAME"):
+        d.perhaps(output_padding=[d.int(0, stride - 1) for stride in strides])
 
 
 @draws("AveragePool", "MaxPool", "LpPool")
