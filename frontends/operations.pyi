@@ -711,9 +711,9 @@ def sum_pool(
     dilations: Sequence[int] = (),
     name: str | None = None,
 ) -> Tensor:
-    """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...], accumulated in its own dtype
+    """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...]
 
-    What lies in the padding adds nothing.
+    What lies in the padding adds nothing. 16-bit floats are summed in f32.
     """
 
 def take_along_axis(x: TensorLike, indices: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from tests.op_checks import RUNNERS, TESTED, Array, Case, held, refusal, runner,
 from tests.rounding_bounds import Bounded, assert_within, bounded
 from treadle.ir.axes import Application, Role
 from treadle.ir.composites import body_of
-from treadle.ir.errors import RuleError
+from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.graph import Graph
 from treadle.ir.operation import OPS, Composite, Op
 from treadle.ir.samples import SampleOperand
@@ -39,8 +39,9 @@ def applied(case: Case) -> Application:
     return case.op.apply(case.types)
 
 
-def stretched(name: str, number: int, factor: str, dtype: str) -> Case | None:
-    """A sample with one factor of size LONG, and positive floats; None where the op does not take it."""
+def stretched(name: str, number: int, factor: str, dtype: str) -> Iterator[Case]:
+    """A sample with one factor of size LONG, and positive floats, as the op takes it with its attributes or with longer
+    ones."""
     case = Case.of(name, number, dtype)
     application = applied(case)
     sizes = {n: dim.size.constant or 0 for n, dim in application.dims.items()}
@@ -56,20 +57,23 @@ def stretched(name: str, number: int, factor: str, dtype: str) -> Case | None:
         ]
         types.append(type.dtype[tuple(shape)])
     if types == list(case.types):
-        return None
-    for op in (case.op, longer(case.op, more)):
+        return
+    for op in (case.op, *longer(case.op, more)):
         try:
             op.infer(types)
-        except RuleError:
+        except (RuleError, GraphError):
             continue
-        return Case(op, tuple(types), drawn(OPS[name].samples[number].operands, types))
-    return None
+        yield Case(op, tuple(types), drawn(OPS[name].samples[number].operands, types))
 
 
-def longer(op: Op, more: int) -> Op:
-    """The op with attributes that are sizes larger: windows of more elements are folded into a longer axis."""
+def longer(op: Op, more: int) -> Iterator[Op]:
+    """The op with attributes that are sizes or lengths larger: longer windows, or windows folded into a longer axis."""
     sizes = {n: v + more * op.attributes.get("dilation", 1) for n, v in op.attributes.items() if isinstance(v, Size)}
-    return replace(op, **sizes) if sizes else op  # type: ignore[type-var]
+    if sizes:
+        yield replace(op, **sizes)  # type: ignore[type-var]
+    for name, value in op.attributes.items():
+        if isinstance(value, tuple) and value and isinstance(value[0], int):
+            yield replace(op, **{name: (value[0] + more, *value[1:])})  # type: ignore[type-var]
 
 
 def drawn(operands: tuple[SampleOperand | None, ...], types: list[Type | None]) -> tuple[Array | None, ...]:
@@ -92,9 +96,8 @@ def long_cases(name: str, dtype: str, *roles: Role) -> Iterator[tuple[str, Case]
         if not case.takes_its_operands:
             continue
         for factor, told in applied(case).factors.items():
-            made = stretched(name, number, factor, dtype) if told.role in roles else None
-            if made is not None:
-                yield f"{name}-{number} {dtype}, {factor} of {LONG}", made
+            for made in stretched(name, number, factor, dtype) if told.role in roles else ():
+                yield f"{name}-{number} {dtype}, {factor} of {LONG}, {made.op.attributes}", made
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from treadle.ir.ops.convolution import positive, sliding, window_count
 from treadle.ir.ops.shapes import sized
 from treadle.ir.samples import S
 from treadle.ir.sizes import Size
-from treadle.ir.types import DType, Type
+from treadle.ir.types import DType, Type, f32
 
 _MOST_SLICES = 16
 """The largest window, along one axis, that is combined from slices."""
@@ -136,7 +136,9 @@ class _Separable(_Pool):
         return self._along_each(b, x, slices=True)
 
     def _along_each(self, b: Builder, x: Expr, slices: bool) -> Expr:
-        """One axis after the other."""
+        """One axis after the other, in the dtype that sums are held in, where they are sums."""
+        dtype = x.dtype
+        x = x.cast(self.sums_in(dtype))
         fill = self.filling(x.dtype)
         for axis, (size, before, after, stride, dilation) in enumerate(self.places, start=x.rank - len(self.kernel)):
             if before or after:
@@ -151,7 +153,7 @@ class _Separable(_Pool):
             else:
                 x = b.windows(x, axis=axis, size=size, stride=stride, dilation=dilation)
                 x = b.apply(self.reduces, x, axes=(-1,))
-        return x
+        return x.cast(dtype)
 
 
 @op("max_pool", dtypes="n -> n")
@@ -179,21 +181,23 @@ class MaxPool(_Separable):
 
 @op("sum_pool", dtypes="n -> n", linear="x")
 class SumPool(_Separable):
-    """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...], accumulated in its own dtype
+    """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...]
 
-    What lies in the padding adds nothing.
+    What lies in the padding adds nothing. 16-bit floats are summed in f32.
     """
 
     x = Operand()
     reduces, combines = "reduce_sum", "add"
+    accumulates = f32
 
     @staticmethod
     def filling(dtype: DType) -> float:
         return 0.0
 
     def reference(self, x: Any) -> Any:
-        windows, axes = self.windows_of(x, 0)
-        return windows.sum(axes, dtype=x.dtype)
+        wide = wide_array(x)
+        windows, axes = self.windows_of(wide, 0)
+        return windows.sum(axes, dtype=wide.dtype).astype(x.dtype)
 
     samples = [*_Pool.samples, S("i64[3,7]", kernel=(3,), strides=(2,), padding=(1,))]
 
@@ -207,6 +211,7 @@ class AveragePool(_Pool):
     """
 
     x = Operand()
+    accumulates = f32
 
     def body(self, b: Builder, x: Expr) -> Any:
         wide = widened(x)
