@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.errors import FrontendError
+from treadle.ir.operation import OPS
+from treadle.ir.other_spellings import OTHER_WORDS
 from treadle.ir.source_lines import user_line
 
 _CALL = re.compile(r"(?:\w+\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
@@ -20,24 +22,30 @@ class UnknownNameError(FrontendError, AttributeError):
 
 
 def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
-    """What to raise for a word that the DSL lacks; with the nearest of those it has."""
-    near = difflib.get_close_matches(name, known, n=3)
+    """What to raise for a word that the DSL lacks: with what other libraries mean by it, or the nearest that it has."""
+    near = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name.lower(), known, n=3)
+    guess = "did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its words"
     return UnknownNameError(
         f"the DSL has no {name!r}",
         source=str(user_line() or "") or None,
-        hint="did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its words",
+        hint=OTHER_WORDS.get(name, guess),
     )
 
 
-def call_hint(error: BaseException) -> str | None:
-    """What to try after a TypeError of a layer's call: the nearest option, and how the layer is called.
+def nearest_op(name: str) -> str | None:
+    """The op that is spelled most like this, if one is near."""
+    return next(iter(difflib.get_close_matches(name.strip(), OPS, n=1)), None)
 
-    None where the error is no such TypeError, or is of a function of the user's own that has a layer's name.
+
+def call_hint(error: BaseException) -> str | None:
+    """What to try after a TypeError of a word's call: the nearest option, and how the word is called.
+
+    None where the error is no such TypeError, or is of a function of the user's own that has a word's name.
     """
-    import treadle.frontends.layers as layers
+    import treadle.frontends.language as language
 
     match = _CALL.match(str(error)) if isinstance(error, TypeError) else None
-    layer = getattr(layers, match[1], None) if match else None
+    layer = vars(language).get(match[1]) if match else None
     if match is None or not inspect.isfunction(layer) or _called(match[1], error) not in (None, layer):
         return None
     signature = inspect.signature(layer)

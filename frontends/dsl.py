@@ -85,7 +85,7 @@ def trace() -> Trace:
 # -- inside a model --------------------------------------------------------------------------------------------
 
 
-def stack(name: str, count: int, *, shared: bool = False) -> Iterator[int]:
+def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int]:
     """`for i in t.stack("h", 12):` repeats a block under the scopes h.0, h.1, ...
 
     Repetitions with the same structure become one function of the graph. If `shared`, all of them are under the one
@@ -93,14 +93,16 @@ def stack(name: str, count: int, *, shared: bool = False) -> Iterator[int]:
     """
     tracing = trace()
     source = user_line()
-    if type(count) is not int or count < 0:
+    fixed = count.constant if isinstance(count, Size) else count
+    if type(fixed) is not int or fixed < 0:
         raise FrontendError(
             f"stack {name!r} needs a number of repetitions, 0 or more",
-            received=repr(count),
+            received=str(count) if isinstance(count, Size | Expr) else repr(count),
             source=describe_source(source, tracing.scope),
+            hint="an integer that is known while the model is traced, such as an option of the configuration",
         )
     before, declared = dict(tracing.declared), dict(tracing.declared)
-    for i in range(count):
+    for i in range(fixed):
         if shared:
             tracing.declared = dict(before)
         outer, start = tracing.scope, len(tracing.function.nodes)
@@ -139,7 +141,7 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
             f"parameter {full} is declared twice",
             received=f"first at {tracing.declared[full]}, now at {line}",
             source=describe_source(line, tracing.scope),
-            hint=f"another name= or scope for one of the two; t.shared_parameter({full!r}) uses it again",
+            hint=_apart(tracing, full, name, line),
         )
     tracing.declared[full] = line
     start = _INITS.get(init) if isinstance(init, str) else init
@@ -159,6 +161,25 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
             hint="a weight has one size for all calls: give the axis a number" if parse_type(text).symbols else None,
         )
     return tracing.parameter(full, type, start)
+
+
+def _apart(tracing: Trace, full: str, name: str, line: Source | None) -> str:
+    """How two parameters of one name come apart: two stacks of one name, a loop of Python's, or two layers."""
+    stacks = [r for r in tracing.regions if f"{tracing.scope}.".startswith(f"{r.scope}.")]
+    again = f"t.shared_parameter({full!r}) uses it again"
+    if stacks:
+        stack = max(stacks, key=lambda region: len(region.scope))
+        return (
+            f't.stack("{stack.name}_2", ...): a name of its own for one of the two stacks; '
+            f't.stack(f"{stack.name}_{{i}}", ...) for one in a loop; {again}'
+        )
+    layer = tracing.scope.rpartition(".")[2] or name
+    if tracing.declared[full] == line:
+        return (
+            f'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, '
+            f'name=f"{layer}_{{i}}"; {again}'
+        )
+    return f'name="{layer}_2" for one of the two, or with t.scope("second"): around it; {again}'
 
 
 @lru_cache(maxsize=4096)  # layers repeat

@@ -1,7 +1,7 @@
 """Layers of the DSL: ops with the parameters they declare. Shapes are written in the paper's letters.
 
 Every layer takes `name`, the scope under which its parameters are declared: `t.linear(x, 64, name="q")` declares
-`q.weight` [64, d] and `q.bias` [64].
+`q.weight` [64, d] and `q.bias` [64]. They have the dtype of x; `layer` checks what is given.
 """
 
 from __future__ import annotations
@@ -10,36 +10,42 @@ import math
 from collections.abc import Callable, Sequence
 
 from treadle.frontends.dsl import Tensor, parameter, shared_parameter, trace
+from treadle.frontends.layer_arguments import layer
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import FrontendError
-from treadle.ir.graph import Init, Value
+from treadle.ir.graph import Value
 from treadle.ir.masking import Biases, Masks, attend
 from treadle.ir.masking import causal as causal_mask
 from treadle.ir.sizes import Bounds, Size, SizeLike
 from treadle.ir.source_lines import user_line
-from treadle.ir.types import Dim, f32, f64
+from treadle.ir.types import Dim, DType, f32, f64
 
 Activation = Callable[[Tensor], Tensor]
 
 
+@layer
 def linear(x: Tensor, out: SizeLike | Dim, *, bias: bool = True, name: str) -> Tensor:
     """y = x W^T + b, with W [out, d] and b [out]; x [..., d]. `Dim.of(3072, "ffn")` as out names the new axis."""
     b = trace()
     with b.scoped(name):
-        weight = parameter("weight", out, x.shape[-1])
-        offset = parameter("bias", out, init="zeros") if bias else None
+        weight = _weight(x, "weight", out, x.shape[-1])
+        offset = _weight(x, "bias", out, init="zeros") if bias else None
         return b.linear(x, weight, offset, name=name)
 
 
+@layer
 def embed(
     ids: Tensor,
     count: int | None = None,
     dim: SizeLike | None = None,
     *,
     tied: str | None = None,
+    dtype: DType = f32,
     name: str | None = None,
 ) -> Tensor:
     """Rows of a table [count, dim] at ids [...], giving [..., dim]. `tied` names another embedding whose table it is.
+
+    The table, and so what is given, is of `dtype`.
 
     Where ids are `positions` of a symbolic axis, or these and a constant, that axis is bounded by the table:
     S + constant <= count.
@@ -51,7 +57,7 @@ def embed(
         raise FrontendError("embed needs count, dim and name=, or tied= the scope of an embedding")
     else:
         with b.scoped(name):
-            table = parameter("weight", count, dim)
+            table = parameter("weight", count, dim, dtype=dtype)
     count, first = table.shape[0].constant, _first_position(ids.value)
     if first is not None and count is not None:
         size = ids.shape[-1]
@@ -67,7 +73,10 @@ def embed(
         return b.embedding(table, ids, name=name)
 
 
-def sinusoidal_positions(positions: Tensor, dim: int, *, interleaved: bool = True, base: float = 10000.0) -> Tensor:
+@layer
+def sinusoidal_positions(
+    positions: Tensor, dim: int, *, interleaved: bool = True, base: float = 10000.0, dtype: DType = f32
+) -> Tensor:
     """sin(p / base^(2i/dim)) and cos(p / base^(2i/dim)) of positions p [...], giving [..., dim]
 
     The two of a frequency i lie side by side (Vaswani et al. 2017, 3.5), or, where not `interleaved`, all sines come
@@ -79,9 +88,10 @@ def sinusoidal_positions(positions: Tensor, dim: int, *, interleaved: bool = Tru
     # In float64: a float32 angle near 1000 is 3e-5 off. So a cosine may be the sine of a quarter turn more.
     p, i, is_cosine = (b.cast(x, to=f64) for x in (b.rearrange(positions, pattern="... -> ... 1"), i, is_cosine))
     angles = p * b.exp(i * (-2.0 * math.log(base) / dim)) + is_cosine * (math.pi / 2)
-    return b.cast(b.sin(angles), to=f32, name="sinusoids")
+    return b.cast(b.sin(angles), to=dtype, name="sinusoids")
 
 
+@layer
 def unembed(
     x: Tensor, vocab: int | None = None, *, tied: str | None = None, bias: bool = False, name: str = "logits"
 ) -> Tensor:
@@ -93,26 +103,29 @@ def unembed(
         return linear(x, vocab, bias=bias, name=name)
     weight = shared_parameter(f"{tied}.weight")
     with b.scoped(name):
-        offset = parameter("bias", weight.shape[0], init="zeros") if bias else None
+        offset = _weight(x, "bias", weight.shape[0], init="zeros") if bias else None
         return b.linear(x, weight, offset, name=name)
 
 
+@layer
 def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis                  (Ba et al. 2016)"""
     b = trace()
     with b.scoped(name):
-        weight = parameter("weight", x.shape[-1], init="ones")
-        offset = parameter("bias", x.shape[-1], init="zeros") if bias else None
+        weight = _weight(x, "weight", x.shape[-1], init="ones")
+        offset = _weight(x, "bias", x.shape[-1], init="zeros") if bias else None
         return b.layer_norm(x, weight, offset, eps=eps, name=name)
 
 
+@layer
 def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis               (Zhang & Sennrich 2019)"""
     b = trace()
     with b.scoped(name):
-        return b.rms_norm(x, parameter("weight", x.shape[-1], init="ones"), eps=eps, name=name)
+        return b.rms_norm(x, _weight(x, "weight", x.shape[-1], init="ones"), eps=eps, name=name)
 
 
+@layer
 def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = True, name: str = "mlp") -> Tensor:
     """down(act(up(x))): the position-wise feed-forward network; `act` is gelu where none is given."""
     with trace().scoped(name):
@@ -120,6 +133,7 @@ def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = T
         return linear(inner, x.shape[-1], bias=bias, name="down")
 
 
+@layer
 def gated_mlp(
     x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = False, name: str = "mlp"
 ) -> Tensor:
@@ -130,16 +144,20 @@ def gated_mlp(
         return linear(gate * linear(x, wide, bias=bias, name="up"), x.shape[-1], bias=bias, name="down")
 
 
+@layer
 def split_heads(x: Tensor, heads: int, *, label: str = "heads", name: str = "heads") -> Tensor:
     """[B, S, heads * d] -> [B, heads, S, d], the new axis labelled"""
+    _positive(heads=heads)
     return trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name)
 
 
+@layer
 def merge_heads(x: Tensor) -> Tensor:
     """[B, heads, S, d] -> [B, S, heads * d]"""
     return trace().rearrange(x, pattern="b heads s d -> b s (heads d)", name="merged")
 
 
+@layer
 def attention(
     q: Tensor,
     k: Tensor,
@@ -158,6 +176,7 @@ def attention(
     return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
 
 
+@layer
 def multi_head_attention(
     x: Tensor,
     context: Tensor,
@@ -172,7 +191,7 @@ def multi_head_attention(
     projection_bias: bool = True,
     key_bias: bool | None = None,
     output_bias: bool | None = None,
-    rotate: Callable[[Tensor], Tensor] | None = None,
+    rotate: Activation | None = None,
     name: str = "attn",
 ) -> Tensor:
     """Project, split into heads, attend, merge, project                                (Vaswani et al. 2017, 3.2.2)
@@ -183,7 +202,8 @@ def multi_head_attention(
     """
     b = trace()
     width = x.shape[-1]
-    groups = kv_heads or heads
+    groups = heads if kv_heads is None else kv_heads
+    _positive(heads=heads, kv_heads=groups)
     if heads % groups:
         raise FrontendError(
             f"{heads} heads do not split among kv_heads={groups}",
@@ -205,6 +225,7 @@ def multi_head_attention(
         return linear(merge_heads(y), width, bias=with_bias, name="out")
 
 
+@layer
 def self_attention(
     x: Tensor,
     heads: int,
@@ -219,7 +240,7 @@ def self_attention(
     projection_bias: bool = True,
     key_bias: bool | None = None,
     output_bias: bool | None = None,
-    rotate: Callable[[Tensor], Tensor] | None = None,
+    rotate: Activation | None = None,
     name: str = "attn",
 ) -> Tensor:
     """Multi-head attention of a sequence x [B, S, D] to itself; `causal` lets position i see positions up to i.
@@ -246,6 +267,7 @@ def self_attention(
     )
 
 
+@layer
 def cross_attention(
     x: Tensor,
     context: Tensor,
@@ -260,7 +282,7 @@ def cross_attention(
     projection_bias: bool = True,
     key_bias: bool | None = None,
     output_bias: bool | None = None,
-    rotate: Callable[[Tensor], Tensor] | None = None,
+    rotate: Activation | None = None,
     name: str = "attn",
 ) -> Tensor:
     """Multi-head attention of x [B, S, D] to another sequence, context [B, T, C].
@@ -285,6 +307,7 @@ def cross_attention(
     )
 
 
+@layer
 def convolution(
     x: Tensor,
     channels: int,
@@ -299,13 +322,19 @@ def convolution(
 ) -> Tensor:
     """A convolution over the trailing axes of x [B, C, *spatial]. `strides`, ... are those of the op `conv`."""
     b = trace()
-    channels_in = x.shape[1] // groups
+    _positive(groups=groups)
+    channels_in = _channels(x, len(kernel)) // groups
     with b.scoped(name):
-        weight = parameter("weight", channels, channels_in, *kernel, init=Init("normal", 0.02))
-        offset = parameter("bias", channels, init="zeros") if bias else None
+        weight = _weight(x, "weight", channels, channels_in, *kernel)
+        offset = _weight(x, "bias", channels, init="zeros") if bias else None
         return b.conv(
             x, weight, offset, strides=strides, padding=padding, dilations=dilations, groups=groups, name=name
         )
+
+
+def _weight(x: Tensor, name: str, *shape: SizeLike | Dim, init: str = "normal") -> Tensor:
+    """A weight of x's dtype, or, beside an x that is no float, of f32."""
+    return parameter(name, *shape, init=init, dtype=x.dtype if x.dtype.is_float else f32)
 
 
 def _first_position(ids: Value) -> int | None:
@@ -331,6 +360,33 @@ def _head_dim(width: Size, heads: int) -> Size:
             hint="choose heads that divide it, or give head_dim=",
         )
     return per_head
+
+
+def _positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise FrontendError(f"{name} must be 1 or more", received=f"{name}={count}", source=trace().place())
+
+
+def _channels(x: Tensor, axes: int) -> Size:
+    """The channels of x [B, C, *spatial], for a kernel over that many axes."""
+    spatial = x.rank - 2
+    if spatial < 1 or axes != spatial:
+        fitting = f"kernel=({', '.join(['3'] * spatial)}{',' * (spatial == 1)})" if spatial > 0 else ""
+        raise FrontendError(
+            f"convolution: the kernel has {axes} axes, and x has {max(spatial, 0)} beside its rows and channels",
+            received=f"x: {x.type}",
+            source=trace().place(),
+            hint=f"one number for each of them, such as {fitting}" if fitting else "x [B, C, ...], as images are",
+        )
+    if x.shape[1].constant is None:
+        raise FrontendError(
+            f"convolution: axis 1 of x holds the channels, and its size must be a number, not {x.shape[1]}",
+            received=f"x: {x.type}",
+            source=trace().place(),
+            hint='x [B, C, ...]: t.rearrange(x, pattern="b s c -> b c s") puts channels there',
+        )
+    return x.shape[1]
 
 
 def _gelu(x: Tensor) -> Tensor:

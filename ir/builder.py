@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,10 +25,11 @@ from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
 from treadle.ir.op_methods import OpMethods
 from treadle.ir.op_signatures import op_signature
-from treadle.ir.operation import OPS, Op, find_op
+from treadle.ir.operation import Op, find_op
+from treadle.ir.python_protocols import PythonProtocols
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.source_lines import user_line
-from treadle.ir.types import DType, Type, parse_type
+from treadle.ir.types import DType, Type, i64, parse_type
 
 
 class Builder(OpMethods):
@@ -78,7 +79,9 @@ class Builder(OpMethods):
         return self.function
 
     def constant(self, value: Any, dtype: DType | None = None) -> Expr:
-        """A constant from a number, nested list or array."""
+        """A constant from a number, nested list or array. A size of symbols is what it is at each call."""
+        if isinstance(value, Size):
+            return self._size(value, dtype)
         return Expr(self, Value.constant(Literal.of(value, dtype)))
 
     # -- nodes -------------------------------------------------------------------------------------------------
@@ -111,9 +114,8 @@ class Builder(OpMethods):
         try:
             op = cls.make(**attributes)
             values: Sequence[Value | None] = [x.value if type(x) is Expr else None for x in operands]
-            if None in values:  # an absent operand, a number, ...
-                values = self._values(op, cls.arrange(operands))
-            elif len(values) != cls.arity[1]:
+            given = cls.arrange(operands) if None in values else ()  # an absent operand, a number, ...
+            if not given and len(values) != cls.arity[1]:
                 values = cls.arrange(values)
         except TypeError as error:
             raise GraphError(
@@ -121,6 +123,11 @@ class Builder(OpMethods):
                 source=self.place(),
                 hint=_call_hint(cls, attributes),
             ) from None
+        except TreadleError as error:
+            error.source, error.hint = error.source or self.place(), error.hint or _call_hint(cls, attributes)
+            raise
+        try:
+            values = self._values(op, given) if given else values
         except TreadleError as error:
             error.source = error.source or self.place()
             raise
@@ -135,6 +142,10 @@ class Builder(OpMethods):
             entries = operand_entries(op.dtypes(), len(given))
             known = [v.type.dtype if v is not None else None for v in values]
             for i in numbers:
+                if isinstance(given[i], Size):
+                    size = self._size(given[i], number_dtype(entries, i, known))
+                    values[i], known[i] = size.value, size.dtype
+                    continue
                 if isinstance(given[i], list | tuple) and any(isinstance(x, Expr) for x in given[i]):
                     raise GraphError(
                         f"{op.name}: an operand is a {type(given[i]).__name__} of traced values",
@@ -143,6 +154,12 @@ class Builder(OpMethods):
                 literal = Literal.of(given[i], number_dtype(entries, i, known))
                 values[i], known[i] = Value.constant(literal), literal.dtype
         return values
+
+    def _size(self, size: Size, dtype: DType | None) -> Expr:
+        """A size as an operand: a constant, or, of symbols, what it is at each call."""
+        if size.constant is not None:
+            return self.constant(size.constant, dtype or i64)
+        return self.size(value=size, dtype=dtype or i64)
 
     def call(self, function: Function, arguments: Sequence[Expr | Value]) -> tuple[Expr, ...]:
         """Call a function of the graph with its inputs, then its parameters. Returns its outputs."""
@@ -201,9 +218,7 @@ def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     unknown = next((name for name in given if name not in known), None)
     near = nearest_option(unknown, signature) if unknown else None
-    return (f"did you mean {near}=? " if near else "") + (
-        f"{spelled_call(cls.name, signature)}\nattributes of {cls.name}: {', '.join(known) or 'none'}"
-    )
+    return (f"did you mean {near}=? " if near else "") + f"{spelled_call(cls.name, signature)}"
 
 
 def describe_source(source: Source | None, scope: str) -> str | None:
@@ -214,33 +229,14 @@ def describe_source(source: Source | None, scope: str) -> str | None:
     return ", ".join(parts) or None
 
 
-class NoSuchMethod(GraphError, AttributeError):
-    """A traced value was asked for a method that arrays of other libraries have."""
-
-
-_METHODS = {
-    "mean": "t.reduce_mean(x, axes=(-1,))",
-    "sum": "t.reduce_sum(x, axes=(-1,))",
-    "max": "t.reduce_max(x, axes=(-1,))",
-    "min": "t.reduce_min(x, axes=(-1,))",
-    **dict.fromkeys(("T", "mT", "transpose", "permute"), 't.rearrange(x, pattern="b s d -> b d s")'),
-    **dict.fromkeys(("reshape", "view", "flatten"), 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")'),
-    **dict.fromkeys(("unsqueeze", "squeeze"), 't.rearrange(x, pattern="b d -> b 1 d")'),
-    **dict.fromkeys(("to", "astype", "type_as"), "x.cast(t.f32)"),
-    **dict.fromkeys(("size", "ndim", "dim"), "x.shape, x.rank"),
-}
-"""What to write instead of the methods that one reaches for first."""
-
-
 ExprLike: TypeAlias = "Expr | Value | float | np.generic | np.ndarray[Any, Any] | list[Any] | tuple[Any, ...]"
 """What stands for a value where an op takes one: numbers and arrays become constants."""
 
 
-class Expr:
+class Expr(PythonProtocols):
     """A value and the builder that may add to it. Operators build nodes; numbers take the other side's dtype."""
 
     __slots__ = ("builder", "value")
-    __array_ufunc__ = None  # NumPy scalars defer to these operators
 
     def __init__(self, builder: Builder, value: Value) -> None:
         self.builder = builder
@@ -354,44 +350,6 @@ class Expr:
 
     def __invert__(self) -> Expr:
         return self._apply("logical_not", self)
-
-    def __bool__(self) -> NoReturn:
-        raise GraphError(
-            "a traced value has no truth value: a graph has no data-dependent branches",
-            received=str(self.type),
-            source=describe_source(user_line(), self.builder.scope),
-            hint="t.where(condition, a, b) chooses element by element",
-        )
-
-    def _no_item(self, index: Any) -> NoReturn:
-        raise GraphError(
-            "a traced value has no [ ]: its axes are cut and looked up by ops",
-            received=str(self.type),
-            source=describe_source(user_line(), self.builder.scope),
-            hint="t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one place",
-        )
-
-    def _no_method(self, name: str) -> NoReturn:
-        """Raises NoSuchMethod, which names the op of that name where there is one."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        spelled = _METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
-        raise NoSuchMethod(
-            f"a traced value has no .{name}: what is done to it are ops",
-            received=str(self.type),
-            source=describe_source(user_line(), self.builder.scope),
-            hint=spelled,
-        )
-
-    def _no_iteration(self) -> NoReturn:
-        raise GraphError(
-            "a traced value cannot be iterated over",
-            received=str(self.type),
-            source=describe_source(user_line(), self.builder.scope),
-        )
-
-    if not TYPE_CHECKING:  # type checkers say it before it runs
-        __getitem__, __getattr__, __iter__ = _no_item, _no_method, _no_iteration
 
     def __repr__(self) -> str:
         return f"{self.value.name}: {self.type}"

@@ -6,16 +6,26 @@ import difflib
 import inspect
 from inspect import Parameter, Signature
 
+from treadle.ir.other_spellings import OTHER_OPTIONS
+
 
 def spelled_call(name: str, signature: Signature) -> str:
-    """`softmax(x, axis=-1)`: the parameters with their defaults, without types."""
-    return f"{name}({', '.join(map(_spelled, signature.parameters.values()))})"
+    """`softmax(x, *, axis=-1)`: the parameters with their defaults, without types. What follows * goes by name."""
+    parameters = list(signature.parameters.values())
+    spelled = [_spelled(p) for p in parameters]
+    by_name = [i for i, p in enumerate(parameters) if p.kind is Parameter.KEYWORD_ONLY]
+    if by_name and not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
+        spelled.insert(by_name[0], "*")
+    return f"{name}({', '.join(spelled)})"
 
 
 def nearest_option(wanted: str, signature: Signature) -> str | None:
-    """The parameter that may be given by name and is spelled most like this one, if one is near."""
+    """The parameter that may be given by name and means this in other libraries, or is spelled most like it."""
     by_name = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     options = [p.name for p in signature.parameters.values() if p.kind in by_name]
+    here = [name for name in OTHER_OPTIONS.get(wanted, ()) if name in options]
+    if here:
+        return here[0]
     return next(iter(difflib.get_close_matches(wanted, options, n=1, cutoff=0.4)), None)
 
 

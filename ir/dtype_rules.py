@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from treadle.ir.errors import RuleError
-from treadle.ir.types import DTYPES, DType
+from treadle.ir.types import DTYPES, DType, boolean, f32, i64
 
 _CLASSES: dict[str, tuple[str, Callable[[DType], bool]]] = {
     "t": ("any dtype", lambda d: True),
@@ -23,6 +23,9 @@ _CLASSES: dict[str, tuple[str, Callable[[DType], bool]]] = {
     "f": ("a float", lambda d: d.kind == "float"),
     "i": ("an integer", lambda d: d.kind == "int"),
 }
+
+
+_KINDS = ("bool", "int", "float")
 
 
 @lru_cache(maxsize=512)
@@ -62,18 +65,26 @@ def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]
             continue
         if entry in DTYPES:
             if dtype is not DTYPES[entry]:
-                raise RuleError(f"{name} must be {entry}, is {dtype}", hint=f"cast({name}, {entry})")
+                raise RuleError(f"{name} must be {entry}, is {dtype}", hint=_cast(name, DTYPES[entry]))
             continue
         words, fits = _CLASSES[entry[0]]
         if not fits(dtype):
-            raise RuleError(f"{name} must be {words}, is {dtype}")
+            raise RuleError(f"{name} must be {words}, is {dtype}", hint=_cast(name, i64 if entry[0] == "i" else f32))
         known, first = bound.setdefault(entry, (dtype, name))
         if known is not dtype:
-            raise RuleError(f"dtypes disagree: {first} is {known}, {name} is {dtype}", hint=f"cast({name}, {known})")
+            widens = _KINDS.index(dtype.kind) > _KINDS.index(known.kind)  # a number in place of a truth value, ...
+            raise RuleError(
+                f"dtypes disagree: {first} is {known}, {name} is {dtype}",
+                hint=_cast(first, dtype) if widens else _cast(name, known),
+            )
     unknown = [r for r in results if r not in DTYPES and r not in bound]
     if unknown:
         raise RuleError(f"nothing tells the result's dtype: every operand that could be {unknown[0]} is absent")
     return tuple(DTYPES[r] if r in DTYPES else bound[r][0] for r in results)
+
+
+def _cast(name: str, dtype: DType) -> str:
+    return f"t.cast({name}, to=t.{'boolean' if dtype is boolean else dtype})"
 
 
 def number_dtype(entries: Sequence[str], position: int, dtypes: Sequence[DType | None]) -> DType | None:

@@ -11,6 +11,7 @@ A repeated block is one function; a node whose op is `Call` applies it with its 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.ir.errors import GraphError
-from treadle.ir.sizes import Bounds
+from treadle.ir.sizes import Bounds, Size
 from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 
 if TYPE_CHECKING:
@@ -61,11 +62,18 @@ class Literal:
             array = np.asarray(value)
         except ValueError as error:  # lists of different lengths
             raise GraphError("a constant cannot be made of this", received=str(error)) from None
+        if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
+            numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
+            array = np.array(numbers).reshape(array.shape)
         if dtype is None and array.dtype == np.float64 and not isinstance(value, np.ndarray | np.generic):
             dtype = f32
         kind = dtype or dtype_of(array)
         if kind is None or array.dtype.kind not in "biuf":
-            raise GraphError(f"a constant cannot hold {array.dtype}")
+            raise GraphError(
+                f"a constant cannot hold {array.dtype}",
+                received=f"{value!r}"[:80],
+                hint="numbers and truth values only",
+            )
         try:
             with np.errstate(invalid="ignore", over="raise"):
                 stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)

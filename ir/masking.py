@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
+import numpy as np
+
 from treadle.ir.attention_terms import (
     Alibi,
     BooleanMask,
@@ -22,16 +24,16 @@ from treadle.ir.attention_terms import (
     Term,
     Window,
 )
-from treadle.ir.builder import Builder, Expr
+from treadle.ir.builder import Builder, Expr, ExprLike
 from treadle.ir.errors import GraphError
 from treadle.ir.source_lines import user_line
 
 
 @dataclass(frozen=True)
 class _Applied:
-    """Terms, each with its operands."""
+    """Terms, each with its operands: tensors, or arrays, which become constants where they are applied."""
 
-    entries: tuple[tuple[Term, tuple[Expr, ...]], ...] = ()
+    entries: tuple[tuple[Term, tuple[ExprLike, ...]], ...] = ()
     sign: ClassVar[str]
     noun: ClassVar[str]
 
@@ -93,8 +95,17 @@ def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
     if hint is None and isinstance(other, _Applied):
         hint = "attention takes both: masks=..., biases=..."
     elif hint is None and isinstance(other, Expr):
-        hint = "boolean_mask(x, axes) or tensor_bias(x, axes) says which of b, h, s and t a tensor has"
-    return GraphError(what, received=str(other), source=str(user_line() or "") or None, hint=hint)
+        hint = 't.boolean_mask(x, "b s t") as a mask, t.tensor_bias(x, "h s t") as a bias: which of b, h, s, t x has'
+    elif hint is None and isinstance(other, str) and other.lower() in ("causal", "alibi", "padding"):
+        hint = {"causal": "mask=t.causal", "alibi": "bias=t.alibi(slopes)", "padding": "mask=t.padding(lengths)"}[
+            other.lower()
+        ]
+    return GraphError(
+        what,
+        received=str(other) if isinstance(other, _Applied | Expr) else repr(other)[:80],
+        source=str(user_line() or "") or None,
+        hint=hint,
+    )
 
 
 # -- masks ---------------------------------------------------------------------------------------------------
@@ -103,17 +114,17 @@ causal = Masks(((Causal(), ()),))
 """Keys up to the query's own position."""
 
 
-def _given(x: object, what: str) -> Expr:
-    """The tensor of a mask or bias. Raises GraphError where an optional input was left out."""
-    if isinstance(x, Expr):
+def _given(x: object, what: str) -> ExprLike:
+    """The tensor or array of a mask or bias. Raises GraphError where an optional input was left out."""
+    if isinstance(x, Expr | np.ndarray | list | tuple):
         return x
     raise GraphError(
-        f"{what} must be a tensor of the model",
+        f"{what} must be a tensor of the model, or an array",
         received="None" if x is None else type(x).__name__,
         source=str(user_line() or "") or None,
         hint="test an optional input for None before masking by it, or include it: inputs=(...,)"
         if x is None
-        else None,
+        else "[0.5, 0.25], numpy.array(...) or a tensor",
     )
 
 
@@ -122,17 +133,17 @@ def window(size: int) -> Masks:
     return Masks(((Window(size), ()),))
 
 
-def padding(lengths: Expr) -> Masks:
+def padding(lengths: ExprLike) -> Masks:
     """A row's first lengths[b] keys. lengths: i64[b]."""
     return Masks(((Padding(), (_given(lengths, "lengths"),)),))
 
 
-def segments(queries: Expr, keys: Expr | None = None) -> Masks:
+def segments(queries: ExprLike, keys: ExprLike | None = None) -> Masks:
     """Keys of the query's own segment. queries: i64[b, s]; keys: i64[b, t], the queries' if not given."""
     return Masks(((Segments(), (_given(queries, "segments"), _given(queries if keys is None else keys, "segments"))),))
 
 
-def boolean_mask(mask: Expr, axes: str = "b h s t") -> Masks:
+def boolean_mask(mask: ExprLike, axes: str = "b h s t") -> Masks:
     """Keys where mask is true. mask: bool, of these axes, some of b, h, s and t. Raises GraphError."""
     return Masks(((BooleanMask(axes), (_given(mask, "a mask"),)),))
 
@@ -140,17 +151,17 @@ def boolean_mask(mask: Expr, axes: str = "b h s t") -> Masks:
 # -- biases --------------------------------------------------------------------------------------------------
 
 
-def tensor_bias(x: Expr, axes: str = "b h s t") -> Biases:
+def tensor_bias(x: ExprLike, axes: str = "b h s t") -> Biases:
     """A tensor of these axes, some of b, h, s and t. Raises GraphError."""
     return Biases(((TensorBias(axes), (_given(x, "a bias"),)),))
 
 
-def t5_relative(table: Expr, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> Biases:
+def t5_relative(table: ExprLike, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> Biases:
     """T5's learned bias by distance. table: float[buckets, h]. Raises GraphError."""
     return Biases(((T5Relative(buckets, max_distance, bidirectional), (_given(table, "a table of biases"),)),))
 
 
-def alibi(slopes: Expr) -> Biases:
+def alibi(slopes: ExprLike) -> Biases:
     """Each head's slope times (j - i). slopes: float[h]."""
     return Biases(((Alibi(), (_given(slopes, "slopes"),)),))
 
@@ -193,7 +204,7 @@ def attend_with_probabilities(
     return b.attention_with_probabilities(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
 
 
-def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[Expr]]:
+def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[ExprLike]]:
     """The terms, and their operands in order."""
     # By `&` and `+`, which refuse what is not theirs.
     entries = () if masks is None else (Masks() & masks).entries

@@ -83,7 +83,10 @@ class Op:
             try:
                 coerced = _coerce(str(field.type), value)
             except (TypeError, ValueError):
-                raise GraphError(f"{self.name}: {field.name} must be {field.type}, is {value!r}") from None
+                raise GraphError(
+                    f"{self.name}: {field.name} must be {_in_words(str(field.type))}, is {value!r}",
+                    hint=_as_tuple(field.name, str(field.type), value),
+                ) from None
             if coerced is not value:
                 object.__setattr__(self, field.name, coerced)  # the dataclass is frozen
 
@@ -175,7 +178,7 @@ class Op:
             fixed = len(cls.operands) if most is not None else len(cls.operands) - 1
             operands += [None] * (fixed - len(operands))
             if most is not None and len(operands) > most:
-                raise GraphError(f"{cls.name} takes {most} operands, received {len(operands)}")
+                raise GraphError(f"{cls.name} takes {most} operand{'s' * (most != 1)}, received {len(operands)}")
             if most is None and len(operands) == fixed and not list(cls.operands.values())[-1].optional:
                 raise GraphError(f"{cls.name} takes one operand or more")
         for position, name in required:
@@ -433,6 +436,36 @@ attribute_codec("float", float)
 attribute_codec("int", operator.index)
 attribute_codec("bool", _read_bool)
 attribute_codec("str", _read_str)
+
+
+_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "text",
+    "Size": "a size, an integer or an expression of symbols",
+    "DType": "a dtype",
+}
+
+
+def _in_words(annotation: str) -> str:
+    """`tuple[int, ...]` as `a tuple of integers`."""
+    base = annotation.removesuffix(" | None")
+    inner = base.removeprefix("tuple[").removesuffix(", ...]")
+    if inner != base:
+        return f"a tuple of {'integers' if inner == 'int' else f'{inner}s'.lower()}"
+    return _WORDS.get(base, base)
+
+
+def _as_tuple(name: str, annotation: str, value: Any) -> str | None:
+    """What to try where one item stands in place of a tuple of them."""
+    read = _CODECS.get(annotation.removeprefix("tuple[").removesuffix(", ...]"))
+    if not annotation.startswith("tuple[") or read is None or isinstance(value, str | list | tuple):
+        return None
+    try:
+        return f"{name}=({read(value)},)"
+    except (TypeError, ValueError):
+        return None
 
 
 def _coerce(annotation: str, value: Any) -> Any:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias, overload
 
 from treadle.ir.errors import SizeError
+from treadle.ir.size_numbers import SizeNumbers
 
 SizeLike: TypeAlias = "Size | int | str"
 
@@ -69,7 +70,7 @@ def _atom_key(atom: Atom) -> tuple[int, str]:
     return (0, atom) if isinstance(atom, str) else (1, str(atom))
 
 
-class Size:
+class Size(SizeNumbers):
     """A canonical size expression. Immutable, hashable; arithmetic gives sizes again."""
 
     __slots__ = ("_hash", "_text", "constant", "terms")
@@ -183,10 +184,11 @@ class Size:
 
         A lower bound of -2**62 stands for none.
         """
-        low, high = self._interval(symbols)
+        low, high = self.interval(symbols)
         return Bounds(-(2**62) if low == -_INFINITY else int(low), None if high == _INFINITY else int(high))
 
-    def _interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
+    def interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
+        """The same, with infinities."""
         low: float = 0
         high: float = 0
         for mono, coeff in self.terms:
@@ -202,6 +204,8 @@ class Size:
     # -- arithmetic --------------------------------------------------------------------------------------------
 
     def __add__(self, other: SizeLike) -> Size:
+        if not isinstance(other, _OPERANDS):
+            return self.beside(operator.add, other)
         table = dict(self.terms)
         for mono, coeff in Size.of(other).terms:
             table[mono] = table.get(mono, 0) + coeff
@@ -211,9 +215,17 @@ class Size:
         return Size((mono, -coeff) for mono, coeff in self.terms)
 
     def __sub__(self, other: SizeLike) -> Size:
+        if not isinstance(other, _OPERANDS):
+            return self.beside(operator.sub, other)
         return self + -Size.of(other)
 
-    def __mul__(self, other: SizeLike) -> Size:
+    @overload
+    def __mul__(self, other: SizeLike) -> Size: ...
+    @overload
+    def __mul__(self, other: float) -> float: ...
+    def __mul__(self, other: SizeLike | float) -> Size | float:
+        if isinstance(other, float) or not isinstance(other, _OPERANDS):
+            return self.beside(operator.mul, other)
         other = Size.of(other)
         if self.terms == ONE_TERMS:
             return other
@@ -271,6 +283,8 @@ class Size:
         return None if rest.terms else quotient
 
     def __floordiv__(self, other: SizeLike) -> Size:
+        if not isinstance(other, _OPERANDS):
+            return self.beside(operator.floordiv, other)
         other = Size.of(other)
         divisor = other.constant
         if divisor == 0:
@@ -290,8 +304,19 @@ class Size:
     __radd__ = __add__
     __rmul__ = __mul__
 
+    def __mod__(self, other: SizeLike) -> Size:
+        if not isinstance(other, _OPERANDS):
+            return self.beside(operator.mod, other)
+        return self - (self // other) * Size.of(other)
+
     def __rsub__(self, other: SizeLike) -> Size:
-        return Size.of(other) - self
+        return -self + other
+
+    def __rfloordiv__(self, other: SizeLike) -> Size:
+        return Size.of(other) // self if isinstance(other, int) else self.beside(_swapped(operator.floordiv), other)
+
+    def __rmod__(self, other: SizeLike) -> Size:
+        return Size.of(other) % self if isinstance(other, int) else self.beside(_swapped(operator.mod), other)
 
     # -- identity and text -------------------------------------------------------------------------------------
 
@@ -328,6 +353,11 @@ class Size:
         return f"Size({self})"
 
 
+def _swapped(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda size, other: function(other, size)
+
+
+_OPERANDS: tuple[type[Any], ...] = (Size, int, str)
 _INFINITY = float("inf")
 
 
@@ -348,8 +378,8 @@ def _atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, floa
     if isinstance(atom, str):
         b = symbols.get(atom, Bounds())
         return b.lower, _INFINITY if b.upper is None else b.upper
-    low, high = atom.numerator._interval(symbols)
-    small, large = atom.denominator._interval(symbols)
+    low, high = atom.numerator.interval(symbols)
+    small, large = atom.denominator.interval(symbols)
     if small < 1:
         return -_INFINITY, _INFINITY
     return _over(low, small if low < 0 else large), _over(high, large if high < 0 else small)

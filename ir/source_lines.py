@@ -7,6 +7,8 @@ import sys
 from functools import lru_cache
 from types import CodeType, FrameType
 
+import numpy as np
+
 from treadle.ir.graph import Source
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -15,10 +17,11 @@ _COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
 _FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
 """Installed, the files of `treadle/` lie beside the other parts."""
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
+_NUMPY = os.path.dirname(np.__file__) + os.sep
 
 
 class _CompilerFiles(dict[str, bool]):
-    """Whether a file is the compiler's own, or Python's (contextlib is between a `with` and its function); by name.
+    """Whether a file is the compiler's own, or Python's or NumPy's, which lie between a user's lines and ours; by name.
 
     A dictionary that finds out what it is asked: every op's line is looked for, through ten frames of such files.
     """
@@ -26,6 +29,7 @@ class _CompilerFiles(dict[str, bool]):
     def __missing__(self, filename: str) -> bool:
         path = os.path.abspath(filename)
         known = path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen ")
+        known = known or path.startswith(_NUMPY)
         self[filename] = known or (path.startswith(_LIBRARY) and "site-packages" not in path)
         return self[filename]
 

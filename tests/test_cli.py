@@ -314,7 +314,7 @@ def refused(said: Result, *parts: str) -> None:
     [
         ("wrong_axis", ["add: sizes disagree: 8 in x, 6 in y", f"from      {line_of('x + y')}, scope h.0\n"]),
         ("unknown_op", ["the DSL has no 'sofmax'", line_of("t.sofmax"), "did you mean t.softmax"]),
-        ("unknown_attribute", ["softmax", "axs", line_of("axs=1"), "attributes of softmax: axis"]),
+        ("unknown_attribute", ["softmax", "axs", line_of("axs=1"), "softmax(x, *, axis=-1, name=None)"]),
         ("python_error", ["python_error cannot be traced", "'hidden'", line_of("t.mlp(x)")]),
         ("branches", ["no data-dependent branches", line_of("x if x"), "where(condition, a, b)"]),
         ("smal", ["declares no model 'smal'", "small"]),

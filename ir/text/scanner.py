@@ -139,7 +139,7 @@ class Scanner:
         except TreadleError as error:
             if isinstance(error, ParseError) and error.within:
                 raise
-            raise self.error(error.what, at, received=error.received, hint=error.hint) from None
+            raise self.error(error.what, at, received=error.received, hint=_in_text(error.hint)) from None
         except ValueError as error:  # a number of more digits than Python reads
             raise self.error(f"cannot be read: {error}", at) from None
 
@@ -351,3 +351,8 @@ class Scanner:
             raise self.error("the expression is too long", start)
         self.spend(len(text), start)
         return text
+
+
+def _in_text(hint: str | None) -> str | None:
+    """What to try, as it is written in a graph's text: without the `t.` of Python, and `bool` by its own name."""
+    return hint and re.sub(r"\bt\.(?=[a-z])", "", hint.replace("t.boolean", "bool"))

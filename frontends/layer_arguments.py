@@ -1,0 +1,165 @@
+"""What a layer is given, checked against its own annotations before it runs: a wrong argument is told by its name.
+
+    t.self_attention(x, "6")        self_attention: heads must be an integer
+                                      received  '6'
+                                      try       heads=6
+
+Options that a layer does not have are left to Python, whose error `call_errors` explains.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from treadle.frontends.call_errors import nearest_op
+from treadle.frontends.dsl import trace
+from treadle.ir.builder import Expr
+from treadle.ir.errors import FrontendError
+from treadle.ir.sizes import Size
+from treadle.ir.types import Dim, DType
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Wrong(Exception):
+    """An argument that does not fit: what it must be, and what to try."""
+
+    def __init__(self, wanted: str, hint: str | None = None) -> None:
+        super().__init__(wanted)
+        self.wanted, self.hint = wanted, hint
+
+
+def layer(function: Callable[P, R]) -> Callable[P, R]:
+    """The layer, which then raises FrontendError for an argument that is not what its annotation says."""
+    parameters = inspect.signature(function).parameters
+    checks = {name: _CHECKS[p.annotation] for name, p in parameters.items() if p.annotation in _CHECKS}
+    names = list(parameters)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        tracing = trace()
+        if len(args) > len(names) or not kwargs.keys() <= parameters.keys():
+            return function(*args, **kwargs)  # Python says what is wrong
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for name, check in checks.items():
+            if name not in given or (given[name] is None and parameters[name].default is None):
+                continue
+            try:
+                given[name] = check(name, given[name])
+            except _Wrong as wrong:
+                raise FrontendError(
+                    f"{function.__name__}: {name} must be {wrong.wanted}",
+                    received=f"{given[name]!r}"[:80],
+                    source=tracing.place(),
+                    hint=wrong.hint,
+                ) from None
+        whole: Any = function
+        result: R = whole(*[given.pop(name) for name in names[: len(args)]], **given)
+        return result
+
+    return checked
+
+
+def _tensor(name: str, value: Any) -> Expr:
+    if isinstance(value, Expr):
+        return value
+    if value is None:
+        raise _Wrong("a tensor", "an optional input that was left out is None: inputs=(...) of compile includes it")
+    if isinstance(value, list | tuple) and any(isinstance(each, Expr) for each in value):
+        raise _Wrong("one tensor", "t.concat(a, b, axis=1) joins tensors")
+    numbers = isinstance(value, np.ndarray | np.generic | int | float | list | tuple)
+    raise _Wrong("a tensor", "t.constant(...) makes a tensor of numbers" if numbers else None)
+
+
+def _integer(name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)  # of a size with symbols, an error that says so
+        except TypeError:
+            pass
+    try:
+        whole = int(value) if isinstance(value, str) or float(value).is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is not None:
+        raise _Wrong("an integer", f"{name}={whole}")
+    raise _Wrong("an integer", "// divides integers, and int(...) cuts" if isinstance(value, float) else None)
+
+
+def _size(name: str, value: Any) -> Any:
+    return value if isinstance(value, Size | Dim | str) else _integer(name, value)
+
+
+def _integers(name: str, value: Any) -> tuple[int, ...]:
+    wanted = "a tuple of integers, one for each axis"
+    if isinstance(value, list | tuple | np.ndarray):
+        try:
+            return tuple(_integer(name, each) for each in value)
+        except _Wrong:
+            raise _Wrong(wanted) from None
+    try:
+        whole = _integer(name, value)
+    except _Wrong:
+        raise _Wrong(wanted) from None
+    raise _Wrong(wanted, f"{name}=({whole},) for one axis, {name}=({whole}, {whole}) for two")
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, str | bool | Expr):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    try:
+        raise _Wrong("a number", f"{name}={float(value)}" if isinstance(value, str) else None)
+    except ValueError:
+        raise _Wrong("a number") from None
+
+
+def _truth(name: str, value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise _Wrong("True or False")
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise _Wrong("text", f'{name}="{value}"' if isinstance(value, int) else None)
+
+
+def _function(name: str, value: Any) -> Any:
+    if callable(value) and not isinstance(value, Expr):
+        return value
+    op = nearest_op(value) if isinstance(value, str) else None
+    raise _Wrong("a function of a tensor", f"{name}=t.{op}" if op else None)
+
+
+def _dtype(name: str, value: Any) -> DType:
+    if isinstance(value, DType):
+        return value
+    raise _Wrong("a dtype", f"{name}=t.f32, t.f16, t.bf16 or t.f64")
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "Tensor": _tensor,
+    "int": _integer,
+    "SizeLike": _size,
+    "SizeLike | Dim": _size,
+    "Sequence[int]": _integers,
+    "float": _number,
+    "bool": _truth,
+    "str": _text,
+    "Activation": _function,
+    "DType": _dtype,
+}
+_CHECKS |= {f"{annotation} | None": check for annotation, check in _CHECKS.items()}

@@ -1,0 +1,119 @@
+"""What other libraries call what Treadle spells otherwise: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For errors.
+
+Code comes first, so that a test can run it; words follow a #.
+"""
+
+from __future__ import annotations
+
+_PERMUTED = 't.rearrange(x, pattern="b s d -> b d s")'
+_SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis: split on the left, joined on the right'
+_LEFT_OUT = "x  # a compiled model only infers: leave it out"
+_NUMBERS = "t.compile(model)(...)  # gives arrays; x has no elements yet"
+
+_WORDS = {
+    "transpose permute swapaxes moveaxis movedim": _PERMUTED,
+    "view flatten ravel unflatten": _SPLIT,
+    "unsqueeze squeeze expand_dims": 't.rearrange(x, pattern="b s d -> b 1 s d")  # and "b 1 s d -> b s d"',
+    "mean average": "t.reduce_mean(x, axes=(-1,))",
+    "sum": "t.reduce_sum(x, axes=(-1,))",
+    "max amax": "t.reduce_max(x, axes=(-1,))",
+    "min amin": "t.reduce_min(x, axes=(-1,))",
+    "norm": "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))",
+    "var std": "t.reduce_mean((x - t.reduce_mean(x, axes=(-1,), keep=True)) ** 2, axes=(-1,))  # t.sqrt of it for std",
+    "split chunk narrow unbind": "t.slice(x, axis=-1, start=0, stop=4)  # for each part",
+    "cat concatenate hstack vstack": "t.concat(x, x, axis=1)",
+    "repeat tile broadcast_to expand_as": "t.expand(x, shape=x.shape)  # ops spread axes of size 1 by themselves",
+    "clip clamp": "t.minimum(t.maximum(x, 0.0), 1.0)",
+    "masked_fill tril triu": 't.where(x > 0, x, float("-inf"))  # for attention, mask=t.causal',
+    "softplus": "t.log(1 + t.exp(x))",
+    "log1p": "t.log(1 + x)",
+    "expm1": "t.exp(x) - 1",
+    "log2": "t.log(x) / 0.6931471805599453",
+    "leaky_relu": "t.maximum(x, 0.01 * x)",
+    "square": "x * x",
+    "absolute": "t.abs(x)",
+    "negative": "-x",
+    "rint": "t.round(x)",
+    "ceil": "-t.floor(-x)",
+    "swish SiLU": "t.silu(x)",
+    "GELU": "t.gelu(x)",
+    "ReLU": "t.relu(x)",
+    "dot bmm mm": "x @ t.rearrange(x, pattern='b s d -> b d s')",
+    "topk": "t.top_k(x, k=2)",
+    "arange range": "t.iota(size=8)  # t.positions(x) along the last axis of x",
+    "zeros ones full zeros_like ones_like full_like": "t.expand(t.constant(0.0), shape=x.shape)",
+    "tensor array asarray as_tensor": "t.constant([1.0, 2.0])",
+    "Linear Dense dense": 't.linear(x, 64, name="f")',
+    "Embedding": 't.embed(t.positions(x), 100, 16, name="wte")',
+    "LayerNorm layernorm": 't.layer_norm(x, name="ln")',
+    "RMSNorm rmsnorm": 't.rms_norm(x, name="ln")',
+    "conv1d Conv1d Conv": 't.convolution(signal, 8, (3,), name="conv")  # (3, 3) over two axes',
+    "conv2d conv3d Conv2d": 't.convolution(images, 8, (3, 3), name="conv")',
+    "MultiheadAttention mha multihead_attention": 't.self_attention(x, 4, name="attn")',
+    "scaled_dot_product_attention sdpa": "t.attention(q, k, v, mask=t.causal)",
+    "rope rotary_embedding rotary_emb": "t.rotary(q, t.positions(tokens), t.rotary_frequencies(8))",
+    "swiglu SwiGLU geglu": 't.gated_mlp(x, 32, act=t.silu, name="mlp")',
+    "dropout Dropout detach contiguous clone requires_grad no_grad": _LEFT_OUT,
+    "Parameter": 't.parameter("w", 64)',
+    "Module": "@t.model  # on a function; layers are functions, too",
+    "nn": 't.linear(x, 64, name="f")  # layers are functions',
+    "float32 float single": "t.f32",
+    "float64 double": "t.f64",
+    "float16 half": "t.f16",
+    "bfloat16": "t.bf16",
+    "int64 long": "t.i64",
+    "int32 int": "t.i32",
+    "int16 short": "t.i16",
+    "int8": "t.i8",
+    "uint8 byte": "t.u8",
+    "bool": "t.boolean",
+}
+_METHODS = {
+    "T mT H": _PERMUTED,
+    "reshape": _SPLIT,
+    "to astype type_as float": "x.cast(t.f32)",
+    "double": "x.cast(t.f64)",
+    "half": "x.cast(t.f16)",
+    "bfloat16": "x.cast(t.bf16)",
+    "long": "x.cast(t.i64)",
+    "int": "x.cast(t.i32)",
+    "bool": "x.cast(t.boolean)",
+    "size ndim dim numel": "x.shape, x.rank",
+    "softmax": "t.softmax(x, axis=-1)",
+    "log_softmax": "t.log_softmax(x, axis=-1)",
+    "argmax": "t.argmax(x, axis=-1)",
+    "cumsum": "t.cumsum(x, axis=-1)",
+    "pow": "x ** 2",
+    "add": "x + x",
+    "sub": "x - x",
+    "mul": "x * x",
+    "div": "x / x",
+    "matmul": "x @ t.rearrange(x, pattern='b s d -> b d s')",
+    "item numpy tolist cpu cuda device": _NUMBERS,
+}
+
+OTHER_WORDS = {word: spelled for words, spelled in _WORDS.items() for word in words.split()}
+"""By a function or type that Treadle does not have, what to write."""
+
+OTHER_METHODS = OTHER_WORDS | {word: spelled for words, spelled in _METHODS.items() for word in words.split()}
+"""By a method or property that a tensor of a model does not have, what to write."""
+
+OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "dim": ("axis", "axes"),
+    "dims": ("axes", "axis"),
+    "axis": ("axes",),
+    "axes": ("axis",),
+    "keepdim": ("keep",),
+    "keepdims": ("keep",),
+    "stride": ("strides",),
+    "dilation": ("dilations",),
+    "kernel_size": ("kernel",),
+    "epsilon": ("eps",),
+    "is_causal": ("causal",),
+    "attn_mask": ("mask",),
+    "num_heads": ("heads",),
+    "activation": ("act",),
+    "out_features": ("out",),
+    "dtype": ("to",),
+}
+"""By another library's name of an option, what it may be called here."""

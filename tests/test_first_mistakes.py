@@ -1,0 +1,391 @@
+"""What someone new to the language writes first: it works, or the error says what is written instead.
+
+Every hint that is code is run, beside the same tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle.frontends.language as t
+from treadle.compiling import compile
+from treadle.ir.errors import FrontendError, SizeError, TreadleError
+from treadle.ir.graph import Graph
+from treadle.ir.other_spellings import OTHER_METHODS, OTHER_OPTIONS, OTHER_WORDS
+from treadle.ir.source_lines import raising_line
+
+Body = Callable[..., Any]
+
+
+def traced(body: Body, dtype: str = "f32", shape: str = "B S 8") -> Graph:
+    """The graph of a model of one input."""
+
+    def model(x: Any) -> Any:
+        made = body(x)
+        return x if made is None else made
+
+    model.__annotations__["x"] = getattr(t, dtype)[shape]
+    return t.model(model).graph()
+
+
+def refusal(body: Body, **options: str) -> TreadleError:
+    """The error of tracing it; it names a line of this file."""
+    with pytest.raises(TreadleError) as caught:
+        traced(body, **options)
+    assert "cannot be traced" not in caught.value.what, "an error of Python's own"
+    assert caught.value.source is not None
+    assert caught.value.source.startswith("tests/test_first_mistakes.py:")
+    return caught.value
+
+
+def follow(code: str) -> None:
+    """Run what a hint says to write, in a model with the names that hints use."""
+
+    def body(x: t.Tensor) -> None:
+        tokens = t.positions(t.reduce_sum(x, axes=(-1,)))
+        q = k = v = t.rearrange(x, pattern="b s d -> b 1 s d")
+        signal, images = (t.expand(t.constant(0.0), shape=shape) for shape in [(1, 3, 4), (1, 3, 4, 4)])
+        names = {"t": t, "x": x, "y": x, "q": q, "k": k, "v": v, "tokens": tokens}
+        eval(code, names | {"condition": x > 0, "a": x, "b": x, "signal": signal, "images": images})
+
+    traced(body)
+
+
+# -- dtypes --------------------------------------------------------------------------------------------------------
+
+LAYERS: dict[str, Body] = {
+    "linear": lambda x: t.linear(x, 4, name="f"),
+    "layer_norm": lambda x: t.layer_norm(x, name="f"),
+    "rms_norm": lambda x: t.rms_norm(x, name="f"),
+    "mlp": lambda x: t.mlp(x, 16),
+    "gated_mlp": lambda x: t.gated_mlp(x, 16),
+    "self_attention": lambda x: t.self_attention(x, 2, causal=True),
+    "cross_attention": lambda x: t.cross_attention(x, x, 2),
+    "unembed": lambda x: t.unembed(x, 16, bias=True),
+    "convolution": lambda x: t.convolution(x, 4, (3,), name="f"),
+    "embed": lambda x: x + t.embed(t.iota(size=4), 16, 8, dtype=x.dtype, name="wpe"),
+    "sinusoidal_positions": lambda x: x + t.sinusoidal_positions(t.iota(size=4), 8, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f32", "f16", "bf16"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weights_have_the_dtype_of_what_they_meet(layer: str, dtype: str) -> None:
+    graph = traced(LAYERS[layer], dtype=dtype, shape="1 4 8")
+    assert {str(v.type.dtype) for v in graph.parameters.values()} <= {dtype}
+    assert {str(v.type.dtype) for v in graph.main.outputs.values()} == {dtype}
+
+
+def test_a_model_of_f16_runs() -> None:
+    @t.model
+    def model(x: t.f16["B S 8"]):
+        return t.mlp(t.layer_norm(x, name="ln"), 16)
+
+    exe = compile(model)
+    (y,) = exe(x=np.ones((1, 2, 8), np.float16)).values()
+    assert y.dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("body", "dtype", "names"),
+    [
+        (lambda x: x + t.constant(np.ones(8, np.float32)), "f16", ("x", "y")),
+        (lambda x: t.where(x, x, x), "f32", ("condition", "x", "y")),
+        (lambda x: t.softmax(x), "i64", ("x",)),
+        (lambda x: t.ops.embedding(x, x), "f32", ("table", "indices")),
+    ],
+    ids=["disagree", "named", "float", "integer"],
+)
+def test_a_cast_that_is_named_is_the_one_that_works(body: Body, dtype: str, names: tuple[str, ...]) -> None:
+    error = refusal(body, dtype=dtype)
+    hint = error.hint or ""
+    cast = re.fullmatch(r"t\.cast\((\w+), to=t\.(\w+)\)", hint)
+    assert cast is not None, hint
+    assert cast[1] in names
+
+    def followed(x: t.Tensor) -> None:
+        made = eval(hint, {"t": t, **dict.fromkeys(names, x)})
+        uses = {
+            "f16": lambda: x + made,
+            "f32": lambda: t.softmax(made),
+            "i64": lambda: t.gather(x, made, axis=0),
+            "boolean": lambda: t.where(made, x, x),
+        }
+        uses[cast[2]]()
+
+    traced(followed, dtype=dtype)
+
+
+@pytest.mark.parametrize("body", [lambda x: x + t.positions(x), lambda x: t.positions(x) + x, lambda x: (x > 0) + x])
+def test_the_cast_goes_to_the_dtype_that_holds_both(body: Body) -> None:
+    assert re.fullmatch(r"t\.cast\([xy], to=t\.f32\)", refusal(body).hint or "")
+
+
+def test_keywords_stand_behind_a_star() -> None:
+    assert refusal(lambda x: t.softmax(x, axs=1)).hint == "did you mean axis=? softmax(x, *, axis=-1, name=None)"
+    assert refusal(lambda x: t.softmax(x, -1)).hint == "softmax(x, *, axis=-1, name=None)"
+    assert refusal(lambda x: t.concat()).hint == "concat(*parts, axis=-1, name=None)"
+    with pytest.raises(FrontendError) as layer:
+        traced(lambda x: t.linear(x, 4))
+    assert layer.value.hint == "t.linear(x, out, *, bias=True, name)"
+    with pytest.raises(FrontendError) as stack:
+        traced(lambda x: list(t.stack("h")))  # type: ignore[call-arg]
+    assert stack.value.hint == "t.stack(name, count, *, shared=False)"
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (lambda x: x / x.shape[-1], lambda a: a / 8),
+        (lambda x: x * x.shape[1], lambda a: a * 3),
+        (lambda x: x.shape[1] - x, lambda a: 3 - a),
+        (lambda x: t.maximum(x, x.shape[1]), lambda a: np.maximum(a, 3)),
+        (lambda x: x * x.shape[-1] ** -0.5, lambda a: a / math.sqrt(8)),
+        (lambda x: x * (x.shape[-1] * 0.5), lambda a: a * 4),
+        (lambda x: x * (1 / x.shape[-1]), lambda a: a / 8),
+        (lambda x: x * (x.shape[-1] / x.shape[-1]), lambda a: a),
+        (lambda x: x * math.sqrt(x.shape[-1]), lambda a: a * math.sqrt(8)),
+        (lambda x: x * np.sqrt(x.shape[-1]), lambda a: a * math.sqrt(8)),
+        (lambda x: x + np.arange(x.shape[-1]), lambda a: a + np.arange(8)),
+        (lambda x: x + t.constant([x.shape[-1], 0.5] * 4), lambda a: a + [8, 0.5] * 4),
+        (lambda x: x * (np.int64(2) * x.shape[1] + np.int64(1)), lambda a: a * 7),
+        (lambda x: x * (x.shape[1] % 2 + 17 % x.shape[-1] + 17 // x.shape[-1]), lambda a: a * 4),
+        (lambda x: x + t.constant(x.shape[1], t.f32), lambda a: a + 3),
+        (lambda x: x / x.shape[1] ** 2, lambda a: a / 9),
+        (lambda x: x * max(x.shape[-1], 3), lambda a: a * 8),
+        (lambda x: x * (2 if x.shape[1] > 0 else 1), lambda a: a * 2),
+        (lambda x: x * (2 if x.shape[1] + 1 > x.shape[1] else 1), lambda a: a * 2),
+        (lambda x: x * len(range(x.shape[-1])), lambda a: a * 8),
+        (lambda x: x * len([*t.stack("h", x.shape[-1])]), lambda a: a * 8),
+        (lambda x: x * float(f"{x.shape[-1]:d}"), lambda a: a * 8),
+    ],
+)
+def test_sizes_are_numbers_beside_tensors_and_numbers(body: Body, expected: Callable[[Any], Any]) -> None:
+    a = np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 3, 8)
+    (y,) = compile(traced(body))(x=a).values()
+    np.testing.assert_allclose(y, expected(a), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: float(x.shape[1]),
+        lambda x: range(x.shape[1]),
+        lambda x: x.shape[1] ** 0.5,
+        lambda x: x.shape[1] * 0.5,
+        lambda x: 0.5 * x.shape[1],
+        lambda x: np.float32(0.5) * x.shape[1],
+        lambda x: 1 / x.shape[1],
+        lambda x: math.sqrt(x.shape[1]),
+        lambda x: np.sqrt(x.shape[1]),
+        lambda x: np.zeros(x.shape),
+        lambda x: np.ones(3) * x.shape[1],
+    ],
+)
+def test_a_size_that_differs_from_call_to_call_is_no_number(body: Body) -> None:
+    error = refusal(body)
+    assert isinstance(error, SizeError)
+    tensor, _ = (error.hint or "").split(" is a tensor of it; ")
+    follow(f"x / {tensor}")
+
+
+@pytest.mark.parametrize("body", [lambda x: x.shape[1] > 3, lambda x: max(x.shape[1], 3), lambda x: x.shape[1] <= 2.5])
+def test_an_order_of_sizes_that_depends_on_the_call(body: Body) -> None:
+    error = refusal(body)
+    assert re.match(r"whether S \S+ [\d.]+ is not known while a model is traced", error.what)
+    follow((error.hint or "").partition(", or ")[2])
+
+
+# -- what Python asks of a tensor ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "tried"),
+    [
+        (lambda x: np.tanh(x), "NumPy's tanh takes arrays", "t.tanh(x)"),
+        (lambda x: np.mean(x, axis=-1), "NumPy's mean takes arrays", "t.reduce_mean(x, axes=(-1,))"),
+        (lambda x: np.concatenate([x, x]), "NumPy's concatenate takes arrays", "t.concat(x, x, axis=1)"),
+        (lambda x: np.add.reduce(x), "NumPy's reduce takes arrays", None),
+        (lambda x: np.array([x, x]), "a traced value is no array", "t.concat(a, b, axis=1)"),
+        (lambda x: t.mlp(x, 8, act=np.tanh), "NumPy's tanh takes arrays", "t.tanh(x)"),
+        (lambda x: len(x), "a traced value has no len()", "x.shape[0]"),
+        (lambda x: float(x), "a traced value is no Python number", "x.cast(t.f32)"),
+        (lambda x: int(x), "a traced value is no Python number", "x.cast(t.f32)"),
+        (lambda x: math.sqrt(x), "a traced value is no Python number", "x.cast(t.f32)"),
+        (lambda x: range(x), "a traced value is no Python number", "x.cast(t.f32)"),
+        (lambda x: [1, 2][x], "a traced value is no Python number", "x.cast(t.f32)"),
+        (lambda x: round(x), "a traced value is no Python number", "t.round(x)"),
+        (lambda x: math.floor(x), "a traced value is no Python number", "t.floor(x)"),
+        (lambda x: math.ceil(x), "a traced value is no Python number", "-t.floor(-x)"),
+        (lambda x: divmod(x, 2), "a traced value has no divmod()", "x // y"),
+        (lambda x: x if x < 0 else -x, "no data-dependent branches", "t.where(condition, a, b)"),
+        (lambda x: x and x, "no data-dependent branches", "t.where(condition, a, b)"),
+        (lambda x: not x, "no data-dependent branches", "t.where(condition, a, b)"),
+        (lambda x: max(x, x), "no data-dependent branches", "t.where(condition, a, b)"),
+        (lambda x: sum(x), "a traced value cannot be iterated over", None),
+        (lambda x: [*x], "a traced value cannot be iterated over", None),
+        (lambda x: 1.0 in x, "`in` cannot look into a traced value", "x == y"),
+    ],
+)
+def test_what_python_asks_of_a_tensor(body: Body, said: str, tried: str | None) -> None:
+    error = refusal(body)
+    assert said in error.what
+    assert (error.received or "").startswith(("f32[B, S, ", "bool[B, S, "))
+    if tried is not None:
+        assert re.match(re.escape(tried.replace("x == y", "x == value")), error.hint or ""), error.hint
+        follow(tried)
+
+
+def test_operators_beside_arrays_and_numbers_of_numpy_are_ops() -> None:
+    a = np.linspace(1, 2, 8, dtype=np.float32)
+
+    def body(x: t.Tensor) -> Any:
+        return (a + x) * np.float32(2) - np.float32(1) / x + sum([x, x]) + t.where(a < x, a - x, 0.0)
+
+    (y,) = compile(traced(body))(x=np.full((1, 1, 8), 1.5, np.float32)).values()
+    expected = (a + 1.5) * 2 - 1 / 1.5 + 3.0 + np.where(a < 1.5, a - 1.5, 0)
+    np.testing.assert_allclose(y[0, 0], expected, rtol=1e-6)
+
+
+def test_lines_of_numpy_are_not_the_users() -> None:
+    def fails() -> Any:
+        return np.mean(np.ones(3), axis=4)
+
+    with pytest.raises(ValueError, match="axis 4") as caught:
+        fails()
+    assert str(raising_line(caught.value)).startswith("tests/test_first_mistakes.py:")
+
+
+# -- arguments of layers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "tried"),
+    [
+        (lambda x: t.mlp(x, 8, act="gelu"), "mlp: act must be a function of a tensor", "act=t.gelu"),
+        (lambda x: t.gated_mlp(x, 8, act="Silu"), "gated_mlp: act must be a function of a tensor", "act=t.silu"),
+        (lambda x: t.self_attention(x, 2, rotate=x), "self_attention: rotate must be a function of a tensor", None),
+        (lambda x: t.self_attention(x, "2"), "self_attention: heads must be an integer", "heads=2"),
+        (lambda x: t.self_attention(x, 2.0), "self_attention: heads must be an integer", "heads=2"),
+        (lambda x: t.self_attention(x, True), "self_attention: heads must be an integer", "heads=1"),
+        (lambda x: t.self_attention(x, 0), "heads must be 1 or more", None),
+        (lambda x: t.self_attention(x, 2, kv_heads=0), "kv_heads must be 1 or more", None),
+        (lambda x: t.self_attention(x, 2, scale="0.5"), "self_attention: scale must be a number", "scale=0.5"),
+        (lambda x: t.self_attention(x, 2, causal="yes"), "self_attention: causal must be True or False", None),
+        (lambda x: t.self_attention(x, 2, mask="causal"), "masks intersect with masks only", "mask=t.causal"),
+        (lambda x: t.linear(x, 8 / 3, name="f"), "linear: out must be an integer", None),
+        (lambda x: t.linear(x, 8, name=3), "linear: name must be text", 'name="3"'),
+        (lambda x: t.linear(None, 8, name="f"), "linear: x must be a tensor", None),
+        (lambda x: t.linear([x, x], 8, name="f"), "linear: x must be one tensor", None),
+        (lambda x: t.linear(np.ones(8), 8, name="f"), "linear: x must be a tensor", None),
+        (lambda x: t.cross_attention(x, 2, 2), "cross_attention: context must be a tensor", None),
+        (lambda x: t.embed(x, 8, 8, dtype="f16", name="f"), "embed: dtype must be a dtype", None),
+        (lambda x: t.convolution(x, 4, 3, name="f"), "convolution: kernel must be a tuple of integers", "kernel=(3,)"),
+        (lambda x: t.convolution(x, 4, (3, 3), name="f"), "the kernel has 2 axes, and x has 1 beside", "kernel=(3,)"),
+        (lambda x: t.convolution(x, 4, (3,), name="f"), "axis 1 of x holds the channels", None),
+        (lambda x: t.convolution(x, 4, (3,), strides=2, name="f"), "strides must be a tuple", "strides=(2,)"),
+        (lambda x: t.convolution(x, 4, (3,), padding="same", name="f"), "padding must be a tuple", None),
+        (lambda x: t.convolution(x, 4, (3,), groups=0, name="f"), "groups must be 1 or more", None),
+        (lambda x: t.max_pool(x, kernel=3), "max_pool: kernel must be a tuple of integers, is 3", "kernel=(3,)"),
+        (lambda x: t.reduce_mean(x, axes=-1), "reduce_mean: axes must be a tuple of integers, is -1", "axes=(-1,)"),
+    ],
+)
+def test_a_wrong_argument_is_told_by_its_name(body: Body, said: str, tried: str | None) -> None:
+    error = refusal(body)
+    assert said in error.what
+    assert tried is None or tried in (error.hint or "")
+
+
+def test_a_size_is_an_integer_to_a_layer() -> None:
+    graph = traced(lambda x: t.mlp(t.self_attention(x, x.shape[-1]), 4 * x.shape[-1]))
+    assert str(graph.parameters["mlp.up.weight"].type) == "f32[ffn=32, 8]"
+
+
+# -- words of other libraries --------------------------------------------------------------------------------------
+
+SPELLED = sorted({*OTHER_WORDS.values(), *OTHER_METHODS.values()})
+
+
+@pytest.mark.parametrize("spelled", [s for s in SPELLED if not s.startswith(("@", "t.compile"))])
+def test_what_is_said_of_another_librarys_word_works(spelled: str) -> None:
+    follow(spelled.partition("  #")[0])
+
+
+@pytest.mark.parametrize("word", OTHER_WORDS)
+def test_no_word_of_ours_is_told_to_be_anothers(word: str) -> None:
+    assert not hasattr(t, word)
+    with pytest.raises(FrontendError) as caught:
+        getattr(t, word)
+    assert caught.value.hint == OTHER_WORDS[word]
+
+
+@pytest.mark.parametrize(
+    ("body", "tried"),
+    [
+        (lambda x: x.T, 't.rearrange(x, pattern="b s d -> b d s")'),
+        (lambda x: x.transpose(1, 2), 't.rearrange(x, pattern="b s d -> b d s")'),
+        (lambda x: x.mean(-1), "t.reduce_mean(x, axes=(-1,))"),
+        (lambda x: x.view(-1), 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")'),
+        (lambda x: x.softmax(-1), "t.softmax(x, axis=-1)"),
+        (lambda x: x.half(), "x.cast(t.f16)"),
+        (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
+        (lambda x: t.dropout(x, 0.1), "x  # a compiled model only infers: leave it out"),
+        (lambda x: t.Softmax(x), "did you mean t.softmax"),
+        (lambda x: t.softmax(x, dim=-1), "did you mean axis=?"),
+        (lambda x: t.reduce_mean(x, dim=-1), "did you mean axes=?"),
+        (lambda x: t.reduce_mean(x, axes=(-1,), keepdims=True), "did you mean keep=?"),
+        (lambda x: t.max_pool(x, kernel_size=3), "did you mean kernel=?"),
+    ],
+)
+def test_words_that_one_reaches_for(body: Body, tried: str) -> None:
+    assert (refusal(body).hint or "").startswith(tried)
+
+
+def test_options_of_other_libraries_are_options_of_nothing_here_under_that_name() -> None:
+    """What one is told to write is an option of some word."""
+    import inspect
+
+    words = [getattr(t, name) for name in dir(t) if name != "ops"]
+    ours = {p for word in words if inspect.isfunction(word) for p in inspect.signature(word).parameters}
+    assert {here for meanings in OTHER_OPTIONS.values() for here in meanings} <= ours
+
+
+# -- masks and biases of arrays ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_masks_and_biases_take_arrays(dtype: str) -> None:
+    slopes, bias, keep = [0.5, 0.25], np.linspace(-1, 1, 32).reshape(2, 4, 4), np.tri(4, dtype=bool)
+
+    def arrays(x: t.Tensor) -> Any:
+        mask = t.boolean_mask(keep, "s t") & t.padding(np.array([3])) & t.segments(np.array([[0, 0, 0, 1]]))
+        return t.self_attention(
+            x, 2, mask=mask, bias=t.alibi(slopes) + t.alibi(np.array(slopes)) + t.tensor_bias(bias, "h s t")
+        )
+
+    def constants(x: t.Tensor) -> Any:
+        mask = t.boolean_mask(t.constant(keep), "s t") & t.padding(t.constant([3]))
+        mask &= t.segments(t.constant([[0, 0, 0, 1]]))
+        one = t.constant(slopes, x.dtype)
+        return t.self_attention(
+            x, 2, mask=mask, bias=t.alibi(one) + t.alibi(one) + t.tensor_bias(t.constant(bias, x.dtype), "h s t")
+        )
+
+    assert traced(arrays, dtype, "1 4 8") == traced(constants, dtype, "1 4 8")
+
+
+def test_what_is_no_tensor_and_no_array_is_refused_as_a_bias() -> None:
+    error = refusal(lambda x: t.alibi(2))
+    assert (error.what, error.hint) == (
+        "slopes must be a tensor of the model, or an array",
+        "[0.5, 0.25], numpy.array(...) or a tensor",
+    )
