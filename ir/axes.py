@@ -22,6 +22,7 @@ hold that axis. docs/axis-rules.md is the reference page.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from enum import Enum
 from functools import lru_cache
 
 from treadle.ir.errors import RuleError, SizeError
+from treadle.ir.marked_text import marked
 from treadle.ir.sizes import ONE, Size, parse_size, product, sum_of_symbols
 from treadle.ir.types import Dim, Factor, Type
 
@@ -140,7 +142,7 @@ class Rule:
         """
         names = names or [f"operand {i}" for i in range(len(types))]
         if len(types) != len(self.operands):
-            raise RuleError(f"takes {len(self.operands)} operands, received {len(types)}", within=f"rule {self.text}")
+            raise RuleError(f"takes {len(self.operands)} operands, received {len(types)}", within=self.text[:200])
         return _Matching(self, types, names).application()
 
 
@@ -286,8 +288,7 @@ class _Matching:
             self.seen_in[unknown[0]] = self.names[i]
         elif known != dim.size:
             raise RuleError(
-                f"dimension {j} of {self.names[i]} is {dim.size}, but its factors "
-                f"({' '.join(axis.factors)}) make {known}"
+                f"dimension {j} of {self.names[i]} is {dim.size}, but ({' '.join(axis.factors)}) makes {known}"
             )
         return True
 
@@ -335,7 +336,7 @@ def parse_rule(text: str) -> Rule:
     """Parse one rule. Raises RuleError with the column where it is malformed."""
     left, arrow, right = text.partition("->")
     if not arrow:
-        raise RuleError(f"an axis rule needs '->': {text!r}")
+        raise RuleError("'->' is missing", within=marked(text, len(text.rstrip())), hint="operands -> result")
     reader = _RuleReader(text)
     operands = tuple(reader.pattern(part, False) for part in left.split(",")) if left.strip() else ()
     reader.start = len(left) + len(arrow)
@@ -350,18 +351,21 @@ class _RuleReader:
         """Where the pattern that is read next begins."""
         self.at: int | None = 0
         """Where the piece under consideration begins; None when it is the rule as a whole."""
+        self.places: dict[str, int] = {}
+        """Where each name stood last."""
         self.marked: dict[str, AxisFactor] = {}
         self.given: dict[str, Size] = {}
         self.in_operands: list[str] = []
         self.in_results: list[str] = []
 
-    def error(self, why: str) -> RuleError:
-        within = None if self.at is None else f"column {self.at + 1}"
-        return RuleError(f"malformed axis rule: {why}", received=self.text, within=within)
+    def error(self, why: str, hint: str | None = None) -> RuleError:
+        within = self.text[:200] if self.at is None else marked(self.text, self.at)
+        return RuleError(why, within=within, hint=hint)
 
     def pattern(self, part: str, is_result: bool) -> _Pattern:
         dims: list[AxisDim | _Ellipsis] = []
         group: list[str] | None = None
+        opened = 0
         start, self.start = self.start, self.start + len(part) + 1
         at, part = 0, part.rstrip()
         while at < len(part):
@@ -377,7 +381,7 @@ class _RuleReader:
             elif match["open"]:
                 if group is not None:
                     raise self.error("parentheses do not nest")
-                group = []
+                group, opened = [], self.at
             elif match["close"]:
                 if group is None:
                     raise self.error("')' without '('")
@@ -397,10 +401,12 @@ class _RuleReader:
                 else:
                     group.append(name)
         if group is not None:
+            self.at = opened
             raise self.error("'(' without ')'")
         return tuple(dims)
 
     def mark(self, factor: AxisFactor, is_result: bool) -> str:
+        self.places[factor.name] = self.at or 0
         known = self.marked.get(factor.name)
         if known is None or known.role is Role.MAPPED:
             self.marked[factor.name] = factor
@@ -416,7 +422,7 @@ class _RuleReader:
     def factor(self, match: re.Match[str], is_result: bool) -> str:
         name, monoid = match["name"], match["monoid"]
         if monoid is not None and monoid not in MONOIDS:
-            raise self.error(f"unknown monoid {monoid!r}, expected one of {', '.join(MONOIDS)}")
+            raise self.error(f"unknown reduction {monoid!r}, expected one of {', '.join(MONOIDS)}")
         if match["size"] is not None:
             size = self.size(match["size"])
             if self.given.setdefault(name, size) != size:
@@ -440,22 +446,25 @@ class _RuleReader:
             raise self.error(error.what) from None
 
     def rule(self, operands: tuple[_Pattern, ...], results: tuple[_Pattern, ...]) -> Rule:
-        self.at = None
         factors: dict[str, AxisFactor] = {}
         for name, factor in self.marked.items():
-            role = factor.role
+            role, self.at = factor.role, self.places[name]
             if name not in self.in_operands and role is not Role.GENERATED:
-                raise self.error(f"{name} is in no operand; write ^{name} if the op generates it")
+                near = difflib.get_close_matches(name, self.in_operands, n=1)
+                raise self.error(
+                    f"axis {name} is after '->', and in no operand", f"did you mean {near[0]}?" if near else None
+                )
             if role is Role.GENERATED and (name in self.in_operands or name not in self.given):
-                raise self.error(f"a generated factor is in results only and has a size: ^{name}=4")
+                raise self.error(f"a generated axis is in results only and has a size: ^{name}=4")
             if role is Role.REDUCED and name in self.in_results:
                 raise self.error(f"{name} is reduced, so no result can hold it")
             if role is Role.MAPPED and name not in self.in_results:
                 factor = AxisFactor(name, Role.REDUCED, "sum")
             factors[name] = factor
+        self.at = None
         for factor in factors.values():
             if factor.limit is not None and factor.limit not in factors:
-                raise self.error(f"{factor.name} is limited by {factor.limit}, which is no factor")
+                raise self.error(f"{factor.name} is limited by {factor.limit}, which is no axis of the rule")
         dots = [any(isinstance(d, _Ellipsis) for d in p) for p in (*operands, *results)]
         if any(dots[: len(operands)]) != any(dots) or (any(dots) and not all(dots[len(operands) :])):
             raise self.error("'...' stands in an operand and in every result, or nowhere")

@@ -240,7 +240,10 @@ class Op:
                 f"{n}: {t}" for n, t in zip(self.operand_names(len(types)), types, strict=True) if t is not None
             )
             raise RuleError(
-                f"{self.name}: {error.what}", received=error.received or received, hint=error.hint
+                f"{self.name}: {error.what}",
+                received=error.received or received,
+                within=error.within,
+                hint=error.hint,
             ) from None
         return tuple(Type(d, s) for d, s in zip(dtypes, shapes, strict=True))
 

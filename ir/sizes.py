@@ -307,7 +307,8 @@ class Size(SizeNumbers):
     def __mod__(self, other: SizeLike) -> Size:
         if not isinstance(other, _OPERANDS):
             return self.beside(operator.mod, other)
-        return self - (self // other) * Size.of(other)
+        whole: Size = self // other
+        return self - whole * Size.of(other)
 
     def __rsub__(self, other: SizeLike) -> Size:
         return -self + other

@@ -389,3 +389,101 @@ def test_what_is_no_tensor_and_no_array_is_refused_as_a_bias() -> None:
         "slopes must be a tensor of the model, or an array",
         "[0.5, 0.25], numpy.array(...) or a tensor",
     )
+
+
+# -- patterns and equations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "mark", "tried"),
+    [
+        (
+            lambda x: t.rearrange(x, pattern="b s (h=2 d -> b h s d"),
+            "rearrange: '(' without ')'",
+            "b s (h=2 d -> b h s d\n    ^",
+            None,
+        ),
+        (
+            lambda x: t.rearrange(x, pattern="b s h=2 d) -> b h s d"),
+            "rearrange: ')' without '('",
+            "b s h=2 d) -> b h s d\n         ^",
+            None,
+        ),
+        (
+            lambda x: t.rearrange(x, pattern="batch seq dim -> batch dim sea"),
+            "rearrange: axis sea is after '->', and in no operand",
+            "batch seq dim -> batch dim sea\n                           ^",
+            "did you mean seq?",
+        ),
+        (
+            lambda x: t.rearrange(x, pattern="b s d -> b s"),
+            "rearrange: axis d is not after '->'",
+            "b s d -> b s\n    ^",
+            None,
+        ),
+        (
+            lambda x: t.rearrange(x, pattern="b s d -> b d d s"),
+            "rearrange: axis d stands twice on one side",
+            "b s d -> b d d s\n             ^",
+            None,
+        ),
+        (
+            lambda x: t.rearrange(x, pattern="b, s, d -> b d s"),
+            "rearrange: a pattern has no commas",
+            "b, s, d -> b d s\n ^",
+            'spaces part axes: "b s d -> b d s"',
+        ),
+        (lambda x: t.rearrange(x, pattern="b s d"), "rearrange: '->' is missing", "b s d\n     ^", '"b s d -> b d s"'),
+        (
+            lambda x: t.rearrange(x, pattern="b s (h d) -> b h s d"),
+            "rearrange: cannot tell the sizes of h and d",
+            "b s (h d) -> b h s d\n     ^",
+            "give all but one, such as h=2",
+        ),
+        (
+            lambda x: t.einsum(x, x, equation="b s d, b t d -> b s u"),
+            "einsum: axis u is after '->', and in no operand",
+            "b s d, b t d -> b s u\n                    ^",
+            None,
+        ),
+        (
+            lambda x: t.einsum(x, x, equation="b s d b t d -> b s t"),
+            "einsum: before '->' the equation has 1 operand, and 2 are given",
+            "b s d b t d -> b s t\n            ^",
+            'commas part operands, and spaces their axes: "b s d, b t d -> b s t"',
+        ),
+        (
+            lambda x: t.einsum(x, x, equation="bsd,btd->bst"),
+            "einsum: spaces part axes",
+            "bsd,btd->bst\n ^",
+            'equation="b s d, b t d -> b s t"',
+        ),
+        (
+            lambda x: t.einsum(x, x, equation="b s d, b d d -> b s d"),
+            "einsum: axis d stands twice in one operand",
+            "b s d, b d d -> b s d\n           ^",
+            None,
+        ),
+        (
+            lambda x: t.einsum(x, x, equation="b s d, b t $ -> b s t"),
+            "einsum: cannot read '$'",
+            "b s d, b t $ -> b s t\n           ^",
+            None,
+        ),
+    ],
+)
+def test_a_typo_in_a_pattern_is_pointed_at(body: Body, said: str, mark: str, tried: str | None) -> None:
+    error = refusal(body)
+    assert (error.what, error.hint) == (said, tried)
+    column, _, shown = (error.within or "").partition("\n")
+    assert shown == mark
+    assert column == f"column {len(mark.splitlines()[1])}"
+
+
+def test_a_long_pattern_is_shown_around_its_typo() -> None:
+    names = " ".join(f"n{i}" for i in range(400))
+    error = refusal(lambda x: t.rearrange(x, pattern=f"{names} ) -> {names}"))
+    column, shown, mark = (error.within or "").splitlines()
+    assert column == f"column {len(names) + 2}"
+    assert len(shown) <= 120
+    assert shown[len(mark) - 1] == ")"

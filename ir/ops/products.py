@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from treadle.ir.axes import Application, AxisDim, Role, parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
+from treadle.ir.marked_text import marked, marked_name
 from treadle.ir.operation import Grads, Operand, Primitive, op
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters
@@ -129,6 +131,16 @@ class Linear(Primitive):
     ]
 
 
+def _refuse_letters(equation: str, types: Sequence[Type | None]) -> None:
+    """Raise RuleError for letters side by side, which NumPy takes for an axis each, and which are one name here."""
+    left, arrow, right = equation.partition("->")
+    terms = [term.strip() for term in left.split(",")]
+    ranks = [None if type is None else type.rank for type in types]
+    if arrow and [len(term) for term in terms] == ranks and max(map(len, terms)) > 1 and "".join(terms).isalpha():
+        spaced = f"{', '.join(map(' '.join, terms))} -> {' '.join(right.replace(' ', ''))}".rstrip()
+        raise RuleError("spaces part axes", within=marked(equation, 1), hint=f'equation="{spaced}"')
+
+
 @op("einsum", dtypes="n* -> n", flops=2)
 class Einsum(Primitive):
     """z = the sum, over all axes that the result does not name, of the product of the operands
@@ -152,22 +164,39 @@ class Einsum(Primitive):
         return tuple(frozenset([name]) for name in self.operand_names(count))
 
     def check(self, types: Sequence[Type | None]) -> None:
-        rule = parse_rule(self.equation)
+        text = self.equation
+        _refuse_letters(text, types)
+        rule = parse_rule(text)
         if len(rule.results) != 1:
-            raise RuleError("an equation has one result", received=self.equation)
+            raise RuleError("an equation has one result", within=marked(text, text.index(",", text.index("->"))))
+        if len(rule.operands) != len(types):
+            raise RuleError(
+                f"before '->' the equation has {len(rule.operands)} operand{'s' * (len(rule.operands) > 1)}, and {len(types)} are given",
+                within=marked(text, text.index("->")),
+                hint='commas part operands, and spaces their axes: "b s d, b t d -> b s t"',
+            )
         plain = all(f.role is Role.MAPPED or f.monoid == "sum" for f in rule.factors.values())
         for pattern in (*rule.operands, *rule.results):
             dims = [d for d in pattern if isinstance(d, AxisDim)]
             if rule.given or not plain or any(len(d.factors) != 1 for d in dims):
                 raise RuleError(
                     "an equation holds names and `...` only",
-                    received=self.equation,
+                    within=self.equation,
                     hint="rearrange splits and joins axes",
                 )
             names = [d.factors[0] for d in dims]
             repeated = [n for n in names if names.count(n) > 1]
             if repeated:
-                raise RuleError(f"axis {repeated[0]} stands twice in one term", received=self.equation)
+                raise RuleError(f"axis {repeated[0]} stands twice in one operand", within=self._repeated(repeated[0]))
+
+    def _repeated(self, name: str) -> str:
+        """Where an operand, or the result, names an axis again."""
+        start = 0
+        for part in re.split(r",|->", self.equation):
+            if len(re.findall(rf"(?<!\w){name}(?!\w)", part)) > 1:
+                break
+            start = self.equation.index(part, start) + len(part)
+        return marked_name(self.equation, name, of=1, after=start)
 
     def reference(self, *operands: Any) -> Any:
         application = self.apply([f32[x.shape] for x in operands])
@@ -196,7 +225,7 @@ class Einsum(Primitive):
     ]
     errors = [
         (S("f32[2,3]", "f32[4,5]", equation="i j, j k -> i k"), "axis j sizes disagree"),
-        (S("f32[2,2]", equation="i i -> i"), "axis i stands twice in one term"),
+        (S("f32[2,2]", equation="i i -> i"), "axis i stands twice in one operand"),
         (S("f32[2,3]", equation="i [j] -> i [j]"), "names and `...` only"),
-        (S("f32[2,3]", equation="i j -> i k"), "k is in no operand"),
+        (S("f32[2,3]", equation="i j -> i k"), "axis k is after '->', and in no operand"),
     ]

@@ -11,6 +11,7 @@ import numpy as np
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError, SizeError
+from treadle.ir.marked_text import marked, marked_name
 from treadle.ir.operation import Demand, Grads, Op, Operand, Primitive, op
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.ops.axis_names import axis_letters, place
@@ -57,26 +58,36 @@ class Rearrange(Primitive):
         return self.pattern
 
     def check(self, types: Sequence[Type | None]) -> None:
+        if "->" not in self.pattern:
+            raise RuleError("'->' is missing", within=marked(self.pattern, len(self.pattern)), hint='"b s d -> b d s"')
+        if "," in self.pattern:
+            raise RuleError(
+                "a pattern has no commas",
+                within=marked(self.pattern, self.pattern.index(",")),
+                hint='spaces part axes: "b s d -> b d s"',
+            )
         rule = self.rule(())
-        if len(rule.operands) != 1 or len(rule.results) != 1:
-            raise RuleError("a pattern has one side before '->' and one after", received=self.pattern)
         lost = [f.name for f in rule.factors.values() if f.role is Role.REDUCED]
         if lost:
-            raise RuleError(f"axis {lost[0]} is not after '->'", received=self.pattern)
+            raise RuleError(f"axis {lost[0]} is not after '->'", within=marked_name(self.pattern, lost[0]))
         left, right = (_dims(side) for side in (*rule.operands, *rule.results))
         moved = all(f.role is Role.MAPPED for f in rule.factors.values())
         if not moved or any(d.size is not None for d in right):
-            raise RuleError("a pattern holds names, sizes, 1, `...` and parentheses only", received=self.pattern)
-        for names in (_factors(left), _factors(right)):
+            raise RuleError("a pattern holds names, sizes, 1, `...` and parentheses only", within=self.pattern)
+        arrow = self.pattern.index("->")
+        for names, after in ((_factors(left), 0), (_factors(right), arrow)):
             for name in names:
                 if names.count(name) > 1:
-                    raise RuleError(f"axis {name} stands twice on one side", received=self.pattern)
+                    raise RuleError(
+                        f"axis {name} stands twice on one side",
+                        within=marked_name(self.pattern, name, of=1, after=after),
+                    )
         for dim in left:
             unknown = [n for n in dim.factors if n not in rule.given]
             if len(unknown) > 1:
                 raise RuleError(
                     f"cannot tell the sizes of {' and '.join(unknown)}",
-                    received=self.pattern,
+                    within=marked_name(self.pattern, unknown[0]),
                     hint=f"give all but one, such as {unknown[0]}=2",
                 )
 
