@@ -15,19 +15,22 @@ is no parser of Python source, and no control flow in a graph beyond calls of re
 
 from __future__ import annotations
 
-import difflib
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Generic, overload
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
 from treadle.frontends.call_errors import call_hint
 from treadle.frontends.input_types import Input, read_input
+from treadle.frontends.nearest_names import NearestNames
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
+from treadle.ir.call_spelling import spelled_call
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.graph import Graph, Init, Source
@@ -205,12 +208,32 @@ def shared_parameter(path: str) -> Tensor:
         full = ".".join([*around[:depth], path])
         if full in known:
             return tracing.expr(known[full])
-    near = difflib.get_close_matches(path, known, n=3)
+    near = NearestNames(known).of(path, 3)
     raise FrontendError(
         f"there is no parameter {path!r} to share",
         source=describe_source(user_line(), tracing.scope),
         hint=f"did you mean {' or '.join(near)}?" if near else "declare it first",
     )
+
+
+def shared_table(layer: str, tied: str) -> Tensor:
+    """The table of the embedding under that scope, for `tied=`. Raises FrontendError with the nearest embedding."""
+    tracing = trace()
+    try:
+        return shared_parameter(f"{tied}.weight")
+    except FrontendError as error:
+        tables = [name.removesuffix(".weight") for name in tracing.function.parameters if name.endswith(".weight")]
+        wanted = tied.removesuffix(".weight")
+        near = [t for t in tables if t.rpartition(".")[2] == wanted.rpartition(".")[2]]
+        near = near or NearestNames(tables).of(wanted, 1, 0.5)
+        raise FrontendError(
+            f"{layer}: tied= names no embedding that is declared before",
+            received=f"tied={tied!r}",
+            source=error.source,
+            hint=f"tied={near[0]!r}"
+            if near
+            else 'the name= of an embedding above: t.embed(tokens, 100, 16, name="wte")',
+        ) from None
 
 
 def constant(value: Any, dtype: DType | None = None) -> Tensor:
@@ -309,16 +332,12 @@ class Model(Generic[P, R]):
         """
         if isinstance(inputs, str):
             raise FrontendError("inputs= is a list of names", received=repr(inputs), hint=f"inputs=[{inputs!r}]")
-        unknown = [n for n in config if n not in self.defaults]
-        known_inputs = [i.name for i in self.declared_inputs]
-        unknown_inputs = [n for n in inputs or () if n not in known_inputs]
-        if unknown or unknown_inputs:
-            raise FrontendError(
-                f"model {self.name} has no {'input' if unknown_inputs else 'option'} "
-                f"{', '.join(unknown_inputs or unknown)}",
-                source=_definition(self.function),
-                hint="one of " + ", ".join(known_inputs if unknown_inputs else self.defaults),
-            )
+        for kind, asked, known in (
+            ("option", config, [*self.defaults]),
+            ("input", inputs or (), [i.name for i in self.declared_inputs]),
+        ):
+            if unknown := [n for n in asked if n not in known]:
+                raise self._lacks(kind, unknown, known)
         for name, value in config.items():
             default = self.defaults[name]
             if type(default) is int and type(value) is not int and not (value is None or callable(value)):
@@ -337,6 +356,15 @@ class Model(Generic[P, R]):
         optional = [i.name for i in self.declared_inputs if i.optional]
         given = self.given if inputs is None else tuple(n for n in optional if n in inputs)
         return Model(self.function, {**self.config, **config}, given)
+
+    def _lacks(self, kind: str, unknown: Sequence[str], known: Sequence[str]) -> FrontendError:
+        near = NearestNames(known).of(unknown[0], 1, 0.5)
+        one_of = "one of " + ", ".join(known) if known else f"it has no {kind}s"
+        return FrontendError(
+            f"model {self.name} has no {kind} {', '.join(unknown)}",
+            source=_definition(self.function),
+            hint=f"did you mean {near[0]}? {one_of}" if near else one_of,
+        )
 
     def graph(self) -> Graph:
         """Trace the declaration into a graph. Raises the error of the line at fault."""
@@ -395,10 +423,46 @@ class Model(Generic[P, R]):
         names = {i.name: i.optional for i in self.declared_inputs}
         options: dict[str, Any] = {name: value for name, value in config.items() if name not in names}
         named = {name: value for name, value in config.items() if name in names}
+        if unknown := [name for name in options if name not in self.defaults]:
+            raise self._lacks("input or option", unknown, [*names, *self.defaults])
+        missing = [name for name in list(names)[len(inputs) :] if not names[name] and name not in named]
+        if missing or len(inputs) > len(names):
+            called = inspect.signature(self.function)
+            raise FrontendError(
+                f"model {self.name} is called {f'without {missing[0]}' if missing else 'with too many inputs'}",
+                received=f"{len(inputs)} inputs by position" + (f", and {', '.join(config)}" if config else ""),
+                source=describe_source(user_line(), trace().scope),
+                hint=spelled_call(self.name, called),
+            )
         inner = self.configure(**options)
         absent = {name: None for name in list(names)[len(inputs) :] if names[name] and name not in named}
         function: Callable[..., R] = inner.function
         return function(*inputs, **named, **absent, **inner._configuration())
+
+    # It is not changed once it is made. Pickle names it by its module, as it does a function.
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Raises FrontendError for a model that its module does not hold under its name."""
+        module, path = self.function.__module__, self.function.__qualname__
+        try:
+            declared = _declared(module, path)
+        except (KeyError, AttributeError):
+            declared = None
+        if not isinstance(declared, Model) or declared.function is not self.function:
+            raise FrontendError(
+                f"model {self.name} cannot be pickled: its module has no {path}",
+                received=repr(self),
+                source=_definition(self.function),
+                hint=f'declare it at the top of a file; or t.compile({self.name}).save("model.treadle") and '
+                't.load("model.treadle")',
+            )
+        return _pickled, (module, path, dict(self.config), self.given)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v.__name__ if inspect.isfunction(v) else repr(v)}" for k, v in self.config.items())
@@ -412,6 +476,20 @@ def model() -> Callable[[Callable[P, R]], Model[P, R]]: ...
 def model(function: Callable[..., Any] | None = None) -> Any:
     """Declare a model: decorate a function whose positional arguments are typed inputs."""
     return Model if function is None else Model(function)
+
+
+def _declared(module: str, path: str) -> Any:
+    """What a module holds under a dotted name. Raises KeyError or AttributeError."""
+    found: Any = sys.modules[module]
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _pickled(module: str, path: str, config: Mapping[str, Any], given: tuple[str, ...]) -> Model:
+    """The model that a pickle names."""
+    import_module(module)
+    return Model(_declared(module, path).function, config, given)
 
 
 def _definition(function: Callable[..., Any]) -> str:

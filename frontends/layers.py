@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from treadle.frontends.dsl import Tensor, parameter, shared_parameter, trace
+from treadle.frontends.dsl import Tensor, parameter, shared_table, trace
 from treadle.frontends.layer_arguments import layer
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import FrontendError
@@ -52,7 +52,7 @@ def embed(
     """
     b = trace()
     if tied is not None:
-        name, table = name or tied, shared_parameter(f"{tied}.weight")
+        name, table = name or tied, shared_table("embed", tied)
     elif count is None or dim is None or name is None:
         raise FrontendError("embed needs count, dim and name=, or tied= the scope of an embedding")
     else:
@@ -101,7 +101,7 @@ def unembed(
         if vocab is None:
             raise FrontendError("unembed needs vocab=, or tied= the scope of an embedding")
         return linear(x, vocab, bias=bias, name=name)
-    weight = shared_parameter(f"{tied}.weight")
+    weight = shared_table("unembed", tied)
     with b.scoped(name):
         offset = _weight(x, "bias", weight.shape[0], init="zeros") if bias else None
         return b.linear(x, weight, offset, name=name)

@@ -172,6 +172,9 @@ def test_unknown_options_and_inputs() -> None:
     with pytest.raises(FrontendError, match="model sample has no option size") as option:
         sample.configure(size=3, scale=1.0)
     assert option.value.hint == "one of scale, bias"
+    with pytest.raises(FrontendError) as misspelt:
+        sample.configure(scal=3)
+    assert misspelt.value.hint == "did you mean scale? one of scale, bias"
     with pytest.raises(FrontendError, match="model sample has no input z") as unknown:
         sample.configure(inputs=("z", "y"))
     assert unknown.value.hint == "one of x, y"
@@ -561,16 +564,32 @@ def test_a_model_inside_another_is_called_right() -> None:
     def unknown(x: t.f32["B 4"]):
         return sample(x, depth=3)
 
-    with pytest.raises(FrontendError, match="model sample has no option depth"):
+    with pytest.raises(FrontendError, match="model sample has no input or option depth"):
         unknown.graph()
 
     @t.model
     def too_few(x: t.f32["B 4"]):
         return sample()
 
-    with pytest.raises(FrontendError, match="missing 1 required positional argument: 'x'") as caught:
+    with pytest.raises(FrontendError, match="model sample is called without x") as caught:
         too_few.graph()
     assert caught.value.source == at(too_few.function, "return sample()")
+    assert caught.value.hint == "sample(x, y, *, scale=2.0, bias=True)"
+
+    @t.model
+    def too_many(x: t.f32["B 4"]):
+        return sample(x, x, 3.0)
+
+    with pytest.raises(FrontendError, match="model sample is called with too many inputs"):
+        too_many.graph()
+
+    @t.model
+    def misspelt(x: t.f32["B 4"]):
+        return sample(x, skale=3.0)
+
+    with pytest.raises(FrontendError, match="has no input or option skale") as near:
+        misspelt.graph()
+    assert (near.value.hint or "").startswith("did you mean scale?")
 
 
 def test_tracing_one_model_while_another_is_traced() -> None:

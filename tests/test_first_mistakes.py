@@ -5,7 +5,9 @@ Every hint that is code is run, beside the same tensors.
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -487,3 +489,113 @@ def test_a_long_pattern_is_shown_around_its_typo() -> None:
     assert column == f"column {len(names) + 2}"
     assert len(shown) <= 120
     assert shown[len(mark) - 1] == ")"
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+@t.model
+def named(tokens: t.i64["B S"], lengths: t.i64["B"] | None = None, *, layers: int = 2):
+    """Two blocks and a head."""
+    x = t.embed(tokens, 16, 8, name="wte")
+    for _ in t.stack("h", layers):
+        x = x + t.mlp(t.layer_norm(x, name="ln"), 16)
+    return t.unembed(x, tied="wte")
+
+
+@pytest.mark.parametrize(
+    ("use", "tried"),
+    [
+        (lambda: compile(named, layer=3), "did you mean layers?"),
+        (lambda: compile(named, sed=3), "did you mean seed=?"),
+        (lambda: compile(named, inputs=("length",)), "did you mean lengths?"),
+        (lambda: compile(named, backend="nunpy"), "numpy"),
+        (lambda: compile(named, weights={"wte.weigth": np.ones(1), "h.0.ln.biass": np.ones(1)}), None),
+        (lambda: compile(named)(token=np.zeros((1, 2), np.int64)), "tokens=..."),
+    ],
+)
+def test_a_misspelt_name_comes_with_its_neighbour(use: Callable[[], Any], tried: str | None) -> None:
+    with pytest.raises(TreadleError) as caught:
+        use()
+    hint = caught.value.hint or ""
+    if tried is None:
+        assert hint == "h.0.ln.bias for h.0.ln.biass, wte.weight for wte.weigth?"
+    else:
+        assert tried in hint
+
+
+@pytest.mark.parametrize("tied", ["wet", "wte.weight", "encoder.wte"])
+def test_a_misspelt_table_is_told_as_tied_names_it(tied: str) -> None:
+    for use in (lambda x: t.unembed(x, tied=tied), lambda x: t.embed(t.positions(x), tied=tied)):
+
+        def body(x: t.Tensor) -> t.Tensor:
+            t.embed(t.positions(x), 16, 8, name="wte")
+            return use(x)  # noqa: B023  (called at once)
+
+        assert refusal(body).hint == "tied='wte'"
+
+
+def twice(x: t.Tensor) -> t.Tensor:
+    return t.linear(t.linear(x, 8, name="f"), 8, name="f")
+
+
+def same_line(x: t.Tensor) -> t.Tensor:
+    for _ in range(2):
+        x = t.linear(x, 8, name="f")
+    return x
+
+
+def two_stacks(x: t.Tensor) -> t.Tensor:
+    for _ in t.stack("h", 2):
+        x = t.linear(x, 8, name="f")
+    for _ in t.stack("h", 2):
+        x = t.linear(x, 8, name="f")
+    return x
+
+
+def twice_in_a_stack(x: t.Tensor) -> t.Tensor:
+    for _ in t.stack("h", 2):
+        x = t.layer_norm(x, name="f")
+        x = t.linear(x, 8, name="f")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("body", "tried"),
+    [
+        (twice_in_a_stack, 'name="f_2" for one of the two, or with t.scope("second"): around it; '),
+        (
+            same_line,
+            'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, name=f"f_{i}"; ',
+        ),
+        (twice, 'for i in t.stack("layers", 2): around a block that repeats, or a name for each time, name=f"f_{i}"; '),
+        (two_stacks, 't.stack("h_2", ...): a name of its own for one of the two stacks; '),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_two_parameters_of_one_name_are_told_apart(body: Body, tried: str) -> None:
+    error = refusal(body)
+    assert (error.hint or "").startswith(tried)
+    assert "t.shared_parameter('" in (error.hint or "")
+
+
+# -- copies --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_copied_and_pickled_by_its_name() -> None:
+    changed = named.configure(layers=3, inputs=("lengths",))
+    assert copy.deepcopy({"m": changed})["m"] is copy.copy(changed) is changed
+    again = pickle.loads(pickle.dumps(changed))
+    assert (again.function, again.config, again.given) == (named.function, {"layers": 3}, ("lengths",))
+    assert again.graph() == changed.graph()
+
+
+def test_a_model_that_no_module_holds_is_not_pickled() -> None:
+    @t.model
+    def inner(x: t.f32["B"]):
+        return x
+
+    with pytest.raises(FrontendError, match="model inner cannot be pickled") as caught:
+        pickle.dumps(inner)
+    assert 't.compile(inner).save("model.treadle")' in (caught.value.hint or "")
+    assert (caught.value.source or "").startswith("test_first_mistakes.py:")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +16,7 @@ from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
 from treadle.frontends.contained_files import printable
 from treadle.frontends.dsl import Model
+from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Init
@@ -209,6 +210,8 @@ def compile(
         drawn = seed if given is None else None
         return Compiled(resolved.name, optimized, executable, backend, where, bound, resolved.unused, drawn)
 
+    if isinstance(model, Model):
+        _refuse_misspelt(config, model)
     try:
         resolved = resolve(model, inputs=inputs, widen=widen, **config)
     except StaticInputNeeded as needed:
@@ -257,14 +260,30 @@ def checked_passes(passes: object) -> tuple[Pass, ...]:
     )
 
 
+def _refuse_misspelt(config: Iterable[str], model: Model) -> None:
+    """Raise UsageError where what is no option of the model is nearly one of `compile`."""
+    options = [p.name for p in inspect.signature(compile).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in config:
+        near = [*NearestNames([*options, *model.defaults]).of(name)] if name not in model.defaults else []
+        if near and near[0] in options:
+            raise UsageError(
+                f"neither compile nor model {model.name} has an option {name}",
+                source=str(user_line() or "") or None,
+                hint=f"did you mean {near[0]}=?",
+            )
+
+
 def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
-    unknown = sorted({*weights}.difference(known))
+    names = [*known]
+    unknown = sorted({*map(str, weights)}.difference(names))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
+        nearest = NearestNames(names)
+        pairs = [(name, near) for name in unknown[:3] for near in nearest.of(name, 1)]
+        meant = ", ".join(f"{near} for {name}" for name, near in pairs)
         raise UsageError(
             f"weights= has {len(unknown)} that the model does not take",
             received=_few(unknown),
-            hint=f"{near[0]}?" if near else None,
+            hint=f"{meant}?" if meant else f"the model's are {_few(names)}",
         )
 
 

@@ -131,6 +131,10 @@ class Linear(Primitive):
     ]
 
 
+def _operands(count: int) -> str:
+    return f"{count} operand" + "s" * (count != 1)
+
+
 def _refuse_letters(equation: str, types: Sequence[Type | None]) -> None:
     """Raise RuleError for letters side by side, which NumPy takes for an axis each, and which are one name here."""
     left, arrow, right = equation.partition("->")
@@ -171,7 +175,7 @@ class Einsum(Primitive):
             raise RuleError("an equation has one result", within=marked(text, text.index(",", text.index("->"))))
         if len(rule.operands) != len(types):
             raise RuleError(
-                f"before '->' the equation has {len(rule.operands)} operand{'s' * (len(rule.operands) > 1)}, and {len(types)} are given",
+                f"before '->' the equation has {_operands(len(rule.operands))}, and {len(types)} are given",
                 within=marked(text, text.index("->")),
                 hint='commas part operands, and spaces their axes: "b s d, b t d -> b s t"',
             )

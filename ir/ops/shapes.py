@@ -131,7 +131,7 @@ class Rearrange(Primitive):
         (S("f32[2,9]", pattern="a (b=2 c) -> a b c"), "not a multiple of 2"),
         (S("f32[2,8]", pattern="a (b c) -> a b c"), "cannot tell the sizes of b and c"),
         (S("f32[2,3]", pattern="a b -> a"), "axis b is not after '->'"),
-        (S("f32[2,3]", pattern="a b -> a b c"), "c is in no operand"),
+        (S("f32[2,3]", pattern="a b -> a b c"), "axis c is after '->', and in no operand"),
         (S("f32[2,3]", pattern="a b -> a b a"), "axis a stands twice"),
         (S("f32[2,3]", pattern="a [b] -> a [b]"), "names, sizes, 1"),
         (S("f32[2,3]", pattern="1 b -> b"), "must be 1"),
