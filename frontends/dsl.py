@@ -40,9 +40,9 @@ from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
 
 Tensor = Expr
-"""A traced value: what a model's function receives and returns."""
+"""A value of the graph: what a model's function receives and returns."""
 TensorLike = ExprLike
-"""What an op takes: a traced value, or a number or array, which becomes a constant."""
+"""What an op takes: a tensor, or a number or array, which becomes a constant."""
 
 if TYPE_CHECKING:  # with defaults, so that `t.Model` may stand without parameters
     from typing_extensions import ParamSpec, TypeVar
@@ -525,7 +525,7 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
         if not isinstance(value, Expr):
             which = "what model" if value is returned else f"output {name} of model"
             raise FrontendError(
-                f"{which} {declared.name}{' returns' if value is returned else ''} is not a traced value",
+                f"{which} {declared.name}{' returns' if value is returned else ''} is not a tensor of it",
                 received=type(value).__name__,
                 source=_definition(declared.function),
                 hint="return a tensor, a dict of them by name, or a tuple of them",

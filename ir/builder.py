@@ -148,7 +148,7 @@ class Builder(OpMethods):
                     continue
                 if isinstance(given[i], list | tuple) and any(isinstance(x, Expr) for x in given[i]):
                     raise GraphError(
-                        f"{op.name}: an operand is a {type(given[i]).__name__} of traced values",
+                        f"{op.name}: an operand is a {type(given[i]).__name__} of tensors",
                         hint=f"one by one, as in {op.name}(x, y)",
                     )
                 literal = Literal.of(given[i], number_dtype(entries, i, known))
@@ -229,8 +229,8 @@ def describe_source(source: Source | None, scope: str) -> str | None:
     return ", ".join(parts) or None
 
 
-ExprLike: TypeAlias = "Expr | Value | float | np.generic | np.ndarray[Any, Any] | list[Any] | tuple[Any, ...]"
-"""What stands for a value where an op takes one: numbers and arrays become constants."""
+ExprLike: TypeAlias = "Expr | Value | Size | float | np.generic | np.ndarray[Any, Any] | list[Any] | tuple[Any, ...]"
+"""What stands for a value where an op takes one: numbers and arrays become constants, a size its value at each call."""
 
 
 class Expr(PythonProtocols):

@@ -43,7 +43,7 @@ class PythonProtocols:
 
     def __bool__(self) -> NoReturn:
         raise self._refusal(
-            "a traced value has no truth value: a graph has no data-dependent branches",
+            "a tensor of a model has no truth value: a graph has no data-dependent branches",
             "t.where(condition, a, b) chooses element by element; "
             "& | ~ stand for and, or, not; t.maximum, t.minimum for max, min",
         )
@@ -62,7 +62,7 @@ class PythonProtocols:
 
     def _not_numpys(self, name: str, operands: int) -> GraphError:
         return self._refusal(
-            f"NumPy's {name} takes arrays, not traced values",
+            f"NumPy's {name} takes arrays, not tensors of a model",
             OTHER_WORDS.get(name) or (f"t.{name}({', '.join('xyz'[:operands])})" if name in OPS else None),
         )
 
@@ -73,7 +73,7 @@ class PythonProtocols:
 
         def __getitem__(self, index: Any) -> NoReturn:
             raise self._refusal(
-                "a traced value has no [ ]: its axes are cut and looked up by ops",
+                "a tensor of a model has no [ ]: its axes are cut and looked up by ops",
                 "t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one place",
             )
 
@@ -83,7 +83,7 @@ class PythonProtocols:
                 raise AttributeError(name)
             spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
             raise NoSuchMethod(
-                f"a traced value has no .{name}: what is done to it are ops",
+                f"a tensor of a model has no .{name}: what is done to it are ops",
                 received=str(self.type),
                 source=self.builder.place(),
                 hint=spelled or "dir(treadle) lists them",
@@ -91,40 +91,42 @@ class PythonProtocols:
 
         def __iter__(self) -> NoReturn:
             raise self._refusal(
-                "a traced value cannot be iterated over",
+                "a tensor of a model cannot be iterated over",
                 "t.gather(x, i, axis=0) gives place i of an axis, for i in range(...) where its size is a number",
             )
 
         def __contains__(self, value: Any) -> NoReturn:
-            raise self._refusal("`in` cannot look into a traced value", "x == value compares each element")
+            raise self._refusal("`in` cannot look into a tensor", "x == value compares each element")
 
         def __len__(self) -> NoReturn:
-            raise self._refusal("a traced value has no len()", "x.shape[0] is its first axis's size, x.rank how many")
+            raise self._refusal(
+                "a tensor of a model has no len()", "x.shape[0] is its first axis's size, x.rank how many"
+            )
 
         def __array__(self, *_: Any, **__: Any) -> NoReturn:
             raise self._refusal(
-                "a traced value is no array: it has elements when the compiled model is called",
+                "a tensor of a model is no array: it has elements when the compiled model is called",
                 "t.concat(a, b, axis=1) joins tensors; an op takes arrays and tensors side by side",
             )
 
         def _no_number(self, *_: Any) -> NoReturn:
             raise self._refusal(
-                "a traced value is no Python number: it has elements when the compiled model is called",
+                "a tensor of a model is no Python number: it has elements when the compiled model is called",
                 "x.cast(t.f32) and x.cast(t.i64) for another dtype; x.shape[1] for a size",
             )
 
         __float__ = __int__ = __index__ = __complex__ = _no_number
 
         def __round__(self, *_: Any) -> NoReturn:
-            raise self._refusal("a traced value is no Python number", "t.round(x)")
+            raise self._refusal("a tensor of a model is no Python number", "t.round(x)")
 
         def __floor__(self) -> NoReturn:
-            raise self._refusal("a traced value is no Python number", "t.floor(x)")
+            raise self._refusal("a tensor of a model is no Python number", "t.floor(x)")
 
         __trunc__ = __floor__
 
         def __ceil__(self) -> NoReturn:
-            raise self._refusal("a traced value is no Python number", "-t.floor(-x)")
+            raise self._refusal("a tensor of a model is no Python number", "-t.floor(-x)")
 
         def __divmod__(self, _: Any) -> NoReturn:
-            raise self._refusal("a traced value has no divmod()", "x // y and x % y")
+            raise self._refusal("a tensor of a model has no divmod()", "x // y and x % y")

@@ -189,14 +189,14 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (too_many, GraphError, "gelu takes 1 operand, received 2"),
     (none_of_any_number, GraphError, "concat takes one operand or more"),
     (text_operand, GraphError, "a constant cannot hold <U1"),
-    (list_of_values, GraphError, "concat: an operand is a list of traced values"),
+    (list_of_values, GraphError, "concat: an operand is a list of tensors"),
     (list_of_values, GraphError, "try       one by one, as in concat(x, y)"),
     (half_an_integer, GraphError, "0.5 is no i64"),
     (half_an_integer_first, GraphError, "0.5 is no i64"),
     (truth_of_a_value, GraphError, "where(condition, a, b) chooses element by element"),
-    (equality_of_values, GraphError, "a traced value has no truth value"),
-    (chained_comparison, GraphError, "a traced value has no truth value"),
-    (iteration, GraphError, "a traced value cannot be iterated over"),
+    (equality_of_values, GraphError, "a tensor of a model has no truth value"),
+    (chained_comparison, GraphError, "a tensor of a model has no truth value"),
+    (iteration, GraphError, "a tensor of a model cannot be iterated over"),
     (parameter_of_two_types, GraphError, "received  f32[4], then f32[5]"),
 ]
 

@@ -224,9 +224,9 @@ def test_outputs_have_names(returned: Callable[..., Any], names: list[str]) -> N
     ("returned", "said"),
     [
         (lambda x: None, "model model returns nothing"),
-        (lambda x: 3, "what model model returns is not a traced value\n  received  int"),
-        (lambda x: {"a": x, "b": None}, "output b of model model is not a traced value\n  received  NoneType"),
-        (lambda x: (x, [x]), "output output1 of model model is not a traced value\n  received  list"),
+        (lambda x: 3, "what model model returns is not a tensor of it\n  received  int"),
+        (lambda x: {"a": x, "b": None}, "output b of model model is not a tensor of it\n  received  NoneType"),
+        (lambda x: (x, [x]), "output output1 of model model is not a tensor of it\n  received  list"),
         (lambda x: {}, "model model returns no outputs"),
         (lambda x: (), "model model returns no outputs"),
         (lambda x: {1: x}, "model model returns outputs whose names are no text\n  received  1"),
@@ -357,7 +357,7 @@ def division(x: t.f32["B 4"]):
 MISTAKES: list[tuple[Callable[..., Any], str, type[TreadleError], str]] = [
     (wrong_sizes, "x + t", RuleError, "add: sizes disagree: 4 in x, 5 in y"),
     (misspelt, "return", FrontendError, "AttributeError: 'tuple' object has no attribute 'reversed'"),
-    (index, "return", GraphError, "a traced value has no [ ]"),
+    (index, "return", GraphError, "a tensor of a model has no [ ]"),
     (truth, "return", GraphError, "no data-dependent branches"),
     (wrong_name, "return", FrontendError, "did you mean t.gelu"),
     (half_a_head, "return", FrontendError, "a width of 8 does not split into 3 heads"),
