@@ -13,6 +13,7 @@ import inspect
 import operator
 from collections.abc import Callable
 from functools import wraps
+from types import FunctionType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -41,9 +42,27 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
     parameters = inspect.signature(function).parameters
     checks = {name: _CHECKS[p.annotation] for name, p in parameters.items() if p.annotation in _CHECKS}
     names = list(parameters)
+    fitting = {
+        name: _FITTING.get(check, frozenset()) | ({type(None)} if parameters[name].default is None else set())
+        for name, check in checks.items()
+    }
+    by_position = [fitting.get(name) for name in names]
+
+    def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether all is of types that need no look: nearly always, and found out in little time."""
+        for value, types in zip(args, by_position, strict=False):
+            if types is not None and type(value) not in types:
+                return False
+        for name, value in kwargs.items():
+            types = fitting.get(name)
+            if types is not None and type(value) not in types:
+                return False
+        return True
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if fits(args, kwargs):
+            return function(*args, **kwargs)
         tracing = trace()
         if len(args) > len(names) or not kwargs.keys() <= parameters.keys():
             return function(*args, **kwargs)  # Python says what is wrong
@@ -149,6 +168,18 @@ def _dtype(name: str, value: Any) -> DType:
         return value
     raise _Wrong("a dtype", f"{name}=t.f32, t.f16, t.bf16 or t.f64")
 
+
+_FITTING: dict[Callable[[str, Any], Any], frozenset[type]] = {
+    _tensor: frozenset({Expr}),
+    _integer: frozenset({int}),
+    _size: frozenset({int, Size, Dim, str}),
+    _number: frozenset({float}),
+    _truth: frozenset({bool}),
+    _text: frozenset({str}),
+    _function: frozenset({FunctionType}),
+    _dtype: frozenset({DType}),
+}
+"""The types of what a check passes on as it is."""
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "Tensor": _tensor,

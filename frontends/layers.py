@@ -334,7 +334,8 @@ def convolution(
 
 def _weight(x: Tensor, name: str, *shape: SizeLike | Dim, init: str = "normal") -> Tensor:
     """A weight of x's dtype, or, beside an x that is no float, of f32."""
-    return parameter(name, *shape, init=init, dtype=x.dtype if x.dtype.is_float else f32)
+    dtype = x.value.type.dtype
+    return parameter(name, *shape, init=init, dtype=dtype if dtype.kind == "float" else f32)
 
 
 def _first_position(ids: Value) -> int | None:
