@@ -10,7 +10,7 @@ import pytest
 
 import treadle.frontends.language as t
 from treadle.compiling import compile
-from treadle.ir.errors import TreadleError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.passes.cleanup.canonicalize import Canonicalize
 
 ONES = {"head.weight": np.ones((3, 4), np.float32), "head.bias": np.ones(3, np.float32)}
@@ -50,3 +50,21 @@ def test_arguments_mean_what_they_say() -> None:
     assert [record.name for record in made.log] == ["canonicalize"]
     x = np.ones((2, 4), np.float32)
     assert made(x=x, z=x)["head"].tolist() == [[9.0] * 3] * 2
+
+
+def test_weights_are_for_looking_at() -> None:
+    given = {name: array.copy() for name, array in ONES.items()}
+    made = compile(example, weights=given)
+    weights: Any = made.weights
+    assert dict(weights).keys() == given.keys()
+    assert all(np.shares_memory(weights[name], given[name]) for name in given)
+    for change in (lambda: weights.__setitem__("head.bias", 0), lambda: weights.__delitem__("head.bias")):
+        with pytest.raises(UsageError, match="cannot be changed") as caught:
+            change()
+        assert caught.value.hint == "treadle.compile(model, weights={**exe.weights, 'head.bias': array})"
+    with pytest.raises(ValueError, match="read-only"):
+        weights["head.bias"][0] = 5
+    assert given["head.bias"].flags.writeable, "the caller's own arrays stay as they were"
+    other = compile(example, weights={**made.weights, "head.bias": np.zeros(3, np.float32)})  # as the hint says
+    x = np.ones((1, 4), np.float32)
+    assert [each(x=x)["head"].tolist() for each in (made, other)] == [[[5.0] * 3], [[4.0] * 3]]

@@ -18,6 +18,7 @@ from treadle.frontends.contained_files import printable
 from treadle.frontends.dsl import Model
 from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.torch_export.model import TorchModel
+from treadle.held_weights import HeldWeights
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.notebook_html import html_code, html_table, html_title
@@ -40,7 +41,8 @@ class Compiled:
     executable  what the backend made
     backend     the backend's name
     target      what it was compiled for
-    weights     the weights by name; memory-mapped where they come from a checkpoint
+    weights     the weights by name, to look at; memory-mapped where they come from a checkpoint. Neither the mapping
+                nor an array in it can be written (`treadle.held_weights`)
     unused      the checkpoint's tensors that the model does not take
     seed        the seed that drew the weights, or None where a checkpoint or the caller gave them
 
@@ -55,6 +57,9 @@ class Compiled:
     weights: Mapping[str, Array]
     unused: tuple[str, ...] = ()
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", HeldWeights(self.weights))
 
     @property
     def graph(self) -> Graph:
@@ -177,7 +182,7 @@ def compile(
     backend  "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
     target   what to compile for: "cpu"
     weights  arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; without either,
-             initial values drawn from `seed`
+             initial values drawn from `seed`. They are not copied, so the caller must not write into them afterwards
     passes   the pipeline, a flat list; []: the graph as it is declared
     inputs   optional inputs of the declaration to include, such as ("lengths",)
     seed     an integer, 0 or more

@@ -1,0 +1,66 @@
+"""The weights of a compiled model, for looking at: a mapping that takes nothing, of arrays that cannot be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from treadle.frontends.contained_files import printable
+from treadle.ir.errors import UsageError
+from treadle.ir.source_lines import user_line
+
+Array = np.ndarray[Any, Any]
+
+
+class HeldWeights(Mapping[str, Array]):
+    """Weights by name, each a view that NumPy refuses to write into. It copies none.
+
+    The code that runs has them laid out in its own way, so a write could reach some of them and not others. Whoever
+    wants other weights compiles with them: `t.compile(model, weights={**exe.weights, "wte.weight": other})`.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays = {name: _unwritable(array) for name, array in arrays.items()}
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
+
+    def __repr__(self) -> str:
+        held = sum(array.nbytes for array in self._arrays.values())
+        return f"<{len(self)} weight{'s' * (len(self) != 1)}, {held:,} bytes>"
+
+    def __setitem__(self, name: str, value: object) -> NoReturn:
+        """Raises UsageError: what was compiled keeps its weights."""
+        self._refuse(name)
+
+    def __delitem__(self, name: str) -> NoReturn:
+        """Raises UsageError: what was compiled keeps its weights."""
+        self._refuse(name)
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise UsageError(
+            "the weights of a compiled model cannot be changed",
+            received=printable(str(name)),
+            source=str(user_line() or "") or None,
+            hint=f"treadle.compile(model, weights={{**exe.weights, {name!r}: array}})",
+        )
+
+
+def _unwritable(array: Any) -> Any:
+    """A view that cannot be written; what is no array of NumPy's, such as a tensor, as it is."""
+    if not isinstance(array, np.ndarray):
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
