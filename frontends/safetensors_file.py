@@ -33,7 +33,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 
 _LENGTH_BYTES = 8
 _LARGEST = 2**63 - 1
-_DAMAGED = "fetch the file again: it is damaged, or not a safetensors file"
+_DAMAGED = "fetch the file again: it is damaged, or of another format than its name says"
 
 # Bits of each dtype that the format knows. Our name of a dtype is the format's in lower case.
 _BITS: Mapping[str, int] = {

@@ -7,6 +7,17 @@ do.
 from __future__ import annotations
 
 
+class Hint(str):
+    """What to do, in Python; `command` says the same on the command line, where that spells it in another way."""
+
+    command: str
+
+    def __new__(cls, text: str, command: str) -> Hint:
+        made = super().__new__(cls, text)
+        made.command = command
+        return made
+
+
 class TreadleError(Exception):
     """Base of all errors that Treadle raises on purpose.
 

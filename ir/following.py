@@ -94,6 +94,9 @@ class Encounter:
         known = ", ".join(part for part in (self.line, scope, times) if part)
         return f"  ({known})" if known else ""
 
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
     def __str__(self) -> str:
         what = "cut, padded, joined or strided over" if self.resized else self.role.value
         what = "paired with itself" if self.squared else "reordered" if self.reordered else what
@@ -117,6 +120,11 @@ class Verdict:
 
     def __bool__(self) -> bool:
         return not self.against
+
+    def __repr__(self) -> str:
+        head, *reasons = str(self).splitlines()
+        told = f": {len(reasons)} reason{'s' * (len(reasons) > 1)}, which print() shows" if reasons else ""
+        return f"<{head}{told}>"
 
     def __str__(self) -> str:
         lines = [f"{self.axis} may {'' if self else 'not '}be {self.question}"]
@@ -182,6 +190,13 @@ class Following:
                 elif not opened.reordered and not (opened.role is Role.GENERATED and _steps(opened)):
                     against.append(opened)
         return Verdict("split", self.axis, tuple(against), tuple(combine))
+
+    def __repr__(self) -> str:
+        places, met = len(self.places), len(self.encounters)
+        return (
+            f"<axis {self.axis} of {self.graph.name}: in {places} value{'s' * (places != 1)}, "
+            f"{met} encounter{'s' * (met != 1)}; .step(), .pack() and .split() say what it may>"
+        )
 
     def __str__(self) -> str:
         held = ", ".join(f"{n}[{d}]" for n, d in {**self.parameters, **self.outputs}.items())

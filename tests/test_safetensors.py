@@ -225,7 +225,7 @@ def test_text_header_length_too_large(path: Path) -> None:
 the header is longer than the file
   received  a header length of 1099511627776 bytes, in a file of 110
   in        FILE: byte 0, header length
-  try       fetch the file again: it is damaged, or not a safetensors file
+  try       fetch the file again: it is damaged, or of another format than its name says
 """,
     )
 

@@ -13,6 +13,7 @@ has the layout and what is checked.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,8 @@ import numpy as np
 from treadle.artifact_file import SectionFile, write_sections
 from treadle.backends.registry import find_backend
 from treadle.compiling import Compiled
-from treadle.frontends.contained_files import PathLike, printable
+from treadle.fetch import PINNED
+from treadle.frontends.contained_files import PathLike, printable, shown_path
 from treadle.frontends.safetensors_file import Limits as HeaderLimits
 from treadle.frontends.strict_json import JsonReader
 from treadle.ir.collection import collection_paused
@@ -37,9 +39,11 @@ from treadle.ir.text.scanner import Limits as TextLimits
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
 from treadle.ir.widening import narrow_dtypes, widen_graph
+from treadle.models.registry import family_names
 from treadle.passes.certificates.certifying import Certificate
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
+from treadle.resolving import GGUF_SUFFIX, ONNX_SUFFIX
 
 SUFFIX = ".treadle"
 
@@ -147,6 +151,7 @@ def open_artifact(path: PathLike, *, limits: ArtifactLimits | None = None, check
     past a limit.
     """
     limits = limits or ArtifactLimits()
+    _refuse_model(path)
     file = SectionFile(path, limits.header, check=check)
     told = file.metadata
     for key in [*told, *_FIELDS]:
@@ -207,6 +212,27 @@ def load(
             within=f"{printable(str(path))}: section graph",
         ) from error
     return Compiled(held.name, held.optimized, executable, chosen, where, held.weights, (), held.seed)
+
+
+def _refuse_model(path: PathLike) -> None:
+    """Refuse what `treadle.compile` reads, by its name: a folder, a file of weights, a declaration, a model's name."""
+    text = os.fspath(path)
+    if os.path.isdir(text):
+        kind = "a folder"
+    elif Path(text).suffix in (ONNX_SUFFIX, GGUF_SUFFIX):
+        kind = f"{'an ONNX' if Path(text).suffix == ONNX_SUFFIX else 'a GGUF'} file"
+    elif Path(text.rpartition(":")[0]).suffix == ".py":
+        kind = "a declaration in a Python file"
+    elif not os.path.exists(text) and (text in PINNED or text in family_names()):
+        kind = "the name of a model"
+    else:
+        return
+    raise CheckpointError(
+        f"not an artifact, a {SUFFIX} file: treadle.load reads nothing else",
+        received=kind,
+        within=shown_path(path),
+        hint=f"treadle.compile({text!r})",
+    )
 
 
 def _widened(held: Artifact, narrow: frozenset[DType]) -> Artifact:

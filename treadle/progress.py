@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,27 +23,38 @@ _PATIENCE = 0.5  # seconds that work may last unseen: a line that flickers tells
 
 
 @contextmanager
-def working(what: str, *, shown: bool = True) -> Iterator[None]:
-    """Say what is being done, and for how long, while the block runs; quick work is not told."""
+def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Say what is being done, and for how long, while the block runs; quick work is not told.
+
+    Gives what prints a line to standard output meanwhile: what is shown makes way for it.
+    """
     if not shown or not _is_watched():
-        yield
+        yield partial(print, flush=True)
         return
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     progress = _progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     progress.add_task(what, total=None)
-    turn, is_over = threading.Lock(), threading.Event()
+    turn, is_begun, is_over = threading.Lock(), threading.Event(), threading.Event()
 
     def begin() -> None:
         with turn:
             if not is_over.is_set():
+                is_begun.set()
+                progress.start()
+
+    def tell(line: str) -> None:
+        with turn:
+            progress.stop()
+            print(line, flush=True)
+            if is_begun.is_set():
                 progress.start()
 
     timer = threading.Timer(_PATIENCE, begin)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield tell
     finally:
         timer.cancel()
         with turn:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -167,7 +168,7 @@ def _resolve(
         raise UsageError(
             "a model is a declaration, a graph, a name or a path",
             received=f"{model!r}"[:80],
-            hint="decorate the function with @t.model" if callable(model) else None,
+            hint=_instead_of(model),
         )
     text = str(model)
     path, colon, function = text.rpartition(":")
@@ -186,6 +187,19 @@ def _resolve(
     if converted is not None:
         return _from_ctranslate2(converted, place, inputs, config)
     return _from_folder(place, inputs, config)
+
+
+def _instead_of(model: object) -> str | None:
+    """How to have what is no model for us: another library's object, or a function that declares one."""
+    torch, onnx = (sys.modules.get(name) for name in ("torch", "onnx"))
+    if torch is not None and isinstance(model, torch.nn.Module):
+        return (
+            "t.compile(t.from_torch(module, example_inputs)), where example_inputs is a tuple of what its forward "
+            "takes, such as (tokens,)"
+        )
+    if onnx is not None and isinstance(model, onnx.ModelProto):
+        return 'onnx.save(model, "model.onnx"), and t.compile("model.onnx")'
+    return "decorate the function with @t.model" if inspect.isfunction(model) else None
 
 
 def find_folder(model: str | Path) -> Path:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def verify_model(
     inputs: Sequence[str] | None = None,
     sizes: Sequence[Mapping[str, int]] | None = None,
     seed: int = 0,
+    widen: str | Iterable[str] = (),
     told: Callable[[str], None] = lambda line: None,
     **config: Any,
 ) -> VerificationReport:
@@ -55,14 +56,14 @@ def verify_model(
     """
     where = target if isinstance(target, Target) else Target(target)
     if is_artifact(model):
-        if config or inputs or weights is not None:
-            raise UsageError("an artifact takes no configuration, inputs or weights", received=str(model))
+        if config or inputs or weights is not None or widen:
+            raise UsageError("an artifact takes no configuration, inputs, weights or widen", received=str(model))
         held = open_artifact(str(model))
         optimized, given = held.optimized, dict(held.weights)
         for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
             given.setdefault(name, np.zeros(value.type.evaluate({}), value.type.dtype.numpy or np.float32))
     else:
-        resolved = resolve(model, inputs=None if inputs is None else tuple(inputs), **config)
+        resolved = resolve(model, inputs=None if inputs is None else tuple(inputs), widen=widen, **config)
         optimized = PassManager(passes).run(resolved.graph)
         found = weights if weights is not None else resolved.weights
         given = initial_weights(optimized.source, seed) if found is None else dict(found)

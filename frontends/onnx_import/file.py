@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+_ANOTHER_FILE = "export the file again, or fetch it again: it is damaged, or no ONNX file"
 _WORTH_HOLDING = 1 << 12  # bytes of a tensor; a smaller one is mostly a constant of the graph
 _DATA_FIELDS = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data")
 
@@ -160,7 +161,10 @@ class OnnxFile:
             proto = onnx.ModelProto.FromString(data)
         except Exception as error:  # DecodeError of whichever protobuf is installed
             raise FrontendError(
-                "the file is no ONNX model", received=str(error)[:120], within=printable(path.name)
+                "the file is no ONNX model",
+                received=str(error)[:120],
+                within=printable(path.name),
+                hint=_ANOTHER_FILE,
             ) from None
         return OnnxFile(
             proto, printable(path.name), canonical(path).parent if folder is None else canonical(folder), limits
@@ -168,7 +172,7 @@ class OnnxFile:
 
     def _read_opsets(self) -> dict[str, int]:
         if not self.proto.HasField("graph") or not self.proto.graph.output:
-            raise FrontendError("the model has no graph with an output", within=self.shown)
+            raise FrontendError("the model has no graph with an output", within=self.shown, hint=_ANOTHER_FILE)
         found: dict[str, int] = {}
         for entry in self.proto.opset_import:
             domain = "" if entry.domain == "ai.onnx" else entry.domain

@@ -40,6 +40,14 @@ class TorchModel:
     operators: Counter[str] = field(default_factory=Counter)
     opaque: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        takes, gives = (
+            ", ".join(f"{name}: {value.type}" for name, value in named)
+            for named in ([(v.name, v) for v in self.graph.main.inputs], self.graph.main.outputs.items())
+        )
+        held = f"{len(self.weights)} weight{'s' * (len(self.weights) != 1)}"
+        return f"<imported {self.name}: ({takes}) -> ({gives}), {held}>"
+
     def arguments(self, example: tuple[Any, ...] | Mapping[str, Any]) -> dict[str, Array]:
         """Tensors as the module takes them, as the arrays by name that an executable takes.
 

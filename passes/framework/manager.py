@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from treadle.ir.clone import clone_graph
 from treadle.ir.collection import collection_paused
-from treadle.ir.errors import PassError, TreadleError, UsageError, VerifyError
+from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.ir.types import Type
@@ -44,6 +44,11 @@ class Pass:
     def name(self) -> str:
         """The class's name in lower case: `fuse-gelu`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(self).__name__).lower()
+
+    @property
+    def rule_names(self) -> tuple[str, ...]:
+        """The names of the rewrites that it tries, where it has several."""
+        return ()
 
     @property
     def options(self) -> str:
@@ -97,6 +102,13 @@ class Optimized:
         for record in reversed(self.log):
             if record.name == name and record.graph is not None:
                 return record.graph
+        for record in self.log:
+            events = (*record.matches, *record.refusals, *record.near_misses)
+            if name in record.rules or name in {event.rule for event in events}:
+                raise UsageError(
+                    f"{name} is a rule of the pass {record.name}, and no pass of its own",
+                    hint=Hint(f"after({record.name!r})", f"--after {record.name}"),
+                )
         known = ", ".join(dict.fromkeys(r.name for r in self.log))
         raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
 
@@ -133,7 +145,11 @@ class PassManager:
         lineage = Lineage(graph, working)
         for each in self.passes:
             record = PassRecord(
-                *(each.name, each.options, before), certifying=self.certify, target=self.target, lineage=lineage
+                *(each.name, each.options, before),
+                certifying=self.certify,
+                target=self.target,
+                lineage=lineage,
+                rules=each.rule_names,
             )
             started = time.perf_counter()
             recorded = {name: Recorded.of(f) for name, f in working.functions.items()} if self.certify else {}
@@ -234,8 +250,12 @@ def _broken(each: Pass, error: Exception, before: Graph) -> BrokenPassError:
 
 
 def debug_level() -> int:
-    """TREADLE_DEBUG, 0 where it is not set; README has the table. Raises UsageError for anything but a number."""
+    """TREADLE_DEBUG, 0 where it is not set; README has the table. Raises UsageError for anything but 0 to 4."""
     text = os.environ.get("TREADLE_DEBUG", "") or "0"
-    if not text.isdigit():
-        raise UsageError("TREADLE_DEBUG must be a number from 0 to 4", received=repr(text))
+    if text not in {"0", "1", "2", "3", "4"}:
+        raise UsageError(
+            "TREADLE_DEBUG must be a number from 0 to 4",
+            received=repr(text)[:80],
+            hint="TREADLE_DEBUG=4, which prints all that the others do and the generated source",
+        )
     return int(text)

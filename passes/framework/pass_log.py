@@ -93,7 +93,7 @@ class PassRecord:
     certifying, shown, target and lineage are for the pass while it runs: whether each rewrite is tried before it is
     kept, what stands for what by a rewrite that was, what the graph is compiled for, and which nodes of the graph as it
     was given a node does the work of. touched is for the manager: the functions that a pass says it changed, None where
-    it does not say.
+    it does not say. rules are the names of the rewrites that it tries, where it has several.
     """
 
     name: str
@@ -113,6 +113,7 @@ class PassRecord:
     target: Target = field(default=Target("cpu"), repr=False, compare=False)
     lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
     touched: set[str] | None = field(default=None, repr=False, compare=False)
+    rules: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def match(
         self,

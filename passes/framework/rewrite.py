@@ -122,6 +122,10 @@ class RewriteSet(Pass):
 
     rules: ClassVar[tuple[Rewrite, ...]] = ()
 
+    @property
+    def rule_names(self) -> tuple[str, ...]:
+        return tuple([rule.name for rule in self.rules])
+
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         return sweep(self.rules, function, graph, log)
 

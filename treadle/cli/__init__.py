@@ -11,7 +11,7 @@ import itertools
 import sys
 from importlib import import_module
 
-from treadle.cli.application import LEFT, forget_output, print_json
+from treadle.cli.application import forget_output, print_json
 from treadle.cli.application import app as app
 
 COMMANDS = ("inspect", "compile", "explain", "run", "verify", "export", "embed", "generate", "models", "fetch")
@@ -33,10 +33,12 @@ def main() -> None:
             code = _run_as_json(words) if "--json" in words else app(prog_name="treadle")
         except SystemExit as ended:
             code = ended.code
+            if isinstance(ended.__context__, BrokenPipeError):  # of rich, which prints --help, and of typer
+                raise ended.__context__ from None
         sys.stdout.flush()
     except BrokenPipeError:
         forget_output()
-        code = LEFT
+        code = 0
     sys.exit(code)
 
 

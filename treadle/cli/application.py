@@ -12,14 +12,38 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import treadle
 from treadle.ir.errors import TreadleError
 
 LEFT = 128 + 13
-"""The exit code where the reader of our output has left: what a shell says of a program that SIGPIPE ended."""
+"""The exit code where a reader left before a command that answers by its exit code had its answer: what a shell says of
+a program that SIGPIPE ended."""
+
+
+def _without_types(params: list[Any]) -> list[Any]:
+    """Parameters as `--help` shows them: a flag takes no value, and an argument's name says what it is."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+        elif param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: ""
+    return params
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
 
 app = typer.Typer(
+    cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Declare transformers, compile them, look at the optimized graph, run them.",
     no_args_is_help=True,
@@ -27,16 +51,21 @@ app = typer.Typer(
 )
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function the command of this name, whose errors are told."""
+def command(
+    name: str, *, judges: Callable[[dict[str, Any]], bool] = lambda options: False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function the command of this name, whose errors are told.
+
+    judges  whether its exit code is an answer, with these options
+    """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def guarded(**options: Any) -> None:
-            with _reader_may_leave(), _errors_told(options["as_json"]):
+            with _reader_may_leave(LEFT if judges(options) else 0), _errors_told(options["as_json"]):
                 function(**options)
 
-        return app.command(name)(guarded)
+        return app.command(name, cls=_Command)(guarded)
 
     return made
 
@@ -47,13 +76,13 @@ def print_json(facts: Any) -> None:
 
 
 @contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """Exit quietly where the reader of our output has left."""
+def _reader_may_leave(code: int) -> Iterator[None]:
+    """Exit quietly where the reader of our output has left, as `head` does."""
     try:
         yield
     except BrokenPipeError:
         forget_output()
-        raise typer.Exit(LEFT) from None
+        raise typer.Exit(code) from None
 
 
 @contextmanager
@@ -99,8 +128,7 @@ def forget_output() -> None:
 
 
 def _trace_if_asked() -> None:
-    level = os.environ.get("TREADLE_DEBUG", "")
-    if level.isdigit() and int(level) >= 1:
+    if os.environ.get("TREADLE_DEBUG", "") in ("1", "2", "3", "4"):
         traceback.print_exc()
 
 

@@ -11,7 +11,7 @@ from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Certify, Config, Mode
 from treadle.ir.errors import UsageError
 
 
-@command("explain")
+@command("explain", judges=lambda options: bool(options["expect"]))
 def explain_sites(
     model: ModelName,
     subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion.", show_default=False)],

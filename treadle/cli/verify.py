@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, TargetName, names_of
+from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, TargetName, Widen, names_of, refuse_for_artifact
 
 
-@command("verify")
+@command("verify", judges=lambda options: True)
 def verify_backends(
     model: ModelName,
     backend: Annotated[
@@ -23,25 +22,32 @@ def verify_backends(
         typer.Option(metavar="B=1,S=16", help="Sizes to run at. Repeatable; a few small ones, if not said."),
     ] = None,
     config: Config = None,
+    widen: Widen = None,
     inputs: OptionalInputs = None,
     target: TargetName = "cpu",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the inputs, and weights that are not given.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Hold every backend against the float64 meaning of a model, whole and op by op. Exit code 1 if one is wrong."""
+    from treadle.artifacts import is_artifact
     from treadle.option_values import parse_config, parse_sizes
+    from treadle.progress import working
     from treadle.verifying import verify_model
 
-    report = verify_model(
-        model,
-        backends=backend,
-        target=target,
-        inputs=names_of(inputs),
-        sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
-        seed=seed,
-        told=(lambda line: None) if as_json else partial(print, flush=True),
-        **parse_config(config or ()),
-    )
+    if is_artifact(model):
+        refuse_for_artifact(config=config, inputs=inputs, widen=widen)
+    with working(f"verifying {model}", shown=not as_json) as tell:
+        report = verify_model(
+            model,
+            backends=backend,
+            target=target,
+            inputs=names_of(inputs),
+            sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
+            seed=seed,
+            widen=names_of(widen) or (),
+            told=(lambda line: None) if as_json else tell,
+            **parse_config(config or ()),
+        )
     if as_json:
         print_json(report.as_dict())
     if not report.passed:
