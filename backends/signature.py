@@ -10,7 +10,7 @@ import numpy as np
 
 from treadle.backends.protocol import Port
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import solve_sizes
 from treadle.ir.sizes import Bounds, Size
@@ -68,7 +68,7 @@ class Signature:
             what,
             received=", ".join(given) or "no inputs",
             within=str(self),
-            hint=", ".join(f"{n}=..." for n in near or missing or names) or None,
+            hint=_to_give(near or missing or names),
         )
 
     def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -133,6 +133,10 @@ class Signature:
         )
 
 
+def _to_give(names: Sequence[str]) -> Hint | None:
+    return Hint(", ".join(f"{n}=..." for n in names), " ".join(f"--input {n}=..." for n in names)) if names else None
+
+
 def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> str:
     return ", ".join(f"{p.name}: {p.dtype}[{', '.join(map(str, shapes[p.name]))}]" for p in ports)
 
@@ -179,7 +183,8 @@ def as_numpy(port: Port, value: Any) -> Array:
             return array
         if _kind(array.dtype) == _kind(wanted) and np.can_cast(array.dtype, wanted, "safe"):
             return array.astype(wanted)
-        raise refuse_dtype(port, str(array.dtype), f"{port.name}.astype({wanted.name!r})", array.shape)
+        hint = Hint(f"{port.name}.astype({wanted.name!r})", f"a .npy file of {wanted.name} for --input {port.name}=")
+        raise refuse_dtype(port, str(array.dtype), hint, array.shape)
     given, an_array = f"a {type(value).__name__}", f"an array of {port.dtype}"
     try:
         array = np.asarray(value)

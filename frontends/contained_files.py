@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from treadle.ir.errors import CheckpointError
+from treadle.ir.limits import limit_hint
 
 PathLike = str | os.PathLike[str]
 
@@ -51,7 +52,7 @@ def open_regular(path: PathLike, shown: str | None = None) -> BinaryIO:
 
 
 def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: str | None = None) -> bytes:
-    """All bytes of a regular file of at most `limit` bytes; `setting` is how a user would raise the limit.
+    """All bytes of a regular file of at most `limit` bytes; `setting` is the limit's name.
 
     Raises CheckpointError as `open_regular` does, and where the file is longer than the limit.
     """
@@ -67,7 +68,7 @@ def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: 
             "the file is longer than the limit",
             received=f"{size} bytes, limit {limit}",
             within=shown,
-            hint=f"{setting}, if you trust the file" if setting else None,
+            hint=limit_hint(setting, size) if setting else None,
         )
     return data
 

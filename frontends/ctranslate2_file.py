@@ -32,6 +32,7 @@ from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.safetensors_file import Limits, TensorRecord
 from treadle.ir.errors import CheckpointError
+from treadle.ir.limits import limit_hint, limits_of
 
 _NAME = "model.bin"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -45,7 +46,7 @@ _LONGEST = 512  # bytes of a text
 _LARGEST = 2**60  # elements
 
 
-def find_ctranslate2(folder: PathLike) -> CTranslate2File | None:
+def find_ctranslate2(folder: PathLike, limits: Limits | Mapping[str, int] | None = None) -> CTranslate2File | None:
     """The model.bin of a folder in CTranslate2's layout, opened; None where the folder has another layout.
 
     Safetensors in the same folder go before it, and PyTorch's pickles, which some give the same name, are none.
@@ -58,7 +59,7 @@ def find_ctranslate2(folder: PathLike) -> CTranslate2File | None:
     with open_regular(path, shown) as file:
         if file.read(2).startswith(_PICKLES):
             return None
-    return CTranslate2File.open(path, shown=shown)
+    return CTranslate2File.open(path, limits, shown=shown)
 
 
 class CTranslate2File:
@@ -102,7 +103,9 @@ class CTranslate2File:
         self.aliases = MappingProxyType(aliases)
 
     @classmethod
-    def open(cls, path: PathLike, limits: Limits | None = None, *, shown: str | None = None) -> CTranslate2File:
+    def open(
+        cls, path: PathLike, limits: Limits | Mapping[str, int] | None = None, *, shown: str | None = None
+    ) -> CTranslate2File:
         """Map the file and check its records; the variables' bytes are not read.
 
         `shown` is the file's name in errors, by default the path. Raises CheckpointError for a file that is not
@@ -110,7 +113,7 @@ class CTranslate2File:
         """
         shown = shown or shown_path(path)
         with open_regular(path, shown) as file:
-            return cls(_Reader(_map(file, shown), shown), limits or Limits())
+            return cls(_Reader(_map(file, shown), shown), limits_of(Limits, limits))
 
     def names(self) -> tuple[str, ...]:
         """The variables' names, in the file's order."""
@@ -192,7 +195,7 @@ class _Reader:
             self.fail(
                 f"the file declares more {field} than the limit",
                 f"{count}, limit {limit}",
-                f"Limits(tensors={count}), if you trust the file",
+                limit_hint("tensors", count),
             )
         return count
 

@@ -32,7 +32,7 @@ from treadle.frontends.nearest_names import NearestNames
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.call_spelling import spelled_call
 from treadle.ir.collection import collection_paused
-from treadle.ir.errors import FrontendError, TreadleError
+from treadle.ir.errors import FrontendError, Hint, TreadleError
 from treadle.ir.graph import Graph, Init, Source
 from treadle.ir.outline import Region, outline_regions
 from treadle.ir.sizes import Bounds, Size, SizeLike
@@ -351,7 +351,7 @@ class Model(Generic[P, R]):
                     f"option {name} of model {self.name} is a function",
                     received=repr(value),
                     source=_definition(self.function),
-                    hint=f"{name}=t.{value}; on the command line, --set {name}=t.{value}",
+                    hint=Hint(f"{name}=t.{value}", f"--set {name}=t.{value}"),
                 )
         optional = [i.name for i in self.declared_inputs if i.optional]
         given = self.given if inputs is None else tuple(n for n in optional if n in inputs)

@@ -33,6 +33,7 @@ from treadle.frontends.contained_files import PathLike, open_regular, printable,
 from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.safetensors_file import TensorRecord
 from treadle.ir.errors import CheckpointError, FrontendError
+from treadle.ir.limits import MORE, limit_hint, limits_of
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -115,7 +116,7 @@ class GGUFFile:
         self._tensors = dict(tensors)
 
     @classmethod
-    def open(cls, path: PathLike, limits: GGUFLimits | None = None) -> GGUFFile:
+    def open(cls, path: PathLike, limits: GGUFLimits | Mapping[str, int] | None = None) -> GGUFFile:
         """Map the file and check everything before the tensors' blocks, of which it reads none.
 
         Raises CheckpointError, with the byte and the field, for a file that is not there, is not regular, breaks the
@@ -124,7 +125,7 @@ class GGUFFile:
         shown = shown_path(path)
         with open_regular(path, shown) as file:
             try:
-                return _open(file, shown, limits or GGUFLimits())
+                return _open(file, shown, limits_of(GGUFLimits, limits))
             except (OSError, ValueError) as error:
                 raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
 
@@ -376,7 +377,7 @@ class _Reader:
     def past(self, limit: str, what: str) -> NoReturn:
         """Refuse what is past a limit."""
         most = getattr(self.limits, limit)
-        self.fail(f"{what} than the limit", f"limit {most}", f"GGUFLimits({limit}=...), if you trust the file")
+        self.fail(f"{what} than the limit", f"limit {most}", limit_hint(limit, MORE * most))
 
     def u32(self) -> int:
         return int(struct.unpack_from("<I", self.data, self.take(4))[0])

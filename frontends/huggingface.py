@@ -46,6 +46,7 @@ from treadle.frontends.safetensors_file import (
 )
 from treadle.frontends.strict_json import JsonReader, read_json_object
 from treadle.ir.errors import CheckpointError
+from treadle.ir.limits import MORE, limit_hint, limits_of
 
 _CONFIG = "config.json"
 _CACHED = "models--"
@@ -232,7 +233,7 @@ class Checkpoint:
             )
 
     def _read_index(self) -> dict[str, str]:
-        data = read_regular(self.folder.file(_INDEX), self.limits.header_bytes, self.label, "Limits(header_bytes=...)")
+        data = read_regular(self.folder.file(_INDEX), self.limits.header_bytes, self.label, "header_bytes")
         reader = JsonReader(data, self.label, nesting=self.limits.nesting, values=self.limits.values)
         places: dict[str, str] | None = None
         for key in reader.members("a JSON object"):
@@ -255,7 +256,7 @@ class Checkpoint:
                 reader.fail(
                     "the index lists more tensors than the limit",
                     received=f"limit {self.limits.tensors}",
-                    hint="Limits(tensors=...), if you trust the file",
+                    hint=limit_hint("tensors", MORE * self.limits.tensors),
                 )
             reader.next_byte()
             at = reader.position
@@ -273,7 +274,7 @@ class Checkpoint:
         return f"Checkpoint({self.folder.shown!r})"
 
 
-def open_checkpoint(folder: PathLike, limits: Limits | None = None) -> Checkpoint:
+def open_checkpoint(folder: PathLike, limits: Limits | Mapping[str, int] | None = None) -> Checkpoint:
     """Open the model in a folder, in a hub cache's `models--org--name`, or in one of its snapshots.
 
     Reads config.json. Weights are `model.safetensors`, else the shards of `model.safetensors.index.json`;
@@ -283,16 +284,16 @@ def open_checkpoint(folder: PathLike, limits: Limits | None = None) -> Checkpoin
     Raises CheckpointError if config.json or the weights are not there or are damaged, if the weights are
     pickles, if a path or a link leads out of the folder, or past a limit.
     """
-    limits = limits or Limits()
+    known = limits_of(Limits, limits)
     place = ModelFolder.find(folder)
     if not place.has(_CONFIG):
         raise _no_config(place)
     shown = place.show(_CONFIG)
-    data = read_regular(place.file(_CONFIG), limits.config_bytes, shown, "Limits(config_bytes=...)")
-    config = read_json_object(data, shown, nesting=limits.nesting, values=limits.values)
+    data = read_regular(place.file(_CONFIG), known.config_bytes, shown, "config_bytes")
+    config = read_json_object(data, shown, nesting=known.nesting, values=known.values)
     if not place.has(_SINGLE) and not place.has(_INDEX):
         raise _no_weights(place)
-    return Checkpoint(place, config, limits)
+    return Checkpoint(place, config, known)
 
 
 def _revision(path: Path, shown: str) -> str:

@@ -30,6 +30,7 @@ from treadle.frontends.contained_files import PathLike, open_regular, printable,
 from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.strict_json import JsonReader
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.limits import MORE, limit_hint, limits_of
 
 _LENGTH_BYTES = 8
 _LARGEST = 2**63 - 1
@@ -146,7 +147,9 @@ class SafetensorsFile:
         self._data = data
 
     @classmethod
-    def open(cls, path: PathLike, limits: Limits | None = None, *, shown: str | None = None) -> SafetensorsFile:
+    def open(
+        cls, path: PathLike, limits: Limits | Mapping[str, int] | None = None, *, shown: str | None = None
+    ) -> SafetensorsFile:
         """Map the file and check its header. Reads the header alone; of the tensors only sizes are looked at.
 
         `shown` is the file's name in errors, by default the path. Raises CheckpointError for a file that is
@@ -156,7 +159,7 @@ class SafetensorsFile:
         refuse_pickle(PurePath(path).name, shown)
         with open_regular(path, shown) as file:
             try:
-                return _open(file, shown, limits or Limits())
+                return _open(file, shown, limits_of(Limits, limits))
             except (OSError, ValueError, OverflowError) as error:
                 raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
 
@@ -294,7 +297,7 @@ def _open(file: BinaryIO, shown: str, limits: Limits) -> SafetensorsFile:
             "the header is longer than the limit",
             f"a header length of {length} bytes, limit {limits.header_bytes}",
             "byte 0, header length",
-            f"Limits(header_bytes={length}), if you trust the file",
+            limit_hint("header_bytes", length),
         )
     file.seek(_LENGTH_BYTES)
     header = file.read(length)
@@ -322,14 +325,14 @@ def _read_header(reader: JsonReader, limits: Limits, base: int) -> tuple[dict[st
                         reader.fail(
                             "the metadata has more members than the limit",
                             received=f"limit {limits.values}",
-                            hint="Limits(values=...), if you trust the file",
+                            hint=limit_hint("values", MORE * limits.values),
                         )
                     metadata[key] = reader.string("a text")
         elif len(records) == limits.tensors:
             reader.fail(
                 "the file declares more tensors than the limit",
                 received=f"limit {limits.tensors}",
-                hint="Limits(tensors=...), if you trust the file",
+                hint=limit_hint("tensors", MORE * limits.tensors),
             )
         else:
             records[name] = _read_record(reader, name, limits, base)
@@ -388,7 +391,7 @@ def _read_shape(reader: JsonReader, rank: int) -> tuple[int, ...]:
             reader.fail(
                 "the tensor has more dimensions than the limit",
                 received=f"limit {rank}",
-                hint="Limits(rank=...), if you trust the file",
+                hint=limit_hint("rank", min(MORE * rank, 64)),
             )
         dims.append(reader.size("a size"))
         span *= dims[-1] or 1

@@ -15,7 +15,7 @@ import numpy as np
 
 from treadle.ir.axes import Role
 from treadle.ir.composites import body_of
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
 from treadle.ir.inline import inline_calls
 from treadle.ir.operation import Composite
@@ -61,9 +61,13 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
         if sizes not in found and all(n >= 0 for shape in shapes for n in shape):
             found.append(sizes)
     if not found:
-        told = ",".join(f"{symbol}=N" for symbol in graph.symbols)
+        each, told = (
+            joint.join(mark.format(s) for s in graph.symbols) for joint, mark in ((", ", "{!r}: N"), (",", "{}=N"))
+        )
         raise UsageError(
-            "no small sizes fit the model", received=", ".join(graph.symbols), hint=f"--sizes {told}, with ones that do"
+            "no small sizes fit the model",
+            received=", ".join(graph.symbols),
+            hint=Hint(f"sizes=[{{{each}}}], with ones that do", f"--sizes {told}, with ones that do"),
         )
     return found
 

@@ -25,7 +25,7 @@ from treadle.ir.attention_terms import (
     Window,
 )
 from treadle.ir.builder import Builder, Expr, ExprLike
-from treadle.ir.errors import GraphError
+from treadle.ir.errors import GraphError, Hint
 from treadle.ir.source_lines import user_line
 
 
@@ -114,6 +114,12 @@ causal = Masks(((Causal(), ()),))
 """Keys up to the query's own position."""
 
 
+_INCLUDED = Hint(
+    "test an optional input for None before masking by it, or include it: inputs=(...,)",
+    "test an optional input for None before masking by it, or include it: --inputs NAME",
+)
+
+
 def _given(x: object, what: str) -> ExprLike:
     """The tensor or array of a mask or bias. Raises GraphError where an optional input was left out."""
     if isinstance(x, Expr | np.ndarray | list | tuple):
@@ -122,9 +128,7 @@ def _given(x: object, what: str) -> ExprLike:
         f"{what} must be a tensor of the model, or an array",
         received="None" if x is None else type(x).__name__,
         source=str(user_line() or "") or None,
-        hint="test an optional input for None before masking by it, or include it: inputs=(...,)"
-        if x is None
-        else "[0.5, 0.25], numpy.array(...) or a tensor",
+        hint=_INCLUDED if x is None else "[0.5, 0.25], numpy.array(...) or a tensor",
     )
 
 

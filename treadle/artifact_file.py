@@ -26,6 +26,7 @@ from treadle.frontends.safetensors_file import Limits as HeaderLimits
 from treadle.frontends.safetensors_file import SafetensorsFile, TensorRecord
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.graph import Literal
+from treadle.ir.limits import limit_hint
 from treadle.ir.types import DType, bf16
 from treadle.ir.types import u8 as _U8
 
@@ -155,7 +156,7 @@ class SectionFile:
             self.fail(
                 "the section is longer than the limit",
                 f"section {name}",
-                f"{setting}, if you trust the file",
+                limit_hint(setting, len(data)),
                 received=f"{len(data)} bytes, limit {most_bytes}",
             )
         try:

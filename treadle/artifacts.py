@@ -16,7 +16,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from treadle.frontends.strict_json import JsonReader
 from treadle.ir.collection import collection_paused
 from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.graph import Function, Graph
+from treadle.ir.limits import MORE, check_limits, limit_hint, limits_of
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
@@ -84,6 +85,17 @@ class ArtifactLimits:
     graph: TextLimits = field(default_factory=lambda: GRAPH_LIMITS)
     log_bytes: int = 4 * 2**20
     log_values: int = 50_000
+
+    @classmethod
+    def of(cls, given: ArtifactLimits | Mapping[str, int] | None) -> ArtifactLimits:
+        """Limits by name, those of the header and of the graphs among them. Raises UsageError."""
+        if not isinstance(given, Mapping):
+            return limits_of(cls, given)
+        own = cls()
+        names = {part: {f.name for f in fields(part)} for part in (own.header, own.graph, own)}
+        check_limits(given, sorted(set().union(*names.values()) - {"header", "graph"}))
+        header, graph, rest = ({n: given[n] for n in given if n in known} for known in names.values())
+        return replace(own, header=replace(own.header, **header), graph=replace(own.graph, **graph), **rest)
 
 
 def is_artifact(model: object) -> bool:
@@ -141,7 +153,9 @@ class Artifact:
 
 
 @collection_paused()
-def open_artifact(path: PathLike, *, limits: ArtifactLimits | None = None, check: bool = True) -> Artifact:
+def open_artifact(
+    path: PathLike, *, limits: ArtifactLimits | Mapping[str, int] | None = None, check: bool = True
+) -> Artifact:
     """Read an artifact without compiling it.
 
     check  compare every weight with its hash, which reads the whole file once; without it, weights are read when they
@@ -150,9 +164,9 @@ def open_artifact(path: PathLike, *, limits: ArtifactLimits | None = None, check
     Raises CheckpointError, ParseError or VerifyError, with section and place, where the file is damaged, foreign or
     past a limit.
     """
-    limits = limits or ArtifactLimits()
+    known = ArtifactLimits.of(limits)
     _refuse_model(path)
-    file = SectionFile(path, limits.header, check=check)
+    file = SectionFile(path, known.header, check=check)
     told = file.metadata
     for key in [*told, *_FIELDS]:
         if key not in told or key not in _FIELDS:
@@ -161,9 +175,9 @@ def open_artifact(path: PathLike, *, limits: ArtifactLimits | None = None, check
     seed = told["seed"]
     if seed and not (seed.isascii() and seed.isdigit() and len(seed) < 40):
         file.fail("the seed must be digits or nothing", "__metadata__, seed", received=printable(seed))
-    declared, graph = (_read_graph(file, section, limits.graph) for section in ("declared", "graph"))
+    declared, graph = (_read_graph(file, section, known.graph) for section in ("declared", "graph"))
     _check_pair(file, declared, graph)
-    log = _read_log(file, declared, graph, limits)
+    log = _read_log(file, declared, graph, known)
     return Artifact(
         told["name"],
         told["backend"],
@@ -182,7 +196,7 @@ def load(
     *,
     backend: str | None = None,
     target: str | Target | None = None,
-    limits: ArtifactLimits | None = None,
+    limits: ArtifactLimits | Mapping[str, int] | None = None,
     check: bool = True,
     widen: str | Iterable[str] = (),
 ) -> Compiled:
@@ -190,7 +204,7 @@ def load(
 
     backend, target  in place of those that it was compiled for
     widen            "bf16", "f16", or both: values of these dtypes are f32 instead, as in `compile`
-    limits           what the file may ask for
+    limits           what the file may ask for: `ArtifactLimits`, or those that differ by name
     check            compare every weight with its hash, which reads the whole file once
 
     No pass is run and no code of the file's: the backend lowers the optimized graph. Raises CheckpointError,
@@ -246,7 +260,7 @@ def _widened(held: Artifact, narrow: frozenset[DType]) -> Artifact:
 
 
 def _read_graph(file: SectionFile, section: str, limits: TextLimits) -> Graph:
-    text = file.text(section, limits.characters, "ArtifactLimits(graph=Limits(characters=...))")
+    text = file.text(section, limits.characters, "characters")
     try:
         graph = parse_graph(text, limits)
         verify(graph)
@@ -296,7 +310,7 @@ def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: Artifact
 
     Times are not kept, nor graphs between passes.
     """
-    text = file.text("log", limits.log_bytes, "ArtifactLimits(log_bytes=...)")
+    text = file.text("log", limits.log_bytes, "log_bytes")
     reader = JsonReader(text.encode(), f"{file.path}: section log", nesting=16, values=limits.log_values)
     data = reader.value()
     reader.end()
@@ -309,7 +323,7 @@ def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: Artifact
     for number, said in enumerate(passes):
         carried += len(counts)
         if carried > limits.log_values:
-            hint = "ArtifactLimits(log_values=...), if you trust the file"
+            hint = limit_hint("log_values", MORE * limits.log_values)
             file.fail("the pass log counts more ops than the limit", f"section log, pass {number}", hint)
         try:
             records.append(_read_record(said, counts))

@@ -19,7 +19,7 @@ from treadle.frontends.dsl import Model
 from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.held_weights import HeldWeights
-from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph, Init
 from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.source_lines import user_line
@@ -170,6 +170,7 @@ def compile(
     seed: int = 0,
     certify: bool | None = None,
     widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
     **config: Any,
 ) -> Compiled:
     """Compile a model for a backend and a target; what it gives is called with arrays by name.
@@ -188,6 +189,7 @@ def compile(
     seed     an integer, 0 or more
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
     widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights among them (`treadle.ir.widening`)
+    limits   what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
     config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 
     An ONNX file with an input that determines shapes, and of which config has no value, is compiled when it is called,
@@ -218,7 +220,7 @@ def compile(
     if isinstance(model, Model):
         _refuse_misspelt(config, model)
     try:
-        resolved = resolve(model, inputs=inputs, widen=widen, **config)
+        resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
     except StaticInputNeeded as needed:
         from treadle.specializing import Specializing
 
@@ -246,8 +248,10 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     for name, value in graph.parameters.items():
         shape = value.type.static_shape
         if shape is None or value.type.dtype.numpy is None:
-            drawable = 'widen="bf16", on the command line --widen bf16' if shape is not None else ""
-            hint = " or ".join(filter(None, ["weights=", drawable]))
+            narrow = shape is not None
+            hint = Hint(
+                "weights=" + ', or widen="bf16"' * narrow, "--widen bf16" if narrow else "a checkpoint with its weights"
+            )
             raise UsageError(f"parameter {name}: {value.type} cannot be drawn", hint=hint)
         rng = np.random.default_rng([seed, *name.encode()])
         drawn[name] = graph.initial.get(name, Init("normal", 0.02)).draw(shape, value.type.dtype, rng)

@@ -7,7 +7,7 @@ for piece in writer.continued(["The capital of France is"], most=8):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,13 @@ class TextWriter:
 
     @classmethod
     def open(
-        cls, model: str | Path, *, backend: str = "numpy", target: str | Target = "cpu", **config: Any
+        cls,
+        model: str | Path,
+        *,
+        backend: str = "numpy",
+        target: str | Target = "cpu",
+        limits: Mapping[str, int] | None = None,
+        **config: Any,
     ) -> TextWriter:
         """Compile a model that has a tokenizer.
 
@@ -71,15 +77,15 @@ class TextWriter:
         """
         place = find_folder(model)
         if place.suffix == GGUF_SUFFIX:
-            file = GGUFFile.open(place)
+            file = GGUFFile.open(place, limits)
             read_gguf(file)
             tokenizer, end, template = gguf_text_tokenizer(file), gguf_end_tokens(file), gguf_chat_template(file)
         else:
-            if place.is_dir() and find_ctranslate2(place) is None:
-                family_of(open_checkpoint(place).config)
+            if place.is_dir() and find_ctranslate2(place, limits) is None:
+                family_of(open_checkpoint(place, limits).config)
             tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
             template = folder_chat_template(place)
-        made = compile(model, backend=backend, target=target, **config)
+        made = compile(model, backend=backend, target=target, limits=limits, **config)
         Stepper.of(made.graph, made)  # refuses what cannot be continued before anything is asked of it
         return cls(made, tokenizer, end, template)
 

@@ -22,7 +22,7 @@ class HeldWeights(Mapping[str, Array]):
     """
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays = {name: _unwritable(array) for name, array in arrays.items()}
+        self._arrays: dict[str, Array] = {name: _unwritable(array) for name, array in arrays.items()}
 
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]

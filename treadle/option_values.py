@@ -23,12 +23,17 @@ _INLINE_BYTES = 1 << 20
 _TEXT_BYTES = 256 << 20  # of sentences to embed
 
 
-_ARGUMENTS = frozenset({"backend", "certify", "inputs", "model", "passes", "seed", "target", "weights", "widen"})
+_ARGUMENTS = frozenset(
+    {"backend", "certify", "inputs", "limits", "model", "passes", "seed", "target", "weights", "widen"}
+)
 """What `treadle.compile` takes beside the configuration."""
 
 
-def parse_config(assignments: Iterable[str]) -> dict[str, Any]:
-    """`layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else a text."""
+def parse_config(assignments: Iterable[str], limits: Iterable[str] = ()) -> dict[str, Any]:
+    """`layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else a text.
+
+    limits  what a file may ask for: where there are any, they become the argument `limits`
+    """
     config: dict[str, Any] = {}
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
         if name in _ARGUMENTS:
@@ -37,7 +42,19 @@ def parse_config(assignments: Iterable[str]) -> dict[str, Any]:
                 hint="the options of the command itself: --backend, --target, --seed, ...",
             )
         config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
+    if allowed := parse_limits(limits):
+        config["limits"] = allowed
     return config
+
+
+def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
+    """`nodes=400000`: what a file may ask for. Raises UsageError for anything but positive integers."""
+    limits = {}
+    for name, value in (_assignment(each, "--limit nodes=400000") for each in assignments):
+        if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
+            raise UsageError(f"the limit {name} must be a positive integer", received=printable(value))
+        limits[name] = int(value)
+    return limits or None
 
 
 def parse_sizes(text: str | None) -> dict[str, int]:

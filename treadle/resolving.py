@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,18 +30,17 @@ from treadle.frontends.dsl import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
+from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.errors import FrontendError, TreadleError, UsageError
+from treadle.ir.errors import FrontendError, Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
 from treadle.ir.types import DType
 from treadle.ir.widening import narrow_dtypes, widen_graph
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
 
-if TYPE_CHECKING:
-    from treadle.frontends.onnx_import.file import OnnxFile
-
 Array = np.ndarray[Any, Any]
+Limits = Mapping[str, int] | None
 
 GGUF_SUFFIX = ".gguf"
 ONNX_SUFFIX = ".onnx"
@@ -82,11 +81,9 @@ class OpenedOnnx:
     narrow: frozenset[DType] = frozenset()
 
     @classmethod
-    def open(cls, path: Path, config: Mapping[str, Any]) -> OpenedOnnx:
+    def open(cls, path: Path, config: Mapping[str, Any], limits: Limits = None) -> OpenedOnnx:
         """What config names is an input, whose value it gives, or an axis. Raises as `import_onnx` does."""
-        from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits
-
-        file = OnnxFile.open(path, OnnxLimits())
+        file = OnnxFile.open(path, limits)
         known = {value.name for value in file.proto.graph.input}
         static = {name: value for name, value in config.items() if name in known}
         return cls(path, file, static, {name: value for name, value in config.items() if name not in static})
@@ -119,12 +116,14 @@ def resolve(
     *,
     inputs: Sequence[str] | None = None,
     widen: str | Iterable[str] = (),
+    limits: Limits = None,
     **config: Any,
 ) -> Resolved:
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include
     widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.widening`)
+    limits   what a file may ask for before it is refused: {"tensors": 1_000_000}
     config   configuration that overrides the declaration's or the checkpoint's
 
     Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read,
@@ -132,7 +131,7 @@ def resolve(
     """
     narrow = narrow_dtypes(widen)
     try:
-        return _widened(_resolve(model, inputs, config), narrow)
+        return _widened(_resolve(model, inputs, config, limits), narrow)
     except StaticInputNeeded as needed:
         needed.opened = replace(needed.opened, narrow=narrow)
         raise
@@ -153,8 +152,13 @@ def _as_f32(array: Any) -> Array:
 
 
 def _resolve(
-    model: Model | Graph | TorchModel | str | Path, inputs: Sequence[str] | None, config: Mapping[str, Any]
+    model: Model | Graph | TorchModel | str | Path,
+    inputs: Sequence[str] | None,
+    config: Mapping[str, Any],
+    limits: Limits,
 ) -> Resolved:
+    if limits is not None and not isinstance(model, str | Path):
+        raise UsageError("limits= are of a file, and this model is none", received=f"a {type(model).__name__}")
     if isinstance(model, Graph | TorchModel):
         if config or inputs:
             raise UsageError("a graph takes no configuration", received=", ".join([*config, *(inputs or ())]))
@@ -180,13 +184,13 @@ def _resolve(
         return Resolved(text, declared.graph(), declared)
     place = find_folder(text)
     if place.suffix == GGUF_SUFFIX and not place.is_dir():
-        return _from_gguf(place, inputs, config)
+        return _from_gguf(place, inputs, config, limits)
     if place.suffix == ONNX_SUFFIX and not place.is_dir():
-        return _from_onnx(place, inputs, config)
-    converted = find_ctranslate2(place)
+        return _from_onnx(place, inputs, config, limits)
+    converted = find_ctranslate2(place, limits)
     if converted is not None:
         return _from_ctranslate2(converted, place, inputs, config)
-    return _from_folder(place, inputs, config)
+    return _from_folder(place, inputs, config, limits)
 
 
 def _instead_of(model: object) -> str | None:
@@ -209,7 +213,8 @@ def find_folder(model: str | Path) -> Path:
         if name.endswith(".py"):
             raise UsageError("a model in a file is named with its function", received=name, hint=f"{name}:FUNCTION")
         if name.endswith(".treadle"):
-            raise UsageError("an artifact is compiled already", received=name, hint=f"treadle.load({name!r})")
+            hint = Hint(f"treadle.load({name!r})", f"treadle run {name}")
+            raise UsageError("an artifact is compiled already", received=name, hint=hint)
         return Path(name)
     if name in family_names():
         raise UsageError(
@@ -228,7 +233,7 @@ def find_folder(model: str | Path) -> Path:
         )
     folder = fetched_model(name)
     if folder is None:
-        raise UsageError(f"{name} was not fetched yet", hint=f"treadle fetch {name}")
+        raise UsageError(f"{name} was not fetched yet", hint=Hint(f"t.fetch_model({name!r})", f"treadle fetch {name}"))
     if not folder.is_dir() and folder.suffix not in (GGUF_SUFFIX, ONNX_SUFFIX):
         raise UsageError(
             f"{name} is in a format that Treadle does not read yet", received=folder.name, within=str(folder.parent)
@@ -244,8 +249,8 @@ def load_weights(graph: Graph, checkpoint: Checkpoint) -> tuple[dict[str, Array]
     return binding.arrays, binding.unused
 
 
-def _from_folder(folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
-    checkpoint = open_checkpoint(folder)
+def _from_folder(folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
+    checkpoint = open_checkpoint(folder, limits)
     family = family_of(checkpoint.config)
     declared = family.from_config(checkpoint.config).configure(inputs=inputs, **config)
     graph = declared.graph()
@@ -253,8 +258,8 @@ def _from_folder(folder: Path, inputs: Sequence[str] | None, config: Mapping[str
     return Resolved(family.name, graph, declared, weights, unused, folder)
 
 
-def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
-    file = GGUFFile.open(path)
+def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
+    file = GGUFFile.open(path, limits)
     model, table = read_gguf(file)
     declared = model.configure(inputs=inputs, **config)
     graph = declared.graph()
@@ -265,8 +270,8 @@ def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, An
     return Resolved(declared.name, graph, declared, binding.arrays, unused, path, blocks)
 
 
-def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any]) -> Resolved:
-    opened = OpenedOnnx.open(path, config)
+def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
+    opened = OpenedOnnx.open(path, config, limits)
     if inputs:  # all inputs are there anyway
         takes = [value.name for value in opened.inputs().main.inputs]
         unknown = [name for name in inputs if name not in takes]
@@ -277,7 +282,7 @@ def _from_onnx(path: Path, inputs: Sequence[str] | None, config: Mapping[str, An
     try:
         return opened.resolve()
     except StaticArgumentNeeded as error:
-        hint = f"{error.argument}=VALUE as an argument"
+        hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
         needed = StaticInputNeeded(error.what, received=error.received, within=error.within, hint=hint)
         needed.argument, needed.opened = error.argument, opened
         raise needed from error

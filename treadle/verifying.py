@@ -39,6 +39,7 @@ def verify_model(
     sizes: Sequence[Mapping[str, int]] | None = None,
     seed: int = 0,
     widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
     told: Callable[[str], None] = lambda line: None,
     **config: Any,
 ) -> VerificationReport:
@@ -58,12 +59,14 @@ def verify_model(
     if is_artifact(model):
         if config or inputs or weights is not None or widen:
             raise UsageError("an artifact takes no configuration, inputs, weights or widen", received=str(model))
-        held = open_artifact(str(model))
+        held = open_artifact(str(model), limits=limits)
         optimized, given = held.optimized, dict(held.weights)
         for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
             given.setdefault(name, np.zeros(value.type.evaluate({}), value.type.dtype.numpy or np.float32))
     else:
-        resolved = resolve(model, inputs=None if inputs is None else tuple(inputs), widen=widen, **config)
+        resolved = resolve(
+            model, inputs=None if inputs is None else tuple(inputs), widen=widen, limits=limits, **config
+        )
         optimized = PassManager(passes).run(resolved.graph)
         found = weights if weights is not None else resolved.weights
         given = initial_weights(optimized.source, seed) if found is None else dict(found)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from treadle.frontends.contained_files import PathLike, canonical, contained, open_regular, printable, read_regular
 from treadle.frontends.onnx_import.elements import Element, decode, element
 from treadle.ir.errors import CheckpointError, FrontendError
+from treadle.ir.limits import limits_of
 from treadle.ir.types import bf16
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class OnnxLimits:
     nodes: int = 200_000
     nesting: int = 32
     rank: int = 24
+
+
+Limits = OnnxLimits | Mapping[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -141,12 +145,13 @@ class OnnxFile:
         self.opsets = self._read_opsets()
 
     @staticmethod
-    def open(model: PathLike | onnx.ModelProto, limits: OnnxLimits, folder: PathLike | None = None) -> OnnxFile:
+    def open(model: PathLike | onnx.ModelProto, limits: Limits = None, folder: PathLike | None = None) -> OnnxFile:
         """Read a file, or take a model that is in memory; `folder` then holds its external data.
 
         Raises FrontendError without the package onnx or where the bytes are no ModelProto, CheckpointError where
         there is no such file or it is past the limit.
         """
+        known = limits_of(OnnxLimits, limits)
         try:
             import onnx
         except ImportError as error:
@@ -154,9 +159,9 @@ class OnnxFile:
                 "reading ONNX files needs the package onnx", received=str(error), hint="pip install 'treadle[onnx]'"
             ) from None
         if isinstance(model, onnx.ModelProto):
-            return OnnxFile(model, model.graph.name or "model", None if folder is None else canonical(folder), limits)
+            return OnnxFile(model, model.graph.name or "model", None if folder is None else canonical(folder), known)
         path = Path(os.fspath(model))
-        data = read_regular(path, limits.bytes, setting="OnnxLimits(bytes=...)")
+        data = read_regular(path, known.bytes, setting="bytes")
         try:
             proto = onnx.ModelProto.FromString(data)
         except Exception as error:  # DecodeError of whichever protobuf is installed
@@ -167,7 +172,7 @@ class OnnxFile:
                 hint=_ANOTHER_FILE,
             ) from None
         return OnnxFile(
-            proto, printable(path.name), canonical(path).parent if folder is None else canonical(folder), limits
+            proto, printable(path.name), canonical(path).parent if folder is None else canonical(folder), known
         )
 
     def _read_opsets(self) -> dict[str, int]:

@@ -22,20 +22,27 @@ from treadle.frontends.contained_files import PathLike, printable
 from treadle.frontends.onnx_import.declared_axes import DeclaredAxes, declared_sizes
 from treadle.frontends.onnx_import.elements import Element, carried, element, named
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
-from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits, captured, describe, live_nodes
+from treadle.frontends.onnx_import.file import Limits, OnnxFile, captured, describe, live_nodes
 from treadle.frontends.onnx_import.folding import evaluated
 from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, Operator, Result, Site, unsupported
 from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
 from treadle.frontends.onnx_import.values import MOST_KNOWN, Array, Known
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.collection import collection_paused
-from treadle.ir.errors import FrontendError, TreadleError
+from treadle.ir.errors import FrontendError, Hint, TreadleError
 from treadle.ir.graph import Graph, Source
+from treadle.ir.limits import MORE, limit_hint
 from treadle.ir.sizes import Size
 from treadle.ir.types import Dim, Type, boolean
 
 if TYPE_CHECKING:
     import onnx
+
+
+_SAME_AXES = Hint(
+    "names of axes that are one, or their sizes: dims={...} of import_onnx, NAME=VALUE of compile",
+    "--set NAME=VALUE, which says of a name of an axis that it is another one, or its size",
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def import_onnx(
     dims: Mapping[str, str | int] | None = None,
     bf16_in_f32: bool = False,
     folder: PathLike | None = None,
-    limits: OnnxLimits | None = None,
+    limits: Limits = None,
 ) -> Imported:
     """Import a file, or a model in memory.
 
@@ -89,12 +96,13 @@ def import_onnx(
     dims         for names of axes: another name, for two that are one, or a size
     bf16_in_f32  carry bfloat16 in f32, every result rounded, for backends that do not have it
     folder       of external data, for a model in memory
+    limits       what the file may ask for: `OnnxLimits`, or those that differ by name
 
     Raises UnsupportedOnnx (with the operator, the node and the version) for what is not taken, StaticArgumentNeeded for
     an input that must be static, FrontendError for a file that is damaged or breaks the specification, CheckpointError
     where it cannot be read.
     """
-    file = OnnxFile.open(model, limits or OnnxLimits(), folder)
+    file = OnnxFile.open(model, limits, folder)
     return import_opened(file, static=static, dims=dims, bf16_in_f32=bf16_in_f32)
 
 
@@ -331,7 +339,7 @@ class Importer:
                 raise FrontendError(
                     "the model has more nodes than the limit",
                     received=f"limit {self.file.limits.nodes}, functions inlined",
-                    hint="OnnxLimits(nodes=...), if you trust the file",
+                    hint=limit_hint("nodes", MORE * self.file.limits.nodes),
                 )
             wanted = [bool(name) and name in used for name in node.output]
             results = self._node(node, index, scope, wanted)
@@ -362,7 +370,7 @@ class Importer:
         except TreadleError as error:
             hint = error.hint
             if any(words in error.what for words in ("disagree", "elements, the shape", "it must be 1")):
-                hint = "dims={...}, or --set NAME=VALUE, says which names of axes are one, or gives their sizes"
+                hint = _SAME_AXES
             received = error.received
             raise FrontendError(error.what, received=received, within=where, hint=hint) from error
         except RecursionError:

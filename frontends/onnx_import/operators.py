@@ -24,7 +24,7 @@ from treadle.frontends.onnx_import.elements import Element
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
 from treadle.frontends.onnx_import.values import Array, Known, as_sizes
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import FrontendError
+from treadle.ir.errors import FrontendError, Hint
 from treadle.ir.ops.axis_names import place
 from treadle.ir.sizes import Bounds, Size
 from treadle.ir.types import DType
@@ -157,7 +157,7 @@ class Site:
                 f"the values of input {printable(argument)} determine a shape, an axis or a bound",
                 received=f"{printable(name)}: {value.type}[{', '.join(map(str, value.shape))}]",
                 within=self.where,
-                hint=f"static={{{argument!r}: its value}}",
+                hint=Hint(f"static={{{argument!r}: its value}}", f"--set {argument}=VALUE"),
             )
             error.argument = argument
             raise error

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Node, Source, Value
+from treadle.ir.limits import limits_of
 from treadle.ir.operation import OPS, Op
 from treadle.ir.ops.call import Call
 from treadle.ir.sizes import Bounds
@@ -53,9 +54,9 @@ _PARAMETER_WORK = 20
 _NOTE_CHARACTERS_OF_WORK = 16
 
 
-def parse_graph(text: str, limits: Limits | None = None) -> Graph:
+def parse_graph(text: str, limits: Limits | Mapping[str, int] | None = None) -> Graph:
     """Read a graph. Raises ParseError, with the place in the text."""
-    return _Parser(text, limits or Limits()).graph()
+    return _Parser(text, limits_of(Limits, limits)).graph()
 
 
 class _Parser:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from treadle.ir.errors import ParseError, TreadleError
+from treadle.ir.limits import MORE, limit_hint
 from treadle.ir.types import Type, parse_type
 
 RESERVED = frozenset({"false", "inf", "nan", "none", "return", "true", "with"})
@@ -169,9 +170,7 @@ class Scanner:
         self.left -= work
         if self.left < 0:
             self.left = 0  # the error itself looks at text
-            raise self.error(
-                "the text takes too long to read", at, hint=f"Limits(work=...) past {self.limits.work}, if you trust it"
-            )
+            raise self.error("the text takes too long to read", at, hint=limit_hint("work", MORE * self.limits.work))
 
     def skip(self) -> int:
         """Go to where the next piece begins, and return the place."""

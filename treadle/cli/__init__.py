@@ -11,8 +11,8 @@ import itertools
 import sys
 from importlib import import_module
 
-from treadle.cli.application import forget_output, print_json
 from treadle.cli.application import app as app
+from treadle.cli.application import forget_output, print_json
 
 COMMANDS = ("inspect", "compile", "explain", "run", "verify", "export", "embed", "generate", "models", "fetch")
 """In the order of `--help`."""

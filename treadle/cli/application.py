@@ -94,11 +94,9 @@ def _errors_told(as_json: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except TreadleError as error:
-        from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
         from treadle.reports import console, error_facts, error_text
 
-        if isinstance(error, StaticArgumentNeeded):
-            error.hint = f"--set {error.argument}=VALUE"
+        error.hint = getattr(error.hint, "command", error.hint)
         _trace_if_asked()
         if as_json:
             print_json({"error": error_facts(error)})

@@ -16,6 +16,7 @@ from treadle.cli.options import (
     BackendName,
     Certify,
     Config,
+    Limit,
     ModelName,
     OptionalInputs,
     Seed,
@@ -39,6 +40,7 @@ def compile_model(
     explain: Annotated[bool, typer.Option("--explain", help="Say what each pass refused, and why.")] = False,
     certify: Certify = False,
     config: Config = None,
+    limit: Limit = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -58,7 +60,7 @@ def compile_model(
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     started = time.perf_counter()
-    chosen = parse_config(config or ())
+    chosen = parse_config(config or (), limit or ())
     chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
     chosen["widen"] = names_of(widen) or ()
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):

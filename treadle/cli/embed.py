@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, ModelName, TargetName, Threads
+from treadle.cli.options import AsJson, BackendName, Config, Limit, ModelName, TargetName, Threads
 
 
 @command("embed")
@@ -28,6 +28,7 @@ def embed_sentences(
         Path | None, typer.Option(metavar="DIR", help="Write DIR/embeddings.npy.", show_default=False)
     ] = None,
     config: Config = None,
+    limit: Limit = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -44,7 +45,7 @@ def embed_sentences(
     texts = read_sentences(sentences or [], file)
     with working(f"compiling {model}", shown=not as_json):
         embedder = SentenceEmbedder.open(
-            model, backend=backend, target=Target(target, threads), **parse_config(config or ())
+            model, backend=backend, target=Target(target, threads), **parse_config(config or (), limit or ())
         )
     with working(f"embedding {len(texts)} sentences", shown=not as_json):
         embedded = embedder.embed_reporting(texts)

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Certify, Config, ModelName, OptionalInputs, Widen, names_of
+from treadle.cli.options import (
+    NOTHING_CERTIFIED,
+    AsJson,
+    Certify,
+    Config,
+    Limit,
+    ModelName,
+    OptionalInputs,
+    Widen,
+    names_of,
+)
 from treadle.ir.errors import UsageError
 
 
@@ -21,6 +31,7 @@ def explain_sites(
     ] = None,
     certify: Certify = False,
     config: Config = None,
+    limit: Limit = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     as_json: AsJson = False,
@@ -33,7 +44,7 @@ def explain_sites(
 
     if subject != "fusion":
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion")
-    chosen = parse_config(config or ()) | {"inputs": names_of(inputs), "certify": certify or None}
+    chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs), "certify": certify or None}
     chosen["widen"] = names_of(widen) or ()
     chosen["expect"] = parse_expected(expect or ())
     with working(f"looking for fused ops in {model}", shown=not as_json):

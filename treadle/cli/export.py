@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, Seed, Widen, names_of, refuse_for_artifact
+from treadle.cli.options import (
+    AsJson,
+    Config,
+    Limit,
+    ModelName,
+    OptionalInputs,
+    Seed,
+    Widen,
+    names_of,
+    refuse_for_artifact,
+)
 from treadle.ir.errors import UsageError
 
 
@@ -21,6 +31,7 @@ def export_to_onnx(
         int, typer.Option(metavar="BYTES", help="Larger weights go to FILE.onnx.data.", min=0)
     ] = 2**20,
     config: Config = None,
+    limit: Limit = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     seed: Seed = 0,
@@ -30,7 +41,7 @@ def export_to_onnx(
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.onnx.exporter import export_onnx
     from treadle.compiling import initial_weights
-    from treadle.option_values import parse_config
+    from treadle.option_values import parse_config, parse_limits
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
     from treadle.progress import working
@@ -42,10 +53,10 @@ def export_to_onnx(
     with working(f"exporting {model}", shown=not as_json):
         if is_artifact(model):
             refuse_for_artifact(config=config, inputs=inputs, widen=widen)
-            held = open_artifact(model)
+            held = open_artifact(model, limits=parse_limits(limit or ()))
             graph, weights = held.optimized.graph, held.weights
         else:
-            chosen = parse_config(config or ())
+            chosen = parse_config(config or (), limit or ())
             resolved = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen)
             graph = PassManager(DEFAULT).run(resolved.graph).graph
             weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights

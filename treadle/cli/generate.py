@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, ModelName, TargetName, Threads
+from treadle.cli.options import AsJson, BackendName, Config, Limit, ModelName, TargetName, Threads
 
 if TYPE_CHECKING:
     from treadle.continuation import Piece, TextWriter
@@ -25,6 +25,7 @@ def continue_texts(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws: the same seed gives the same text.")] = 0,
     config: Config = None,
+    limit: Limit = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -39,7 +40,9 @@ def continue_texts(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     with working(f"compiling {model}", shown=not as_json):
-        writer = TextWriter.open(model, backend=backend, target=Target(target, threads), **parse_config(config or ()))
+        writer = TextWriter.open(
+            model, backend=backend, target=Target(target, threads), **parse_config(config or (), limit or ())
+        )
     written = [Written(prompt) for prompt in prompts]
     pieces = writer.continued(prompts, most=most, sampling=sampling)
     stream = len(prompts) == 1 and not as_json

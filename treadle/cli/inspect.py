@@ -12,6 +12,7 @@ from treadle.cli.options import (
     AsJson,
     BackendName,
     Config,
+    Limit,
     ModelName,
     OptionalInputs,
     Widen,
@@ -42,6 +43,7 @@ def inspect_graph(
     ] = None,
     source: Annotated[bool, typer.Option("--source", help="The code that the backend makes of the graph.")] = False,
     config: Config = None,
+    limit: Limit = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -53,7 +55,7 @@ def inspect_graph(
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
-    from treadle.option_values import choose_sizes, parse_config, parse_sizes
+    from treadle.option_values import choose_sizes, parse_config, parse_limits, parse_sizes
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
     from treadle.progress import working
@@ -68,10 +70,10 @@ def inspect_graph(
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
             refuse_for_artifact(config=config, inputs=inputs, widen=widen, after=after)
-            optimized = open_artifact(model).optimized
+            optimized = open_artifact(model, limits=parse_limits(limit or ())).optimized
             graph = optimized.source if raw else optimized.graph
         else:
-            chosen = parse_config(config or ())
+            chosen = parse_config(config or (), limit or ())
             declared = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen).graph
             optimized = PassManager(() if raw else DEFAULT).run(declared)
             graph = optimized.after(after) if after else optimized.graph

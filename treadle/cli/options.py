@@ -53,6 +53,12 @@ Widen = Annotated[
     str | None,
     typer.Option("--widen", metavar="bf16", help="Compute in f32 what is bf16, or f16.", show_default=False),
 ]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit", metavar="NAME=N", help="Let a file ask for more than it may, as its error says. Repeatable."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Draws the weights where no checkpoint gives them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

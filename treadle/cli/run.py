@@ -11,7 +11,7 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, ModelName, Seed, Threads, Widen, names_of, refuse_for_artifact
+from treadle.cli.options import AsJson, Config, Limit, ModelName, Seed, Threads, Widen, names_of, refuse_for_artifact
 
 
 @command("run")
@@ -30,6 +30,7 @@ def run_model(
         Path | None, typer.Option(metavar="DIR", help="Write each output to DIR/NAME.npy.", show_default=False)
     ] = None,
     config: Config = None,
+    limit: Limit = None,
     widen: Widen = None,
     backend: Annotated[
         str | None,
@@ -49,20 +50,25 @@ def run_model(
     from treadle.artifacts import is_artifact, load, open_artifact
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
-    from treadle.option_values import input_names, parse_config, parse_inputs
+    from treadle.option_values import input_names, parse_config, parse_inputs, parse_limits
     from treadle.progress import working
     from treadle.reports import array_facts, array_table, console, weights_text
 
     narrow = names_of(widen) or ()
-    assigned, chosen = values or [], parse_config(config or ())
+    assigned, chosen = values or [], parse_config(config or (), limit or ())
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
             refuse_for_artifact(config=config)
-            where = None if target is None and threads is None else target or open_artifact(model).target
+            where = (
+                None
+                if target is None and threads is None
+                else target or open_artifact(model, limits=parse_limits(limit or ())).target
+            )
             made = load(
                 model,
                 backend=backend,
                 target=None if where is None else Target(where, threads),
+                limits=parse_limits(limit or ()),
                 widen=narrow,
             )
         else:

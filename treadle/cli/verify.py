@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, ModelName, OptionalInputs, TargetName, Widen, names_of, refuse_for_artifact
+from treadle.cli.options import (
+    AsJson,
+    Config,
+    Limit,
+    ModelName,
+    OptionalInputs,
+    TargetName,
+    Widen,
+    names_of,
+    refuse_for_artifact,
+)
 
 
 @command("verify", judges=lambda options: True)
@@ -22,6 +32,7 @@ def verify_backends(
         typer.Option(metavar="B=1,S=16", help="Sizes to run at. Repeatable; a few small ones, if not said."),
     ] = None,
     config: Config = None,
+    limit: Limit = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     target: TargetName = "cpu",
@@ -46,7 +57,7 @@ def verify_backends(
             seed=seed,
             widen=names_of(widen) or (),
             told=(lambda line: None) if as_json else tell,
-            **parse_config(config or ()),
+            **parse_config(config or (), limit or ()),
         )
     if as_json:
         print_json(report.as_dict())

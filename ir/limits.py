@@ -1,0 +1,50 @@
+"""What a file may ask for before it is refused: how limits are given, and what an error says of one.
+
+Each reader has a frozen dataclass of them, whose fields are positive integers. Its `limits=` takes that, or the fields
+that differ by name: `limits={"nodes": 400_000}`. So does `treadle.compile`, for whichever file it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from treadle.ir.errors import Hint, UsageError
+
+L = TypeVar("L")
+
+MORE = 4
+"""How many times a limit the one is that an error proposes where it does not know what the file asks for."""
+
+
+def limits_of(kind: type[L], given: L | Mapping[str, int] | None) -> L:
+    """A reader's limits, all of them. Raises UsageError for a name that it does not have, and for what is no limit."""
+    if given is None:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(given, Mapping):
+        received = f"a {type(given).__name__}"
+        raise UsageError(f"limits= is a {kind.__name__}, or numbers by name", received=received, hint=_one_of(known))
+    check_limits(given, known)
+    return replace(kind(), **given)  # type: ignore[type-var]
+
+
+def check_limits(given: Mapping[str, Any], known: list[str]) -> None:
+    """Raise UsageError for a limit that this kind of file does not have, or that is no positive integer."""
+    for name, most in given.items():
+        if name not in known:
+            raise UsageError(f"this kind of file has no limit {name!r}", hint=_one_of(known))
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise UsageError(f"the limit {name} must be a positive integer", received=repr(most)[:80])
+
+
+def _one_of(known: list[str]) -> str:
+    return "one of " + ", ".join(known)
+
+
+def limit_hint(name: str, most: int) -> Hint:
+    """How to raise a limit so far that the file is read."""
+    return Hint(f"limits={{{name!r}: {most}}}, if you trust the file", f"--limit {name}={most}, if you trust the file")
