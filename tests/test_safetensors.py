@@ -363,10 +363,10 @@ def test_limits(path: Path) -> None:
     write(path, {"__metadata__": {"a": "", "b": "", "c": ""}, **header}, bytes(5))
     assert len(SafetensorsFile.open(path, Limits(tensors=5, rank=3, values=3, header_bytes=600, nesting=3))) == 5
     for limits, words, hint in [
-        (Limits(tensors=4), "more tensors", "Limits(tensors="),
-        (Limits(rank=2), "more dimensions", "Limits(rank="),
-        (Limits(header_bytes=100), "longer than the limit", "Limits(header_bytes="),
-        (Limits(values=2), "more members", "Limits(values="),
+        (Limits(tensors=4), "more tensors", "limits={'tensors': "),
+        (Limits(rank=2), "more dimensions", "limits={'rank': "),
+        (Limits(header_bytes=100), "longer than the limit", "limits={'header_bytes': "),
+        (Limits(values=2), "more members", "limits={'values': "),
         (Limits(nesting=2), "deep", ""),
     ]:
         error = refusal(path, limits)

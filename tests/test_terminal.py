@@ -164,6 +164,10 @@ with working("thinking hard", shown="--json" not in sys.argv):
 with downloading("fetching it", 1000, shown="--json" not in sys.argv) as progress:
     progress(500)
     time.sleep(0.3)
+with working("telling", shown="--json" not in sys.argv) as tell:
+    time.sleep(0.8)
+    tell("a line")
+    time.sleep(0.3)
 with working("never seen"):
     pass
 print("done")
@@ -176,22 +180,22 @@ def test_work_that_lasts_is_shown_on_a_terminal_and_taken_away() -> None:
     assert "thinking hard" in said
     assert "0.5/1.0 kB" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
     assert "never seen" not in said
-    assert [row for row in seen(said) if row.strip()] == ["done"]
+    assert [row for row in seen(said) if row.strip()] == ["a line", "done"]
 
 
 def test_nothing_of_it_goes_to_a_pipe_or_where_json_is_asked() -> None:
     done = piped("-c", SLOW)
-    assert (done.stdout, done.stderr) == ("done\n", "")
+    assert (done.stdout, done.stderr) == ("a line\ndone\n", "")
     code, said = on_terminal("-c", SLOW, "--json")
-    assert (code, said) == (0, "done\n")
+    assert (code, said) == (0, "a line\ndone\n")
 
 
 def test_compiling_says_so(tmp_path: Path) -> None:
     lines = ["import time", "import treadle as t", "", "@t.model", 'def m(x: t.f32["B 2"]):', "    time.sleep(1.2)"]
     (tmp_path / "m.py").write_text("\n".join([*lines, '    return {"y": x * 2}', ""]), encoding="utf-8")
-    for words in (["compile"], ["inspect"], ["run", "--input", "x=1,2"]):
+    for words in (["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]):
         command = ["-m", "treadle", words[0], "m.py:m", *words[1:]]
-        assert re.search(r"(compiling|optimizing) m\.py:m", on_terminal(*command, cwd=tmp_path)[1])
+        assert re.search(r"(compiling|optimizing|verifying) m\.py:m", on_terminal(*command, cwd=tmp_path)[1])
         assert "ing m.py:m" not in on_terminal(*command, "--json", cwd=tmp_path)[1]
         assert piped(*command, cwd=tmp_path).stderr == ""
 
@@ -200,25 +204,25 @@ def test_compiling_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "code"),
     [
-        ["inspect", "m.py:m"], ["compile", "m.py:m"], ["explain", "m.py:m", "fusion"], ["models"], ["--help"],
-        ["inspect", "nosuch", "--json"], ["inspect", "--json"], ["run", "m.py:m", "--input", "x=1,2"],
+        ("inspect m.py:m", 0), ("compile m.py:m", 0), ("explain m.py:m fusion", 0), ("models", 0), ("--help", 0),
+        ("inspect --help", 0), ("run m.py:m --input x=1,2", 0),
+        ("inspect nosuch --json", 2), ("inspect --json", 2),
+        ("explain m.py:m fusion --expect attention=1", 141), ("verify m.py:m --backend numpy", 141),
     ],
 )  # fmt: skip
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path, words: list[str]) -> None:
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path, words: str, code: int) -> None:
     text = 'import treadle as t\n\n\n@t.model\ndef m(x: t.f32["B 2"]):\n    return {"y": x * 2}\n'
     (tmp_path / "m.py").write_text(text, encoding="utf-8")
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "treadle", *words]
+    command = [sys.executable, "-m", "treadle", *words.split()]
     process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), cwd=tmp_path)
     os.close(writing)
     said = process.communicate()[1]
     assert not said
-    assert process.returncode in (1, 2, 128 + 13)
-    if words[0] in ("compile", "models", "inspect") and "--json" not in words and "--help" not in words:
-        assert process.returncode == 128 + 13
+    assert process.returncode == code
 
 
 # -- completion ------------------------------------------------------------------------------------------------
@@ -275,6 +279,7 @@ def test_an_error_of_usage_is_json_too(words: list[str], what: str, hint: str) -
 def test_a_reader_of_errors_that_leaves_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "treadle", "inspect", "nosuch"]
-    assert subprocess.run(command, stdout=writing, stderr=writing, env=environment(), check=False).returncode == 141
+    for words in (["inspect", "nosuch"], ["inspect"]):
+        command = [sys.executable, "-m", "treadle", *words]
+        assert subprocess.run(command, stdout=writing, stderr=writing, env=environment(), check=False).returncode == 2
     os.close(writing)

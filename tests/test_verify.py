@@ -356,7 +356,7 @@ def test_sizes_that_fit_where_no_small_ones_do() -> None:
     b.outputs(y=b.slice(x, axis=0, stop="S - 100"))
     with pytest.raises(UsageError, match="no small sizes fit") as error:
         verify_model(b.graph, backends=["numpy"])
-    assert "--sizes S=N" in str(error.value)
+    assert "sizes=[{'S': N}]" in str(error.value)
     assert verify_model(b.graph, backends=["numpy"], sizes=[{"S": 120}]).passed
 
 

@@ -9,10 +9,12 @@ else. What a command needs is imported when it runs, so that `--help` is quick.
 
 import itertools
 import sys
+from collections.abc import Iterator
 from importlib import import_module
+from typing import Any
 
 from treadle.cli.application import app as app
-from treadle.cli.application import forget_output, print_json
+from treadle.cli.application import forget_output, print_json, saying
 
 COMMANDS = ("inspect", "compile", "explain", "run", "verify", "export", "embed", "generate", "models", "fetch")
 """In the order of `--help`."""
@@ -36,9 +38,9 @@ def main() -> None:
             if isinstance(ended.__context__, BrokenPipeError):  # of rich, which prints --help, and of typer
                 raise ended.__context__ from None
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         forget_output()
-        code = 0
+        code = 2 if any(map(_is_of_usage, _chain(error))) else 0
     sys.exit(code)
 
 
@@ -46,10 +48,24 @@ def _run_as_json(words: list[str]) -> int:
     """Run a command whose one object on standard output may be an error of how it is called."""
     try:
         return int(app(prog_name="treadle", standalone_mode=False) or 0)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # of typer's own, as all errors of options and arguments are
+    except Exception as raised:
+        error: Any = raised
+        if not _is_of_usage(error):
             raise
         named = [word for word in words[:1] if word in COMMANDS]
         what, hint = error.format_message(), " ".join(["treadle", *named, "--help"])
-        print_json({"error": {"kind": "UsageError", "what": what, "try": hint}})
+        with saying():
+            print_json({"error": {"kind": "UsageError", "what": what, "try": hint}})
         return 2
+
+
+def _is_of_usage(error: Any) -> bool:
+    """Whether it is one of typer's own, as all errors of options and arguments are."""
+    return hasattr(error, "format_message")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that were being handled when it was raised."""
+    while error is not None:
+        yield error
+        error = error.__context__

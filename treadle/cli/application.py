@@ -97,21 +97,34 @@ def _errors_told(as_json: bool) -> Iterator[None]:
         from treadle.reports import console, error_facts, error_text
 
         error.hint = getattr(error.hint, "command", error.hint)
-        _trace_if_asked()
-        if as_json:
-            print_json({"error": error_facts(error)})
-        else:
-            console(stderr=True).print(error_text(error), soft_wrap=True)
+        with saying():
+            _trace_if_asked()
+            if as_json:
+                print_json({"error": error_facts(error)})
+            else:
+                console(stderr=True).print(error_text(error), soft_wrap=True)
         raise typer.Exit(2) from None
     except Exception as error:
-        _trace_if_asked()
         what = f"Treadle has failed, which is its own fault: {type(error).__name__}: {error}"
         how = "TREADLE_DEBUG=1 with the same command shows where; please report it with that text"
-        if as_json:
-            print_json({"error": {"kind": "InternalError", "what": what, "try": how}})
-        else:
-            print(f"{what}\n  try       {how}", file=sys.stderr)
+        with saying():
+            _trace_if_asked()
+            if as_json:
+                print_json({"error": {"kind": "InternalError", "what": what, "try": how}})
+            else:
+                print(f"{what}\n  try       {how}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def saying() -> Iterator[None]:
+    """Say an error, perhaps to nobody: that its reader has left changes no exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        forget_output()
 
 
 def forget_output() -> None:
