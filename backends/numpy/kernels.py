@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.outside_axis import OutsideAxis
 from treadle.ir.attention_terms import T5Relative
 from treadle.ir.error_function import erf as exact_erf
-from treadle.ir.errors import BackendError
 from treadle.ir.ops.along_axes import wide_array
 
 Array = np.ndarray[Any, Any]
@@ -137,11 +137,11 @@ def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
 
 
 def take(x: Array, indices: Array, axis: int) -> Array:
-    """Slices of x along an axis. Raises BackendError for an index that is outside: NumPy would count from the end."""
+    """Slices of x along an axis. Raises OutsideAxis for an index that is outside: NumPy would count from the end."""
     size = x.shape[axis]
     outside = (indices < 0) | (indices >= size)
     if np.any(outside):
-        raise BackendError(f"index {np.asarray(indices)[outside].flat[0]} is outside an axis of size {size}")
+        raise OutsideAxis(int(np.asarray(indices)[outside].flat[0]), size)
     return np.take(x, indices, axis=axis)
 
 

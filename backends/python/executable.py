@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from treadle.backends.outside_axis import OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.python.emission import Program, on_one_line
 from treadle.backends.signature import Signature
@@ -100,6 +101,8 @@ class PythonExecutable:
                 line = trace.tb_lineno
             trace = trace.tb_next
         node = self._program.nodes.get(line)
+        if isinstance(error, OutsideAxis):
+            return error.located(node, self.name)
         text = error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"
         return BackendError(
             f"{node.op.name if node else self.name}: failed while running",

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.backends.outside_axis import OutsideAxis
 from treadle.ir.attention_terms import T5Relative
-from treadle.ir.errors import BackendError
 from treadle.ir.ops.rounding import FORMATS
 
 # -- element by element --------------------------------------------------------------------------------------
@@ -68,10 +68,10 @@ def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def _within(indices: Tensor, size: int) -> Tensor:
-    """The indices of an axis of this size. Raises BackendError for one that is outside."""
+    """The indices of an axis of this size. Raises OutsideAxis for one that is outside."""
     outside = (indices < 0) | (indices >= size)
     if bool(outside.any()):
-        raise BackendError(f"index {int(indices[outside][0])} is outside an axis of size {size}")
+        raise OutsideAxis(int(indices[outside][0]), size)
     return indices
 
 

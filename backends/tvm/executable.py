@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.bfloat16 import bf16_given, bf16_taken
+from treadle.backends.outside_axis import OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
 from treadle.backends.tvm.arena import ALIGNMENT, Lifetime, check_arena, plan_arena
@@ -214,11 +215,7 @@ def _outside(plan: Plan) -> BackendError:
     _, index, size, _ = plan.status[first].tolist()
     plan.status[:] = 0
     node = plan.tellers[first].node
-    return BackendError(
-        f"{node.op.name if node else plan.tellers[first].kernel.title}: "
-        f"index {index} is outside an axis of size {size}",
-        source=describe_source(node.source, node.scope) if node else None,
-    )
+    return OutsideAxis(index, size).located(node, plan.tellers[first].kernel.title)
 
 
 def run_table(runner: Entry, table: Array, result: Array) -> int:

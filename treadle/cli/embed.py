@@ -16,7 +16,8 @@ from treadle.cli.options import AsJson, BackendName, Config, Limit, ModelName, T
 def embed_sentences(
     model: ModelName,
     sentences: Annotated[
-        list[str] | None, typer.Argument(help="Sentences; without any, the lines of --file or of standard input.")
+        list[str] | None,
+        typer.Argument(metavar="SENTENCES", help="Sentences; without any, the lines of --file or of standard input."),
     ] = None,
     file: Annotated[
         str | None, typer.Option(metavar="PATH", help="A text file with a sentence a line; - is standard input.")

@@ -26,7 +26,7 @@ from treadle.ir.errors import UsageError
 def export_to_onnx(
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.onnx", help="Where to write the ONNX model.")],
-    opset: Annotated[int, typer.Option("--opset", help="Version of ONNX's operators.")] = 23,
+    opset: Annotated[int, typer.Option("--opset", metavar="N", help="Version of ONNX's operators.")] = 23,
     external_above: Annotated[
         int, typer.Option(metavar="BYTES", help="Larger weights go to FILE.onnx.data.", min=0)
     ] = 2**20,

@@ -16,6 +16,7 @@ def fetch_pinned(
     name: Annotated[
         str,
         typer.Argument(
+            metavar="NAME",
             help="A name that `treadle models` lists, such as minilm.",
             show_default=False,
             autocompletion=complete_fetched,

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 @command("generate")
 def continue_texts(
     model: ModelName,
-    prompts: Annotated[list[str], typer.Argument(help="Texts to continue.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(metavar="TEXTS", help="Texts to continue.", show_default=False)],
     most: Annotated[int, typer.Option("--tokens", metavar="N", help="The most tokens to add to each.", min=1)] = 32,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary more.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws: the same seed gives the same text.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; higher values vary more.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0 is all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same text.")] = 0,
     config: Config = None,
     limit: Limit = None,
     backend: BackendName = "numpy",

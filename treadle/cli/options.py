@@ -33,9 +33,16 @@ OptionalInputs = Annotated[
 ]
 BackendName = Annotated[
     str,
-    typer.Option("--backend", help="numpy, torch, tvm, or another that is installed.", autocompletion=complete_backend),
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="numpy, torch, tvm, or another that is installed.",
+        autocompletion=complete_backend,
+    ),
 ]
-TargetName = Annotated[str, typer.Option("--target", help="cpu or cuda.", autocompletion=complete_target)]
+TargetName = Annotated[
+    str, typer.Option("--target", metavar="NAME", help="cpu or cuda.", autocompletion=complete_target)
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -59,7 +66,9 @@ Limit = Annotated[
         "--limit", metavar="NAME=N", help="Let a file ask for more than it may, as its error says. Repeatable."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Draws the weights where no checkpoint gives them.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, help="Draws the weights where no checkpoint gives them.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -34,11 +34,15 @@ def run_model(
     widen: Widen = None,
     backend: Annotated[
         str | None,
-        typer.Option("--backend", help="By default numpy, or what an artifact was made for.", show_default=False),
+        typer.Option(
+            "--backend", metavar="NAME", help="By default numpy, or what an artifact was made for.", show_default=False
+        ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", help="By default cpu, or what an artifact was made for.", show_default=False),
+        typer.Option(
+            "--target", metavar="NAME", help="By default cpu, or what an artifact was made for.", show_default=False
+        ),
     ] = None,
     threads: Threads = None,
     seed: Seed = 0,

@@ -25,7 +25,9 @@ def verify_backends(
     model: ModelName,
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", help="A backend to verify; all that are registered, if not said. Repeatable."),
+        typer.Option(
+            "--backend", metavar="NAME", help="A backend to verify; all that are registered, if not said. Repeatable."
+        ),
     ] = None,
     sizes: Annotated[
         list[str] | None,
@@ -36,7 +38,9 @@ def verify_backends(
     widen: Widen = None,
     inputs: OptionalInputs = None,
     target: TargetName = "cpu",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the inputs, and weights that are not given.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="Draws the inputs, and weights that are not given.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Hold every backend against the float64 meaning of a model, whole and op by op. Exit code 1 if one is wrong."""

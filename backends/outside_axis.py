@@ -1,0 +1,50 @@
+"""The error for an index outside its axis: one for all backends, with the input that holds it and the bound."""
+
+from __future__ import annotations
+
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Node, Value
+
+
+class OutsideAxis(BackendError):
+    """An index is outside the axis that it points into. A kernel raises it; `located` says in which node."""
+
+    def __init__(self, index: int, size: int) -> None:
+        super().__init__(
+            f"index {index} is outside an axis of size {size}",
+            hint=f"indices from 0 to {size - 1}" if size else None,
+        )
+        self.index, self.size = index, size
+
+    def located(self, node: Node | None, title: str) -> OutsideAxis:
+        """The same error with the node that met the index, and where the index came from."""
+        found = OutsideAxis(self.index, self.size)
+        found.what = f"{node.op.name if node else title}: {self.what}"
+        found.args = (found.what,)
+        if node is not None:
+            origins = dict.fromkeys(_origin(value) for value in _indices(node))
+            found.received = f"{self.index} in {' or '.join(origins)}" if origins else None
+            found.source = describe_source(node.source, node.scope)
+        return found
+
+
+def _indices(node: Node) -> list[Value]:
+    """The operands that hold indices: the one of that name, else those of integers."""
+    named = node.op.operand_names(len(node.operands))
+    if "indices" in named and (value := node.operands[named.index("indices")]) is not None:
+        return [value]
+    return [value for value in node.operands if value is not None and value.type.dtype.is_int]
+
+
+def _origin(value: Value) -> str:
+    """The name of a value, or of the input that it was made of, step by step, by ops of one operand."""
+    first = value
+    while value.node is not None and value.node.op.callee is None and len(value.node.operands) == 1:
+        operand = value.node.operands[0]
+        if operand is None:
+            break
+        value = operand
+    if value.kind != "input":
+        return first.name
+    return f"input {value.name}" if value is first else f"{first.name}, made of input {value.name}"
