@@ -234,7 +234,7 @@ class Function:
         return found
 
     def __repr__(self) -> str:
-        return f"<function {self.name}: {len(self.nodes)} nodes>"
+        return f"<function {self.name}: {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}>"
 
 
 def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
@@ -356,7 +356,8 @@ class Graph:
         return print_graph(self)
 
     def __repr__(self) -> str:
-        return f"<graph {self.name}: {sum(len(f.nodes) for f in self.functions.values())} nodes>"
+        nodes = sum(len(f.nodes) for f in self.functions.values())
+        return f"<graph {self.name}: {nodes} node{'s' * (nodes != 1)}>"
 
     def _repr_html_(self) -> str:
         """For notebooks: the graph as text."""

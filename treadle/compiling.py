@@ -122,12 +122,13 @@ class Compiled:
     def _repr_html_(self) -> str:
         """For notebooks: what it takes and gives, and, to open, the graph, what passes did, and the code that runs."""
         log = self.log.table() + "\n\n" + self.log.explain()
+        ops, passes = sum(len(f.nodes) for f in self.graph.functions.values()), len(self.log)
         return "".join(
             [
                 html_title(repr(self)[1:-1]),
                 self._html_ports(),
-                html_code(f"graph, {sum(len(f.nodes) for f in self.graph.functions.values())} ops", str(self.graph)),
-                html_code(f"log, {len(self.log)} passes", log.strip()),
+                html_code(f"graph, {ops} op{'s' * (ops != 1)}", str(self.graph)),
+                html_code(f"log, {passes} pass{'es' * (passes != 1)}", log.strip()),
                 html_code("source", self.source),
             ]
         )
@@ -300,7 +301,7 @@ def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
     missing = [name for name in graph.parameters if name not in weights]
     if missing:
         raise UsageError(
-            f"weights= lacks {len(missing)} of {len(graph.parameters)} parameters",
+            f"weights= lacks {len(missing)} of {len(graph.parameters)} parameter{'s' * (len(graph.parameters) != 1)}",
             received=_few(missing),
         )
     return {name: weights[name] for name in graph.parameters}

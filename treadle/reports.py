@@ -57,6 +57,12 @@ def human(count: float, unit: str = "") -> str:
     return f"{count:.3g} {unit}".strip()
 
 
+def counted(count: int, what: str) -> str:
+    """`1 op`, `2 ops`, `1,024 parameters`: the plural ends in s, and `pass` and its like in es."""
+    ending = "" if count == 1 else "es" if what.endswith(("s", "sh", "ch", "x")) else "s"
+    return f"{count:,} {what}{ending}"
+
+
 def sizes_text(sizes: Mapping[str, int]) -> str:
     """`B=1, S=128`"""
     return ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -122,10 +128,10 @@ def graph_header(facts: Facts, stage: str) -> str:
     """Facts as comment lines, which may stand before a graph's text."""
     functions = [f for f in facts["functions"] if f["name"] != "main"]
     ops = sum(f["ops"] for f in facts["functions"])
-    blocks = ", ".join(f"{f['name']} is called {f['calls']} times" for f in functions)
+    blocks = ", ".join(f"{f['name']} is called {counted(f['calls'], 'time')}" for f in functions)
     lines = [
-        f"{facts['model']} {stage}: {ops} ops" + (f"; {blocks}" if blocks else ""),
-        f"{facts['parameters']:,} parameters, {human(facts['parameter_bytes'], 'B')}",
+        f"{facts['model']} {stage}: {counted(ops, 'op')}" + (f"; {blocks}" if blocks else ""),
+        f"{counted(facts['parameters'], 'parameter')}, {human(facts['parameter_bytes'], 'B')}",
         f"a run {'at ' + sizes_text(facts['sizes']) if facts['sizes'] else ''}".strip()
         + f": {human(facts['flops'], 'FLOPs')}, {human(facts['bytes'], 'B')} read and written",
     ]
@@ -197,13 +203,13 @@ def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
     passes = sum(record.seconds for record in compiled.log)
     yield f"compiled in {seconds:.2f} s, {passes * 1e3:.0f} ms of it in passes"
     yield f"all of it runs in {compiled.backend} on {target}, {target.description}" + (
-        f", {cores} core{'s' * (cores > 1)}" if cores else ""
+        f", {counted(cores, 'core')}" if cores else ""
     )
-    yield f"a run is {ops.total()} ops: " + ", ".join(f"{n} {name}" for name, n in ops.most_common())
-    yield f"{parameter_count(compiled.graph):,} parameters, {weights_text(compiled)}"
+    yield f"a run is {counted(ops.total(), 'op')}: " + ", ".join(f"{n} {name}" for name, n in ops.most_common())
+    yield f"{counted(parameter_count(compiled.graph), 'parameter')}, {weights_text(compiled)}"
     if compiled.unused:
         shown = ", ".join(compiled.unused[:4]) + (", ..." if len(compiled.unused) > 4 else "")
-        yield f"{len(compiled.unused)} tensors of the checkpoint are not used: {shown}"
+        yield f"{counted(len(compiled.unused), 'tensor')} of the checkpoint not used: {shown}"
 
 
 def pass_table(log: PassLog) -> Table:
@@ -227,14 +233,28 @@ def array_facts(array: np.ndarray[Any, Any]) -> Facts:
     facts: Facts = {
         "dtype": str(array.dtype),
         "shape": list(array.shape),
-        "min": None if numbers is None else float(numbers.min()),
-        "mean": None if numbers is None else float(numbers.mean()),
-        "max": None if numbers is None else float(numbers.max()),
+        "min": None if numbers is None else shortest(array.dtype.type(numbers.min())),
+        "mean": None if numbers is None else shortest(_mean(numbers, array.dtype)),
+        "max": None if numbers is None else shortest(array.dtype.type(numbers.max())),
         "not_finite": array.size - finite.size,
     }
     if array.size <= _SHOWN_VALUES:
-        facts["values"] = _plain(array.tolist())
+        facts["values"] = _plain(shortest(array))
     return facts
+
+
+def _mean(numbers: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> Any:
+    mean = numbers.mean()
+    return dtype.type(mean) if dtype.kind == "f" else mean
+
+
+def shortest(numbers: Any) -> Any:
+    """Numbers and lists of NumPy's as Python's, floats in the fewest digits that tell them apart in their own dtype:
+    0.1 for float32's 0.1, which is 0.10000000149011612 in Python's float64.
+    """
+    if getattr(numbers, "ndim", 0):
+        return [shortest(each) for each in numbers]
+    return float(str(numbers)) if np.asarray(numbers).dtype.kind == "f" else numbers.item()
 
 
 def array_table(outputs: Mapping[str, Facts]) -> Table:

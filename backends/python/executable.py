@@ -174,7 +174,7 @@ def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:
     if missing:
         raise BackendError(
             f"{graph.name} needs weights that are not given",
-            received=f"{len(weights)} weights",
+            received=f"{len(weights)} weight{'s' * (len(weights) != 1)}",
             within="\n".join(f"{name}: {graph.parameters[name].type}" for name in missing[:20])
             + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
         )

@@ -63,7 +63,7 @@ class Event:
     def told(self) -> str:
         """The reason, with how far the rule came: `5 ops matched; operand 1 of div: expected ...`."""
         if self.edge:
-            return f"{len(self.matched)} ops matched; {self.edge}: {self.reason}"
+            return f"{len(self.matched)} op{'s' * (len(self.matched) != 1)} matched; {self.edge}: {self.reason}"
         return self.reason + (f"; matched: {', '.join(self.matched)}" if self.matched else "")
 
     def __str__(self) -> str:
@@ -157,7 +157,11 @@ class PassRecord:
         return found if isinstance(found, Counterexample) else None
 
     def __repr__(self) -> str:
-        counts = [(len(self.matches), "matches"), (len(self.refusals), "refused"), (len(self.near_misses), "nearly")]
+        counts = [
+            (len(self.matches), "match" + "es" * (len(self.matches) != 1)),
+            (len(self.refusals), "refused"),
+            (len(self.near_misses), "nearly"),
+        ]
         told = "".join(f", {count} {what}" for count, what in counts if count)
         return f"<pass {self.summary.removeprefix('after ')}{told}>"
 

@@ -41,36 +41,39 @@ def embed_sentences(
     from treadle.npy_files import write_npy
     from treadle.option_values import parse_config, read_sentences
     from treadle.progress import working
-    from treadle.reports import console, similarity_table
+    from treadle.reports import console, counted, shortest, similarity_table
 
     texts = read_sentences(sentences or [], file)
     with working(f"compiling {model}", shown=not as_json):
         embedder = SentenceEmbedder.open(
             model, backend=backend, target=Target(target, threads), **parse_config(config or (), limit or ())
         )
-    with working(f"embedding {len(texts)} sentences", shown=not as_json):
+    with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):
         embedded = embedder.embed_reporting(texts)
     vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T
     files = write_npy(output, {"embeddings": vectors}) if output is not None else []
     cut = embedded.cut
     if cut and not as_json:
         which = ", ".join(str(i + 1) for i in cut[:10]) + (", ..." if len(cut) > 10 else "")
-        print(f"cut to {embedder.tokenizer.max_tokens} tokens: sentence {which}", file=sys.stderr)
+        print(
+            f"cut to {counted(embedder.tokenizer.max_tokens, 'token')}: sentence{'s' * (len(cut) > 1)} {which}",
+            file=sys.stderr,
+        )
     if as_json:
         facts: dict[str, Any] = {
             "model": embedder.model.name,
             "backend": backend,
             "sentences": [
-                {"text": text, "tokens": tokens, "cut": i in cut, "vector": vector.tolist()}
+                {"text": text, "tokens": tokens, "cut": i in cut, "vector": shortest(vector)}
                 for i, (text, tokens, vector) in enumerate(zip(texts, embedded.tokens, vectors, strict=True))
             ],
             "files": list(map(str, files)),
         }
-        print_json({**facts, "similarity": near.tolist()} if similarity else facts)
+        print_json({**facts, "similarity": shortest(near)} if similarity else facts)
     elif similarity:
         console().print(similarity_table(texts, near))
     elif not files:
         for vector in vectors:
-            print(" ".join(f"{x:.7g}" for x in vector))
+            print(" ".join(map(str, shortest(vector))))
     for written in files if not as_json else []:
         print(f"wrote {written}")

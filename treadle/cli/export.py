@@ -45,7 +45,7 @@ def export_to_onnx(
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
     from treadle.progress import working
-    from treadle.reports import human
+    from treadle.reports import counted, human
     from treadle.resolving import resolve
 
     if output.suffix != ".onnx":
@@ -73,4 +73,4 @@ def export_to_onnx(
         print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
     counts = sorted(made.operators.items(), key=lambda each: -each[1])
     told = ", ".join(f"{count} {name}" for name, count in counts)
-    print(f"{sum(made.operators.values())} nodes of opset {made.opset}: {told}")
+    print(f"{counted(sum(made.operators.values()), 'node')} of opset {made.opset}: {told}")

@@ -40,6 +40,7 @@ def continue_texts(
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
     from treadle.progress import working
+    from treadle.reports import counted
     from treadle.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -53,7 +54,7 @@ def continue_texts(
     if stream:
         print(prompts[0], end="", flush=True)
     try:
-        with working(f"continuing {len(prompts)} texts", shown=not as_json and not stream):
+        with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json and not stream):
             for piece in pieces:
                 written[piece.row].add(piece)
                 if stream:
@@ -99,8 +100,9 @@ class Written:
 
     def reason(self, writer: TextWriter) -> str:
         """Why it stopped, in words."""
-        count = len(self.ids)
-        tokens = f"{count} token{'s' * (count != 1)}"
+        from treadle.reports import counted
+
+        tokens = counted(len(self.ids), "token")
         if self.ending == "context":
             return f"stopped after {tokens}: the model's context is full"
         if self.ending == "count":
