@@ -209,6 +209,9 @@ def grouped(
         (1, 6, {"do_rotary": 1, "rotary_interleaved": 1}),
         (1, 6, {"do_rotary": 1, "scale": 0.5, "softcap": 3.0}),
         (1, 6, {"local_window_size": 3}),
+        (5, 0, {"causal": 1}),
+        (5, 0, {"causal": 0}),
+        (1, 6, {"causal": 0, "do_rotary": 1}),
     ],
 )
 def test_grouped_query_attention(queries: int, past: int, attributes: dict[str, Any]) -> None:
@@ -225,6 +228,36 @@ def test_grouped_query_attention_with_rows_of_their_own_lengths() -> None:
         for name in ("k", "v"):
             for row, length in enumerate((7, 4)):
                 np.testing.assert_allclose(got[name][row, :, :length], wanted[name][row, :, :length], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+def test_grouped_query_attention_looks_ahead_only_where_it_is_not_causal(causal: int) -> None:
+    proto, given = grouped(5, 0, [5, 5], causal=causal)
+    other = dict(given, x2=given["x2"].copy())
+    other["x2"][:, -1] += 1
+    for one, two in zip(answers(import_onnx(proto), given), answers(import_onnx(proto), other), strict=True):
+        assert np.array_equal(one["y"][:, 0], two["y"][:, 0]) is bool(causal)
+
+
+@pytest.mark.parametrize(
+    ("position", "name"),
+    [(11, "sink"), (12, "k_scale"), (13, "v_scale"), (14, "q_norm_weight"), (15, "k_norm_weight"), (16, "query_seqlens")],
+)
+def test_grouped_query_attention_refuses_inputs_that_it_does_not_take(position: int, name: str) -> None:
+    proto, _ = grouped(5, 0, [5, 5])
+    node = proto.graph.node[0]
+    node.input.extend([""] * (position - len(node.input)))
+    node.input.append("more")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(16, np.float32), "more"))
+    with pytest.raises(UnsupportedOnnx, match=f"GroupQueryAttention.*{name}"):
+        import_onnx(proto)
+
+
+@pytest.mark.parametrize("attribute", ["smooth_softmax", "qk_output", "sliding_window_cache", "made_up"])
+def test_grouped_query_attention_refuses_attributes_that_it_does_not_take(attribute: str) -> None:
+    proto, _ = grouped(5, 0, [5, 5], **{attribute: 1})
+    with pytest.raises(UnsupportedOnnx, match="GroupQueryAttention"):
+        import_onnx(proto)
 
 
 def test_the_length_of_a_cache_is_a_static_argument() -> None:

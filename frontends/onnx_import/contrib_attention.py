@@ -146,9 +146,13 @@ def _with_bias(site: Site, parts: Sequence[Expr], bias: Expr) -> list[Expr]:
 # -- grouped queries, with a cache ---------------------------------------------------------------------------------
 
 
+_GROUPED_REFUSED = ("k_scale", "v_scale", "q_norm_weight", "k_norm_weight", "query_seqlens")
+"""The inputs from the thirteenth on, which change what it computes."""
+
+
 @operator("GroupQueryAttention", domain=MICROSOFT)
 def _grouped(site: Site) -> Made:
-    """Causal, with a cache whose rows hold past lengths of their own; rotary positions are its own as well.
+    """Causal if not told otherwise, with a cache whose rows hold past lengths of their own, and rotary positions.
 
     q [b, s, h d], k and v [b, s, g d] (or all packed in q), past [b, g, p, d], seqlens_k [b]: real keys less one,
     total_sequence_length: the longest row with its past
@@ -163,6 +167,15 @@ def _grouped(site: Site) -> Made:
             site.refuse("with a quantized cache")
     if any(site.wanted[3:]) or site.int("qk_output", 0):
         site.refuse("with its scores as an output")
+    for position, name in enumerate(_GROUPED_REFUSED, 12):
+        if site.has(position):
+            site.refuse(f"with {name}")
+    if site.int("sliding_window_cache", 0):
+        site.refuse("with a cache as long as its window (sliding_window_cache)")
+    site.ignore("qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon", "kv_cache_bit_width")  # of what is refused
+    is_causal = site.int("causal", 1)
+    if is_causal not in (0, 1) or (window != -1 and not is_causal):
+        site.malformed(f"causal={is_causal} with a window of {window}")
     if site.has(1):
         parts = [heads_apart(site, site.x(i), n) for i, n in ((0, heads), (1, groups), (2, groups))]
     else:
@@ -193,7 +206,8 @@ def _grouped(site: Site) -> Made:
     keys = k.shape[2]
     j = b.iota(size=keys)
     masks = boolean_mask(j < b.rearrange(real, pattern="b -> b 1"), "b t")
-    masks = masks & (causal if prompt else bottom_right(b, queries, keys, past))
+    if is_causal:
+        masks = masks & (causal if prompt else bottom_right(b, queries, keys, past))
     if window > 0:
         i = b.rearrange(b.iota(size=queries), pattern="s -> s 1") + b.rearrange(past, pattern="b -> b 1 1")
         masks = masks & boolean_mask(j > i - window, "b s t")
