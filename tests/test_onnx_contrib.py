@@ -241,7 +241,14 @@ def test_grouped_query_attention_looks_ahead_only_where_it_is_not_causal(causal:
 
 @pytest.mark.parametrize(
     ("position", "name"),
-    [(11, "sink"), (12, "k_scale"), (13, "v_scale"), (14, "q_norm_weight"), (15, "k_norm_weight"), (16, "query_seqlens")],
+    [
+        (11, "sink"),
+        (12, "k_scale"),
+        (13, "v_scale"),
+        (14, "q_norm_weight"),
+        (15, "k_norm_weight"),
+        (16, "query_seqlens"),
+    ],
 )
 def test_grouped_query_attention_refuses_inputs_that_it_does_not_take(position: int, name: str) -> None:
     proto, _ = grouped(5, 0, [5, 5])

@@ -23,7 +23,7 @@ from treadle.frontends.onnx_import.declared_axes import DeclaredAxes, declared_s
 from treadle.frontends.onnx_import.elements import Element, carried, element, named
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.file import Limits, OnnxFile, captured, describe, live_nodes
-from treadle.frontends.onnx_import.folding import evaluated
+from treadle.frontends.onnx_import.folding import Fold, evaluated
 from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, Operator, Result, Site, unsupported
 from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
 from treadle.frontends.onnx_import.values import MOST_KNOWN, Array, Known
@@ -458,6 +458,7 @@ class Importer:
         results = evaluated(site, found, kinds, run)
         if results is not None:
             self.notes.folded[node.op_type] += 1
+            self._keep_weights(found, inputs, results, run)
             return results
         results = run(inputs, self.b)
         roots = frozenset().union(*(v.roots for v in inputs if v is not None))
@@ -465,6 +466,33 @@ class Importer:
             if value is not None and roots and not value.roots and _is_small(value):
                 value.roots = roots
         return results
+
+    def _keep_weights(
+        self, found: Operator, inputs: Sequence[Known | None], results: Sequence[Known | None], run: Fold
+    ) -> None:
+        """Weights that a node only moves stay weights of the graph: a small one does not become a constant.
+
+        Its elements are known all the same, to what asks for them.
+        """
+        if found.moves is None or len(results) != 1 or (made := results[0]) is None or made.content is None:
+            return
+        moving = inputs if found.moves == (-1,) else [inputs[i] for i in found.moves if i < len(inputs)]
+        moved = [value for value in moving if value is not None and value.is_weight and value.content is not None]
+        if len(moved) < len(moving) or made.content.size != sum(v.content.size for v in moved if v.content is not None):
+            return
+        scope, source = self.b.scope, self.b.source
+
+        def build() -> Expr:
+            before = self.b.scope, self.b.source
+            self.b.scope, self.b.source = scope, source
+            try:
+                (value,) = run(inputs, self.b)
+                assert value is not None
+                return value.expr(self.b)
+            finally:
+                self.b.scope, self.b.source = before
+
+        made.moved = build
 
     def _known(self, b: Builder, made: Result, kind: Element | None, found: Operator) -> Known | None:
         """What a handler made, as a value of the file's own type."""

@@ -7,7 +7,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,10 @@ class Known:
     content   its elements: an array of numbers (in the carrier's dtype), an array of objects that are `Size`s, or None
     stored    the tensor of the file that it is, or None
     roots     the inputs that a small value is computed from: those that would have to be static for it to be known
+    moved     where its elements are known and are those of weights, moved: what builds that move in the graph
     """
 
-    __slots__ = ("_content", "_expr", "_shape", "name", "roots", "stored", "type")
+    __slots__ = ("_content", "_expr", "_shape", "moved", "name", "roots", "stored", "type")
 
     def __init__(
         self,
@@ -54,6 +55,14 @@ class Known:
         self.type, self.stored, self.name, self.roots = type, stored, name, roots
         self._expr, self._content = expr, content
         self._shape: tuple[Size, ...] | None = None
+        self.moved: Callable[[], Expr] | None = None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it stands in the graph as a weight, or as weights moved."""
+        if self.moved is not None:
+            return True
+        return self.stored is not None and self.stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)
 
     @property
     def shape(self) -> tuple[Size, ...]:
@@ -89,7 +98,9 @@ class Known:
         """Its place in the graph; what is known becomes a constant, a weight or sizes when it is first asked for."""
         if self._expr is None:
             stored = self.stored
-            if stored is not None and (stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)):
+            if self.moved is not None:
+                self._expr = self.moved()
+            elif stored is not None and self.is_weight:
                 square = self.type.format is None and is_square(stored.shape)
                 triangle = triangle_of(stored.array()) if square else None
                 carrier = self.type.carrier
