@@ -23,7 +23,7 @@ from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.builder import Builder
 from treadle.ir.drawn_inputs import draw_inputs, small_sizes
-from treadle.ir.errors import BackendError, CheckpointError, ParseError, UsageError
+from treadle.ir.errors import BackendError, CheckpointError, ParseError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
@@ -411,3 +411,31 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
     living.stdin.close()
     assert living.wait() == 0, "a save that lives is left alone"
     assert target.read_bytes() == b"half of it"
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.gguf", "folder", "gpt2", "minilm", "m.py:model"])
+def test_what_is_no_artifact_is_told_what_reads_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for file in ("x.onnx", "x.gguf"):
+        (tmp_path / file).write_bytes(bytes(100))
+    with pytest.raises(CheckpointError, match="not an artifact") as caught:
+        load(name)
+    assert caught.value.hint == f"treadle.compile({name!r})"
+
+
+def test_limits_are_given_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "m.treadle"
+    x = Builder(Graph("g"))
+    x.outputs(y=x.input("x", "f32[2]") * 2.0)
+    treadle.compile(x.graph).save(path)
+    for limits in ({"work": 10}, {"log_bytes": 10}, {"header_bytes": 10}):
+        with pytest.raises(TreadleError) as caught:
+            load(path, limits=limits)
+        (name,) = limits
+        assert str(caught.value.hint).startswith(f"limits={{'{name}': ")
+        raised = eval(str(caught.value.hint).removeprefix("limits=").partition(", if")[0])
+        assert raised[name] > limits[name]
+    assert load(path, limits={"work": 1_000_000, "header_bytes": 100_000}).name == "g"
+    with pytest.raises(UsageError, match="no limit 'nods'"):
+        load(path, limits={"nods": 1})

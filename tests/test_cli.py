@@ -335,6 +335,10 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["inspect", SMALL, "--set", "act=t.relo"], ["the DSL has no 'relo'", "t.relu"]),
         (["inspect", SMALL, "--inputs", "length"], ["has no input length", "lengths"]),
         (["inspect", SMALL, "--after", "fuse-everything"], ["no pass 'fuse-everything'", "dead-code"]),
+        (["inspect", SMALL, "--after", "gelu-erf"], ["a rule of the pass fuse-gelu", "try       --after fuse-gelu\n"]),
+        (["inspect", SMALL, "--set", "act=relu"], ["is a function", "try       --set act=t.relu\n"]),
+        (["inspect", SMALL, "--limit", "nodes=0"], ["the limit nodes must be a positive integer"]),
+        (["inspect", SMALL, "--limit", "nodes=5"], ["limits= are of a file"]),
         (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two stages"]),
         (["inspect", SMALL, "--sizes", "Q=3"], ["no symbolic axis Q", "one of B, S"]),
         (["inspect", SMALL, "--sizes", "S=-3"], ["size of S must be a positive integer"]),
@@ -343,13 +347,16 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["compile", SMALL, "--backend", "nump"], ["there is no backend 'nump'", "numpy"]),
         (["compile", SMALL, "--target", "abacus"], ["unknown target 'abacus'", "cpu"]),
         (["compile", SMALL, "--target", "cuda"], ["numpy backend runs on the CPU only"]),
-        (["run", SMALL], ["no value for tokens"]),
+        (["run", SMALL], ["no value for tokens", "try       --input tokens=...\n"]),
         (["run", SMALL, "--input", "token=1"], ["has no input token", "tokens"]),
         (["run", SMALL, "--input", "tokens=1,x"], ["neither a .npy file nor numbers", "tokens=1,2,3"]),
         (["run", SMALL, "--input", "tokens=[[1],[2,3]]"], ["input tokens must be i64"]),
         (["run", SMALL, "--input", "tokens=1.5"], ["tokens must be i64"]),
         (["run", SMALL, "--input", 'tokens=["__import__"]'], ["tokens must be i64"]),
-        (["run", SMALL, "--input", "tokens=1,99"], ["index 99", line_of("t.embed")]),
+        (
+            ["run", SMALL, "--input", "tokens=1,99"],
+            ["index 99", line_of("t.embed"), "99 in input tokens", "indices from 0 to 9"],
+        ),
         (["run", SMALL, "--input", "tokens=none.npy"], ["there is no such file", "none.npy"]),
         (["fetch", "minilmm"], ["there is no model 'minilmm' to fetch", "minilm"]),
         (["embed", "gpt2", "A sentence."], ["gpt2 is a declaration of the zoo, without weights"]),
@@ -395,6 +402,56 @@ def test_debugging_shows_where_an_error_was_raised(treadle_command: Treadle, mon
     said = treadle_command("inspect", "model.py:wrong_axis")
     assert said.code == 2
     assert "Traceback" in said.err
+
+
+@pytest.mark.parametrize("level", ["9", "abc", "-1", "2.5", "²"])
+def test_a_level_of_debugging_that_there_is_not_is_refused(
+    treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    monkeypatch.setenv("TREADLE_DEBUG", level)
+    refused(
+        treadle_command("inspect", SMALL), "TREADLE_DEBUG must be a number from 0 to 4", "try       TREADLE_DEBUG=4"
+    )
+
+
+@pytest.mark.parametrize("command", ["", *treadle.cli.COMMANDS])
+def test_help_fits_80_columns_and_names_no_python_types(
+    treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = treadle_command(*command.split(), "--help")
+    assert said.code == 0
+    assert max(map(len, said.out.splitlines())) <= 80
+    for noise in ("<bool>", "<str>", "<int", "<float>", "list["):
+        assert noise not in said.out
+
+
+def test_verify_widens_as_compile_does(treadle_command: Treadle) -> None:
+    said = treadle_command("verify", SMALL, "--backend", "numpy", "--widen", "bf16")
+    assert said.code == 0
+    refused(treadle_command("verify", SMALL, "--widen", "f8"), "no dtype that is widened")
+    assert treadle_command("compile", SMALL, "-o", "small.treadle").code == 0
+    refused(treadle_command("verify", "small.treadle", "--widen", "bf16"), "takes no --widen")
+
+
+def test_numbers_of_float32_are_told_in_its_own_digits(treadle_command: Treadle) -> None:
+    said = treadle_command("run", "model.py:scale", "--input", "x=0.05,0.1,0.2", "--json").json["outputs"]
+    assert said["y"]["values"] == [[0.1, 0.2, 0.4]]
+    assert (said["y"]["min"], said["y"]["max"]) == (0.1, 0.4)
+    assert "[[0.1, 0.2, 0.4]]" in treadle_command("run", "model.py:scale", "--input", "x=0.05,0.1,0.2").out
+
+
+def test_one_of_a_thing_is_no_plural(treadle_command: Treadle) -> None:
+    lines = ["import treadle as t", "", "@t.model", 'def one(x: t.f32["B 1"]):', '    for _ in t.stack("h", 1):']
+    text = "\n".join([*lines, '        x = x * t.parameter("w", 1)', '    return {"y": x}', ""])
+    Path("one.py").write_text(text, encoding="utf-8")
+    compiled, inspected, exported = (
+        treadle_command(*words.split()).out
+        for words in ("compile one.py:one", "inspect one.py:one --raw", "export one.py:one -o one.onnx")
+    )
+    assert "a run is 1 op: 1 mul\n1 parameter, drawn" in compiled
+    assert "h is called 1 time\n# 1 parameter, 4 B" in inspected
+    assert "1 node of opset" in exported
 
 
 def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,4 +376,16 @@ def test_a_model_that_was_not_fetched_is_told(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path))
     with pytest.raises(TreadleError, match="minilm was not fetched yet") as caught:
         SentenceEmbedder.open("minilm")
-    assert caught.value.hint == "treadle fetch minilm"
+    hint = caught.value.hint
+    assert (hint, getattr(hint, "command", "")) == ("t.fetch_model('minilm')", "treadle fetch minilm")
+
+
+def test_a_fetched_model_goes_by_the_name_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr("treadle.resolving.fetched_model", {"minilm": folder}.get)
+    named = embedder("minilm").model
+    assert (named.name, named.graph.name, str(named.graph).split("{")[0].strip()) == (
+        "minilm",
+        "minilm",
+        "graph minilm",
+    )
+    assert embedder(folder).model.name == "bert", "a folder's model is called by its family"

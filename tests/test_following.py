@@ -231,3 +231,13 @@ def test_an_unknown_axis_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(GraphError, match="no axis 'Q'") as error:
         follow(gpt2.configure(**SMALL).graph(), "Q")
     assert "heads" in (error.value.hint or "") and "S" in (error.value.hint or "")
+
+
+def test_what_is_followed_shows_as_one_line() -> None:
+    found = follow(gpt2.configure(layers=2, dim=8, heads=2, vocab=10).graph(), "S")
+    for shown in (found, found.split(), found.step(), *found.encounters):
+        assert len(repr(shown)) < 200
+        assert "\n" not in repr(shown)
+    assert repr(found).startswith("<axis S of gpt2: in ")
+    assert repr(found.split()).startswith("<S may not be split: ")
+    assert repr(found.step()) == "<S may be stepped>"

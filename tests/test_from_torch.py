@@ -228,3 +228,19 @@ def test_torch_is_loaded_by_the_call_alone() -> None:
     code = "import sys, treadle; treadle.from_torch; assert 'torch' not in sys.modules, 'torch'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_module_is_no_model_before_it_is_imported() -> None:
+    module, example_inputs = nn.Linear(3, 4), (torch.ones(2, 3),)
+    with pytest.raises(treadle.UsageError) as caught:
+        treadle.compile(module)
+    way, _, _ = str(caught.value.hint).partition(", where")
+    exe = eval(way, {"t": treadle, "module": module, "example_inputs": example_inputs})
+    np.testing.assert_allclose(
+        exe(input=example_inputs[0].numpy())["output"], module(*example_inputs).detach(), atol=1e-6
+    )
+
+
+def test_an_imported_module_shows_as_one_line() -> None:
+    model = treadle.from_torch(nn.Linear(3, 4), (torch.ones(2, 3),))
+    assert repr(model) == "<imported Linear: (input: f32[2, 3]) -> (output: f32[2, 4]), 2 weights>"

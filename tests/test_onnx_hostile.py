@@ -279,8 +279,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     for data in (b"", b"\xff" * 50, b"PK\x03\x04" + bytes(30)):
         path.write_bytes(data)
-        with pytest.raises(FrontendError, match=r"no ONNX model|no graph with an output"):
+        with pytest.raises(FrontendError, match=r"no ONNX model|no graph with an output") as caught:
             import_onnx(path)
+        assert caught.value.hint is not None
     with pytest.raises(CheckpointError, match="no such file"):
         import_onnx(tmp_path / "nothing.onnx")
     with pytest.raises(CheckpointError, match=r"not a regular file|cannot be opened"):

@@ -559,3 +559,17 @@ def test_integers_without_sign_are_exact_to_their_ends(name: str) -> None:
         wanted |= {"largest": np.maximum(x, y), "less": x < y, "float": x.astype(np.float32)}
         for key, expected in wanted.items():
             np.testing.assert_array_equal(got[key], expected, err_msg=key)
+
+
+def test_small_weights_that_a_file_moves_stay_weights(tmp_path: Path) -> None:
+    """A weight of 24 elements, turned round by the file and joined to another: both keep their names."""
+    first, second = (np.arange(24, dtype=np.float32).reshape(6, 4) * scale for scale in (1, 0.5))
+    proto = model(
+        "(float[B,4] x) => (float[B,12] y)",
+        "joined = Concat <axis = 0> (a, b) turned = Transpose <perm = [1, 0]> (joined) y = MatMul (x, turned)",
+    )
+    proto.graph.initializer.extend(numpy_helper.from_array(w, n) for n, w in (("a", first), ("b", second)))
+    same_as_runtime(proto, {"x": np.ones((2, 4), np.float32)})
+    found = import_onnx(proto)
+    assert sorted(found.graph.parameters) == ["a", "b"]
+    assert "{@0}" not in str(found.graph)

@@ -94,7 +94,7 @@ class SentenceEmbedder:
         """
         folder = find_folder(model)
         pooling = read_pooling(ModelFolder.find(folder))
-        made = compile(folder, backend=backend, target=target, inputs=("lengths",), **config)
+        made = compile(model, backend=backend, target=target, inputs=("lengths",), **config)
         takes, gives = [p.name for p in made.inputs], [p.name for p in made.outputs]
         if takes != ["tokens", "lengths"] or "hidden" not in gives:
             raise UsageError(

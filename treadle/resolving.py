@@ -182,7 +182,18 @@ def _resolve(
     if text in family_names() and not Path(text).exists():
         declared = find_family(text).model.configure(inputs=inputs, **config)
         return Resolved(text, declared.graph(), declared)
-    place = find_folder(text)
+    resolved = _from_place(find_folder(text), inputs, config, limits)
+    return _called(text, resolved) if text in PINNED and not Path(text).exists() else resolved
+
+
+def _called(name: str, resolved: Resolved) -> Resolved:
+    """A model by the name that the user gave, in place of its family's."""
+    resolved.graph.name = name
+    return replace(resolved, name=name)
+
+
+def _from_place(place: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
+    """The model in a folder or a file."""
     if place.suffix == GGUF_SUFFIX and not place.is_dir():
         return _from_gguf(place, inputs, config, limits)
     if place.suffix == ONNX_SUFFIX and not place.is_dir():
