@@ -96,8 +96,8 @@ def test_every_folder_with_code_is_a_package() -> None:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the tree, without the network."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a copy of the tree, as much of it as is built; skip where nothing can be built without the network."""
     for tool, oldest in (("pip", 21), ("setuptools", 77)):
         try:
             found = metadata.version(tool)
@@ -105,11 +105,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             found = "0"
         if int(found.split(".")[0]) < oldest:
             pytest.skip(f"needs {tool} {oldest} or newer")
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    source = tmp_path_factory.mktemp("source")
     for name in LAYERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", pyproject()["project"]["readme"], "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel."""
+    built = tmp_path_factory.mktemp("built")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(built)]
     command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -118,15 +125,39 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
-    expected = set()
+def packaged_files() -> set[str]:
+    """Return every file of the packages, as it should lie where it is installed."""
+    found = set()
     for path in (path for layer in LAYERS for path in (ROOT / layer).rglob("*") if path.is_file()):
         if "__pycache__" not in path.parts:
             inside = where(path)
-            expected.add(inside if inside.startswith("treadle/") else f"treadle/{inside}")
+            found.add(inside if inside.startswith("treadle/") else f"treadle/{inside}")
+    return found
+
+
+def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == expected
+    assert held == packaged_files()
+
+
+def test_a_strict_editable_install_is_a_folder_that_type_checkers_can_follow(source: Path, tmp_path: Path) -> None:
+    """What README tells: a path with every module in it, of which the code is that of the checkout."""
+    program = (
+        "import sys\n"
+        "from setuptools.build_meta import build_editable\n"
+        "build_editable(sys.argv[1], {'editable_mode': 'strict'})"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        (listing,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        folder = Path(archive.read(listing).decode().strip())
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert held == packaged_files()
+    assert (folder / "treadle/ir/graph.py").samefile(source / "ir/graph.py")
 
 
 def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
