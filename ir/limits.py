@@ -27,7 +27,7 @@ def limits_of(kind: type[L], given: L | Mapping[str, int] | None) -> L:
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(given, Mapping):
         received = f"a {type(given).__name__}"
-        raise UsageError(f"limits= is a {kind.__name__}, or numbers by name", received=received, hint=_one_of(known))
+        raise UsageError(f"limits are a {kind.__name__}, or numbers by name", received=received, hint=_one_of(known))
     check_limits(given, known)
     return replace(kind(), **given)  # type: ignore[type-var]
 

@@ -338,7 +338,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["inspect", SMALL, "--after", "gelu-erf"], ["a rule of the pass fuse-gelu", "try       --after fuse-gelu\n"]),
         (["inspect", SMALL, "--set", "act=relu"], ["is a function", "try       --set act=t.relu\n"]),
         (["inspect", SMALL, "--limit", "nodes=0"], ["the limit nodes must be a positive integer"]),
-        (["inspect", SMALL, "--limit", "nodes=5"], ["limits= are of a file"]),
+        (["inspect", SMALL, "--limit", "nodes=5"], ["limits are of a file"]),
         (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two stages"]),
         (["inspect", SMALL, "--sizes", "Q=3"], ["no symbolic axis Q", "one of B, S"]),
         (["inspect", SMALL, "--sizes", "S=-3"], ["size of S must be a positive integer"]),
@@ -424,6 +424,19 @@ def test_help_fits_80_columns_and_names_no_python_types(
     assert max(map(len, said.out.splitlines())) <= 80
     for noise in ("<bool>", "<str>", "<int", "<float>", "list["):
         assert noise not in said.out
+
+
+def test_a_limit_that_an_error_names_lets_the_file_be_read(treadle_command: Treadle) -> None:
+    pytest.importorskip("onnx")
+    assert treadle_command("export", "model.py:scale", "-o", "scale.onnx").code == 0
+    said = treadle_command("inspect", "scale.onnx", "--limit", "nodes=1")
+    refused(said, "more nodes than the limit", "try       --limit nodes=4, if you trust the file")
+    assert treadle_command("inspect", "scale.onnx", "--limit", "nodes=4").code == 0
+    with pytest.raises(TreadleError) as caught:
+        treadle.compile("scale.onnx", limits={"nodes": 1})
+    assert caught.value.hint == "limits={'nodes': 4}, if you trust the file"
+    assert treadle.compile("scale.onnx", limits={"nodes": 4}).outputs
+    refused(treadle_command("inspect", "scale.onnx", "--limit", "knots=4"), "no limit 'knots'", "one of bytes, nodes")
 
 
 def test_verify_widens_as_compile_does(treadle_command: Treadle) -> None:

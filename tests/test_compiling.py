@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "negative seed": (lambda: compile(example, seed=-1), "a seed is 0 or more, not -1"),
     "letters": (lambda: compile(example, inputs="yz"), "inputs= is a list of names"),
     "function": (lambda: compile(lambda x: x), "decorate the function with @t.model"),  # type: ignore[arg-type]
-    "limits": (lambda: compile(example, limits={"nodes": 3}), "limits= are of a file"),
+    "limits": (lambda: compile(example, limits={"nodes": 3}), "limits are of a file"),
     "number": (lambda: compile(3), "a model is a declaration, a graph, a name or a path"),  # type: ignore[arg-type]
     "weights": (lambda: compile(example, weights={**ONES, "head.wieght": 0}), "head.weight for head.wieght?"),  # type: ignore[dict-item]
     "too few weights": (lambda: compile(example, weights={"head.bias": ONES["head.bias"]}), "weights= lacks 1 of 2"),

@@ -27,6 +27,10 @@ LAYERS = ("ir", "frontends", "passes", "backends", "models", "runtime", "treadle
 THEIRS = {"export", "pip", "ensurepip", "pretrained"}  # what is called in hints and belongs to others
 
 
+ON_THE_COMMAND_LINE = " | on the command line: "
+FOR_COMMANDS = ("treadle/cli/", "treadle/option_values.py", "treadle/explaining.py")  # what only commands reach
+
+
 def shown(node: ast.AST) -> str:
     """The text that an expression gives, with … for what is put in when it runs."""
     match node:
@@ -38,6 +42,8 @@ def shown(node: ast.AST) -> str:
             return shown(left) + shown(right)
         case ast.IfExp(body=body, orelse=orelse):
             return f"{shown(body)} | {shown(orelse)}"
+        case ast.Call(func=ast.Name(id="Hint"), args=[text, command]):
+            return f"{shown(text)}{ON_THE_COMMAND_LINE}{shown(command)}"
         case ast.BoolOp(values=values):
             return " | ".join(map(shown, values))
     return "…"
@@ -54,10 +60,11 @@ def hints() -> Iterator[tuple[str, str]]:
                 case ast.Assign(targets=[ast.Name(id="hint") | ast.Attribute(attr="hint")], value=value):
                     yield f"{place}:{node.lineno}", shown(value)
                 case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
-                    if name.strip("_") in ("WITHOUT_BF16", "OTHER_WAYS", "CONVERSION", "DAMAGED", "WHERE_TRUSTED"):
+                    if name.strip("_") in KNOWN:
                         yield f"{place}:{node.lineno}", shown(value)
 
 
+KNOWN = {"WITHOUT_BF16", "OTHER_WAYS", "CONVERSION", "DAMAGED", "WHERE_TRUSTED", "SAME_AXES", "INCLUDED"}
 HINTS = list(hints())
 GROUP: Any = typer.main.get_command(app)
 OPTIONS = {name: {o for p in GROUP.commands[name].params for o in p.opts} for name in COMMANDS}
@@ -95,6 +102,21 @@ def test_commands_and_options_are_there(place: str, text: str) -> None:
     ours = [OPTIONS[command] for command in named] or list(OPTIONS.values())
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"pip install.*|… -m .*", "", text)):
         assert any(option in options for options in ours), f"{option} of {text!r}"
+
+
+def test_python_is_told_no_options_of_the_command_line_and_commands_no_arguments() -> None:
+    wrong = []
+    for place, text in HINTS:
+        python, _, command = text.partition(ON_THE_COMMAND_LINE)
+        if not place.startswith(FOR_COMMANDS) and re.search(
+            r"(?<![\w-])--[a-z]", re.sub(r"pip install.*|… -m .*", "", python)
+        ):
+            wrong.append(f"{place}: {python}")
+        if re.search(
+            r"\b(dims|sizes|static|limits|widen|inputs|backend|target)=[\[{(\"]|\b(t|exe|treadle)\.\w+\(", command
+        ):
+            wrong.append(f"{place}: {command}")
+    assert wrong == []
 
 
 def test_arguments_are_those_of_what_is_called() -> None:

@@ -157,8 +157,16 @@ def _resolve(
     config: Mapping[str, Any],
     limits: Limits,
 ) -> Resolved:
-    if limits is not None and not isinstance(model, str | Path):
-        raise UsageError("limits= are of a file, and this model is none", received=f"a {type(model).__name__}")
+    text = str(model) if isinstance(model, str | Path) else ""
+    path, colon, function = text.rpartition(":")
+    in_python = bool(colon) and path.endswith(".py")
+    in_zoo = text in family_names() and not Path(text).exists()
+    if limits is not None and (not text or in_python or in_zoo):
+        raise UsageError(
+            "limits are of a file that holds a model, and this is none",
+            received=text or f"a {type(model).__name__}",
+            hint="leave it out",
+        )
     if isinstance(model, Graph | TorchModel):
         if config or inputs:
             raise UsageError("a graph takes no configuration", received=", ".join([*config, *(inputs or ())]))
@@ -174,12 +182,10 @@ def _resolve(
             received=f"{model!r}"[:80],
             hint=_instead_of(model),
         )
-    text = str(model)
-    path, colon, function = text.rpartition(":")
-    if colon and path.endswith(".py"):
+    if in_python:
         declared = _load_declaration(Path(path), function).configure(inputs=inputs, **config)
         return Resolved(declared.name, declared.graph(), declared)
-    if text in family_names() and not Path(text).exists():
+    if in_zoo:
         declared = find_family(text).model.configure(inputs=inputs, **config)
         return Resolved(text, declared.graph(), declared)
     resolved = _from_place(find_folder(text), inputs, config, limits)

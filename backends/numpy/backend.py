@@ -21,14 +21,16 @@ from treadle.backends.python.executable import (
 )
 from treadle.backends.signature import numpy_taken
 from treadle.backends.weight_preparation import as_numpy_weight, prepare_weights
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import Type
 
 Array = np.ndarray[Any, Any]
 
-_WITHOUT_BF16 = 'backend="torch", or widen="bf16" to compute in f32; on the command line --backend torch, --widen bf16'
+_WITHOUT_BF16 = Hint(
+    'backend="torch", or widen="bf16" to compute in f32', "--backend torch, or --widen bf16 to compute in f32"
+)
 
 
 class NumpyBackend:
@@ -54,7 +56,7 @@ class NumpyBackend:
             raise BackendError(
                 "the numpy backend runs on the CPU only",
                 received=str(target),
-                hint='Target("cpu"), or backend torch',
+                hint=Hint('target="cpu", or backend="torch"', "--target cpu, or --backend torch"),
             )
         if target.threads is not None:
             raise BackendError(

@@ -264,7 +264,7 @@ class Site:
         given = ", ".join(f"{s}=8" for s in symbols)
         dims = ", ".join(f"{s!r}: 8" for s in symbols)
         on_line = " ".join(f"--set {s}=8" for s in symbols)
-        self.refuse(why, f"numbers: treadle.compile(..., {given}), {on_line}, or dims={{{dims}}} of import_onnx")
+        self.refuse(why, Hint(f"numbers: treadle.compile(..., {given}), or dims={{{dims}}} of import_onnx", on_line))
 
     def mismatched(self, why: str, *sizes: Size) -> NoReturn:
         """Sizes that must be equal are not: a damaged node, or, if they hold symbols, a case that is not taken."""

@@ -56,7 +56,7 @@ def embed_sentences(
     if cut and not as_json:
         which = ", ".join(str(i + 1) for i in cut[:10]) + (", ..." if len(cut) > 10 else "")
         print(
-            f"cut to {counted(embedder.tokenizer.max_tokens, 'token')}: sentence{'s' * (len(cut) > 1)} {which}",
+            f"cut to {counted(embedder.tokenizer.max_tokens or 0, 'token')}: sentence{'s' * (len(cut) > 1)} {which}",
             file=sys.stderr,
         )
     if as_json:
