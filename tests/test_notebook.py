@@ -69,8 +69,8 @@ def test_html_of_executables_graphs_and_logs(exe: t.Compiled) -> None:
 def test_reprs_of_logs(exe: t.Compiled) -> None:
     assert repr(exe.log) == exe.log.table()
     (record,) = [r for r in exe.log if r.name == "fuse-activated-linear"]
-    assert repr(record).startswith("<pass fuse-activated-linear: 2 -> 1 ops, ")
-    assert repr(record).endswith(" ms, 1 matches>")
+    assert repr(record).startswith("<pass fuse-activated-linear: 2 -> 1 op, ")
+    assert repr(record).endswith(" ms, 1 match>")
     assert "\n" not in repr(exe.optimized)
 
 

@@ -25,7 +25,7 @@ from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.torch.packing import can_pack, choose_packing, pack, packed_dialect, packed_names
 from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
 from treadle.backends.weight_preparation import prepare_weights
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Literal, Node
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
@@ -78,12 +78,16 @@ class TorchBackend:
 
         if target.kind == "cuda" and not torch.cuda.is_available():
             raise BackendError(
-                "PyTorch finds no CUDA device", received=f"torch {torch.__version__}", hint='Target("cpu")'
+                "PyTorch finds no CUDA device",
+                received=f"torch {torch.__version__}",
+                hint=Hint('target="cpu"', "--target cpu"),
             )
         if target.kind == "isa":
             raise BackendError(
                 f"the torch backend does not generate code for {target}",
-                hint='Target("cpu") or Target("cuda"), or backend tvm',
+                hint=Hint(
+                    'target="cpu" or target="cuda", or backend="tvm"', "--target cpu or --target cuda, or --backend tvm"
+                ),
             )
         device = torch.device(target.kind)
 
