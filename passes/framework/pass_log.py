@@ -178,7 +178,9 @@ class PassRecord:
     @property
     def summary(self) -> str:
         """`after fuse-gelu: 14 -> 9 ops, 0.4 ms`"""
-        return f"after {self.name}: {self.before.total()} -> {self.after.total()} op{'s' * (self.after.total() != 1)}, {self.seconds * 1e3:.1f} ms"
+        left = self.after.total()
+        ops = f"{self.before.total()} -> {left} op{'s' * (left != 1)}"
+        return f"after {self.name}: {ops}, {self.seconds * 1e3:.1f} ms"
 
     def as_dict(self, *, times: bool = False) -> dict[str, Any]:
         found: dict[str, Any] = {

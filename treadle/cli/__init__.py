@@ -35,12 +35,14 @@ def main() -> None:
             code = _run_as_json(words) if "--json" in words else app(prog_name="treadle")
         except SystemExit as ended:
             code = ended.code
-            if isinstance(ended.__context__, BrokenPipeError):  # of rich, which prints --help, and of typer
-                raise ended.__context__ from None
+            before = list(_chain(ended.__context__))
+            if before and isinstance(before[0], BrokenPipeError):  # rich met it, which prints help and errors of usage
+                forget_output()
+                code = 2 if any(map(_is_of_usage, before)) else 0
         sys.stdout.flush()
-    except BrokenPipeError as error:
+    except BrokenPipeError:
         forget_output()
-        code = 2 if any(map(_is_of_usage, _chain(error))) else 0
+        code = 0
     sys.exit(code)
 
 
