@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, ParseError
-from treadle.ir.operation import Array, attribute_codec
+from treadle.ir.operation import Array
 from treadle.ir.sizes import Size
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import i64

@@ -18,7 +18,9 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
 from treadle.ir.inline import inline_calls
-from treadle.ir.operation import Composite
+from treadle.ir.operation import Composite, names_operand
+from treadle.ir.ops.arithmetic import Add, Sub
+from treadle.ir.ops.elementwise import Cast
 from treadle.ir.types import bf16
 
 Array = np.ndarray[Any, Any]
@@ -117,15 +119,14 @@ def _asked_of_operands(
 def _carried_back(node: Node, asked: Range) -> Iterator[tuple[Value, Range]]:
     """What is asked of a result, asked of the operands that it holds: moved, chosen among, or plus a constant."""
     op, names = node.op, node.op.operand_names(len(node.operands))
-    moved = frozenset().union(*op.linear) if op.flops == 0 else frozenset()
     for name, value in zip(names, node.operands, strict=True):
-        if value is not None and (name in moved or op.name == "cast" or (op.name == "where" and name != "condition")):
+        if value is not None and (isinstance(op, Cast) or names_operand(op.moved, name)):
             yield value, asked
-    if op.name in ("add", "sub"):
+    if isinstance(op, (Add, Sub)):
         x, y = node.inputs
         if (shift := _scalar(y)) is not None:
-            yield x, asked.shift(-shift if op.name == "add" else shift)
-        elif op.name == "add" and (shift := _scalar(x)) is not None:
+            yield x, asked.shift(-shift if isinstance(op, Add) else shift)
+        elif isinstance(op, Add) and (shift := _scalar(x)) is not None:
             yield y, asked.shift(-shift)
 
 

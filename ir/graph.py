@@ -202,6 +202,11 @@ class Node:
         return self.op.is_contraction(self._ranks)
 
     @property
+    def is_multilinear(self) -> bool:
+        """Whether its op is linear in each operand: see `Op.is_multilinear`."""
+        return self.op.is_multilinear(len(self.operands))
+
+    @property
     def _ranks(self) -> list[int | None]:
         return [None if v is None else v.type.rank for v in self.operands]
 

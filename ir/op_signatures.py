@@ -11,8 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from inspect import Parameter, Signature
 
+from treadle.ir.attribute_values import accepted_annotation
 from treadle.ir.dtype_rules import count_results
-from treadle.ir.operation import Op, accepted_annotation
+from treadle.ir.operation import Op
 from treadle.ir.sizes import Size
 
 

@@ -20,19 +20,19 @@ axis rule and names the operands it is linear in. A **composite** has a body of 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 import numpy as np
 
-from treadle.ir.axes import Application, Rule, parse_rule
+from treadle.ir.attribute_values import as_tuple, coerced, evaluated, has_size, in_words
+from treadle.ir.axes import Application, AxisDim, Role, Rule, parse_rule
 from treadle.ir.dtype_rules import infer_dtypes
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.samples import Sample
-from treadle.ir.sizes import Size, SizeLike
-from treadle.ir.types import DTYPES, DType, Type, f64
+from treadle.ir.sizes import Size
+from treadle.ir.types import DType, Type, f64
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
@@ -73,6 +73,8 @@ class Op:
     """How an axis that it scans or generates goes on in a generation step ("carries the running sum"); None: not."""
     pairs: ClassVar[tuple[str, str] | None] = None
     """For self-attention: the factors of queries and keys, which one axis may be at once."""
+    commutes: ClassVar[bool] = False
+    """Whether its two operands may change places: f(x, y) = f(y, x)."""
     callee: str | None = None
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
@@ -81,14 +83,14 @@ class Op:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             try:
-                coerced = _coerce(str(field.type), value)
+                made = coerced(str(field.type), value)
             except (TypeError, ValueError):
                 raise GraphError(
-                    f"{self.name}: {field.name} must be {_in_words(str(field.type))}, is {value!r}",
-                    hint=_as_tuple(field.name, str(field.type), value),
+                    f"{self.name}: {field.name} must be {in_words(str(field.type))}, is {value!r}",
+                    hint=as_tuple(field.name, str(field.type), value),
                 ) from None
-            if coerced is not value:
-                object.__setattr__(self, field.name, coerced)  # the dataclass is frozen
+            if made is not value:
+                object.__setattr__(self, field.name, made)  # the dataclass is frozen
 
     # -- what an op may say beyond its class line --------------------------------------------------------------
 
@@ -139,6 +141,11 @@ class Op:
         taking another part of it need not.
         """
         return frozenset()
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """The operands of which it hands elements on, as they are: what it is linear in, if it does no arithmetic."""
+        return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
         """Floating-point operations on operands of these types where each symbol has a value.
@@ -247,6 +254,29 @@ class Op:
             ) from None
         return tuple(Type(d, s) for d, s in zip(dtypes, shapes, strict=True))
 
+    # -- facts, which follow from the above; tests/test_op_facts.py holds each to what ops compute --------------------
+
+    @property
+    def only_moves(self) -> bool:
+        """Whether every element of its results is an element of an operand, as it is, and none is filled in.
+
+        Which one it is, sizes or other operands say (indices, the condition of `where`), never the element itself.
+        """
+        return bool(self.moved)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it only moves the elements of its one operand, and sizes alone say where: rearrange, expand, slice.
+
+        Its result may then lie where the operand does, if strides can say it.
+        """
+        return self.only_moves and len(self.operands) == 1 and self.arity[1] == 1
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether results depend on where elements stand, and not on what they are alone: iota, a causal mask."""
+        return bool(self.positional)
+
     def is_elementwise(self, ranks: Sequence[int | None]) -> bool:
         """Whether each element of its result is made of one element of each operand, by its axis rule."""
         return self.callee is None and self.rule(ranks).is_elementwise
@@ -258,6 +288,32 @@ class Op:
         two operands, the other held fixed. (attention sums so, and is linear in its values alone.)
         """
         return len(self.linear) > 1 and self.rule(ranks).sums_products
+
+    def is_multilinear(self, count: int) -> bool:
+        """Whether it is linear in each of `count` operands, the others held fixed."""
+        return all(any(names_operand(group, n) for group in self.linear) for n in self.operand_names(count))
+
+    def in_place(self, types: Sequence[Type | None]) -> tuple[int, ...]:
+        """The operands over which its result may be written while it is computed, by their positions.
+
+        Of such a one, of the result's type, each element is read for the element at its own place alone: all factors of
+        its dimensions are mapped, and they are the result's.
+        """
+        (made, *others), found = self.infer(types), self.apply(types)
+        if others:
+            return ()
+
+        def is_mapped(dim: AxisDim) -> bool:
+            return dim.size is None and all(found.factors[name].role is Role.MAPPED for name in dim.factors)
+
+        return tuple(
+            i
+            for i, (type, dims) in enumerate(zip(types, found.operands, strict=True))
+            if type is not None
+            and (type.dtype, type.shape) == (made.dtype, made.shape)
+            and dims == found.results[0]
+            and all(map(is_mapped, dims or ()))
+        )
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
@@ -271,7 +327,7 @@ class Op:
 
     def at(self, values: Mapping[str, int]) -> Op:
         """The op with its symbolic sizes evaluated."""
-        changed = {n: _evaluate(v, values) for n, v in self.attributes.items() if _has_size(v)}
+        changed = {n: evaluated(v, values) for n, v in self.attributes.items() if has_size(v)}
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def in_float64(self) -> Op:
@@ -307,6 +363,11 @@ class Composite(Op):
         from treadle.ir.differentiate import body_gradient
 
         return body_gradient(self, b, grads, inputs)
+
+
+def names_operand(group: frozenset[str], name: str) -> bool:
+    """Whether operands of `Op.linear` or `Op.moved` hold the one of this name: a variadic one has a number."""
+    return name in group or name.rstrip("0123456789") in group
 
 
 def _arity(operands: Mapping[str, Operand]) -> tuple[tuple[tuple[int, str], ...], int | None]:
@@ -383,113 +444,3 @@ def find_op(name: str) -> type[Op]:
 @lru_cache(maxsize=8192)
 def _interned(cls: type[Op], attributes: tuple[tuple[str, Any], ...], zeros: tuple[str, ...]) -> Op:
     return cls(**dict(attributes))
-
-
-# -- attributes ------------------------------------------------------------------------------------------------
-
-_CODECS: dict[str, Callable[[Any], Any]] = {}
-_ACCEPTED: dict[str, str] = {}
-
-
-def attribute_codec(annotation: str, read: Callable[[Any], Any], accepts: str | None = None) -> None:
-    """Register how a value given for an attribute with this annotation becomes the attribute (in tuples as well).
-
-    accepts  the annotation of what `read` takes, where that is more than the attribute's own
-    """
-    _CODECS[annotation] = read
-    _ACCEPTED[annotation] = accepts or annotation
-
-
-def accepted_annotation(annotation: str) -> str:
-    """What a caller may give for an attribute with this annotation: `SizeLike | None` for `Size | None`."""
-    kinds = []
-    for kind in annotation.split(" | ") if not annotation.startswith("tuple[") else [annotation]:
-        inside = kind.removeprefix("tuple[").removesuffix(", ...]")
-        kinds.append(f"Sequence[{accepted_annotation(inside)}]" if inside != kind else _ACCEPTED.get(kind, kind))
-    return " | ".join(kinds)
-
-
-def _read_size(value: SizeLike) -> Size:
-    return Size.of(value)
-
-
-def _read_dtype(value: DType | str) -> DType:
-    if isinstance(value, DType):
-        return value
-    if value not in DTYPES:
-        raise GraphError(f"unknown dtype {value!r}", hint="one of " + ", ".join(DTYPES))
-    return DTYPES[value]
-
-
-def _read_bool(value: Any) -> bool:
-    if value not in (False, True):
-        raise TypeError
-    return bool(value)
-
-
-def _read_str(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-attribute_codec("Size", _read_size, "SizeLike")
-attribute_codec("DType", _read_dtype, "DType | str")
-attribute_codec("float", float)
-attribute_codec("int", operator.index)
-attribute_codec("bool", _read_bool)
-attribute_codec("str", _read_str)
-
-
-_WORDS = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "True or False",
-    "str": "text",
-    "Size": "a size, an integer or an expression of symbols",
-    "DType": "a dtype",
-}
-
-
-def _in_words(annotation: str) -> str:
-    """`tuple[int, ...]` as `a tuple of integers`."""
-    base = annotation.removesuffix(" | None")
-    inner = base.removeprefix("tuple[").removesuffix(", ...]")
-    if inner != base:
-        return f"a tuple of {'integers' if inner == 'int' else f'{inner}s'.lower()}"
-    return _WORDS.get(base, base)
-
-
-def _as_tuple(name: str, annotation: str, value: Any) -> str | None:
-    """What to try where one item stands in place of a tuple of them."""
-    read = _CODECS.get(annotation.removeprefix("tuple[").removesuffix(", ...]"))
-    if not annotation.startswith("tuple[") or read is None or isinstance(value, str | list | tuple):
-        return None
-    try:
-        return f"{name}=({read(value)},)"
-    except (TypeError, ValueError):
-        return None
-
-
-def _coerce(annotation: str, value: Any) -> Any:
-    if value is None and "None" in annotation:
-        return None
-    base = annotation.replace(" | None", "")
-    if base.startswith("tuple["):
-        if isinstance(value, str):  # whose letters would be its items
-            raise TypeError
-        inner = base[6:-1].removesuffix(", ...")
-        read = _CODECS.get(inner)
-        return tuple([v if read is None or (v is None and "None" in annotation) else read(v) for v in value])
-    read = _CODECS.get(base)
-    return read(value) if read else value
-
-
-def _has_size(value: Any) -> bool:
-    return isinstance(value, Size) or (isinstance(value, tuple) and any(isinstance(v, Size) for v in value))
-
-
-def _evaluate(value: Any, values: Mapping[str, int]) -> Any:
-    if isinstance(value, Size):
-        return Size.of(value.evaluate(values))
-    return tuple(_evaluate(v, values) for v in value) if isinstance(value, tuple) else value

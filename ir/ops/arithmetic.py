@@ -29,6 +29,7 @@ class Add(Primitive):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.add(x, y)
@@ -68,6 +69,7 @@ class Mul(Primitive):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.multiply(x, y)
@@ -138,6 +140,7 @@ class Maximum(Primitive):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.maximum(x, y)
@@ -159,6 +162,7 @@ class Minimum(Primitive):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.minimum(x, y)

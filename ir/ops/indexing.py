@@ -238,6 +238,10 @@ class Iota(Primitive):
     size: Size
     dtype: DType = i64
 
+    @property
+    def positional(self) -> frozenset[str]:
+        return frozenset(axis_letters(1, self.size.symbols))
+
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         (name,) = axis_letters(1, self.size.symbols)
         return f"-> ^{name}={self.size}"
@@ -266,6 +270,10 @@ class Positions(Primitive):
 
     x = Operand()
     step = "adds the past length of the row"
+
+    @property
+    def positional(self) -> frozenset[str]:
+        return frozenset("s")
 
     def reference(self, x: Any) -> Any:
         return np.broadcast_to(np.arange(x.shape[-1]), x.shape)

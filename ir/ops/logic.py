@@ -24,6 +24,7 @@ class Equal(_Comparison):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.equal(x, y)
@@ -35,6 +36,7 @@ class NotEqual(_Comparison):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.not_equal(x, y)
@@ -90,6 +92,7 @@ class LogicalAnd(Primitive):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.logical_and(x, y)
@@ -104,6 +107,7 @@ class LogicalOr(Primitive):
 
     x = Operand()
     y = Operand()
+    commutes = True
 
     def reference(self, x: Any, y: Any) -> Any:
         return np.logical_or(x, y)
@@ -135,6 +139,10 @@ class Where(Primitive):
     condition = Operand()
     x = Operand()
     y = Operand()
+
+    @property
+    def moved(self) -> frozenset[str]:
+        return frozenset(("x", "y"))
 
     def reference(self, condition: Any, x: Any, y: Any) -> Any:
         return np.where(condition, x, y)

@@ -38,6 +38,13 @@ class Projections(Composite):
         names = ["x", *(f"{name}{n}" for name in ("weight", "bias") for n in range(self.count))]
         return [*names, *(f"operand{n}" for n in range(len(names), count))][:count]
 
+    @property
+    def linear(self) -> tuple[frozenset[str], ...]:
+        """In x and the biases together, and in the weights and the biases."""
+        _, *others = self.operand_names(1 + 2 * self.count)
+        weights, biases = others[: self.count], others[self.count :]
+        return frozenset(("x", *biases)), frozenset((*weights, *biases))
+
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         rows = rows_of(self.weight_axes)
         outs = [f"n{i}" for i in range(self.count)]

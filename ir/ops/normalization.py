@@ -220,7 +220,7 @@ class LayerNorm(Composite):
     ]
 
 
-@op("rms_norm", axes="... [d], d -> ... [d]", dtypes="f, f -> f")
+@op("rms_norm", axes="... [d], d -> ... [d]", dtypes="f, f -> f", linear="weight")
 class RMSNorm(Composite):
     """y = x / sqrt(mean(x^2) + eps) * weight        (Zhang & Sennrich 2019)
 

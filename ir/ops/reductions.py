@@ -122,7 +122,7 @@ class ReduceMin(_Extremum):
         return np.min(x, axis=self.axes, keepdims=self.keep)
 
 
-@op("reduce_mean", dtypes="f -> f")
+@op("reduce_mean", dtypes="f -> f", linear="x")
 class ReduceMean(_Reduction, Composite):
     """y = (sum of x over `axes`) / (number of its terms)
 

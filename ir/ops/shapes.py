@@ -438,6 +438,15 @@ class Pad(Primitive):
         """Linear where it pads with zeros."""
         return super().linear if self.value == 0 else ()
 
+    @property
+    def moved(self) -> frozenset[str]:
+        return frozenset(("x",))
+
+    @property
+    def only_moves(self) -> bool:
+        """Not so: the margins hold a number that is no element of x."""
+        return False
+
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         names = axis_letters(ranks[0] or 0, _symbols([self.before, self.after]))
         axis = place(self.axis, len(names))

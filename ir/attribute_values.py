@@ -1,0 +1,125 @@
+"""Attributes of ops: how what a caller gives for one becomes its value, by the field's annotation.
+
+axes: tuple[int, ...]      [0, -1]  -->  (0, -1)
+size: Size                 "2*S"    -->  Size
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from treadle.ir.errors import GraphError
+from treadle.ir.sizes import Size, SizeLike
+from treadle.ir.types import DTYPES, DType
+
+_CODECS: dict[str, Callable[[Any], Any]] = {}
+_ACCEPTED: dict[str, str] = {}
+
+
+def attribute_codec(annotation: str, read: Callable[[Any], Any], accepts: str | None = None) -> None:
+    """Register how a value given for an attribute with this annotation becomes the attribute (in tuples as well).
+
+    accepts  the annotation of what `read` takes, where that is more than the attribute's own
+    """
+    _CODECS[annotation] = read
+    _ACCEPTED[annotation] = accepts or annotation
+
+
+def accepted_annotation(annotation: str) -> str:
+    """What a caller may give for an attribute with this annotation: `SizeLike | None` for `Size | None`."""
+    kinds = []
+    for kind in annotation.split(" | ") if not annotation.startswith("tuple[") else [annotation]:
+        inside = kind.removeprefix("tuple[").removesuffix(", ...]")
+        kinds.append(f"Sequence[{accepted_annotation(inside)}]" if inside != kind else _ACCEPTED.get(kind, kind))
+    return " | ".join(kinds)
+
+
+def _read_size(value: SizeLike) -> Size:
+    return Size.of(value)
+
+
+def _read_dtype(value: DType | str) -> DType:
+    if isinstance(value, DType):
+        return value
+    if value not in DTYPES:
+        raise GraphError(f"unknown dtype {value!r}", hint="one of " + ", ".join(DTYPES))
+    return DTYPES[value]
+
+
+def _read_bool(value: Any) -> bool:
+    if value not in (False, True):
+        raise TypeError
+    return bool(value)
+
+
+def _read_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+attribute_codec("Size", _read_size, "SizeLike")
+attribute_codec("DType", _read_dtype, "DType | str")
+attribute_codec("float", float)
+attribute_codec("int", operator.index)
+attribute_codec("bool", _read_bool)
+attribute_codec("str", _read_str)
+
+
+def coerced(annotation: str, value: Any) -> Any:
+    """A value as the attribute with this annotation holds it. Raises TypeError or ValueError for what is none."""
+    if value is None and "None" in annotation:
+        return None
+    base = annotation.replace(" | None", "")
+    if base.startswith("tuple["):
+        if isinstance(value, str):  # whose letters would be its items
+            raise TypeError
+        inner = base[6:-1].removesuffix(", ...")
+        read = _CODECS.get(inner)
+        return tuple([v if read is None or (v is None and "None" in annotation) else read(v) for v in value])
+    read = _CODECS.get(base)
+    return read(value) if read else value
+
+
+def has_size(value: Any) -> bool:
+    """Whether an attribute's value is a size, or holds some."""
+    return isinstance(value, Size) or (isinstance(value, tuple) and any(isinstance(v, Size) for v in value))
+
+
+def evaluated(value: Any, values: Mapping[str, int]) -> Any:
+    """The value with its sizes at these values of their symbols."""
+    if isinstance(value, Size):
+        return Size.of(value.evaluate(values))
+    return tuple(evaluated(v, values) for v in value) if isinstance(value, tuple) else value
+
+
+_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "text",
+    "Size": "a size, an integer or an expression of symbols",
+    "DType": "a dtype",
+}
+
+
+def in_words(annotation: str) -> str:
+    """`tuple[int, ...]` as `a tuple of integers`."""
+    base = annotation.removesuffix(" | None")
+    inner = base.removeprefix("tuple[").removesuffix(", ...]")
+    if inner != base:
+        return f"a tuple of {'integers' if inner == 'int' else f'{inner}s'.lower()}"
+    return _WORDS.get(base, base)
+
+
+def as_tuple(name: str, annotation: str, value: Any) -> str | None:
+    """What to try where one item stands in place of a tuple of them."""
+    read = _CODECS.get(annotation.removeprefix("tuple[").removesuffix(", ...]"))
+    if not annotation.startswith("tuple[") or read is None or isinstance(value, str | list | tuple):
+        return None
+    try:
+        return f"{name}=({read(value)},)"
+    except (TypeError, ValueError):
+        return None

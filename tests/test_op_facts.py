@@ -1,0 +1,260 @@
+"""Facts about ops are tested, not trusted: each against what the references compute, on every sample of every op.
+
+An op has a fact if and only if its samples show it, so that none is claimed wrongly and none is forgotten.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.op_checks import TESTED, Case
+from tests.test_axis_rules import Case as RuleCase
+from treadle.ir.axes import Role
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Function
+from treadle.ir.operation import OPS, names_operand
+from treadle.ir.ops.call import Call
+from treadle.ir.types import DTYPES
+
+Array = np.ndarray[Any, Any]
+Given = Sequence[Array | None]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cases(name: str) -> list[Case]:
+    return [Case.of(name, number) for number in range(len(OPS[name].samples))]
+
+
+def evaluated(case: Case, operands: Given) -> tuple[Array, ...] | None:
+    """What the op gives on other operands; None where it is not defined on these."""
+    types = [None if x is None else DTYPES[_NAMES[x.dtype.name]][x.shape] for x in operands]
+    on_these = Case(case.op, tuple(types), tuple(operands))
+    try:
+        return on_these.evaluate(operands) if on_these.takes_its_operands else None
+    except GraphError:  # an index that points outside
+        return None
+
+
+_NAMES = {"bool": "bool", "float32": "f32", "float64": "f64", "int32": "i32", "int64": "i64"}
+
+
+def are_same(found: Sequence[Array] | None, wanted: Sequence[Array]) -> bool:
+    return found is not None and all(
+        a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def present(operands: Given) -> list[Array]:
+    return [x for x in operands if x is not None]
+
+
+# -- the criteria ----------------------------------------------------------------------------------------------
+
+
+def hands_elements_on(case: Case) -> bool:
+    """Whether elements that are given other values are so in the results, wherever these hold them.
+
+    What looks at its elements, as a maximum does, picks others once their order is another; what computes makes new
+    ones. Indices and conditions keep their values.
+    """
+    (result, *_), rng = case.results, np.random.default_rng(0)
+    names = case.op.operand_names(len(case.types))
+    asked = [
+        x is not None and x.dtype == result.dtype and (names_operand(case.op.moved, n) or not case.op.moved)
+        for n, x in zip(names, case.operands, strict=True)
+    ]
+    count = sum(x.size for x, yes in zip(case.operands, asked, strict=True) if yes and x is not None)
+    if count == 0 or result.dtype.kind not in "fi":
+        return False
+    values = np.arange(count) * 3 - count  # distinct, of both signs, none the double of all others
+    values = (values + 0.25 if result.dtype.kind == "f" else values).astype(result.dtype)
+    given, drawn = {}, rng.permutation(values)
+    for i, (x, yes) in enumerate(zip(case.operands, asked, strict=True)):
+        if yes and x is not None:
+            given[i], drawn = drawn[: x.size].reshape(x.shape), drawn[x.size :]
+    renaming = dict(zip(values.tolist(), rng.permutation(values).tolist(), strict=True))
+    renamed = {i: np.vectorize(renaming.__getitem__, otypes=[x.dtype])(x) for i, x in given.items()}
+    before, after = (
+        case.evaluate([one.get(i, x) for i, x in enumerate(case.operands)])[0].ravel().tolist()
+        for one in (given, renamed)
+    )
+    return [renaming.get(x) for x in before] == after
+
+
+def changes_places(case: Case) -> bool:
+    return len(case.operands) == 2 and are_same(evaluated(case, case.operands[::-1]), case.results)
+
+
+def works_on_each_element(case: Case) -> bool:
+    """Whether elements in another order give the results in that order."""
+    (result, *_), rng = case.results, np.random.default_rng(0)
+    operands = present(case.operands)
+    if not operands or any(r.shape != result.shape for r in case.results):
+        return False
+    try:
+        if np.broadcast_shapes(*(x.shape for x in operands)) != result.shape:
+            return False
+    except ValueError:
+        return False
+    order = rng.permutation(result.size)
+    moved = [None if x is None else np.broadcast_to(x, result.shape).ravel()[order] for x in case.operands]
+    return are_same(evaluated(case, moved), [r.ravel()[order] for r in case.results])
+
+
+def reads_one_place(case: Case, position: int) -> bool:
+    """Whether no result's element but the one at its own place reads an element of this operand."""
+    (result, *others), x = case.results, case.operands[position]
+    type, (made, *_) = case.types[position], case.op.infer(case.types)
+    if others or x is None or type is None or (type.dtype, type.shape) != (made.dtype, made.shape):
+        return False
+    for n, at in enumerate(np.ndindex(x.shape)):
+        changed = x.copy()
+        changed[at] = not x[at] if x.dtype.kind == "b" else x.flat[n - 1]  # of an index, one that points inside, too
+        (again,) = case.evaluate([changed if i == position else y for i, y in enumerate(case.operands)])
+        differ = np.array(again != result)
+        differ[at] = False
+        if differ.any():
+            return False
+    return True
+
+
+def is_linear_in(case: Case, position: int) -> bool:
+    wide, rng = case.widened, np.random.default_rng(100)
+    x = wide.operands[position]
+    assert x is not None
+    y = rng.standard_normal(x.shape)
+    first, second, mixed = (
+        wide.evaluate([given if i == position else z for i, z in enumerate(wide.operands)])
+        for given in (x, y, 2.0 * x - 3.0 * y)
+    )
+    return all(np.allclose(m, 2.0 * a - 3.0 * b) for a, b, m in zip(first, second, mixed, strict=True))
+
+
+# -- the facts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_what_only_moves(name: str) -> None:
+    assert all(case.op.only_moves for case in cases(name)) == all(map(hands_elements_on, cases(name)))
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_what_commutes(name: str) -> None:
+    assert OPS[name].commutes == all(map(changes_places, cases(name)))
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_what_is_elementwise(name: str) -> None:
+    ranks = [[None if t is None else t.rank for t in case.types] for case in cases(name)]
+    claimed = [case.op.is_elementwise(r) for case, r in zip(cases(name), ranks, strict=True)]
+    found = [works_on_each_element(case) for case in cases(name)]
+    assert all(claimed) == all(found)
+    assert all(f or not c for f, c in zip(found, claimed, strict=True))  # a sum over no axes is elementwise as well
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_what_is_a_view(name: str) -> None:
+    """NumPy, too, gives some results of these where the operand lies, and never one of others."""
+    shares = [np.shares_memory(r, x) for c in cases(name) for r in c.results for x in present(c.operands)]
+    assert all(case.op.is_view for case in cases(name)) == any(shares)
+
+
+NOT_SEEN = {
+    "index_add": "what is added to the target comes from the updates, though its rows are indexed",
+    "scatter_add": "likewise",
+    "positions": "it reads no element",
+    "concat": "of one part it is that part",
+    "rms_norm": "a row by itself has the shape of the weight",
+}
+"""Where an element is read for its own place alone, and the rule does not say so."""
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_what_may_be_written_over(name: str) -> None:
+    missed = False
+    for case in cases(name):
+        claimed = {*case.op.in_place(case.types)}
+        found = {i for i in range(len(case.types)) if reads_one_place(case, i)}
+        assert claimed <= found
+        missed |= claimed != found
+    assert missed == (name in NOT_SEEN)
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_what_is_linear(name: str) -> None:
+    """An operand that no group names is one that the op is not linear in; the groups are held to in test_axis_rules."""
+    seen: dict[str, list[bool]] = {}
+    for case in cases(name):
+        linear = frozenset().union(*case.op.linear)
+        for i, (operand, x) in enumerate(zip(case.op.operand_names(len(case.types)), case.operands, strict=True)):
+            is_float = x is not None and x.dtype.kind == "f" and all(r.dtype.kind == "f" for r in case.results)
+            if is_float and x is not None and x.size and not names_operand(linear, operand):
+                seen.setdefault(operand, []).append(is_linear_in(case, i))
+    assert [operand for operand, found in seen.items() if all(found)] == []
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_what_reads_positions(name: str) -> None:
+    """Where the op says so, elements in another order along that axis do not give the results in that order.
+
+    That they do elsewhere, test_axis_rules holds each mapped axis to.
+    """
+    for number in range(len(OPS[name].samples)):
+        case = RuleCase(name, number)
+        assert case.op.reads_positions == bool(case.op.positional)
+        for factor in case.op.positional:
+            order = np.arange(case.size(factor))[::-1]
+            moved, wanted = case.run(case.take_operands(factor, order)), case.take_results(factor, order)
+            assert case.size(factor) == 1 or not are_same(moved, wanted), factor
+    generated = {f.role for f in RuleCase(name, 0).application.factors.values()} & {Role.GENERATED}
+    assert not generated or name in ("iota", "expand", "windows", "top_k")
+
+
+def test_a_call_has_no_facts() -> None:
+    """It means what its function does, which the op does not know."""
+    call = Call.of(Function("f"))
+    assert not (call.only_moves or call.is_view or call.commutes or call.reads_positions or call.is_elementwise([1]))
+    assert not call.is_contraction([1, 1])
+
+
+# -- names of ops elsewhere ------------------------------------------------------------------------------------
+
+SPELLERS = (
+    *("backends/numpy/spelling.py", "backends/torch/spelling.py", "backends/onnx", "backends/tvm/kernels"),
+    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "indexing", "normalization", "product")),
+    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("reduction", "shape")),
+    *("ir/builder.py", "passes/framework/pattern.py"),
+)
+"""What says how ops are spelled elsewhere: a table by name in each backend, and Python's own operators."""
+
+NAMED = 482
+
+
+def test_op_names_outside_their_classes_become_fewer() -> None:
+    """A list of op names is a fact in the wrong place: it belongs in the class, or follows from the rule.
+
+    Where a rule is about one op, `isinstance` says so, and a type checker knows its attributes. NAMED may only fall.
+    """
+    found: dict[str, int] = {}
+    for folder in ("ir", "passes", "backends", "runtime", "treadle"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT).as_posix()
+            if not relative.startswith(("ir/ops/", *SPELLERS)) and (count := _op_names(path)):
+                found[relative] = count
+    total = sum(found.values())
+    assert total <= NAMED, "\n".join(f"{count:4} {path}" for path, count in found.items())
+    assert total == NAMED, f"now there are {total}: write that down"
+
+
+def _op_names(path: Path) -> int:
+    """String literals of one file that are names of ops."""
+    tree = ast.parse(path.read_text("utf-8"))
+    return sum(isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in OPS for n in ast.walk(tree))
