@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Source, Value
-from treadle.ir.operation import Composite
+from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
 
 _BODY_SOURCE = Source("body", 0)
@@ -53,6 +54,20 @@ def _build(op: Composite, types: Sequence[Type | None], build: Callable[..., Any
             received=f"body: {', '.join(str(r.type) for r in results)}; rules: {', '.join(map(str, inferred))}",
         )
     return b.outputs(**{f"out{i}": r for i, r in enumerate(results)})
+
+
+def holds_contraction(op: Op, operands: Sequence[Value | None]) -> bool:
+    """Whether an op on these is a contraction, or is made of some: attention, conv, gated_linear, ..."""
+    return _holds_contraction(op, tuple([None if v is None else v.type for v in operands]))
+
+
+@lru_cache(maxsize=_MOST_BODIES)
+def _holds_contraction(op: Op, types: tuple[Type | None, ...]) -> bool:
+    if op.callee is not None:
+        return False
+    if op.is_contraction([None if t is None else t.rank for t in types]):
+        return True
+    return isinstance(op, Composite) and any(holds_contraction(n.op, n.operands) for n in body_of(op, types).nodes)
 
 
 def as_results(results: Any) -> tuple[Expr, ...]:

@@ -306,14 +306,11 @@ class Op:
         def is_mapped(dim: AxisDim) -> bool:
             return dim.size is None and all(found.factors[name].role is Role.MAPPED for name in dim.factors)
 
-        return tuple(
-            i
-            for i, (type, dims) in enumerate(zip(types, found.operands, strict=True))
-            if type is not None
-            and (type.dtype, type.shape) == (made.dtype, made.shape)
-            and dims == found.results[0]
-            and all(map(is_mapped, dims or ()))
-        )
+        def fits(type: Type | None, dims: Sequence[AxisDim] | None) -> bool:
+            alike = type is not None and (type.dtype, type.shape) == (made.dtype, made.shape)
+            return alike and dims == found.results[0] and all(map(is_mapped, dims))
+
+        return tuple(i for i, (t, dims) in enumerate(zip(types, found.operands, strict=True)) if fits(t, dims))
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:

@@ -592,9 +592,9 @@ def test_what_overflows_in_its_own_dtype_is_seen() -> None:
 
 
 def test_a_case_in_which_roundings_decide_is_no_evidence() -> None:
-    """sin(1e15 x) turns with the rounding of 1e15, so that nothing tells whether sin(1e15 x + 1) is the same."""
-    text = program("x: f32[B, S]", "y: f32[B, S]", "a = mul(x, 1e15)", "b = sin(a)", "return y = b")
-    rule = Planted(lambda p, x, y: p.sin(x * 1e15), lambda b, m: b.sin(m.x * 1e15 + 1.0))
+    """sin(1e16 x + 1e16) turns with the rounding of 1e16, so that nothing tells whether 2 more in it are the same."""
+    text = program("x: f32[B, S]", "y: f32[B, S]", "a = mul(x, 1e16)", "b = add(a, 1e16)", "c = sin(b)", "return y = c")
+    rule = Planted(lambda p, x, y: p.sin(x * 1e16 + 1e16), lambda b, m: b.sin(m.x * 1e16 + 1e16 + 2.0))
     found = certified(text, rule)
     (note,) = certificates(found)
     assert not rolled_back(found) and note.cases == 0 and note.undecided > 0

@@ -27,13 +27,14 @@ from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
 from treadle.backends.weight_preparation import prepare_weights
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Literal, Node
+from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
 
 if TYPE_CHECKING:
     import torch
 
-_INTEGER_PRODUCTS = ("matmul", "einsum")  # which PyTorch has for integers on the CPU only
+_INTEGER_PRODUCTS = (MatMul, Einsum)  # which PyTorch has for integers on the CPU only
 
 
 _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
@@ -92,7 +93,7 @@ class TorchBackend:
         device = torch.device(target.kind)
 
         def refusal(node: Node) -> str | None:
-            integers = node.op.name in _INTEGER_PRODUCTS and not node.results[0].type.dtype.is_float
+            integers = isinstance(node.op, _INTEGER_PRODUCTS) and not node.results[0].type.dtype.is_float
             on_device = (
                 "PyTorch multiplies no matrices of integers on a GPU" if integers and device.type != "cpu" else None
             )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from treadle.backends.python.emission import Dialect, Line
 from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated
 from treadle.ir.graph import Graph, Node, Value
+from treadle.ir.ops.activated_products import ActivatedLinear
 from treadle.ir.types import bf16, f32
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _way(node: Node, at: int, graph: Graph, chosen: Mapping[Value, str]) -> str 
         return chosen.get(callee.arguments[at])
     if at != 1 or node.inputs[0].type.dtype not in (f32, bf16):
         return None
-    if node.op.name == "activated_linear":
+    if isinstance(node.op, ActivatedLinear):
         return str(node.op.attributes["weight_axes"])
     return {"linear": "n k", "matmul": "k n"}.get(node.op.name)
 

@@ -13,13 +13,15 @@ from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.samples import S
 
 
-class _Comparison(Primitive):
+class Comparison(Primitive):
+    """What compares two numbers."""
+
     samples = [S("f32[2,3]", "f32[2,3]"), S("i64[2,1,4]", "i64[3,1]"), S("f32[4]", "f32[]")]
     errors = [(S("f32[2,3]", "f32[4]"), "sizes disagree"), (S("f32[2]", "i64[2]"), "dtypes disagree")]
 
 
 @op("equal", axes="..., ... -> ...", dtypes="t, t -> bool")
-class Equal(_Comparison):
+class Equal(Comparison):
     """z = (x = y); a NaN equals nothing"""
 
     x = Operand()
@@ -31,7 +33,7 @@ class Equal(_Comparison):
 
 
 @op("not_equal", axes="..., ... -> ...", dtypes="t, t -> bool")
-class NotEqual(_Comparison):
+class NotEqual(Comparison):
     """z = (x != y); a NaN differs from everything"""
 
     x = Operand()
@@ -43,7 +45,7 @@ class NotEqual(_Comparison):
 
 
 @op("less", axes="..., ... -> ...", dtypes="n, n -> bool")
-class Less(_Comparison):
+class Less(Comparison):
     """z = (x < y); false where either is NaN"""
 
     x = Operand()
@@ -54,7 +56,7 @@ class Less(_Comparison):
 
 
 @op("less_equal", axes="..., ... -> ...", dtypes="n, n -> bool")
-class LessEqual(_Comparison):
+class LessEqual(Comparison):
     """z = (x <= y); false where either is NaN"""
 
     x = Operand()
@@ -65,7 +67,7 @@ class LessEqual(_Comparison):
 
 
 @op("greater", axes="..., ... -> ...", dtypes="n, n -> bool")
-class Greater(_Comparison):
+class Greater(Comparison):
     """z = (x > y); false where either is NaN"""
 
     x = Operand()
@@ -76,7 +78,7 @@ class Greater(_Comparison):
 
 
 @op("greater_equal", axes="..., ... -> ...", dtypes="n, n -> bool")
-class GreaterEqual(_Comparison):
+class GreaterEqual(Comparison):
     """z = (x >= y); false where either is NaN"""
 
     x = Operand()

@@ -34,19 +34,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
+from treadle.ir.composites import holds_contraction
 from treadle.ir.cost import graph_cost
 from treadle.ir.drawn_inputs import index_ranges, small_sizes
 from treadle.ir.errors import TreadleError
-from treadle.ir.graph import Graph, Value
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.hashing import canonical_form
 from treadle.ir.interpreter import interpret
+from treadle.ir.ops.arithmetic import Add, Div, Maximum, Mul, Sub
+from treadle.ir.ops.elementwise import Cast, Exp
+from treadle.ir.ops.logic import Where
+from treadle.ir.ops.normalization import MaskedSoftmax, Softmax
+from treadle.ir.ops.reductions import ReduceMax
 from treadle.ir.types import DType, f32, f64
 from treadle.passes.certificates.region_graphs import as_graphs, has_numbers, shrinkings_of
 from treadle.passes.certificates.regions import DEPTHS, Claim, Region
@@ -368,17 +374,19 @@ def _fits(sides: tuple[Graph, Graph], sizes: Sizes) -> bool:
     return True
 
 
-_CURVED = frozenset(
-    ("exp", "log", "erf", "tanh", "sigmoid", "softmax", "sqrt", "rsqrt", "reciprocal", "div", "pow", "maximum")
-) | {"minimum", "relu", "where", "gelu", "gelu_tanh", "silu", "quick_gelu", "layer_norm", "rms_norm", "attention"}
-_CURVED |= {"activated_linear", "gated_linear", "attention_with_probabilities"}
-_PRODUCTS = frozenset(("matmul", "linear", "einsum", "attention", "activated_linear", "gated_linear"))
-_PRODUCTS |= {"attention_with_probabilities"}
+def _nodes(sides: tuple[Graph, Graph]) -> Iterator[Node]:
+    return (node for side in sides for _, node in side.walk())
+
+
+def _is_curved(node: Node) -> bool:
+    """Whether it gives floats by arithmetic that is not linear in each operand, and so not alike everywhere."""
+    floats = any(v.type.dtype.is_float for v in node.results)
+    return floats and node.op.callee is None and node.op.flops > 0 and not node.is_multilinear
 
 
 def _kinds(sides: tuple[Graph, Graph], finite: frozenset[str]) -> tuple[str, ...]:
-    ops = {node.op.name for side in sides for _, node in side.walk()}
-    kinds = ("plain", "masked", "extreme") if ops & _CURVED else ("plain", "masked")
+    curved = any(map(_is_curved, _nodes(sides)))
+    kinds = ("plain", "masked", "extreme") if curved else ("plain", "masked")
     added = any(math.isfinite(number) for value, number in _masks(sides[0]).items() if value.name not in finite)
     return (*kinds, *(case for case in _MASKED if case != "masked")) if added else kinds
 
@@ -397,7 +405,7 @@ def _drawn(
                 ranges[name] = (max(low, found.lower), min(high, found.upper))
     masks = _masks(sides[0]) if case in _MASKED else {}
     masks = {value: number for value, number in masks.items() if value.name not in finite}
-    products = any(node.op.name in _PRODUCTS for side in sides for _, node in side.walk())
+    products = any(holds_contraction(n.op, n.operands) for n in _nodes(sides))
     inputs: dict[str, Array] = {}
     for number, value in enumerate(sides[0].main.inputs):
         rng = np.random.default_rng([*seed, number, len(case)])
@@ -459,9 +467,7 @@ def _integers(
     return np.asarray(drawn).astype(dtype.numpy)
 
 
-_PASSING = frozenset(
-    ("add", "sub", "mul", "div", "where", "cast", "expand", "rearrange", "reshape", "maximum", "slice")
-)
+_PASSING = (Add, Sub, Mul, Div, Where, Cast, Maximum)
 
 
 def _masks(graph: Graph) -> dict[Value, float]:
@@ -471,7 +477,7 @@ def _masks(graph: Graph) -> dict[Value, float]:
     """
     found: dict[Value, float] = {}
     seen: set[tuple[Value, bool]] = set()
-    taken = [node for node in graph.main.nodes if node.op.name in ("softmax", "masked_softmax", "exp", "reduce_max")]
+    taken = [node for node in graph.main.nodes if isinstance(node.op, (Softmax, MaskedSoftmax, Exp, ReduceMax))]
     pending = [(node.inputs[0], False) for node in taken]
     while pending:
         value, added = pending.pop()
@@ -481,8 +487,8 @@ def _masks(graph: Graph) -> dict[Value, float]:
         node = value.node
         if node is None:
             found[value] = -1.0 if added or value in found else -math.inf
-        elif node.op.name in _PASSING:
-            pending += [(v, added or node.op.name == "add") for v in node.inputs if v.type.dtype.is_float]
+        elif node.op.is_view or isinstance(node.op, _PASSING):
+            pending += [(v, added or isinstance(node.op, Add)) for v in node.inputs if v.type.dtype.is_float]
     return found
 
 

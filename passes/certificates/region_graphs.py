@@ -18,6 +18,7 @@ from typing import Any
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
+from treadle.ir.ops.shapes import Rearrange
 from treadle.ir.sizes import Size
 from treadle.ir.types import Dim, Factor, Type, boolean
 from treadle.passes.certificates.regions import Region, Step
@@ -214,7 +215,7 @@ def _shrunk_op(op: Op, shrinking: Shrinking) -> Op:
     changed = {}
     for name, value in op.attributes.items():
         new = _shrunk_attribute(value, shrinking)
-        if op.name == "rearrange" and isinstance(value, str):
+        if isinstance(op, Rearrange) and isinstance(value, str):
             new = re.sub(r"(?<!\w)\d+\b", lambda m: str(shrinking.get(int(m[0]), int(m[0]))), value)
         if new != value:
             changed[name] = new

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from treadle.ir.composites import holds_contraction
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 
@@ -31,7 +32,6 @@ MOST_NODES = 160
 """A side is not cut larger than this because of what one of them reads and the other does not."""
 _MOST_TIED = 1024
 """Nor larger than this because of what ties its free values."""
-_PRODUCTS = frozenset(("matmul", "linear", "einsum", "conv", "attention"))
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Claim:
                 continue
             op, operands = definition
             read = [v for v in operands if v is not None and v.literal is None]
-            of_its_own = value.type.dtype.is_float and (op.callee is not None or _is_product(op, read))
+            of_its_own = value.type.dtype.is_float and (op.callee is not None or _is_product(op, operands, read))
             if not of_its_own or (op.callee is None and inside.issuperset(read)):
                 found.append(value)
         return found
@@ -157,9 +157,9 @@ class Claim:
         return list(steps.values()), free
 
 
-def _is_product(op: Op, operands: Sequence[Value]) -> bool:
-    """Whether it multiplies rows of two or more values, none of which is a constant."""
-    return op.name in _PRODUCTS and len(operands) > 1
+def _is_product(op: Op, operands: Sequence[Value | None], read: Sequence[Value]) -> bool:
+    """Whether it multiplies rows of two or more values that it reads, none of which is a constant."""
+    return len(read) > 1 and holds_contraction(op, operands)
 
 
 def claim_of_match(matched: Sequence[Node], made: Sequence[Node], root: Node, results: Sequence[Value]) -> Claim:

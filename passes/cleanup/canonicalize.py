@@ -11,13 +11,14 @@ import numpy as np
 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Literal, Value
+from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.ir.sizes import ZERO
 from treadle.ir.types import DType
 from treadle.passes.cleanup.position_indices import GatherOfAll, SliceOfConcat, WhereNegative
 from treadle.passes.cleanup.position_slices import SliceOfPositions
 from treadle.passes.cleanup.rearrange_forms import composed, form_of, reshaping_pattern
 from treadle.passes.framework.pass_log import PassRecord
-from treadle.passes.framework.pattern import COMMUTATIVE, Vocabulary
+from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Rewrite, RewriteSet
 
 
@@ -346,18 +347,16 @@ class Canonicalize(RewriteSet):
         return moved + super().run(function, graph, log)
 
 
-BROADCASTING = COMMUTATIVE | {"sub", "div", "pow", "less", "less_equal", "greater", "greater_equal", "where"}
-"""Ops whose operands broadcast, so that a constant of one element may as well be a scalar."""
-
-
 def constants_to_scalars(function: Function, log: PassRecord) -> int:
     """x + [[c]]   -->   x + c        for a constant of one element beside a value of no lower rank
 
     x + expand(c)   -->   x + c        beside a value of the result's shape
+
+    For all elementwise ops: their operands broadcast.
     """
     changed = 0
     for node in function.nodes:
-        if node.op.name not in BROADCASTING:
+        if len(node.inputs) < 2 or not node.is_elementwise:
             continue
         for position, value in enumerate(node.inputs):
             literal = _repeated_number(value)
@@ -376,7 +375,7 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
 
 def _repeated_number(value: Value) -> Literal | None:
     """The constant of one element that this is, or is made of by nothing but repeating and reshaping."""
-    while value.node is not None and value.node.op.name in ("expand", "rearrange", "reshape"):
+    while value.node is not None and isinstance(value.node.op, (Expand, Rearrange, Reshape)):
         value = value.node.inputs[0]
     literal = value.literal
     return literal if literal is not None and math.prod(literal.shape) == 1 else None
@@ -386,7 +385,7 @@ def constants_to_the_right(function: Function, log: PassRecord) -> int:
     """c + x   -->   x + c        for each commutative op; not a pattern, since patterns match in both orders"""
     swapped = 0
     for node in function.nodes:
-        if node.op.name in COMMUTATIVE:
+        if node.op.commutes:
             left, right = node.inputs
             if left.literal is not None and right.literal is None:
                 node.operands = (right, left)

@@ -14,6 +14,11 @@ from typing import Any
 from treadle.ir.builder import Builder
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Value
+from treadle.ir.ops.arithmetic import Add, Mul
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.indexing import Iota
+from treadle.ir.ops.reductions import SizeOf
+from treadle.ir.ops.shapes import Concat, Expand, Rearrange, Slice
 from treadle.ir.sizes import ONE, ZERO, Size, product
 from treadle.passes.cleanup.rearrange_forms import form_of
 from treadle.passes.framework.pattern import Vocabulary
@@ -121,24 +126,24 @@ def _read(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
     op: Any = node.op
     if not _is_index(value):
         return None
-    if op.name == "iota":
+    if isinstance(op, Iota):
         return _Linear((ZERO if shape[0] == ONE else ONE,))
-    if op.name == "size":
+    if isinstance(op, SizeOf):
         return _Linear((), op.value)
-    if op.name not in ("rearrange", "expand", "cast", "add", "mul"):
+    if not isinstance(op, (Rearrange, Expand, Cast, Add, Mul)):
         return None
     parts = [part for v in node.inputs if (part := _linear(v, known)) is not None]
     if len(parts) < len(node.inputs):
         return None
-    if op.name == "cast":
+    if isinstance(op, Cast):
         return parts[0]
-    if op.name == "rearrange":
+    if isinstance(op, Rearrange):
         return _rearranged(parts[0], op.pattern, node.inputs[0])
     x, *rest = (_Linear((*[ZERO] * (len(shape) - len(part.factors)), *part.factors), part.constant) for part in parts)
     if not rest:
         return x
     (y,) = rest
-    if op.name == "add":
+    if isinstance(op, Add):
         return _Linear(tuple(a + b for a, b in zip(x.factors, y.factors, strict=True)), x.constant + y.constant)
     if any(factor != ZERO for factor in y.factors):
         x, y = y, x
@@ -190,14 +195,14 @@ def _counted(value: Value, known: dict[Value, int | None]) -> int | None:
         number = _number(value)
         return None if number is None or number < 0 else number.bit_length()
     op: Any = node.op
-    if op.name in ("iota", "size"):
-        return _bits_of(op.size if op.name == "iota" else op.value)
-    if op.name not in ("rearrange", "expand", "slice", "concat", "cast", "add", "mul"):
+    if isinstance(op, (Iota, SizeOf)):
+        return _bits_of(op.size if isinstance(op, Iota) else op.value)
+    if not isinstance(op, (Rearrange, Expand, Slice, Concat, Cast, Add, Mul)):
         return None
     parts = [bits for v in node.inputs if (bits := _bits(v, known)) is not None]
     if len(parts) < len(node.inputs):
         return None
-    return sum(parts) if op.name == "mul" else max(parts) + (op.name == "add")
+    return sum(parts) if isinstance(op, Mul) else max(parts) + (isinstance(op, Add))
 
 
 def _bits_of(size: Size) -> int | None:

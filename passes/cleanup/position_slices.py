@@ -13,6 +13,9 @@ from treadle.ir.axes import Role
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Value
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.indexing import Iota
+from treadle.ir.ops.shapes import Expand, Slice
 from treadle.ir.sizes import ZERO, Size
 from treadle.passes.framework.rewrite import Match, Rewrite
 
@@ -46,7 +49,7 @@ class SliceOfPositions(Rewrite):
 
 def _is_leaf(value: Value) -> bool:
     """Whether it is cut where it is: two slices would change places for ever."""
-    return value.node is None or value.node.op.name == "slice"
+    return value.node is None or isinstance(value.node.op, Slice)
 
 
 def _is_of_positions(value: Value) -> bool:
@@ -59,7 +62,7 @@ def _is_of_positions(value: Value) -> bool:
             if x.literal is None or (x.type.dtype.is_float and x.literal.array.size != 1):
                 return False
             continue
-        copied = node.op.name in ("where", "cast", "expand", "rearrange", "slice", "iota")
+        copied = node.op.only_moves or isinstance(node.op, (Cast, Iota))
         if len(seen) > _MOST_VALUES or node.op.callee is not None or (x.type.dtype.is_float and not copied):
             return False
         pending += [v for v in node.inputs if v not in seen]
@@ -94,7 +97,7 @@ class _Cut:
         node = value.node
         assert node is not None
         op: Any = node.op
-        if op.name == "iota":
+        if isinstance(op, Iota):
             counted: Expr = self.b.iota(size=self.length, dtype=op.dtype)
             if self.start == ZERO:
                 return counted
@@ -106,7 +109,7 @@ class _Cut:
             return None
         (factor,) = dim.factors
         role = application.factors[factor].role
-        if op.name == "expand":
+        if isinstance(op, Expand):
             op = dataclasses.replace(op, shape=(*op.shape[:axis], self.length, *op.shape[axis + 1 :]))
         elif role is not Role.MAPPED:
             return None

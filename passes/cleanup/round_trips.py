@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.rounding import Round
 from treadle.ir.types import DType
 
 _MOST_STEPS = 16
@@ -26,12 +28,12 @@ class RoundTrip:
 
 def round_trip_at(node: Node) -> RoundTrip | None:
     """The round trip whose last node this is."""
-    if not node.results[0].type.dtype.is_float or not (node.op.name == "cast" or _is_scaling(node)):
+    if not node.results[0].type.dtype.is_float or not (isinstance(node.op, Cast) or _is_scaling(node)):
         return None
     passed, least = [node], None
-    if node.op.name != "cast":
+    if not isinstance(node.op, Cast):
         made = node.inputs[_along(node)].node
-        if made is None or made.op.name != "cast":
+        if made is None or not isinstance(made.op, Cast):
             return None
         passed.append(made)
     value = passed[-1].inputs[0]
@@ -43,7 +45,7 @@ def round_trip_at(node: Node) -> RoundTrip | None:
             return None
         passed.append(made)
         value = made.inputs[along]
-        if made.op.name == "round":
+        if isinstance(made.op, Round):
             made = value.node
             if made is not None and _is_scaling(made):
                 passed.append(made)
@@ -68,7 +70,7 @@ def round_trip_from(value: Value, readers: Callable[[Value], Sequence[Node | Non
 
 def counts_steps(node: Node, readers: Sequence[Node]) -> bool:
     """Whether a division or a multiplication gives numbers of a quantizer's steps: all its readers round them."""
-    return _is_scaling(node) and bool(readers) and all(user.op.name == "round" for user in readers)
+    return _is_scaling(node) and bool(readers) and all(isinstance(user.op, Round) for user in readers)
 
 
 def _along(node: Node) -> int:

@@ -30,7 +30,6 @@ from treadle.ir.errors import PassError
 from treadle.ir.operation import find_op
 from treadle.passes.framework.op_terms import OpTerms
 
-COMMUTATIVE = frozenset(("add", "mul", "maximum", "minimum", "equal", "not_equal", "logical_and", "logical_or"))
 Number = float | int | bool
 TermLike: TypeAlias = "Term | Number"
 

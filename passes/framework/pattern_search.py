@@ -14,7 +14,6 @@ from treadle.ir.errors import GraphError
 from treadle.ir.graph import Literal, Node, Value
 from treadle.ir.types import DType
 from treadle.passes.framework.pattern import (
-    COMMUTATIVE,
     ConstantTerm,
     EitherTerm,
     Number,
@@ -162,7 +161,7 @@ class Search:
         Where there is none, one that lacks ops alone is tried still, since what matches beside them tells how
         near the miss is.
         """
-        both_ways = term.op in COMMUTATIVE and term.operands[0] is not term.operands[1]
+        both_ways = node.op.commutes and term.operands[0] is not term.operands[1]
         orders: Sequence[Sequence[int]] = ((0, 1), (1, 0)) if both_ways else (range(len(node.operands)),)
         unfit: list[list[int]] = []
         for order in orders:

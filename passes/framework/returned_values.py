@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from treadle.ir.graph import Function, Graph, Node, Value
-
-_HANDED_ON = frozenset(("rearrange", "reshape", "cast"))
+from treadle.ir.ops.elementwise import Cast
 
 
 class ReturnedValues:
@@ -19,7 +18,7 @@ class ReturnedValues:
         """Whether a reader of a value (None: it is an output of the function) only hands it to outputs of `main`."""
         if user is None:
             return self._output_goes_out(function, value)
-        if user.op.name not in _HANDED_ON:
+        if not (user.op.is_view or isinstance(user.op, Cast)):
             return False
         (made,) = user.results
         found = self._known.get(made)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from treadle.ir.axes import AxisDim
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.shapes import Expand
 from treadle.ir.sizes import ONE, Size, product
 from treadle.passes.cleanup.rearrange_forms import Atom, Atoms, form_of, normal_form
 
@@ -92,7 +93,7 @@ class Axes:
     def above(self, node: Node, layout: Layout) -> Layout | None:
         """The layout of a rearrange's or an expand's operand, from its result's; None for what cannot be told."""
         operand = node.inputs[0]
-        if node.op.name == "expand":
+        if isinstance(node.op, Expand):
             return narrowed(operand, layout)
         return self._rearranged(node, layout, backward=True)
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.arithmetic import Add, Div, Mul
 from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.elementwise import Cast, Neg
 from treadle.ir.ops.embedding_sums import MOST_TABLES, EmbeddingSum
-from treadle.ir.ops.indexing import Gather
+from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.passes.cleanup.dead_code import drop_unread
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
-_SCALINGS = frozenset(("mul", "div", "cast", "neg", "expand", "rearrange"))
+_SCALINGS = (Mul, Div, Cast, Neg)
 _MOST_STEPS = 8
 
 
@@ -54,7 +56,7 @@ def lookup_of(node: Node | None) -> Lookup | None:
         return None
     if isinstance(node.op, EmbeddingSum):
         return Lookup(node.inputs[: node.op.tables], node.inputs[node.op.tables :])
-    if node.op.name == "embedding":
+    if isinstance(node.op, Embedding):
         return Lookup((node.inputs[0],), (node.inputs[1],))
     if isinstance(node.op, Gather) and node.result.type.dtype.kind != "bool":
         table, indices = node.inputs
@@ -70,9 +72,10 @@ def is_of_embeddings(value: Value, depth: int = 0) -> bool:
         return False
     if lookup_of(node) is not None:
         return True
-    if node.op.name == "add":
+    if isinstance(node.op, Add):
         return all(is_of_embeddings(v, depth + 1) for v in node.inputs)
-    return node.op.name in _SCALINGS and any(is_of_embeddings(v, depth + 1) for v in node.inputs)
+    scaled = node.op.is_view or isinstance(node.op, _SCALINGS)
+    return scaled and any(is_of_embeddings(v, depth + 1) for v in node.inputs)
 
 
 @dataclass
@@ -86,7 +89,7 @@ class _Tree:
 def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
     """Who reads each embedding and each sum, None for an output; other values can be many, as weights of calls are."""
     found: dict[Value, list[Node | None]] = {
-        node.results[0]: [] for node in function.nodes if node.op.name == "add" or lookup_of(node) is not None
+        node.results[0]: [] for node in function.nodes if isinstance(node.op, Add) or lookup_of(node) is not None
     }
     for node in function.nodes:
         for value in node.operands:
@@ -111,7 +114,7 @@ class _Sums:
         made: dict[Node, Node] = {}
         within: set[Node] = set()
         for node in reversed(self.function.nodes):
-            if node.op.name != "add" or node in within:
+            if not isinstance(node.op, Add) or node in within:
                 continue
             tree = self._tree(node)
             if sum(map(is_of_embeddings, tree.terms)) < 2 or self._is_refused(node, tree.terms):
@@ -132,7 +135,7 @@ class _Sums:
 
     def _branch(self, value: Value) -> _Tree:
         node = value.node
-        if node is None or node.op.name != "add" or len(self.readers[value]) > 1:
+        if node is None or not isinstance(node.op, Add) or len(self.readers[value]) > 1:
             return _Tree([value])
         tree = self._tree(node)
         return _Tree(tree.terms, [node, *tree.inner])
@@ -167,7 +170,7 @@ class _Sums:
         if len(self.readers.get(value, ())) > 1:
             if None in self.readers[value]:
                 return f"the {node.op.name} is an output as well"
-            other = next((n for n in self.readers[value] if n is not None and n.op.name != "add"), None)
+            other = next((n for n in self.readers[value] if n is not None and not isinstance(n.op, Add)), None)
             by = "" if other is None else f", by {other.op.name}" + (f" ({other.source})" if other.source else "")
             return f"the {node.op.name} is used elsewhere{by}"
         if lookup_of(node) is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.arithmetic import Add
+from treadle.ir.ops.elementwise import Cast
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.rewrite import Refusal
@@ -36,9 +38,9 @@ class FuseResidualNorm(Pass):
 def _sum_before(norm: Node) -> Node | None:
     """The sum that a norm is of, a cast between them or not."""
     node = norm.inputs[0].node if norm.op.name in FUSED else None
-    if node is not None and node.op.name == "cast":
+    if node is not None and isinstance(node.op, Cast):
         node = node.inputs[0].node
-    return node if node is not None and node.op.name == "add" else None
+    return node if node is not None and isinstance(node.op, Add) else None
 
 
 class _Residuals:

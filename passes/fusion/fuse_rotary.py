@@ -10,17 +10,21 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.arithmetic import Add, Mul, Sub
+from treadle.ir.ops.elementwise import Cast, Cos, Sin
+from treadle.ir.ops.products import Einsum
 from treadle.ir.ops.rotary import LAYOUTS
+from treadle.ir.ops.shapes import Concat, Expand, Rearrange
 from treadle.passes.cleanup.canonicalize import IdentityRearrange, RearrangeOfRearrange
 from treadle.passes.cleanup.dead_code import drop_unread
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.rewrite import sweep
-from treadle.passes.fusion.attention.core import PRODUCTS, Placed
+from treadle.passes.fusion.attention.core import Placed
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 from treadle.passes.fusion.rotary_views import View, Views, no_term
 
-_ROOTS = ("add", "sub", "concat", "rearrange")
+_ROOTS = (Add, Sub, Concat, Rearrange)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,7 @@ class FuseRotary(Pass):
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        ops = {node.op.name for node in function.nodes}
-        if not {"cos", "sin", "mul"} <= ops:
+        if not {Cos, Sin, Mul} <= {type(node.op) for node in function.nodes}:
             return 0
         return _Turns(self, function, graph, log).run()
 
@@ -59,7 +62,7 @@ class _Turns:
         replaced: dict[Value, Value] = {}
         done: set[Value] = set()
         for node in reversed(self.function.nodes):
-            if node.op.name not in _ROOTS or node.results[0] in done:
+            if not isinstance(node.op, _ROOTS) or node.results[0] in done:
                 continue
             view = self.views.of(node.results[0])
             if view is None or "x cos" not in view.terms or "x sin" not in view.terms:
@@ -101,8 +104,8 @@ class _Turns:
 
     def _why_no_turn(self, node: Node) -> str | None:
         """Why a sum of something times a cosine and something times a sine is no view of both; None for other sums."""
-        products = [v.node for v in node.inputs if v.node is not None and v.node.op.name == "mul"]
-        if node.op.name not in ("add", "sub") or len(products) != 2:
+        products = [v.node for v in node.inputs if v.node is not None and isinstance(v.node.op, Mul)]
+        if not isinstance(node.op, (Add, Sub)) or len(products) != 2:
             return None
         tables = [[v for v in map(self.views.known, p.inputs) if v is not None and v.is_table] for p in products]
         if sorted(kind for found in tables for v in found for kind in v.terms) != ["cos", "sin"]:
@@ -296,18 +299,18 @@ def _positions_and_frequencies(axes: Axes, angles: Placed) -> tuple[Placed, Plac
     """The factors of an outer product: whole positions along all axes but the last, and frequencies along that."""
     last = set(axes.flat(angles.layout[-1]))
     value, layout = angles.value, angles.layout
-    while (node := value.node) is not None and node.op.name in ("rearrange", "expand", "cast"):
-        above = layout if node.op.name == "cast" else axes.above(node, layout)
+    while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand, Cast)):
+        above = layout if isinstance(node.op, Cast) else axes.above(node, layout)
         if above is None or not node.inputs[0].type.dtype.is_float:
             return None
         value, layout = node.inputs[0], above
     if node is None or len(node.inputs) != 2:
         return None
-    if node.op.name in PRODUCTS:
+    if node.is_contraction or isinstance(node.op, Einsum):  # an outer product sums over nothing
         layouts, summed = axes.factors(node, layout)
         if any(summed.values()):
             return None
-    elif node.op.name == "mul":
+    elif isinstance(node.op, Mul):
         layouts = [narrowed(v, layout) for v in node.inputs]
     else:
         return None
@@ -323,8 +326,8 @@ def _positions_and_frequencies(axes: Axes, angles: Placed) -> tuple[Placed, Plac
 def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
     """The integers beneath a cast to a float, and moves."""
     value, layout = placed.value, placed.layout
-    while (node := value.node) is not None and node.op.name in ("rearrange", "expand", "cast"):
-        above = layout if node.op.name == "cast" else axes.above(node, layout)
+    while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand, Cast)):
+        above = layout if isinstance(node.op, Cast) else axes.above(node, layout)
         if above is None:
             return None
         value, layout = node.inputs[0], above
@@ -336,7 +339,7 @@ def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
 def _uncast(axes: Axes, placed: Placed) -> Placed:
     """Beneath moves that do not repeat."""
     value, layout = placed.value, placed.layout
-    while (node := value.node) is not None and node.op.name in ("rearrange", "expand"):
+    while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand)):
         above = axes.above(node, layout)
         if above is None:
             break

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.elementwise import Cos
 from treadle.ir.sizes import ONE
 from treadle.passes.cleanup.rearrange_forms import form_of
 
@@ -97,7 +98,7 @@ class Views:
         if inner is None or inner.angles is not None or inner.base is None or not _is_signed(inner.terms["x"]):
             return None
         term = inner.terms["x"]
-        sign = np.ones_like(term.coefficient) if node.op.name == "cos" else term.coefficient
+        sign = np.ones_like(term.coefficient) if isinstance(node.op, Cos) else term.coefficient
         angle = Term(sign, np.zeros_like(term.index), term.index)
         sizes = inner.base.type.shape
         lead = tuple(None if at is None or sizes[at] == ONE else at for at in inner.lead)

@@ -12,19 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.arithmetic import Mul, Sub
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.logic import Comparison, LogicalAnd, LogicalNot, LogicalOr, Where
+from treadle.ir.ops.shapes import Expand, Rearrange, Slice
 from treadle.passes.fusion.attention.core import number_of
 
 Wanted = tuple[Value, bool]
 """A value, and which truth it should have."""
 
-_COMPARISONS = {
-    "equal": np.equal,
-    "not_equal": np.not_equal,
-    "less": np.less,
-    "less_equal": np.less_equal,
-    "greater": np.greater,
-    "greater_equal": np.greater_equal,
-}
 _MOST_LEVELS = 8
 """Numbers that are made of more levels of ops are not looked through."""
 _LARGEST_TABLE = 1 << 24
@@ -36,23 +32,23 @@ def conjuncts_of(node: Node, wanted: bool) -> Sequence[Wanted] | None:
     Operands broadcast to the result. One that is a number counts as true where it is not 0.
     """
     operands = node.inputs
-    match node.op.name:
-        case "logical_not":
+    match node.op:
+        case LogicalNot():
             return [(operands[0], not wanted)]
-        case "logical_and" if wanted:
+        case LogicalAnd() if wanted:
             return [(x, True) for x in operands]
-        case "logical_or" if not wanted:
+        case LogicalOr() if not wanted:
             return [(x, False) for x in operands]
-        case "cast" if is_of_truth(operands[0]):
+        case Cast() if is_of_truth(operands[0]):
             return [(operands[0], wanted)]
-        case "mul" if wanted and all(map(is_of_truth, operands)):
+        case Mul() if wanted and all(map(is_of_truth, operands)):
             return [(x, True) for x in operands]
-        case "sub" if number_of(operands[0]) == 1 and is_of_truth(operands[1]):
+        case Sub() if number_of(operands[0]) == 1 and is_of_truth(operands[1]):
             return [(operands[1], not wanted)]
-        case "where":
+        case Where():
             return _choice(operands[0], operands[1], operands[2], wanted)
-        case name if name in _COMPARISONS:
-            return _comparison(name, operands[0], operands[1], wanted)
+        case Comparison():
+            return _comparison(node.op, operands[0], operands[1], wanted)
     return None
 
 
@@ -66,12 +62,12 @@ def is_of_truth(value: Value, level: int = 0) -> bool:
         return literal.array.size <= _LARGEST_TABLE and bool(np.isin(literal.array, (0, 1)).all())
     if node is None or level >= _MOST_LEVELS:
         return False
-    match node.op.name:
-        case "cast" | "rearrange" | "expand" | "slice" | "mul":
+    match node.op:
+        case Cast() | Rearrange() | Expand() | Slice() | Mul():
             return all(is_of_truth(x, level + 1) for x in node.inputs)
-        case "where":
+        case Where():
             return all(is_of_truth(x, level + 1) for x in node.inputs[1:])
-        case "sub":
+        case Sub():
             return number_of(node.inputs[0]) == 1 and is_of_truth(node.inputs[1], level + 1)
     return False
 
@@ -89,13 +85,12 @@ def _choice(condition: Value, x: Value, y: Value, wanted: bool) -> Sequence[Want
     return None
 
 
-def _comparison(name: str, x: Value, y: Value, wanted: bool) -> Sequence[Wanted] | None:
+def _comparison(compare: Comparison, x: Value, y: Value, wanted: bool) -> Sequence[Wanted] | None:
     """0 or 1, compared with a number that only one of these fits"""
     for value, number, turned in ((x, number_of(y), False), (y, number_of(x), True)):
         if number is None or not is_of_truth(value):
             continue
-        compare = _COMPARISONS[name]
-        fits = [bool(compare(number, n) if turned else compare(n, number)) for n in (0, 1)]
+        fits = [bool(compare.reference(*((number, n) if turned else (n, number)))) for n in (0, 1)]
         if fits[0] != fits[1]:
             return [(value, fits[1] == wanted)]
     return None

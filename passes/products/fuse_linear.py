@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder
+from treadle.ir.ops.products import Linear
 from treadle.passes.cleanup.rearrange_forms import Form, composed, form_of, reshaping_pattern
 from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
@@ -58,7 +59,7 @@ class LinearBias(Rewrite):
 
 
 def _is_linear(m: Match) -> bool:
-    return bool(m.product.value.node.op.name == "linear")
+    return bool(isinstance(m.product.value.node.op, Linear))
 
 
 @dataclass(frozen=True)

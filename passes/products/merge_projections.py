@@ -8,7 +8,9 @@ from itertools import takewhile
 
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.merged_products import MOST_PROJECTIONS
+from treadle.ir.ops.products import Linear, MatMul
 from treadle.passes.cleanup.dead_code import drop_unread
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
@@ -84,7 +86,7 @@ def find_projections(function: Function) -> list[list[Projection]]:
     uses = function.uses()
     groups: dict[tuple[Value, str], list[Projection]] = {}
     for node in function.nodes:
-        if node.op.name in ("linear", "matmul"):
+        if isinstance(node.op, (Linear, MatMul)):
             x, weight = node.inputs[:2]
             if weight.kind in ("parameter", "constant") and weight.type.rank == 2 and weight.type.static_shape:
                 groups.setdefault((x, node.op.name), []).append(_with_bias(node, uses, function))
@@ -118,7 +120,7 @@ def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: 
     if len(node.inputs) > 2:
         return Projection(node, node.result, node.inputs[1], node.inputs[2])
     readers = uses.get(node.result, [])
-    if len(readers) == 1 and readers[0][0].op.name == "add" and node.result not in function.outputs.values():
+    if len(readers) == 1 and isinstance(readers[0][0].op, Add) and node.result not in function.outputs.values():
         add, position = readers[0]
         bias = add.inputs[1 - position]
         fits = bias.type.shape == node.result.type.shape[-1:] and bias.kind in ("parameter", "constant")
@@ -134,7 +136,7 @@ def _merged(graph: Graph, parts: Sequence[Projection], replaced: dict[Value, Val
     first = parts[0].product
     weights = [b.expr(part.weight) for part in parts]
     biases = [None if part.bias is None else b.expr(part.bias) for part in parts]
-    weight_axes = "n k" if first.op.name == "linear" else "k n"
+    weight_axes = "n k" if isinstance(first.op, Linear) else "k n"
     with b.placed_as(first):
         b.scope = _shared_scope([part.product.scope for part in parts])
         x = b.expr(first.inputs[0])

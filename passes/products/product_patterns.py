@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from treadle.ir.builder import Expr
+from treadle.ir.ops.products import Linear
 from treadle.passes.framework.pattern import Vocabulary
 
 
@@ -27,4 +28,4 @@ def is_product(product: Expr, weight: Expr, bias: Expr | None) -> bool:
 def weight_axes(product: Expr) -> str:
     """How the weight lies: "n k" for linear, "k n" for matmul."""
     node = product.value.node
-    return "n k" if node is not None and node.op.name == "linear" else "k n"
+    return "n k" if node is not None and isinstance(node.op, Linear) else "k n"

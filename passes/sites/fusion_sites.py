@@ -26,6 +26,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.operation import Op
+from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Pow, Sub
+from treadle.ir.ops.elementwise import Cast, Cos, Erf, Exp, Neg, Reciprocal, Rsqrt, Sigmoid, Sin, Sqrt, Tanh
+from treadle.ir.ops.logic import Where
+from treadle.ir.ops.products import MatMul
+from treadle.ir.ops.reductions import ReduceMean, ReduceSum
+from treadle.ir.ops.shapes import Concat, Expand, Rearrange
 from treadle.passes.cleanup.round_trips import counts_steps, round_trip_at, round_trip_from
 from treadle.passes.fusion.attention.core import softmax_at
 from treadle.passes.sites.product_sites import epilogue_nodes, gate_nodes
@@ -49,8 +56,8 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 it.
 """
 
-_MOVES = frozenset(("cast", "rearrange", "reshape", "expand", "slice"))
-_ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "neg", "where", "tanh", "maximum", "minimum", "pow"))
+_SCALING = (Add, Sub, Mul, Div, Neg, Where, Tanh, Maximum, Minimum, Pow, Cast)
+"""What lies between an argument and what is gated by its activation; not exp(x), which is something else than x."""
 _MOST_STEPS = 24
 
 
@@ -120,9 +127,9 @@ class _Finder:
     def _readers(self, node: Node) -> list[Node]:
         return [user for value in node.results for user in self.users.get(value, ())]
 
-    def _down(self, node: Node, through: frozenset[str], stop: Callable[[Node], bool]) -> list[Node]:
+    def _down(self, node: Node, through: tuple[type[Op], ...], stop: Callable[[Node], bool]) -> list[Node]:
         """The nodes from this one's readers down to the first that `stop` says; empty where none is met."""
-        return self._search(self._readers(node), self._readers, lambda n: n.op.name in through, stop)
+        return self._search(self._readers(node), self._readers, lambda n: isinstance(n.op, through), stop)
 
     @staticmethod
     def _search(
@@ -152,7 +159,7 @@ class _Finder:
         own: Sequence[Node]
         if (weighting := softmax_at(node)) is not None:
             scores, own = weighting.scores, weighting.nodes
-        elif node.op.name == "div" and (found := _spelled_softmax(node)) is not None:
+        elif isinstance(node.op, Div) and (found := _spelled_softmax(node)) is not None:
             scores, own = found
         else:
             return None
@@ -172,54 +179,52 @@ class _Finder:
 
     def _normalization(self, node: Node) -> Sequence[Node] | None:
         """mean(x^2), with a root behind it"""
-        if node.op.name not in ("reduce_mean", "reduce_sum") or (square := _square(node.inputs[0])) is None:
+        if not isinstance(node.op, (ReduceMean, ReduceSum)) or (square := _square(node.inputs[0])) is None:
             return None
-        root = self._down(node, frozenset(("add", "cast", "mul", "div", "maximum")), _is_root)
+        root = self._down(node, (Add, Cast, Mul, Div, Maximum), _is_root)
         if not root:
             return None
         scaled = self._search(
             self._readers(root[-1]),
             self._readers,
-            lambda n: n.op.name in ("reciprocal", "div", "cast", "expand"),
+            lambda n: isinstance(n.op, (Reciprocal, Div, Cast, Expand)),
             _is_scaling,
         )
-        spread = [
-            user for last in scaled[-1:] for user in self._readers(last) if user.op.name in ("mul", "add", "cast")
-        ]
-        spread += [user for last in spread[:1] for user in self._readers(last) if user.op.name in ("mul", "add")]
-        centered = [n for n in (square.inputs[0].node,) if n is not None and n.op.name == "sub"]
+        spread = [user for last in scaled[-1:] for user in self._readers(last) if isinstance(user.op, (Mul, Add, Cast))]
+        spread += [user for last in spread[:1] for user in self._readers(last) if isinstance(user.op, (Mul, Add))]
+        centered = [n for n in (square.inputs[0].node,) if n is not None and isinstance(n.op, Sub)]
         return [square, *centered, *root, *scaled, *spread]
 
     def _activation(self, node: Node) -> Sequence[Node] | None:
         """erf(x), 1 + tanh(x), x sigmoid(x)"""
-        if node.op.name not in ("erf", "tanh", "sigmoid"):
+        if not isinstance(node.op, (Erf, Tanh, Sigmoid)):
             return None
-        below = self._down(node, frozenset(("add", "mul", "cast")), lambda n: n.op.name == "mul")
-        if not below or (node.op.name == "tanh" and "add" not in [n.op.name for n in below]):
+        below = self._down(node, (Add, Mul, Cast), lambda n: isinstance(n.op, Mul))
+        if not below or (isinstance(node.op, Tanh) and not any(isinstance(n.op, Add) for n in below)):
             return None
         argument = node.inputs[0]
         origins = _origins(argument)
         gated = [v for v in below[-1].inputs if not (v.node is not None and v.node in (node, *below))]
         if not any(origins.intersection(_origins(v)) for v in gated):
             return None
-        above = [n for n in (argument.node,) if n is not None and n.op.name in ("mul", "div", "add")]
-        more = [user for user in self._readers(below[-1]) if user.op.name == "mul"]
+        above = [n for n in (argument.node,) if n is not None and isinstance(n.op, (Mul, Div, Add))]
+        more = [user for user in self._readers(below[-1]) if isinstance(user.op, Mul)]
         return [*above, *below, *more]
 
     def _rotary(self, node: Node) -> Sequence[Node] | None:
         """x cos a + y sin a, or concat(-x2, x1) times something"""
-        if node.op.name == "add" and len(node.inputs) == 2:
-            sides = [v.node for v in node.inputs if v.node is not None and v.node.op.name == "mul"]
+        if isinstance(node.op, Add) and len(node.inputs) == 2:
+            sides = [v.node for v in node.inputs if v.node is not None and isinstance(v.node.op, Mul)]
             waves = [[_waves(v) for v in side.inputs] for side in sides]
             if len(sides) == 2 and any({"cos"} in one and {"sin"} in other for one, other in (waves, waves[::-1])):
                 return [*sides, *(n for side in sides for n in _makers(side) if n is not None)]
             return None
-        if node.op.name != "concat":
+        if not isinstance(node.op, Concat):
             return None
         parts = [v.node for v in node.inputs]
-        if not any(p is not None and p.op.name == "neg" and _is_cut(p.inputs[0]) for p in parts):
+        if not any(p is not None and isinstance(p.op, Neg) and _is_cut(p.inputs[0]) for p in parts):
             return None
-        turned = [user for user in self._readers(node) if user.op.name == "mul"]
+        turned = [user for user in self._readers(node) if isinstance(user.op, Mul)]
         if any(w for user in turned for v in user.inputs for w in _waves(v)):
             return None  # the sum is the site
         return [p for p in parts if p is not None] + turned
@@ -259,13 +264,13 @@ class _Finder:
 
     def _linear(self, node: Node) -> Sequence[Node] | None:
         """matmul(x, transpose(w)) + bias"""
-        moved = node.inputs[1].node if node.op.name == "matmul" else None
-        if moved is None or moved.op.name != "rearrange":
+        moved = node.inputs[1].node if isinstance(node.op, MatMul) else None
+        if moved is None or not isinstance(moved.op, Rearrange):
             return None
         weight = moved.inputs[0]
         if weight.kind not in ("parameter", "constant") or weight.type.rank != 2:
             return None
-        return [moved, *(user for user in self._readers(node) if user.op.name == "add")]
+        return [moved, *(user for user in self._readers(node) if isinstance(user.op, Add))]
 
 
 def _makers(node: Node) -> list[Node | None]:
@@ -279,27 +284,27 @@ def _above_rounding(node: Node) -> list[Node | None]:
 
 
 def _keeps_elements_apart(node: Node) -> bool:
-    return node.is_elementwise or node.op.name in _MOVES
+    return node.is_elementwise or node.op.is_view
 
 
 def _is_scaling(node: Node) -> bool:
-    return node.op.name in ("mul", "div") and not any(v.literal is not None for v in node.inputs)
+    return isinstance(node.op, (Mul, Div)) and not any(v.literal is not None for v in node.inputs)
 
 
 def _is_root(node: Node) -> bool:
-    if node.op.name == "pow":
+    if isinstance(node.op, Pow):
         exponent = node.inputs[1].literal
         return exponent is not None and exponent.scalar in (0.5, -0.5)
-    return node.op.name in ("sqrt", "rsqrt")
+    return isinstance(node.op, (Sqrt, Rsqrt))
 
 
 def _square(value: Value) -> Node | None:
     node = value.node
     if node is None:
         return None
-    if node.op.name == "mul" and node.inputs[0] is node.inputs[1]:
+    if isinstance(node.op, Mul) and node.inputs[0] is node.inputs[1]:
         return node
-    if node.op.name == "pow" and node.inputs[1].literal is not None and node.inputs[1].literal.scalar == 2:
+    if isinstance(node.op, Pow) and node.inputs[1].literal is not None and node.inputs[1].literal.scalar == 2:
         return node
     return None
 
@@ -307,15 +312,15 @@ def _square(value: Value) -> Node | None:
 def _spelled_softmax(node: Node) -> tuple[Value, list[Node]] | None:
     """x and the nodes of exp(x - max(x)) / sum(exp(x - max(x)))"""
     above, below = (v.node for v in node.inputs)
-    while below is not None and below.op.name in ("where", "expand", "maximum", "add"):
+    while below is not None and isinstance(below.op, (Where, Expand, Maximum, Add)):
         below = next((v.node for v in below.inputs if v.node is not None and v.type.dtype.is_float), None)
-    if above is None or below is None or above.op.name != "exp" or below.op.name != "reduce_sum":
+    if above is None or below is None or not isinstance(above.op, Exp) or not isinstance(below.op, ReduceSum):
         return None
     if below.inputs[0].node is not above:
         return None
     shifted = above.inputs[0]
     inner = shifted.node
-    if inner is not None and inner.op.name == "sub":
+    if inner is not None and isinstance(inner.op, Sub):
         return inner.inputs[0], [inner, above, below]
     return shifted, [above, below]
 
@@ -325,7 +330,7 @@ def _origins(value: Value) -> set[Value]:
     found, pending = {value}, [(value, 0)]
     while pending:
         v, depth = pending.pop()
-        if v.node is not None and v.node.op.name in _ELEMENTWISE | {"cast"} and depth < 6:
+        if v.node is not None and isinstance(v.node.op, _SCALING) and depth < 6:
             new = [u for u in v.node.inputs if u.literal is None and u not in found]
             found.update(new)
             pending += [(u, depth + 1) for u in new]
@@ -339,13 +344,13 @@ def _waves(value: Value) -> set[str]:
     while pending and depth < 32:
         node = pending.pop().node
         depth += 1
-        if node is not None and node.op.name in ("cos", "sin"):
+        if node is not None and isinstance(node.op, (Cos, Sin)):
             found.add(node.op.name)
-        elif node is not None and node.op.name in _MOVES | {"concat", "gather", "embedding", "mul"}:
+        elif node is not None and (node.op.only_moves or isinstance(node.op, (Cast, Mul))):
             pending += node.inputs
     return found
 
 
 def _is_cut(value: Value) -> bool:
     node = value.node
-    return node is not None and node.op.name in ("slice", "gather", "rearrange", "reshape")
+    return node is not None and node.op.only_moves

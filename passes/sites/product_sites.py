@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from treadle.ir.graph import Node, Value
-from treadle.ir.operation import Op
+from treadle.ir.operation import Op, find_op
 from treadle.ir.ops.activated_products import ACTIVATIONS
+from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Pow, Sub
+from treadle.ir.ops.elementwise import Cast, Erf, Exp, Neg, Reciprocal
+from treadle.ir.ops.products import Linear, MatMul
+from treadle.ir.ops.shapes import Slice
 
-_MOVES = frozenset(("cast", "rearrange", "reshape", "slice"))
-_SPELLING = frozenset(("add", "sub", "mul", "div", "neg", "pow", "erf", "exp", "reciprocal", "maximum", "minimum"))
+_SPELLING = (Add, Sub, Mul, Div, Neg, Pow, Erf, Exp, Reciprocal, Maximum, Minimum)
+"""What activations are spelled out with."""
+_ACTIVATIONS = tuple(find_op(name) for name in ACTIVATIONS)
 _MOST_STEPS = 32
 
 
@@ -33,39 +38,40 @@ class _Origin:
     @property
     def cuts(self) -> set[Op]:
         """The slices on the way; two alike cut the same part."""
-        return {node.op for node in self.nodes if node.op.name == "slice"}
+        return {node.op for node in self.nodes if isinstance(node.op, Slice)}
 
-    def has(self, *ops: str) -> bool:
-        return any(node.op.name in ops for node in self.nodes)
+    def has(self, *ops: type[Op]) -> bool:
+        return any(isinstance(node.op, ops) for node in self.nodes)
 
 
 def epilogue_nodes(node: Node, spelled: Sequence[Node] | None) -> Sequence[Node] | None:
     """act(x w + bias), at the activation, or at the erf, tanh or sigmoid of one that `spelled` has the nodes of"""
-    if node.op.name not in ACTIVATIONS and spelled is None:
+    if spelled is None and not isinstance(node.op, _ACTIVATIONS):
         return None
-    origin = _origin(node.inputs[0], _SPELLING if spelled is not None else frozenset())
-    if origin.of_one is None or origin.has("slice"):
+    origin = _origin(node.inputs[0], _SPELLING if spelled is not None else ())
+    if origin.of_one is None or origin.has(Slice):
         return None
     return [*origin.nodes, origin.of_one, *(spelled or ())]
 
 
 def gate_nodes(node: Node) -> Sequence[Node] | None:
     """act(x g + b) * (x u + c), at the mul; two products, or two parts of one"""
-    if node.op.name != "mul":
+    if not isinstance(node.op, Mul):
         return None
     for gating, gated in (node.inputs, node.inputs[::-1]):
-        plain, curved = _origin(gated), _origin(gating, _SPELLING | set(ACTIVATIONS))
+        plain, curved = _origin(gated), _origin(gating, (*_SPELLING, *_ACTIVATIONS))
         if plain.of_one is None or curved.of_one is None:
             continue
         if plain.of_one is curved.of_one and not _are_apart(plain.cuts, curved.cuts):
             continue  # x sigmoid(x), and whatever else is of one value or of one part of it
-        activated = curved.has("erf", "exp", *ACTIVATIONS)
-        if activated or (not curved.has(*_SPELLING - {"add"}) and plain.of_one.inputs[0] is curved.of_one.inputs[0]):
+        activated = curved.has(Erf, Exp, *_ACTIVATIONS)
+        only_added = not any(isinstance(n.op, _SPELLING) and not isinstance(n.op, Add) for n in curved.nodes)
+        if activated or (only_added and plain.of_one.inputs[0] is curved.of_one.inputs[0]):
             return [*curved.nodes, *plain.nodes, *dict.fromkeys((curved.of_one, plain.of_one))]
     return None
 
 
-def _origin(value: Value, through: frozenset[str] | set[str] = frozenset()) -> _Origin:
+def _origin(value: Value, through: tuple[type[Op], ...] = ()) -> _Origin:
     """Up to products: through moves and sums with a bias, and through all ops of `through`."""
     origin = _Origin()
     pending, seen = [value], {value}
@@ -75,7 +81,7 @@ def _origin(value: Value, through: frozenset[str] | set[str] = frozenset()) -> _
             origin.other |= not _is_bias(value)
         elif _is_product(node):
             origin.products.append(node)
-        elif len(seen) > _MOST_STEPS or not (node.op.name in through or node.op.name in _MOVES | {"add"}):
+        elif len(seen) > _MOST_STEPS or not (node.op.is_view or isinstance(node.op, (Cast, Add, *through))):
             origin.other |= not _is_bias(value)
         else:
             origin.nodes.append(node)
@@ -92,7 +98,7 @@ def _are_apart(cuts: set[Op], others: set[Op]) -> bool:
 
 def _is_product(node: Node) -> bool:
     """With a matrix: one that is computed as well, a weight that is transposed or dequantized."""
-    return node.op.name == "linear" or (node.op.name == "matmul" and node.inputs[1].type.rank == 2)
+    return isinstance(node.op, Linear) or (isinstance(node.op, MatMul) and node.inputs[1].type.rank == 2)
 
 
 def _is_bias(value: Value) -> bool:

@@ -8,19 +8,23 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from treadle.ir.graph import Function, Node, Value
+from treadle.ir.ops.arithmetic import Div, Mul
+from treadle.ir.ops.normalization import LayerNorm, RMSNorm
+from treadle.ir.ops.products import Linear, MatMul
+from treadle.ir.ops.shapes import Rearrange
 
-_NORMS_AND_PRODUCTS = frozenset(("linear", "matmul", "rms_norm", "layer_norm"))
+_NORMS_AND_PRODUCTS = (Linear, MatMul, RMSNorm, LayerNorm)
 
 
 def products_of_one_value(function: Function, finished: Collection[Node]) -> dict[Node, Sequence[Node]]:
     """Products of one value with weights, by the first of each two or more; those in `finished` are none."""
     groups: dict[tuple[Value, str], list[Node]] = {}
     for node in function.nodes:
-        if node.op.name in ("linear", "matmul") and node not in finished:
+        if isinstance(node.op, (Linear, MatMul)) and node not in finished:
             x, weight = node.inputs[:2]
             moved = weight.node
-            lies = "n k" if node.op.name == "linear" else "k n"
-            if moved is not None and moved.op.name == "rearrange":
+            lies = "n k" if isinstance(node.op, Linear) else "k n"
+            if moved is not None and isinstance(moved.op, Rearrange):
                 weight, lies = moved.inputs[0], "n k" if lies == "k n" else "k n"
             if weight.kind in ("parameter", "constant") and weight.type.rank == 2:
                 groups.setdefault((x, lies), []).append(node)
@@ -29,7 +33,7 @@ def products_of_one_value(function: Function, finished: Collection[Node]) -> dic
 
 def scale_nodes(node: Node) -> Sequence[Node] | None:
     """y * c, at the mul, for what a product with a weight or a norm gives and one number c"""
-    if node.op.name not in ("mul", "div") or len(node.inputs) != 2:
+    if not isinstance(node.op, (Mul, Div)) or len(node.inputs) != 2:
         return None
     for scaled, number in (node.inputs, node.inputs[::-1]):
         made = scaled.node
@@ -37,7 +41,7 @@ def scale_nodes(node: Node) -> Sequence[Node] | None:
             number.type.rank == 0
             and number.kind != "result"
             and made is not None
-            and made.op.name in _NORMS_AND_PRODUCTS
+            and isinstance(made.op, _NORMS_AND_PRODUCTS)
         ):
             weight = made.inputs[1] if len(made.inputs) > 1 else None
             if weight is not None and (weight.kind in ("parameter", "constant") or _is_moved_weight(weight)):
@@ -47,4 +51,4 @@ def scale_nodes(node: Node) -> Sequence[Node] | None:
 
 def _is_moved_weight(value: Value) -> bool:
     node = value.node
-    return node is not None and node.op.name == "rearrange" and node.inputs[0].kind in ("parameter", "constant")
+    return node is not None and isinstance(node.op, Rearrange) and node.inputs[0].kind in ("parameter", "constant")

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.arithmetic import Add, Sub
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.normalization import LayerNorm, RMSNorm
 from treadle.passes.fusion.fuse_embedding_sum import lookup_of
-
-_MOVES = frozenset(("cast", "rearrange", "reshape", "expand"))
 
 
 def normed_value(node: Node, spelled: Sequence[Node] | None) -> Value | None:
     """What a norm over the last axis is of: at the op, or at the mean of one that `spelled` has the nodes of."""
-    if node.op.name in ("layer_norm", "rms_norm"):
+    if isinstance(node.op, (LayerNorm, RMSNorm)):
         return _uncast(node.inputs[0])
     if spelled is None:
         return None
@@ -25,12 +26,12 @@ def normed_value(node: Node, spelled: Sequence[Node] | None) -> Value | None:
         return None
     square = spelled[0].inputs[0]
     centered = square.node
-    return _uncast(centered.inputs[0] if centered is not None and centered.op.name == "sub" else square)
+    return _uncast(centered.inputs[0] if centered is not None and isinstance(centered.op, Sub) else square)
 
 
 def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
     """norm(x + residual), at the add, of two values of one shape that are computed"""
-    if node.op.name != "add" or node.result not in norms:
+    if not isinstance(node.op, Add) or node.result not in norms:
         return None
     stretched = any(v.type.shape != node.result.type.shape for v in node.inputs)
     if stretched or any(map(_is_weight, node.inputs)) or all(map(_is_lookups, node.inputs)):
@@ -40,13 +41,13 @@ def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequenc
 
 def embedding_nodes(node: Node, users: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
     """embedding(t, i) + embedding(u, j) + ..., at the last add of the sum that nothing else reads"""
-    if node.op.name != "add":
+    if not isinstance(node.op, Add):
         return None
     terms = _terms(node, users)
     if sum(lookup_of(term) is not None for term in terms) < 2:
         return None
     readers = users.get(node.result, ())
-    if len(readers) == 1 and readers[0].op.name == "add":
+    if len(readers) == 1 and isinstance(readers[0].op, Add):
         return None
     return [*_adds(node, users)[1:], *terms]
 
@@ -58,7 +59,7 @@ def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
         node = pending.pop()
         found.append(node)
         below = [v.node for v in node.inputs if v.node is not None and len(users.get(v, ())) == 1]
-        pending += [n for n in below if n.op.name == "add"]
+        pending += [n for n in below if isinstance(n.op, Add)]
     return found
 
 
@@ -71,19 +72,19 @@ def _terms(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
 
 def _is_lookups(value: Value) -> bool:
     node = value.node
-    if node is not None and node.op.name == "add":
+    if node is not None and isinstance(node.op, Add):
         return all(map(_is_lookups, node.inputs))
     return lookup_of(node) is not None
 
 
 def _is_weight(value: Value) -> bool:
     """A weight or a constant, moved perhaps."""
-    while value.node is not None and value.node.op.name in _MOVES:
+    while value.node is not None and (value.node.op.is_view or isinstance(value.node.op, Cast)):
         value = value.node.inputs[0]
     return value.kind in ("parameter", "constant")
 
 
 def _uncast(value: Value) -> Value:
-    while value.node is not None and value.node.op.name == "cast":
+    while value.node is not None and isinstance(value.node.op, Cast):
         value = value.node.inputs[0]
     return value

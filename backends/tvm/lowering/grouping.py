@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.kernels.vector_math import POINTWISE
 from treadle.ir.graph import Function, Node, Value
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.products import Einsum, Linear, MatMul
 from treadle.ir.types import f32
 
-PRODUCTS = ("linear", "matmul", "einsum")
+PRODUCTS = (Linear, MatMul, Einsum)
 MOST_INPUTS = 8  # of a chain: each takes a register in the loop
 MOST_NODES = 48  # of a chain: the time to compile one grows with the square of its length, or faster
 
@@ -75,7 +77,7 @@ def _product_before(part: Group, uses: Mapping[Value, Sequence[tuple[Node, int]]
     found = None
     for value in inputs_of(part):
         node = value.node
-        if node is None or node.op.name not in PRODUCTS or value in outputs or len(node.inputs) < 2:
+        if node is None or not isinstance(node.op, PRODUCTS) or value in outputs or len(node.inputs) < 2:
             continue
         alone = all(reader in inside for reader, _ in uses[value])
         if alone and value.type.shape == shape and value.type.dtype is f32:
@@ -109,7 +111,7 @@ def chain_of(part: Group, inputs: Sequence[Value]) -> Chain:
 
     for node in part.nodes:
         operands = tuple([place(v) for v in node.inputs])
-        attributes = () if node.op.name == "cast" else tuple(node.op.attributes.items())
+        attributes = () if isinstance(node.op, Cast) else tuple(node.op.attributes.items())
         made.append(Instruction(node.op.name, operands, node.result.type.dtype.name, attributes))
         places[node.result] = len(inputs) + len(made) - 1
     return Chain(tuple(v.type.dtype.name for v in inputs), tuple(made))

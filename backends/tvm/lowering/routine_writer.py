@@ -31,6 +31,9 @@ from treadle.backends.tvm.lowering.program import (
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
+from treadle.ir.ops.indexing import Embedding
+from treadle.ir.ops.products import Linear, MatMul
+from treadle.ir.ops.shapes import Rearrange
 from treadle.ir.sizes import ONE, Size, product
 from treadle.ir.types import DType, Type, f32
 
@@ -82,7 +85,7 @@ def _layouts(graph: Graph, function: Function, isa: Isa, callees: Mapping[str, L
             if callee is not None:
                 inner = list(callee.arguments)[position]
                 layouts += callees[callee.name].get(inner, [None])
-            elif node.op.name == "embedding" and position == 0:
+            elif isinstance(node.op, Embedding) and position == 0:
                 gathered = True
             else:
                 layouts.append(_wanted(node, position, isa))
@@ -99,9 +102,9 @@ def _wanted(node: Node, position: int, isa: Isa) -> Panels | None:
     if value.type.dtype is not f32 or value.type.rank != 2 or position != 1:
         return None
     rows, columns = (size.constant for size in value.type.shape)
-    if node.op.name == "linear":
+    if isinstance(node.op, Linear):
         return Panels(panel_width(rows, isa))
-    if node.op.name == "matmul":
+    if isinstance(node.op, MatMul):
         return Panels(panel_width(columns, isa), transposed=True)
     return None
 
@@ -210,7 +213,7 @@ class RoutineWriter:
             return self.views[value]
         readers = self.uses.get(value, [])
         view = None
-        if len(readers) == 1 and readers[0][0].op.name == "rearrange":
+        if len(readers) == 1 and isinstance(readers[0][0].op, Rearrange):
             view = self._before_rearrange(value, readers[0][0])
         if view is None:
             buffer = Buffer(self._new_name(value.name), value.type.dtype, value.type.elements, "local")

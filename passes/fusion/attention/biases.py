@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.attention_terms import Alibi, BooleanMask, TensorBias
+from treadle.ir.composites import holds_contraction
 from treadle.ir.graph import Value
+from treadle.ir.ops.arithmetic import Add, Div, Mul, Sub
+from treadle.ir.ops.call import Call
+from treadle.ir.ops.elementwise import Cast, Cos, Erf, Log, Reciprocal, Sigmoid, Sin, Tanh
+from treadle.ir.ops.logic import Where
+from treadle.ir.ops.normalization import LayerNorm, RMSNorm, Softmax
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.fusion.attention.buckets import t5_relative
 from treadle.passes.fusion.attention.core import LEAST_FILL, Added, Chosen, Placed, number_of
 from treadle.passes.fusion.attention.masks import band_terms
@@ -48,15 +55,15 @@ def as_mask(axes: Axes, added: Added) -> Chosen | None:
         node = value.node
         if node is None:
             break
-        match node.op.name:
-            case "rearrange" | "expand":
+        match node.op:
+            case Rearrange() | Expand():
                 above = axes.above(node, layout)
                 if above is None:
                     return None
                 value, layout = node.inputs[0], above
-            case "cast" if node.inputs[0].type.dtype.is_float:
+            case Cast() if node.inputs[0].type.dtype.is_float:
                 value = node.inputs[0]
-            case "mul":
+            case Mul():
                 scaled = next(
                     ((x, n) for x, y in (node.inputs, node.inputs[::-1]) if (n := number_of(y)) is not None), None
                 )
@@ -66,7 +73,7 @@ def as_mask(axes: Axes, added: Added) -> Chosen | None:
                 layout = narrowed(value, layout)
                 if -math.inf < factor <= -LEAST_FILL and (truth := _complement(value)) is not None:
                     return Chosen(Placed(truth[0], narrowed(truth[0], layout)), truth[1], factor, added.node)
-            case "where":
+            case Where():
                 condition, x, y = node.inputs
                 numbers = number_of(x), number_of(y)
                 for keep, (kept, fill) in ((True, numbers), (False, numbers[::-1])):
@@ -81,7 +88,7 @@ def as_mask(axes: Axes, added: Added) -> Chosen | None:
 def _complement(value: Value) -> tuple[Value, bool] | None:
     """A condition, and the truth that it has where the value is 0: c, True for 1 - c; c, False for c itself."""
     node = value.node
-    if node is not None and node.op.name == "sub" and number_of(node.inputs[0]) == 1 and is_of_truth(node.inputs[1]):
+    if node is not None and isinstance(node.op, Sub) and number_of(node.inputs[0]) == 1 and is_of_truth(node.inputs[1]):
         return node.inputs[1], True
     return (value, False) if is_of_truth(value) else None
 
@@ -132,8 +139,8 @@ def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chos
     """
     placed = beneath(axes, added.placed)
     node = placed.value.node
-    if node is not None and node.op.name in ("add", "sub"):
-        signs = (1.0, 1.0 if node.op.name == "add" else -1.0)
+    if node is not None and isinstance(node.op, (Add, Sub)):
+        signs = (1.0, 1.0 if isinstance(node.op, Add) else -1.0)
         parts = [
             Added(Placed(v, narrowed(v, placed.layout)), added.factor * sign, added.node)
             for v, sign in zip(node.inputs, signs, strict=True)
@@ -143,7 +150,7 @@ def addends_of(axes: Axes, added: Added, exactly: bool) -> Iterator[Added | Chos
             for part in parts:
                 yield from addends_of(axes, part, exactly)
             return
-    if node is not None and node.op.name == "where" and as_mask(axes, added) is None:
+    if node is not None and isinstance(node.op, Where) and as_mask(axes, added) is None:
         condition, *sides = node.inputs
         for keep, (x, fill) in ((True, sides), (False, sides[::-1])):
             number = number_of(fill)
@@ -184,7 +191,7 @@ def _alibi(roles: Roles, placed: Placed) -> Fused | None:
     """slopes[h] * (j - i)"""
     node = placed.value.node
     assert node is not None
-    if node.op.name != "mul":
+    if not isinstance(node.op, Mul):
         return None
     for slopes, offset in (node.inputs, node.inputs[::-1]):
         own = beneath(roles.axes, Placed(slopes, narrowed(slopes, placed.layout)))
@@ -200,30 +207,14 @@ def _is_offset(roles: Roles, placed: Placed) -> bool:
         return bool(np.array_equal(*offsets))
     under = beneath(roles.axes, placed)
     cast = under.value.node
-    if cast is None or cast.op.name != "cast" or not cast.inputs[0].type.dtype.is_int:
+    if cast is None or not isinstance(cast.op, Cast) or not cast.inputs[0].type.dtype.is_int:
         return False
     return affine(roles, Placed(cast.inputs[0], under.layout)) == Affine(-1, 1)
 
 
 # -- what addends may hold -------------------------------------------------------------------------------------
 
-_BOUNDED = frozenset(
-    (
-        "matmul",
-        "linear",
-        "einsum",
-        "softmax",
-        "layer_norm",
-        "rms_norm",
-        "tanh",
-        "sigmoid",
-        "erf",
-        "sin",
-        "cos",
-        "attention",
-    )
-)
-_PICKING = frozenset(("gather", "embedding", "take_along_axis"))
+_BOUNDED = (Softmax, LayerNorm, RMSNorm, Tanh, Sigmoid, Erf, Sin, Cos)
 _MOST_LOOKED_AT = 256
 
 
@@ -248,11 +239,12 @@ def hazards_of(value: Value) -> frozenset[str]:
             found |= {"large"} if (magnitudes >= LEAST_FILL).any() else set()
         elif x.kind == "input" and x.type.dtype.is_float:
             found.add("large")
-        if node is None or node.op.name in _BOUNDED or not x.type.dtype.is_float:
+        if node is None or not x.type.dtype.is_float:
             continue
-        if node.op.name in ("log", "div", "reciprocal", "call"):
-            found |= {"large", "infinite"} if node.op.name == "log" else {"large"}
-        operands = node.inputs[:1] if node.op.name in _PICKING else node.inputs
-        pending += [v for v in operands if v not in seen]
-        seen.update(operands)
+        if isinstance(node.op, _BOUNDED) or holds_contraction(node.op, node.operands):
+            continue
+        if isinstance(node.op, (Log, Div, Reciprocal, Call)):
+            found |= {"large", "infinite"} if isinstance(node.op, Log) else {"large"}
+        pending += [v for v in node.inputs if v not in seen]
+        seen.update(node.inputs)
     return frozenset(found)

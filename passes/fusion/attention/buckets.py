@@ -16,6 +16,8 @@ import numpy as np
 from treadle.ir.attention_terms import T5Relative
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.arithmetic import Add, Maximum, Minimum
+from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.positions import Affine, affine, offset_table
 from treadle.passes.fusion.attention.roles import Fused, Roles, Whole
@@ -49,7 +51,7 @@ def t5_relative(roles: Roles, placed: Placed) -> Fused | None:
 def _is_lookup(node: Node) -> bool:
     """Whether a node picks rows of a matrix."""
     op: Any = node.op
-    return bool(op.name == "embedding" or (op.name == "gather" and op.axis == 0))
+    return bool(isinstance(op, Embedding) or (isinstance(op, Gather) and op.axis == 0))
 
 
 def _by_constant(roles: Roles, inner: Node, at: Placed) -> Fused | None:
@@ -88,9 +90,9 @@ def _is_clipped_offset(roles: Roles, placed: Placed, far: int) -> bool:
         array, position = offsets
         return bool(np.array_equal(array, np.clip(position, -far, far) + far))
     value, layout = placed.value, placed.layout
-    for op, number in (("add", far), ("minimum", far), ("maximum", -far)):
+    for op, number in ((Add, far), (Minimum, far), (Maximum, -far)):
         node = value.node
-        if node is None or node.op.name != op or number_of(node.inputs[1]) != number:
+        if node is None or not isinstance(node.op, op) or number_of(node.inputs[1]) != number:
             return False
         value = node.inputs[0]
         layout = narrowed(value, layout)

@@ -17,14 +17,17 @@ from functools import cache
 from typing import Any
 
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Sub
+from treadle.ir.ops.elementwise import Cast, Exp
+from treadle.ir.ops.logic import NotEqual, Where
+from treadle.ir.ops.normalization import MaskedSoftmax, Softmax
+from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.passes.cleanup.canonicalize import is_lossless
 from treadle.passes.cleanup.round_trips import RoundTrip, round_trip_at, round_trip_from
 from treadle.passes.framework.pattern import Pattern, Vocabulary
 from treadle.passes.framework.pattern_search import Search
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 
-PRODUCTS = ("matmul", "einsum", "linear")
-_MOVES = ("rearrange", "expand")
 _MOST_STEPS = 48
 """A chain of more ops between the softmax and the scores is not looked through."""
 
@@ -144,13 +147,13 @@ def _guarded_softmax() -> Pattern:
 
 def softmax_at(node: Node) -> Weighting | None:
     """The softmax whose probabilities this node gives: the op, or one that gives zeros where every score is -inf."""
-    if node.op.name == "softmax":
+    if isinstance(node.op, Softmax):
         value = node.inputs[0]
-        return Weighting(node, value, node.op.axis % value.type.rank, False, (node,))  # type: ignore[attr-defined]
-    if node.op.name == "masked_softmax":
+        return Weighting(node, value, node.op.axis % value.type.rank, False, (node,))
+    if isinstance(node.op, MaskedSoftmax):
         value = node.inputs[0]
         return Weighting(node, value, value.type.rank - 1, True, (node,))
-    if node.op.name != "div" or node.inputs[0].node is None or node.inputs[0].node.op.name != "exp":
+    if not isinstance(node.op, Div) or node.inputs[0].node is None or not isinstance(node.inputs[0].node.op, Exp):
         return None
     for found in Search(_guarded_softmax()).run(node):
         x: Value = found.captures["x"]
@@ -196,15 +199,15 @@ def follow_probabilities(
         if len(users) != 1 or (user := users[0]) is None:
             raise Mismatch(_elsewhere(users), node, passed, "do not read the probabilities beside that product")
         passed.append(user)
-        if user.op.name in PRODUCTS:
+        if user.is_contraction:
             found = _value_product(axes, user, value, layout, passed, guarded)
             return dataclasses.replace(found, returned=tuple(returned))
-        if user.op.name == "rearrange":
+        if isinstance(user.op, Rearrange):
             below = axes.below(user, layout)
             if below is None:
                 raise Mismatch("the probabilities are regrouped across their axes", user, passed[:-1])
             layout = below
-        elif user.op.name == "cast":
+        elif isinstance(user.op, Cast):
             to = user.results[0].type.dtype
             if not to.is_float:
                 raise Mismatch(f"the probabilities are cast to {to}", user, passed[:-1])
@@ -212,7 +215,7 @@ def follow_probabilities(
             trip = round_trip_from(value, readers)
             if trip is not None:
                 raise Mismatch(f"the probabilities are {_rounded(trip)}", user, passed[:-1], _UNQUANTIZED)
-            hint = "export the model for inference, without dropout" if user.op.name == "mul" else ""
+            hint = "export the model for inference, without dropout" if isinstance(user.op, Mul) else ""
             raise Mismatch(_changed(user, value), user, passed[:-1], hint)
         node, value = user, user.results[0]
     raise Mismatch("the chain after the softmax is too long", node, passed)
@@ -222,8 +225,8 @@ def _zeros_for_nan(value: Value, users: Sequence[Node | None]) -> Node | None:
     """where(p != p, 0, p): the op in which a row without keys becomes zeros."""
     if len(users) != 2 or None in users:
         return None
-    test = next((n for n in users if n is not None and n.op.name == "not_equal"), None)
-    choice = next((n for n in users if n is not None and n.op.name == "where"), None)
+    test = next((n for n in users if n is not None and isinstance(n.op, NotEqual)), None)
+    choice = next((n for n in users if n is not None and isinstance(n.op, Where)), None)
     if test is None or choice is None or test.inputs != (value, value):
         return None
     condition, zero, kept = choice.inputs
@@ -236,22 +239,22 @@ def _elsewhere(users: Sequence[Node | None]) -> str:
         return "nobody reads the probabilities"
     if None in users:
         return "the probabilities are an output of a block that is used where it is called"
-    others = [n for n in users if n is not None and n.op.name not in PRODUCTS] or [n for n in users if n is not None]
+    others = [n for n in users if n is not None and not n.is_contraction] or [n for n in users if n is not None]
     line = f" ({others[0].source})" if others[0].source else ""
     return f"the probabilities are used elsewhere, by {others[0].op.name}{line}"
 
 
 def _changed(user: Node, value: Value) -> str:
     other = next((v for v in user.inputs if v is not value), None)
-    match user.op.name:
-        case "mul" | "div" if other is not None:
+    match user.op:
+        case Mul() | Div() if other is not None:
             by = "a constant" if number_of(other) is not None else "a tensor"
             return f"the probabilities are multiplied by {by} before the product with the values"
-        case "add" | "sub" | "where":
+        case Add() | Sub() | Where():
             return f"the probabilities are masked or shifted after the softmax, by {user.op.name}"
-        case "softmax":
+        case Softmax():
             return "a second softmax follows the first"
-        case "reshape":
+        case Reshape():
             return "the probabilities are reshaped across their axes"
     return f"the probabilities go through {user.op.name} before the product with the values"
 
@@ -356,9 +359,8 @@ class _Ascent:
         trail = dataclasses.replace(trail, nodes=(*trail.nodes, node))
         step = getattr(self, f"_{node.op.name}", None)
         if step is None:
-            what = {"maximum": "the scores are clipped", "minimum": "the scores are clipped"}.get(
-                node.op.name, f"the scores go through {node.op.name}"
-            )
+            clipped = isinstance(node.op, (Maximum, Minimum))
+            what = "the scores are clipped" if clipped else f"the scores go through {node.op.name}"
             raise Mismatch(what, node, trail.nodes[:-1])
         found: Scores = step(node, layout, trail)
         return found
@@ -491,13 +493,13 @@ LEAST_FILL = 9_000.0
 
 def _unlikely(value: Value, node: Node) -> int:
     """How unlikely an operand of a sum is to be the scores, and the other the bias."""
-    made_of_condition = value.node is None or value.node.op.name == "where"
+    made_of_condition = value.node is None or isinstance(value.node.op, Where)
     return 2 * made_of_condition + (value.type.elements != node.results[0].type.elements)
 
 
 def number_of(value: Value) -> float | None:
     """The number of a constant of one element, and of a move of one."""
-    while value.node is not None and value.node.op.name in _MOVES:
+    while value.node is not None and value.node.op.is_view:
         value = value.node.inputs[0]
     if value.literal is None or math.prod(value.literal.shape) != 1:
         return None
@@ -538,21 +540,21 @@ def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> Origi
     path = [(placed, factor)]
     while (node := value.node) is not None:
         operand = node.inputs[0] if node.inputs else None
-        match node.op.name:
-            case "rearrange":
+        match node.op:
+            case Rearrange():
                 above = axes.above(node, layout)
-            case "expand":
+            case Expand():
                 above = axes.above(node, layout)
                 assert above is not None
                 kept = {atom for dim in axes.resolved(above) for atom in dim}
                 if not all(batch(a) for dim in axes.resolved(layout) for a in dim if a not in kept):
                     above = None
-            case "mul" | "div":
+            case Mul() | Div():
                 scaled = _scaled(node)
                 above = narrowed(scaled[0], layout) if scaled is not None else None
                 if scaled is not None and above is not None:
                     operand, factor = scaled[0], factor * scaled[1]
-            case "cast":
+            case Cast():
                 lossless = operand is not None and is_lossless(operand.type.dtype, value.type.dtype)
                 above = layout if lossless and operand is not None and operand.type.dtype.is_float else None
             case _:
@@ -566,7 +568,7 @@ def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> Origi
 
 def is_weight(value: Value) -> bool:
     """Whether a value is a weight or a constant, moved, cast or not."""
-    while value.node is not None and value.node.op.name in (*_MOVES, "cast"):
+    while value.node is not None and (value.node.op.is_view or isinstance(value.node.op, Cast)):
         value = value.node.inputs[0]
     return value.kind in ("parameter", "constant")
 
@@ -574,9 +576,9 @@ def is_weight(value: Value) -> bool:
 def _scaled(node: Node) -> tuple[Value, float] | None:
     """x and c of x * c or x / c, for a constant c that is neither 0 nor infinite, where x has the result's shape."""
     x, y = node.inputs
-    for value, other in ((x, y), (y, x)) if node.op.name == "mul" else ((x, y),):
+    for value, other in ((x, y), (y, x)) if isinstance(node.op, Mul) else ((x, y),):
         number = number_of(other)
         if number is not None and math.isfinite(number) and number != 0 and value.literal is None:
             same = value.type.shape == node.results[0].type.shape
-            return (value, number if node.op.name == "mul" else 1 / number) if same else None
+            return (value, number if isinstance(node.op, Mul) else 1 / number) if same else None
     return None

@@ -11,6 +11,8 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.arithmetic import Div
+from treadle.ir.ops.normalization import MaskedSoftmax, Softmax
 from treadle.passes.cleanup.canonicalize import IdentityRearrange, RearrangeOfRearrange
 from treadle.passes.cleanup.dead_code import drop_unread
 from treadle.passes.framework.manager import Pass
@@ -18,7 +20,6 @@ from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.returned_values import ReturnedValues, readers_of
 from treadle.passes.framework.rewrite import sweep
 from treadle.passes.fusion.attention.core import (
-    PRODUCTS,
     Mismatch,
     Values,
     Weighting,
@@ -68,7 +69,7 @@ class FuseAttention(Pass):
     zero_empty_rows: bool = False
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not any(node.op.name in ("softmax", "masked_softmax", "div") for node in function.nodes):
+        if not any(isinstance(node.op, (Softmax, MaskedSoftmax, Div)) for node in function.nodes):
             return 0
         applied = _Search(self, function, graph, log).run()
         if applied:
@@ -172,7 +173,7 @@ class _Search:
     def _refuse(self, weighting: Weighting, mismatch: Mismatch) -> None:
         """Record why a softmax of a product, or with one after it, is not fused; any other is no one's attention."""
         before = self._nodes_before(weighting)
-        if before or mismatch.node.op.name in PRODUCTS:
+        if before or mismatch.node.is_contraction:
             self._record(Mismatch(mismatch.reason, mismatch.node, (*before, *mismatch.matched), mismatch.hint))
 
     def _nodes_before(self, weighting: Weighting) -> tuple[Node, ...]:

@@ -14,7 +14,7 @@ one off is seen to have stayed a tensor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ import numpy as np
 
 from treadle.ir.attention_terms import BooleanMask, Causal, Padding, Segments, Window
 from treadle.ir.graph import Node
+from treadle.ir.operation import Op
+from treadle.ir.ops.logic import Equal, Greater, GreaterEqual, Less, LessEqual, NotEqual
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.types import boolean, i64
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.positions import (
@@ -54,7 +57,12 @@ class _Part:
     wanted: bool
 
 
-_NEGATED = {"less": "greater_equal", "less_equal": "greater", "greater": "less_equal", "greater_equal": "less"}
+_NEGATED: Mapping[type[Op], type[Op]] = {
+    Less: GreaterEqual,
+    LessEqual: Greater,
+    Greater: LessEqual,
+    GreaterEqual: Less,
+}
 
 
 def read_condition(roles: Roles, placed: Placed, wanted: bool) -> Reading:
@@ -73,7 +81,7 @@ def _parts(axes: Axes, part: _Part, depth: int = 0) -> Iterator[_Part]:
     value, layout = part.placed.value, part.placed.layout
     node = value.node
     if node is not None and depth < MOST_PARTS:
-        if node.op.name in ("rearrange", "expand") and (above := axes.above(node, layout)) is not None:
+        if isinstance(node.op, (Rearrange, Expand)) and (above := axes.above(node, layout)) is not None:
             yield from _parts(axes, _Part(Placed(node.inputs[0], above), part.wanted), depth + 1)
             return
         held = conjuncts_of(node, part.wanted)
@@ -93,16 +101,15 @@ def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | 
     if table is not None:
         return _read_table(part, table, roles, notes)
     node = value.node
-    name = node.op.name if node is not None else ""
-    if node is not None and name in _NEGATED:
-        name = name if part.wanted else _NEGATED[name]
+    if node is not None and (negated := _NEGATED.get(type(node.op))) is not None:
+        order = type(node.op) if part.wanted else negated
         x, y = (Placed(v, narrowed(v, layout)) for v in node.inputs)
         # Integers: x < y is y - x - 1 >= 0.
-        greater, less, gap = (x, y, name == "greater") if "greater" in name else (y, x, name == "less")
+        greater, less, gap = (x, y, order is Greater) if order in (Greater, GreaterEqual) else (y, x, order is Less)
         difference = affine_difference(roles, greater, less)
         if difference is not None:
             return _read_inequality(roles, part, difference.shifted(-gap), node, notes)
-    if node is not None and name == ("equal" if part.wanted else "not_equal"):
+    if node is not None and isinstance(node.op, Equal if part.wanted else NotEqual):
         same = _read_equality(roles, node, layout)
         if same is not None:
             return same

@@ -10,6 +10,11 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.arithmetic import Add, Sub
+from treadle.ir.ops.elementwise import Cast, Neg
+from treadle.ir.ops.indexing import Iota, Positions
+from treadle.ir.ops.reductions import SizeOf
+from treadle.ir.ops.shapes import Expand, Rearrange, Slice
 from treadle.ir.sizes import ONE, ZERO, Size
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.roles import Roles
@@ -67,25 +72,25 @@ def _affine_op(roles: Roles, node: Node, layout: Layout, depth: int) -> Affine |
     def of(operand: Value) -> Affine | None:
         return affine(roles, Placed(operand, narrowed(operand, layout)), depth)
 
-    match node.op.name:
-        case "iota":
+    match node.op:
+        case Iota():
             return _position(roles, layout[0])
-        case "positions":
+        case Positions():
             return _position(roles, layout[-1])
-        case "size":
-            return Affine(constant=node.op.value)  # type: ignore[attr-defined]
-        case "rearrange" | "expand":
+        case SizeOf():
+            return Affine(constant=node.op.value)
+        case Rearrange() | Expand():
             above = roles.axes.above(node, layout)
             return None if above is None else affine(roles, Placed(node.inputs[0], above), depth)
-        case "cast":
+        case Cast():
             x = node.inputs[0]
             wider = x.type.dtype.is_int and x.type.dtype.bytes <= node.results[0].type.dtype.bytes
             return of(x) if wider else None
-        case "add" | "sub":
+        case Add() | Sub():
             left, right = map(of, node.inputs)
-            sign = 1 if node.op.name == "add" else -1
+            sign = 1 if isinstance(node.op, Add) else -1
             return None if left is None or right is None else left.plus(right, sign)
-        case "neg":
+        case Neg():
             made = of(node.inputs[0])
             return None if made is None else Affine().plus(made, -1)
     return None
@@ -113,7 +118,7 @@ def _counted_from(value: Value, layout: Layout, roles: Roles) -> tuple[str, int]
 
 def beneath(axes: Axes, placed: Placed) -> Placed:
     value, layout = placed.value, placed.layout
-    while value.node is not None and value.node.op.name in ("rearrange", "expand"):
+    while value.node is not None and isinstance(value.node.op, (Rearrange, Expand)):
         above = axes.above(value.node, layout)
         if above is None:
             break
@@ -131,8 +136,8 @@ def constant_over(value: Value, layout: Layout, roles: Roles) -> tuple[Any, list
     """
     dims = list(layout)
     while (node := value.node) is not None:
-        match node.op.name:
-            case "slice":
+        match node.op:
+            case Slice():
                 op: Any = node.op
                 if op.start != ZERO or op.stride != 1:
                     return None
@@ -140,7 +145,7 @@ def constant_over(value: Value, layout: Layout, roles: Roles) -> tuple[Any, list
                 if value.type.shape[sliced] == ONE and node.inputs[0].type.shape[sliced] != ONE:
                     return None
                 above: Layout | None = tuple(dims)
-            case "rearrange" | "expand":
+            case Rearrange() | Expand():
                 above = roles.axes.above(node, tuple(dims)) if _squeezes(node) else None
             case _:
                 above = None
@@ -165,7 +170,7 @@ _LARGEST_TABLE = 1 << 24
 
 def _squeezes(node: Node) -> bool:
     """Whether a move keeps every dimension whole, and so a slice's start at its start."""
-    if node.op.name == "expand":
+    if isinstance(node.op, Expand):
         return True
     return "(" not in node.op.pattern  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from treadle.ir.attention_terms import BiasTerm, BooleanMask, Causal, Segments, 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
 from treadle.passes.cleanup.dead_code import drop_unread
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import Event, PassRecord
@@ -52,7 +53,7 @@ class RefineAttention(Pass):
 
 
 def _is_attention(node: Node) -> bool:
-    return node.op.name in ("attention", "attention_with_probabilities")
+    return isinstance(node.op, (Attention, AttentionWithProbabilities))
 
 
 class _Refiner:
