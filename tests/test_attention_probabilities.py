@@ -31,7 +31,7 @@ from treadle.ir.ops.attention import AttentionWithProbabilities
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, i64
-from treadle.passes.certificates.certifying import certifying as certificates
+from treadle.passes.certificates import certifying as certificates
 from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.fusion.attention.fuse_attention import FuseAttention

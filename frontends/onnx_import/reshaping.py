@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from treadle.ir.axis_splitting import common_runs
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.sizes import ONE, Size, product
-
-_Group = tuple[list[int], list[int]]
+from treadle.ir.sizes import Size
 
 
 def reshaped(b: Builder, x: Expr, shape: Sequence[Size | int]) -> tuple[Expr, bool]:
@@ -32,8 +31,8 @@ def reshaped(b: Builder, x: Expr, shape: Sequence[Size | int]) -> tuple[Expr, bo
 
 
 def _pattern(before: tuple[Size, ...], after: tuple[Size, ...]) -> str | None:
-    groups = _groups(before, after)
-    if groups is None:
+    runs = common_runs(before, after)
+    if runs is None or any(len(olds) > 1 and len(news) > 1 for olds, news in runs):
         return None
     taken = {s for size in (*before, *after) for s in size.symbols}
     if len(before) + len(after) + len(taken) > 50:
@@ -41,7 +40,7 @@ def _pattern(before: tuple[Size, ...], after: tuple[Size, ...]) -> str | None:
     letters = iter(axis_letters(len(before) + len(after), taken))
     left = ["1"] * len(before)
     right = ["1"] * len(after)
-    for olds, news in groups:
+    for olds, news in runs:
         if len(olds) == 1:
             names = [next(letters) for _ in news]
             sizes = [after[i] for i in news]
@@ -63,30 +62,3 @@ def _pattern(before: tuple[Size, ...], after: tuple[Size, ...]) -> str | None:
 
 def _is_plain(size: Size) -> bool:
     return size.constant is not None or size.as_symbol is not None
-
-
-def _groups(before: tuple[Size, ...], after: tuple[Size, ...]) -> list[_Group] | None:
-    """Which dimensions become which, those of size 1 left out; None where axes are cut across."""
-    olds = [i for i, s in enumerate(before) if s != ONE]
-    news = [i for i, s in enumerate(after) if s != ONE]
-    if any(s.constant == 0 for s in (*before, *after)):
-        return None
-    found: list[_Group] = []
-    i = j = 0
-    while i < len(olds) or j < len(news):
-        if i >= len(olds) or j >= len(news):
-            return None
-        left, right = [olds[i]], [news[j]]
-        i, j = i + 1, j + 1
-        while (whole := product(before[k] for k in left)) != (made := product(after[k] for k in right)):
-            # The side that is a part of the other takes its next dimension.
-            if made.divide(whole) is not None and i < len(olds) and len(right) == 1:
-                left.append(olds[i])
-                i += 1
-            elif j < len(news) and len(left) == 1:
-                right.append(news[j])
-                j += 1
-            else:
-                return None
-        found.append((left, right))
-    return found

@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from treadle.ir.axes import AxisDim
+from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.ops.shapes import Rearrange
 from treadle.ir.sizes import ONE, Size, product
@@ -83,8 +84,10 @@ def composed(first: str, second: str, type: Type) -> Form | None:
     atoms |= {f"second {name}": atom for name, atom in others.items()}
     pieces: dict[str, list[str]] = {}
     for ours, theirs in zip(between, taken, strict=True):
-        if not _refine(list(ours), [f"second {n}" for n in theirs], atoms, pieces):
+        refined_dim = _refined(ours, [f"second {n}" for n in theirs], atoms)
+        if refined_dim is None:
             return None
+        pieces |= refined_dim
 
     def refined(dims: Sequence[Sequence[str]], prefix: str = "") -> list[list[str]]:
         return [[piece for name in dim for piece in pieces.get(prefix + name, [prefix + name])] for dim in dims]
@@ -104,8 +107,8 @@ def reshaping_pattern(type: Type, shape: tuple[Size, ...]) -> str | None:
     if any(atom.size.constant == 0 for atom in atoms.values()):
         return None
     ours, theirs = ([n for n in atoms if n.startswith(side)] for side in "xy")
-    pieces: dict[str, list[str]] = {}
-    if not _refine(ours.copy(), theirs.copy(), atoms, pieces):
+    pieces = _refined(ours, theirs, atoms)
+    if pieces is None:
         return None
     before = [[p for k in range(len(dim)) for p in pieces[f"x{i} {k}"]] for i, dim in enumerate(factors)]
     after = [pieces.get(f"y{i}", []) for i in range(len(shape))]
@@ -138,35 +141,28 @@ def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], d
     return dims(application.operands[0] or ()), dims(application.results[0]), atoms
 
 
-def _refine(ours: list[str], theirs: list[str], atoms: dict[str, Atom], pieces: dict[str, list[str]]) -> bool:
-    """Cut two products of one size into the same pieces, outermost first; False where a cut does not come out even."""
-    a, b = (ours.pop(0) if ours else None), (theirs.pop(0) if theirs else None)
-    while a is not None and b is not None:
-        size_a, size_b = atoms[a].size, atoms[b].size
-        if size_a == size_b:
-            piece = a if atoms[a].name else b
-            rest_a = rest_b = None
-        elif (quotient := size_a.divide(size_b)) is not None:
-            piece, rest_a, rest_b = b, f"rest of {a}", None
-            atoms[rest_a] = Atom(quotient)
-        elif (quotient := size_b.divide(size_a)) is not None:
-            piece, rest_a, rest_b = a, None, f"rest of {b}"
-            atoms[rest_b] = Atom(quotient)
-        else:
-            return False
-        _extend(pieces, a, piece, rest_a)
-        _extend(pieces, b, piece, rest_b)
-        a = rest_a or (ours.pop(0) if ours else None)
-        b = rest_b or (theirs.pop(0) if theirs else None)
-    return a is None and b is None
+def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, Atom]) -> dict[str, list[str]] | None:
+    """For each factor of two products of one size the pieces of it, which both share; None where one cuts another.
 
-
-def _extend(pieces: dict[str, list[str]], whole: str, piece: str, rest: str | None) -> None:
-    """Note that the factor which `whole` is, or is the rest of, begins with this piece."""
-    origin = whole
-    while origin.startswith("rest of "):
-        origin = origin.removeprefix("rest of ")
-    pieces.setdefault(origin, []).append(piece)
+    A piece that is a factor goes by its name, of the two that it may be by ours if patterns know that; others are new.
+    """
+    found = common_pieces([atoms[n].size for n in ours], [atoms[n].size for n in theirs])
+    if found is None:
+        return None
+    wholes = [
+        {axis[0]: name for name, axis in zip(names, axes, strict=True) if len(axis) == 1}
+        for names, axes in ((ours, found.before), (theirs, found.after))
+    ]
+    named: list[str] = []
+    for piece, size in enumerate(found.sizes):
+        a, b = (whole.get(piece) for whole in wholes)
+        name = a if a is not None and (b is None or atoms[a].name) else b
+        if name is None:
+            name = f"piece {len(atoms)}"
+            atoms[name] = Atom(size)
+        named.append(name)
+    both = ((ours, found.before), (theirs, found.after))
+    return {name: [named[p] for p in axis] for names, axes in both for name, axis in zip(names, axes, strict=True)}
 
 
 def normal_form(before: list[list[str]], after: list[list[str]], atoms: dict[str, Atom]) -> Form:

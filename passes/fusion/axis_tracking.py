@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from treadle.ir.axes import AxisDim
+from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.shapes import Expand
@@ -57,36 +58,22 @@ class Axes:
     def size(self, atoms: Iterable[int]) -> Size:
         return product(self.sizes[atom] for atom in atoms)
 
-    def _split(self, atom: int, outer: Size, inner: Size) -> tuple[int, int]:
-        self.sizes += [outer, inner]
-        made = (len(self.sizes) - 2, len(self.sizes) - 1)
-        self._parts[atom] = made
-        return made
-
     def cut(self, dim: Sequence[int], sizes: Sequence[Size]) -> list[tuple[int, ...]] | None:
         """A dimension in consecutive pieces of these sizes, or None where they do not come out even."""
-        rest = list(self.flat(dim))
-        pieces: list[tuple[int, ...]] = []
-        for size in sizes:
-            piece: list[int] = []
-            left = size
-            while left != ONE:
-                if not rest:
-                    return None
-                atom = rest.pop(0)
-                have = self.sizes[atom]
-                if (remaining := left.divide(have)) is not None:
-                    piece.append(atom)
-                    left = remaining
-                elif (inner := have.divide(left)) is not None:
-                    first, second = self._split(atom, left, inner)
-                    piece.append(first)
-                    rest.insert(0, second)
-                    left = ONE
-                else:
-                    return None
-            pieces.append(tuple(piece))
-        return None if rest else pieces
+        atoms = self.flat(dim)
+        found = common_pieces([self.sizes[atom] for atom in atoms], sizes)
+        if found is None:
+            return None
+        pieces: list[int] = []
+        for atom, parts in zip(atoms, found.before, strict=True):
+            pieces += [atom] if len(parts) == 1 else self._split(atom, [found.sizes[part] for part in parts])
+        return [tuple(pieces[part] for part in parts) for parts in found.after]
+
+    def _split(self, atom: int, sizes: Sequence[Size]) -> tuple[int, ...]:
+        made = tuple(range(len(self.sizes), len(self.sizes) + len(sizes)))
+        self.sizes += sizes
+        self._parts[atom] = made
+        return made
 
     # -- through ops -------------------------------------------------------------------------------------------
 

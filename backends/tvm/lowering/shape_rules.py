@@ -16,6 +16,7 @@ from treadle.backends.tvm.kernels.shaping import FoldWindows
 from treadle.backends.tvm.lowering.indexing_rules import thirds
 from treadle.backends.tvm.lowering.program import View, row_major
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
+from treadle.ir.axis_splitting import common_runs
 from treadle.ir.graph import Node
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import Pad, Reshape, Slice
@@ -58,31 +59,18 @@ def reshaped(view: View, shape: tuple[Size, ...]) -> View | None:
     """
     if view.is_contiguous:
         return replace(view, shape=shape, strides=row_major(shape))
-    old, new = [a for a in range(view.rank) if view.shape[a] != ONE], [a for a, n in enumerate(shape) if n != ONE]
+    runs = common_runs(view.shape, shape)
+    if runs is None:
+        return None
     strides: list[Size] = [ONE] * len(shape)
-    while old and new:
-        left, right = [old.pop(0)], [new.pop(0)]
-        before, after = view.shape[left[0]], shape[right[0]]
-        while before != after:
-            if old and after.divide(before) is not None:
-                left.append(old.pop(0))
-                before = before * view.shape[left[-1]]
-            elif new:
-                right.append(new.pop(0))
-                after = after * shape[right[-1]]
-            elif old:
-                left.append(old.pop(0))
-                before = before * view.shape[left[-1]]
-            else:
-                return None
-        merged = replace(
-            view, shape=tuple(view.shape[a] for a in left), strides=tuple(view.strides[a] for a in left)
-        ).merged(0, len(left))
+    for olds, news in runs:
+        taken = replace(view, shape=tuple(view.shape[a] for a in olds), strides=tuple(view.strides[a] for a in olds))
+        merged = taken.merged(0, len(olds))
         if merged is None:
             return None
-        for axis, step in zip(right, row_major([shape[a] for a in right]), strict=True):
+        for axis, step in zip(news, row_major([shape[a] for a in news]), strict=True):
             strides[axis] = merged.strides[0] * step
-    return replace(view, shape=shape, strides=tuple(strides)) if not old and not new else None
+    return replace(view, shape=shape, strides=tuple(strides))
 
 
 def _windows(w: RoutineWriter, node: Node) -> None:

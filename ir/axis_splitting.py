@@ -1,0 +1,132 @@
+"""Which whole axes of one shape make which of another, where both hold the same elements in the same order.
+
+    [B, S, 768] and [B*S, 12, 64]     runs B S | B*S and 768 | 12 64; pieces B, S, 12, 64
+    [4, 6] and [8, 3]                 one run; pieces 4, 2, 3: 8 is 4 * 2, and 6 is 2 * 3
+    [4, 6] and [3, 8]                 one run; no pieces, since 3 cuts across 4
+
+Sizes may be symbolic: what is answered holds for all values of the symbols. Axes of size 1 are in no run and have no
+pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.ir.errors import SizeError
+from treadle.ir.sizes import ONE, Size
+
+Run = tuple[tuple[int, ...], tuple[int, ...]]
+"""Axes of either shape that make each other: neighbours, but for axes of size 1, with one product."""
+
+
+def common_runs(before: Sequence[Size], after: Sequence[Size]) -> list[Run] | None:
+    """The finest runs of axes with the same product on both sides, in order.
+
+    None where the shapes do not hold as many elements, where they hold none, so that nothing tells which axis is which,
+    and where a product has more terms than a size may have.
+    """
+    ours = [i for i, size in enumerate(before) if size != ONE]
+    theirs = [i for i, size in enumerate(after) if size != ONE]
+    if [before[i] for i in ours] == [after[j] for j in theirs]:
+        return [((i,), (j,)) for i, j in zip(ours, theirs, strict=True)]
+    if any(size.constant == 0 for size in (*before, *after)):
+        return None
+    runs: list[Run] = []
+    while ours and theirs:
+        try:
+            found = _first_run([before[i] for i in ours], [after[j] for j in theirs])
+        except SizeError:
+            found = None
+        if found is None:
+            return None
+        m, n = found
+        runs.append((tuple(ours[:m]), tuple(theirs[:n])))
+        ours, theirs = ours[m:], theirs[n:]
+    return None if ours or theirs else runs
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the axes of two shapes are both made of.
+
+    sizes           of the pieces, outermost first
+    before, after   for each axis the pieces that it is the product of, outermost first
+    """
+
+    sizes: tuple[Size, ...]
+    before: tuple[tuple[int, ...], ...]
+    after: tuple[tuple[int, ...], ...]
+
+
+def common_pieces(before: Sequence[Size], after: Sequence[Size]) -> Pieces | None:
+    """The fewest pieces that make the axes of both shapes; None where an axis of one cuts across one of the other."""
+    runs = common_runs(before, after)
+    if runs is None:
+        return None
+    sizes: list[Size] = []
+    made: tuple[dict[int, list[int]], dict[int, list[int]]] = {}, {}
+    for run in runs:
+        cut = _cut([before[i] for i in run[0]], [after[j] for j in run[1]])
+        if cut is None:
+            return None
+        for size, places in cut:
+            for axes, place, side in zip(run, places, made, strict=True):
+                side.setdefault(axes[place], []).append(len(sizes))
+            sizes.append(size)
+    ours, theirs = (
+        tuple(tuple(side.get(axis, ())) for axis in range(len(shape)))
+        for side, shape in zip(made, (before, after), strict=True)
+    )
+    return Pieces(tuple(sizes), ours, theirs)
+
+
+def _first_run(before: Sequence[Size], after: Sequence[Size]) -> tuple[int, int] | None:
+    """How many axes from the first on make each other, on either side; the fewest.
+
+    Products of leading axes are looked up among the other side's. In which order they are made does not matter to the
+    answer: the side that is a part of the other goes on, so that no product grows needlessly.
+    """
+    ours, theirs = [before[0]], [after[0]]
+    while True:
+        if ours[-1] in theirs:
+            return len(ours), theirs.index(ours[-1]) + 1
+        if theirs[-1] in ours:
+            return ours.index(theirs[-1]) + 1, len(theirs)
+        more_of_ours, more_of_theirs = len(ours) < len(before), len(theirs) < len(after)
+        if more_of_ours and (not more_of_theirs or _is_part(ours[-1], theirs[-1])):
+            ours.append(ours[-1] * before[len(ours)])
+        elif more_of_theirs:
+            theirs.append(theirs[-1] * after[len(theirs)])
+        else:
+            return None
+
+
+def _is_part(size: Size, whole: Size) -> bool:
+    """Whether a size is less than another or divides it."""
+    if size.constant is not None and whole.constant is not None:
+        return size.constant < whole.constant
+    return whole.divide(size) is not None
+
+
+def _cut(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[Size, tuple[int, int]]] | None:
+    """The pieces of one run, each with the axis of either side that it belongs to; None where an axis is cut across."""
+    if len(before) == 1:
+        return [(size, (0, j)) for j, size in enumerate(after)]
+    if len(after) == 1:
+        return [(size, (i, 0)) for i, size in enumerate(before)]
+    found: list[tuple[Size, tuple[int, int]]] = []
+    i = j = 0
+    ours = theirs = ONE  # what is left of axis i, and of axis j; 1 where that has yet to begin
+    while i < len(before) and j < len(after):
+        ours, theirs = (before[i] if ours == ONE else ours), (after[j] if theirs == ONE else theirs)
+        if (rest := ours.divide(theirs)) is not None:
+            piece, left = theirs, (rest, ONE)
+        elif (rest := theirs.divide(ours)) is not None:
+            piece, left = ours, (ONE, rest)
+        else:
+            return None
+        found.append((piece, (i, j)))
+        ours, theirs = left
+        i, j = i + (ours == ONE), j + (theirs == ONE)
+    return found if i == len(before) and j == len(after) else None
