@@ -19,11 +19,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from treadle.ir.axes import Application, AxisDim, Role
+from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite
-from treadle.ir.sizes import ONE, Size
+from treadle.ir.sizes import ONE, Size, product
 from treadle.ir.text.attributes import attribute_symbols
 from treadle.ir.types import Factor
 
@@ -479,27 +480,34 @@ def _partners(application: Application, name: str) -> bool:
 
 
 def _locate(application: Application, dim: AxisDim, place: Place) -> Iterator[tuple[str, Size, Size]]:
-    """The factors of a dimension in which a place lies: (factor, stride within it, size).
+    """The factors of a dimension in which a place lies, innermost first: (factor, stride within it, size).
 
-    A place that spans several factors is given piece by piece.
+    A place that spans several factors is given piece by piece; one that cuts across them is not given.
     """
-    running = ONE
-    for name in reversed(dim.factors):
-        size = application.dims[name].size
-        end = running * size
-        offset = place.inner.divide(running)
-        if offset is not None:
-            if size.divide(offset * place.size) is not None:
-                if place.size != 1 or size == 1:
-                    yield name, offset, place.size
-                    return
-            elif size.divide(offset) is not None:
-                rest = size.divide(offset)
-                if rest is not None and rest != 1 and place.size.divide(rest) is not None:
-                    yield name, offset, rest
-        elif size != 1 and running.divide(place.inner) and (place.inner * place.size).divide(end):
-            yield name, ONE, size
-        running = end
+    sizes = [application.dims[name].size for name in dim.factors]
+    if place.size == ONE:
+        yield from _located_point(dim, sizes, place)
+        return
+    outer = product(sizes).divide(place.inner * place.size)
+    found = common_pieces(sizes, (outer, place.size, place.inner)) if outer is not None else None
+    if found is None:
+        return
+    inside = found.after[1]
+    for name, pieces in zip(reversed(dim.factors), reversed(found.before), strict=True):
+        held = [p for p in pieces if p in inside]
+        if held:
+            within = [p for p in pieces if p > held[-1]]
+            yield name, product(found.sizes[p] for p in within), product(found.sizes[p] for p in held)
+
+
+def _located_point(dim: AxisDim, sizes: Sequence[Size], place: Place) -> Iterator[tuple[str, Size, Size]]:
+    """The factor of size 1 that a place of size 1 is, which no product tells."""
+    inner = ONE
+    for name, size in zip(reversed(dim.factors), reversed(sizes), strict=True):
+        if size == ONE and inner == place.inner:
+            yield name, ONE, ONE
+            return
+        inner = inner * size
 
 
 def _places_of(

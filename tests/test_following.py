@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import treadle as t
+from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError
 from treadle.ir.following import Verdict, follow
 from treadle.ir.graph import Graph
@@ -241,3 +242,13 @@ def test_what_is_followed_shows_as_one_line() -> None:
     assert repr(found).startswith("<axis S of gpt2: in ")
     assert repr(found.split()).startswith("<S may not be split: ")
     assert repr(found.step()) == "<S may be stepped>"
+
+
+def test_a_place_that_spans_a_part_of_a_factor_is_followed_into_it() -> None:
+    """8 columns are all of d and 2 of the rows of h, which are added up."""
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[B, 24]")
+    columns = b.rearrange(x, pattern="b (a=3 cols=8) -> b a cols")
+    rows = b.rearrange(x, pattern="b (h=6 d=4) -> b h d")
+    b.outputs(y=columns, z=b.reduce_sum(rows, axes=(1,)))
+    assert any(e.node.op.name == "reduce_sum" for e in follow(b.graph, "cols").encounters)
