@@ -315,7 +315,7 @@ class Op:
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
         """Groups of operands in which the op is linear together, the others held fixed."""
-        return tuple(frozenset(group.split()) for group in self.linear_text.split("|") if group.strip())
+        return _operand_groups(self.linear_text)
 
     def sums_in(self, dtype: DType) -> DType:
         """What sums that are rounded to a dtype at last are held in: the more precise of it and `accumulates`."""
@@ -360,6 +360,11 @@ class Composite(Op):
         from treadle.ir.differentiate import body_gradient
 
         return body_gradient(self, b, grads, inputs)
+
+
+@lru_cache(maxsize=256)
+def _operand_groups(text: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(group.split()) for group in text.split("|") if group.strip())
 
 
 def names_operand(group: frozenset[str], name: str) -> bool:

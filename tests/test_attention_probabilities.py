@@ -514,3 +514,9 @@ def exported_again(exe: Any, path: Path) -> Path:
     made = export_onnx(exe.graph, exe.weights, path, opset=23)
     assert made.operators["Attention"] == len(exe.graph.main.outputs) - 1
     return path
+
+
+def test_probabilities_that_are_cut_before_they_are_returned_are_only_handed_out() -> None:
+    lines = ["out = matmul(p, v)", "one = slice(p, axis=1, start=0, stop=1)", "return y = out, p = one"]
+    optimized = optimize(program(TAKES, f"{OUT}, p: f32[B, 1, S, S]", *SCORES, *lines), FuseAttention())
+    assert names(optimized.graph) == [NAME, "slice"]

@@ -426,3 +426,16 @@ def test_equal_sites_are_told_once_with_all_their_places() -> None:
     assert verdict.places == tuple(f"model.py:{line}" for line in range(1, 7))
     text = str(explain_fusion(b.graph))
     assert "6 x activation" in text and "and 2 more" in text
+
+
+def test_a_table_that_is_cut_is_no_residual() -> None:
+    """As positions of a longer context, which are added to embeddings."""
+
+    def found(weight: str, *lines: str) -> list[str]:
+        norm = ["a = add(x, p)", "n = rms_norm(a)", "return y = n"]
+        takes = f"x: f32[4, 8]{', p: f32[4, 8]' if not weight else ''}"
+        weights = [weight] if weight else []
+        return kinds(parse_graph(program(takes, "y: f32[4, 8]", *lines, *norm, weights=weights)))
+
+    assert "residual" in found("")
+    assert "residual" not in found("w: f32[9, 8]", "p = slice($w, axis=0, start=0, stop=4)")

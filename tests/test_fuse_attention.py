@@ -32,6 +32,7 @@ from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.cleanup.decompose import FUSED, Decompose
 from treadle.passes.cleanup.fold_constants import FoldConstants
 from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.fusion.attention.biases import hazards_of
 from treadle.passes.fusion.attention.fuse_attention import FuseAttention
 from treadle.passes.fusion.fuse_softmax import FuseSoftmax
 from treadle.passes.pipelines import DEFAULT
@@ -335,3 +336,12 @@ def test_a_scale_that_overflows_is_refused() -> None:
     text = BEFORE.replace("scaled = mul(scores, 0.35355338)", twice)
     log = optimize(text, FuseAttention()).log
     assert "which f32 does not hold" in log[0].refusals[0].reason
+
+
+def test_what_a_fused_product_gives_is_no_mask() -> None:
+    """Of finite numbers it makes finite ones, as the product that it was fused from does; an input may be anything."""
+    b = Builder(Graph("g"))
+    x, w = b.input("x", "f32[S, 8]"), b.parameter("w", "f32[4, 8]")
+    assert hazards_of(x.value)
+    assert not hazards_of(b.linear(x, w).value)
+    assert not hazards_of(b.activated_linear(x, w, activation="gelu", weight_axes="n k").value)

@@ -16,8 +16,9 @@ import pytest
 from tests.op_checks import TESTED, Case
 from tests.test_axis_rules import Case as RuleCase
 from treadle.ir.axes import Role
+from treadle.ir.composites import holds_contraction
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Function
+from treadle.ir.graph import Function, Value
 from treadle.ir.operation import OPS, names_operand
 from treadle.ir.ops.call import Call
 from treadle.ir.types import DTYPES
@@ -216,6 +217,17 @@ def test_what_reads_positions(name: str) -> None:
             assert case.size(factor) == 1 or not are_same(moved, wanted), factor
     generated = {f.role for f in RuleCase(name, 0).application.factors.values()} & {Role.GENERATED}
     assert not generated or name in ("iota", "expand", "windows", "top_k")
+
+
+def test_what_is_made_of_contractions() -> None:
+    """What is, and what a body of primitives has one of."""
+    holding = {name for name in TESTED if any(holds_contraction(c.op, _values(c)) for c in cases(name))}
+    fused = {"activated_linear", "gated_linear", "projections", "attention", "attention_with_probabilities", "conv"}
+    assert holding == {"matmul", "linear", "einsum", *fused}
+
+
+def _values(case: Case) -> list[Value | None]:
+    return [None if t is None else Value("input", t, "x") for t in case.types]
 
 
 def test_a_call_has_no_facts() -> None:

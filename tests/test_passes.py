@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, optimize, program
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Graph
 from treadle.ir.operation import find_op
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.types import Type
+from treadle.ir.types import Type, i64
 from treadle.passes.cleanup.canonicalize import Canonicalize, is_lossless
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
 from treadle.passes.cleanup.dead_code import DeadCode
@@ -718,3 +720,13 @@ def test_lossless_casts_keep_every_value_of_small_dtypes() -> None:
                 there = find_op("cast")(to=to).reference(values)
                 kept = bool(np.all(there.astype(np.float64) == values.astype(np.float64)))
             assert not is_lossless(type.dtype, target) or kept, (source, to)
+
+
+def test_a_constant_of_one_element_is_a_number_beside_every_elementwise_op() -> None:
+    for op in ("sub", "floor_divide", "mod"):
+        b = Builder(Graph("g"))
+        x = b.input("x", "i64[B, S]")
+        b.outputs(y=getattr(b, op)(x, b.expand(b.constant(3, i64), shape=x.shape)))
+        node = optimize(str(b.graph), Canonicalize()).graph.main.outputs["y"].node
+        assert node is not None
+        assert node.op.name == op and node.inputs[1].type.rank == 0

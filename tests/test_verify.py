@@ -309,6 +309,7 @@ def test_indices_are_found_through_what_moves_them() -> None:
     direct, shifted, both, moved, free = (
         b.input(n, "i64[B, S]") for n in ("direct", "shifted", "both", "moved", "free")
     )
+    joined, padded = b.input("joined", "i64[B, S]"), b.input("padded", "i64[B, S]")
     narrow = b.input("narrow", "i32[B, S]")
     outputs = {
         "a": b.embedding(table, direct),
@@ -317,6 +318,7 @@ def test_indices_are_found_through_what_moves_them() -> None:
         "d": b.embedding(table, b.slice(b.rearrange(moved, pattern="b s -> s b"), axis=0, start=0, stop=1)),
         "e": b.cast(free, to=f32),
         "f": b.embedding(short, b.cast(narrow, to=i64)),
+        "g": b.embedding(short, b.concat(joined, b.pad(padded, axis=1, before=1, value=2), axis=1)),
     }
     b.outputs(**outputs)
     ranges = index_ranges(b.graph, {"B": 2, "S": 5})
@@ -326,6 +328,8 @@ def test_indices_are_found_through_what_moves_them() -> None:
         "both": Range(0, 2),
         "moved": Range(0, 9),
         "narrow": Range(0, 2),
+        "joined": Range(0, 2),
+        "padded": Range(0, 2),
     }
 
 

@@ -356,12 +356,11 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
     """
     changed = 0
     for node in function.nodes:
-        if len(node.inputs) < 2 or not node.is_elementwise:
+        numbers = {i: literal for i, v in enumerate(node.inputs) if v.type.rank and (literal := _repeated_number(v))}
+        if len(node.inputs) < 2 or not numbers or not node.is_elementwise:
             continue
-        for position, value in enumerate(node.inputs):
-            literal = _repeated_number(value)
-            if literal is None or value.type.rank == 0:
-                continue
+        for position, literal in numbers.items():
+            value = node.inputs[position]
             others = [v for v in node.inputs if v is not value and v.literal is None]
             whole = node.results[0].type.dims
             if any(v.type.rank >= value.type.rank if value.node is None else v.type.dims == whole for v in others):
