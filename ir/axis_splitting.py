@@ -106,7 +106,14 @@ def _is_part(size: Size, whole: Size) -> bool:
     """Whether a size is less than another or divides it."""
     if size.constant is not None and whole.constant is not None:
         return size.constant < whole.constant
-    return whole.divide(size) is not None
+    return _quotient(whole, size) is not None
+
+
+def _quotient(size: Size, other: Size) -> Size | None:
+    try:
+        return size.divide(other)
+    except SizeError:  # too many terms to be divided
+        return None
 
 
 def _cut(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[Size, tuple[int, int]]] | None:
@@ -120,9 +127,9 @@ def _cut(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[Size, tupl
     ours = theirs = ONE  # what is left of axis i, and of axis j; 1 where that has yet to begin
     while i < len(before) and j < len(after):
         ours, theirs = (before[i] if ours == ONE else ours), (after[j] if theirs == ONE else theirs)
-        if (rest := ours.divide(theirs)) is not None:
+        if (rest := _quotient(ours, theirs)) is not None:
             piece, left = theirs, (rest, ONE)
-        elif (rest := theirs.divide(ours)) is not None:
+        elif (rest := _quotient(theirs, ours)) is not None:
             piece, left = ours, (ONE, rest)
         else:
             return None
