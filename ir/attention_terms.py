@@ -12,27 +12,29 @@
 i is a query's position and j a key's: its index along its own axis, so that query 0 and key 0 stand at one
 place, however many of each there are. Masks intersect and biases add up, in any order. A term says which
 operands it takes, with their axes in attention's (b rows, h query heads, s queries, t keys), its meaning in
-NumPy and in primitives, and how far it lets a query see; its gradient is that of its body.
+NumPy and in primitives, and how far it lets a query see; its gradient is that of its body. NumPy's kernels call that
+meaning; what the other backends say in its place, they say in a `treadle.ir.term_visitor.TermVisitor`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
 from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.distance_buckets import t5_buckets
 from treadle.ir.errors import GraphError, ParseError
 from treadle.ir.operation import Array
 from treadle.ir.sizes import Size
 from treadle.ir.source_lines import user_line
+from treadle.ir.term_visitor import TermVisitor, X, Y
 from treadle.ir.types import i64
 
 AXES = ("b", "h", "s", "t")
@@ -78,6 +80,19 @@ class Term:
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         """The same in primitives, with `grid.i` and `grid.j`; broadcasts against [b, g, r, s, t]."""
         raise GraphError(f"term {type(self).__name__} has no body")
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        """What a visitor says of this kind of term. Raises GraphError where the kind is none of a visitor's."""
+        raise GraphError(
+            f"attention: {type(visitor).__name__} has no case for the term {self.name}",
+            received=self.text,
+            hint="lower attention's body where `is_standard` of a term is false, which says the term in primitives",
+        )
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether visitors have a case for it; a backend lowers attention's body where one of the terms is not."""
+        return type(self).accept is not Term.accept
 
     @property
     def text(self) -> str:
@@ -163,6 +178,9 @@ class Causal(MaskTerm):
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         return grid.j <= grid.i
 
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.causal(self, *operands)
+
 
 @dataclass(frozen=True, repr=False)
 class Window(MaskTerm):
@@ -187,6 +205,9 @@ class Window(MaskTerm):
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         return (grid.j < grid.i + self.size) & (grid.i < grid.j + self.size)
 
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.window(self, *operands)
+
 
 @dataclass(frozen=True, repr=False)
 class Padding(MaskTerm):
@@ -207,6 +228,9 @@ class Padding(MaskTerm):
         (lengths,) = operands
         return grid.j < grid.spread(lengths, "b")
 
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.padding(self, *operands)
+
 
 @dataclass(frozen=True, repr=False)
 class Segments(MaskTerm):
@@ -226,6 +250,9 @@ class Segments(MaskTerm):
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         query_segments, key_segments = operands
         return grid.b.equal(grid.spread(query_segments, "b s"), grid.spread(key_segments, "b t"))
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.segments(self, *operands)
 
 
 @dataclass(frozen=True, repr=False)
@@ -248,6 +275,9 @@ class BooleanMask(MaskTerm):
 
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         return grid.spread(operands[0], self.axes)
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.boolean_mask(self, *operands)
 
 
 # -- biases --------------------------------------------------------------------------------------------------
@@ -274,6 +304,9 @@ class TensorBias(BiasTerm):
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         return grid.spread(operands[0], self.axes)
 
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.tensor_bias(self, *operands)
+
 
 @dataclass(frozen=True, repr=False)
 class T5Relative(BiasTerm):
@@ -298,7 +331,7 @@ class T5Relative(BiasTerm):
         # Two such terms share the buckets' axis exactly if they have equally many.
         return (TermOperand("table", "f", f"buckets{self.buckets} h"),)
 
-    @property
+    @cached_property
     def bucket_by_offset(self) -> Array:
         """The bucket of each j - i from -max_distance to max_distance; beyond, it stays what it is there."""
         offsets = np.arange(-self.max_distance, self.max_distance + 1)
@@ -318,37 +351,8 @@ class T5Relative(BiasTerm):
         values = b.gather(by_offset, row, axis=0)
         return b.rearrange(values, pattern=f"s t (g={grid.groups} r) -> g r s t")
 
-
-def t5_buckets(offsets: Array, buckets: int, max_distance: int, bidirectional: bool) -> Array:
-    """The buckets of keys at these offsets j - i from their query.
-
-    The first half of the buckets, `near`, hold one distance each; the others grow geometrically up to
-    max_distance. If bidirectional, keys after the query have the upper half of all buckets to themselves;
-    else they share bucket 0.
-    """
-    count = buckets // 2 if bidirectional else buckets
-    near = count // 2
-    distances = np.abs(offsets) if bidirectional else np.maximum(-offsets, 0)
-    begins = np.array(_growing_buckets(near, count - near, max_distance), np.int64)
-    far = near + np.searchsorted(begins, distances, side="right")
-    upper = count * (offsets > 0) if bidirectional else 0
-    return np.where(distances < near, distances, far) + upper
-
-
-@lru_cache(maxsize=64)
-def _growing_buckets(near: int, growing: int, max_distance: int) -> tuple[int, ...]:
-    """The distances at which the growing buckets begin, the first of them left out.
-
-    Bucket k begins where (distance/near)^growing >= (max_distance/near)^k: what T5's logarithms come to,
-    compared in integers and so without their rounding.
-    """
-    distances = range(near, max_distance + 1)
-
-    def begin(k: int) -> int:
-        edge = near ** (growing - k) * max_distance**k
-        return distances[bisect_left(distances, True, key=lambda distance: distance**growing >= edge)]
-
-    return tuple(begin(k) for k in range(1, growing))
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.t5_relative(self, *operands)
 
 
 @dataclass(frozen=True, repr=False)
@@ -370,6 +374,9 @@ class Alibi(BiasTerm):
     def body(self, grid: Grid, *operands: Expr) -> Expr:
         (slopes,) = operands
         return grid.spread(slopes, "h") * (grid.j - grid.i).cast(slopes.dtype)
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.alibi(self, *operands)
 
 
 # -- what several terms come to ------------------------------------------------------------------------------

@@ -27,10 +27,10 @@ from treadle.ir.attention_terms import (
     Window,
     live_pairs,
     parse_term,
-    t5_buckets,
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import body_of
+from treadle.ir.distance_buckets import t5_buckets
 from treadle.ir.errors import GraphError, ParseError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_body

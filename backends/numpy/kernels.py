@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.outside_axis import OutsideAxis
-from treadle.ir.attention_terms import T5Relative
+from treadle.ir.attention_terms import parse_term
 from treadle.ir.error_function import erf as exact_erf
 from treadle.ir.ops.along_axes import wide_array
 
@@ -275,51 +275,9 @@ def _safe_softmax(scores: Array) -> Array:
     return scores
 
 
-def causal(queries: int, keys: int) -> Array:
-    """[s, t]: j <= i"""
-    kept: Array = np.arange(keys) <= np.arange(queries)[:, None]
-    return kept
+def term(text: str, queries: int, keys: int, *operands: Array) -> Array:
+    """A mask or bias, written as `window(128)`, by its own meaning; broadcasts against [b, h, s, t]."""
+    return _read(text).reference(np.arange(queries)[:, None], np.arange(keys), *operands)
 
 
-def window(queries: int, keys: int, size: int) -> Array:
-    """[s, t]: |i - j| < size"""
-    kept: Array = np.abs(np.arange(queries)[:, None] - np.arange(keys)) < size
-    return kept
-
-
-def padding(lengths: Array, keys: int) -> Array:
-    """[b, 1, 1, t]: j < lengths[b]"""
-    kept: Array = np.arange(keys) < lengths[:, None, None, None]
-    return kept
-
-
-def segments(of_queries: Array, of_keys: Array) -> Array:
-    """[b, 1, s, t]: of_queries[b, i] == of_keys[b, j]"""
-    kept: Array = of_queries[:, None, :, None] == of_keys[:, None, None, :]
-    return kept
-
-
-def laid_out(x: Array, axes: str) -> Array:
-    """An array of some of the axes b, h, s and t, with 1 for each that it lacks."""
-    sizes = dict(zip(axes.split(), x.shape, strict=True))
-    return x.reshape([sizes.get(axis, 1) for axis in "bhst"])
-
-
-def t5_relative(table: Array, queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Array:
-    """[h, s, t]: table[bucket(j - i), h]"""
-    offsets = np.arange(keys) - np.arange(queries)[:, None]
-    bucket = _t5_buckets(buckets, max_distance, bidirectional)
-    by_offset = np.ascontiguousarray(table[bucket].T)
-    return by_offset[:, np.clip(offsets, -max_distance, max_distance) + max_distance]
-
-
-@lru_cache(maxsize=64)
-def _t5_buckets(buckets: int, max_distance: int, bidirectional: bool) -> Array:
-    return T5Relative(buckets, max_distance, bidirectional).bucket_by_offset
-
-
-def alibi(slopes: Array, queries: int, keys: int) -> Array:
-    """[h, s, t]: slopes[h] (j - i)"""
-    offsets = np.arange(keys) - np.arange(queries)[:, None]
-    bias: Array = slopes[:, None, None] * offsets.astype(slopes.dtype)
-    return bias
+_read = lru_cache(maxsize=64)(parse_term)

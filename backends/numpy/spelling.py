@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 
-from treadle.backends.python.attention_spelling import attention, knows
+from treadle.backends.python.attention_spelling import attention
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.emission import Dialect, Line, Spelling, float_text
+from treadle.ir.attention_terms import Term
 from treadle.ir.graph import Value
 from treadle.ir.operation import Op, find_op
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
@@ -89,8 +90,6 @@ SPELLINGS: dict[str, Spelling] = {
     "where": "np.where({condition}, {x}, {y})",
     # products
     "matmul": "{x} @ {y}",
-    "attention": attention,
-    "attention_with_probabilities": attention,
     "rotary": Line.by_reference,
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "transpose"),
@@ -217,6 +216,18 @@ def _log_softmax(line: Line) -> str:
     return f"kernels.log_softmax({line.array('x')}, {line.op.axis})"
 
 
+@_spells("attention")
+@_spells("attention_with_probabilities")
+def _attention(line: Line) -> str:
+    return attention(line, _term)
+
+
+def _term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:
+    """By its own meaning: `kernels.term("window(128)", S, T)`."""
+    arguments = [f'"{term}"', queries, keys, *operands]
+    return f"kernels.term({', '.join(arguments)})"
+
+
 @_spells("layer_norm")
 def _layer_norm(line: Line) -> str:
     return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {float_text(line.op.eps)})"
@@ -241,4 +252,4 @@ NUMPY = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    return op.name in SPELLINGS and (not isinstance(op, _ATTENTIONS) or knows(op))
+    return op.name in SPELLINGS and (not isinstance(op, _ATTENTIONS) or op.has_standard_terms)

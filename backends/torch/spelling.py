@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from treadle.backends.python.attention_spelling import attention, knows, scale_of
+from treadle.backends.python.attention_spelling import attention, scale_of
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.emission import Dialect, Line, Spelling, float_text
+from treadle.backends.torch.term_spelling import spelled_term
 from treadle.ir.attention_terms import Causal
 from treadle.ir.axes import Role
 from treadle.ir.operation import Op
@@ -332,7 +333,7 @@ def _attention(line: Line) -> str:
     scale = scale_of(line)
     own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
     if line.op.softcap is not None or not own:
-        return attention(line, "device")
+        return attention(line, spelled_term)
     options = ", is_causal=True" if line.op.terms else ""
     options += f", scale={float_text(scale)}"
     options += ", enable_gqa=True" if line.type("q").shape[1] != line.type("k").shape[1] else ""
@@ -342,7 +343,7 @@ def _attention(line: Line) -> str:
 @_spells("attention_with_probabilities")
 def _attention_with_probabilities(line: Line) -> str:
     """PyTorch's own call does not give them."""
-    return attention(line, "device")
+    return attention(line, spelled_term)
 
 
 TORCH = Dialect(
@@ -359,7 +360,7 @@ TORCH = Dialect(
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
     if isinstance(op, Attention | AttentionWithProbabilities):
-        return knows(op)
+        return op.has_standard_terms
     if isinstance(op, Conv):
         return types[0] is not None and types[0].rank <= 5  # PyTorch convolves over up to three axes
     return op.name in SPELLINGS

@@ -73,6 +73,11 @@ class _Attending(Composite):
     def positional(self) -> frozenset[str]:
         return frozenset().union(*(term.positional for term in self.terms))
 
+    @property
+    def has_standard_terms(self) -> bool:
+        """Whether every backend has a case for each term; else it lowers the body."""
+        return all(term.is_standard for term in self.terms)
+
     def operand_names(self, count: int) -> list[str]:
         """q, k, v and the terms' own names, numbered from the second of a name."""
         names: list[str] = []

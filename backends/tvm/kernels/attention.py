@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.attention_masks import Term, TermWriter, lane_numbers
+from treadle.backends.tvm.kernels.attention_masks import WRITERS, lane_numbers
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.square_transpose import transposed
@@ -76,7 +76,7 @@ class FlashAttention(Kernel):
     scale     what the products are multiplied by
     softcap   c: scores become c tanh(scores / c)
     padded    how many operands say how many of a row's keys are real
-    terms     the other masks and biases: codes of `attention_masks.Term`
+    terms     the other masks and biases: codes of `attention_masks.WRITERS`
 
     Passed: q, k, v; the lengths; the terms' operands; out, and the parts of `Scratch`. Then b, g, r (query heads that
     share keys), s, t; the least and greatest j - i that a query sees; how many queries of a head a task takes at
@@ -93,7 +93,7 @@ class FlashAttention(Kernel):
 
     @property
     def title(self) -> str:
-        more = [Term.of(code).kind for code in self.terms]
+        more = [WRITERS[code].kind for code in self.terms]
         return "_".join(["attention", str(self.d), *["padding"] * self.padded, *more])
 
     def emit(self, k: Emitter) -> None:
@@ -115,7 +115,7 @@ class _Writer:
         k, spec = self.k, self.spec
         pointers = {name: k.pointer(name, f32) for name in ("q", "keys", "values")}
         lengths = [k.pointer(f"lengths{n}", i64) for n in range(spec.padded)]
-        self.terms = [TermWriter(k, Term.of(code), n) for n, code in enumerate(spec.terms)]
+        self.terms = [WRITERS[code](k, n) for n, code in enumerate(spec.terms)]
         pointers["out"] = k.pointer("out", f32)
         parts = ("packed_keys", "packed_values", "queries", "scores", "sums", "rows")
         scratch = [k.pointer(name, f32) for name in parts]
@@ -130,8 +130,8 @@ class _Writer:
             "out": [self.b, heads, self.s, spec.e],
         }
         strides = {name: [k.size(f"{name}_stride{n}") for n in range(3)] for name in shapes}
-        for n, term in enumerate(self.terms):
-            term.ask(n)
+        for term in self.terms:
+            term.ask()
         views = {name: k.view(pointers[name], shape, [*strides[name], 1]) for name, shape in shapes.items()}
         self.q, self.key, self.value, self.out = (views[n] for n in ("q", "keys", "values", "out"))
         self.lengths = [k.view(p, [self.b]) for p in lengths]
@@ -446,7 +446,7 @@ class _Writer:
             here = k.let(k.splat(k.cast(column, _I32), lanes) + numbers, "columns")
             keep = k.both(first <= here, here < past)
             for term in self.terms:
-                if term.term.is_mask:
+                if term.is_mask:
                     keep = k.both(keep, term.vector(self.base + column, lanes, read))
             x = k.let(k.select(keep, x, k.number(-_INFINITY, f32, lanes)), "score")
             k.store(self.scores, at, x, lanes)
@@ -455,7 +455,7 @@ class _Writer:
         def whole(view: Any, index: Sequence[Any]) -> Any:
             return k.load(view, index, lanes)
 
-        if not any(t.term.by_key and t.term.kind in ("segments", "mask", "bias") for t in self.terms):
+        if not any(term.reads_keys for term in self.terms):
             with k.loop(pairs, "n") as n:
                 for u in range(PANEL):
                     one(c0 + n * self.width + u * lanes, u, whole)
@@ -489,7 +489,7 @@ class _Writer:
             one = k.number(1.0, f32, lanes)
             x = k.number(cap, f32, lanes) * (one - k.number(2.0, f32, lanes) / (bent + one))
         for term in self.terms:
-            if not term.term.is_mask:
+            if not term.is_mask:
                 x = x + term.vector(j, lanes, read)
         return x
 

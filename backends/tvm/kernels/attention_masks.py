@@ -1,7 +1,8 @@
 """What attention does with the scores of a query beside their scale: soft-cap, masks and biases, vector by vector.
 
 A mask by position (causal, window, padding) is no term here: it is a first and a last key of each query, which the
-kernel in `treadle.backends.tvm.kernels.attention` takes as sizes. The terms that are left read operands of their own:
+kernel in `treadle.backends.tvm.kernels.attention` takes as sizes. The terms that are left read operands of their own,
+and each has a writer:
 
     segments   query_segments[b, i] == key_segments[b, j]
     mask       a boolean tensor, along some of b, h, s and t
@@ -12,9 +13,10 @@ kernel in `treadle.backends.tvm.kernels.attention` takes as sizes. The terms tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DType, boolean, f32, i64
@@ -25,108 +27,173 @@ if TYPE_CHECKING:
 Read = Callable[[Any, Sequence[Any]], Any]
 """A vector of a view's elements along its last dimension, from an index on; past the last key it reads nothing."""
 
-_POINTERS: dict[str, tuple[DType, ...]] = {
-    "segments": (i64, i64),
-    "mask": (boolean,),
-    "bias": (f32,),
-    "offsets": (f32,),
-    "alibi": (f32,),
-}
 
+class TermWriter(ABC):
+    """Writes one term of the kernel.
 
-@dataclass(frozen=True)
-class Term:
-    """A term of the kernel.
-
-    kind     one of those above
-    by_key   of a mask or bias: whether it varies along t
+    kind        its name in titles
+    code        its name in a kernel's spec, which is the kind, or says more
+    dtypes      of its operands
+    strides     how many strides it is passed
+    is_mask     whether it says which keys are kept; else it is added
+    reads_keys  whether an operand of its has an element for each key, and none past the last
     """
 
-    kind: str
-    by_key: bool = True
+    kind: ClassVar[str]
+    code: ClassVar[str]
+    dtypes: ClassVar[tuple[DType, ...]]
+    strides: ClassVar[int] = 0
+    is_mask: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = False
 
-    @property
-    def code(self) -> str:
-        """As text, for a kernel's key."""
-        return self.kind if self.by_key else f"{self.kind} of a query"
-
-    @staticmethod
-    def of(code: str) -> Term:
-        kind, _, by_query = code.partition(" ")
-        return Term(kind, not by_query)
-
-    @property
-    def pointers(self) -> tuple[DType, ...]:
-        """The dtypes of its operands."""
-        return _POINTERS[self.kind]
-
-    @property
-    def strides(self) -> int:
-        """How many strides it is passed: of a mask or bias those over b, h and s."""
-        return 3 if self.kind in ("mask", "bias") else 0
-
-    @property
-    def is_mask(self) -> bool:
-        return self.kind in ("segments", "mask")
-
-
-class TermWriter:
-    """Writes one term.
-
-    kind, by_key   as in `Term`
-    """
-
-    def __init__(self, k: Emitter, term: Term, number: int) -> None:
-        self.k, self.term = k, term
-        self.pointers = [k.pointer(f"{term.kind}{number}_{i}", d) for i, d in enumerate(term.pointers)]
-        self.strides: list[Any] = []
-        self.views: list[Any] = []
+    def __init__(self, k: Emitter, number: int) -> None:
+        """Ask for the pointers."""
+        self.k, self.name = k, f"{self.kind}{number}"
+        self.pointers = [k.pointer(f"{self.name}_{i}", dtype) for i, dtype in enumerate(self.dtypes)]
+        self.passed: list[Any] = []
         self.row: Any = None
 
-    def ask(self, number: int) -> None:
+    def ask(self) -> None:
         """Ask for the sizes: strides."""
-        self.strides = [self.k.size(f"{self.term.kind}{number}_stride{i}") for i in range(self.term.strides)]
+        self.passed = [self.k.size(f"{self.name}_stride{i}") for i in range(self.strides)]
 
+    @abstractmethod
     def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
         """Say what the pointers point at. `slack`: how many offsets past the last there are."""
-        k, term = self.k, self.term
-        match term.kind:
-            case "segments":
-                shapes: list[tuple[list[Any], list[Any] | None]] = [([b, s], None), ([b, t], None)]
-            case "mask" | "bias":
-                shapes = [([b, h, s, t], [*self.strides, 1 if term.by_key else 0])]
-            case "offsets":
-                shapes = [([h, s + t + slack], None)]
-            case _:
-                shapes = [([h], None)]
-        self.views = [k.view(p, *shape) for p, shape in zip(self.pointers, shapes, strict=True)]
-        self.queries = s
 
     def begin(self, b: Expr, h: Expr, i: Expr) -> None:
         """Read what holds for all keys of a query."""
-        k = self.k
         self.at = (b, h, i)
-        match self.term.kind:
-            case "segments":
-                self.row = k.let(k.load(self.views[0], [b, i]), "segment")
-            case "mask" | "bias" if not self.term.by_key:
-                self.row = k.let(k.load(self.views[0], [b, h, i, 0]), self.term.kind)
-            case "alibi":
-                self.row = k.let(k.load(self.views[0], [h]), "slope")
 
+    @abstractmethod
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
         """The term at keys j, j + 1, ...: which are kept, or what is added."""
-        k = self.k
-        b, h, i = self.at
-        match self.term.kind:
-            case "segments":
-                return k.equal(read(self.views[1], [b, j]), k.splat(self.row, lanes))
-            case "offsets":
-                return k.load(self.views[0], [h, j + (self.queries - 1 - i)], lanes)
-            case "alibi":
-                # Whole numbers below 2^24: exact.
-                return k.splat(self.row, lanes) * (k.splat(k.cast(j - i, f32), lanes) + lane_numbers(k, f32, lanes))
-        return read(self.views[0], [b, h, i, j]) if self.term.by_key else k.splat(self.row, lanes)
+
+
+class SegmentsWriter(TermWriter):
+    """query_segments[b, i] == key_segments[b, j]"""
+
+    kind = code = "segments"
+    dtypes = (i64, i64)
+    is_mask = reads_keys = True
+
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+        of_queries, of_keys = self.pointers
+        self.of_queries, self.of_keys = self.k.view(of_queries, [b, s]), self.k.view(of_keys, [b, t])
+
+    def begin(self, b: Expr, h: Expr, i: Expr) -> None:
+        super().begin(b, h, i)
+        self.row = self.k.let(self.k.load(self.of_queries, [b, i]), "segment")
+
+    def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
+        return self.k.equal(read(self.of_keys, [self.at[0], j]), self.k.splat(self.row, lanes))
+
+
+class _TensorWriter(TermWriter):
+    """A tensor that varies along the keys, and along some of b, h and s by strides that may be 0."""
+
+    strides = 3
+    reads_keys = True
+
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+        (pointer,) = self.pointers
+        self.view = self.k.view(pointer, [b, h, s, t], [*self.passed, 1 if self.reads_keys else 0])
+
+    def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
+        return read(self.view, [*self.at, j])
+
+
+class _QueryTensorWriter(_TensorWriter):
+    """A tensor that is the same for all keys."""
+
+    reads_keys = False
+
+    def begin(self, b: Expr, h: Expr, i: Expr) -> None:
+        super().begin(b, h, i)
+        self.row = self.k.let(self.k.load(self.view, [b, h, i, 0]), self.kind)
+
+    def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
+        return self.k.splat(self.row, lanes)
+
+
+class MaskWriter(_TensorWriter):
+    """mask[b, h, i, j]"""
+
+    kind = code = "mask"
+    dtypes = (boolean,)
+    is_mask = True
+
+
+class QueryMaskWriter(_QueryTensorWriter):
+    """mask[b, h, i]"""
+
+    kind, code = "mask", "mask of a query"
+    dtypes = (boolean,)
+    is_mask = True
+
+
+class BiasWriter(_TensorWriter):
+    """+ bias[b, h, i, j]"""
+
+    kind = code = "bias"
+    dtypes = (f32,)
+
+
+class QueryBiasWriter(_QueryTensorWriter):
+    """+ bias[b, h, i]"""
+
+    kind, code = "bias", "bias of a query"
+    dtypes = (f32,)
+
+
+class OffsetsWriter(TermWriter):
+    """+ values[h, j - i], stored from j - i = 1 - s on"""
+
+    kind = code = "offsets"
+    dtypes = (f32,)
+
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+        (pointer,) = self.pointers
+        self.view, self.queries = self.k.view(pointer, [h, s + t + slack]), s
+
+    def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
+        _, h, i = self.at
+        return self.k.load(self.view, [h, j + (self.queries - 1 - i)], lanes)
+
+
+class AlibiWriter(TermWriter):
+    """+ slopes[h] * (j - i)"""
+
+    kind = code = "alibi"
+    dtypes = (f32,)
+
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+        (pointer,) = self.pointers
+        self.view = self.k.view(pointer, [h])
+
+    def begin(self, b: Expr, h: Expr, i: Expr) -> None:
+        super().begin(b, h, i)
+        self.row = self.k.let(self.k.load(self.view, [h]), "slope")
+
+    def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
+        k, (_, _, i) = self.k, self.at
+        # Whole numbers below 2^24: exact.
+        return k.splat(self.row, lanes) * (k.splat(k.cast(j - i, f32), lanes) + lane_numbers(k, f32, lanes))
+
+
+WRITERS: Mapping[str, type[TermWriter]] = {
+    writer.code: writer
+    for writer in (
+        SegmentsWriter,
+        MaskWriter,
+        QueryMaskWriter,
+        BiasWriter,
+        QueryBiasWriter,
+        OffsetsWriter,
+        AlibiWriter,
+    )
+}
+"""By code."""
 
 
 def lane_numbers(k: Emitter, dtype: DType, lanes: int) -> Expr:

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from treadle.backends.python.attention_spelling import knows
 from treadle.backends.tvm.kernels.attention import GROUP, FlashAttention, Scratch
-from treadle.backends.tvm.kernels.attention_masks import RelativeBias
-from treadle.backends.tvm.kernels.attention_masks import Term as KernelTerm
+from treadle.backends.tvm.kernels.attention_masks import (
+    AlibiWriter,
+    BiasWriter,
+    MaskWriter,
+    OffsetsWriter,
+    QueryBiasWriter,
+    QueryMaskWriter,
+    RelativeBias,
+    SegmentsWriter,
+    TermWriter,
+)
 from treadle.backends.tvm.lowering.program import Buffer, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.attention_terms import (
     AXES,
     Alibi,
     BooleanMask,
+    Causal,
     Padding,
     Segments,
     T5Relative,
     TensorBias,
-    Term,
+    Window,
     reach_of,
 )
 from treadle.ir.graph import Literal, Node
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
 from treadle.ir.sizes import ONE, ZERO, Size
+from treadle.ir.term_visitor import TermVisitor
 from treadle.ir.types import Type, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
@@ -39,7 +49,7 @@ _FAR = 2**40  # a distance that no query and key have
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
     """Float32, widths that are known and not too large, and terms that the kernel knows."""
-    if not isinstance(op, Attention) or not knows(op):
+    if not isinstance(op, Attention) or not op.has_standard_terms:
         return False
     if any(t is None or (t.dtype.is_float and t.dtype is not f32) for t in types):
         return False
@@ -57,17 +67,10 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     assert e is not None
     b, g, s, t = q.shape[0], k.shape[1], q.shape[2], k.shape[2]
     shared = q.shape[1] // g
-    lengths: list[View] = []
-    codes: list[str] = []
-    read: list[View] = []
-    strides: list[Size] = []
+    terms = _KernelTerms(w, q.shape[1], s, t)
     rest = iter(operands[3:])
     for term in op.terms:
-        own = [next(rest) for _ in term.operands]
-        if isinstance(term, Padding):
-            lengths.append(w.contiguous(own[0]))
-        else:
-            _term(w, term, own, (q.shape[1], s, t), codes, read, strides)
+        term.accept(terms, *(next(rest) for _ in term.operands))
     low, high = reach_of(op.terms)
     to = w.destination(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
@@ -85,11 +88,12 @@ def _attention(w: RoutineWriter, node: Node) -> None:
             ("rows", (Size.of(SLOTS), rows, Size.of(part.rows))),
         )
     ]
-    kernel = FlashAttention(d, e, op.scale_for(d), op.softcap, len(lengths), tuple(codes))
+    kernel = FlashAttention(d, e, op.scale_for(d), op.softcap, len(terms.lengths), tuple(terms.codes))
     sizes: list[Size | int] = [b, g, shared, s, t]
     sizes += [-_FAR if low is None else low, _FAR if high is None else high, most, SLOTS]
     sizes += [stride for view in (q, k, v, out) for stride in view.strides[:3]]
-    w.step(kernel, [q, k, v, *lengths, *read, out, *work], [*sizes, *strides], node, writes=1 + len(work))
+    pointers = [q, k, v, *terms.lengths, *terms.read, out, *work]
+    w.step(kernel, pointers, [*sizes, *terms.strides], node, writes=1 + len(work))
     if out is not to:
         w.copy(out, to, node)
 
@@ -102,46 +106,65 @@ def _queries_a_task(shared: int | None) -> int:
     return max(1, ROWS // ((shared or ROWS) * GROUP)) * GROUP
 
 
-def _term(
-    w: RoutineWriter,
-    term: Term,
-    own: Sequence[View],
-    sizes: tuple[Size, Size, Size],
-    codes: list[str],
-    read: list[View],
-    strides: list[Size],
-) -> None:
-    """Add a term's code, its operands, and the strides that the kernel is passed; nothing for a mask by position."""
-    match term:
-        case Segments():
-            codes.append(KernelTerm("segments").code)
-            read += [w.contiguous(view) for view in own]
-        case BooleanMask(axes=axes) | TensorBias(axes=axes):
-            held = axes.split()
-            view = own[0] if "t" not in held else _side_by_side(w, own[0])
-            codes.append(KernelTerm("mask" if isinstance(term, BooleanMask) else "bias", "t" in held).code)
-            read.append(view)
-            strides += [view.strides[held.index(axis)] if axis in held else ZERO for axis in AXES[:3]]
-        case T5Relative():
-            codes.append(KernelTerm("offsets").code)
-            read.append(_by_offset(w, term, own[0], sizes))
-        case Alibi():
-            codes.append(KernelTerm("alibi").code)
-            read.append(w.contiguous(own[0]))
+class _KernelTerms(TermVisitor[View, None]):
+    """What the kernel is given for the terms that were visited; of a mask by position nothing, which `reach_of` tells.
 
+    lengths  how many keys of a row are real, a view for each padding
+    codes    of the others' writers
+    read     their operands
+    strides  and the strides that they are passed
+    """
 
-def _by_offset(w: RoutineWriter, term: T5Relative, table: View, sizes: tuple[Size, Size, Size]) -> View:
-    """The bias of each head for every distance, made by a step of its own."""
-    heads, s, t = sizes
-    literal = Literal.of(term.bucket_by_offset, i64)
-    bucket = View.contiguous(
-        Buffer("t5_buckets", i64, Size.of(len(term.bucket_by_offset)), "constant", literal=literal),
-        (Size.of(len(term.bucket_by_offset)),),
-    )
-    made = w.scratch(f32, (heads, s + t + 2 * w.isa.lanes()), "t5_bias")
-    numbers: list[Size | int] = [heads, made.shape[1], s, term.max_distance, *table.strides]
-    w.step(RelativeBias(), [table, bucket, made], numbers, None)
-    return made
+    def __init__(self, w: RoutineWriter, heads: Size, queries: Size, keys: Size) -> None:
+        self.w, self.heads, self.queries, self.keys = w, heads, queries, keys
+        self.lengths: list[View] = []
+        self.codes: list[str] = []
+        self.read: list[View] = []
+        self.strides: list[Size] = []
+
+    def _add(self, writer: type[TermWriter], *read: View) -> None:
+        self.codes.append(writer.code)
+        self.read += read
+
+    def causal(self, term: Causal) -> None:
+        pass
+
+    def window(self, term: Window) -> None:
+        pass
+
+    def padding(self, term: Padding, lengths: View) -> None:
+        self.lengths.append(self.w.contiguous(lengths))
+
+    def segments(self, term: Segments, of_queries: View, of_keys: View) -> None:
+        self._add(SegmentsWriter, self.w.contiguous(of_queries), self.w.contiguous(of_keys))
+
+    def boolean_mask(self, term: BooleanMask, mask: View) -> None:
+        self._add_tensor(MaskWriter, QueryMaskWriter, mask, term.axes)
+
+    def tensor_bias(self, term: TensorBias, bias: View) -> None:
+        self._add_tensor(BiasWriter, QueryBiasWriter, bias, term.axes)
+
+    def _add_tensor(self, by_key: type[TermWriter], of_query: type[TermWriter], tensor: View, axes: str) -> None:
+        held = axes.split()
+        view = _side_by_side(self.w, tensor) if "t" in held else tensor
+        self._add(by_key if "t" in held else of_query, view)
+        self.strides += [view.strides[held.index(axis)] if axis in held else ZERO for axis in AXES[:3]]
+
+    def t5_relative(self, term: T5Relative, table: View) -> None:
+        self._add(OffsetsWriter, self._by_offset(term, table))
+
+    def alibi(self, term: Alibi, slopes: View) -> None:
+        self._add(AlibiWriter, self.w.contiguous(slopes))
+
+    def _by_offset(self, term: T5Relative, table: View) -> View:
+        """The bias of each head for every distance, made by a step of its own."""
+        w, count = self.w, Size.of(len(term.bucket_by_offset))
+        literal = Literal.of(term.bucket_by_offset, i64)
+        bucket = View.contiguous(Buffer("t5_buckets", i64, count, "constant", literal=literal), (count,))
+        made = w.scratch(f32, (self.heads, self.queries + self.keys + 2 * w.isa.lanes()), "t5_bias")
+        numbers: list[Size | int] = [self.heads, made.shape[1], self.queries, term.max_distance, *table.strides]
+        w.step(RelativeBias(), [table, bucket, made], numbers, None)
+        return made
 
 
 def _is_side_by_side(view: View) -> bool:

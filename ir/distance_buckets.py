@@ -1,0 +1,42 @@
+"""Buckets of distances, as T5 learns a bias for: one a distance while it is small, then growing geometrically."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import lru_cache
+
+import numpy as np
+
+from treadle.ir.operation import Array
+
+
+def t5_buckets(offsets: Array, buckets: int, max_distance: int, bidirectional: bool) -> Array:
+    """The buckets of keys at these offsets j - i from their query.
+
+    The first half of the buckets, `near`, hold one distance each; the others grow geometrically up to
+    max_distance. If bidirectional, keys after the query have the upper half of all buckets to themselves;
+    else they share bucket 0.
+    """
+    count = buckets // 2 if bidirectional else buckets
+    near = count // 2
+    distances = np.abs(offsets) if bidirectional else np.maximum(-offsets, 0)
+    begins = np.array(_growing_buckets(near, count - near, max_distance), np.int64)
+    far = near + np.searchsorted(begins, distances, side="right")
+    upper = count * (offsets > 0) if bidirectional else 0
+    return np.where(distances < near, distances, far) + upper
+
+
+@lru_cache(maxsize=64)
+def _growing_buckets(near: int, growing: int, max_distance: int) -> tuple[int, ...]:
+    """The distances at which the growing buckets begin, the first of them left out.
+
+    Bucket k begins where (distance/near)^growing >= (max_distance/near)^k: what T5's logarithms come to,
+    compared in integers and so without their rounding.
+    """
+    distances = range(near, max_distance + 1)
+
+    def begin(k: int) -> int:
+        edge = near ** (growing - k) * max_distance**k
+        return distances[bisect_left(distances, True, key=lambda distance: distance**growing >= edge)]
+
+    return tuple(begin(k) for k in range(1, growing))
