@@ -16,7 +16,7 @@ from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
-from treadle.backends.tvm.lowering.program import Buffer, Call, View, row_major
+from treadle.backends.tvm.lowering.program import Buffer, BufferKind, Call, View, row_major
 from treadle.backends.tvm.lowering.shape_rules import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
@@ -121,7 +121,7 @@ def test_reshapes_that_strides_can_say() -> None:
 
     def view(shape: list[Any], strides: list[Any]) -> View:
         sizes = tuple(Size.of(n) for n in shape)
-        return View(Buffer("x", f32, product(sizes), "local"), sizes, tuple(Size.of(n) for n in strides))
+        return View(Buffer("x", f32, product(sizes), BufferKind.LOCAL), sizes, tuple(Size.of(n) for n in strides))
 
     def strides(source: View, *shape: Any) -> list[str] | None:
         found = reshaped(source, tuple(Size.of(n) for n in shape))

@@ -20,7 +20,7 @@ from treadle.backends.tvm.kernels.attention_masks import (
     SegmentsWriter,
     TermWriter,
 )
-from treadle.backends.tvm.lowering.program import Buffer, View
+from treadle.backends.tvm.lowering.program import Buffer, BufferKind, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.attention_terms import (
     AXES,
@@ -160,7 +160,7 @@ class _KernelTerms(TermVisitor[View, None]):
         """The bias of each head for every distance, made by a step of its own."""
         w, count = self.w, Size.of(len(term.bucket_by_offset))
         literal = Literal.of(term.bucket_by_offset, i64)
-        bucket = View.contiguous(Buffer("t5_buckets", i64, count, "constant", literal=literal), (count,))
+        bucket = View.contiguous(Buffer("t5_buckets", i64, count, BufferKind.CONSTANT, literal=literal), (count,))
         made = w.scratch(f32, (self.heads, self.queries + self.keys + 2 * w.isa.lanes()), "t5_bias")
         numbers: list[Size | int] = [self.heads, made.shape[1], self.queries, term.max_distance, *table.strides]
         w.step(RelativeBias(), [table, bucket, made], numbers, None)

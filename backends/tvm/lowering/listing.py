@@ -8,7 +8,7 @@ from treadle.backends.python.emission import on_one_line
 from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.lowering.program import Buffer, Call, KernelProgram, Routine, Step, kernels_of
+from treadle.backends.tvm.lowering.program import Buffer, BufferKind, Call, KernelProgram, Routine, Step, kernels_of
 
 _COLUMN = 72  # comments line up, but no further right than this
 
@@ -55,7 +55,7 @@ def _step(step: Step | Call, titles: dict[Kernel, str], read: set[Buffer]) -> tu
         given = ", ".join(v.buffer.name for v in step.arguments)
         return f"    {made} = {step.routine.name}({given})", step.node.scope
     reads, writes = step.pointers[: -step.writes], step.pointers[-step.writes :]
-    made = ", ".join(str(v) for v in writes if v.buffer in read or v.buffer.kind == "result")
+    made = ", ".join(str(v) for v in writes if v.buffer in read or v.buffer.kind is BufferKind.RESULT)
     where = step.node.scope if step.node is not None else ""
     source = str(step.node.source) if step.node is not None and step.node.source is not None else ""
     code = f"    {made} = {titles[step.kernel]}({', '.join(v.buffer.name for v in reads)})"

@@ -6,7 +6,7 @@
     Call      a routine applied to views, as a repeated block is
     Routine   a function of the graph: arguments, results, steps
 
-Sizes and strides are expressions of the graph's symbols; `treadle.backends.tvm.executable` puts numbers in.
+Sizes and strides are expressions of the graph's symbols; `treadle.backends.tvm.planning` puts numbers in.
 Reshaping is done in views where strides can say it: see `split`, `merged`, `rearranged`.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import pairwise
 
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -39,19 +40,30 @@ class Panels:
         return (n + self.width - 1) // self.width * self.width * k
 
 
+class BufferKind(Enum):
+    """Whose memory a buffer is: the caller's (an argument, a result), the program's (a constant), the routine's own (a
+    local), or the plan's, in which kernels tell what went wrong."""
+
+    ARGUMENT = "argument"
+    RESULT = "result"
+    CONSTANT = "constant"
+    LOCAL = "local"
+    STATUS = "status"
+
+
 @dataclass(eq=False)
 class Buffer:
-    """Memory. `kind` is "argument", "result", "constant", "local" or "status"; elements as a size expression."""
+    """Memory; elements as a size expression."""
 
     name: str
     dtype: DType
     elements: Size
-    kind: str
+    kind: BufferKind
     layout: Panels | None = None
     literal: Literal | None = None
 
     def __repr__(self) -> str:
-        return f"<{self.kind} {self.name}: {self.dtype}[{self.elements}]>"
+        return f"<{self.kind.value} {self.name}: {self.dtype}[{self.elements}]>"
 
 
 @dataclass(frozen=True)
@@ -137,10 +149,10 @@ class View:
         return f"{self.buffer.name}[{inside}]"
 
 
-STATUS = Buffer("status", i64, Size.of(4), "status")
+STATUS = Buffer("status", i64, Size.of(4), BufferKind.STATUS)
 """Where a kernel that is given indices tells of one that lies outside: 1, the index, the size of its axis, 0.
 
-Each call of a kernel in a plan has words of its own, so that the node is known; see `kernel_executable`.
+Each call of a kernel in a plan has words of its own, so that the node is known; see `treadle.backends.tvm.planning`.
 """
 
 

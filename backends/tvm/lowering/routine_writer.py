@@ -20,6 +20,7 @@ from treadle.backends.tvm.kernels.pointwise import Chain, Pointwise
 from treadle.backends.tvm.lowering.grouping import Group, group
 from treadle.backends.tvm.lowering.program import (
     Buffer,
+    BufferKind,
     Call,
     KernelProgram,
     Panels,
@@ -153,7 +154,7 @@ class RoutineWriter:
 
     def _argument(self, name: str, type: Type, layout: Panels | None) -> Buffer:
         elements = product(type.shape) if layout is None else layout.elements(type.shape)
-        buffer = Buffer(self._new_name(name), type.dtype, elements, "argument", layout)
+        buffer = Buffer(self._new_name(name), type.dtype, elements, BufferKind.ARGUMENT, layout)
         self.routine.arguments.append(buffer)
         return buffer
 
@@ -169,7 +170,11 @@ class RoutineWriter:
         if value not in self.views:
             assert value.literal is not None, value
             buffer = Buffer(
-                self._new_name("constant"), value.type.dtype, value.type.elements, "constant", literal=value.literal
+                self._new_name("constant"),
+                value.type.dtype,
+                value.type.elements,
+                BufferKind.CONSTANT,
+                literal=value.literal,
             )
             self.views[value] = View.contiguous(buffer, value.type.shape)
         return self.views[value]
@@ -203,7 +208,7 @@ class RoutineWriter:
 
     def scratch(self, dtype: DType, shape: Sequence[Size], hint: str = "scratch") -> View:
         """New memory of the routine's own."""
-        buffer = Buffer(self._new_name(hint), dtype, product(shape), "local")
+        buffer = Buffer(self._new_name(hint), dtype, product(shape), BufferKind.LOCAL)
         return View.contiguous(buffer, shape)
 
     def destination(self, value: Value) -> View:
@@ -216,7 +221,7 @@ class RoutineWriter:
         if len(readers) == 1 and isinstance(readers[0][0].op, Rearrange):
             view = self._before_rearrange(value, readers[0][0])
         if view is None:
-            buffer = Buffer(self._new_name(value.name), value.type.dtype, value.type.elements, "local")
+            buffer = Buffer(self._new_name(value.name), value.type.dtype, value.type.elements, BufferKind.LOCAL)
             view = View.contiguous(buffer, value.type.shape)
         self.views[value] = view
         return view
@@ -248,7 +253,7 @@ class RoutineWriter:
     def write(self) -> None:
         """All steps."""
         for name, value in self.function.outputs.items():
-            buffer = Buffer(self._new_name(f"out_{name}"), value.type.dtype, value.type.elements, "result")
+            buffer = Buffer(self._new_name(f"out_{name}"), value.type.dtype, value.type.elements, BufferKind.RESULT)
             self.routine.results.append(buffer)
             if value.node is not None:
                 self._results.setdefault(value, buffer)
@@ -298,7 +303,7 @@ class RoutineWriter:
 
         n, k = (1, 0) if layout.transposed else (0, 1)
         elements = layout.elements(view.shape)
-        buffer = Buffer(self._new_name(f"{view.buffer.name}_panels"), view.dtype, elements, "local", layout)
+        buffer = Buffer(self._new_name(f"{view.buffer.name}_panels"), view.dtype, elements, BufferKind.LOCAL, layout)
         made = View.contiguous(buffer, view.shape)
         sizes: list[Size | int] = [view.shape[n], view.shape[k], view.strides[n], view.strides[k], 1, 1, 0, 0]
         self.step(Pack(layout.width), [view, made], sizes, None)
@@ -309,7 +314,7 @@ class RoutineWriter:
         moved = Rearranged.of(node, value.type)
         buffer = self._results.get(node.result)
         if buffer is None:
-            buffer = Buffer(self._new_name(node.result.name), value.type.dtype, value.type.elements, "local")
+            buffer = Buffer(self._new_name(node.result.name), value.type.dtype, value.type.elements, BufferKind.LOCAL)
         whole = View.contiguous(buffer, [moved.sizes[f] for f in moved.after])
         view: View | None = whole.permuted([moved.after.index(f) for f in moved.before])
         for axis, factors in enumerate(moved.operand):

@@ -1,0 +1,222 @@
+"""Planning: a kernel program at one set of sizes, as a table of calls that only lacks a few addresses.
+
+Sizes and strides become numbers, locals get offsets in one arena, every kernel call a record. A pointer lies in a space
+(`treadle.backends.tvm.spaces`): what stays becomes an address now, what moves an offset that each call adds to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, assert_never
+
+import numpy as np
+
+from treadle.backends.tvm.arena import Lifetime, check_arena, plan_arena
+from treadle.backends.tvm.kernels.cache import Entry
+from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.runner import RECORD
+from treadle.backends.tvm.lowering.program import Buffer, BufferKind, Call, KernelProgram, Routine, Step, View
+from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, Status
+from treadle.ir.sizes import product
+
+Array = np.ndarray[Any, Any]
+
+# What a core does, roughly, and what it takes to wake a pool of threads and wait for it.
+_BYTES_A_SECOND, _FLOPS_A_SECOND, _WAKING = 20e9, 50e9, 10e-6
+_STATUS_WORDS = 4  # of i64; see `program.STATUS`
+
+
+@dataclass
+class Relocation:
+    """Words of a plan's arguments that hold addresses in one space, with the offsets in bytes."""
+
+    at: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+
+    def add(self, at: int, offset: int) -> None:
+        self.at.append(at)
+        self.offsets.append(offset)
+
+    def arrays(self) -> tuple[Array, Array]:
+        return np.array(self.at, np.int64), np.array(self.offsets, np.int64)
+
+
+@dataclass
+class Plan:
+    """The program at one set of sizes.
+
+    table      a record a kernel call; see `treadle.backends.tvm.kernels.runner`
+    words      all arguments, 16 bytes each: a type index and a value
+    moves      each space that another call has elsewhere, which words hold addresses in it, and their offsets
+    arena      bytes that locals need
+    shapes     of the outputs
+    steps      for each record the step that it came from
+    status     four words for each record that is given indices, in order; see `program.STATUS`
+    tellers    the steps of these records
+    """
+
+    table: Array
+    words: Array
+    moves: Sequence[tuple[Moving, Array, Array]]
+    arena: int
+    shapes: Mapping[str, tuple[int, ...]]
+    steps: Sequence[Step]
+    lives: Mapping[str, Sequence[Lifetime]]
+    status: Array
+    tellers: Sequence[Step]
+
+
+class _Frame(NamedTuple):
+    """A routine's share of the arena.
+
+    offsets  of its locals
+    end      where they end, and the frames of its callees begin
+    deepest  where the last of these ends
+    """
+
+    offsets: Mapping[Buffer, int]
+    end: int
+    deepest: int
+
+
+class Planner:
+    """Puts numbers in for the symbols: a plan for one set of sizes.
+
+    entries  where the kernels' code is
+    held     the array of a weight or a constant
+    """
+
+    def __init__(
+        self,
+        program: KernelProgram,
+        sizes: Mapping[str, int],
+        threads: int,
+        entries: Mapping[Kernel, Entry],
+        held: Callable[[Buffer], Array],
+    ) -> None:
+        self.program, self.sizes, self.threads = program, sizes, threads
+        self.entries, self.held = entries, held
+        self.records: list[tuple[Entry, int, int]] = []
+        self.words: list[tuple[int, int]] = []
+        self.moves: dict[Moving, Relocation] = {}
+        self.told = Relocation()
+        self.steps: list[Step] = []
+        self.tellers: list[Step] = []
+        self.frames: dict[str, _Frame] = {}
+        self.lives: dict[str, list[Lifetime]] = {}
+
+    def plan(self) -> Plan:
+        program = self.program
+        for routine in program.routines:
+            self._frame(routine)
+        places = {buffer: Pointer(Input(name)) for name, buffer in program.inputs.items()}
+        places |= {view.buffer: Pointer(Output(name)) for name, view in program.outputs.items()}
+        self._expand(program.main, places, 0)
+        table = np.zeros((len(self.records), RECORD), np.int64)
+        words = np.array(self.words, np.int64).reshape(-1, 2)
+        for i, ((function, handle), first, count) in enumerate(self.records):
+            alone = self.threads == 1 or not self._worth_threads(self.steps[i])
+            table[i] = (function, handle, address(words) + 16 * first, count, alone)
+        arena = self.frames[program.main.name].deepest
+        shapes = {n: tuple(s.evaluate(self.sizes) for s in v.shape) for n, v in program.outputs.items()}
+        moves = [(space, *move.arrays()) for space, move in self.moves.items()]
+        status = np.zeros((len(self.tellers), _STATUS_WORDS), np.int64)
+        at, offsets = self.told.arrays()
+        words[at, 1] = offsets + address(status)
+        return Plan(table, words, moves, arena, shapes, self.steps, self.lives, status, self.tellers)
+
+    def _worth_threads(self, step: Step) -> bool:
+        """Whether a step takes longer than it takes to wake threads: by the bytes it touches and its operations."""
+        if step not in self._known_worth:
+            touched = sum(product(v.shape).evaluate(self.sizes) * v.dtype.bytes for v in step.views)
+            flops = step.kernel.flops([s.evaluate(self.sizes) for s in step.sizes])
+            self._known_worth[step] = max(touched / _BYTES_A_SECOND, flops / _FLOPS_A_SECOND) > _WAKING
+        return self._known_worth[step]
+
+    @cached_property
+    def _known_worth(self) -> dict[Step, bool]:
+        return {}
+
+    def _frame(self, routine: Routine) -> None:
+        """Offsets of a routine's locals from where its frame begins; that of a callee begins where they end."""
+        lives: dict[Buffer, Lifetime] = {}
+        for at, step in enumerate(routine.steps):
+            for view in step.views:
+                buffer = view.buffer
+                if buffer.kind is BufferKind.LOCAL:
+                    size = buffer.elements.evaluate(self.sizes) * buffer.dtype.bytes
+                    known = lives.get(buffer)
+                    lives[buffer] = Lifetime(buffer.name, known.first if known else at, at + 1, size)
+        offsets = plan_arena(list(lives.values()))
+        end = check_arena(list(lives.values()), offsets)
+        inner = max((self.frames[s.routine.name].deepest for s in routine.steps if isinstance(s, Call)), default=0)
+        self.lives[routine.name] = list(lives.values())
+        self.frames[routine.name] = _Frame(dict(zip(lives, offsets, strict=True)), end, end + inner)
+
+    def _expand(self, routine: Routine, places: Mapping[Buffer, Pointer], base: int) -> None:
+        """Add the calls of a routine whose frame begins at `base`, with arguments and results at these places."""
+        frame = self.frames[routine.name]
+        for step, views, sizes in self._numbers(routine):
+            pointers = [self._place(buffer, places, frame, base).further(at) for buffer, at in views]
+            if isinstance(step, Call):
+                buffers = [*step.routine.arguments, *step.routine.results]
+                self._expand(step.routine, dict(zip(buffers, pointers, strict=True)), base + frame.end)
+                continue
+            first = len(self.words)
+            for pointer in pointers:
+                self.words.append((POINTER, self._value(pointer, step)))
+            self.words += [(INTEGER, n) for n in sizes]
+            self.records.append((self.entries[step.kernel], first, len(self.words) - first))
+            self.steps.append(step)
+
+    def _value(self, pointer: Pointer, step: Step) -> int:
+        """What the next word holds: an address, or, until that is known, the offset in its space."""
+        space, offset = pointer
+        match space:
+            case Held():
+                return space.address + offset
+            case Status():
+                self.told.add(len(self.words), offset + len(self.tellers) * 8 * _STATUS_WORDS)
+                self.tellers.append(step)
+            case Arena() | Input() | Output():
+                self.moves.setdefault(space, Relocation()).add(len(self.words), offset)
+            case _:
+                assert_never(space)
+        return offset
+
+    def _numbers(self, routine: Routine) -> list[tuple[Step | Call, list[tuple[Buffer, int]], list[int]]]:
+        """A routine's steps with numbers for sizes, made once however often it is called."""
+        if routine.name not in self._known:
+            self._known[routine.name] = [
+                (
+                    step,
+                    [(v.buffer, self._bytes(v)) for v in step.views],
+                    [] if isinstance(step, Call) else [s.evaluate(self.sizes) for s in step.sizes],
+                )
+                for step in routine.steps
+            ]
+        return self._known[routine.name]
+
+    @cached_property
+    def _known(self) -> dict[str, list[tuple[Step | Call, list[tuple[Buffer, int]], list[int]]]]:
+        return {}
+
+    def _bytes(self, view: View) -> int:
+        return view.offset.evaluate(self.sizes) * view.dtype.bytes
+
+    def _place(self, buffer: Buffer, places: Mapping[Buffer, Pointer], frame: _Frame, base: int) -> Pointer:
+        """Where a buffer begins."""
+        match buffer.kind:
+            case BufferKind.LOCAL:
+                return Pointer(Arena(), base + frame.offsets[buffer])
+            case BufferKind.STATUS:
+                return Pointer(Status())
+            case BufferKind.ARGUMENT | BufferKind.RESULT if buffer in places:
+                return places[buffer]
+            case BufferKind.ARGUMENT | BufferKind.RESULT | BufferKind.CONSTANT:  # of main's arguments the weights
+                return Pointer(Held(address(self.held(buffer))))
+            case _:
+                assert_never(buffer.kind)
