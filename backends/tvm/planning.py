@@ -160,7 +160,7 @@ class Planner:
         """Add the calls of a routine whose frame begins at `base`, with arguments and results at these places."""
         frame = self.frames[routine.name]
         for step, views, sizes in self._numbers(routine):
-            pointers = [self._place(buffer, places, frame, base).further(at) for buffer, at in views]
+            pointers = [self._place(buffer, at, places, frame, base) for buffer, at in views]
             if isinstance(step, Call):
                 buffers = [*step.routine.arguments, *step.routine.results]
                 self._expand(step.routine, dict(zip(buffers, pointers, strict=True)), base + frame.end)
@@ -207,16 +207,17 @@ class Planner:
     def _bytes(self, view: View) -> int:
         return view.offset.evaluate(self.sizes) * view.dtype.bytes
 
-    def _place(self, buffer: Buffer, places: Mapping[Buffer, Pointer], frame: _Frame, base: int) -> Pointer:
-        """Where a buffer begins."""
+    def _place(self, buffer: Buffer, at: int, places: Mapping[Buffer, Pointer], frame: _Frame, base: int) -> Pointer:
+        """A buffer's byte `at`."""
         match buffer.kind:
             case BufferKind.LOCAL:
-                return Pointer(Arena(), base + frame.offsets[buffer])
+                return Pointer(Arena(), base + frame.offsets[buffer] + at)
             case BufferKind.STATUS:
-                return Pointer(Status())
+                return Pointer(Status(), at)
             case BufferKind.ARGUMENT | BufferKind.RESULT if buffer in places:
-                return places[buffer]
+                space, begin = places[buffer]
+                return Pointer(space, begin + at)
             case BufferKind.ARGUMENT | BufferKind.RESULT | BufferKind.CONSTANT:  # of main's arguments the weights
-                return Pointer(Held(address(self.held(buffer))))
+                return Pointer(Held(address(self.held(buffer))), at)
             case _:
                 assert_never(buffer.kind)

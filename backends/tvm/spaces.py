@@ -51,7 +51,3 @@ class Pointer(NamedTuple):
 
     space: Space
     offset: int = 0
-
-    def further(self, offset: int) -> Pointer:
-        """So many bytes further on."""
-        return Pointer(self.space, self.offset + offset)
