@@ -5,7 +5,7 @@ sizes, types      size expressions, dtypes, dims      composites        bodies o
 axes, dtype_rules the two rule notations              interpreter       the meaning of a graph, in NumPy
 operation, ops/   what an op is, and all of them      differentiate     gradients
 graph, builder    functions of nodes; making them     outline, inline   repeated blocks folded and unfolded
-printer, parser   text and back                       following         where an axis goes
+printer, parser   text and back                       following         where an axis goes, what it meets (encounters)
 verifier          what every graph must satisfy       cost              operations and bytes
 hashing, clone    structural identity, copies         target            what a graph is compiled for
 """

@@ -2,8 +2,8 @@
 
 An axis starts at a symbol ("S"), a label ("heads") or a dimension of an input or parameter ("wte.weight[0]"). Through
 each op's axis rule it reaches the dimensions that the rule maps to it, forwards and backwards, into the functions of
-repeated blocks and out again. What an op does with it other than map it is an **encounter**. From these follow three
-answers, each with its reasons:
+repeated blocks and out again. What an op does with it other than map it is an **encounter**
+(`treadle.ir.encounters`). From these follow three answers, each with its reasons:
 
     step    may the axis be computed a piece at a time, as in generation?
     pack    may rows of different lengths be laid end to end along it?
@@ -15,15 +15,31 @@ The axis is not its size: two axes of size S stay apart unless some op maps one 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import assert_never
 
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.composites import body_of
+from treadle.ir.encounters import (
+    Combination,
+    Encounter,
+    Generated,
+    Indexed,
+    Kind,
+    Paired,
+    Reduced,
+    Reordered,
+    Resized,
+    Scanned,
+    SelfAttention,
+    Verdict,
+    Whole,
+)
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.operation import Composite
+from treadle.ir.operation import Composite, Op
 from treadle.ir.sizes import ONE, Size, product
 from treadle.ir.text.attributes import attribute_symbols
 from treadle.ir.types import Factor
@@ -40,98 +56,6 @@ class Place:
     dim: int
     inner: Size
     size: Size
-
-
-@dataclass(frozen=True)
-class Encounter:
-    """An op that does more with the axis than map it.
-
-    role     what it does (see `treadle.ir.axes`)
-    factor   the factor of its rule in which the axis lies
-    monoid   what combines a reduced factor
-    limited  the axis is whole here, but each of its positions reads only positions up to itself (causal)
-    paired   attention's keys and queries both lie along the axis
-    aligned  and the axis is all of each, so that a query's own position is known
-    resized  the axis is cut, padded, joined or strided over: the result has another one
-    squared  a result holds the axis in two dimensions: it is about pairs of positions
-    kept     the result has the axis too (a scatter writes along it; a lookup reads it away)
-    reordered  the axis is divided, and its parts do not stay side by side in their order
-    final    it is an output of the graph that is meant
-    scope    the full scope of the first place where this happens; `count` places in all
-    within   the composite whose body was opened to find this, if any
-    """
-
-    node: Node
-    role: Role
-    scope: str
-    factor: str = ""
-    monoid: str | None = None
-    limited: bool = False
-    paired: bool = False
-    aligned: bool = False
-    resized: bool = False
-    squared: bool = False
-    kept: bool = False
-    reordered: bool = False
-    final: bool = False
-    count: int = 1
-    within: Node | None = None
-
-    @property
-    def line(self) -> str:
-        """The user's line, `gpt2.py:41`, or an empty text."""
-        return str((self.within or self.node).source or "")
-
-    @property
-    def op(self) -> str:
-        """The op's name, and that of the composite in whose body it was found."""
-        return self.node.op.name if self.within is None else f"{self.within.op.name} ({self.node.op.name} inside)"
-
-    @property
-    def place(self) -> str:
-        """`  (gpt2.py:41, scope h.0.attn, 12 times)`, or what is known of it."""
-        scope = f"scope {self.scope}" if self.scope else ""
-        times = f"{self.count} times" if self.count > 1 else ""
-        known = ", ".join(part for part in (self.line, scope, times) if part)
-        return f"  ({known})" if known else ""
-
-    def __repr__(self) -> str:
-        return f"<{self}>"
-
-    def __str__(self) -> str:
-        what = "cut, padded, joined or strided over" if self.resized else self.role.value
-        what = "paired with itself" if self.squared else "reordered" if self.reordered else what
-        what += " in an output" if self.final else ""
-        detail = f" by {self.monoid}" if self.monoid else " up to each position" if self.limited else ""
-        return f"{self.op}: the axis is {what}{detail}{self.place}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """An answer: true if nothing stands against it.
-
-    against  encounters that forbid it
-    combine  encounters at which partial results must be combined (for `split`)
-    """
-
-    question: str
-    axis: str
-    against: tuple[Encounter, ...]
-    combine: tuple[Encounter, ...] = ()
-
-    def __bool__(self) -> bool:
-        return not self.against
-
-    def __repr__(self) -> str:
-        head, *reasons = str(self).splitlines()
-        told = f": {len(reasons)} reason{'s' * (len(reasons) > 1)}, which print() shows" if reasons else ""
-        return f"<{head}{told}>"
-
-    def __str__(self) -> str:
-        lines = [f"{self.axis} may {'' if self else 'not '}be {self.question}"]
-        lines += [f"  {e}" for e in self.against]
-        lines += [f"  combine by {e.monoid} at {e.op}{e.place}" for e in self.combine]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -161,7 +85,7 @@ class Following:
     def step(self) -> Verdict:
         """May a piece of the axis be computed from that piece and a state? Every op maps it, is self-attention
         causal in it, or scans or generates it with a declared step."""
-        against = tuple(e for e in self.encounters if not _steps(e))
+        against = tuple(e for e in self.encounters if not e.steps)
         return Verdict("stepped", self.axis, against)
 
     def pack(self) -> Verdict:
@@ -170,26 +94,34 @@ class Following:
         another way than by reducing it, have no such form."""
         against = []
         for e in self.encounters:
-            if not e.aligned:
+            if not isinstance(e.kind, SelfAttention) or not e.kind.aligned:
                 opened = [e] if e.node.op.pairs is not None else list(_opened(e))
-                against += [inner for inner in opened if not _packs(inner)]
+                against += [inner for inner in opened if not inner.packs]
         return Verdict("packed", self.axis, tuple(against))
 
     def split(self) -> Verdict:
         """May the axis be divided among devices? A reduction leaves partial results to combine by its monoid, a lookup
         in a divided table a sum, a scan an offset from the parts before. Composites are opened where they need the
         whole axis; self-attention along it needs every pair, and is against."""
-        against, combine = [], []
+        against: list[Encounter] = []
+        combine: list[Combination] = []
         for e in self.encounters:
-            for opened in [e] if e.paired else _opened(e):
-                if opened.role is Role.REDUCED:
-                    combine.append(opened)
-                elif opened.role is Role.INDEXED:
-                    combine += [] if opened.kept else [_with(opened, monoid="sum")]
-                elif opened.role is Role.SCANNED:
-                    combine.append(_with(opened, monoid="scan"))
-                elif not opened.reordered and not (opened.role is Role.GENERATED and _steps(opened)):
-                    against.append(opened)
+            for opened in [e] if isinstance(e.kind, SelfAttention) else _opened(e):
+                match opened.kind:
+                    case Reduced(monoid=monoid):
+                        combine.append(Combination(opened, monoid))
+                    case Indexed(kept=False):
+                        combine.append(Combination(opened, "sum"))
+                    case Scanned():
+                        combine.append(Combination(opened, "scan"))
+                    case Indexed() | Reordered():
+                        pass
+                    case Generated() if opened.steps:
+                        pass
+                    case Whole() | Generated() | Resized() | Paired():
+                        against.append(opened)
+                    case _:
+                        assert_never(opened.kind)
         return Verdict("split", self.axis, tuple(against), tuple(combine))
 
     def __repr__(self) -> str:
@@ -221,33 +153,17 @@ def follow(graph: Graph, axis: str) -> Following:
     order = {v: i for i, v in enumerate(_ordered(graph.main))}
     places = sorted(closure.places, key=lambda p: (order[p.value], p.dim, str(p.inner)))
     outputs = [v for v in graph.main.outputs.values() if v.node is not None and _dims_held(v, places) > 1]
-    finals = [Encounter(v.node, Role.MAPPED, v.node.scope, squared=True, final=True) for v in outputs if v.node]
+    finals = [Encounter(v.node, Paired(in_output=True), v.node.scope) for v in outputs if v.node]
     return Following(axis, graph, tuple(places), (*_counted(closure.encounters), *finals))
 
 
-# -- verdicts --------------------------------------------------------------------------------------------------
-
-
-def _steps(e: Encounter) -> bool:
-    if e.squared:
-        return not e.final  # else what reads the pairs decides
-    if e.resized or e.reordered:
-        return False
-    if e.role is Role.WHOLE:
-        return e.limited
-    return e.role in (Role.SCANNED, Role.GENERATED) and e.node.op.step is not None
-
-
-def _packs(e: Encounter) -> bool:
-    if e.squared or e.resized or e.reordered or e.role is Role.WHOLE:
-        return False
-    return e.role is not Role.GENERATED or e.node.op.step is not None
+# -- encounters ------------------------------------------------------------------------------------------------
 
 
 def _opened(e: Encounter) -> Iterator[Encounter]:
     """The encounter, or those in the body of a composite that needs the whole axis."""
-    op = e.node.op
-    if e.role is not Role.WHOLE or e.resized or not isinstance(op, Composite):
+    op, kind = e.node.op, e.kind
+    if not isinstance(kind, Whole) or not isinstance(op, Composite):
         yield e
         return
     types = [None if v is None else v.type for v in e.node.operands]
@@ -259,24 +175,19 @@ def _opened(e: Encounter) -> Iterator[Encounter]:
         if dims is None:
             continue
         formal = next(formals)
-        seeds.update(_places_of(application, formal, dims, e.factor, ONE, application.dims[e.factor].size))
+        seeds.update(_places_of(application, formal, dims, kind.factor, ONE, application.dims[kind.factor].size))
     inner = _Tracer(Graph(op.name), "").close(body, frozenset(seeds))
     for found in _counted(inner.encounters):
         for deeper in _opened(found):
-            yield _with(deeper, within=e.node, scope=e.scope, count=e.count)
-
-
-def _with(e: Encounter, **changes: object) -> Encounter:
-    return replace(e, **changes)  # type: ignore[arg-type]
+            yield replace(deeper, within=e.node, scope=e.scope, count=e.count)
 
 
 def _counted(encounters: Sequence[Encounter]) -> tuple[Encounter, ...]:
     """The same op met in several calls of its function counts as one encounter."""
-    groups: dict[tuple[object, ...], list[Encounter]] = {}
+    groups: dict[tuple[Node, Kind, Node | None], list[Encounter]] = {}
     for e in encounters:
-        key = tuple(getattr(e, f.name) for f in fields(e) if f.name not in ("scope", "count"))
-        groups.setdefault(key, []).append(e)
-    return tuple(_with(group[0], count=len({e.scope for e in group})) for group in groups.values())
+        groups.setdefault((e.node, e.kind, e.within), []).append(e)
+    return tuple(replace(group[0], count=len({e.scope for e in group})) for group in groups.values())
 
 
 # -- propagation -----------------------------------------------------------------------------------------------
@@ -377,7 +288,7 @@ class _Tracer:
             for node in function.nodes:
                 if node not in met and node.op.callee is None and self.symbol in attribute_symbols(node.op):
                     # It computes with the length, but not along the axis: 2*S numbers, or S itself.
-                    met[node] = [Encounter(node, Role.GENERATED, node.scope, resized=True)]
+                    met[node] = [Encounter(node, Resized(), node.scope)]
         flat = tuple(e for node in function.nodes for e in met.get(node, ()))
         return _Closure(frozenset(p for held in places.values() for p in held), flat)
 
@@ -395,7 +306,7 @@ class _Tracer:
             for actual, formal in pairs
             if formal is p.value and actual is not None
         ]
-        scoped = [_with(e, scope=_join(node.scope, e.scope)) for e in closure.encounters]
+        scoped = [replace(e, scope=_join(node.scope, e.scope)) for e in closure.encounters]
         return reached, scoped
 
 
@@ -423,40 +334,51 @@ def _visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encount
     filled = {n for n, offset, size in coordinates if offset == 1 and size == application.dims[n].size}
     held = {v: _dims_held(v, (*here, *reached)) for v in (*node.inputs, *node.results)}
     pairs_given = any(held[v] > 1 for v in node.inputs)
-    encounters = []
-    for name in sorted(names, key=list(application.factors).index):
-        factor = application.factors[name]
-        if factor.role is Role.MAPPED:
-            continue
-        kept = any(name in d.factors for dims in application.results for d in dims)
-        grown = factor.role is Role.WHOLE and not kept
-        partners = _partners(application, name)
-        # Order along a factor is order along the axis only where the axis is all of the factor.
-        role = Role.WHOLE if factor.role is Role.SCANNED and name not in filled else factor.role
-        paired = role is Role.WHOLE and node.op.pairs is not None and set(node.op.pairs) <= names
-        encounters.append(
-            Encounter(
-                node,
-                role,
-                node.scope,
-                name,
-                factor.monoid,
-                limited={name, factor.limit} <= filled and not pairs_given,
-                paired=paired,
-                aligned=paired and set(node.op.pairs or ()) <= filled and not pairs_given,
-                kept=kept,
-                resized=grown
-                and not partners
-                and any(d.size is not None for dims in application.results for d in dims),
-            )
-        )
-    if resized and not any(e.resized for e in encounters):
-        encounters.append(Encounter(node, Role.WHOLE, node.scope, resized=True))
+    kinds = [
+        kind
+        for name in sorted(names, key=list(application.factors).index)
+        if (kind := _kind(node.op, application, name, names, filled, pairs_given)) is not None
+    ]
+    if resized and not any(isinstance(kind, Resized) for kind in kinds):
+        kinds.append(Resized())
     if reordered:
-        encounters.append(Encounter(node, Role.MAPPED, node.scope, reordered=True))
-    if any(held[v] > 1 for v in node.results) and not pairs_given and not reordered:
-        encounters.append(Encounter(node, Role.MAPPED, node.scope, squared=True))
-    return reached, encounters
+        kinds.append(Reordered())
+    elif any(held[v] > 1 for v in node.results) and not pairs_given:
+        kinds.append(Paired())
+    return reached, [Encounter(node, kind, node.scope) for kind in kinds]
+
+
+def _kind(
+    op: Op, application: Application, name: str, names: Set[str], filled: Set[str], pairs_given: bool
+) -> Kind | None:
+    """What an op does with the axis in one factor of its rule; None where it maps it.
+
+    names        the factors in which the axis lies
+    filled       those that it is all of
+    pairs_given  whether an operand has it in two dimensions, so that no position is known to be one's own
+    """
+    factor = application.factors[name]
+    kept = any(name in d.factors for dims in application.results for d in dims)
+    match factor.role:
+        case Role.MAPPED:
+            return None
+        case Role.REDUCED:
+            return Reduced(name, factor.monoid or "sum")
+        case Role.INDEXED:
+            return Indexed(name, kept)
+        case Role.GENERATED:
+            return Generated(name)
+        case Role.SCANNED:
+            # Order along a factor is order along the axis only where the axis is all of the factor.
+            return Scanned(name) if name in filled else Whole(name)
+        case Role.WHOLE:
+            causal = {name, factor.limit} <= filled and not pairs_given
+            if op.pairs is not None and names >= set(op.pairs):
+                return SelfAttention(name, causal, aligned=filled >= set(op.pairs) and not pairs_given)
+            sized = any(d.size is not None for dims in application.results for d in dims)
+            return Resized(name) if sized and not kept and not _partners(application, name) else Whole(name, causal)
+        case _:
+            assert_never(factor.role)
 
 
 def _side_by_side(names: Sequence[str], slots: Sequence[tuple[Value, Sequence[AxisDim]]]) -> bool:

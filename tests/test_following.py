@@ -9,8 +9,21 @@ import pytest
 
 import treadle as t
 from treadle.ir.builder import Builder
+from treadle.ir.encounters import (
+    Generated,
+    Indexed,
+    Kind,
+    Paired,
+    Reduced,
+    Reordered,
+    Resized,
+    Scanned,
+    SelfAttention,
+    Verdict,
+    Whole,
+)
 from treadle.ir.errors import GraphError
-from treadle.ir.following import Verdict, follow
+from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
@@ -113,7 +126,7 @@ def test_heads_and_ffn_split_with_one_sum_a_block(gpt2_graph: Graph, axis: str, 
     found = follow(gpt2_graph, axis)
     split = found.split()
     assert split, str(split)
-    assert [(e.node.op.name, e.monoid, e.count) for e in split.combine] == [("linear", "sum", 3)]
+    assert [(c.encounter.node.op.name, c.by, c.encounter.count) for c in split.combine] == [("linear", "sum", 3)]
     for i in range(3):
         assert found.parameters[f"h.{i}.{rows}"] == 0
         assert found.parameters[f"h.{i}.{rows.replace('weight', 'bias')}"] == 0
@@ -125,7 +138,7 @@ def test_the_vocabulary_splits_with_a_sum_at_the_lookup(gpt2_graph: Graph) -> No
     found = follow(gpt2_graph, "wte.weight[0]")
     split = found.split()
     assert split
-    assert [(e.node.op.name, e.monoid) for e in split.combine] == [("embedding", "sum")]
+    assert [(c.encounter.node.op.name, c.by) for c in split.combine] == [("embedding", "sum")]
     assert found.outputs == {"logits": 2}, "the logits keep the axis: each device has its part"
 
 
@@ -141,8 +154,8 @@ def test_a_softmax_over_a_split_axis_combines_a_max_and_a_sum() -> None:
 
     split = follow(head.graph(), "vocab").split()
     assert split
-    assert {e.monoid for e in split.combine} == {"max", "sum"}
-    assert {e.within.op.name for e in split.combine if e.within} == {"softmax"}
+    assert {c.by for c in split.combine} == {"max", "sum"}
+    assert {c.encounter.within.op.name for c in split.combine if c.encounter.within} == {"softmax"}
 
 
 def test_equal_sizes_are_not_one_axis() -> None:
@@ -225,7 +238,61 @@ def test_pairs_in_an_output_cannot_be_stepped() -> None:
 def test_splitting_the_sequence_names_self_attention_alone(gpt2_graph: Graph) -> None:
     split = follow(gpt2_graph, "S").split()
     assert [e.node.op.name for e in split.against] == ["attention"]
-    assert [(e.node.op.name, e.monoid) for e in split.combine] == [("positions", "scan")]
+    assert [(c.encounter.node.op.name, c.by) for c in split.combine] == [("positions", "scan")]
+
+
+def kinds_of(build: Callable[[t.Tensor], t.Tensor], type: t.Type, axis: str) -> list[Kind]:
+    def probe(x):
+        return build(x)
+
+    probe.__annotations__["x"] = type
+    return [e.kind for e in follow(t.model(probe).graph(), axis).encounters]
+
+
+@pytest.mark.parametrize(
+    ("build", "axis", "met"),
+    [
+        (lambda x: t.reduce_max(x, axes=(1,)), "S", [Reduced("a1", "max")]),
+        (lambda x: t.softmax(x, axis=1), "S", [Whole("a1")]),
+        (lambda x: t.cumsum(x, axis=1), "S", [Scanned("a1")]),
+        (lambda x: t.gather(x, t.iota(size=2), axis=1), "S", [Indexed("b")]),
+        (lambda x: x + t.rearrange(t.iota(size="S", dtype="f32"), pattern="s -> s 1"), "S", [Generated("a")]),
+        (lambda x: t.pad(x, axis=1, before=1), "S", [Resized("b")]),
+        (lambda x: t.rearrange(x, pattern="b s (h=2 d) -> b s (d h)"), "x[2]", [Reordered()]),
+        (
+            lambda x: t.reduce_sum(t.einsum(x, x, equation="b s d, b t d -> b s t"), axes=(1, 2)),
+            "S",
+            [Paired(), Reduced("a1", "sum"), Reduced("a2", "sum")],
+        ),
+        (
+            lambda x: t.einsum(x, x, equation="b s d, b t d -> b s t"),
+            "S",
+            [Paired(), Paired(in_output=True)],
+        ),
+        (lambda x: attended(x, t.causal), "S", [SelfAttention("t", causal=True, aligned=True)]),
+        (lambda x: attended(x, None), "S", [SelfAttention("t", causal=False, aligned=True)]),
+    ],
+)
+def test_each_kind_of_encounter(build: Callable[[t.Tensor], t.Tensor], axis: str, met: list[Kind]) -> None:
+    assert kinds_of(build, t.f32["B S 8"], axis) == met
+
+
+def attended(x: t.Tensor, mask: t.Mask | None) -> t.Tensor:
+    y = t.rearrange(x, pattern="b s d -> b 1 s d")
+    return t.rearrange(t.attention(y, y, y, mask=mask), pattern="b 1 s d -> b s d")
+
+
+def test_a_combination_says_by_what_an_encounter_does_not() -> None:
+    """A scan has no monoid of its own: that its parts are combined by a scan is the division's."""
+
+    @t.model
+    def running(x: t.f32["B S"]):
+        return t.cumsum(x, axis=1)
+
+    (combination,) = follow(running.graph(), "S").split().combine
+    assert combination.by == "scan"
+    assert str(combination.encounter).startswith("cumsum: the axis is scanned  (")
+    assert str(combination).startswith("cumsum: the axis is scanned by scan  (")
 
 
 def test_an_unknown_axis_is_an_error_that_lists_the_known() -> None:

@@ -186,5 +186,5 @@ def test_a_divided_table_leaves_a_sum_to_combine() -> None:
     graph = parse_graph(text(*CASES["two"][1]))
     followed = follow(graph, "word[0]")
     assert followed.split()
-    assert [e.monoid for e in followed.split().combine] == ["sum"]
+    assert [c.by for c in followed.split().combine] == ["sum"]
     assert follow(graph, "S").step()

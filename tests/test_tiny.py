@@ -56,7 +56,7 @@ def test_the_graph_answers_questions_about_an_axis(exe: t.Compiled) -> None:
     assert t.follow(exe.graph, "S").step(), "each token looks back only, so they may be generated one by one"
     split = t.follow(exe.graph, "heads").split()
     assert split, "the heads may lie on several devices, which then add what each has"
-    assert [(e.node.op.name, e.monoid, e.count) for e in split.combine] == [("linear", "sum", 2)]
+    assert [(c.encounter.node.op.name, c.by, c.encounter.count) for c in split.combine] == [("linear", "sum", 2)]
 
 
 def test_an_error_names_the_users_line() -> None:

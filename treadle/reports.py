@@ -21,8 +21,9 @@ from treadle.backends.protocol import Port
 from treadle.backends.registry import find_backend
 from treadle.compiling import Compiled
 from treadle.ir.cost import graph_cost, parameter_bytes, parameter_count
+from treadle.ir.encounters import Encounter, Verdict
 from treadle.ir.errors import TreadleError
-from treadle.ir.following import Encounter, Following, Verdict
+from treadle.ir.following import Following
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.pass_log import PassLog
@@ -156,7 +157,7 @@ def _verdict_facts(verdict: Verdict) -> Facts:
     return {
         "may": bool(verdict),
         "against": [_encounter_facts(e) for e in verdict.against],
-        "combine": [{"by": e.monoid, **_encounter_facts(e)} for e in verdict.combine],
+        "combine": [{"by": c.by, **_encounter_facts(c.encounter), "why": str(c)} for c in verdict.combine],
     }
 
 
