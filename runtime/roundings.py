@@ -16,6 +16,7 @@ import numpy as np
 
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import interpret
+from treadle.ir.tolerances import spacing_of
 from treadle.ir.types import DType
 
 Array = np.ndarray[Any, Any]
@@ -23,16 +24,6 @@ Arrays = Mapping[str, Array]
 Operands = Sequence[Array | None]
 
 ROUNDS = 2
-
-
-def spacing_of(dtype: DType) -> float:
-    return dtype.spacing if dtype.is_float else 0.0
-
-
-def coarsest_spacing(graph: Graph) -> float:
-    """The spacing of the coarsest float dtype in a graph; 0 where there is no float."""
-    values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
-    return max((spacing_of(v.type.dtype) for v in values), default=0.0)
 
 
 @dataclass(frozen=True)

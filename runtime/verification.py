@@ -11,13 +11,9 @@ Three comparisons, each with a tolerance that follows from the dtypes and from t
 
 Since an op alone is given right operands, its error is its own: what an earlier op did wrong does not count again.
 
-**Tolerances.** Numbers of a dtype lie a relative eps apart (2^-23 for f32), and no way to compute f can be nearer than
-what a change of its operands' last bit makes of it. So an op's reference is evaluated once more with every operand
-changed by a relative eps, its sign drawn; `moved` is the largest change of a result. A sum of n terms adds n roundings
-of either sign, which grow as their square root. An op may differ by 8 (eps max|f| + sqrt(n) moved), with n the points
-of its iteration space for one result. In a model every op rounds, and what comes after may make much of it: so the
-whole graph is evaluated with operands and results of every op changed (`treadle.runtime.roundings`), and a model may
-differ by 8 (eps max|f| + moved). The 8 stands for the several roundings inside a function such as erf. Integers and
+**Tolerances** are those of `treadle.ir.tolerances`. For one op alone its reference is evaluated once more with every
+operand changed by a spacing, its sign drawn. In a model every op rounds, and what comes after may make much of it: so
+the whole graph is evaluated with operands and results of every op changed (`treadle.runtime.roundings`). Integers and
 truth values must be equal, except where the changed operands give another one: there the reference itself is undecided.
 
 **What shows nothing.** A model that makes half of its result, or more, of a change of last bits cannot be told right
@@ -43,10 +39,11 @@ from treadle.ir.hashing import canonical_form
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
+from treadle.ir.tolerances import Distance, coarsest_spacing, room
 from treadle.ir.types import Type
 from treadle.passes.framework.manager import Optimized
 from treadle.runtime.not_finite import FiniteWatch
-from treadle.runtime.roundings import Moved, changed, coarsest_spacing, moved_by_rounding
+from treadle.runtime.roundings import Moved, changed, moved_by_rounding
 from treadle.runtime.verification_report import (
     BackendReport,
     Difference,
@@ -58,8 +55,6 @@ from treadle.runtime.verification_report import (
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
-
-_ROUNDINGS = 8.0
 
 
 # -- the three comparisons -------------------------------------------------------------------------------------------
@@ -270,18 +265,12 @@ def compare(made: Any, expected: Array, moved: Moved, spacing: float, growth: fl
         return Difference(float(np.mean(wrong)) if wrong.size else 0.0)
     with np.errstate(all="ignore"):
         wide, wanted = got.astype(np.float64), expected.astype(np.float64)
-        narrow = np.float32 if type.dtype.numpy is None else type.dtype.numpy
-        most = float(np.finfo(narrow).max)
-        # Masks are often written as the least number of a dtype, or as -inf: such elements say nothing of the scale of
-        # the others. They must be as large, and of the same sign.
-        plain = np.isfinite(wanted) & (np.abs(wanted) < most / 4)
-        as_large = (np.sign(wide) == np.sign(wanted)) & (np.abs(wide) >= most / 8)
-        if not (as_large | (np.isnan(wide) & np.isnan(wanted)))[~plain].all():
-            return Difference(math.inf)
-        if not plain.any() and np.isnan(wanted).any():
-            return Difference(0.0, math.inf)  # there is no number to compare
-        scale = float(np.max(np.abs(wanted), initial=0.0, where=plain)) or 1.0
-        value = float(np.max(np.abs(wide - wanted), initial=0.0, where=plain))
-    most_moved = float(np.max(moved.by, initial=0.0, where=plain))
-    tolerance = _ROUNDINGS * (spacing * scale + growth * most_moved) + float(np.finfo(narrow).tiny)
-    return Difference(value / scale, tolerance / scale)
+    narrow = np.finfo(np.float32 if type.dtype.numpy is None else type.dtype.numpy)
+    off = Distance.between(wide, wanted, huge=float(narrow.max) / 4)  # masks are the least number of a dtype, or -inf
+    if off.lost or np.any(np.isnan(wanted) & ~np.isnan(wide)):
+        return Difference(math.inf)
+    if not off.plain.any() and np.isnan(wanted).any():
+        return Difference(0.0, math.inf)  # there is no number to compare
+    most_moved = float(np.max(moved.by, initial=0.0, where=off.plain))
+    tolerance = room(spacing, off.scale, most_moved, growth) + float(narrow.tiny)
+    return Difference(off.most / off.scale, tolerance / off.scale)

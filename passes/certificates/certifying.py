@@ -13,11 +13,10 @@ each at a few small sizes within the bounds of the symbols:
 
 What masks is tried in the graph's own dtypes as well, where twice float32's least number is -inf.
 
-**How near they must be.** A spacing of float64 is 2^-52, relative. The sides may differ by 8 (spacing max|f| + sqrt(n)
-moved), for n ops: `moved` is how far either side moves when what goes into it changes by a spacing
-(`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal, except where those changes give
-another one. A result may be NaN only where it was before. In the graph's own dtypes roundings are larger, and some are
-within ops: there a `_PART` of the results' range may be off.
+**How near they must be** says `treadle.ir.tolerances`, of how far either side moves when what goes into it changes by a
+spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal, except where
+those changes give another one. A result may be NaN only where it was before. In the graph's own dtypes roundings are
+larger, and some are within ops: there a `_PART` of the results' range may be off.
 
 A case in which roundings alone may move results by more than a `_PART` of their range tells nothing. It does not count,
 and the certificate says how many such there are.
@@ -53,16 +52,16 @@ from treadle.ir.ops.elementwise import Cast, Exp
 from treadle.ir.ops.logic import Where
 from treadle.ir.ops.normalization import MaskedSoftmax, Softmax
 from treadle.ir.ops.reductions import ReduceMax
+from treadle.ir.tolerances import Distance, room
 from treadle.ir.types import DType, f32, f64
 from treadle.passes.certificates.region_graphs import as_graphs, has_numbers, shrinkings_of
 from treadle.passes.certificates.regions import DEPTHS, Claim, Region
-from treadle.passes.certificates.rounding_moves import HUGE, MASKING, SPACING, Moves
+from treadle.passes.certificates.rounding_moves import HUGE, MASKING, Moves
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 Sizes = Mapping[str, int]
 
-_ROUNDINGS = 8.0
 _MOST_FLOPS, _MOST_ELEMENTS = 1 << 29, 1 << 23
 _MASKED = {"masked": -1e9, "masked by -1e4": -1e4, "masked by -1e30": -1e30, "masked by the least": -math.inf}
 """Cases, and what is then added: the least of its dtype where that is less."""
@@ -503,7 +502,7 @@ def _compared(
     before, after = made
     worst = (0.0, 0.0)
     moves = Moves(sides, made, inputs, float64)
-    roundings = _ROUNDINGS * math.sqrt(sum(len(side.main.nodes) for side in sides))
+    growth = math.sqrt(sum(len(side.main.nodes) for side in sides))
     told = True
     for name, wanted in before.items():
         got = after[name]
@@ -515,23 +514,20 @@ def _compared(
                 if not moves.further():
                     return f"{int(np.sum(differs))} of {wanted.size} results are others"
             continue
-        spacing = SPACING if float64 else float(np.finfo(wanted.dtype).eps)
+        spacing = f64.spacing if float64 else float(np.finfo(wanted.dtype).eps)
         got, wanted = got.astype(np.float64), wanted.astype(np.float64)
-        with np.errstate(all="ignore"):
-            if np.any(np.isnan(got) & ~np.isnan(wanted)):
-                return "there is a NaN where there was none"
-            large = ~np.isnan(wanted) & (np.abs(wanted) >= HUGE)
-            if np.any(large & ~((np.sign(got) == np.sign(wanted)) & (np.abs(got) >= HUGE / 2))):
-                return "a number past 1e30 has become another"
-            plain = np.isfinite(wanted) & ~large
-            scale = float(np.max(np.abs(wanted), initial=0.0, where=plain)) or 1.0
-            error = float(np.max(np.abs(got - wanted), initial=0.0, where=plain)) / scale
-        most = _PART * _range(wanted[plain], scale)
-        tolerance = _ROUNDINGS * spacing + roundings * moves.most[name] / scale
+        if np.any(np.isnan(got) & ~np.isnan(wanted)):
+            return "there is a NaN where there was none"
+        off = Distance.between(got, wanted, HUGE)
+        if off.lost:
+            return "a number past 1e30 has become another"
+        error = off.most / off.scale
+        most = _PART * _range(wanted[off.plain], off.scale)
+        tolerance = room(spacing, 1.0, growth * moves.most[name] / off.scale)
         while not error <= (tolerance if float64 else max(tolerance, most)):
             if not moves.further():
                 return f"the results differ by {error:.2g} of the largest, where {tolerance:.2g} may be"
-            tolerance = _ROUNDINGS * spacing + roundings * moves.most[name] / scale
+            tolerance = room(spacing, 1.0, growth * moves.most[name] / off.scale)
         told = told and (tolerance <= most or (not float64 and error <= most))
         worst = max(worst, (error, tolerance))
     return worst if told else None

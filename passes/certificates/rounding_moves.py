@@ -26,12 +26,12 @@ import numpy as np
 
 from treadle.ir.graph import Graph, Literal, Node, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.types import DType, f64
+from treadle.ir.tolerances import spacing_of
+from treadle.ir.types import f64
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 
-SPACING = 2.0**-52
 HUGE = 1e30
 """Numbers of this size stand for infinity, and say nothing of the scale of the others. Every score is lost in them."""
 MASKING = 9_000.0
@@ -96,7 +96,7 @@ class Moves:
         numbers = [*self._inputs.values(), *(x.array for side in self._sides for x in _literals(side))]
         for array in (a for a in numbers if a.dtype.kind == "f"):
             sizes = np.abs(array[np.isfinite(array)]).astype(np.float64)
-            spacing = SPACING if self._float64 else float(np.finfo(array.dtype).eps)
+            spacing = f64.spacing if self._float64 else float(np.finfo(array.dtype).eps)
             masks = sizes[(sizes >= MASKING) & (sizes < _LOST / spacing)]
             left = min(1.0, spacing * float(np.max(masks, initial=0.0)))
             for name, made in self._made[0].items():
@@ -107,7 +107,7 @@ class Moves:
 
     def _changed_inputs(self, rng: np.random.Generator) -> Arrays:
         def changed(a: Array) -> Array:
-            spacing, most = (SPACING, HUGE) if self._float64 else (float(np.finfo(a.dtype).eps), MASKING)
+            spacing, most = (f64.spacing, HUGE) if self._float64 else (float(np.finfo(a.dtype).eps), MASKING)
             return np.where(np.abs(a) < most, a * (1 + spacing * _signs(rng, a.shape)), a).astype(a.dtype)
 
         return {name: changed(a) if a.dtype.kind == "f" else a for name, a in self._inputs.items()}
@@ -165,7 +165,7 @@ def constants_of(graph: Graph, every: bool) -> list[Value]:
     found: dict[Value, None] = {}
     for value in (*(v for node in graph.main.nodes for v in node.inputs), *graph.main.outputs.values()):
         literal = value.literal
-        if literal is not None and _spacing(literal.dtype) and (every or literal.scalar is not None):
+        if literal is not None and spacing_of(literal.dtype) and (every or literal.scalar is not None):
             found[value] = None
     return list(found)
 
@@ -181,7 +181,7 @@ def with_changed_constants(graph: Graph, signs: Mapping[Value, Array], float64: 
         assert value.literal is not None
         array = value.literal.array.astype(np.float64)
         with np.errstate(all="ignore"):
-            changed = np.where(np.isfinite(array), array * (1 + _spacing(value.literal.dtype) * up), array)
+            changed = np.where(np.isfinite(array), array * (1 + spacing_of(value.literal.dtype) * up), array)
         values[value] = Value.constant(Literal.of(changed, f64 if float64 else value.literal.dtype))
     for node in graph.main.nodes:
         made = Node(node.op, [values.get(v, v) for v in node.operands], [v.type for v in node.results])
@@ -190,7 +190,3 @@ def with_changed_constants(graph: Graph, signs: Mapping[Value, Array], float64: 
     main.outputs = {name: values.get(v, v) for name, v in graph.main.outputs.items()}
     copy.functions["main"] = main
     return copy
-
-
-def _spacing(dtype: DType) -> float:
-    return dtype.spacing if dtype.is_float else 0.0

@@ -36,17 +36,17 @@ from treadle.ir.graph import Graph, Value
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
+from treadle.ir.tolerances import coarsest_spacing, room
 from treadle.ir.types import DType, bf16, f16, f32, f64
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
-from treadle.runtime.roundings import Moved, coarsest_spacing, moved_by_rounding
+from treadle.runtime.roundings import Moved, moved_by_rounding
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 
 BACKENDS = ("numpy", "torch", "tvm")
 LONG = 3000
-_ROUNDINGS = 8.0
 _FEW, _MANY = 2, 24
 _MOST_ELEMENTS = 1 << 22
 
@@ -130,8 +130,8 @@ class Judge:
             return bool(np.all((made == meant[name]) | moved.undecided))
         with np.errstate(all="ignore"):
             finite = np.isfinite(wanted)
-            room = _ROUNDINGS * (self.spacing * _row_most(np.where(finite, np.abs(wanted), 0)) + _row_most(moved.by))
-            near = np.abs(made - wanted) <= room
+            size = _row_most(np.where(finite, np.abs(wanted), 0))
+            near = np.abs(made - wanted) <= room(self.spacing, size, _row_most(moved.by))
             same = (made == wanted) | (np.isnan(made) & np.isnan(wanted))
         return bool(np.all(same | (finite & near)))
 
