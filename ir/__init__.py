@@ -7,5 +7,6 @@ operation, ops/   what an op is, and all of them      differentiate     gradient
 graph, builder    functions of nodes; making them     outline, inline   repeated blocks folded and unfolded
 printer, parser   text and back                       following         where an axis goes, what it meets (encounters)
 verifier          what every graph must satisfy       cost              operations and bytes
+attention_terms   masks and biases, and visitors      tolerances        how near to its meaning a number must be
 hashing, clone    structural identity, copies         target            what a graph is compiled for
 """

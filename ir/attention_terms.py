@@ -91,8 +91,11 @@ class Term:
 
     @property
     def is_standard(self) -> bool:
-        """Whether visitors have a case for it; a backend lowers attention's body where one of the terms is not."""
-        return type(self).accept is not Term.accept
+        """Whether visitors have a case for it; a backend lowers attention's body where one of the terms is not.
+
+        What is derived from a standard kind is another kind, whose meaning may be another, and is not.
+        """
+        return "accept" in vars(type(self)) and type(self) is not Term
 
     @property
     def text(self) -> str:

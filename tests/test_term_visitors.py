@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from treadle.backends.registry import find_backend
 from treadle.backends.torch.term_spelling import spelled_term
 from treadle.ir.attention_terms import (
     BooleanMask,
@@ -21,8 +22,12 @@ from treadle.ir.attention_terms import (
     Window,
     parse_term,
 )
+from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
 from treadle.ir.ops.attention import Attention
+from treadle.ir.target import Target
 from treadle.ir.term_visitor import TermVisitor
 
 KINDS = ["causal", "window(3)", "padding", "segments", "mask(b t)", "bias(h s t)", "t5_relative(8, 5)", "alibi"]
@@ -95,6 +100,31 @@ def test_a_kind_without_a_case_is_refused_and_is_not_standard() -> None:
     assert "is_standard" in (caught.value.hint or "")
     assert not Stripes().is_standard
     assert not Attention(terms=(Causal(), Stripes())).has_standard_terms
+
+
+def test_what_is_derived_from_a_standard_kind_is_run_by_its_own_body() -> None:
+    """It has the base's case in visitors, which says what the base means."""
+
+    @dataclass(frozen=True, repr=False)
+    class Before(Causal):
+        """j < i"""
+
+        def reference(self, i: Any, j: Any, *operands: Any) -> Any:
+            return j < i
+
+        def body(self, grid: Any, *operands: Any) -> Any:
+            return grid.j < grid.i
+
+    assert not Before().is_standard
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[1, 2, 4, 3]")
+    b.outputs(y=b.attention(x, x, x, terms=(Before(),)))
+    given = {"x": np.random.default_rng(0).standard_normal((1, 2, 4, 3)).astype(np.float32)}
+    meant = interpret(b.graph, given, float64=True)["y"]
+    assert not meant[0, 0, 0].any(), "the first query sees no key"
+    for backend in ("numpy", "torch"):
+        made = find_backend(backend).compile(b.graph, Target("cpu"), {})(**given)["y"]
+        assert np.allclose(made, meant, rtol=0, atol=16 * 2**-23 * np.abs(meant).max()), backend
 
 
 @pytest.mark.parametrize("text", KINDS)

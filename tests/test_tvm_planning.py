@@ -1,0 +1,79 @@
+"""Plans: which words of a table hold addresses from the first, and which are filled in by each call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.backends.registry import find_backend
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.calling import POINTER, address
+from treadle.backends.tvm.planning import Plan
+from treadle.backends.tvm.spaces import Arena, Input, Output
+from treadle.ir.builder import Builder
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+
+Array = np.ndarray[Any, Any]
+WEIGHT = np.arange(15, dtype=np.float32).reshape(5, 3)
+
+
+@pytest.fixture
+def looked_up() -> KernelExecutable:
+    """Rows of a table at indices, times a weight, twice: a local, a weight, a constant and a status."""
+    b = Builder(Graph("looked_up"))
+    rows = b.gather(b.input("table", "f32[T, 3]"), b.input("indices", "i64[N]"), axis=0)
+    scaled = b.softmax(rows * b.constant(np.array([1.0, 2.0, 3.0], np.float32)))
+    b.outputs(y=b.softmax(scaled + b.reduce_sum(b.parameter("weight", "f32[5, 3]"), axes=(0,))))
+    made = find_backend("tvm").compile(b.graph, Target("cpu"), {"weight": WEIGHT})
+    assert isinstance(made, KernelExecutable)
+    return made
+
+
+def given(indices: list[int], rows: int = 4) -> dict[str, Array]:
+    return {"table": np.ones((rows, 3), np.float32), "indices": np.array(indices)}
+
+
+def the_plan(executable: KernelExecutable) -> Plan:
+    (plan,) = executable._plans.values()
+    return plan
+
+
+def test_a_call_fills_in_what_moves_and_nothing_else(looked_up: KernelExecutable) -> None:
+    looked_up(**given([0, 1]))
+    plan = the_plan(looked_up)
+    assert {space for space, _, _ in plan.moves} == {Arena(), Input("table"), Input("indices"), Output("y")}
+    before = plan.words[:, 1].copy()
+    held = [given([2, 3]) for _ in range(3)]  # at other addresses
+    looked_up(**held[-1])
+    filled = np.concatenate([at for space, at, _ in plan.moves if space != Arena()])
+    stays = np.setdiff1d(np.arange(len(before)), filled)
+    assert np.array_equal(plan.words[stays, 1], before[stays])
+    moved = {space: plan.words[at, 1] - offsets for space, at, offsets in plan.moves}
+    assert set(moved[Input("table")]) == {address(held[-1]["table"])}
+    assert set(moved[Input("indices")]) == {address(held[-1]["indices"])}
+
+
+def test_what_stays_is_an_address_in_the_plan(looked_up: KernelExecutable) -> None:
+    looked_up(**given([0, 1]))
+    plan = the_plan(looked_up)
+    moving = np.concatenate([at for _, at, _ in plan.moves])
+    pointers = np.flatnonzero(plan.words[:, 0] == POINTER)
+    stays = set(plan.words[np.setdiff1d(pointers, moving), 1])
+    arrays = [*looked_up._weights.values(), *looked_up._constants.values(), plan.status]
+    assert stays == {address(array) for array in arrays}
+
+
+def test_each_plan_tells_of_its_own_indices(looked_up: KernelExecutable) -> None:
+    """Between calls at other sizes, which have a plan and a status of their own."""
+    for indices, rows in (([0, 4], 4), ([0, 4, 1], 5), ([9], 4), ([0, 7], 4)):
+        outside = [i for i in indices if i >= rows]
+        if outside:
+            with pytest.raises(BackendError, match=f"index {outside[0]} is outside an axis of size {rows}"):
+                looked_up(**given(indices, rows))
+        else:
+            assert looked_up(**given(indices, rows))["y"].shape == (len(indices), 3)
+    assert looked_up(**given([0, 3]))["y"].shape == (2, 3)
