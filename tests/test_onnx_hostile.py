@@ -159,7 +159,7 @@ ABSURD = {  # body -> the output's type where its size can be said, why it is re
     "y = Tile(x, n)": ("f32[{value}]", "size"),
     "a, o = here.zero_and_one() k = Squeeze(n) y = Range(a, k, o)": ("i64[{value}]", "size"),
     "y = OneHot(i0, n, v)": ("f32[1, {value}]", "size"),
-    "z = Constant<value_ints = [0]>() p = Concat<axis = 0>(n, z) y = Pad<mode = \"reflect\">(x, p)": (None, "reflect"),
+    'z = Constant<value_ints = [0]>() p = Concat<axis = 0>(n, z) y = Pad<mode = "reflect">(x, p)': (None, "reflect"),
     "y, i = TopK(x, n)": (None, "k is {value}, but axis 0 has 1 elements"),
     "y = Split<num_outputs = {value}>(x)": (None, "{value} parts for 1 outputs"),
 }
