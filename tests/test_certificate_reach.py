@@ -13,7 +13,8 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.sizes import Bounds
 from treadle.ir.text.parser import parse_graph
-from treadle.passes.certificates.certifying import Certificate, Counterexample, certify
+from treadle.passes.certificates.certificate import Certificate, Counterexample
+from treadle.passes.certificates.certifying import certify
 from treadle.passes.certificates.region_graphs import shrinkings_of
 from treadle.passes.certificates.regions import MOST_NODES, claim_of_match
 from treadle.passes.framework.manager import Optimized

@@ -21,7 +21,7 @@ from treadle.ir.sizes import Bounds
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.verifier import verify
-from treadle.passes.certificates.certifying import Certificate
+from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.certificates.region_graphs import shrinkings_of
 from treadle.passes.certificates.regions import claim_of_match
 from treadle.passes.cleanup.canonicalize import MulOne, PowTwo

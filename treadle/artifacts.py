@@ -41,7 +41,7 @@ from treadle.ir.types import DType
 from treadle.ir.verifier import verify
 from treadle.ir.widening import narrow_dtypes, widen_graph
 from treadle.models.registry import family_names
-from treadle.passes.certificates.certifying import Certificate
+from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 from treadle.resolving import GGUF_SUFFIX, ONNX_SUFFIX

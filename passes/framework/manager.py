@@ -26,7 +26,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
-from treadle.passes.certificates.certifying import Counterexample
+from treadle.passes.certificates.certificate import Counterexample
 from treadle.passes.certificates.regions import Claim, Edge, Recorded
 from treadle.passes.framework.lineage import Lineage
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
