@@ -298,6 +298,13 @@ class ExpandOfExpand(Rewrite):
 
 
 @dataclass(frozen=True)
+class TidyLayout(RewriteSet):
+    """For what rearranges in a replacement leave between it and its neighbours."""
+
+    rules: ClassVar[tuple[Rewrite, ...]] = (IdentityRearrange(), RearrangeOfRearrange())
+
+
+@dataclass(frozen=True)
 class Canonicalize(RewriteSet):
     """Many small equations, applied until none fits; the classes of this file are the list:
 

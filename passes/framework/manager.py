@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from treadle.ir.clone import clone_graph
 from treadle.ir.collection import collection_paused
@@ -43,7 +44,7 @@ class Pass:
     @property
     def name(self) -> str:
         """The class's name in lower case: `fuse-gelu`."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(self).__name__).lower()
+        return _hyphenated(type(self).__name__)
 
     @property
     def rule_names(self) -> tuple[str, ...]:
@@ -73,6 +74,11 @@ class Pass:
                     log.touched.update(graph.functions)  # its callers among them
             total += changes
         return total
+
+
+@cache  # it is asked for at every site
+def _hyphenated(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
 def _signature(function: Function) -> tuple[Type, ...]:

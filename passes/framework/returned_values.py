@@ -50,11 +50,15 @@ class ReturnedValues:
 
 
 def readers_of(function: Function) -> dict[Value, list[Node | None]]:
-    """Who reads each value, each reader once; None where it is an output."""
+    """Who reads what the function's nodes give, each reader once; None where it is an output."""
     found: dict[Value, list[Node | None]] = {}
     for node in function.nodes:
-        for value in dict.fromkeys(node.inputs):
-            found.setdefault(value, []).append(node)
+        for value in node.operands:
+            if value is not None and value.node is not None:  # of weights and inputs nobody asks, and they are many
+                readers = found.setdefault(value, [])
+                if not readers or readers[-1] is not node:
+                    readers.append(node)
     for value in dict.fromkeys(function.outputs.values()):
-        found.setdefault(value, []).append(None)
+        if value.node is not None:
+            found.setdefault(value, []).append(None)
     return found

@@ -20,40 +20,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar
 
-from treadle.ir.builder import Builder, Expr, describe_source
+from treadle.ir.builder import Builder, describe_source
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.passes.certificates.regions import claim_of_match
 from treadle.passes.framework.manager import Pass
-from treadle.passes.framework.pass_log import Event, PassRecord
+from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.pattern import Pattern, Vocabulary
 from treadle.passes.framework.pattern_search import Found, Miss, Search
+from treadle.passes.framework.rewriting import Refusal as Refusal  # for rules, which say it
+from treadle.passes.framework.rewriting import Rewriting
 
-NEAR_MISSES_KEPT = 20
-"""How many near misses a pass keeps for one function."""
 LEAST_OPS_OF_NEAR_MISS = 3
 """A near miss has matched this many ops at least, and half of the pattern's."""
 _GENERATIONS = 50
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a match is not rewritten, and the node that stands in the way (the match's root if none is named).
-
-    hint   the smallest change that would let it be rewritten, where the rule can tell
-    """
-
-    reason: str
-    at: Node | Expr | None = None
-    hint: str = ""
-
-    @property
-    def node(self) -> Node | None:
-        return self.at.value.node if isinstance(self.at, Expr) else self.at
 
 
 class Match:
@@ -150,88 +134,49 @@ def sweep(rules: Sequence[Rewrite], function: Function, graph: Graph, log: PassR
 
 class _Sweep:
     def __init__(self, rules: Sequence[Rewrite], function: Function, graph: Graph, log: PassRecord) -> None:
-        self.function, self.log = function, log
-        self.scratch = Function("scratch")
-        self.builder = Builder(graph, self.scratch)
+        self.log = log
+        self.work = Rewriting(function, graph, log)
         self.rules_by_root: dict[str, list[tuple[Rewrite, Pattern]]] = {}
         for rule in rules:
             pattern = _traced(rule)
             for op in pattern.root_ops:
                 self.rules_by_root.setdefault(op, []).append((rule, pattern))
-        self.outputs = set(function.outputs.values())
-        self.replaced: dict[Value, Value] = {}
-        self.gone: set[Node] = set()
         self.generation: dict[Node, int] = {}
-        self.near_misses: list[tuple[Node, Event]] = []
-        self.applied = 0
-
-    @cached_property
-    def users(self) -> dict[Value, list[Node]]:
-        """Who reads a value. Found when first asked for: most functions hold nothing that matches."""
-        return {v: [n for n, _ in uses] for v, uses in self.function.uses().items()}
 
     def run(self) -> int:
-        kept: list[Node] = []
-        pending = self.function.nodes[::-1]
-        while pending:
-            node = pending.pop()
-            if self.replaced and any(v in self.replaced for v in node.inputs):
-                node.operands = tuple(None if v is None else self._current(v) for v in node.operands)
-            made = self._rewritten(node)
-            if made is None:
-                kept.append(node)
-            else:
-                pending.extend(reversed(made))
-        self.function.nodes = [n for n in kept if n not in self.gone]
-        self.function.outputs = {name: self._current(v) for name, v in self.function.outputs.items()}
-        self._log_near_misses()
-        return self.applied
+        for node in self.work.walk(into=True):
+            if node.op.name in self.rules_by_root:
+                self._look(node)
+        return self.work.finish()
 
-    def _current(self, value: Value) -> Value:
-        while value in self.replaced:
-            value = self.replaced[value]
-        return value
-
-    def _live_users(self, value: Value) -> list[Node]:
-        return [n for n in self.users.get(value, ()) if n not in self.gone]
-
-    # -- one root ----------------------------------------------------------------------------------------------
-
-    def _rewritten(self, root: Node) -> list[Node] | None:
-        """The nodes to stand in this root's place, or None if no rule applies."""
+    def _look(self, root: Node) -> None:
+        """Rewrite what the first rule fits at this root, or tell of what was refused there, or came nearest."""
         nearest: tuple[Rewrite, Miss] | None = None
         refused = False
-        for rule, pattern in self.rules_by_root.get(root.op.name, ()):
+        for rule, pattern in self.rules_by_root[root.op.name]:
             search = Search(pattern)
             refusal: Refusal | None = None
             about: tuple[Node, ...] = ()
             for found in search.run(root):
-                match = Match(self.builder, pattern, root, found)
+                match = Match(self.work.builder, pattern, root, found)
                 if not rule.fits(match):
                     continue
                 why_not = self._used_elsewhere(match) or rule.check(match) or rule.slower(match, self.log.target)
-                made = self._apply(rule, match) if why_not is None else why_not
-                if not isinstance(made, Refusal):
-                    return made
+                why_not = why_not or self._apply(rule, match)
+                if why_not is None:
+                    return
                 if refusal is None:
-                    refusal, about = made, match.nodes
+                    refusal, about = why_not, match.nodes
             if refusal is not None:
                 refused = True
-                at = refusal.node or root
-                self.log.refuse(rule.name, self.function, at, refusal.reason, refusal.hint, about)
+                self.work.refuse(rule.name, refusal, root, about)
             miss = search.miss
             if miss is not None and miss.ops >= max(LEAST_OPS_OF_NEAR_MISS, (pattern.size + 1) // 2):
                 nearest = max(nearest or (rule, miss), (rule, miss), key=lambda pair: pair[1].progress)
         if nearest is not None and not refused:
             rule, miss = nearest
             hint = miss.hint if miss.ops >= _traced(rule).size else ""
-            matched, edge = tuple([node.op.name for node in miss.nodes]), str(miss.edge)
-            given = self.log.lineage.of(miss.nodes)
-            event = Event.at(
-                *(rule.name, self.function, miss.edge.node, miss.reason, hint), matched=matched, edge=edge, given=given
-            )
-            self.near_misses.append((root, event))
-        return None
+            self.work.near_miss(rule.name, root, miss.edge.node, miss.reason, hint, miss.nodes, str(miss.edge))
 
     def _used_elsewhere(self, match: Match) -> Refusal | None:
         inside = set(match.nodes)
@@ -239,73 +184,35 @@ class _Sweep:
             if node is match.root or node in match.shared:
                 continue
             for value in node.results:
-                if value in self.outputs:
+                readers = self.work.readers(value)
+                if None in readers:
                     return Refusal(f"the {node.op.name} is an output as well", node)
-                for user in self._live_users(value):
-                    if user not in inside:
+                for user in readers:
+                    if user is not None and user not in inside:
                         line = f" ({user.source})" if user.source else ""
                         reason = f"the {node.op.name} is used elsewhere, by {user.op.name}{line}"
                         return Refusal(reason, node, f"let that {user.op.name} read something else")
         return None
 
-    def _apply(self, rule: Rewrite, match: Match) -> list[Node] | Refusal:
-        """The nodes to stand in the root's place; a Refusal if a certificate is asked for and cannot be had."""
+    def _apply(self, rule: Rewrite, match: Match) -> Refusal | None:
+        """Rewrite a match; a Refusal if a certificate is asked for and cannot be had."""
         root = match.root
-        with self.builder.placed_as(root):
-            given = rule.rewrite(self.builder, match)
-        results = [r.value if isinstance(r, Expr) else r for r in (given if isinstance(given, tuple) else (given,))]
-        made, self.scratch.nodes = self.scratch.nodes, []
-        self._expect_types(rule, root, results)
+        built = self.work.build(rule.name, root, lambda b: rule.rewrite(b, match))
+        if isinstance(built, Refusal):
+            return built
         if self.log.certifying:
-            graphs = (self.builder.graph, self.builder.graph)
-            against = self.log.certify(rule.name, claim_of_match(match.nodes, made, root, results), graphs)
+            graphs = (self.work.graph, self.work.graph)
+            against = self.log.certify(rule.name, claim_of_match(match.nodes, built.made, root, built.results), graphs)
             if against is not None:
                 return Refusal(f"rolled back, since its certificate failed: {against}", root)
-            self.log.shown.update(zip(root.results, results, strict=True))
+            self.log.shown.update(zip(built.replaced, built.results, strict=True))
         generation = self.generation.get(root, 0) + 1
         if generation > _GENERATIONS:
-            raise PassError(f"rule {rule.name} keeps rewriting what it made", source=_from(root))
-        for node in made:
-            node.source = root.source
-            self.generation[node] = generation
-            for value in node.inputs:
-                self.users.setdefault(value, []).append(node)
-        self.log.match(rule.name, self.function, root, [n for n in match.nodes if n not in match.shared], made)
-        self.applied += 1
-        self._replace(root, results)
-        while unread := [n for n in match.nodes if n not in self.gone and not self._is_read(n)]:
-            self.gone.update(unread)
-        return made
-
-    def _is_read(self, node: Node) -> bool:
-        return any(v in self.outputs or self._live_users(v) for v in node.results)
-
-    def _replace(self, root: Node, results: Sequence[Value]) -> None:
-        self.gone.add(root)
-        for old, new in zip(root.results, results, strict=True):
-            self.users.setdefault(new, []).extend(self._live_users(old))
-            self.replaced[old] = new
-            if old in self.outputs:
-                self.outputs.discard(old)
-                self.outputs.add(new)
-            if old.name != root.op.name and new.node is not None and new.name == new.node.op.name:
-                new.name = old.name  # a name that someone gave outlives the op
-
-    def _expect_types(self, rule: Rewrite, root: Node, results: Sequence[Value]) -> None:
-        wanted, got = [v.type for v in root.results], [v.type for v in results]
-        if wanted != got:
             raise PassError(
-                f"rule {rule.name} replaces {root.op.name} by another type",
-                received=f"{', '.join(map(str, got))} for {', '.join(map(str, wanted))}",
-                source=_from(root),
+                f"rule {rule.name} keeps rewriting what it made", source=describe_source(root.source, root.scope)
             )
-
-    def _log_near_misses(self) -> None:
-        missed = [event for root, event in self.near_misses if root not in self.gone]
-        self.log.near_misses.extend(missed[:NEAR_MISSES_KEPT])
-        if len(missed) > NEAR_MISSES_KEPT:
-            self.log.notes.append(f"{len(missed) - NEAR_MISSES_KEPT} more near misses in {self.function.name}")
-
-
-def _from(node: Node) -> str | None:
-    return describe_source(node.source, node.scope)
+        self.generation.update(dict.fromkeys(built.made, generation))
+        taken = [n for n in match.nodes if n not in match.shared]
+        self.log.match(rule.name, self.work.function, root, taken, built.made)
+        self.work.put(built, match.nodes)
+        return None

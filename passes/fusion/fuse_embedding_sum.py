@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from treadle.ir.builder import Builder
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Node, Value
 from treadle.ir.ops.arithmetic import Add, Div, Mul
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.elementwise import Cast, Neg
 from treadle.ir.ops.embedding_sums import MOST_TABLES, EmbeddingSum
 from treadle.ir.ops.indexing import Embedding, Gather
-from treadle.passes.cleanup.dead_code import drop_unread
-from treadle.passes.framework.manager import Pass
-from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 _SCALINGS = (Mul, Div, Cast, Neg)
 _MOST_STEPS = 8
 
 
 @dataclass(frozen=True)
-class FuseEmbeddingSum(Pass):
+class FuseEmbeddingSum(SiteRewrite["_Sum"]):
     """embedding(t, i) + embedding(u, j) + ...   -->   embedding_sum(t, u, ..., i, j, ...)
 
     However the additions nest, and in whatever order; indices may broadcast. A gather of rows of a weight is an
@@ -33,10 +31,14 @@ class FuseEmbeddingSum(Pass):
     embeddings of different widths; more than eight.
     """
 
-    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if sum(lookup_of(node) is not None for node in function.nodes) < 2:
-            return 0
-        return _Sums(self, function, graph, log).run()
+    def sites(self, work: Rewriting) -> Iterator[_Sum]:
+        if sum(lookup_of(node) is not None for node in work.function.nodes) < 2:
+            return iter(())
+        return _Sums(self.name, work).sites()
+
+    def build(self, b: Builder, site: _Sum) -> Expr:
+        operands = [b.expr(v) for v in (*site.lookup.tables, *site.lookup.indices)]
+        return b.embedding_sum(*operands, tables=len(site.lookup.tables))
 
 
 @dataclass(frozen=True)
@@ -101,31 +103,31 @@ def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
     return found
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Sum(Site):
+    """The last of some additions, and all that the embeddings read which they add up."""
+
+    lookup: Lookup
+
+
 class _Sums:
-    def __init__(self, rule: FuseEmbeddingSum, function: Function, graph: Graph, log: PassRecord) -> None:
-        self.rule, self.function, self.log = rule, function, log
-        self.scratch = Function("scratch")
-        self.builder = Builder(graph, self.scratch)
-        self.readers = _readers_of_sums(function)
+    def __init__(self, rule: str, work: Rewriting) -> None:
+        self.rule, self.work = rule, work
+        self.readers = _readers_of_sums(work.function)
         self.refused: set[Value] = set()
 
-    def run(self) -> int:
+    def sites(self) -> Iterator[_Sum]:
         """The largest sums first: what is within one that is fused is no sum of its own."""
-        made: dict[Node, Node] = {}
         within: set[Node] = set()
-        for node in reversed(self.function.nodes):
+        for node in reversed(self.work.function.nodes):
             if not isinstance(node.op, Add) or node in within:
                 continue
             tree = self._tree(node)
             if sum(map(is_of_embeddings, tree.terms)) < 2 or self._is_refused(node, tree.terms):
                 continue
-            made[node] = self._sum(node, tree.terms)
             within.update(tree.inner)
-            taken = [*tree.inner, *(v.node for v in tree.terms if v.node is not None)]
-            self.log.match(self.rule.name, self.function, node, taken, (made[node],))
-        if made:
-            self._replace(made)
-        return len(made)
+            taken = (*tree.inner, *(v.node for v in tree.terms if v.node is not None))
+            yield _Sum(root=node, nodes=taken, lookup=sum(map(self._lookup, tree.terms), Lookup((), ())))
 
     def _tree(self, root: Node) -> _Tree:
         left, right = (self._branch(v) for v in root.inputs)
@@ -161,7 +163,7 @@ class _Sums:
         return False
 
     def _refuse(self, node: Node, why: str, hint: str = "", root: Node | None = None) -> None:
-        self.log.refuse(self.rule.name, self.function, node, why, hint, () if root is None else (root,))
+        self.work.refuse(self.rule, Refusal(why, node, hint), nodes=() if root is None else (root,))
 
     def _why_not(self, value: Value) -> str:
         node = value.node
@@ -184,25 +186,3 @@ class _Sums:
         found = lookup_of(value.node)
         assert found is not None
         return found
-
-    def _sum(self, root: Node, terms: Sequence[Value]) -> Node:
-        whole = Lookup((), ())
-        for value in terms:
-            whole += self._lookup(value)
-        operands = [self.builder.expr(v) for v in (*whole.tables, *whole.indices)]
-        with self.builder.placed_as(root):
-            made = self.builder.embedding_sum(*operands, tables=len(whole.tables))
-        node = self.scratch.nodes.pop()
-        node.source = root.source
-        if root.result.name != root.op.name:
-            made.value.name = root.result.name
-        return node
-
-    def _replace(self, made: dict[Node, Node]) -> None:
-        replaced = {node.result: new.result for node, new in made.items()}
-        self.function.nodes = [made.get(node, node) for node in self.function.nodes]
-        for node in self.function.nodes:
-            if any(v in replaced for v in node.inputs):
-                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
-        self.function.outputs = {name: replaced.get(v, v) for name, v in self.function.outputs.items()}
-        drop_unread(self.function)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from treadle.ir.builder import Builder
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Node
 from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.elementwise import Cast
-from treadle.passes.framework.manager import Pass
-from treadle.passes.framework.pass_log import PassRecord
-from treadle.passes.framework.rewrite import Refusal
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 FUSED: Mapping[str, str] = {"layer_norm": "add_layer_norm", "rms_norm": "add_rms_norm"}
 """What the norm of a sum becomes."""
 
 
 @dataclass(frozen=True)
-class FuseResidualNorm(Pass):
+class FuseResidualNorm(SiteRewrite["_Residual"]):
     """layer_norm(x + residual, w, c)   -->   add_layer_norm(x, residual, w, c)        rms_norm, likewise
 
     The op has two results, the norm and the sum: whatever else reads the sum (the residual stream of a model that
@@ -29,10 +27,24 @@ class FuseResidualNorm(Pass):
     second norm of one sum; a weight of the norm that is not there yet where the sum is first read.
     """
 
-    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not any(_sum_before(node) is not None for node in function.nodes):
-            return 0
-        return _Residuals(self, function, graph, log).run()
+    def sites(self, work: Rewriting) -> Iterator[_Residual]:
+        found = _Residuals(work, self.name)
+        return iter(sorted(found.sites(), key=lambda site: found.places[site.stands_at]))
+
+    def build(self, b: Builder, site: _Residual) -> tuple[Expr, ...]:
+        total, norm = site.total, site.root
+        operands = [v if v is None else b.expr(v) for v in (*total.operands, *norm.operands[1:])]
+        made: tuple[Expr, ...] = b.apply(FUSED[norm.op.name], *operands, **norm.op.attributes)
+        for old, new in zip(site.replaced, made, strict=True):
+            new.value.name = old.name
+        return made
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Residual(Site):
+    """A norm, its root, and the sum that it is of."""
+
+    total: Node
 
 
 def _sum_before(norm: Node) -> Node | None:
@@ -44,34 +56,33 @@ def _sum_before(norm: Node) -> Node | None:
 
 
 class _Residuals:
-    def __init__(self, rule: FuseResidualNorm, function: Function, graph: Graph, log: PassRecord) -> None:
-        self.rule, self.function, self.log = rule, function, log
-        self.scratch = Function("scratch")
-        self.builder = Builder(graph, self.scratch)
-        self.places = {node: place for place, node in enumerate(function.nodes)}
-        self.readers = {value: [node for node, _ in uses] for value, uses in function.uses().items()}
+    """The sums and norms of one function, each where it stands."""
+
+    def __init__(self, work: Rewriting, rule: str) -> None:
+        self.work, self.rule = work, rule
+        self.places = {node: place for place, node in enumerate(work.function.nodes)}
         self.norms: dict[Node, Node] = {}
         """For each sum that is fused, the norm that takes it."""
 
-    def run(self) -> int:
-        early: dict[Node, Node] = {}
-        late: dict[Node, Node] = {}
-        for norm in self.function.nodes:
+    def sites(self) -> Iterator[_Residual]:
+        for norm in self.work.function.nodes:
             total = _sum_before(norm)
             if total is None:
                 continue
             refusal = self._why_not(total, norm)
             if refusal is not None:
-                at = refusal.node or total
-                self.log.refuse(self.rule.name, self.function, at, refusal.reason, refusal.hint, (total, norm))
+                self.work.refuse(self.rule, refusal, total, (total, norm))
                 continue
             self.norms[total] = norm
-            if self._read_before(total, norm) is None:
-                late[norm] = total
-            else:
-                early[total] = norm
-        self._replace(early, late)
-        return len(self.norms)
+            early = self._read_before(total, norm) is not None
+            yield _Residual(
+                root=norm,
+                total=total,
+                nodes=(total,),
+                replaced=(norm.result, total.result),
+                place=total if early else None,
+                rule=FUSED[norm.op.name].replace("_", "-"),
+            )
 
     def _why_not(self, total: Node, norm: Node) -> Refusal | None:
         given = norm.inputs[0]
@@ -102,37 +113,8 @@ class _Residuals:
 
     def _read_before(self, total: Node, norm: Node) -> Node | None:
         """Who reads the sum before the norm does."""
-        before = [node for node in self.readers[total.result] if self.places[node] < self.places[norm]]
-        return before[0] if before else None
-
-    def _replace(self, early: Mapping[Node, Node], late: Mapping[Node, Node]) -> None:
-        """Put the fused op in the place of a norm (late), or of its sum (early), and let all read that."""
-        replaced: dict[Value, Value] = {}
-        kept: list[Node] = []
-        for node in self.function.nodes:
-            if replaced and any(v in replaced for v in node.inputs):
-                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
-            total, norm = (late[node], node) if node in late else (node, early.get(node))
-            if norm is not None:
-                kept.append(self._fused(total, norm, replaced))
-            elif node not in self.norms and node not in early.values():
-                kept.append(node)
-        self.function.nodes = kept
-        self.function.outputs = {name: replaced.get(v, v) for name, v in self.function.outputs.items()}
-
-    def _fused(self, total: Node, norm: Node, replaced: dict[Value, Value]) -> Node:
-        rule = FUSED[norm.op.name]
-        given = [v if v is None else replaced.get(v, v) for v in (*total.operands, *norm.operands[1:])]
-        with self.builder.placed_as(norm):
-            operands = [v if v is None else self.builder.expr(v) for v in given]
-            self.builder.apply(rule, *operands, **norm.op.attributes)
-        node = self.scratch.nodes.pop()
-        node.source = norm.source
-        for old, new in zip((norm.result, total.result), node.results, strict=True):
-            replaced[old] = new
-            new.name = old.name
-        self.log.match(rule.replace("_", "-"), self.function, norm, (total,), (node,))
-        return node
+        readers = [node for node in self.work.readers(total.result) if node is not None]
+        return next((node for node in readers if self.places[node] < self.places[norm]), None)
 
 
 def _line(node: Node) -> str:

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Node, Value
 from treadle.ir.ops.arithmetic import Add, Mul, Sub
 from treadle.ir.ops.elementwise import Cast, Cos, Sin
 from treadle.ir.ops.products import Einsum
 from treadle.ir.ops.rotary import LAYOUTS
 from treadle.ir.ops.shapes import Concat, Expand, Rearrange
-from treadle.passes.cleanup.canonicalize import IdentityRearrange, RearrangeOfRearrange
-from treadle.passes.cleanup.dead_code import drop_unread
-from treadle.passes.framework.manager import Pass
-from treadle.passes.framework.pass_log import PassRecord
-from treadle.passes.framework.rewrite import sweep
+from treadle.passes.cleanup.canonicalize import TidyLayout
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Placed
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 from treadle.passes.fusion.rotary_views import View, Views, no_term
@@ -28,7 +25,7 @@ _ROOTS = (Add, Sub, Concat, Rearrange)
 
 
 @dataclass(frozen=True)
-class FuseRotary(Pass):
+class FuseRotary(SiteRewrite["_Turned"]):
     """x cos a + rotate(x) sin a   -->   rotary(x, positions, frequencies)        a = positions frequencies
 
      1. half-split pairs (i, i + f):  concat(-x2, x1);  concat(x1 cos - x2 sin, x2 cos + x1 sin)
@@ -43,58 +40,53 @@ class FuseRotary(Pass):
     angles that are no product of positions and frequencies; an x that is none of one tensor's elements in order.
     """
 
-    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not {Cos, Sin, Mul} <= {type(node.op) for node in function.nodes}:
-            return 0
-        return _Turns(self, function, graph, log).run()
+    tidying = TidyLayout()
+
+    def sites(self, work: Rewriting) -> Iterator[_Turned]:
+        turns = {Cos, Sin, Mul} <= {type(node.op) for node in work.function.nodes}
+        return _Turns(self.name, work).sites() if turns else iter(())
+
+    def build(self, b: Builder, site: _Turned) -> Expr | Refusal:
+        return _rotary(b, site)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Turned(Site):
+    """The root of what gives turned pairs, that as a view of x, cos and sin, and what rotary makes of x."""
+
+    view: View
+    turn: _Turn
 
 
 class _Turns:
-    def __init__(self, rule: FuseRotary, function: Function, graph: Graph, log: PassRecord) -> None:
-        self.rule, self.function, self.graph, self.log = rule, function, graph, log
+    def __init__(self, rule: str, work: Rewriting) -> None:
+        self.rule, self.work = rule, work
         self.views = Views()
-        self.scratch = Function("scratch")
-        self.builder = Builder(graph, self.scratch)
 
-    def run(self) -> int:
+    def sites(self) -> Iterator[_Turned]:
         """Largest first: a turned part of the dimensions is within what joins it with the rest."""
-        made: dict[Node, list[Node]] = {}
-        replaced: dict[Value, Value] = {}
         done: set[Value] = set()
-        for node in reversed(self.function.nodes):
+        for node in reversed(self.work.function.nodes):
             if not isinstance(node.op, _ROOTS) or node.results[0] in done:
                 continue
             view = self.views.of(node.results[0])
             if view is None or "x cos" not in view.terms or "x sin" not in view.terms:
                 reason = self._why_no_turn(node)
                 if reason is not None:
-                    self._refuse(node, reason)
+                    self.work.refuse(self.rule, Refusal(reason, node))
                 continue
+            inner = self._within(node.results[0], view.base, done)
             turn = _turn_of(view)
-            if turn is None:
-                if self._is_whole(view):
-                    self._refuse(node, "the pairs, signs or angles are in neither of rotary's orders")
-                    self._mark(node.results[0], view.base, done)
-                continue
-            with self.builder.placed_as(node):
-                result = self._rotary(node, view, turn)
-            nodes, self.scratch.nodes = self.scratch.nodes, []
-            if result is None:
-                continue
-            for each in nodes:
-                each.source = node.source
-            made[node] = nodes
-            replaced[node.results[0]] = result.value
-            if node.results[0].name != node.op.name:
-                result.value.name = node.results[0].name
-            taken = self._mark(node.results[0], view.base, done)
-            self.log.match(self.rule.name, self.function, node, taken, nodes)
-        if made:
-            self._replace(made, replaced)
-        return len(made)
-
-    def _refuse(self, node: Node, reason: str) -> None:
-        self.log.refuse(self.rule.name, self.function, node, reason)
+            if turn is not None:
+                taken = tuple(v.node for v in inner if v.node is not None and self.views.known(v) is not None)
+                yield _Turned(root=node, nodes=taken, view=view, turn=turn)
+                if self.work.is_replaced(node.results[0]):
+                    done |= inner.keys()
+            elif self._is_whole(view):
+                self.work.refuse(
+                    self.rule, Refusal("the pairs, signs or angles are in neither of rotary's orders", node)
+                )
+                done |= inner.keys()
 
     def _is_whole(self, view: View) -> bool:
         """Whether a view is of whole pairs, and not of what is yet to be joined with the other half."""
@@ -125,80 +117,59 @@ class _Turns:
             return "the cosine and the sine are of different angles"
         return None
 
-    def _mark(self, value: Value, base: Value | None, done: set[Value]) -> list[Node]:
-        """What is within a turn is no root of its own; gives its nodes."""
-        found: list[Node] = []
+    def _within(self, value: Value, base: Value | None, done: set[Value]) -> dict[Value, None]:
+        """What is within a turn, and therefore no root of its own."""
+        found: dict[Value, None] = {}
         pending = [value]
         while pending:
             inner = pending.pop()
-            if inner is base or inner in done:
+            if inner is base or inner in done or inner in found:
                 continue
-            done.add(inner)
+            found[inner] = None
             if inner.node is not None and self.views.known(inner) is not None:
-                found.append(inner.node)
                 pending += inner.node.inputs
         return found
 
-    def _replace(self, made: dict[Node, list[Node]], replaced: dict[Value, Value]) -> None:
-        function = self.function
-        nodes: list[Node] = []
-        for node in function.nodes:
-            nodes += made.get(node, [node])
-        for node in nodes:
-            if any(v in replaced for v in node.inputs):
-                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
-        function.outputs = {name: replaced.get(v, v) for name, v in function.outputs.items()}
-        function.nodes = nodes
-        drop_unread(function)
-        sweep((IdentityRearrange(), RearrangeOfRearrange()), function, self.graph, self.log)
 
-    # -- the op ------------------------------------------------------------------------------------------------
-
-    def _rotary(self, node: Node, view: View, turn: _Turn) -> Expr | None:
-        """The op in place of a root, or None, with the reason in the log, where its angles or axes are others."""
-        assert view.base is not None
-        assert view.angles is not None
-        b = self.builder
-        x, lead = turn.heads_of(b.expr(view.base)), view.lead
-        if x.rank != 4:
-            self._refuse(node, f"x has rank {x.rank}, rotary takes rows, heads, positions and dimensions")
-            return None
-        lead = (*lead, *[None] * (3 - len(lead)))
-        axes = Axes()
-        x_layout = axes.of(x.value)
-        varying = [i for i, at in enumerate(lead) if at is not None]
-        if not 1 <= len(varying) <= 2:
-            self._refuse(
-                node, f"the angles vary along {len(varying)} axes beside that of pairs, not by row and position"
-            )
-            return None
-        s = varying[-1]
-        others = [i for i in range(3) if i != s]
-        row = varying[0] if len(varying) == 2 else others[0]
-        head = next(i for i in others if i != row)
-        angle_layout = list(axes.of(view.angles))
-        for i in varying:
-            at = lead[i]
-            assert at is not None
-            angle_layout[at] = x_layout[i]
-        found = _positions_and_frequencies(axes, Placed(view.angles, tuple(angle_layout)))
-        if found is None:
-            self._refuse(node, "the angles are no product of whole positions and frequencies")
-            return None
-        positions, frequencies = found
-        inner = axes.new(x.shape[-1])
-        held: Layout = (*x_layout[:3], inner)
-        order = (x_layout[row], x_layout[head], x_layout[s], inner)
-        placed = axes.place(b, x, held, order)
-        whole = axes.place(b, b.expr(positions.value), positions.layout, (x_layout[row], x_layout[s]))
-        f = axes.place(b, b.expr(frequencies.value), frequencies.layout, (angle_layout[-1],))
-        if f.shape[0] != turn.pairs:
-            f = b.slice(f, axis=0, start=0, stop=turn.pairs)
-        made = turn.shaped(axes.place(b, b.rotary(placed, whole, f, layout=turn.layout), order, held), view)
-        if made.type != node.results[0].type:
-            self._refuse(node, f"rotary would give {made.type} for {node.results[0].type}")
-            return None
-        return made
+def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
+    """The op in place of a root, or why not, where its angles or axes are others."""
+    view, turn = site.view, site.turn
+    assert view.base is not None
+    assert view.angles is not None
+    x, lead = turn.heads_of(b.expr(view.base)), view.lead
+    if x.rank != 4:
+        return Refusal(f"x has rank {x.rank}, rotary takes rows, heads, positions and dimensions")
+    lead = (*lead, *[None] * (3 - len(lead)))
+    axes = Axes()
+    x_layout = axes.of(x.value)
+    varying = [i for i, at in enumerate(lead) if at is not None]
+    if not 1 <= len(varying) <= 2:
+        return Refusal(f"the angles vary along {len(varying)} axes beside that of pairs, not by row and position")
+    s = varying[-1]
+    others = [i for i in range(3) if i != s]
+    row = varying[0] if len(varying) == 2 else others[0]
+    head = next(i for i in others if i != row)
+    angle_layout = list(axes.of(view.angles))
+    for i in varying:
+        at = lead[i]
+        assert at is not None
+        angle_layout[at] = x_layout[i]
+    found = _positions_and_frequencies(axes, Placed(view.angles, tuple(angle_layout)))
+    if found is None:
+        return Refusal("the angles are no product of whole positions and frequencies")
+    positions, frequencies = found
+    inner = axes.new(x.shape[-1])
+    held: Layout = (*x_layout[:3], inner)
+    order = (x_layout[row], x_layout[head], x_layout[s], inner)
+    placed = axes.place(b, x, held, order)
+    whole = axes.place(b, b.expr(positions.value), positions.layout, (x_layout[row], x_layout[s]))
+    f = axes.place(b, b.expr(frequencies.value), frequencies.layout, (angle_layout[-1],))
+    if f.shape[0] != turn.pairs:
+        f = b.slice(f, axis=0, start=0, stop=turn.pairs)
+    made = turn.shaped(axes.place(b, b.rotary(placed, whole, f, layout=turn.layout), order, held), view)
+    if made.type != site.root.results[0].type:
+        return Refusal(f"rotary would give {made.type} for {site.root.results[0].type}")
+    return made
 
 
 @dataclass(frozen=True)

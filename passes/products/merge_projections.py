@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from treadle.ir.builder import Builder
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Node, Value
 from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.merged_products import MOST_PROJECTIONS
 from treadle.ir.ops.products import Linear, MatMul
-from treadle.passes.cleanup.dead_code import drop_unread
-from treadle.passes.framework.manager import Pass
-from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 
 @dataclass(frozen=True)
-class MergeProjections(Pass):
+class MergeProjections(SiteRewrite["_Merged"]):
     """q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv)
     -->   q, k, v = projections(x, wq, wk, wv, bq, bk, none)
 
@@ -30,41 +28,40 @@ class MergeProjections(Pass):
     a gate: such a product is stored finished, a slice would have to be read again.
     """
 
-    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+    def sites(self, work: Rewriting) -> Iterator[_Merged]:
+        function = work.function
         projections = find_projections(function)
-        if not projections:
-            return 0
-        uses = function.uses()
-        made: dict[Node, list[Node]] = {}
-        replaced: dict[Value, Value] = {}
+        uses = function.uses() if projections else {}
         weights = {part.product: tuple(p.weight for p in group) for group in projections for part in group}
         for group in projections:
             alone = []
             for part in group:
                 reason = _why_not(part, uses, function, weights)
                 if reason:
-                    log.refuse(self.name, function, part.product, reason)
+                    work.refuse(self.name, Refusal(reason, part.product))
                 else:
                     alone.append(part)
             for start in range(0, len(alone) - 1, MOST_PROJECTIONS):
                 parts = alone[start : start + MOST_PROJECTIONS]
                 if len(parts) > 1:
-                    made[parts[0].product] = _merged(graph, parts, replaced)
-                    for part in parts:
-                        bias = [] if part.result.node is None else [part.result.node]
-                        log.match(self.name, function, part.product, bias, made[parts[0].product])
-        if not made:
-            return 0
-        gone = {v.node for v in replaced}
-        kept: list[Node] = []
-        for node in function.nodes:
-            for each in (*made.get(node, ()), *(() if node in gone else (node,))):
-                each.operands = tuple(None if v is None else replaced.get(v, v) for v in each.operands)
-                kept.append(each)
-        function.outputs = {name: replaced.get(v, v) for name, v in function.outputs.items()}
-        function.nodes = kept
-        drop_unread(function)  # products of which a sum with a bias was replaced
-        return len(made)
+                    yield _Merged.of(parts)
+
+    def build(self, b: Builder, site: _Merged) -> tuple[Expr, ...]:
+        first = site.root
+        weights = [b.expr(part.weight) for part in site.parts]
+        biases = [None if part.bias is None else b.expr(part.bias) for part in site.parts]
+        weight_axes = "n k" if isinstance(first.op, Linear) else "k n"
+        b.scope = _shared_scope([part.product.scope for part in site.parts])
+        x = b.expr(first.inputs[0])
+        made: tuple[Expr, ...] = b.projections(x, *weights, *biases, count=len(weights), weight_axes=weight_axes)
+        for part, result in zip(site.parts, made, strict=True):
+            result.value.name = part.result.name
+        return made
+
+    def record(self, work: Rewriting, site: _Merged, made: Sequence[Node]) -> None:
+        for part in site.parts:
+            bias = [] if part.result.node is None else [part.result.node]
+            work.log.match(self.name, work.function, part.product, bias, made)
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,18 @@ class Projection:
     result: Value
     weight: Value
     bias: Value | None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Merged(Site):
+    """Projections that become one product, at the first of them."""
+
+    parts: Sequence[Projection]
+
+    @staticmethod
+    def of(parts: Sequence[Projection]) -> _Merged:
+        nodes = tuple(n for part in parts for n in (part.product, part.result.node) if n is not None)
+        return _Merged(root=parts[0].product, nodes=nodes, replaced=tuple(p.result for p in parts), parts=parts)
 
 
 def find_projections(function: Function) -> list[list[Projection]]:
@@ -127,24 +136,6 @@ def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: 
         if fits and add.result.type == node.result.type:
             return Projection(node, add.result, node.inputs[1], bias)
     return Projection(node, node.result, node.inputs[1], None)
-
-
-def _merged(graph: Graph, parts: Sequence[Projection], replaced: dict[Value, Value]) -> list[Node]:
-    """The node of one op for all parts; what replaces their results is added to `replaced`."""
-    scratch = Function("scratch")
-    b = Builder(graph, scratch)
-    first = parts[0].product
-    weights = [b.expr(part.weight) for part in parts]
-    biases = [None if part.bias is None else b.expr(part.bias) for part in parts]
-    weight_axes = "n k" if isinstance(first.op, Linear) else "k n"
-    with b.placed_as(first):
-        b.scope = _shared_scope([part.product.scope for part in parts])
-        x = b.expr(first.inputs[0])
-        made = b.projections(x, *weights, *biases, count=len(parts), weight_axes=weight_axes)
-    for part, result in zip(parts, made, strict=True):
-        result.value.name = part.result.name
-        replaced[part.result] = result.value
-    return scratch.nodes
 
 
 def _shared_scope(scopes: Sequence[str]) -> str:

@@ -1,0 +1,328 @@
+"""The engine of every pass that replaces what it finds: patterns (`treadle.passes.framework.rewrite`) and sites.
+
+    @dataclass(frozen=True)
+    class FuseDoubleNegation(SiteRewrite[Site]):
+        \"\"\"-(-x)   -->   x\"\"\"
+
+        def sites(self, work):
+            for node in work.walk():
+                above = node.inputs[0].node if isinstance(node.op, Neg) else None
+                if above is not None and isinstance(above.op, Neg):
+                    yield Site(node, (above,))
+
+        def build(self, b, site):
+            return b.expr(site.nodes[0].inputs[0])
+
+A pass says what it finds, what it refuses and what it builds. The rest is here, once: a replacement is built aside,
+under the scope and the source line of the node in whose place it comes; it has the types of what it replaces; everyone
+reads it from then on; what nobody reads any more goes; and the log tells of all that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
+
+from treadle.ir.builder import Builder, Expr, describe_source
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import Event, PassRecord
+from treadle.passes.framework.returned_values import readers_of
+
+NEAR_MISSES_KEPT = 20
+"""How many near misses a pass keeps for one function."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something is not rewritten, and the node that stands in the way (the root of it, if none is named).
+
+    hint     the smallest change that would let it be rewritten, where the rule can tell
+    matched  where the rule had not gone through all of its form: the nodes that fitted, in order
+    """
+
+    reason: str
+    at: Node | Expr | None = None
+    hint: str = ""
+    matched: tuple[Node, ...] = ()
+
+    @property
+    def node(self) -> Node | None:
+        return self.at.value.node if isinstance(self.at, Expr) else self.at
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where a pass has found what it replaces. A pass that has more to say of it adds fields.
+
+    root      the node under whose scope and source line the replacement comes, and in whose place
+    nodes     the other nodes that it takes
+    replaced  the values in whose place others come: what the root gives, if nothing is said
+    place     the node in whose place the replacement stands, where that is not the root
+    rule      by which name the log tells of it: the pass's, if nothing is said
+    reason    what it comes to, where the pass tells
+    """
+
+    root: Node
+    nodes: tuple[Node, ...] = ()
+    replaced: tuple[Value, ...] = field(default=(), kw_only=True)
+    place: Node | None = field(default=None, kw_only=True)
+    rule: str = field(default="", kw_only=True)
+    reason: str = field(default="", kw_only=True)
+
+    @property
+    def stands_at(self) -> Node:
+        return self.place or self.root
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What was built, and what it stands for.
+
+    replaced  values, and `results` those that come in their place, of the same types
+    made      the new nodes, in order
+    """
+
+    root: Node
+    replaced: Sequence[Value]
+    results: Sequence[Value]
+    made: list[Node]
+
+
+FoundSite = TypeVar("FoundSite", bound=Site)
+
+
+@dataclass(frozen=True)
+class SiteRewrite(Pass, Generic[FoundSite]):
+    """A pass that finds by itself what no pattern says. Write `sites` and `build`."""
+
+    tidying: ClassVar[Pass | None] = None
+    """A pass for what the replacements leave between them and their neighbours."""
+
+    def sites(self, work: Rewriting) -> Iterator[FoundSite]:
+        """What is to be replaced. A site is replaced, or refused by `build`, before the next one is asked for."""
+        raise PassError(f"pass {self.name} finds no sites")
+
+    def build(self, b: Builder, site: FoundSite) -> Any:
+        """Build what comes in the place of a site's values: an Expr for each of them, or a Refusal."""
+        raise PassError(f"pass {self.name} has no replacement")
+
+    def record(self, work: Rewriting, site: FoundSite, made: Sequence[Node]) -> None:
+        """Tell the log of a site that was replaced."""
+        work.log.match(site.rule or self.name, work.function, site.root, site.nodes, made, site.reason)
+
+    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
+        work = Rewriting(function, graph, log)
+        for site in self.sites(work):
+            self._replace(work, site)
+        applied = work.finish()
+        if applied:
+            function.nodes = needed_nodes(function.nodes, function.outputs.values())
+            if self.tidying is not None:
+                self.tidying.run(function, graph, log)
+        return applied
+
+    def _replace(self, work: Rewriting, site: FoundSite) -> None:
+        built = work.build(self.name, site.root, lambda b: self.build(b, site), site.replaced)
+        if isinstance(built, Refusal):
+            work.refuse(self.name, built, site.root)
+            return
+        self.record(work, site, built.made)
+        work.put(built, site.nodes, site.stands_at)
+
+
+class Rewriting:
+    """One function while a pass replaces sites in it.
+
+    Until `finish`, the function's list of nodes is as it was, and a node reads what it read until `walk` comes to it.
+    """
+
+    def __init__(self, function: Function, graph: Graph, log: PassRecord) -> None:
+        self.function, self.graph, self.log = function, graph, log
+        self.builder = Builder(graph, Function("scratch"))
+        self.gone: set[Node] = set()
+        """Nodes that were taken, and that nobody reads any more."""
+        self.applied = 0
+        self._now: dict[Value, Value] = {}
+        self._stale: set[Node] = set()
+        self._made: dict[Node, list[Node]] = {}
+        self._beside: list[tuple[Node | None, Node]] = []
+        """Nodes that gave a value which is replaced with a root's, and where the replacement stands."""
+        self._near_misses: list[tuple[Node, Event]] = []
+
+    @cached_property
+    def _readers(self) -> dict[Value, list[Node | None]]:
+        """Who reads a result. Found when first asked for: most functions hold nothing that a pass looks for."""
+        return readers_of(self.function)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def walk(self, *, into: bool = False) -> Iterator[Node]:
+        """The function's nodes in order, each up to date when it is reached.
+
+        into   also those that were made on the way, when what they stand for is reached
+        """
+        pending = self.function.nodes[::-1]
+        while pending:
+            node = pending.pop()
+            if node in self._stale:
+                self._bring_up_to_date(node)
+            yield node
+            if into and node in self._made:
+                pending.extend(reversed(self._made[node]))
+
+    def readers(self, value: Value) -> list[Node | None]:
+        """Who reads what a node gives now, None for an output."""
+        return [node for node in self._readers.get(value, ()) if node not in self.gone]
+
+    def is_replaced(self, value: Value) -> bool:
+        """Whether another value came in the place of this one."""
+        return value in self._now
+
+    # -- what the log tells ------------------------------------------------------------------------------------
+
+    def refuse(self, rule: str, refusal: Refusal, root: Node | None = None, nodes: Iterable[Node] = ()) -> None:
+        """A rule was about to take nodes, and does not."""
+        at = refusal.node or root
+        assert at is not None, "a refusal names a node, or is of a root"
+        self.log.refuse(rule, self.function, at, refusal.reason, refusal.hint, nodes, refusal.matched)
+
+    def near_miss(
+        self, rule: str, root: Node, at: Node, reason: str, hint: str = "", matched: Sequence[Node] = (), edge: str = ""
+    ) -> None:
+        """A rule nearly fitted at a root. Nothing is told where the root is taken after all."""
+        given = self.log.lineage.of((at, *matched))
+        names = tuple([node.op.name for node in matched])
+        event = Event.at(rule, self.function, at, reason, hint, matched=names, edge=edge, given=given)
+        self._near_misses.append((root, event))
+
+    # -- replacing ---------------------------------------------------------------------------------------------
+
+    def build(
+        self, rule: str, root: Node, make: Callable[[Builder], Any], replaced: Sequence[Value] = ()
+    ) -> Replacement | Refusal:
+        """Build aside what is to come in the place of values (of what the root gives, if none are named).
+
+        Raises PassError for a replacement of another type.
+        """
+        scratch = self.builder.function
+        with self.builder.placed_as(root):
+            given = make(self.builder)
+        made, scratch.nodes = scratch.nodes, []
+        if isinstance(given, Refusal):
+            return given
+        for node in made:
+            node.source = root.source
+        given = given if isinstance(given, tuple | list) else (given,)
+        results = [r.value if isinstance(r, Expr) else r for r in given]
+        replaced = replaced or root.results
+        wanted, got = [v.type for v in replaced], [v.type for v in results]
+        if wanted != got:
+            raise PassError(
+                f"rule {rule} replaces {root.op.name} by another type",
+                received=f"{', '.join(map(str, got))} for {', '.join(map(str, wanted))}",
+                source=describe_source(root.source, root.scope),
+            )
+        return Replacement(root, replaced, results, made)
+
+    def put(self, built: Replacement, nodes: Iterable[Node] = (), place: Node | None = None) -> None:
+        """Let everyone read a replacement, which stands in the place of its root, or of another node.
+
+        nodes   what it takes beside the root: those that nobody reads any more are gone
+        """
+        root, made = built.root, built.made
+        for node in made:
+            for value in dict.fromkeys(node.inputs):
+                if value in self._now:  # it was found before that was replaced
+                    self._stale.add(node)
+                self._readers.setdefault(self._current(value), []).append(node)
+        self._made[place or root] = made
+        self.applied += 1
+        for old, new in zip(built.replaced, built.results, strict=True):
+            readers = self.readers(old)
+            self._now[old] = new
+            if old.node is not root:
+                self._beside.append((old.node, place or root))
+            self._stale.update([node for node in readers if node is not None])
+            self._readers.setdefault(self._current(new), []).extend(readers)
+            self._readers[old] = []
+            nameless = new.node is not None and (new.node in made or new.name == new.node.op.name)
+            if nameless and old.node is not None and old.name != old.node.op.name:
+                new.name = old.name  # a name that someone gave outlives the op
+        taken = [root, *nodes]
+        while unread := [node for node in taken if not self._is_read(node)]:
+            self.gone.update(unread)
+            taken = [node for node in taken if node not in self.gone]
+
+    def _is_read(self, node: Node) -> bool:
+        for value in node.results:
+            for reader in self._readers.get(value, ()):
+                if reader not in self.gone:
+                    return True
+        return False
+
+    def finish(self) -> int:
+        """Bring the function up to date, and the log's near misses; returns how many sites were replaced."""
+        if self.applied:
+            for node in list(self._stale):
+                self._bring_up_to_date(node)
+            self.function.nodes = self._ordered()
+            self.function.outputs = {name: self._current(v) for name, v in self.function.outputs.items()}
+        missed = [event for root, event in self._near_misses if root not in self.gone]
+        self.log.near_misses.extend(missed[:NEAR_MISSES_KEPT])
+        if len(missed) > NEAR_MISSES_KEPT:
+            self.log.notes.append(f"{len(missed) - NEAR_MISSES_KEPT} more near misses in {self.function.name}")
+        return self.applied
+
+    def _current(self, value: Value) -> Value:
+        while value in self._now:
+            value = self._now[value]
+        return value
+
+    def _bring_up_to_date(self, node: Node) -> None:
+        node.operands = tuple([None if v is None else self._current(v) for v in node.operands])
+        self._stale.discard(node)
+
+    def _ordered(self) -> list[Node]:
+        """The nodes that are left or made. One that reads what came in the place of an earlier value waits for that."""
+        groups = [self._in_place_of(n) if n in self._made else [n] for n in self.function.nodes]
+        nodes = [node for group in groups for node in group if node not in self.gone]
+        at = {node: position for position, node in enumerate(self.function.nodes)} if self._beside else {}
+        if all(giver in at and place in at and at[giver] >= at[place] for giver, place in self._beside):
+            return nodes  # none has readers ahead of what comes in its place
+        to_come = set(nodes)
+        ordered: list[Node] = []
+        waiting: list[Node] = []
+
+        def append(nodes: Iterable[Node]) -> list[Node]:
+            """Append those that need not wait, and give the others."""
+            early = []
+            for node in nodes:
+                if any(v.node in to_come for v in node.inputs):
+                    early.append(node)
+                else:
+                    ordered.append(node)
+                    to_come.discard(node)
+            return early
+
+        for group in groups:
+            early = append(node for node in group if node not in self.gone)
+            if waiting or early:
+                waiting = append([*waiting, *early])
+        return ordered + waiting
+
+    def _in_place_of(self, node: Node) -> list[Node]:
+        """A node behind what was made in its place, or in the place of that in turn."""
+        found: list[Node] = []
+        pending = [(node, False)]
+        while pending:
+            each, opened = pending.pop()
+            if each in self._made and not opened:
+                pending.append((each, True))
+                pending.extend((node, False) for node in reversed(self._made[each]))
+            else:
+                found.append(each)
+        return found
