@@ -30,11 +30,6 @@ class DeadCode(Pass):
         return changes
 
 
-def drop_unread(function: Function) -> None:
-    """Remove the nodes of one function whose results nobody reads."""
-    function.nodes = needed_nodes(function.nodes, function.outputs.values())
-
-
 def _walk(graph: Graph, log: PassRecord) -> int:
     """Clean every function once, callers first; returns the number of things removed."""
     removed = 0

@@ -34,7 +34,7 @@ from treadle.ir.ops.products import MatMul
 from treadle.ir.ops.reductions import ReduceMean, ReduceSum
 from treadle.ir.ops.shapes import Concat, Expand, Rearrange
 from treadle.passes.cleanup.round_trips import counts_steps, round_trip_at, round_trip_from
-from treadle.passes.fusion.attention.core import softmax_at
+from treadle.passes.fusion.attention.probabilities import softmax_at
 from treadle.passes.sites.product_sites import epilogue_nodes, gate_nodes
 from treadle.passes.sites.projection_sites import products_of_one_value, scale_nodes
 from treadle.passes.sites.stream_sites import embedding_nodes, normed_value, residual_nodes

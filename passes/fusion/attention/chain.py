@@ -116,17 +116,27 @@ class ChainTerms:
 
 
 def is_mask(
-    fill: float, *, added: bool, by_position: bool, overridden: bool, row_keeps_a_key: bool, zero_empty_rows: bool
+    fill: float,
+    *,
+    added: bool,
+    by_position: bool,
+    has_condition: bool,
+    overridden: bool,
+    row_keeps_a_key: bool,
+    zero_empty_rows: bool,
 ) -> bool:
     """Whether a mask by this number is one of attention's, or else a bias.
 
-    A row that attention's masks leave no key gives zeros. So it is a mask if
+    Only what has a condition, or is known by position, can be one: a table of numbers is neither. A row that
+    attention's masks leave no key gives zeros. So it is a mask if
 
       - zero_empty_rows: zeros are what the caller wants there
-      - every row keeps a key, whatever the masks hold, and it is filled in or known by position: any other addend is a
-        tensor already
+      - row_keeps_a_key, whatever the masks hold, and it is filled in or known by position: any other addend is a tensor
+        already
       - it is -inf, which gives zeros or NaN there, and no number is filled in later where it masks (`overridden`)
     """
+    if not (has_condition or by_position):
+        return False
     if zero_empty_rows:
         return True
     if row_keeps_a_key and (by_position or not added):
@@ -150,27 +160,28 @@ def terms_of_chain(
     """
     found = ChainTerms()
     steps = _read(roles, scores, exactly=False)
-    settled = not any(step.hazards for step in steps)
-    keeps_a_key = settled and never_empty([*beside, *(f for step in steps for f in step.kept.terms)], roles)
+    masks_outweigh = not any(step.hazards for step in steps)
+    keeps_a_key = masks_outweigh and never_empty([*beside, *(f for step in steps for f in step.kept.terms)], roles)
     for step in steps:
         _expect_low(step, scores)
         found.notes += step.kept.notes
     if not (keeps_a_key or zero_empty_rows):
-        found.notes += _addend_notes(steps, settled, rule)
+        found.notes += _addend_notes(steps, masks_outweigh, rule)
         steps = _read(roles, scores, exactly=True)
     masks: list[Step] = []
     others: list[Step] = []
-    fills = [n for n, step in enumerate(steps) if step.filled and step.is_finite]
+    last_fill = max((n for n, step in enumerate(steps) if step.filled and step.is_finite), default=0)
     for n, step in enumerate(steps):
-        made = step.mask is not None and is_mask(
+        masking = step.mask is not None and is_mask(
             step.fill,
             added=not step.filled,
             by_position=step.kept.structural,
-            overridden=n < max(fills, default=0),
+            has_condition=isinstance(step.mask, Chosen),
+            overridden=n < last_fill,
             row_keeps_a_key=keeps_a_key,
             zero_empty_rows=zero_empty_rows,
         )
-        (masks if made and (step.kept.structural or isinstance(step.mask, Chosen)) else others).append(step)
+        (masks if masking else others).append(step)
     found.masks = [f for step in masks for f in step.kept.terms]
     if keeps_a_key or zero_empty_rows:
         found.biases = _each(roles, others)
@@ -221,9 +232,12 @@ def _expect_low(step: Step, scores: Scores) -> None:
         raise Mismatch("what is added to the scores may be inf", node, scores.nodes)
 
 
-def _addend_notes(steps: Sequence[Step], settled: bool, rule: str) -> Iterator[Note]:
-    """Tell of masks by large negative numbers, which are added, where with -inf they would have been terms."""
-    why = "a row in which every key is masked is an average" if settled else "another addend may outweigh it"
+def _addend_notes(steps: Sequence[Step], masks_outweigh: bool, rule: str) -> Iterator[Note]:
+    """Tell of masks by large negative numbers, which are added, where with -inf they would have been terms.
+
+    masks_outweigh   whether no other addend may be as large as they are
+    """
+    why = "a row in which every key is masked is an average" if masks_outweigh else "another addend may outweigh it"
     hint = f"-inf in its place, or {rule}(zero_empty_rows=True)"
     for step in steps:
         if step.is_finite and (isinstance(step.mask, Chosen) or step.kept.structural):
@@ -243,18 +257,18 @@ def _biases(roles: Roles, steps: Sequence[Step], overflow: _Overflow | None) -> 
     if overflow is not None and overflow.scaled:
         end = max(end, overflow.last)
     joined: list[Step] = []
-    alone: list[Step] = []
+    separate: list[Step] = []
     for n, step in enumerate(steps):
         later = [steps[m] for m in fills if m > n]
         lost = step.mask is None and not step.hazards and all(_absorbs(each) for each in later)
-        (alone if n > end or (lost and later) else joined).append(step)
+        (separate if n > end or (lost and later) else joined).append(step)
     if len(joined) <= 1 and not (overflow is not None and overflow.scaled):
-        return _each(roles, [*joined, *alone])
+        return _each(roles, [*joined, *separate])
     puts = [_put(roles, step) for step in joined]
     held = {axis for put in puts for axis in put.operand.axes.split()}
     axes = " ".join(name for name in roles.groups if name in held) or "t"
-    whole = OnZeros(puts[-1].operand.placed, axes, puts=tuple(puts))
-    return [Fused(TensorBias(axes), (whole,)), *_each(roles, alone)]
+    as_one = OnZeros(puts[-1].operand.placed, axes, puts=tuple(puts))
+    return [Fused(TensorBias(axes), (as_one,)), *_each(roles, separate)]
 
 
 def _each(roles: Roles, steps: Sequence[Step]) -> list[Fused]:

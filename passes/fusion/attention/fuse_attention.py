@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import TreadleError
-from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.ops.arithmetic import Div
-from treadle.ir.ops.normalization import MaskedSoftmax, Softmax
-from treadle.passes.cleanup.canonicalize import IdentityRearrange, RearrangeOfRearrange
-from treadle.passes.cleanup.dead_code import drop_unread
-from treadle.passes.framework.manager import Pass
-from treadle.passes.framework.pass_log import PassRecord
-from treadle.passes.framework.returned_values import ReturnedValues, readers_of
-from treadle.passes.framework.rewrite import sweep
-from treadle.passes.fusion.attention.core import (
-    Mismatch,
-    Values,
-    Weighting,
-    find_scores,
-    follow_probabilities,
-    is_weight,
-    softmax_at,
-)
+from treadle.ir.graph import Node, Value
+from treadle.passes.cleanup.canonicalize import TidyLayout
+from treadle.passes.framework.returned_values import ReturnedValues
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
+from treadle.passes.fusion.attention.core import Mismatch, Values, Weighting
+from treadle.passes.fusion.attention.origins import is_weight
 from treadle.passes.fusion.attention.plan import Plan
+from treadle.passes.fusion.attention.probabilities import follow_probabilities, softmax_at
+from treadle.passes.fusion.attention.scores import find_scores
 from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 
 @dataclass(frozen=True)
-class FuseAttention(Pass):
+class FuseAttention(SiteRewrite["_Attention"]):
     """softmax(softcap(scale q k^T) + biases, masked) v   -->   attention(q, k, v, terms, scale, softcap)
     p = softmax(...); return p v, p                    -->   attention_with_probabilities(q, k, v, ...)
 
@@ -67,21 +56,30 @@ class FuseAttention(Pass):
     """
 
     zero_empty_rows: bool = False
+    tidying = TidyLayout()
 
-    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not any(isinstance(node.op, (Softmax, MaskedSoftmax, Div)) for node in function.nodes):
-            return 0
-        applied = _Search(self, function, graph, log).run()
-        if applied:
-            sweep(_TIDYING, function, graph, log)
-        return applied
+    def sites(self, work: Rewriting) -> Iterator[_Attention]:
+        return _Finder(self.name, work).sites(self.zero_empty_rows)
+
+    def build(self, b: Builder, site: _Attention) -> list[Expr] | Refusal:
+        made = site.plan.build(b)
+        return replace(made, matched=site.plan.nodes) if isinstance(made, Refusal) else made
+
+    def record(self, work: Rewriting, site: _Attention, made: Sequence[Node]) -> None:
+        for note in site.plan.chain.notes:
+            refusal = Refusal(f"the mask {note.reason}", note.node, note.hint)
+            work.refuse(self.name, refusal, nodes=(site.plan.weighting.anchor,))
+        super().record(work, site, made)
 
 
-_TIDYING = (IdentityRearrange(), RearrangeOfRearrange())
-"""For what attention's own layout leaves between it and its neighbours."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Attention(Site):
+    """A product of probabilities with values, and what becomes of it."""
+
+    plan: Plan
 
 
-class Site(NamedTuple):
+class _Core(NamedTuple):
     """A softmax whose result weights values: its own layout, and the way to the product with the values."""
 
     weighting: Weighting
@@ -89,141 +87,72 @@ class Site(NamedTuple):
     layout: Layout
     values: Values
 
-    @property
-    def product(self) -> Node:
-        return self.values.product
 
+class _Finder:
+    """The walk over one function."""
 
-class _Search:
-    """The walk over one function. A site is looked at when its last node, the product with the values, is reached."""
-
-    def __init__(self, options: FuseAttention, function: Function, graph: Graph, log: PassRecord) -> None:
-        self.options, self.function, self.graph, self.log = options, function, graph, log
-        self.scratch = Function("scratch")
-        self.builder = Builder(graph, self.scratch)
-        self.replaced: dict[Value, Value] = {}
+    def __init__(self, rule: str, work: Rewriting) -> None:
+        self.rule, self.work = rule, work
+        self.returned = ReturnedValues(work.graph)
         self.by_offset: dict[Value, np.ndarray[Any, Any] | None] = {}
-        self.users = readers_of(function)
-        self.returned = ReturnedValues(graph)
 
-    def readers(self, value: Value) -> Sequence[Node | None]:
-        return self.users.get(value, ())
-
-    def goes_out(self, user: Node | None, value: Value) -> bool:
-        return self.returned.goes_out(self.function, user, value)
-
-    def run(self) -> int:
-        sites: dict[Node, Site] = {}
-        softmaxes: dict[Node, Node] = {}
-        for node in self.function.nodes:
-            site = self._site(node)
-            if site is not None:
-                sites[site.product] = site
-                softmaxes[site.product] = node
-        if not sites:
-            return 0
-        kept: list[Node] = []
-        applied = 0
-        for node in self.function.nodes:
-            if self.replaced and any(v in self.replaced for v in node.inputs):
-                node.operands = tuple(v if v is None else self.replaced.get(v, v) for v in node.operands)
-            site = sites.get(node)
-            if site is not None and self.replaced:
-                site = self._site(softmaxes[node])  # what it reads may be an attention by now
-            made = self._fused(node, site) if site is not None else None
-            if made is None or site is None:
-                kept.append(node)
+    def sites(self, zero_empty_rows: bool) -> Iterator[_Attention]:
+        """A site is looked at when its last node, the product with the values, is reached."""
+        cores: dict[Node, tuple[Node, _Core]] = {}
+        for node in self.work.function.nodes:
+            core = self._core(node)
+            if core is not None:
+                cores[core.values.product] = node, core
+        for node in self.work.walk() if cores else ():
+            softmax, core = cores.get(node, (None, None))
+            if softmax is not None and self.work.applied:
+                core = self._core(softmax)  # what it reads may be an attention by now
+            if core is None:
                 continue
-            returned = {placed.value for placed in site.values.returned}
-            behind = self._computed_from(returned, kept) if returned else {}
-            kept = [*(n for n in kept if n not in behind), *made, *behind]
-            applied += 1
-        self.function.outputs = {name: self.replaced.get(v, v) for name, v in self.function.outputs.items()}
-        self.function.nodes = kept
-        if applied:
-            drop_unread(self.function)
-        return applied
+            weighting, axes, layout, values = core
+            try:
+                scores = find_scores(axes, weighting, layout, self.work.readers)
+                symbols = self.work.graph.symbols
+                plan = Plan(axes, layout, symbols, weighting, values, scores, zero_empty_rows, self.by_offset)
+            except Mismatch as mismatch:
+                self.work.refuse(self.rule, mismatch.refusal)
+                continue
+            yield _Attention(
+                root=node,
+                nodes=(*weighting.nodes, *scores.nodes, *values.nodes),
+                replaced=plan.replaced,
+                rule="attention-with-probabilities" if values.returned else self.rule,
+                plan=plan,
+            )
 
-    def _site(self, node: Node) -> Site | None:
-        """The site of a softmax, if there is one; why it is none is recorded."""
+    def _core(self, node: Node) -> _Core | None:
+        """What is found of attention at a softmax, if there is one; why it is none is recorded."""
         weighting = softmax_at(node)
         if weighting is None:
             return None
         axes = Axes()
         layout = axes.of(weighting.anchor.results[0])
         try:
-            values = follow_probabilities(axes, weighting, layout, self.readers, self.goes_out)
+            values = follow_probabilities(axes, weighting, layout, self.work.readers, self._goes_out)
         except Mismatch as mismatch:
             self._refuse(weighting, mismatch)
             return None
-        return Site(weighting, axes, layout, values)
+        return _Core(weighting, axes, layout, values)
 
-    def _computed_from(self, values: set[Value], nodes: Sequence[Node]) -> dict[Node, None]:
-        """Those of these nodes that are computed from values which were replaced. They read from now on what stands in
-        their place, and have to stand behind it."""
-        values = set(values)
-        found: dict[Node, None] = {}
-        for node in nodes:
-            if any(v in values for v in node.inputs):
-                node.operands = tuple(v if v is None else self.replaced.get(v, v) for v in node.operands)
-                values.update(node.results)
-                found[node] = None
-        return found
+    def _goes_out(self, user: Node | None, value: Value) -> bool:
+        return self.returned.goes_out(self.work.function, user, value)
 
     def _refuse(self, weighting: Weighting, mismatch: Mismatch) -> None:
         """Record why a softmax of a product, or with one after it, is not fused; any other is no one's attention."""
         before = self._nodes_before(weighting)
         if before or mismatch.node.is_contraction:
-            self._record(Mismatch(mismatch.reason, mismatch.node, (*before, *mismatch.matched), mismatch.hint))
+            self.work.refuse(self.rule, replace(mismatch.refusal, matched=(*before, *mismatch.matched)))
 
     def _nodes_before(self, weighting: Weighting) -> tuple[Node, ...]:
         """What lies between a softmax and the product of queries and keys that it is taken of, with that product."""
         axes = Axes()
         try:
-            found = find_scores(axes, weighting, axes.of(weighting.scores), self.readers, rounded=True)
+            found = find_scores(axes, weighting, axes.of(weighting.scores), self.work.readers, rounded=True)
         except Mismatch:
             return ()
         return () if any(map(is_weight, (found.left.value, found.right.value))) else found.nodes[::-1]
-
-    def _record(self, mismatch: Mismatch) -> None:
-        rule, matched = self.options.name, mismatch.matched
-        self.log.refuse(rule, self.function, mismatch.node, mismatch.reason, mismatch.hint, matched=matched)
-
-    def _fused(self, root: Node, site: Site) -> list[Node] | None:
-        """The nodes to stand in the place of the product with the values, or None where the site is refused."""
-        weighting, axes, layout, values = site
-        try:
-            scores = find_scores(axes, weighting, layout, self.readers)
-            zeros = self.options.zero_empty_rows
-            plan = Plan(axes, layout, self.graph.symbols, weighting, values, scores, zeros, self.by_offset)
-        except Mismatch as mismatch:
-            self._record(mismatch)
-            return None
-        refused = ""
-        placed: list[tuple[Value, Expr]] = []
-        try:
-            with self.builder.placed_as(root):
-                placed = plan.build(self.builder)
-            for old, new in placed:
-                if new.type != old.type:
-                    refused = f"attention would give {new.type} for {old.type}"
-        except TreadleError as error:
-            refused = f"attention does not take this: {error.what}"
-        made, self.scratch.nodes = self.scratch.nodes, []
-        if refused:
-            self._record(Mismatch(refused, root, scores.nodes))
-            return None
-        for node in made:
-            node.source = root.source
-        for note in plan.chain.notes:
-            reason = f"the mask {note.reason}"
-            self.log.refuse(self.options.name, self.function, note.node, reason, note.hint, (weighting.anchor,))
-        rule = "attention-with-probabilities" if values.returned else self.options.name
-        taken = (*weighting.nodes, *scores.nodes, *values.nodes)
-        self.log.match(rule, self.function, root, taken, made)
-        for old, new in placed:
-            self.replaced[old] = new.value
-            self.users[new.value] = self.users.get(old, [])
-            if old.node is not None and old.name != old.node.op.name and new.value.node is not None:
-                new.value.name = old.name
-        return made

@@ -16,21 +16,15 @@ import numpy as np
 
 from treadle.ir.attention_terms import AXES, MaskTerm, TensorBias
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Value
 from treadle.ir.sizes import Bounds
 from treadle.ir.types import DType, f32, i32
 from treadle.passes.cleanup.canonicalize import is_lossless
+from treadle.passes.framework.rewriting import Refusal
 from treadle.passes.fusion.attention.chain import Seen, terms_of_chain
-from treadle.passes.fusion.attention.core import (
-    Mismatch,
-    Origin,
-    Placed,
-    Scores,
-    Values,
-    Weighting,
-    is_weight,
-    origin_of,
-)
+from treadle.passes.fusion.attention.core import Mismatch, Placed, Scores, Values, Weighting
+from treadle.passes.fusion.attention.origins import Origin, is_weight, origin_of
 from treadle.passes.fusion.attention.roles import Roles, Said
 from treadle.passes.fusion.axis_tracking import Axes, Layout
 
@@ -176,8 +170,23 @@ class Plan:
 
     # -- building ----------------------------------------------------------------------------------------------
 
-    def build(self, b: Builder) -> list[tuple[Value, Expr]]:
-        """Attention: what it replaces, the product with the values first, and what stands in the place of each."""
+    @property
+    def replaced(self) -> tuple[Value, ...]:
+        """What attention replaces: the product with the values, and the probabilities where they are returned."""
+        return (self.values.product.results[0], *(placed.value for placed in self.values.returned))
+
+    def build(self, b: Builder) -> list[Expr] | Refusal:
+        """Attention: what stands in the place of each value that it replaces, or why it is none."""
+        try:
+            made = self._built(b)
+        except TreadleError as error:
+            return Refusal(f"attention does not take this: {error.what}")
+        for old, new in zip(self.replaced, made, strict=True):
+            if new.type != old.type:
+                return Refusal(f"attention would give {new.type} for {old.type}")
+        return made
+
+    def _built(self, b: Builder) -> list[Expr]:
         roles, axes = self.roles, self.axes
         groups = roles.groups
         q = self._laid_out(b, self.q, (groups["b"], groups["h"], groups["s"], self.d))
@@ -211,9 +220,7 @@ class Plan:
         by_row = (groups["b"], groups["h"], groups["s"])
         wanted = [(Placed(self.values.product.results[0], self.values.result), made[0], self.e)]
         wanted += [(placed, made[1], groups["t"]) for placed in returned]
-        return [
-            (p.value, axes.place(b, x.cast(p.value.type.dtype), (*by_row, last), p.layout)) for p, x, last in wanted
-        ]
+        return [axes.place(b, x.cast(p.value.type.dtype), (*by_row, last), p.layout) for p, x, last in wanted]
 
     def _laid_out(self, b: Builder, origin: Origin, wanted: Sequence[Sequence[int]]) -> Expr:
         placed = origin.as_laid_out(self.axes, wanted)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from treadle.ir.attention_terms import BiasTerm, BooleanMask, Causal, Segments, TensorBias, Term, Window
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import TreadleError
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
-from treadle.passes.cleanup.dead_code import drop_unread
-from treadle.passes.framework.manager import Pass
-from treadle.passes.framework.pass_log import Event, PassRecord
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Added, Chosen, Mismatch, Placed, Scores, Values, Weighting
 from treadle.passes.fusion.attention.plan import Plan
-from treadle.passes.fusion.attention.roles import Fused, Note, Said, Whole
+from treadle.passes.fusion.attention.roles import Fused, Said, Whole
 from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 
 @dataclass(frozen=True)
-class RefineAttention(Pass):
+class RefineAttention(SiteRewrite["_Refined"]):
     """attention(q, k, v, mask(b s t))   -->   attention(q, k, v, causal, mask(b t))        for a mask that is both
 
      1. a mask that is a conjunction  -->  its parts: causal, window, padding, segments, and for the rest masks of as
@@ -46,109 +43,68 @@ class RefineAttention(Pass):
 
     zero_empty_rows: bool = False
 
-    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        if not any(_is_attention(node) for node in function.nodes):
-            return 0
-        return _Refiner(self, function, graph, log).run()
+    def sites(self, work: Rewriting) -> Iterator[_Refined]:
+        by_offset: dict[Value, np.ndarray[Any, Any] | None] = {}
+        if not any(_is_attention(node) for node in work.function.nodes):
+            return
+        for node in work.walk():
+            if not _is_attention(node):
+                continue
+            try:
+                plan = self._plan(node, work.graph, by_offset)
+            except Mismatch as mismatch:
+                work.refuse(self.name, replace(mismatch.refusal, matched=()))
+                continue
+            for note in plan.chain.notes:
+                work.refuse(self.name, Refusal(f"the mask {note.reason}", note.node, note.hint))
+            if not plan.chain.notes:
+                self._tell_of_tensors(work, plan)
+            gain = _gain(plan, node)
+            if gain:
+                yield _Refined(root=node, reason=gain, plan=plan)
 
+    def build(self, b: Builder, site: _Refined) -> list[Expr] | Refusal:
+        return site.plan.build(b)
 
-def _is_attention(node: Node) -> bool:
-    return isinstance(node.op, (Attention, AttentionWithProbabilities))
-
-
-class _Refiner:
-    """The walk over one function."""
-
-    def __init__(self, options: RefineAttention, function: Function, graph: Graph, log: PassRecord) -> None:
-        self.options, self.function, self.graph, self.log = options, function, graph, log
-        self.rule = options.name
-        self.scratch = Function("scratch")
-        self.builder = Builder(graph, self.scratch)
-        self.by_offset: dict[Value, np.ndarray[Any, Any] | None] = {}
-
-    def run(self) -> int:
-        replaced: dict[Value, Value] = {}
-        kept: list[Node] = []
-        applied = 0
-        for node in self.function.nodes:
-            if any(v in replaced for v in node.inputs):
-                node.operands = tuple(v if v is None else replaced.get(v, v) for v in node.operands)
-            placed = self._refined(node) if _is_attention(node) else []
-            made, self.scratch.nodes = self.scratch.nodes, []
-            kept += made if placed else [node]
-            applied += bool(placed)
-            for old, new in placed:
-                replaced[old] = new.value
-                if old.name != node.op.name and new.value.node is not None:
-                    new.value.name = old.name
-        if applied:
-            self.function.outputs = {name: replaced.get(v, v) for name, v in self.function.outputs.items()}
-            self.function.nodes = kept
-            drop_unread(self.function)
-        return applied
-
-    def _refined(self, node: Node) -> list[tuple[Value, Expr]]:
-        """What stands in the place of an op's results, its nodes in the scratch function; nothing where it stays."""
-        try:
-            plan = self._plan(node)
-        except Mismatch as mismatch:
-            self._refuse(Note(mismatch.reason, mismatch.node, mismatch.hint))
-            return []
-        for note in plan.chain.notes:
-            self._refuse(Note(f"the mask {note.reason}", note.node, note.hint))
-        if not plan.chain.notes:
-            self._tell_of_tensors(plan)
-        gain = _gain(plan, node)
-        if not gain:
-            return []
-        try:
-            with self.builder.placed_as(node):
-                placed = plan.build(self.builder)
-        except TreadleError as error:
-            self._refuse(Note(f"attention does not take this: {error.what}", node))
-            return []
-        for old, new in placed:
-            if new.type != old.type:
-                self._refuse(Note(f"attention would give {new.type} for {old.type}", node))
-                return []
-        for made in self.scratch.nodes:
-            made.source = node.source
-        self.log.match(self.rule, self.function, node, made=self.scratch.nodes, reason=gain)
-        return placed
-
-    def _plan(self, node: Node) -> Plan:
+    def _plan(self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None]) -> Plan:
         """The op as a plan to make it once more. Keys may have been repeated in another order than heads share them
         in; then they stay as they are."""
         for grouped in (True, False):
             axes = Axes()
-            site = _Site.of(axes, node, grouped)
-            found, zeros = (site.weighting, site.values, site.scores), self.options.zero_empty_rows
-            plan = Plan(axes, site.rows, self.graph.symbols, *found, zeros, self.by_offset, site.said)
-            if plan.roles.atoms("h") == axes.flat(site.rows[1]):
+            op = _Op.of(axes, node, grouped)
+            found, zeros = (op.weighting, op.values, op.scores), self.zero_empty_rows
+            plan = Plan(axes, op.rows, graph.symbols, *found, zeros, by_offset, op.said)
+            if plan.roles.atoms("h") == axes.flat(op.rows[1]):
                 return plan
         return plan
 
-    def _refuse(self, note: Note) -> None:
-        self.log.refuse(self.rule, self.function, note.node, note.reason, note.hint)
-
-    def _tell_of_tensors(self, plan: Plan) -> None:
+    def _tell_of_tensors(self, work: Rewriting, plan: Plan) -> None:
         """A near miss for each mask of queries and keys that is computed, and is no term."""
         for fused in plan.chain.masks:
             if not isinstance(fused.term, BooleanMask) or not {"s", "t"} <= set(fused.term.axes.split()):
                 continue
             made_by = fused.operands[0].placed.value.node
             if made_by is not None:
-                reason = (
-                    f"the mask stays a tensor: {made_by.op.name} gives none of causal, window, padding and segments"
-                )
-                self.log.near_misses.append(Event.at(self.rule, self.function, made_by, reason))
+                none = f"{made_by.op.name} gives none of causal, window, padding and segments"
+                work.near_miss(self.name, made_by, made_by, f"the mask stays a tensor: {none}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Refined(Site):
+    """An attention op, and the one that it becomes."""
+
+    plan: Plan
+
+
+def _is_attention(node: Node) -> bool:
+    return isinstance(node.op, (Attention, AttentionWithProbabilities))
 
 
 # -- an op as the plan's parts -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Site:
+class _Op:
     """An attention op in the words in which spelled-out attention is found.
 
     rows   the layout of the scores: b, h, s, t
@@ -161,7 +117,7 @@ class _Site:
     said: Said
 
     @staticmethod
-    def of(axes: Axes, node: Node, grouped: bool) -> _Site:
+    def of(axes: Axes, node: Node, grouped: bool) -> _Op:
         op: Any = node.op
         q, k, v, *given = node.inputs
         b, s, t, d, e = (axes.new(x.type.shape[i]) for x, i in ((q, 0), (q, 2), (k, 2), (q, 3), (v, 3)))
@@ -186,7 +142,7 @@ class _Site:
                 added.append(Added(placed, 1.0, node))
         terms: tuple[Added | Chosen, ...] = (*added, *chosen)  # a mask takes the key away, whatever is added
         scale = op.scale_for(q.type.shape[3].constant or 1)
-        return _Site(
+        return _Op(
             rows,
             Weighting(node, node.results[0], 3, True, (node,)),
             Values(

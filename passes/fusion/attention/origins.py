@@ -1,0 +1,90 @@
+"""The way up from a product: what queries, keys and values are beneath moves, casts and constant factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.arithmetic import Div, Mul
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.shapes import Expand, Rearrange
+from treadle.passes.cleanup.canonicalize import is_lossless
+from treadle.passes.fusion.attention.core import Placed, number_of
+from treadle.passes.fusion.axis_tracking import Axes, narrowed
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A value, and what it is beneath moves, lossless casts and constant factors.
+
+    path     from the value itself up to the one beneath all of these, each with the factors that lie in between
+    """
+
+    path: tuple[tuple[Placed, float], ...]
+
+    @property
+    def placed(self) -> Placed:
+        return self.path[-1][0]
+
+    @property
+    def factor(self) -> float:
+        return self.path[-1][1]
+
+    def as_laid_out(self, axes: Axes, wanted: Sequence[Sequence[int]]) -> Placed:
+        """The value on the path, scaled by as much as the last, that has this layout already; else the last."""
+        goal = tuple(map(axes.flat, wanted))
+        fitting = [p for p, factor in self.path if factor == self.factor and axes.resolved(p.layout) == goal]
+        return fitting[-1] if fitting else self.placed
+
+
+def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> Origin:
+    """Look beneath a value. An expand is passed where all that it repeats is `batch` axes: one of a key's heads for
+    several of the queries'."""
+    value, layout, factor = placed.value, placed.layout, 1.0
+    path = [(placed, factor)]
+    while (node := value.node) is not None:
+        operand = node.inputs[0] if node.inputs else None
+        match node.op:
+            case Rearrange():
+                above = axes.above(node, layout)
+            case Expand():
+                above = axes.above(node, layout)
+                assert above is not None
+                kept = {atom for dim in axes.resolved(above) for atom in dim}
+                if not all(batch(a) for dim in axes.resolved(layout) for a in dim if a not in kept):
+                    above = None
+            case Mul() | Div():
+                scaled = _scaled(node)
+                above = narrowed(scaled[0], layout) if scaled is not None else None
+                if scaled is not None and above is not None:
+                    operand, factor = scaled[0], factor * scaled[1]
+            case Cast():
+                lossless = operand is not None and is_lossless(operand.type.dtype, value.type.dtype)
+                above = layout if lossless and operand is not None and operand.type.dtype.is_float else None
+            case _:
+                above = None
+        if above is None or operand is None:
+            break
+        value, layout = operand, above
+        path.append((Placed(value, layout), factor))
+    return Origin(tuple(path))
+
+
+def is_weight(value: Value) -> bool:
+    """Whether a value is a weight or a constant, moved, cast or not."""
+    while value.node is not None and (value.node.op.is_view or isinstance(value.node.op, Cast)):
+        value = value.node.inputs[0]
+    return value.kind in ("parameter", "constant")
+
+
+def _scaled(node: Node) -> tuple[Value, float] | None:
+    """x and c of x * c or x / c, for a constant c that is neither 0 nor infinite, where x has the result's shape."""
+    x, y = node.inputs
+    for value, other in ((x, y), (y, x)) if isinstance(node.op, Mul) else ((x, y),):
+        number = number_of(other)
+        if number is not None and math.isfinite(number) and number != 0 and value.literal is None:
+            same = value.type.shape == node.results[0].type.shape
+            return (value, number if isinstance(node.op, Mul) else 1 / number) if same else None
+    return None

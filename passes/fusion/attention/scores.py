@@ -1,0 +1,229 @@
+"""The way up from a softmax: to the product of queries and keys, with what is done to the scores before the softmax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.arithmetic import Maximum, Minimum
+from treadle.ir.ops.logic import Where
+from treadle.passes.cleanup.canonicalize import is_lossless
+from treadle.passes.cleanup.round_trips import round_trip_at
+from treadle.passes.fusion.attention.core import (
+    LEAST_FILL,
+    MOST_STEPS,
+    Added,
+    Chosen,
+    Mismatch,
+    Placed,
+    Scores,
+    Weighting,
+    number_of,
+    quantized,
+)
+from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
+
+
+@dataclass(frozen=True)
+class _Trail:
+    """What lies between the softmax and a value on the way up: softmax of (factor * value, capped) + terms.
+
+    least    the smallest that the factor has been, nearer to the softmax
+    """
+
+    factor: float = 1.0
+    least: float = 1.0
+    softcap: float | None = None
+    terms: tuple[Added | Chosen, ...] = ()
+    nodes: tuple[Node, ...] = ()
+
+    def times(self, factor: float) -> _Trail:
+        least = min(self.least, abs(self.factor * factor))
+        return dataclasses.replace(self, factor=self.factor * factor, least=least)
+
+    @property
+    def peak(self) -> float:
+        """The most by which what stands here is multiplied before it is at the softmax."""
+        return abs(self.factor) / self.least
+
+    def beyond(self, term: Added | Chosen) -> _Trail:
+        return dataclasses.replace(self, terms=(term, *self.terms))
+
+
+def find_scores(
+    axes: Axes,
+    weighting: Weighting,
+    layout: Layout,
+    readers: Callable[[Value], Sequence[Node | None]],
+    *,
+    rounded: bool = False,
+) -> Scores:
+    """The product of queries and keys that the softmax is taken of. Raises Mismatch where there is none.
+
+    rounded   go on above scores that a quantizer rounds, which stand in the way of attention and not of a person's eye
+    """
+    ascent = _Ascent(axes, readers, set(weighting.nodes), rounded)
+    return ascent.up(weighting.scores, layout, _Trail(nodes=weighting.nodes))
+
+
+_DATA_SCALE = "the scale is a tensor: it depends on data"
+
+
+class _Ascent:
+    def __init__(
+        self, axes: Axes, readers: Callable[[Value], Sequence[Node | None]], softmax: set[Node], rounded: bool
+    ) -> None:
+        self.axes, self.readers, self.softmax, self.rounded = axes, readers, softmax, rounded
+        self.steps = 0
+
+    def up(self, value: Value, layout: Layout, trail: _Trail) -> Scores:
+        node = value.node
+        self.steps += 1
+        if node is None or self.steps > MOST_STEPS:
+            below = trail.nodes[-1]
+            what = f"the scores are {'an' if value.kind == 'input' else 'a'} {value.kind}, not a product"
+            raise Mismatch(what if node is None else "the chain before the softmax is too long", below, trail.nodes)
+        self._read_here_alone(value, node, trail)
+        trip = round_trip_at(node)
+        if trip is not None and self.rounded:
+            return self.up(trip.value, layout, dataclasses.replace(trail, nodes=(*trail.nodes, *trip.nodes)))
+        if trip is not None:
+            raise quantized("the scores", trip, trip.nodes[-1], trail.nodes)
+        trail = dataclasses.replace(trail, nodes=(*trail.nodes, node))
+        step = getattr(self, f"_{node.op.name}", None)
+        if step is None:
+            clipped = isinstance(node.op, (Maximum, Minimum))
+            what = "the scores are clipped" if clipped else f"the scores go through {node.op.name}"
+            raise Mismatch(what, node, trail.nodes[:-1])
+        found: Scores = step(node, layout, trail)
+        return found
+
+    def _read_here_alone(self, value: Value, node: Node, trail: _Trail) -> None:
+        """Raise Mismatch where a value on the way is read by anything but the op that was passed before it."""
+        above = trail.nodes[-1]
+        inside = self.softmax if above in self.softmax else {above}
+        for user in self.readers(value):
+            if user is None:
+                raise Mismatch(f"the scores are an output as well, after {node.op.name}", node, trail.nodes)
+            if user not in inside or (user is above and user.operands.count(value) > 1):
+                line = f" ({user.source})" if user.source else ""
+                raise Mismatch(f"the scores are used elsewhere, by {user.op.name}{line}", node, trail.nodes)
+
+    # -- the ends ----------------------------------------------------------------------------------------------
+
+    def _product(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        if len(node.operands) != 2 and not (len(node.operands) == 3 and node.operands[2] is None):
+            raise Mismatch(f"the product is of {len(node.inputs)} operands, not of queries and keys", node, trail.nodes)
+        layouts, summed = self.axes.factors(node, layout)
+        left, right = (Placed(v, made) for v, made in zip(node.inputs, layouts, strict=True))
+        capped = trail.softcap or 1.0
+        return Scores(
+            product=node,
+            left=left,
+            right=right,
+            summed=tuple(atom for atoms in summed.values() for atom in atoms) if summed else None,
+            scale=trail.factor * capped,
+            softcap=trail.softcap,
+            terms=trail.terms,
+            nodes=trail.nodes,
+        )
+
+    _matmul = _einsum = _linear = _product
+
+    # -- moves -------------------------------------------------------------------------------------------------
+
+    def _rearrange(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        above = self.axes.above(node, layout)
+        if above is None:
+            raise Mismatch("the scores are regrouped across their axes", node, trail.nodes[:-1])
+        return self.up(node.inputs[0], above, trail)
+
+    _expand = _rearrange
+
+    def _cast(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        source, to = node.inputs[0].type.dtype, node.results[0].type.dtype
+        if not source.is_float or not is_lossless(source, to):
+            raise Mismatch(
+                f"the scores are cast from {source} to {to}, which loses some of them", node, trail.nodes[:-1]
+            )
+        return self.up(node.inputs[0], layout, trail)
+
+    # -- arithmetic --------------------------------------------------------------------------------------------
+
+    def _mul(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        x, y = node.inputs
+        for value, other in ((x, y), (y, x)):
+            if (number := number_of(other)) is not None:
+                if not math.isfinite(number) or number == 0:
+                    raise Mismatch(f"the scores are multiplied by {number:g}", node, trail.nodes[:-1])
+                return self.up(value, narrowed(value, layout), trail.times(number))
+        raise Mismatch(_DATA_SCALE, node, trail.nodes[:-1], "scale the queries instead, before the product")
+
+    def _div(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        x, y = node.inputs
+        number = number_of(y)
+        if number is None:
+            raise Mismatch(_DATA_SCALE, node, trail.nodes[:-1], "scale the queries instead, before the product")
+        if not math.isfinite(number) or number == 0:
+            raise Mismatch(f"the scores are divided by {number:g}", node, trail.nodes[:-1])
+        return self.up(x, narrowed(x, layout), trail.times(1 / number))
+
+    def _neg(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        return self.up(node.inputs[0], layout, trail.times(-1))
+
+    def _tanh(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        if trail.softcap is not None:
+            raise Mismatch("a second soft-cap", node, trail.nodes[:-1])
+        sign = -1.0 if trail.factor < 0 else 1.0
+        capped = dataclasses.replace(trail, factor=sign, softcap=abs(trail.factor))
+        return self.up(node.inputs[0], layout, capped)
+
+    def _add(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        return self._sum(node, layout, trail, 1.0)
+
+    def _sub(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        return self._sum(node, layout, trail, -1.0)
+
+    def _sum(self, node: Node, layout: Layout, trail: _Trail, sign: float) -> Scores:
+        x, y = node.inputs
+        # The likelier operand first: one of the whole shape, and no mask that was made of a condition.
+        orders = sorted([(x, 1.0, y, sign), (y, sign, x, 1.0)], key=lambda order: _unlikely(order[0], node))
+        deepest: Mismatch | None = None
+        for value, factor, other, share in orders:
+            if trail.softcap is not None:
+                raise Mismatch("a bias is added before the soft-cap", node, trail.nodes[:-1])
+            bias = Added(Placed(other, narrowed(other, layout)), trail.factor * share, node, trail.peak)
+            try:
+                return self.up(value, narrowed(value, layout), trail.times(factor).beyond(bias))
+            except Mismatch as mismatch:
+                if deepest is None or len(mismatch.matched) > len(deepest.matched):
+                    deepest = mismatch
+        assert deepest is not None
+        raise deepest
+
+    def _where(self, node: Node, layout: Layout, trail: _Trail) -> Scores:
+        condition, x, y = node.inputs
+        if trail.softcap is not None:
+            raise Mismatch("a mask is applied before the soft-cap", node, trail.nodes[:-1])
+        for value, fill, keep in ((x, y, True), (y, x, False)):
+            if (number := number_of(fill)) is not None and value.node is not None:
+                held = Placed(condition, narrowed(condition, layout))
+                mask = Chosen(held, keep, number * trail.factor, node, trail.factor, trail.peak)
+                if not mask.fill <= -LEAST_FILL:
+                    raise Mismatch(
+                        f"the mask puts {number:g} in place of scores, which does not take keys away",
+                        node,
+                        trail.nodes[:-1],
+                        "-inf or -1e9 in its place",
+                    )
+                return self.up(value, narrowed(value, layout), trail.beyond(mask))
+        raise Mismatch("the mask chooses between two tensors", node, trail.nodes[:-1])
+
+
+def _unlikely(value: Value, node: Node) -> int:
+    """How unlikely an operand of a sum is to be the scores, and the other the bias."""
+    made_of_condition = value.node is None or isinstance(value.node.op, Where)
+    return 2 * made_of_condition + (value.type.elements != node.results[0].type.elements)
