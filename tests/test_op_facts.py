@@ -248,8 +248,9 @@ SPELLERS = (
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "indexing", "normalization", "product")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("reduction", "shape")),
     *("ir/builder.py", "passes/framework/pattern.py"),
+    *("ir/other_spellings.py", "ir/python_protocols.py", "ir/size_numbers.py"),
 )
-"""What says how ops are spelled elsewhere: a table by name in each backend, and Python's own operators."""
+"""What says how ops are spelled elsewhere: tables by name in each backend, Python's operators, other libraries' words."""
 
 NAMED = 72
 
