@@ -1,0 +1,192 @@
+"""Which tests run which line: a map that `tests.mutations` reads to run a mutation's closest tests alone.
+
+A pytest plugin. Each test is a context of coverage's; what a fixture of a wider scope runs counts for its whole module,
+and what an import runs for none. Of a test with n cases about 3 √n are mapped, since the union of their lines hardly
+grows after that. A line of the log says how long each test took.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import coverage
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAST = 20  # tests that are run however long they take
+FOLDERS = ("backends", "frontends", "ir", "models", "passes", "runtime", "treadle")
+
+_place = os.environ.get("TREADLE_LINE_MAP")
+if _place:
+    Path(_place).mkdir(parents=True, exist_ok=True)
+    _coverage = coverage.Coverage(
+        data_file=f"{_place}/coverage", data_suffix=True, source=[*FOLDERS], config_file=False, messages=False
+    )
+    _coverage.start()  # before treadle is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep every k-th case of a test with many; k is prime, so that no parameter is left out by its period."""
+    sizes = Counter(_function(item.nodeid) for item in items)
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        function = _function(item.nodeid)
+        if seen[function] % _step(sizes[function]) == 0:
+            kept.append(item)
+        seen[function] += 1
+    items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _coverage.switch_context(item.nodeid)
+    result = yield
+    _coverage.switch_context("")
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Iterator[None]:
+    if fixturedef.scope == "function":
+        return (yield)
+    _coverage.switch_context(_module(request.node.nodeid))
+    result = yield
+    _coverage.switch_context(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0])
+    return result
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and not hasattr(report, "node"):  # xdist tells its own process of each report, too
+        with open(f"{_place}/durations.{os.getpid()}", "a") as log:
+            log.write(f"{report.duration:.4f} {report.outcome} {report.nodeid}\n")
+
+
+def pytest_unconfigure() -> None:
+    _coverage.stop()
+    _coverage.save()
+
+
+def _function(nodeid: str) -> str:
+    return nodeid.partition("[")[0]
+
+
+def _module(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def _step(cases: int) -> int:
+    step = math.ceil(math.sqrt(cases) / 3)
+    while step > 1 and any(step % divisor == 0 for divisor in range(2, step)):
+        step += 1
+    return step
+
+
+class LineMap:
+    """The map that lies in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._data = coverage.CoverageData(str(folder / "coverage"))
+        self._data.read()
+        root, self._lines, self._seconds = json.loads((folder / "tests.json").read_text())
+        self._root = Path(root)
+
+    @staticmethod
+    def make(folder: Path, jobs: int) -> None:
+        """Run the suite, `jobs` tests at a time, without the certificates of rewrites, which are slow."""
+        words = [sys.executable, "-m", "pytest", "-p", "tests.line_map", "-n", str(jobs), "--dist", "worksteal", "-q"]
+        left_out = [f"--ignore=tests/{name}.py" for name in ("test_fuzz", "test_packaging", "test_type_checkers")]
+        shutil.rmtree(folder, ignore_errors=True)
+        environment = os.environ | {"TREADLE_LINE_MAP": str(folder), "TREADLE_CERTIFY": "0"}
+        subprocess.run([*words, *left_out], cwd=ROOT, env=environment, check=False)
+        LineMap.gather(folder)
+
+    @staticmethod
+    def gather(folder: Path) -> None:
+        """Put together what the processes wrote; tests.json has the root, and the lines and seconds of each test."""
+        whole = coverage.Coverage(data_file=str(folder / "coverage"), config_file=False, messages=False)
+        whole.combine([str(folder)], keep=True)
+        whole.save()
+        logs = "".join(log.read_text() for log in folder.glob("durations.*")).splitlines()
+        told = [line.split(" ", 2) for line in logs]
+        seconds = {name: float(took) for took, outcome, name in told if outcome == "passed"}
+        data = whole.get_data()
+        files = data.measured_files()
+        lines = Counter(
+            context for file in files for contexts in data.contexts_by_lineno(file).values() for context in contexts
+        )
+        (folder / "tests.json").write_text(json.dumps([os.path.commonpath(files), lines, seconds]))
+
+    def seconds(self, name: str) -> float:
+        return self._seconds.get(name, 5.0)  # where the name stands for many, a guess
+
+    def closest(self, file: str, line: int, most: float) -> list[str]:
+        """Tests that run a line, those first that are quick and run few other lines; not more than take `most` seconds.
+
+        A line that imports alone run has the tests of its function, of its class, or of its file. A file that no test
+        is seen to run, since another process does, has the test modules that name it.
+        """
+        by_line = self._data.contexts_by_lineno(str(self._root / file))
+        source = (self._root / file).read_text()
+        found: list[str] = []
+        for first, last in _around(source, line):
+            found = sorted({name for n in range(first, last + 1) for name in by_line.get(n, ()) if name})
+            if found:
+                break
+        found = [name for name in found if name in self._seconds or "::" not in name]  # those that pass
+        found.sort(key=lambda name: (self._lines[name] * (0.1 + self.seconds(name)), name))
+        spent = 0.0
+        chosen = []
+        for name in found:
+            spent += self.seconds(name)
+            if spent > most and len(chosen) >= LEAST:
+                break
+            chosen.append(name)
+        return chosen + _cases_of_op(source, line) + ([] if chosen else _named_by(file))
+
+
+def _around(source: str, line: int) -> Iterator[tuple[int, int]]:
+    """The line, then ever more of what is around it: its statement, function, class, file."""
+    yield line, line
+    statements = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= line <= _end(n)]
+    for statement in sorted(statements, key=lambda n: _end(n) - n.lineno):
+        yield statement.lineno, line
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            yield statement.lineno, _end(statement)
+    yield 1, len(source.splitlines())
+
+
+def _end(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _cases_of_op(source: str, line: int) -> list[str]:
+    """What begins the names of all cases that the op suite has of the op whose class the line is in."""
+    classes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.lineno <= line <= _end(n)]
+    names = [
+        each.args[0].value
+        for node in classes
+        for each in node.decorator_list
+        if isinstance(each, ast.Call) and each.args and isinstance(each.args[0], ast.Constant)
+    ]
+    return [f"tests/test_op_suite.py::{test}[{name}-" for name in names for test in ("test_forward", "test_gradient")]
+
+
+def _named_by(file: str) -> list[str]:
+    """The test modules in which the module's name stands, or a command's file."""
+    stem = Path(file).stem
+    return sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(rf"\b{stem}\b", path.read_text())
+    )

@@ -1,0 +1,229 @@
+"""Mutation testing, by command: mistakes are put into a copy of the tree one by one, and the tests should notice.
+
+    python -m tests.mutations map                            which test runs which line: once, some ten minutes
+    python -m tests.mutations run --count 200 --seed 1       draw 200 and run what could notice each
+    python -m tests.mutations judge 1/17 "why it is the same program"
+    python -m tests.mutations control                        run what noticed once more, without any mutation
+    python -m tests.mutations show                           the figures, and what nothing noticed
+
+docs/testing.md tells what a result means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.line_map import LineMap
+from tests.mutation_operators import ROOT, Mutation, draw
+
+PLACE = ROOT / "build" / "mutations"
+HEAVY = ("numpy", "torch", "tvm", "onnx", "onnxruntime", "transformers", "hypothesis")  # imported once, before forking
+FIRST = 20  # tests that are tried before all others
+
+
+class Chosen:
+    """A pytest plugin that keeps the tests named, in the order named, and remembers which failed first.
+
+    A name that ends in `[op-`, or a module's, stands for all tests that begin so, after the others.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.order = {name: n for n, name in enumerate(names)}
+        self.begins = tuple(name for name in names if name.endswith("-") or "::" not in name)
+        self.failed = ""
+        self.ran = 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        kept = [i for i in items if i.nodeid in self.order or i.nodeid.startswith(self.begins or "\0")]
+        items[:] = sorted(kept, key=lambda item: self.order.get(item.nodeid, len(self.order)))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed = self.failed or f"{report.nodeid} (not collected)"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.ran += report.when == "call"
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
+
+def run(mutation: Mutation, text: str, place: Path, most: float) -> Mutation:
+    """Try one mutation in this process's copy of the tree: the closest tests, then as many as take `most` seconds."""
+    tree = _copy_of_tree(place)
+    file = tree / mutation.file
+    known = LineMap(place / "map")
+    names = list(known.closest(mutation.file, mutation.line, most))
+    began, ran = time.monotonic(), 0
+    outcome, by = ("survived" if names else "unreached"), ""
+    source, stamp = file.read_text(), file.stat()
+    file.write_text(text)
+    try:
+        for part in filter(None, (names[:FIRST], names[FIRST:])):
+            limit = 60 + 10 * sum(map(known.seconds, part))  # the machine may be busy: no survivor is timed out
+            outcome, by, more = _outcome(tree, mutation, part, limit)
+            ran += more
+            if outcome != "survived":
+                break
+    finally:
+        file.write_text(source)
+        os.utime(file, (stamp.st_atime, stamp.st_mtime))
+    return replace(mutation, outcome=outcome, by=by, tests=ran, seconds=round(time.monotonic() - began, 1))
+
+
+def _copy_of_tree(place: Path) -> Path:
+    tree = place / f"tree-{os.getpid()}"
+    if not tree.exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in filter(None, listed.split("\0")):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+def _outcome(tree: Path, mutation: Mutation, names: list[str], limit: float) -> tuple[str, str, int]:
+    """Run tests in a fork, which has loaded what is slow to load but nothing of ours."""
+    result = tree / "outcome.json"
+    result.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            code = _run_tests(tree, mutation, names, result)
+        finally:
+            os._exit(code)
+    until = time.monotonic() + limit
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > until:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "timeout", "", 0
+        time.sleep(0.05)
+    if not result.exists():
+        return "noticed", "(the process died)", 0
+    by, ran = json.loads(result.read_text())
+    return ("noticed" if by else "survived"), by, ran
+
+
+def _run_tests(tree: Path, mutation: Mutation, names: list[str], result: Path) -> int:
+    os.setsid()
+    os.chdir(tree)
+    log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.dont_write_bytecode = False  # the copy's files are compiled once
+    sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "treadle")]:
+        del sys.modules[name]
+    # A mistake must not leave a wrong kernel behind.
+    cache = tree / ("cache-of-one" if mutation.file.startswith("backends/") else "cache")
+    shutil.rmtree(tree / "cache-of-one", ignore_errors=True)
+    os.environ["TREADLE_CACHE"] = str(cache)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    chosen = Chosen(names)
+    modules = dict.fromkeys(name.partition("::")[0] for name in names)
+    code = pytest.main(["-x", "-n", "0", "-q", "-p", "no:cacheprovider", *modules], plugins=[chosen])
+    failed = chosen.failed or ("" if code in (0, 5) else f"(pytest ended with {int(code)})")
+    result.write_text(json.dumps([failed, chosen.ran]))
+    return 0
+
+
+def read(results: Path) -> dict[str, Mutation]:
+    """What is known, by name; a later line about the same mutation counts."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {each["name"]: Mutation(**each) for each in map(json.loads, lines)}
+
+
+def append(results: Path, mutation: Mutation) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(asdict(mutation)) + "\n")
+
+
+def run_all(place: Path, count: int, seed: int, jobs: int, most: float) -> None:
+    results = place / "results.jsonl"
+    known = read(results)
+    todo = ((mutation, text) for mutation, text in draw(count, seed) if not _is_known(mutation, known))
+    for name in HEAVY:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for mutation in pool.imap_unordered(partial(_run_pair, place=place, most=most), todo):
+            append(results, mutation)
+            print(f"{mutation.name:8}{mutation.outcome:10}{mutation.seconds:6.0f} s  {mutation.file}:{mutation.line}")
+    for tree in place.glob("tree-*"):
+        shutil.rmtree(tree)
+
+
+def _is_known(mutation: Mutation, known: dict[str, Mutation]) -> bool:
+    before = known.get(mutation.name)
+    return before is not None and (before.file, before.change) == (mutation.file, mutation.change)
+
+
+def control(place: Path) -> None:
+    """Run the tests that noticed on the tree as it is: one that fails there has noticed nothing."""
+    names = sorted({mutation.by for mutation in read(place / "results.jsonl").values() if "::" in mutation.by})
+    tree = _copy_of_tree(place)
+    subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *names], cwd=tree, check=False)
+    shutil.rmtree(tree)
+
+
+def _run_pair(pair: tuple[Mutation, str], place: Path, most: float) -> Mutation:
+    return run(*pair, place, most)
+
+
+def show(place: Path) -> None:
+    known = read(place / "results.jsonl")
+    for mutation in known.values():
+        if mutation.outcome in ("survived", "unreached"):
+            why = (
+                f"the same program: {mutation.same}" if mutation.same else f"{mutation.outcome}, {mutation.tests} tests"
+            )
+            print(f"{mutation.name}  {mutation.file}:{mutation.line}  {why}\n{mutation.change}\n")
+    for seed in sorted({name.partition("/")[0] for name in known}):
+        mine = [m for m in known.values() if m.name.startswith(f"{seed}/")]
+        outcomes = Counter("the same program" if m.same else m.outcome for m in mine)
+        noticed, same = outcomes["noticed"] + outcomes["timeout"], outcomes["the same program"]
+        print(f"seed {seed}: {noticed} of {len(mine) - same} noticed; {dict(outcomes)}")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["map", "run", "judge", "control", "show"])
+    parser.add_argument("rest", nargs="*", help="for judge: the mutation's name, and why it is the same program")
+    parser.add_argument("--place", type=Path, default=PLACE, help="where the map and the results lie")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--most", type=float, default=60, help="seconds of tests that one mutation may take")
+    given = parser.parse_args(words)
+    if given.command == "map":
+        LineMap.make(given.place / "map", given.jobs)
+    elif given.command == "run":
+        run_all(given.place, given.count, given.seed, given.jobs, given.most)
+    elif given.command == "judge":
+        name, why = given.rest
+        append(given.place / "results.jsonl", replace(read(given.place / "results.jsonl")[name], same=why))
+    elif given.command == "control":
+        control(given.place)
+    else:
+        show(given.place)
+
+
+if __name__ == "__main__":
+    main()
