@@ -47,8 +47,9 @@ class DropKeyword(DropReturned):
 
     def mutate(self, node: Any, index: int) -> Any:
         at = node.children.index(self._keywords(node)[index])
-        comma = node.children[at - 1] == ","
-        del node.children[at - comma : at + 1]
+        first = 0 if node.children[at - 1] == "," else 1  # the comma before it goes too, else the one after it
+        after = first and node.children[at + 1] == ","
+        del node.children[at - (not first) : at + 1 + after]
         return node
 
     def _keywords(self, node: Any) -> list[Any]:
@@ -160,6 +161,8 @@ def _sites(source: str) -> Iterator[tuple[int, str, Operator, int]]:
 
 
 def _is_idle(node: Any) -> bool:
+    if node.type == "if_stmt" and node.children[1].get_code().strip() == "TYPE_CHECKING":
+        return True
     while node.parent is not None:
         above = node.parent
         if above.type in ("annassign", "tfpdef") and node is above.children[1 if above.type == "annassign" else 2]:

@@ -1,0 +1,85 @@
+"""Mutation testing itself: what is drawn is a mistake, and what a run says of one is so."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("cosmic_ray")
+pytest.importorskip("coverage")
+
+from cosmic_ray.mutating import mutate_code
+
+from tests.line_map import ROOT, _around, _cases_of_op, _step
+from tests.mutation_operators import KINDS, DropKeyword, DropReturned, TurnMembership, _sites, draw
+from tests.mutations import Chosen, Mutation, append, read
+
+OWN = [
+    (DropReturned(), "def f(x):\n    return x + 1\n", "def f(x):\n    return None\n"),
+    (DropKeyword(), "f(x, eps=1)\n", "f(x)\n"),
+    (DropKeyword(), "f(eps=1)\n", "f()\n"),
+    (DropKeyword(), "f(eps=1, axis=2)\n", "f( axis=2)\n"),
+    (TurnMembership(), "a = x in y\n", "a = x not in y\n"),
+    (TurnMembership(), "a = x not in y\n", "a = x in y\n"),
+]
+
+
+@pytest.mark.parametrize(("operator", "before", "after"), OWN)
+def test_operators_of_our_own(operator: DropReturned, before: str, after: str) -> None:
+    assert mutate_code(before, operator, 0) == after
+
+
+def test_what_no_test_could_notice_is_not_drawn() -> None:
+    source = """
+if TYPE_CHECKING:
+    a = 1 + 1
+def f(x: int | None, n: Literal[3]) -> int | None:
+    y: Literal[3, 4] = 5
+    samples = [S("f32[2]", axis=1)]
+"""
+    assert {(line, kind) for line, kind, _, _ in _sites(source)} == {(5, "constant")}
+
+
+def test_draws_are_mistakes_and_a_seed_draws_the_same_again() -> None:
+    drawn = list(draw(6, seed=3))
+    assert [text for _, text in drawn] == [text for _, text in draw(6, seed=3)]
+    for mutation, text in drawn:
+        compile(text, mutation.file, "exec")
+        source = (ROOT / mutation.file).read_text()
+        assert text != source
+        assert mutation.kind in KINDS
+
+
+def test_the_last_word_on_a_mutation_counts(tmp_path) -> None:
+    first = Mutation("1/1", "ir/axes.py", 3, "constant", "-a\n+b", outcome="survived")
+    append(tmp_path / "results", first)
+    append(tmp_path / "results", Mutation("1/2", "ir/axes.py", 4, "return", "-a\n+b", outcome="noticed"))
+    append(tmp_path / "results", Mutation("1/1", "ir/axes.py", 3, "constant", "-a\n+b", outcome="survived", same="why"))
+    assert [(m.name, m.same) for m in read(tmp_path / "results").values()] == [("1/1", "why"), ("1/2", "")]
+
+
+def test_the_tests_of_a_line_are_those_of_what_is_around_it() -> None:
+    source = "class A:\n    def f(self):\n        return g(\n            1,\n        )\n\n    x = 1\n"
+    assert list(dict.fromkeys(_around(source, 4))) == [(4, 4), (3, 4), (2, 4), (2, 5), (1, 4), (1, 7)]
+
+
+def test_an_op_has_the_cases_that_the_suite_makes_of_it() -> None:
+    source = '@op("tanh", axes="...")\nclass Tanh(Op):\n    x: Operand\n'
+    assert _cases_of_op(source, 3) == [
+        "tests/test_op_suite.py::test_forward[tanh-",
+        "tests/test_op_suite.py::test_gradient[tanh-",
+    ]
+
+
+@pytest.mark.parametrize(("cases", "kept"), [(1, 1), (9, 9), (20, 10), (100, 20), (5344, 185)])
+def test_about_three_roots_of_the_cases_are_mapped(cases: int, kept: int) -> None:
+    assert len(range(0, cases, _step(cases))) == kept
+
+
+def test_chosen_tests_run_in_the_order_they_are_named() -> None:
+    class Item:
+        def __init__(self, nodeid: str) -> None:
+            self.nodeid = nodeid
+
+    items = [Item(f"tests/test_a.py::{name}") for name in ("x", "y", "t[add-0]", "t[add_norm-0]", "z")]
+    Chosen(["tests/test_a.py::z", "tests/test_a.py::x", "tests/test_a.py::t[add-"]).pytest_collection_modifyitems(items)
+    assert [item.nodeid.partition("::")[2] for item in items] == ["z", "x", "t[add-0]"]
