@@ -167,6 +167,10 @@ def iteration(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
     return list(x)
 
 
+def method_of_other_libraries(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
+    return x.unsqueeze(0)
+
+
 def parameter_of_two_types(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
     return b.parameter("w", "f32[4]") + b.parameter("w", "f32[5]")
 
@@ -197,6 +201,7 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (equality_of_values, GraphError, "a tensor of a model has no truth value"),
     (chained_comparison, GraphError, "a tensor of a model has no truth value"),
     (iteration, GraphError, "a tensor of a model cannot be iterated over"),
+    (method_of_other_libraries, GraphError, "a tensor of a model has no .unsqueeze"),
     (parameter_of_two_types, GraphError, "received  f32[4], then f32[5]"),
 ]
 

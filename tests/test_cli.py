@@ -649,3 +649,16 @@ def test_names_that_an_onnx_file_gives_may_be_any(treadle_command: Treadle, tmp_
         assert "f32[3, 2]" in treadle_command("inspect", "m.onnx", "--set", f"{name}=3").out
     ran = treadle_command("run", "m.onnx", "--set", "?=1", "--input", "input.1=[[-1, 2]]")
     assert (ran.code, "[[1" in ran.out) == (0, True), ran
+
+
+def test_an_input_that_determines_shapes_must_be_set_to_compile(treadle_command: Treadle, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    text = '<ir_version: 9, opset_import: ["": 18]> top (float[B,9] x, int64[1] k) => (float[B,M] y, int64[B,M] i)'
+    onnx.save(onnx.parser.parse_model(text + " { y, i = TopK(x, k) }"), str(tmp_path / "m.onnx"))
+    refused(
+        treadle_command("compile", "m.onnx"),
+        "what is compiled depends on the value of k",
+        "received  <compiled top on numpy, for each k: (x: f32[B, 9], k: i64[1])>",
+        "--set k=VALUE",
+    )
+    assert treadle_command("compile", "m.onnx", "--set", "k=3").code == 0

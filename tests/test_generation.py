@@ -92,8 +92,9 @@ def test_what_cannot_be_continued_is_refused_with_the_reason(model: Stepper) -> 
     with pytest.raises(UsageError, match="attention: the axis is whole"):
         Stepper.of(encoder.graph, encoder)
     pair = t.compile("t5", vocab=50, dim=32, heads=4, head_dim=8, hidden=64, layers=1, decoder_layers=1)
-    with pytest.raises(UsageError, match="one input"):
+    with pytest.raises(UsageError, match="one input") as refused:
         Stepper.of(pair.graph, pair)
+    assert "an encoder-decoder model" in (refused.value.hint or "")
     with pytest.raises(UsageError, match="prompt 1 of 1 has no tokens"):
         generate(model, [[]], most=1)
     with pytest.raises(UsageError, match="17 tokens, the model takes 16"):

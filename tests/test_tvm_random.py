@@ -223,7 +223,7 @@ def test_sizes_that_no_memory_holds_are_refused(size: int) -> None:
     b = Builder(Graph("outer"))
     b.outputs(y=b.matmul(b.input("x", "f32[A, 0]"), b.input("y", "f32[0, B]")))
     program = find_backend("tvm").compile(b.graph, Target("cpu"), {})
-    with pytest.raises(BackendError, match="not enough memory"):
+    with pytest.raises(BackendError, match=r"not enough memory\n.*received  .* GiB for \["):
         program(x=np.zeros((size, 0), np.float32), y=np.zeros((0, size), np.float32))
     got = program(x=np.zeros((2, 0), np.float32), y=np.zeros((0, 3), np.float32))["y"]
     assert got.tolist() == [[0.0] * 3] * 2
