@@ -90,6 +90,11 @@ PLAIN = [
         [below(7, B, S), below(2, B, S), f(7, W), f(9, W), f(2, W), f(W), f(W), below(2, B, S)],
         {"outputs": ("y", "mask")},
     ),
+    (
+        "EmbedLayerNormalization",
+        [below(7, B, S), below(2, B, S), f(7, W), f(9, W), f(2, W), f(W), f(W), None, below(9, B, S)],
+        {"outputs": ("y", "mask")},
+    ),
     ("EmbedLayerNormalization", [below(7, B, S), None, f(7, W), f(9, W), None, f(W), f(W)], {"outputs": ("y", "m")}),
     ("FusedMatMul", [f(2, 3, 4), f(2, 5, 4)], {"transB": 1, "alpha": 0.5}),
     ("FusedMatMul", [f(2, 4, 3), f(2, 4, 5)], {"transA": 1}),
@@ -108,6 +113,21 @@ PLAIN = [
     (
         "MatMulNBits",
         [f(3, 64), below(256, 8, 2, 16, dtype=np.uint8), f(16), below(256, 8, dtype=np.uint8)],
+        {"K": 64, "N": 8, "bits": 4, "block_size": 32},
+    ),
+    (
+        "MatMulNBits",
+        [f(3, 40), below(256, 8, 2, 32, dtype=np.uint8), f(16), None, None, f(8)],
+        {"K": 40, "N": 8, "bits": 8, "block_size": 32},
+    ),
+    (
+        "MatMulNBits",
+        [f(3, 64), below(256, 8, 2, 32, dtype=np.uint8), f(16), below(256, 8, 2, dtype=np.uint8)],
+        {"K": 64, "N": 8, "bits": 8, "block_size": 32},
+    ),
+    (
+        "MatMulNBits",
+        [f(3, 64), below(256, 8, 2, 16, dtype=np.uint8), f(16), f(16)],
         {"K": 64, "N": 8, "bits": 4, "block_size": 32},
     ),
     (
@@ -180,18 +200,39 @@ def test_multi_head_attention(kind: str) -> None:
     check(proto, given)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_packed_heads_are_those_that_stand_apart(parts: int) -> None:
+    """ONNX Runtime runs these on a GPU alone."""
+    q, k, v = f(B, S, N, D), f(B, S, N, D), f(B, S, N, D)
+    apart = [x.reshape(B, S, W) for x in (q, k, v)]
+    packed = [apart[0], np.stack([k, v], axis=3), None] if parts == 2 else [np.stack([q, k, v], axis=3), None, None]
+    bias = f(3 * W)
+    proto, given = one_node("MultiHeadAttention", [*apart, bias], num_heads=N)
+    wanted = runtime(proto, given)
+    proto, given = one_node("MultiHeadAttention", [*packed, bias], num_heads=N)
+    for got in answers(import_onnx(proto), given):
+        np.testing.assert_allclose(got["y"], wanted["y"], rtol=0, atol=2e-6)
+
+
 def grouped(
-    queries: int, past: int, lengths: Sequence[int], **attributes: Any
+    queries: int,
+    past: int,
+    lengths: Sequence[int],
+    packed: bool = False,
+    positions: Array | None = None,
+    bias: Array | None = None,
+    **attributes: Any,
 ) -> tuple[onnx.ModelProto, dict[str, Array]]:
     """Grouped-query attention of 4 heads on 2, of size 16; lengths count what is real, past included."""
     angles = RNG.uniform(0, 3, (12, 8)).astype(np.float32)
     cache: list[Array | None] = [f(2, 2, past, 16), f(2, 2, past, 16)] if past else [None, None]
-    inputs = [f(2, queries, 64), f(2, queries, 32), f(2, queries, 32), *cache]
+    apart = [f(2, queries, 64), f(2, queries, 32), f(2, queries, 32)]
+    inputs = [np.concatenate(apart, axis=2), None, None, *cache] if packed else [*apart, *cache]
     counts = [np.array(lengths, np.int32) - 1, np.array(queries + past, np.int32)]
-    tables = [np.cos(angles), np.sin(angles)] if attributes.get("do_rotary") else []
+    tables = [np.cos(angles), np.sin(angles)] if attributes.get("do_rotary") else [None, None]
     return one_node(
         "GroupQueryAttention",
-        [*inputs, *counts, *tables],
+        [*inputs, *counts, *tables, positions, bias],
         outputs=("y", "k", "v"),
         stored=(6,),
         num_heads=4,
@@ -212,6 +253,11 @@ def grouped(
         (5, 0, {"causal": 1}),
         (5, 0, {"causal": 0}),
         (1, 6, {"causal": 0, "do_rotary": 1}),
+        (5, 0, {"packed": True}),
+        (1, 6, {"packed": True, "do_rotary": 1}),
+        (5, 0, {"do_rotary": 1, "positions": np.array([[3, 4, 5, 6, 7]] * 2)}),
+        (5, 0, {"bias": f(2, 4, 5, 5)}),
+        (1, 6, {"bias": f(1, 1, 1, 7)}),
     ],
 )
 def test_grouped_query_attention(queries: int, past: int, attributes: dict[str, Any]) -> None:
