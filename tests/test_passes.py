@@ -574,6 +574,9 @@ def test_before_and_expected(case: Case) -> None:
     expected = parse_graph(case.expected)
     assert optimized.graph == expected, f"\nexpected\n{expected}\nreceived\n{optimized.graph}"
     assert_same_numbers(optimized.source, optimized.graph)
+    (record,) = optimized.log
+    taken = len(record.matches) or sum(record.before.values()) - sum(record.after.values())  # dead code matches nothing
+    assert record.changes == taken
 
 
 # -- near misses: left alone, with the reason ---------------------------------------------------------------------
