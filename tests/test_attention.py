@@ -473,6 +473,7 @@ def test_attend_orders_terms_and_operands() -> None:
     assert node.operands == tuple(e.value for e in (q, k, v, lengths, ids, ids, m, slopes, x, table))
     assert str(masks) == "causal & window(3) & padding & segments & mask(b t)"
     assert str(biases) == "alibi + bias(h s t) + t5_relative(32, 128, bidirectional)"
+    assert t5_relative(table).entries == ((T5Relative(), (table,)),)  # what is left out is as the term has it
 
 
 def test_attend_without_terms() -> None:

@@ -86,6 +86,19 @@ OPERATORS: dict[str, Any] = {
         *(torch.full_like(x.int(), 2.5), x.int().scatter(1, x[:, :1].int().long() * 0, 2.5), x.int().isinf()),
         torch.add(x > 0, x > -1, alpha=False),
     ),
+    "powers": lambda x: (
+        *(x**exponent for exponent in (1, 2, 3, 4, -1, 0)),
+        *(x.abs() ** exponent for exponent in (0.5, -0.5, 1.7, -2)),
+        *((x * 5).int() ** 1, (x * 5).int() ** 3, 2 ** (x * 5).int().float()),
+    ),
+    "bytes": lambda x: (
+        *((x + 3) * 30).to(torch.uint8).sort(1, descending=True),
+        *((x + 3) * 30).to(torch.uint8).topk(2, 1),
+        *((x + 3) * 30).to(torch.uint8).topk(2, 1, largest=False),
+        *((x * 30).to(torch.int8).topk(2, 1, largest=False)),
+        *((x * 30).int().sort(1, descending=True)),
+        *(((x + 3) * 30).to(torch.uint8).argmin(1), (x * 30).int().argmin(-1), (x * 30).int().amin(-1)),
+    ),
     "sorted": lambda x: (
         *x.round().sort(dim=1, stable=True),
         *x.round().sort(dim=2, descending=True, stable=True),
