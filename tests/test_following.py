@@ -205,6 +205,27 @@ def test_a_shuffled_axis_is_named() -> None:
     assert refused(shuffled, t.f32["B 8 4"], "x[1]", "rearrange: the axis is reordered")
 
 
+def test_an_axis_of_another_length_is_named() -> None:
+    def cut(x: t.Tensor) -> t.Tensor:
+        return t.slice(x, axis=1, start=1)
+
+    def strided(x: t.Tensor) -> t.Tensor:
+        return t.slice(x, axis=1, start=0, stride=2)
+
+    def padded(x: t.Tensor) -> t.Tensor:
+        return t.pad(x, axis=1, before=1)
+
+    def joined(x: t.Tensor) -> t.Tensor:
+        return t.concat(x, x, axis=1)
+
+    def pooled(x: t.Tensor) -> t.Tensor:
+        return t.max_pool(t.rearrange(x, pattern="b s c -> b c s"), kernel=(2,))
+
+    for build in (cut, strided, padded, joined, pooled):
+        reason = "the axis is cut, padded, joined or strided over"
+        assert refused(build, t.f32["B S 8"], "S", reason), build.__name__
+
+
 def test_what_is_made_from_the_length_is_followed() -> None:
     def from_the_end(x: t.Tensor) -> t.Tensor:
         back = t.reduce_max(t.iota(size="S"), axes=(0,)) - t.iota(size="S")
