@@ -308,6 +308,8 @@ def test_dtype_rules(rule: str, dtypes: list[DType | None], results: list[DType]
         ("n -> n", [boolean], "x must be a number, is bool"),
         ("bool, t -> t", [f32, f32], "x must be bool, is f32"),
         ("t, t -> t", [f32, f16], "dtypes disagree: x is f32, y is f16"),
+        ("f, i, f -> f", [f32, None, i64], "z must be a float, is i64"),
+        ("t, t, t -> t", [f32, None, f16], "dtypes disagree: x is f32, z is f16"),
         ("f, i -> f", [None, i64], "nothing tells the result's dtype: every operand that could be f is absent"),
         ("f, i", [f32, i64], "needs '->'"),
         ("q -> q", [f32], "malformed dtype rule: 'q'"),

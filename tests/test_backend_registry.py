@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.backend_checks import CPU, block_model, compiled, message
+from tests.backend_checks import CPU, block_model, compiled, graph_of, message
 from treadle.backends import registry
 from treadle.backends.registry import backend_names, find_backend
 from treadle.ir.errors import UsageError
@@ -41,6 +41,15 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, weights = block_model()
     text = message(lambda: find_backend("torch").compile(graph, Target("cuda"), weights))
     assert "PyTorch finds no CUDA device" in text
+
+
+def test_what_a_gpu_does_not_multiply_is_refused_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = "PyTorch multiplies no matrices of integers on a GPU"
+    graph = graph_of(lambda b: b.matmul(b.input("x", "i64[2, 3]"), b.input("y", "i64[3, 4]")))
+    assert said in message(lambda: find_backend("torch").compile(graph, Target("cuda"), {}))
+    find_backend("torch").compile(graph, CPU, {})
 
 
 class Recorded:

@@ -116,12 +116,16 @@ def test_rounding_is_that_of_ml_dtypes(format: str) -> None:
     numbers = np.unique(numbers[np.isfinite(numbers)])
     between = (numbers[1:] + numbers[:-1]) / 2
     top = FORMATS[format].largest
-    x = np.concatenate([numbers, between, numbers * 1.001, [top * 1.01, top * 1.5, -top * 4, np.inf, -np.inf]])
+    x = np.concatenate(
+        [numbers, between, numbers * 1.001, [-0.0, -1e-30, top * 1.01, top * 1.5, -top * 4, np.inf, -np.inf]]
+    )
     with np.errstate(all="ignore"):
         x = x.astype(np.float32)
         wanted = x.astype(dtype).astype(np.float32)
     found = RoundTo(format=format).reference(x)
     np.testing.assert_array_equal(found, wanted)
+    ordered = ~np.isnan(wanted)
+    np.testing.assert_array_equal(np.signbit(found[ordered]), np.signbit(wanted[ordered]))  # -0 is not 0
     held = RoundTo(format=format, saturate=True).reference(x)
     assert np.all(np.abs(held) <= top)
     inside = np.abs(x) <= top

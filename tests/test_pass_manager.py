@@ -209,6 +209,17 @@ def test_dead_code_crosses_functions() -> None:
     assert_same_numbers(optimized.source, graph)
 
 
+@pytest.mark.parametrize(
+    ("count", "named"), [(5, "w0, w1, w2, w3, w4"), (6, "w0, w1, w2, w3, w4 and 1 more")], ids=["five", "six"]
+)
+def test_of_many_weights_that_are_removed_the_first_are_named(count: int, named: str) -> None:
+    b = Builder(Graph("g"))
+    for n in range(count):
+        b.parameter(f"w{n}", "f32[3]")
+    b.outputs(y=b.exp(b.input("x", "f32[3]")))
+    assert PassManager([DeadCode()]).run(b.graph).log[0].notes == [f"removed unused weights: {named}"]
+
+
 def test_a_repeated_block_is_rewritten_once() -> None:
     log = PassManager([FuseGelu()]).run(blocks()).log
     assert [(e.rule, e.function, e.source) for e in log[0].matches] == [("silu", "block", "model.py:2")]
