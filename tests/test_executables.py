@@ -26,6 +26,7 @@ from tests.backend_checks import (
     python_backends,
 )
 from tests.golden import Golden
+from treadle.backends.legalization import legalize
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, GraphError
@@ -105,6 +106,18 @@ def test_a_block_is_passed_the_symbols_that_its_arguments_do_not_tell(backend: s
         assert "S=S" in exe.source
     x_value = np.arange(3, dtype=np.float32)
     np.testing.assert_array_equal(exe(x=x_value).y, np.tile(x_value, 2).reshape(3, 2) * 2)
+
+
+def test_what_stands_for_an_op_is_placed_where_it_was() -> None:
+    b = Builder(Graph("g"))
+    b.source = Source("model.py", 3)
+    x, weight = b.input("x", "f32[B, 8]"), b.parameter("w", "f32[8]")
+    with b.scoped("h.0"):
+        y = b.gelu(b.rms_norm(x, weight))
+    b.outputs(y=b.silu(y))
+    lowered = legalize(b.graph, lambda op, types: op.name == "gelu").main
+    assert {node.scope for node in lowered.nodes} == {"h.0.rms_norm", "h.0.rms_norm.reduce_mean", "h.0", "silu"}
+    assert {str(node.source) for node in lowered.nodes} == {"model.py:3"}
 
 
 @each_backend
