@@ -20,6 +20,7 @@ MISTAKEN = """\
 from typing import Annotated
 
 import treadle as t
+from treadle.ir.ops.normalization import Softmax
 
 Tokens = Annotated[t.Tensor, t.i64["B S"]]
 
@@ -52,6 +53,9 @@ outer.configure(dim=4)
 t.compile(outer, dim=4)(tokens=[[1]])
 t.compile(outer, sed=4, seed="4")  # wrong
 t.UsageError, t.BackendError
+op = Softmax(axis=-1)
+op.axis = 0  # wrong
+Softmax(axs=0)  # wrong
 """
 
 
