@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
@@ -534,6 +535,39 @@ def test_limits_are_adjustable() -> None:
         text = BASE.replace("0.5)", "f32[1]{0.5})")
         with pytest.raises(ParseError):
             parse_graph(text, limits)
+
+
+def least_work(text: str) -> int:
+    """The least limit under which a text is read."""
+
+    def reads(work: int) -> bool:
+        try:
+            parse_graph(text, Limits(work=work))
+        except ParseError as error:
+            if "takes too long to read" not in error.what:
+                raise
+            return False
+        return True
+
+    return bisect_left(range(1, 1 << 17), True, key=reads) + 1
+
+
+def some(count: int, text: str, joint: str = " ") -> str:
+    return joint.join(text.replace("#", str(n)) for n in range(count))
+
+
+LONGER = {
+    "inputs": lambda n: f"main({some(n, 'x#: f32[2]', ', ')}) -> (y: f32[2]) {{ a = neg(x0) return y = a }}",
+    "nodes": lambda n: f"main(x: f32[2]) -> (y: f32[2]) {{ {some(n, 'a# = neg(x)')} return y = a0 }}",
+    "outputs": lambda n: f"main(x: f32[2]) -> ({some(n, 'y#: f32[2]', ', ')}) {{ return {some(n, 'y# = x', ', ')} }}",
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_all_text_counts_as_work(kind: str) -> None:
+    """Each statement is of three pieces or more, and each piece counts, also where nothing else follows."""
+    few, many = (least_work(f"graph g {{ {LONGER[kind](count)} }}") for count in (10, 200))
+    assert many - few >= 3 * (200 - 10)
 
 
 def test_doubling_functions_do_not_unfold_without_end() -> None:
