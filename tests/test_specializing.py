@@ -183,14 +183,20 @@ def weighted() -> onnx.ModelProto:
     return proto
 
 
-def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    """Also those that stand behind one that cannot be read, and is not needed."""
     proto = weighted()
+    whole = onnx.ModelProto.FromString(proto.SerializeToString())
+    if damaged:
+        proto.graph.initializer.insert(0, numpy_helper.from_array(np.ones(4, np.float32), "broken"))
+        proto.graph.initializer[0].raw_data = b"\0"
     exe = opened(tmp_path, proto)
     (tmp_path / "model.onnx").unlink()
     monkeypatch.setattr(OnnxFile, "open", None)
     x = np.ones((2, 128), np.float32)
     for k in (2, 3):
-        wanted = runtime(proto, {"x": x, "k": np.array([k])})["v"]
+        wanted = runtime(whole, {"x": x, "k": np.array([k])})["v"]
         np.testing.assert_allclose(exe(x=x, k=k)["v"], wanted, rtol=0, atol=1e-5)
     first, second = (each.compiled.weights["w"] for each in exe.specializations)
     assert np.shares_memory(first, second)
