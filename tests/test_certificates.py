@@ -172,6 +172,22 @@ WRONG = [
         ["a = softmax(x)", "return y = a"],
     ),
     Wrong(
+        "fill-of-the-other-sign",
+        lambda p, x, y: p.where(y, x, -math.inf),
+        lambda b, m: b.where(m.y, m.x, math.inf),
+        ["a = where(k, x, -inf)", "return y = a"],
+        "a number past 1e30 has become another",
+        "x: f32[B, S, 768], k: bool[B, S, 768]",
+    ),
+    Wrong(
+        "fill-that-hides-nothing",
+        lambda p, x, y: p.where(y, x, -math.inf),
+        lambda b, m: b.where(m.y, m.x, -1e9),
+        ["a = where(k, x, -inf)", "return y = a"],
+        "a number past 1e30 has become another",
+        "x: f32[B, S, 768], k: bool[B, S, 768]",
+    ),
+    Wrong(
         "wrong-for-large-numbers",
         lambda p, x, y: p.tanh(x),
         lambda b, m: 1 - 2 / (b.exp(m.x * 2.0) + 1) + b.relu(b.abs(m.x) - 10.0),
