@@ -113,9 +113,19 @@ ARCHITECTURES = {
 }
 
 
+# What Hugging Face's classes have where a file does not say. Older files leave out what is so.
+_DEFAULTS: Mapping[str, Config] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
+}
+
+
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face LlamaConfig, MistralConfig, Qwen2Config or GemmaConfig."""
     kind = choose(config, "model_type", {k: k for k in ARCHITECTURES})
+    config = {**_DEFAULTS[kind], **config}
     choose_architecture(config, {ARCHITECTURES[kind]: llama})
     bias = read_flag(config, "attention_bias", False)
     heads = read_int(config, "num_attention_heads")

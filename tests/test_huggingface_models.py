@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
+from treadle.models.registry import family_of
 from treadle.resolving import Resolved, resolve
 
 pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from tests.hf_models import TINY, VOCAB, answer, save
 
@@ -267,3 +268,32 @@ def test_heads_that_do_not_divide_the_width(folder: Path) -> None:
         resolve(folder)
     assert caught.value.source is not None
     assert caught.value.source.startswith("models/bert.py:")
+
+
+def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A config without each of its keys, and without each of those that a part of it has."""
+    for key, value in config.items():
+        rest = {k: v for k, v in config.items() if k != key}
+        yield key, rest
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from ((inner, {**rest, key: part}) for inner, part in without_one_key(value))
+
+
+@pytest.mark.parametrize(
+    "name", sorted({each.architecture: name for name, each in TINY.items() if name != "opt"}.values())
+)
+def test_a_key_that_a_config_leaves_out_has_hugging_faces_default(name: str) -> None:
+    """Files are written without what is as the library has it."""
+    architecture = TINY[name].architecture
+    config = getattr(transformers, architecture).config_class().to_dict() | {"architectures": [architecture]}
+    family = family_of(config)
+    whole = family.from_config(config)
+    for key, rest in without_one_key(config):
+        if key in ("architectures", "model_type"):
+            continue
+        try:
+            found = family.from_config(rest)
+            assert found == whole or found.graph() == whole.graph(), key
+        except CheckpointError as refused:
+            if key not in str(refused):
+                raise
