@@ -187,6 +187,23 @@ def test_absurd_sizes_cost_nothing(body: str, value: int) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    ("limit", "body", "needs"),
+    [
+        ("nodes", "a = Exp(x) b = Exp(a) y = Exp(b)", 3),
+        ("rank", "y = Exp(x)", 2),
+        ("nesting", "y = here.f(x)", 2),
+    ],
+)
+def test_a_limit_is_the_most_that_is_read(limit: str, body: str, needs: int) -> None:
+    head = '<domain: "here", opset_import: ["here": 1, "": 18]>'
+    functions = f"{head} f (x) => (y) {{ y = here.g(x) }} {head} g (x) => (y) {{ y = Exp(x) }}"
+    proto = model("(float[2, 3] x) => (float[2, 3] y)", body, more=functions)
+    import_onnx(proto, limits=OnnxLimits(**{limit: needs}))
+    with pytest.raises(FrontendError):
+        import_onnx(proto, limits=OnnxLimits(**{limit: needs - 1}))
+
+
 def test_functions_that_double_at_every_level_are_bounded() -> None:
     levels = 20
     head = '<domain: "here", opset_import: ["here": 1, "": 18]>'
