@@ -134,6 +134,8 @@ def test_bytes_are_what_is_read_and_written_once() -> None:
     assert cost(lambda b, *x: b.linear(*x), "f32[6, 4]", "f32[5, 4]", "f32[5]").bytes == 4 * (24 + 20 + 5 + 30)
     assert cost(lambda b, x: b.softmax(x), "f32[2, 3]").bytes == 4 * (6 + 6), "a composite is one op here"
     assert cost(lambda b, x: x > 0.0, "f32[8]").bytes == 4 * 8 + 4 + 8
+    plain = cost(lambda b, x, r, bias: b.add_layer_norm(x, r, None, bias), "f32[6, 4]", "f32[6, 4]", "f32[4]")
+    assert plain.bytes == 4 * (2 * 24 + 4 + 2 * 24), "without a weight, which stands before the bias"
 
 
 def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
