@@ -588,3 +588,18 @@ def test_operators_are_read_in_their_newest_form() -> None:
     read = {name: each.latest for (domain, name), each in OPERATORS.items() if domain == "" and name in newest}
     behind = {"DepthToSpace", "ReverseSequence", "SpaceToDepth"}  # of opset 28, which are refused
     assert {name for name, latest in read.items() if latest != newest[name]} == behind
+
+
+def test_quotients_of_integers_are_rounded_towards_zero() -> None:
+    x, y = (v.reshape(-1) for v in np.meshgrid(np.arange(-7, 8), [-3, -2, -1, 1, 2, 3]))
+    for dtype in (np.int32, np.int64):
+        proto = model(f"({np.dtype(dtype)}[N] x, {np.dtype(dtype)}[N] y) => ({np.dtype(dtype)}[N] z)", "z = Div(x, y)")
+        same_as_runtime(proto, {"x": x.astype(dtype), "y": y.astype(dtype)})
+
+
+@pytest.mark.parametrize("mode", ["edge", "wrap", "reflect"])
+@pytest.mark.parametrize("pads", [(2, 0), (0, 2), (1, 2)])
+def test_what_a_border_repeats(mode: str, pads: tuple[int, int]) -> None:
+    body = f'p = Constant<value_ints = [{pads[0]}, {pads[1]}]>() y = Pad<mode = "{mode}">(x, p)'
+    for length in ("3", "N"):
+        same_as_runtime(model(f"(float[{length}] x) => (float[M] y)", body), {"x": np.float32([3, 1, 2])})

@@ -77,8 +77,6 @@ def _hash(kernel: Kernel) -> int:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, Kernel):
-        return value.key
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_text, value)) + ")"
     return value.hex() if isinstance(value, float) else repr(value)
