@@ -60,6 +60,10 @@ OPERATORS: dict[str, Any] = {
     "norms": lambda x: (F.layer_norm(x, x.shape[1:]), F.rms_norm(x, x.shape[-1:]), F.group_norm(x, 3), F.normalize(x)),
     "places": lambda x: (x[:, 1], x[..., ::2], x[:, [2, 0, -1]], x[[0, 1], :, [3, -2]], x.flip(1), x.roll(1, -1)),
     "picks": lambda x: (x.gather(1, x[:, :2].argsort(1)), x.index_select(-1, torch.tensor([3, 0])), x[None, 1:, -2:]),
+    "computed places": lambda x: (
+        *(x[:, torch.arange(3) - 2], x[:, -torch.arange(3)], x[:, (x[0, :, 0] * 0).int() - 1], x[:, torch.arange(3)]),
+        x.index_select(1, x.argmax(1)[0]),
+    ),
     "joins": lambda x: (torch.stack([x, -x], 1), torch.cat([x, x[:, :1].double()], 1), *x.chunk(2, -1), *x.unbind(1)),
     "repeats": lambda x: (x.repeat(1, 2, 1), x.repeat_interleave(3, dim=-1), x.tile(2)),
     "pads": lambda x: (F.pad(x, (1, 2, -1, 0), value=3), F.pad(x, (0, 1))),
