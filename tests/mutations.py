@@ -1,6 +1,6 @@
 """Mutation testing, by command: mistakes are put into a copy of the tree one by one, and the tests should notice.
 
-    python -m tests.mutations map                            which test runs which line: once, some ten minutes
+    python -m tests.mutations map                            which test runs which line: once, longer than the suite
     python -m tests.mutations run --count 200 --seed 1       draw 200 and run what could notice each
     python -m tests.mutations judge 1/17 "why it is the same program"
     python -m tests.mutations control                        run what noticed once more, without any mutation
