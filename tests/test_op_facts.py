@@ -250,7 +250,7 @@ SPELLERS = (
     *("ir/builder.py", "passes/framework/pattern.py"),
     *("ir/other_spellings.py", "ir/python_protocols.py", "ir/size_numbers.py"),
 )
-"""What says how ops are spelled elsewhere: tables by name in each backend, Python's operators, other libraries' words."""
+"""What says how ops are spelled elsewhere: tables of backends, Python's operators, words of other libraries."""
 
 NAMED = 72
 
