@@ -13,7 +13,7 @@ def clone_graph(graph: Graph) -> Graph:
     """
     copy = Graph(graph.name)
     copy.symbols = dict(graph.symbols)
-    copy.initial = dict(graph.initial)
+    copy.initial, copy.entry_names = dict(graph.initial), graph.entry_names
     copy.functions = {name: clone_function(function) for name, function in graph.functions.items()}
     return copy
 
@@ -35,8 +35,10 @@ def clone_function(function: Function, name: str | None = None) -> Function:
 
 
 def clone_value(value: Value) -> Value:
-    """A value of the same kind, type, name and constant content, that belongs to no node."""
-    return Value(value.kind, value.type, value.name, value.literal)
+    """A value of the same kind, type, name, layout and constant content, that belongs to no node."""
+    copy = Value(value.kind, value.type, value.name, value.literal)
+    copy.lies_in = value.lies_in
+    return copy
 
 
 def clone_node(node: Node, values: dict[Value | None, Value | None], function: Function) -> Node:

@@ -1,12 +1,16 @@
 """The graph: functions of nodes in program order, in SSA form, with weights held beside it.
 
-    Graph      functions by name, callees first, the last one `main`; bounds of its symbols; initial values of weights
+    Graph      functions by name, callees first, its entries last; bounds of its symbols; initial values of weights
     Function   inputs, parameters, nodes, outputs
     Node       an op on values, with the scope and the user's line it came from
     Value      what flows: an input, a parameter (weight), a constant, or a node's result
 
 A repeated block is one function; a node whose op is `Call` applies it with its own weights. Symbols are the graph's:
 `S` means the same size in every function.
+
+What runs by itself is an entry. `main` is what the user declared, and mostly the only one. `bind` runs before it, once, when
+the weights are there: it takes no inputs, and its outputs are made parameters, which `main` reads by name as it reads
+weights.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 if TYPE_CHECKING:
     import networkx
 
+    from treadle.ir.layouts import Layout
     from treadle.ir.operation import Op
 
 
@@ -128,7 +133,7 @@ class Value:
     node   the node that makes a result, else None; `index` tells which of its results this is
     """
 
-    __slots__ = ("index", "kind", "literal", "name", "node", "type")
+    __slots__ = ("index", "kind", "lies_in", "literal", "name", "node", "type")
 
     def __init__(
         self,
@@ -145,6 +150,13 @@ class Value:
         self.literal = literal
         self.node = node
         self.index = index
+        self.lies_in: Layout | None = None
+        """The layout of a parameter; for others see `layout`."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """The order of its elements in memory; None is row-major. A result has the layout in which its op leaves it."""
+        return self.lies_in if self.node is None else self.node.op.result_layout(self.index)
 
     @staticmethod
     def constant(literal: Literal) -> Value:
@@ -288,11 +300,15 @@ class Init:
 
 
 class Graph:
-    """A whole program: its functions (callees before callers, `main` last), symbols and initial values."""
+    """A whole program: its functions (callees before callers, entries last), symbols and initial values.
+
+    entry_names   which functions are entries, in the order in which they run: "main" alone, or "bind" before it
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.functions: dict[str, Function] = {"main": Function("main")}
+        self.entry_names: tuple[str, ...] = ("main",)
         self.symbols: dict[str, Bounds] = {}
         self.initial: dict[str, Init] = {}
 
@@ -301,17 +317,45 @@ class Graph:
         return self.functions["main"]
 
     @property
+    def bind(self) -> Function | None:
+        """What runs once, when the weights are there; None where there is no such entry."""
+        return self.functions["bind"] if "bind" in self.entry_names else None
+
+    @property
+    def entries(self) -> tuple[Function, ...]:
+        """The functions that run by themselves, in the order in which they run."""
+        return tuple([self.functions[name] for name in self.entry_names])
+
+    @property
+    def made(self) -> Mapping[str, Value]:
+        """What `bind` makes, by name: results of its nodes."""
+        return self.bind.outputs if self.bind is not None else {}
+
+    @property
     def parameters(self) -> Mapping[str, Value]:
-        """The weights by their full names."""
-        return self.main.parameters
+        """The weights by their full names: the parameters that no earlier entry makes."""
+        if self.bind is None:
+            return self.main.parameters
+        made = self.made
+        return {name: v for e in self.entries for name, v in e.parameters.items() if name not in made}
 
     def add_function(self, function: Function) -> None:
-        """Put a function before `main`. Raises GraphError if the name is taken."""
+        """Put a function before the entries. Raises GraphError if the name is taken."""
         if function.name in self.functions:
             raise GraphError(f"the graph has a function {function.name!r} already")
-        main = self.functions.pop("main")
+        entries = [self.functions.pop(name) for name in self.entry_names]
         self.functions[function.name] = function
+        self.functions |= {entry.name: entry for entry in entries}
+
+    def add_bind(self) -> Function:
+        """A new entry `bind` before `main`. Raises GraphError if the name is taken."""
+        if "bind" in self.functions:
+            raise GraphError("the graph has a function 'bind' already")
+        main = self.functions.pop("main")
+        made = self.functions["bind"] = Function("bind")
         self.functions["main"] = main
+        self.entry_names = ("bind", "main")
+        return made
 
     def bound(self, symbol: str, bounds: Bounds) -> None:
         """Narrow a symbol's bounds. Raises GraphError for a lower bound below 1, or if nothing is left."""

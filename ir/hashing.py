@@ -27,8 +27,10 @@ def canonical_form(graph: Graph) -> str:
     initial = ",".join(
         f"{quote(n)}={quote(i.kind)}({attribute_text(i.scale)})" for n, i in sorted(graph.initial.items())
     )
-    functions = (line for f in graph.functions.values() for line in _lines(f, in_order=f is not graph.main))
-    return "\n".join([f"symbols {symbols}", f"initial {initial}", *functions])
+    entries = graph.entries
+    functions = (line for f in graph.functions.values() for line in _lines(f, in_order=f not in entries))
+    when = [f"entries {','.join(graph.entry_names)}"] if len(entries) > 1 else []
+    return "\n".join([f"symbols {symbols}", f"initial {initial}", *when, *functions])
 
 
 def structural_hash(of: Function | Graph) -> str:
@@ -60,7 +62,8 @@ def _lines(function: Function, *, in_order: bool, names: bool = True) -> Iterato
     parameters = function.parameters.items() if in_order else sorted(function.parameters.items())
     for number, (name, value) in enumerate(parameters):
         ids[value] = f"p{number}"
-        yield f"parameter {quote(name) if names else ''}:{type_key(value.type)}"
+        lies_in = f" in {value.lies_in}" if value.lies_in is not None else ""
+        yield f"parameter {quote(name) if names else ''}:{type_key(value.type)}{lies_in}"
 
     def reference(value: Value | None) -> str:
         found = ids.get(value)
@@ -91,7 +94,10 @@ def op_key(op: Op) -> str:
     """The op with all its attributes. Kept with the op, which is immutable: equality would take 0.0 for -0.0."""
     key: str | None = op.__dict__.get("_structural_key")
     if key is None:
-        attributes = ",".join([attribute_key(getattr(op, name)) for name in attribute_fields(type(op))])
+        values = [(field, getattr(op, name)) for name, field in attribute_fields(type(op)).items()]
+        while values and values[-1][1] == () and values[-1][0].default == ():
+            values.pop()
+        attributes = ",".join([attribute_key(value) for _, value in values])
         key = op.__dict__["_structural_key"] = f"{op.name}[{attributes}]"
     return key
 

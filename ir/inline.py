@@ -15,7 +15,7 @@ MOST_NODES = 1_000_000
 
 
 def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
-    """A graph without calls that computes the same: main alone, weights by their own names, scopes joined.
+    """A graph without calls that computes the same: its entries alone, weights by their own names, scopes joined.
 
     Raises GraphError if its functions would have more than `most_nodes` nodes together (a few that call each other
     twice can stand for any number), or for a call that does not fit or precedes its function.
@@ -30,8 +30,24 @@ def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
     result = Graph(graph.name)
     result.symbols = dict(graph.symbols)
     result.initial = dict(graph.initial)
-    result.functions = {"main": flat["main"]}
+    result.entry_names = graph.entry_names
+    result.functions = {name: flat[name] for name in graph.entry_names}
     return result
+
+
+def inline_function(graph: Graph, function: Function, *, most_nodes: int = MOST_NODES) -> Function:
+    """A copy of one function of a graph without calls. Raises GraphError as `inline_calls` does."""
+    wanted, waiting = {function.name}, [function]
+    while waiting:
+        for node in waiting.pop().nodes:
+            callee = graph.callee(node)
+            if callee is not None and callee.name not in wanted:
+                wanted.add(callee.name)
+                waiting.append(callee)
+    part = Graph(graph.name)
+    part.functions = {name: f for name, f in graph.functions.items() if name in wanted}
+    part.entry_names = (function.name,)
+    return inline_calls(part, most_nodes=most_nodes).functions[function.name]
 
 
 def _unfolded_count(function: Function, flat: dict[str, Function]) -> int:

@@ -44,24 +44,28 @@ def interpret(
     weights = weights or {}
     wanted = [v.name for v in graph.main.inputs]
     missing = [name for name in wanted if name not in inputs]
-    missing += [name for name in graph.main.parameters if name not in weights]
+    parameters = graph.parameters
+    missing += [name for name in parameters if name not in weights]
     if missing:
         raise GraphError(f"no value for {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
     unknown = [name for name in inputs if name not in wanted]
-    unknown += [name for name in weights if name not in graph.main.parameters]
+    unknown += [name for name in weights if name not in parameters]
     if unknown:
         raise GraphError(
             f"there is no input or weight {', '.join(unknown[:5])}" + (" and more" if len(unknown) > 5 else "")
         )
     run = _Run(graph, float64, watch, disturb)
-    named = [(v, inputs[v.name]) for v in graph.main.inputs]
-    named += [(v, weights[name]) for name, v in graph.main.parameters.items()]
-    arguments = [run.widen(np.asarray(array)) for _, array in named]
-    for _ in range(2):  # a size such as 2*S may stand before the input that tells S
-        for (value, _), array in zip(named, arguments, strict=True):
-            run.bind(value, array)
-    results = run.function(graph.main, arguments)
-    return dict(zip(graph.main.outputs, results, strict=True))
+    held = dict(weights)
+    for entry in graph.entries:
+        named = [(v, inputs[v.name]) for v in entry.inputs]
+        named += [(v, held[name]) for name, v in entry.parameters.items()]
+        arguments = [run.widen(np.asarray(array)) for _, array in named]
+        for _ in range(2):  # a size such as 2*S may stand before the input that tells S
+            for (value, _), array in zip(named, arguments, strict=True):
+                run.bind(value, array)
+        outputs = dict(zip(entry.outputs, run.function(entry, arguments), strict=True))
+        held |= outputs  # made parameters, which later entries read
+    return outputs
 
 
 def interpret_function(function: Function, arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:

@@ -37,6 +37,7 @@ from treadle.ir.types import DType, Type, f64
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
     from treadle.ir.graph import Value
+    from treadle.ir.layouts import Layout
 
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
@@ -108,6 +109,10 @@ class Op:
 
     def check(self, types: Sequence[Type | None]) -> None:
         """Raise RuleError for what the rules cannot say (an attribute out of range, ...)."""
+
+    def result_layout(self, index: int) -> Layout | None:
+        """The layout in which the op leaves a result; None is row-major."""
+        return None
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         """What sizes must be for the op to be defined: S - 4 not negative, where an axis of size S is cut at 4.

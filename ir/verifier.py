@@ -1,10 +1,13 @@
 """The verifier: everything that must hold in a graph, checked anew from the ops' own rules.
 
-    graph      main is there and last; symbols have bounds that some size meets; initial values belong to parameters
+    graph      entries come last; symbols have bounds that some size meets; initial values belong to parameters
+    entries    `bind` takes no inputs, and each of its outputs is a result of its own, under a name that no weight has;
+               what is one parameter has one type and one layout in all entries, and nobody calls an entry
     function   inputs, parameters and outputs have names of their own; types use declared symbols only
     node       operands are defined before, in the same function; results and node point at each other
     types      are what the op's rules infer from the operands; a constant's are those of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
+    layouts    are of matrices; a call passes what lies as its callee wants it; what `main` takes and gives is row-major
 
 It runs after every pass.
 """
@@ -32,13 +35,20 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
     """
     if next(reversed(graph.functions), None) != "main":
         raise VerifyError("a graph's last function must be main", received=", ".join(graph.functions) or "no function")
+    last = tuple(graph.functions)[-len(graph.entry_names) :]
+    if graph.entry_names not in (("main",), ("bind", "main")) or last != graph.entry_names:
+        raise VerifyError(
+            "a graph's entries are main, or bind and main, and its last functions",
+            received=f"entries {', '.join(graph.entry_names)}; functions {', '.join(graph.functions)}",
+        )
     for symbol, bounds in graph.symbols.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", symbol):
             raise VerifyError(f"{symbol!r} is not a symbol's name", within="the graph's symbols")
         if bounds.upper is not None and bounds.upper < bounds.lower:
             raise VerifyError(f"no size is left for {symbol}", received=bounds.around(symbol))
+    parameters = graph.parameters
     for name in graph.initial:
-        if name not in graph.parameters:
+        if name not in parameters:
             raise VerifyError(f"an initial value is given for {name!r}, which is no parameter")
     earlier: dict[str, Function] = {}
     for name, function in graph.functions.items():
@@ -47,6 +57,36 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
         if only is None or name in only:
             _FunctionCheck(graph, function, earlier).run()
         earlier[name] = function
+    if graph.bind is not None:
+        _verify_bind(graph, graph.bind)
+
+
+def _verify_bind(graph: Graph, bind: Function) -> None:
+    """What `bind` makes, and that entries agree on what they read."""
+    if bind.inputs:
+        raise VerifyError("bind takes no inputs", received=bind.inputs[0].name)
+    seen: set[Value] = set()
+    for name, value in bind.outputs.items():
+        if value.node is None or value in seen:
+            why = "is the result of a node" if value.node is None else "stands under one name"
+            raise VerifyError(f"what bind makes {why}", received=repr(value), within=f"bind, ${name}")
+        seen.add(value)
+        if name in bind.parameters:
+            raise VerifyError(f"bind makes {name}, and reads a weight of that name", within="bind")
+    known = {**bind.parameters, **bind.outputs}
+    for name, value in graph.main.parameters.items():
+        there = known.get(name)
+        if there is not None and (there.type, there.layout) != (value.type, value.layout):
+            raise VerifyError(
+                f"parameter {name} is not the same in bind and in main",
+                received=f"bind: {_lying(there)}; main: {_lying(value)}",
+            )
+        if there is None and value.layout is not None:
+            raise VerifyError(f"weight {name} is row-major: bind makes what lies otherwise", received=_lying(value))
+
+
+def _lying(value: Value) -> str:
+    return f"{value.type}" + (f" in {value.layout}" if value.layout is not None else "")
 
 
 class _FunctionCheck:
@@ -67,6 +107,8 @@ class _FunctionCheck:
             if value.name != name:
                 raise self.error(f"parameter {value.name!r} is held as {name!r}")
             self.argument(value, "parameter")
+            if value.layout is not None and value.type.rank != 2:
+                raise self.error(f"parameter {name} is no matrix, and lies in {value.layout}", received=str(value.type))
         for index, node in enumerate(self.function.nodes):
             self.node(node, index)
         for name, value in self.function.outputs.items():
@@ -74,6 +116,8 @@ class _FunctionCheck:
                 raise self.error(f"output {name!r} is not defined in {self.function.name}", received=repr(value))
             if value.literal is not None:
                 self.constant(value, None)
+            if value.layout is not None and self.function is self.graph.main:
+                raise self.error(f"output {name!r} of main lies in {value.layout}", hint="outputs are row-major")
 
     def argument(self, value: Value, kind: str) -> None:
         if value.kind != kind or value.node is not None or value.literal is not None:
@@ -130,9 +174,19 @@ class _FunctionCheck:
             raise self.error(error.what, index, received=error.received, hint=error.hint) from None
 
     def call(self, node: Node, index: int) -> None:
+        wanted = getattr(node.op, "takes_in", ()) or [None] * len(node.operands)
+        for value, layout in zip(node.operands, wanted, strict=False):
+            if value is not None and value.layout != layout:
+                raise self.error(
+                    f"a call of {node.op.callee} passes {value.name} in another layout than it is read in",
+                    index,
+                    received=f"{value.layout or 'row-major'}, read in {layout or 'row-major'}",
+                )
         if node.op in self.checked_calls:  # the other calls of a block
             return
         callee = self.earlier.get(node.op.callee or "")
+        if callee is not None and callee in self.graph.entries:
+            raise self.error(f"{self.function.name} calls {callee.name!r}, which is an entry", index)
         if callee is None:
             known = node.op.callee in self.graph.functions
             why = "does not come before it" if known else "is not in the graph"

@@ -1,26 +1,57 @@
-"""What a function computes from weights and constants alone: the same at every call, so that it need be done once."""
+"""What is computed from weights and constants alone: the same at every call, so that it need be done once."""
 
 from __future__ import annotations
 
-from treadle.ir.graph import Function, Node, Value, needed_nodes
+from collections.abc import Callable
+
+from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.text.attributes import attribute_symbols
 
 
-def weight_only_nodes(function: Function) -> dict[Node, None]:
+def weight_only_nodes(function: Function, calls: Callable[[Node], bool] | None = None) -> dict[Node, None]:
     """The nodes that read weights and constants and nothing else, in program order.
 
     What is made of constants alone belongs to them only as far as they read it: folding is there for the rest. Calls
-    do not, nor does what depends on a size that is known only at the call.
+    do not, but for those that `calls` takes, nor does what depends on a size that is known only at the call.
     """
     fixed: set[Value] = set(function.parameters.values())
     weighty = set(fixed)
     nodes: list[Node] = []
     for node in function.nodes:
-        if node.op.callee is not None or attribute_symbols(node.op) or any(v.type.symbols for v in node.results):
+        if not _is_fixed(node, fixed, calls):
             continue
-        if all(v in fixed or v.literal is not None for v in node.inputs):
-            nodes.append(node)
-            fixed.update(node.results)
-            if any(v in weighty for v in node.inputs):
-                weighty.update(node.results)
+        nodes.append(node)
+        fixed.update(node.results)
+        if any(v in weighty for v in node.inputs):
+            weighty.update(node.results)
     return dict.fromkeys(needed_nodes(nodes, weighty))
+
+
+def values_of_weights(graph: Graph) -> set[Value]:
+    """The weights of all functions, and what is computed from them alone.
+
+    A weight of a function that is called is one of them where every call passes such a value.
+    """
+    found: set[Value] = set()
+    passed: dict[Value, bool] = {}
+    entries = graph.entries
+    for function in reversed(graph.functions.values()):  # callers first
+        found.update(
+            v for v in function.parameters.values() if not v.type.symbols and (function in entries or passed.get(v))
+        )
+        for node in function.nodes:
+            callee = graph.callee(node)
+            if callee is not None:
+                for formal, value in zip(callee.arguments, node.operands, strict=True):
+                    passed[formal] = passed.get(formal, True) and value in found
+            elif any(v in found for v in node.inputs) and _is_fixed(node, found, None):
+                found.update(node.results)
+    return found
+
+
+def _is_fixed(node: Node, fixed: set[Value], calls: Callable[[Node], bool] | None) -> bool:
+    if node.op.callee is not None and (calls is None or not calls(node)):
+        return False
+    if attribute_symbols(node.op) or any(v.type.symbols for v in node.results):
+        return False
+    return all(v in fixed or v.literal is not None for v in node.inputs)

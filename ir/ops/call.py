@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from treadle.ir.errors import GraphError, RuleError
-from treadle.ir.graph import Function
+from treadle.ir.graph import Function, Value
+from treadle.ir.layouts import Layout
 from treadle.ir.operation import Operand, Primitive, op
 from treadle.ir.types import Type
 
@@ -23,19 +24,27 @@ class Call(Primitive):
     function: str
     takes: tuple[Type, ...]
     gives: tuple[Type, ...]
+    takes_in: tuple[Layout | None, ...] = ()
+    gives_in: tuple[Layout | None, ...] = ()
+    """The layouts of what it takes and gives; empty where all is row-major."""
 
     @staticmethod
     def of(function: Function) -> Call:
         """A call with this function's signature."""
         return Call(
             function=function.name,
-            takes=tuple(v.type for v in function.arguments),
-            gives=tuple(v.type for v in function.outputs.values()),
+            takes=tuple([v.type for v in function.arguments]),
+            gives=tuple([v.type for v in function.outputs.values()]),
+            takes_in=_layouts(function.parameters.values(), len(function.inputs)),
+            gives_in=_layouts(function.outputs.values()),
         )
 
     @property
     def callee(self) -> str:  # type: ignore[override]
         return self.function
+
+    def result_layout(self, index: int) -> Layout | None:
+        return self.gives_in[index] if self.gives_in else None
 
     def infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
         if tuple(types) == self.takes:  # as a whole: equal at once where the types are the same objects
@@ -47,3 +56,9 @@ class Call(Primitive):
 
     def reference(self, *operands: Any) -> Any:
         raise GraphError("a call has no reference of its own: interpret the graph")
+
+
+def _layouts(values: Iterable[Value], inputs: int = 0) -> tuple[Layout | None, ...]:
+    """The layouts of values after so many that have none; empty where none has one."""
+    found = [v.layout for v in values]
+    return (*[None] * inputs, *found) if any(found) else ()

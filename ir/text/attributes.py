@@ -18,6 +18,7 @@ import numpy as np
 
 from treadle.ir.attention_terms import Term, parse_term
 from treadle.ir.errors import GraphError
+from treadle.ir.layouts import Layout, parse_layout
 from treadle.ir.operation import Op
 from treadle.ir.sizes import Size, parse_size
 from treadle.ir.text.scanner import RESERVED, Scanner, quoted, type_text
@@ -103,6 +104,7 @@ attribute_kind("DType", DType, str, _read_dtype)
 attribute_kind("Size", Size, _write_size, lambda s: parse_size(s.expression()))
 attribute_kind("Type", Type, type_text, lambda s: s.type())
 attribute_kind("Term", Term, lambda term: term.text, lambda s: parse_term(s.expression()))
+attribute_kind("Layout", Layout, str, lambda s: parse_layout(s.expression()))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

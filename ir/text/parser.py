@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Node, Source, Value
+from treadle.ir.layouts import parse_layout
 from treadle.ir.limits import limits_of
 from treadle.ir.operation import OPS, Op
 from treadle.ir.ops.call import Call
@@ -28,6 +29,7 @@ _RUN = re.compile(r"((?:\w+\.)*?)\{(\d{1,9})\.\.(\d{1,9})\}((?:\.\w+)*)")
 _ATTRIBUTE = re.compile(r"([A-Za-z_]\w*)\s*=")
 _TENSOR = re.compile(r"[a-z]\w*\[")
 _NAME_START = re.compile(r'[A-Za-z_"]')
+_LAYOUT = re.compile(r"[a-z]\w*(?:\([^()\n]{0,40}\))?")
 _OPEN = re.compile(r"\{")
 _CLOSE = re.compile(r"\}")
 
@@ -84,8 +86,13 @@ class _Parser:
             self.parameters()
         while s.accept_word("block"):
             self.block()
+        weights = list(self.result.main.parameters.values())
+        if s.accept_word("bind"):
+            self.bind(weights)
         s.expect_word("main")
         self.function(self.result.main)
+        if self.result.bind is not None:
+            self.share(self.result.bind, weights)
         self.constants.read_data()
         s.expect("}")
         s.skip()
@@ -199,17 +206,41 @@ class _Parser:
         self.function(function)
         self.result.add_function(function)
 
+    def bind(self, weights: Sequence[Value]) -> None:
+        """Read the entry that runs once, whose statements name what they make; `main` may read all of it."""
+        s = self.s
+        start = s.skip()
+        if "bind" in self.result.functions:
+            raise s.error("a block is called bind, and there is an entry of that name", start)
+        self.current = self.result.add_bind()
+        self.current.parameters = {v.name: Value("parameter", v.type, v.name) for v in weights}
+        self.values: dict[str, Value] = {}
+        s.expect("{")
+        while not s.accept("}"):
+            self.statement()
+        for name, value in self.current.outputs.items():
+            made = self.result.main.parameters[name] = Value("parameter", value.type, name)
+            made.lies_in = value.layout
+
+    def share(self, bind: Function, weights: Sequence[Value]) -> None:
+        """Leave to each entry the parameters that it reads; a weight that nobody reads is main's."""
+        main = self.result.main
+        read = {v for f in (bind, main) for node in f.nodes for v in node.inputs} | {*main.outputs.values()}
+        alone = {v.name for v in weights if v not in read and bind.parameters[v.name] not in read}
+        bind.parameters = {name: v for name, v in bind.parameters.items() if v in read}
+        main.parameters = {name: v for name, v in main.parameters.items() if v in read or name in alone}
+
     def function(self, function: Function) -> None:
         s = self.s
         self.current = function
-        self.values: dict[str, Value] = {}
-        for name, type, at in self.typed_names():
+        self.values = {}
+        for name, type, at in self.typed_names(s.name):
             if name in self.values:
                 raise s.error(f"there are two inputs {name}", at)
             value = self.values[name] = Value("input", type, name)
             function.inputs.append(value)
         s.expect("->")
-        promised = self.typed_names()
+        promised = self.typed_names(s.path)
         if function is not self.result.main and s.accept_word("weights"):
             self.weight()
             while s.accept(","):
@@ -228,7 +259,7 @@ class _Parser:
             )
         s.expect("}")
 
-    def typed_names(self) -> list[tuple[str, Type, int]]:
+    def typed_names(self, read: Callable[[str], str]) -> list[tuple[str, Type, int]]:
         s = self.s
         found: list[tuple[str, Type, int]] = []
         s.expect("(")
@@ -236,7 +267,7 @@ class _Parser:
             if found:
                 s.expect(",")
             start = s.skip()
-            name = s.name("a name")
+            name = read("a name")
             s.expect(":")
             found.append((name, self.declared_type(), start))
             self.argument(start)
@@ -258,7 +289,12 @@ class _Parser:
         if name in self.current.parameters:
             raise s.error(f"there are two weights {name}", start)
         self.argument(start)
-        self.current.parameters[name] = Value("parameter", self.declared_type(), name)
+        value = self.current.parameters[name] = Value("parameter", self.declared_type(), name)
+        if s.accept_word("in"):
+            at = s.skip()
+            match = s.match(_LAYOUT)
+            with s.located(at):
+                value.lies_in = parse_layout(match[0] if match is not None else "")
 
     def outputs(self) -> None:
         s = self.s
@@ -267,7 +303,7 @@ class _Parser:
             if outputs:
                 s.expect(",")
             start = s.skip()
-            name = s.name("an output's name")
+            name = s.path("an output's name")
             s.expect("=")
             value = self.operand()
             if value is None:
@@ -297,6 +333,9 @@ class _Parser:
         for name, value in zip(names, node.results, strict=True):
             if name in self.values:
                 raise s.error(f"{name} is defined twice", start)
+            if name.startswith("$"):
+                self.make(name[1:], value, start)
+                continue
             value.name = name
             self.values[name] = value
         self.note(node)
@@ -308,6 +347,17 @@ class _Parser:
             limits = f"at most {self.limits.nodes} with {self.limits.operands} operands"
             raise s.error("too many nodes", start, hint=limits)
 
+    def make(self, name: str, value: Value, start: int) -> None:
+        """Take a result of a statement of `bind` as the parameter of that name."""
+        bind, s = self.current, self.s
+        if bind is not self.result.bind:
+            raise s.error(f"${name} is made outside of bind", start, hint="a name without $")
+        if name in bind.parameters or name in bind.outputs:
+            raise s.error(f"there are two parameters {name}", start)
+        self.argument(start)
+        value.name = name.rpartition(".")[2]
+        bind.outputs[name] = value
+
     def is_plain(self, head: re.Match[str]) -> bool:
         """Whether `name = op` can be taken as it stands."""
         return head[1] not in RESERVED and head[2] != "op" and len(head[0]) <= self.limits.name_characters
@@ -316,14 +366,18 @@ class _Parser:
         """Read the results' names and what parts them from the application; there need not be any."""
         s = self.s
         start = s.at
-        names = [s.name("a statement or return")]
+        names = [self.result_name("a statement or return")]
         while s.accept(","):
-            names.append(s.name("a result's name"))
+            names.append(self.result_name("a result's name"))
         if not s.accept("="):
             if len(names) > 1:
                 raise s.error(f"expected '=', found {s.found()}")
             names, s.at = [], start
         return names
+
+    def result_name(self, what: str) -> str:
+        """Read what a statement names its result: a name, or $ and the path of a parameter that it makes."""
+        return f"${self.s.path('a made parameter')}" if self.s.accept("$") else self.s.name(what)
 
     def application(self) -> Node:
         s = self.s
@@ -335,7 +389,7 @@ class _Parser:
 
     def apply(self, name: str, start: int, *, is_op: bool = False) -> Node:
         """Read what follows an op's or a function's name."""
-        callee = None if is_op or name == "main" else self.result.functions.get(name)
+        callee = None if is_op or name in self.result.entry_names else self.result.functions.get(name)
         if callee is not None:
             return self.call(callee, start)
         cls = OPS.get(name)
@@ -484,6 +538,8 @@ class _Parser:
 
     def weight_named(self, name: str, at: int) -> Value:
         value = self.current.parameters.get(name)
+        if value is None and self.current is self.result.bind:
+            value = self.current.outputs.get(name)
         if value is None:
             raise self.s.error(f"unknown parameter ${name}", at, hint=_nearest(name, self.current.parameters))
         return value

@@ -122,19 +122,24 @@ class FunctionText:
         self.graph, self.function, self.data = graph, function, data
         self.sources, self.annotate = sources, annotate
         self.names = value_names(graph, function)
+        self.is_bind = function is graph.bind
+        self.made = {v: f"${path_text(n)}" for n, v in function.outputs.items()} if self.is_bind else {}
 
     def lines(self) -> list[str]:
         """The function's lines, signature and all."""
-        outputs = [f"{name_text(n)} = {self.operand(v)}" for n, v in self.function.outputs.items()]
-        body = [*self.rows(self.function.nodes), *_wrapped(outputs, "return ", "       ")]
+        outputs = [f"{path_text(n)} = {self.operand(v)}" for n, v in self.function.outputs.items()]
+        returned = [] if self.is_bind else _wrapped(outputs, "return ", "       ")
+        body = [*self.rows(self.function.nodes), *returned]
         return [*self.signature(), *(f"  {line}" for line in body), "}"]
 
     def signature(self) -> list[str]:
         """The lines before the body, the last of which opens it."""
         function = self.function
+        if self.is_bind:
+            return ["bind {"]
         inputs = [f"{name_text(v.name)}: {type_text(v.type)}" for v in function.inputs]
-        outputs = [f"{name_text(n)}: {type_text(v.type)}" for n, v in function.outputs.items()]
-        is_main = function.name == "main"
+        outputs = [f"{path_text(n)}: {type_text(v.type)}" for n, v in function.outputs.items()]
+        is_main = function is self.graph.main
         lead = "main" if is_main else f"block {name_text(function.name)}"
         lines = [f"{lead}({', '.join(inputs)}) -> ({', '.join(outputs)})"]
         if len(lines[0]) > _WIDTH:
@@ -142,7 +147,7 @@ class FunctionText:
             lines = [*opened, *_wrapped(outputs, "  ", "  "), ")"]
         if is_main or not function.parameters:
             return [*lines[:-1], f"{lines[-1]} {{"]
-        weights = [f"{path_text(n)}: {type_text(v.type)}" for n, v in function.parameters.items()]
+        weights = [f"{path_text(n)}: {type_text(v.type)}{_in_layout(v)}" for n, v in function.parameters.items()]
         return [*lines, *_wrapped(weights, "  weights ", "          "), "{"]
 
     def rows(self, nodes: Sequence[Node]) -> list[str]:
@@ -165,7 +170,7 @@ class FunctionText:
 
     def statement(self, node: Node) -> str:
         """`a, b = op(x, k=5)`"""
-        results = ", ".join(self.names[v] for v in node.results)
+        results = ", ".join(self.made.get(v) or self.names[v] for v in node.results)
         application = self.call(node) or self.application(node)
         return f"{results} = {application}" if results else application
 
@@ -206,6 +211,8 @@ class FunctionText:
             return constant_text(value.literal, self.data)
         if value.kind == "parameter":
             return f"${path_text(value.name)}"
+        if value in self.made:
+            return self.made[value]
         return name_text(self.names[value]) if value in self.names else f"<undefined {value.name}>"
 
 
@@ -214,6 +221,10 @@ def _prefix(value: Value | None, formal: str) -> str | None:
     if value is None or value.kind != "parameter" or not value.name.endswith(f".{formal}"):
         return None
     return value.name[: -len(formal) - 1]
+
+
+def _in_layout(value: Value) -> str:
+    return f" in {value.layout}" if value.layout is not None else ""
 
 
 def source_text(source: Source) -> str:

@@ -1,0 +1,87 @@
+"""Layouts: in which order the elements of a value lie in memory, where that is not row-major.
+
+    panels(16)               a matrix [n, k] for the right side of a product: rows in panels of 16
+    panels(16, transposed)   the same of a matrix [k, n]
+    onednn                   a matrix [n, k] as oneDNN orders it, which it tells nobody
+    onednn(transposed)       the same of a matrix [k, n]
+
+A value without a layout lies row-major. A layout changes where elements lie, never what they are: `relayout` is an
+identity. What reads a value in a layout is the backend's business; it says which of its ops do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.ir.errors import GraphError
+from treadle.ir.operation import attribute_codec
+from treadle.ir.sizes import Size, product
+
+_TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
+_MOST_WIDE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of matrices.
+
+    kind        "panels" or "onednn"
+    width       for panels: how many columns of the product lie side by side
+    transposed  whether the matrix is [k, n], not [n, k]
+
+    In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
+    is filled up with zeros.
+    """
+
+    kind: str
+    width: int = 0
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("panels", "onednn"):
+            raise GraphError(f"unknown layout {self.kind!r}", hint="panels(16), onednn")
+        if self.kind == "panels" and not 0 < self.width <= _MOST_WIDE:
+            raise GraphError("panels have a width", received=str(self.width), hint=f"panels(16); 1 to {_MOST_WIDE}")
+        if self.kind == "onednn" and self.width:
+            raise GraphError("onednn has no width", received=str(self.width))
+
+    def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
+        """The shape of the array that holds a matrix of this shape: for panels [panels, k, width]."""
+        if self.kind == "onednn":
+            return tuple(shape)
+        n, k = (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
+        return ((n + self.width - 1) // self.width, k, Size.of(self.width))
+
+    def elements(self, shape: Sequence[Size]) -> Size:
+        """How many elements a matrix of this shape takes, the filling included."""
+        return product(self.shape(shape))
+
+    def __str__(self) -> str:
+        inside = [str(self.width)] if self.width else []
+        inside += ["transposed"] if self.transposed else []
+        return f"{self.kind}({', '.join(inside)})" if inside else self.kind
+
+
+def parse_layout(text: str) -> Layout:
+    """A layout from its text. Raises GraphError."""
+    match = _TEXT.fullmatch(text.strip())
+    if match is None:
+        raise GraphError("this is no layout", received=text[:40], hint="panels(16), panels(16, transposed), onednn")
+    width, transposed = 0, False
+    for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
+        if word.isascii() and word.isdigit() and len(word) < 10 and not width:
+            width = int(word)
+        elif word == "transposed" and not transposed:
+            transposed = True
+        else:
+            raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
+    return Layout(match[1], width, transposed)
+
+
+def _read(value: Layout | str) -> Layout:
+    return value if isinstance(value, Layout) else parse_layout(value)
+
+
+attribute_codec("Layout", _read, "Layout | str")

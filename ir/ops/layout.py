@@ -1,0 +1,43 @@
+"""Relayout: the same elements in another order in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.layouts import Layout
+from treadle.ir.operation import Grads, Operand, Primitive, op
+from treadle.ir.samples import S
+from treadle.ir.types import Type
+
+
+@op("relayout", axes="... -> ...", dtypes="t -> t", linear="x", flops=0)
+class Relayout(Primitive):
+    """y = x, in another order in memory
+
+    to  the layout of the result (`treadle.ir.layouts`)
+
+    Passes put it before a product that reads its weight in a layout. What reads the result must read that layout.
+    """
+
+    x = Operand()
+    to: Layout
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        (x,) = types
+        if x is not None and x.rank != 2:
+            raise RuleError(f"relayout: a layout is one of matrices, x has rank {x.rank}", received=str(x))
+
+    def result_layout(self, index: int) -> Layout | None:
+        return self.to
+
+    def reference(self, x: Any) -> Any:
+        return x
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        return [grads[0]]
+
+    samples = [S("f32[5, 3]", to="panels(4)"), S("f32[3, 5]", to="panels(4, transposed)"), S("f32[5, 3]", to="onednn")]
+    errors = [(S("f32[2, 3, 4]", to="panels(4)"), "a layout is one of matrices")]
