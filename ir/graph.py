@@ -8,9 +8,9 @@
 A repeated block is one function; a node whose op is `Call` applies it with its own weights. Symbols are the graph's:
 `S` means the same size in every function.
 
-What runs by itself is an entry. `main` is what the user declared, and mostly the only one. `bind` runs before it, once, when
-the weights are there: it takes no inputs, and its outputs are made parameters, which `main` reads by name as it reads
-weights.
+What runs by itself is an entry. `main` is what the user declared, and mostly the only one. `bind` runs before it, once,
+when the weights are there: it takes no inputs, and its outputs are made parameters, which `main` reads by name as it
+reads weights.
 """
 
 from __future__ import annotations
@@ -382,6 +382,17 @@ class Graph:
         if name not in self.functions:
             raise GraphError(f"call of an unknown function {name!r}", hint="one of " + ", ".join(self.functions))
         return self.functions[name]
+
+    def needed_by(self, function: Function) -> list[Function]:
+        """The functions that one calls, directly or not, callees first, and itself last."""
+        needed, waiting = {function}, [function]
+        while waiting:
+            for node in waiting.pop().nodes:
+                callee = self.callee(node)
+                if callee is not None and callee not in needed:
+                    needed.add(callee)
+                    waiting.append(callee)
+        return [each for each in self.functions.values() if each in needed]
 
     def walk(self) -> Iterator[tuple[Function, Node]]:
         """Every node of every distinct function, callees first."""

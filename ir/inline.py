@@ -37,15 +37,8 @@ def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
 
 def inline_function(graph: Graph, function: Function, *, most_nodes: int = MOST_NODES) -> Function:
     """A copy of one function of a graph without calls. Raises GraphError as `inline_calls` does."""
-    wanted, waiting = {function.name}, [function]
-    while waiting:
-        for node in waiting.pop().nodes:
-            callee = graph.callee(node)
-            if callee is not None and callee.name not in wanted:
-                wanted.add(callee.name)
-                waiting.append(callee)
     part = Graph(graph.name)
-    part.functions = {name: f for name, f in graph.functions.items() if name in wanted}
+    part.functions = {each.name: each for each in graph.needed_by(function)}
     part.entry_names = (function.name,)
     return inline_calls(part, most_nodes=most_nodes).functions[function.name]
 

@@ -64,6 +64,11 @@ class Layout:
         return f"{self.kind}({', '.join(inside)})" if inside else self.kind
 
 
+def panels(width: int, transposed: bool = False) -> Layout:
+    """Panels of so many rows of a matrix [n, k], or of so many columns of a matrix [k, n]."""
+    return Layout("panels", width, transposed)
+
+
 def parse_layout(text: str) -> Layout:
     """A layout from its text. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())

@@ -24,6 +24,7 @@ import numpy as np
 
 from treadle.artifact_file import SectionFile, write_sections
 from treadle.backends.registry import find_backend
+from treadle.backends.staged import build
 from treadle.compiling import Compiled
 from treadle.fetch import PINNED
 from treadle.frontends.contained_files import PathLike, printable, shown_path
@@ -112,18 +113,20 @@ def save(compiled: Compiled, path: PathLike) -> str:
     Equal models, options and weights give equal bytes: no times, no paths of this machine. A file of that name is
     replaced in one step. Raises UsageError where the file cannot be written.
     """
-    graph = compiled.optimized.graph
+    graph, log = compiled.optimized.graph, compiled.optimized.log.as_dict()
     texts = {
         "graph": print_graph(graph).encode(),
         "declared": print_graph(compiled.optimized.source).encode(),
-        "log": json.dumps(compiled.log.as_dict(), ensure_ascii=False, separators=(",", ":")).encode(errors="replace"),
+        "log": json.dumps(log, ensure_ascii=False, separators=(",", ":")).encode(
+            errors="replace"
+        ),
     }
     weights = {name: (value.type.dtype, compiled.weights[name]) for name, value in graph.parameters.items()}
     metadata = {
         "name": compiled.name,
         "backend": compiled.backend,
         "target": str(compiled.target),
-        "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in compiled.log),
+        "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in compiled.optimized.log),
         "seed": "" if compiled.seed is None else str(compiled.seed),
     }
     return write_sections(Path(path), texts, weights, metadata)
@@ -216,7 +219,7 @@ def load(
     chosen = held.backend if backend is None else backend
     found = find_backend(chosen)
     try:
-        executable = found.compile(held.optimized.graph, where, held.weights)
+        executable, lowered = build(found, held.optimized.graph, where, held.weights)
     except TreadleError:
         raise
     except Exception as error:  # a graph that no frontend of ours would make: the backend's own error is no answer
@@ -225,7 +228,8 @@ def load(
             received=f"{type(error).__name__}: {printable(str(error))}",
             within=f"{printable(str(path))}: section graph",
         ) from error
-    return Compiled(held.name, held.optimized, executable, chosen, where, held.weights, (), held.seed)
+    optimized = replace(held.optimized, lowered=lowered)
+    return Compiled(held.name, optimized, executable, chosen, where, held.weights, (), held.seed)
 
 
 def _refuse_model(path: PathLike) -> None:

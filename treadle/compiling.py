@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
+from treadle.backends.staged import build
 from treadle.frontends.contained_files import printable
 from treadle.frontends.dsl import Model
 from treadle.frontends.nearest_names import NearestNames
@@ -25,7 +25,7 @@ from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager, debug_level
-from treadle.passes.framework.pass_log import PassLog, PassRecord
+from treadle.passes.framework.pass_log import PassLog
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import Resolved, StaticInputNeeded, resolve
 
@@ -69,7 +69,7 @@ class Compiled:
     @property
     def log(self) -> PassLog:
         """What every pass did, and what it refused and why."""
-        return self.optimized.log
+        return self.optimized.stages
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -211,8 +211,8 @@ def compile(
             _refuse_unknown(weights, resolved.graph.parameters)
         given = weights if weights is not None else resolved.weights
         bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
-        executable = chosen.compile(optimized.graph, where, bound)
-        optimized = _with_notes(optimized, backend, getattr(executable, "notes", ()))
+        executable, lowered = build(chosen, optimized.graph, where, bound, certify=certify)
+        optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:
             print(executable.source, file=sys.stderr)
         drawn = seed if given is None else None
@@ -227,15 +227,6 @@ def compile(
 
         return Specializing(needed.opened, needed.argument, make, backend=backend, target=where)
     return make(resolved)
-
-
-def _with_notes(optimized: Optimized, backend: str, notes: Sequence[str]) -> Optimized:
-    """With what the backend says of its lowering as the last record of the log."""
-    if not notes:
-        return optimized
-    ops = Counter(node.op.name for _, node in optimized.graph.walk())
-    record = PassRecord(f"lower-to-{backend}", "", ops, ops, notes=list(notes), graph=optimized.graph)
-    return replace(optimized, log=PassLog([*optimized.log, record]))
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:

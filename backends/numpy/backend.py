@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.legalization import legalize
+from treadle.backends.made_weights import as_numpy_weight, made_weights, notes_on
 from treadle.backends.numpy.spelling import NUMPY, keeps
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
@@ -20,11 +20,14 @@ from treadle.backends.python.executable import (
     refuse_nodes,
 )
 from treadle.backends.signature import numpy_taken
-from treadle.backends.weight_preparation import as_numpy_weight, prepare_weights
+from treadle.backends.staged import StagedBackend
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import Type
+from treadle.passes.framework.manager import Pass
+from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.lowering.legalize import Legalize
 
 Array = np.ndarray[Any, Any]
 
@@ -33,7 +36,7 @@ _WITHOUT_BF16 = Hint(
 )
 
 
-class NumpyBackend:
+class NumpyBackend(StagedBackend):
     """Runs graphs in NumPy. Every op of the registry; every dtype but bf16, which NumPy does not have.
 
     A call takes NumPy arrays, and PyTorch tensors in the processor's memory, and gives NumPy arrays.
@@ -50,8 +53,8 @@ class NumpyBackend:
         lacking = {v.type.dtype.name for v in (*node.inputs, *node.results) if v.type.dtype.numpy is None}
         return f"NumPy has no {', '.join(sorted(lacking))}" if lacking else None
 
-    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
-        """Lower a graph. Raises BackendError for a target that is no CPU, a refused node, a missing weight."""
+    def refuse(self, graph: Graph, target: Target) -> None:
+        """Raise BackendError for a target that is no CPU, or a refused node."""
         if target.kind != "cpu":
             raise BackendError(
                 "the numpy backend runs on the CPU only",
@@ -65,14 +68,21 @@ class NumpyBackend:
                 hint="another backend, or the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS",
             )
         refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16)
-        prepared = prepare_weights(legalize(graph, keeps))
-        program = emit(prepared.graph, NUMPY, tuple(prepared.notes()))
+
+    def pipeline(self, target: Target) -> Sequence[Pass]:
+        """What is spelled as it is, and what is done once."""
+        return (Legalize(keeps), HoistWeights())
+
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Write the module. Raises BackendError for a missing weight."""
+        made = made_weights(graph)
+        program = emit(graph, NUMPY, tuple(notes_on(made)))
         references = {name: _Reference(node) for name, node in program.references.items()}
         namespace = {
             "constants": tuple(literal.array for literal in program.constants),
             "reference": SimpleNamespace(**references),
         }
-        arrays = collect_weights(prepared, weights, _weight)
+        arrays = collect_weights(graph, made, weights, _weight)
         return PythonExecutable(graph, program, arrays, namespace, _NumpyArrays())
 
 

@@ -93,6 +93,7 @@ SPELLINGS: dict[str, Spelling] = {
     "rotary": Line.by_reference,
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "transpose"),
+    "relayout": "{x}",
     "slice": sliced,
     "embedding": "kernels.take({table}, {indices}, 0)",
     "positions": "np.broadcast_to(np.arange({x}.shape[-1]), {x}.shape)",

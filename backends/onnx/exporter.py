@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.legalization import legalize
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import CODES, OnnxNode, OnnxWriter, Tensor, plain
 from treadle.backends.python.executable import misfit, shape_fits
@@ -27,6 +26,7 @@ from treadle.ir.graph import Graph, Literal, Value
 from treadle.ir.inline import inline_calls
 from treadle.ir.sizes import Bounds
 from treadle.ir.types import Type, bf16
+from treadle.passes.lowering.legalize import legalized
 
 Array = np.ndarray[Any, Any]
 
@@ -211,7 +211,7 @@ class _Model:
     def __init__(self, graph: Graph, opset: int) -> None:
         self.graph = graph
         self.w = OnnxWriter(graph, opset, keeps(opset), spell)
-        self.main = legalize(inline_calls(graph), self.w.keeps).main
+        self.main = legalized(inline_calls(graph), self.w.keeps).main
         self.tensors: dict[Value, Tensor] = {}
         self.outputs = self._write()
 

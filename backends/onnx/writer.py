@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.legalization import Keeps, legalize
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Literal, Node, Source, Value
 from treadle.ir.sizes import Quotient, Size
 from treadle.ir.types import DTYPES, DType, Type, bf16, boolean, f16, f32, i8, i16, i32, i64, u8
+from treadle.passes.lowering.legalize import Keeps, legalized
 
 CODES: Mapping[str, tuple[int, str]] = {
     "f32": (1, "float"),
@@ -412,7 +412,7 @@ class Line:
 
     def expanded(self, graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Write the main function of a graph on these tensors in the node's place; returns its outputs."""
-        main = legalize(graph, self.w.keeps).main
+        main = legalized(graph, self.w.keeps).main
         held = dict(zip(main.inputs, tensors, strict=True))
         self.w.write(main, held)
         return {name: self.w.tensor(value, held) for name, value in main.outputs.items()}

@@ -250,13 +250,14 @@ class _ProgramWriter:
         self.reference_names = _Names(())
         self.named_ops: dict[tuple[str, tuple[Type, ...]], str] = {}
         names = _Names({*dialect.names, "main"})
-        self.function_names = {name: "main" if name == "main" else names.new(name) for name in graph.functions}
+        self.functions = graph.needed_by(graph.main)
+        self.function_names = {f.name: "main" if f is graph.main else names.new(f.name) for f in self.functions}
         symbols = _Names({*names.taken, "_"})
-        self.symbols = {s: symbols.new(s) for s in sorted(_all_symbols(graph))}
+        self.symbols = {s: symbols.new(s) for s in sorted(_all_symbols(graph, self.functions))}
         self.needs: dict[str, list[str]] = {}
 
     def program(self) -> Program:
-        bodies = [_FunctionWriter(self, function).write() for function in self.graph.functions.values()]
+        bodies = [_FunctionWriter(self, function).write() for function in self.functions]
         lines: list[tuple[str, Node | None]] = [(line, None) for line in self._header()]
         for body in bodies:
             lines += [("", None), ("", None), *body.rendered()]
@@ -291,12 +292,12 @@ class _ProgramWriter:
         return self.named_ops[key]
 
 
-def _all_symbols(graph: Graph) -> set[str]:
+def _all_symbols(graph: Graph, functions: Sequence[Function]) -> set[str]:
     found = set(graph.symbols)
-    for function in graph.functions.values():
+    for function in functions:
         for value in function.arguments:
             found |= value.type.symbols
-    for _, node in graph.walk():
+    for node in (node for function in functions for node in function.nodes):
         for value in node.op.attributes.values():
             found |= _symbols_of(value)
         for result in node.results:

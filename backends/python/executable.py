@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from treadle.backends.made_weights import Recipe
 from treadle.backends.outside_axis import OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.python.emission import Program, on_one_line
 from treadle.backends.signature import Signature
-from treadle.backends.weight_preparation import Prepared
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Graph, Node
@@ -138,17 +138,17 @@ def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Call
 
 
 def collect_weights(
-    prepared: Prepared, weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]
+    graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]
 ) -> dict[str, Any]:
-    """Every parameter of a prepared graph as a backend's array, those that have recipes made by them.
+    """Every parameter of `main` as a backend's array, row-major; those that `bind` makes, made.
 
     Raises one BackendError that lists all that are missing.
     """
-    refuse_missing(prepared.source, weights)
+    refuse_missing(graph, weights)
     given = {}  # until all are taken: a backend may know a weight by its address, which no other may have meanwhile
     found = {}
-    for name, value in prepared.graph.parameters.items():
-        recipe = prepared.recipes.get(name)
+    for name, value in graph.main.parameters.items():
+        recipe = made.get(name)
         if recipe is None:
             given[name] = weights[name]
         else:
@@ -170,12 +170,13 @@ def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
 
 def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:
     """Raise one BackendError that lists all weights of a graph that are missing."""
-    missing = [name for name in graph.parameters if name not in weights]
+    wanted = graph.parameters
+    missing = [name for name in wanted if name not in weights]
     if missing:
         raise BackendError(
             f"{graph.name} needs weights that are not given",
             received=f"{len(weights)} weight{'s' * (len(weights) != 1)}",
-            within="\n".join(f"{name}: {graph.parameters[name].type}" for name in missing[:20])
+            within="\n".join(f"{name}: {wanted[name].type}" for name in missing[:20])
             + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
         )
 

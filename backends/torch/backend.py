@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.backends.legalization import legalize, primitives
+from treadle.backends.made_weights import made_weights, notes_on
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import (
@@ -22,14 +22,18 @@ from treadle.backends.python.executable import (
     shape_fits,
 )
 from treadle.backends.signature import as_numpy, refuse_dtype
-from treadle.backends.torch.packing import can_pack, choose_packing, pack, packed_dialect, packed_names
+from treadle.backends.staged import StagedBackend
+from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
-from treadle.backends.weight_preparation import prepare_weights
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Literal, Node
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
+from treadle.passes.framework.manager import Pass
+from treadle.passes.lowering.assign_layouts import AssignLayouts
+from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.lowering.legalize import Legalize, primitives
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +44,7 @@ _INTEGER_PRODUCTS = (MatMul, Einsum)  # which PyTorch has for integers on the CP
 _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
-class TorchBackend:
+class TorchBackend(StagedBackend):
     """Runs graphs in PyTorch, on the CPU or a GPU, under inference mode.
 
     A call takes NumPy arrays or tensors, which are moved to the target's device. It gives tensors, on that device,
@@ -66,12 +70,8 @@ class TorchBackend:
                 return f"{op.name} has no form in PyTorch{inside}"
         return None
 
-    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
-        """Lower a graph. On the CPU weights stay the arrays, or the mapped file, that they are, but for those that only
-        products read: they are packed, see `treadle.backends.torch.packing`.
-
-        Raises BackendError without PyTorch or the target's device, for a refused node, for a missing weight.
-        """
+    def refuse(self, graph: Graph, target: Target) -> None:
+        """Raise BackendError without PyTorch or the target's device, or for a refused node."""
         missing = self.available()
         if missing is not None:
             raise BackendError("the torch backend is not available", received=missing, hint="or backend numpy")
@@ -90,26 +90,37 @@ class TorchBackend:
                     'target="cpu" or target="cuda", or backend="tvm"', "--target cpu or --target cuda, or --backend tvm"
                 ),
             )
-        device = torch.device(target.kind)
+        on_gpu = torch.device(target.kind).type != "cpu"
 
         def refusal(node: Node) -> str | None:
             integers = isinstance(node.op, _INTEGER_PRODUCTS) and not node.results[0].type.dtype.is_float
-            on_device = (
-                "PyTorch multiplies no matrices of integers on a GPU" if integers and device.type != "cpu" else None
-            )
+            on_device = "PyTorch multiplies no matrices of integers on a GPU" if integers and on_gpu else None
             return self.supports(node) or on_device
 
         refuse_nodes(graph, self.name, refusal)
-        prepared = prepare_weights(legalize(graph, keeps))
-        packing = choose_packing(prepared.graph) if device.type == "cpu" and can_pack() else {}
-        program = emit(prepared.graph, packed_dialect(packing), tuple(prepared.notes()))
+
+    def pipeline(self, target: Target) -> Sequence[Pass]:
+        """What is spelled as it is, oneDNN's layout for weights that only products read, and what is done once."""
+        layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
+        return (Legalize(keeps), *layouts, HoistWeights())
+
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Write the module. On the CPU weights that are not laid out anew stay the arrays, or the mapped file, that
+        they are. Raises BackendError for a missing weight.
+        """
+        import torch
+
+        device = torch.device(target.kind)
+        made = made_weights(graph)
+        program = emit(graph, PACKED, tuple(notes_on(made)))
         arrays = _TorchArrays(device, target.threads)
         namespace = {
             "constants": tuple(map(arrays.constant, program.constants)),
             "device": device,
         }
-        tensors = collect_weights(prepared, weights, arrays.weight)
-        tensors |= {name: pack(tensors[name], way) for name, way in packed_names(prepared.graph, packing).items()}
+        tensors = collect_weights(graph, made, weights, arrays.weight)
+        laid = {name: v.layout for name, v in graph.main.parameters.items()}
+        tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
         return PythonExecutable(graph, program, tensors, namespace, arrays)
 
 

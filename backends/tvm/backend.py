@@ -6,13 +6,14 @@ calls (`kernel_executable`). TVM is imported only when a kernel has to be compil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from treadle.backends.legalization import legalize, primitives
+from treadle.backends.made_weights import made_weights, notes_on
 from treadle.backends.protocol import Executable
 from treadle.backends.python.executable import refuse_nodes
+from treadle.backends.staged import StagedBackend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
@@ -21,15 +22,18 @@ from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
-from treadle.backends.tvm.weight_packing import pack_weights
-from treadle.backends.weight_preparation import prepare_weights
+from treadle.backends.tvm.weight_packing import pack_weights, wants
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import Type
+from treadle.passes.framework.manager import Pass
+from treadle.passes.lowering.assign_layouts import AssignLayouts
+from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.lowering.legalize import Legalize, primitives
 
 
-class TvmBackend:
+class TvmBackend(StagedBackend):
     """Runs graphs on the CPU by kernels of our own. A call takes NumPy arrays or tensors, and gives the same kind."""
 
     name = "tvm"
@@ -49,24 +53,32 @@ class TvmBackend:
                 return why if op is node.op else f"{why}, which is in the body of {node.op.name}"
         return None
 
-    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
-        """Lower a graph, compile or load its kernels, and lay its weights out.
-
-        For another machine's target the executable can be read (`source`, `assembly`) but not called.
-        Raises BackendError without TVM, for a target without code, for a refused node, for a missing weight.
-        """
+    def refuse(self, graph: Graph, target: Target) -> None:
+        """Raise BackendError without TVM, for a target without code, or for a refused node."""
         missing = self.available()
         if missing is not None:
             raise BackendError("the tvm backend is not available", received=missing, hint="or backend numpy")
-        isa = isa_of(target)
+        isa_of(target)
         refuse_nodes(graph, self.name, self.supports)
-        prepared = prepare_weights(legalize(graph, keeps))
-        program = lower(prepared.graph, isa, RULES)
+
+    def pipeline(self, target: Target) -> Sequence[Pass]:
+        """What has kernels, panels for weights that products read, and what is done once."""
+        return (Legalize(keeps), AssignLayouts(wants(isa_of(target))), HoistWeights())
+
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Write the program, compile or load its kernels, and lay its weights out.
+
+        For another machine's target the executable can be read (`source`, `assembly`) but not called.
+        Raises BackendError for a missing weight.
+        """
+        isa = isa_of(target)
+        made = made_weights(graph)
+        program = lower(graph, isa, RULES)
         cache = KernelCache(isa)
         threads = target.cores() or 1
         kernels = [Runner(), *kernels_of(program)] if runs_here(isa) else []
         with ThreadPoolExecutor(max_workers=1) as pool:  # weights are laid out while kernels are compiled
             entries = pool.submit(cache.entries, kernels) if kernels else None
-            packed = pack_weights(prepared, program, weights, threads=threads)
+            packed = pack_weights(graph, made, weights, threads=threads)
             found = entries.result() if entries is not None else {}
-        return KernelExecutable(graph, program, cache, packed, threads, found, tuple(prepared.notes()))
+        return KernelExecutable(graph, program, cache, packed, threads, found, tuple(notes_on(made)))

@@ -27,7 +27,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
-from treadle.backends.tvm.lowering.program import Buffer, KernelProgram, Slot, kernels_of
+from treadle.backends.tvm.lowering.program import Buffer, KernelProgram, kernels_of
 from treadle.backends.tvm.planning import Plan, Planner
 from treadle.backends.tvm.spaces import Arena, Input, Output
 from treadle.ir.builder import describe_source
@@ -53,12 +53,12 @@ class KernelExecutable:
         graph: Graph,
         program: KernelProgram,
         cache: KernelCache,
-        weights: Mapping[Slot, Array],
+        weights: Mapping[str, Array],
         threads: int,
         entries: Mapping[Kernel, Entry],
         prepared: Sequence[str] = (),
     ) -> None:
-        """Weights by slot, and kernels.
+        """Parameters of `main` by name, in their layouts, and kernels.
 
         entries   where the kernels' code is, and the runner's; none where this machine cannot run it
         prepared  what was computed from weights when they were bound, a line each
@@ -73,7 +73,7 @@ class KernelExecutable:
         self.notes = find_leftovers(program, graph.symbols)
         self.compiled = cache.compiled
         self._entries = entries
-        self._weights = {program.weights[slot]: array for slot, array in weights.items()}
+        self._weights = {program.weights[name]: array for name, array in weights.items()}
         self._constants: dict[Buffer, Array] = {}
         self._plans: OrderedDict[tuple[tuple[str, int], ...], Plan] = OrderedDict()
         self._arena = np.empty(0, np.uint8)

@@ -21,91 +21,137 @@ from typing import IO, Any
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded
+from treadle.backends.made_weights import Recipe, as_numpy_weight
 from treadle.backends.python.executable import refuse_misfit, refuse_missing
 from treadle.backends.tvm.arena import ALIGNMENT
-from treadle.backends.tvm.lowering.program import KernelProgram, Panels, Slot
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.user_cache import cache_folder, forget_unused, is_private, mark_used
-from treadle.backends.weight_preparation import Prepared, as_numpy_weight
 from treadle.backends.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
-from treadle.ir.types import Type
+from treadle.ir.graph import Graph, Node
+from treadle.ir.layouts import Layout, panels
+from treadle.ir.ops.indexing import Embedding
+from treadle.ir.ops.products import Linear, MatMul
+from treadle.ir.sizes import Size
+from treadle.ir.types import Type, f32
+from treadle.passes.lowering.assign_layouts import Reads, Wants
 
 Array = np.ndarray[Any, Any]
 
-_FORMAT = "treadle panels 2"
+_FORMAT = "treadle panels 3"
 _FILES = re.compile(r"[0-9a-f]{32}\.panels")
 SMALLEST = 1 << 20  # bytes of panels that are worth a file
 
 
+def wants(isa: Isa) -> Wants:
+    """How kernels for an instruction set read operands that weights alone decide: products want panels.
+
+    A table that is gathered from is read in panels as well, if a product wants it so.
+    """
+
+    def read(node: Node, position: int) -> Layout | Reads:
+        value = node.operands[position]
+        assert value is not None
+        shape = value.type.static_shape
+        if value.type.dtype is not f32 or shape is None or len(shape) != 2:
+            return Reads.ROW_MAJOR
+        if isinstance(node.op, Embedding) and position == 0:
+            return Reads.ANY
+        if isinstance(node.op, Linear) and position == 1:
+            return panels(panel_width(shape[0], isa))
+        if isinstance(node.op, MatMul) and position == 1:
+            return panels(panel_width(shape[1], isa), transposed=True)
+        return Reads.ROW_MAJOR
+
+    return read
+
+
 def pack_weights(
-    prepared: Prepared,
-    program: KernelProgram,
+    graph: Graph,
+    made: Mapping[str, Recipe],
     weights: Mapping[str, Any],
     *,
     threads: int = 1,
     folder: Path | None = None,
-) -> dict[Slot, Array]:
-    """An array for each parameter in each of its layouts.
+) -> dict[str, Array]:
+    """An array for each parameter of `main`, in its layout.
 
-    folder   where files of panels lie, by default in the user's cache
+    made    how those that `bind` makes are made
+    folder  where files of panels lie, by default in the user's cache
 
     Raises BackendError for a missing weight or a misfit.
     """
-    held = _Weights(prepared, weights)
-    made = {slot: held.array(slot.name) for slot in program.weights if slot.layout is None}
-    packed = [slot for slot in program.weights if slot.layout is not None]
-    from_file = [slot for slot in packed if held.is_mapped(slot.name)]
-    in_memory = [slot for slot in packed if slot not in set(from_file)]
+    held = _Weights(graph, made, weights)
+    found = {name: held.array(name) for name, value in graph.main.parameters.items() if value.layout is None}
+    packed = [name for name, value in graph.main.parameters.items() if value.layout is not None]
+    first: dict[Any, str] = {}  # of those that are the same of the same weights
+    same = {name: first.setdefault(held.identity(name), name) for name in packed}
+    from_file = [name for name in first.values() if held.is_mapped(name)]
+    in_memory = [name for name in first.values() if name not in set(from_file)]
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        made |= dict(zip(in_memory, pool.map(held.packed, in_memory), strict=True))
-        made |= _through_file(from_file, held, pool, folder)
-    return made
+        made_now = dict(zip(in_memory, pool.map(held.packed, in_memory), strict=True))
+        made_now |= _through_file(from_file, held, pool, folder)
+    return found | {name: made_now[other] for name, other in same.items()}
 
 
 class _Weights:
-    """The parameters of a prepared graph: those that have recipes are made when they are asked for."""
+    """The parameters of a graph's `main`: those that `bind` makes are made when they are asked for, row-major."""
 
-    def __init__(self, prepared: Prepared, weights: Mapping[str, Any]) -> None:
-        refuse_missing(prepared.source, weights)
-        self.recipes = prepared.recipes
-        self.parameters = prepared.graph.parameters
-        read = {n: v.type for n, v in self.parameters.items() if n not in self.recipes}
-        read |= {n: v.type for recipe in self.recipes.values() for n, v in recipe.sources.items()}
+    def __init__(self, graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any]) -> None:
+        refuse_missing(graph, weights)
+        self.made = made
+        self.parameters = graph.main.parameters
+        read = {n: v.type for n, v in self.parameters.items() if n not in made}
+        read |= {n: v.type for recipe in made.values() for n, v in recipe.sources.items()}
         self.given = {name: _taken(name, wanted, weights[name]) for name, wanted in read.items()}
         self._weights = weights
         self._content: dict[str, str] = {}
 
     def array(self, name: str) -> Array:
-        recipe = self.recipes.get(name)
+        recipe = self.made.get(name)
         if recipe is None:
             return self.given[name]
+        if not recipe.nodes:
+            (source,) = recipe.sources
+            return self.given[source]
         return _taken(name, self.parameters[name].type, recipe.make(self._weights))
 
-    def packed(self, slot: Slot) -> Array:
-        return panels(self.array(slot.name), _layout(slot))
+    def layout(self, name: str) -> Layout:
+        layout = self.parameters[name].layout
+        assert layout is not None
+        return layout
 
-    def packed_shape(self, slot: Slot) -> tuple[int, int, int]:
-        shape = self.parameters[slot.name].type.static_shape
-        assert shape is not None
-        return _packed_shape(shape, _layout(slot))
+    def packed(self, name: str) -> Array:
+        return pack(self.array(name), self.layout(name))
 
-    def dtype(self, slot: Slot) -> np.dtype[Any]:
-        return np.dtype(self.parameters[slot.name].type.dtype.numpy or np.uint16)
+    def packed_shape(self, name: str) -> tuple[int, ...]:
+        return _packed_shape(self.parameters[name].type.static_shape or (), self.layout(name))
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(self.parameters[name].type.dtype.numpy or np.uint16)
 
     def is_mapped(self, name: str) -> bool:
         """Whether it lies in a mapped file, or what it is made of does."""
         return all(is_mapped(self.given[source]) for source in self._sources(name))
+
+    def identity(self, name: str) -> tuple[object, ...]:
+        """What two parameters share exactly if they are made of the same weights in the same way, in one layout."""
+        return (*self._sources(name), self._key(name), self.layout(name))
 
     def content(self, name: str, pool: ThreadPoolExecutor) -> str:
         """What tells its elements from others: hashes of what it is made of, and how."""
         sources = self._sources(name)
         new = [n for n in sources if n not in self._content]
         self._content |= zip(new, pool.map(_hashed, [self.given[n] for n in new]), strict=True)
-        recipe = self.recipes.get(name)
-        return " ".join([*(self._content[n] for n in sources), *([recipe.key] if recipe else [])])
+        return " ".join([*(self._content[n] for n in sources), *filter(None, [self._key(name)])])
+
+    def _key(self, name: str) -> str:
+        recipe = self.made.get(name)
+        return recipe.key if recipe is not None and recipe.nodes else ""
 
     def _sources(self, name: str) -> Sequence[str]:
-        recipe = self.recipes.get(name)
+        recipe = self.made.get(name)
         return [name] if recipe is None else list(recipe.sources)
 
 
@@ -113,8 +159,8 @@ def _hashed(array: Array) -> str:
     return f"{hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()} {array.shape} {array.dtype.str}"
 
 
-def panels(array: Array, layout: Panels) -> Array:
-    """A matrix in panels; see `treadle.backends.tvm.lowering.program.Panels`."""
+def pack(array: Array, layout: Layout) -> Array:
+    """A matrix in panels; see `treadle.ir.layouts`."""
     made = np.empty(_packed_shape(array.shape, layout), array.dtype)
     _fill(made, array, layout)
     return made
@@ -130,7 +176,7 @@ def is_mapped(array: Array) -> bool:
     return False
 
 
-def _fill(made: Array, array: Array, layout: Panels) -> None:
+def _fill(made: Array, array: Array, layout: Layout) -> None:
     matrix = array.T if layout.transposed else array
     whole = len(matrix) // layout.width
     for panel in range(whole):
@@ -141,14 +187,8 @@ def _fill(made: Array, array: Array, layout: Panels) -> None:
         made[whole, :, len(rest) :] = 0
 
 
-def _packed_shape(shape: Sequence[int], layout: Panels) -> tuple[int, int, int]:
-    n, k = shape[::-1] if layout.transposed else shape
-    return -(-n // layout.width), k, layout.width
-
-
-def _layout(slot: Slot) -> Panels:
-    assert slot.layout is not None
-    return slot.layout
+def _packed_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    return tuple([size.evaluate({}) for size in layout.shape([Size.of(n) for n in shape])])
 
 
 def _taken(name: str, wanted: Type, value: Any) -> Array:
@@ -162,35 +202,35 @@ def _taken(name: str, wanted: Type, value: Any) -> Array:
 
 
 def _through_file(
-    slots: Sequence[Slot], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None
-) -> dict[Slot, Array]:
+    names: Sequence[str], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None
+) -> dict[str, Array]:
     """Panels mapped from the file that holds them, which is made where it is not there."""
-    shapes = [held.packed_shape(slot) for slot in slots]
-    sizes = [int(np.prod(shape)) * held.dtype(s).itemsize for s, shape in zip(slots, shapes, strict=True)]
+    shapes = [held.packed_shape(name) for name in names]
+    sizes = [int(np.prod(shape)) * held.dtype(n).itemsize for n, shape in zip(names, shapes, strict=True)]
     offsets = [0]
     for size in sizes:
         offsets.append(-(-(offsets[-1] + size) // ALIGNMENT) * ALIGNMENT)
-    path = _path(slots, held, pool, folder) if offsets[-1] >= SMALLEST else None
+    path = _path(names, held, pool, folder) if offsets[-1] >= SMALLEST else None
     data = None if path is None else _mapped_file(path, offsets[-1])
     if path is not None and data is None:
-        data = _written(path, slots, shapes, offsets, held, pool)
+        data = _written(path, names, shapes, offsets, held, pool)
     if data is None:
-        return dict(zip(slots, pool.map(held.packed, slots), strict=True))
+        return dict(zip(names, pool.map(held.packed, names), strict=True))
     return {
-        slot: data[at : at + size].view(held.dtype(slot)).reshape(shape)
-        for slot, at, size, shape in zip(slots, offsets[:-1], sizes, shapes, strict=True)
+        name: data[at : at + size].view(held.dtype(name)).reshape(shape)
+        for name, at, size, shape in zip(names, offsets[:-1], sizes, shapes, strict=True)
     }
 
 
-def _path(slots: Sequence[Slot], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None) -> Path | None:
+def _path(names: Sequence[str], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None) -> Path | None:
     """Named by content: every matrix's bytes, shape and dtype, and its layout."""
     try:
         folder = cache_folder() / "panels" if folder is None else folder
     except UsageError:
         return None
     digest = hashlib.sha256(_FORMAT.encode())
-    for slot in slots:
-        digest.update(f"{held.content(slot.name, pool)} {slot.layout}\n".encode())
+    for name in names:
+        digest.update(f"{held.content(name, pool)} {held.layout(name)}\n".encode())
     return folder / f"{digest.hexdigest()[:32]}.panels"
 
 
@@ -211,8 +251,8 @@ def _mapped_file(path: Path, size: int) -> Array | None:
 
 def _written(
     path: Path,
-    slots: Sequence[Slot],
-    shapes: Sequence[tuple[int, int, int]],
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
     offsets: Sequence[int],
     held: _Weights,
     pool: ThreadPoolExecutor,
@@ -234,7 +274,7 @@ def _written(
             with replacing(path) as file:
                 _allocate(file, offsets[-1])
                 data = np.memmap(file.name, np.uint8, "r+")
-                list(pool.map(lambda i: fill(data, i), range(len(slots))))
+                list(pool.map(lambda i: fill(data, i), range(len(names))))
                 read = data.view()
                 read.flags.writeable = False
                 filled.set_result(read)
@@ -243,9 +283,9 @@ def _written(
                 filled.set_exception(error)
 
     def fill(data: Array, i: int) -> None:
-        array = held.array(slots[i].name)
+        array = held.array(names[i])
         size = int(np.prod(shapes[i])) * array.itemsize
-        _fill(data[offsets[i] : offsets[i] + size].view(array.dtype).reshape(shapes[i]), array, _layout(slots[i]))
+        _fill(data[offsets[i] : offsets[i] + size].view(array.dtype).reshape(shapes[i]), array, held.layout(names[i]))
 
     writer = threading.Thread(target=write, name=f"write {path.name}")
     writer.start()

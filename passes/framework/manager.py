@@ -95,27 +95,35 @@ class BrokenPassError(PassError):
 class Optimized:
     """What a pipeline made of a graph: the source as it was given, the result, and the log with every stage.
 
-    left   the nodes of the source whose work some node of the result does, where passes said what they made of which
+    left     the nodes of the source whose work some node of the result does, where passes said what they made of which
+    lowered  what a backend's own passes made of the result; None where it has none
     """
 
     source: Graph
     graph: Graph
     log: PassLog = field(repr=False)  # which shows as a table
     left: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    lowered: Optimized | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stages(self) -> PassLog:
+        """The log, and after it that of the backend's passes."""
+        return PassLog([*self.log, *(self.lowered.log if self.lowered is not None else ())])
 
     def after(self, name: str) -> Graph:
         """The graph as the (last) pass of that name left it. Raises UsageError for a pass that was not run."""
-        for record in reversed(self.log):
+        stages = self.stages
+        for record in reversed(stages):
             if record.name == name and record.graph is not None:
                 return record.graph
-        for record in self.log:
+        for record in stages:
             events = (*record.matches, *record.refusals, *record.near_misses)
             if name in record.rules or name in {event.rule for event in events}:
                 raise UsageError(
                     f"{name} is a rule of the pass {record.name}, and no pass of its own",
                     hint=Hint(f"after({record.name!r})", f"--after {record.name}"),
                 )
-        known = ", ".join(dict.fromkeys(r.name for r in self.log))
+        known = ", ".join(dict.fromkeys(r.name for r in stages))
         raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
 
 

@@ -1,1 +1,1 @@
-"""From the optimized graph to what a backend spells: what is spelled, in which layouts weights lie, what is done once."""
+"""From the optimized graph to what a backend spells: its ops, layouts of weights, what is done once."""

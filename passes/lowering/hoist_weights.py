@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from treadle.ir.builder import describe_source
 from treadle.ir.clone import clone_graph, clone_node, clone_value
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
-from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.weight_only import weight_only_nodes
@@ -193,8 +192,8 @@ class _Hoisting:
         main.nodes = needed_nodes(main.nodes, main.outputs.values())
         main.parameters |= {v.name: v for v in replaced.values()}
         for entry in (bind, main):
-            read = {*(v for node in entry.nodes for v in node.inputs), *entry.outputs.values()}
-            entry.parameters = {name: v for name, v in entry.parameters.items() if v in read}
+            used = {*(v for node in entry.nodes for v in node.inputs), *entry.outputs.values()}
+            entry.parameters = {name: v for name, v in entry.parameters.items() if v in used}
         weights = graph.parameters
         graph.initial = {name: init for name, init in graph.initial.items() if name in weights}
 

@@ -16,7 +16,7 @@ from treadle.ir.hashing import literal_key, op_key
 from treadle.ir.ops.layout import Relayout
 
 MOST_NODES = 200_000
-"""Nodes that are looked at, calls entered each time: blocks that call others twice, and so on, could have any number."""
+"""Nodes that are looked at, calls entered each time: blocks that call others twice, and so on, would have too many."""
 
 Key = tuple[object, ...]
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
 from treadle.backends.tvm.kernels.pointwise import Chain
-from treadle.backends.tvm.lowering.program import Panels, View
+from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import RoutineWriter
 from treadle.ir.graph import Node
+from treadle.ir.layouts import panels as panels_of
 from treadle.ir.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import f32
 
@@ -245,7 +246,7 @@ class MatrixProduct:
         self, width: int, n: Size, k: Size, counts: list[Size], strides: list[Size], k_stride: Size
     ) -> tuple[View, list[Size]]:
         """y in panels, for each part of the batch over which it differs, and how far apart these lie."""
-        layout = Panels(width)
+        layout = panels_of(width)
         one = layout.elements((n, k))
         own = [count if stride != ZERO else ONE for count, stride in zip(counts, strides, strict=True)]
         view = self.y.view

@@ -20,9 +20,10 @@ from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.lowering.grouping import chain_of, inputs_of
 from treadle.backends.tvm.lowering.matrix_product import Finish, MatrixProduct, Term
-from treadle.backends.tvm.lowering.program import Panels, View
+from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
+from treadle.ir.layouts import panels
 from treadle.ir.sizes import Size
 from treadle.ir.types import DType, f32
 
@@ -217,7 +218,7 @@ def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -
     if value.type.rank != 2 or n is None or n not in equation.operands[1]:
         return None
     transposed = equation.operands[1][1] == n
-    return w.panels(value, Panels(panel_width(equation.sizes[n].constant, w.isa), transposed))
+    return w.panels(value, panels(panel_width(equation.sizes[n].constant, w.isa), transposed))
 
 
 RULES: Mapping[str, Rule] = dict.fromkeys(("linear", "matmul", "einsum"), _product)

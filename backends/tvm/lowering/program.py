@@ -19,25 +19,9 @@ from itertools import pairwise
 
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.graph import Literal, Node
+from treadle.ir.layouts import Layout
 from treadle.ir.sizes import ONE, ZERO, Size, product
-from treadle.ir.types import DType, Type, i64
-
-
-@dataclass(frozen=True)
-class Panels:
-    """A matrix for the right side of a product: columns in panels of `width`, each row of a panel side by side.
-
-    Element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel is filled
-    up with zeros. With `transposed` the parameter itself is [k, n].
-    """
-
-    width: int
-    transposed: bool = False
-
-    def elements(self, shape: Sequence[Size]) -> Size:
-        """How many elements a parameter of that shape takes, the filling included."""
-        n, k = (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
-        return (n + self.width - 1) // self.width * self.width * k
+from treadle.ir.types import DType, i64
 
 
 class BufferKind(Enum):
@@ -59,7 +43,7 @@ class Buffer:
     dtype: DType
     elements: Size
     kind: BufferKind
-    layout: Panels | None = None
+    layout: Layout | None = None
     literal: Literal | None = None
 
     def __repr__(self) -> str:
@@ -88,7 +72,7 @@ class View:
         return self.buffer.dtype
 
     @property
-    def panels(self) -> Panels | None:
+    def panels(self) -> Layout | None:
         return self.buffer.layout
 
     @property
@@ -205,15 +189,6 @@ class Routine:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A parameter as the program takes it: by name, in a layout. One parameter may be taken in two."""
-
-    name: str
-    type: Type
-    layout: Panels | None
-
-
-@dataclass(frozen=True)
 class KernelProgram:
     """A whole graph.
 
@@ -225,7 +200,7 @@ class KernelProgram:
 
     routines: tuple[Routine, ...]
     inputs: dict[str, Buffer]
-    weights: dict[Slot, Buffer]
+    weights: dict[str, Buffer]
     outputs: dict[str, View]
 
     @property

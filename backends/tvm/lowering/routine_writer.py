@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.pointwise import Chain, Pointwise
 from treadle.backends.tvm.lowering.grouping import Group, group
 from treadle.backends.tvm.lowering.program import (
@@ -23,20 +22,17 @@ from treadle.backends.tvm.lowering.program import (
     BufferKind,
     Call,
     KernelProgram,
-    Panels,
     Routine,
-    Slot,
     Step,
     View,
 )
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.layouts import Layout
 from treadle.ir.operation import Op
-from treadle.ir.ops.indexing import Embedding
-from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.ops.shapes import Rearrange
 from treadle.ir.sizes import ONE, Size, product
-from treadle.ir.types import DType, Type, f32
+from treadle.ir.types import DType, Type
 
 Rule = Callable[["RoutineWriter", Node], None]
 """Emits a node: reads its operands' views, adds steps, says where its results are."""
@@ -44,70 +40,22 @@ Rule = Callable[["RoutineWriter", Node], None]
 Keeps = Callable[[Op, Sequence[Type | None]], bool]
 """Whether a rule covers a composite on operands of these types; else its body is lowered."""
 
-Layouts = dict[Value, list[Panels | None]]
-"""For each parameter of a function the layouts in which it is read; None is the parameter as it is."""
-
 
 def lower(graph: Graph, isa: Isa, rules: Mapping[str, Rule]) -> KernelProgram:
     """A legalized graph as kernels. Raises BackendError for an op that no rule is there for."""
-    wanted: dict[str, Layouts] = {}
     routines: dict[str, RoutineWriter] = {}
-    for function in graph.functions.values():
-        wanted[function.name] = _layouts(graph, function, isa, wanted)
-        writer = RoutineWriter(function, isa, rules, wanted[function.name], routines)
+    for function in graph.needed_by(graph.main):
+        writer = RoutineWriter(function, isa, rules, routines)
         writer.write()
         routines[function.name] = writer
     main = routines["main"]
-    weights = dict(main.slots)
     inputs = {value.name: main.views[value].buffer for value in graph.main.inputs}
+    weights = {name: main.views[value].buffer for name, value in graph.main.parameters.items()}
     outputs = {
         name: View.contiguous(buffer, value.type.shape)
         for (name, value), buffer in zip(graph.main.outputs.items(), main.routine.results, strict=True)
     }
     return KernelProgram(tuple(w.routine for w in routines.values()), inputs, weights, outputs)
-
-
-# -- layouts of parameters -----------------------------------------------------------------------------------
-
-
-def _layouts(graph: Graph, function: Function, isa: Isa, callees: Mapping[str, Layouts]) -> Layouts:
-    """In which layouts each parameter is read.
-
-    A product wants panels. A table that is gathered from is read in panels as well if a product wants it; anything else
-    reads the parameter as it is, the function's outputs among it.
-    """
-    uses, outputs = function.uses(), set(function.outputs.values())
-    found: Layouts = {}
-    for value in function.parameters.values():
-        layouts: list[Panels | None] = []
-        gathered = False
-        for node, position in uses.get(value, []):
-            callee = graph.callee(node)
-            if callee is not None:
-                inner = list(callee.arguments)[position]
-                layouts += callees[callee.name].get(inner, [None])
-            elif isinstance(node.op, Embedding) and position == 0:
-                gathered = True
-            else:
-                layouts.append(_wanted(node, position, isa))
-        if value in outputs or (gathered and not any(layouts)):
-            layouts.append(None)
-        found[value] = list(dict.fromkeys(layouts)) or [None]
-    return found
-
-
-def _wanted(node: Node, position: int, isa: Isa) -> Panels | None:
-    """The layout that a node reads its operand in, if it is a parameter."""
-    value = node.operands[position]
-    assert value is not None
-    if value.type.dtype is not f32 or value.type.rank != 2 or position != 1:
-        return None
-    rows, columns = (size.constant for size in value.type.shape)
-    if isinstance(node.op, Linear):
-        return Panels(panel_width(rows, isa))
-    if isinstance(node.op, MatMul):
-        return Panels(panel_width(columns, isa), transposed=True)
-    return None
 
 
 # -- a function ----------------------------------------------------------------------------------------------
@@ -117,7 +65,6 @@ class RoutineWriter:
     """Writes one function as a routine.
 
     views   where each value is
-    slots   the parameters, each in each of its layouts
     """
 
     def __init__(
@@ -125,36 +72,23 @@ class RoutineWriter:
         function: Function,
         isa: Isa,
         rules: Mapping[str, Rule],
-        layouts: Layouts,
         routines: Mapping[str, RoutineWriter],
     ) -> None:
-        self.function, self.isa, self.rules = function, isa, rules
-        self.layouts, self.routines = layouts, routines
+        self.function, self.isa, self.rules, self.routines = function, isa, rules, routines
         self.routine = Routine(function.name)
         self.views: dict[Value, View] = {}
-        self.slots: dict[Slot, Buffer] = {}
         self.uses = function.uses()
         self.groups: dict[Node, Group] = group(function)
-        self._panels: dict[tuple[Value, Panels], View] = {}
         self._results: dict[Value, Buffer] = {}
         self._direct: set[Value] = set()  # results of the routine that the operand of their rearrange is written to
         self._names: dict[str, int] = {}
-        for value in function.inputs:
-            self.views[value] = View.contiguous(self._argument(value.name, value.type, None), value.type.shape)
-        for name, value in function.parameters.items():
-            for layout in layouts[value]:
-                buffer = self._argument(name, value.type, layout)
-                self.slots[Slot(name, value.type, layout)] = buffer
-                view = View.contiguous(buffer, value.type.shape)
-                if layout is not None:
-                    self._panels[value, layout] = view
-                self.views.setdefault(value, view)
-                if layout is None:
-                    self.views[value] = view
+        for value in function.arguments:
+            self.views[value] = View.contiguous(self._argument(value), value.type.shape)
 
-    def _argument(self, name: str, type: Type, layout: Panels | None) -> Buffer:
-        elements = product(type.shape) if layout is None else layout.elements(type.shape)
-        buffer = Buffer(self._new_name(name), type.dtype, elements, BufferKind.ARGUMENT, layout)
+    def _argument(self, value: Value) -> Buffer:
+        shape, layout = value.type.shape, value.layout
+        elements = product(shape) if layout is None else layout.elements(shape)
+        buffer = Buffer(self._new_name(value.name), value.type.dtype, elements, BufferKind.ARGUMENT, layout)
         self.routine.arguments.append(buffer)
         return buffer
 
@@ -179,9 +113,9 @@ class RoutineWriter:
             self.views[value] = View.contiguous(buffer, value.type.shape)
         return self.views[value]
 
-    def panels(self, value: Value, layout: Panels) -> View | None:
-        """A parameter in panels, if it is there in this layout."""
-        return self._panels.get((value, layout))
+    def panels(self, value: Value, layout: Layout) -> View | None:
+        """A value in panels, if it lies in this layout."""
+        return self.view(value) if value.layout == layout else None
 
     def contiguous(self, view: View) -> View:
         """The same elements in row-major order without gaps: the view itself, or a copy."""
@@ -275,11 +209,8 @@ class RoutineWriter:
 
     def _call(self, node: Node) -> None:
         callee = self.routines[str(node.op.callee)]
-        count = len(callee.function.inputs)
-        arguments = [self.contiguous(self.view(v)) for v in node.inputs[:count]]
-        given = dict(zip(callee.function.parameters, node.inputs[count:], strict=True))
-        for slot in callee.slots:
-            arguments.append(self._weight(given[slot.name], slot))
+        views = [self.view(v) for v in node.inputs]
+        arguments = [view if view.panels is not None else self.contiguous(view) for view in views]
         results = []
         for result in node.results:
             view = self.destination(result)
@@ -290,14 +221,7 @@ class RoutineWriter:
             if wanted is not made:
                 self.copy(made, wanted, node)
 
-    def _weight(self, value: Value, slot: Slot) -> View:
-        """What a call passes for a parameter of its callee."""
-        if slot.layout is None:
-            return self.contiguous(self.view(value))
-        packed = self.panels(value, slot.layout)
-        return packed if packed is not None else self.packed(self.view(value), slot.layout)
-
-    def packed(self, view: View, layout: Panels) -> View:
+    def packed(self, view: View, layout: Layout) -> View:
         """A matrix that is computed, or a constant, in panels: packed by a step."""
         from treadle.backends.tvm.kernels.matmul import Pack
 

@@ -147,6 +147,11 @@ def _fold_windows(w: RoutineWriter, node: Node) -> None:
         w.copy(View.contiguous(made.buffer, to.shape), to, node)
 
 
+def _relayout(w: RoutineWriter, node: Node) -> None:
+    (x,) = node.inputs
+    w.views[node.result] = w.packed(w.view(x), node.op.attributes["to"])
+
+
 RULES: Mapping[str, Rule] = {
     "rearrange": _rearrange,
     "expand": _expand,
@@ -156,5 +161,6 @@ RULES: Mapping[str, Rule] = {
     "concat": _concat,
     "pad": _pad,
     "fold_windows": _fold_windows,
+    "relayout": _relayout,
 }
 KEEPS: Mapping[str, Keeps] = {}

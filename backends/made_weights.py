@@ -1,0 +1,167 @@
+"""Made weights: what the entry `bind` says, done once, when the weights are there.
+
+    made = made_weights(graph)          how each made parameter of `main` is made, by name
+    made["h.0.q_k_v_weight"].make(weights)
+
+`bind` calls blocks, and says nothing of when what is done: here it is taken apart, so that each made parameter can be
+made by itself, in any order, from the weights that it needs, and kept in a file under a key that tells what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.bfloat16 import rounded, widened
+from treadle.backends.python.emission import on_one_line
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import BackendError, TreadleError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.hashing import op_key
+from treadle.ir.inline import inline_function
+from treadle.ir.layouts import Layout
+from treadle.ir.ops.layout import Relayout
+from treadle.ir.text.attributes import attribute_text
+from treadle.ir.types import bf16
+
+Array = np.ndarray[Any, Any]
+
+_LONGEST_OPERAND = 160  # characters of what an op reads, in the line on a made weight
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How one made parameter is made.
+
+    result   what it is in `bind`, row-major
+    nodes    that make it, in order
+    sources  the weights that these read, by name
+    layout   how it is laid out in the end, None for row-major
+    """
+
+    result: Value
+    nodes: tuple[Node, ...]
+    sources: Mapping[str, Value]
+    layout: Layout | None = None
+
+    def make(self, weights: Mapping[str, Any]) -> Array:
+        """The parameter as a row-major NumPy array; one of bf16 as float32 numbers that bf16 holds.
+
+        Raises BackendError where a node fails on these weights.
+        """
+        values: dict[Value, Any] = {v: _stored(as_numpy_weight(weights[name]), v) for name, v in self.sources.items()}
+        for node in self.nodes:
+            operands = [
+                None if v is None else _constant(v) if v.literal is not None else values[v] for v in node.operands
+            ]
+            try:
+                with np.errstate(all="ignore"):
+                    made = node.op.at({}).reference(*operands)
+            except Exception as error:
+                raise BackendError(
+                    f"{node.op.name}: failed on the weights that it reads",
+                    received=error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}",
+                    within=f"{self.result.name} = {self}",
+                    source=describe_source(node.source, node.scope),
+                ) from error
+            for value, array in zip(node.results, made if isinstance(made, tuple) else (made,), strict=True):
+                values[value] = _stored(array, value)
+        found: Array = values[self.result]
+        return found
+
+    @cached_property
+    def key(self) -> str:
+        """Text that two recipes share exactly if they make the same of the same weights, in the order of `sources`."""
+        ids: dict[Value, str] = {value: f"w{i}" for i, value in enumerate(self.sources.values())}
+        digest = hashlib.sha256("".join(f"{value.type}\n" for value in self.sources.values()).encode())
+        for node in self.nodes:
+            read = []
+            for v in node.operands:
+                literal = v.literal if v is not None else None
+                content = None if literal is None else hashlib.sha256(literal.data).hexdigest()
+                read.append("-" if v is None else ids[v] if literal is None else f"{literal.type}:{content}")
+            digest.update(f"{op_key(node.op)}({','.join(read)})\n".encode())
+            for value in node.results:
+                ids[value] = f"v{len(ids)}"
+        return f"{ids[self.result]}:{digest.hexdigest()}"
+
+    def __str__(self) -> str:
+        texts: dict[Value, str] = {value: name for name, value in self.sources.items()}
+        text = next(iter(self.sources), "") if not self.nodes else ""
+        for node in self.nodes:
+            read = [_operand(v, texts) for v in node.operands if v is not None]
+            given = [f"{name}={attribute_text(value)}" for name, value in node.op.attributes.items()]
+            text = f"{node.op.name}({', '.join(read + given)})"
+            # What is read twice would be written twice, and so on, until it fills the memory.
+            short = text if len(text) <= _LONGEST_OPERAND else f"{node.op.name}(...)"
+            texts |= dict.fromkeys(node.results, short)
+        return text
+
+    @property
+    def told(self) -> str:
+        """What is made, and how it is laid out: `concat(a, b, axis=0) in panels(16)`."""
+        return f"{self} in {self.layout}" if self.layout is not None else str(self)
+
+
+def made_weights(graph: Graph) -> dict[str, Recipe]:
+    """How each parameter of `main` that `bind` makes is made, by name, in the order of `main`'s parameters."""
+    if graph.bind is None:
+        return {}
+    bind = inline_function(graph, graph.bind)
+    position = {node: i for i, node in enumerate(bind.nodes)}
+    return {name: _recipe(bind, bind.outputs[name], position) for name in graph.main.parameters if name in bind.outputs}
+
+
+def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:
+    """A line for each made parameter that is more than a weight laid out anew."""
+    for name, recipe in made.items():
+        if recipe.nodes:
+            yield on_one_line(f"{name} = {recipe}")
+
+
+def _recipe(bind: Function, value: Value, position: Mapping[Node, int]) -> Recipe:
+    layout = value.layout
+    if value.node is not None and isinstance(value.node.op, Relayout):
+        (value,) = value.node.inputs
+    needed: set[Node] = set()
+    waiting = [value]
+    sources: set[Value] = set()
+    while waiting:
+        each = waiting.pop()
+        if each.kind == "parameter":
+            sources.add(each)
+        elif each.node is not None and each.node not in needed:
+            needed.add(each.node)
+            waiting.extend(each.node.inputs)
+    nodes = tuple(sorted(needed, key=position.__getitem__))
+    return Recipe(value, nodes, {name: v for name, v in bind.parameters.items() if v in sources}, layout)
+
+
+def as_numpy_weight(value: Any) -> Array:
+    """A weight as a NumPy array in the processor's memory; a bf16 tensor as float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    return np.asarray(value)
+
+
+def _constant(value: Value) -> Array:
+    assert value.literal is not None
+    return value.literal.array
+
+
+def _stored(array: Any, value: Value) -> Array:
+    if value.type.dtype is bf16:
+        return widened(rounded(np.asarray(array, np.float32)))
+    return np.asarray(array, value.type.dtype.numpy)
+
+
+def _operand(value: Value, texts: Mapping[Value, str]) -> str:
+    if value.literal is None:
+        return texts[value]
+    return str(value.literal.scalar) if value.literal.shape == () else str(value.literal.type)

@@ -1,0 +1,85 @@
+"""Backends as pipelines: passes take the optimized graph to what the backend spells, and then it spells it.
+
+    class Mine(StagedBackend):
+        name = "mine"
+
+        def keeps(self, op, types): return op.name in ("linear", "softmax")
+        def pipeline(self, target): return (Legalize(self.keeps), HoistWeights())
+        def emit(self, graph, target, weights): ...            # what the passes left, as an `Executable`
+
+The passes run under the manager, as the portable ones do: each is recorded, verified, printed by `inspect --after`, and
+told of by `explain`. Nothing is decided in `emit`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from treadle.backends.protocol import Backend, Executable
+from treadle.ir.graph import Graph, Node
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Optimized, Pass, PassManager
+from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
+
+
+class StagedBackend(ABC):
+    """A backend that is a pipeline and a speller; see `treadle.backends.protocol.Backend`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def available(self) -> str | None:
+        """None if it can be used here, else the reason why not."""
+
+    @abstractmethod
+    def supports(self, node: Node) -> str | None:
+        """None if it can run this node, else the reason why not. Says nothing about a called function's nodes."""
+
+    @abstractmethod
+    def refuse(self, graph: Graph, target: Target) -> None:
+        """Raise BackendError where it is not available, the target is not one of its own, or a node is refused."""
+
+    @abstractmethod
+    def pipeline(self, target: Target) -> Sequence[Pass]:
+        """The passes that follow the portable ones."""
+
+    @abstractmethod
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Spell a graph as the pipeline left it, with its weights by name.
+
+        Raises BackendError for a weight that is missing or does not fit.
+        """
+
+    def lower(self, graph: Graph, target: Target, *, certify: bool | None = None) -> Optimized:
+        """Take an optimized graph through the pipeline. Raises BackendError as `refuse` does."""
+        self.refuse(graph, target)
+        return PassManager(self.pipeline(target), certify=certify, target=target).run(graph)
+
+    def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+        """Lower a graph, and spell it with its weights by name. Raises BackendError as `refuse` and `emit` do."""
+        return self.emit(self.lower(graph, target).graph, target, weights)
+
+
+def build(
+    backend: Backend, graph: Graph, target: Target, weights: Mapping[str, Any], *, certify: bool | None = None
+) -> tuple[Executable, Optimized]:
+    """An executable of an optimized graph, and what the backend's passes made of the graph on the way.
+
+    What the backend says of the result, lines on what it runs slowly and why, is the last record of the log. One that
+    does all in `compile` has no passes. Raises BackendError as the backend does.
+    """
+    if isinstance(backend, StagedBackend):
+        lowered = backend.lower(graph, target, certify=certify)
+        executable = backend.emit(lowered.graph, target, weights)
+    else:
+        lowered = Optimized(graph, graph, PassLog(()))
+        executable = backend.compile(graph, target, weights)
+    notes = list(getattr(executable, "notes", ()))
+    if notes:
+        ops = count_ops(lowered.graph)
+        record = PassRecord(f"lower-to-{backend.name}", "", ops, ops, notes=notes, graph=lowered.graph)
+        lowered = replace(lowered, log=PassLog([*lowered.log, record]))
+    return executable, lowered
