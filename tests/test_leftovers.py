@@ -10,7 +10,6 @@ import pytest
 
 import treadle.frontends.language as t
 from tests.backend_checks import graph_of
-from treadle.backends.legalization import legalize
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.routine_writer import lower
@@ -20,6 +19,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.models.registry import find_family
 from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.legalize import legalized
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 
@@ -28,7 +28,7 @@ pytest.importorskip("tvm")
 
 def notes(graph: Graph) -> tuple[str, ...]:
     """The leftovers of a graph as it is; nothing is compiled."""
-    return find_leftovers(lower(legalize(graph, keeps), ISAS["x86-64-v3"], RULES), graph.symbols)
+    return find_leftovers(lower(legalized(graph, keeps), ISAS["x86-64-v3"], RULES), graph.symbols)
 
 
 @t.model

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treadle.backends.legalization import legalize
 from treadle.backends.registry import find_backend
-from treadle.backends.weight_preparation import prepare_weights
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.following import follow
@@ -20,6 +18,8 @@ from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
+from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.fold_scale import FoldScale
 from treadle.passes.products.merge_projections import MergeProjections
@@ -170,7 +170,8 @@ def test_layers_that_share_weights_share_the_joined_one(backend: str) -> None:
     b.outputs(y=x)
     merged = run(graph, MergeProjections()).graph
     assert ops(merged).count("projections") == 2
-    assert len(prepare_weights(legalize(merged, lambda op, types: False)).recipes) == 1
+    lowered = PassManager((Legalize(lambda op, types: False), HoistWeights())).run(merged).graph
+    assert len(lowered.made) == 1
     inputs = {"x": np.random.default_rng(0).standard_normal((3, 8), np.float32)}
     drawn = initial_weights(graph)
     made = found.compile(merged, Target("cpu"), drawn)(**inputs)["y"]

@@ -11,7 +11,6 @@ import pytest
 
 from tests.backend_checks import assert_near, compiled, graph_of
 from tests.op_checks import EPSILON, Case
-from treadle.backends.legalization import legalize
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.calling import bind
@@ -28,6 +27,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.operation import OPS
+from treadle.passes.lowering.legalize import legalized
 
 pytestmark = pytest.mark.skipif(tvm_runtime.missing() is not None, reason=str(tvm_runtime.missing()))
 
@@ -346,7 +346,7 @@ def test_rotary_of_far_positions_on_views_of_a_projection(pairs: int, layout: st
 
 def titles(graph: Graph) -> list[str]:
     """The kernels that a graph becomes, step by step."""
-    return [step.kernel.title for step in steps_of(lower(legalize(graph, keeps), HERE[0], RULES))]
+    return [step.kernel.title for step in steps_of(lower(legalized(graph, keeps), HERE[0], RULES))]
 
 
 def test_what_has_a_kernel_is_one_step() -> None:

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.backends.legalization import legalize
+from treadle.backends.made_weights import made_weights
 from treadle.backends.tvm import weight_packing
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.matmul import panel_width
-from treadle.backends.tvm.lowering.program import KernelProgram, Panels
-from treadle.backends.tvm.lowering.routine_writer import lower
-from treadle.backends.tvm.lowering.rules import RULES, keeps
-from treadle.backends.tvm.weight_packing import finish_writing, is_mapped, pack_weights, panels
-from treadle.backends.weight_preparation import Prepared
+from treadle.backends.tvm.weight_packing import finish_writing, is_mapped, pack, pack_weights, wants
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
+from treadle.ir.layouts import panels
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.assign_layouts import AssignLayouts
+from treadle.passes.lowering.hoist_weights import HoistWeights
 
 ISA = ISAS["x86-64-v4"]
 SHAPE = (530, 500)  # a megabyte, and the last panel not full
@@ -30,8 +30,8 @@ SHAPE = (530, 500)  # a megabyte, and the last panel not full
 @pytest.mark.parametrize("columns", [1, 47, 48, 100])
 def test_element_n_k_lies_where_panels_say(columns: int, transposed: bool) -> None:
     matrix = np.arange(columns * 5, dtype=np.float32).reshape(columns, 5)
-    layout = Panels(48, transposed)
-    flat = panels(np.ascontiguousarray(matrix.T) if transposed else matrix, layout).ravel()
+    layout = panels(48, transposed)
+    flat = pack(np.ascontiguousarray(matrix.T) if transposed else matrix, layout).ravel()
     n, k = np.indices(matrix.shape)
     np.testing.assert_array_equal(flat[((n // 48) * 5 + k) * 48 + n % 48], matrix)
     assert flat.size == layout.elements([*map(_size, matrix.T.shape if transposed else matrix.shape)]).constant
@@ -39,13 +39,13 @@ def test_element_n_k_lies_where_panels_say(columns: int, transposed: bool) -> No
 
 
 def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, program = linear_program()
+    graph = linear_graph()
     weights = mapped_weights(tmp_path)
-    first = packed(graph, program, weights, tmp_path / "cache")
-    np.testing.assert_array_equal(first, panels(np.asarray(weights["w"]), Panels(panel_width(SHAPE[0], ISA))))
+    first = packed(graph, weights, tmp_path / "cache")
+    np.testing.assert_array_equal(first, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
     (file,) = (tmp_path / "cache").iterdir()
     monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
-    second = packed(graph, program, weights, tmp_path / "cache")
+    second = packed(graph, weights, tmp_path / "cache")
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [file.name]
     np.testing.assert_array_equal(first, second)
     assert is_mapped(first) and is_mapped(second)
@@ -53,62 +53,62 @@ def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_another_content_is_another_file(tmp_path: Path) -> None:
-    graph, program = linear_program()
+    graph = linear_graph()
     weights = mapped_weights(tmp_path)
-    before = packed(graph, program, weights, tmp_path / "cache").copy()
+    before = packed(graph, weights, tmp_path / "cache").copy()
     changed = mapped_weights(tmp_path, "other.bin", seed=1)
-    assert not np.array_equal(before, packed(graph, program, changed, tmp_path / "cache"))
+    assert not np.array_equal(before, packed(graph, changed, tmp_path / "cache"))
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_file_of_another_length_is_packed_again(tmp_path: Path) -> None:
-    graph, program = linear_program()
+    graph = linear_graph()
     weights = mapped_weights(tmp_path)
-    right = packed(graph, program, weights, tmp_path / "cache").copy()
+    right = packed(graph, weights, tmp_path / "cache").copy()
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-64])
-    np.testing.assert_array_equal(packed(graph, program, weights, tmp_path / "cache"), right)
+    np.testing.assert_array_equal(packed(graph, weights, tmp_path / "cache"), right)
 
 
 def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:
-    graph, program = linear_program()
+    graph = linear_graph()
     cache = tmp_path / "cache"
-    packed(graph, program, mapped_weights(tmp_path), cache)
+    packed(graph, mapped_weights(tmp_path), cache)
     (old,) = cache.iterdir()
     note = cache / "note.txt"
     note.write_text("not ours")
     for path in (old, note):
         os.utime(path, (0, 0))
-    packed(graph, program, mapped_weights(tmp_path), cache)  # used again
+    packed(graph, mapped_weights(tmp_path), cache)  # used again
     os.utime(note, (0, 0))
-    packed(graph, program, mapped_weights(tmp_path, "second.bin", seed=1), cache)
+    packed(graph, mapped_weights(tmp_path, "second.bin", seed=1), cache)
     assert old.exists()
     os.utime(old, (0, 0))
-    packed(graph, program, mapped_weights(tmp_path, "third.bin", seed=2), cache)
+    packed(graph, mapped_weights(tmp_path, "third.bin", seed=2), cache)
     assert not old.exists()
     assert note.exists()
     assert len(list(cache.iterdir())) == 3
 
 
 def test_weights_in_memory_make_no_file(tmp_path: Path) -> None:
-    graph, program = linear_program()
+    graph = linear_graph()
     weights = {"w": np.ones(SHAPE, np.float32)}
-    assert not is_mapped(packed(graph, program, weights, tmp_path / "cache"))
+    assert not is_mapped(packed(graph, weights, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path: Path) -> None:
-    graph, program = linear_program()
+    graph = linear_graph()
     (tmp_path / "cache").write_text("a file where the folder should be")
     weights = mapped_weights(tmp_path)
-    made = packed(graph, program, weights, tmp_path / "cache")
-    np.testing.assert_array_equal(made, panels(np.asarray(weights["w"]), Panels(panel_width(SHAPE[0], ISA))))
+    made = packed(graph, weights, tmp_path / "cache")
+    np.testing.assert_array_equal(made, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
 
 
 def test_a_misfit_is_named(tmp_path: Path) -> None:
-    graph, program = linear_program()
+    graph = linear_graph()
     with pytest.raises(BackendError, match=r"weight w must be f32\[530, 500\]"):
-        pack_weights(Prepared(graph, graph), program, {"w": np.ones((500, 530), np.float32)}, folder=tmp_path)
+        pack_weights(graph, made_weights(graph), {"w": np.ones((500, 530), np.float32)}, folder=tmp_path)
 
 
 def _size(n: int) -> Any:
@@ -117,11 +117,12 @@ def _size(n: int) -> Any:
     return Size.of(n)
 
 
-def linear_program() -> tuple[Graph, KernelProgram]:
+def linear_graph() -> Graph:
+    """A product with one weight, as the passes of the backend leave it."""
     b = Builder(Graph("one"))
     x, w = b.input("x", f"f32[N, {SHAPE[1]}]"), b.parameter("w", f"f32[{SHAPE[0]}, {SHAPE[1]}]")
     b.outputs(y=b.linear(x, w))
-    return b.graph, lower(legalize(b.graph, keeps), ISA, RULES)
+    return PassManager((AssignLayouts(wants(ISA)), HoistWeights())).run(b.graph).graph
 
 
 def mapped_weights(folder: Path, name: str = "weights.bin", seed: int = 0) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def mapped_weights(folder: Path, name: str = "weights.bin", seed: int = 0) -> di
     return {"w": np.memmap(folder / name, np.float32, "r", shape=SHAPE)}
 
 
-def packed(graph: Graph, program: KernelProgram, weights: dict[str, Any], folder: Path) -> np.ndarray[Any, Any]:
-    ((_, array),) = pack_weights(Prepared(graph, graph), program, weights, folder=folder).items()
+def packed(graph: Graph, weights: dict[str, Any], folder: Path) -> np.ndarray[Any, Any]:
+    ((_, array),) = pack_weights(graph, made_weights(graph), weights, folder=folder).items()
     finish_writing()
     return array

@@ -117,9 +117,7 @@ def save(compiled: Compiled, path: PathLike) -> str:
     texts = {
         "graph": print_graph(graph).encode(),
         "declared": print_graph(compiled.optimized.source).encode(),
-        "log": json.dumps(log, ensure_ascii=False, separators=(",", ":")).encode(
-            errors="replace"
-        ),
+        "log": json.dumps(log, ensure_ascii=False, separators=(",", ":")).encode(errors="replace"),
     }
     weights = {name: (value.type.dtype, compiled.weights[name]) for name, value in graph.parameters.items()}
     metadata = {

@@ -99,7 +99,7 @@ def port_facts(port: Port) -> Facts:
 def count_calls(graph: Graph) -> dict[str, int]:
     """How often one run enters each function, in the graph's order."""
     calls = dict.fromkeys(graph.functions, 0)
-    calls["main"] = 1
+    calls |= dict.fromkeys(graph.entry_names, 1)
     for function in reversed(graph.functions.values()):
         for node in function.nodes:
             if node.op.callee is not None:

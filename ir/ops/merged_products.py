@@ -79,8 +79,8 @@ class Projections(Composite):
         bias = None
         if any(v is not None for v in biases):
             known = [zeros(b, w.dtype[w.shape[axis]]) if v is None else v for w, v in zip(weights, biases, strict=True)]
-            bias = b.concat(*known, axis=0)
-        y = multiplied(b, x, b.concat(*weights, axis=axis), bias, self.weight_axes)
+            bias = b.concat(*known, axis=0, name="bias")
+        y = multiplied(b, x, b.concat(*weights, axis=axis, name="weight"), bias, self.weight_axes)
         made, start = [], weights[0].shape[axis] * 0
         for weight in weights:
             stop = start + weight.shape[axis]

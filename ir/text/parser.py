@@ -30,6 +30,7 @@ _ATTRIBUTE = re.compile(r"([A-Za-z_]\w*)\s*=")
 _TENSOR = re.compile(r"[a-z]\w*\[")
 _NAME_START = re.compile(r'[A-Za-z_"]')
 _LAYOUT = re.compile(r"[a-z]\w*(?:\([^()\n]{0,40}\))?")
+_ALL = re.compile(r"\.\*")
 _OPEN = re.compile(r"\{")
 _CLOSE = re.compile(r"\}")
 
@@ -47,6 +48,8 @@ _NOTE = re.compile(
 )
 _NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
 _ONE_TYPE = re.compile(_TYPE)
+
+_PLAIN, _MADE, _ALL_MADE = "a result", "a made parameter", "all that a block makes"
 
 # What follows the reading costs too, and is counted with it: verifying, and what a backend does.
 _NODE_WORK = 30
@@ -320,22 +323,24 @@ class _Parser:
         start = s.skip()
         head = _PLAIN_HEAD.match(s.text, start)
         if head is not None and self.is_plain(head):
-            names, at = [head[1]], head.start(2)
+            names, at = [(_PLAIN, head[1])], head.start(2)
             s.at = head.end()
             node = self.apply(head[2], at)
         else:
             names = self.statement_names()
             at = s.skip()
             node = self.application()
+        if names and names[0][0] is _ALL_MADE:
+            names = self.all_made(names, node, at)
         if len(names) != len(node.results):
             types = ", ".join(str(v.type) for v in node.results)
             raise s.error(f"{node.op.name} has {len(node.results)} results, {len(names)} are named", at, received=types)
-        for name, value in zip(names, node.results, strict=True):
+        for (kind, name), value in zip(names, node.results, strict=True):
+            if kind is _MADE:
+                self.make(name, value, start)
+                continue
             if name in self.values:
                 raise s.error(f"{name} is defined twice", start)
-            if name.startswith("$"):
-                self.make(name[1:], value, start)
-                continue
             value.name = name
             self.values[name] = value
         self.note(node)
@@ -362,7 +367,14 @@ class _Parser:
         """Whether `name = op` can be taken as it stands."""
         return head[1] not in RESERVED and head[2] != "op" and len(head[0]) <= self.limits.name_characters
 
-    def statement_names(self) -> list[str]:
+    def all_made(self, names: list[tuple[str, str]], node: Node, at: int) -> list[tuple[str, str]]:
+        """What `$h.0.*` stands for: every output of the block that is called, under that path."""
+        callee = self.result.callee(node)
+        if callee is None or len(names) > 1:
+            raise self.s.error("$path.* names all that a block makes", at, hint="$h.0.* = bind_h() with h.0")
+        return [(_MADE, f"{names[0][1]}.{output}") for output in callee.outputs]
+
+    def statement_names(self) -> list[tuple[str, str]]:
         """Read the results' names and what parts them from the application; there need not be any."""
         s = self.s
         start = s.at
@@ -375,9 +387,13 @@ class _Parser:
             names, s.at = [], start
         return names
 
-    def result_name(self, what: str) -> str:
+    def result_name(self, what: str) -> tuple[str, str]:
         """Read what a statement names its result: a name, or $ and the path of a parameter that it makes."""
-        return f"${self.s.path('a made parameter')}" if self.s.accept("$") else self.s.name(what)
+        s = self.s
+        if not s.accept("$"):
+            return _PLAIN, s.name(what)
+        path = s.path("a made parameter")
+        return (_ALL_MADE if s.match(_ALL) is not None else _MADE), path
 
     def application(self) -> Node:
         s = self.s

@@ -170,9 +170,19 @@ class FunctionText:
 
     def statement(self, node: Node) -> str:
         """`a, b = op(x, k=5)`"""
-        results = ", ".join(self.made.get(v) or self.names[v] for v in node.results)
+        results = self.all_made(node) or ", ".join(self.made.get(v) or self.names[v] for v in node.results)
         application = self.call(node) or self.application(node)
         return f"{results} = {application}" if results else application
+
+    def all_made(self, node: Node) -> str | None:
+        """`$h.0.*`, where a call makes every output of its block under one path."""
+        callee = self.graph.functions.get(node.op.callee) if node.op.callee is not None else None
+        if callee is None or not self.made:
+            return None
+        names = {v: name for name, v in self.function.outputs.items()}
+        paths = [(names.get(v, ""), output) for v, output in zip(node.results, callee.outputs, strict=False)]
+        prefix = paths[0][0].removesuffix(f".{paths[0][1]}")
+        return f"${path_text(prefix)}.*" if prefix and all(n == f"{prefix}.{o}" for n, o in paths) else None
 
     def application(self, node: Node) -> str:
         """`op(x, 0.5, none, $w, k=5)`"""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import ClassVar
 
 from treadle.ir.clone import clone_graph
 from treadle.ir.collection import collection_paused
@@ -40,6 +41,10 @@ class Pass:
     A pass changes what it is given, in place. It sees each distinct function once, callees first, so its work
     does not grow with the number of times that a block is repeated.
     """
+
+    rewrites: ClassVar[bool] = True
+    """Whether it changes what is computed, so that a certificate has something to show. One that changes only when and
+    where compares all expressions before and after by itself, always."""
 
     @property
     def name(self) -> str:
@@ -158,21 +163,22 @@ class PassManager:
         records: list[PassRecord] = []
         lineage = Lineage(graph, working)
         for each in self.passes:
+            certify = self.certify and each.rewrites
             record = PassRecord(
                 *(each.name, each.options, before),
-                certifying=self.certify,
+                certifying=certify,
                 target=self.target,
                 lineage=lineage,
                 rules=each.rule_names,
             )
             started = time.perf_counter()
-            recorded = {name: Recorded.of(f) for name, f in working.functions.items()} if self.certify else {}
+            recorded = {name: Recorded.of(f) for name, f in working.functions.items()} if certify else {}
             try:
                 record.changes = each.run_graph(working, record)
                 record.after = count_ops(working)
                 if record.changed:
-                    verify(working, None if self.certify else record.touched)
-                    if self.certify and _undo_what_fails(each, record, recorded, snapshot, working):
+                    verify(working, None if certify else record.touched)
+                    if certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
                         verify(working)
             except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from treadle.ir.builder import describe_source
 from treadle.ir.clone import clone_graph
@@ -40,6 +41,7 @@ class AssignLayouts(Pass):
     that reads it. `HoistWeights` then does the relayouts once.
     """
 
+    rewrites: ClassVar[bool] = False
     wants: Wants = field(repr=False)
     alone: bool = False
 

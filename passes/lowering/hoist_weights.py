@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.ir.builder import describe_source
 from treadle.ir.clone import clone_graph, clone_node, clone_value
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
+from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.weight_only import weight_only_nodes
@@ -33,6 +35,8 @@ class HoistWeights(Pass):
     computed at every call, as before.
     """
 
+    rewrites: ClassVar[bool] = False
+
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         if not any(weight_only_nodes(function) for function in graph.functions.values()):
             return 0
@@ -42,6 +46,7 @@ class HoistWeights(Pass):
         hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log)
         for function in list(graph.functions.values()):
             hoisting.call_made(function)
+            hoisting.share(function)
             if function is not graph.main:
                 hoisting.out_of_block(function)
         hoisting.out_of_main()
@@ -78,27 +83,36 @@ class _Hoisting:
     def call_made(self, function: Function) -> None:
         """Before each call of a block that left something, have it made; the call passes it."""
         nodes: list[Node] = []
-        made: dict[tuple[str, tuple[Value | None, ...]], Node] = {}
         for node in function.nodes:
             moved = self.moved.get(node.op.callee or "")
             if moved is None:
                 nodes.append(node)
                 continue
             actual = dict(zip(moved.before, node.operands, strict=True))
-            operands = tuple([actual[_formal(v, moved)] for v in moved.maker.parameters.values()])
-            key = (moved.maker.name, operands)
-            making = made.get(key)  # layers with the same weights share what is made of them
-            if making is None:
-                op = Call.of(moved.maker)
-                types = [v.type for v in moved.maker.outputs.values()]
-                making = made[key] = Node(op, operands, types, scope=node.scope, source=node.source)
-                for name, value in zip(moved.maker.outputs, making.results, strict=True):
-                    value.name = name
-                nodes.append(making)
+            formals = {v.name: v for v in moved.before if v.kind == "parameter"}
+            operands = tuple([actual[formals[name]] for name in moved.maker.parameters])
+            types = [v.type for v in moved.maker.outputs.values()]
+            making = Node(Call.of(moved.maker), operands, types, scope=node.scope, source=node.source)
+            for name, value in zip(moved.maker.outputs, making.results, strict=True):
+                value.name = name
+            nodes.append(making)
             node.operands = tuple([making.results[f] if isinstance(f, int) else actual[f] for f in moved.formals])
             node.op = Call.of(self.graph.functions[str(node.op.callee)])
             nodes.append(node)
         function.nodes = nodes
+
+    def share(self, function: Function) -> None:
+        """Make once what is made of the same weights for several readers: layers that have the same ones (ALBERT)."""
+        first: dict[tuple[str, tuple[Value | None, ...]], Node] = {}
+        shared: dict[Value, Value] = {}
+        for node in weight_only_nodes(function, self.makes):
+            if any(v in shared for v in node.inputs):
+                node.operands = tuple([None if v is None else shared.get(v, v) for v in node.operands])
+            known = first.setdefault((op_key(node.op), node.operands), node)
+            if known is not node:
+                shared |= zip(node.results, known.results, strict=True)
+        _replace(function, shared)
+        function.nodes = [node for node in function.nodes if node.results[0] not in shared]
 
     def out_of_block(self, function: Function) -> None:
         """Take what a block computes from its weights out of it."""
@@ -115,10 +129,12 @@ class _Hoisting:
             values[value] = maker.parameters[name] = clone_value(value)
         maker.nodes = [clone_node(node, values, function) for node in nodes]
         replaced: dict[Value, Value] = {}
+        taken = set(function.parameters)
         for node in nodes:
             for value in node.results:
                 if value in read:
-                    name = _free_name(_path(node, value), {**function.parameters, **maker.outputs})
+                    name = _free_name(_path(node, value), taken)
+                    taken.add(name)
                     stands = replaced[value] = kept[name] = Value("parameter", value.type, name)
                     stands.lies_in = value.layout
                     made = values[value]
@@ -163,6 +179,7 @@ class _Hoisting:
         left = [node for node in main.nodes if node not in nodes]
         wanted = {*(v for node in left for v in node.inputs), *main.outputs.values()}
         chosen: dict[Value, str] = {}
+        taken = set(main.parameters)
         for node in nodes:
             read = [v for v in node.results if v in wanted]
             bytes = sum(v.type.bytes_at({}) for v in read)
@@ -172,7 +189,8 @@ class _Hoisting:
                 continue
             self.budget -= bytes
             for value in read:
-                chosen[value] = _free_name(_path(node, value), {**main.parameters, **_names(chosen)})
+                chosen[value] = _free_name(_path(node, value), taken)
+                taken.add(chosen[value])
         if not chosen:
             return
         bind = graph.add_bind()
@@ -198,15 +216,6 @@ class _Hoisting:
         graph.initial = {name: init for name, init in graph.initial.items() if name in weights}
 
 
-def _formal(value: Value, moved: _Moved) -> Value:
-    """The block's argument that a weight of its maker has the name of."""
-    return next(v for v in moved.before if v.name == value.name and v.kind == "parameter")
-
-
-def _names(chosen: Mapping[Value, str]) -> dict[str, None]:
-    return dict.fromkeys(chosen.values())
-
-
 def _path(node: Node, value: Value) -> str:
     """The name of what is made: the value's under its node's scope; for a relayout, what is laid out, and how."""
     if isinstance(node.op, Relayout):
@@ -216,7 +225,7 @@ def _path(node: Node, value: Value) -> str:
     return ".".join(filter(None, (node.scope, value.name)))
 
 
-def _free_name(base: str, taken: Mapping[str, object]) -> str:
+def _free_name(base: str, taken: Collection[str]) -> str:
     """A name that is not taken, numbered where it would be."""
     name, count = base, 1
     while name in taken:

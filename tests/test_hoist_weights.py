@@ -1,4 +1,4 @@
-"""Weight preparation: what is computed from weights alone is computed when they are bound, and gives the same."""
+"""Hoisting: what is computed from weights alone is computed once, in `bind`, and gives the same."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import treadle
+from treadle.backends.made_weights import made_weights, notes_on
 from treadle.backends.registry import find_backend
-from treadle.backends.weight_preparation import MOST_GROWTH, prepare_weights
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
@@ -19,6 +19,8 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.types import bf16, f32, i16, i64
 from treadle.ir.verifier import verify
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.hoist_weights import MOST_GROWTH, HoistWeights
 from treadle.resolving import resolve
 
 BACKENDS = ("numpy", "torch", "tvm")
@@ -42,13 +44,14 @@ def merged() -> Graph:
 
 def test_weights_of_weights_are_parameters_with_recipes(merged: Graph) -> None:
     before = str(merged)
-    prepared = prepare_weights(merged)
-    verify(prepared.graph)
-    assert [node.op.name for node in prepared.graph.main.nodes] == ["linear"] * 4
-    assert list(prepared.notes()) == [
+    lowered = hoisted(merged)
+    verify(lowered)
+    assert [node.op.name for node in lowered.main.nodes] == ["linear"] * 4
+    assert list(notes_on(made_weights(lowered))) == [
         f"h.{i}.x = mul(concat(h.{i}.q.weight, h.{i}.k.weight, axis=0), 0.5)" for i in range(2)
     ]
-    assert set(prepared.graph.parameters) == {"h.0.x", "h.1.x", "h.0.out.weight", "h.1.out.weight"}
+    assert set(lowered.main.parameters) == {"h.0.x", "h.1.x", "h.0.out.weight", "h.1.out.weight"}
+    assert set(lowered.parameters) == set(merged.parameters)
     assert str(merged) == before
 
 
@@ -60,7 +63,7 @@ def test_what_one_recipe_makes_another_may_begin_with(backend: str) -> None:
     first = b.exp(w)
     second = first * 2.0
     b.outputs(y=x * first + second, w=second)
-    assert len(prepare_weights(graph).recipes) == 2
+    assert len(hoisted(graph).made) == 2
     runs_like_its_meaning(graph, backend, {"x": np.ones((2, 4), np.float32)})
 
 
@@ -73,13 +76,13 @@ def test_a_line_on_a_prepared_weight_is_one_line_and_not_long() -> None:
     for _ in range(40):
         doubled = doubled + doubled
     b.outputs(y=b.input("x", f32["B", 4]) * doubled, z=b.input("u", f32[4]) + b.exp(w))
-    long, plain = prepare_weights(graph).notes()
+    long, plain = notes_on(made_weights(hoisted(graph)))
     assert long.startswith("x = add(") and long.count("add(...)") > 1 and len(long) < 500
     assert plain == "exp = exp(w\\nimport os)"
 
 
 def test_of_one_making_one_key_of_another_two(merged: Graph) -> None:
-    first, second = prepare_weights(merged).recipes.values()
+    first, second = made_weights(hoisted(merged)).values()
     assert first.key == second.key
     assert first.sources.keys() != second.sources.keys()
 
@@ -93,11 +96,11 @@ def test_backends_give_what_the_graph_means(merged: Graph, backend: str) -> None
 def test_a_block_leaves_it_to_its_callers(backend: str) -> None:
     graph = resolve(gated_scales).graph
     assert [f for f in graph.functions if f != "main"]
-    prepared = prepare_weights(graph)
-    verify(prepared.graph)
-    block = next(f for n, f in prepared.graph.functions.items() if n != "main")
+    lowered = hoisted(graph)
+    maker, block, _, _ = lowered.functions.values()
     assert "concat" not in [node.op.name for node in block.nodes]
-    assert len(prepared.recipes) == 3
+    assert [node.op.name for node in maker.nodes] == ["concat"]
+    assert len(lowered.made) == 3
     runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((2, 8), np.float32)})
 
 
@@ -107,7 +110,7 @@ def test_what_reads_an_input_or_constants_alone_stays() -> None:
     x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
     ones = b.exp(b.constant(np.ones(4, np.float32)))
     b.outputs(y=x * w + ones)
-    assert prepare_weights(graph).graph is graph
+    assert hoisted(graph) == graph
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -117,7 +120,7 @@ def test_what_depends_on_the_size_of_an_input_stays(backend: str) -> None:
     x, w = b.input("x", f32["B", "S"]), b.parameter("w", f32[6])
     part = b.slice(w, axis=0, start="S-2", stop="S")  # two elements, but which?
     b.outputs(y=part * 2.0, z=w * b.cast(b.size(value="S"), to=f32), x=x)
-    assert not prepare_weights(graph).recipes
+    assert not hoisted(graph).made
     runs_like_its_meaning(graph, backend, {"x": np.ones((1, 4), np.float32)})
 
 
@@ -127,8 +130,7 @@ def test_a_weight_whose_size_is_that_of_an_input_stays(backend: str) -> None:
     b = Builder(graph)
     x, w, v = b.input("x", f32["B", "S"]), b.parameter("w", f32["S"]), b.parameter("v", f32[4])
     b.outputs(y=x * b.exp(w), z=b.exp(v) * 2.0)
-    prepared = prepare_weights(graph)
-    assert list(prepared.notes()) == ["x = mul(exp(v), 2.0)"]
+    assert list(notes_on(made_weights(hoisted(graph)))) == ["x = mul(exp(v), 2.0)"]
     found = find_backend(backend)
     if found.available() is not None:
         pytest.skip(str(found.available()))
@@ -160,7 +162,12 @@ def test_what_does_not_fit_leaves_room_for_what_does() -> None:
     x, w = b.input("x", f32[1000]), b.parameter("w", f32[1, 1000])
     large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB of 1 MB each
     b.outputs(y=x + large[0], z=x + large[1], small=x + w * 5.0)
-    assert len(prepare_weights(graph).recipes) == 2  # one of the large ones, and the small one
+    assert len(hoisted(graph).made) == 2  # one of the large ones, and the small one
+
+
+def hoisted(graph: Graph) -> Graph:
+    """A graph after hoisting; the manager verifies it."""
+    return PassManager((HoistWeights(),)).run(graph).graph
 
 
 def nested(depth: int) -> Graph:
@@ -185,15 +192,15 @@ def nested(depth: int) -> Graph:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_within_blocks(backend: str) -> None:
-    assert len(prepare_weights(nested(3)).recipes) == 8
+    assert len(hoisted(nested(3)).made) == 8
     runs_like_its_meaning(nested(3), backend, {"x": np.ones((2, 4), np.float32)})
 
 
 def test_calls_that_multiply_do_not_fill_the_memory() -> None:
-    prepared = prepare_weights(nested(30))  # all that is computed from weights would be 2^31 nodes
-    verify(prepared.graph)
-    assert sum(len(function.nodes) for function in prepared.graph.functions.values()) < 30_000
-    assert prepared.recipes
+    lowered = PassManager((HoistWeights(),)).run(nested(30))  # all that is computed from weights would be 2^31 nodes
+    assert sum(len(function.nodes) for function in lowered.graph.functions.values()) < 30_000
+    assert lowered.graph.made
+    assert lowered.log[0].notes == ["the graph is too large to be compared with what it was"]
 
 
 def test_what_would_fill_the_memory_stays() -> None:
@@ -202,9 +209,7 @@ def test_what_would_fill_the_memory_stays() -> None:
     x, w = b.input("x", f32["B", 1000]), b.parameter("w", f32[1, 1000])
     large = b.expand(w, shape=(4 * MOST_GROWTH * 1000, 1000))
     b.outputs(y=b.matmul(x, b.rearrange(b.exp(large), pattern="m n -> n m")))
-    prepared = prepare_weights(graph)
-    assert not prepared.recipes
-    verify(prepared.graph)
+    assert not hoisted(graph).made
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,7 +261,7 @@ def test_sources_of_another_dtype_make_another_key() -> None:
         graph = Graph("g")
         b = Builder(graph)
         b.outputs(y=b.input("x", f32[4]) * b.cast(b.parameter("w", dtype[4]), to=f32))
-        keys |= {recipe.key for recipe in prepare_weights(graph).recipes.values()}
+        keys |= {recipe.key for recipe in made_weights(hoisted(graph)).values()}
     assert len(keys) == 2
 
 

@@ -1,0 +1,200 @@
+"""`explain_layouts`: in which form each weight lies for a backend, what is made of it when weights are bound, and why.
+
+    print(explain_layouts("gpt2", backend="tvm"))
+
+It reads the graph as the backend's passes left it: a block's weights are told once, as its first call passes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treadle.artifacts import is_artifact, open_artifact
+from treadle.backends.made_weights import Recipe, made_weights
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
+from treadle.compiling import checked_passes
+from treadle.frontends.dsl import Model
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.sizes import product
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.reports import count_calls, human
+from treadle.resolving import resolve
+
+
+@dataclass(frozen=True)
+class Lying:
+    """A weight as a function reads it.
+
+    name     the function's name for it
+    type     its type, as text
+    layout   "row-major", or its layout
+    bytes    what it takes in that layout; None where its size is known only at a call
+    made     of what `bind` makes it; empty for a weight that lies as it came
+    readers  who reads it: op, line and scope
+    """
+
+    name: str
+    type: str
+    layout: str
+    bytes: int | None
+    made: str
+    readers: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "type": self.type,
+            "layout": self.layout,
+            "bytes": self.bytes,
+            "made": self.made or None,
+            "readers": list(self.readers),
+        }
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The weights of each function of a graph, as a backend reads them."""
+
+    model: str
+    backend: str
+    blocks: Mapping[str, tuple[int, tuple[Lying, ...]]]
+    """By function: how often a run enters it, and its weights."""
+    as_they_came: int
+    """Bytes of the weights that are read as they came."""
+    made: int
+    """Bytes of what `bind` makes."""
+
+    def as_dict(self) -> dict[str, Any]:
+        blocks = [
+            {"function": name, "calls": calls, "weights": [w.as_dict() for w in weights]}
+            for name, (calls, weights) in self.blocks.items()
+        ]
+        return {
+            "model": self.model,
+            "backend": self.backend,
+            "bytes": {"as_they_came": self.as_they_came, "made": self.made},
+            "blocks": blocks,
+        }
+
+    def __str__(self) -> str:
+        came, made = human(self.as_they_came, "B"), human(self.made, "B")
+        lines = [
+            f"{self.model} for {self.backend}: {came} of weights are read as they came, {made} are made of weights"
+        ]
+        for name, (calls, weights) in self.blocks.items():
+            if not weights:
+                continue
+            lines += ["", name if name == "main" else f"{name}, called {calls} times"]
+            widths = [max(len(row) for row in column) for column in zip(*map(_cells, weights), strict=True)]
+            for weight in weights:
+                cells = [cell.ljust(width) for cell, width in zip(_cells(weight), widths, strict=True)]
+                lines.append(f"  {'  '.join(cells)}  {weight.readers[0] if weight.readers else 'nobody reads it'}")
+                lines += [f"    = {weight.made}"] if weight.made else []
+                lines += [f"    {reader}" for reader in weight.readers[1:]]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _cells(weight: Lying) -> tuple[str, ...]:
+    return weight.name, weight.type, weight.layout, "" if weight.bytes is None else human(weight.bytes, "B")
+
+
+def explain_layouts(
+    model: Model | Graph | str | Path,
+    *,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    passes: Sequence[Pass] = DEFAULT,
+    inputs: Sequence[str] | None = None,
+    **config: Any,
+) -> Layouts:
+    """Say of every weight of what MODEL names how a backend reads it.
+
+    Raises what `compile` does; UsageError for a backend that has no passes of its own.
+    """
+    chosen = find_backend(backend)
+    if not isinstance(chosen, StagedBackend):
+        raise UsageError(f"backend {backend} does not say how it lays weights out", hint="numpy, torch or tvm")
+    if is_artifact(model):
+        held = open_artifact(str(model))
+        name, optimized = held.name, held.optimized.graph
+    else:
+        resolved = resolve(model, inputs=inputs, **config)
+        name, optimized = resolved.name, PassManager(checked_passes(passes)).run(resolved.graph).graph
+    where = target if isinstance(target, Target) else Target(target)
+    return layouts_of(name, backend, chosen.lower(optimized, where).graph)
+
+
+def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
+    """What a lowered graph says of its weights."""
+    made, calls, passed = made_weights(graph), count_calls(graph), _passed(graph)
+    blocks = {
+        function.name: (calls[function.name], tuple(_lying(function, v, made, passed) for v in _weights(function)))
+        for function in graph.needed_by(graph.main)
+    }
+    main = graph.main.parameters
+    return Layouts(
+        name,
+        backend,
+        blocks,
+        sum(_bytes(v) or 0 for n, v in main.items() if n not in made),
+        sum(_bytes(v) or 0 for n, v in main.items() if n in made),
+    )
+
+
+def _weights(function: Function) -> list[Value]:
+    """The weights that a function reads itself: what it passes on is told where it is read."""
+    uses, outputs = function.uses(), set(function.outputs.values())
+
+    def is_read(value: Value) -> bool:
+        return value in outputs or any(node.op.callee is None for node, _ in uses.get(value, ()))
+
+    return [value for value in function.parameters.values() if is_read(value)]
+
+
+def _passed(graph: Graph) -> dict[Value, tuple[str, str]]:
+    """For each weight of a block, the parameter of `main` that its first call passes, and the scope of that call."""
+    found = {v: (name, "") for name, v in graph.main.parameters.items()}
+    for function in reversed(graph.needed_by(graph.main)):
+        for node in function.nodes:
+            callee = graph.callee(node)
+            if callee is None:
+                continue
+            for formal, actual in zip(callee.arguments, node.operands, strict=True):
+                if actual in found and formal not in found and actual is not None:
+                    name, scope = found[actual]
+                    found[formal] = name, ".".join(filter(None, (scope, node.scope)))
+    return found
+
+
+def _lying(
+    function: Function,
+    value: Value,
+    made: Mapping[str, Recipe],
+    passed: Mapping[Value, tuple[str, str]],
+) -> Lying:
+    name, scope = passed.get(value, ("", ""))
+    recipe = made.get(name)
+    told = "" if recipe is None or not recipe.nodes else str(recipe)
+    told = told.replace(f"{scope}.", "") if scope else told
+    readers = []
+    for node, _ in function.uses().get(value, ()):
+        reader = node.op.name if node.op.callee is None else f"call of {node.op.callee}"
+        readers.append(f"{reader}  {describe_source(node.source, node.scope) or ''}".rstrip())
+    if value in function.outputs.values():
+        readers.append("an output")
+    layout = str(value.layout) if value.layout is not None else "row-major"
+    return Lying(value.name, str(value.type), layout, _bytes(value), told, tuple(dict.fromkeys(readers)))
+
+
+def _bytes(value: Value) -> int | None:
+    shape = value.type.shape
+    elements = product(shape) if value.layout is None else value.layout.elements(shape)
+    return None if elements.symbols else elements.evaluate({}) * value.type.dtype.bytes
