@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.errors import GraphError
-from treadle.ir.operation import attribute_codec
 from treadle.ir.sizes import Size, product
 
 _TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
