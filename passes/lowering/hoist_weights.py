@@ -20,7 +20,7 @@ from treadle.passes.lowering.same_expressions import check_same_expressions
 MOST_GROWTH = 8
 """What `bind` makes takes at most this many times the bytes of all weights: four bits may become float32, no more."""
 _ALWAYS = 1 << 20  # bytes that are taken in any case
-_MOST_MOVED = 1 << 12  # nodes of a block that are moved out of it: each call of it has them done
+_MOST_MOVED = 1 << 10  # values that a block leaves to others: blocks that call others twice, and so on, double them
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Hoisting:
     def out_of_block(self, function: Function) -> None:
         """Take what a block computes from its weights out of it."""
         nodes = self._affordable(weight_only_nodes(function, self.makes))
-        if not nodes or len(nodes) > _MOST_MOVED:
+        if not nodes or sum(len(node.results) for node in nodes) > _MOST_MOVED:
             return
         before = function.arguments
         left = [node for node in function.nodes if node not in nodes]
