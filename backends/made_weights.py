@@ -1,6 +1,6 @@
 """Made weights: what the entry `bind` says, done once, when the weights are there.
 
-    made = made_weights(graph)          how each made parameter of `main` is made, by name
+    made = recipes_of(graph)            how each made parameter of `main` is made, by name
     made["h.0.q_k_v_weight"].make(weights)
 
 `bind` calls blocks, and says nothing of when what is done: here it is taken apart, so that each made parameter can be
@@ -108,7 +108,7 @@ class Recipe:
         return f"{self} in {self.layout}" if self.layout is not None else str(self)
 
 
-def made_weights(graph: Graph) -> dict[str, Recipe]:
+def recipes_of(graph: Graph) -> dict[str, Recipe]:
     """How each parameter of `main` that `bind` makes is made, by name, in the order of `main`'s parameters."""
     if graph.bind is None:
         return {}

@@ -77,10 +77,11 @@ else:  # where a type checker looks, a misspelt word is no word
     def __getattr__(name: str) -> _Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name not in _OPS:
+        if name not in _OPS or not _OPS[name].is_word:
             raise _unknown_word(name, __dir__())
         return getattr(ops, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({name for name in globals() if not name.startswith("_")} | _OPS.keys())
+    words = {name for name, op in _OPS.items() if op.is_word}
+    return sorted({name for name in globals() if not name.startswith("_")} | words)

@@ -30,10 +30,10 @@ def _function(cls: type[Op]) -> Callable[..., Any]:
 def __getattr__(name: str) -> Callable[..., Any]:
     if name.startswith("_"):
         raise AttributeError(name)
-    if name not in OPS:
-        raise unknown_word(name, OPS)
+    if name not in OPS or not OPS[name].is_word:
+        raise unknown_word(name, __dir__())
     return _function(OPS[name])
 
 
 def __dir__() -> list[str]:
-    return sorted(OPS)
+    return sorted(name for name, op in OPS.items() if op.is_word)

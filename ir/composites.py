@@ -75,7 +75,7 @@ def as_results(results: Any) -> tuple[Expr, ...]:
     return (results,) if isinstance(results, Expr) else tuple(results)
 
 
-def inline(b: Builder, op: Composite, operands: Sequence[Value | None]) -> tuple[Value, ...]:
-    """Add a composite's body to the builder's function in place of the op; returns its results."""
-    results = op.body(b, *[None if v is None else b.expr(v) for v in operands])
+def inline(b: Builder, op: Composite, operands: Sequence[Value | None], *, lowered: bool = False) -> tuple[Value, ...]:
+    """Add a composite's body, or what a backend lowers in its place, to the builder's function; returns its results."""
+    results = (op.lowering if lowered else op.body)(b, *[None if v is None else b.expr(v) for v in operands])
     return tuple(r.value for r in as_results(results))

@@ -77,6 +77,8 @@ class Op:
     commutes: ClassVar[bool] = False
     """Whether its two operands may change places: f(x, y) = f(y, x)."""
     callee: str | None = None
+    is_word: ClassVar[bool] = True
+    """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 

@@ -66,7 +66,8 @@ def stubs() -> dict[str, str]:
 def _ops() -> list[type[Op]]:
     """The ops that come with the compiler, without those that `Builder` has a method of its own for."""
     own = vars(Builder)
-    return [cls for name, cls in sorted(OPS.items()) if cls.__module__.startswith("treadle.ir.") and name not in own]
+    ours = [cls for _, cls in sorted(OPS.items()) if cls.__module__.startswith("treadle.ir.") and cls.is_word]
+    return [cls for cls in ours if cls.name not in own]
 
 
 def _methods(spelling: Spelling) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import treadle
-from treadle.backends.made_weights import made_weights, notes_on
+from treadle.backends.made_weights import notes_on, recipes_of
 from treadle.backends.registry import find_backend
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder
@@ -47,7 +47,7 @@ def test_weights_of_weights_are_parameters_with_recipes(merged: Graph) -> None:
     lowered = hoisted(merged)
     verify(lowered)
     assert [node.op.name for node in lowered.main.nodes] == ["linear"] * 4
-    assert list(notes_on(made_weights(lowered))) == [
+    assert list(notes_on(recipes_of(lowered))) == [
         f"h.{i}.x = mul(concat(h.{i}.q.weight, h.{i}.k.weight, axis=0), 0.5)" for i in range(2)
     ]
     assert set(lowered.main.parameters) == {"h.0.x", "h.1.x", "h.0.out.weight", "h.1.out.weight"}
@@ -76,13 +76,13 @@ def test_a_line_on_a_prepared_weight_is_one_line_and_not_long() -> None:
     for _ in range(40):
         doubled = doubled + doubled
     b.outputs(y=b.input("x", f32["B", 4]) * doubled, z=b.input("u", f32[4]) + b.exp(w))
-    long, plain = notes_on(made_weights(hoisted(graph)))
+    long, plain = notes_on(recipes_of(hoisted(graph)))
     assert long.startswith("x = add(") and long.count("add(...)") > 1 and len(long) < 500
     assert plain == "exp = exp(w\\nimport os)"
 
 
 def test_of_one_making_one_key_of_another_two(merged: Graph) -> None:
-    first, second = made_weights(hoisted(merged)).values()
+    first, second = recipes_of(hoisted(merged)).values()
     assert first.key == second.key
     assert first.sources.keys() != second.sources.keys()
 
@@ -130,7 +130,7 @@ def test_a_weight_whose_size_is_that_of_an_input_stays(backend: str) -> None:
     b = Builder(graph)
     x, w, v = b.input("x", f32["B", "S"]), b.parameter("w", f32["S"]), b.parameter("v", f32[4])
     b.outputs(y=x * b.exp(w), z=b.exp(v) * 2.0)
-    assert list(notes_on(made_weights(hoisted(graph)))) == ["x = mul(exp(v), 2.0)"]
+    assert list(notes_on(recipes_of(hoisted(graph)))) == ["x = mul(exp(v), 2.0)"]
     found = find_backend(backend)
     if found.available() is not None:
         pytest.skip(str(found.available()))
@@ -260,7 +260,7 @@ def test_sources_of_another_dtype_make_another_key() -> None:
         graph = Graph("g")
         b = Builder(graph)
         b.outputs(y=b.input("x", f32[4]) * b.cast(b.parameter("w", dtype[4]), to=f32))
-        keys |= {recipe.key for recipe in made_weights(hoisted(graph)).values()}
+        keys |= {recipe.key for recipe in recipes_of(hoisted(graph)).values()}
     assert len(keys) == 2
 
 

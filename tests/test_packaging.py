@@ -282,10 +282,9 @@ CHANGING = {
     "passes/sites/product_sites.py": {"_Origin"},
     "backends/onnx/writer.py": {"Tensor", "OnnxNode"},
     "backends/python/emission.py": {"_Text"},
-    "backends/tvm/executable.py": {"Relocation", "Plan"},
+    "backends/tvm/planning.py": {"Relocation", "Plan"},
     "backends/tvm/lowering/grouping.py": {"Group"},
     "backends/tvm/lowering/program.py": {"Buffer", "Step", "Call", "Routine"},
-    "backends/weight_preparation.py": {"_Moved"},
     "treadle/cli/generate.py": {"Written"},
 }
 """Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.backends.made_weights import made_weights
+from treadle.backends.made_weights import recipes_of
 from treadle.backends.tvm import weight_packing
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.matmul import panel_width
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path: Path) -> 
 def test_a_misfit_is_named(tmp_path: Path) -> None:
     graph = linear_graph()
     with pytest.raises(BackendError, match=r"weight w must be f32\[530, 500\]"):
-        pack_weights(graph, made_weights(graph), {"w": np.ones((500, 530), np.float32)}, folder=tmp_path)
+        pack_weights(graph, recipes_of(graph), {"w": np.ones((500, 530), np.float32)}, folder=tmp_path)
 
 
 def _size(n: int) -> Any:
@@ -131,6 +131,6 @@ def mapped_weights(folder: Path, name: str = "weights.bin", seed: int = 0) -> di
 
 
 def packed(graph: Graph, weights: dict[str, Any], folder: Path) -> np.ndarray[Any, Any]:
-    ((_, array),) = pack_weights(graph, made_weights(graph), weights, folder=folder).items()
+    ((_, array),) = pack_weights(graph, recipes_of(graph), weights, folder=folder).items()
     finish_writing()
     return array

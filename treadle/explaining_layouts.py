@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact, open_artifact
-from treadle.backends.made_weights import Recipe, made_weights
+from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiling import checked_passes
@@ -134,7 +134,7 @@ def explain_layouts(
 
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
     """What a lowered graph says of its weights."""
-    made, calls, passed = made_weights(graph), count_calls(graph), _passed(graph)
+    made, calls, passed = recipes_of(graph), count_calls(graph), _passed(graph)
     blocks = {
         function.name: (calls[function.name], tuple(_lying(function, v, made, passed) for v in _weights(function)))
         for function in graph.needed_by(graph.main)

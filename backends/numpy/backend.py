@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.made_weights import as_numpy_weight, made_weights, notes_on
+from treadle.backends.made_weights import as_numpy_weight, notes_on, recipes_of
 from treadle.backends.numpy.spelling import NUMPY, keeps
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
@@ -75,7 +75,7 @@ class NumpyBackend(StagedBackend):
 
     def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         """Write the module. Raises BackendError for a missing weight."""
-        made = made_weights(graph)
+        made = recipes_of(graph)
         program = emit(graph, NUMPY, tuple(notes_on(made)))
         references = {name: _Reference(node) for name, node in program.references.items()}
         namespace = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.backends.made_weights import made_weights, notes_on
+from treadle.backends.made_weights import notes_on, recipes_of
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import (
@@ -111,7 +111,7 @@ class TorchBackend(StagedBackend):
         import torch
 
         device = torch.device(target.kind)
-        made = made_weights(graph)
+        made = recipes_of(graph)
         program = emit(graph, PACKED, tuple(notes_on(made)))
         arrays = _TorchArrays(device, target.threads)
         namespace = {

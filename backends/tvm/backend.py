@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from treadle.backends.made_weights import made_weights, notes_on
+from treadle.backends.made_weights import notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.python.executable import refuse_nodes
 from treadle.backends.staged import StagedBackend
@@ -72,7 +72,7 @@ class TvmBackend(StagedBackend):
         Raises BackendError for a missing weight.
         """
         isa = isa_of(target)
-        made = made_weights(graph)
+        made = recipes_of(graph)
         program = lower(graph, isa, RULES)
         cache = KernelCache(isa)
         threads = target.cores() or 1

@@ -20,6 +20,7 @@ class Call(Primitive):
     types by itself; the verifier compares it with the function. It has no axis rule: analyses enter the callee.
     """
 
+    is_word = False
     arguments = Operand(optional=True, variadic=True)
     function: str
     takes: tuple[Type, ...]

@@ -9,7 +9,6 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.layouts import Layout
 from treadle.ir.operation import Grads, Operand, Primitive, op
-from treadle.ir.samples import S
 from treadle.ir.types import Type
 
 
@@ -22,6 +21,7 @@ class Relayout(Primitive):
     Passes put it before a product that reads its weight in a layout. What reads the result must read that layout.
     """
 
+    is_word = False
     x = Operand()
     to: Layout
 
@@ -38,6 +38,3 @@ class Relayout(Primitive):
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         return [grads[0]]
-
-    samples = [S("f32[5, 3]", to="panels(4)"), S("f32[3, 5]", to="panels(4, transposed)"), S("f32[5, 3]", to="onednn")]
-    errors = [(S("f32[2, 3, 4]", to="panels(4)"), "a layout is one of matrices")]

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from treadle.ir.builder import Builder
 from treadle.ir.clone import clone_graph
-from treadle.ir.composites import lowering_of
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.composites import inline, lowering_of
+from treadle.ir.graph import Graph, Value
 from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
-from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord, count_ops
+from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
 Keeps = Callable[[Op, Sequence[Type | None]], bool]
 """Whether a backend spells an op on operands of these types as it is."""
 
 
 @dataclass(frozen=True)
-class Legalize(Pass):
+class Legalize(SiteRewrite[Site]):
     """attention(q, k, v, ...)   -->   its body, where the backend does not spell attention
 
     keeps  which composites the backend spells
@@ -33,17 +34,17 @@ class Legalize(Pass):
     def options(self) -> str:
         return ""
 
-    def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
-        def body(node: Node) -> Function | None:
+    def sites(self, work: Rewriting) -> Iterator[Site]:
+        """Every composite that is not kept, also in the body of another."""
+        for node in work.walk(into=True):
             types = [None if v is None else v.type for v in node.operands]
-            if not isinstance(node.op, Composite) or self.keeps(node.op, types):
-                return None
-            return lowering_of(node.op, types)
+            if isinstance(node.op, Composite) and not self.keeps(node.op, types):
+                yield Site(node)
 
-        opened = expand(function, body, lambda node: f"{node.scope}.{node.op.name}".lstrip("."))
-        for node, made in opened:
-            log.match(self.name, function, node, made=made)
-        return len(opened)
+    def build(self, b: Builder, site: Site) -> Sequence[Value]:
+        assert isinstance(site.root.op, Composite)
+        with b.scoped(site.root.op.name):
+            return inline(b, site.root.op, site.root.operands, lowered=True)
 
 
 def legalized(graph: Graph, keeps: Keeps) -> Graph:
@@ -60,49 +61,3 @@ def primitives(op: Op, types: Sequence[Type | None], keeps: Keeps) -> Iterator[t
         return
     for node in lowering_of(op, types).nodes:
         yield from primitives(node.op, [None if v is None else v.type for v in node.operands], keeps)
-
-
-def expand(
-    function: Function, body: Callable[[Node], Function | None], scope: Callable[[Node], str]
-) -> list[tuple[Node, list[Node]]]:
-    """Put bodies in place of nodes, until there is none for any node left; each replaced node, and what replaced it.
-
-    body   what stands in the place of a node, a function of its operands that are present; None keeps the node
-    scope  where the parts of a replaced node stand
-    """
-    values: dict[Value, Value] = {}
-    kept: list[Node] = []
-    opened: list[tuple[Node, list[Node]]] = []
-    pending = function.nodes[::-1]
-    while pending:
-        node = pending.pop()
-        if values and any(v in values for v in node.inputs):
-            node.operands = tuple([v if v is None else _current(v, values) for v in node.operands])
-        found = body(node)
-        if found is None:
-            kept.append(node)
-            continue
-        inner: dict[Value, Value] = dict(zip(found.inputs, node.inputs, strict=True))
-        made: list[Node] = []
-        for part in found.nodes:
-            operands = [None if v is None else inner.get(v, v) for v in part.operands]
-            copy = Node(part.op, operands, [r.type for r in part.results], scope=scope(node), source=node.source)
-            for old, new in zip(part.results, copy.results, strict=True):
-                new.name = old.name
-                inner[old] = new
-            made.append(copy)
-        for result, output in zip(node.results, found.outputs.values(), strict=True):
-            stands = values[result] = inner.get(output, output)
-            if stands.node is not None and stands not in node.inputs:
-                stands.name = result.name
-        pending.extend(reversed(made))
-        opened.append((node, made))
-    function.nodes = kept
-    function.outputs = {name: _current(v, values) for name, v in function.outputs.items()}
-    return opened
-
-
-def _current(value: Value, values: dict[Value, Value]) -> Value:
-    while value in values:  # a body may end in a composite
-        value = values[value]
-    return value

@@ -1,8 +1,8 @@
-"""`treadle explain`: where a fused op could stand, and why it does not."""
+"""`treadle explain`: where a fused op could stand, and why it does not; in which form each weight lies."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from treadle.cli.application import command, print_json
 from treadle.cli.options import (
     NOTHING_CERTIFIED,
     AsJson,
+    BackendName,
     Certify,
     Config,
     Limit,
@@ -24,7 +25,7 @@ from treadle.ir.errors import UsageError
 @command("explain", judges=lambda options: bool(options["expect"]))
 def explain_sites(
     model: ModelName,
-    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion.", show_default=False)],
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion or layouts.", show_default=False)],
     expect: Annotated[
         list[str] | None,
         typer.Option(metavar="OP=N", help="Exit 1 unless a run has N ops OP, such as attention=12. Repeatable."),
@@ -34,18 +35,30 @@ def explain_sites(
     limit: Limit = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
+    backend: BackendName = "numpy",
     as_json: AsJson = False,
 ) -> None:
-    """Say of every place where a fused op could stand whether it does, by which rule, or why not."""
+    """Say what the compiler did, and why.
+
+    fusion: of every place where a fused op could stand, whether it does, by which rule, or why not.
+
+    layouts: of every weight, how a backend reads it, what is made of it when weights are bound, and who wants it so.
+    """
     from treadle.explaining import explain_fusion, parse_expected
     from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_config
     from treadle.progress import working
 
-    if subject != "fusion":
-        raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion")
-    chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs), "certify": certify or None}
+    if subject not in ("fusion", "layouts"):
+        raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion or layouts")
+    chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
     chosen["widen"] = names_of(widen) or ()
+    if subject == "layouts":
+        if expect or certify:
+            raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")
+        _layouts(model, backend, chosen, as_json)
+        return
+    chosen["certify"] = certify or None
     chosen["expect"] = parse_expected(expect or ())
     with working(f"looking for fused ops in {model}", shown=not as_json):
         found = explain_fusion(model, **chosen)
@@ -58,3 +71,16 @@ def explain_sites(
             print("\n" + fitted(found.optimized.log.certified() or NOTHING_CERTIFIED, fit_prose))
     if not found.met:
         raise typer.Exit(1)
+
+
+def _layouts(model: str, backend: str, chosen: dict[str, Any], as_json: bool) -> None:
+    from treadle.explaining_layouts import explain_layouts
+    from treadle.fitting import fit_prose, fitted
+    from treadle.progress import working
+
+    with working(f"laying out the weights of {model}", shown=not as_json):
+        found = explain_layouts(model, backend=backend, **chosen)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print(fitted(str(found), fit_prose))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,13 +22,17 @@ from treadle.cli.options import (
 )
 from treadle.ir.errors import UsageError
 
+if TYPE_CHECKING:
+    from treadle.passes.framework.manager import Optimized
+
 
 @command("inspect")
 def inspect_graph(
     model: ModelName,
     raw: Annotated[bool, typer.Option("--raw", help="The graph as it was declared, before any pass.")] = False,
     after: Annotated[
-        str | None, typer.Option("--after", metavar="PASS", help="The graph as this pass left it.")
+        str | None,
+        typer.Option("--after", metavar="PASS", help="The graph as this pass left it, the backend's own among them."),
     ] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="Every repetition of a block, written out.")] = False,
     sizes: Annotated[
@@ -76,6 +81,8 @@ def inspect_graph(
             chosen = parse_config(config or (), limit or ())
             declared = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen).graph
             optimized = PassManager(() if raw else DEFAULT).run(declared)
+            if after is not None:
+                optimized = lowered_for(after, backend, optimized)
             graph = optimized.after(after) if after else optimized.graph
     stage = "as declared" if raw else f"after {after}" if after else "optimized"
     facts = graph_facts(graph, choose_sizes(graph, parse_sizes(sizes)))
@@ -94,3 +101,15 @@ def inspect_graph(
     else:
         fit = fit_prose if follow is not None else fit_code if source else fit_graph
         sys.stdout.write(fitted(shown.rstrip("\n"), fit) + "\n")
+
+
+def lowered_for(name: str, backend: str, optimized: Optimized) -> Optimized:
+    """With what the backend's passes make of the graph, where one of them is meant."""
+    from treadle.backends.registry import find_backend
+    from treadle.backends.staged import StagedBackend
+    from treadle.ir.target import Target
+
+    found, target = find_backend(backend), Target("cpu")
+    if not isinstance(found, StagedBackend) or name not in {each.name for each in found.pipeline(target)}:
+        return optimized
+    return replace(optimized, lowered=found.lower(optimized.graph, target))
