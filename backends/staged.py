@@ -5,7 +5,7 @@
 
         def keeps(self, op, types): return op.name in ("linear", "softmax")
         def pipeline(self, target): return (Legalize(self.keeps), HoistWeights())
-        def emit(self, graph, target, weights): ...            # what the passes left, as an `Executable`
+        def emit(self, graph, target, weights, declared): ...  # what the passes left, as an `Executable`
 
 The passes run under the manager, as the portable ones do: each is recorded, verified, printed by `inspect --after`, and
 told of by `explain`. Nothing is decided in `emit`.
@@ -47,8 +47,11 @@ class StagedBackend(ABC):
         """The passes that follow the portable ones."""
 
     @abstractmethod
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
         """Spell a graph as the pipeline left it, with its weights by name.
+
+        declared   the graph as the pipeline was given it: its ops are those that the user knows, so that what is wrong
+                   with a call is said in their words (`treadle.backends.signature`)
 
         Raises BackendError for a weight that is missing or does not fit.
         """
@@ -60,7 +63,7 @@ class StagedBackend(ABC):
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         """Lower a graph, and spell it with its weights by name. Raises BackendError as `refuse` and `emit` do."""
-        return self.emit(self.lower(graph, target).graph, target, weights)
+        return self.emit(self.lower(graph, target).graph, target, weights, graph)
 
 
 def build(
@@ -73,7 +76,7 @@ def build(
     """
     if isinstance(backend, StagedBackend):
         lowered = backend.lower(graph, target, certify=certify)
-        executable = backend.emit(lowered.graph, target, weights)
+        executable = backend.emit(lowered.graph, target, weights, graph)
     else:
         lowered = Optimized(graph, graph, PassLog(()))
         executable = backend.compile(graph, target, weights)

@@ -73,7 +73,7 @@ class NumpyBackend(StagedBackend):
         """What is spelled as it is, and what is done once."""
         return (Legalize(keeps), HoistWeights())
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
         """Write the module. Raises BackendError for a missing weight."""
         made = recipes_of(graph)
         program = emit(graph, NUMPY, tuple(notes_on(made)))
@@ -83,7 +83,7 @@ class NumpyBackend(StagedBackend):
             "reference": SimpleNamespace(**references),
         }
         arrays = collect_weights(graph, made, weights, _weight)
-        return PythonExecutable(graph, program, arrays, namespace, _NumpyArrays())
+        return PythonExecutable(declared, program, arrays, namespace, _NumpyArrays())
 
 
 class _Reference:

@@ -104,7 +104,7 @@ class TorchBackend(StagedBackend):
         layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
         return (Legalize(keeps), *layouts, HoistWeights())
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
         """Write the module. On the CPU weights that are not laid out anew stay the arrays, or the mapped file, that
         they are. Raises BackendError for a missing weight.
         """
@@ -121,7 +121,7 @@ class TorchBackend(StagedBackend):
         tensors = collect_weights(graph, made, weights, arrays.weight)
         laid = {name: v.layout for name, v in graph.main.parameters.items()}
         tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
-        return PythonExecutable(graph, program, tensors, namespace, arrays)
+        return PythonExecutable(declared, program, tensors, namespace, arrays)
 
 
 class _TorchArrays:

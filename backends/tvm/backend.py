@@ -65,7 +65,7 @@ class TvmBackend(StagedBackend):
         """What has kernels, panels for weights that products read, and what is done once."""
         return (Legalize(keeps), AssignLayouts(wants(isa_of(target))), HoistWeights())
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
         """Write the program, compile or load its kernels, and lay its weights out.
 
         For another machine's target the executable can be read (`source`, `assembly`) but not called.
@@ -81,4 +81,4 @@ class TvmBackend(StagedBackend):
             entries = pool.submit(cache.entries, kernels) if kernels else None
             packed = pack_weights(graph, made, weights, threads=threads)
             found = entries.result() if entries is not None else {}
-        return KernelExecutable(graph, program, cache, packed, threads, found, tuple(notes_on(made)))
+        return KernelExecutable(declared, program, cache, packed, threads, found, tuple(notes_on(made)))
