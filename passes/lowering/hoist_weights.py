@@ -50,10 +50,12 @@ class HoistWeights(Pass):
             if function is not graph.main:
                 hoisting.out_of_block(function)
         hoisting.out_of_main()
+        if not hoisting.changes:
+            return 0
         log.touched = None
         if not check_same_expressions(before, graph):
             log.notes.append("the graph is too large to be compared with what it was")
-        return len(graph.made)
+        return len(graph.made) or hoisting.changes
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class _Hoisting:
         self.graph, self.budget, self.log = graph, budget, log
         self.moved: dict[str, _Moved] = {}
         self.makers: dict[str, Function] = {}
+        self.changes = 0
 
     def makes(self, node: Node) -> bool:
         """Whether a node calls a block that makes what another left."""
@@ -111,6 +114,7 @@ class _Hoisting:
             known = first.setdefault((op_key(node.op), node.operands), node)
             if known is not node:
                 shared |= zip(node.results, known.results, strict=True)
+        self.changes += len(shared)
         _replace(function, shared)
         function.nodes = [node for node in function.nodes if node.results[0] not in shared]
 
@@ -140,6 +144,9 @@ class _Hoisting:
                     made = values[value]
                     assert made is not None
                     maker.outputs[name] = made
+        if not maker.outputs:  # nobody reads what is computed
+            return
+        self.changes += 1
         maker.nodes = needed_nodes(maker.nodes, maker.outputs.values())
         used = {v for node in maker.nodes for v in node.inputs}
         maker.parameters = {name: v for name, v in maker.parameters.items() if v in used}
@@ -176,7 +183,7 @@ class _Hoisting:
         """Move what main computes from weights to `bind`, as far as the budget goes."""
         graph, main = self.graph, self.graph.main
         nodes = self._affordable(weight_only_nodes(main, self.makes))
-        left = [node for node in main.nodes if node not in nodes]
+        left = needed_nodes([node for node in main.nodes if node not in nodes], main.outputs.values())
         wanted = {*(v for node in left for v in node.inputs), *main.outputs.values()}
         chosen: dict[Value, str] = {}
         taken = set(main.parameters)
@@ -193,6 +200,7 @@ class _Hoisting:
                 taken.add(chosen[value])
         if not chosen:
             return
+        self.changes += len(chosen)
         bind = graph.add_bind()
         values: dict[Value | None, Value | None] = {None: None}
         for name, value in main.parameters.items():
@@ -209,9 +217,9 @@ class _Hoisting:
         _replace(main, replaced)
         main.nodes = needed_nodes(main.nodes, main.outputs.values())
         main.parameters |= {v.name: v for v in replaced.values()}
-        for entry in (bind, main):
-            used = {*(v for node in entry.nodes for v in node.inputs), *entry.outputs.values()}
-            entry.parameters = {name: v for name, v in entry.parameters.items() if v in used}
+        read = {v for entry in (bind, main) for node in entry.nodes for v in node.inputs} | {*main.outputs.values()}
+        bind.parameters = {name: v for name, v in bind.parameters.items() if v in read}
+        main.parameters = {name: v for name, v in main.parameters.items() if v in read or name not in bind.parameters}
         weights = graph.parameters
         graph.initial = {name: init for name, init in graph.initial.items() if name in weights}
 
