@@ -28,8 +28,15 @@ def canonical_form(graph: Graph) -> str:
         f"{quote(n)}={quote(i.kind)}({attribute_text(i.scale)})" for n, i in sorted(graph.initial.items())
     )
     entries = graph.entries
-    functions = (line for f in graph.functions.values() for line in _lines(f, in_order=f not in entries))
-    when = [f"entries {','.join(graph.entry_names)}"] if len(entries) > 1 else []
+    several = len(entries) > 1  # of which each may hold weights that others read, and these are told once
+    made = graph.bind
+    functions = (
+        line
+        for f in graph.functions.values()
+        for line in _lines(f, in_order=f not in entries, only_read=several and f in entries, made=f is made)
+    )
+    weights = ",".join(f"{quote(n)}:{type_key(v.type)}" for n, v in sorted(graph.parameters.items()))
+    when = [f"entries {','.join(graph.entry_names)}", f"weights {weights}"] if several else []
     return "\n".join([f"symbols {symbols}", f"initial {initial}", *when, *functions])
 
 
@@ -51,15 +58,25 @@ def function_key(function: Function) -> str:
     return sha256("\n".join(_lines(function, in_order=True, names=False)).encode()).hexdigest()
 
 
-def _lines(function: Function, *, in_order: bool, names: bool = True) -> Iterator[str]:
-    """A line an argument and a node. `in_order` tells whether the order of parameters counts, as it does for calls."""
+def _lines(
+    function: Function, *, in_order: bool, names: bool = True, only_read: bool = False, made: bool = False
+) -> Iterator[str]:
+    """A line an argument and a node.
+
+    in_order   whether the order of parameters counts, as it does for calls
+    only_read  whether parameters count only if they are read
+    made       whether outputs are made parameters, whose order does not count
+    """
     ids: dict[Value | None, str] = {None: "-"}
     if names:
         yield f"function {quote(function.name)}"
     for number, value in enumerate(function.inputs):
         ids[value] = f"i{number}"
         yield f"input {quote(value.name) if names else ''}:{type_key(value.type)}"
-    parameters = function.parameters.items() if in_order else sorted(function.parameters.items())
+    parameters = list(function.parameters.items()) if in_order else sorted(function.parameters.items())
+    if only_read:
+        read = {*function.outputs.values(), *(v for node in function.nodes for v in node.operands)}
+        parameters = [(name, value) for name, value in parameters if value in read]
     for number, (name, value) in enumerate(parameters):
         ids[value] = f"p{number}"
         lies_in = f" in {value.lies_in}" if value.lies_in is not None else ""
@@ -83,7 +100,7 @@ def _lines(function: Function, *, in_order: bool, names: bool = True) -> Iterato
                 ids[value] = f"{number}.{value.index}"
             types = ",".join([type_key(v.type) for v in results])
         yield f"{op_key(node.op)}({operands}){types}"
-    for name, value in function.outputs.items():
+    for name, value in sorted(function.outputs.items()) if made else function.outputs.items():
         yield f"output {quote(name) if names else ''}:{reference(value)}:{type_key(value.type)}"
 
 

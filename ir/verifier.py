@@ -7,7 +7,8 @@
     node       operands are defined before, in the same function; results and node point at each other
     types      are what the op's rules infer from the operands; a constant's are those of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
-    layouts    are of matrices; a call passes what lies as its callee wants it; what `main` takes and gives is row-major
+    layouts    are of matrices; a call passes what lies as its callee wants it; inputs, weights of
+               the graph, and what `main` gives are row-major
 
 It runs after every pass.
 """
@@ -50,6 +51,9 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
     for name in graph.initial:
         if name not in parameters:
             raise VerifyError(f"an initial value is given for {name!r}, which is no parameter")
+    for name, value in parameters.items():
+        if value.layout is not None:
+            raise VerifyError(f"weight {name} is row-major: bind makes what lies otherwise", received=_lying(value))
     earlier: dict[str, Function] = {}
     for name, function in graph.functions.items():
         if function.name != name:
@@ -81,8 +85,6 @@ def _verify_bind(graph: Graph, bind: Function) -> None:
                 f"parameter {name} is not the same in bind and in main",
                 received=f"bind: {_lying(there)}; main: {_lying(value)}",
             )
-        if there is None and value.layout is not None:
-            raise VerifyError(f"weight {name} is row-major: bind makes what lies otherwise", received=_lying(value))
 
 
 def _lying(value: Value) -> str:
@@ -122,6 +124,8 @@ class _FunctionCheck:
     def argument(self, value: Value, kind: str) -> None:
         if value.kind != kind or value.node is not None or value.literal is not None:
             raise self.error(f"{value.name!r} is among the {kind}s, but is no {kind}", received=repr(value))
+        if kind == "input" and value.layout is not None:
+            raise self.error(f"input {value.name!r} lies in {value.layout}", hint="inputs are row-major")
         if value.type.symbols:
             self.symbols(value.type, None)
         self.defined.add(value)

@@ -298,6 +298,8 @@ class _Parser:
             match = s.match(_LAYOUT)
             with s.located(at):
                 value.lies_in = parse_layout(match[0] if match is not None else "")
+            if value.type.rank != 2:
+                raise s.error(f"a layout is one of matrices, {name} has rank {value.type.rank}", at)
 
     def outputs(self) -> None:
         s = self.s
@@ -313,6 +315,8 @@ class _Parser:
                 raise s.error("an output cannot be none", start)
             if name in outputs:
                 raise s.error(f"there are two outputs {name}", start)
+            if value.layout is not None and self.current is self.result.main:
+                raise s.error(f"output {name} of main lies in {value.layout}", start, hint="outputs are row-major")
             self.argument(start)
             outputs[name] = value
 
@@ -409,6 +413,8 @@ class _Parser:
         if callee is not None:
             return self.call(callee, start)
         cls = OPS.get(name)
+        if cls is None and not is_op and name in self.result.entry_names:
+            raise self.s.error(f"{name} is an entry, which nobody calls", start)
         if cls is None or cls is Call:
             raise self.s.error(
                 f"unknown op or function {name!r}", start, hint=_nearest(name, [*self.result.functions, *OPS])
@@ -464,6 +470,13 @@ class _Parser:
         op = Call.of(callee)
         with s.located(start):
             types = op.infer([None if v is None else v.type for v in operands])
+        for value, layout in zip(operands, op.takes_in or [None] * len(operands), strict=True):
+            if value is not None and value.layout != layout:
+                raise s.error(
+                    f"a call of {callee.name} passes {value.name} in another layout than it is read in",
+                    start,
+                    received=f"{value.layout or 'row-major'}, read in {layout or 'row-major'}",
+                )
         return Node(op, operands, types)
 
     def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
@@ -554,10 +567,11 @@ class _Parser:
 
     def weight_named(self, name: str, at: int) -> Value:
         value = self.current.parameters.get(name)
-        if value is None and self.current is self.result.bind:
-            value = self.current.outputs.get(name)
+        made = self.result.made if self.current is self.result.bind else {}
+        value = value or made.get(name)
         if value is None:
-            raise self.s.error(f"unknown parameter ${name}", at, hint=_nearest(name, self.current.parameters))
+            hint = _nearest(name, [*self.current.parameters, *made])
+            raise self.s.error(f"unknown parameter ${name}", at, hint=hint)
         return value
 
     # -- notes -----------------------------------------------------------------------------------------------------

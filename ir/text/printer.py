@@ -177,7 +177,7 @@ class FunctionText:
     def all_made(self, node: Node) -> str | None:
         """`$h.0.*`, where a call makes every output of its block under one path."""
         callee = self.graph.functions.get(node.op.callee) if node.op.callee is not None else None
-        if callee is None or not self.made:
+        if callee is None or not callee.outputs or not self.made:
             return None
         names = {v: name for name, v in self.function.outputs.items()}
         paths = [(names.get(v, ""), output) for v, output in zip(node.results, callee.outputs, strict=False)]

@@ -217,9 +217,9 @@ class _Hoisting:
         _replace(main, replaced)
         main.nodes = needed_nodes(main.nodes, main.outputs.values())
         main.parameters |= {v.name: v for v in replaced.values()}
-        read = {v for entry in (bind, main) for node in entry.nodes for v in node.inputs} | {*main.outputs.values()}
-        bind.parameters = {name: v for name, v in bind.parameters.items() if v in read}
-        main.parameters = {name: v for name, v in main.parameters.items() if v in read or name not in bind.parameters}
+        used = {v for entry in (bind, main) for node in entry.nodes for v in node.inputs} | {*main.outputs.values()}
+        bind.parameters = {name: v for name, v in bind.parameters.items() if v in used}
+        main.parameters = {name: v for name, v in main.parameters.items() if v in used or name not in bind.parameters}
         weights = graph.parameters
         graph.initial = {name: init for name, init in graph.initial.items() if name in weights}
 

@@ -1,0 +1,465 @@
+"""Entries: `bind` before `main` in the text, in the verifier, in identity, and in what a graph means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.random_graphs import random_graph
+from tests.random_programs import random_program
+from treadle.ir.builder import Builder
+from treadle.ir.clone import clone_graph
+from treadle.ir.errors import GraphError, ParseError, TreadleError, VerifyError
+from treadle.ir.graph import Function, Graph, Init, Node, Value
+from treadle.ir.hashing import canonical_form, structural_hash
+from treadle.ir.inline import inline_calls, inline_function
+from treadle.ir.interpreter import interpret
+from treadle.ir.layouts import Layout, panels
+from treadle.ir.ops.call import Call
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
+from treadle.ir.types import Type, f32
+from treadle.ir.verifier import verify
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.assign_layouts import AssignLayouts, Reads
+from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.lowering.legalize import Legalize
+
+TEXT = """graph g {
+  symbols B
+  parameters {
+    h.{0..1}.w: f32[8, 4] = ones
+    h.{0..1}.v: f32[8, 4]
+    both: f32[8] = normal(0.5)
+    free: f32[3]
+  }
+
+  block bind_h() -> (w_2: f32[8, 4], "odd name": f32[8, 4])
+    weights w: f32[8, 4], v: f32[8, 4]
+  {
+    mul = mul($w, $v)                        # f32[8, 4]  model.py:3  ln
+    relayout = relayout(mul, to=panels(4))   # f32[8, 4]
+    return w_2 = relayout, "odd name" = mul
+  }
+
+  block h(x: f32[B, 4]) -> (y: f32[B, 8])
+    weights w: f32[8, 4], w_2: f32[8, 4] in panels(4)
+  {
+    linear = linear(x, $w_2)   # f32[B, 8]
+    return y = linear
+  }
+
+  bind {
+    $h.0.* = bind_h() with h.0              # f32[8, 4], f32[8, 4]
+    $first, $"a b" = bind_h() with h.1      # f32[8, 4], f32[8, 4]
+    plain = exp($both)                      # f32[8]
+    $twice = mul($"a b", $"h.0.odd name")   # f32[8, 4]
+    $bias = add(plain, $both)               # f32[8]
+  }
+
+  main(x: f32[B, 4]) -> (y: f32[B, 8], z: f32[8, 4]) {
+    y = h(x) with h.0                               # f32[B, 8]
+    y_2 = h(x) with {w: $"h.0.odd name", w_2: $first}   # f32[B, 8]
+    add = add(y, y_2)                               # f32[B, 8]
+    add_2 = add(add, $bias)                         # f32[B, 8]
+    mul = mul(add_2, $both)                         # f32[B, 8]
+    return y = mul, z = $twice
+  }
+}
+"""
+
+
+@pytest.fixture
+def graph() -> Graph:
+    return parse_graph(TEXT)
+
+
+# -- text ------------------------------------------------------------------------------------------------------
+
+
+def test_the_text_of_entries_reads_back(graph: Graph) -> None:
+    verify(graph)
+    text = print_graph(graph)
+    again = parse_graph(text)
+    verify(again)
+    assert again == graph
+    assert print_graph(again) == text
+    assert [line.split("#")[0].rstrip() for line in text.splitlines()] == [
+        line.split("#")[0].rstrip() for line in TEXT.splitlines()
+    ]
+
+
+def test_what_statements_of_bind_name_is_made(graph: Graph) -> None:
+    assert list(graph.made) == ["h.0.w_2", "h.0.odd name", "first", "a b", "twice", "bias"]
+    assert graph.main.parameters["h.0.w_2"].layout == panels(4) == graph.made["h.0.w_2"].layout
+    assert graph.main.parameters["first"].layout == panels(4)
+    assert graph.main.parameters["twice"].layout is None
+    assert "a b" not in graph.main.parameters  # which bind alone reads
+    assert graph.bind is not None
+    assert [node.op.name for node in graph.bind.nodes] == ["call", "call", "exp", "mul", "add"]
+
+
+def test_each_entry_holds_the_weights_that_it_reads(graph: Graph) -> None:
+    assert graph.bind is not None
+    assert list(graph.bind.parameters) == ["h.0.w", "h.0.v", "h.1.w", "h.1.v", "both"]
+    assert [name for name in graph.main.parameters if name not in graph.made] == ["h.0.w", "both", "free"]
+    assert list(graph.parameters) == ["h.0.w", "h.0.v", "h.1.w", "h.1.v", "both", "free"]
+
+
+def test_what_a_block_makes_under_other_names_is_named_one_by_one(graph: Graph) -> None:
+    """`$h.0.*` stands for all that a block makes, and for nothing less."""
+    assert graph.bind is not None
+    outputs = graph.bind.outputs
+    graph.bind.outputs = {name.replace("odd name", "odder"): value for name, value in outputs.items()}
+    renamed = graph.main.parameters["h.0.odder"] = graph.main.parameters.pop("h.0.odd name")
+    renamed.name = "h.0.odder"
+    text = print_graph(graph)
+    assert "$h.0.w_2, $h.0.odder = bind_h() with h.0" in text
+    assert parse_graph(text) == graph
+
+
+def test_a_block_that_makes_nothing_prints(graph: Graph) -> None:
+    assert graph.bind is not None
+    nothing = Function("nothing")
+    graph.add_function(nothing)
+    graph.bind.nodes.append(Node(Call.of(nothing), [], []))
+    verify(graph)
+    assert parse_graph(print_graph(graph)) == graph
+
+
+WRONG: dict[str, tuple[str, str, str, str]] = {
+    "made in main": ("add = add(y,", "$add = add(y,", "$add is made outside of bind", "$add ="),
+    "made in a block": ("mul = mul($w", "$mul = mul($w", "$mul is made outside of bind", "$mul ="),
+    "all made in main": ("y = h(x)", "$h.9.* = h(x)", "is made outside of bind", "$h.9.*"),
+    "made twice at once": ('$first, $"a b"', "$first, $first", "two parameters first", "$first, $first"),
+    "made twice": ("$bias =", "$first =", "two parameters first", "$first = add"),
+    "made under a weight's name": ("$bias =", "$free =", "two parameters free", "$free ="),
+    "one of two made": ('$first, $"a b"', "$first", "call has 2 results, 1 are named", "bind_h() with h.1"),
+    "all of what is no call": ("$bias =", "$bias.* =", "all that a block makes", "add(plain"),
+    "all and more": ("$h.0.* =", "$h.0.*, $more =", "all that a block makes", "bind_h() with h.0"),
+    "a block called bind": ("block h(", "block bind(", "a block is called bind", "{"),
+    "a call of bind": ("y = h(x) with h.0", "y = bind()", "bind is an entry, which", "bind()"),
+    "a call of main": ("plain = exp(", "plain = main(", "main is an entry, which", "main("),
+    "a weight that is not made yet": ("exp($both)", "exp($twice)", "unknown parameter $twice", "$twice)"),
+    "bind with inputs": ("bind {", "bind() {", "expected '{', found '('", "() {"),
+    "bind returns": ("    $bias", "    return $bias", "expected a statement", "return $bias"),
+    "two binds": ("  main(", "  bind {\n  }\n  main(", "expected 'main', found 'bind'", "bind {"),
+    "no layout": ("in panels(4)", "in 4", "this is no layout", "4"),
+    "unknown layout": ("in panels(4)", "in rows(4)", "unknown layout 'rows'", "rows(4)"),
+    "no width": ("in panels(4)", "in panels", "panels have a width", "panels"),
+    "two widths": ("in panels(4)", "in panels(4, 4)", "panels has no '4'", "panels(4, 4)"),
+    "a layout of no matrix": ("w: f32[8, 4], w_2", "w: f32[8] in panels(4), w_2", "w has rank 1", "panels(4), w_2"),
+    "relayout to no layout": ("to=panels(4)", "to=panels(0)", "panels have a width", "panels(0)"),
+    "passed in another layout": ("to=panels(4)", "to=panels(5)", "passes h.0.w_2 in another", "h(x) with h.0"),
+    "passed row-major": ("w_2: $first", "w_2: $twice", "passes twice in another", "h(x) with {"),
+    "an output in a layout": ("z = $twice", "z = $h.0.w_2", "output z of main lies in", "z = $h.0.w_2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_told_with_its_place(name: str) -> None:
+    right, wrong, what, marked = WRONG[name]
+    assert right in TEXT
+    text = TEXT.replace(right, wrong, 1)
+    with pytest.raises(ParseError, match=re.escape(what)) as caught:
+        parse_graph(text)
+    place, line, mark = str(caught.value.within).split("\n")
+    number, column = map(int, re.findall(r"\d+", place))
+    assert text.splitlines()[number - 1] == line
+    assert line[column - 1 :].startswith(marked) and mark == " " * (column - 1) + "^"
+
+
+# -- verifier --------------------------------------------------------------------------------------------------
+
+
+def bind_of(graph: Graph) -> Function:
+    assert graph.bind is not None
+    return graph.bind
+
+
+def no_result(graph: Graph) -> None:
+    bind_of(graph).outputs["free"] = bind_of(graph).parameters["both"]
+
+
+def two_names(graph: Graph) -> None:
+    bind_of(graph).outputs["again"] = graph.made["twice"]
+
+
+def name_of_a_weight(graph: Graph) -> None:
+    """A made parameter that is called as the weight that bind reads."""
+    graph.initial.pop("both")
+    bind_of(graph).outputs["both"] = bind_of(graph).outputs.pop("bias")
+
+
+def call_bind(graph: Graph) -> None:
+    """`main` calls `bind` with what it has."""
+    op = Call.of(bind_of(graph))
+    held = graph.main.parameters
+    for name, value in bind_of(graph).parameters.items():
+        held.setdefault(name, Value("parameter", value.type, name))
+    arguments = [held[name] for name in bind_of(graph).parameters]
+    graph.main.nodes.append(Node(op, arguments, op.gives))
+
+
+def reorder(graph: Graph, *names: str) -> None:
+    graph.functions = {name: graph.functions[name] for name in names}
+
+
+def held(function: Function, name: str, type: Type) -> Value:
+    """A parameter that a function holds from now on."""
+    value = function.parameters[name] = Value("parameter", type, name)
+    return value
+
+
+def lie(value: Value, layout: Layout | None) -> None:
+    value.lies_in = layout
+
+
+def pass_row_major(graph: Graph) -> None:
+    call = graph.main.nodes[1]
+    call.operands = (*call.operands[:2], graph.main.parameters["twice"])
+
+
+def give_in_panels(graph: Graph) -> None:
+    graph.main.outputs["z"] = graph.main.parameters["first"]
+
+
+BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
+    "bind with an input": (
+        lambda g: bind_of(g).inputs.append(Value("input", f32[3], "x")),
+        "bind takes no inputs",
+    ),
+    "no result of a node": (no_result, "what bind makes is the result of a node"),
+    "two names": (two_names, "what bind makes stands under one name"),
+    "name of a weight": (name_of_a_weight, "bind makes both, and reads a weight of that name"),
+    "another type": (
+        lambda g: held(g.main, "h.1.v", f32[4, 8]),
+        "parameter h.1.v is not the same in bind and in main",
+    ),
+    "another layout": (
+        lambda g: lie(held(g.main, "a b", f32[8, 4]), panels(4)),
+        "parameter a b is not the same in bind and in main",
+    ),
+    "a weight in a layout": (
+        lambda g: [lie(e.parameters["h.0.w"], panels(4)) for e in g.entries],
+        "weight h.0.w is row-major",
+    ),
+    "a weight of main in a layout": (lambda g: lie(g.main.parameters["free"], panels(4)), "weight free is row-major"),
+    "an input in a layout": (lambda g: lie(g.main.inputs[0], panels(4)), "input 'x' lies in panels(4)"),
+    "a layout of no matrix": (
+        lambda g: setattr(g.functions["h"].parameters["w_2"], "type", f32[8]),
+        "parameter w_2 is no matrix, and lies in panels(4)",
+    ),
+    "a call passes another layout": (pass_row_major, "passes twice in another layout than it is read in"),
+    "a callee reads another layout": (
+        lambda g: lie(g.functions["h"].parameters["w_2"], panels(8)),
+        "does not agree with its signature",
+    ),
+    "an output in a layout": (give_in_panels, "output 'z' of main lies in panels(4)"),
+    "a call of bind": (call_bind, "main calls 'bind', which is an entry"),
+    "main before bind": (lambda g: reorder(g, "bind_h", "h", "main", "bind"), "last function must be main"),
+    "bind before a block": (lambda g: reorder(g, "bind_h", "bind", "h", "main"), "entries are main, or bind and main"),
+    "entries that are not there": (lambda g: g.functions.pop("bind"), "entries are main, or bind and main"),
+    "an unknown entry": (lambda g: setattr(g, "entry_names", ("h", "main")), "entries are main, or bind and main"),
+    "main alone is last": (lambda g: setattr(g, "entry_names", ("main", "bind")), "entries are main, or bind and main"),
+    "an initial value of what is made": (
+        lambda g: g.initial.update(twice=Init("ones")),
+        "'twice', which is no parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_invariants_of_entries(name: str, graph: Graph) -> None:
+    damage, what = BROKEN[name]
+    damage(graph)
+    with pytest.raises(VerifyError, match=re.escape(what)):
+        verify(graph)
+
+
+def test_a_weight_in_a_layout_is_refused_without_bind_too() -> None:
+    graph = Graph("g")
+    b = Builder(graph)
+    b.outputs(y=b.linear(b.input("x", f32["B", 4]), b.parameter("w", f32[8, 4]), None))
+    graph.main.parameters["w"].lies_in = panels(4)
+    with pytest.raises(VerifyError, match="weight w is row-major"):
+        verify(graph)
+
+
+# -- identity --------------------------------------------------------------------------------------------------
+
+
+def test_when_and_in_which_layout_count(graph: Graph) -> None:
+    assert parse_graph(TEXT) == graph
+    assert structural_hash(parse_graph(TEXT)) == structural_hash(graph)
+    for changed in (
+        TEXT.replace("panels(4)", "panels(8)"),
+        TEXT.replace("panels(4)", "panels(4, transposed)"),
+        TEXT.replace("$twice", "$thrice"),
+        TEXT.replace('mul($"a b", $"h.0.odd name")', 'mul($"h.0.odd name", $"a b")'),
+    ):
+        assert parse_graph(changed) != graph
+    lying = parse_graph(TEXT)
+    lying.functions["h"].parameters["w_2"].lies_in = None
+    assert canonical_form(lying) != canonical_form(graph)
+
+
+def test_what_an_entry_holds_and_does_not_read_is_the_same_graph(graph: Graph) -> None:
+    """The text names a graph's weights once, for all entries, and says who reads what."""
+    held(graph.main, "h.1.v", f32[8, 4])
+    held(graph.main, "a b", f32[8, 4])
+    bind_of(graph).parameters["free"] = graph.main.parameters.pop("free")
+    verify(graph)
+    assert graph == parse_graph(TEXT) == parse_graph(print_graph(graph))
+    graph.bind.parameters.pop("free")  # type: ignore[union-attr]
+    assert graph != parse_graph(TEXT)
+
+
+def test_a_graph_with_bind_is_another_than_the_one_without() -> None:
+    """The same functions, one of them an entry or a block."""
+    graphs = []
+    for is_entry in (True, False):
+        graph = Graph("g")
+        bind = graph.add_bind() if is_entry else Function("bind")
+        if not is_entry:
+            graph.add_function(bind)
+        inside = Builder(graph, bind)
+        inside.outputs(made=inside.exp(inside.parameter("w", f32[4])))
+        b = Builder(graph)
+        b.outputs(y=b.input("x", f32[4]) * b.parameter("made", f32[4]))
+        graphs.append(graph)
+    entry, block = graphs
+    assert entry != block
+    assert list(entry.parameters) == ["w"] and list(block.parameters) == ["made"]
+    assert "\nentries bind,main\n" in canonical_form(entry)
+    assert "entries" not in canonical_form(block)
+    assert print_graph(parse_graph(print_graph(block))) == print_graph(block)
+
+
+def test_a_copy_shares_nothing_and_is_equal(graph: Graph) -> None:
+    copy = clone_graph(graph)
+    verify(copy)
+    assert copy == graph and print_graph(copy) == print_graph(graph)
+    assert [e.name for e in copy.entries] == ["bind", "main"]
+    assert not {id(v) for f in copy.functions.values() for v in f.arguments} & {
+        id(v) for f in graph.functions.values() for v in f.arguments
+    }
+    bind_of(copy).outputs.pop("bias")
+    assert "bias" in graph.made
+
+
+def test_blocks_unfold_within_their_entries(graph: Graph) -> None:
+    flat = inline_calls(graph)
+    verify(flat)
+    assert list(flat.functions) == ["bind", "main"] and flat.entry_names == ("bind", "main")
+    assert flat.main.parameters["first"].layout == panels(4)
+    assert [node.op.name for node in bind_of(flat).nodes] == ["mul", "relayout", "mul", "relayout", "exp", "mul", "add"]
+    assert parse_graph(print_graph(graph, unfold=True)) == flat
+    alone = inline_function(graph, bind_of(graph))
+    assert alone.outputs.keys() == graph.made.keys()
+    drawn = weights_of(graph)
+    same(interpret(graph, inputs_of(graph), drawn), interpret(flat, inputs_of(graph), drawn))
+
+
+def test_what_an_entry_needs(graph: Graph) -> None:
+    assert [f.name for f in graph.needed_by(bind_of(graph))] == ["bind_h", "bind"]
+    assert [f.name for f in graph.needed_by(graph.main)] == ["h", "main"]
+    assert [f.name for f in graph.needed_by(graph.functions["h"])] == ["h"]
+
+
+def test_an_entry_is_added_before_main() -> None:
+    graph = Graph("g")
+    assert graph.bind is None and graph.made == {} and graph.entries == (graph.main,)
+    bind = graph.add_bind()
+    assert graph.bind is bind and graph.entries == (bind, graph.main)
+    graph.add_function(Function("late"))
+    assert list(graph.functions) == ["late", "bind", "main"]
+    with pytest.raises(GraphError, match="has a function 'bind' already"):
+        graph.add_bind()
+    with pytest.raises(GraphError, match="has a function 'bind' already"):
+        graph.add_function(Function("bind"))
+
+
+# -- meaning ---------------------------------------------------------------------------------------------------
+
+
+def test_made_parameters_are_made_first(graph: Graph) -> None:
+    shapes = {name: v.type.static_shape or () for name, v in graph.parameters.items()}
+    weights = {name: np.full(shapes[name], i + 1.0, np.float32) for i, name in enumerate(shapes)}
+    out = interpret(graph, {"x": np.ones((1, 4), np.float32)}, weights)
+    first, second = 1.0 * 2.0, 3.0 * 4.0  # what the block makes of the weights of h.0, and of h.1
+    np.testing.assert_array_equal(out["z"], np.full((8, 4), first * second, np.float32))
+    y = (4 * first + 4 * second + np.exp(5.0) + 5.0) * 5.0
+    np.testing.assert_allclose(out["y"], np.full((1, 8), y), rtol=1e-6)  # five roundings of float32
+    with pytest.raises(GraphError, match="no value for free"):
+        interpret(graph, {"x": np.ones((1, 4))}, {n: w for n, w in weights.items() if n != "free"})
+    with pytest.raises(GraphError, match="no input or weight twice"):
+        interpret(graph, {"x": np.ones((1, 4))}, weights | {"twice": np.ones((8, 4))})
+
+
+def wants(node: Node, position: int) -> Layout | Reads:
+    """Products want panels of four; a table is read in any layout."""
+    if position == 1 and node.op.name in ("linear", "matmul", "einsum"):
+        return panels(4, transposed=node.op.name == "matmul")
+    return Reads.ANY if position == 0 and node.op.name in ("gather", "embedding") else Reads.ROW_MAJOR
+
+
+def lowered(graph: Graph) -> Graph:
+    """A graph in primitives, its weights laid out and what they alone decide hoisted."""
+    passes = (Legalize(lambda op, types: False), AssignLayouts(wants), HoistWeights())
+    made = PassManager(passes).run(graph)
+    assert made.log[-1].graph == made.graph
+    return made.graph
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("make", [random_graph, random_program])
+def test_hoisting_keeps_what_random_graphs_mean(make: Callable[[int], Graph], seed: int) -> None:
+    before = make(seed)
+    after = lowered(before)
+    assert {n: v.type for n, v in after.parameters.items()} == {n: v.type for n, v in before.parameters.items()}
+    text = print_graph(after)
+    again = parse_graph(text)
+    assert again == after and print_graph(again) == text
+    inputs, weights = inputs_of(before), weights_of(before)
+    try:
+        meant = interpret(PassManager((Legalize(lambda op, types: False),)).run(before).graph, inputs, weights)
+    except TreadleError:
+        pytest.skip("random operands that an op refuses when it runs")
+    same(meant, interpret(after, inputs, weights))
+
+
+def test_random_graphs_reach_what_is_tested() -> None:
+    """Else the test above would say little."""
+    texts = [print_graph(lowered(make(seed))) for make in (random_graph, random_program) for seed in range(60)]
+    assert sum("  bind {" in text for text in texts) > 40
+    assert sum("to=panels(4" in text.partition("  bind {")[2] for text in texts) > 10
+    assert sum(re.search(r"^    \$\S+\.\* = ", text, re.MULTILINE) is not None for text in texts) > 0
+
+
+def inputs_of(graph: Graph) -> dict[str, Any]:
+    return {v.name: drawn(v, i) for i, v in enumerate(graph.main.inputs)}
+
+
+def weights_of(graph: Graph) -> dict[str, Any]:
+    return {name: drawn(v, 100 + i) for i, (name, v) in enumerate(graph.parameters.items())}
+
+
+def drawn(value: Value, seed: int) -> Any:
+    """Values about one, or small indices, at B = 2 and S = 4; bfloat16 as float32."""
+    shape = value.type.evaluate({"B": 2, "S": 4})
+    if not value.type.dtype.is_float:
+        return np.random.default_rng(seed).integers(0, 2, shape).astype(value.type.dtype.numpy)
+    return np.random.default_rng(seed).standard_normal(shape).astype(value.type.dtype.numpy or np.float32)
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Bit for bit: hoisting changes when an op runs, not on what."""
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name)
+        assert array.dtype == second[name].dtype
