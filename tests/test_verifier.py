@@ -113,7 +113,7 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
     "operand of a removed node": (lambda g: g.main.nodes.pop(0), "operand 0 of exp is not defined"),
     "operand missing": (lambda g: operand(g, 1, 0, None), "operand x is missing"),
     "operands left out": (lambda g: setattr(node(g, 0), "operands", node(g, 0).operands[:1]), "operand y is missing"),
-    "too many operands": (lambda g: setattr(node(g, 1), "operands", node(g, 0).operands), "takes 1 operand, received 2"),
+    "too many operands": (lambda g: setattr(node(g, 1), "operands", node(g, 0).operands), "takes 1 operand, rec"),
     "operands that do not fit": (lambda g: operand(g, 7, 1, g.main.nodes[6].results[0]), "sizes disagree"),
     "result's dtype": (lambda g: setattr(node(g, 1).result, "type", parse_type("f64[B, 8]")), "rules infer"),
     "result's size": (lambda g: setattr(node(g, 5).result, "type", parse_type("f32[B, 8]")), "rules infer"),

@@ -220,8 +220,6 @@ class _Hoisting:
         used = {v for entry in (bind, main) for node in entry.nodes for v in node.inputs} | {*main.outputs.values()}
         bind.parameters = {name: v for name, v in bind.parameters.items() if v in used}
         main.parameters = {name: v for name, v in main.parameters.items() if v in used or name not in bind.parameters}
-        weights = graph.parameters
-        graph.initial = {name: init for name, init in graph.initial.items() if name in weights}
 
 
 def _path(node: Node, value: Value) -> str:
