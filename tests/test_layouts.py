@@ -221,10 +221,11 @@ def test_the_log_says_who_wants_what() -> None:
 def test_what_varies_and_what_is_no_matrix_is_left_alone() -> None:
     b = Builder(Graph("g"))
     x, y = b.input("x", f32["B", 4]), b.input("y", f32[6, 4])
+    both = y + b.parameter("w", f32[6, 4])
     b.scope = "four"
     b.outputs(
         of_an_input=b.linear(x, y, None),
-        of_both=b.linear(x, y + b.parameter("w", f32[6, 4]), None),
+        of_both=b.linear(x, both, None),
         of_constants=b.linear(x, b.constant(np.ones((6, 4), np.float32)), None),
         of_a_symbol=b.linear(x, b.parameter("u", f32["B", 4]), None),
         of_a_vector=b.mul(x, b.parameter("v", f32[4])),
