@@ -56,7 +56,9 @@ def _load(point: EntryPoint) -> Backend:
     package = f" of {point.dist.name} {point.dist.version}" if point.dist is not None else ""
     within = f"entry point {point.name} = {point.value}{package}"
     try:
-        made = point.load()()
+        found = point.load()
+        missing = sorted(getattr(found, "__abstractmethods__", ()))
+        made = None if missing else found()
     except Exception as error:  # whatever somebody else's module raises while it is imported
         raise BackendError(
             f"backend {point.name!r} cannot be loaded",
@@ -64,11 +66,19 @@ def _load(point: EntryPoint) -> Backend:
             within=within,
             hint="repair or uninstall the package that registers it",
         ) from error
+    if missing:
+        raise BackendError(
+            f"backend {point.name!r} is not complete",
+            received=f"a class without {' and '.join(missing)}",
+            within=within,
+            hint="name, pipeline(target), and emit(graph, target, weights), as treadle.backends.staged says",
+        )
     if not isinstance(made, Backend):
         raise BackendError(
             f"backend {point.name!r} is not a backend",
             received=type(made).__name__,
             within=within,
-            hint="it needs name, available, supports and compile",
+            hint="it needs name, available, supports and compile, "
+            "or to be a treadle.backends.staged.StagedBackend with name, pipeline and emit",
         )
     return made

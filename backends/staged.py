@@ -19,6 +19,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from treadle.backends.protocol import Backend, Executable
+from treadle.backends.python.executable import refuse_nodes
+from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
@@ -30,17 +32,26 @@ class StagedBackend(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def available(self) -> str | None:
-        """None if it can be used here, else the reason why not."""
+        """None if it can be used here, else the reason why not. By default it can."""
+        return None
 
-    @abstractmethod
     def supports(self, node: Node) -> str | None:
-        """None if it can run this node, else the reason why not. Says nothing about a called function's nodes."""
+        """None if it can run this node, else the reason why not. Says nothing about a called function's nodes.
 
-    @abstractmethod
+        By default it can run every node.
+        """
+        return None
+
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError where it is not available, the target is not one of its own, or a node is refused."""
+        """Raise BackendError where it is not available, the target is not one of its own, or a node is refused.
+
+        By default it takes every target.
+        """
+        reason = self.available()
+        if reason is not None:
+            raise BackendError(f"backend {self.name} is not available", received=reason)
+        refuse_nodes(graph, self.name, self.supports)
 
     @abstractmethod
     def pipeline(self, target: Target) -> Sequence[Pass]:
