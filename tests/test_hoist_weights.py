@@ -17,6 +17,7 @@ from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Source
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import bf16, f32, i16, i64
 from treadle.ir.verifier import verify
 from treadle.passes.framework.manager import PassManager
@@ -307,3 +308,57 @@ def runs_like_its_meaning(graph: Graph, backend: str, inputs: dict[str, Any]) ->
     made = exe.compile(graph, Target("cpu"), weights)(**inputs)
     for name, wanted in interpret(graph, inputs, weights).items():
         np.testing.assert_allclose(made[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_that_was_hoisted_is_compiled_as_it_is(merged: Graph, backend: str) -> None:
+    again = parse_graph(str(hoisted(merged)))
+    found = find_backend(backend)
+    if found.available() is not None:
+        pytest.skip(str(found.available()))
+    weights, x = initial_weights(merged, 3), np.random.default_rng(0).standard_normal((3, 4), np.float32)
+    exe = treadle.compile(again, backend=backend, weights=weights)
+    assert exe.graph.bind is not None
+    assert exe.log[-1].notes == ["the graph has bind already"]
+    np.testing.assert_allclose(exe(x=x)["y"], interpret(merged, {"x": x}, weights)["y"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_weights_that_nobody_reads_stay(merged: Graph, dead: bool) -> None:
+    b = Builder(merged)
+    unread = b.parameter("unread", f32[3])
+    if dead:
+        b.exp(unread)
+    lowered = hoisted(merged)
+    assert set(lowered.parameters) == set(merged.parameters)
+    assert "unread" in lowered.main.parameters and len(lowered.made) == 2
+    assert parse_graph(str(lowered)) == lowered
+
+
+def test_dead_work_of_a_block_is_left_alone() -> None:
+    """It would be a block that makes nothing."""
+    graph = Graph("g")
+    block = Function("h")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    b.outputs(y=b.exp(b.input("x", f32["B", 4])))
+    b.tanh(b.parameter("w", f32[4]))
+    b = Builder(graph)
+    (y,) = b.call(block, [b.input("x", f32["B", 4]), b.parameter("w", f32[4])])
+    b.outputs(y=y)
+    assert hoisted(graph) == graph
+
+
+def test_what_only_moves_between_blocks_is_a_change() -> None:
+    """The block's weight is an input of main: what it computes of it moves to main, and nothing to bind."""
+    graph = Graph("g")
+    block = Function("h")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    b.outputs(y=b.input("x", f32["B", 4]) * b.tanh(b.parameter("w", f32[4])))
+    b = Builder(graph)
+    (y,) = b.call(block, [b.input("x", f32["B", 4]), b.input("given", f32[4])])
+    b.outputs(y=y)
+    made = PassManager((HoistWeights(),)).run(graph)
+    assert made.graph.bind is None and made.graph != graph
+    assert made.log[0].changed and made.log[0].graph == made.graph

@@ -19,7 +19,7 @@ class DeadCode(Pass):
 
     Removes nodes without a used result, results of a function that no call uses, inputs and weights that a
     function does not read, functions that nobody calls, and weights of the model that are left over (named in
-    the log). Keeps the model's own inputs and outputs.
+    the log). Keeps the model's own inputs and outputs, and what `bind` makes.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
@@ -37,7 +37,7 @@ def _walk(graph: Graph, log: PassRecord) -> int:
     calls: dict[str, list[Node]] = {}
     for function in reversed(list(graph.functions.values())):
         callers = calls.get(function.name, [])
-        if function is not graph.main:
+        if function not in graph.entries:
             if not callers:
                 del graph.functions[function.name]
                 log.notes.append(f"removed function {function.name}, which nobody calls")
@@ -47,7 +47,7 @@ def _walk(graph: Graph, log: PassRecord) -> int:
         removed += _drop_nodes(function, used)
         if function is graph.main:
             removed += _drop_weights(graph, used, log)
-        else:
+        elif function not in graph.entries:
             removed += _drop_arguments(function, callers, used)
         for node in function.nodes:
             if node.op.callee is not None:
@@ -93,7 +93,8 @@ def _drop_weights(graph: Graph, used: set[Value], log: PassRecord) -> int:
     unused = [name for name, v in graph.main.parameters.items() if v not in used]
     for name in unused:
         del graph.main.parameters[name]
-        graph.initial.pop(name, None)
+        if name not in graph.parameters:  # which bind may read
+            graph.initial.pop(name, None)
     if unused:
         more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
         log.notes.append(f"removed unused weights: {', '.join(unused[:_NAMED])}{more}")

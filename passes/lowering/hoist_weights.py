@@ -31,13 +31,16 @@ class HoistWeights(Pass):
     block reads it as weights. Calls of it with the same weights are one (ALBERT). What weights decide in one call of a
     block and not in another is computed at the calls.
 
-    Refuses: what would make `bind` hold more than eight times the bytes of all weights, and a megabyte; that is
-    computed at every call, as before.
+    Refuses: a graph that has `bind` already. What would make `bind` hold more than eight times the bytes of all weights,
+    and a megabyte, is computed at every call, as before.
     """
 
     rewrites: ClassVar[bool] = False
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        if graph.bind is not None:
+            log.notes.append("the graph has bind already")
+            return 0
         if not any(weight_only_nodes(function) for function in graph.functions.values()):
             return 0
         before = clone_graph(graph)
@@ -250,7 +253,7 @@ def _replace(function: Function, values: Mapping[Value, Value]) -> None:
 def _rename_bind(graph: Graph) -> None:
     """Give a block that is called `bind` another name: the entry takes it."""
     block = graph.functions.get("bind")
-    if block is None or graph.bind is not None:
+    if block is None:
         return
     block.name = _free_name("bind_block", graph.functions)
     graph.functions = {f.name: f for f in graph.functions.values()}

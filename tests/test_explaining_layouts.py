@@ -1,0 +1,169 @@
+"""`treadle explain MODEL layouts`, the stages of a backend after ours, and what an artifact keeps of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import treadle
+from tests.golden import FOLDER, Golden
+from treadle.artifacts import load
+from treadle.backends.registry import find_backend
+from treadle.cli.application import app
+from treadle.explaining_layouts import explain_layouts
+from treadle.ir.graph import Graph
+from treadle.ir.hashing import canonical_form
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
+from treadle.passes.pipelines import DEFAULT
+
+TARGETS = {"tvm": "x86-64-v4", "torch": "cpu"}
+"""A target whose panels are the same on every machine that runs the test."""
+SMALL: dict[str, Any] = {"layers": 2, "dim": 48, "heads": 4, "vocab": 50, "context": 16}
+LOWERING = ["legalize", "assign-layouts", "hoist-weights"]
+
+
+def told(*arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def usable(backend: str) -> None:
+    """Skip where a backend is not there, or does not lay weights out on this processor."""
+    if reason := find_backend(backend).available():
+        pytest.skip(reason)
+    if backend == "torch":
+        from treadle.backends.torch.packing import can_pack
+
+        if not can_pack():
+            pytest.skip("this PyTorch has no oneDNN for this processor")
+
+
+def without_lines(text: str) -> str:
+    """Without the lines of the models' own declarations, which change for other reasons."""
+    return re.sub(r"(models/\w+\.py):\d+", r"\1", text)
+
+
+# -- explain layouts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", TARGETS)
+def test_how_a_backend_reads_each_weight(backend: str, golden: Golden) -> None:
+    usable(backend)
+    found = explain_layouts("bert", backend=backend, target=TARGETS[backend], layers=2)
+    golden(f"explain/layouts_{backend}.txt", without_lines(str(found)))
+    golden(f"explain/layouts_{backend}.json", without_lines(json.dumps(found.as_dict(), indent=2)))
+
+
+@pytest.mark.parametrize("backend", ["numpy", *TARGETS])
+def test_the_command_says_what_the_function_says(backend: str) -> None:
+    """For the processor at hand."""
+    usable(backend)
+    found = explain_layouts("bert", backend=backend, layers=2)
+    words = ("explain", "bert", "layouts", "--backend", backend, "--set", "layers=2")
+    assert told(*words).split() == str(found).split()
+    assert json.loads(told(*words, "--json")) == found.as_dict()
+
+
+def test_bytes_are_those_of_the_weights_and_of_what_is_made() -> None:
+    usable("tvm")
+    found = explain_layouts("gpt2", backend="tvm", target="x86-64-v4", **SMALL)
+    exe = treadle.compile("gpt2", backend="tvm", target="x86-64-v4", **SMALL)
+    lowered = exe.optimized.after("hoist-weights")
+    came = [v for name, v in lowered.main.parameters.items() if name not in lowered.made]
+    assert found.as_they_came == sum(v.type.bytes_at({}) for v in came)
+    weights = {w.name: w for _, each in found.blocks.values() for w in each}
+    assert weights["wte.weight.panels"].layout == "panels(64)"
+    assert weights["wte.weight.panels"].bytes == 64 * 48 * 4  # 50 rows, filled up to 64
+    assert [r.split()[0] for r in weights["wte.weight.panels"].readers] == ["embedding", "linear"]
+    assert "attn.projections.weight.panels" in weights and "attn.q.weight" not in weights
+
+
+@pytest.mark.parametrize("option", [["--expect", "attention=2"], ["--certify"]])
+def test_what_is_about_fusion_is_refused(option: list[str]) -> None:
+    result = CliRunner().invoke(app, ["explain", "bert", "layouts", *option])
+    assert result.exit_code == 2
+    said = result.output + (result.stderr if result.stderr_bytes else "")
+    assert "--expect and --certify are about fusion" in said
+
+
+# -- stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled() -> treadle.Compiled:
+    usable("tvm")
+    return treadle.compile("gpt2", backend="tvm", target="x86-64-v4", seed=3, **SMALL)
+
+
+def test_inspect_shows_the_graph_as_hoisting_left_it(compiled: treadle.Compiled, golden: Golden) -> None:
+    golden("explain/gpt2_hoisted.txt", without_lines(print_graph(compiled.optimized.after("hoist-weights"))))
+    settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    words = ("inspect", "gpt2", "--backend", "tvm", *settings, "--after")
+    for name in LOWERING:  # for the processor at hand, whose panels may have another width
+        shown = parse_graph(told(*words, name).partition("\ngraph ")[2].join(("graph ", "")))
+        wanted = treadle.compile("gpt2", backend="tvm", **SMALL).optimized.after(name)
+        assert shown == wanted
+    assert [node.op.name for _, node in wanted.walk() if node.op.name == "relayout"]
+
+
+def test_each_stage_of_a_backend_is_kept(compiled: treadle.Compiled) -> None:
+    assert [record.name for record in compiled.log] == [*(each.name for each in DEFAULT), *LOWERING]
+    legal, laid, bound = (compiled.optimized.after(name) for name in LOWERING)
+    assert compiled.optimized.after("dead-code") == compiled.graph
+    assert ops(legal).isdisjoint({"relayout", "projections", "add_layer_norm"}) and legal.bind is None
+    assert "relayout" in ops(laid) and laid.bind is None
+    assert bound.bind is not None and "relayout" in ops(bound)
+    assert not any(node.op.name == "relayout" for f in bound.needed_by(bound.main) for node in f.nodes)
+
+
+def test_the_last_rows_of_the_table_are_the_backends(compiled: treadle.Compiled) -> None:
+    rows = compiled.log.table().splitlines()[-3:]
+    assert [row.split()[0] for row in rows] == LOWERING
+    assert "+5 relayout" in rows[1]  # the table, and four products of the block
+    assert "+2 call" in rows[2]  # of what the block left to its callers
+    assert [record.changes for record in compiled.log[-2:]] == [5, 1 + 2 * 5]
+
+
+def ops(graph: Graph) -> set[str]:
+    return {node.op.name for _, node in graph.walk()}
+
+
+# -- artifacts -------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_holds_no_stage_of_a_backend(tmp_path: Path) -> None:
+    usable("tvm")
+    made = treadle.compile("gpt2", backend="tvm", seed=3, **SMALL)
+    made.save(tmp_path / "model.treadle")
+    data = (tmp_path / "model.treadle").read_bytes()
+    assert b"relayout" not in data and b"hoist-weights" not in data and b"bind" not in data
+    assert print_graph(made.graph).encode() in data
+    again = load(tmp_path / "model.treadle", backend="numpy")
+    portable = [each.name for each in DEFAULT]
+    assert [record.name for record in again.log] == [*portable, "legalize", "hoist-weights"]
+    assert again.graph == made.graph
+    assert again.optimized.after("hoist-weights").bind is not None
+    tokens = np.array([[3, 1, 4, 1, 5]])
+    # Two layers in float32: 64 roundings of logits, which are about one.
+    np.testing.assert_allclose(again(tokens=tokens)["logits"], made(tokens=tokens)["logits"], rtol=0, atol=64 * 2**-23)
+
+
+# -- what has not changed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["constants", "odd_names", "sizes", "transformer", "transformer_types_only"])
+def test_a_graph_with_one_entry_has_the_text_that_it_had(name: str) -> None:
+    """The files are older than entries and layouts."""
+    text = (FOLDER / "text_form" / f"{name}.txt").read_text(encoding="utf-8")
+    graph = parse_graph(text)
+    assert graph.entry_names == ("main",)
+    assert print_graph(graph) == text
+    assert not re.search("^(entries|weights) ", canonical_form(graph), re.MULTILINE)
