@@ -31,8 +31,8 @@ class HoistWeights(Pass):
     block reads it as weights. Calls of it with the same weights are one (ALBERT). What weights decide in one call of a
     block and not in another is computed at the calls.
 
-    Refuses: a graph that has `bind` already. What would make `bind` hold more than eight times the bytes of all weights,
-    and a megabyte, is computed at every call, as before.
+    Refuses: a graph that has `bind` already. What would make `bind` hold more than eight times the bytes of all
+    weights, and a megabyte, is computed at every call, as before.
     """
 
     rewrites: ClassVar[bool] = False
