@@ -6,7 +6,7 @@ numbers below 1 stops near 2048, in bf16 near 256.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -27,6 +27,7 @@ from treadle.ir.sizes import Size
 from treadle.ir.types import DTYPES, Type
 
 LONG = 4099  # a prime: no vector, block or panel divides it
+MOST_ELEMENTS = 1 << 22  # of anything within an op: windows of 4099 over an axis as long would take gigabytes
 MOST = 6  # cases of an op: samples that come late are mostly other terms of attention, of which no sum knows
 NARROW = ("f16", "bf16")
 SUMMING = [name for name in TESTED if OPS[name].accumulates is not None]
@@ -63,7 +64,19 @@ def stretched(name: str, number: int, factor: str, dtype: str) -> Iterator[Case]
             op.infer(types)
         except (RuleError, GraphError):
             continue
+        if isinstance(op, Composite) and largest_within(op, types) > MOST_ELEMENTS:
+            continue
         yield Case(op, tuple(types), drawn(OPS[name].samples[number].operands, types))
+
+
+def largest_within(op: Composite, types: Sequence[Type | None]) -> int:
+    """The elements of the largest value in a composite's body, bodies of composites within it opened."""
+    most = 0
+    for node in body_of(op, types).nodes:
+        most = max([most, *(v.type.elements.evaluate({}) for v in node.results)])
+        if isinstance(node.op, Composite):
+            most = max(most, largest_within(node.op, [None if v is None else v.type for v in node.operands]))
+    return most
 
 
 def longer(op: Op, more: int) -> Iterator[Op]:
