@@ -13,7 +13,7 @@ BENCH ?= $(sort $(wildcard benchmarks/*.py))
 CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 VENV_PYTHON := .venv/bin/python
 FUZZ ?= graphs artifacts gguf_files safetensors_files onnx_nodes
-FOLDERS := backends frontends ir models passes runtime
+FOLDERS := backends files frontends ir models passes runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.contained_files import printable
-from treadle.frontends.nearest_names import NearestNames
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable
 from treadle.frontends.safetensors_file import TensorRecord
 from treadle.ir.errors import CheckpointError
 from treadle.ir.types import DTYPES, DType

@@ -27,12 +27,13 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.contained_files import PathLike, open_regular, printable, shown_path
+from treadle.files.contained_files import PathLike, open_regular
+from treadle.files.limits import limit_hint, limits_of
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.safetensors_file import Limits, TensorRecord
 from treadle.ir.errors import CheckpointError
-from treadle.ir.limits import limit_hint, limits_of
 
 _NAME = "model.bin"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")

@@ -26,12 +26,12 @@ from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
+from treadle.files.nearest_names import NearestNames
 from treadle.frontends.call_errors import call_hint
 from treadle.frontends.input_types import Input, read_input
-from treadle.frontends.nearest_names import NearestNames
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.call_spelling import spelled_call
-from treadle.ir.collection import collection_paused
+from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
 from treadle.ir.graph import Graph, Init, Source
 from treadle.ir.outline import Region, outline_regions

@@ -29,11 +29,12 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.contained_files import PathLike, open_regular, printable, shown_path
-from treadle.frontends.nearest_names import NearestNames
+from treadle.files.contained_files import PathLike, open_regular
+from treadle.files.limits import MORE, limit_hint, limits_of
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.safetensors_file import TensorRecord
 from treadle.ir.errors import CheckpointError, FrontendError
-from treadle.ir.limits import MORE, limit_hint, limits_of
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

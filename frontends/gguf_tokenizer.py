@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from treadle.frontends.contained_files import printable
+from treadle.files.shown_names import printable
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, FrontendError

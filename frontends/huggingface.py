@@ -27,15 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.contained_files import (
-    PathLike,
-    canonical,
-    contained,
-    printable,
-    read_regular,
-    shown_path,
-)
-from treadle.frontends.nearest_names import NearestNames
+from treadle.files.contained_files import PathLike, canonical, contained, read_regular
+from treadle.files.limits import MORE, limit_hint, limits_of
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.strict_json import JsonReader, read_json_object
 from treadle.frontends.safetensors_file import (
     CONVERSION,
     PICKLE_SUFFIXES,
@@ -44,9 +40,7 @@ from treadle.frontends.safetensors_file import (
     TensorRecord,
     refuse_pickle,
 )
-from treadle.frontends.strict_json import JsonReader, read_json_object
 from treadle.ir.errors import CheckpointError
-from treadle.ir.limits import MORE, limit_hint, limits_of
 
 _CONFIG = "config.json"
 _CACHED = "models--"

@@ -26,11 +26,12 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.contained_files import PathLike, open_regular, printable, shown_path
-from treadle.frontends.nearest_names import NearestNames
-from treadle.frontends.strict_json import JsonReader
+from treadle.files.contained_files import PathLike, open_regular
+from treadle.files.limits import MORE, limit_hint, limits_of
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.strict_json import JsonReader
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.ir.limits import MORE, limit_hint, limits_of
 
 _LENGTH_BYTES = 8
 _LARGEST = 2**63 - 1

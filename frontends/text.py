@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.contained_files import PathLike, printable, read_regular
+from treadle.files.contained_files import PathLike, read_regular
+from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 

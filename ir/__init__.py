@@ -1,4 +1,4 @@
-"""The IR: what a model is made of, and what can be said about it. Imports nothing of the project outside this folder.
+"""The IR: what a model is made of, and what can be said about it. Of the project it imports `files/` alone.
 
 errors            the error family                    samples           what an op is tested on
 sizes, types      size expressions, dtypes, dims      composites        bodies of composite ops

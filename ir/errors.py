@@ -1,62 +1,27 @@
 """The error family: every failure that a user can cause is one of these, and reads the same way.
 
-An error says, in this order: what is wrong, what was received, where in the graph, which line of the user's, what to
-do.
+How they read, and those about files and arguments, are of the lowest room (`treadle.files.errors`); all other rooms
+import every error from here.
 """
 
 from __future__ import annotations
 
+from treadle.files.errors import CheckpointError, FrontendError, Hint, TreadleError, UsageError
 
-class Hint(str):
-    """What to do, in Python; `command` says the same on the command line, where that spells it in another way."""
-
-    command: str
-
-    def __new__(cls, text: str, command: str) -> Hint:
-        made = super().__new__(cls, text)
-        made.command = command
-        return made
-
-
-class TreadleError(Exception):
-    """Base of all errors that Treadle raises on purpose.
-
-    what      one line: what is wrong, without its context
-    received  the types, values or bytes that were received
-    within    the place in a graph (function, op, neighbours) or in a file (field, byte offset)
-    source    the user's own line and scope
-    hint      what to do about it
-    """
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        received: str | None = None,
-        within: str | None = None,
-        source: str | None = None,
-        hint: str | None = None,
-    ) -> None:
-        super().__init__(what)
-        self.what = what
-        self.received = received
-        self.within = within
-        self.source = source
-        self.hint = hint
-
-    def __str__(self) -> str:
-        lines = [self.what]
-        for label, text in (
-            ("received", self.received),
-            ("in", self.within),
-            ("from", self.source),
-            ("try", self.hint),
-        ):
-            if text:
-                first, *rest = text.splitlines()
-                lines.append(f"  {label:<8}  {first}")
-                lines.extend(f"            {line}" for line in rest)
-        return "\n".join(lines)
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "FrontendError",
+    "GraphError",
+    "Hint",
+    "ParseError",
+    "PassError",
+    "RuleError",
+    "SizeError",
+    "TreadleError",
+    "UsageError",
+    "VerifyError",
+]
 
 
 class SizeError(TreadleError):
@@ -85,15 +50,3 @@ class PassError(TreadleError):
 
 class BackendError(TreadleError):
     """A backend is not available, or refuses a graph, or was called with the wrong inputs."""
-
-
-class FrontendError(TreadleError):
-    """A model cannot be read or traced."""
-
-
-class CheckpointError(FrontendError):
-    """A checkpoint's files are damaged, hostile, or do not hold what the model needs."""
-
-
-class UsageError(TreadleError):
-    """A command line or an argument asks for something that does not exist."""

@@ -12,7 +12,15 @@ import numpy as np
 from treadle.ir.graph import Source
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_PARTS = ("ir", "frontends", "passes", "backends", "runtime", "treadle")  # not models: those are read as a user's
+_PARTS = (
+    "files",
+    "ir",
+    "frontends",
+    "passes",
+    "backends",
+    "runtime",
+    "treadle",
+)  # not models: those are read as a user's
 _COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
 _FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
 """Installed, the files of `treadle/` lie beside the other parts."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from treadle.files.shown_names import printable
 from treadle.frontends.binding import Table
-from treadle.frontends.contained_files import printable
 from treadle.frontends.dsl import Model
 from treadle.ir.errors import CheckpointError
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import treadle.frontends.language as t
+from treadle.files.shown_names import printable
 from treadle.frontends.binding import Entry, Source, Table
-from treadle.frontends.contained_files import printable
 from treadle.frontends.ctranslate2_file import CTranslate2File
 from treadle.ir.errors import CheckpointError
 from treadle.models.bart import name_blocks

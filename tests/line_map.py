@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAST = 20  # tests that are run however long they take
-FOLDERS = ("backends", "frontends", "ir", "models", "passes", "runtime", "treadle")
+FOLDERS = ("backends", "files", "frontends", "ir", "models", "passes", "runtime", "treadle")
 
 _place = os.environ.get("TREADLE_LINE_MAP")
 if _place:

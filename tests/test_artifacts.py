@@ -372,7 +372,7 @@ def test_compile_run_and_inspect(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from treadle.backends.whole_files import replacing
+from treadle.files.whole_files import replacing
 with replacing(Path(sys.argv[1])) as file:
     file.write(b"half of it")
     file.flush()

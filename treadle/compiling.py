@@ -14,9 +14,9 @@ import numpy as np
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
-from treadle.frontends.contained_files import printable
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable
 from treadle.frontends.dsl import Model
-from treadle.frontends.nearest_names import NearestNames
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.held_weights import HeldWeights
 from treadle.ir.errors import BackendError, Hint, UsageError

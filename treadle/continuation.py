@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from treadle.compiling import Compiled, compile
-from treadle.frontends.contained_files import read_regular
+from treadle.files.contained_files import read_regular
+from treadle.files.strict_json import read_json_object
 from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.frontends.huggingface import ModelFolder, open_checkpoint
-from treadle.frontends.strict_json import read_json_object
 from treadle.frontends.text import TextTokenizer, folder_chat_template
 from treadle.ir.errors import CheckpointError
 from treadle.ir.target import Target

@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.compiling import Compiled, compile
-from treadle.frontends.contained_files import printable, read_regular
+from treadle.files.contained_files import read_regular
+from treadle.files.shown_names import printable
+from treadle.files.strict_json import JsonReader, read_json_object
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.strict_json import JsonReader, read_json_object
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target

@@ -27,7 +27,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from treadle.backends.user_cache import cache_folder
+from treadle.files.user_cache import cache_folder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 

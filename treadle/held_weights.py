@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from treadle.frontends.contained_files import printable
+from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 from treadle.ir.source_lines import user_line
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.whole_files import replacing
-from treadle.frontends.contained_files import open_regular, printable, shown_path
+from treadle.files.contained_files import open_regular
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.whole_files import replacing
 from treadle.ir.errors import CheckpointError, UsageError
 
 Array = np.ndarray[Any, Any]

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from treadle.frontends.contained_files import printable, read_regular
+from treadle.files.contained_files import read_regular
+from treadle.files.shown_names import printable
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.npy_files import read_npy

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from treadle.fetch import PINNED, fetched_model
+from treadle.files.shown_names import printable
 from treadle.frontends.binding import bind
-from treadle.frontends.contained_files import printable
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.dsl import Model
 from treadle.frontends.gguf_file import GGUFFile

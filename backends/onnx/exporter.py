@@ -20,7 +20,7 @@ import numpy as np
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import CODES, OnnxNode, OnnxWriter, Tensor, plain
 from treadle.backends.python.executable import misfit, shape_fits
-from treadle.backends.whole_files import replacing
+from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Literal, Value
 from treadle.ir.inline import inline_calls

@@ -26,8 +26,8 @@ from treadle.backends.python.executable import refuse_misfit, refuse_missing
 from treadle.backends.tvm.arena import ALIGNMENT
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
-from treadle.backends.user_cache import cache_folder, forget_unused, is_private, mark_used
-from treadle.backends.whole_files import replacing, sweep
+from treadle.files.user_cache import cache_folder, forget_unused, is_private, mark_used
+from treadle.files.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import Layout, panels

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.frontends.contained_files import printable
+from treadle.files.shown_names import printable
 from treadle.ir.errors import FrontendError, TreadleError
 from treadle.ir.sizes import Bounds, Size, parse_size
 

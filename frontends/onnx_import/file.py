@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.contained_files import PathLike, canonical, contained, open_regular, printable, read_regular
+from treadle.files.contained_files import PathLike, canonical, contained, open_regular, read_regular
+from treadle.files.limits import limits_of
+from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.elements import Element, decode, element
 from treadle.ir.errors import CheckpointError, FrontendError
-from treadle.ir.limits import limits_of
 from treadle.ir.types import bf16
 
 if TYPE_CHECKING:

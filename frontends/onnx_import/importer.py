@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import treadle.frontends.onnx_import.tables  # noqa: F401  (registers the operators)
-from treadle.frontends.contained_files import PathLike, printable
+from treadle.files.contained_files import PathLike
+from treadle.files.limits import MORE, limit_hint
+from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.declared_axes import DeclaredAxes, declared_sizes
 from treadle.frontends.onnx_import.elements import Element, carried, element, named
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
@@ -28,10 +30,9 @@ from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, Opera
 from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
 from treadle.frontends.onnx_import.values import MOST_KNOWN, Array, Known
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.collection import collection_paused
+from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
 from treadle.ir.graph import Graph, Source
-from treadle.ir.limits import MORE, limit_hint
 from treadle.ir.sizes import Size
 from treadle.ir.types import Dim, Type, boolean
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from treadle.frontends.contained_files import printable
+from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.elements import Element
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
 from treadle.frontends.onnx_import.values import Array, Known, as_sizes

@@ -31,7 +31,7 @@ from treadle.frontends.torch_export.tracing import (
     open_dimensions,
 )
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.collection import collection_paused
+from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.sizes import Bounds, Size

@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
+from treadle.files.limits import limits_of
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Init, Node, Source, Value
 from treadle.ir.layouts import parse_layout
-from treadle.ir.limits import limits_of
 from treadle.ir.operation import OPS, Op
 from treadle.ir.ops.call import Call
 from treadle.ir.sizes import Bounds

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
+from treadle.files.limits import MORE, limit_hint
 from treadle.ir.errors import ParseError, TreadleError
-from treadle.ir.limits import MORE, limit_hint
 from treadle.ir.types import Type, parse_type
 
 RESERVED = frozenset({"false", "inf", "nan", "none", "return", "true", "with"})

@@ -22,7 +22,7 @@ from functools import cache
 from typing import ClassVar
 
 from treadle.ir.clone import clone_graph
-from treadle.ir.collection import collection_paused
+from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target

@@ -4,7 +4,7 @@
 
 A kernel is compiled when no file under its key is there. The key is a hash of the spec, the instruction set, TVM's
 version and the source of the generators, so a file never needs to be looked at again to know what it is. Files are
-written whole (`treadle.backends.whole_files`) and carry a hash of their bytes, which is checked before the loader
+written whole (`treadle.files.whole_files`) and carry a hash of their bytes, which is checked before the loader
 sees them: whatever is killed at whatever moment, and however many processes fill the cache at once, a file is
 either right or compiled again.
 
@@ -34,8 +34,8 @@ from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.isa import Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import LAUNCH, POOL, Runner
-from treadle.backends.user_cache import cache_folder, forget_unused, is_private, mark_used
-from treadle.backends.whole_files import replacing, sweep
+from treadle.files.user_cache import cache_folder, forget_unused, is_private, mark_used
+from treadle.files.whole_files import replacing, sweep
 from treadle.ir.errors import BackendError, UsageError
 
 if TYPE_CHECKING:

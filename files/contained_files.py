@@ -12,22 +12,11 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from treadle.ir.errors import CheckpointError
-from treadle.ir.limits import limit_hint
+from treadle.files.errors import CheckpointError
+from treadle.files.limits import limit_hint
+from treadle.files.shown_names import shown_path
 
 PathLike = str | os.PathLike[str]
-
-
-def printable(name: str, limit: int = 160) -> str:
-    """A name from a file as it may be shown on a terminal: control characters escaped, long names cut."""
-    cut = name[:limit]
-    text = cut if cut.isprintable() and cut else repr(cut)
-    return text if len(name) <= limit else f"{text}... ({len(name)} characters)"
-
-
-def shown_path(path: PathLike) -> str:
-    """A path as errors show it."""
-    return printable(os.fspath(path), 4096)
 
 
 def open_regular(path: PathLike, shown: str | None = None) -> BinaryIO:

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from treadle.ir.errors import UsageError
+from treadle.files.errors import UsageError
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from treadle.ir.errors import Hint, UsageError
+from treadle.files.errors import Hint, UsageError
 
 L = TypeVar("L")
 

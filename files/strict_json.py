@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from treadle.frontends.contained_files import printable
-from treadle.ir.errors import CheckpointError
+from treadle.files.errors import CheckpointError
+from treadle.files.shown_names import printable
 
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')
