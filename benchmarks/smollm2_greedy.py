@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import transformers
 
-from treadle.compiling import Compiled, compile
+from treadle.compiled import Compiled
+from treadle.compiling import compile
 from treadle.fetch import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from treadle.backends.registry import find_backend
-from treadle.compiling import Compiled
+from treadle.compiled import Compiled
 from treadle.fetch import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import gguf_end_tokens

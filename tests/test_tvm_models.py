@@ -14,7 +14,8 @@ pytest.importorskip("tvm")
 
 from treadle.backends.tvm import backend as tvm_backend
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
-from treadle.compiling import Compiled, compile, initial_weights
+from treadle.compiled import Compiled
+from treadle.compiling import compile, initial_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target

@@ -42,7 +42,7 @@ from treadle.ir.errors import VerifyError as VerifyError  # noqa: E402
 if TYPE_CHECKING:
     from treadle.artifacts import load as load
     from treadle.artifacts import save as save
-    from treadle.compiling import Compiled as Compiled
+    from treadle.compiled import Compiled as Compiled
     from treadle.compiling import compile as compile
     from treadle.fetch import fetch_model as fetch_model
     from treadle.frontends.torch_export.importer import from_torch as from_torch
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from treadle.specializing import Specializing as Specializing
 
 _LAZY = {
-    "Compiled": "treadle.compiling",
+    "Compiled": "treadle.compiled",
     "Graph": "treadle.ir.graph",
     "Specializing": "treadle.specializing",
     "Target": "treadle.ir.target",

@@ -12,7 +12,6 @@ has the layout and what is checked.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from treadle.artifact_file import SectionFile, write_sections
+from treadle.artifact_file import SectionFile
+from treadle.artifact_writing import save as save
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
-from treadle.compiling import Compiled
+from treadle.compiled import Compiled
 from treadle.fetch import PINNED
 from treadle.files.contained_files import PathLike
 from treadle.files.limits import MORE, check_limits, limit_hint, limits_of
@@ -37,7 +37,6 @@ from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.text.printer import print_graph
 from treadle.ir.text.scanner import Limits as TextLimits
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
@@ -103,35 +102,6 @@ class ArtifactLimits:
 def is_artifact(model: object) -> bool:
     """Whether MODEL names an artifact: a path that ends in .treadle."""
     return isinstance(model, str | Path) and Path(model).suffix == SUFFIX
-
-
-# -- saving --------------------------------------------------------------------------------------------------------
-
-
-def save(compiled: Compiled, path: PathLike) -> str:
-    """Write a compiled model to one file; returns the file's seal, which names its content (64 hexadecimal digits).
-
-    Equal models, options and weights give equal bytes: no times, no paths of this machine. A file of that name is
-    replaced in one step. Raises UsageError where the file cannot be written.
-    """
-    graph, log = compiled.optimized.graph, compiled.optimized.log.as_dict()
-    texts = {
-        "graph": print_graph(graph).encode(),
-        "declared": print_graph(compiled.optimized.source).encode(),
-        "log": json.dumps(log, ensure_ascii=False, separators=(",", ":")).encode(errors="replace"),
-    }
-    weights = {name: (value.type.dtype, compiled.weights[name]) for name, value in graph.parameters.items()}
-    metadata = {
-        "name": compiled.name,
-        "backend": compiled.backend,
-        "target": str(compiled.target),
-        "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in compiled.optimized.log),
-        "seed": "" if compiled.seed is None else str(compiled.seed),
-    }
-    return write_sections(Path(path), texts, weights, metadata)
-
-
-# -- loading -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -5,159 +5,28 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import numpy as np
 
-from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
+from treadle.compiled import Compiled
 from treadle.files.nearest_names import NearestNames
-from treadle.files.shown_names import printable
 from treadle.frontends.dsl import Model
 from treadle.frontends.torch_export.model import TorchModel
-from treadle.held_weights import HeldWeights
-from treadle.ir.errors import BackendError, Hint, UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Init
-from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, Pass, PassManager, debug_level
-from treadle.passes.framework.pass_log import PassLog
+from treadle.passes.framework.manager import Pass, PassManager, debug_level
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import Resolved, StaticInputNeeded, resolve
+from treadle.specializing import Specializing
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled model: call it with arrays by name, and ask it what was done.
-
-    name        the model's
-    optimized   the graph as declared, as every pass left it, and the log
-    executable  what the backend made
-    backend     the backend's name
-    target      what it was compiled for
-    weights     the weights by name, to look at; memory-mapped where they come from a checkpoint. Neither the mapping
-                nor an array in it can be written (`treadle.held_weights`)
-    unused      the checkpoint's tensors that the model does not take
-    seed        the seed that drew the weights, or None where a checkpoint or the caller gave them
-
-    Where inputs determine shapes it is a `treadle.specializing.Specializing`, with a graph for each of their values.
-    """
-
-    name: str
-    optimized: Optimized
-    executable: Executable
-    backend: str
-    target: Target
-    weights: Mapping[str, Array]
-    unused: tuple[str, ...] = ()
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", HeldWeights(self.weights))
-
-    @property
-    def graph(self) -> Graph:
-        """The optimized graph."""
-        return self.optimized.graph
-
-    @property
-    def log(self) -> PassLog:
-        """What every pass did, and what it refused and why."""
-        return self.optimized.stages
-
-    @property
-    def inputs(self) -> tuple[Port, ...]:
-        """What a call takes: name, dtype, axes."""
-        return self.executable.inputs
-
-    @property
-    def outputs(self) -> tuple[Port, ...]:
-        """What a call answers: name, dtype, axes."""
-        return self.executable.outputs
-
-    @property
-    def source(self) -> str:
-        """The code that runs, for a person to read."""
-        return self.executable.source
-
-    @property
-    def static(self) -> tuple[str, ...]:
-        """The inputs whose values determine shapes, so that it is compiled for each; mostly none."""
-        return ()
-
-    def at(self, /, **static: Any) -> Compiled:
-        """What is compiled for values of such inputs: itself, for none. Raises UsageError for any other name."""
-        if static:
-            names = ", ".join(map(printable, static))
-            raise UsageError(f"{self.name} has no input {names} that determines a shape", received=repr(self))
-        return self
-
-    def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run on arrays by name; answers by name. Raises BackendError where they are not what `inputs` says."""
-        self._refuse_unnamed(unnamed)
-        return self.executable(**arrays)
-
-    def _refuse_unnamed(self, unnamed: Sequence[Any]) -> None:
-        if unnamed:
-            names = ", ".join(f"{port.name}=..." for port in self.inputs)
-            raise BackendError("inputs are given by name", hint=f"exe({names})")
-
-    def save(self, path: str | Path) -> str:
-        """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`."""
-        from treadle.artifacts import save
-
-        return save(self, path)
-
-    def __repr__(self) -> str:
-        takes = ", ".join(str(p) for p in self.inputs)
-        gives = ", ".join(str(p) for p in self.outputs)
-        return f"<compiled {self.name} on {self.backend}: ({takes}) -> ({gives})>"
-
-    def _repr_html_(self) -> str:
-        """For notebooks: what it takes and gives, and, to open, the graph, what passes did, and the code that runs."""
-        log = self.log.table() + "\n\n" + self.log.explain()
-        ops, passes = sum(len(f.nodes) for f in self.graph.functions.values()), len(self.log)
-        return "".join(
-            [
-                html_title(repr(self)[1:-1]),
-                self._html_ports(),
-                html_code(f"graph, {ops} op{'s' * (ops != 1)}", str(self.graph)),
-                html_code(f"log, {passes} pass{'es' * (passes != 1)}", log.strip()),
-                html_code("source", self.source),
-            ]
-        )
-
-    def _html_ports(self) -> str:
-        rows = [("input", p) for p in self.inputs] + [("output", p) for p in self.outputs]
-        return html_table(
-            ("", "name", "dtype", "axes"), [(kind, p.name, str(p.dtype), ", ".join(p.axes)) for kind, p in rows]
-        )
-
-    # It is not changed once it is made, and holds what cannot be copied: the code that runs, mapped files.
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Raises UsageError: it holds code and mapped files, which pickle does not take."""
-        raise UsageError(
-            "a compiled model cannot be pickled",
-            received=repr(self),
-            source=str(user_line() or "") or None,
-            hint=f'{self._to_save("model.treadle")}, and treadle.load("model.treadle") in the other process',
-        )
-
-    def _to_save(self, path: str) -> str:
-        return f'exe.save("{path}")'
 
 
 def compile(
@@ -223,8 +92,6 @@ def compile(
     try:
         resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
     except StaticInputNeeded as needed:
-        from treadle.specializing import Specializing
-
         return Specializing(needed.opened, needed.argument, make, backend=backend, target=where)
     return make(resolved)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.compiling import Compiled, compile
+from treadle.compiled import Compiled
+from treadle.compiling import compile
 from treadle.files.contained_files import read_regular
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.ctranslate2_file import find_ctranslate2

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from treadle.compiling import Compiled, compile
+from treadle.compiled import Compiled
+from treadle.compiling import compile
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import JsonReader, read_json_object

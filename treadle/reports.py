@@ -19,7 +19,7 @@ from rich.text import Text
 
 from treadle.backends.protocol import Port
 from treadle.backends.registry import find_backend
-from treadle.compiling import Compiled
+from treadle.compiled import Compiled
 from treadle.ir.cost import graph_cost, parameter_bytes, parameter_count
 from treadle.ir.encounters import Encounter, Verdict
 from treadle.ir.errors import TreadleError

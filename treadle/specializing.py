@@ -28,7 +28,7 @@ import numpy as np
 
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.signature import Signature, numpy_taken
-from treadle.compiling import Compiled
+from treadle.compiled import Compiled
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.ir.errors import BackendError, TreadleError, UsageError
