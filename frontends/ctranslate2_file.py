@@ -32,7 +32,7 @@ from treadle.files.limits import limit_hint, limits_of
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.safetensors_file import Limits, TensorRecord
+from treadle.frontends.safetensors_file import CheckpointLimits, TensorRecord
 from treadle.ir.errors import CheckpointError
 
 _NAME = "model.bin"
@@ -47,7 +47,9 @@ _LONGEST = 512  # bytes of a text
 _LARGEST = 2**60  # elements
 
 
-def find_ctranslate2(folder: PathLike, limits: Limits | Mapping[str, int] | None = None) -> CTranslate2File | None:
+def find_ctranslate2(
+    folder: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None
+) -> CTranslate2File | None:
     """The model.bin of a folder in CTranslate2's layout, opened; None where the folder has another layout.
 
     Safetensors in the same folder go before it, and PyTorch's pickles, which some give the same name, are none.
@@ -79,7 +81,7 @@ class CTranslate2File:
     revision: int
     aliases: Mapping[str, str]
 
-    def __init__(self, reader: _Reader, limits: Limits) -> None:
+    def __init__(self, reader: _Reader, limits: CheckpointLimits) -> None:
         self.label = reader.shown
         self._data = reader.data
         version = reader.number("version", "I")
@@ -105,7 +107,7 @@ class CTranslate2File:
 
     @classmethod
     def open(
-        cls, path: PathLike, limits: Limits | Mapping[str, int] | None = None, *, shown: str | None = None
+        cls, path: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None, *, shown: str | None = None
     ) -> CTranslate2File:
         """Map the file and check its records; the variables' bytes are not read.
 
@@ -114,7 +116,7 @@ class CTranslate2File:
         """
         shown = shown or shown_path(path)
         with open_regular(path, shown) as file:
-            return cls(_Reader(_map(file, shown), shown), limits_of(Limits, limits))
+            return cls(_Reader(_map(file, shown), shown), limits_of(CheckpointLimits, limits))
 
     def names(self) -> tuple[str, ...]:
         """The variables' names, in the file's order."""
@@ -214,7 +216,7 @@ class _Reader:
             self.fail("a text must be UTF-8", printable(repr(data)))
 
 
-def _read_variable(reader: _Reader, limits: Limits) -> TensorRecord:
+def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
     name = reader.text("name")
     shown = printable(name)
     rank = reader.number(f"{shown}, rank", "B")

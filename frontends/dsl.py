@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
 from treadle.files.nearest_names import NearestNames
 from treadle.frontends.call_errors import call_hint
-from treadle.frontends.input_types import Input, read_input
+from treadle.frontends.input_types import DeclaredInput, read_input
 from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.call_spelling import spelled_call
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
-from treadle.ir.graph import Graph, Init, Source
-from treadle.ir.outline import Region, outline_regions
+from treadle.ir.graph import Graph, Init, SourceLine
+from treadle.ir.outline import RepeatedRegion, outline_regions
 from treadle.ir.sizes import Bounds, Size, SizeLike
 from treadle.ir.source_lines import raising_line, user_line
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
@@ -65,9 +65,9 @@ class Trace(Builder):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
-        self.regions: list[Region] = []
+        self.regions: list[RepeatedRegion] = []
         self.depth = 0
-        self.declared: dict[str, Source | None] = {}
+        self.declared: dict[str, SourceLine | None] = {}
 
 
 _current: ContextVar[Trace | None] = ContextVar("treadle_trace", default=None)
@@ -121,7 +121,7 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
                 declared |= tracing.declared
                 tracing.declared = declared
             nodes = tracing.function.nodes[start:]
-            tracing.regions.append(Region(name, scope, nodes, source, depth))
+            tracing.regions.append(RepeatedRegion(name, scope, nodes, source, depth))
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
     return tracing.parameter(full, type, start)
 
 
-def _apart(tracing: Trace, full: str, name: str, line: Source | None) -> str:
+def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str:
     """How two parameters of one name come apart: two stacks of one name, a loop of Python's, or two layers."""
     stacks = [r for r in tracing.regions if f"{tracing.scope}.".startswith(f"{r.scope}.")]
     again = f"t.shared_parameter({full!r}) uses it again"
@@ -303,7 +303,7 @@ class Model(Generic[P, R]):
             ) from error
 
     @cached_property
-    def declared_inputs(self) -> tuple[Input, ...]:
+    def declared_inputs(self) -> tuple[DeclaredInput, ...]:
         """All inputs, optional ones included, in the sizes of the configuration.
 
         Raises FrontendError for one without a type, with a default, or with a negative size.

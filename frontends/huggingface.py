@@ -35,7 +35,7 @@ from treadle.files.strict_json import JsonReader, read_json_object
 from treadle.frontends.safetensors_file import (
     CONVERSION,
     PICKLE_SUFFIXES,
-    Limits,
+    CheckpointLimits,
     SafetensorsFile,
     TensorRecord,
     refuse_pickle,
@@ -129,7 +129,7 @@ class Checkpoint:
     folder: ModelFolder
     config: dict[str, Any]
 
-    def __init__(self, folder: ModelFolder, config: dict[str, Any], limits: Limits) -> None:
+    def __init__(self, folder: ModelFolder, config: dict[str, Any], limits: CheckpointLimits) -> None:
         self.folder = folder
         self.config = config
         self.limits = limits
@@ -268,7 +268,7 @@ class Checkpoint:
         return f"Checkpoint({self.folder.shown!r})"
 
 
-def open_checkpoint(folder: PathLike, limits: Limits | Mapping[str, int] | None = None) -> Checkpoint:
+def open_checkpoint(folder: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None) -> Checkpoint:
     """Open the model in a folder, in a hub cache's `models--org--name`, or in one of its snapshots.
 
     Reads config.json. Weights are `model.safetensors`, else the shards of `model.safetensors.index.json`;
@@ -278,7 +278,7 @@ def open_checkpoint(folder: PathLike, limits: Limits | Mapping[str, int] | None 
     Raises CheckpointError if config.json or the weights are not there or are damaged, if the weights are
     pickles, if a path or a link leads out of the folder, or past a limit.
     """
-    known = limits_of(Limits, limits)
+    known = limits_of(CheckpointLimits, limits)
     place = ModelFolder.find(folder)
     if not place.has(_CONFIG):
         raise _no_config(place)

@@ -20,7 +20,7 @@ from treadle.ir.types import OptionalType, Type
 
 
 @dataclass(frozen=True)
-class Input:
+class DeclaredInput:
     """A declared input: its name, type, and whether the model may be traced without it."""
 
     name: str
@@ -28,7 +28,7 @@ class Input:
     optional: bool
 
 
-def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int]) -> Input:
+def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int]) -> DeclaredInput:
     """An input, with sizes in the place of the symbols of their names.
 
     Raises FrontendError for one without a type, with a default, or with a negative size.
@@ -49,7 +49,7 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
     sized = declared.substitute(sizes)
     if any(size.constant is not None and size.constant < 0 for size in sized.shape):
         raise FrontendError(f"{what} has a negative size", received=str(sized))
-    return Input(name, sized, optional)
+    return DeclaredInput(name, sized, optional)
 
 
 def _read(annotation: object) -> tuple[Type | None, bool]:

@@ -27,7 +27,7 @@ _MOST_DIMS = 1 << 16  # known heads have up to 576; a config.json may say anythi
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """frequency / factor: a context `factor` times as long is pressed into the old one     (Chen et al. 2023)"""
 
     factor: float
@@ -84,7 +84,7 @@ class Dynamic:
     context: int
 
 
-Scaling = Linear | Llama3 | Divided | Dynamic
+Scaling = LinearScaling | Llama3 | Divided | Dynamic
 
 
 def rotary_frequencies(

@@ -73,7 +73,7 @@ safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items
 
 
 @dataclass(frozen=True)
-class Limits:
+class CheckpointLimits:
     """What a checkpoint may ask for before it is refused; every field may be set higher.
 
     header_bytes    length of a safetensors header, and of the index of a sharded checkpoint
@@ -98,7 +98,9 @@ class Limits:
         for field in fields(self):
             value, most = getattr(self, field.name), ceilings.get(field.name, _LARGEST)
             if not isinstance(value, int) or not 1 <= value <= most:
-                raise UsageError(f"Limits: {field.name} must be an integer from 1 to {most}", received=repr(value))
+                raise UsageError(
+                    f"CheckpointLimits: {field.name} must be an integer from 1 to {most}", received=repr(value)
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class SafetensorsFile:
 
     @classmethod
     def open(
-        cls, path: PathLike, limits: Limits | Mapping[str, int] | None = None, *, shown: str | None = None
+        cls, path: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None, *, shown: str | None = None
     ) -> SafetensorsFile:
         """Map the file and check its header. Reads the header alone; of the tensors only sizes are looked at.
 
@@ -160,7 +162,7 @@ class SafetensorsFile:
         refuse_pickle(PurePath(path).name, shown)
         with open_regular(path, shown) as file:
             try:
-                return _open(file, shown, limits_of(Limits, limits))
+                return _open(file, shown, limits_of(CheckpointLimits, limits))
             except (OSError, ValueError, OverflowError) as error:
                 raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
 
@@ -272,7 +274,7 @@ def refuse_pickle(name: str, shown: str) -> None:
         )
 
 
-def _open(file: BinaryIO, shown: str, limits: Limits) -> SafetensorsFile:
+def _open(file: BinaryIO, shown: str, limits: CheckpointLimits) -> SafetensorsFile:
     size = os.fstat(file.fileno()).st_size
     start = file.read(64)
 
@@ -314,7 +316,9 @@ def _open(file: BinaryIO, shown: str, limits: Limits) -> SafetensorsFile:
     return SafetensorsFile(shown, records, metadata, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
 
 
-def _read_header(reader: JsonReader, limits: Limits, base: int) -> tuple[dict[str, TensorRecord], dict[str, str]]:
+def _read_header(
+    reader: JsonReader, limits: CheckpointLimits, base: int
+) -> tuple[dict[str, TensorRecord], dict[str, str]]:
     records: dict[str, TensorRecord] = {}
     metadata: dict[str, str] = {}
     for name in reader.members():
@@ -342,7 +346,7 @@ def _read_header(reader: JsonReader, limits: Limits, base: int) -> tuple[dict[st
     return records, metadata
 
 
-def _read_record(reader: JsonReader, name: str, limits: Limits, base: int) -> TensorRecord:
+def _read_record(reader: JsonReader, name: str, limits: CheckpointLimits, base: int) -> TensorRecord:
     tensor = f"tensor {printable(name)}"
     reader.place = tensor
     dtype, shape, offsets = None, None, None

@@ -22,7 +22,7 @@ import numpy as np
 from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
-from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
+from treadle.ir.graph import Function, Graph, Init, Literal, Node, SourceLine, Value
 from treadle.ir.op_methods import OpMethods
 from treadle.ir.op_signatures import op_signature
 from treadle.ir.operation import Op, find_op
@@ -43,7 +43,7 @@ class Builder(OpMethods):
         self.graph = graph
         self.function = function or graph.main
         self.scope = ""
-        self.source: Source | None = None
+        self.source: SourceLine | None = None
 
     # -- arguments and results ---------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class Builder(OpMethods):
         """Append a node. Raises RuleError, with the user's line and scope, where the operands do not fit the op."""
         return self._append(op, operands, name, self.source or user_line())
 
-    def _append(self, op: Op, operands: Sequence[Value | None], name: str | None, source: Source | None) -> Node:
+    def _append(self, op: Op, operands: Sequence[Value | None], name: str | None, source: SourceLine | None) -> Node:
         try:
             types = op.infer_for(operands)
         except TreadleError as error:
@@ -171,7 +171,7 @@ class Builder(OpMethods):
 
     # -- where nodes come from ---------------------------------------------------------------------------------
 
-    def scoped(self, name: str, source: Source | None = None) -> _Scoped:
+    def scoped(self, name: str, source: SourceLine | None = None) -> _Scoped:
         """`with b.scoped("attn"):` adds nodes under `scope.attn`; if `source` is given, as coming from that line."""
         return _Scoped(self, name, source)
 
@@ -199,7 +199,7 @@ class _Scoped:
 
     __slots__ = ("builder", "name", "outer", "source")
 
-    def __init__(self, builder: Builder, name: str, source: Source | None) -> None:
+    def __init__(self, builder: Builder, name: str, source: SourceLine | None) -> None:
         self.builder, self.name, self.source = builder, name, source
 
     def __enter__(self) -> None:
@@ -221,7 +221,7 @@ def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
     return (f"did you mean {near}=? " if near else "") + f"{spelled_call(cls.name, signature)}"
 
 
-def describe_source(source: Source | None, scope: str) -> str | None:
+def describe_source(source: SourceLine | None, scope: str) -> str | None:
     """`gpt2.py:41, scope h.0.ln_1`, or what is known of it."""
     parts = [str(source)] if source else []
     if scope:

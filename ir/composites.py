@@ -8,11 +8,11 @@ from typing import Any
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Function, Graph, Source, Value
+from treadle.ir.graph import Function, Graph, SourceLine, Value
 from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
 
-_BODY_SOURCE = Source("body", 0)
+_BODY_SOURCE = SourceLine("body", 0)
 _MOST_BODIES = 4096  # each belongs to an op on operands of certain types, of which files may bring any number
 _bodies: dict[tuple[Composite, tuple[str | None, ...], bool], Function] = {}
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceLine:
     """A line of the user's: the file as it should be shown (relative where possible) and the line number."""
 
     file: str
@@ -179,7 +179,7 @@ class Node:
         types: Sequence[Type],
         name: str | None = None,
         scope: str = "",
-        source: Source | None = None,
+        source: SourceLine | None = None,
     ) -> None:
         self.op = op
         self.operands: tuple[Value | None, ...] = tuple(operands)

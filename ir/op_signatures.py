@@ -31,7 +31,7 @@ class Spelling:
 
 BUILDER = Spelling("ExprLike", "Expr")
 LANGUAGE = Spelling("TensorLike", "Tensor")
-PATTERN = Spelling("TermLike", "Term", "Any")
+PATTERN = Spelling("TermLike", "PatternTerm", "Any")
 
 
 class Annotation(str):

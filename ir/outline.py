@@ -13,23 +13,23 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.ir.graph import Function, Graph, Node, Source, Value
+from treadle.ir.graph import Function, Graph, Node, SourceLine, Value
 from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 
 
 @dataclass
-class Region:
+class RepeatedRegion:
     """One repetition: consecutive nodes of `main` under one scope, at a nesting depth (1 is outermost)."""
 
     name: str
     scope: str
     nodes: list[Node]
-    source: Source | None = None
+    source: SourceLine | None = None
     depth: int = 1
 
 
-def outline_regions(graph: Graph, regions: Sequence[Region]) -> None:
+def outline_regions(graph: Graph, regions: Sequence[RepeatedRegion]) -> None:
     """Replace regions of `main` by calls, innermost first."""
     for depth in sorted({r.depth for r in regions}, reverse=True):
         outlined = _outline_level(graph, [r for r in regions if r.depth == depth and r.nodes])
@@ -46,7 +46,7 @@ class _Repetition:
     call  what stands for the region in the end
     """
 
-    region: Region
+    region: RepeatedRegion
     inputs: list[Value] = field(default_factory=list)
     weights: list[Value] = field(default_factory=list)
     body: list[Any] = field(default_factory=list)
@@ -69,7 +69,7 @@ class _Repetition:
         return self.region.name, len(self.inputs), tuple(types), tuple(self.local_names()), tuple(self.body)
 
 
-def _outline_level(graph: Graph, regions: Sequence[Region]) -> dict[Node, _Repetition]:
+def _outline_level(graph: Graph, regions: Sequence[RepeatedRegion]) -> dict[Node, _Repetition]:
     """Replace disjoint regions; returns the repetition that each of their nodes was part of."""
     main = graph.main
     home: dict[Node, _Repetition] = {}
@@ -114,7 +114,7 @@ def _with_calls(nodes: Sequence[Node], home: dict[Node, _Repetition]) -> list[No
     return list(dict.fromkeys([home[node].call or node if node in home else node for node in nodes]))
 
 
-def _read(region: Region) -> _Repetition:
+def _read(region: RepeatedRegion) -> _Repetition:
     """The body is one flat list: for each node its op's key, a text, then what stands for each operand.
 
     That is None, a constant's content, or a number: -1, -2, ... for the weights, else 0, 1, ... for the inputs and

@@ -9,7 +9,7 @@ from types import CodeType, FrameType
 
 import numpy as np
 
-from treadle.ir.graph import Source
+from treadle.ir.graph import SourceLine
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PARTS = (
@@ -51,17 +51,17 @@ def _is_users(code: CodeType) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _source(filename: str, line: int) -> Source:
+def _source(filename: str, line: int) -> SourceLine:
     """The path relative to the compiler's own folder or to the working directory, else the bare file name: text made
     from a graph should not name a machine's folders."""
     path = os.path.abspath(filename)
     for base in (_ROOT, os.getcwd()):
         if path.startswith(base + os.sep):
-            return Source(os.path.relpath(path, base).replace(os.sep, "/"), line)
-    return Source(os.path.basename(path), line)
+            return SourceLine(os.path.relpath(path, base).replace(os.sep, "/"), line)
+    return SourceLine(os.path.basename(path), line)
 
 
-def raising_line(error: BaseException) -> Source | None:
+def raising_line(error: BaseException) -> SourceLine | None:
     """The user's line that an exception passed through last, or None where it passed through none."""
     trace, found = error.__traceback__, None
     while trace is not None:
@@ -71,7 +71,7 @@ def raising_line(error: BaseException) -> Source | None:
     return found
 
 
-def user_line(*, beyond: int = 0) -> Source | None:
+def user_line(*, beyond: int = 0) -> SourceLine | None:
     """The user's line that led here, or None where no frame of the user's is on the stack.
 
     beyond  how many frames, the caller's first, are known to be the compiler's: each one looked at takes its time

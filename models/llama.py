@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import treadle.frontends.language as t
 from treadle.frontends.binding import Table
-from treadle.frontends.rotary import Dynamic, Linear, Llama3, Scaling
+from treadle.frontends.rotary import Dynamic, LinearScaling, Llama3, Scaling
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.models.family import (
     Config,
@@ -176,7 +176,7 @@ def read_rotary(config: Config) -> dict[str, Any]:
 
 
 def read_linear(options: Config, config: Config) -> Scaling:
-    return Linear(read_factor(options, "factor"))
+    return LinearScaling(read_factor(options, "factor"))
 
 
 def read_dynamic(options: Config, config: Config) -> Scaling:

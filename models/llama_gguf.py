@@ -13,7 +13,7 @@ import numpy as np
 import treadle.frontends.language as t
 from treadle.frontends.binding import Table
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.rotary import Divided, Linear, Scaling
+from treadle.frontends.rotary import Divided, LinearScaling, Scaling
 from treadle.ir.errors import CheckpointError
 from treadle.models.family import OTHER_WAYS
 from treadle.models.llama import llama
@@ -83,7 +83,7 @@ def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
     factor_key = f"{kind}.rope.scaling.factor" if named == "linear" else f"{kind}.rope.scale_linear"
     factor = file.number(factor_key, 1.0, least=1e-3, most=1e6)
     if _FACTORS not in file:
-        return Linear(factor) if factor != 1.0 else None
+        return LinearScaling(factor) if factor != 1.0 else None
     record = file.record(_FACTORS)
     factors = file.array(_FACTORS) if record.shape == (dims // 2,) and record.dtype == "f32" else np.zeros(1)
     if factor != 1.0 or not np.all((factors >= 1e-3) & (factors <= 1e6)):

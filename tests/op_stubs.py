@@ -48,7 +48,7 @@ TERMS = '''\
 from typing import Any
 
 from treadle.ir.types import i64
-from treadle.passes.framework.pattern import Term, TermLike
+from treadle.passes.framework.pattern import PatternTerm, TermLike
 
 class OpTerms:
 '''

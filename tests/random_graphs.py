@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
-from treadle.ir.graph import Function, Graph, Init, Literal, Source, Value
+from treadle.ir.graph import Function, Graph, Init, Literal, SourceLine, Value
 from treadle.ir.operation import OPS
 from treadle.ir.sizes import Bounds
 from treadle.ir.types import DTYPES, Type, boolean, f32, i64, parse_type
@@ -128,8 +128,8 @@ def fill(graph: Graph, function: Function, r: Random, count: int) -> None:
             pool.append(b.input(name, r.choice(SYMBOLIC)))
     blocks = [f for f in graph.functions.values() if f is not function and f is not graph.main]
     while len(function.nodes) < count:
-        b.source = r.choice((None, Source(odd(r, "models/gpt2.py"), r.randrange(900))))
-        b.source = b.source or Source("toy.py", 1)
+        b.source = r.choice((None, SourceLine(odd(r, "models/gpt2.py"), r.randrange(900))))
+        b.source = b.source or SourceLine("toy.py", 1)
         b.scope = odd(r, r.choice(("", "h.0", "h.1.attn")), 0.1)
         chance = r.random()
         if chance < 0.15 and blocks:

@@ -27,7 +27,7 @@ from treadle.ir.errors import BackendError, CheckpointError, ParseError, Treadle
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.text.scanner import Limits as TextLimits
+from treadle.ir.text.scanner import TextLimits
 from treadle.models.gpt2 import gpt2
 from treadle.passes.framework.pass_log import Event
 

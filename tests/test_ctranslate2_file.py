@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from treadle.frontends.ctranslate2_file import CTranslate2File
-from treadle.frontends.safetensors_file import Limits
+from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.ir.errors import CheckpointError
 from treadle.models.whisper import from_ctranslate2
 
@@ -47,7 +47,7 @@ WHOLE = model(
 )
 
 
-def open_bytes(folder: Path, data: bytes, limits: Limits | None = None) -> CTranslate2File:
+def open_bytes(folder: Path, data: bytes, limits: CheckpointLimits | None = None) -> CTranslate2File:
     path = folder / "model.bin"
     path.write_bytes(data)
     return CTranslate2File.open(path, limits, shown="model.bin")

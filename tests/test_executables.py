@@ -30,7 +30,7 @@ from treadle.backends.legalization import legalize
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, GraphError
-from treadle.ir.graph import Function, Graph, Source
+from treadle.ir.graph import Function, Graph, SourceLine
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.types import DTYPES, bf16
@@ -110,7 +110,7 @@ def test_a_block_is_passed_the_symbols_that_its_arguments_do_not_tell(backend: s
 
 def test_what_stands_for_an_op_is_placed_where_it_was() -> None:
     b = Builder(Graph("g"))
-    b.source = Source("model.py", 3)
+    b.source = SourceLine("model.py", 3)
     x, weight = b.input("x", "f32[B, 8]"), b.parameter("w", "f32[8]")
     with b.scoped("h.0"):
         y = b.gelu(b.rms_norm(x, weight))
@@ -283,7 +283,7 @@ def test_any_name_is_harmless(name: str, backend: str) -> None:
     x, w = inside.input(name, "f32[B, 2]"), inside.parameter(f"{name}w", "f32[2, 2]")
     inside.outputs(**{name: inside.linear(x, w, None, name=name)})
     b = Builder(graph)
-    b.source = Source(name, 3)
+    b.source = SourceLine(name, 3)
     x, w = b.input(name, "f32[B, 2]"), b.parameter(f"{name}w", "f32[2, 2]")
     with b.scoped(name):
         (y,) = b.call(block, [x, w])

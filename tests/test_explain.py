@@ -16,10 +16,10 @@ from tests.golden import Golden
 from tests.pass_programs import GELU, program
 from treadle.cli import app
 from treadle.explaining import explain_fusion, parse_expected
-from treadle.fusion_verdicts import Verdict
+from treadle.fusion_verdicts import FusionVerdict
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
-from treadle.ir.graph import Graph, Source
+from treadle.ir.graph import Graph, SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.round_trips import round_trip_at
 from treadle.passes.framework.rewrite import Match, Rewrite
@@ -93,7 +93,9 @@ def test_lines_break_between_words_and_places(toy: str, golden: Golden) -> None:
 
 def test_a_place_that_does_not_fit_has_a_line_of_its_own() -> None:
     place = "src/model/blocks/attention.py:1041  decoder.layers.11.self_attention"
-    verdict = Verdict("attention", "fused", "attention", ("fuse-attention",), places=(place, place, "a.py:1  b", place))
+    verdict = FusionVerdict(
+        "attention", "fused", "attention", ("fuse-attention",), places=(place, place, "a.py:1  b", place)
+    )
     assert list(verdict.lines(80)) == [
         "  4 x attention      fused into attention by fuse-attention",
         f"    from      {place}",
@@ -373,10 +375,10 @@ def only(graph: Graph, **options: Any) -> Any:
 def test_a_value_used_elsewhere_names_its_reader_and_what_to_do() -> None:
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, S, 8]")
-    b.source = Source("model.py", 5)
+    b.source = SourceLine("model.py", 5)
     gate = b.erf(x * 0.5**0.5) + 1.0
     y = x * 0.5 * gate
-    b.source = Source("model.py", 9)
+    b.source = SourceLine("model.py", 9)
     b.outputs(y=y, z=b.exp(gate))
     verdict = only(b.graph)
     assert (verdict.status, verdict.reason) == ("refused", "the add is used elsewhere, by exp (model.py:9)")
@@ -392,9 +394,9 @@ def test_a_pipeline_without_the_pass_is_told() -> None:
 def test_what_no_one_reads_is_told() -> None:
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, S, 8]")
-    b.source = Source("model.py", 1)
+    b.source = SourceLine("model.py", 1)
     _ = x * 0.5 * (b.erf(x * 0.5**0.5) + 1.0)
-    b.source = Source("model.py", 2)
+    b.source = SourceLine("model.py", 2)
     b.outputs(y=-x)
     assert only(b.graph).reason == "other passes left nothing of it"
 
@@ -421,7 +423,7 @@ def test_equal_sites_are_told_once_with_all_their_places(count: int, more: str) 
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, S, 8]")
     for line in range(1, count + 1):
-        b.source = Source("model.py", line)
+        b.source = SourceLine("model.py", line)
         x = x * 0.5 * (b.erf(x * 0.5**0.5) + 1.0)
     b.outputs(y=x)
     verdict = only(b.graph)

@@ -8,7 +8,7 @@ import pytest
 import treadle.frontends.language as t
 from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Function, Graph, Source
+from treadle.ir.graph import Function, Graph, SourceLine
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.sizes import Bounds
@@ -178,7 +178,7 @@ def test_graphs_are_equal_by_structure() -> None:
     one, other = diamond(), diamond()
     assert one == other
     other.name = other.main.nodes[0].result.name = other.main.nodes[0].scope = "another"
-    other.main.nodes[0].source = Source("elsewhere.py", 1)
+    other.main.nodes[0].source = SourceLine("elsewhere.py", 1)
     assert one == other, "names of values, scopes and lines are notes"
     other.main.outputs["z"] = other.main.outputs.pop("y")
     assert one != other

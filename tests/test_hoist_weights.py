@@ -14,7 +14,7 @@ from treadle.backends.registry import find_backend
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Function, Graph, Source
+from treadle.ir.graph import Function, Graph, SourceLine
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
@@ -144,7 +144,7 @@ def test_a_weight_whose_size_is_that_of_an_input_stays(backend: str) -> None:
 def test_weights_that_a_recipe_cannot_take_are_told_with_the_line(backend: str) -> None:
     graph = Graph("g")
     b = Builder(graph)
-    b.source = Source("model.py", 7)
+    b.source = SourceLine("model.py", 7)
     picked = b.gather(b.parameter("table", f32[5, 4]), b.parameter("rows", i64[2]), axis=0)
     b.outputs(y=b.linear(b.input("x", f32["B", 4]), picked, None))
     weights = {"table": np.ones((5, 4), np.float32), "rows": np.array([1, 9])}

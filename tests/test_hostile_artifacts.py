@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.artifacts import hostile_file
 from tests.fuzz.hostile_artifacts import SHAPES
 from treadle.artifacts import GRAPH_LIMITS, ArtifactLimits, load, open_artifact
-from treadle.frontends.safetensors_file import Limits as HeaderLimits
+from treadle.frontends.safetensors_file import TextLimits as HeaderLimits
 from treadle.ir.builder import Builder
 from treadle.ir.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.errors import CheckpointError, ParseError, TreadleError
@@ -21,7 +21,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.inline import inline_calls
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
-from treadle.ir.text.scanner import Limits
+from treadle.ir.text.scanner import TextLimits
 from treadle.ir.verifier import verify
 from treadle.models.gpt2 import gpt2
 from treadle.models.registry import family_names, find_family
@@ -71,7 +71,7 @@ def test_refused_files_load_under_higher_limits(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match="a weight that the graph does not take"):
                 open_artifact(path, limits=ArtifactLimits(header=header))
         else:
-            assert open_artifact(path, limits=ArtifactLimits(graph=Limits())).name == "g"
+            assert open_artifact(path, limits=ArtifactLimits(graph=TextLimits())).name == "g"
 
 
 def test_a_text_of_types_can_be_read_where_it_is_trusted() -> None:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
-from treadle.frontends.safetensors_file import Limits
+from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.ir.errors import CheckpointError
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "scale": 1.5e-5, "tied": True, "window": None}
@@ -73,7 +73,7 @@ def check(checkpoint: Checkpoint) -> None:
     assert "h.9.weight" not in checkpoint
 
 
-def refusal(folder: Path, limits: Limits | None = None) -> CheckpointError:
+def refusal(folder: Path, limits: CheckpointLimits | None = None) -> CheckpointError:
     """The error that opening a folder and reading all of it gives."""
 
     def read_all() -> None:
@@ -314,9 +314,9 @@ def test_an_index_of_other_shards(tmp_path: Path) -> None:
 
 def test_index_limits(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "m")
-    assert "more tensors than the limit" in refusal(folder, Limits(tensors=3)).what
-    assert "longer than the limit" in refusal(folder, Limits(header_bytes=50)).what
-    assert "more values" in refusal(folder, Limits(values=1)).what
+    assert "more tensors than the limit" in refusal(folder, CheckpointLimits(tensors=3)).what
+    assert "longer than the limit" in refusal(folder, CheckpointLimits(header_bytes=50)).what
+    assert "more values" in refusal(folder, CheckpointLimits(values=1)).what
 
 
 # -- what leads out of the folder --------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tests.fuzz.onnx_nodes.judging import outcome
 from tests.onnx_models import Array, answers, model, same_as_runtime
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.frontends.onnx_import.operators import OPERATORS, Made, Site
+from treadle.frontends.onnx_import.operators import OPERATORS, Made, OnnxSite
 from treadle.ir.errors import FrontendError, Hint
 
 RNG = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def test_drawn_nodes_give_what_onnx_runtime_gives(backend: str, count: int) -> N
 
 
 def test_a_wrong_number_and_a_crash_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crashes(site: Site) -> Made:
+    def crashes(site: OnnxSite) -> Made:
         raise KeyError("x")
 
     case = next(case for seed in itertools.count() if (case := drawn("Neg", seed)).inputs)

@@ -242,6 +242,25 @@ def test_no_file_is_named_after_a_library() -> None:
         assert path.stem not in (libraries | own_imports) - {"treadle"}, where(path)
 
 
+def test_no_two_things_have_one_name() -> None:
+    """Two public classes of one name are two things that a reader must tell apart by their files.
+
+    A rewrite that makes an op, and a kernel that computes one, may have the op's name: all of them are about one thing.
+    """
+    places: dict[str, dict[str, str]] = {}
+    double = []
+    for path in python_files(*LAYERS):
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                about_an_op = {"Rewrite", "Kernel"}.intersection(ast.unparse(base) for base in node.bases)
+                role = "op" if where(path).startswith("ir/ops/") else "".join(about_an_op) or "other"
+                known = places.setdefault(node.name, {})
+                if role in known or (known and "other" in {role, *known}):
+                    double.append(f"{node.name}: {where(path, node.lineno)}, {', '.join(known.values())}")
+                known[role] = where(path, node.lineno)
+    assert double == []
+
+
 def test_no_module_is_a_drawer() -> None:
     drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
     paths = [path for path in python_files(*LAYERS, *BESIDE) if drawers & {path.stem, path.parent.name}]
@@ -272,7 +291,7 @@ def test_no_module_shares_a_name_with_what_it_exports() -> None:
 
 
 CHANGING = {
-    "ir/outline.py": {"Region", "_Repetition"},
+    "ir/outline.py": {"RepeatedRegion", "_Repetition"},
     "frontends/onnx_import/importer.py": {"Scope"},
     "passes/certificates/regions.py": {"Recorded"},
     "passes/cleanup/position_slices.py": {"_Cut"},
@@ -285,12 +304,12 @@ CHANGING = {
     "backends/python/emission.py": {"_Text"},
     "backends/tvm/planning.py": {"Relocation", "Plan"},
     "backends/tvm/lowering/grouping.py": {"Group"},
-    "backends/tvm/lowering/program.py": {"Buffer", "Step", "Call", "Routine"},
+    "backends/tvm/lowering/program.py": {"Buffer", "KernelStep", "RoutineStep", "Routine"},
     "treadle/cli/generate.py": {"Written"},
 }
 """Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""
 
-BY_IDENTITY = {"Tensor", "OnnxNode", "Buffer", "Step", "Call", "Routine"}
+BY_IDENTITY = {"Tensor", "OnnxNode", "Buffer", "KernelStep", "RoutineStep", "Routine"}
 """Of these, the ones that are equal to themselves alone."""
 
 

@@ -19,7 +19,7 @@ from tests.pass_programs import LAYER_NORM, assert_same_numbers, numbers, optimi
 from tests.random_graphs import random_graphs
 from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError, TreadleError, UsageError
-from treadle.ir.graph import Function, Graph, Node, Source
+from treadle.ir.graph import Function, Graph, Node, SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.cleanup.dead_code import DeadCode
@@ -135,9 +135,9 @@ def test_check_sees_captures_and_refuses_with_the_users_line() -> None:
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, S]")
     with b.scoped("h.0"):
-        b.source = Source("model.py", 7)
+        b.source = SourceLine("model.py", 7)
         negative = -x
-        b.source = Source("model.py", 8)
+        b.source = SourceLine("model.py", 8)
         b.outputs(y=b.exp(negative))
     (record,) = PassManager([OnlyVectors()]).run(b.graph).log
     (event,) = record.refusals
@@ -147,15 +147,15 @@ def test_check_sees_captures_and_refuses_with_the_users_line() -> None:
 def test_a_replacement_stands_where_the_root_stood() -> None:
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B]")
-    b.source, b.scope = Source("model.py", 3), "mlp"
+    b.source, b.scope = SourceLine("model.py", 3), "mlp"
     gate = b.sigmoid(x)
-    b.source, b.scope = Source("model.py", 4), "mlp.act"
+    b.source, b.scope = SourceLine("model.py", 4), "mlp.act"
     y = x * gate
     y.value.name = "activated"
-    b.source = Source("model.py", 5)
+    b.source = SourceLine("model.py", 5)
     b.outputs(z=-y)
     silu, neg = PassManager([FuseGelu()]).run(b.graph).graph.main.nodes
-    assert (silu.op.name, silu.scope, silu.source) == ("silu", "mlp.act", Source("model.py", 4))
+    assert (silu.op.name, silu.scope, silu.source) == ("silu", "mlp.act", SourceLine("model.py", 4))
     assert silu.result.name == "activated"
     assert neg.operands == (silu.result,)
 
@@ -168,10 +168,10 @@ def blocks() -> Graph:
     graph = Graph("g")
     forgotten, block = Function("forgotten"), Function("block")
     b = Builder(graph, forgotten)
-    b.source = Source("model.py", 1)
+    b.source = SourceLine("model.py", 1)
     b.outputs(y=b.exp(b.input("x", "f32[B, 8]")))
     b = Builder(graph, block)
-    b.source = Source("model.py", 2)
+    b.source = SourceLine("model.py", 2)
     x, mask = b.input("x", "f32[B, 8]"), b.input("mask", "f32[B, 8]")
     product = b.linear(x, b.parameter("w", "f32[8, 8]"))
     b.parameter("spare", "f32[8]")
@@ -180,7 +180,7 @@ def blocks() -> Graph:
     graph.add_function(forgotten)
     graph.add_function(block)
     b = Builder(graph)
-    b.source = Source("model.py", 3)
+    b.source = SourceLine("model.py", 3)
     x, mask = b.input("x", "f32[B, 8]"), b.input("mask", "f32[B, 8]")
     m = b.exp(mask)
     for name in ("a", "b"):

@@ -16,7 +16,7 @@ from tests.op_checks import TESTED, Case
 from tests.rounding_bounds import assert_within, bounded
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, ParseError, RuleError
-from treadle.ir.graph import Graph, Source
+from treadle.ir.graph import Graph, SourceLine
 from treadle.ir.interpreter import interpret
 from treadle.ir.operation import OPS
 from treadle.ir.text.attributes import attribute_fields
@@ -24,7 +24,7 @@ from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
 from treadle.ir.types import DTYPES
 
-LINE = Source("model.py", 7)
+LINE = SourceLine("model.py", 7)
 
 REDUCTIONS: dict[str, tuple[Callable[[Builder, Expr], Expr], str]] = {
     "reduce_max": (lambda b, x: b.reduce_max(x, axes=(1,)), "max"),

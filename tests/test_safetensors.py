@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.fuzz.safetensors_files import header_and_data, judge, mutations
-from treadle.frontends.safetensors_file import Limits, SafetensorsFile
+from treadle.frontends.safetensors_file import CheckpointLimits, SafetensorsFile
 from treadle.ir.errors import CheckpointError, UsageError
 
 
@@ -32,7 +32,7 @@ def entry(dtype: str, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def refusal(path: Path, limits: Limits | None = None) -> CheckpointError:
+def refusal(path: Path, limits: CheckpointLimits | None = None) -> CheckpointError:
     """The error that reading all of a file gives; it names the file."""
 
     def read_all() -> None:
@@ -361,13 +361,15 @@ def test_every_truncation_is_refused(path: Path) -> None:
 def test_limits(path: Path) -> None:
     header = {f"t{i}": entry("U8", [1, 1, 1], i, i + 1) for i in range(5)}
     write(path, {"__metadata__": {"a": "", "b": "", "c": ""}, **header}, bytes(5))
-    assert len(SafetensorsFile.open(path, Limits(tensors=5, rank=3, values=3, header_bytes=600, nesting=3))) == 5
+    assert (
+        len(SafetensorsFile.open(path, CheckpointLimits(tensors=5, rank=3, values=3, header_bytes=600, nesting=3))) == 5
+    )
     for limits, words, hint in [
-        (Limits(tensors=4), "more tensors", "limits={'tensors': "),
-        (Limits(rank=2), "more dimensions", "limits={'rank': "),
-        (Limits(header_bytes=100), "longer than the limit", "limits={'header_bytes': "),
-        (Limits(values=2), "more members", "limits={'values': "),
-        (Limits(nesting=2), "deep", ""),
+        (CheckpointLimits(tensors=4), "more tensors", "limits={'tensors': "),
+        (CheckpointLimits(rank=2), "more dimensions", "limits={'rank': "),
+        (CheckpointLimits(header_bytes=100), "longer than the limit", "limits={'header_bytes': "),
+        (CheckpointLimits(values=2), "more members", "limits={'values': "),
+        (CheckpointLimits(nesting=2), "deep", ""),
     ]:
         error = refusal(path, limits)
         assert words in error.what
@@ -378,7 +380,7 @@ def test_limits(path: Path) -> None:
 @pytest.mark.parametrize("value", [0, -1, 2**70, "many", None])
 def test_a_limit_is_a_positive_integer(field: str, value: Any) -> None:
     with pytest.raises(UsageError, match=field):
-        Limits(**{field: value})
+        CheckpointLimits(**{field: value})
 
 
 def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:

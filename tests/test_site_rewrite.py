@@ -11,7 +11,7 @@ import pytest
 from tests.pass_programs import assert_same_numbers, optimize, program
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
-from treadle.ir.graph import Graph, Node, Source
+from treadle.ir.graph import Graph, Node, SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.cleanup.decompose import Decompose
@@ -42,7 +42,7 @@ def lines(graph: Graph) -> list[str]:
 
 def test_a_site_is_replaced_where_it_stood_and_what_nobody_reads_goes() -> None:
     b = Builder(Graph("g"))
-    b.source = Source("model.py", 7)
+    b.source = SourceLine("model.py", 7)
     x = b.input("x", "f32[S]")
     with b.scoped("h.0"):
         y = b.neg(b.neg(x), name="twice")

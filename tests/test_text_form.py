@@ -20,7 +20,7 @@ from treadle.ir.attention_terms import Causal, Padding, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.clone import clone_graph
 from treadle.ir.errors import GraphError, ParseError
-from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
+from treadle.ir.graph import Function, Graph, Init, Literal, Node, SourceLine, Value
 from treadle.ir.hashing import canonical_form, function_key, structural_hash
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
@@ -28,7 +28,7 @@ from treadle.ir.operation import OPS
 from treadle.ir.sizes import Bounds
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_function, print_graph
-from treadle.ir.text.scanner import Limits
+from treadle.ir.text.scanner import TextLimits
 from treadle.ir.types import bf16, boolean, f16, f32, f64, i32, parse_type
 from treadle.ir.verifier import verify
 
@@ -83,7 +83,7 @@ class at:
     """Add nodes from one source line and scope."""
 
     def __init__(self, b: Builder, file: str, line: int, scope: str) -> None:
-        self.b, self.place = b, (scope, Source(file, line))
+        self.b, self.place = b, (scope, SourceLine(file, line))
 
     def __enter__(self) -> None:
         self.b.scope, self.b.source = self.place
@@ -96,7 +96,7 @@ def constants() -> Graph:
     """A constant of every kind."""
     graph = Graph("constants")
     b = Builder(graph)
-    b.source = Source("c.py", 1)
+    b.source = SourceLine("c.py", 1)
     literals = {
         "half": Literal.of(0.5, f32),
         "negative_zero": Literal.of(-0.0, f32),
@@ -126,7 +126,7 @@ def odd_names() -> Graph:
     graph.bound("S", Bounds(1, 7))
     block = Function("add")
     b = Builder(graph, block)
-    b.source = Source("a b.py", 3)
+    b.source = SourceLine("a b.py", 3)
     x = b.input("none", "f32[S, 4]")
     b.outputs(x=x * b.parameter("w", "f32[4]") + b.parameter("deep.w", "f32[4]"))
     block.nodes[1].scope = "odd scope"
@@ -134,7 +134,7 @@ def odd_names() -> Graph:
     silent = Function("silent")
     graph.add_function(silent)
     m = Builder(graph)
-    m.source = Source('quo"te.py', 1)
+    m.source = SourceLine('quo"te.py', 1)
     x = m.input('"', "f32[S, 4]")
     a, c, w = (m.parameter(name, "f32[4]") for name in ("a.w", "a.deep.w", "odd weight"))
     (y,) = m.call(block, [x, a, c])
@@ -150,7 +150,7 @@ def clipped() -> Graph:
     """Absent operands, several results, sizes as attributes."""
     graph = Graph("sizes")
     b = Builder(graph)
-    b.source = Source("s.py", 2)
+    b.source = SourceLine("s.py", 2)
     x = b.input("x", "f32[B, S, (heads=2 4)]")
     values, index = b.top_k(x, k=3, axis=-1)
     ln = b.layer_norm(x, b.parameter("w", "f32[8]"), None)
@@ -524,13 +524,13 @@ def test_hostile_text_is_refused(name: str) -> None:
 
 
 def test_limits_are_adjustable() -> None:
-    assert parse_graph(BASE, Limits(nodes=5, parameters=3))
+    assert parse_graph(BASE, TextLimits(nodes=5, parameters=3))
     for limits in (
-        Limits(nodes=4),
-        Limits(parameters=2),
-        Limits(characters=100),
-        Limits(literal_bytes=1),
-        Limits(rank=1),
+        TextLimits(nodes=4),
+        TextLimits(parameters=2),
+        TextLimits(characters=100),
+        TextLimits(literal_bytes=1),
+        TextLimits(rank=1),
     ):
         text = BASE.replace("0.5)", "f32[1]{0.5})")
         with pytest.raises(ParseError):
@@ -542,7 +542,7 @@ def least_work(text: str) -> int:
 
     def reads(work: int) -> bool:
         try:
-            parse_graph(text, Limits(work=work))
+            parse_graph(text, TextLimits(work=work))
         except ParseError as error:
             if "takes too long to read" not in error.what:
                 raise

@@ -16,7 +16,7 @@ from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
-from treadle.backends.tvm.lowering.program import Call
+from treadle.backends.tvm.lowering.program import RoutineStep
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target
@@ -43,7 +43,7 @@ def assert_sums(got: Any, expected: Array, terms: int) -> None:
 
 def titles(exe: KernelExecutable) -> list[str]:
     """What main does, step by step."""
-    return [s.routine.name if isinstance(s, Call) else s.kernel.title for s in exe.program.main.steps]
+    return [s.routine.name if isinstance(s, RoutineStep) else s.kernel.title for s in exe.program.main.steps]
 
 
 # -- however operands lie ------------------------------------------------------------------------------------

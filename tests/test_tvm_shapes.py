@@ -16,7 +16,7 @@ from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
-from treadle.backends.tvm.lowering.program import Buffer, BufferKind, Call, View, row_major
+from treadle.backends.tvm.lowering.program import Buffer, BufferKind, RoutineStep, View, row_major
 from treadle.backends.tvm.lowering.shape_rules import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 def steps(exe: KernelExecutable) -> list[str]:
     """What main does, step by step."""
-    return [s.routine.name if isinstance(s, Call) else s.kernel.title for s in exe.program.main.steps]
+    return [s.routine.name if isinstance(s, RoutineStep) else s.kernel.title for s in exe.program.main.steps]
 
 
 # -- views ---------------------------------------------------------------------------------------------------

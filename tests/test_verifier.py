@@ -10,7 +10,7 @@ import pytest
 from tests.golden import Golden
 from treadle.ir.builder import Builder
 from treadle.ir.errors import VerifyError
-from treadle.ir.graph import Function, Graph, Init, Literal, Node, Source, Value
+from treadle.ir.graph import Function, Graph, Init, Literal, Node, SourceLine, Value
 from treadle.ir.ops.call import Call
 from treadle.ir.sizes import Bounds
 from treadle.ir.text.parser import parse_graph
@@ -183,7 +183,7 @@ def test_a_block_may_do_without_inputs() -> None:
     graph = Graph("g")
     block = Function("two")
     b = Builder(graph, block)
-    b.source = Source("two.py", 1)
+    b.source = SourceLine("two.py", 1)
     b.outputs(y=b.neg(b.constant(-2.0, f32)))
     graph.add_function(block)
     m = Builder(graph)

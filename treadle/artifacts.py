@@ -31,13 +31,13 @@ from treadle.files.contained_files import PathLike
 from treadle.files.limits import MORE, check_limits, limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.strict_json import JsonReader
-from treadle.frontends.safetensors_file import Limits as HeaderLimits
+from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import CheckpointError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.text.scanner import Limits as TextLimits
+from treadle.ir.text.scanner import TextLimits
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
 from treadle.ir.widening import narrow_dtypes, widen_graph

@@ -18,7 +18,7 @@ from typing import Any
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
 from treadle.frontends.dsl import Model
-from treadle.fusion_verdicts import STATUSES, UNFUSED, Verdict, filled, grouped, judge
+from treadle.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
@@ -36,7 +36,7 @@ class Block:
 
     function: str
     calls: int
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[FusionVerdict, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return {"function": self.function, "calls": self.calls, "sites": [v.as_dict() for v in self.verdicts]}
@@ -147,7 +147,7 @@ def explain_fusion(
     resolved = resolve(model, inputs=inputs, **config)
     optimized = PassManager(pipeline, certify=certify).run(resolved.graph)
     calls = count_calls(optimized.source)
-    verdicts: dict[str, list[Verdict]] = {name: [] for name in optimized.source.functions}
+    verdicts: dict[str, list[FusionVerdict]] = {name: [] for name in optimized.source.functions}
     for site, verdict in judge(optimized):
         verdicts[site.function].append(verdict)
     blocks = tuple(Block(name, calls[name], grouped(found)) for name, found in verdicts.items())

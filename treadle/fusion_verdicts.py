@@ -15,7 +15,7 @@ from treadle.ir.graph import Node
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassRecord
-from treadle.passes.sites.fusion_sites import KINDS, Site, find_sites
+from treadle.passes.sites.fusion_sites import KINDS, FusionSite, find_sites
 
 FUSED, ALREADY, REFUSED, NEARLY, MISSED = STATUSES = ("fused", "already", "refused", "nearly", "missed")
 UNFUSED = (REFUSED, NEARLY, MISSED)
@@ -30,7 +30,7 @@ _FORMS = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FusionVerdict:
     """What became of one site, or of several alike in one block.
 
     kind      attention, normalization, ...: see `treadle.passes.sites.fusion_sites`
@@ -113,7 +113,7 @@ def filled(start: str, parts: Sequence[str], between: str, width: int | None) ->
     yield line.rstrip()
 
 
-def judge(optimized: Optimized) -> list[tuple[Site, Verdict]]:
+def judge(optimized: Optimized) -> list[tuple[FusionSite, FusionVerdict]]:
     """A verdict on every site; products of a gate or an epilogue that was not fused may be sites of another kind."""
     unfused: set[Node] = set()
     while True:
@@ -124,7 +124,7 @@ def judge(optimized: Optimized) -> list[tuple[Site, Verdict]]:
         unfused |= more
 
 
-def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[Site, Verdict]]:
+def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[FusionSite, FusionVerdict]]:
     sites = find_sites(optimized.source, unfused)
     records = {kind: [r for r in optimized.log if r.name == name] for kind, (name, _) in KINDS.items()}
     told = {kind: _Told(kind, [s for s in sites if s.kind == kind], records[kind]) for kind in KINDS}
@@ -142,11 +142,11 @@ _Key = tuple[str, str, str]
 class _Told:
     """What the pass of one kind said of each site of that kind."""
 
-    def __init__(self, kind: str, sites: Sequence[Site], records: Sequence[PassRecord]) -> None:
+    def __init__(self, kind: str, sites: Sequence[FusionSite], records: Sequence[PassRecord]) -> None:
         self.kind = kind
         self.sites = [site for site in sites if site.op is None]
-        self.anchored: dict[Node, list[Site]] = {}
-        self.at: dict[_Key, dict[Site, set[str]]] = {}
+        self.anchored: dict[Node, list[FusionSite]] = {}
+        self.at: dict[_Key, dict[FusionSite, set[str]]] = {}
         for site in self.sites:
             for node in site.anchors:
                 self.anchored.setdefault(node, []).append(site)
@@ -157,12 +157,12 @@ class _Told:
         self.refusals = self._given([e for r in records for e in r.refusals], taken=False)
         self.near_misses = self._given([e for r in records for e in r.near_misses], taken=False)
 
-    def _given(self, events: Sequence[Event], *, taken: bool) -> dict[Site, list[Event]]:
+    def _given(self, events: Sequence[Event], *, taken: bool) -> dict[FusionSite, list[Event]]:
         """The events of each site: those that hold its anchor, then what was said of its other nodes and of no anchor.
 
         taken   a rule took the nodes, so that a site is its own only with the anchor
         """
-        found: dict[Site, list[Event]] = {}
+        found: dict[FusionSite, list[Event]] = {}
         beside: list[Event] = []
         for event in events:
             held = dict.fromkeys(site for node in event.given for site in self.anchored.get(node, ()))
@@ -175,35 +175,35 @@ class _Told:
                 found.setdefault(site, []).append(event)
         return found
 
-    def _at_its_place(self, event: Event, found: Mapping[Site, Sequence[Event]]) -> list[Site]:
+    def _at_its_place(self, event: Event, found: Mapping[FusionSite, Sequence[Event]]) -> list[FusionSite]:
         """The first site at an event's scope and line that has heard nothing of that rule, one with its op if any."""
         near = self.at.get((event.function, event.scope, event.source), {})
         exact = [site for site, ops in near.items() if event.op in ops]
         return [s for s in exact or near if event.rule not in (e.rule for e in found.get(s, ()))][:1]
 
-    def _nearest(self, event: Event) -> list[Site]:
+    def _nearest(self, event: Event) -> list[FusionSite]:
         """The site of which an event holds the most nodes, the first of several."""
         held = max(self.sites, key=lambda site: len(event.given.intersection(site.nodes)), default=None)
         return [held] if held is not None and event.given.intersection(held.nodes) else []
 
-    def verdict(self, site: Site) -> Verdict:
+    def verdict(self, site: FusionSite) -> FusionVerdict:
         places = (_place(site),)
         if site.op is not None:
-            return Verdict(self.kind, ALREADY, site.op, places=places)
+            return FusionVerdict(self.kind, ALREADY, site.op, places=places)
         matches = self.matches.get(site, [])
         refusals = self.refusals.get(site, [])
         fused = [e for e in matches if not _is_tidying(e.rule)]
         if fused:
             rules = tuple(dict.fromkeys(e.rule for e in fused))
             notes = tuple(e.told for e in refusals if e.rule not in rules or "rolled back" not in e.reason)
-            return Verdict(self.kind, FUSED, _made(self.kind, fused), rules, notes=notes, places=places)
+            return FusionVerdict(self.kind, FUSED, _made(self.kind, fused), rules, notes=notes, places=places)
         for status, events in ((REFUSED, refusals), (NEARLY, self.near_misses.get(site, []))):
             if events:
                 event = events[0]
                 at = event.place if event.place != places[0] else ""
                 told = (event.matched, event.edge or event.op, at, event.reason, event.hint)
-                return Verdict(self.kind, status, "", (event.rule,), *told, places=places)
-        return Verdict(self.kind, MISSED, places=places)
+                return FusionVerdict(self.kind, status, "", (event.rule,), *told, places=places)
+        return FusionVerdict(self.kind, MISSED, places=places)
 
 
 def _is_tidying(rule: str) -> bool:
@@ -219,7 +219,7 @@ def _made(kind: str, fused: Sequence[Event]) -> str:
     return (of_kind or made or list(ops))[-1]
 
 
-def _why_missed(site: Site, optimized: Optimized) -> tuple[str, str]:
+def _why_missed(site: FusionSite, optimized: Optimized) -> tuple[str, str]:
     """Why nothing was said of a site, and what would help."""
     name = KINDS[site.kind][0]
     if all(record.name != name for record in optimized.log):
@@ -230,14 +230,14 @@ def _why_missed(site: Site, optimized: Optimized) -> tuple[str, str]:
     return f"no rule of {name} came near: {around}", _FORMS.get(site.kind, "")
 
 
-def _place(site: Site) -> str:
+def _place(site: FusionSite) -> str:
     node = site.anchor
     return "  ".join(part for part in (str(node.source or ""), node.scope) if part) or site.function
 
 
-def grouped(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
+def grouped(verdicts: Sequence[FusionVerdict]) -> tuple[FusionVerdict, ...]:
     """Verdicts that differ in their places alone, as one; those that are not fused go first."""
-    groups: dict[Verdict, list[Verdict]] = {}
+    groups: dict[FusionVerdict, list[FusionVerdict]] = {}
     for verdict in verdicts:
         groups.setdefault(replace(verdict, places=(), at=""), []).append(verdict)
     made = []

@@ -49,7 +49,7 @@ MOST_ELEMENTS = 4096
 _STEPS_KEPT = 16 * MOST_KEPT  # on the ways to them: values, and the input that is needed next
 
 
-class Chosen(NamedTuple):
+class StaticValue(NamedTuple):
     """The value of an input, so that equal ones are equal: its elements' bytes in the dtype of the input."""
 
     name: str
@@ -65,7 +65,7 @@ class Chosen(NamedTuple):
         return f"{printable(self.name)} = {printable(str(self.array.tolist()), 60)}"
 
 
-Way = tuple[Chosen, ...]
+Way = tuple[StaticValue, ...]
 """Values in the order in which they are needed."""
 
 
@@ -226,7 +226,7 @@ class Specializing(Compiled):
                 _keep(self._kept, way, compiled, MOST_KEPT)
             return compiled
 
-    def _chosen(self, port: Port, given: Any) -> Chosen:
+    def _chosen(self, port: Port, given: Any) -> StaticValue:
         """A value that a caller gave, checked. Raises BackendError."""
         if port.dtype.numpy is None:
             raise BackendError(f"{port.dtype} cannot determine a shape", within=str(port))
@@ -240,7 +240,7 @@ class Specializing(Compiled):
         if wrong is not None:
             received = f"{port.name}: {port.dtype}[{', '.join(map(str, array.shape))}]"
             raise BackendError(f"input {port.name} {wrong}", received=received, within=str(self._signature), hint=hint)
-        return Chosen(port.name, port.dtype.numpy.str, array.shape, array.tobytes())
+        return StaticValue(port.name, port.dtype.numpy.str, array.shape, array.tobytes())
 
     # -- what depends on the value ---------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from treadle.backends.onnx.writer import Line, Tensor
+from treadle.backends.onnx.writer import OnnxLine, Tensor
 from treadle.ir.attention_terms import (
     AXES,
     BiasTerm,
@@ -31,14 +31,14 @@ from treadle.ir.attention_terms import (
     leave_a_key,
 )
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.graph import Graph, Source
+from treadle.ir.graph import Graph, SourceLine
 from treadle.ir.types import Type, boolean, f64, i32
 
-_SOURCE = Source("attention", 0)
+_SOURCE = SourceLine("attention", 0)
 _AFTER_SOFTMAX = 3  # what the operator's fourth result is
 
 
-def attention(line: Line) -> Sequence[Tensor]:
+def attention(line: OnnxLine) -> Sequence[Tensor]:
     """The operator where the opset has it; ONNX Runtime has no kernel of it for f64.
 
     The probabilities are its fourth result; the second and third are keys and values, those of the past before them.
@@ -59,14 +59,14 @@ def attention(line: Line) -> Sequence[Tensor]:
     return [out, probabilities]
 
 
-def _scale(line: Line) -> float:
+def _scale(line: OnnxLine) -> float:
     return float(line.op.scale_for(line.type("q").shape[-1].constant or 1))  # the op refuses a symbol without a scale
 
 
 # -- the mask ------------------------------------------------------------------------------------------------------
 
 
-def _mask(line: Line, terms: Sequence[Term], *, full: bool) -> tuple[Tensor, Type]:
+def _mask(line: OnnxLine, terms: Sequence[Term], *, full: bool) -> tuple[Tensor, Type]:
     """The terms as one mask: bool, or, where one of them is a bias, a float.
 
     It is [s, t], or [b or 1, h or 1, s, t]; only where it is `full` do s and t not broadcast, which ONNX Runtime asks.
@@ -93,7 +93,7 @@ def _mask(line: Line, terms: Sequence[Term], *, full: bool) -> tuple[Tensor, Typ
     return line.expanded(b.graph, line.present[3:])["mask"], made_of
 
 
-def _builder(line: Line) -> Builder:
+def _builder(line: OnnxLine) -> Builder:
     """For a graph that will stand in the line's place."""
     b = Builder(Graph(line.op.name))
     b.graph.symbols = dict(line.w.graph.symbols)
@@ -119,7 +119,7 @@ def _laid_out(b: Builder, grid: Grid, term: Term, operands: Sequence[Expr]) -> E
 # -- without the operator ------------------------------------------------------------------------------------------
 
 
-def _spelled_out(line: Line) -> list[Tensor]:
+def _spelled_out(line: OnnxLine) -> list[Tensor]:
     """Two products with a softmax between them."""
     terms = line.op.terms
     mask = _mask(line, terms, full=False) if terms else None
@@ -170,7 +170,7 @@ def _seen(b: Builder, mask: Expr) -> Expr:
 # -- rotary --------------------------------------------------------------------------------------------------------
 
 
-def rotary(line: Line) -> Tensor:
+def rotary(line: OnnxLine) -> Tensor:
     """RotaryEmbedding, with cosines and sines of each row's positions for its caches."""
     w, frequencies = line.w, line.frequencies
     positions = w.add("Unsqueeze", w.cast(line.positions, frequencies.dtype), w.integers(2))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.backends.onnx.writer import Line, OnnxWriter, Tensor
+from treadle.backends.onnx.writer import OnnxLine, OnnxWriter, Tensor
 from treadle.ir.sizes import Size, product
 
 
@@ -70,7 +70,7 @@ def _short_target(w: OnnxWriter, have: Sequence[Size], want: Sequence[Size]) -> 
     return [-1 if number is None else number for number in target]
 
 
-def rearranged(line: Line) -> Tensor:
+def rearranged(line: OnnxLine) -> Tensor:
     """A rearrange: split what the permutation takes apart, permute, then join and add or drop ones."""
     application = line.op.apply([line.type("x")])
     (operand,), (result,) = application.operands, application.results

@@ -14,7 +14,7 @@ import numpy as np
 
 from treadle.backends.onnx.attention_forms import attention, rotary
 from treadle.backends.onnx.rearrange import rearranged, reshaped
-from treadle.backends.onnx.writer import NARROW, Line, Tensor
+from treadle.backends.onnx.writer import NARROW, OnnxLine, Tensor
 from treadle.backends.python.axis_spelling import einsum_letters
 from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
@@ -22,7 +22,7 @@ from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.sizes import Size
 from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i64, u8
 
-Spelling = str | Callable[[Line], Tensor | Sequence[Tensor]]
+Spelling = str | Callable[[OnnxLine], Tensor | Sequence[Tensor]]
 """An operator's name, which is applied to the operands that are present; or what gives the results' tensors."""
 
 SPELLINGS: dict[str, Spelling] = {
@@ -141,7 +141,7 @@ def keeps(opset: int) -> Callable[[Op, Sequence[Type | None]], bool]:
     return kept
 
 
-def spell(line: Line) -> list[Tensor]:
+def spell(line: OnnxLine) -> list[Tensor]:
     """Add a node of ours; returns the tensors of its results. Raises BackendError where it has no form."""
     spelling = SPELLINGS.get(line.op.name)
     if spelling is None:
@@ -150,8 +150,8 @@ def spell(line: Line) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else list(made)
 
 
-def _spells(name: str) -> Callable[[Callable[[Line], Any]], Callable[[Line], Any]]:
-    def add(spelling: Callable[[Line], Any]) -> Callable[[Line], Any]:
+def _spells(name: str) -> Callable[[Callable[[OnnxLine], Any]], Callable[[OnnxLine], Any]]:
+    def add(spelling: Callable[[OnnxLine], Any]) -> Callable[[OnnxLine], Any]:
         SPELLINGS[name] = spelling
         return spelling
 
@@ -162,7 +162,7 @@ def _spells(name: str) -> Callable[[Callable[[Line], Any]], Callable[[Line], Any
 
 
 @_spells("mod")
-def _mod(line: Line) -> Tensor:
+def _mod(line: OnnxLine) -> Tensor:
     """Of integers ONNX's has the sign of y, as ours. Of floats it is C's, with the sign of x: y is added to mend it."""
     if not line.x.dtype.is_float:
         return _tensor(line.add("Mod", line.x, line.y))
@@ -170,7 +170,7 @@ def _mod(line: Line) -> Tensor:
     return _tensor(line.add("Where", mend, line.add("Add", rest, line.y), rest))
 
 
-def _float_rest(line: Line) -> tuple[Tensor, Tensor]:
+def _float_rest(line: OnnxLine) -> tuple[Tensor, Tensor]:
     """C's remainder, and whether it is not 0 and its sign is not that of y."""
     zero = line.w.constant(0.0, line.x.dtype)
     rest = line.add("Mod", line.x, line.y, fmod=1)
@@ -179,7 +179,7 @@ def _float_rest(line: Line) -> tuple[Tensor, Tensor]:
 
 
 @_spells("floor_divide")
-def _floor_divide(line: Line) -> Tensor:
+def _floor_divide(line: OnnxLine) -> Tensor:
     """As NumPy: (x - rest) / y is whole but for its rounding, and one less where the remainder was mended."""
     quotient = line.add("Div", line.x, line.y)
     if line.x.dtype is u8:
@@ -203,7 +203,7 @@ def _tensor(made: Any) -> Tensor:
 
 
 @_spells("round_to")
-def _round_to(line: Line) -> Tensor:
+def _round_to(line: OnnxLine) -> Tensor:
     """A cast to the format and back. A cast to bf16 does not saturate; f16 holds no number that would be too large."""
     w, x = line.w, line.x
     if line.op.format == "bf16":
@@ -220,7 +220,7 @@ def _round_to(line: Line) -> Tensor:
 
 
 @_spells("linear")
-def _linear(line: Line) -> Tensor:
+def _linear(line: OnnxLine) -> Tensor:
     """Gemm transposes the weight itself, but takes matrices alone."""
     bias = [line.bias] if line.has("bias") else []
     if line.type("x").rank == 2:
@@ -230,7 +230,7 @@ def _linear(line: Line) -> Tensor:
 
 
 @_spells("einsum")
-def _einsum(line: Line) -> Tensor:
+def _einsum(line: OnnxLine) -> Tensor:
     """Every axis gets a letter, those of `...` too; an operand loses the ones of axes that it does not hold."""
     application = line.op.apply([v.type for v in line.node.inputs])
     terms, operands = [], []
@@ -244,7 +244,7 @@ def _einsum(line: Line) -> Tensor:
 
 
 @_spells("conv")
-def _conv(line: Line) -> Tensor:
+def _conv(line: OnnxLine) -> Tensor:
     befores, afters, strides, dilations = zip(*line.op.spatial(line.type("x").rank - 2), strict=True)
     bias = [line.bias] if line.has("bias") else []
     return _tensor(
@@ -264,12 +264,12 @@ def _conv(line: Line) -> Tensor:
 # -- looking along axes ----------------------------------------------------------------------------------------
 
 
-def _wide(line: Line, x: Tensor) -> Tensor:
+def _wide(line: OnnxLine, x: Tensor) -> Tensor:
     """x, in f32 if it is of 16 bits: what ours computes in."""
     return line.w.cast(x, f32) if x.dtype in (f16, bf16) else x
 
 
-def _reduced(line: Line, op_type: str, x: Tensor) -> Tensor:
+def _reduced(line: OnnxLine, op_type: str, x: Tensor) -> Tensor:
     """Sums take their axes as an input at all our opsets, the others from opset 18."""
     axes = [place(axis, line.type("x").rank) for axis in line.op.axes]
     if not axes:
@@ -281,27 +281,27 @@ def _reduced(line: Line, op_type: str, x: Tensor) -> Tensor:
 
 
 @_spells("cumsum")
-def _cumsum(line: Line) -> Tensor:
+def _cumsum(line: OnnxLine) -> Tensor:
     axis = line.w.constant(line.op.axis, i64)
     return _tensor(line.add("CumSum", line.x, axis, exclusive=int(line.op.exclusive), reverse=int(line.op.reverse)))
 
 
 @_spells("top_k")
-def _top_k(line: Line) -> tuple[Tensor, ...]:
+def _top_k(line: OnnxLine) -> tuple[Tensor, ...]:
     return line.w.add_all("TopK", line.x, line.w.integers(line.op.k), results=2, axis=line.op.axis)
 
 
 @_spells("layer_norm")
-def _layer_norm(line: Line) -> Tensor:
+def _layer_norm(line: OnnxLine) -> Tensor:
     return _normalized(line, "LayerNormalization", [line.bias] if line.has("bias") else [])
 
 
 @_spells("rms_norm")
-def _rms_norm(line: Line) -> Tensor:
+def _rms_norm(line: OnnxLine) -> Tensor:
     return _normalized(line, "RMSNormalization", [])
 
 
-def _normalized(line: Line, op_type: str, bias: Sequence[Tensor]) -> Tensor:
+def _normalized(line: OnnxLine, op_type: str, bias: Sequence[Tensor]) -> Tensor:
     x = _wide(line, line.x)
     if line.has("weight"):
         weight = _wide(line, line.weight)
@@ -315,7 +315,7 @@ def _normalized(line: Line, op_type: str, bias: Sequence[Tensor]) -> Tensor:
 
 
 @_spells("expand")
-def _expand(line: Line) -> Tensor:
+def _expand(line: OnnxLine) -> Tensor:
     """A 1 in the shape keeps what x has there."""
     have, want = line.type("x").shape, line.result.shape
     if have == want:
@@ -327,14 +327,14 @@ def _expand(line: Line) -> Tensor:
 
 
 @_spells("positions")
-def _positions(line: Line) -> Tensor:
+def _positions(line: OnnxLine) -> Tensor:
     shape = line.type("x").shape
     made = line.w.counted(shape[-1])
     return made if len(shape) == 1 else _tensor(line.add("Expand", made, line.w.vector(shape)))
 
 
 @_spells("slice")
-def _slice(line: Line) -> Tensor:
+def _slice(line: OnnxLine) -> Tensor:
     size = line.type("x").shape[line.op.axis]
     start, stop = line.op.span(size)
     starts, stops = (
@@ -353,7 +353,7 @@ def _from_end(edge: Size) -> bool:
 
 
 @_spells("pad")
-def _pad(line: Line) -> Tensor:
+def _pad(line: OnnxLine) -> Tensor:
     rank = line.type("x").rank
     axis = place(line.op.axis, rank)
     before = [line.op.before if at == axis else 0 for at in range(rank)]
@@ -362,7 +362,7 @@ def _pad(line: Line) -> Tensor:
     return _tensor(line.add("Pad", line.x, line.w.vector([*before, *after]), value, mode="constant"))
 
 
-def _filling(line: Line, value: float, dtype: DType) -> Tensor:
+def _filling(line: OnnxLine, value: float, dtype: DType) -> Tensor:
     """The constant that fills a tensor of this dtype, which holds the number: the op saw to that."""
     return line.w.constant(value if dtype.is_float else bool(value) if dtype is boolean else int(value), dtype)
 
@@ -370,7 +370,7 @@ def _filling(line: Line, value: float, dtype: DType) -> Tensor:
 # -- windows and scatters --------------------------------------------------------------------------------------
 
 
-def _window_positions(line: Line, count: Size, size: Size) -> Tensor:
+def _window_positions(line: OnnxLine, count: Size, size: Size) -> Tensor:
     """i64[count, size]: where on its axis each element of each window lies."""
     w, stride, dilation = line.w, line.op.stride, line.op.dilation
     if count.constant is not None and size.constant is not None:
@@ -381,7 +381,7 @@ def _window_positions(line: Line, count: Size, size: Size) -> Tensor:
 
 
 @_spells("windows")
-def _windows(line: Line) -> Tensor:
+def _windows(line: OnnxLine) -> Tensor:
     rank = line.type("x").rank
     axis = place(line.op.axis, rank)
     made = line.add("Gather", line.x, _window_positions(line, line.result.shape[axis], line.op.size), axis=axis)
@@ -390,7 +390,7 @@ def _windows(line: Line) -> Tensor:
 
 
 @_spells("fold_windows")
-def _fold_windows(line: Line) -> Tensor:
+def _fold_windows(line: OnnxLine) -> Tensor:
     x, rank = line.type("x"), line.type("x").rank
     axis = place(line.op.axis, rank - 1)
     positions = _window_positions(line, x.shape[axis], x.shape[-1])
@@ -402,7 +402,7 @@ def _fold_windows(line: Line) -> Tensor:
 
 
 @_spells("index_add")
-def _index_add(line: Line) -> Tensor:
+def _index_add(line: OnnxLine) -> Tensor:
     rank, picked = line.type("target").rank, line.type("indices").rank
     axis = place(line.op.axis, rank)
     others = [at for at in range(rank) if at != axis]
@@ -414,27 +414,27 @@ def _index_add(line: Line) -> Tensor:
     return _moved_back(line, _added(line, target, line.indices, updates), axis, rank)
 
 
-def _added(line: Line, target: Tensor, positions: Tensor, updates: Tensor) -> Tensor:
+def _added(line: OnnxLine, target: Tensor, positions: Tensor, updates: Tensor) -> Tensor:
     """The target with the updates added to its rows at these positions."""
     _refuse_before_16(line)
     rows = line.add("Unsqueeze", line.w.cast(positions, i64), line.w.integers(-1))
     return _tensor(line.add("ScatterND", target, rows, updates, reduction="add"))
 
 
-def _moved_back(line: Line, made: Tensor, axis: int, rank: int) -> Tensor:
+def _moved_back(line: OnnxLine, made: Tensor, axis: int, rank: int) -> Tensor:
     """The first dimension back in the place of `axis`."""
     order = [*range(1, axis + 1), 0, *range(axis + 1, rank)]
     return _tensor(line.add("Transpose", made, perm=order)) if axis else made
 
 
 @_spells("scatter_add")
-def _scatter_add(line: Line) -> Tensor:
+def _scatter_add(line: OnnxLine) -> Tensor:
     _refuse_before_16(line)
     return _tensor(
         line.add("ScatterElements", line.target, line.indices, line.updates, axis=line.op.axis, reduction="add")
     )
 
 
-def _refuse_before_16(line: Line) -> None:
+def _refuse_before_16(line: OnnxLine) -> None:
     if line.w.opset < 16:
         raise line.w.refusal(f"opset {line.w.opset} has no scatter that adds", hint="opset 16 or newer")

@@ -20,7 +20,7 @@ import numpy as np
 
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Function, Graph, Literal, Node, Source, Value
+from treadle.ir.graph import Function, Graph, Literal, Node, SourceLine, Value
 from treadle.ir.sizes import Quotient, Size
 from treadle.ir.types import DTYPES, DType, Type, bf16, boolean, f16, f32, i8, i16, i32, i64, u8
 from treadle.passes.lowering.legalize import Keeps, legalized
@@ -139,7 +139,7 @@ class OnnxWriter:
     types      our type of each tensor that is the result of a node of ours
     """
 
-    def __init__(self, graph: Graph, opset: int, keeps: Keeps, spell: Callable[[Line], list[Tensor]]) -> None:
+    def __init__(self, graph: Graph, opset: int, keeps: Keeps, spell: Callable[[OnnxLine], list[Tensor]]) -> None:
         self.graph, self.opset, self.keeps, self.spell = graph, opset, keeps, spell
         self.nodes: list[OnnxNode] = []
         self.constants: dict[Literal, Tensor] = {}
@@ -188,7 +188,9 @@ class OnnxWriter:
         for node in function.nodes:
             self._writing.append(node)
             known = len(self.nodes)
-            made = self.spell(Line(self, node, [None if v is None else self.tensor(v, tensors) for v in node.operands]))
+            made = self.spell(
+                OnnxLine(self, node, [None if v is None else self.tensor(v, tensors) for v in node.operands])
+            )
             fresh = {t for added in self.nodes[known:] for t in added.outputs}
             for value, tensor in zip(node.results, made, strict=True):
                 tensors[value] = tensor
@@ -381,7 +383,7 @@ class OnnxWriter:
 
 
 @dataclass(frozen=True)
-class Line:
+class OnnxLine:
     """A node of ours about to be written, as a spelling sees it: `line.x` is the tensor of its operand x.
 
     w         the writer; `line.add` is the writer's
@@ -443,7 +445,7 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _told(source: Source | None) -> str:
+def _told(source: SourceLine | None) -> str:
     """`gpt2.py:41`, never an absolute path: a file must not say where it was made."""
     if source is None:
         return ""

@@ -18,7 +18,15 @@ from treadle.backends.tvm.kernels.cache import Entry
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import RECORD
-from treadle.backends.tvm.lowering.program import Buffer, BufferKind, Call, KernelProgram, Routine, Step, View
+from treadle.backends.tvm.lowering.program import (
+    Buffer,
+    BufferKind,
+    KernelProgram,
+    KernelStep,
+    Routine,
+    RoutineStep,
+    View,
+)
 from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, Status
 from treadle.ir.sizes import product
 
@@ -63,10 +71,10 @@ class Plan:
     moves: Sequence[tuple[Moving, Array, Array]]
     arena: int
     shapes: Mapping[str, tuple[int, ...]]
-    steps: Sequence[Step]
+    steps: Sequence[KernelStep]
     lives: Mapping[str, Sequence[Lifetime]]
     status: Array
-    tellers: Sequence[Step]
+    tellers: Sequence[KernelStep]
 
 
 class _Frame(NamedTuple):
@@ -103,8 +111,8 @@ class Planner:
         self.words: list[tuple[int, int]] = []
         self.moves: dict[Moving, Relocation] = {}
         self.told = Relocation()
-        self.steps: list[Step] = []
-        self.tellers: list[Step] = []
+        self.steps: list[KernelStep] = []
+        self.tellers: list[KernelStep] = []
         self.frames: dict[str, _Frame] = {}
         self.lives: dict[str, list[Lifetime]] = {}
 
@@ -128,7 +136,7 @@ class Planner:
         words[at, 1] = offsets + address(status)
         return Plan(table, words, moves, arena, shapes, self.steps, self.lives, status, self.tellers)
 
-    def _worth_threads(self, step: Step) -> bool:
+    def _worth_threads(self, step: KernelStep) -> bool:
         """Whether a step takes longer than it takes to wake threads: by the bytes it touches and its operations."""
         if step not in self._known_worth:
             touched = sum(product(v.shape).evaluate(self.sizes) * v.dtype.bytes for v in step.views)
@@ -137,7 +145,7 @@ class Planner:
         return self._known_worth[step]
 
     @cached_property
-    def _known_worth(self) -> dict[Step, bool]:
+    def _known_worth(self) -> dict[KernelStep, bool]:
         return {}
 
     def _frame(self, routine: Routine) -> None:
@@ -152,7 +160,9 @@ class Planner:
                     lives[buffer] = Lifetime(buffer.name, known.first if known else at, at + 1, size)
         offsets = plan_arena(list(lives.values()))
         end = check_arena(list(lives.values()), offsets)
-        inner = max((self.frames[s.routine.name].deepest for s in routine.steps if isinstance(s, Call)), default=0)
+        inner = max(
+            (self.frames[s.routine.name].deepest for s in routine.steps if isinstance(s, RoutineStep)), default=0
+        )
         self.lives[routine.name] = list(lives.values())
         self.frames[routine.name] = _Frame(dict(zip(lives, offsets, strict=True)), end, end + inner)
 
@@ -161,7 +171,7 @@ class Planner:
         frame = self.frames[routine.name]
         for step, views, sizes in self._numbers(routine):
             pointers = [self._place(buffer, at, places, frame, base) for buffer, at in views]
-            if isinstance(step, Call):
+            if isinstance(step, RoutineStep):
                 buffers = [*step.routine.arguments, *step.routine.results]
                 self._expand(step.routine, dict(zip(buffers, pointers, strict=True)), base + frame.end)
                 continue
@@ -172,7 +182,7 @@ class Planner:
             self.records.append((self.entries[step.kernel], first, len(self.words) - first))
             self.steps.append(step)
 
-    def _value(self, pointer: Pointer, step: Step) -> int:
+    def _value(self, pointer: Pointer, step: KernelStep) -> int:
         """What the next word holds: an address, or, until that is known, the offset in its space."""
         space, offset = pointer
         match space:
@@ -187,21 +197,21 @@ class Planner:
                 assert_never(space)
         return offset
 
-    def _numbers(self, routine: Routine) -> list[tuple[Step | Call, list[tuple[Buffer, int]], list[int]]]:
+    def _numbers(self, routine: Routine) -> list[tuple[KernelStep | RoutineStep, list[tuple[Buffer, int]], list[int]]]:
         """A routine's steps with numbers for sizes, made once however often it is called."""
         if routine.name not in self._known:
             self._known[routine.name] = [
                 (
                     step,
                     [(v.buffer, self._bytes(v)) for v in step.views],
-                    [] if isinstance(step, Call) else [s.evaluate(self.sizes) for s in step.sizes],
+                    [] if isinstance(step, RoutineStep) else [s.evaluate(self.sizes) for s in step.sizes],
                 )
                 for step in routine.steps
             ]
         return self._known[routine.name]
 
     @cached_property
-    def _known(self) -> dict[str, list[tuple[Step | Call, list[tuple[Buffer, int]], list[int]]]]:
+    def _known(self) -> dict[str, list[tuple[KernelStep | RoutineStep, list[tuple[Buffer, int]], list[int]]]]:
         return {}
 
     def _bytes(self, view: View) -> int:

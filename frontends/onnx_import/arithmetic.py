@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import reduce
 
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import f32, f64, i64
 
@@ -17,7 +17,7 @@ def in_order(b: Builder, x: Expr, unsigned: bool) -> Expr:
     return x + b.constant(_SIGN_BIT, i64) if unsigned else x
 
 
-def _is_uint64(site: Site, position: int = 0) -> bool:
+def _is_uint64(site: OnnxSite, position: int = 0) -> bool:
     return site.element(position).name == "UINT64"
 
 
@@ -25,22 +25,22 @@ def _is_uint64(site: Site, position: int = 0) -> bool:
 
 
 @operator("Add", latest=14, first=7)
-def _add(site: Site) -> Made:
+def _add(site: OnnxSite) -> Made:
     return site.x(0) + site.x(1)
 
 
 @operator("Sub", latest=14, first=7)
-def _sub(site: Site) -> Made:
+def _sub(site: OnnxSite) -> Made:
     return site.x(0) - site.x(1)
 
 
 @operator("Mul", latest=14, first=7)
-def _mul(site: Site) -> Made:
+def _mul(site: OnnxSite) -> Made:
     return site.x(0) * site.x(1)
 
 
 @operator("Div", latest=14, first=7)
-def _div(site: Site) -> Made:
+def _div(site: OnnxSite) -> Made:
     """Integers are divided towards zero."""
     x, y = site.x(0), site.x(1)
     if x.dtype.is_float:
@@ -75,7 +75,7 @@ def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
 
 
 @operator("Mod", latest=28)
-def _mod(site: Site) -> Made:
+def _mod(site: OnnxSite) -> Made:
     """fmod=1 takes the sign of the dividend, fmod=0 that of the divisor."""
     b, x, y = site.b, site.x(0), site.x(1)
     like_dividend = site.int("fmod", 0)
@@ -99,7 +99,7 @@ def _mod(site: Site) -> Made:
 
 
 @operator("Pow", latest=15, first=7)
-def _pow(site: Site) -> Made:
+def _pow(site: OnnxSite) -> Made:
     """The exponent may be of another type; the result is of the base's."""
     b, x, y = site.b, site.x(0), site.x(1)
     base = site.element(0)
@@ -123,19 +123,19 @@ def _pow(site: Site) -> Made:
     return b.pow(x.cast(f64), y.cast(f64)).cast(x.dtype)
 
 
-def _folding(name: str, latest: int, combine: Callable[[Site, Expr, Expr], Expr]) -> None:
+def _folding(name: str, latest: int, combine: Callable[[OnnxSite, Expr, Expr], Expr]) -> None:
     """An operator that combines any number of operands."""
 
     @operator(name, latest=latest, first=6)
-    def _combined(site: Site) -> Made:
+    def _combined(site: OnnxSite) -> Made:
         parts = site.all()
         if len(parts) == 1:
             return parts[0]
         return reduce(lambda x, y: combine(site, x, y), parts)
 
 
-def _extremum(name: str) -> Callable[[Site, Expr, Expr], Expr]:
-    def combine(site: Site, x: Expr, y: Expr) -> Expr:
+def _extremum(name: str) -> Callable[[OnnxSite, Expr, Expr], Expr]:
+    def combine(site: OnnxSite, x: Expr, y: Expr) -> Expr:
         b = site.b
         if _is_uint64(site):
             flip = b.constant(_SIGN_BIT, i64)
@@ -151,7 +151,7 @@ _folding("Sum", 13, lambda site, x, y: x + y)
 
 
 @operator("Mean", latest=13, first=6)
-def _mean(site: Site) -> Made:
+def _mean(site: OnnxSite) -> Made:
     parts = site.all()
     return reduce(lambda x, y: x + y, parts) / float(len(parts))
 
@@ -161,7 +161,7 @@ def _mean(site: Site) -> Made:
 
 def _comparison(name: str, ours: str, latest: int, ordered: bool = True) -> None:
     @operator(name, latest=latest, first=7)
-    def _compared(site: Site) -> Made:
+    def _compared(site: OnnxSite) -> Made:
         x, y = (in_order(site.b, x, ordered and _is_uint64(site)) for x in (site.x(0), site.x(1)))
         return site.b.apply(ours, x, y)
 
@@ -174,32 +174,32 @@ _comparison("LessOrEqual", "less_equal", 16)
 
 
 @operator("And", latest=7, first=7)
-def _and(site: Site) -> Made:
+def _and(site: OnnxSite) -> Made:
     return site.x(0) & site.x(1)
 
 
 @operator("Or", latest=7, first=7)
-def _or(site: Site) -> Made:
+def _or(site: OnnxSite) -> Made:
     return site.x(0) | site.x(1)
 
 
 @operator("Xor", latest=7, first=7)
-def _xor(site: Site) -> Made:
+def _xor(site: OnnxSite) -> Made:
     return site.b.not_equal(site.x(0), site.x(1))
 
 
 @operator("Not")
-def _not(site: Site) -> Made:
+def _not(site: OnnxSite) -> Made:
     return ~site.x(0)
 
 
 @operator("Where", latest=16, moves=(1, 2))
-def _where(site: Site) -> Made:
+def _where(site: OnnxSite) -> Made:
     return site.b.where(site.x(0), site.x(1), site.x(2))
 
 
 @operator("Clip", latest=13, first=6)
-def _clip(site: Site) -> Made:
+def _clip(site: OnnxSite) -> Made:
     """Between bounds, of which either may be left out; where they cross, the upper one holds."""
     b, x = site.b, site.x(0)
     unsigned = _is_uint64(site)

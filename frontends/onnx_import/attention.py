@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.masking import (
@@ -23,7 +23,7 @@ _NO_MASKS, _NO_BIASES = Masks(), Biases()
 _AFTER_SOFTMAX = 3  # the mode in which the operator's fourth output is the probabilities
 
 
-def heads_apart(site: Site, x: Expr, heads: int) -> Expr:
+def heads_apart(site: OnnxSite, x: Expr, heads: int) -> Expr:
     """[b, s, h d] as [b, h, s, d]."""
     if x.rank != 3 or heads < 1 or site.number(x.shape[-1], "the width of the heads together") % heads:
         site.malformed(f"a width of {x.shape[-1]} for {heads} heads")
@@ -35,7 +35,7 @@ def heads_together(b: Builder, x: Expr) -> Expr:
     return b.rearrange(x, pattern="b h s d -> b s (h d)")
 
 
-def masked_by(site: Site, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
+def masked_by(site: OnnxSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
     """A mask [..., s, t] as a term: true where a query may see a key, or what is added to the scores.
 
     A 1 where attention's own axis is longer broadcasts, and that axis is left out.
@@ -69,7 +69,7 @@ def bottom_right(b: Builder, queries: Size, keys: Size, past: Expr) -> Masks:
 
 
 @operator("Attention", latest=25, first=23)
-def _attention(site: Site) -> Made:
+def _attention(site: OnnxSite) -> Made:
     """Scores asked for as an output, and softmax in another precision, are left to the operator's function body; the
     probabilities as an output (mode 3) are not."""
     b = site.b
@@ -132,7 +132,7 @@ def _count(b: Builder, size: Size) -> Expr:
     return b.constant(size.constant, i64) if size.constant is not None else b.size(value=size)
 
 
-def _to_length(site: Site, mask: Expr, keys: Size) -> Expr:
+def _to_length(site: OnnxSite, mask: Expr, keys: Size) -> Expr:
     """A mask whose last axis is as long as the keys: what it does not reach is masked."""
     held = mask.shape[-1]
     if held in (keys, ONE):
@@ -180,7 +180,7 @@ def turned(b: Builder, x: Expr, cos: Expr, sin: Expr, *, interleaved: bool) -> E
 
 
 @operator("RotaryEmbedding", latest=23, first=23)
-def _rotary(site: Site) -> Made:
+def _rotary(site: OnnxSite) -> Made:
     b, x, cos, sin = site.b, site.x(0), site.x(1), site.x(2)
     heads, width = site.int("num_heads", 0), site.int("rotary_embedding_dim", 0)
     interleaved = bool(site.int("interleaved", 0))

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from treadle.frontends.onnx_import.elements import Element
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.values import Known
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import boolean, f32, f64, i32, i64
 
 
 @operator("Cast", latest=28, first=6)
-def _cast(site: Site) -> Made:
+def _cast(site: OnnxSite) -> Made:
     to = site.importer.element(site.int("to", 0))
     site.ignore("round_mode")  # of float8e8m0, which no dtype carries
     return cast(site, to, bool(site.int("saturate", 1)))
 
 
 @operator("CastLike", latest=25, types=(1,))
-def _cast_like(site: Site) -> Made:
+def _cast_like(site: OnnxSite) -> Made:
     site.ignore("round_mode")
     return cast(site, site.element(1), bool(site.int("saturate", 1)))
 
 
-def cast(site: Site, to: Element, saturate: bool) -> Known:
+def cast(site: OnnxSite, to: Element, saturate: bool) -> Known:
     """Input 0 as another element type."""
     return Known(to, expr=converted(site.b, site.x(0), site.element(0), to, saturate=saturate))
 

@@ -6,7 +6,7 @@ Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 from __future__ import annotations
 
 from treadle.frontends.onnx_import.attention import heads_apart, heads_together, turned
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.products import matmul
 from treadle.frontends.onnx_import.quantization import centered, dynamically_quantized
 from treadle.frontends.onnx_import.reshaping import reshaped
@@ -21,23 +21,23 @@ MICROSOFT = "com.microsoft"
 
 
 @operator("BiasGelu", domain=MICROSOFT)
-def _bias_gelu(site: Site) -> Made:
+def _bias_gelu(site: OnnxSite) -> Made:
     return site.b.gelu(site.x(0) + site.x(1))
 
 
 @operator("FastGelu", domain=MICROSOFT)
-def _fast_gelu(site: Site) -> Made:
+def _fast_gelu(site: OnnxSite) -> Made:
     x, bias = site.x(0), site.maybe(1)
     return site.b.gelu_tanh(x if bias is None else x + bias)
 
 
 @operator("Gelu", domain=MICROSOFT)
-def _gelu(site: Site) -> Made:
+def _gelu(site: OnnxSite) -> Made:
     return site.b.gelu(site.x(0))
 
 
 @operator("QuickGelu", domain=MICROSOFT)
-def _quick_gelu(site: Site) -> Made:
+def _quick_gelu(site: OnnxSite) -> Made:
     b, x, alpha = site.b, site.x(0), site.float("alpha", 1.702)
     return b.quick_gelu(x) if abs(alpha - 1.702) < 1e-6 else x * b.sigmoid(x * alpha)
 
@@ -45,33 +45,33 @@ def _quick_gelu(site: Site) -> Made:
 # -- normalizations ------------------------------------------------------------------------------------------------
 
 
-def _with_skip(site: Site, bias: int) -> Expr:
+def _with_skip(site: OnnxSite, bias: int) -> Expr:
     """The sum of the input, the skipped one, and the bias if there is one."""
     total, extra = site.x(0) + site.x(1), site.maybe(bias)
     return total if extra is None else total + extra
 
 
-def _normalized_and_sum(site: Site, y: Expr, total: Expr) -> Made:
+def _normalized_and_sum(site: OnnxSite, y: Expr, total: Expr) -> Made:
     if any(site.wanted[1:3]):
         site.refuse("with its statistics as outputs")
     return [y, None, None, total][: max(len(site.wanted), 1)]
 
 
 @operator("SkipLayerNormalization", domain=MICROSOFT)
-def _skip_layer_norm(site: Site) -> Made:
+def _skip_layer_norm(site: OnnxSite) -> Made:
     eps, total = site.float("epsilon", 1e-12), _with_skip(site, 4)
     return _normalized_and_sum(site, site.b.layer_norm(total, site.x(2), site.maybe(3), eps=eps), total)
 
 
 @operator("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
-def _skip_rms_norm(site: Site) -> Made:
+def _skip_rms_norm(site: OnnxSite) -> Made:
     eps, total = site.float("epsilon", 1e-12), _with_skip(site, 3)
     return _normalized_and_sum(site, site.b.rms_norm(total, site.x(2), eps=eps), total)
 
 
 @operator("SimplifiedLayerNormalization")
 @operator("SimplifiedLayerNormalization", domain=MICROSOFT)
-def _rms_norm(site: Site) -> Made:
+def _rms_norm(site: OnnxSite) -> Made:
     """Which ONNX Runtime makes in ONNX's own domain as well."""
     x, eps, stash = site.x(0), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     if site.axis(site.int("axis", -1), x.rank) != x.rank - 1 or stash != 1 or any(site.wanted[1:]):
@@ -80,7 +80,7 @@ def _rms_norm(site: Site) -> Made:
 
 
 @operator("EmbedLayerNormalization", domain=MICROSOFT)
-def _embed_layer_norm(site: Site) -> Made:
+def _embed_layer_norm(site: OnnxSite) -> Made:
     """The sum of embeddings of words, positions and, if they are given, segments, normalized."""
     b, tokens = site.b, site.x(0)
     eps = site.float("epsilon", 1e-12)
@@ -112,7 +112,7 @@ def _swapped(b: Builder, x: Expr) -> Expr:
 
 
 @operator("FusedMatMul", domain=MICROSOFT)
-def _fused_matmul(site: Site) -> Made:
+def _fused_matmul(site: OnnxSite) -> Made:
     b, alpha = site.b, site.float("alpha", 1.0)
     if site.int("transBatchA", 0) or site.int("transBatchB", 0):
         site.refuse("with its batch axes transposed")
@@ -125,7 +125,7 @@ def _fused_matmul(site: Site) -> Made:
 
 
 @operator("MatMulIntegerToFloat", domain=MICROSOFT)
-def _matmul_integer_to_float(site: Site) -> Made:
+def _matmul_integer_to_float(site: OnnxSite) -> Made:
     """a, b, their scales, their zero points, and a bias"""
     z = matmul(site.b, centered(site, 0, 4, -2), centered(site, 1, 5, -1))
     y = (z * (_scalar_or_row(site, site.x(2)) * _scalar_or_row(site, site.x(3))).cast(f64)).cast(site.x(2).dtype)
@@ -134,7 +134,7 @@ def _matmul_integer_to_float(site: Site) -> Made:
 
 
 @operator("DynamicQuantizeMatMul", domain=MICROSOFT)
-def _dynamic_matmul(site: Site) -> Made:
+def _dynamic_matmul(site: OnnxSite) -> Made:
     """a is quantized by its own range; b, its scales and its zero points are given, and a bias."""
     b, x = site.b, site.x(0)
     steps, scale, zero = dynamically_quantized(b, x)
@@ -144,12 +144,12 @@ def _dynamic_matmul(site: Site) -> Made:
     return y if bias is None else y + bias
 
 
-def _scalar_or_row(site: Site, scale: Expr) -> Expr:
+def _scalar_or_row(site: OnnxSite, scale: Expr) -> Expr:
     return reshaped(site.b, scale, [])[0] if scale.rank == 1 and scale.shape[0] == ONE else scale
 
 
 @operator("MatMulNBits", domain=MICROSOFT)
-def _matmul_bits(site: Site) -> Made:
+def _matmul_bits(site: OnnxSite) -> Made:
     """A weight [n, k] of 4 or 8 bits in blocks along k, each with a scale and, if given, a zero point.
 
     Bytes of 4-bit numbers hold two, the first in the lower half. Without zero points they are 2^(bits - 1).
@@ -192,7 +192,7 @@ def _nibbles(b: Builder, x: Expr) -> Expr:
 
 
 @operator("RotaryEmbedding", domain=MICROSOFT)
-def _rotary(site: Site) -> Made:
+def _rotary(site: OnnxSite) -> Made:
     """x [b, s, h d] or [b, h, s, d], positions [b, s] or one offset, tables [positions, d / 2]"""
     b, x, positions, cos, sin = site.b, *(site.x(i) for i in range(4))
     heads, width, interleaved = (

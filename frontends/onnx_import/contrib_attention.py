@@ -14,7 +14,7 @@ from treadle.frontends.onnx_import.attention import bottom_right, heads_apart, h
 from treadle.frontends.onnx_import.contrib import MICROSOFT
 from treadle.frontends.onnx_import.folding import is_at_least
 from treadle.frontends.onnx_import.indexing import extent
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
@@ -22,7 +22,7 @@ from treadle.ir.sizes import ZERO, Size
 from treadle.ir.types import i64
 
 
-def _padding(site: Site, position: int, dtype_like: Expr, keys: Size) -> Biases:
+def _padding(site: OnnxSite, position: int, dtype_like: Expr, keys: Size) -> Biases:
     """The mask of keys as what is added: 0 where a query may see the key.
 
     [b]: how many keys are real; [b, t], [b, s, t]: 0 where a key is not
@@ -44,12 +44,12 @@ def _causal(b: Builder, past: Size, queries: Size, keys: Size) -> Masks:
     return causal if past == ZERO else bottom_right(b, queries, keys, extent(b, past))
 
 
-def _added(site: Site, position: int, full: tuple[Size, ...]) -> Biases:
+def _added(site: OnnxSite, position: int, full: tuple[Size, ...]) -> Biases:
     """A tensor that is added to the scores."""
     return masked_by(site, site.x(position), full)[1] if site.has(position) else Biases()
 
 
-def _attended(site: Site, q: Expr, k: Expr, v: Expr, past: Size, mask: int, bias: int) -> Expr:
+def _attended(site: OnnxSite, q: Expr, k: Expr, v: Expr, past: Size, mask: int, bias: int) -> Expr:
     """Attention [b, h, s, d] by the operands and attributes that both operators have; heads together again."""
     b = site.b
     site.ignore("mask_filter_value")  # which is read with a mask
@@ -62,7 +62,7 @@ def _attended(site: Site, q: Expr, k: Expr, v: Expr, past: Size, mask: int, bias
 
 
 @operator("Attention", domain=MICROSOFT)
-def _attention(site: Site) -> Made:
+def _attention(site: OnnxSite) -> Made:
     """Of x [b, s, w] and one weight [w, q k v] for all three products."""
     b, heads = site.b, site.int("num_heads", 0)
     if site.int("do_rotary", 0) or site.int("past_present_share_buffer", 0):
@@ -96,7 +96,7 @@ def _part(b: Builder, x: Expr, place: int) -> Expr:
 
 
 @operator("MultiHeadAttention", domain=MICROSOFT)
-def _multi_head(site: Site) -> Made:
+def _multi_head(site: OnnxSite) -> Made:
     """q [b, s, w], k and v [b, t, w] or, apart already, [b, h, t, d]; or q, k and v packed [b, s, h, 3, d]"""
     b, heads = site.b, site.int("num_heads", 0)
     if site.has(8) or site.has(9) or any(site.wanted[3:]):
@@ -114,13 +114,13 @@ def _multi_head(site: Site) -> Made:
     return [y, *present][: max(len(site.wanted), 1)]
 
 
-def _packed(site: Site) -> list[Expr]:
+def _packed(site: OnnxSite) -> list[Expr]:
     b, x = site.b, site.x(0)
     turned_round = b.rearrange(x, pattern="b s h three d -> three b h s d")
     return [_part(b, turned_round, i) for i in range(3)]
 
 
-def _packed_pair(site: Site) -> list[Expr] | None:
+def _packed_pair(site: OnnxSite) -> list[Expr] | None:
     if site.has(2):
         return None
     b, x = site.b, site.x(1)
@@ -130,7 +130,7 @@ def _packed_pair(site: Site) -> list[Expr] | None:
     return [_part(b, turned_round, i) for i in range(2)]
 
 
-def _with_bias(site: Site, parts: Sequence[Expr], bias: Expr) -> list[Expr]:
+def _with_bias(site: OnnxSite, parts: Sequence[Expr], bias: Expr) -> list[Expr]:
     """Each with its own part of one bias [q k v]."""
     b, made, start = site.b, [], ZERO
     for x in parts:
@@ -151,7 +151,7 @@ _GROUPED_REFUSED = ("k_scale", "v_scale", "q_norm_weight", "k_norm_weight", "que
 
 
 @operator("GroupQueryAttention", domain=MICROSOFT)
-def _grouped(site: Site) -> Made:
+def _grouped(site: OnnxSite) -> Made:
     """Causal if not told otherwise, with a cache whose rows hold past lengths of their own, and rotary positions.
 
     q [b, s, h d], k and v [b, s, g d] (or all packed in q), past [b, g, p, d], seqlens_k [b]: real keys less one,
@@ -216,7 +216,7 @@ def _grouped(site: Site) -> Made:
     return [heads_together(b, y), k, v][: max(len(site.wanted), 1)]
 
 
-def _appended(site: Site, past: Expr, x: Expr, lengths: Expr, total: Size) -> Expr:
+def _appended(site: OnnxSite, past: Expr, x: Expr, lengths: Expr, total: Size) -> Expr:
     """past [b, g, p, d] with x [b, g, s, d] written into each row at its own length; as long as the longest needs."""
     b, held = site.b, past.shape[2]
     symbols = site.importer.graph.symbols

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from treadle.frontends.onnx_import.elements import Element, named
-from treadle.frontends.onnx_import.operators import Operator, Site
+from treadle.frontends.onnx_import.operators import OnnxSite, Operator
 from treadle.frontends.onnx_import.values import MOST_KNOWN, MOST_SYMBOLIC, Array, Known, as_sizes, tidied
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
@@ -28,7 +28,9 @@ Fold = Callable[[Sequence[Known | None], Builder], list[Known | None]]
 """Runs the node's handler on other operands, in another graph: its results, in order."""
 
 
-def evaluated(site: Site, operator: Operator, kinds: Sequence[Element | None], run: Fold) -> list[Known | None] | None:
+def evaluated(
+    site: OnnxSite, operator: Operator, kinds: Sequence[Element | None], run: Fold
+) -> list[Known | None] | None:
     """The results of a node whose operands are all known, or None where it is not evaluated.
 
     kinds  the element types of its outputs, where they are told
@@ -69,7 +71,7 @@ def _of_numbers(inputs: Sequence[Known | None], run: Fold) -> list[Known | None]
     return [v if v is None or str(i) not in found else Known(v.type, content=found[str(i)]) for i, v in enumerate(made)]
 
 
-def _moved(site: Site, moves: tuple[int, ...], run: Fold) -> list[Known | None] | None:
+def _moved(site: OnnxSite, moves: tuple[int, ...], run: Fold) -> list[Known | None] | None:
     """Elements moved: the node is evaluated on their places."""
     moving = range(len(site.inputs)) if moves == (-1,) else moves
     places: list[Size] = []
@@ -109,8 +111,8 @@ def _sizes(content: Array) -> Array:
 
 def _elementwise(
     rule: Callable[[Size, Size, Mapping[str, Bounds]], Any],
-) -> Callable[[list[Array], Site], Array | None]:
-    def evaluate(contents: list[Array], site: Site) -> Array | None:
+) -> Callable[[list[Array], OnnxSite], Array | None]:
+    def evaluate(contents: list[Array], site: OnnxSite) -> Array | None:
         result = _sizes(contents[0])
         symbols = site.importer.graph.symbols
         for other in contents[1:]:
@@ -170,8 +172,8 @@ def _greater(x: Size, y: Size, symbols: Mapping[str, Bounds]) -> bool | None:
     return is_at_least(x, y + 1, symbols)
 
 
-def _reduced(combine: Callable[[Sequence[Size]], Size]) -> Callable[[list[Array], Site], Array | None]:
-    def evaluate(contents: list[Array], site: Site) -> Array | None:
+def _reduced(combine: Callable[[Sequence[Size]], Size]) -> Callable[[list[Array], OnnxSite], Array | None]:
+    def evaluate(contents: list[Array], site: OnnxSite) -> Array | None:
         content, rank = contents[0], contents[0].ndim
         axes = site.ints("axes") or (tuple(int(n) for n in contents[1].flat) if len(contents) > 1 else ())
         site.int("noop_with_empty_axes")
@@ -190,7 +192,7 @@ def _sum(sizes: Sequence[Size]) -> Size:
     return total
 
 
-_ARITHMETIC: dict[str, Callable[[list[Array], Site], Array | None]] = {
+_ARITHMETIC: dict[str, Callable[[list[Array], OnnxSite], Array | None]] = {
     "Add": _elementwise(lambda x, y, _: x + y),
     "Sub": _elementwise(lambda x, y, _: x - y),
     "Mul": _elementwise(lambda x, y, _: x * y),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import i64
 
@@ -14,7 +14,7 @@ _Rule = Callable[[Builder, Expr], Expr]
 
 def _function(name: str, latest: int, rule: _Rule, first: int = 6) -> None:
     @operator(name, latest=latest, first=first)
-    def _applied(site: Site) -> Made:
+    def _applied(site: OnnxSite) -> Made:
         return rule(site.b, site.x(0))
 
 
@@ -36,18 +36,18 @@ _function("Neg", 13, lambda b, x: -x)
 
 
 @operator("Relu", latest=14, first=6)
-def _relu(site: Site) -> Made:
+def _relu(site: OnnxSite) -> Made:
     x = site.x(0)
     return site.b.relu(x) if x.dtype.is_float else site.b.maximum(x, 0)
 
 
 @operator("Abs", latest=13, first=6)
-def _abs(site: Site) -> Made:
+def _abs(site: OnnxSite) -> Made:
     return site.x(0) if site.element(0).least == 0 else site.b.abs(site.x(0))
 
 
 @operator("Sign", latest=13)
-def _sign(site: Site) -> Made:
+def _sign(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     if site.element(0).name == "UINT64":
         return b.where(b.equal(x, 0), b.constant(0, i64), b.constant(1, i64))
@@ -55,7 +55,7 @@ def _sign(site: Site) -> Made:
 
 
 @operator("IsInf", latest=20)
-def _is_inf(site: Site) -> Made:
+def _is_inf(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     positive, negative = site.int("detect_positive", 1), site.int("detect_negative", 1)
     if not (positive or negative):
@@ -65,7 +65,7 @@ def _is_inf(site: Site) -> Made:
 
 
 @operator("Gelu", latest=20)
-def _gelu(site: Site) -> Made:
+def _gelu(site: OnnxSite) -> Made:
     kind = site.text("approximate", "none")
     if kind not in ("none", "tanh"):
         site.malformed(f"approximate is {kind!r}")
@@ -73,7 +73,7 @@ def _gelu(site: Site) -> Made:
 
 
 @operator("Swish", latest=24)
-def _swish(site: Site) -> Made:
+def _swish(site: OnnxSite) -> Made:
     b, x, alpha = site.b, site.x(0), site.float("alpha", 1.0)
     return b.silu(x) if alpha == 1.0 else x * b.sigmoid(x * alpha)
 
@@ -82,63 +82,63 @@ def _swish(site: Site) -> Made:
 
 
 @operator("LeakyRelu", latest=16, first=6)
-def _leaky_relu(site: Site) -> Made:
+def _leaky_relu(site: OnnxSite) -> Made:
     x = site.x(0)
     return site.b.where(x < 0.0, x * site.float("alpha", 0.01), x)
 
 
 @operator("PRelu", latest=16, first=7)
-def _prelu(site: Site) -> Made:
+def _prelu(site: OnnxSite) -> Made:
     x = site.x(0)
     return site.b.where(x < 0, x * site.x(1), x)
 
 
 @operator("Elu", latest=22, first=6)
-def _elu(site: Site) -> Made:
+def _elu(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     return b.where(x < 0.0, (b.exp(x) - 1.0) * site.float("alpha", 1.0), x)
 
 
 @operator("Selu", latest=22, first=6)
-def _selu(site: Site) -> Made:
+def _selu(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     alpha, gamma = site.float("alpha", 1.6732632), site.float("gamma", 1.050701)
     return b.where(x > 0.0, x, b.exp(x) * alpha - alpha) * gamma
 
 
 @operator("HardSigmoid", latest=22, first=6)
-def _hard_sigmoid(site: Site) -> Made:
+def _hard_sigmoid(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     return b.maximum(b.minimum(x * site.float("alpha", 0.2) + site.float("beta", 0.5), 1.0), 0.0)
 
 
 @operator("Softplus", latest=22)
-def _softplus(site: Site) -> Made:
+def _softplus(site: OnnxSite) -> Made:
     """ln(1 + e^x) as max(x, 0) + ln(1 + e^-|x|), which does not overflow."""
     b, x = site.b, site.x(0)
     return b.maximum(x, 0.0) + b.log(b.exp(-b.abs(x)) + 1.0)
 
 
 @operator("Softsign", latest=22)
-def _softsign(site: Site) -> Made:
+def _softsign(site: OnnxSite) -> Made:
     x = site.x(0)
     return x / (site.b.abs(x) + 1.0)
 
 
 @operator("Sinh", latest=22)
-def _sinh(site: Site) -> Made:
+def _sinh(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     return (b.exp(x) - b.exp(-x)) * 0.5
 
 
 @operator("Cosh", latest=22)
-def _cosh(site: Site) -> Made:
+def _cosh(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     return (b.exp(x) + b.exp(-x)) * 0.5
 
 
 @operator("Dropout", latest=22, first=7)
-def _dropout(site: Site) -> Made:
+def _dropout(site: OnnxSite) -> Made:
     """Nothing is dropped at inference."""
     site.ignore("seed", "ratio")
     if site.has(2) and bool(site.scalar(2)) and (not site.has(1) or float(site.scalar(1)) != 0):

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.frontends.onnx_import.folding import is_at_least
-from treadle.frontends.onnx_import.operators import Made, Site, operator
-from treadle.frontends.onnx_import.windows import Windows, halves, kernel_sizes, steps, windows_of
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.onnx_import.windows import WindowGeometry, halves, kernel_sizes, steps, windows_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizes import ZERO, Size
@@ -32,7 +32,7 @@ _MOST = 4096
 
 
 @operator("Resize", latest=19, first=11)
-def _resize(site: Site) -> Made:
+def _resize(site: OnnxSite) -> Made:
     """The form of the edges' and the pixels' places, the filter, and the rounding of the nearest are attributes."""
     b, x = site.b, site.x(0)
     mode, places = site.text("mode", "nearest"), site.text("coordinate_transformation_mode", "half_pixel")
@@ -71,7 +71,7 @@ def _resize(site: Site) -> Made:
     return x
 
 
-def _targets(site: Site, x: Expr, axes: Sequence[int], policy: str) -> tuple[list[Size], list[float | None]]:
+def _targets(site: OnnxSite, x: Expr, axes: Sequence[int], policy: str) -> tuple[list[Size], list[float | None]]:
     """The new sizes of the axes, and the scales by which places are found; None: the ratio of the sizes."""
     old = [x.shape[a] for a in axes]
     if site.has(3) and site.shape(3) != (Size.of(0),):
@@ -94,7 +94,7 @@ def _targets(site: Site, x: Expr, axes: Sequence[int], policy: str) -> tuple[lis
     return [_scaled(site, o, s) for o, s in zip(old, scales, strict=True)], list(scales)
 
 
-def _scaled(site: Site, size: Size, scale: float) -> Size:
+def _scaled(site: OnnxSite, size: Size, scale: float) -> Size:
     """floor(size scale)"""
     if size.constant is not None:
         return Size.of(math.floor(size.constant * scale))
@@ -105,7 +105,7 @@ def _scaled(site: Site, size: Size, scale: float) -> Size:
 
 
 def _coordinates(
-    site: Site, places: str, i: Any, ends: tuple[Any, Any], scale: float | None, where: Callable[..., Any]
+    site: OnnxSite, places: str, i: Any, ends: tuple[Any, Any], scale: float | None, where: Callable[..., Any]
 ) -> Any:
     """Where the new elements i lie among the old ones: in NumPy, or in the graph, whose sizes are scalars there.
 
@@ -133,7 +133,7 @@ def _coordinates(
     site.malformed(f"coordinate_transformation_mode is {places!r}")
 
 
-def _taken_nearest(site: Site, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
+def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
     """The elements of x that lie nearest to places along an axis, found at the call."""
     b = site.b
     match mode:
@@ -150,7 +150,7 @@ def _taken_nearest(site: Site, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
     return b.gather(x, _within(b, index, x.shape[axis]), axis=axis)
 
 
-def _between(site: Site, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
+def _between(site: OnnxSite, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
     """x between its elements: each two neighbours, weighed by how near they lie to places along an axis."""
     b, size = site.b, x.shape[axis]
     first, ones = b.floor(at), " ".join("1" * (x.rank - 1 - axis))
@@ -177,7 +177,7 @@ def _within(b: Builder, index: Expr, size: Size) -> Expr:
     return b.maximum(b.minimum(index, last), 0.0).cast(i64)
 
 
-def _nearest(site: Site, mode: str, at: Floats, old: int) -> npt.NDArray[np.int64]:
+def _nearest(site: OnnxSite, mode: str, at: Floats, old: int) -> npt.NDArray[np.int64]:
     match mode:
         case "round_prefer_floor":
             index = np.ceil(at - 0.5)
@@ -223,7 +223,7 @@ def _matrix(at: Floats, old: int, kernel: object, reach: int, scale: float, excl
     return matrix
 
 
-def _product(site: Site, x: Expr, matrix: Floats, axis: int) -> Expr:
+def _product(site: OnnxSite, x: Expr, matrix: Floats, axis: int) -> Expr:
     b = site.b
     *names, new = axis_letters(x.rank + 1)
     result = [new if i == axis else n for i, n in enumerate(names)]
@@ -235,7 +235,7 @@ def _product(site: Site, x: Expr, matrix: Floats, axis: int) -> Expr:
 
 
 @operator("ConvTranspose", latest=22)
-def _conv_transpose(site: Site) -> Made:
+def _conv_transpose(site: OnnxSite) -> Made:
     """The gradient of a convolution by its input: each element spreads a kernel, and what overlaps is added.
 
     x [b, c, *spatial], weight [c, o / groups, *kernel], bias [o]
@@ -259,7 +259,7 @@ def _conv_transpose(site: Site) -> Made:
     return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
 
 
-def _transposed_windows(site: Site, x: Expr, kernel: Sequence[Size], beyond: Sequence[int]) -> Windows:
+def _transposed_windows(site: OnnxSite, x: Expr, kernel: Sequence[Size], beyond: Sequence[int]) -> WindowGeometry:
     """The windows whose convolution ConvTranspose is the transpose of; padding may be what gives the wanted sizes."""
     automatic, asked = site.text("auto_pad", "NOTSET"), site.ints("output_shape")
     spatial = len(kernel)
@@ -273,10 +273,10 @@ def _transposed_windows(site: Site, x: Expr, kernel: Sequence[Size], beyond: Seq
     for i, (n, k, stride, dilation) in enumerate(zip(x.shape[2:], kernel, strides, dilations, strict=True)):
         wanted = n * stride if asked is None else asked[i - spatial]
         totals.append((n - 1) * stride + beyond[i] + (k - 1) * dilation + 1 - wanted)
-    return Windows(strides, dilations, *halves(totals, automatic == "SAME_UPPER"))
+    return WindowGeometry(strides, dilations, *halves(totals, automatic == "SAME_UPPER"))
 
 
-def _cut(site: Site, y: Expr, axis: int, before: Size, after: Size) -> Expr:
+def _cut(site: OnnxSite, y: Expr, axis: int, before: Size, after: Size) -> Expr:
     """y without that many elements on both sides of an axis; with so many zeros more where they are negative."""
     b, symbols = site.b, site.importer.graph.symbols
     missing, cut = [ZERO, ZERO], [ZERO, ZERO]

@@ -26,13 +26,13 @@ from treadle.frontends.onnx_import.elements import Element, carried, element, na
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.file import Limits, OnnxFile, captured, describe, live_nodes
 from treadle.frontends.onnx_import.folding import Fold, evaluated
-from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, Operator, Result, Site, unsupported
+from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, OnnxSite, Operator, Result, unsupported
 from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
 from treadle.frontends.onnx_import.values import MOST_KNOWN, Array, Known
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
-from treadle.ir.graph import Graph, Source
+from treadle.ir.graph import Graph, SourceLine
 from treadle.ir.sizes import Size
 from treadle.ir.types import Dim, Type, boolean
 
@@ -398,7 +398,7 @@ class Importer:
         self.notes.operators[label] += 1
         self.b.scope = _scope_of(node, index, scope)
         line = index + 1 if scope.line is None else scope.line
-        self.b.source = Source(self.file.shown, line)
+        self.b.source = SourceLine(self.file.shown, line)
         if function is not None:
             return self._call(function, node, inputs, scope, line)
         version, schema = self._version(node, domain, scope, where)
@@ -448,14 +448,14 @@ class Importer:
         kinds = output_elements(schema, node, inputs)
 
         def run(given: Sequence[Known | None], b: Builder) -> list[Known | None]:
-            site = Site(self, b, node, version, given, where, wanted, scope)
+            site = OnnxSite(self, b, node, version, given, where, wanted, scope)
             made = found.handler(site)
             results = list(made) if isinstance(made, list | tuple) else [made]
             if unread := site.unread():
                 raise unsupported(node, version, where, f"attribute {printable(unread[0])} is not supported")
             return [self._known(b, x, kind, found) for x, kind in zip(results, kinds, strict=False)]
 
-        site = Site(self, self.b, node, version, inputs, where, wanted, scope)
+        site = OnnxSite(self, self.b, node, version, inputs, where, wanted, scope)
         results = evaluated(site, found, kinds, run)
         if results is not None:
             self.notes.folded[node.op_type] += 1
@@ -552,7 +552,7 @@ class Importer:
         self, node: Any, inputs: Sequence[Known | None], scope: Scope, line: int, where: str
     ) -> list[Known | None]:
         """Inline the branch of an If that its condition chooses."""
-        site = Site(self, self.b, node, 1, inputs, where, (), scope)
+        site = OnnxSite(self, self.b, node, 1, inputs, where, (), scope)
         chosen = "then_branch" if bool(site.scalar(0)) else "else_branch"
         graph = next((a.g for a in node.attribute if a.name == chosen and a.HasField("g")), None)
         if graph is None or len(graph.output) < len(node.output):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
@@ -19,7 +19,7 @@ def extent(b: Builder, size: Size) -> Expr:
     return b.constant(size.constant, i64) if size.constant is not None else b.size(value=size)
 
 
-def from_start(site: Site, position: int, size: Size) -> Expr:
+def from_start(site: OnnxSite, position: int, size: Size) -> Expr:
     """Indices of an input, negative ones counted from the start of their axis."""
     b, value = site.b, site.value(position)
     content = value.content
@@ -34,7 +34,7 @@ def from_start(site: Site, position: int, size: Size) -> Expr:
 
 
 @operator("Gather", latest=13, moves=(0,))
-def _gather(site: Site) -> Made:
+def _gather(site: OnnxSite) -> Made:
     """Slices along one axis. Of a weight's rows, as an embedding is read, a negative index is refused at the call."""
     b, x, held = site.b, site.x(0), site.value(1)
     axis = site.axis(site.int("axis", 0), x.rank)
@@ -50,7 +50,7 @@ def _gather(site: Site) -> Made:
 
 
 @operator("GatherElements", latest=13, moves=(0,))
-def _gather_elements(site: Site) -> Made:
+def _gather_elements(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     axis = site.axis(site.int("axis", 0), x.rank)
     indices = from_start(site, 1, x.shape[axis])
@@ -66,7 +66,7 @@ def _cut_to(b: Builder, x: Expr, shape: Sequence[Size], axis: int) -> Expr:
 
 
 @operator("GatherND", latest=13, moves=(0,))
-def _gather_nd(site: Site) -> Made:
+def _gather_nd(site: OnnxSite) -> Made:
     """x[batch..., i0, i1, ...] where the last axis of the indices holds i0, i1, ..."""
     b, x = site.b, site.x(0)
     batch = site.int("batch_dims", 0)
@@ -79,7 +79,7 @@ def _gather_nd(site: Site) -> Made:
     return reshaped(b, picked, [*head, *points, *tail])[0]
 
 
-def _places(site: Site, x: Expr, position: int, batch: int) -> tuple[Expr, list[Size], int]:
+def _places(site: OnnxSite, x: Expr, position: int, batch: int) -> tuple[Expr, list[Size], int]:
     """Indices of several axes as row numbers of x with these axes (and those of the batch) as one: [points].
 
     Returns them, the sizes of the points' axes, and how many axes an index is of.
@@ -108,7 +108,7 @@ def _places(site: Site, x: Expr, position: int, batch: int) -> tuple[Expr, list[
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: Site) -> Expr:
+def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: OnnxSite) -> Expr:
     """x [rows, ...] with updates [points, ...] put at, or added to, row numbers."""
     if kind == "add":
         return b.index_add(x, rows, updates, axis=0)
@@ -128,7 +128,7 @@ def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: Si
 
 
 @operator("ScatterND", latest=18, moves=(0, 2))
-def _scatter_nd(site: Site) -> Made:
+def _scatter_nd(site: OnnxSite) -> Made:
     b, x, updates = site.b, site.x(0), site.x(2)
     kind = site.text("reduction", "none")
     rows, points, depth = _places(site, x, 1, 0)
@@ -141,7 +141,7 @@ def _scatter_nd(site: Site) -> Made:
 
 
 @operator("ScatterElements", latest=18, moves=(0, 2))
-def _scatter_elements(site: Site) -> Made:
+def _scatter_elements(site: OnnxSite) -> Made:
     b, x, updates = site.b, site.x(0), site.x(2)
     axis, kind = site.axis(site.int("axis", 0), x.rank), site.text("reduction", "none")
     indices = from_start(site, 1, x.shape[axis])
@@ -168,7 +168,7 @@ def _scatter_elements(site: Site) -> Made:
 
 
 @operator("TensorScatter", latest=24)
-def _tensor_scatter(site: Site) -> Made:
+def _tensor_scatter(site: OnnxSite) -> Made:
     """A cache with an update written along one axis, each row of the batch from a place of its own."""
     b, cache, update = site.b, site.x(0), site.x(1)
     axis, circular = site.axis(site.int("axis", -2), cache.rank), site.text("mode", "linear") == "circular"
@@ -201,7 +201,7 @@ def _along(b: Builder, x: Expr, axis: int, rank: int) -> Expr:
 
 
 @operator("Trilu", latest=14)
-def _trilu(site: Site) -> Made:
+def _trilu(site: OnnxSite) -> Made:
     """The upper or lower triangle from the k-th diagonal; the rest is zero."""
     b, x, upper = site.b, site.x(0), site.int("upper", 1)
     if x.rank < 2:
@@ -220,7 +220,7 @@ def _trilu(site: Site) -> Made:
 
 
 @operator("OneHot", latest=28)
-def _one_hot(site: Site) -> Made:
+def _one_hot(site: OnnxSite) -> Made:
     b, indices = site.b, site.x(0)
     depth, values = int(site.scalar(1)), site.x(2)
     rank = indices.rank + 1
@@ -235,7 +235,7 @@ def _one_hot(site: Site) -> Made:
 
 
 @operator("ReverseSequence", latest=10)
-def _reverse_sequence(site: Site) -> Made:
+def _reverse_sequence(site: OnnxSite) -> Made:
     """The first lengths[b] elements of each row, backwards."""
     b, x = site.b, site.x(0)
     batch, time = site.int("batch_axis", 1), site.int("time_axis", 0)

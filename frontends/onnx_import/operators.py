@@ -36,7 +36,7 @@ Result = Known | Expr | Array | None
 """A value with its element type, a value of the type that the specification tells, known content, or nothing."""
 Made: TypeAlias = Any
 """What a handler gives: a `Result`, or one an output. (Any, as what ops give in a body: a builder's methods are.)"""
-Handler = Callable[["Site"], Made]
+Handler = Callable[["OnnxSite"], Made]
 
 
 class Decomposed(Exception):
@@ -82,10 +82,10 @@ def operator(
     return register
 
 
-Number = int  # which names a method within Site
+Number = int  # which names a method within OnnxSite
 
 
-class Site:
+class OnnxSite:
     """One node while it is imported: its operands and attributes, and where its meaning is built.
 
     b        the builder

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from treadle.frontends.onnx_import.operators import Made, Site, operator
-from treadle.frontends.onnx_import.windows import Windows, windows_of
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.onnx_import.windows import WindowGeometry, windows_of
 from treadle.ir.builder import Expr
 from treadle.ir.ops.along_axes import widened
 from treadle.ir.ops.pooling import MaxPool, padding_for_ceil
@@ -22,7 +22,7 @@ class Pool:
     found   with what the last windows need after it
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: OnnxSite) -> None:
         self.x, kernel = site.x(0), site.ints("kernel_shape")
         if not kernel or min(kernel) < 1:
             site.malformed(f"kernel_shape is {list(kernel or ())}")
@@ -33,7 +33,7 @@ class Pool:
             ends = (padding_for_ceil(k, stride, dilation, after.constant or 0) for k, stride, dilation, after in each)
             self.found = replace(self.asked, after=tuple(map(Size.of, ends)))
 
-    def apply(self, op: str, x: Expr, over: Windows, fill: float = 0.0) -> Expr:
+    def apply(self, op: str, x: Expr, over: WindowGeometry, fill: float = 0.0) -> Expr:
         """An op over the windows of x, whose last axes they go over; `fill` is what the op takes for no element."""
         x, padding = over.apart(x, fill)
         made: Expr = x.builder.apply(
@@ -43,7 +43,7 @@ class Pool:
 
 
 @operator("MaxPool", latest=22)
-def _max_pool(site: Site) -> Made:
+def _max_pool(site: OnnxSite) -> Made:
     if any(site.wanted[1:]):
         site.refuse("with the indices of the greatest elements as an output")
     site.ignore("storage_order")  # of the indices
@@ -52,7 +52,7 @@ def _max_pool(site: Site) -> Made:
 
 
 @operator("AveragePool", latest=22)
-def _average_pool(site: Site) -> Made:
+def _average_pool(site: OnnxSite) -> Made:
     """Padding that is asked for counts as zeros or not at all; what the last windows need after it never counts."""
     pool, x = Pool(site), site.x(0)
     if not site.int("count_include_pad", 0):
@@ -65,7 +65,7 @@ def _average_pool(site: Site) -> Made:
     return _mean(pool, zeros, replace(pool.found, before=none, after=more))
 
 
-def _mean(pool: Pool, x: Expr, over: Windows) -> Expr:
+def _mean(pool: Pool, x: Expr, over: WindowGeometry) -> Expr:
     if over.padding is not None:
         return pool.apply("average_pool", x, over)
     wide = widened(x)
@@ -74,12 +74,12 @@ def _mean(pool: Pool, x: Expr, over: Windows) -> Expr:
 
 
 @operator("LpPool", latest=22, first=2)
-def _lp_pool(site: Site) -> Made:
+def _lp_pool(site: OnnxSite) -> Made:
     pool = Pool(site)
     return _norm(site, lambda powers: pool.apply("sum_pool", powers, pool.found))
 
 
-def _norm(site: Site, total: Callable[[Expr], Expr]) -> Expr:
+def _norm(site: OnnxSite, total: Callable[[Expr], Expr]) -> Expr:
     """(sum |x|^p)^(1/p)"""
     b, x, p = site.b, site.x(0), site.int("p", 2)
     if p < 1:
@@ -93,7 +93,7 @@ def _norm(site: Site, total: Callable[[Expr], Expr]) -> Expr:
 # -- all that there is ---------------------------------------------------------------------------------------------
 
 
-def _spatial(site: Site) -> tuple[int, ...]:
+def _spatial(site: OnnxSite) -> tuple[int, ...]:
     rank = len(site.shape(0))
     if rank < 2:
         site.malformed(f"x must be [b, c, ...], has rank {rank}")
@@ -101,15 +101,15 @@ def _spatial(site: Site) -> tuple[int, ...]:
 
 
 @operator("GlobalAveragePool", latest=22)
-def _global_average(site: Site) -> Made:
+def _global_average(site: OnnxSite) -> Made:
     return site.b.reduce_mean(site.x(0), axes=_spatial(site), keep=True)
 
 
 @operator("GlobalMaxPool", latest=22)
-def _global_max(site: Site) -> Made:
+def _global_max(site: OnnxSite) -> Made:
     return site.b.reduce_max(site.x(0), axes=_spatial(site), keep=True)
 
 
 @operator("GlobalLpPool", latest=22, first=2)
-def _global_lp(site: Site) -> Made:
+def _global_lp(site: OnnxSite) -> Made:
     return _norm(site, lambda powers: site.b.reduce_sum(powers, axes=_spatial(site), keep=True))

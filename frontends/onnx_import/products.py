@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import reduce
 
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.windows import kernel_sizes, windows_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
@@ -25,12 +25,12 @@ def matmul(b: Builder, x: Expr, y: Expr) -> Expr:
 
 
 @operator("MatMul", latest=13)
-def _matmul(site: Site) -> Made:
+def _matmul(site: OnnxSite) -> Made:
     return matmul(site.b, site.x(0), site.x(1))
 
 
 @operator("Gemm", latest=13, first=7)
-def _gemm(site: Site) -> Made:
+def _gemm(site: OnnxSite) -> Made:
     """alpha a b + beta c"""
     b, x, y, c = site.b, site.x(0), site.x(1), site.maybe(2)
     alpha, beta = site.float("alpha", 1.0), site.float("beta", 1.0)
@@ -55,7 +55,7 @@ def _gemm(site: Site) -> Made:
 
 
 @operator("Einsum", latest=28)
-def _einsum(site: Site) -> Made:
+def _einsum(site: OnnxSite) -> Made:
     """Letters and `...`; a letter that stands twice in a term takes its diagonal."""
     b, text = site.b, site.text("equation").replace(" ", "")
     left, arrow, right = text.partition("->")
@@ -80,7 +80,7 @@ def _einsum(site: Site) -> Made:
     return b.einsum(*operands, equation=f"{', '.join(spelled)} -> {result}")
 
 
-def _diagonal(site: Site, x: Expr, names: list[str], name: str) -> tuple[Expr, list[str]]:
+def _diagonal(site: OnnxSite, x: Expr, names: list[str], name: str) -> tuple[Expr, list[str]]:
     """The elements of x whose places along two axes agree, the second axis summed away."""
     b = site.b
     dots = x.rank - len(names) + 1 if "..." in names else 0
@@ -99,11 +99,11 @@ def _diagonal(site: Site, x: Expr, names: list[str], name: str) -> tuple[Expr, l
 
 
 @operator("Conv", latest=22)
-def _conv(site: Site) -> Made:
+def _conv(site: OnnxSite) -> Made:
     return convolution(site, site.x(0), site.x(1), site.maybe(2))
 
 
-def convolution(site: Site, x: Expr, weight: Expr, bias: Expr | None) -> Expr:
+def convolution(site: OnnxSite, x: Expr, weight: Expr, bias: Expr | None) -> Expr:
     """The convolution that a node's attributes say."""
     found = windows_of(site, x, kernel_sizes(site, weight))
     padded, padding = found.apart(x)

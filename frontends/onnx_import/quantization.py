@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from treadle.frontends.onnx_import.casts import converted
 from treadle.frontends.onnx_import.elements import Element, named
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.products import convolution, matmul
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.frontends.onnx_import.values import Known
@@ -24,7 +24,7 @@ from treadle.ir.types import f32, f64, i32, i64
 # -- scales and zero points ----------------------------------------------------------------------------------------
 
 
-def spread(site: Site, x: Expr, like: Sequence[Size], axis: int, block: int) -> Expr:
+def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int) -> Expr:
     """A scale or zero point against a tensor of these sizes: one in all, one along an axis, or one a block of it."""
     b, rank = site.b, len(like)
     if product(x.shape) == ONE and x.rank <= 1:
@@ -54,7 +54,7 @@ def saturated(b: Builder, x: Expr, to: Element) -> Expr:
 
 
 @operator("QuantizeLinear", latest=28, first=10)
-def _quantize(site: Site) -> Made:
+def _quantize(site: OnnxSite) -> Made:
     x, scale = site.x(0), site.x(1)
     axis, block = site.int("axis", 1), site.int("block_size", 0)
     saturate, asked, precision = bool(site.int("saturate", 1)), site.int("output_dtype", 0), site.int("precision", 0)
@@ -66,7 +66,9 @@ def _quantize(site: Site) -> Made:
     return quantized(site, ratio, to, 2, axis, block, saturate)
 
 
-def quantized(site: Site, ratio: Expr, to: Element, zero_point: int, axis: int, block: int, saturate: bool) -> Known:
+def quantized(
+    site: OnnxSite, ratio: Expr, to: Element, zero_point: int, axis: int, block: int, saturate: bool
+) -> Known:
     """Numbers of steps as a quantized type: rounded, shifted by the zero point of that input, and kept in range."""
     b = site.b
     zero = site.maybe(zero_point)
@@ -82,7 +84,7 @@ def quantized(site: Site, ratio: Expr, to: Element, zero_point: int, axis: int, 
 
 
 @operator("DequantizeLinear", latest=28, first=10)
-def _dequantize(site: Site) -> Made:
+def _dequantize(site: OnnxSite) -> Made:
     b, scale, x = site.b, site.x(1), site.x(0)
     axis, block, asked = site.int("axis", 1), site.int("block_size", 0), site.int("output_dtype", 0)
     held = site.element(0)
@@ -98,7 +100,7 @@ def _dequantize(site: Site) -> Made:
 
 
 @operator("DynamicQuantizeLinear", latest=11, first=11)
-def _dynamic_quantize(site: Site) -> Made:
+def _dynamic_quantize(site: OnnxSite) -> Made:
     """To u8 by a scale and a zero point of the tensor's own range, which is made to hold 0."""
     b, x = site.b, site.x(0)
     y, scale, zero = dynamically_quantized(b, x)
@@ -120,7 +122,7 @@ def dynamically_quantized(b: Builder, x: Expr) -> tuple[Expr, Expr, Expr]:
 # -- products ------------------------------------------------------------------------------------------------------
 
 
-def centered(site: Site, position: int, zero_point: int, axis: int) -> Expr:
+def centered(site: OnnxSite, position: int, zero_point: int, axis: int) -> Expr:
     """A quantized operand less its zero point, in f64. A vector of zero points lies along the axis."""
     x = site.x(position).cast(f64)
     if not site.has(zero_point):
@@ -141,19 +143,19 @@ def in_int32(z: Expr, terms: Size) -> Expr:
 
 
 @operator("MatMulInteger", latest=10, first=10)
-def _matmul_integer(site: Site) -> Made:
+def _matmul_integer(site: OnnxSite) -> Made:
     x, y = centered(site, 0, 2, -2), centered(site, 1, 3, -1)
     return in_int32(matmul(site.b, x, y), x.shape[-1])
 
 
 @operator("ConvInteger", latest=10, first=10)
-def _conv_integer(site: Site) -> Made:
+def _conv_integer(site: OnnxSite) -> Made:
     x, weight = centered(site, 0, 2, 1), centered(site, 1, 3, 0)
     return in_int32(convolution(site, x, weight, None), product(weight.shape[1:]))
 
 
 @operator("QLinearMatMul", latest=21, first=10)
-def _quantized_matmul(site: Site) -> Made:
+def _quantized_matmul(site: OnnxSite) -> Made:
     """a, its scale and zero point, b and its own, and those of the result."""
     if any(len(site.shape(i)) > 1 for i in (1, 2, 4, 5, 6, 7)):
         site.refuse("with scales of more than one axis")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.onnx_import.arithmetic import in_order
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizes import product
@@ -15,7 +15,7 @@ from treadle.ir.types import f32, i64, u8
 # -- reductions ----------------------------------------------------------------------------------------------------
 
 
-def _axes(site: Site, by_input: int) -> tuple[int, ...]:
+def _axes(site: OnnxSite, by_input: int) -> tuple[int, ...]:
     """The axes to reduce, which may be none; then what else the operator does, such as a logarithm, remains."""
     rank, none_is_none = len(site.shape(0)), site.int("noop_with_empty_axes", 0)
     axes = site.ints("axes") if site.version < by_input else site.numbers(1) if site.has(1) else None
@@ -25,26 +25,26 @@ def _axes(site: Site, by_input: int) -> tuple[int, ...]:
 
 
 def _reduction(
-    name: str, latest: int, rule: Callable[[Site, Expr, tuple[int, ...], bool], Expr], by_input: int = 18
+    name: str, latest: int, rule: Callable[[OnnxSite, Expr, tuple[int, ...], bool], Expr], by_input: int = 18
 ) -> None:
     @operator(name, latest=latest)
-    def _reduced(site: Site) -> Made:
+    def _reduced(site: OnnxSite) -> Made:
         keep = bool(site.int("keepdims", 1))
         return rule(site, site.x(0), _axes(site, by_input), keep)
 
 
-def _sum(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _sum(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     return site.b.reduce_sum(x, axes=axes, keep=keep) if axes else x
 
 
-def _mean(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _mean(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     if x.dtype.is_int:
         site.refuse("of integers")
     return site.b.reduce_mean(x, axes=axes, keep=keep) if axes else x
 
 
-def _extremum(ours: str, empty: float) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
-    def rule(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _extremum(ours: str, empty: float) -> Callable[[OnnxSite, Expr, tuple[int, ...], bool], Expr]:
+    def rule(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
         b, element = site.b, site.element(0)
         if not axes:
             return x
@@ -64,7 +64,7 @@ def _extremum(ours: str, empty: float) -> Callable[[Site, Expr, tuple[int, ...],
     return rule
 
 
-def _log_sum_exp(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _log_sum_exp(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     """With the largest taken out, so that nothing overflows."""
     b = site.b
     if not axes:
@@ -90,7 +90,7 @@ _reduction("ReduceLogSumExp", 28, _log_sum_exp)
 
 
 @operator("ReduceProd", latest=18)
-def _reduce_prod(site: Site) -> Made:
+def _reduce_prod(site: OnnxSite) -> Made:
     """Over axes of known sizes: one product after the other."""
     b, x, keep = site.b, site.x(0), bool(site.int("keepdims", 1))
     axes = _axes(site, 18)
@@ -112,7 +112,7 @@ def _reduce_prod(site: Site) -> Made:
 
 def _softmax(name: str, ours: str) -> None:
     @operator(name, latest=13)
-    def _applied(site: Site) -> Made:
+    def _applied(site: OnnxSite) -> Made:
         b, x = site.b, site.x(0)
         axis = site.axis(site.int("axis", -1 if site.version >= 13 else 1), max(x.rank, 1))
         if x.rank == 0:
@@ -134,7 +134,7 @@ _softmax("LogSoftmax", "log_softmax")
 # -- normalizations ------------------------------------------------------------------------------------------------
 
 
-def _fits_last_axis(site: Site, axis: int) -> bool:
+def _fits_last_axis(site: OnnxSite, axis: int) -> bool:
     """Whether weights of a normalization have the last axis alone, which it goes over."""
     x = site.x(0)
     if site.axis(axis, x.rank) != x.rank - 1:
@@ -143,7 +143,7 @@ def _fits_last_axis(site: Site, axis: int) -> bool:
 
 
 @operator("LayerNormalization", latest=17)
-def _layer_norm(site: Site) -> Made:
+def _layer_norm(site: OnnxSite) -> Made:
     """Over the last axis, with its statistics in f32 (or f64); other cases are the operator's own function."""
     x = site.x(0)
     axis, eps, stash = site.int("axis", -1), site.float("epsilon", 1e-5), site.int("stash_type", 1)
@@ -154,7 +154,7 @@ def _layer_norm(site: Site) -> Made:
 
 
 @operator("RMSNormalization", latest=23)
-def _rms_norm(site: Site) -> Made:
+def _rms_norm(site: OnnxSite) -> Made:
     x = site.x(0)
     axis, eps, stash = site.int("axis", -1), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     same = site.element(0) == site.element(1)
@@ -164,7 +164,7 @@ def _rms_norm(site: Site) -> Made:
 
 
 @operator("BatchNormalization", latest=15, first=7)
-def _batch_norm(site: Site) -> Made:
+def _batch_norm(site: OnnxSite) -> Made:
     """At inference: by the statistics that are given."""
     b, x, eps = site.b, site.x(0), site.float("epsilon", 1e-5)
     site.ignore("momentum")
@@ -180,7 +180,7 @@ def _batch_norm(site: Site) -> Made:
 
 
 @operator("InstanceNormalization", latest=22, first=6)
-def _instance_norm(site: Site) -> Made:
+def _instance_norm(site: OnnxSite) -> Made:
     b, x, eps = site.b, site.x(0), site.float("epsilon", 1e-5)
     axes = tuple(range(2, x.rank))
     scale, bias = (b.rearrange(site.x(i), pattern=f"c -> c {' '.join('1' * len(axes))}") for i in (1, 2))
@@ -190,7 +190,7 @@ def _instance_norm(site: Site) -> Made:
 
 
 @operator("LpNormalization", latest=22)
-def _lp_norm(site: Site) -> Made:
+def _lp_norm(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     axis, p = site.axis(site.int("axis", -1), x.rank), site.int("p", 2)
     if p not in (1, 2):
@@ -205,7 +205,7 @@ def _lp_norm(site: Site) -> Made:
 
 
 @operator("CumSum", latest=14)
-def _cumsum(site: Site) -> Made:
+def _cumsum(site: OnnxSite) -> Made:
     axis = site.axis(int(site.scalar(1)), len(site.shape(0)))
     return site.b.cumsum(
         site.x(0), axis=axis, exclusive=bool(site.int("exclusive", 0)), reverse=bool(site.int("reverse", 0))
@@ -214,7 +214,7 @@ def _cumsum(site: Site) -> Made:
 
 def _argument(name: str, latest: int, least: bool) -> None:
     @operator(name, latest=latest)
-    def _found(site: Site) -> Made:
+    def _found(site: OnnxSite) -> Made:
         b = site.b
         x = in_order(b, site.x(0), site.element(0).name == "UINT64")
         axis, keep = site.axis(site.int("axis", 0), x.rank), bool(site.int("keepdims", 1))
@@ -227,7 +227,7 @@ def _argument(name: str, latest: int, least: bool) -> None:
         return last - b.argmax(flipped(b, x, axis), axis=axis, keep=keep)
 
 
-def _reversed_order(site: Site, x: Expr) -> Expr:
+def _reversed_order(site: OnnxSite, x: Expr) -> Expr:
     """Numbers whose order is the reverse of x's: of integers, -1 - x, which does not overflow."""
     if x.dtype.is_float:
         return -x
@@ -247,7 +247,7 @@ _argument("ArgMin", 13, least=True)
 
 
 @operator("TopK", latest=24)
-def _top_k(site: Site) -> Made:
+def _top_k(site: OnnxSite) -> Made:
     b = site.b
     site.ignore("sorted")  # in order is one of the orders that it leaves open
     unsigned = site.element(0).name == "UINT64"
@@ -267,7 +267,7 @@ def _top_k(site: Site) -> Made:
 
 
 @operator("Hardmax", latest=13)
-def _hardmax(site: Site) -> Made:
+def _hardmax(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     axis = site.axis(site.int("axis", -1 if site.version >= 13 else 1), x.rank)
     if site.version >= 13 or axis == x.rank - 1:

@@ -11,7 +11,7 @@ import numpy as np
 from treadle.frontends.onnx_import.elements import named
 from treadle.frontends.onnx_import.folding import is_at_least
 from treadle.frontends.onnx_import.indexing import extent
-from treadle.frontends.onnx_import.operators import Made, Site, operator
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.reductions import flipped
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.frontends.onnx_import.values import Known, constant, tidied
@@ -24,7 +24,7 @@ from treadle.ir.types import i64
 
 
 @operator("Constant", latest=25)
-def _constant(site: Site) -> Made:
+def _constant(site: OnnxSite) -> Made:
     names = list(site.attributes)
     if len(names) != 1:
         site.malformed(f"has {len(names)} attributes, not one")
@@ -45,12 +45,12 @@ def _constant(site: Site) -> Made:
 
 
 @operator("Identity", latest=25, moves=(0,))
-def _identity(site: Site) -> Made:
+def _identity(site: OnnxSite) -> Made:
     return site.value(0)
 
 
 @operator("Shape", latest=25)
-def _shape(site: Site) -> Made:
+def _shape(site: OnnxSite) -> Made:
     shape = site.shape(0)
     return tidied(
         shape[slice(site.int("start", 0), site.int("end"))], (len(shape[slice(site.int("start", 0), site.int("end"))]),)
@@ -58,12 +58,12 @@ def _shape(site: Site) -> Made:
 
 
 @operator("Size", latest=25)
-def _size(site: Site) -> Made:
+def _size(site: OnnxSite) -> Made:
     return tidied([product(site.shape(0))], ())
 
 
 @operator("ConstantOfShape", latest=25)
-def _constant_of_shape(site: Site) -> Made:
+def _constant_of_shape(site: OnnxSite) -> Made:
     site.ignore("value")
     given = site.attributes.get("value")
     value = Known(named("FLOAT"), content=np.zeros(1, np.float32))
@@ -77,7 +77,7 @@ def _constant_of_shape(site: Site) -> Made:
 
 
 @operator("Range", latest=27)
-def _range(site: Site) -> Made:
+def _range(site: OnnxSite) -> Made:
     """start, start + delta, ... below limit"""
     b, dtype = site.b, site.element(0).carrier
     if dtype.is_float:
@@ -107,7 +107,7 @@ def _range(site: Site) -> Made:
 
 
 @operator("EyeLike", latest=22)
-def _eye_like(site: Site) -> Made:
+def _eye_like(site: OnnxSite) -> Made:
     b, shape = site.b, site.shape(0)
     to = site.importer.element(site.int("dtype", site.element(0).number))
     if len(shape) != 2:
@@ -121,7 +121,7 @@ def _eye_like(site: Site) -> Made:
 
 
 @operator("Reshape", latest=25, first=5, moves=(0,))
-def _reshape(site: Site) -> Made:
+def _reshape(site: OnnxSite) -> Made:
     _b, x = site.b, site.x(0)
     wanted, keep_zero = site.sizes(1), site.int("allowzero", 0)
     sizes: list[Size] = []
@@ -152,7 +152,7 @@ def _reshape(site: Site) -> Made:
     return _shaped(site, x, sizes)
 
 
-def _shaped(site: Site, x: Expr, sizes: Sequence[Size]) -> Expr:
+def _shaped(site: OnnxSite, x: Expr, sizes: Sequence[Size]) -> Expr:
     made, told = reshaped(site.b, x, sizes)
     if not told and all(s.constant != 0 for s in x.shape):
         before, after = (", ".join(map(str, shape)) for shape in (x.shape, sizes))
@@ -161,7 +161,7 @@ def _shaped(site: Site, x: Expr, sizes: Sequence[Size]) -> Expr:
 
 
 @operator("Flatten", latest=25, moves=(0,))
-def _flatten(site: Site) -> Made:
+def _flatten(site: OnnxSite) -> Made:
     x, axis = site.x(0), site.int("axis", 1)
     if not -x.rank <= axis <= x.rank:
         site.malformed(f"there is no axis {axis} in a tensor of rank {x.rank}")
@@ -169,14 +169,14 @@ def _flatten(site: Site) -> Made:
     return _shaped(site, x, [product(x.shape[:axis]), product(x.shape[axis:])])
 
 
-def _given_axes(site: Site, by_input: int = 13) -> tuple[int, ...] | None:
+def _given_axes(site: OnnxSite, by_input: int = 13) -> tuple[int, ...] | None:
     if site.version < by_input:
         return site.ints("axes")
     return site.numbers(1) if site.has(1) else None
 
 
 @operator("Squeeze", latest=25, moves=(0,))
-def _squeeze(site: Site) -> Made:
+def _squeeze(site: OnnxSite) -> Made:
     x, axes = site.x(0), _given_axes(site)
     if axes is None:
         dropped = {i for i, s in enumerate(x.shape) if s == ONE}
@@ -191,7 +191,7 @@ def _squeeze(site: Site) -> Made:
 
 
 @operator("Unsqueeze", latest=25, moves=(0,))
-def _unsqueeze(site: Site) -> Made:
+def _unsqueeze(site: OnnxSite) -> Made:
     x, axes = site.x(0), _given_axes(site)
     if axes is None:
         site.malformed("no axes are given")
@@ -204,7 +204,7 @@ def _unsqueeze(site: Site) -> Made:
 
 
 @operator("Transpose", latest=25, moves=(0,))
-def _transpose(site: Site) -> Made:
+def _transpose(site: OnnxSite) -> Made:
     x, order = site.x(0), site.ints("perm")
     order = tuple(reversed(range(x.rank))) if order is None else order
     if sorted(order) != list(range(x.rank)):
@@ -227,12 +227,12 @@ def _expanded(b: Builder, x: Expr, sizes: Sequence[Size]) -> Expr:
 
 
 @operator("Expand", latest=13, moves=(0,))
-def _expand(site: Site) -> Made:
+def _expand(site: OnnxSite) -> Made:
     return _expanded(site.b, site.x(0), site.sizes(1))
 
 
 @operator("Tile", latest=13, first=6, moves=(0,))
-def _tile(site: Site) -> Made:
+def _tile(site: OnnxSite) -> Made:
     b, x, repeats = site.b, site.x(0), site.sizes(1)
     if len(repeats) != x.rank:
         site.malformed(f"{len(repeats)} repeats for rank {x.rank}")
@@ -255,7 +255,7 @@ def _tile(site: Site) -> Made:
 
 
 @operator("Concat", latest=13, first=4, moves=(-1,))
-def _concat(site: Site) -> Made:
+def _concat(site: OnnxSite) -> Made:
     parts = site.all()
     axis = site.axis(site.int("axis", 1), parts[0].rank)
     if len(parts) == 1:
@@ -264,7 +264,7 @@ def _concat(site: Site) -> Made:
 
 
 @operator("Split", latest=18, moves=(0,))
-def _split(site: Site) -> Made:
+def _split(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     axis = site.axis(site.int("axis", 0), x.rank)
     count, size = len(site.node.output), x.shape[axis]
@@ -300,7 +300,7 @@ def _split(site: Site) -> Made:
 
 
 @operator("Slice", latest=13, moves=(0,))
-def _slice(site: Site) -> Made:
+def _slice(site: OnnxSite) -> Made:
     x = site.x(0)
     if site.version < 10:
         starts = [Size.of(n) for n in site.ints("starts") or ()]
@@ -323,7 +323,7 @@ _FAR = 2**31 - 1
 """Ends of this and more mean the end of any axis."""
 
 
-def _clamped(site: Site, edge: Size, size: Size, low: int, high: Size) -> Size:
+def _clamped(site: OnnxSite, edge: Size, size: Size, low: int, high: Size) -> Size:
     """An edge of a slice: from the end where it is negative, and within [low, high].
 
     Where only some sizes would have to be clamped, it is left as it is: the graph refuses those.
@@ -344,7 +344,7 @@ def _clamped(site: Site, edge: Size, size: Size, low: int, high: Size) -> Size:
     return high if is_at_least(edge, high, symbols) else edge
 
 
-def _sliced(site: Site, x: Expr, start: Size, end: Size, axis: int, step: int) -> Expr:
+def _sliced(site: OnnxSite, x: Expr, start: Size, end: Size, axis: int, step: int) -> Expr:
     b, size = site.b, x.shape[axis]
     if step == 0:
         site.malformed("a step of 0")
@@ -367,7 +367,7 @@ def _sliced(site: Site, x: Expr, start: Size, end: Size, axis: int, step: int) -
 
 
 @operator("Pad", latest=25)
-def _pad(site: Site) -> Made:
+def _pad(site: OnnxSite) -> Made:
     """Before and after each axis, with a constant, the edge, a reflection, or the other end; negative: cut."""
     b, x = site.b, site.x(0)
     mode = site.text("mode", "constant")
@@ -397,7 +397,7 @@ def _pad(site: Site) -> Made:
     return x
 
 
-def _fill(site: Site) -> Any:
+def _fill(site: OnnxSite) -> Any:
     """What is padded with: a number, or the scalar that holds it."""
     if not site.has(2):
         return 0
@@ -418,7 +418,7 @@ def _padded(b: Builder, x: Expr, axis: int, before: Size, after: Size, value: An
     return b.concat(sides[0], x, sides[1], axis=axis)
 
 
-def _border(site: Site, size: Size, before: Size, after: Size, mode: str) -> Expr:
+def _border(site: OnnxSite, size: Size, before: Size, after: Size, mode: str) -> Expr:
     """Where along an axis each element of its padded form is read."""
     n, lead, tail = size.constant, before.constant, after.constant
     if n is None or lead is None or tail is None:
@@ -452,7 +452,7 @@ def _symbolic_border(b: Builder, size: Size, before: Size, after: Size, mode: st
 
 
 @operator("DepthToSpace", latest=13)
-def _depth_to_space(site: Site) -> Made:
+def _depth_to_space(site: OnnxSite) -> Made:
     b, x, block = site.b, site.x(0), site.int("blocksize", 1)
     columns = site.text("mode", "DCR") == "CRD"
     if x.rank != 4:
@@ -462,7 +462,7 @@ def _depth_to_space(site: Site) -> Made:
 
 
 @operator("SpaceToDepth", latest=13)
-def _space_to_depth(site: Site) -> Made:
+def _space_to_depth(site: OnnxSite) -> Made:
     x, block = site.x(0), site.int("blocksize", 1)
     if x.rank != 4:
         site.decompose()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treadle.frontends.onnx_import.folding import is_at_least
-from treadle.frontends.onnx_import.operators import Site
+from treadle.frontends.onnx_import.operators import OnnxSite
 from treadle.ir.builder import Expr
 from treadle.ir.sizes import ZERO, Size
 
@@ -19,7 +19,7 @@ _MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowGeometry:
     """How windows lie along each axis.
 
     before, after   the padding
@@ -48,7 +48,7 @@ class Windows:
         return x, ()
 
 
-def kernel_sizes(site: Site, weight: Expr) -> tuple[Size, ...]:
+def kernel_sizes(site: OnnxSite, weight: Expr) -> tuple[Size, ...]:
     """The sizes of a weight's kernel, which `kernel_shape` may repeat."""
     found, told = weight.shape[2:], site.ints("kernel_shape")
     if told is None:
@@ -61,7 +61,7 @@ def kernel_sizes(site: Site, weight: Expr) -> tuple[Size, ...]:
     return found
 
 
-def steps(site: Site, spatial: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def steps(site: OnnxSite, spatial: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Strides and dilations."""
     strides, dilations = (site.ints(name) or (1,) * spatial for name in ("strides", "dilations"))
     if len(strides) != spatial or len(dilations) != spatial or min(*strides, *dilations, 1) < 1:
@@ -69,7 +69,7 @@ def steps(site: Site, spatial: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(strides), tuple(dilations)
 
 
-def windows_of(site: Site, x: Expr, kernel: Sequence[Size]) -> Windows:
+def windows_of(site: OnnxSite, x: Expr, kernel: Sequence[Size]) -> WindowGeometry:
     """The windows that a node's attributes say. Refuses an automatic padding that its sizes do not tell."""
     spatial = x.rank - 2
     if spatial < 1 or len(kernel) != spatial:
@@ -84,12 +84,12 @@ def windows_of(site: Site, x: Expr, kernel: Sequence[Size]) -> Windows:
         pads = (0,) * (2 * spatial)
     if automatic in ("NOTSET", "VALID"):
         ends = tuple(Size.of(n) for n in pads)
-        return Windows(strides, dilations, ends[:spatial], ends[spatial:])
+        return WindowGeometry(strides, dilations, ends[:spatial], ends[spatial:])
     totals = [
         _same(site, size, (k - 1) * dilation + 1, stride)
         for size, k, stride, dilation in zip(x.shape[2:], kernel, strides, dilations, strict=True)
     ]
-    return Windows(strides, dilations, *halves(totals, automatic == "SAME_UPPER"))
+    return WindowGeometry(strides, dilations, *halves(totals, automatic == "SAME_UPPER"))
 
 
 def halves(totals: Sequence[Size], odd_after: bool) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
@@ -99,7 +99,7 @@ def halves(totals: Sequence[Size], odd_after: bool) -> tuple[tuple[Size, ...], t
     return (small, large) if odd_after else (large, small)
 
 
-def _same(site: Site, size: Size, span: Size, stride: int) -> Size:
+def _same(site: OnnxSite, size: Size, span: Size, stride: int) -> Size:
     """How far the ceil(size / stride) windows of SAME reach beyond an axis, 0 or more."""
     symbols = site.importer.graph.symbols
     whole = (size + stride - 1) // stride * stride

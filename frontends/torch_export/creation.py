@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Expr
 from treadle.ir.sizes import ZERO, Size
@@ -12,7 +12,7 @@ from treadle.ir.types import f64
 
 
 @operator("arange.default", "arange.start", "arange.start_step")
-def _arange(site: Site) -> Made:
+def _arange(site: TorchSite) -> Made:
     b, dtype, (count,) = site.b, site.dtype(), site.shape()
     start, step = site.given("start", 0), site.given("step", 1)
     if isinstance(start, float) or isinstance(step, float):
@@ -25,39 +25,39 @@ def _arange(site: Site) -> Made:
     return places if Size.of(start) == ZERO else places + site.as_operand(start, dtype)
 
 
-def _filled(site: Site, value: float) -> Expr:
+def _filled(site: TorchSite, value: float) -> Expr:
     dtype = site.dtype()
     held = bool(value) if dtype.kind == "bool" else value if dtype.is_float else int(value)
     return expanded(site.b, site.b.constant(held, dtype), site.shape())
 
 
 @operator("zeros.default", "zeros_like.default", "new_zeros.default")
-def _zeros(site: Site) -> Made:
+def _zeros(site: TorchSite) -> Made:
     return _filled(site, 0)
 
 
 @operator("ones.default", "ones_like.default", "new_ones.default")
-def _ones(site: Site) -> Made:
+def _ones(site: TorchSite) -> Made:
     return _filled(site, 1)
 
 
 @operator("full.default", "full_like.default", "new_full.default")
-def _full(site: Site) -> Made:
+def _full(site: TorchSite) -> Made:
     return expanded(site.b, site.operand("fill_value", site.dtype()), site.shape())
 
 
 @operator("fill.Scalar", "fill.Tensor")
-def _fill(site: Site) -> Made:
+def _fill(site: TorchSite) -> Made:
     return expanded(site.b, site.operand("value", site.dtype()), site.shape())
 
 
 @operator("scalar_tensor.default")
-def _scalar(site: Site) -> Made:
+def _scalar(site: TorchSite) -> Made:
     return site.operand("s", site.dtype())
 
 
 @operator("linspace.default")
-def _linspace(site: Site) -> Made:
+def _linspace(site: TorchSite) -> Made:
     b, count, start, end = site.b, site.integer("steps"), site.real("start"), site.real("end")
     if not site.dtype().is_float or not (math.isfinite(start) and math.isfinite(end)):
         site.refuse("of integers, or of an endless range")
@@ -66,7 +66,7 @@ def _linspace(site: Site) -> Made:
 
 
 @operator("eye.default", "eye.m")
-def _eye(site: Site) -> Made:
+def _eye(site: TorchSite) -> Made:
     b, (rows, columns) = site.b, site.shape()
     place = b.rearrange(b.iota(size=rows), pattern="n -> n 1")
     return b.equal(b.iota(size=columns), place).cast(site.dtype())
@@ -75,7 +75,7 @@ def _eye(site: Site) -> Made:
 # -- triangles -----------------------------------------------------------------------------------------------------
 
 
-def _triangle(site: Site, upper: bool) -> Expr:
+def _triangle(site: TorchSite, upper: bool) -> Expr:
     """The elements on one side of a diagonal; the rest is zero."""
     b, x, diagonal = site.b, site.x("self"), site.integer("diagonal", 0)
     rows = b.rearrange(b.iota(size=x.shape[-2]), pattern="n -> n 1")
@@ -86,10 +86,10 @@ def _triangle(site: Site, upper: bool) -> Expr:
 
 
 @operator("tril.default")
-def _tril(site: Site) -> Made:
+def _tril(site: TorchSite) -> Made:
     return _triangle(site, upper=False)
 
 
 @operator("triu.default")
-def _triu(site: Site) -> Made:
+def _triu(site: TorchSite) -> Made:
     return _triangle(site, upper=True)

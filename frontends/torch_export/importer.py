@@ -20,7 +20,7 @@ import treadle.frontends.torch_export.tables  # noqa: F401  (registers the opera
 from treadle.frontends.stored_triangles import triangle_of
 from treadle.frontends.torch_export.lines import scope_of, source_of
 from treadle.frontends.torch_export.model import TorchModel, array_of, expect_dense
-from treadle.frontends.torch_export.operators import OPERATORS, Site, our_dtype, unsupported
+from treadle.frontends.torch_export.operators import OPERATORS, TorchSite, our_dtype, unsupported
 from treadle.frontends.torch_export.sizes import Symbols, UnknownSize, bounds_of
 from treadle.frontends.torch_export.tracing import (
     Dynamic,
@@ -289,7 +289,7 @@ class TorchImporter:
         arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         arguments |= {a.name: self._plain(x) for a, x in zip(schema, node.args, strict=False)}
         arguments |= {key: self._plain(x) for key, x in node.kwargs.items()}
-        site = Site(self, node, arguments)
+        site = TorchSite(self, node, arguments)
         made = handler(site)
         results = list(made) if isinstance(made, list | tuple) else [made]
         for position, result in enumerate(results):
@@ -297,7 +297,7 @@ class TorchImporter:
                 self._check(site, position, result)
         self.values[node] = results if isinstance(node.meta.get("val"), list | tuple) else results[0]
 
-    def _check(self, site: Site, position: int, made: Expr) -> None:
+    def _check(self, site: TorchSite, position: int, made: Expr) -> None:
         """Hold a result against the dtype and the shape that torch found."""
         dtype, shape = site.dtype(position), site.shape(position)
         if made.dtype is not dtype:

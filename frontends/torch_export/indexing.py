@@ -12,7 +12,7 @@ import numpy as np
 
 from treadle.frontends.onnx_import.indexing import extent
 from treadle.frontends.onnx_import.reshaping import reshaped
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded, permuted
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
@@ -82,13 +82,13 @@ def from_start(b: Builder, indices: Expr, size: Size) -> Expr:
 
 
 @operator("embedding.default")
-def _embedding(site: Site) -> Made:
+def _embedding(site: TorchSite) -> Made:
     table, indices = site.x("weight"), site.x("indices")
     return site.b.embedding(table, indices)
 
 
 @operator("index_select.default")
-def _index_select(site: Site) -> Made:
+def _index_select(site: TorchSite) -> Made:
     b, x, indices = site.b, site.x("self"), site.x("index")
     if x.rank == 0:
         return x
@@ -99,7 +99,7 @@ def _index_select(site: Site) -> Made:
 
 
 @operator("gather.default")
-def _gather(site: Site) -> Made:
+def _gather(site: TorchSite) -> Made:
     """Elements along one axis; along the others, x may reach further than the indices."""
     b, x, indices, axis = site.b, site.x("self"), site.x("index"), site.axis("dim")
     if x.rank == 0:
@@ -115,7 +115,7 @@ def _gather(site: Site) -> Made:
 
 
 @operator("index.Tensor")
-def _index(site: Site) -> Made:
+def _index(site: TorchSite) -> Made:
     """x[i, :, j]: the indices broadcast; their axes come where the indexed ones are, or first if these lie apart."""
     b, x = site.b, site.x("self")
     indices = list(site.given("indices"))
@@ -145,7 +145,7 @@ def _index(site: Site) -> Made:
     return picked
 
 
-def broadcast(site: Site, shapes: Sequence[tuple[Size, ...]]) -> list[Size]:
+def broadcast(site: TorchSite, shapes: Sequence[tuple[Size, ...]]) -> list[Size]:
     rank = max(len(s) for s in shapes)
     made = [ONE] * rank
     for shape in shapes:
@@ -197,7 +197,7 @@ def _at_points(b: Builder, x: Expr, indices: Sequence[Expr], points: Sequence[Si
 
 
 @operator("one_hot.default")
-def _one_hot(site: Site) -> Made:
+def _one_hot(site: TorchSite) -> Made:
     b, x, count = site.b, site.x("self"), site.integer("num_classes", -1)
     if count < 1:
         site.refuse("without num_classes")

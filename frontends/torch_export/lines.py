@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from treadle.ir.graph import Source
+from treadle.ir.graph import SourceLine
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 _TORCH = re.compile(r"[\\/](?:site|dist)-packages[\\/]torch(?:gen)?[\\/]|^<")
@@ -29,16 +29,16 @@ def shown(path: str) -> str:
     return os.path.relpath(full, here).replace(os.sep, "/") if full.startswith(here) else os.path.basename(path)
 
 
-def source_in(text: str | None) -> Source | None:
+def source_in(text: str | None) -> SourceLine | None:
     """The innermost line in a printed stack that is not torch's own; where all are, the innermost."""
     frames = _FRAME.findall(text or "")
     if not frames:
         return None
     users = [f for f in frames if not _TORCH.search(f[0])] or frames
-    return Source(shown(users[-1][0]), int(users[-1][1]))
+    return SourceLine(shown(users[-1][0]), int(users[-1][1]))
 
 
-def source_of(node: Any) -> Source | None:
+def source_of(node: Any) -> SourceLine | None:
     """The user's line that a node comes from."""
     return source_in(node.meta.get("stack_trace"))
 
@@ -53,7 +53,7 @@ def scope_of(node: Any) -> str:
     return path[:400]
 
 
-def raised_at(error: BaseException) -> Source | None:
+def raised_at(error: BaseException) -> SourceLine | None:
     """The line, not torch's or ours, that an exception passed through last."""
     own = os.path.dirname(os.path.abspath(__file__)) + os.sep
     trace: TracebackType | None = error.__traceback__
@@ -61,7 +61,7 @@ def raised_at(error: BaseException) -> Source | None:
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
         if not _TORCH.search(name) and not name.startswith(own):
-            found = Source(shown(name), trace.tb_lineno)
+            found = SourceLine(shown(name), trace.tb_lineno)
         trace = trace.tb_next
     return found
 

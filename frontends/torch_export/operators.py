@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Made: TypeAlias = Any
 """What a handler gives: an Expr, or one an output (None for one that it does not make)."""
-Handler = Callable[["Site"], Made]
+Handler = Callable[["TorchSite"], Made]
 
 OPERATORS: dict[str, Handler] = {}
 """By name and overload: "add.Tensor"."""
@@ -70,7 +70,7 @@ def title(node: Any) -> str:
     return str(getattr(node.target, "__name__", name) if name.startswith("<") else name)[:200]
 
 
-class Site:
+class TorchSite:
     """One node while it is imported: its arguments by name, and where its meaning is built.
 
     b       the builder

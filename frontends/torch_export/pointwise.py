@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import reduce
 
 from treadle.frontends.onnx_import.arithmetic import truncated_quotient
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import DType, f32
@@ -17,43 +17,43 @@ from treadle.ir.types import DType, f32
 
 @operator("alias.default", "clone.default", "contiguous.default", "detach.default", "detach_.default")
 @operator("lift_fresh_copy.default", "lift_fresh.default", "lift.default", "positive.default")
-def _same(site: Site) -> Made:
+def _same(site: TorchSite) -> Made:
     return site.x("self")
 
 
 @operator("dropout.default", "feature_dropout.default", "alpha_dropout.default")
-def _dropout(site: Site) -> Made:
+def _dropout(site: TorchSite) -> Made:
     if site.flag("train") and site.real("p") != 0:
         site.refuse("dropout in training mode", "module.eval()")
     return site.x("input")
 
 
 @operator("native_dropout.default")
-def _native_dropout(site: Site) -> Made:
+def _native_dropout(site: TorchSite) -> Made:
     if site.flag("train") and site.real("p") != 0:
         site.refuse("dropout in training mode", "module.eval()")
     return [site.x("input"), None]
 
 
 @operator("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")
-def _converted(site: Site) -> Made:
+def _converted(site: TorchSite) -> Made:
     return site.x("self").cast(site.dtype())
 
 
 # -- arithmetic ----------------------------------------------------------------------------------------------------
 
 
-def _both(site: Site, dtype: DType) -> tuple[Expr, Expr]:
+def _both(site: TorchSite, dtype: DType) -> tuple[Expr, Expr]:
     return site.operand("self", dtype), site.operand("other", dtype)
 
 
-def _scaled(site: Site, y: Expr) -> Expr:
+def _scaled(site: TorchSite, y: Expr) -> Expr:
     alpha = site.real("alpha", 1.0)
     return y if alpha == 1 else y * (alpha if y.dtype.is_float else int(alpha))
 
 
 @operator("add.Tensor", "add.Scalar")
-def _add(site: Site) -> Made:
+def _add(site: TorchSite) -> Made:
     if site.dtype().kind == "bool":
         x, y = _both(site, site.dtype())
         return x | y if site.real("alpha", 1.0) else expanded(site.b, x, site.shape())
@@ -62,31 +62,31 @@ def _add(site: Site) -> Made:
 
 
 @operator("sub.Tensor", "sub.Scalar")
-def _sub(site: Site) -> Made:
+def _sub(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     return x - _scaled(site, y)
 
 
 @operator("rsub.Tensor", "rsub.Scalar")
-def _rsub(site: Site) -> Made:
+def _rsub(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     return y - _scaled(site, x)
 
 
 @operator("mul.Tensor", "mul.Scalar")
-def _mul(site: Site) -> Made:
+def _mul(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     return x & y if site.dtype().kind == "bool" else x * y
 
 
 @operator("div.Tensor", "div.Scalar", "true_divide.Tensor")
-def _div(site: Site) -> Made:
+def _div(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     return x / y
 
 
 @operator("div.Tensor_mode", "div.Scalar_mode")
-def _rounded_div(site: Site) -> Made:
+def _rounded_div(site: TorchSite) -> Made:
     mode, dtype = site.given("rounding_mode"), site.dtype()
     x, y = _both(site, dtype)
     if mode is None:
@@ -98,25 +98,25 @@ def _rounded_div(site: Site) -> Made:
     return _truncated(site, x / y) if dtype.is_float else truncated_quotient(site.b, x, y)
 
 
-def _truncated(site: Site, x: Expr) -> Expr:
+def _truncated(site: TorchSite, x: Expr) -> Expr:
     b = site.b
     return b.where(x < 0.0, -b.floor(-x), b.floor(x))
 
 
 @operator("floor_divide.default", "floor_divide.Scalar")
-def _floor_divide(site: Site) -> Made:
+def _floor_divide(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     return x // y
 
 
 @operator("remainder.Tensor", "remainder.Scalar")
-def _remainder(site: Site) -> Made:
+def _remainder(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     return site.b.mod(x, y)
 
 
 @operator("fmod.Tensor", "fmod.Scalar")
-def _fmod(site: Site) -> Made:
+def _fmod(site: TorchSite) -> Made:
     x, y = _both(site, site.dtype())
     if not site.dtype().is_float:
         return x - truncated_quotient(site.b, x, y) * y
@@ -125,7 +125,7 @@ def _fmod(site: Site) -> Made:
 
 
 @operator("pow.Tensor_Scalar")
-def _power(site: Site) -> Made:
+def _power(site: TorchSite) -> Made:
     b, dtype, exponent = site.b, site.dtype(), site.real("exponent")
     x = site.operand("self", dtype)
     if exponent in (2, 3, 4) and (dtype.is_float or dtype.is_int):
@@ -140,15 +140,15 @@ def _power(site: Site) -> Made:
 
 
 @operator("pow.Tensor_Tensor", "pow.Scalar")
-def _powers(site: Site) -> Made:
+def _powers(site: TorchSite) -> Made:
     dtype = site.dtype()
     if not dtype.is_float:
         site.refuse("powers of integers")
     return site.b.pow(site.operand("self", dtype), site.operand("exponent", dtype))
 
 
-def _extremum(ours: str) -> Callable[[Site], Made]:
-    def handler(site: Site) -> Made:
+def _extremum(ours: str) -> Callable[[TorchSite], Made]:
+    def handler(site: TorchSite) -> Made:
         x, y = _both(site, site.dtype())
         if x.dtype.kind == "bool":
             return x | y if ours == "maximum" else x & y
@@ -162,23 +162,23 @@ operator("minimum.default", "min.other")(_extremum("minimum"))
 
 
 @operator("clamp.default", "clamp.Tensor", "hardtanh.default", "clip.default")
-def _clamp(site: Site) -> Made:
+def _clamp(site: TorchSite) -> Made:
     low = next((n for n in ("min", "min_val") if site.given(n) is not None), None)
     high = next((n for n in ("max", "max_val") if site.given(n) is not None), None)
     return _within(site, low, high)
 
 
 @operator("clamp_min.default", "clamp_min.Tensor")
-def _clamp_min(site: Site) -> Made:
+def _clamp_min(site: TorchSite) -> Made:
     return _within(site, "min", None)
 
 
 @operator("clamp_max.default", "clamp_max.Tensor")
-def _clamp_max(site: Site) -> Made:
+def _clamp_max(site: TorchSite) -> Made:
     return _within(site, None, "max")
 
 
-def _within(site: Site, low: str | None, high: str | None) -> Expr:
+def _within(site: TorchSite, low: str | None, high: str | None) -> Expr:
     """Where bounds cross, the upper one holds."""
     b, dtype = site.b, site.dtype()
     x = site.operand("self", dtype)
@@ -192,7 +192,7 @@ def _within(site: Site, low: str | None, high: str | None) -> Expr:
 
 def _comparison(name: str, ours: str) -> None:
     @operator(f"{name}.Tensor", f"{name}.Scalar")
-    def _compared(site: Site) -> Made:
+    def _compared(site: TorchSite) -> Made:
         dtype = site.promoted("self", "other")
         if dtype.kind == "bool" and ours not in ("equal", "not_equal"):
             site.refuse("of truth values")
@@ -207,23 +207,23 @@ _comparison("lt", "less")
 _comparison("le", "less_equal")
 
 
-def _logical(site: Site, bitwise: bool) -> tuple[Expr, Expr]:
+def _logical(site: TorchSite, bitwise: bool) -> tuple[Expr, Expr]:
     if bitwise and site.dtype().kind != "bool":
         site.refuse("of integers")
     bools = site.dtype()
     return site.operand("self", bools), site.operand("other", bools)
 
 
-def _logic(combine: Callable[[Site, Expr, Expr], Expr], *names: str) -> None:
+def _logic(combine: Callable[[TorchSite, Expr, Expr], Expr], *names: str) -> None:
     for name in names:
         bitwise = not name.startswith("logical")
 
         @operator(name)
-        def _combined(site: Site, bitwise: bool = bitwise) -> Made:
+        def _combined(site: TorchSite, bitwise: bool = bitwise) -> Made:
             return combine(site, *_logical(site, bitwise))
 
 
-def _differing(site: Site, x: Expr, y: Expr) -> Expr:
+def _differing(site: TorchSite, x: Expr, y: Expr) -> Expr:
     return site.b.not_equal(x, y)
 
 
@@ -233,31 +233,31 @@ _logic(_differing, "__xor__.Tensor", "bitwise_xor.Tensor", "logical_xor.default"
 
 
 @operator("logical_not.default", "bitwise_not.default")
-def _not(site: Site) -> Made:
+def _not(site: TorchSite) -> Made:
     if site.node.target._schema.name.endswith("bitwise_not") and site.dtype().kind != "bool":
         site.refuse("of integers")
     return ~site.x("self").cast(site.dtype())
 
 
 @operator("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-def _where(site: Site) -> Made:
+def _where(site: TorchSite) -> Made:
     return site.b.where(site.x("condition"), *_both(site, site.dtype()))
 
 
 @operator("masked_fill.Scalar", "masked_fill.Tensor")
-def _masked_fill(site: Site) -> Made:
+def _masked_fill(site: TorchSite) -> Made:
     x = site.x("self")
     return site.b.where(site.x("mask"), site.operand("value", x.dtype), x)
 
 
 @operator("isnan.default")
-def _is_nan(site: Site) -> Made:
+def _is_nan(site: TorchSite) -> Made:
     x = site.x("self")
     return site.b.not_equal(x, x)
 
 
 @operator("isinf.default")
-def _is_infinite(site: Site) -> Made:
+def _is_infinite(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     return b.equal(b.abs(x), math.inf) if x.dtype.is_float else expanded(b, b.constant(False), x.shape)
 
@@ -267,7 +267,7 @@ def _is_infinite(site: Site) -> Made:
 
 def _function(name: str, ours: str) -> None:
     @operator(f"{name}.default")
-    def _applied(site: Site) -> Made:
+    def _applied(site: TorchSite) -> Made:
         return site.b.apply(ours, site.operand("self", site.dtype()))
 
 
@@ -278,25 +278,25 @@ for _name in ("relu", "silu", "sign"):
 
 
 @operator("floor.default")
-def _floor(site: Site) -> Made:
+def _floor(site: TorchSite) -> Made:
     x = site.x("self")
     return site.b.floor(x) if x.dtype.is_float else x
 
 
 @operator("ceil.default")
-def _ceil(site: Site) -> Made:
+def _ceil(site: TorchSite) -> Made:
     x = site.x("self")
     return -site.b.floor(-x) if x.dtype.is_float else x
 
 
 @operator("round.default")
-def _round(site: Site) -> Made:
+def _round(site: TorchSite) -> Made:
     x = site.x("self")
     return site.b.round(x) if x.dtype.is_float else x
 
 
 @operator("trunc.default")
-def _trunc(site: Site) -> Made:
+def _trunc(site: TorchSite) -> Made:
     x = site.x("self")
     return _truncated(site, x) if x.dtype.is_float else x
 
@@ -307,7 +307,7 @@ def _wide(x: Expr) -> Expr:
 
 
 @operator("log1p.default")
-def _log1p(site: Site) -> Made:
+def _log1p(site: TorchSite) -> Made:
     """log(1 + x), near 0 by what 1 + x has lost of x: log(u) x / (u - 1) with u = 1 + x        (Kahan)"""
     b, x = site.b, _wide(site.operand("self", site.dtype()))
     u = x + 1.0
@@ -323,12 +323,12 @@ def _expm1(b: Builder, x: Expr) -> Expr:
 
 
 @operator("expm1.default")
-def _exp_less_one(site: Site) -> Made:
+def _exp_less_one(site: TorchSite) -> Made:
     return _expm1(site.b, _wide(site.operand("self", site.dtype()))).cast(site.dtype())
 
 
 @operator("elu.default")
-def _elu(site: Site) -> Made:
+def _elu(site: TorchSite) -> Made:
     """scale x above 0, scale alpha (exp(input_scale x) - 1) below"""
     b, x = site.b, _wide(site.x("self"))
     alpha, scale, inner = site.real("alpha", 1.0), site.real("scale", 1.0), site.real("input_scale", 1.0)
@@ -337,13 +337,13 @@ def _elu(site: Site) -> Made:
 
 
 @operator("square.default")
-def _square(site: Site) -> Made:
+def _square(site: TorchSite) -> Made:
     x = site.x("self")
     return x * x
 
 
 @operator("gelu.default")
-def _gelu(site: Site) -> Made:
+def _gelu(site: TorchSite) -> Made:
     x, kind = site.x("self"), site.text("approximate")
     if kind not in ("none", "tanh"):
         site.refuse(f"approximate={kind!r}")
@@ -351,19 +351,19 @@ def _gelu(site: Site) -> Made:
 
 
 @operator("relu6.default")
-def _relu6(site: Site) -> Made:
+def _relu6(site: TorchSite) -> Made:
     x = site.x("self")
     return site.b.minimum(site.b.relu(x), site.b.constant(6, x.dtype))
 
 
 @operator("leaky_relu.default")
-def _leaky_relu(site: Site) -> Made:
+def _leaky_relu(site: TorchSite) -> Made:
     x = site.x("self")
     return site.b.where(x > 0.0, x, x * site.real("negative_slope"))
 
 
 @operator("softplus.default")
-def _softplus(site: Site) -> Made:
+def _softplus(site: TorchSite) -> Made:
     """log(1 + exp(beta x)) / beta = (max(z, 0) + log(1 + exp(-|z|))) / beta, and x itself past the threshold."""
     b, x, beta = site.b, site.x("self"), site.real("beta")
     z = x.cast(f32) * beta if x.dtype.bytes == 2 else x * beta
@@ -372,11 +372,11 @@ def _softplus(site: Site) -> Made:
 
 
 @operator("hardsigmoid.default")
-def _hardsigmoid(site: Site) -> Made:
+def _hardsigmoid(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     return b.minimum(b.relu(x + 3.0), b.constant(6.0, x.dtype)) / 6.0
 
 
 @operator("hardswish.default")
-def _hardswish(site: Site) -> Made:
+def _hardswish(site: TorchSite) -> Made:
     return site.x("self") * _hardsigmoid(site)

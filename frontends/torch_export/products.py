@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from treadle.frontends.onnx_import.products import matmul
 from treadle.frontends.onnx_import.reshaping import reshaped
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
@@ -15,7 +15,7 @@ from treadle.ir.sizes import ONE, Size
 
 
 @operator("linear.default")
-def _linear(site: Site) -> Made:
+def _linear(site: TorchSite) -> Made:
     x, weight, bias = site.x("input"), site.x("weight"), site.maybe("bias")
     if weight.rank != 2:
         site.refuse(f"a weight of rank {weight.rank}")
@@ -23,13 +23,13 @@ def _linear(site: Site) -> Made:
 
 
 @operator("matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default")
-def _matmul(site: Site) -> Made:
+def _matmul(site: TorchSite) -> Made:
     first, second = [a.name for a in site.node.target._schema.arguments][:2]
     return matmul(site.b, site.x(first), site.x(second))
 
 
 @operator("addmm.default", "addmv.default", "baddbmm.default")
-def _addmm(site: Site) -> Made:
+def _addmm(site: TorchSite) -> Made:
     """beta c + alpha a b"""
     first, second = [a.name for a in site.node.target._schema.arguments][1:3]
     c, alpha, beta = site.x("self"), site.real("alpha", 1.0), site.real("beta", 1.0)
@@ -41,7 +41,7 @@ def _addmm(site: Site) -> Made:
 
 
 @operator("einsum.default")
-def _einsum(site: Site) -> Made:
+def _einsum(site: TorchSite) -> Made:
     text = site.text("equation").replace(" ", "")
     left, arrow, right = text.partition("->")
     if not re.fullmatch(r"[A-Za-z,.]*(->[A-Za-z.]*)?", text):
@@ -62,7 +62,7 @@ def _einsum(site: Site) -> Made:
 
 @operator("conv1d.default", "conv2d.default", "conv3d.default", "convolution.default")
 @operator("conv1d.padding", "conv2d.padding", "conv3d.padding")
-def _conv(site: Site) -> Made:
+def _conv(site: TorchSite) -> Made:
     """x [b, c, ...] or [c, ...]; padding "same" puts the odd zero behind."""
     b, x, weight = site.b, site.x("input"), site.x("weight")
     spatial = weight.rank - 2
@@ -95,7 +95,7 @@ def _conv(site: Site) -> Made:
     return reshaped(b, y, y.shape[1:])[0] if alone else y
 
 
-def _each(site: Site, name: str, count: int, default: int = 1) -> tuple[int, ...]:
+def _each(site: TorchSite, name: str, count: int, default: int = 1) -> tuple[int, ...]:
     numbers = site.integers(name) or (default,)
     return numbers * count if len(numbers) == 1 else numbers
 
@@ -104,7 +104,7 @@ def _each(site: Site, name: str, count: int, default: int = 1) -> tuple[int, ...
 
 
 @operator("scaled_dot_product_attention.default")
-def _attention(site: Site) -> Made:
+def _attention(site: TorchSite) -> Made:
     """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both first axes.
 
     What is 1 of batches or heads in one of them and more in another is broadcast, as products of matrices are. One head
@@ -144,7 +144,7 @@ def _of_rank_four(b: Builder, x: Expr, rank: int) -> Expr:
     return reshaped(b, x, [*lead, *x.shape[-2:]])[0]
 
 
-def _shared(site: Site, what: str, sizes: Sequence[Size]) -> Size:
+def _shared(site: TorchSite, what: str, sizes: Sequence[Size]) -> Size:
     """The size that operands have along a leading axis, where those that are 1 broadcast."""
     (q, k, v), several = sizes, [n for n in dict.fromkeys(sizes) if n != ONE]
     if len(several) <= 1:
@@ -183,7 +183,7 @@ def _before_repeat(b: Builder, x: Expr) -> Expr | None:
     return made if made.shape == (x.shape[0], groups, *x.shape[2:]) else None
 
 
-def _masked_by(site: Site, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
+def _masked_by(site: TorchSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
     """A mask [..., s, t] as a term: true where a query may see a key, or what is added to the scores.
 
     An axis of size 1 that broadcasts is left out. One that `expand` made is as if it were not there.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.onnx_import.reshaping import reshaped
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizes import ONE, Size, product
 from treadle.ir.types import i64, u8
@@ -14,7 +14,7 @@ from treadle.ir.types import i64, u8
 # -- reductions ----------------------------------------------------------------------------------------------------
 
 
-def _axes(site: Site) -> tuple[int, ...]:
+def _axes(site: TorchSite) -> tuple[int, ...]:
     """The axes of `dim`; of none, all."""
     rank = site.x("self").rank
     if rank == 0:
@@ -23,30 +23,30 @@ def _axes(site: Site) -> tuple[int, ...]:
     return tuple(site.position(a, rank) for a in axes) or tuple(range(rank))
 
 
-def _reduction(rule: Callable[[Site, Expr, tuple[int, ...], bool], Expr], *names: str) -> None:
+def _reduction(rule: Callable[[TorchSite, Expr, tuple[int, ...], bool], Expr], *names: str) -> None:
     @operator(*names)
-    def _reduced(site: Site) -> Made:
+    def _reduced(site: TorchSite) -> Made:
         return rule(site, site.x("self"), _axes(site), site.flag("keepdim"))
 
 
-def _sum(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _sum(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     return site.b.reduce_sum(x.cast(site.dtype()), axes=axes, keep=keep)
 
 
-def _mean(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _mean(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     return site.b.reduce_mean(x.cast(site.dtype()), axes=axes, keep=keep)
 
 
-def _extremum(ours: str) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
-    def rule(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _extremum(ours: str) -> Callable[[TorchSite, Expr, tuple[int, ...], bool], Expr]:
+    def rule(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
         held = x.cast(u8) if x.dtype.kind == "bool" else x
         return site.b.apply(ours, held, axes=axes, keep=keep).cast(x.dtype)  # type: ignore[no-any-return]
 
     return rule
 
 
-def _truth(ours: str) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
-    def rule(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _truth(ours: str) -> Callable[[TorchSite, Expr, tuple[int, ...], bool], Expr]:
+    def rule(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
         b = site.b
         flags = x if x.dtype.kind == "bool" else b.not_equal(x, 0)
         return b.apply(ours, flags.cast(u8), axes=axes, keep=keep).cast(site.dtype())  # type: ignore[no-any-return]
@@ -54,7 +54,7 @@ def _truth(ours: str) -> Callable[[Site, Expr, tuple[int, ...], bool], Expr]:
     return rule
 
 
-def _variance(site: Site, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
+def _variance(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
     """The mean square distance from the mean, with n - correction for n."""
     b = site.b
     correction = site.real("correction", 1.0) if site.given("unbiased", True) else 0.0
@@ -77,13 +77,13 @@ _reduction(lambda *x: x[0].b.sqrt(_variance(*x)), "std.correction", "std.dim", "
 
 
 @operator("var_mean.correction")
-def _var_mean(site: Site) -> Made:
+def _var_mean(site: TorchSite) -> Made:
     x, axes, keep = site.x("self"), _axes(site), site.flag("keepdim")
     return [_variance(site, x, axes, keep), site.b.reduce_mean(x, axes=axes, keep=keep)]
 
 
 @operator("logsumexp.default")
-def _log_sum_exp(site: Site) -> Made:
+def _log_sum_exp(site: TorchSite) -> Made:
     """With the largest taken out, so that nothing overflows."""
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
     largest = b.reduce_max(x, axes=axes, keep=True)
@@ -93,7 +93,7 @@ def _log_sum_exp(site: Site) -> Made:
 
 
 @operator("linalg_vector_norm.default")
-def _norm(site: Site) -> Made:
+def _norm(site: TorchSite) -> Made:
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
     order = site.real("ord", 2.0)
     if order not in (1, 2):
@@ -107,7 +107,7 @@ def _norm(site: Site) -> Made:
 
 def _softmax(ours: str, *names: str) -> None:
     @operator(*names)
-    def _applied(site: Site) -> Made:
+    def _applied(site: TorchSite) -> Made:
         x = site.x("self").cast(site.dtype())
         if x.rank == 0:
             site.refuse("of a scalar")
@@ -119,7 +119,7 @@ _softmax("log_softmax", "log_softmax.int", "_log_softmax.default")
 
 
 @operator("_safe_softmax.default")
-def _safe_softmax(site: Site) -> Made:
+def _safe_softmax(site: TorchSite) -> Made:
     """Zeros for a row that is -inf throughout."""
     b, x, axis = site.b, site.x("self").cast(site.dtype()), site.axis("dim")
     nothing = b.equal(b.reduce_max(x, axes=(axis,), keep=True), -math.inf)
@@ -129,7 +129,7 @@ def _safe_softmax(site: Site) -> Made:
 # -- normalizations ------------------------------------------------------------------------------------------------
 
 
-def _last_axes(site: Site) -> tuple[Expr, tuple[Size, ...], list[Expr | None]]:
+def _last_axes(site: TorchSite) -> tuple[Expr, tuple[Size, ...], list[Expr | None]]:
     """The operand with the normalized axes as one, its own shape, and the weights as vectors."""
     b, x = site.b, site.x("input")
     count = len(site.given("normalized_shape"))
@@ -142,14 +142,14 @@ def _last_axes(site: Site) -> tuple[Expr, tuple[Size, ...], list[Expr | None]]:
 
 
 @operator("layer_norm.default", "native_layer_norm.default")
-def _layer_norm(site: Site) -> Made:
+def _layer_norm(site: TorchSite) -> Made:
     x, shape, (weight, bias) = _last_axes(site)
     y = reshaped(site.b, site.b.layer_norm(x, weight, bias, eps=site.real("eps", 1e-5)), shape)[0]
     return [y, None, None] if len(site.vals) > 1 else y
 
 
 @operator("rms_norm.default", "_fused_rms_norm.default")
-def _rms_norm(site: Site) -> Made:
+def _rms_norm(site: TorchSite) -> Made:
     x, shape, (weight, _) = _last_axes(site)
     # The default is the dtype's own epsilon; 16-bit floats are computed with in float32.
     eps = site.real("eps", 2.0**-52 if x.dtype.name == "f64" else 2.0**-23)
@@ -158,7 +158,7 @@ def _rms_norm(site: Site) -> Made:
 
 
 @operator("batch_norm.default", "_native_batch_norm_legit_no_training.default")
-def _batch_norm(site: Site) -> Made:
+def _batch_norm(site: TorchSite) -> Made:
     """At inference: by the running statistics."""
     if site.flag("training") or site.maybe("running_mean") is None or site.maybe("running_var") is None:
         site.refuse("in training mode", "module.eval()")
@@ -166,20 +166,20 @@ def _batch_norm(site: Site) -> Made:
     return [y, None, None] if len(site.vals) > 1 else y
 
 
-def _along_channels(site: Site, name: str) -> Expr | None:
+def _along_channels(site: TorchSite, name: str) -> Expr | None:
     """A vector along the second axis of the input."""
     held = site.maybe(name)
     ones = " ".join(["c", *["1"] * (site.x("input").rank - 2)])
     return None if held is None else site.b.rearrange(held, pattern=f"c -> {ones}")
 
 
-def _scaled(site: Site, y: Expr) -> Expr:
+def _scaled(site: TorchSite, y: Expr) -> Expr:
     weight, bias = (_along_channels(site, n) for n in ("weight", "bias"))
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
-def _normalized(site: Site) -> Expr:
+def _normalized(site: TorchSite) -> Expr:
     """The input by its running statistics."""
     mean, variance = (_along_channels(site, n) for n in ("running_mean", "running_var"))
     if mean is None or variance is None:
@@ -188,7 +188,7 @@ def _normalized(site: Site) -> Expr:
 
 
 @operator("instance_norm.default")
-def _instance_norm(site: Site) -> Made:
+def _instance_norm(site: TorchSite) -> Made:
     """[b, c, ...], each channel of each row normalized over what follows it, or by the running statistics."""
     b, x = site.b, site.x("input")
     if not site.flag("use_input_stats"):
@@ -200,7 +200,7 @@ def _instance_norm(site: Site) -> Made:
 
 
 @operator("group_norm.default")
-def _group_norm(site: Site) -> Made:
+def _group_norm(site: TorchSite) -> Made:
     """[b, (g c), ...], normalized over c and what follows it."""
     b, x, groups = site.b, site.x("input"), site.integer("num_groups")
     rest = product(x.shape[1:]).divide(groups)
@@ -214,7 +214,7 @@ def _group_norm(site: Site) -> Made:
 
 
 @operator("cumsum.default")
-def _cumsum(site: Site) -> Made:
+def _cumsum(site: TorchSite) -> Made:
     x = site.x("self").cast(site.dtype())
     return x if x.rank == 0 else site.b.cumsum(x, axis=site.axis("dim"))
 
@@ -226,7 +226,7 @@ def reversed_order(b: Builder, x: Expr) -> Expr:
     return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
 
 
-def _flat(site: Site) -> tuple[Expr, int, bool]:
+def _flat(site: TorchSite) -> tuple[Expr, int, bool]:
     """The operand, the axis and whether it is kept; without a `dim` all axes are one."""
     x, keep = site.x("self"), site.flag("keepdim")
     x = x.cast(u8) if x.dtype.kind == "bool" else x
@@ -240,19 +240,19 @@ def _flat(site: Site) -> tuple[Expr, int, bool]:
 
 
 @operator("argmax.default")
-def _argmax(site: Site) -> Made:
+def _argmax(site: TorchSite) -> Made:
     x, axis, keep = _flat(site)
     return site.b.argmax(x, axis=axis, keep=keep)
 
 
 @operator("argmin.default")
-def _argmin(site: Site) -> Made:
+def _argmin(site: TorchSite) -> Made:
     x, axis, keep = _flat(site)
     return site.b.argmax(reversed_order(site.b, x), axis=axis, keep=keep)
 
 
 @operator("max.dim", "min.dim")
-def _extremum_and_place(site: Site) -> Made:
+def _extremum_and_place(site: TorchSite) -> Made:
     b, least = site.b, site.node.target._schema.name.endswith("min")
     x, axis, keep = _flat(site)
     found = b.apply("reduce_min" if least else "reduce_max", x, axes=(axis,), keep=keep)
@@ -260,7 +260,7 @@ def _extremum_and_place(site: Site) -> Made:
 
 
 @operator("topk.default")
-def _topk(site: Site) -> Made:
+def _topk(site: TorchSite) -> Made:
     b, x, k, axis = site.b, site.x("self"), site.integer("k"), site.axis("dim", default=-1)
     if k < 1:
         site.refuse(f"of {k} elements")
@@ -271,7 +271,7 @@ def _topk(site: Site) -> Made:
 
 
 @operator("sort.default", "sort.stable")
-def _sort(site: Site) -> Made:
+def _sort(site: TorchSite) -> Made:
     """Of equal elements the first comes first, as top_k has it."""
     b, x = site.b, site.x("self")
     if x.rank == 0:
@@ -291,5 +291,5 @@ def _sort(site: Site) -> Made:
 
 
 @operator("bincount.default", "nonzero.default", "item.default", "_local_scalar_dense.default", "masked_select.default")
-def _data_dependent(site: Site) -> Made:
+def _data_dependent(site: TorchSite) -> Made:
     site.refuse("what it gives depends on data in its shape, or leaves the graph")

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from treadle.frontends.onnx_import.reductions import flipped
 from treadle.frontends.onnx_import.reshaping import reshaped
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizes import ONE, ZERO, Size
@@ -20,7 +20,7 @@ from treadle.ir.sizes import ONE, ZERO, Size
 
 @operator("view.default", "reshape.default", "_unsafe_view.default", "view_copy.default", "_reshape_copy.default")
 @operator("flatten.using_ints", "unflatten.int", "view_as.default", "reshape_as.default", "unsqueeze.default")
-def _view(site: Site) -> Made:
+def _view(site: TorchSite) -> Made:
     x, shape = site.x("self"), site.shape()
     pattern = cut_across(x.shape, shape)
     if pattern is not None:
@@ -79,7 +79,7 @@ def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
 
 
 @operator("squeeze.default", "squeeze.dim", "squeeze.dims")
-def _squeeze(site: Site) -> Made:
+def _squeeze(site: TorchSite) -> Made:
     """Torch kept every symbolic dimension: of size 1 it would have dropped it, so it must not be 1."""
     x = site.x("self")
     asked = site.given("dim")
@@ -102,13 +102,13 @@ def permuted(b: Builder, x: Expr, order: Sequence[int]) -> Expr:
 
 
 @operator("permute.default", "permute_copy.default")
-def _permute(site: Site) -> Made:
+def _permute(site: TorchSite) -> Made:
     x = site.x("self")
     return permuted(site.b, x, [site.position(a, x.rank) for a in site.integers("dims")])
 
 
 @operator("transpose.int", "swapaxes.default", "swapdims.default")
-def _transpose(site: Site) -> Made:
+def _transpose(site: TorchSite) -> Made:
     x = site.x("self")
     names = [a.name for a in site.node.target._schema.arguments][1:3]
     return swapped(site.b, x, *(site.axis(name) for name in names))
@@ -124,7 +124,7 @@ def swapped(b: Builder, x: Expr, first: int, second: int) -> Expr:
 
 
 @operator("t.default", "numpy_T.default", "mT.default", "matrix_H.default")
-def _turned(site: Site) -> Made:
+def _turned(site: TorchSite) -> Made:
     x = site.x("self")
     if x.rank < 2:
         return x
@@ -133,7 +133,7 @@ def _turned(site: Site) -> Made:
 
 
 @operator("movedim.int", "movedim.intlist", "moveaxis.int")
-def _movedim(site: Site) -> Made:
+def _movedim(site: TorchSite) -> Made:
     x = site.x("self")
     sources = [site.position(a, x.rank) for a in site.integers("source")]
     targets = [site.position(a, x.rank) for a in site.integers("destination")]
@@ -142,7 +142,7 @@ def _movedim(site: Site) -> Made:
 
 
 @operator("expand.default", "expand_as.default", "expand_copy.default", "broadcast_to.default")
-def _expand(site: Site) -> Made:
+def _expand(site: TorchSite) -> Made:
     return expanded(site.b, site.x("self"), site.shape())
 
 
@@ -158,7 +158,7 @@ _FAR = 2**40
 """Places of this and more mean the end of any axis."""
 
 
-def edge_of(site: Site, edge: Size, size: Size) -> Size:
+def edge_of(site: TorchSite, edge: Size, size: Size) -> Size:
     """A slice's start or stop as torch means it: from the end where it is negative, and within the axis.
 
     Where some sizes would have it clamped and others not, it is as in the example: a call with others is refused, by
@@ -182,7 +182,7 @@ def edge_of(site: Site, edge: Size, size: Size) -> Size:
     return edge
 
 
-def _two_ways(site: Site, what: str) -> NoReturn:
+def _two_ways(site: TorchSite, what: str) -> NoReturn:
     site.refuse(
         f"{what}: what the slice then means differs, and bounds of single dimensions do not tell them apart",
         "an example in which it lies within the axis",
@@ -190,7 +190,7 @@ def _two_ways(site: Site, what: str) -> NoReturn:
 
 
 @operator("slice.Tensor", "slice_copy.Tensor")
-def _slice(site: Site) -> Made:
+def _slice(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     axis, step = site.axis("dim", default=0), site.integer("step", 1)
     size, symbols = x.shape[axis], site.importer.symbols
@@ -208,14 +208,14 @@ def _slice(site: Site) -> Made:
 
 
 @operator("narrow.default")
-def _narrow(site: Site) -> Made:
+def _narrow(site: TorchSite) -> Made:
     x, axis = site.x("self"), site.axis("dim")
     start = edge_of(site, site.size("start"), x.shape[axis])
     return site.b.slice(x, axis=axis, start=start, stop=start + site.size("length"))
 
 
 @operator("select.int", "select_copy.int")
-def _select(site: Site) -> Made:
+def _select(site: TorchSite) -> Made:
     x, axis = site.x("self"), site.axis("dim")
     at = site.size("index")
     if at.constant is not None and at.constant < 0:
@@ -231,7 +231,7 @@ def selected(b: Builder, x: Expr, axis: int, at: Size) -> Expr:
 
 @operator("split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "tensor_split.sections")
 @operator("unsafe_split.Tensor", "unsafe_chunk.default")
-def _split(site: Site) -> Made:
+def _split(site: TorchSite) -> Made:
     x, axis = site.x("self"), site.axis("dim", default=0)
     made, start = [], ZERO
     for output in range(len(site.vals)):
@@ -242,13 +242,13 @@ def _split(site: Site) -> Made:
 
 
 @operator("unbind.int")
-def _unbind(site: Site) -> Made:
+def _unbind(site: TorchSite) -> Made:
     x, axis = site.x("self"), site.axis("dim", default=0)
     return [selected(site.b, x, axis, Size.of(i)) for i in range(len(site.vals))]
 
 
 @operator("cat.default", "concat.default", "concatenate.default")
-def _cat(site: Site) -> Made:
+def _cat(site: TorchSite) -> Made:
     """A part of shape [0] counts for nothing, whatever the others' rank is."""
     rank, dtype = len(site.shape()), site.dtype()
     parts = [x.cast(dtype) for x in site.tensors("tensors") if x.rank == rank]
@@ -258,7 +258,7 @@ def _cat(site: Site) -> Made:
 
 
 @operator("stack.default")
-def _stack(site: Site) -> Made:
+def _stack(site: TorchSite) -> Made:
     rank, dtype = len(site.shape()), site.dtype()
     axis = site.axis("dim", rank, default=0)
     parts = [reshaped(site.b, x, [*x.shape[:axis], ONE, *x.shape[axis:]])[0] for x in site.tensors("tensors")]
@@ -267,7 +267,7 @@ def _stack(site: Site) -> Made:
 
 
 @operator("slice_scatter.default")
-def _slice_scatter(site: Site) -> Made:
+def _slice_scatter(site: TorchSite) -> Made:
     """self with a slice of it replaced."""
     b, x, source = site.b, site.x("self"), site.x("src")
     axis = site.axis("dim", default=0)
@@ -280,7 +280,7 @@ def _slice_scatter(site: Site) -> Made:
 
 
 @operator("select_scatter.default")
-def _select_scatter(site: Site) -> Made:
+def _select_scatter(site: TorchSite) -> Made:
     b, x, source, axis = site.b, site.x("self"), site.x("src"), site.axis("dim")
     at = site.size("index")
     at = at + x.shape[axis] if at.constant is not None and at.constant < 0 else at
@@ -300,12 +300,12 @@ def replaced(b: Builder, x: Expr, part: Expr, axis: int, start: Size) -> Expr:
 
 
 @operator("copy.default")
-def _copy(site: Site) -> Made:
+def _copy(site: TorchSite) -> Made:
     return expanded(site.b, site.x("src").cast(site.dtype()), site.shape())
 
 
 @operator("diff.default")
-def _diff(site: Site) -> Made:
+def _diff(site: TorchSite) -> Made:
     """x[i + 1] - x[i], after what is laid before and behind it; of truth values, where they differ."""
     b, x = site.b, site.x("self")
     axis = site.axis("dim", default=-1)
@@ -321,7 +321,7 @@ def _diff(site: Site) -> Made:
 
 
 @operator("repeat.default", "tile.default")
-def _repeat(site: Site) -> Made:
+def _repeat(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     times = [Size.of(n) for n in site.given("repeats", site.given("dims", []))]
     times = [ONE] * (x.rank - len(times)) + times
@@ -333,7 +333,7 @@ def _repeat(site: Site) -> Made:
 
 
 @operator("repeat_interleave.self_int")
-def _repeat_interleave(site: Site) -> Made:
+def _repeat_interleave(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     if site.given("dim") is None:
         site.refuse("without a dim")
@@ -353,7 +353,7 @@ def _repeated(b: Builder, x: Expr, axis: int, times: Size, *, whole: bool) -> Ex
 
 
 @operator("flip.default")
-def _flip(site: Site) -> Made:
+def _flip(site: TorchSite) -> Made:
     x = site.x("self")
     for axis in site.integers("dims"):
         x = flipped(site.b, x, site.position(axis, x.rank))
@@ -361,7 +361,7 @@ def _flip(site: Site) -> Made:
 
 
 @operator("roll.default")
-def _roll(site: Site) -> Made:
+def _roll(site: TorchSite) -> Made:
     b, x = site.b, site.x("self")
     axes = [site.position(a, x.rank) for a in site.integers("dims")]
     if not axes:
@@ -377,7 +377,7 @@ def _roll(site: Site) -> Made:
 
 
 @operator("constant_pad_nd.default", "pad.default")
-def _pad(site: Site) -> Made:
+def _pad(site: TorchSite) -> Made:
     """Pairs from the last axis on; a negative number cuts."""
     b, x = site.b, site.x("self")
     if site.given("mode", "constant") != "constant":

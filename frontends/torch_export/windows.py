@@ -8,7 +8,7 @@ from functools import cmp_to_key
 import numpy as np
 
 from treadle.frontends.onnx_import.reshaping import reshaped
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded, permuted
 from treadle.ir.builder import Expr
 from treadle.ir.ops.axis_names import axis_letters
@@ -18,12 +18,14 @@ from treadle.ir.sizes import ONE, ZERO, Size, product
 # -- pooling -------------------------------------------------------------------------------------------------------
 
 
-def _each(site: Site, name: str, count: int, default: Sequence[int]) -> tuple[int, ...]:
+def _each(site: TorchSite, name: str, count: int, default: Sequence[int]) -> tuple[int, ...]:
     numbers = site.integers(name) or tuple(default)
     return numbers * count if len(numbers) == 1 else numbers
 
 
-def _windowing(site: Site, count: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _windowing(
+    site: TorchSite, count: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Kernel, strides, dilations and padding of a pool over the last axes."""
     kernel = _each(site, "kernel_size", count, ())
     strides = _each(site, "stride", count, kernel)
@@ -31,7 +33,7 @@ def _windowing(site: Site, count: int) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _after(
-    site: Site, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], pads: Sequence[int]
+    site: TorchSite, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], pads: Sequence[int]
 ) -> tuple[int, ...]:
     """The padding after each axis, with that which a last window past it needs."""
     if not site.flag("ceil_mode"):
@@ -41,7 +43,7 @@ def _after(
 
 def _max_pool(count: int, *names: str) -> None:
     @operator(*names)
-    def _pooled(site: Site) -> Made:
+    def _pooled(site: TorchSite) -> Made:
         """Padding holds no element."""
         x = site.x("self")
         kernel, strides, dilations, pads = _windowing(site, count)
@@ -56,7 +58,7 @@ _max_pool(2, "max_pool2d.default", "max_pool2d_with_indices.default")
 
 def _average_pool(count: int, name: str) -> None:
     @operator(name)
-    def _pooled(site: Site) -> Made:
+    def _pooled(site: TorchSite) -> Made:
         """Zeros around x count unless `count_include_pad` is false; what a last window finds past them never does."""
         b, x = site.b, site.x("self")
         kernel, strides, _, pads = _windowing(site, count)
@@ -79,7 +81,7 @@ _average_pool(2, "avg_pool2d.default")
 
 def _adaptive(count: int, *names: str) -> None:
     @operator(*names)
-    def _pooled(site: Site) -> Made:
+    def _pooled(site: TorchSite) -> Made:
         """Means of as many parts as asked: equal ones as means, others as a product with the weight of each element."""
         b, x = site.b, site.x("self")
         for axis, wanted in enumerate(site.shape()[x.rank - count :], start=x.rank - count):
@@ -99,7 +101,7 @@ _adaptive(1, "adaptive_avg_pool1d.default")
 _adaptive(2, "adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default")
 
 
-def _meant(site: Site, x: Expr, axis: int, size: int, count: int) -> Expr:
+def _meant(site: TorchSite, x: Expr, axis: int, size: int, count: int) -> Expr:
     """The means of `count` parts of an axis, which overlap where they do not fit."""
     weights = np.zeros((count, size))
     for i in range(count):
@@ -115,7 +117,7 @@ def _meant(site: Site, x: Expr, axis: int, size: int, count: int) -> Expr:
 
 
 @operator("unfold.default")
-def _unfold(site: Site) -> Made:
+def _unfold(site: TorchSite) -> Made:
     """The windows of an axis, the elements of each along a new last one."""
     x, size, step = site.x("self"), site.size("size"), site.integer("step")
     if x.rank == 0:
@@ -124,7 +126,7 @@ def _unfold(site: Site) -> Made:
 
 
 @operator("im2col.default")
-def _columns(site: Site) -> Made:
+def _columns(site: TorchSite) -> Made:
     """F.unfold: [b, c, n, m] to the windows as columns, [b, (c k l), (n m)]."""
     b, x = site.b, site.x("self")
     kernel, dilations, pads, strides = (_each(site, n, 2, ()) for n in ("kernel_size", "dilation", "padding", "stride"))
@@ -142,7 +144,7 @@ def _columns(site: Site) -> Made:
 
 
 @operator("as_strided.default")
-def _as_strided(site: Site) -> Made:
+def _as_strided(site: TorchSite) -> Made:
     """The elements offset + i s0 + j s1 + ... of a tensor that lies in one piece, as reshapes and windows."""
     b, x, shape = site.b, site.x("self"), site.shape()
     val = site.node.args[0].meta["val"]
@@ -181,7 +183,7 @@ def _as_strided(site: Site) -> Made:
     return expanded(b, made, shape)
 
 
-def _outermost_first(site: Site, axes: Sequence[int], strides: Sequence[Size]) -> list[int]:
+def _outermost_first(site: TorchSite, axes: Sequence[int], strides: Sequence[Size]) -> list[int]:
     def compare(i: int, k: int) -> int:
         if strides[i] == strides[k]:
             return i - k

@@ -16,7 +16,7 @@ import numpy as np
 
 from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.frontends.torch_export.indexing import broadcast, counted_axis, from_start, rows_at
-from treadle.frontends.torch_export.operators import Made, Site, operator
+from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded, permuted, replaced
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
@@ -26,7 +26,7 @@ from treadle.ir.types import i64
 # -- along one axis ------------------------------------------------------------------------------------------------
 
 
-def _within(site: Site, rule: Callable[[Expr, Expr, Expr | None], Expr]) -> Expr:
+def _within(site: TorchSite, rule: Callable[[Expr, Expr, Expr | None], Expr]) -> Expr:
     """What `rule` makes of self, index and src, where along other axes the indices reach as far as self does.
 
     Where they reach less far, the rest of self is kept, and the rest of src is not read.
@@ -104,7 +104,7 @@ def is_distinct(value: Value, axis: int) -> bool:
 
 
 @operator("scatter.src")
-def _scatter(site: Site) -> Made:
+def _scatter(site: TorchSite) -> Made:
     b, axis = site.b, site.axis("dim")
 
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
@@ -116,7 +116,7 @@ def _scatter(site: Site) -> Made:
 
 
 @operator("scatter.value")
-def _scatter_value(site: Site) -> Made:
+def _scatter_value(site: TorchSite) -> Made:
     b, axis = site.b, site.axis("dim")
 
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
@@ -126,11 +126,11 @@ def _scatter_value(site: Site) -> Made:
 
 
 @operator("scatter_add.default")
-def _scatter_add(site: Site) -> Made:
+def _scatter_add(site: TorchSite) -> Made:
     return _within(site, _adding(site))
 
 
-def _adding(site: Site) -> Callable[[Expr, Expr, Expr | None], Expr]:
+def _adding(site: TorchSite) -> Callable[[Expr, Expr, Expr | None], Expr]:
     b, axis = site.b, site.axis("dim")
 
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
@@ -143,7 +143,7 @@ def _adding(site: Site) -> Callable[[Expr, Expr, Expr | None], Expr]:
 
 
 @operator("scatter_reduce.two", "scatter.reduce")
-def _scatter_reduce(site: Site) -> Made:
+def _scatter_reduce(site: TorchSite) -> Made:
     """Sums and means; without self, what is written starts at 0."""
     b, axis, kind = site.b, site.axis("dim"), site.text("reduce")
     own = bool(site.given("include_self", True))
@@ -163,7 +163,7 @@ def _scatter_reduce(site: Site) -> Made:
 
 
 @operator("index_add.default")
-def _index_add(site: Site) -> Made:
+def _index_add(site: TorchSite) -> Made:
     b, x, indices, source = site.b, site.x("self"), site.x("index"), site.x("source")
     if site.real("alpha", 1.0) != 1:
         site.refuse("with alpha", "the source times alpha")
@@ -182,7 +182,7 @@ def _index_add(site: Site) -> Made:
 
 
 @operator("index_put.default", "_unsafe_index_put.default")
-def _index_put(site: Site) -> Made:
+def _index_put(site: TorchSite) -> Made:
     """x[i, :, j] = values, which broadcast; with `accumulate` they are added, also where points repeat."""
     b, x, more = site.b, site.x("self"), site.flag("accumulate")
     values = site.x("values").cast(x.dtype)
@@ -234,7 +234,7 @@ def _last_points(b: Builder, rows: Expr, given: Sequence[Expr], sizes: Sequence[
     return b.index_add(_zeros(b, [size]), rows, numbers, axis=0) - 1
 
 
-def _at_truths(site: Site, x: Expr, indices: Sequence[Expr | None], values: Expr, more: bool) -> Expr:
+def _at_truths(site: TorchSite, x: Expr, indices: Sequence[Expr | None], values: Expr, more: bool) -> Expr:
     """x[..., mask] = values, of values that are the same wherever the mask holds."""
     b, given = site.b, [i for i in indices if i is not None]
     if len(given) > 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Literal, Value
-from treadle.ir.text.scanner import Limits, Scanner
+from treadle.ir.text.scanner import Scanner, TextLimits
 from treadle.ir.types import DTYPES, DType, Type, boolean, f32, i64, u8
 
 IN_PLACE = 16
@@ -94,7 +94,7 @@ def _bytes_of(numbers: Sequence[Any], dtype: DType) -> bytes:
 class ConstantReader:
     """Reads constants of one text. Those whose bytes come at the end are completed by `read_data`."""
 
-    def __init__(self, scanner: Scanner, limits: Limits) -> None:
+    def __init__(self, scanner: Scanner, limits: TextLimits) -> None:
         self.scanner = scanner
         self.left = limits.literal_bytes
         self.waiting: list[tuple[Value, Type, int, int]] = []

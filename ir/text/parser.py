@@ -1,8 +1,8 @@
 """Reads a graph from text: the inverse of `treadle.ir.text.printer`; docs/ir-grammar.md is the grammar.
 
-The text may come from anywhere. It is read in one pass, without recursion on its contents, under `Limits`; every way in
-which it can be wrong is a ParseError with the line, the column and what was expected. Types are inferred again, and
-compared with those that the text says. A graph that was read verifies.
+The text may come from anywhere. It is read in one pass, without recursion on its contents, under `TextLimits`; every
+way in which it can be wrong is a ParseError with the line, the column and what was expected. Types are inferred again,
+and compared with those that the text says. A graph that was read verifies.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.files.limits import limits_of
 from treadle.ir.errors import GraphError, TreadleError
-from treadle.ir.graph import Function, Graph, Init, Node, Source, Value
+from treadle.ir.graph import Function, Graph, Init, Node, SourceLine, Value
 from treadle.ir.layouts import parse_layout
 from treadle.ir.operation import OPS, Op
 from treadle.ir.ops.call import Call
 from treadle.ir.sizes import Bounds
 from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts, read_attribute
 from treadle.ir.text.constants import ConstantReader
-from treadle.ir.text.scanner import RESERVED, Limits, Scanner
+from treadle.ir.text.scanner import RESERVED, Scanner, TextLimits
 from treadle.ir.types import DTYPES, Type
 
 _RUN = re.compile(r"((?:\w+\.)*?)\{(\d{1,9})\.\.(\d{1,9})\}((?:\.\w+)*)")
@@ -59,13 +59,13 @@ _PARAMETER_WORK = 20
 _NOTE_CHARACTERS_OF_WORK = 16
 
 
-def parse_graph(text: str, limits: Limits | Mapping[str, int] | None = None) -> Graph:
+def parse_graph(text: str, limits: TextLimits | Mapping[str, int] | None = None) -> Graph:
     """Read a graph. Raises ParseError, with the place in the text."""
-    return _Parser(text, limits_of(Limits, limits)).graph()
+    return _Parser(text, limits_of(TextLimits, limits)).graph()
 
 
 class _Parser:
-    def __init__(self, text: str, limits: Limits) -> None:
+    def __init__(self, text: str, limits: TextLimits) -> None:
         self.s = Scanner(text, limits)
         self.limits = limits
         self.constants = ConstantReader(self.s, limits)
@@ -593,7 +593,7 @@ class _Parser:
         for value, type in zip(node.results, types, strict=True):
             value.type = type  # the same sizes, with the factors and labels that were written
         if match["file"] is not None:
-            node.source = Source(_plain(s, match, "file"), int(match["line"]))
+            node.source = SourceLine(_plain(s, match, "file"), int(match["line"]))
         if match["scope"] is not None:
             node.scope = _plain(s, match, "scope")
         s.at = match.end()

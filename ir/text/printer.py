@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from treadle.ir.graph import Function, Graph, Node, Source, Value
+from treadle.ir.graph import Function, Graph, Node, SourceLine, Value
 from treadle.ir.text.attributes import attribute_text, default_texts
 from treadle.ir.text.constants import DataSection, constant_text
 from treadle.ir.text.scanner import RESERVED, name_text, path_text, quoted, type_text
@@ -237,7 +237,7 @@ def _in_layout(value: Value) -> str:
     return f" in {value.layout}" if value.layout is not None else ""
 
 
-def source_text(source: Source) -> str:
+def source_text(source: SourceLine) -> str:
     """`gpt2.py:41`, the file in quotes where it holds anything unusual."""
     bare = re.fullmatch(r"[\w./<>+-]+", source.file)
     return f"{source.file if bare else quoted(source.file)}:{source.line}"

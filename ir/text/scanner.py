@@ -32,7 +32,7 @@ _TYPE_WORK = 15
 
 
 @dataclass(frozen=True)
-class Limits:
+class TextLimits:
     """What text may ask for; a text that asks for more is refused with a ParseError.
 
     operands               of all nodes together
@@ -107,7 +107,7 @@ def _shortened(text: str) -> str:
 class Scanner:
     """Text and a position in it, which stands right after the last piece read."""
 
-    def __init__(self, text: str, limits: Limits) -> None:
+    def __init__(self, text: str, limits: TextLimits) -> None:
         self.text, self.limits, self.at = text, limits, 0
         self.left = limits.work - len(text) // _CHARACTERS_OF_WORK
         self._looked = self._next = -1  # where `ahead` looked last, and what it found

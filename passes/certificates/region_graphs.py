@@ -21,7 +21,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.shapes import Rearrange
 from treadle.ir.sizes import Size
 from treadle.ir.types import Dim, Factor, Type, boolean
-from treadle.passes.certificates.regions import Region, Step
+from treadle.passes.certificates.regions import Region, RegionNode
 
 KEPT = 16
 """Constant sizes up to this stay as they are."""
@@ -168,7 +168,11 @@ def _symbols_of(attribute: Any) -> Iterable[str]:
 
 
 def _fill(
-    function: Function, free: Sequence[Value], steps: Sequence[Step], outputs: Sequence[Value], shrinking: Shrinking
+    function: Function,
+    free: Sequence[Value],
+    steps: Sequence[RegionNode],
+    outputs: Sequence[Value],
+    shrinking: Shrinking,
 ) -> None:
     values: dict[Value | None, Value | None] = {None: None}
     for number, value in enumerate(free):

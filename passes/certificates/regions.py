@@ -35,7 +35,7 @@ _MOST_TIED = 1024
 
 
 @dataclass(frozen=True)
-class Step:
+class RegionNode:
     """A node as it is, or was, in the function."""
 
     node: Node
@@ -48,8 +48,8 @@ class Region:
     """Two sides of a claim over the same free values, in program order."""
 
     free: tuple[Value, ...]
-    before: tuple[Step, ...]
-    after: tuple[Step, ...]
+    before: tuple[RegionNode, ...]
+    after: tuple[RegionNode, ...]
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ class Claim:
         defined: Callable[[Value], Definition | None],
         changed: Callable[[Value], bool],
         above: set[Node],
-    ) -> tuple[list[Step], dict[Value, None]]:
+    ) -> tuple[list[RegionNode], dict[Value, None]]:
         """The steps that lead to the results, and the values at which they begin."""
-        steps: dict[Node, Step] = {}
+        steps: dict[Node, RegionNode] = {}
         free: dict[Value, None] = {}
         stack: list[tuple[Value, bool]] = [(v, False) for v in reversed(results)]
         while stack:
@@ -150,7 +150,7 @@ class Claim:
             if node is None or not (changed(value) or node in above) or (definition := defined(value)) is None:
                 free[value] = None
             elif through:
-                steps.setdefault(node, Step(node, *definition))
+                steps.setdefault(node, RegionNode(node, *definition))
             elif node not in steps:
                 stack.append((value, True))
                 stack += [(v, False) for v in reversed(definition[1]) if v is not None]
@@ -199,14 +199,14 @@ class Recorded:
         definitions = {node: (node.op, node.operands) for node in function.nodes}
         return Recorded(function, list(function.nodes), definitions, dict(function.outputs), function.arguments)
 
-    def claims(self, graph: Graph, formals: Mapping[str, Sequence[Value]]) -> Iterator[tuple[Claim, list[Edge]]]:
+    def claims(self, graph: Graph, formals: Mapping[str, Sequence[Value]]) -> Iterator[tuple[Claim, list[Reader]]]:
         """What the pass claims by how it left the function, with the places that read what it put there.
 
         formals   the arguments that each of the graph's functions had before the pass
         """
         there = set(self.function.nodes)
         self._there = there.intersection(self.definitions)
-        places: dict[tuple[Value, Value], list[Edge]] = {}
+        places: dict[tuple[Value, Value], list[Reader]] = {}
         for node in self.function.nodes:
             if node not in self._there or self._is_unchanged(node, graph, formals):
                 continue
@@ -219,13 +219,13 @@ class Recorded:
             ]
             if op == node.op and len(operands) == len(node.operands) and len(gone) == len(pairs):
                 for position, was, now in gone:
-                    places.setdefault((was, now), []).append(Edge(node, position))
+                    places.setdefault((was, now), []).append(Reader(node, position))
             else:
-                yield self.claim_of_reader(node), [Edge(node, None)]
+                yield self.claim_of_reader(node), [Reader(node, None)]
         for name, new in self.function.outputs.items():
             old = self.outputs.get(name)
             if old is not None and old is not new:
-                places.setdefault((old, new), []).append(Edge(None, name))
+                places.setdefault((old, new), []).append(Reader(None, name))
         for (was, now), edges in places.items():
             at = was.node or now.node or edges[0].node or next(iter(self.nodes), None)
             if at is not None:  # a function without nodes gives its arguments
@@ -265,7 +265,7 @@ class Recorded:
             passed.get(formal) is given for formal, given in zip(taken, node.operands, strict=True)
         )
 
-    def revert(self, edges: Sequence[Edge], before: Sequence[Value]) -> bool:
+    def revert(self, edges: Sequence[Reader], before: Sequence[Value]) -> bool:
         """Put back what was, at these places; False where the function has lost what that needs."""
         if self.function.arguments != self.arguments:
             return False
@@ -308,7 +308,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Edge:
+class Reader:
     """A place that reads a replaced value: an operand of a node, a whole node (None), or an output (no node)."""
 
     node: Node | None

@@ -25,7 +25,7 @@ Atoms = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Form:
+class RearrangeForm:
     """What a rearrange does.
 
     before, after   the atoms of each dimension, numbered as they come before
@@ -69,14 +69,14 @@ class Form:
 
 
 @lru_cache(maxsize=2048)
-def form_of(pattern: str, type: Type) -> Form:
+def form_of(pattern: str, type: Type) -> RearrangeForm:
     """The form of one rearrange, applied to an operand of this type."""
     before, after, atoms = _read(pattern, type)
     return normal_form(before, after, atoms)
 
 
 @lru_cache(maxsize=2048)
-def composed(first: str, second: str, type: Type) -> Form | None:
+def composed(first: str, second: str, type: Type) -> RearrangeForm | None:
     """The form of two rearranges in a row, or None where their splits of one dimension do not divide each other."""
     before, between, atoms = _read(first, type)
     (middle,) = Rearrange(pattern=first).infer([type])
@@ -102,8 +102,8 @@ def reshaping_pattern(type: Type, shape: tuple[Size, ...]) -> str | None:
     None where an axis of one side is no product of whole axes of the other, or a size is one that patterns cannot give.
     """
     factors = [[f.size for f in dim.factors if f.size != ONE] for dim in type.dims]
-    atoms = {f"x{i} {k}": Atom(size) for i, dim in enumerate(factors) for k, size in enumerate(dim)}
-    atoms |= {f"y{i}": Atom(size) for i, size in enumerate(shape) if size != ONE}
+    atoms = {f"x{i} {k}": PatternAtom(size) for i, dim in enumerate(factors) for k, size in enumerate(dim)}
+    atoms |= {f"y{i}": PatternAtom(size) for i, size in enumerate(shape) if size != ONE}
     if any(atom.size.constant == 0 for atom in atoms.values()):
         return None
     ours, theirs = ([n for n in atoms if n.startswith(side)] for side in "xy")
@@ -120,7 +120,7 @@ def reshaping_pattern(type: Type, shape: tuple[Size, ...]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Atom:
+class PatternAtom:
     """A factor of a dimension: its size, the name that a pattern gives it, and whether the pattern says its size."""
 
     size: Size
@@ -128,12 +128,12 @@ class Atom:
     given: bool = False
 
 
-def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, Atom]]:
+def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, PatternAtom]]:
     """A pattern's dimensions before and after in factor names, without those of size 1, and the factors."""
     application = Rearrange(pattern=pattern).apply([type])
     sized = {n: d.size for n, d in application.dims.items() if not d.is_one}
     given = Rearrange(pattern=pattern).rule([type.rank]).given
-    atoms = {n: Atom(size, n if n.isidentifier() else None, n in given) for n, size in sized.items()}
+    atoms = {n: PatternAtom(size, n if n.isidentifier() else None, n in given) for n, size in sized.items()}
 
     def dims(side: Sequence[AxisDim]) -> list[list[str]]:
         return [[n for n in d.factors if n in sized] for d in side]
@@ -141,7 +141,7 @@ def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], d
     return dims(application.operands[0] or ()), dims(application.results[0]), atoms
 
 
-def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, Atom]) -> dict[str, list[str]] | None:
+def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, PatternAtom]) -> dict[str, list[str]] | None:
     """For each factor of two products of one size the pieces of it, which both share; None where one cuts another.
 
     A piece that is a factor goes by its name, of the two that it may be by ours if patterns know that; others are new.
@@ -159,13 +159,13 @@ def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, Atom])
         name = a if a is not None and (b is None or atoms[a].name) else b
         if name is None:
             name = f"piece {len(atoms)}"
-            atoms[name] = Atom(size)
+            atoms[name] = PatternAtom(size)
         named.append(name)
     both = ((ours, found.before), (theirs, found.after))
     return {name: [named[p] for p in axis] for names, axes in both for name, axis in zip(names, axes, strict=True)}
 
 
-def normal_form(before: list[list[str]], after: list[list[str]], atoms: dict[str, Atom]) -> Form:
+def normal_form(before: list[list[str]], after: list[list[str]], atoms: dict[str, PatternAtom]) -> RearrangeForm:
     """The form of dimensions in named atoms: those that are neighbours in that order on both sides are one."""
     follower = {pair for dim in after for pair in pairwise(dim)}
     groups: list[list[str]] = []
@@ -180,7 +180,7 @@ def normal_form(before: list[list[str]], after: list[list[str]], atoms: dict[str
         numbered.append(tuple(range(start, len(groups))))
     number = {group[0]: i for i, group in enumerate(groups)}
     names = [atoms[group[0]].name if len(group) == 1 else None for group in groups]
-    return Form(
+    return RearrangeForm(
         before=tuple(numbered),
         after=tuple(tuple(number[n] for n in dim if n in number) for dim in after),
         sizes=tuple(product(atoms[n].size for n in group) for group in groups),

@@ -29,7 +29,7 @@ from treadle.ir.target import Target
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Counterexample
-from treadle.passes.certificates.regions import Claim, Edge, Recorded
+from treadle.passes.certificates.regions import Claim, Reader, Recorded
 from treadle.passes.framework.lineage import Lineage
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 
@@ -213,7 +213,7 @@ def _undo_what_fails(
     undone = 0
     formals = {name: known.arguments for name, known in recorded.items()}
     for known in [known for known in recorded.values() if known.function in working.functions.values()]:
-        failed: list[tuple[Claim, list[Edge], Counterexample]] = []
+        failed: list[tuple[Claim, list[Reader], Counterexample]] = []
         for claim, edges in list(known.claims(working, formals)):
             against = None if _is_shown(claim, record) else record.certify(each.name, claim, (before, working))
             if against is None:
@@ -239,7 +239,7 @@ def _undo_what_fails(
     return undone
 
 
-def _holds_at(edge: Edge, known: Recorded, each: Pass, record: PassRecord, graphs: tuple[Graph, Graph]) -> bool:
+def _holds_at(edge: Reader, known: Recorded, each: Pass, record: PassRecord, graphs: tuple[Graph, Graph]) -> bool:
     """Whether a reader of a value that is another now gives what it gave: abs(x), of x and of -x."""
     if edge.node is None or edge.where is None:
         return False

@@ -31,72 +31,72 @@ from treadle.ir.operation import find_op
 from treadle.passes.framework.op_terms import OpTerms
 
 Number = float | int | bool
-TermLike: TypeAlias = "Term | Number"
+TermLike: TypeAlias = "PatternTerm | Number"
 
 
 # -- terms -----------------------------------------------------------------------------------------------------
 
 
-class Term:
+class PatternTerm:
     """A part of a pattern; stands where an `Expr` stands in a graph and has the same operators."""
 
-    def __add__(self, other: Any) -> Term:
+    def __add__(self, other: Any) -> PatternTerm:
         return _term("add", self, other)
 
-    def __radd__(self, other: Any) -> Term:
+    def __radd__(self, other: Any) -> PatternTerm:
         return _term("add", other, self)
 
-    def __sub__(self, other: Any) -> Term:
+    def __sub__(self, other: Any) -> PatternTerm:
         return _term("sub", self, other)
 
-    def __rsub__(self, other: Any) -> Term:
+    def __rsub__(self, other: Any) -> PatternTerm:
         return _term("sub", other, self)
 
-    def __mul__(self, other: Any) -> Term:
+    def __mul__(self, other: Any) -> PatternTerm:
         return _term("mul", self, other)
 
-    def __rmul__(self, other: Any) -> Term:
+    def __rmul__(self, other: Any) -> PatternTerm:
         return _term("mul", other, self)
 
-    def __truediv__(self, other: Any) -> Term:
+    def __truediv__(self, other: Any) -> PatternTerm:
         return _term("div", self, other)
 
-    def __rtruediv__(self, other: Any) -> Term:
+    def __rtruediv__(self, other: Any) -> PatternTerm:
         return _term("div", other, self)
 
-    def __pow__(self, other: Any) -> Term:
+    def __pow__(self, other: Any) -> PatternTerm:
         return _term("pow", self, other)
 
-    def __neg__(self) -> Term:
+    def __neg__(self) -> PatternTerm:
         return _term("neg", self)
 
-    def __matmul__(self, other: Any) -> Term:
+    def __matmul__(self, other: Any) -> PatternTerm:
         return _term("matmul", self, other)
 
-    def __lt__(self, other: Any) -> Term:
+    def __lt__(self, other: Any) -> PatternTerm:
         return _term("less", self, other)
 
-    def __le__(self, other: Any) -> Term:
+    def __le__(self, other: Any) -> PatternTerm:
         return _term("less_equal", self, other)
 
-    def __gt__(self, other: Any) -> Term:
+    def __gt__(self, other: Any) -> PatternTerm:
         return _term("greater", self, other)
 
-    def __ge__(self, other: Any) -> Term:
+    def __ge__(self, other: Any) -> PatternTerm:
         return _term("greater_equal", self, other)
 
-    def __and__(self, other: Any) -> Term:
+    def __and__(self, other: Any) -> PatternTerm:
         return _term("logical_and", self, other)
 
-    def __or__(self, other: Any) -> Term:
+    def __or__(self, other: Any) -> PatternTerm:
         return _term("logical_or", self, other)
 
-    def __invert__(self) -> Term:
+    def __invert__(self) -> PatternTerm:
         return _term("logical_not", self)
 
 
 @dataclass(frozen=True, eq=False)
-class Wildcard(Term):
+class Wildcard(PatternTerm):
     """Any value (or, in an attribute's place, any attribute); the same one wherever the wildcard stands."""
 
     name: str
@@ -106,7 +106,7 @@ class Wildcard(Term):
 
 
 @dataclass(frozen=True, eq=False)
-class ConstantTerm(Term):
+class ConstantTerm(PatternTerm):
     """A scalar constant: of this value (or `near` it), or of any value captured under `name`."""
 
     value: Number | None = None
@@ -118,11 +118,11 @@ class ConstantTerm(Term):
 
 
 @dataclass(frozen=True, eq=False)
-class OpTerm(Term):
+class OpTerm(PatternTerm):
     """The result of an op on these operands, with these attributes."""
 
     op: str
-    operands: tuple[Term | None, ...]
+    operands: tuple[PatternTerm | None, ...]
     attributes: tuple[tuple[str, Any], ...]
     name: str | None = None
     shared: bool = False
@@ -132,10 +132,10 @@ class OpTerm(Term):
 
 
 @dataclass(frozen=True, eq=False)
-class EitherTerm(Term):
+class EitherTerm(PatternTerm):
     """The first of several terms that fits (all are tried before the search gives up)."""
 
-    options: tuple[Term | None, ...]
+    options: tuple[PatternTerm | None, ...]
 
     def __str__(self) -> str:
         return " or ".join("no operand" if o is None else str(o) for o in self.options)
@@ -144,19 +144,19 @@ class EitherTerm(Term):
 class Vocabulary(OpTerms):
     """What `pattern` receives as `p`: every op as a method, and the words that only patterns have."""
 
-    def _term(self, op: str, *operands: Any, **attributes: Any) -> Term:
+    def _term(self, op: str, *operands: Any, **attributes: Any) -> PatternTerm:
         return _term(op, *operands, **attributes)
 
-    def either(self, *options: Any) -> Term:
+    def either(self, *options: Any) -> PatternTerm:
         """Any of these terms. A capture that only some of them hold is None where another one fitted."""
         terms = [_as_term(o) for o in options]
         return EitherTerm(tuple(o for t in terms for o in (t.options if isinstance(t, EitherTerm) else (t,))))
 
-    def constant(self, name: str) -> Term:
+    def constant(self, name: str) -> PatternTerm:
         """Any scalar constant, captured under this name as a Python number."""
         return ConstantTerm(name=name)
 
-    def near(self, number: float) -> Term:
+    def near(self, number: float) -> PatternTerm:
         """A scalar constant that a model may have computed in its own dtype: at most one spacing from the number."""
         return ConstantTerm(number, near=True)
 
@@ -164,21 +164,21 @@ class Vocabulary(OpTerms):
         """Any value of an attribute, captured under this name."""
         return Wildcard(name)
 
-    def shared(self, term: Term) -> Term:
+    def shared(self, term: PatternTerm) -> PatternTerm:
         """The term's own value (not those below it) may be used outside the match."""
         if isinstance(term, EitherTerm):
             return EitherTerm(tuple(o and self.shared(o) for o in term.options))
         return dataclasses.replace(term, shared=True) if isinstance(term, OpTerm) else term
 
-    def named(self, name: str, term: Term) -> Term:
+    def named(self, name: str, term: PatternTerm) -> PatternTerm:
         """The term, captured under a name."""
         if isinstance(term, EitherTerm):
             return EitherTerm(tuple(o and self.named(name, o) for o in term.options))
         return dataclasses.replace(term, name=name) if isinstance(term, OpTerm) else term
 
 
-def _as_term(x: Any) -> Term | None:
-    if x is None or isinstance(x, Term):
+def _as_term(x: Any) -> PatternTerm | None:
+    if x is None or isinstance(x, PatternTerm):
         return x
     if isinstance(x, (bool, int, float)):
         return ConstantTerm(x)
@@ -208,7 +208,7 @@ def _term(op: str, *operands: Any, **attributes: Any) -> OpTerm:
 class Pattern:
     """A traced pattern: its root, the ops that a root may be, the names it captures, and its least number of ops."""
 
-    root: Term
+    root: PatternTerm
     root_ops: tuple[str, ...]
     captures: frozenset[str]
     size: int
@@ -226,7 +226,7 @@ class Pattern:
         return Pattern(root, tuple(dict.fromkeys(ops)), captures, _least_ops(root))
 
 
-def _captures(term: Term | None) -> Iterator[str]:
+def _captures(term: PatternTerm | None) -> Iterator[str]:
     if isinstance(term, EitherTerm):
         for option in term.options:
             yield from _captures(option)
@@ -240,7 +240,7 @@ def _captures(term: Term | None) -> Iterator[str]:
         yield term.name
 
 
-def _least_ops(term: Term | None) -> int:
+def _least_ops(term: PatternTerm | None) -> int:
     if isinstance(term, EitherTerm):
         return min(_least_ops(o) for o in term.options)
     return 1 + sum(map(_least_ops, term.operands)) if isinstance(term, OpTerm) else 0

@@ -19,7 +19,7 @@ from treadle.passes.framework.pattern import (
     Number,
     OpTerm,
     Pattern,
-    Term,
+    PatternTerm,
     Wildcard,
 )
 
@@ -177,7 +177,7 @@ class Search:
         self._missed(Edge(node, order[leaf]), term.operands[leaf])
         return ()
 
-    def _plausible(self, term: Term | None, value: Value | None) -> bool:
+    def _plausible(self, term: PatternTerm | None, value: Value | None) -> bool:
         """Whether the term's own kind fits, without looking below."""
         if term is None:
             return value is None

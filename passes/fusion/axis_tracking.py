@@ -17,7 +17,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.shapes import Expand
 from treadle.ir.sizes import ONE, Size, product
-from treadle.passes.cleanup.rearrange_forms import Atom, Atoms, form_of, normal_form
+from treadle.passes.cleanup.rearrange_forms import Atoms, PatternAtom, form_of, normal_form
 
 Layout = Atoms
 
@@ -135,7 +135,7 @@ class Axes:
     def _moved(self, b: Builder, x: Expr, held: Layout, goal: Layout) -> Expr:
         names = {atom: f"a{atom}" for dim in (*held, *goal) for atom in dim}
         before, after = ([[names[atom] for atom in dim] for dim in side] for side in (held, goal))
-        form = normal_form(before, after, {name: Atom(self.sizes[atom]) for atom, name in names.items()})
+        form = normal_form(before, after, {name: PatternAtom(self.sizes[atom]) for atom, name in names.items()})
         if form.is_identity and len(held) == len(goal):
             return x
         return b.rearrange(x, pattern=form.pattern)

@@ -19,7 +19,7 @@ from treadle.passes.cleanup.canonicalize import TidyLayout
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Placed
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
-from treadle.passes.fusion.rotary_views import View, Views, no_term
+from treadle.passes.fusion.rotary_views import RotaryView, Views, no_term
 
 _ROOTS = (Add, Sub, Concat, Rearrange)
 
@@ -54,7 +54,7 @@ class FuseRotary(SiteRewrite["_Turned"]):
 class _Turned(Site):
     """The root of what gives turned pairs, that as a view of x, cos and sin, and what rotary makes of x."""
 
-    view: View
+    view: RotaryView
     turn: _Turn
 
 
@@ -88,7 +88,7 @@ class _Turns:
                 )
                 done |= inner.keys()
 
-    def _is_whole(self, view: View) -> bool:
+    def _is_whole(self, view: RotaryView) -> bool:
         """Whether a view is of whole pairs, and not of what is yet to be joined with the other half."""
         cos, sin = view.terms["x cos"], view.terms["x sin"]
         partners = np.intersect1d(cos.index, sin.index)
@@ -202,7 +202,7 @@ class _Turn:
             x = b.slice(x, axis=x.rank - 1, start=first, stop=first + self.size)
         return x
 
-    def shaped(self, y: Expr, view: View) -> Expr:
+    def shaped(self, y: Expr, view: RotaryView) -> Expr:
         """[..., d] or [b, s, h, d] as a view has these last axes: joined, or with one of pairs."""
         assert view.base is not None
         b, joined = y.builder, view.base.type.rank == 3
@@ -217,7 +217,7 @@ class _Turn:
         return y
 
 
-def _turn_of(view: View) -> _Turn | None:
+def _turn_of(view: RotaryView) -> _Turn | None:
     """How rotary gives every element of a view, if it does."""
     if view.base is None or not set(view.terms) <= {"x", "x cos", "x sin"}:
         return None
@@ -230,7 +230,7 @@ def _divisors(size: int) -> Iterator[int]:
     return (n for n in range(1, size // 2 + 1) if size % n == 0)
 
 
-def _turn_in(view: View, heads: int) -> _Turn | None:
+def _turn_in(view: RotaryView, heads: int) -> _Turn | None:
     """How rotary gives a view of that many heads side by side, all in one order."""
     terms = [view.terms.get(kind) or no_term(view.shape) for kind in ("x cos", "x sin", "x")]
     cos, sin, passed = (term.map(lambda a: a.reshape(heads, -1)) for term in terms)

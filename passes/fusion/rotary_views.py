@@ -26,19 +26,19 @@ _MOST_DEPTH = 24
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class RotaryTerm:
     """coefficient * base[index], elementwise along the last axes."""
 
     coefficient: Array
     index: Array
     angle: Array
 
-    def map(self, change: Any) -> Term:
-        return Term(change(self.coefficient), change(self.index), change(self.angle))
+    def map(self, change: Any) -> RotaryTerm:
+        return RotaryTerm(change(self.coefficient), change(self.index), change(self.angle))
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class RotaryView:
     """A value along its last axes, as terms in the elements of one base and the cosines and sines of one angle.
 
     shape   the sizes of these last axes
@@ -50,7 +50,7 @@ class View:
     """
 
     shape: tuple[int, ...]
-    terms: Mapping[str, Term]
+    terms: Mapping[str, RotaryTerm]
     base: Value | None = None
     angles: Value | None = None
     lead: tuple[int | None, ...] = ()
@@ -61,7 +61,7 @@ class View:
         """Whether it is a cosine or a sine alone, and no x."""
         return self.base is None and self.angles is not None and len(self.terms) == 1
 
-    def map(self, change: Any, shape: tuple[int, ...] | None = None) -> View:
+    def map(self, change: Any, shape: tuple[int, ...] | None = None) -> RotaryView:
         terms = {kind: term.map(change) for kind, term in self.terms.items()}
         return replace(self, terms=terms, shape=next(iter(terms.values())).index.shape if shape is None else shape)
 
@@ -70,21 +70,21 @@ class Views:
     """The views of one function's values, each looked at once."""
 
     def __init__(self) -> None:
-        self._views: dict[Value, View | None] = {}
+        self._views: dict[Value, RotaryView | None] = {}
 
-    def known(self, value: Value) -> View | None:
+    def known(self, value: Value) -> RotaryView | None:
         """The view of a value that was looked at."""
         return self._views.get(value)
 
-    def of(self, value: Value) -> View | None:
+    def of(self, value: Value) -> RotaryView | None:
         """A value as terms, or None where its last axis is no constant; what is made otherwise is a base itself."""
         return self.view(value, 0)
 
-    def view(self, value: Value, depth: int) -> View | None:
+    def view(self, value: Value, depth: int) -> RotaryView | None:
         """A value as terms, or None where its last axis is no constant; what is made otherwise is a base itself."""
         if value in self._views:
             return self._views[value]
-        found: View | None = None
+        found: RotaryView | None = None
         if depth < _MOST_DEPTH and value.node is not None:
             step = getattr(self, f"_{value.node.op.name}", None)
             found = step(value.node, depth + 1) if step is not None else None
@@ -93,29 +93,29 @@ class Views:
         self._views[value] = found
         return found
 
-    def _cos(self, node: Node, depth: int) -> View | None:
+    def _cos(self, node: Node, depth: int) -> RotaryView | None:
         inner = self.view(node.inputs[0], depth)
         if inner is None or inner.angles is not None or inner.base is None or not _is_signed(inner.terms["x"]):
             return None
         term = inner.terms["x"]
         sign = np.ones_like(term.coefficient) if isinstance(node.op, Cos) else term.coefficient
-        angle = Term(sign, np.zeros_like(term.index), term.index)
+        angle = RotaryTerm(sign, np.zeros_like(term.index), term.index)
         sizes = inner.base.type.shape
         lead = tuple(None if at is None or sizes[at] == ONE else at for at in inner.lead)
-        return View(inner.shape, {node.op.name: angle}, None, inner.base, lead)
+        return RotaryView(inner.shape, {node.op.name: angle}, None, inner.base, lead)
 
     _sin = _cos
 
-    def _cast(self, node: Node, depth: int) -> View | None:
+    def _cast(self, node: Node, depth: int) -> RotaryView | None:
         inner = self.view(node.inputs[0], depth)
         is_table = inner is not None and inner.base is None and node.results[0].type.dtype.is_float
         return inner if is_table else None
 
-    def _neg(self, node: Node, depth: int) -> View | None:
+    def _neg(self, node: Node, depth: int) -> RotaryView | None:
         inner = self.view(node.inputs[0], depth)
         return None if inner is None else _negated(inner)
 
-    def _mul(self, node: Node, depth: int) -> View | None:
+    def _mul(self, node: Node, depth: int) -> RotaryView | None:
         x, table = (self.view(v, depth) for v in node.inputs)
         if x is not None and x.base is None:
             x, table = table, x
@@ -134,16 +134,16 @@ class Views:
         if x.base.type.shape[:-1] != node.results[0].type.shape[: rank - len(x.shape)]:
             return None
         lead = (*[None] * (rank - len(x.shape) - len(table.lead)), *table.lead)
-        product = Term(term.coefficient * factor.coefficient, term.index, factor.angle)
-        return View(x.shape, {f"x {kind}": product}, x.base, table.angles, lead)
+        product = RotaryTerm(term.coefficient * factor.coefficient, term.index, factor.angle)
+        return RotaryView(x.shape, {f"x {kind}": product}, x.base, table.angles, lead)
 
-    def _add(self, node: Node, depth: int) -> View | None:
+    def _add(self, node: Node, depth: int) -> RotaryView | None:
         return self._summed(node, depth, 1)
 
-    def _sub(self, node: Node, depth: int) -> View | None:
+    def _sub(self, node: Node, depth: int) -> RotaryView | None:
         return self._summed(node, depth, -1)
 
-    def _summed(self, node: Node, depth: int, sign: int) -> View | None:
+    def _summed(self, node: Node, depth: int, sign: int) -> RotaryView | None:
         x, y = (self.view(v, depth) for v in node.inputs)
         if x is None or y is None or x.shape != y.shape or not _go_together((x, y)) or x.base is None:
             return None
@@ -151,7 +151,7 @@ class Views:
             return None
         return replace(x, terms={**x.terms, **(y if sign > 0 else _negated(y)).terms})
 
-    def _slice(self, node: Node, depth: int) -> View | None:
+    def _slice(self, node: Node, depth: int) -> RotaryView | None:
         op: Any = node.op
         inner = self.view(node.inputs[0], depth)
         if inner is None:
@@ -164,7 +164,7 @@ class Views:
         part = (*[slice(None)] * axis, slice(start, stop, op.stride))
         return inner.map(lambda a: a[part])
 
-    def _concat(self, node: Node, depth: int) -> View | None:
+    def _concat(self, node: Node, depth: int) -> RotaryView | None:
         op: Any = node.op
         parts = [self.view(v, depth) for v in node.inputs]
         known = [p for p in parts if p is not None]
@@ -181,13 +181,13 @@ class Views:
         terms = {}
         for kind in kinds:
             each = [p.terms.get(kind) or no_term(p.shape) for p in known]
-            terms[kind] = Term(
+            terms[kind] = RotaryTerm(
                 *(np.concatenate([getattr(t, name) for t in each], axis) for name in ("coefficient", "index", "angle"))
             )
         whole = next((p for p in known if p.angles is not None), known[0])
         return replace(whole, terms=terms, shape=next(iter(terms.values())).index.shape)
 
-    def _expand(self, node: Node, depth: int) -> View | None:
+    def _expand(self, node: Node, depth: int) -> RotaryView | None:
         inner = self.view(node.inputs[0], depth)
         if inner is None or (inner.base is not None and inner.angles is not None):
             return None
@@ -199,7 +199,7 @@ class Views:
         moved = None if new else inner.moved
         return replace(inner.map(lambda a: np.broadcast_to(a, shape)), lead=(*[None] * new, *inner.lead), moved=moved)
 
-    def _rearrange(self, node: Node, depth: int) -> View | None:
+    def _rearrange(self, node: Node, depth: int) -> RotaryView | None:
         """Splits, joins and swaps among the last axes, and of a table also moves of those before."""
         inner = self.view(node.inputs[0], depth)
         if inner is None:
@@ -235,7 +235,7 @@ class Views:
         return made if outer == list(before[:cut]) else replace(made, moved=None)
 
 
-def _base(value: Value) -> View | None:
+def _base(value: Value) -> RotaryView | None:
     """A value as it is, along its last axis."""
     if not value.type.rank or not value.type.dtype.is_float:
         return None
@@ -244,10 +244,10 @@ def _base(value: Value) -> View | None:
         return None
     ones, index = np.ones(size, np.int64), np.arange(size)
     lead = tuple(range(value.type.rank - 1))
-    return View((size,), {"x": Term(ones, index, np.zeros_like(index))}, value, None, lead)
+    return RotaryView((size,), {"x": RotaryTerm(ones, index, np.zeros_like(index))}, value, None, lead)
 
 
-def _spread(table: View, shape: tuple[int, ...]) -> View | None:
+def _spread(table: RotaryView, shape: tuple[int, ...]) -> RotaryView | None:
     """A table along more of the last axes, where it is the same along those, or None."""
     more = len(shape) - len(table.shape)
     if more < 0 or table.shape != shape[more:]:
@@ -258,21 +258,21 @@ def _spread(table: View, shape: tuple[int, ...]) -> View | None:
     return replace(table.map(lambda a: np.broadcast_to(a, shape)), lead=table.lead[:kept])
 
 
-def _is_signed(term: Term) -> bool:
+def _is_signed(term: RotaryTerm) -> bool:
     return bool((np.abs(term.coefficient) == 1).all())
 
 
-def _negated(view: View) -> View:
-    terms = {k: Term(-t.coefficient, t.index, t.angle) for k, t in view.terms.items()}
+def _negated(view: RotaryView) -> RotaryView:
+    terms = {k: RotaryTerm(-t.coefficient, t.index, t.angle) for k, t in view.terms.items()}
     return replace(view, terms=terms)
 
 
-def no_term(shape: tuple[int, ...]) -> Term:
+def no_term(shape: tuple[int, ...]) -> RotaryTerm:
     zeros = np.zeros(shape, np.int64)
-    return Term(zeros, zeros, zeros)
+    return RotaryTerm(zeros, zeros, zeros)
 
 
-def _go_together(views: Sequence[View]) -> bool:
+def _go_together(views: Sequence[RotaryView]) -> bool:
     """Whether they are of one base, and where they hold angles, of the same ones along the same axes."""
     angled = [v for v in views if v.angles is not None]
     plain = [v for v in views if v.angles is None]
@@ -284,7 +284,7 @@ def _go_together(views: Sequence[View]) -> bool:
     )
 
 
-def _is_whole_base(view: View) -> bool:
+def _is_whole_base(view: RotaryView) -> bool:
     """Whether it is the elements of the base in their order along the last axis, all of them."""
     if view.base is None or view.angles is not None or view.shape != (view.base.type.shape[-1].constant,):
         return False
@@ -292,14 +292,14 @@ def _is_whole_base(view: View) -> bool:
     return bool((term.coefficient == 1).all()) and np.array_equal(term.index, np.arange(view.shape[0]))
 
 
-def _settled(view: View) -> View:
+def _settled(view: RotaryView) -> RotaryView:
     """A view of x with the axes before the last ones as its base has them: where they were moved, of what was moved."""
     if view.base is None or view.moved is None or _stands_still(view):
         return view
     return replace(view, base=view.moved, lead=tuple(range(view.moved.type.rank - 1)))
 
 
-def _stands_still(view: View) -> bool:
+def _stands_still(view: RotaryView) -> bool:
     """Whether the axes before the last ones are the base's own, in order."""
     assert view.base is not None
     sizes = view.base.type.shape[:-1]

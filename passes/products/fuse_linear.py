@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder
 from treadle.ir.ops.products import Linear
-from treadle.passes.cleanup.rearrange_forms import Form, composed, form_of, reshaping_pattern
+from treadle.passes.cleanup.rearrange_forms import RearrangeForm, composed, form_of, reshaping_pattern
 from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
 
@@ -82,7 +82,7 @@ class ProductOfRows(Rewrite):
             return False
         return bool(plain and m.product.type.dims[1:] == m.result.type.dims[-1:] and self._on_x(m) is not None)
 
-    def _on_x(self, m: Match) -> Form | None:
+    def _on_x(self, m: Match) -> RearrangeForm | None:
         """What the two rearranges do to x, if the second one splits rows, and leaves their order and the last axis."""
         split = form_of(m.second, m.product.type)
         rows, last = split.before

@@ -62,7 +62,7 @@ _MOST_STEPS = 24
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class FusionSite:
     """A place in one distinct function.
 
     anchor  the node that gives it away: the softmax, the mean, the product
@@ -82,7 +82,7 @@ class Site:
         return self.nodes if self.kind in ("projection", "embedding") else (self.anchor,)
 
 
-def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[Site]:
+def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[FusionSite]:
     """Every candidate site of every distinct function, callees first, in program order.
 
     unfused  anchors of gates and epilogues that were not fused: their products may be something else then
@@ -107,7 +107,7 @@ class _Finder:
             if normed is not None:
                 self.norms.setdefault(normed, []).extend([node, *(spelled or ())])
 
-    def sites(self) -> Iterator[Site]:
+    def sites(self) -> Iterator[FusionSite]:
         fused = {op: kind for kind, (_, ops) in KINDS.items() for op in ops}
         finders = (
             *(self._attention, self._normalization, self._activation, self._rotary, self._linear),
@@ -115,12 +115,12 @@ class _Finder:
         )
         for node in self.function.nodes:
             if node.op.name in fused:
-                yield Site(fused[node.op.name], self.function.name, node, (node,), node.op.name)
+                yield FusionSite(fused[node.op.name], self.function.name, node, (node,), node.op.name)
             for find in finders:
                 nodes = find(node)
                 if nodes is not None:
                     kind = find.__name__.removeprefix("_")
-                    yield Site(kind, self.function.name, node, tuple(dict.fromkeys((node, *nodes))))
+                    yield FusionSite(kind, self.function.name, node, tuple(dict.fromkeys((node, *nodes))))
 
     # -- walking -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from treadle.backends.tvm.kernels.lane_function import LaneFunction, Value
+from treadle.backends.tvm.kernels.lane_function import LaneFunction, LaneValue
 from treadle.backends.tvm.kernels.polynomials import (
     mantissa_and_exponent,
     polynomial,
@@ -100,11 +100,11 @@ def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
     return f.result(f.select(held < LEAST_NORMAL, 0.0, p * power_of_two(raised)))
 
 
-def _exp(f: LaneFunction, x: Value) -> Value:
+def _exp(f: LaneFunction, x: LaneValue) -> LaneValue:
     return scaled(f, *_reduced_exp(x.at_most(89.0).at_least(-104.0)))
 
 
-def _reduced_exp(x: Value) -> tuple[Value, Value, Value]:
+def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
     """e^(x - n ln 2) for the whole number n nearest to x / ln 2, and n, see `rounded_product`."""
     raised, whole = rounded_product(x, LOG2_E)
     r = x - whole * LN2_HIGH - whole * LN2_LOW
@@ -162,7 +162,7 @@ def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
     return f.result(held * part + held * 0.5)
 
 
-def _odd_quotient(x: Value, above: tuple[float, ...], below: tuple[float, ...]) -> Value:
+def _odd_quotient(x: LaneValue, above: tuple[float, ...], below: tuple[float, ...]) -> LaneValue:
     """x P(x^2) / Q(x^2); near the end of the interval it may round to more than its limit."""
     square = x * x
     return x * polynomial(square, above) / polynomial(square, below)

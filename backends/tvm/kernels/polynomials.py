@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.backends.tvm.kernels.lane_function import LaneFunction, Value
+from treadle.backends.tvm.kernels.lane_function import LaneFunction, LaneValue
 
 MAGIC = {"f32": 1.5 * 2.0**23, "f64": 1.5 * 2.0**52}
 """Where the numbers of a float type are one apart."""
@@ -16,7 +16,7 @@ _INTEGER = {"f32": "i32", "f64": "i64"}
 _SQRT_HALF = {"f32": 0x3F3504F3, "f64": 0x3FE6A09E667F3BCD}
 
 
-def polynomial(x: Value, coefficients: Sequence[float]) -> Value:
+def polynomial(x: LaneValue, coefficients: Sequence[float]) -> LaneValue:
     """By Horner's rule, the highest power's coefficient first."""
     value = x * coefficients[0] + coefficients[1]
     for c in coefficients[2:]:
@@ -24,19 +24,19 @@ def polynomial(x: Value, coefficients: Sequence[float]) -> Value:
     return value
 
 
-def rounded_product(x: Value, factor: float) -> tuple[Value, Value]:
+def rounded_product(x: LaneValue, factor: float) -> tuple[LaneValue, LaneValue]:
     """The whole number nearest to x * factor, below 2^21: plus MAGIC, whose low bits then hold it; and itself."""
     raised = x * factor + MAGIC[x.type]
     return raised, raised - MAGIC[x.type]
 
 
-def power_of_two(raised: Value) -> Value:
+def power_of_two(raised: LaneValue) -> LaneValue:
     """2^n, where n + MAGIC is given and 2^n is a normal number."""
     f, i = raised.type, _INTEGER[raised.type]
     return ((raised.bits(i) << _FRACTION[f]) + (_BIAS[f] << _FRACTION[f])).bits(f)
 
 
-def scaled(f: LaneFunction, x: Value, raised: Value, whole: Value) -> Value:
+def scaled(f: LaneFunction, x: LaneValue, raised: LaneValue, whole: LaneValue) -> LaneValue:
     """x * 2^n in f32 for x near 1 and n from -252 to 254, rounded once, to a subnormal number or to inf if need be.
 
     Given n + MAGIC and n. AVX-512 has an instruction for it; else by two factors, the first of which loses nothing.
@@ -51,7 +51,7 @@ def scaled(f: LaneFunction, x: Value, raised: Value, whole: Value) -> Value:
     return x * factors[0] * factors[1]
 
 
-def mantissa_and_exponent(x: Value) -> tuple[Value, Value]:
+def mantissa_and_exponent(x: LaneValue) -> tuple[LaneValue, LaneValue]:
     """m in [sqrt 1/2, sqrt 2) and e, a whole number, with x = m 2^e, for a positive normal x. Both are floats."""
     f, i = x.type, _INTEGER[x.type]
     e = (x.bits(i) - _SQRT_HALF[f]) >> _FRACTION[f]

@@ -22,7 +22,7 @@ from treadle.backends.tvm.kernels import exponentials, trigonometry
 from treadle.backends.tvm.kernels.conversions import NARROW, convert, working
 from treadle.backends.tvm.kernels.exponentials import exp, exp_nonpositive
 from treadle.backends.tvm.kernels.integer_arithmetic import integer_function
-from treadle.backends.tvm.kernels.lane_function import LaneFunction, Value
+from treadle.backends.tvm.kernels.lane_function import LaneFunction, LaneValue
 from treadle.backends.tvm.kernels.lanewise import by_lane, call_lanewise, compare, llvm_type, tvm_type
 from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.types import DType, f16, f32, f64
@@ -108,7 +108,7 @@ def _float_division(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> t
     x, y = k.let(x), k.let(y)
     remainder = k.let(by_lane(k, "fmod", dtype, lanes, x, y))
 
-    def parts(f: LaneFunction) -> tuple[Value, Value]:
+    def parts(f: LaneFunction) -> tuple[LaneValue, LaneValue]:
         dividend, divisor, rest = f.operand(x, t), f.operand(y, t), f.operand(remainder, t)
         zero = f.number(0.0, t)
         down = ((rest < 0.0) | (rest > 0.0)) & ((rest < 0.0) ^ (divisor < 0.0))

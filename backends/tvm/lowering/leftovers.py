@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from treadle.backends.tvm.lowering.program import KernelProgram, Step
+from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep
 from treadle.ir.builder import describe_source
 from treadle.ir.cost import node_cost
 from treadle.ir.sizes import Bounds
@@ -23,7 +23,7 @@ def find_leftovers(program: KernelProgram, symbols: Mapping[str, Bounds]) -> tup
     return tuple(text for _, text in ordered)
 
 
-def _line(step: Step, symbols: Mapping[str, Bounds]) -> tuple[int, str]:
+def _line(step: KernelStep, symbols: Mapping[str, Bounds]) -> tuple[int, str]:
     node = step.node
     why = f", {step.note}" if step.note else ""
     if node is None:

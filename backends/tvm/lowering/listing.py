@@ -8,7 +8,15 @@ from treadle.backends.python.emission import on_one_line
 from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.lowering.program import Buffer, BufferKind, Call, KernelProgram, Routine, Step, kernels_of
+from treadle.backends.tvm.lowering.program import (
+    Buffer,
+    BufferKind,
+    KernelProgram,
+    KernelStep,
+    Routine,
+    RoutineStep,
+    kernels_of,
+)
 
 _COLUMN = 72  # comments line up, but no further right than this
 
@@ -40,7 +48,11 @@ def unique_titles(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
 
 def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     lines = [(f"def {routine.name}({', '.join(b.name for b in routine.arguments)}):", "")]
-    read = {v.buffer for s in routine.steps for v in (s.arguments if isinstance(s, Call) else s.pointers[: -s.writes])}
+    read = {
+        v.buffer
+        for s in routine.steps
+        for v in (s.arguments if isinstance(s, RoutineStep) else s.pointers[: -s.writes])
+    }
     lines += [_step(step, titles, read) for step in routine.steps]
     lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
     width = max((len(code) for code, note in lines if note and len(code) <= _COLUMN), default=0)
@@ -48,9 +60,9 @@ def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     return "\n".join(f"{code:<{width}}  # {note}" if note else code for code, note in lines)
 
 
-def _step(step: Step | Call, titles: dict[Kernel, str], read: set[Buffer]) -> tuple[str, str]:
+def _step(step: KernelStep | RoutineStep, titles: dict[Kernel, str], read: set[Buffer]) -> tuple[str, str]:
     """A line and its comment; what a kernel writes for itself alone is not named."""
-    if isinstance(step, Call):
+    if isinstance(step, RoutineStep):
         made = ", ".join(v.buffer.name for v in step.results)
         given = ", ".join(v.buffer.name for v in step.arguments)
         return f"    {made} = {step.routine.name}({given})", step.node.scope

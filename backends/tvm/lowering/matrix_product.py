@@ -23,18 +23,18 @@ Letters = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Term:
+class LetteredView:
     """A view whose dimensions have letters. Dimensions of 1 have none, and are left out."""
 
     letters: Letters
     view: View
 
     @staticmethod
-    def of(view: View, letters: Sequence[str | None]) -> Term:
+    def of(view: View, letters: Sequence[str | None]) -> LetteredView:
         """A view, and the letter of each dimension; None for one of size 1."""
         kept = [axis for axis, letter in enumerate(letters) if letter is not None]
         shape, strides = tuple(view.shape[a] for a in kept), tuple(view.strides[a] for a in kept)
-        return Term(tuple(str(letters[a]) for a in kept), replace(view, shape=shape, strides=strides))
+        return LetteredView(tuple(str(letters[a]) for a in kept), replace(view, shape=shape, strides=strides))
 
     def stride(self, letter: str | None) -> Size:
         """How far apart elements of a letter lie; 0 where it has no such letter."""
@@ -50,9 +50,9 @@ class Term:
         found = self.over(order, sizes).merged(0, len(order))
         return None if found is None else found.strides[0]
 
-    def copied(self, w: RoutineWriter, order: Sequence[str], sizes: Mapping[str, Size]) -> Term:
+    def copied(self, w: RoutineWriter, order: Sequence[str], sizes: Mapping[str, Size]) -> LetteredView:
         """A copy in which these letters lie in this order, without gaps."""
-        return Term(tuple(order), w.copied(self.over(order, sizes)))
+        return LetteredView(tuple(order), w.copied(self.over(order, sizes)))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Finish:
     """What is done with a sum before it is stored: a chain whose first input it is, and the chain's other inputs."""
 
     chain: Chain | None = None
-    extras: tuple[Term, ...] = ()
+    extras: tuple[LetteredView, ...] = ()
 
 
 class MatrixProduct:
@@ -74,9 +74,9 @@ class MatrixProduct:
         w: RoutineWriter,
         node: Node,
         sizes: Mapping[str, Size],
-        x: Term,
-        y: Term,
-        to: Term,
+        x: LetteredView,
+        y: LetteredView,
+        to: LetteredView,
         finish: Finish,
         packed: bool = False,
     ) -> None:
@@ -119,7 +119,7 @@ class MatrixProduct:
             self.w.copy(self.c.over(self.to.letters, self.sizes), self.to.view, None)
 
     @property
-    def _written(self) -> list[Term]:
+    def _written(self) -> list[LetteredView]:
         return [self.c, *self.extras]
 
     def _store_elsewhere(self) -> None:
@@ -127,7 +127,7 @@ class MatrixProduct:
         order = [n for n in self.to.letters if n != self.column] + ([self.column] if self.column is not None else [])
         order = [n for n in order if n in self.batch] + [n for n in order if n not in self.batch]
         made = self.w.scratch(self.to.view.dtype, [self.sizes[n] for n in order], "product")
-        self.c = Term(tuple(order), made)
+        self.c = LetteredView(tuple(order), made)
 
     def _lay_out_k(self) -> None:
         """Have x's summed letters side by side, and y's joined in the same order."""
@@ -163,7 +163,7 @@ class MatrixProduct:
             if extra.joined(self.rows, self.sizes) is None or not self._in_line(extra):
                 self.extras[i] = extra.copied(self.w, [*self.rows, *columns], self.sizes)
 
-    def _in_line(self, extra: Term) -> bool:
+    def _in_line(self, extra: LetteredView) -> bool:
         """Whether an extra has its columns side by side, or repeats one."""
         return extra.stride(self.column) in (ZERO, ONE) or self.sizes[str(self.column)] == ONE
 
@@ -198,7 +198,9 @@ class MatrixProduct:
         self.y = self.y.copied(self.w, [*self.batch, *self.k, *columns], self.sizes)
         order = [*self.batch, *self.rows, *columns]
         if self.c.letters != tuple(order) or not self.c.view.is_contiguous:
-            self.c = Term(tuple(order), self.w.scratch(self.to.view.dtype, [self.sizes[n] for n in order], "product"))
+            self.c = LetteredView(
+                tuple(order), self.w.scratch(self.to.view.dtype, [self.sizes[n] for n in order], "product")
+            )
         self.extras = [extra.copied(self.w, order, self.sizes) for extra in self.extras]
         return [self.batch]
 
@@ -211,12 +213,12 @@ class MatrixProduct:
         counts = [product(sizes[n] for n in group) for group in groups]
         counts = [ONE] * (2 - len(counts)) + counts
 
-        def joined(term: Term, letters: Sequence[str]) -> Size:
+        def joined(term: LetteredView, letters: Sequence[str]) -> Size:
             found = term.joined(letters, sizes)
             assert found is not None
             return found
 
-        def batch(term: Term) -> list[Size]:
+        def batch(term: LetteredView) -> list[Size]:
             return [ZERO] * (2 - len(groups)) + [joined(term, group) for group in groups]
 
         if self.packed:

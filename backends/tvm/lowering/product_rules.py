@@ -19,7 +19,7 @@ from treadle.backends.tvm.kernels.contraction import Contraction
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.lowering.grouping import chain_of, inputs_of
-from treadle.backends.tvm.lowering.matrix_product import Finish, MatrixProduct, Term
+from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct
 from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
@@ -43,7 +43,7 @@ def _product(w: RoutineWriter, node: Node) -> None:
         finish = _finish(w, node, made, equation)
         to = w.destination(node.result)
         if bias is not None:
-            biased = Term.of(w.view(bias), equation.result[-1:])
+            biased = LetteredView.of(w.view(bias), equation.result[-1:])
             finish = Finish(_with_bias(finish.chain), (biased, *finish.extras))
         _sum(w, node, equation, factors, equation.of_result(to), finish)
         return
@@ -123,19 +123,19 @@ class Equation:
         sizes = {name: dim.size for name, dim in applied.dims.items()}
         return Equation(tuple(operands), result, sizes)
 
-    def of_result(self, view: View) -> Term:
+    def of_result(self, view: View) -> LetteredView:
         """A view of the result's shape."""
-        return Term.of(view, self.result)
+        return LetteredView.of(view, self.result)
 
 
-def _contract(w: RoutineWriter, node: Node, equation: Equation, views: Sequence[View], to: Term) -> None:
+def _contract(w: RoutineWriter, node: Node, equation: Equation, views: Sequence[View], to: LetteredView) -> None:
     """The sum element by element, in the operands' own dtype."""
-    terms = [Term.of(view, letters) for view, letters in zip(views, equation.operands, strict=False)]
+    terms = [LetteredView.of(view, letters) for view, letters in zip(views, equation.operands, strict=False)]
     _contract_terms(w, node, terms, to, equation.sizes, f"{to.view.dtype} is summed element by element")
 
 
 def _contract_terms(
-    w: RoutineWriter, node: Node, terms: Sequence[Term], to: Term, sizes: Mapping[str, Size], note: str
+    w: RoutineWriter, node: Node, terms: Sequence[LetteredView], to: LetteredView, sizes: Mapping[str, Size], note: str
 ) -> None:
     summed = list(dict.fromkeys(letter for t in terms for letter in t.letters if letter not in to.letters))
     order = [*to.letters, *summed]
@@ -148,16 +148,20 @@ def _contract_terms(
 # -- in float32 ----------------------------------------------------------------------------------------------
 
 
-def _sum(w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Value], to: Term, finish: Finish) -> None:
+def _sum(
+    w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Value], to: LetteredView, finish: Finish
+) -> None:
     """The sum in float32: a matrix product for each operand after the first."""
     sizes = equation.sizes
     if len(values) == 2:
         weight = _in_panels(w, node, values[1], equation)
         if weight is not None:
-            x = Term.of(_widened(w, w.view(values[0])), equation.operands[0])
-            MatrixProduct(w, node, sizes, x, Term.of(weight, equation.operands[1]), to, finish, packed=True).emit()
+            x = LetteredView.of(_widened(w, w.view(values[0])), equation.operands[0])
+            MatrixProduct(
+                w, node, sizes, x, LetteredView.of(weight, equation.operands[1]), to, finish, packed=True
+            ).emit()
             return
-    terms = [Term.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False)]
+    terms = [LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False)]
     terms = [_without_lone(w, node, terms, i, to, sizes) for i in range(len(terms))]
     if len(terms) == 1:
         term = terms[0]
@@ -173,7 +177,7 @@ def _sum(w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Valu
         else:
             later = {letter for t in (*terms[i + 1 :], to) for letter in t.letters}
             kept = [n for n in dict.fromkeys((*left.letters, *right.letters)) if n in later]
-            made, done = Term(tuple(kept), w.scratch(f32, [sizes[n] for n in kept], "product")), Finish()
+            made, done = LetteredView(tuple(kept), w.scratch(f32, [sizes[n] for n in kept], "product")), Finish()
         x, y = (replace(t, view=_widened(w, t.view)) for t in (left, right))
         MatrixProduct(w, node, sizes, x, y, made, done).emit()
         left = made
@@ -191,14 +195,14 @@ def _converted(chain: Chain, dtype: DType) -> Chain:
 
 
 def _without_lone(
-    w: RoutineWriter, node: Node, terms: Sequence[Term], at: int, to: Term, sizes: Mapping[str, Size]
-) -> Term:
+    w: RoutineWriter, node: Node, terms: Sequence[LetteredView], at: int, to: LetteredView, sizes: Mapping[str, Size]
+) -> LetteredView:
     """A term summed over the letters that it alone has."""
     others = {letter for i, t in enumerate((*terms, to)) if i != at for letter in t.letters}
     kept = tuple(letter for letter in terms[at].letters if letter in others)
     if kept == terms[at].letters:
         return terms[at]
-    made = Term(kept, w.scratch(f32, [sizes[n] for n in kept], "sums"))
+    made = LetteredView(kept, w.scratch(f32, [sizes[n] for n in kept], "sums"))
     _contract_terms(w, node, [terms[at]], made, sizes, "letters of one operand are summed element by element")
     return made
 

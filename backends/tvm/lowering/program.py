@@ -1,10 +1,10 @@
 """Kernel programs: what a graph becomes for the TVM backend. A flat list of steps over buffers, a routine a function.
 
-    Buffer    memory that is an argument, a result, a constant or a local of a routine
-    View      a buffer under a shape: a size and a stride for each dimension, in elements; or a weight in panels
-    Step      a kernel with its pointers and sizes, and the node it came from
-    Call      a routine applied to views, as a repeated block is
-    Routine   a function of the graph: arguments, results, steps
+    Buffer       memory that is an argument, a result, a constant or a local of a routine
+    View         a buffer under a shape: a size and a stride for each dimension, in elements; or a weight in panels
+    KernelStep   a kernel with its pointers and sizes, and the node it came from
+    RoutineStep  a routine applied to views, as a repeated block is
+    Routine      a function of the graph: arguments, results, steps
 
 Sizes and strides are expressions of the graph's symbols; `treadle.backends.tvm.planning` puts numbers in.
 Reshaping is done in views where strides can say it: see `split`, `merged`, `rearranged`.
@@ -141,7 +141,7 @@ Each call of a kernel in a plan has words of its own, so that the node is known;
 
 
 @dataclass(eq=False)
-class Step:
+class KernelStep:
     """A kernel applied: its pointers, then its sizes, in the order in which it asks for them.
 
     writes   how many of the pointers, the last ones, it writes
@@ -161,7 +161,7 @@ class Step:
 
 
 @dataclass(eq=False)
-class Call:
+class RoutineStep:
     """A routine applied: a view for each of its arguments, then for each of its results; all contiguous."""
 
     routine: Routine
@@ -181,11 +181,11 @@ class Routine:
     name: str
     arguments: list[Buffer] = field(default_factory=list)
     results: list[Buffer] = field(default_factory=list)
-    steps: list[Step | Call] = field(default_factory=list)
+    steps: list[KernelStep | RoutineStep] = field(default_factory=list)
 
-    def walk(self) -> Iterator[Step]:
+    def walk(self) -> Iterator[KernelStep]:
         """The steps of this routine, not of those it calls."""
-        return (s for s in self.steps if isinstance(s, Step))
+        return (s for s in self.steps if isinstance(s, KernelStep))
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class KernelProgram:
     def symbols(self) -> frozenset[str]:
         """Every symbol whose size the program needs."""
         steps = [step for routine in self.routines for step in routine.steps]
-        sizes = [size for step in steps if isinstance(step, Step) for size in step.sizes]
+        sizes = [size for step in steps if isinstance(step, KernelStep) for size in step.sizes]
         sizes += [view.offset for step in steps for view in step.views]
         sizes += [view.buffer.elements for step in steps for view in step.views]
         return frozenset().union(*(size.symbols for size in sizes))

@@ -20,10 +20,10 @@ from treadle.backends.tvm.lowering.grouping import Group, group
 from treadle.backends.tvm.lowering.program import (
     Buffer,
     BufferKind,
-    Call,
     KernelProgram,
+    KernelStep,
     Routine,
-    Step,
+    RoutineStep,
     View,
 )
 from treadle.ir.errors import BackendError
@@ -180,7 +180,7 @@ class RoutineWriter:
     ) -> None:
         """Add a step. The last `writes` pointers are written."""
         exact = tuple([Size.of(s) for s in sizes])
-        self.routine.steps.append(Step(kernel, tuple(pointers), exact, node, writes, note))
+        self.routine.steps.append(KernelStep(kernel, tuple(pointers), exact, node, writes, note))
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class RoutineWriter:
             view = self.destination(result)
             results.append(view)
         spilled = [(r, self.scratch(r.dtype, r.shape)) if not r.is_contiguous else (r, r) for r in results]
-        self.routine.steps.append(Call(callee.routine, tuple(arguments), tuple(to for _, to in spilled), node))
+        self.routine.steps.append(RoutineStep(callee.routine, tuple(arguments), tuple(to for _, to in spilled), node))
         for wanted, made in spilled:
             if wanted is not made:
                 self.copy(made, wanted, node)
@@ -344,7 +344,7 @@ def _how(view: View) -> str:
     return {0: "0", 1: "1"}.get(view.strides[-1].constant if view.strides[-1].constant is not None else -1, "s")
 
 
-def steps_of(program: KernelProgram) -> Iterator[Step]:
+def steps_of(program: KernelProgram) -> Iterator[KernelStep]:
     """Every step of every routine, once."""
     for routine in program.routines:
         yield from routine.walk()

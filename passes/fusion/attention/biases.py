@@ -37,7 +37,7 @@ from treadle.passes.fusion.attention.positions import (
     constant_over,
     offset_table,
 )
-from treadle.passes.fusion.attention.roles import Fused, Operand, Roles
+from treadle.passes.fusion.attention.roles import Fused, PlacedOperand, Roles
 from treadle.passes.fusion.axis_tracking import Axes, narrowed
 from treadle.passes.fusion.truth_values import is_of_truth
 
@@ -184,7 +184,7 @@ def read_bias(roles: Roles, added: Added) -> list[Fused]:
         if structural is not None:
             return [structural]
     axes = roles.held(placed.layout) or "t"
-    return [Fused(TensorBias(axes), (Operand(placed, axes, factor=added.factor),))]
+    return [Fused(TensorBias(axes), (PlacedOperand(placed, axes, factor=added.factor),))]
 
 
 def _alibi(roles: Roles, placed: Placed) -> Fused | None:
@@ -196,7 +196,7 @@ def _alibi(roles: Roles, placed: Placed) -> Fused | None:
     for slopes, offset in (node.inputs, node.inputs[::-1]):
         own = beneath(roles.axes, Placed(slopes, narrowed(slopes, placed.layout)))
         if roles.held(own.layout) in ("h", "") and _is_offset(roles, Placed(offset, narrowed(offset, placed.layout))):
-            return Fused(Alibi(), (Operand(own, "h"),))
+            return Fused(Alibi(), (PlacedOperand(own, "h"),))
     return None
 
 

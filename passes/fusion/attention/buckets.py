@@ -20,7 +20,7 @@ from treadle.ir.ops.arithmetic import Add, Maximum, Minimum
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.positions import Affine, affine, offset_table
-from treadle.passes.fusion.attention.roles import Fused, Roles, Whole
+from treadle.passes.fusion.attention.roles import Fused, Roles, WholeOperand
 from treadle.passes.fusion.axis_tracking import narrowed
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +71,7 @@ def _by_constant(roles: Roles, inner: Node, at: Placed) -> Fused | None:
 
 
 def _fused(roles: Roles, term: T5Relative, table: Value) -> Fused:
-    return Fused(term, (Whole(Placed(table, roles.axes.of(table)), ""),))
+    return Fused(term, (WholeOperand(Placed(table, roles.axes.of(table)), ""),))
 
 
 def _terms(rows: int, distances: Iterable[int]) -> Iterator[T5Relative]:

@@ -33,12 +33,12 @@ from treadle.passes.fusion.attention.biases import (
 )
 from treadle.passes.fusion.attention.core import LEAST_FILL, Added, Chosen, Mismatch, Placed, Scores
 from treadle.passes.fusion.attention.masks import read_condition
-from treadle.passes.fusion.attention.roles import Fused, Note, Operand, Reading, Roles, never_empty
+from treadle.passes.fusion.attention.roles import Fused, Note, PlacedOperand, Reading, Roles, never_empty
 from treadle.passes.fusion.attention.zeros import OnZeros, Put
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class ChainStep:
     """One step of a chain, as it was read.
 
     term      as it stands there; a part of an addend stands for itself
@@ -168,8 +168,8 @@ def terms_of_chain(
     if not (keeps_a_key or zero_empty_rows):
         found.notes += _addend_notes(steps, masks_outweigh, rule)
         steps = _read(roles, scores, exactly=True)
-    masks: list[Step] = []
-    others: list[Step] = []
+    masks: list[ChainStep] = []
+    others: list[ChainStep] = []
     last_fill = max((n for n, step in enumerate(steps) if step.filled and step.is_finite), default=0)
     for n, step in enumerate(steps):
         masking = step.mask is not None and is_mask(
@@ -200,16 +200,16 @@ def terms_of_chain(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _read(roles: Roles, scores: Scores, exactly: bool) -> list[Step]:
+def _read(roles: Roles, scores: Scores, exactly: bool) -> list[ChainStep]:
     """The steps, in order. A sum that is added is several, and so is where(c, x, -inf): x, and a mask.
 
     exactly   not where x may be as large as the number of the mask, to which it would be added
     """
-    steps: list[Step] = []
+    steps: list[ChainStep] = []
     for term in scores.terms:
         parts = [term] if isinstance(term, Chosen) else addends_of(roles.axes, term, exactly)
         for part in parts:
-            step = Step(part, abs(term.factor), term.peak, filled=part is term and isinstance(term, Chosen))
+            step = ChainStep(part, abs(term.factor), term.peak, filled=part is term and isinstance(term, Chosen))
             mask = part if isinstance(part, Chosen) else as_mask(roles.axes, part)
             if mask is not None:
                 step = replace(step, mask=mask, kept=read_condition(roles, mask.placed, mask.keep))
@@ -221,7 +221,7 @@ def _read(roles: Roles, scores: Scores, exactly: bool) -> list[Step]:
     return [step for step in steps if step.mask is None or step.kept.terms]
 
 
-def _expect_low(step: Step, scores: Scores) -> None:
+def _expect_low(step: ChainStep, scores: Scores) -> None:
     """Raise Mismatch for a mask whose number is not low beside scores of this scale, and for what raises scores."""
     node = step.term.node
     if isinstance(step.mask, Chosen) and step.fill > -LEAST_FILL * max(1.0, abs(scores.scale)):
@@ -232,7 +232,7 @@ def _expect_low(step: Step, scores: Scores) -> None:
         raise Mismatch("what is added to the scores may be inf", node, scores.nodes)
 
 
-def _addend_notes(steps: Sequence[Step], masks_outweigh: bool, rule: str) -> Iterator[Note]:
+def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -> Iterator[Note]:
     """Tell of masks by large negative numbers, which are added, where with -inf they would have been terms.
 
     masks_outweigh   whether no other addend may be as large as they are
@@ -247,7 +247,7 @@ def _addend_notes(steps: Sequence[Step], masks_outweigh: bool, rule: str) -> Ite
 # -- biases ------------------------------------------------------------------------------------------------------------
 
 
-def _biases(roles: Roles, steps: Sequence[Step], overflow: _Overflow | None) -> list[Fused]:
+def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None) -> list[Fused]:
     """The steps that are no masks: up to the last fill as one, and each that comes later for itself.
 
     What comes earlier, but is lost in the rounding of all numbers that are filled in later, may be one for itself.
@@ -256,8 +256,8 @@ def _biases(roles: Roles, steps: Sequence[Step], overflow: _Overflow | None) -> 
     end = max(fills, default=-1)
     if overflow is not None and overflow.scaled:
         end = max(end, overflow.last)
-    joined: list[Step] = []
-    separate: list[Step] = []
+    joined: list[ChainStep] = []
+    separate: list[ChainStep] = []
     for n, step in enumerate(steps):
         later = [steps[m] for m in fills if m > n]
         lost = step.mask is None and not step.hazards and all(_absorbs(each) for each in later)
@@ -271,17 +271,17 @@ def _biases(roles: Roles, steps: Sequence[Step], overflow: _Overflow | None) -> 
     return [Fused(TensorBias(axes), (as_one,)), *_each(roles, separate)]
 
 
-def _each(roles: Roles, steps: Sequence[Step]) -> list[Fused]:
+def _each(roles: Roles, steps: Sequence[ChainStep]) -> list[Fused]:
     """The steps as a sum, of which masks come first: the order tells no more than roundings."""
     ordered = sorted(steps, key=lambda step: not isinstance(step.mask, Chosen))
     return [f for step in ordered for f in _bias(roles, step)]
 
 
-def _absorbs(step: Step) -> bool:
+def _absorbs(step: ChainStep) -> bool:
     return step.fill <= -ABSORBING
 
 
-def _bias(roles: Roles, step: Step) -> list[Fused]:
+def _bias(roles: Roles, step: ChainStep) -> list[Fused]:
     """A step for itself, as what is added."""
     if not isinstance(step.mask, Chosen):
         assert isinstance(step.term, Added)
@@ -294,22 +294,22 @@ def _bias(roles: Roles, step: Step) -> list[Fused]:
     return [Fused(TensorBias(operand.axes), (replace(operand, fill=step.fill),))]
 
 
-def _narrowest(roles: Roles, step: Step) -> Operand:
+def _narrowest(roles: Roles, step: ChainStep) -> PlacedOperand:
     """A mask's condition, which may have fewer axes beneath its moves than where it is read."""
     assert isinstance(step.mask, Chosen)
     if len(step.kept.terms) == 1 and isinstance(step.kept.terms[0].term, BooleanMask):
         (operand,) = step.kept.terms[0].operands
         return operand
     axes = roles.held(step.mask.placed.layout) or "t"
-    return Operand(step.mask.placed, axes, negated=not step.mask.keep)
+    return PlacedOperand(step.mask.placed, axes, negated=not step.mask.keep)
 
 
-def _put(roles: Roles, step: Step) -> Put:
+def _put(roles: Roles, step: ChainStep) -> Put:
     """A step as it is done again, to zeros."""
     if isinstance(step.term, Added):
         sign = step.term.factor / step.unit
         axes = roles.held(step.term.placed.layout) or "t"
-        return Put(Operand(step.term.placed, axes, factor=sign), step.unit)
+        return Put(PlacedOperand(step.term.placed, axes, factor=sign), step.unit)
     operand = _narrowest(roles, step)
     number = step.fill / step.unit
     if not step.filled:
@@ -320,7 +320,7 @@ def _put(roles: Roles, step: Step) -> Put:
 # -- rows without keys -------------------------------------------------------------------------------------------------
 
 
-def _emptied(steps: Sequence[Step], scores: Scores) -> list[Seen]:
+def _emptied(steps: Sequence[ChainStep], scores: Scores) -> list[Seen]:
     """The masks of rows whose scores must vanish, since they are not lost beside a number that is filled in for them.
 
     Raises Mismatch where a row in which every key is masked holds scores as well, beside such numbers.
@@ -349,7 +349,7 @@ class _Overflow:
     scaled: bool
 
 
-def _overflow(steps: Sequence[Step], scores: Scores) -> _Overflow | None:
+def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
     """Whether what a chain adds up may overflow, by how large its numbers may be.
 
     Raises Mismatch where it does so by a factor that another takes back, since the bias would have but their product.
@@ -380,7 +380,7 @@ def _past(dtype: DType) -> float:
     return dtype.greatest * (1 + dtype.spacing / 4) if dtype.bytes < 8 else dtype.greatest
 
 
-def _may_lose_rows(roles: Roles, steps: Sequence[Step], overflow: _Overflow | None) -> bool:
+def _may_lose_rows(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None) -> bool:
     """Whether every key of a row may come to -inf, by masks of -inf, by addends or by sums that overflow."""
     if any("infinite" in step.hazards for step in steps):
         return True

@@ -15,7 +15,7 @@ from treadle.passes.framework.returned_values import ReturnedValues
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Mismatch, Values, Weighting
 from treadle.passes.fusion.attention.origins import is_weight
-from treadle.passes.fusion.attention.plan import Plan
+from treadle.passes.fusion.attention.plan import AttentionPlan
 from treadle.passes.fusion.attention.probabilities import follow_probabilities, softmax_at
 from treadle.passes.fusion.attention.scores import find_scores
 from treadle.passes.fusion.axis_tracking import Axes, Layout
@@ -76,7 +76,7 @@ class FuseAttention(SiteRewrite["_Attention"]):
 class _Attention(Site):
     """A product of probabilities with values, and what becomes of it."""
 
-    plan: Plan
+    plan: AttentionPlan
 
 
 class _Core(NamedTuple):
@@ -113,7 +113,7 @@ class _Finder:
             try:
                 scores = find_scores(axes, weighting, layout, self.work.readers)
                 symbols = self.work.graph.symbols
-                plan = Plan(axes, layout, symbols, weighting, values, scores, zero_empty_rows, self.by_offset)
+                plan = AttentionPlan(axes, layout, symbols, weighting, values, scores, zero_empty_rows, self.by_offset)
             except Mismatch as mismatch:
                 self.work.refuse(self.rule, mismatch.refusal)
                 continue

@@ -35,7 +35,7 @@ from treadle.passes.fusion.attention.positions import (
     beneath,
     constant_over,
 )
-from treadle.passes.fusion.attention.roles import Fused, Note, Operand, Reading, Roles
+from treadle.passes.fusion.attention.roles import Fused, Note, PlacedOperand, Reading, Roles
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 from treadle.passes.fusion.truth_values import conjuncts_of
 
@@ -118,7 +118,7 @@ def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | 
 
 def _tensor(roles: Roles, part: _Part) -> Fused:
     axes = roles.held(part.placed.layout) or "t"
-    return Fused(BooleanMask(axes), (Operand(part.placed, axes, negated=not part.wanted, to=boolean),))
+    return Fused(BooleanMask(axes), (PlacedOperand(part.placed, axes, negated=not part.wanted, to=boolean),))
 
 
 def _with_bands_joined(roles: Roles, found: Sequence[Fused | _Band], notes: list[Note]) -> list[Fused]:
@@ -189,7 +189,7 @@ def _read_inequality(roles: Roles, part: _Part, d: Affine, node: Node, notes: li
     if len(d.tensors) == 1 and (d.s, d.t) == (0, -1) and d.tensors[0][0] == 1:
         lengths = d.tensors[0][1]
         if roles.held(lengths.layout) in ("b", ""):
-            operand = Operand(lengths, "b", plus=d.constant + 1, to=i64)
+            operand = PlacedOperand(lengths, "b", plus=d.constant + 1, to=i64)
             return Fused(Padding(), (operand,))
     return _tensor(roles, part)
 
@@ -202,7 +202,7 @@ def _read_equality(roles: Roles, node: Node, layout: Layout) -> Fused | None:
         held = roles.held(queries.layout), roles.held(keys.layout)
         if held[0] in ("b s", "s") and held[1] in ("b t", "t"):
             mine, theirs = (beneath(roles.axes, p) for p in (queries, keys))
-            operands = (Operand(mine, "b s", to=i64), Operand(theirs, "b t", to=i64))
+            operands = (PlacedOperand(mine, "b s", to=i64), PlacedOperand(theirs, "b t", to=i64))
             return Fused(Segments(), operands, diagonal=mine.value is theirs.value)
     return None
 

@@ -2,7 +2,7 @@
 
 A row in which every key is masked is what decides the terms. Spelled out, it is NaN (-inf and a plain softmax), zeros
 (-inf, guarded) or an average (a large negative number in place of scores, or added to them); attention gives zeros.
-Each is kept: see `Plan`.
+Each is kept: see `AttentionPlan`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from treadle.passes.fusion.attention.roles import Roles, Said
 from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 
-class Plan:
+class AttentionPlan:
     """What one site becomes. Raises Mismatch where it can be no attention.
 
     1. A mask by -inf is a mask. Where it may take every key of a row and the softmax is not guarded, NaN is put back.

@@ -15,8 +15,8 @@ from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Added, Chosen, Mismatch, Placed, Scores, Values, Weighting
-from treadle.passes.fusion.attention.plan import Plan
-from treadle.passes.fusion.attention.roles import Fused, Said, Whole
+from treadle.passes.fusion.attention.plan import AttentionPlan
+from treadle.passes.fusion.attention.roles import Fused, Said, WholeOperand
 from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 
@@ -66,19 +66,19 @@ class RefineAttention(SiteRewrite["_Refined"]):
     def build(self, b: Builder, site: _Refined) -> list[Expr] | Refusal:
         return site.plan.build(b)
 
-    def _plan(self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None]) -> Plan:
+    def _plan(self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None]) -> AttentionPlan:
         """The op as a plan to make it once more. Keys may have been repeated in another order than heads share them
         in; then they stay as they are."""
         for grouped in (True, False):
             axes = Axes()
             op = _Op.of(axes, node, grouped)
             found, zeros = (op.weighting, op.values, op.scores), self.zero_empty_rows
-            plan = Plan(axes, op.rows, graph.symbols, *found, zeros, by_offset, op.said)
+            plan = AttentionPlan(axes, op.rows, graph.symbols, *found, zeros, by_offset, op.said)
             if plan.roles.atoms("h") == axes.flat(op.rows[1]):
                 return plan
         return plan
 
-    def _tell_of_tensors(self, work: Rewriting, plan: Plan) -> None:
+    def _tell_of_tensors(self, work: Rewriting, plan: AttentionPlan) -> None:
         """A near miss for each mask of queries and keys that is computed, and is no term."""
         for fused in plan.chain.masks:
             if not isinstance(fused.term, BooleanMask) or not {"s", "t"} <= set(fused.term.axes.split()):
@@ -93,7 +93,7 @@ class RefineAttention(SiteRewrite["_Refined"]):
 class _Refined(Site):
     """An attention op, and the one that it becomes."""
 
-    plan: Plan
+    plan: AttentionPlan
 
 
 def _is_attention(node: Node) -> bool:
@@ -159,7 +159,7 @@ def _as_said(term: Term, operands: Sequence[Value]) -> Fused:
     own = isinstance(term, Segments) and operands[0] is operands[1]
     return Fused(
         term,
-        tuple(Whole(Placed(x, ()), "") for x in operands),
+        tuple(WholeOperand(Placed(x, ()), "") for x in operands),
         diagonal=isinstance(term, Causal | Window) or own,
         first=isinstance(term, Causal),
     )
@@ -168,7 +168,7 @@ def _as_said(term: Term, operands: Sequence[Value]) -> Fused:
 # -- whether it is worth it --------------------------------------------------------------------------------------------
 
 
-def _gain(plan: Plan, node: Node) -> str:
+def _gain(plan: AttentionPlan, node: Node) -> str:
     """What the op would say that it did not; nothing where it would be no better."""
     op: Any = node.op
     heads, fewer = node.inputs[1].type.shape[1], plan.axes.size(plan.g)

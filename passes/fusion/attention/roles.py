@@ -48,7 +48,7 @@ class Roles:
 
 
 @dataclass(frozen=True)
-class Operand:
+class PlacedOperand:
     """An operand of a term: a value, the axes under which the term takes it, and what is done to it first.
 
     negated   of a condition: where it is false
@@ -99,7 +99,7 @@ class Fused:
     """A term with its operands. `diagonal`: it keeps j = i; `first`: it keeps j = 0, whatever its operands hold."""
 
     term: Term
-    operands: tuple[Operand, ...] = ()
+    operands: tuple[PlacedOperand, ...] = ()
     diagonal: bool = False
     first: bool = False
 
@@ -134,7 +134,7 @@ def never_empty(terms: Sequence[Fused], roles: Roles) -> bool:
 
 
 @dataclass(frozen=True)
-class Whole(Operand):
+class WholeOperand(PlacedOperand):
     """An operand that is taken as it is."""
 
     def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:

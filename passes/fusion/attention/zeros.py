@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import DType
-from treadle.passes.fusion.attention.roles import Operand, Roles
+from treadle.passes.fusion.attention.roles import PlacedOperand, Roles
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Put:
     number   what is filled in; None for an addend
     """
 
-    operand: Operand
+    operand: PlacedOperand
     unit: float
     number: float | None = None
 
 
 @dataclass(frozen=True)
-class OnZeros(Operand):
+class OnZeros(PlacedOperand):
     """where(c2, where(c1, 0, n1) + a, n2), for the steps c1, n1; a; c2, n2
 
     Scales stand where they stood, so that what overflows does so here. Equal numbers in a row are filled in at once.
@@ -58,7 +58,7 @@ class OnZeros(Operand):
         assert made is not None
         return made if unit == 1.0 else made * unit
 
-    def _spread(self, b: Builder, roles: Roles, operand: Operand, dtype: DType) -> Expr:
+    def _spread(self, b: Builder, roles: Roles, operand: PlacedOperand, dtype: DType) -> Expr:
         """An operand over this one's axes, with 1 for each that it lacks."""
         held = operand.axes.split()
         x = operand.build(b, roles, dtype)
