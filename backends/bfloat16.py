@@ -8,7 +8,7 @@ import numpy as np
 
 from treadle.backends.protocol import Port
 from treadle.backends.signature import numpy_taken, refuse_dtype
-from treadle.ir.graph import Literal
+from treadle.ir.literals import Literal
 from treadle.ir.types import bf16, f32
 
 Array = np.ndarray[Any, Any]

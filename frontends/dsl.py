@@ -33,10 +33,11 @@ from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.call_spelling import spelled_call
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
-from treadle.ir.graph import Graph, Init, SourceLine
+from treadle.ir.graph import Graph
+from treadle.ir.initial_values import Init
 from treadle.ir.outline import RepeatedRegion, outline_regions
 from treadle.ir.sizes import Bounds, Size, SizeLike
-from treadle.ir.source_lines import raising_line, user_line
+from treadle.ir.source_lines import SourceLine, raising_line, user_line
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
 
 Tensor = Expr

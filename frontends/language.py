@@ -42,7 +42,7 @@ from treadle.frontends.layers import sinusoidal_positions as sinusoidal_position
 from treadle.frontends.layers import split_heads as split_heads
 from treadle.frontends.layers import unembed as unembed
 from treadle.frontends.rotary import rotary_frequencies as rotary_frequencies
-from treadle.ir.graph import Init as Init
+from treadle.ir.initial_values import Init as Init
 from treadle.ir.masking import Biases as Biases
 from treadle.ir.masking import Masks as Masks
 from treadle.ir.masking import alibi as alibi

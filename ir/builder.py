@@ -22,13 +22,15 @@ import numpy as np
 from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
-from treadle.ir.graph import Function, Graph, Init, Literal, Node, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.initial_values import Init
+from treadle.ir.literals import Literal
 from treadle.ir.op_methods import OpMethods
 from treadle.ir.op_signatures import op_signature
 from treadle.ir.operation import Op, find_op
 from treadle.ir.python_protocols import PythonProtocols
 from treadle.ir.sizes import Bounds, Size
-from treadle.ir.source_lines import user_line
+from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.types import DType, Type, i64, parse_type
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Function, Graph, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.operation import Composite, Op
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type
 
 _BODY_SOURCE = SourceLine("body", 0)

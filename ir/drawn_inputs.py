@@ -16,8 +16,9 @@ import numpy as np
 from treadle.ir.axes import Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import Hint, UsageError
-from treadle.ir.graph import Function, Graph, Literal, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.inline import inline_calls
+from treadle.ir.literals import Literal
 from treadle.ir.operation import Composite, names_operand
 from treadle.ir.ops.arithmetic import Add, Sub
 from treadle.ir.ops.elementwise import Cast

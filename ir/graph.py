@@ -15,114 +15,21 @@ reads weights.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from treadle.ir.errors import GraphError
-from treadle.ir.sizes import Bounds, Size
-from treadle.ir.types import DType, Type, bf16, dtype_of, f32
+from treadle.ir.initial_values import Init as Init
+from treadle.ir.literals import Literal as Literal
+from treadle.ir.sizes import Bounds
+from treadle.ir.source_lines import SourceLine
+from treadle.ir.types import Type
 
 if TYPE_CHECKING:
     import networkx
 
     from treadle.ir.layouts import Layout
     from treadle.ir.operation import Op
-
-
-@dataclass(frozen=True, slots=True)
-class SourceLine:
-    """A line of the user's: the file as it should be shown (relative where possible) and the line number."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Literal:
-    """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major.
-
-    NumPy has no bf16: such elements are kept in their two bytes, and read and written as float32.
-    """
-
-    dtype: DType
-    shape: tuple[int, ...]
-    data: bytes = field(repr=False)
-
-    @staticmethod
-    def of(value: Any, dtype: DType | None = None) -> Literal:
-        """From a number, nested list or NumPy array.
-
-        `dtype` converts: floats round, but not to infinity; integers and truth values must be exact. Without it
-        Python's floats are f32.
-        Raises GraphError.
-        """
-        try:
-            array = np.asarray(value)
-        except ValueError as error:  # lists of different lengths
-            raise GraphError("a constant cannot be made of this", received=str(error)) from None
-        if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
-            numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
-            array = np.array(numbers).reshape(array.shape)
-        if dtype is None and array.dtype == np.float64 and not isinstance(value, np.ndarray | np.generic):
-            dtype = f32
-        kind = dtype or dtype_of(array)
-        if kind is None or array.dtype.kind not in "biuf":
-            raise GraphError(
-                f"a constant cannot hold {array.dtype}",
-                received=f"{value!r}"[:80],
-                hint="numbers and truth values only",
-            )
-        try:
-            with np.errstate(invalid="ignore", over="raise"):
-                stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)
-        except FloatingPointError:
-            largest = array.flat[np.argmax(np.abs(np.where(np.isfinite(array), array, 0)))]
-            raise GraphError(
-                f"{largest} is out of the range of {kind}",
-                hint='float("inf"), or cast the other operand to a wider dtype',
-            ) from None
-        if not kind.is_float and array.dtype != stored.dtype and not np.array_equal(stored, array):
-            wrong = array[stored != array].flat[0]
-            raise GraphError(f"{wrong} is no {kind}", hint="cast the other operand, or round the number")
-        contiguous = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
-        return Literal(kind, tuple(array.shape), contiguous.tobytes())
-
-    @property
-    def array(self) -> np.ndarray[Any, Any]:
-        """A read-only array of the elements."""
-        if self.dtype is bf16:
-            words = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
-            return words.view(np.float32).reshape(self.shape)
-        return np.frombuffer(self.data, dtype=self.dtype.numpy).reshape(self.shape)
-
-    @property
-    def scalar(self) -> float | int | bool | None:
-        """The Python number of a rank-0 constant, else None."""
-        return self.array.item() if self.shape == () else None
-
-    @property
-    def type(self) -> Type:
-        return self.dtype[self.shape] if self.shape else Type(self.dtype)
-
-
-def _to_bfloat16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The upper halves of float32 words, rounded to nearest even; a NaN stays one.
-
-    Raises FloatingPointError where a finite number would become infinite.
-    """
-    values = np.ascontiguousarray(array, dtype=np.float32)
-    words = values.view(np.uint32).astype(np.uint64)
-    rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
-    if np.any(((rounded & 0x7FFF) == 0x7F80) & np.isfinite(values)):
-        raise FloatingPointError
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
 class Value:
@@ -265,40 +172,6 @@ def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
     return found[::-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Init:
-    """How a parameter starts when no checkpoint gives it: `zeros`, `ones`, `constant(2.5)`, `normal(0.02)`,
-    `uniform(0.1)`.
-    """
-
-    kind: str
-    scale: float | None = None
-
-    def __str__(self) -> str:
-        return self.kind if self.scale is None else f"{self.kind}({self.scale!r})"
-
-    def draw(self, shape: tuple[int, ...], dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-        """An array of initial values. Raises GraphError for an unknown kind, or a dtype that NumPy does not have."""
-        if dtype.numpy is None:
-            raise GraphError(f"initial values cannot be drawn in {dtype}")
-        scale = np.float32(1.0 if self.scale is None else self.scale)
-        match self.kind:
-            case "zeros":
-                return np.zeros(shape, dtype.numpy)
-            case "ones":
-                return np.ones(shape, dtype.numpy)
-            case "constant":
-                return np.full(shape, self.scale or 0.0, dtype.numpy)
-            case "normal":
-                drawn = rng.standard_normal(shape, np.float32) * scale
-            case "uniform":
-                drawn = (rng.random(shape, np.float32) * 2 - 1) * scale
-            case _:
-                kinds = "zeros, ones, constant, normal or uniform"
-                raise GraphError(f"unknown initial value {self.kind!r}", hint=kinds)
-        return drawn.astype(dtype.numpy, copy=False)
-
-
 class Graph:
     """A whole program: its functions (callees before callers, entries last), symbols and initial values.
 
@@ -433,40 +306,6 @@ class Graph:
         `value` (its type as text), `result` and `operand` positions. For dominators, cuts, intervals and layouts.
         Raises GraphError for an unknown function.
         """
-        import networkx
+        from treadle.ir.networkx_vertices import networkx_graph
 
-        if function not in self.functions:
-            raise GraphError(f"the graph has no function {function!r}", hint="one of " + ", ".join(self.functions))
-        body = self.functions[function]
-        out = networkx.MultiDiGraph(name=f"{self.name}.{function}")
-        ids: dict[object, int] = {}
-
-        def vertex(key: object, **notes: object) -> None:
-            ids[key] = len(ids)
-            out.add_node(ids[key], **notes)
-
-        for value in body.arguments:
-            vertex(value, label=value.name, kind=value.kind, type=str(value.type))
-        for node in body.nodes:
-            for value in node.inputs:
-                if value.literal is not None and value not in ids:
-                    vertex(value, label="constant", kind="constant", type=str(value.type))
-            vertex(
-                node,
-                label=node.op.name,
-                op=node.op.name,
-                type=", ".join(str(v.type) for v in node.results),
-                scope=node.scope,
-                source=str(node.source or ""),
-            )
-            for position, operand in enumerate(node.operands):
-                if operand is not None:
-                    origin = ids[operand.node if operand.node is not None else operand]
-                    out.add_edge(origin, ids[node], value=str(operand.type), result=operand.index, operand=position)
-        for name, value in body.outputs.items():
-            if value.literal is not None and value not in ids:
-                vertex(value, label="constant", kind="constant", type=str(value.type))
-            vertex(("output", name), label=name, kind="output", type=str(value.type))
-            origin = ids[value.node if value.node is not None else value]
-            out.add_edge(origin, ids["output", name], value=str(value.type), result=value.index, operand=0)
-        return out
+        return networkx_graph(self, function)

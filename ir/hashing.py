@@ -13,7 +13,8 @@ from hashlib import sha256
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
-from treadle.ir.graph import Function, Graph, Literal, Value
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.text.attributes import attribute_fields, attribute_text
 from treadle.ir.types import Type

@@ -13,9 +13,10 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.ir.graph import Function, Graph, Node, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
+from treadle.ir.source_lines import SourceLine
 
 
 @dataclass

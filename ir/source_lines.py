@@ -1,26 +1,30 @@
-"""Which line of the user's is running: the innermost frame that is not part of the compiler."""
+"""Lines of the user's, and which of them is running: the innermost frame that is not part of the compiler."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FrameType
 
 import numpy as np
 
-from treadle.ir.graph import SourceLine
+
+@dataclass(frozen=True, slots=True)
+class SourceLine:
+    """A line of the user's: the file as it should be shown (relative where possible) and the line number."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_PARTS = (
-    "files",
-    "ir",
-    "frontends",
-    "passes",
-    "backends",
-    "runtime",
-    "treadle",
-)  # not models: those are read as a user's
+# Not models: those are read as a user's.
+_PARTS = ("files", "ir", "frontends", "passes", "backends", "runtime", "treadle")
 _COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
 _FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
 """Installed, the files of `treadle/` lie beside the other parts."""

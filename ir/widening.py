@@ -13,7 +13,8 @@ from collections.abc import Iterable
 
 from treadle.ir.clone import clone_graph
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph, Literal, Value
+from treadle.ir.graph import Graph, Value
+from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.types import DType, bf16, f16, f32
 

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
-from treadle.ir.graph import Function, Graph, Init, Literal, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.initial_values import Init
+from treadle.ir.literals import Literal
 from treadle.ir.operation import OPS
 from treadle.ir.sizes import Bounds
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import DTYPES, Type, boolean, f32, i64, parse_type
 
 ODD_NAMES = (

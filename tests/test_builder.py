@@ -15,7 +15,8 @@ import pytest
 import treadle.frontends.language as t
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
-from treadle.ir.graph import Graph, Init
+from treadle.ir.graph import Graph
+from treadle.ir.initial_values import Init
 from treadle.ir.interpreter import interpret
 from treadle.ir.types import DTYPES, boolean, f16, f32, f64, i64
 

@@ -15,7 +15,8 @@ import treadle
 from tests.attention_programs import LOW, masked, q_k_v, rows, swapped, triangle
 from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, numbers, program
 from treadle.ir.builder import Builder
-from treadle.ir.graph import Function, Graph, Literal, Value
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.literals import Literal
 from treadle.ir.ops.elementwise import Neg
 from treadle.ir.sizes import Bounds
 from treadle.ir.target import Target

@@ -14,7 +14,7 @@ import treadle.frontends.language as t
 import treadle.frontends.layers as layers
 from treadle.compiling import initial_weights
 from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
-from treadle.ir.graph import Init
+from treadle.ir.initial_values import Init
 from treadle.ir.sizes import Bounds
 from treadle.ir.verifier import verify
 

@@ -30,8 +30,9 @@ from treadle.backends.legalization import legalize
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, GraphError
-from treadle.ir.graph import Function, Graph, SourceLine
+from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.target import Target
 from treadle.ir.types import DTYPES, bf16
 

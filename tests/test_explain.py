@@ -19,7 +19,8 @@ from treadle.explaining import explain_fusion, parse_expected
 from treadle.fusion_verdicts import FusionVerdict
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
-from treadle.ir.graph import Graph, SourceLine
+from treadle.ir.graph import Graph
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.round_trips import round_trip_at
 from treadle.passes.framework.rewrite import Match, Rewrite

@@ -14,8 +14,9 @@ from treadle.backends.registry import find_backend
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Function, Graph, SourceLine
+from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import bf16, f32, i16, i64

@@ -19,7 +19,8 @@ from tests.pass_programs import LAYER_NORM, assert_same_numbers, numbers, optimi
 from tests.random_graphs import random_graphs
 from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError, TreadleError, UsageError
-from treadle.ir.graph import Function, Graph, Node, SourceLine
+from treadle.ir.graph import Function, Graph, Node
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.cleanup.dead_code import DeadCode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treadle.ir.graph import Literal
+from treadle.ir.literals import Literal
 from treadle.ir.operation import find_op
 from treadle.passes.cleanup.rearrange_forms import composed, form_of
 

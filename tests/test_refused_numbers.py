@@ -16,9 +16,10 @@ from tests.op_checks import TESTED, Case
 from tests.rounding_bounds import assert_within, bounded
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, ParseError, RuleError
-from treadle.ir.graph import Graph, SourceLine
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.operation import OPS
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.attributes import attribute_fields
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph

@@ -11,7 +11,8 @@ import pytest
 from tests.pass_programs import assert_same_numbers, optimize, program
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
-from treadle.ir.graph import Graph, Node, SourceLine
+from treadle.ir.graph import Graph, Node
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.cleanup.decompose import Decompose

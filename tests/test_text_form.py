@@ -20,12 +20,15 @@ from treadle.ir.attention_terms import Causal, Padding, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.clone import clone_graph
 from treadle.ir.errors import GraphError, ParseError
-from treadle.ir.graph import Function, Graph, Init, Literal, Node, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import canonical_form, function_key, structural_hash
+from treadle.ir.initial_values import Init
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
+from treadle.ir.literals import Literal
 from treadle.ir.operation import OPS
 from treadle.ir.sizes import Bounds
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_function, print_graph
 from treadle.ir.text.scanner import TextLimits

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.test_sizes import sizes
 from treadle.ir.errors import GraphError, ParseError, SizeError, TreadleError
-from treadle.ir.graph import Init, Literal
+from treadle.ir.initial_values import Init
+from treadle.ir.literals import Literal
 from treadle.ir.sizes import Size
 from treadle.ir.types import (
     DTYPES,

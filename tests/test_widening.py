@@ -12,8 +12,9 @@ import treadle
 from tests.backend_checks import graph_of, message
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph, Literal
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES
 from treadle.ir.verifier import verify
 from treadle.ir.widening import narrow_dtypes, widen_graph

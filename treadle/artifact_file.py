@@ -27,7 +27,7 @@ from treadle.files.whole_files import replacing
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.frontends.safetensors_file import SafetensorsFile, TensorRecord
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.ir.graph import Literal
+from treadle.ir.literals import Literal
 from treadle.ir.types import DType, bf16
 from treadle.ir.types import u8 as _U8
 

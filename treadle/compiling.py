@@ -18,7 +18,8 @@ from treadle.files.nearest_names import NearestNames
 from treadle.frontends.dsl import Model
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import Hint, UsageError
-from treadle.ir.graph import Graph, Init
+from treadle.ir.graph import Graph
+from treadle.ir.initial_values import Init
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass, PassManager, debug_level

@@ -31,7 +31,8 @@ from treadle.ir.attention_terms import (
     leave_a_key,
 )
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.graph import Graph, SourceLine
+from treadle.ir.graph import Graph
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type, boolean, f64, i32
 
 _SOURCE = SourceLine("attention", 0)

@@ -22,8 +22,9 @@ from treadle.backends.onnx.writer import CODES, OnnxNode, OnnxWriter, Tensor, pl
 from treadle.backends.python.executable import misfit, shape_fits
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
-from treadle.ir.graph import Graph, Literal, Value
+from treadle.ir.graph import Graph, Value
 from treadle.ir.inline import inline_calls
+from treadle.ir.literals import Literal
 from treadle.ir.sizes import Bounds
 from treadle.ir.types import Type, bf16
 from treadle.passes.lowering.legalize import legalized

@@ -20,8 +20,10 @@ import numpy as np
 
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Function, Graph, Literal, Node, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.literals import Literal
 from treadle.ir.sizes import Quotient, Size
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import DTYPES, DType, Type, bf16, boolean, f16, f32, i8, i16, i32, i64, u8
 from treadle.passes.lowering.legalize import Keeps, legalized
 

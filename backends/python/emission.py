@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Function, Graph, Literal, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import op_key
+from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.sizes import Size
 from treadle.ir.types import Type

@@ -26,7 +26,8 @@ from treadle.backends.staged import StagedBackend
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
 from treadle.ir.errors import BackendError, Hint
-from treadle.ir.graph import Graph, Literal, Node
+from treadle.ir.graph import Graph, Node
+from treadle.ir.literals import Literal
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32

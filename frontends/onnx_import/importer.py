@@ -32,8 +32,9 @@ from treadle.frontends.onnx_import.values import MOST_KNOWN, Array, Known
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
-from treadle.ir.graph import Graph, SourceLine
+from treadle.ir.graph import Graph
 from treadle.ir.sizes import Size
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Dim, Type, boolean
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-from treadle.ir.graph import SourceLine
+from treadle.ir.source_lines import SourceLine
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 _TORCH = re.compile(r"[\\/](?:site|dist)-packages[\\/]torch(?:gen)?[\\/]|^<")

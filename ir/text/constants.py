@@ -15,7 +15,8 @@ from math import prod
 from typing import Any
 
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Literal, Value
+from treadle.ir.graph import Value
+from treadle.ir.literals import Literal
 from treadle.ir.text.scanner import Scanner, TextLimits
 from treadle.ir.types import DTYPES, DType, Type, boolean, f32, i64, u8
 

@@ -15,11 +15,13 @@ from typing import Any
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.files.limits import limits_of
 from treadle.ir.errors import GraphError, TreadleError
-from treadle.ir.graph import Function, Graph, Init, Node, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.initial_values import Init
 from treadle.ir.layouts import parse_layout
 from treadle.ir.operation import OPS, Op
 from treadle.ir.ops.call import Call
 from treadle.ir.sizes import Bounds
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts, read_attribute
 from treadle.ir.text.constants import ConstantReader
 from treadle.ir.text.scanner import RESERVED, Scanner, TextLimits

@@ -16,7 +16,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from treadle.ir.graph import Function, Graph, Node, SourceLine, Value
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.attributes import attribute_text, default_texts
 from treadle.ir.text.constants import DataSection, constant_text
 from treadle.ir.text.scanner import RESERVED, name_text, path_text, quoted, type_text

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.graph import Graph, Literal, Node, Value
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.interpreter import interpret
+from treadle.ir.literals import Literal
 from treadle.ir.tolerances import spacing_of
 from treadle.ir.types import f64
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from treadle.ir.builder import Builder
-from treadle.ir.graph import Function, Graph, Literal, Value
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.literals import Literal
 from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
 from treadle.ir.sizes import ZERO
 from treadle.ir.types import DType

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from treadle.ir.errors import SizeError, TreadleError
-from treadle.ir.graph import Function, Graph, Literal, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import GraphError
-from treadle.ir.graph import Literal, Node, Value
+from treadle.ir.graph import Node, Value
+from treadle.ir.literals import Literal
 from treadle.ir.types import DType
 from treadle.passes.framework.pattern import (
     ConstantTerm,

@@ -34,7 +34,8 @@ from treadle.ir.attention_terms import (
     Window,
     reach_of,
 )
-from treadle.ir.graph import Literal, Node
+from treadle.ir.graph import Node
+from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
 from treadle.ir.sizes import ONE, ZERO, Size

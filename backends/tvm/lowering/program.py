@@ -18,8 +18,9 @@ from enum import Enum
 from itertools import pairwise
 
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.graph import Literal, Node
+from treadle.ir.graph import Node
 from treadle.ir.layouts import Layout
+from treadle.ir.literals import Literal
 from treadle.ir.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import DType, i64
 

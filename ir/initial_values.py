@@ -1,0 +1,45 @@
+"""How a parameter starts when no checkpoint gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import GraphError
+from treadle.ir.types import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """How a parameter starts when no checkpoint gives it: `zeros`, `ones`, `constant(2.5)`, `normal(0.02)`,
+    `uniform(0.1)`.
+    """
+
+    kind: str
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.scale is None else f"{self.kind}({self.scale!r})"
+
+    def draw(self, shape: tuple[int, ...], dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+        """An array of initial values. Raises GraphError for an unknown kind, or a dtype that NumPy does not have."""
+        if dtype.numpy is None:
+            raise GraphError(f"initial values cannot be drawn in {dtype}")
+        scale = np.float32(1.0 if self.scale is None else self.scale)
+        match self.kind:
+            case "zeros":
+                return np.zeros(shape, dtype.numpy)
+            case "ones":
+                return np.ones(shape, dtype.numpy)
+            case "constant":
+                return np.full(shape, self.scale or 0.0, dtype.numpy)
+            case "normal":
+                drawn = rng.standard_normal(shape, np.float32) * scale
+            case "uniform":
+                drawn = (rng.random(shape, np.float32) * 2 - 1) * scale
+            case _:
+                kinds = "zeros, ones, constant, normal or uniform"
+                raise GraphError(f"unknown initial value {self.kind!r}", hint=kinds)
+        return drawn.astype(dtype.numpy, copy=False)

@@ -1,0 +1,94 @@
+"""Constants of a graph: elements that never change, bf16 among them."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import GraphError
+from treadle.ir.sizes import Size
+from treadle.ir.types import DType, Type, bf16, dtype_of, f32
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major.
+
+    NumPy has no bf16: such elements are kept in their two bytes, and read and written as float32.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes = field(repr=False)
+
+    @staticmethod
+    def of(value: Any, dtype: DType | None = None) -> Literal:
+        """From a number, nested list or NumPy array.
+
+        `dtype` converts: floats round, but not to infinity; integers and truth values must be exact. Without it
+        Python's floats are f32.
+        Raises GraphError.
+        """
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # lists of different lengths
+            raise GraphError("a constant cannot be made of this", received=str(error)) from None
+        if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
+            numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
+            array = np.array(numbers).reshape(array.shape)
+        if dtype is None and array.dtype == np.float64 and not isinstance(value, np.ndarray | np.generic):
+            dtype = f32
+        kind = dtype or dtype_of(array)
+        if kind is None or array.dtype.kind not in "biuf":
+            raise GraphError(
+                f"a constant cannot hold {array.dtype}",
+                received=f"{value!r}"[:80],
+                hint="numbers and truth values only",
+            )
+        try:
+            with np.errstate(invalid="ignore", over="raise"):
+                stored = _to_bfloat16(array) if kind is bf16 else array.astype(kind.numpy)
+        except FloatingPointError:
+            largest = array.flat[np.argmax(np.abs(np.where(np.isfinite(array), array, 0)))]
+            raise GraphError(
+                f"{largest} is out of the range of {kind}",
+                hint='float("inf"), or cast the other operand to a wider dtype',
+            ) from None
+        if not kind.is_float and array.dtype != stored.dtype and not np.array_equal(stored, array):
+            wrong = array[stored != array].flat[0]
+            raise GraphError(f"{wrong} is no {kind}", hint="cast the other operand, or round the number")
+        contiguous = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
+        return Literal(kind, tuple(array.shape), contiguous.tobytes())
+
+    @property
+    def array(self) -> np.ndarray[Any, Any]:
+        """A read-only array of the elements."""
+        if self.dtype is bf16:
+            words = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
+            return words.view(np.float32).reshape(self.shape)
+        return np.frombuffer(self.data, dtype=self.dtype.numpy).reshape(self.shape)
+
+    @property
+    def scalar(self) -> float | int | bool | None:
+        """The Python number of a rank-0 constant, else None."""
+        return self.array.item() if self.shape == () else None
+
+    @property
+    def type(self) -> Type:
+        return self.dtype[self.shape] if self.shape else Type(self.dtype)
+
+
+def _to_bfloat16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The upper halves of float32 words, rounded to nearest even; a NaN stays one.
+
+    Raises FloatingPointError where a finite number would become infinite.
+    """
+    values = np.ascontiguousarray(array, dtype=np.float32)
+    words = values.view(np.uint32).astype(np.uint64)
+    rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
+    if np.any(((rounded & 0x7FFF) == 0x7F80) & np.isfinite(values)):
+        raise FloatingPointError
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
