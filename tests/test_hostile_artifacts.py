@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.artifacts import hostile_file
 from tests.fuzz.hostile_artifacts import SHAPES
 from treadle.artifacts import GRAPH_LIMITS, ArtifactLimits, load, open_artifact
-from treadle.frontends.safetensors_file import TextLimits as HeaderLimits
+from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.builder import Builder
 from treadle.ir.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.errors import CheckpointError, ParseError, TreadleError
