@@ -12,7 +12,8 @@ from onnx import parser
 
 from treadle.backends.registry import find_backend
 from treadle.frontends.onnx_import.elements import carried, restored
-from treadle.frontends.onnx_import.importer import Imported, import_onnx
+from treadle.frontends.onnx_import.importer import import_onnx
+from treadle.frontends.onnx_import.notes import Imported
 from treadle.ir.target import Target
 
 Array = np.ndarray[Any, Any]

@@ -22,7 +22,8 @@ nn: Any = pytest.importorskip("torch.nn")
 from tests.onnx_models import answers, runtime
 from tests.test_from_torch import FAMILIES, built, tokens
 from tests.torch_modules import assert_equal, drawn
-from treadle.frontends.onnx_import.importer import Imported, import_onnx
+from treadle.frontends.onnx_import.importer import import_onnx
+from treadle.frontends.onnx_import.notes import Imported
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.graph import Graph
 from treadle.passes.framework.manager import Optimized, PassManager

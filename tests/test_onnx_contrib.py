@@ -17,7 +17,8 @@ from onnx import helper, numpy_helper
 
 from tests.onnx_models import answers, runtime
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
-from treadle.frontends.onnx_import.importer import Imported, import_onnx
+from treadle.frontends.onnx_import.importer import import_onnx
+from treadle.frontends.onnx_import.notes import Imported
 
 Array = np.ndarray[Any, Any]
 

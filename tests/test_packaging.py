@@ -292,7 +292,7 @@ def test_no_module_shares_a_name_with_what_it_exports() -> None:
 
 CHANGING = {
     "ir/outline.py": {"RepeatedRegion", "_Repetition"},
-    "frontends/onnx_import/importer.py": {"Scope"},
+    "frontends/onnx_import/scopes.py": {"Scope"},
     "passes/certificates/regions.py": {"Recorded"},
     "passes/cleanup/position_slices.py": {"_Cut"},
     "passes/framework/pass_log.py": {"PassRecord"},

@@ -12,30 +12,29 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 import treadle.frontends.onnx_import.tables  # noqa: F401  (registers the operators)
 from treadle.files.contained_files import PathLike
 from treadle.files.limits import MORE, limit_hint
 from treadle.files.shown_names import printable
-from treadle.frontends.onnx_import.declared_axes import DeclaredAxes, declared_sizes
-from treadle.frontends.onnx_import.elements import Element, carried, element, named
+from treadle.frontends.onnx_import.declared_axes import DeclaredAxes
+from treadle.frontends.onnx_import.elements import Element, element
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.file import Limits, OnnxFile, captured, describe, live_nodes
-from treadle.frontends.onnx_import.folding import Fold, evaluated
-from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, OnnxSite, Operator, Result, unsupported
+from treadle.frontends.onnx_import.folding import evaluated
+from treadle.frontends.onnx_import.inputs import declare_inputs
+from treadle.frontends.onnx_import.notes import Imported, ImportNotes
+from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, OnnxSite, Operator, unsupported
+from treadle.frontends.onnx_import.results import as_known, is_small, keep_weights
+from treadle.frontends.onnx_import.scopes import Scope, domain_of, path_of
 from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
-from treadle.frontends.onnx_import.values import MOST_KNOWN, Array, Known
+from treadle.frontends.onnx_import.values import Array, Known
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
 from treadle.ir.graph import Graph
-from treadle.ir.sizes import Size
 from treadle.ir.source_lines import SourceLine
-from treadle.ir.types import Dim, Type, boolean
 
 if TYPE_CHECKING:
     import onnx
@@ -45,42 +44,6 @@ _SAME_AXES = Hint(
     "names of axes that are one, or their sizes: dims={...} of import_onnx, NAME=VALUE of compile",
     "--set NAME=VALUE, which says of a name of an axis that it is another one, or its size",
 )
-
-
-@dataclass(frozen=True)
-class ImportNotes:
-    """What an import did.
-
-    opsets      the model's, by domain
-    producer    the program that wrote the file, as it says
-    inputs      the element type of each input in the file; `carrier` is its dtype in the graph
-    outputs     the same of each output
-    static      the static arguments that were given
-    symbols     the symbol, or the size, that stands for each name of an axis in the file
-    operators   how many nodes of each operator were imported, those of functions included
-    folded      how many of them were evaluated at import
-    opaque      the nodes whose reshapes could not be told apart into axes
-    dead        how many nodes no output needs
-    """
-
-    opsets: Mapping[str, int]
-    producer: str
-    inputs: dict[str, Element] = field(default_factory=dict)
-    outputs: dict[str, Element] = field(default_factory=dict)
-    static: dict[str, Array] = field(default_factory=dict)
-    symbols: dict[str, Size] = field(default_factory=dict)
-    operators: Counter[str] = field(default_factory=Counter)
-    folded: Counter[str] = field(default_factory=Counter)
-    opaque: list[str] = field(default_factory=list)
-    dead: int = 0
-
-
-class Imported(NamedTuple):
-    """A graph, its weights by name, and what the import did."""
-
-    graph: Graph
-    weights: dict[str, Array]
-    notes: ImportNotes
 
 
 def import_onnx(
@@ -130,36 +93,6 @@ def declared_inputs(
     importer = Importer(file, dict(static or {}), dict(dims or {}), False)
     importer.declare()
     return importer.graph
-
-
-@dataclass
-class Scope:
-    """Names that nodes may refer to: of the main graph, of a branch within it, or of a function's body.
-
-    values  by name
-    outer   the scope around a branch
-    opsets  by domain
-    path    in scopes of the graph's nodes and in names of weights
-    depth   how many scopes are around it
-    line    the line that its nodes are said to come from: that of the call in the main graph
-    absent  the inputs of a function that its call left out
-    """
-
-    values: dict[str, Known]
-    opsets: Mapping[str, int]
-    outer: Scope | None = None
-    path: str = ""
-    depth: int = 0
-    line: int | None = None
-    absent: frozenset[str] = frozenset()
-
-    def find(self, name: str) -> Known | None:
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.values:
-                return scope.values[name]
-            scope = scope.outer
-        return None
 
 
 class Importer:
@@ -214,7 +147,7 @@ class Importer:
         self._check_opset(self.file.opsets)
         scope = Scope({}, self.file.opsets)
         self._initializers(self.file.proto.graph, scope)
-        self._inputs(self.file.proto.graph, scope)
+        declare_inputs(self, self.file.proto.graph, scope)
         return scope
 
     def _check_opset(self, opsets: Mapping[str, int]) -> None:
@@ -258,74 +191,6 @@ class Importer:
         """The element type of a number."""
         return element(number, bf16_in_f32=self.bf16_in_f32)
 
-    # -- inputs ------------------------------------------------------------------------------------------------
-
-    def _inputs(self, proto: Any, scope: Scope) -> None:
-        given = set(self.static)
-        weights = set(scope.values) | {t.name for t in proto.initializer}
-        inputs = [v for v in proto.input if v.name not in weights]
-        unknown = sorted(given - {v.name for v in inputs})
-        if unknown:
-            known = ", ".join(printable(v.name) for v in inputs[:20])
-            raise FrontendError(f"static= names no input: {unknown[0]!r}", received=known, within=self.file.shown)
-        self.axes.check(inputs)
-        for declared in inputs:
-            if declared.name in self.static:
-                self._static_input(declared, scope)
-        for declared in inputs:
-            if declared.name in scope.values:
-                if declared.name not in self.static:
-                    raise FrontendError(f"two inputs are called {printable(declared.name)}", within=self.file.shown)
-                continue
-            kind, type = self._tensor_type(declared)
-            dims = [self.axes.size(declared, position) for position in range(len(type.shape.dim))]
-            expr = self.b.input(declared.name, Type(kind.carrier, tuple(map(Dim.of, dims))))
-            roots = frozenset([declared.name]) if len(dims) <= 1 else frozenset()
-            scope.values[declared.name] = Known(kind, expr=expr, name=declared.name, roots=roots)
-            self.notes.inputs[declared.name] = kind
-
-    def _tensor_type(self, declared: Any) -> tuple[Element, Any]:
-        where = f"input {printable(declared.name)}, {self.file.shown}"
-        if declared.type.WhichOneof("value") != "tensor_type":
-            held = declared.type.WhichOneof("value") or "no type"
-            raise UnsupportedOnnx("an input must be a tensor", received=held, within=where)
-        type = declared.type.tensor_type
-        try:
-            kind = self.element(type.elem_type)
-        except FrontendError as error:
-            raise UnsupportedOnnx(error.what, within=where) from None
-        if not type.HasField("shape"):
-            raise UnsupportedOnnx("an input's rank must be declared", within=where)
-        if len(type.shape.dim) > self.file.limits.rank:
-            raise FrontendError("an input has too many dimensions", received=str(len(type.shape.dim)), within=where)
-        return kind, type
-
-    def _static_input(self, declared: Any, scope: Scope) -> None:
-        kind, type = self._tensor_type(declared)
-        where = f"input {printable(declared.name)}, {self.file.shown}"
-        sizes = declared_sizes(declared)
-        hint = f"a value of {kind}" + (f"[{printable(', '.join(sizes))}]" if sizes else ", a number")
-        given = self.static[declared.name]
-        try:
-            fits, array = _holds(kind, given), carried(kind, given)
-        except (TypeError, ValueError, OverflowError) as error:
-            what, received = "a static argument's value is no tensor", printable(str(error))
-            raise FrontendError(what, received=received, within=where, hint=hint) from None
-        if not fits:
-            what = f"a static argument's value must be of type {kind}"
-            raise FrontendError(what, received=printable(repr(given)), within=where, hint=hint)
-        if not array.ndim and all(dim.dim_value == 1 for dim in type.shape.dim):
-            array = array.reshape([1] * len(type.shape.dim))  # a number for a tensor of one
-        if array.ndim != len(type.shape.dim):
-            what = f"a static argument must have rank {len(type.shape.dim)}, has rank {array.ndim}"
-            raise FrontendError(what, within=where, hint=hint)
-        for size, dim in zip(array.shape, type.shape.dim, strict=True):
-            if not self.axes.settle(dim, size):
-                what = "a static argument is of another shape than declared"
-                raise FrontendError(what, received=str(array.shape), within=where, hint=hint)
-        scope.values[declared.name] = Known(kind, content=array, name=declared.name)
-        self.notes.static[declared.name] = array
-
     # -- nodes -------------------------------------------------------------------------------------------------
 
     def _run_nodes(self, nodes: Any, outputs: Sequence[str], scope: Scope) -> None:
@@ -358,7 +223,7 @@ class Importer:
                     )
 
     def _where(self, node: Any, index: int, scope: Scope) -> str:
-        opset = scope.opsets.get(_domain(node))
+        opset = scope.opsets.get(domain_of(node))
         inside = f", in {printable(scope.path)}" if scope.depth else ""
         return f"{describe(node, index)}, opset {opset}{inside}, {self.file.shown}"
 
@@ -393,11 +258,11 @@ class Importer:
             if name and value is None:
                 raise FrontendError(f"nothing makes the value {printable(name)}", within=where)
             inputs.append(value)
-        domain = _domain(node)
+        domain = domain_of(node)
         function = self.functions.get((domain, node.op_type))
         label = f"{domain}.{node.op_type}" if domain else node.op_type
         self.notes.operators[label] += 1
-        self.b.scope = _scope_of(node, index, scope)
+        self.b.scope = path_of(node, index, scope)
         line = index + 1 if scope.line is None else scope.line
         self.b.source = SourceLine(self.file.shown, line)
         if function is not None:
@@ -454,70 +319,20 @@ class Importer:
             results = list(made) if isinstance(made, list | tuple) else [made]
             if unread := site.unread():
                 raise unsupported(node, version, where, f"attribute {printable(unread[0])} is not supported")
-            return [self._known(b, x, kind, found) for x, kind in zip(results, kinds, strict=False)]
+            return [as_known(b, x, kind, found) for x, kind in zip(results, kinds, strict=False)]
 
         site = OnnxSite(self, self.b, node, version, inputs, where, wanted, scope)
         results = evaluated(site, found, kinds, run)
         if results is not None:
             self.notes.folded[node.op_type] += 1
-            self._keep_weights(found, inputs, results, run)
+            keep_weights(self.b, found, inputs, results, run)
             return results
         results = run(inputs, self.b)
         roots = frozenset().union(*(v.roots for v in inputs if v is not None))
         for value in results:
-            if value is not None and roots and not value.roots and _is_small(value):
+            if value is not None and roots and not value.roots and is_small(value):
                 value.roots = roots
         return results
-
-    def _keep_weights(
-        self, found: Operator, inputs: Sequence[Known | None], results: Sequence[Known | None], run: Fold
-    ) -> None:
-        """Weights that a node only moves stay weights of the graph: a small one does not become a constant.
-
-        Its elements are known all the same, to what asks for them.
-        """
-        if found.moves is None or len(results) != 1 or (made := results[0]) is None or made.content is None:
-            return
-        moving = inputs if found.moves == (-1,) else [inputs[i] for i in found.moves if i < len(inputs)]
-        moved = [value for value in moving if value is not None and value.is_weight and value.content is not None]
-        if len(moved) < len(moving) or made.content.size != sum(v.content.size for v in moved if v.content is not None):
-            return
-        scope, source = self.b.scope, self.b.source
-
-        def build() -> Expr:
-            before = self.b.scope, self.b.source
-            self.b.scope, self.b.source = scope, source
-            try:
-                (value,) = run(inputs, self.b)
-                assert value is not None
-                return value.expr(self.b)
-            finally:
-                self.b.scope, self.b.source = before
-
-        made.moved = build
-
-    def _known(self, b: Builder, made: Result, kind: Element | None, found: Operator) -> Known | None:
-        """What a handler made, as a value of the file's own type."""
-        if made is None:
-            return None
-        if isinstance(made, Known):
-            value = made
-        elif isinstance(made, Expr):
-            value = Known(kind or named(made.dtype.name), expr=made)
-        else:
-            return Known(kind or named("INT64"), content=made)
-        expr = value.on_graph
-        if expr is None or found.moves is not None:
-            return value
-        if expr.dtype is not value.type.carrier:
-            raise FrontendError(
-                f"{found.name} of {value.type} is not supported", received=f"its result is {expr.dtype}"
-            )
-        if value.type.wraps is not None:
-            return Known(value.type, expr=b.mod(expr, b.constant(value.type.wraps, expr.dtype)))
-        if value.type.format is not None:
-            return Known(value.type, expr=b.round_to(expr, format=value.type.format))
-        return value
 
     # -- functions and branches --------------------------------------------------------------------------------
 
@@ -565,41 +380,3 @@ class Importer:
         self._run_nodes(graph.node, names, inner)
         self.b.scope, self.b.source = kept
         return [inner.find(name) for name in names[: len(node.output)]]
-
-
-def _holds(kind: Element, given: Any) -> bool:
-    """Whether what was given is integers of a type, or truth values; of types of fractions any number is taken."""
-    array = np.asarray(given)
-    if kind.carrier is boolean:
-        return array.dtype.kind == "b"
-    if kind.least is None or kind.greatest is None or not array.size:
-        return True
-    return array.dtype.kind in "iu" and kind.least <= array.min() and bool(array.max() <= kind.greatest)
-
-
-def _domain(node: Any) -> str:
-    return "" if node.domain == "ai.onnx" else str(node.domain)
-
-
-_SCOPE_NAMES = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
-
-
-def _scope_of(node: Any, index: int, scope: Scope) -> str:
-    """A node's path: the module that it came from, where the exporter says it, and its name."""
-    name = node.name or f"{node.op_type}_{index}"
-    path = name.strip("/").replace("/", ".")
-    for entry in node.metadata_props:
-        if entry.key == "pkg.torch.onnx.name_scopes" and len(entry.value) < 10_000:
-            modules = [a or b for a, b in _SCOPE_NAMES.findall(entry.value)]
-            if len(modules) > 1 and modules[-2]:  # the last is the node itself
-                path = f"{modules[-2]}.{path}"
-    path = printable(path, 400)
-    return f"{scope.path}.{path}" if scope.depth and scope.path else path
-
-
-def _is_small(value: Known) -> bool:
-    """Whether a value could tell a shape: a vector or a scalar, of a few numbers."""
-    if value.rank > 1:
-        return False
-    count = value.shape[0].constant if value.rank else 1
-    return count is None or count <= MOST_KNOWN

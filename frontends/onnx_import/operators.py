@@ -30,7 +30,8 @@ from treadle.ir.sizes import Bounds, Size
 from treadle.ir.types import DType
 
 if TYPE_CHECKING:
-    from treadle.frontends.onnx_import.importer import Importer, Scope
+    from treadle.frontends.onnx_import.importer import Importer
+    from treadle.frontends.onnx_import.scopes import Scope
 
 Result = Known | Expr | Array | None
 """A value with its element type, a value of the type that the specification tells, known content, or nothing."""

@@ -7,58 +7,24 @@ and compared with those that the text says. A graph that was read verifies.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.files.limits import limits_of
-from treadle.ir.errors import GraphError, TreadleError
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.layouts import parse_layout
-from treadle.ir.operation import OPS, Op
-from treadle.ir.ops.call import Call
 from treadle.ir.sizes import Bounds
-from treadle.ir.source_lines import SourceLine
-from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts, read_attribute
-from treadle.ir.text.constants import ConstantReader
-from treadle.ir.text.scanner import RESERVED, Scanner, TextLimits
-from treadle.ir.types import DTYPES, Type
+from treadle.ir.text.scanner import TextLimits
+from treadle.ir.text.statements import StatementReader
+from treadle.ir.types import Type
 
 _RUN = re.compile(r"((?:\w+\.)*?)\{(\d{1,9})\.\.(\d{1,9})\}((?:\.\w+)*)")
-_ATTRIBUTE = re.compile(r"([A-Za-z_]\w*)\s*=")
-_TENSOR = re.compile(r"[a-z]\w*\[")
-_NAME_START = re.compile(r'[A-Za-z_"]')
 _LAYOUT = re.compile(r"[a-z]\w*(?:\([^()\n]{0,40}\))?")
-_ALL = re.compile(r"\.\*")
-_OPEN = re.compile(r"\{")
 _CLOSE = re.compile(r"\}")
 
-_OPERAND = r"(?:\$[A-Za-z_]\w*+(?:\.\w++)*+|[A-Za-z_]\w*+)"
-_PLAIN_OPERANDS = re.compile(rf"{_OPERAND}(?:, {_OPERAND})*(?=\)|, )")
-_PLAIN_HEAD = re.compile(r"([A-Za-z_]\w*+) = ([A-Za-z_]\w*+)(?=\()")
-
-_TYPE = r"[a-z]\w*\[[^\]\n]*\]"
-_STRING = r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"'
-_NOTE = re.compile(
-    rf"[ \t]*#[ \t]*(?P<types>{_TYPE}(?:, {_TYPE})*+|\(\))"
-    rf"(?:[ \t]++(?P<file>{_STRING}|[\w./<>+-]++):(?P<line>-?\d{{1,9}})(?!\S))?"
-    rf"(?:[ \t]++(?P<scope>{_STRING}|\w++(?:\.\w++)*+))?"
-    r"[ \t]*+(?:\|[^\n]*+)?(?=\n|\Z)"
-)
-_NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
-_ONE_TYPE = re.compile(_TYPE)
-
-_PLAIN, _MADE, _ALL_MADE = "a result", "a made parameter", "all that a block makes"
-
-# What follows the reading costs too, and is counted with it: verifying, and what a backend does.
-_NODE_WORK = 30
-_APPLICATION_WORK = 60
-_ARGUMENT_WORK = 15
-_PARAMETER_WORK = 20
-_NOTE_CHARACTERS_OF_WORK = 16
+_PARAMETER_WORK = 20  # see `treadle.ir.text.statements`, whose work is counted beside it
 
 
 def parse_graph(text: str, limits: TextLimits | Mapping[str, int] | None = None) -> Graph:
@@ -66,15 +32,8 @@ def parse_graph(text: str, limits: TextLimits | Mapping[str, int] | None = None)
     return _Parser(text, limits_of(TextLimits, limits)).graph()
 
 
-class _Parser:
-    def __init__(self, text: str, limits: TextLimits) -> None:
-        self.s = Scanner(text, limits)
-        self.limits = limits
-        self.constants = ConstantReader(self.s, limits)
-        self.nodes = 0
-        self.operands = 0
-        self.arguments_left = limits.arguments
-        self.applied: dict[tuple[type[Op], str, tuple[str | None, ...]], tuple[Op, tuple[Type, ...], int]] = {}
+class _Parser(StatementReader):
+    """Reads what statements stand in: symbols, parameters, functions."""
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
@@ -131,11 +90,6 @@ class _Parser:
         found = s.type()
         self.declared(found.symbols, start)
         return found
-
-    def declared(self, symbols: Iterable[str], at: int) -> None:
-        unknown = sorted(set(symbols) - self.result.symbols.keys())
-        if unknown:
-            raise self.s.error(f"symbol {unknown[0]} is not declared", at, hint="add it to the graph's symbols")
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -219,7 +173,7 @@ class _Parser:
             raise s.error("a block is called bind, and there is an entry of that name", start)
         self.current = self.result.add_bind()
         self.current.parameters = {v.name: Value("parameter", v.type, v.name) for v in weights}
-        self.values: dict[str, Value] = {}
+        self.values = {}
         s.expect("{")
         while not s.accept("}"):
             self.statement()
@@ -278,14 +232,6 @@ class _Parser:
             self.argument(start)
         return found
 
-    def argument(self, at: int) -> None:
-        """Count an input, an output or a weight of a function."""
-        self.arguments_left -= 1
-        if self.arguments_left < 0:
-            most = f"at most {self.limits.arguments} inputs, outputs and weights of functions"
-            raise self.s.error("too many arguments", at, hint=most)
-        self.s.spend(_ARGUMENT_WORK, at)
-
     def weight(self) -> None:
         s = self.s
         start = s.skip()
@@ -322,300 +268,6 @@ class _Parser:
             self.argument(start)
             outputs[name] = value
 
-    # -- statements ------------------------------------------------------------------------------------------------
-
-    def statement(self) -> None:
-        s = self.s
-        start = s.skip()
-        head = _PLAIN_HEAD.match(s.text, start)
-        if head is not None and self.is_plain(head):
-            names, at = [(_PLAIN, head[1])], head.start(2)
-            s.at = head.end()
-            node = self.apply(head[2], at)
-        else:
-            names = self.statement_names()
-            at = s.skip()
-            node = self.application()
-        if names and names[0][0] is _ALL_MADE:
-            names = self.all_made(names, node, at)
-        if len(names) != len(node.results):
-            types = ", ".join(str(v.type) for v in node.results)
-            raise s.error(f"{node.op.name} has {len(node.results)} results, {len(names)} are named", at, received=types)
-        for (kind, name), value in zip(names, node.results, strict=True):
-            if kind is _MADE:
-                self.make(name, value, start)
-                continue
-            if name in self.values:
-                raise s.error(f"{name} is defined twice", start)
-            value.name = name
-            self.values[name] = value
-        self.note(node)
-        self.current.nodes.append(node)
-        s.spend(_NODE_WORK + 2 * len(node.operands), start)
-        self.nodes += 1
-        self.operands += len(node.operands)
-        if self.nodes > self.limits.nodes or self.operands > self.limits.operands:
-            limits = f"at most {self.limits.nodes} with {self.limits.operands} operands"
-            raise s.error("too many nodes", start, hint=limits)
-
-    def make(self, name: str, value: Value, start: int) -> None:
-        """Take a result of a statement of `bind` as the parameter of that name."""
-        bind, s = self.current, self.s
-        if bind is not self.result.bind:
-            raise s.error(f"${name} is made outside of bind", start, hint="a name without $")
-        if name in bind.parameters or name in bind.outputs:
-            raise s.error(f"there are two parameters {name}", start)
-        self.argument(start)
-        value.name = name.rpartition(".")[2]
-        bind.outputs[name] = value
-
-    def is_plain(self, head: re.Match[str]) -> bool:
-        """Whether `name = op` can be taken as it stands."""
-        return head[1] not in RESERVED and head[2] != "op" and len(head[0]) <= self.limits.name_characters
-
-    def all_made(self, names: list[tuple[str, str]], node: Node, at: int) -> list[tuple[str, str]]:
-        """What `$h.0.*` stands for: every output of the block that is called, under that path."""
-        callee = self.result.callee(node)
-        if callee is None or len(names) > 1:
-            raise self.s.error("$path.* names all that a block makes", at, hint="$h.0.* = bind_h() with h.0")
-        return [(_MADE, f"{names[0][1]}.{output}") for output in callee.outputs]
-
-    def statement_names(self) -> list[tuple[str, str]]:
-        """Read the results' names and what parts them from the application; there need not be any."""
-        s = self.s
-        start = s.at
-        names = [self.result_name("a statement or return")]
-        while s.accept(","):
-            names.append(self.result_name("a result's name"))
-        if not s.accept("="):
-            if len(names) > 1:
-                raise s.error(f"expected '=', found {s.found()}")
-            names, s.at = [], start
-        return names
-
-    def result_name(self, what: str) -> tuple[str, str]:
-        """Read what a statement names its result: a name, or $ and the path of a parameter that it makes."""
-        s = self.s
-        if not s.accept("$"):
-            return _PLAIN, s.name(what)
-        path = s.path("a made parameter")
-        return (_ALL_MADE if s.match(_ALL) is not None else _MADE), path
-
-    def application(self) -> Node:
-        s = self.s
-        start = s.at
-        name = s.name("an op or a function")
-        if name == "op" and s.sees(_NAME_START):
-            return self.apply(s.name("an op"), start, is_op=True)
-        return self.apply(name, start)
-
-    def apply(self, name: str, start: int, *, is_op: bool = False) -> Node:
-        """Read what follows an op's or a function's name."""
-        callee = None if is_op or name in self.result.entry_names else self.result.functions.get(name)
-        if callee is not None:
-            return self.call(callee, start)
-        cls = OPS.get(name)
-        if cls is None and not is_op and name in self.result.entry_names:
-            raise self.s.error(f"{name} is an entry, which nobody calls", start)
-        if cls is None or cls is Call:
-            raise self.s.error(
-                f"unknown op or function {name!r}", start, hint=_nearest(name, [*self.result.functions, *OPS])
-            )
-        return self.op(cls, start)
-
-    def op(self, cls: type[Op], start: int) -> Node:
-        operands, attributes, said = self.arguments(cls)
-        # The same op on the same types comes again and again; labels, too, are in a type's text.
-        types = tuple([None if v is None else v.type.text for v in operands])
-        key = (cls, said, types)
-        found = self.applied.get(key)
-        if found is None:
-            self.s.spend(_APPLICATION_WORK + len(said) + sum([len(text) for text in types if text]), start)
-            found = self.applied[key] = self.infer(cls, operands, attributes, start)
-        op, results, absent = found
-        return Node(op, [*operands, *[None] * absent], results)
-
-    def infer(
-        self, cls: type[Op], operands: list[Value | None], attributes: dict[str, Any], start: int
-    ) -> tuple[Op, tuple[Type, ...], int]:
-        """An op, its results' types, and how many operands are left out at the end."""
-        s = self.s
-        missing = [n for n in attribute_fields(cls).keys() - default_texts(cls).keys() if n not in attributes]
-        if missing:
-            raise s.error(f"{cls.name}: attribute {min(missing)} is missing", start)
-        with s.located(start):
-            try:
-                arranged = cls.arrange(operands)
-                op = cls.make(**attributes)
-                types = op.infer([None if v is None else v.type for v in arranged])
-            except TreadleError:
-                raise
-            except Exception as error:
-                # An op's own code may take for granted what builders see to; text may say anything.
-                raise GraphError(f"{cls.name} cannot have these attributes and operands: {error}") from None
-        self.declared(attribute_symbols(op), start)
-        for type in types:
-            s.inferred(type, start)
-        return op, types, len(arranged) - len(operands)
-
-    def call(self, callee: Function, start: int) -> Node:
-        s = self.s
-        inputs, *_ = self.arguments(None)
-        if len(inputs) != len(callee.inputs):
-            raise s.error(f"{callee.name} takes {len(callee.inputs)} inputs, received {len(inputs)}", start)
-        weights = self.weights(callee, start) if s.accept_word("with") else {}
-        if missing := [n for n in callee.parameters if n not in weights]:
-            raise s.error(
-                f"{callee.name}: no weight is given for {missing[0]}", start, hint="with a.path, or {name: $w}"
-            )
-        operands = [*inputs, *(weights[n] for n in callee.parameters)]
-        op = Call.of(callee)
-        with s.located(start):
-            types = op.infer([None if v is None else v.type for v in operands])
-        for value, layout in zip(operands, op.takes_in or [None] * len(operands), strict=True):
-            if value is not None and value.layout != layout:
-                raise s.error(
-                    f"a call of {callee.name} passes {value.name} in another layout than it is read in",
-                    start,
-                    received=f"{value.layout or 'row-major'}, read in {layout or 'row-major'}",
-                )
-        return Node(op, operands, types)
-
-    def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
-        """Read what follows `with`: a path under which the weights have their formal names, and exceptions."""
-        s = self.s
-        bound: dict[str, Value | None] = {}
-        prefix = None if s.sees(_OPEN) else s.path("a path")
-        if s.accept("{"):
-            while not s.accept("}"):
-                if bound:
-                    s.expect(",")
-                at = s.skip()
-                name = s.path("a weight's name")
-                if name not in callee.parameters or name in bound:
-                    why = "is given twice" if name in bound else f"is no weight of {callee.name}"
-                    raise s.error(f"{name} {why}", at, hint=_nearest(name, callee.parameters))
-                s.expect(":")
-                bound[name] = self.operand()
-        if prefix is not None:
-            for name in callee.parameters:
-                if name not in bound:
-                    bound[name] = self.weight_named(f"{prefix}.{name}", start)
-        return bound
-
-    def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any], str]:
-        """Read operands and attributes in parentheses, and the attributes' text; a function (None) has none."""
-        s = self.s
-        s.expect("(")
-        operands = self.plain_operands()
-        attributes: dict[str, Any] = {}
-        began = s.at
-        while not s.accept(")"):
-            if operands or attributes:
-                s.expect(",")
-            key = s.match(_ATTRIBUTE)
-            if key is None:
-                if attributes:
-                    raise s.error("operands come before attributes")
-                operands.append(self.operand())
-                began = s.at
-                continue
-            name = key[1]
-            fields = attribute_fields(cls) if cls is not None else {}
-            if name not in fields or name in attributes:
-                why = "is given twice" if name in attributes else "is no attribute here"
-                known = ", ".join(fields)
-                raise s.error(f"{name} {why}", key.start(), hint=f"attributes: {known}" if known else None)
-            attributes[name] = read_attribute(s, fields[name].annotation)
-        if len(operands) > s.limits.items and cls is not None:
-            raise s.error("too many operands", hint=f"at most {s.limits.items}")
-        return operands, attributes, s.text[began : s.at]
-
-    def plain_operands(self) -> list[Value | None]:
-        """Read operands that are bare names, all at once. None are read where any of them is something else."""
-        s = self.s
-        match = s.match(_PLAIN_OPERANDS)
-        found: list[Value | None] = []
-        if match is None:
-            return found
-        for word in match[0].split(", "):
-            if word[0] == "$":
-                value = self.current.parameters.get(word[1:])
-            else:
-                value = None if word in RESERVED else self.values.get(word)
-            if value is None:  # read one by one, it is found out what this is, or what is wrong with it
-                s.at = match.start()
-                return []
-            found.append(value)
-        return found
-
-    def operand(self) -> Value | None:
-        s = self.s
-        start = s.skip()
-        if s.accept("$"):
-            return self.weight_named(s.path("a parameter's name"), start)
-        if s.accept_word("none"):
-            return None
-        if s.sees(_TENSOR):
-            return self.constants.tensor()
-        scalar = self.constants.accept_scalar()
-        if scalar is not None:
-            return scalar
-        name = s.name("an operand")
-        value = self.values.get(name)
-        if value is None:
-            raise s.error(f"unknown value {name!r}", start, hint=_nearest(name, self.values))
-        return value
-
-    def weight_named(self, name: str, at: int) -> Value:
-        value = self.current.parameters.get(name)
-        made = self.result.made if self.current is self.result.bind else {}
-        value = value or made.get(name)
-        if value is None:
-            hint = _nearest(name, [*self.current.parameters, *made])
-            raise self.s.error(f"unknown parameter ${name}", at, hint=hint)
-        return value
-
-    # -- notes -----------------------------------------------------------------------------------------------------
-
-    def note(self, node: Node) -> None:
-        """Read the comment at the end of a statement's line: types, which must be right, source line and scope."""
-        s = self.s
-        match = _NOTE.match(s.text, s.at)
-        if match is None:
-            start = _NOTE_START.match(s.text, s.at)
-            if start is not None and start[1] in DTYPES:
-                raise s.error("malformed note", start.start(1), hint="# types  file:line  scope")
-            return
-        s.spend((match.end() - match.start()) // _NOTE_CHARACTERS_OF_WORK, match.start("types"))
-        types = [s.type_of(text, match.start("types")) for text in _ONE_TYPE.findall(match["types"])]
-        if types != [v.type for v in node.results]:
-            given = ", ".join(str(v.type) for v in node.results)
-            raise s.error(f"{node.op.name} gives {given}, the note says {match['types']}", match.start("types"))
-        for value, type in zip(node.results, types, strict=True):
-            value.type = type  # the same sizes, with the factors and labels that were written
-        if match["file"] is not None:
-            node.source = SourceLine(_plain(s, match, "file"), int(match["line"]))
-        if match["scope"] is not None:
-            node.scope = _plain(s, match, "scope")
-        s.at = match.end()
-
-
-def _plain(s: Scanner, match: re.Match[str], group: str) -> str:
-    """A group of a match, without quotes."""
-    if not match[group].startswith('"'):
-        return match[group]
-    s.at = match.start(group)
-    return s.string()
-
 
 def _signature(outputs: Iterable[tuple[str, Type]]) -> str:
     return ", ".join(f"{name}: {type}" for name, type in outputs)
-
-
-def _nearest(name: str, known: Collection[str]) -> str | None:
-    """A hint with the names most like this one; none where searching would take long."""
-    if len(name) > 60 or len(known) > 2000:
-        return None
-    near = difflib.get_close_matches(name, [n for n in known if len(n) <= 60], n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else None
