@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
-from treadle.frontends.safetensors_file import TensorRecord
+from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.errors import CheckpointError
 from treadle.ir.types import DTYPES, DType
 

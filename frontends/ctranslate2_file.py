@@ -19,7 +19,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn
@@ -29,10 +29,10 @@ import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike, open_regular
 from treadle.files.limits import limit_hint, limits_of
-from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.safetensors_file import CheckpointLimits, TensorRecord
+from treadle.frontends.mapped_tensors import MappedTensors, TensorRecord
+from treadle.frontends.safetensors_file import CheckpointLimits
 from treadle.ir.errors import CheckpointError
 
 _NAME = "model.bin"
@@ -65,44 +65,40 @@ def find_ctranslate2(
     return CTranslate2File.open(path, limits, shown=shown)
 
 
-class CTranslate2File:
+class CTranslate2File(MappedTensors[TensorRecord]):
     """The variables of one file: a mapping from names, in the file's order, to records and arrays.
 
-    Needs no closing, and must not be changed while it is mapped: see `SafetensorsFile`.
-
-    label           the file's name in errors
     specification   what the file says that it is: "WhisperSpec"
     revision        of that specification
     aliases         other names of variables, read-only; `record` and `array` know them, `names` leaves them out
     """
 
-    label: str
+    called = "variable"
     specification: str
     revision: int
     aliases: Mapping[str, str]
 
     def __init__(self, reader: _Reader, limits: CheckpointLimits) -> None:
-        self.label = reader.shown
-        self._data = reader.data
         version = reader.number("version", "I")
         if version != _VERSION:
             reader.fail("this version of the format is not read", f"version {version}", f"version {_VERSION} is read")
         self.specification = reader.text("specification")
         self.revision = reader.number("revision", "I")
-        self._records: dict[str, TensorRecord] = {}
+        records: dict[str, TensorRecord] = {}
         for _ in range(reader.count("variables", limits.tensors)):
             record = _read_variable(reader, limits)
-            if record.name in self._records:
+            if record.name in records:
                 reader.fail("a variable stands twice", printable(record.name))
-            self._records[record.name] = record
+            records[record.name] = record
         aliases: dict[str, str] = {}
         for _ in range(reader.count("aliases", limits.tensors)):
             alias, name = reader.text("alias"), reader.text("aliased name")
-            if name not in self._records or alias in self._records or alias in aliases:
+            if name not in records or alias in records or alias in aliases:
                 reader.fail("an alias must be a new name of a variable", f"{printable(alias)} for {printable(name)}")
             aliases[alias] = name
-        if reader.at != len(self._data):
-            reader.fail("the file goes on after its last record", f"{len(self._data) - reader.at} bytes")
+        if reader.at != len(reader.data):
+            reader.fail("the file goes on after its last record", f"{len(reader.data) - reader.at} bytes")
+        super().__init__(reader.shown, records, reader.data)
         self.aliases = MappingProxyType(aliases)
 
     @classmethod
@@ -118,31 +114,12 @@ class CTranslate2File:
         with open_regular(path, shown) as file:
             return cls(_Reader(_map(file, shown), shown), limits_of(CheckpointLimits, limits))
 
-    def names(self) -> tuple[str, ...]:
-        """The variables' names, in the file's order."""
-        return tuple(self._records)
-
     def __contains__(self, name: object) -> bool:
         return name in self._records or name in self.aliases
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
     def record(self, name: str, /) -> TensorRecord:
         """dtype, shape and place of a variable. Raises CheckpointError, with the nearest names, if there is none."""
-        found = self._records.get(self.aliases.get(name, name))
-        if found is None:
-            near = NearestNames(self._records).of(name, 3)
-            raise CheckpointError(
-                f"the file has no variable {printable(name)}",
-                received=f"{len(self)} variables",
-                within=self.label,
-                hint="did you mean " + " or ".join(map(printable, near)) if near else None,
-            )
-        return found
+        return super().record(self.aliases.get(name, name))
 
     def array(self, name: str, /) -> npt.NDArray[Any]:
         """A variable as a read-only array. A view of the mapped file, but for two kinds: bf16, which NumPy lacks, comes
@@ -150,10 +127,7 @@ class CTranslate2File:
 
         Raises CheckpointError if there is no such variable, or the file has been cut since it was opened.
         """
-        record = self.record(name)
-        if self._data.size() < len(self._data):
-            raise CheckpointError("the file has become shorter since it was opened", within=self.label)
-        raw = np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
+        record, raw = self.record(name), self.raw(name)
         dtype = np.dtype(_NUMPY.get(record.dtype, "<u2"))
         array: npt.NDArray[Any] = (raw if record.begin % dtype.itemsize == 0 else raw.copy()).view(dtype)
         if record.dtype == "bf16":

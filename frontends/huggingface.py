@@ -32,12 +32,12 @@ from treadle.files.limits import MORE, limit_hint, limits_of
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.strict_json import JsonReader, read_json_object
+from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.safetensors_file import (
     CONVERSION,
     PICKLE_SUFFIXES,
     CheckpointLimits,
     SafetensorsFile,
-    TensorRecord,
     refuse_pickle,
 )
 from treadle.ir.errors import CheckpointError

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
 from types import MappingProxyType
@@ -28,9 +28,9 @@ import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike, open_regular
 from treadle.files.limits import MORE, limit_hint, limits_of
-from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.strict_json import JsonReader
+from treadle.frontends.mapped_tensors import MappedTensors, TensorRecord
 from treadle.ir.errors import CheckpointError, UsageError
 
 _LENGTH_BYTES = 8
@@ -103,51 +103,19 @@ class CheckpointLimits:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """What a file says of one tensor.
-
-    dtype         f64 f32 f16 bf16, i64 i32 i16 i8, u64 u32 u16 u8, bool, c64, or a narrow float: f8_e4m3, ...
-    begin, end    the bytes that it takes in the file, counted from the file's start
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the tensor takes in the file."""
-        return self.end - self.begin
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
-
-
-class SafetensorsFile:
+class SafetensorsFile(MappedTensors[TensorRecord]):
     """The tensors of one file: a mapping from names, in the header's order, to records and arrays.
 
-    Needs no closing: arrays keep the mapping alive, and it goes with the last of them. The file must not be
-    changed while it is mapped. A file that has been cut is noticed before each array is made; the operating
-    system ends a process that reads an array whose file is cut later (this is so for every memory-mapped
-    file).
-
-    path            the file's name in errors
-    metadata        the header's text-to-text map, read-only
+    metadata   the header's text-to-text map, read-only
     """
 
-    path: str
     metadata: Mapping[str, str]
 
     def __init__(
         self, path: str, records: Mapping[str, TensorRecord], metadata: Mapping[str, str], data: mmap.mmap
     ) -> None:
-        self.path = path
+        super().__init__(path, records, data)
         self.metadata = MappingProxyType(dict(metadata))
-        self._records = dict(records)
-        self._data = data
 
     @classmethod
     def open(
@@ -166,52 +134,9 @@ class SafetensorsFile:
             except (OSError, ValueError, OverflowError) as error:
                 raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
 
-    @property
-    def label(self) -> str:
-        """The file's name in errors."""
-        return self.path
-
-    def names(self) -> tuple[str, ...]:
-        """The tensors' names, in the header's order."""
-        return tuple(self._records)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
     def __getitem__(self, name: str) -> TensorRecord:
         """What the file says of a tensor. Raises CheckpointError, with the nearest names, if it has none."""
-        record = self._records.get(name)
-        if record is None:
-            near = NearestNames(self._records).of(name, 3)
-            raise CheckpointError(
-                f"the file has no tensor {printable(name)}",
-                received=f"{len(self._records)} tensors",
-                within=self.path,
-                hint="did you mean " + " or ".join(map(printable, near)) if near else None,
-            )
-        return record
-
-    record = __getitem__
-
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes as they lie in the file, u8[nbytes]: a read-only view, whatever the dtype.
-
-        Raises CheckpointError if there is no such tensor, or the file has been cut since it was opened.
-        """
-        record = self[name]
-        if self._data.size() < len(self._data):
-            raise CheckpointError(
-                "the file has become shorter since it was opened",
-                received=f"{self._data.size()} bytes, {len(self._data)} when it was opened",
-                within=self.path,
-            )
-        return np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
+        return self.record(name)
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """A tensor as a read-only array of its shape, without a copy: a view of the mapped file.

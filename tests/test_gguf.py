@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from treadle.backends.registry import backend_names
-from treadle.frontends.gguf_file import GGUFFile, GGUFLimits
+from treadle.frontends.gguf_file import GGUFFile
+from treadle.frontends.gguf_header import GGUFLimits
 from treadle.frontends.rotary import Divided
 from treadle.ir.errors import CheckpointError
 from treadle.resolving import resolve

@@ -24,8 +24,9 @@ from treadle.files.contained_files import PathLike
 from treadle.files.limits import limit_hint
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.whole_files import replacing
+from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
-from treadle.frontends.safetensors_file import SafetensorsFile, TensorRecord
+from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DType, bf16

@@ -26,7 +26,6 @@ from treadle.artifact_writing import save as save
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
-from treadle.fetch import PINNED
 from treadle.files.contained_files import PathLike
 from treadle.files.limits import MORE, check_limits, limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
@@ -45,6 +44,7 @@ from treadle.models.registry import family_names
 from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
+from treadle.pinned_models import PINNED
 from treadle.resolving import GGUF_SUFFIX, ONNX_SUFFIX
 
 SUFFIX = ".treadle"

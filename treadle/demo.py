@@ -18,7 +18,7 @@ import treadle as t
 from treadle.backends.registry import find_backend
 from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder, Vectors
-from treadle.fetch import PINNED, fetch_model, fetched_model
+from treadle.fetch import fetch_model, fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.frontends.dsl import Model
 from treadle.ir.errors import TreadleError
@@ -26,6 +26,7 @@ from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert
+from treadle.pinned_models import PINNED
 from treadle.progress import downloading, working
 from treadle.reports import compiled_lines, console, error_text, human, pass_table, similarity_table
 

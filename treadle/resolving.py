@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.fetch import PINNED, fetched_model
+from treadle.fetch import fetched_model
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import bind
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
@@ -38,6 +38,7 @@ from treadle.ir.source_lines import raising_line
 from treadle.ir.types import DType
 from treadle.ir.widening import narrow_dtypes, widen_graph
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
+from treadle.pinned_models import PINNED
 
 Array = np.ndarray[Any, Any]
 Limits = Mapping[str, int] | None

@@ -25,7 +25,8 @@ def fetch_pinned(
     as_json: AsJson = False,
 ) -> None:
     """Bring a model with real weights to the cache, its hash checked, and print where it lies."""
-    from treadle.fetch import PINNED, fetch_model, fetched_model
+    from treadle.fetch import fetch_model, fetched_model
+    from treadle.pinned_models import PINNED
     from treadle.progress import downloading
 
     if name in PINNED and fetched_model(name) is None:

@@ -1,0 +1,68 @@
+"""Tensors of a GGUF file as blocks: what the file says of one, and dequantising it with the gguf library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.files.shown_names import printable
+from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.ir.errors import CheckpointError, FrontendError
+
+_DEQUANTISED_AT_ONCE = 1 << 20  # bytes of blocks; the library's temporaries are some times that
+PLAIN: Mapping[str, str] = {
+    "f32": "<f4", "f16": "<f2", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"
+}  # fmt: skip
+"""Block types that are arrays as they are; all others are dequantised to float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFTensor(TensorRecord):
+    """What the file says of one tensor.
+
+    dtype         what `array` gives: f32 for every block type that is dequantised
+    blocks        the type in the file: "q4_1", "q8_0", "f16", ...
+    begin, end    the bytes that its blocks take, counted from the file's start
+    """
+
+    blocks: str = "f32"
+
+    def __str__(self) -> str:
+        stored = f" stored as {self.blocks}" if self.blocks != self.dtype else ""
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]{stored}"
+
+
+def dequantised(record: GGUFTensor, raw: npt.NDArray[np.uint8], shown: str) -> npt.NDArray[np.float32]:
+    """The elements of a tensor's blocks, in float32; `shown` is the file in errors. Raises CheckpointError."""
+    gguf = import_gguf()
+    kind = gguf.GGMLQuantizationType[record.blocks.upper()]
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = raw.reshape(-1, size)
+    made = np.empty((len(blocks), elements), np.float32)
+    step = max(1, _DEQUANTISED_AT_ONCE // size)
+    try:
+        with np.errstate(all="ignore"):  # a scale may be anything, NaN and infinities included
+            for start in range(0, len(blocks), step):
+                part = blocks[start : start + step].reshape(1, -1)  # one row: the library takes few at a time
+                made[start : start + step] = gguf.dequantize(part, kind).reshape(-1, elements)
+    except NotImplementedError:
+        raise CheckpointError(
+            f"blocks of type {record.blocks} cannot be dequantised",
+            within=f"{shown}: byte {record.begin}, tensor {printable(record.name)}",
+        ) from None
+    return made
+
+
+def import_gguf() -> Any:
+    """The gguf library. Raises FrontendError where it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise FrontendError(
+            "reading GGUF files needs the package gguf", received=str(error), hint="pip install 'treadle[gguf]'"
+        ) from error
+    return gguf

