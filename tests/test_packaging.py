@@ -215,6 +215,40 @@ def test_imports_point_down_only() -> None:
     assert upward == []
 
 
+def test_importers_share_recipes_and_nothing_else() -> None:
+    folders = ("onnx_import", "torch_export")
+    shared = [
+        f"{where(path, line)}: {name}"
+        for own, other in (folders, folders[::-1])
+        for path in python_files(f"frontends/{own}")
+        for line, name in imports_of(path)
+        if name.startswith(f"treadle.frontends.{other}.")
+    ]
+    assert shared == []
+
+
+def test_the_front_door_imports_in_one_order() -> None:
+    """No module of `treadle/` needs itself by way of others, inside functions either; for types alone it may."""
+    needs: dict[str, set[str]] = {}
+    for path in python_files("treadle"):
+        if path.name != "__init__.py":
+            for_types = {
+                name
+                for node in tree_of(path).body
+                if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+                for each in ast.walk(node)
+                if isinstance(each, ast.ImportFrom)
+                for name in [f"{each.module}.{alias.name}" for alias in each.names]
+            }
+            module = where(path)[: -len(".py")].replace("/", ".")
+            needs[module] = {name.rpartition(".")[0] for _, name in imports_of(path) if name not in for_types}
+    left = dict(needs)
+    while ready := [module for module, needed in left.items() if not needed & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert not left, "each of these needs another of them"
+
+
 def test_imports_are_absolute_and_by_the_full_name() -> None:
     """`ir.graph.Graph is not treadle.ir.graph.Graph`, so no module may be loaded under its short name."""
     short = [

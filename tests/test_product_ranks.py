@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from tests.pass_programs import assert_same_numbers
-from treadle.frontends.onnx_import.products import matmul
+from treadle.frontends.recipes.matrix_products import matmul
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.types import f32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from treadle.frontends.stored_triangles import triangle_of
+from treadle.frontends.recipes.stored_triangles import triangle_of
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import reduce
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.recipes.quotients import truncated_quotient
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import f32, f64, i64
 
@@ -49,15 +50,6 @@ def _div(site: OnnxSite) -> Made:
         return _unsigned_quotient(site.b, x, y)
     element = site.element(0)
     return x // y if element.least == 0 else truncated_quotient(site.b, x, y)
-
-
-def truncated_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
-    """x / y of signed integers, rounded towards zero."""
-    quotient = x // y
-    zero, one = b.constant(0, x.dtype), b.constant(1, x.dtype)
-    rest = x - quotient * y
-    rounded_down = b.not_equal(rest, zero) & b.not_equal(x < zero, y < zero)
-    return quotient + b.where(rounded_down, one, zero)
 
 
 def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:

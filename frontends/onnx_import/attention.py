@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.masking import (
     Biases,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from treadle.frontends.onnx_import.attention import heads_apart, heads_together, turned
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.onnx_import.products import matmul
 from treadle.frontends.onnx_import.quantization import centered, dynamically_quantized
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.matrix_products import matmul
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizes import ONE

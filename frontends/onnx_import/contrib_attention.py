@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from treadle.frontends.onnx_import.attention import bottom_right, heads_apart, heads_together, masked_by, turned
 from treadle.frontends.onnx_import.contrib import MICROSOFT
 from treadle.frontends.onnx_import.folding import is_at_least
-from treadle.frontends.onnx_import.indexing import extent
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.positions import extent
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
 from treadle.ir.sizes import ZERO, Size

@@ -7,16 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.positions import extent
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizes import ONE, Size, product
 from treadle.ir.types import i64
-
-
-def extent(b: Builder, size: Size) -> Expr:
-    """A size as a scalar i64."""
-    return b.constant(size.constant, i64) if size.constant is not None else b.size(value=size)
 
 
 def from_start(site: OnnxSite, position: int, size: Size) -> Expr:

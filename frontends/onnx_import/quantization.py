@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from treadle.frontends.onnx_import.casts import converted
 from treadle.frontends.onnx_import.elements import Element, named
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.onnx_import.products import convolution, matmul
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.onnx_import.products import convolution
 from treadle.frontends.onnx_import.values import Known
+from treadle.frontends.recipes.matrix_products import matmul
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizes import ONE, Size, product
 from treadle.ir.types import f32, f64, i32, i64

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from treadle.frontends.onnx_import.arithmetic import in_order
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.positions import flipped
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizes import product
 from treadle.ir.types import f32, i64, u8
@@ -233,13 +234,6 @@ def _reversed_order(site: OnnxSite, x: Expr) -> Expr:
         return -x
     b = site.b
     return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
-
-
-def flipped(b: Builder, x: Expr, axis: int) -> Expr:
-    """x with one axis read backwards."""
-    size = x.shape[axis]
-    last = b.size(value=size - 1) if size.constant is None else b.constant(size.constant - 1, i64)
-    return b.gather(x, last - b.iota(size=size), axis=axis)
 
 
 _argument("ArgMax", 13, least=False)

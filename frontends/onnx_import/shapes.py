@@ -10,11 +10,10 @@ import numpy as np
 
 from treadle.frontends.onnx_import.elements import named
 from treadle.frontends.onnx_import.folding import is_at_least
-from treadle.frontends.onnx_import.indexing import extent
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.onnx_import.reductions import flipped
-from treadle.frontends.onnx_import.reshaping import reshaped
 from treadle.frontends.onnx_import.values import Known, constant, tidied
+from treadle.frontends.recipes.positions import extent, flipped
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizes import ONE, ZERO, Size, product

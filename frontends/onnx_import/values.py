@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from treadle.frontends.onnx_import.elements import Element
 from treadle.frontends.onnx_import.file import StoredTensor
-from treadle.frontends.stored_triangles import is_square, triangle_of
+from treadle.frontends.recipes.stored_triangles import is_square, triangle_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.literals import Literal

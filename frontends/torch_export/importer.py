@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import treadle.frontends.torch_export.tables  # noqa: F401  (registers the operators)
-from treadle.frontends.stored_triangles import triangle_of
+from treadle.frontends.recipes.stored_triangles import triangle_of
 from treadle.frontends.torch_export.lines import scope_of, source_of
 from treadle.frontends.torch_export.model import TorchModel, array_of, expect_dense
 from treadle.frontends.torch_export.operators import OPERATORS, TorchSite, our_dtype, unsupported

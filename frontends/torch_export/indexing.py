@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treadle.frontends.onnx_import.indexing import extent
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.positions import extent
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded, permuted
 from treadle.ir.builder import Builder, Expr

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import reduce
 
-from treadle.frontends.onnx_import.arithmetic import truncated_quotient
+from treadle.frontends.recipes.quotients import truncated_quotient
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Builder, Expr

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from treadle.frontends.onnx_import.products import matmul
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.matrix_products import matmul
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Builder, Expr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizes import ONE, Size, product

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-from treadle.frontends.onnx_import.reductions import flipped
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.positions import flipped
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters

@@ -7,7 +7,7 @@ from functools import cmp_to_key
 
 import numpy as np
 
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded, permuted
 from treadle.ir.builder import Expr

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from treadle.frontends.onnx_import.reshaping import reshaped
+from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.indexing import broadcast, counted_axis, from_start, rows_at
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded, permuted, replaced

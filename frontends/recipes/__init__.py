@@ -1,0 +1,1 @@
+"""What more than one importer spells in ops of ours: reshapes by sizes, products by rank, quotients, orders."""
