@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.errors import FrontendError
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.ir.other_spellings import OTHER_WORDS
 from treadle.ir.source_lines import user_line
 

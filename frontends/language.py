@@ -13,12 +13,12 @@ from typing import Any as _Any
 
 from treadle.frontends import operations as _operations
 from treadle.frontends.call_errors import unknown_word as _unknown_word
-from treadle.frontends.dsl import Model as Model
+from treadle.frontends.declarations import Model as Model
+from treadle.frontends.declarations import model as model
 from treadle.frontends.dsl import Tensor as Tensor
 from treadle.frontends.dsl import TensorLike as TensorLike
 from treadle.frontends.dsl import bound as bound
 from treadle.frontends.dsl import constant as constant
-from treadle.frontends.dsl import model as model
 from treadle.frontends.dsl import parameter as parameter
 from treadle.frontends.dsl import scope as scope
 from treadle.frontends.dsl import shared_parameter as shared_parameter
@@ -53,7 +53,7 @@ from treadle.ir.masking import segments as segments
 from treadle.ir.masking import t5_relative as t5_relative
 from treadle.ir.masking import tensor_bias as tensor_bias
 from treadle.ir.masking import window as window
-from treadle.ir.operation import OPS as _OPS
+from treadle.ir.op_registry import OPS as _OPS
 from treadle.ir.types import Dim as Dim
 from treadle.ir.types import Factor as Factor
 from treadle.ir.types import bf16 as bf16

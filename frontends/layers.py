@@ -16,7 +16,8 @@ from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Value
 from treadle.ir.masking import Biases, Masks, attend
 from treadle.ir.masking import causal as causal_mask
-from treadle.ir.sizes import Bounds, Size, SizeLike
+from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizes import Size, SizeLike
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import Dim, DType, f32, f64
 

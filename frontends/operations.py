@@ -12,8 +12,9 @@ from typing import Any
 
 from treadle.frontends.call_errors import unknown_word
 from treadle.frontends.dsl import trace
+from treadle.ir.op_registry import OPS
 from treadle.ir.op_signatures import op_signature
-from treadle.ir.operation import OPS, Op
+from treadle.ir.operation import Op
 
 
 @cache

@@ -26,10 +26,12 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.literals import Literal
 from treadle.ir.op_methods import OpMethods
+from treadle.ir.op_registry import find_op
 from treadle.ir.op_signatures import op_signature
-from treadle.ir.operation import Op, find_op
+from treadle.ir.operation import Op
 from treadle.ir.python_protocols import PythonProtocols
-from treadle.ir.sizes import Bounds, Size
+from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizes import Size
 from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.types import DType, Type, i64, parse_type
 

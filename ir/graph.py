@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from treadle.ir.errors import GraphError
 from treadle.ir.initial_values import Init as Init
 from treadle.ir.literals import Literal as Literal
-from treadle.ir.sizes import Bounds
+from treadle.ir.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type
 

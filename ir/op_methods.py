@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from treadle.ir.errors import GraphError
-from treadle.ir.operation import find_op
+from treadle.ir.op_registry import find_op
 
 
 class OpMethods:

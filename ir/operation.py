@@ -20,14 +20,15 @@ axis rule and names the operands it is linear in. A **composite** has a body of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from treadle.ir.attribute_values import as_tuple, coerced, evaluated, has_size, in_words
-from treadle.ir.axes import Application, AxisDim, Role, Rule, parse_rule
+from treadle.ir.axes import Application, AxisDim, Role, Rule
+from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.dtype_rules import infer_dtypes
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.samples import Sample
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
     from treadle.ir.graph import Value
     from treadle.ir.layouts import Layout
-
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
 """One entry an operand or result: an Expr, or None where it is absent or has no gradient."""
@@ -377,77 +377,6 @@ def _operand_groups(text: str) -> tuple[frozenset[str], ...]:
 def names_operand(group: frozenset[str], name: str) -> bool:
     """Whether operands of `Op.linear` or `Op.moved` hold the one of this name: a variadic one has a number."""
     return name in group or name.rstrip("0123456789") in group
-
-
-def _arity(operands: Mapping[str, Operand]) -> tuple[tuple[tuple[int, str], ...], int | None]:
-    variadic = any(o.variadic for o in operands.values())
-    required = tuple((i, n) for i, (n, o) in enumerate(operands.items()) if not o.optional and not o.variadic)
-    return required, None if variadic else len(operands)
-
-
-def _remembered(compute: Callable[[Any], int]) -> Callable[[Any], int]:
-    """A hash that is computed once an object: ops are keys wherever graphs are compared."""
-
-    def remembered(self: Op) -> int:
-        found = self.__dict__.get("_hash")
-        if found is None:
-            found = self.__dict__["_hash"] = compute(self)
-        return int(found)
-
-    return remembered
-
-
-OPS: dict[str, type[Op]] = {}
-"""Every registered op by name."""
-
-_OpClass = TypeVar("_OpClass", bound=type[Op])
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def op(
-    name: str, *, axes: str | None = None, dtypes: str | None = None, linear: str = "", flops: int = 1
-) -> Callable[[_OpClass], _OpClass]:
-    """Register an op class under `name`.
-
-    axes    the axis rule, or None if the class defines the method `axis_rule`
-    dtypes  the dtype rule, or None if the class defines the method `dtypes`
-    linear  operand groups it is linear in: `"a | b"` is linear in each alone, `"a b"` in both together
-    flops   floating-point operations per point of its iteration space (0 for ops that only move data)
-    """
-
-    def register(cls: _OpClass) -> _OpClass:
-        if name in OPS:
-            raise GraphError(f"op {name!r} is registered already, by {OPS[name].__qualname__}")
-        cls.name = name
-        cls.operands = {k: v for k, v in vars(cls).items() if isinstance(v, Operand)}
-        cls.arity = _arity(cls.operands)
-        if axes is not None:
-            cls.rule_text = axes
-        if dtypes is not None:
-            cls.dtype_text = dtypes
-        cls.linear_text = linear
-        cls.flops = flops
-        made = dataclasses.dataclass(frozen=True, kw_only=True, repr=True)(cls)
-        made.__hash__ = _remembered(made.__hash__)  # type: ignore[assignment, method-assign]
-        OPS[name] = made
-        return made  # type: ignore[return-value]  # the decorated class is the class
-
-    return register
-
-
-def find_op(name: str) -> type[Op]:
-    """The op class of that name. Raises GraphError with the nearest names."""
-    found = OPS.get(name)
-    if found is None:
-        import treadle.ir.ops  # noqa: F401  (registers them all; here, since the op files import this one)
-
-        found = OPS.get(name)
-    if found is None:
-        import difflib
-
-        near = difflib.get_close_matches(name, OPS, n=3, cutoff=0.5)
-        raise GraphError(f"unknown op {name!r}", hint=f"did you mean {' or '.join(near)}?" if near else None)
-    return found
 
 
 @lru_cache(maxsize=8192)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from treadle.ir.errors import GraphError
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.ir.other_spellings import OTHER_METHODS, OTHER_WORDS
 
 if TYPE_CHECKING:

@@ -19,30 +19,10 @@ from functools import lru_cache
 from typing import Any, TypeAlias, overload
 
 from treadle.ir.errors import SizeError
+from treadle.ir.size_bounds import INFINITY, Bounds, over, times
 from treadle.ir.size_numbers import SizeNumbers
 
 SizeLike: TypeAlias = "Size | int | str"
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """The values that a symbol may take: lower <= symbol <= upper; an upper of None is no limit."""
-
-    lower: int = 1
-    upper: int | None = None
-
-    def __contains__(self, value: int) -> bool:
-        return value >= self.lower and (self.upper is None or value <= self.upper)
-
-    def intersect(self, other: Bounds) -> Bounds:
-        """The values that both allow."""
-        uppers = [b for b in (self.upper, other.upper) if b is not None]
-        return Bounds(max(self.lower, other.lower), min(uppers) if uppers else None)
-
-    def around(self, name: str) -> str:
-        """Text such as `S`, `S <= 1024` or `2 <= S <= 1024`; the lower bound 1 goes unsaid."""
-        low = f"{self.lower} <= " if self.lower != 1 else ""
-        return f"{low}{name}" + (f" <= {self.upper}" if self.upper is not None else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +77,8 @@ class Size(SizeNumbers):
         if isinstance(value, Size):
             return value
         if isinstance(value, str):
+            from treadle.ir.size_text import parse_size  # which makes sizes of what it reads
+
             return parse_size(value)
         try:
             return _constant(operator.index(value))
@@ -185,7 +167,7 @@ class Size(SizeNumbers):
         A lower bound of -2**62 stands for none.
         """
         low, high = self.interval(symbols)
-        return Bounds(-(2**62) if low == -_INFINITY else int(low), None if high == _INFINITY else int(high))
+        return Bounds(-(2**62) if low == -INFINITY else int(low), None if high == INFINITY else int(high))
 
     def interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
         """The same, with infinities."""
@@ -196,7 +178,7 @@ class Size(SizeNumbers):
             hi: float = coeff
             for atom in mono:
                 a_lo, a_hi = _atom_bounds(atom, symbols)
-                corners = [_times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
+                corners = [times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
                 lo, hi = min(corners), max(corners)
             low, high = low + lo, high + hi
         return low, high
@@ -359,31 +341,17 @@ def _swapped(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 _OPERANDS: tuple[type[Any], ...] = (Size, int, str)
-_INFINITY = float("inf")
-
-
-def _times(x: float, y: float) -> float:
-    return 0 if x == 0 or y == 0 else x * y
-
-
-def _over(x: float, y: float) -> float:
-    """x // y, where y >= 1 and either may be infinite."""
-    if abs(x) == _INFINITY:
-        return x
-    if y == _INFINITY:
-        return -1 if x < 0 else 0
-    return x // y
 
 
 def _atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
     if isinstance(atom, str):
         b = symbols.get(atom, Bounds())
-        return b.lower, _INFINITY if b.upper is None else b.upper
+        return b.lower, INFINITY if b.upper is None else b.upper
     low, high = atom.numerator.interval(symbols)
     small, large = atom.denominator.interval(symbols)
     if small < 1:
-        return -_INFINITY, _INFINITY
-    return _over(low, small if low < 0 else large), _over(high, large if high < 0 else small)
+        return -INFINITY, INFINITY
+    return over(low, small if low < 0 else large), over(high, large if high < 0 else small)
 
 
 def _without(mono: Monomial, part: Monomial) -> Monomial | None:
@@ -441,84 +409,4 @@ def product(sizes: Iterable[SizeLike]) -> Size:
 
 def sum_of_symbols(names: Iterable[str]) -> Size:
     """The sum of these symbols, however many. Made at once: adding them one by one sorts each sum on the way."""
-    return Size(sorted(((name,), times) for name, times in Counter(names).items()))
-
-
-# -- the grammar: sum = term (("+"|"-") term)*, term = power (("*"|"//") power)*, power = int | name | (sum) -------
-
-_TOKEN = re.compile(r"\s*(//|[-+*()]|\d+|[A-Za-z_]\w*)", re.ASCII)
-MOST_TOKENS = 200
-
-
-@lru_cache(maxsize=4096)
-def parse_size(text: str) -> Size:
-    """Read a size such as `S`, `2*S+1`, `(n + 2*p - k)//s + 1`. Raises SizeError with the column."""
-    tokens: list[tuple[str, int]] = []
-    at = 0
-    stripped = text.rstrip()
-    while at < len(stripped):
-        match = _TOKEN.match(stripped, at)
-        if match is None:
-            at += len(stripped[at:]) - len(stripped[at:].lstrip())
-            raise SizeError(f"not a size: {_shortened(text)}", within=f"column {at + 1}")
-        tokens.append((match.group(1), match.start(1)))
-        at = match.end()
-        if len(tokens) > MOST_TOKENS:
-            raise SizeError(
-                "a size expression is too long", received=_shortened(text), hint=f"at most {MOST_TOKENS} tokens"
-            )
-    reader = _SizeReader(text, tokens)
-    size = reader.sum()
-    if reader.at != len(tokens):
-        raise reader.error()
-    return size
-
-
-def _shortened(text: str) -> str:
-    return repr(text) if len(text) <= 200 else f"{text[:100]!r} ... {text[-40:]!r}"
-
-
-class _SizeReader:
-    def __init__(self, text: str, tokens: list[tuple[str, int]]) -> None:
-        self.text, self.tokens, self.at = text, tokens, 0
-
-    def error(self) -> SizeError:
-        column = self.tokens[self.at][1] + 1 if self.at < len(self.tokens) else len(self.text) + 1
-        return SizeError(f"not a size: {_shortened(self.text)}", within=f"column {column}")
-
-    def take(self, *wanted: str) -> str | None:
-        if self.at < len(self.tokens) and self.tokens[self.at][0] in wanted:
-            self.at += 1
-            return self.tokens[self.at - 1][0]
-        return None
-
-    def sum(self) -> Size:
-        negative = self.take("-")
-        total = -self.term() if negative else self.term()
-        while sign := self.take("+", "-"):
-            term = self.term()
-            total = total + term if sign == "+" else total - term
-        return total
-
-    def term(self) -> Size:
-        total = self.power()
-        while sign := self.take("*", "//"):
-            right = self.power()
-            total = total * right if sign == "*" else total // right
-        return total
-
-    def power(self) -> Size:
-        if self.take("("):
-            inner = self.sum()
-            if not self.take(")"):
-                raise self.error()
-            return inner
-        if self.at >= len(self.tokens) or not re.match(r"\w", self.tokens[self.at][0]):
-            raise self.error()
-        self.at += 1
-        token = self.tokens[self.at - 1][0]
-        if not token.isdigit():
-            return _symbol(token)
-        if len(token) > 18:
-            raise SizeError("a number in a size is too large", received=token[:40], hint="at most 18 digits")
-        return _constant(int(token))
+    return Size(sorted(((name,), count) for name, count in Counter(names).items()))

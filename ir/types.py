@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from treadle.ir.errors import ParseError, SizeError
-from treadle.ir.sizes import Size, SizeLike, parse_size, product
+from treadle.ir.size_text import parse_size
+from treadle.ir.sizes import Size, SizeLike, product
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Table
-from treadle.frontends.dsl import Model
+from treadle.frontends.declarations import Model
 from treadle.ir.errors import CheckpointError
 
 Config = Mapping[str, Any]

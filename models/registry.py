@@ -6,7 +6,7 @@ import difflib
 from importlib import import_module
 
 from treadle.frontends.binding import Table
-from treadle.frontends.dsl import Model
+from treadle.frontends.declarations import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.models.family import OTHER_WAYS, Config, Family

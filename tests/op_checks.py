@@ -20,7 +20,8 @@ from treadle.ir.differentiate import backward
 from treadle.ir.errors import RuleError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.operation import OPS, Op
+from treadle.ir.op_registry import OPS
+from treadle.ir.operation import Op
 from treadle.ir.samples import Sample
 from treadle.ir.target import Target
 from treadle.ir.types import DTYPES, DType, Type, bf16, f64

@@ -9,8 +9,9 @@ from inspect import Parameter, Signature
 import treadle.frontends.layers as layers
 import treadle.ir.ops  # noqa: F401  (registers every op)
 from treadle.ir.builder import Builder
+from treadle.ir.op_registry import OPS
 from treadle.ir.op_signatures import BUILDER, LANGUAGE, PATTERN, Spelling, op_signature
-from treadle.ir.operation import OPS, Op
+from treadle.ir.operation import Op
 
 WIDTH = 120
 

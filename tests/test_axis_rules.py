@@ -23,7 +23,8 @@ from tests.op_checks import RUNNERS, TESTED
 from treadle.ir.axes import Application, AxisDim, Role, Rule
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph
-from treadle.ir.operation import OPS, Op
+from treadle.ir.op_registry import OPS
+from treadle.ir.operation import Op
 from treadle.ir.samples import Sample
 from treadle.ir.types import Type, f64
 

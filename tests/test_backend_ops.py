@@ -23,7 +23,8 @@ from treadle.ir.composites import body_of
 from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.operation import OPS, Composite, Operand, Primitive, op
+from treadle.ir.op_registry import OPS, op
+from treadle.ir.operation import Composite, Operand, Primitive
 from treadle.ir.ops.attention import Attention
 from treadle.ir.types import DTYPES
 

@@ -18,7 +18,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.literals import Literal
 from treadle.ir.ops.elementwise import Neg
-from treadle.ir.sizes import Bounds
+from treadle.ir.size_bounds import Bounds
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.verifier import verify

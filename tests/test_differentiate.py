@@ -16,7 +16,8 @@ from treadle.ir.errors import GraphError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
-from treadle.ir.operation import Composite, Operand, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Operand
 from treadle.ir.types import boolean
 from treadle.ir.verifier import verify
 from treadle.models.bert import bert
@@ -284,7 +285,7 @@ class Twins(Composite):
 @pytest.fixture(autouse=True, scope="module")
 def forget_the_ops_of_this_file() -> Any:
     """The suites run every registered op: the one above is for this file only."""
-    from treadle.ir.operation import OPS
+    from treadle.ir.op_registry import OPS
 
     yield
     OPS.pop("test_twins", None)

@@ -11,7 +11,7 @@ from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
-from treadle.ir.sizes import Bounds
+from treadle.ir.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2

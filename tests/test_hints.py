@@ -18,7 +18,7 @@ import typer
 import treadle
 from treadle.cli import COMMANDS, app
 from treadle.ir.errors import CheckpointError
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.models.family import OTHER_WAYS
 from treadle.models.registry import family_of
 

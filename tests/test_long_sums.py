@@ -21,7 +21,8 @@ from treadle.ir.axes import Application, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.graph import Graph
-from treadle.ir.operation import OPS, Composite, Op
+from treadle.ir.op_registry import OPS
+from treadle.ir.operation import Composite, Op
 from treadle.ir.samples import SampleOperand
 from treadle.ir.sizes import Size
 from treadle.ir.types import DTYPES, Type

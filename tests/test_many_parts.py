@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.backend_checks import compiled, each_backend, graph_of
-from treadle.ir.axes import parse_rule
+from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret

@@ -14,7 +14,7 @@ import pytest
 import treadle as t
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.ir.text.attributes import attribute_fields
 
 

@@ -28,7 +28,7 @@ from treadle.ir.drawn_inputs import draw_inputs
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.ir.types import bf16
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT

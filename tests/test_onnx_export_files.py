@@ -27,7 +27,8 @@ from treadle.backends.onnx.exporter import (
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import UsageError
 from treadle.ir.interpreter import interpret
-from treadle.ir.operation import OPS, Operand, Primitive, op
+from treadle.ir.op_registry import OPS, op
+from treadle.ir.operation import Operand, Primitive
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -19,7 +19,8 @@ from treadle.ir.axes import Role
 from treadle.ir.composites import holds_contraction
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Value
-from treadle.ir.operation import OPS, names_operand
+from treadle.ir.op_registry import OPS
+from treadle.ir.operation import names_operand
 from treadle.ir.ops.call import Call
 from treadle.ir.types import DTYPES
 

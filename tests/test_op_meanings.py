@@ -15,7 +15,8 @@ from treadle.ir.differentiate import backward
 from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_body
-from treadle.ir.operation import Composite, find_op
+from treadle.ir.op_registry import find_op
+from treadle.ir.operation import Composite
 from treadle.ir.ops.pooling import padding_for_ceil
 from treadle.ir.types import DTYPES
 

@@ -17,7 +17,8 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import BackendError, GraphError, RuleError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_function
-from treadle.ir.operation import OPS, Composite
+from treadle.ir.op_registry import OPS
+from treadle.ir.operation import Composite
 from treadle.ir.types import DTYPES
 
 # A body may order its operations otherwise than the reference does: thousands of float64's roundings.

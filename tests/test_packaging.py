@@ -334,7 +334,7 @@ CHANGING = {
     "passes/fusion/attention/roles.py": {"Reading"},
     "passes/fusion/fuse_embedding_sum.py": {"_Tree"},
     "passes/sites/product_sites.py": {"_Origin"},
-    "backends/onnx/writer.py": {"Tensor", "OnnxNode"},
+    "backends/onnx/spelled_line.py": {"Tensor", "OnnxNode"},
     "backends/python/emission.py": {"_Text"},
     "backends/tvm/planning.py": {"Relocation", "Plan"},
     "backends/tvm/lowering/grouping.py": {"Group"},

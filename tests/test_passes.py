@@ -11,7 +11,7 @@ import pytest
 from tests.pass_programs import GELU, LAYER_NORM, assert_same_numbers, optimize, program
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
-from treadle.ir.operation import find_op
+from treadle.ir.op_registry import find_op
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import Type, i64
 from treadle.passes.cleanup.canonicalize import Canonicalize, is_lossless

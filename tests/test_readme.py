@@ -93,7 +93,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def test_the_page_of_the_language_has_all_its_words() -> None:
     import treadle.frontends.language as language
-    from treadle.ir.operation import OPS
+    from treadle.ir.op_registry import OPS
 
     inside = {"size"}  # what tracing and differentiation add by themselves
     page = (ROOT / "docs/dsl.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treadle.ir.literals import Literal
-from treadle.ir.operation import find_op
+from treadle.ir.op_registry import find_op
 from treadle.passes.cleanup.rearrange_forms import composed, form_of
 
 SPLITS = [

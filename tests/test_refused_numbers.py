@@ -18,7 +18,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, ParseError, RuleError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.attributes import attribute_fields
 from treadle.ir.text.parser import parse_graph

@@ -26,8 +26,8 @@ from treadle.ir.initial_values import Init
 from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.literals import Literal
-from treadle.ir.operation import OPS
-from treadle.ir.sizes import Bounds
+from treadle.ir.op_registry import OPS
+from treadle.ir.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_function, print_graph

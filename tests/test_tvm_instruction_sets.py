@@ -11,7 +11,7 @@ from tests.op_checks import TESTED, Case
 from tests.rounding_bounds import assert_within, bounded
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.ir.target import Target
 from treadle.ir.types import f32
 

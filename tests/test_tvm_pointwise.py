@@ -27,7 +27,7 @@ from treadle.backends.tvm.kernels.pointwise import BLOCK, Chain, Instruction, Po
 from treadle.backends.tvm.kernels.vector_math import POINTWISE
 from treadle.ir.error_function import erf
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.types import DTYPES, Type, bf16, f32
 

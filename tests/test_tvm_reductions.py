@@ -26,7 +26,7 @@ from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.operation import OPS
+from treadle.ir.op_registry import OPS
 from treadle.passes.lowering.legalize import legalized
 
 pytestmark = pytest.mark.skipif(tvm_runtime.missing() is not None, reason=str(tvm_runtime.missing()))

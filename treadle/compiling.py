@@ -15,7 +15,7 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.files.nearest_names import NearestNames
-from treadle.frontends.dsl import Model
+from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph

@@ -20,7 +20,7 @@ from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import fetch_model, fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
-from treadle.frontends.dsl import Model
+from treadle.frontends.declarations import Model
 from treadle.ir.errors import TreadleError
 from treadle.ir.following import follow
 from treadle.ir.graph import Graph

@@ -17,12 +17,13 @@ from typing import Any
 
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
-from treadle.frontends.dsl import Model
+from treadle.frontends.declarations import Model
 from treadle.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.operation import Composite, find_op
+from treadle.ir.op_registry import find_op
+from treadle.ir.operation import Composite
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.sites.fusion_sites import KINDS

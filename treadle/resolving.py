@@ -26,7 +26,7 @@ from treadle.fetch import fetched_model
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import bind
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
-from treadle.frontends.dsl import Model
+from treadle.frontends.declarations import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded

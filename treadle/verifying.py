@@ -13,7 +13,7 @@ import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import initial_weights
-from treadle.frontends.dsl import Model
+from treadle.frontends.declarations import Model
 from treadle.ir.drawn_inputs import small_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph

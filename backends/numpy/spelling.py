@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 from treadle.backends.python.attention_spelling import attention
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
-from treadle.backends.python.emission import Dialect, Line, Spelling, float_text
+from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
 from treadle.ir.attention_terms import Term
 from treadle.ir.graph import Value
-from treadle.ir.operation import Op, find_op
+from treadle.ir.op_registry import find_op
+from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
 from treadle.ir.types import DType, Type, f16
 

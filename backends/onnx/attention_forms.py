@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from treadle.backends.onnx.writer import OnnxLine, Tensor
+from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
 from treadle.ir.attention_terms import (
     AXES,
     BiasTerm,

@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.onnx.schemas import CODES
+from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
-from treadle.backends.onnx.writer import CODES, OnnxNode, OnnxWriter, Tensor, plain
+from treadle.backends.onnx.writer import OnnxWriter
 from treadle.backends.python.executable import misfit, shape_fits
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.inline import inline_calls
 from treadle.ir.literals import Literal
-from treadle.ir.sizes import Bounds
+from treadle.ir.size_bounds import Bounds
 from treadle.ir.types import Type, bf16
 from treadle.passes.lowering.legalize import legalized
 

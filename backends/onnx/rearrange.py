@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.backends.onnx.writer import OnnxLine, OnnxWriter, Tensor
+from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
+from treadle.backends.onnx.writer import OnnxWriter
 from treadle.ir.sizes import Size, product
 
 

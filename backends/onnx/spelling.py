@@ -14,7 +14,8 @@ import numpy as np
 
 from treadle.backends.onnx.attention_forms import attention, rotary
 from treadle.backends.onnx.rearrange import rearranged, reshaped
-from treadle.backends.onnx.writer import NARROW, OnnxLine, Tensor
+from treadle.backends.onnx.schemas import NARROW
+from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
 from treadle.backends.python.axis_spelling import einsum_letters
 from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place

@@ -12,122 +12,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from treadle.backends.onnx.schemas import CODES, NAMED, NARROW, WIDER, OperatorSchema, schema_of
+from treadle.backends.onnx.spelled_line import OnnxLine, OnnxNode, Tensor, plain
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
 from treadle.ir.sizes import Quotient, Size
 from treadle.ir.source_lines import SourceLine
-from treadle.ir.types import DTYPES, DType, Type, bf16, boolean, f16, f32, i8, i16, i32, i64, u8
-from treadle.passes.lowering.legalize import Keeps, legalized
+from treadle.ir.types import DType, Type, i64
+from treadle.passes.lowering.legalize import Keeps
 
-CODES: Mapping[str, tuple[int, str]] = {
-    "f32": (1, "float"),
-    "u8": (2, "uint8"),
-    "i8": (3, "int8"),
-    "i16": (5, "int16"),
-    "i32": (6, "int32"),
-    "i64": (7, "int64"),
-    "bool": (9, "bool"),
-    "f16": (10, "float16"),
-    "f64": (11, "double"),
-    "bf16": (16, "bfloat16"),
-}
-"""ONNX's number and name of each dtype."""
-
-NARROW: Mapping[str, tuple[int, DType]] = {
-    f"f{name.removeprefix('float')}": (code, DType(f"f{name.removeprefix('float')}", "float", 1))
-    for name, code in {
-        "float8e4m3fn": 17,
-        "float8e4m3fnuz": 18,
-        "float8e5m2": 19,
-        "float8e5m2fnuz": 20,
-        "float4e2m1": 23,
-    }.items()
-}
-"""ONNX's numbers of float formats that are no dtypes of ours; a cast to one and back rounds."""
-
-_NAMED = {f"tensor({name})": DTYPES[ours] for ours, (_, name) in CODES.items()}
-_NAMED |= {f"tensor(float{ours[1:]})": dtype for ours, (_, dtype) in NARROW.items()}
-
-_WIDER: Mapping[DType, tuple[DType, ...]] = {
-    boolean: (u8, i32),
-    u8: (i32, i64),
-    i8: (i32, i64),
-    i16: (i32, i64),
-    i32: (i64,),
-    f16: (f32,),
-    bf16: (f32,),
-}
-"""What an operator is applied in where it does not take a dtype, the first that it takes."""
-
-_NO_KERNEL: Mapping[str, frozenset[DType]] = {
-    "Max": frozenset({i16}),
-    "Min": frozenset({i16}),
-    "ArgMax": frozenset({i16}),
-    "Pad": frozenset({i16}),
-    "Where": frozenset({i16, boolean}),
-    "Einsum": frozenset({i16, i8, u8}),
-    "TopK": frozenset({i16, i8, u8}),
-    "ScatterND": frozenset({i8, u8, f16, bf16}),
-    "ScatterElements": frozenset({f16, bf16}),
-}
-"""Dtypes that the standard has and ONNX Runtime's processor kernels lack: these are widened, too.
-
-bf16 is not, but for sums by index: other devices compute in it, and casts around every node would slow these down.
-"""
-
-
-@dataclass(eq=False)
-class Tensor:
-    """A value of the ONNX graph. Its name may be changed until the graph is written out."""
-
-    name: str
-    dtype: DType
-
-
-@dataclass(eq=False)
-class OnnxNode:
-    """An operator applied to tensors; None stands for an optional input that is left out."""
-
-    op_type: str
-    name: str
-    inputs: tuple[Tensor | None, ...]
-    outputs: tuple[Tensor, ...]
-    attributes: Mapping[str, Any]
-    doc: str
-
-
-@dataclass(frozen=True)
-class _Schema:
-    """What an operator takes and gives at an opset: type variables or dtypes, in order; the last input may repeat."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    allowed: Mapping[str, frozenset[DType]]
-
-
-@lru_cache(maxsize=1024)
-def _schema(op_type: str, opset: int) -> _Schema | None:
-    """None where the opset does not have the operator."""
-    import onnx
-
-    try:
-        found = onnx.defs.get_schema(op_type, opset)
-    except onnx.defs.SchemaError:
-        return None
-    allowed = {}
-    for constraint in found.type_constraints:
-        dtypes = frozenset(_NAMED[t] for t in constraint.allowed_type_strs if t in _NAMED)
-        lacking = _NO_KERNEL.get(op_type, frozenset()) if len(dtypes) > 1 else frozenset()
-        allowed[constraint.type_param_str] = dtypes - lacking
-    return _Schema(tuple(i.type_str for i in found.inputs), tuple(o.type_str for o in found.outputs), allowed)
+NAMED |= {f"tensor(float{ours[1:]})": dtype for ours, (_, dtype) in NARROW.items()}
 
 
 class OnnxWriter:
@@ -224,7 +124,7 @@ class OnnxWriter:
 
         Raises BackendError where the opset lacks the operator, or it takes no dtype that holds the inputs'.
         """
-        schema = _schema(op_type, self.opset)
+        schema = schema_of(op_type, self.opset)
         if schema is None:
             raise self.refusal(f"opset {self.opset} has no {op_type}")
         variables = [schema.inputs[min(i, len(schema.inputs) - 1)] for i in range(len(inputs))]
@@ -234,7 +134,7 @@ class OnnxWriter:
         made = []
         for variable in schema.outputs[:results]:
             only = schema.allowed.get(variable, frozenset())
-            known = wide.get(variable) or _NAMED.get(variable) or (next(iter(only)) if len(only) == 1 else dtype)
+            known = wide.get(variable) or NAMED.get(variable) or (next(iter(only)) if len(only) == 1 else dtype)
             assert known is not None, f"{op_type} needs dtype="
             made.append(known)
         node = self._placed(op_type, given, made, attributes)
@@ -245,11 +145,11 @@ class OnnxWriter:
         """x in another dtype; x itself where it is of that dtype."""
         return x if x.dtype is to else self.add("Cast", x, dtype=to, to=CODES[to.name][0])
 
-    def _taken(self, op_type: str, schema: _Schema, variable: str, dtype: DType) -> DType:
+    def _taken(self, op_type: str, schema: OperatorSchema, variable: str, dtype: DType) -> DType:
         allowed = schema.allowed.get(variable)
         if allowed is None or dtype in allowed:
             return dtype
-        for wider in _WIDER.get(dtype, ()):
+        for wider in WIDER.get(dtype, ()):
             if wider in allowed:
                 return wider
         raise self.refusal(f"ONNX has no {op_type} of {dtype} at opset {self.opset}", hint="another dtype, or opset")
@@ -382,69 +282,6 @@ class OnnxWriter:
         if self.opset >= 15:
             return self.add("Shape", tensor, start=position, end=position + 1)
         return self.add("Gather", self.add("Shape", tensor), self.integers(position), axis=0)
-
-
-@dataclass(frozen=True)
-class OnnxLine:
-    """A node of ours about to be written, as a spelling sees it: `line.x` is the tensor of its operand x.
-
-    w         the writer; `line.add` is the writer's
-    node, op  ours
-    """
-
-    w: OnnxWriter
-    node: Node
-    tensors: Sequence[Tensor | None]
-    op: Any = field(init=False)
-    names: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "op", self.node.op)
-        object.__setattr__(self, "names", self.node.op.operand_names(len(self.node.operands)))
-
-    def __getattr__(self, name: str) -> Any:
-        """An operand that is present, or one of the writer's methods."""
-        if name in self.__dict__.get("names", ()):
-            found = self.tensors[self.names.index(name)]
-            assert found is not None, name
-            return found
-        raise AttributeError(name)
-
-    @property
-    def add(self) -> Any:
-        return self.w.add
-
-    def expanded(self, graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Write the main function of a graph on these tensors in the node's place; returns its outputs."""
-        main = legalized(graph, self.w.keeps).main
-        held = dict(zip(main.inputs, tensors, strict=True))
-        self.w.write(main, held)
-        return {name: self.w.tensor(value, held) for name, value in main.outputs.items()}
-
-    @property
-    def present(self) -> list[Tensor]:
-        """The operands that are there, in order."""
-        return [t for t in self.tensors if t is not None]
-
-    def has(self, name: str) -> bool:
-        """Whether an optional operand is present."""
-        return self.tensors[self.names.index(name)] is not None
-
-    def type(self, name: str) -> Any:
-        """The type of an operand that is present."""
-        value = self.node.operands[self.names.index(name)]
-        assert value is not None
-        return value.type
-
-    @property
-    def result(self) -> Any:
-        """The type of the first result."""
-        return self.node.results[0].type
-
-
-def plain(text: str) -> str:
-    """Text that a file can hold: a name may come from anywhere, and half a surrogate pair is no character."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _told(source: SourceLine | None) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from treadle.backends.python.emission import Line, float_text
+from treadle.backends.python.spelled_line import Line, float_text
 from treadle.ir.attention_terms import BiasTerm, Term
 
 TermSpelling = Callable[[Term, Sequence[str], str, str], str]

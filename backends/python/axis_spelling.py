@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
-from treadle.backends.python.emission import Line, as_tuple
+from treadle.backends.python.spelled_line import Line, as_tuple
 from treadle.ir.axes import AxisDim
 
 

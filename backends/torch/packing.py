@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from treadle.backends.python.emission import Dialect, Line
+from treadle.backends.python.spelled_line import Dialect, Line
 from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import Layout

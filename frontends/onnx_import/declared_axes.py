@@ -15,7 +15,9 @@ import numpy as np
 
 from treadle.files.shown_names import printable
 from treadle.ir.errors import FrontendError, TreadleError
-from treadle.ir.sizes import Bounds, Size, parse_size
+from treadle.ir.size_bounds import Bounds
+from treadle.ir.size_text import parse_size
+from treadle.ir.sizes import Size
 
 _UNKNOWN = -1
 """The size that stands for any."""

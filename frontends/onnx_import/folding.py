@@ -19,7 +19,8 @@ from treadle.frontends.onnx_import.values import MOST_KNOWN, MOST_SYMBOLIC, Arra
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.sizes import ZERO, Bounds, Size, product
+from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizes import ZERO, Size, product
 
 _MOST_BETWEEN = 1 << 16
 """The most elements of a value between the known operands and the known results."""

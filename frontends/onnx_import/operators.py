@@ -26,7 +26,8 @@ from treadle.frontends.onnx_import.values import Array, Known, as_sizes
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import FrontendError, Hint
 from treadle.ir.ops.axis_names import place
-from treadle.ir.sizes import Bounds, Size
+from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizes import Size
 from treadle.ir.types import DType
 
 if TYPE_CHECKING:

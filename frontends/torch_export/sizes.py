@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import FrontendError
-from treadle.ir.sizes import ZERO, Bounds, Size, product
+from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizes import ZERO, Size, product
 
 _MOST_TRIED = 1 << 19
 """The most values of a symbol that a guard is tried on."""

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Operand, find_op, op
+from treadle.ir.op_registry import find_op, op
+from treadle.ir.operation import Composite, Operand
 from treadle.ir.ops.weight_layouts import multiplied, refuse_weight_axes, rows_of
 from treadle.ir.samples import S
 from treadle.ir.types import Type, f32

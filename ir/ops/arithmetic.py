@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.operation import Grads, Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 

@@ -29,7 +29,8 @@ from treadle.ir.attention_terms import (
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.differentiate import backward, operand_gradients
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Array, Composite, Demand, Grads, Operand, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Array, Composite, Demand, Grads, Operand
 from treadle.ir.ops.along_axes import not_empty, wide_array
 from treadle.ir.ops.normalization import MaskedSoftmax
 from treadle.ir.samples import S

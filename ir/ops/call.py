@@ -8,7 +8,8 @@ from typing import Any
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.graph import Function, Value
 from treadle.ir.layouts import Layout
-from treadle.ir.operation import Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Operand, Primitive
 from treadle.ir.types import Type
 
 

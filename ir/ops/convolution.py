@@ -9,7 +9,8 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Demand, Grads, Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Demand, Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.ops.shapes import resized, sized

@@ -10,7 +10,8 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.error_function import erf
-from treadle.ir.operation import Grads, Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.samples import S
 from treadle.ir.types import DType

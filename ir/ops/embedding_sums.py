@@ -9,7 +9,8 @@ from typing import Any
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Operand, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Operand
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 

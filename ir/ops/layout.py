@@ -8,7 +8,8 @@ from typing import Any
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.layouts import Layout
-from treadle.ir.operation import Grads, Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.types import Type
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Demand, Grads, Operand, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Demand, Grads, Operand
 from treadle.ir.ops.along_axes import not_empty, rule_along, wide_array, widened
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.samples import S

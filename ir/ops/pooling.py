@@ -12,7 +12,8 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Demand, Operand, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Demand, Operand
 from treadle.ir.ops.along_axes import wide_array, widened
 from treadle.ir.ops.convolution import positive, sliding, window_count
 from treadle.ir.ops.shapes import sized

@@ -10,7 +10,8 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Demand, Grads, Op, Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Demand, Grads, Op, Operand, Primitive
 from treadle.ir.ops.along_axes import not_empty, places, rule_along, wide_array, widened, with_ones
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import zeros

@@ -10,7 +10,8 @@ from typing import Any
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, RuleError
-from treadle.ir.operation import Composite, Demand, Grads, Operand, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Demand, Grads, Operand
 from treadle.ir.ops.normalization import LayerNorm, RMSNorm
 from treadle.ir.samples import S
 from treadle.ir.types import Type, f32

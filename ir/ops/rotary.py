@@ -9,7 +9,8 @@ import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Composite, Grads, Operand, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Composite, Grads, Operand
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import RuleError
-from treadle.ir.operation import Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Operand, Primitive
 from treadle.ir.samples import S
 from treadle.ir.types import Type
 

@@ -12,7 +12,8 @@ from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError, SizeError
 from treadle.ir.marked_text import marked, marked_name
-from treadle.ir.operation import Demand, Grads, Op, Operand, Primitive, op
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Demand, Grads, Op, Operand, Primitive
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.samples import S

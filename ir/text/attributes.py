@@ -20,7 +20,8 @@ from treadle.ir.attention_terms import Term, parse_term
 from treadle.ir.errors import GraphError
 from treadle.ir.layouts import Layout, parse_layout
 from treadle.ir.operation import Op
-from treadle.ir.sizes import Size, parse_size
+from treadle.ir.size_text import parse_size
+from treadle.ir.sizes import Size
 from treadle.ir.text.scanner import RESERVED, Scanner, quoted, type_text
 from treadle.ir.types import DTYPES, DType, Type
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.operation import OPS, Op
+from treadle.ir.op_registry import OPS
+from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts, read_attribute

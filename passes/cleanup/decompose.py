@@ -9,7 +9,8 @@ from treadle.ir.builder import Builder
 from treadle.ir.composites import inline
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph, Value
-from treadle.ir.operation import Composite, find_op
+from treadle.ir.op_registry import find_op
+from treadle.ir.operation import Composite
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 

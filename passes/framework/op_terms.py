@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from treadle.ir.operation import find_op
+from treadle.ir.op_registry import find_op
 
 
 class OpTerms:

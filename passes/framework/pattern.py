@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import treadle.ir.ops  # noqa: F401  (registers every op)
 from treadle.ir.errors import PassError
-from treadle.ir.operation import find_op
+from treadle.ir.op_registry import find_op
 from treadle.passes.framework.op_terms import OpTerms
 
 Number = float | int | bool

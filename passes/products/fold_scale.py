@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.cost import Cost, node_cost
 from treadle.ir.graph import Node, Value
-from treadle.ir.operation import find_op
+from treadle.ir.op_registry import find_op
 from treadle.ir.target import Target
 from treadle.ir.types import bf16, f16
 from treadle.passes.framework.pattern import Vocabulary

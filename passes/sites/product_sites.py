@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from treadle.ir.graph import Node, Value
-from treadle.ir.operation import Op, find_op
+from treadle.ir.op_registry import find_op
+from treadle.ir.operation import Op
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Pow, Sub
 from treadle.ir.ops.elementwise import Cast, Erf, Exp, Neg, Reciprocal

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep
 from treadle.ir.builder import describe_source
 from treadle.ir.cost import node_cost
-from treadle.ir.sizes import Bounds
+from treadle.ir.size_bounds import Bounds
 
 SIZE = 128  # of every symbol, where a cost is told
 

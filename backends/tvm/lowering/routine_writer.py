@@ -11,7 +11,7 @@ written so that the rearrange after it is a view, layouts of parameters, calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -26,6 +26,7 @@ from treadle.backends.tvm.lowering.program import (
     RoutineStep,
     View,
 )
+from treadle.backends.tvm.lowering.rearranged_views import Rearranged
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.layouts import Layout
@@ -261,64 +262,6 @@ class RoutineWriter:
             self.views[result] = view
             return
         self.set(result, view)
-
-
-@dataclass(frozen=True)
-class Rearranged:
-    """A rearrange of an operand of known type, as dimensions to split, permute and merge.
-
-    operand  for each dimension of the operand its factors; a dimension of 1 has none
-    result   likewise
-    sizes    of the factors
-    """
-
-    operand: tuple[tuple[str, ...], ...]
-    result: tuple[tuple[str, ...], ...]
-    sizes: Mapping[str, Size]
-
-    @staticmethod
-    def of(node: Node, type: Type) -> Rearranged:
-        application = node.op.apply([type])
-        operand = application.operands[0]
-        assert operand is not None
-        sizes = {name: dim.size for name, dim in application.dims.items()}
-        return Rearranged(tuple(d.factors for d in operand), tuple(d.factors for d in application.results[0]), sizes)
-
-    @property
-    def before(self) -> list[str]:
-        return [f for factors in self.operand for f in factors]
-
-    @property
-    def after(self) -> list[str]:
-        return [f for factors in self.result for f in factors]
-
-    def factored(self, view: View) -> View:
-        """The operand with a dimension a factor, in the result's order."""
-        return self.split(view, self.operand).permuted([self.before.index(f) for f in self.after])
-
-    def split(self, view: View, dimensions: Sequence[tuple[str, ...]]) -> View:
-        """A view of these dimensions with one a factor; it may be one whose elements lie apart."""
-        axis = 0
-        for factors in dimensions:
-            if factors:
-                view = view.split(axis, [self.sizes[f] for f in factors])
-                axis += len(factors)
-            else:
-                view = replace(
-                    view,
-                    shape=(*view.shape[:axis], *view.shape[axis + 1 :]),
-                    strides=(*view.strides[:axis], *view.strides[axis + 1 :]),
-                )
-        return view
-
-    def view(self, view: View) -> View | None:
-        """The result as a view of the operand, or None."""
-        if view.panels is not None:
-            return None
-        found: View | None = self.factored(view)
-        for axis, factors in enumerate(self.result):
-            found = found.merged(axis, len(factors)) if found is not None else None
-        return found
 
 
 def _collapsed(views: Sequence[View]) -> list[View]:

@@ -1,0 +1,90 @@
+"""What ONNX's operators take: element types, their numbers, and the schemas of the onnx package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, f32, i8, i16, i32, i64, u8
+
+CODES: Mapping[str, tuple[int, str]] = {
+    "f32": (1, "float"),
+    "u8": (2, "uint8"),
+    "i8": (3, "int8"),
+    "i16": (5, "int16"),
+    "i32": (6, "int32"),
+    "i64": (7, "int64"),
+    "bool": (9, "bool"),
+    "f16": (10, "float16"),
+    "f64": (11, "double"),
+    "bf16": (16, "bfloat16"),
+}
+"""ONNX's number and name of each dtype."""
+
+NARROW: Mapping[str, tuple[int, DType]] = {
+    f"f{name.removeprefix('float')}": (code, DType(f"f{name.removeprefix('float')}", "float", 1))
+    for name, code in {
+        "float8e4m3fn": 17,
+        "float8e4m3fnuz": 18,
+        "float8e5m2": 19,
+        "float8e5m2fnuz": 20,
+        "float4e2m1": 23,
+    }.items()
+}
+"""ONNX's numbers of float formats that are no dtypes of ours; a cast to one and back rounds."""
+
+NAMED = {f"tensor({name})": DTYPES[ours] for ours, (_, name) in CODES.items()}
+
+WIDER: Mapping[DType, tuple[DType, ...]] = {
+    boolean: (u8, i32),
+    u8: (i32, i64),
+    i8: (i32, i64),
+    i16: (i32, i64),
+    i32: (i64,),
+    f16: (f32,),
+    bf16: (f32,),
+}
+"""What an operator is applied in where it does not take a dtype, the first that it takes."""
+
+NO_KERNEL: Mapping[str, frozenset[DType]] = {
+    "Max": frozenset({i16}),
+    "Min": frozenset({i16}),
+    "ArgMax": frozenset({i16}),
+    "Pad": frozenset({i16}),
+    "Where": frozenset({i16, boolean}),
+    "Einsum": frozenset({i16, i8, u8}),
+    "TopK": frozenset({i16, i8, u8}),
+    "ScatterND": frozenset({i8, u8, f16, bf16}),
+    "ScatterElements": frozenset({f16, bf16}),
+}
+"""Dtypes that the standard has and ONNX Runtime's processor kernels lack: these are widened, too.
+
+bf16 is not, but for sums by index: other devices compute in it, and casts around every node would slow these down.
+"""
+
+
+@dataclass(frozen=True)
+class OperatorSchema:
+    """What an operator takes and gives at an opset: type variables or dtypes, in order; the last input may repeat."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    allowed: Mapping[str, frozenset[DType]]
+
+
+@lru_cache(maxsize=1024)
+def schema_of(op_type: str, opset: int) -> OperatorSchema | None:
+    """None where the opset does not have the operator."""
+    import onnx
+
+    try:
+        found = onnx.defs.get_schema(op_type, opset)
+    except onnx.defs.SchemaError:
+        return None
+    allowed = {}
+    for constraint in found.type_constraints:
+        dtypes = frozenset(NAMED[t] for t in constraint.allowed_type_strs if t in NAMED)
+        lacking = NO_KERNEL.get(op_type, frozenset()) if len(dtypes) > 1 else frozenset()
+        allowed[constraint.type_param_str] = dtypes - lacking
+    return OperatorSchema(tuple(i.type_str for i in found.inputs), tuple(o.type_str for o in found.outputs), allowed)

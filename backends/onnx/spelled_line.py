@@ -1,0 +1,97 @@
+"""One node of ours as ONNX spellings see it: its operands are tensors of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from treadle.ir.graph import Graph, Node
+from treadle.ir.types import DType
+from treadle.passes.lowering.legalize import legalized
+
+if TYPE_CHECKING:
+    from treadle.backends.onnx.writer import OnnxWriter
+
+
+@dataclass(eq=False)
+class Tensor:
+    """A value of the ONNX graph. Its name may be changed until the graph is written out."""
+
+    name: str
+    dtype: DType
+
+
+@dataclass(eq=False)
+class OnnxNode:
+    """An operator applied to tensors; None stands for an optional input that is left out."""
+
+    op_type: str
+    name: str
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: Mapping[str, Any]
+    doc: str
+
+
+@dataclass(frozen=True)
+class OnnxLine:
+    """A node of ours about to be written, as a spelling sees it: `line.x` is the tensor of its operand x.
+
+    w         the writer; `line.add` is the writer's
+    node, op  ours
+    """
+
+    w: OnnxWriter
+    node: Node
+    tensors: Sequence[Tensor | None]
+    op: Any = field(init=False)
+    names: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", self.node.op)
+        object.__setattr__(self, "names", self.node.op.operand_names(len(self.node.operands)))
+
+    def __getattr__(self, name: str) -> Any:
+        """An operand that is present, or one of the writer's methods."""
+        if name in self.__dict__.get("names", ()):
+            found = self.tensors[self.names.index(name)]
+            assert found is not None, name
+            return found
+        raise AttributeError(name)
+
+    @property
+    def add(self) -> Any:
+        return self.w.add
+
+    def expanded(self, graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Write the main function of a graph on these tensors in the node's place; returns its outputs."""
+        main = legalized(graph, self.w.keeps).main
+        held = dict(zip(main.inputs, tensors, strict=True))
+        self.w.write(main, held)
+        return {name: self.w.tensor(value, held) for name, value in main.outputs.items()}
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The operands that are there, in order."""
+        return [t for t in self.tensors if t is not None]
+
+    def has(self, name: str) -> bool:
+        """Whether an optional operand is present."""
+        return self.tensors[self.names.index(name)] is not None
+
+    def type(self, name: str) -> Any:
+        """The type of an operand that is present."""
+        value = self.node.operands[self.names.index(name)]
+        assert value is not None
+        return value.type
+
+    @property
+    def result(self) -> Any:
+        """The type of the first result."""
+        return self.node.results[0].type
+
+
+def plain(text: str) -> str:
+    """Text that a file can hold: a name may come from anywhere, and half a surrogate pair is no character."""
+    return text.encode("utf-8", "replace").decode("utf-8")

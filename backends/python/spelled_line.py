@@ -1,0 +1,165 @@
+"""One line of a Python module as spellings see it: a node, whose operands are texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Node, Value
+from treadle.ir.literals import Literal
+from treadle.ir.sizes import Size
+from treadle.ir.types import Type
+
+if TYPE_CHECKING:
+    from treadle.backends.python.emission import FunctionWriter
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How nodes are spelled.
+
+    name         of the backend
+    imports      the lines at the head of the module
+    spellings    op name -> a template such as `np.exp({x})`, or a function of the `Line` that gives an
+                 expression; for an op with several results, an expression of that many
+    otherwise    the spelling of any other primitive op; None: there is none
+    """
+
+    name: str
+    imports: tuple[str, ...]
+    spellings: Mapping[str, Spelling]
+    otherwise: Callable[[Line], str] | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that emitted text refers to: what the imports bind, and the tables."""
+        return frozenset(line.split()[-1] for line in self.imports) | {
+            "constants",
+            "reference",
+            "weights",
+            "device",
+        }
+
+    def spell(self, line: Line) -> str:
+        """The expression of a node. Raises BackendError for an op that the dialect cannot say."""
+        spelling = self.spellings.get(line.op.name, self.otherwise)
+        if spelling is None:
+            raise BackendError(f"the {self.name} backend has no spelling of op {line.op.name!r}")
+        return spelling.format_map(line) if isinstance(spelling, str) else spelling(line)
+
+
+class Line:
+    """A node about to be written, as a spelling sees it: `line.x` is the text of the op's operand x.
+
+    A scalar constant stands as a number, but only beside an operand of the same dtype, so that it cannot change
+    the result's dtype.
+    """
+
+    def __init__(self, writer: FunctionWriter, node: Node) -> None:
+        self._writer = writer
+        self.node = node
+        self.op: Any = node.op
+        self.names = node.op.operand_names(len(node.operands))
+        self._values = dict(zip(self.names, node.operands, strict=True))
+        self._dtypes = {v.type.dtype for v in node.inputs if v.literal is None or v.literal.shape != ()}
+
+    def __getitem__(self, name: str) -> str:
+        value = self._values[name]
+        return "None" if value is None else self._text(value)
+
+    def __getattr__(self, name: str) -> str:
+        if name not in self._values:
+            raise AttributeError(name)
+        return self[name]
+
+    def as_read_by(self, kind: type[Line]) -> Line:
+        """The same node as another kind of line sees it."""
+        return kind(self._writer, self.node)
+
+    def _text(self, value: Value) -> str:
+        if value.literal is not None and value.literal.shape == () and value.type.dtype in self._dtypes:
+            return number(value.literal)
+        return self._read(value)
+
+    def _read(self, value: Value) -> str:
+        """A value as an array."""
+        return self._writer.read(value)
+
+    @property
+    def arrays(self) -> str:
+        """All operands that are present, as arrays."""
+        return ", ".join(map(self._read, self.node.inputs))
+
+    def array(self, name: str) -> str:
+        """An operand as an array, also where it is a scalar constant."""
+        value = self._values[name]
+        return "None" if value is None else self._read(value)
+
+    def has(self, name: str) -> bool:
+        """Whether an optional operand is present."""
+        return self._values[name] is not None
+
+    def type(self, name: str) -> Type:
+        """The type of an operand that is present."""
+        value = self._values[name]
+        assert value is not None
+        return value.type
+
+    @property
+    def result(self) -> Type:
+        """The type of the first result."""
+        return self.node.results[0].type
+
+    def size(self, size: Size) -> str:
+        """A size as an expression of the function's symbols."""
+        return self._writer.size(size)
+
+    def shape(self, sizes: Iterable[Size]) -> str:
+        """Sizes as a tuple."""
+        return as_tuple([self.size(s) for s in sizes])
+
+    def by_reference(self) -> str:
+        """A call of the op's NumPy reference, with the sizes that its attributes need."""
+        symbols = sorted({s for v in self.node.op.attributes.values() for s in symbols_of(v)})
+        sizes = [f"{s}={self.size(Size.symbol(s))}" for s in symbols]
+        operands = ["None" if v is None else self._writer.read(v) for v in self.node.operands]
+        return f"reference.{self._writer.program.reference(self.node)}({', '.join([*operands, *sizes])})"
+
+
+Spelling = str | Callable[[Line], str]
+
+
+def number(literal: Literal) -> str:
+    """A scalar constant as a Python number, with no more digits than its dtype needs."""
+    scalar = literal.array[()]
+    # A float16 may be computed with in float32, where the shortest digits of its own would be another number. Those of
+    # the largest float32 lie above it, which a library may refuse.
+    short = literal.dtype.name == "f32" and abs(float(str(scalar))) <= float(np.finfo(np.float32).max)
+    return _as_python(str(scalar) if short else repr(scalar.item()))
+
+
+def float_text(value: float) -> str:
+    """An attribute that is a float, as a Python number."""
+    return _as_python(repr(value))
+
+
+def _as_python(text: str) -> str:
+    return text if text.lstrip("-") not in ("inf", "nan") else f'float("{text}")'
+
+
+def as_tuple(items: Sequence[str]) -> str:
+    """Python text of a tuple, or of a tuple's pattern."""
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+
+
+def symbols_of(value: Any) -> frozenset[str]:
+    """The symbols in an attribute that is a size or a tuple of them."""
+    if isinstance(value, Size):
+        return value.symbols
+    if isinstance(value, tuple):
+        return frozenset().union(*map(symbols_of, value))
+    return frozenset()

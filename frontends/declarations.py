@@ -1,0 +1,310 @@
+"""Models: declared as functions, configured, called in other models, and traced when a graph is asked for."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, Self, overload
+
+from treadle.files.nearest_names import NearestNames
+from treadle.frontends.call_errors import call_hint
+from treadle.frontends.dsl import CURRENT, Trace, trace
+from treadle.frontends.input_types import DeclaredInput, read_input
+from treadle.ir.builder import Expr, describe_source
+from treadle.ir.call_spelling import spelled_call
+from treadle.ir.collector_pause import collection_paused
+from treadle.ir.errors import FrontendError, Hint, TreadleError
+from treadle.ir.graph import Graph
+from treadle.ir.outline import outline_regions
+from treadle.ir.source_lines import raising_line, user_line
+
+if TYPE_CHECKING:  # with defaults, so that `t.Model` may stand without parameters
+    from typing_extensions import ParamSpec, TypeVar
+
+    P = ParamSpec("P", default=...)
+    R = TypeVar("R", default=Any)
+else:
+    from typing import ParamSpec, TypeVar
+
+    P, R = ParamSpec("P"), TypeVar("R")
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model(Generic[P, R]):
+    """A model declaration with its configuration; made by `@t.model`.
+
+    function  the traced function, whose signature calls have inside other models
+    config    configuration values that differ from the declaration's defaults
+    given     names of the optional inputs that are present
+    """
+
+    function: Callable[P, R]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    given: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):  # for `inspect` and a notebook's `?`
+            object.__setattr__(self, name, getattr(self.function, name, None))
+        object.__setattr__(self, "__wrapped__", self.function)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def description(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def source(self) -> str:
+        """The text of the declaration."""
+        return textwrap.dedent(inspect.getsource(self.function))
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        try:
+            return inspect.signature(self.function, eval_str=True)
+        except Exception as error:  # whatever an annotation in quotes raises
+            raise FrontendError(
+                f"the inputs' types of model {self.name} cannot be read: {type(error).__name__}: {error}",
+                source=_definition(self.function),
+            ) from error
+
+    @cached_property
+    def declared_inputs(self) -> tuple[DeclaredInput, ...]:
+        """All inputs, optional ones included, in the sizes of the configuration.
+
+        Raises FrontendError for one without a type, with a default, or with a negative size.
+        """
+        sizes = {n: v for n, v in {**self.defaults, **self.config}.items() if type(v) is int}
+        try:
+            return tuple(
+                read_input(p, self.name, sizes)
+                for p in self._signature.parameters.values()
+                if p.kind is not inspect.Parameter.KEYWORD_ONLY
+            )
+        except FrontendError as error:
+            error.source = _definition(self.function)
+            raise
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The configuration's names and default values."""
+        found = self._signature.parameters.values()
+        return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def configure(self, /, *, inputs: Sequence[str] | None = None, **config: Any) -> Model[P, R]:
+        """The model with some configuration changed, or with those optional inputs present that `inputs` names.
+
+        `inputs` may name required ones too, which are always present. Raises FrontendError for an unknown name.
+        """
+        if isinstance(inputs, str):
+            raise FrontendError("inputs= is a list of names", received=repr(inputs), hint=f"inputs=[{inputs!r}]")
+        for kind, asked, known in (
+            ("option", config, [*self.defaults]),
+            ("input", inputs or (), [i.name for i in self.declared_inputs]),
+        ):
+            if unknown := [n for n in asked if n not in known]:
+                raise self._lacks(kind, unknown, known)
+        for name, value in config.items():
+            default = self.defaults[name]
+            if type(default) is int and type(value) is not int and not (value is None or callable(value)):
+                raise FrontendError(
+                    f"option {name} of model {self.name} must be an integer, as its default {default} is",
+                    received=repr(value),
+                    source=_definition(self.function),
+                )
+            if callable(default) and isinstance(value, str):
+                raise FrontendError(
+                    f"option {name} of model {self.name} is a function",
+                    received=repr(value),
+                    source=_definition(self.function),
+                    hint=Hint(f"{name}=t.{value}", f"--set {name}=t.{value}"),
+                )
+        optional = [i.name for i in self.declared_inputs if i.optional]
+        given = self.given if inputs is None else tuple(n for n in optional if n in inputs)
+        return Model(self.function, {**self.config, **config}, given)
+
+    def _lacks(self, kind: str, unknown: Sequence[str], known: Sequence[str]) -> FrontendError:
+        near = NearestNames(known).of(unknown[0], 1, 0.5)
+        one_of = "one of " + ", ".join(known) if known else f"it has no {kind}s"
+        return FrontendError(
+            f"model {self.name} has no {kind} {', '.join(unknown)}",
+            source=_definition(self.function),
+            hint=f"did you mean {near[0]}? {one_of}" if near else one_of,
+        )
+
+    def graph(self) -> Graph:
+        """Trace the declaration into a graph. Raises the error of the line at fault."""
+        with collection_paused():
+            return self._trace()
+
+    def _trace(self) -> Graph:
+        g = Graph(self.name)
+        tracing = Trace(g)
+        token = CURRENT.set(tracing)
+        try:
+            arguments = {
+                i.name: tracing.input(i.name, i.type) if not i.optional or i.name in self.given else None
+                for i in self.declared_inputs
+            }
+            function: Callable[..., Any] = self.function
+            tracing.outputs(**_name_outputs(self, function(**arguments, **self._configuration())))
+        except TreadleError as error:
+            error.source = error.source or self._line_of(error, tracing)
+            raise
+        except Exception as error:  # Python's own, from the model's code: a misspelt attribute, a wrong argument
+            raise FrontendError(
+                f"model {self.name} cannot be traced: {type(error).__name__}: {error}",
+                source=self._line_of(error, tracing),
+                hint=call_hint(error),
+            ) from error
+        finally:
+            CURRENT.reset(token)
+        outline_regions(g, tracing.regions)
+        return g
+
+    def _line_of(self, error: Exception, tracing: Trace) -> str:
+        return describe_source(raising_line(error), tracing.scope) or _definition(self.function)
+
+    def _configuration(self) -> dict[str, Any]:
+        values = {**self.defaults, **self.config}
+        missing = [n for n, v in values.items() if v is inspect.Parameter.empty]
+        if missing:
+            raise FrontendError(
+                f"model {self.name} needs a value for {', '.join(missing)}",
+                source=_definition(self.function),
+                hint=f"{self.name}.configure({missing[0]}=...)",
+            )
+        return values
+
+    def __call__(self, /, *inputs: P.args, **config: P.kwargs) -> R:
+        """Use the model inside another: its ops and parameters go under the current scope.
+
+        Inputs go by position or name. Optional ones may be left out at the end.
+        """
+        if CURRENT.get() is None:
+            raise FrontendError(
+                f"model {self.name} is declared, not compiled",
+                hint=f"treadle.compile({self.name}) gives something that runs",
+            )
+        names = {i.name: i.optional for i in self.declared_inputs}
+        options: dict[str, Any] = {name: value for name, value in config.items() if name not in names}
+        named = {name: value for name, value in config.items() if name in names}
+        if unknown := [name for name in options if name not in self.defaults]:
+            raise self._lacks("input or option", unknown, [*names, *self.defaults])
+        missing = [name for name in list(names)[len(inputs) :] if not names[name] and name not in named]
+        if missing or len(inputs) > len(names):
+            called = inspect.signature(self.function)
+            raise FrontendError(
+                f"model {self.name} is called {f'without {missing[0]}' if missing else 'with too many inputs'}",
+                received=f"{len(inputs)} inputs by position" + (f", and {', '.join(config)}" if config else ""),
+                source=describe_source(user_line(), trace().scope),
+                hint=spelled_call(self.name, called),
+            )
+        inner = self.configure(**options)
+        absent = {name: None for name in list(names)[len(inputs) :] if names[name] and name not in named}
+        function: Callable[..., R] = inner.function
+        return function(*inputs, **named, **absent, **inner._configuration())
+
+    # It is not changed once it is made. Pickle names it by its module, as it does a function.
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Raises FrontendError for a model that its module does not hold under its name."""
+        module, path = self.function.__module__, self.function.__qualname__
+        try:
+            declared = _declared(module, path)
+        except (KeyError, AttributeError):
+            declared = None
+        if not isinstance(declared, Model) or declared.function is not self.function:
+            raise FrontendError(
+                f"model {self.name} cannot be pickled: its module has no {path}",
+                received=repr(self),
+                source=_definition(self.function),
+                hint=f'declare it at the top of a file; or t.compile({self.name}).save("model.treadle") and '
+                't.load("model.treadle")',
+            )
+        return _pickled, (module, path, dict(self.config), self.given)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v.__name__ if inspect.isfunction(v) else repr(v)}" for k, v in self.config.items())
+        return f"<model {self.name}({shown})>"
+
+
+@overload
+def model(function: Callable[P, R]) -> Model[P, R]: ...
+@overload
+def model() -> Callable[[Callable[P, R]], Model[P, R]]: ...
+def model(function: Callable[..., Any] | None = None) -> Any:
+    """Declare a model: decorate a function whose positional arguments are typed inputs."""
+    return Model if function is None else Model(function)
+
+
+def _declared(module: str, path: str) -> Any:
+    """What a module holds under a dotted name. Raises KeyError or AttributeError."""
+    found: Any = sys.modules[module]
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _pickled(module: str, path: str, config: Mapping[str, Any], given: tuple[str, ...]) -> Model:
+    """The model that a pickle names."""
+    import_module(module)
+    return Model(_declared(module, path).function, config, given)
+
+
+def _definition(function: Callable[..., Any]) -> str:
+    code = function.__code__
+    return f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}, model {function.__name__}"
+
+
+def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
+    named: dict[str, Any]
+    if isinstance(returned, Expr):
+        node, hint = returned.value.node, returned.value.name
+        named = {"output" if node is None or hint in (node.op.name, "x") else hint: returned}  # x: an operator's
+    elif isinstance(returned, Mapping):
+        named = dict(returned)
+    elif isinstance(returned, tuple | list):
+        named = {f"output{i}": value for i, value in enumerate(returned)}
+    else:
+        named = {"output": returned}
+    if not named or not all(isinstance(name, str) for name in named):
+        raise FrontendError(
+            f"model {declared.name} returns {'outputs whose names are no text' if named else 'no outputs'}",
+            received=", ".join(map(repr, named)) or None,
+            source=_definition(declared.function),
+            hint='return a tensor, or a dict of them such as {"hidden": x}',
+        )
+    if returned is None:
+        raise FrontendError(
+            f"model {declared.name} returns nothing",
+            source=_definition(declared.function),
+            hint="is a `return` missing?",
+        )
+    for name, value in named.items():
+        if not isinstance(value, Expr):
+            which = "what model" if value is returned else f"output {name} of model"
+            raise FrontendError(
+                f"{which} {declared.name}{' returns' if value is returned else ''} is not a tensor of it",
+                received=type(value).__name__,
+                source=_definition(declared.function),
+                hint="return a tensor, a dict of them by name, or a tuple of them",
+            )
+    return named
