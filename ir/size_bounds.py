@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from treadle.ir.sizes import Atom
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +39,22 @@ def times(x: float, y: float) -> float:
     return 0 if x == 0 or y == 0 else x * y
 
 
-def over(x: float, y: float) -> float:
+def _over(x: float, y: float) -> float:
     """x // y, where y >= 1 and either may be infinite."""
     if abs(x) == INFINITY:
         return x
     if y == INFINITY:
         return -1 if x < 0 else 0
     return x // y
+
+
+def atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
+    """The least and the greatest value of a symbol or a quotient."""
+    if isinstance(atom, str):
+        b = symbols.get(atom, Bounds())
+        return b.lower, INFINITY if b.upper is None else b.upper
+    low, high = atom.numerator.interval(symbols)
+    small, large = atom.denominator.interval(symbols)
+    if small < 1:
+        return -INFINITY, INFINITY
+    return _over(low, small if low < 0 else large), _over(high, large if high < 0 else small)

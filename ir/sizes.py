@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias, overload
 
 from treadle.ir.errors import SizeError
-from treadle.ir.size_bounds import INFINITY, Bounds, over, times
+from treadle.ir.size_bounds import INFINITY, Bounds, atom_bounds, times
 from treadle.ir.size_numbers import SizeNumbers
 
 SizeLike: TypeAlias = "Size | int | str"
@@ -177,7 +177,7 @@ class Size(SizeNumbers):
             lo: float = coeff
             hi: float = coeff
             for atom in mono:
-                a_lo, a_hi = _atom_bounds(atom, symbols)
+                a_lo, a_hi = atom_bounds(atom, symbols)
                 corners = [times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
                 lo, hi = min(corners), max(corners)
             low, high = low + lo, high + hi
@@ -341,17 +341,6 @@ def _swapped(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 _OPERANDS: tuple[type[Any], ...] = (Size, int, str)
-
-
-def _atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
-    if isinstance(atom, str):
-        b = symbols.get(atom, Bounds())
-        return b.lower, INFINITY if b.upper is None else b.upper
-    low, high = atom.numerator.interval(symbols)
-    small, large = atom.denominator.interval(symbols)
-    if small < 1:
-        return -INFINITY, INFINITY
-    return over(low, small if low < 0 else large), over(high, large if high < 0 else small)
 
 
 def _without(mono: Monomial, part: Monomial) -> Monomial | None:
