@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-import treadle.frontends.dsl as dsl
+import treadle.frontends.declarations as declarations
 import treadle.frontends.language as t
 from treadle.ir.graph import Graph
 from treadle.ir.inline import inline_calls
@@ -20,7 +20,7 @@ from treadle.ir.verifier import verify
 
 def spelled_out(model: t.Model) -> Graph:
     """The model's graph as it is traced, before any region becomes a function."""
-    with patch.object(dsl, "outline_regions", lambda graph, regions: None):
+    with patch.object(declarations, "outline_regions", lambda graph, regions: None):
         graph = model.graph()
     assert list(graph.functions) == ["main"]
     return graph
