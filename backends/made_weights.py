@@ -23,10 +23,10 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import op_key
-from treadle.ir.inline import inline_function
 from treadle.ir.layouts import Layout
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.text.attributes import attribute_text
+from treadle.ir.transforms.inline import inline_function
 from treadle.ir.types import bf16
 
 Array = np.ndarray[Any, Any]

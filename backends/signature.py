@@ -13,8 +13,8 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import solve_sizes
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
 
 Array = np.ndarray[Any, Any]
 Convert = Callable[[Port, Any], Any]

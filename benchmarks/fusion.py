@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.hf_exports import EXAMPLE, Array, Case, answers, cases, draw, export, quiet
 from treadle.backends.registry import find_backend
-from treadle.frontends.onnx_import.elements import carried, restored
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.notes import Imported
+from treadle.frontends.onnx_import.rules.elements import carried, restored
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.ops.attention import Attention

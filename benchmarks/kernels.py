@@ -100,7 +100,7 @@ def main() -> int:
 
 
 def attention(causal: bool, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Callable[[], object]:
-    from treadle.ir.attention_terms import Causal
+    from treadle.ir.attention.attention_terms import Causal
 
     terms = (Causal(),) if causal else ()
 

@@ -8,11 +8,11 @@ import linecache
 import re
 from collections.abc import Iterable
 
-from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.errors import FrontendError
 from treadle.ir.op_registry import OPS
-from treadle.ir.other_spellings import OTHER_WORDS
 from treadle.ir.source_lines import user_line
+from treadle.ir.wording.call_spelling import nearest_option, spelled_call
+from treadle.ir.wording.other_spellings import OTHER_WORDS
 
 _CALL = re.compile(r"(?:\w+\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
 

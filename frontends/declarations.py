@@ -16,12 +16,12 @@ from treadle.frontends.call_errors import call_hint
 from treadle.frontends.dsl import CURRENT, Trace, trace
 from treadle.frontends.input_types import DeclaredInput, read_input
 from treadle.ir.builder import Expr, describe_source
-from treadle.ir.call_spelling import spelled_call
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
 from treadle.ir.graph import Graph
-from treadle.ir.outline import outline_regions
 from treadle.ir.source_lines import raising_line, user_line
+from treadle.ir.transforms.outline import outline_regions
+from treadle.ir.wording.call_spelling import spelled_call
 
 if TYPE_CHECKING:  # with defaults, so that `t.Model` may stand without parameters
     from typing_extensions import ParamSpec, TypeVar

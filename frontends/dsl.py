@@ -26,10 +26,10 @@ from treadle.ir.builder import Builder, Expr, ExprLike, describe_source
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
-from treadle.ir.outline import RepeatedRegion
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import Size, SizeLike
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import SourceLine, user_line
+from treadle.ir.transforms.outline import RepeatedRegion
 from treadle.ir.types import Dim, DType, Type, f32, parse_type
 
 Tensor = Expr

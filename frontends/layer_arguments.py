@@ -22,7 +22,7 @@ from treadle.frontends.call_errors import nearest_op
 from treadle.frontends.dsl import trace
 from treadle.ir.builder import Expr
 from treadle.ir.errors import FrontendError
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Dim, DType
 
 P = ParamSpec("P")

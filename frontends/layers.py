@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 
 from treadle.frontends.dsl import Tensor, parameter, shared_table, trace
 from treadle.frontends.layer_arguments import layer
+from treadle.ir.attention.masking import Biases, Masks, attend
+from treadle.ir.attention.masking import causal as causal_mask
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Value
-from treadle.ir.masking import Biases, Masks, attend
-from treadle.ir.masking import causal as causal_mask
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import Size, SizeLike
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import Dim, DType, f32, f64
 

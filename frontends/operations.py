@@ -13,8 +13,8 @@ from typing import Any
 from treadle.frontends.call_errors import unknown_word
 from treadle.frontends.dsl import trace
 from treadle.ir.op_registry import OPS
-from treadle.ir.op_signatures import op_signature
 from treadle.ir.operation import Op
+from treadle.ir.wording.op_signatures import op_signature
 
 
 @cache

@@ -6,8 +6,8 @@
 from collections.abc import Sequence
 
 from treadle.frontends.dsl import Tensor, TensorLike
-from treadle.ir.attention_terms import Term
-from treadle.ir.sizes import SizeLike
+from treadle.ir.attention.attention_terms import Term
+from treadle.ir.sizing.sizes import SizeLike
 from treadle.ir.types import DType, i64
 
 __all__ = [
@@ -298,7 +298,7 @@ def equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor
     """z = (x = y); a NaN equals nothing"""
 
 def erf(x: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """y = 2/sqrt(pi) * integral from 0 to x of e^(-t^2) dt        (see treadle.ir.error_function)"""
+    """y = 2/sqrt(pi) * integral from 0 to x of e^(-t^2) dt        (see treadle.ir.ops.error_function)"""
 
 def exp(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = e^x"""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from treadle.frontends.dsl import Tensor, trace
 from treadle.ir.errors import FrontendError
-from treadle.ir.sizes import SizeLike
+from treadle.ir.sizing.sizes import SizeLike
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import f32
 

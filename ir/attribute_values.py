@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from treadle.ir.errors import GraphError
-from treadle.ir.sizes import Size, SizeLike
+from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.types import DTYPES, DType
 
 _CODECS: dict[str, Callable[[Any], Any]] = {}

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from treadle.ir.errors import RuleError
-from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.ir.types import Dim, Factor, Type
 
 

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 from treadle.ir.axes import MONOIDS, AxisDim, AxisFactor, DimPattern, LeadingDims, Role, Rule
 from treadle.ir.errors import RuleError, SizeError
-from treadle.ir.marked_text import marked
-from treadle.ir.size_text import parse_size
-from treadle.ir.sizes import Size, sum_of_symbols
+from treadle.ir.sizing.size_text import parse_size
+from treadle.ir.sizing.sizes import Size, sum_of_symbols
+from treadle.ir.wording.marked_text import marked
 
 # -- parsing ---------------------------------------------------------------------------------------------------
 

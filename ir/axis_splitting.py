@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treadle.ir.errors import SizeError
-from treadle.ir.sizes import ONE, Size
+from treadle.ir.sizing.sizes import ONE, Size
 
 Run = tuple[tuple[int, ...], tuple[int, ...]]
 """Axes of either shape that make each other: neighbours, but for axes of size 1, with one product."""

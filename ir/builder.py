@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from treadle.ir.call_spelling import nearest_option, spelled_call
 from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -27,13 +26,14 @@ from treadle.ir.initial_values import Init
 from treadle.ir.literals import Literal
 from treadle.ir.op_methods import OpMethods
 from treadle.ir.op_registry import find_op
-from treadle.ir.op_signatures import op_signature
 from treadle.ir.operation import Op
-from treadle.ir.python_protocols import PythonProtocols
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.source_lines import SourceLine, user_line
 from treadle.ir.types import DType, Type, i64, parse_type
+from treadle.ir.wording.call_spelling import nearest_option, spelled_call
+from treadle.ir.wording.op_signatures import op_signature
+from treadle.ir.wording.python_protocols import PythonProtocols
 
 
 class Builder(OpMethods):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from treadle.ir.errors import GraphError
 from treadle.ir.initial_values import Init as Init
 from treadle.ir.literals import Literal as Literal
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type
 
@@ -294,8 +294,8 @@ class Graph:
 
     def _repr_html_(self) -> str:
         """For notebooks: the graph as text."""
-        from treadle.ir.notebook_html import html_code
         from treadle.ir.text.printer import print_graph
+        from treadle.ir.wording.notebook_html import html_code
 
         return html_code(repr(self)[1:-1], print_graph(self), open=True)
 
@@ -306,6 +306,6 @@ class Graph:
         `value` (its type as text), `result` and `operand` positions. For dominators, cuts, intervals and layouts.
         Raises GraphError for an unknown function.
         """
-        from treadle.ir.networkx_vertices import networkx_graph
+        from treadle.ir.analysis.networkx_vertices import networkx_graph
 
         return networkx_graph(self, function)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.errors import GraphError
-from treadle.ir.sizes import Size, product
+from treadle.ir.sizing.sizes import Size, product
 
 _TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
 _MOST_WIDE = 1 << 16

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import GraphError
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 
 

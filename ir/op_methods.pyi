@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from treadle.ir.attention_terms import Term
+from treadle.ir.attention.attention_terms import Term
 from treadle.ir.builder import Expr, ExprLike
-from treadle.ir.sizes import SizeLike
+from treadle.ir.sizing.sizes import SizeLike
 from treadle.ir.types import DType, i64
 
 class OpMethods:

@@ -32,7 +32,7 @@ from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.dtype_rules import infer_dtypes
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.samples import Sample
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, f64
 
 if TYPE_CHECKING:
@@ -364,7 +364,7 @@ class Composite(Op):
         return interpret_body(self, operands)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        from treadle.ir.differentiate import body_gradient
+        from treadle.ir.transforms.differentiate import body_gradient
 
         return body_gradient(self, b, grads, inputs)
 

@@ -5,7 +5,8 @@
     f32[B, S, (heads=12 64)]            one dimension of 768 that remembers its two factors
 
 Sizes, identities and labels are three things. Two types are equal when dtypes and sizes are; factors and labels are
-notes that travel along. Which axes are *the same* is never read off a type: `treadle.ir.following` finds that out.
+notes that travel along. Which axes are *the same* is never read off a type: `treadle.ir.analysis.following` finds that
+out.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from treadle.ir.errors import ParseError, SizeError
-from treadle.ir.size_text import parse_size
-from treadle.ir.sizes import Size, SizeLike, product
+from treadle.ir.sizing.size_text import parse_size
+from treadle.ir.sizing.sizes import Size, SizeLike, product
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.layers import Activation
+from treadle.ir.attention.masking import Masks
 from treadle.ir.errors import FrontendError
-from treadle.ir.masking import Masks
 from treadle.models.family import (
     Config,
     Family,

@@ -9,8 +9,8 @@ from typing import Annotated
 import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.layers import Activation
+from treadle.ir.attention.masking import Masks
 from treadle.ir.errors import CheckpointError, FrontendError
-from treadle.ir.masking import Masks
 from treadle.models.bert import pool
 from treadle.models.family import (
     Config,

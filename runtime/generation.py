@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from treadle.ir.analysis.following import follow
 from treadle.ir.errors import UsageError
-from treadle.ir.following import follow
 from treadle.ir.graph import Graph, Value
 from treadle.runtime.sampling import Sampling
 

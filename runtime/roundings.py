@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.analysis.tolerances import spacing_of
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import interpret
-from treadle.ir.tolerances import spacing_of
 from treadle.ir.types import DType
 
 Array = np.ndarray[Any, Any]

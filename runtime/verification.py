@@ -11,10 +11,11 @@ Three comparisons, each with a tolerance that follows from the dtypes and from t
 
 Since an op alone is given right operands, its error is its own: what an earlier op did wrong does not count again.
 
-**Tolerances** are those of `treadle.ir.tolerances`. For one op alone its reference is evaluated once more with every
-operand changed by a spacing, its sign drawn. In a model every op rounds, and what comes after may make much of it: so
-the whole graph is evaluated with operands and results of every op changed (`treadle.runtime.roundings`). Integers and
-truth values must be equal, except where the changed operands give another one: there the reference itself is undecided.
+**Tolerances** are those of `treadle.ir.analysis.tolerances`. For one op alone its reference is evaluated once more with
+every operand changed by a spacing, its sign drawn. In a model every op rounds, and what comes after may make much of
+it: so the whole graph is evaluated with operands and results of every op changed (`treadle.runtime.roundings`).
+Integers and truth values must be equal, except where the changed operands give another one: there the reference itself
+is undecided.
 
 **What shows nothing.** A model that makes half of its result, or more, of a change of last bits cannot be told right
 from wrong as a whole: the report says so. A result that is NaN by the model's own meaning is no agreement: the report
@@ -32,14 +33,14 @@ import numpy as np
 
 from treadle.backends.protocol import Backend, Executable
 from treadle.backends.registry import backend_names, find_backend
-from treadle.ir.drawn_inputs import draw_inputs, held, small_sizes
+from treadle.ir.analysis.drawn_inputs import draw_inputs, held, small_sizes
+from treadle.ir.analysis.tolerances import Distance, coarsest_spacing, room
 from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.hashing import canonical_form
-from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
-from treadle.ir.tolerances import Distance, coarsest_spacing, room
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type
 from treadle.passes.framework.manager import Optimized
 from treadle.runtime.not_finite import FiniteWatch

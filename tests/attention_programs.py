@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.attention.distance_buckets import t5_buckets
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.distance_buckets import t5_buckets
 from treadle.ir.graph import Graph
 
 Array = np.ndarray[Any, Any]

@@ -12,7 +12,7 @@ import pytest
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.backends.protocol import Executable
 from treadle.backends.registry import find_backend
-from treadle.ir.attention_terms import Causal
+from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.registry import find_backend
-from treadle.frontends.onnx_import.elements import carried, restored
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.notes import Imported
+from treadle.frontends.onnx_import.rules.elements import carried, restored
 from treadle.ir.target import Target
 
 Array = np.ndarray[Any, Any]

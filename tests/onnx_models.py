@@ -11,9 +11,9 @@ import onnxruntime
 from onnx import parser
 
 from treadle.backends.registry import find_backend
-from treadle.frontends.onnx_import.elements import carried, restored
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.notes import Imported
+from treadle.frontends.onnx_import.rules.elements import carried, restored
 from treadle.ir.target import Target
 
 Array = np.ndarray[Any, Any]

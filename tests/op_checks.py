@@ -16,7 +16,6 @@ import pytest
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder
-from treadle.ir.differentiate import backward
 from treadle.ir.errors import RuleError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.interpreter import interpret
@@ -24,6 +23,7 @@ from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Op
 from treadle.ir.samples import Sample
 from treadle.ir.target import Target
+from treadle.ir.transforms.differentiate import backward
 from treadle.ir.types import DTYPES, DType, Type, bf16, f64
 
 Array = np.ndarray[Any, Any]

@@ -10,8 +10,8 @@ import treadle.frontends.layers as layers
 import treadle.ir.ops  # noqa: F401  (registers every op)
 from treadle.ir.builder import Builder
 from treadle.ir.op_registry import OPS
-from treadle.ir.op_signatures import BUILDER, LANGUAGE, PATTERN, Spelling, op_signature
 from treadle.ir.operation import Op
+from treadle.ir.wording.op_signatures import BUILDER, LANGUAGE, PATTERN, Spelling, op_signature
 
 WIDTH = 120
 
@@ -20,9 +20,9 @@ METHODS = '''\
 
 from collections.abc import Sequence
 
-from treadle.ir.attention_terms import Term
+from treadle.ir.attention.attention_terms import Term
 from treadle.ir.builder import Expr, ExprLike
-from treadle.ir.sizes import SizeLike
+from treadle.ir.sizing.sizes import SizeLike
 from treadle.ir.types import DType, i64
 
 class OpMethods:
@@ -37,8 +37,8 @@ FUNCTIONS = '''\
 from collections.abc import Sequence
 
 from treadle.frontends.dsl import Tensor, TensorLike
-from treadle.ir.attention_terms import Term
-from treadle.ir.sizes import SizeLike
+from treadle.ir.attention.attention_terms import Term
+from treadle.ir.sizing.sizes import SizeLike
 from treadle.ir.types import DType, i64
 
 '''

@@ -20,7 +20,7 @@ from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.literals import Literal
 from treadle.ir.op_registry import OPS
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import DTYPES, Type, boolean, f32, i64, parse_type
 

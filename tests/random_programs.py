@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from random import Random
 
-from treadle.ir.attention_terms import BooleanMask
+from treadle.ir.attention.attention_terms import BooleanMask
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.types import DType, f64

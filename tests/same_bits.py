@@ -31,7 +31,7 @@ def digests() -> dict[str, str]:
     import treadle
     from tests.test_models import ZOO
     from treadle.backends.registry import find_backend
-    from treadle.ir.drawn_inputs import draw_inputs, small_sizes
+    from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 
     found = {}
     for backend in BACKENDS:

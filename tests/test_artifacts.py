@@ -21,8 +21,8 @@ from tests.test_models import ZOO
 from treadle.artifacts import ArtifactLimits, load, open_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli import app
+from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.builder import Builder
-from treadle.ir.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.errors import BackendError, CheckpointError, ParseError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
-from treadle.ir.attention_terms import (
+from treadle.ir.attention.attention_terms import (
     Alibi,
     BooleanMask,
     Causal,
@@ -28,13 +28,8 @@ from treadle.ir.attention_terms import (
     live_pairs,
     parse_term,
 )
-from treadle.ir.builder import Builder, Expr
-from treadle.ir.composites import body_of
-from treadle.ir.distance_buckets import t5_buckets
-from treadle.ir.errors import GraphError, ParseError
-from treadle.ir.graph import Graph
-from treadle.ir.interpreter import interpret, interpret_body
-from treadle.ir.masking import (
+from treadle.ir.attention.distance_buckets import t5_buckets
+from treadle.ir.attention.masking import (
     Biases,
     Masks,
     alibi,
@@ -47,6 +42,11 @@ from treadle.ir.masking import (
     tensor_bias,
     window,
 )
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.composites import body_of
+from treadle.ir.errors import GraphError, ParseError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret, interpret_body
 from treadle.ir.ops.attention import Attention
 from treadle.ir.samples import Sample
 from treadle.ir.types import Type, f64, parse_type

@@ -20,12 +20,12 @@ import treadle
 from tests.pass_programs import assert_same_numbers, optimize, program
 from treadle.backends.registry import find_backend
 from treadle.explaining import explain_fusion
-from treadle.ir.attention_terms import BooleanMask, TensorBias
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.analysis.encounters import Paired
+from treadle.ir.analysis.following import follow
+from treadle.ir.attention.attention_terms import BooleanMask, TensorBias
 from treadle.ir.builder import Builder
 from treadle.ir.composites import body_of
-from treadle.ir.cost import node_cost
-from treadle.ir.encounters import Paired
-from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.ops.attention import AttentionWithProbabilities

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.ir.axis_splitting import Pieces, common_pieces, common_runs
-from treadle.ir.size_text import parse_size
-from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.sizing.size_text import parse_size
+from treadle.ir.sizing.sizes import ONE, Size, product
 
 Shape = list[int]
 

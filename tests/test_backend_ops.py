@@ -17,15 +17,15 @@ from treadle.backends.numpy import kernels as numpy_kernels
 from treadle.backends.python.axis_spelling import einsum_letters
 from treadle.backends.registry import find_backend
 from treadle.compiling import compile
-from treadle.ir.attention_terms import BooleanMask, Causal, MaskTerm, Padding, TensorBias, Term, Window
+from treadle.ir.attention.attention_terms import BooleanMask, Causal, MaskTerm, Padding, TensorBias, Term, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import body_of
-from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import OPS, op
 from treadle.ir.operation import Composite, Operand, Primitive
 from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.error_function import erf
 from treadle.ir.types import DTYPES
 
 # -- meanings that libraries leave open ------------------------------------------------------------------------------

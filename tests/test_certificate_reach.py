@@ -11,7 +11,7 @@ from tests.pass_programs import program
 from tests.test_certificates import Planted, certificates, certified, rolled_back
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify

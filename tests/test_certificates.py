@@ -18,7 +18,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.literals import Literal
 from treadle.ir.ops.elementwise import Neg
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.verifier import verify
@@ -280,7 +280,7 @@ class BlindlyCausal(Rewrite):
         return p.softmax(p.where(mask, q @ p.rearrange(k, pattern=t) * 0.5, -math.inf)) @ v
 
     def rewrite(self, b: Builder, m: Match) -> Any:
-        from treadle.ir.attention_terms import Causal
+        from treadle.ir.attention.attention_terms import Causal
 
         return b.attention(m.q, m.k, m.v, terms=(Causal(),), scale=0.5)
 

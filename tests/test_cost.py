@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import treadle.frontends.language as t
-from treadle.ir.attention_terms import Causal, Padding, Term, Window
+from treadle.ir.analysis.cost import Cost, graph_cost, parameter_bytes, parameter_count
+from treadle.ir.attention.attention_terms import Causal, Padding, Term, Window
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.cost import Cost, graph_cost, parameter_bytes, parameter_count
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Graph
-from treadle.ir.inline import inline_calls
+from treadle.ir.transforms.inline import inline_calls
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
 

@@ -11,7 +11,7 @@ import treadle.frontends.language as t
 from treadle.compiling import compile
 from treadle.ir.errors import FrontendError, GraphError
 from treadle.ir.interpreter import interpret
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
 

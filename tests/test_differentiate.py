@@ -11,13 +11,13 @@ import pytest
 import treadle.frontends.language as t
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import body_of
-from treadle.ir.differentiate import backward, body_gradient
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Graph, Value
-from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Operand
+from treadle.ir.transforms.differentiate import backward, body_gradient
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import boolean
 from treadle.ir.verifier import verify
 from treadle.models.bert import bert

@@ -15,7 +15,7 @@ import treadle.frontends.layers as layers
 from treadle.compiling import initial_weights
 from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
 from treadle.ir.initial_values import Init
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.verifier import verify
 
 FILE = Path(__file__).name

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
+from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError, FrontendError
-from treadle.ir.following import follow
 from treadle.ir.interpreter import interpret
 from treadle.models.clip import clip_text
 from treadle.models.distilbert import distilbert

@@ -12,16 +12,16 @@ import pytest
 from tests.random_graphs import random_graph
 from tests.random_programs import random_program
 from treadle.ir.builder import Builder
-from treadle.ir.clone import clone_graph
 from treadle.ir.errors import GraphError, ParseError, TreadleError, VerifyError
 from treadle.ir.graph import Function, Graph, Init, Node, Value
 from treadle.ir.hashing import canonical_form, structural_hash
-from treadle.ir.inline import inline_calls, inline_function
 from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import Layout, panels
 from treadle.ir.ops.call import Call
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
+from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.transforms.inline import inline_calls, inline_function
 from treadle.ir.types import Type, f32
 from treadle.ir.verifier import verify
 from treadle.passes.framework.manager import PassManager

@@ -19,8 +19,8 @@ import treadle.frontends.language as t
 from treadle.compiling import compile
 from treadle.ir.errors import FrontendError, SizeError, TreadleError
 from treadle.ir.graph import Graph
-from treadle.ir.other_spellings import OTHER_METHODS, OTHER_OPTIONS, OTHER_WORDS
 from treadle.ir.source_lines import raising_line
+from treadle.ir.wording.other_spellings import OTHER_METHODS, OTHER_OPTIONS, OTHER_WORDS
 
 Body = Callable[..., Any]
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import treadle as t
-from treadle.ir.builder import Builder
-from treadle.ir.encounters import (
+from treadle.ir.analysis.encounters import (
     Generated,
     Indexed,
     Kind,
@@ -22,8 +21,9 @@ from treadle.ir.encounters import (
     Verdict,
     Whole,
 )
+from treadle.ir.analysis.following import follow
+from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError
-from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2

@@ -13,8 +13,8 @@ import treadle.frontends.language as t
 from tests.pass_programs import GELU, assert_same_numbers, optimize, program
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.explaining import explain_fusion
-from treadle.ir.cost import node_cost
-from treadle.ir.following import follow
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.analysis.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.ir.text.parser import parse_graph

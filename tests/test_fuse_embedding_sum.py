@@ -8,8 +8,8 @@ import pytest
 import treadle as t
 from tests.pass_programs import assert_same_numbers, numbers, optimize, program
 from treadle.explaining import explain_fusion
-from treadle.ir.cost import node_cost
-from treadle.ir.following import follow
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.analysis.following import follow
 from treadle.ir.ops.embedding_sums import EmbeddingSum
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.cleanup.decompose import Decompose

@@ -9,10 +9,10 @@ import treadle.frontends.language as t
 from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph
-from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
+from treadle.ir.transforms.inline import inline_calls
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
 

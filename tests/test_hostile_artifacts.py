@@ -14,14 +14,14 @@ from tests.fuzz.artifacts import hostile_file
 from tests.fuzz.hostile_artifacts import SHAPES
 from treadle.artifacts import GRAPH_LIMITS, ArtifactLimits, load, open_artifact
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
+from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.builder import Builder
-from treadle.ir.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.errors import CheckpointError, ParseError, TreadleError
 from treadle.ir.graph import Graph
-from treadle.ir.inline import inline_calls
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
 from treadle.ir.text.scanner import TextLimits
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.verifier import verify
 from treadle.models.gpt2 import gpt2
 from treadle.models.registry import family_names, find_family

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.differentiate import backward
 from treadle.ir.errors import GraphError, PassError, RuleError
 from treadle.ir.graph import Function, Graph, Literal, Node, Value
-from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import Layout, panels, parse_layout
 from treadle.ir.operation import OPS
 from treadle.ir.ops.layout import Relayout
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph
+from treadle.ir.transforms.differentiate import backward
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import f32, i64
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
 from treadle.passes.framework.manager import PassManager

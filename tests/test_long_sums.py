@@ -24,7 +24,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Composite, Op
 from treadle.ir.samples import SampleOperand
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, Type
 
 LONG = 4099  # a prime: no vector, block or panel divides it

@@ -13,7 +13,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.sizes import Size, sum_of_symbols
+from treadle.ir.sizing.sizes import Size, sum_of_symbols
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
 from treadle.resolving import resolve

@@ -7,8 +7,8 @@ import pytest
 
 from treadle.backends.registry import find_backend
 from treadle.compiling import initial_weights
+from treadle.ir.analysis.following import follow
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target

@@ -8,8 +8,8 @@ import pytest
 
 import treadle.frontends.language as t
 from treadle.frontends.rotary import Dynamic
+from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
-from treadle.ir.following import follow
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
 from treadle.models.albert import albert

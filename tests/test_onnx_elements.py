@@ -12,12 +12,12 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from onnx import TensorProto, helper, numpy_helper
 
-from treadle.frontends.onnx_import.elements import carried, element, named, restored
 from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits
+from treadle.frontends.onnx_import.rules.elements import carried, element, named, restored
 from treadle.frontends.onnx_import.values import as_sizes, tidied
 from treadle.ir.errors import FrontendError
 from treadle.ir.ops.rounding import FORMATS, RoundTo
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES
 
 TYPES = [

@@ -22,9 +22,9 @@ from treadle.backends.onnx.exporter import (
     Exported,
     export_onnx,
 )
-from treadle.ir.attention_terms import Alibi, BooleanMask, Causal, Padding, TensorBias, Window
+from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.attention.attention_terms import Alibi, BooleanMask, Causal, Padding, TensorBias, Window
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.drawn_inputs import draw_inputs
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
@@ -175,7 +175,7 @@ def test_every_model(name: str, opset: int, tmp_path: Path) -> None:
 
 
 def unfolded(graph: Graph) -> Iterator[tuple[Any, Any]]:
-    from treadle.ir.inline import inline_calls
+    from treadle.ir.transforms.inline import inline_calls
 
     return inline_calls(graph).walk()
 

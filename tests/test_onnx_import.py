@@ -23,7 +23,7 @@ from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, Unsupport
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.operators import OPERATORS
 from treadle.ir.errors import FrontendError
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph
 
 RNG = np.random.default_rng(0)

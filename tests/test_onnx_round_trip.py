@@ -16,7 +16,7 @@ from tests.test_models import ZOO
 from tests.test_onnx_export import two_sizes
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.ir.drawn_inputs import draw_inputs
+from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.passes.framework.manager import PassManager

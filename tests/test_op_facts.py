@@ -249,7 +249,7 @@ SPELLERS = (
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "indexing", "normalization", "product")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("reduction", "shape")),
     *("ir/builder.py", "passes/framework/pattern.py"),
-    *("ir/other_spellings.py", "ir/python_protocols.py", "ir/size_numbers.py"),
+    *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
 )
 """What says how ops are spelled elsewhere: tables of backends, Python's operators, words of other libraries."""
 

@@ -11,13 +11,13 @@ import pytest
 
 from tests.op_checks import RUNNERS, runner
 from treadle.ir.builder import Builder
-from treadle.ir.differentiate import backward
-from treadle.ir.error_function import erf
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, interpret_body
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Composite
+from treadle.ir.ops.error_function import erf
 from treadle.ir.ops.pooling import padding_for_ceil
+from treadle.ir.transforms.differentiate import backward
 from treadle.ir.types import DTYPES
 
 Array = np.ndarray[Any, Any]

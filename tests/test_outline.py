@@ -12,9 +12,9 @@ import pytest
 import treadle.frontends.declarations as declarations
 import treadle.frontends.language as t
 from treadle.ir.graph import Graph
-from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.verifier import verify
 
 

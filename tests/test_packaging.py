@@ -325,7 +325,7 @@ def test_no_module_shares_a_name_with_what_it_exports() -> None:
 
 
 CHANGING = {
-    "ir/outline.py": {"RepeatedRegion", "_Repetition"},
+    "ir/transforms/outline.py": {"RepeatedRegion", "_Repetition"},
     "frontends/onnx_import/scopes.py": {"Scope"},
     "passes/certificates/regions.py": {"Recorded"},
     "passes/cleanup/position_slices.py": {"_Cut"},

@@ -13,7 +13,16 @@ from tests.attention_numbers import assert_equal_everywhere, draw
 from tests.attention_programs import HEADS, LOW, SIZE, Build, bias, graph_of, places, q_k_v, triangle
 from tests.backend_checks import assert_near, compiled, each_backend
 from tests.pass_programs import optimize, program
-from treadle.ir.attention_terms import Alibi, BooleanMask, Causal, Padding, T5Relative, TensorBias, Term, Window
+from treadle.ir.attention.attention_terms import (
+    Alibi,
+    BooleanMask,
+    Causal,
+    Padding,
+    T5Relative,
+    TensorBias,
+    Term,
+    Window,
+)
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph, Node
 from treadle.ir.text.parser import parse_graph

@@ -11,9 +11,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from treadle.ir.errors import SizeError
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.size_text import MOST_TOKENS, parse_size
-from treadle.ir.sizes import Size, product
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.size_text import MOST_TOKENS, parse_size
+from treadle.ir.sizing.sizes import Size, product
 
 SYMBOLS = ("B", "S", "n_1")
 S, T = Size.symbol("S"), Size.symbol("T")

@@ -17,7 +17,7 @@ from treadle.backends import registry
 from treadle.backends.protocol import Executable, Outputs, ports
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
-from treadle.ir.drawn_inputs import draw_inputs, small_sizes
+from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target

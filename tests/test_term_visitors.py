@@ -11,7 +11,7 @@ import pytest
 
 from treadle.backends.registry import find_backend
 from treadle.backends.torch.term_spelling import spelled_term
-from treadle.ir.attention_terms import (
+from treadle.ir.attention.attention_terms import (
     BooleanMask,
     Causal,
     MaskTerm,
@@ -22,13 +22,13 @@ from treadle.ir.attention_terms import (
     Window,
     parse_term,
 )
+from treadle.ir.attention.term_visitor import TermVisitor
 from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.ops.attention import Attention
 from treadle.ir.target import Target
-from treadle.ir.term_visitor import TermVisitor
 
 KINDS = ["causal", "window(3)", "padding", "segments", "mask(b t)", "bias(h s t)", "t5_relative(8, 5)", "alibi"]
 

@@ -16,22 +16,22 @@ from hypothesis import given, settings
 
 from tests.golden import Golden
 from tests.random_graphs import RECIPES, random_graph, random_graphs
-from treadle.ir.attention_terms import Causal, Padding, Window
+from treadle.ir.attention.attention_terms import Causal, Padding, Window
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.clone import clone_graph
 from treadle.ir.errors import GraphError, ParseError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import canonical_form, function_key, structural_hash
 from treadle.ir.initial_values import Init
-from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.literals import Literal
 from treadle.ir.op_registry import OPS
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_function, print_graph
 from treadle.ir.text.scanner import TextLimits
+from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import bf16, boolean, f16, f32, f64, i32, parse_type
 from treadle.ir.verifier import verify
 

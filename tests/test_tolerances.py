@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from treadle.ir.analysis.tolerances import ROUNDINGS, Distance, coarsest_spacing, room, spacing_of
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
-from treadle.ir.tolerances import ROUNDINGS, Distance, coarsest_spacing, room, spacing_of
 from treadle.ir.types import DTYPES
 
 

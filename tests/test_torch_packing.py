@@ -14,8 +14,8 @@ from treadle.backends.registry import find_backend
 from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
-from treadle.ir.inline import inline_calls
 from treadle.ir.target import Target
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import DType, bf16, f16, f32, f64
 
 torch = pytest.importorskip("torch")

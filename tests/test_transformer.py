@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 import treadle.frontends.language as t
 from treadle.backends.registry import backend_names
+from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError
-from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.models.bart import bart

@@ -22,7 +22,7 @@ from treadle.backends.tvm.kernels.attention_masks import RelativeBias
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.lowering.routine_writer import steps_of
 from treadle.backends.tvm.lowering.rules import keeps
-from treadle.ir.attention_terms import (
+from treadle.ir.attention.attention_terms import (
     Alibi,
     BooleanMask,
     Causal,

@@ -17,7 +17,7 @@ from treadle.ir.types import f32
 
 pytest.importorskip("tvm")
 
-from treadle.backends.tvm.kernels.vector_math import POINTWISE
+from treadle.backends.tvm.kernels.arithmetic.vector_math import POINTWISE
 
 LESSER = [n for n in ("x86-64-v3", "x86-64-v2") if runs_here(ISAS[n]) and host_isa().name != n]
 

@@ -18,16 +18,16 @@ import pytest
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.arithmetic.exponentials import LEAST_NORMAL, exp_nonpositive
+from treadle.backends.tvm.kernels.arithmetic.vector_math import POINTWISE
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.calling import bind
-from treadle.backends.tvm.kernels.exponentials import LEAST_NORMAL, exp_nonpositive
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.pointwise import BLOCK, Chain, Instruction, Pointwise
-from treadle.backends.tvm.kernels.vector_math import POINTWISE
-from treadle.ir.error_function import erf
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import OPS
+from treadle.ir.ops.error_function import erf
 from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.types import DTYPES, Type, bf16, f32
 

@@ -20,7 +20,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.target import Target
 from treadle.ir.types import Type, f32, i64
 

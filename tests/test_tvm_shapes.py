@@ -21,7 +21,7 @@ from treadle.backends.tvm.lowering.shape_rules import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.sizes import Size, product
+from treadle.ir.sizing.sizes import Size, product
 from treadle.ir.target import Target
 from treadle.ir.types import DTYPES, f32
 

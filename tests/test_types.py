@@ -13,7 +13,7 @@ from tests.test_sizes import sizes
 from treadle.ir.errors import GraphError, ParseError, SizeError, TreadleError
 from treadle.ir.initial_values import Init
 from treadle.ir.literals import Literal
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import (
     DTYPES,
     Dim,

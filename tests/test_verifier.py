@@ -14,7 +14,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.literals import Literal
 from treadle.ir.ops.call import Call
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import boolean, f32, parse_type

@@ -18,8 +18,8 @@ from tests.test_models import ZOO
 from treadle.backends.numpy import spelling as numpy_spelling
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.cli import app
+from treadle.ir.analysis.drawn_inputs import Range, draw_inputs, index_ranges, small_sizes
 from treadle.ir.builder import Builder
-from treadle.ir.drawn_inputs import Range, draw_inputs, index_ranges, small_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.types import boolean, f32, i64

@@ -112,7 +112,7 @@ def test_a_misfit_is_named(tmp_path: Path) -> None:
 
 
 def _size(n: int) -> Any:
-    from treadle.ir.sizes import Size
+    from treadle.ir.sizing.sizes import Size
 
     return Size.of(n)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from treadle.backends.registry import backend_names
+from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError
-from treadle.ir.following import follow
 from treadle.models.whisper import whisper
 from treadle.resolving import resolve
 

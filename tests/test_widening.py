@@ -15,9 +15,9 @@ from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.literals import Literal
+from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DTYPES
 from treadle.ir.verifier import verify
-from treadle.ir.widening import narrow_dtypes, widen_graph
 
 
 def narrow_model(dtype: str) -> Graph:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from treadle.compiling import compile as compile
     from treadle.fetch import fetch_model as fetch_model
     from treadle.frontends.torch_export.importer import from_torch as from_torch
-    from treadle.ir.following import follow as follow
+    from treadle.ir.analysis.following import follow as follow
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
     from treadle.specializing import Specializing as Specializing
@@ -58,7 +58,7 @@ _LAZY = {
     "Target": "treadle.ir.target",
     "compile": "treadle.compiling",
     "fetch_model": "treadle.fetch",
-    "follow": "treadle.ir.following",
+    "follow": "treadle.ir.analysis.following",
     "from_torch": "treadle.frontends.torch_export.importer",
     "load": "treadle.artifacts",
     "save": "treadle.artifacts",

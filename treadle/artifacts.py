@@ -37,9 +37,9 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.scanner import TextLimits
+from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
-from treadle.ir.widening import narrow_dtypes, widen_graph
 from treadle.models.registry import family_names
 from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.framework.manager import Optimized

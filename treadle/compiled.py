@@ -15,9 +15,9 @@ from treadle.files.shown_names import printable
 from treadle.held_weights import HeldWeights
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
+from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
 

@@ -59,7 +59,7 @@ def compile(
     inputs   optional inputs of the declaration to include, such as ("lengths",)
     seed     an integer, 0 or more
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
-    widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights among them (`treadle.ir.widening`)
+    widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights too
     limits   what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
     config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 

@@ -21,8 +21,8 @@ from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import fetch_model, fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.frontends.declarations import Model
+from treadle.ir.analysis.following import follow
 from treadle.ir.errors import TreadleError
-from treadle.ir.following import follow
 from treadle.ir.graph import Graph
 from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert

@@ -21,7 +21,7 @@ from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
-from treadle.ir.sizes import product
+from treadle.ir.sizing.sizes import product
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT

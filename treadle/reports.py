@@ -20,10 +20,10 @@ from rich.text import Text
 from treadle.backends.protocol import Port
 from treadle.backends.registry import find_backend
 from treadle.compiled import Compiled
-from treadle.ir.cost import graph_cost, parameter_bytes, parameter_count
-from treadle.ir.encounters import Encounter, Verdict
+from treadle.ir.analysis.cost import graph_cost, parameter_bytes, parameter_count
+from treadle.ir.analysis.encounters import Encounter, Verdict
+from treadle.ir.analysis.following import Following
 from treadle.ir.errors import TreadleError
-from treadle.ir.following import Following
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.pass_log import PassLog

@@ -35,8 +35,8 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import FrontendError, Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
+from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
-from treadle.ir.widening import narrow_dtypes, widen_graph
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
 from treadle.pinned_models import PINNED
 
@@ -123,7 +123,7 @@ def resolve(
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include
-    widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.widening`)
+    widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`)
     limits   what a file may ask for before it is refused: {"tensors": 1_000_000}
     config   configuration that overrides the declaration's or the checkpoint's
 

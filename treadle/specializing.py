@@ -33,8 +33,8 @@ from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.ir.errors import BackendError, TreadleError, UsageError
 from treadle.ir.interpreter import solve_sizes
-from treadle.ir.notebook_html import html_code, html_table, html_title
 from treadle.ir.target import Target
+from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
 from treadle.resolving import OpenedOnnx, Resolved

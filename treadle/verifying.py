@@ -14,7 +14,7 @@ import numpy as np
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import initial_weights
 from treadle.frontends.declarations import Model
-from treadle.ir.drawn_inputs import small_sizes
+from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.outside_axis import OutsideAxis
-from treadle.ir.attention_terms import parse_term
-from treadle.ir.error_function import erf as exact_erf
+from treadle.ir.attention.attention_terms import parse_term
 from treadle.ir.ops.along_axes import wide_array
+from treadle.ir.ops.error_function import erf as exact_erf
 
 Array = np.ndarray[Any, Any]
 

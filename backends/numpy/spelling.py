@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from treadle.backends.python.attention_spelling import attention
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
-from treadle.ir.attention_terms import Term
+from treadle.ir.attention.attention_terms import Term
 from treadle.ir.graph import Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Op

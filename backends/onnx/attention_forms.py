@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
-from treadle.ir.attention_terms import (
+from treadle.ir.attention.attention_terms import (
     AXES,
     BiasTerm,
     BooleanMask,

@@ -25,9 +25,9 @@ from treadle.backends.python.executable import misfit, shape_fits
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Value
-from treadle.ir.inline import inline_calls
 from treadle.ir.literals import Literal
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type, bf16
 from treadle.passes.lowering.legalize import legalized
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
 from treadle.backends.onnx.writer import OnnxWriter
-from treadle.ir.sizes import Size, product
+from treadle.ir.sizing.sizes import Size, product
 
 
 def reshaped(w: OnnxWriter, x: Tensor, have: Sequence[Size], want: Sequence[Size]) -> Tensor:

@@ -20,7 +20,7 @@ from treadle.backends.python.axis_spelling import einsum_letters
 from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.rounding import FORMATS
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i64, u8
 
 Spelling = str | Callable[[OnnxLine], Tensor | Sequence[Tensor]]

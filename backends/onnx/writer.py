@@ -22,7 +22,7 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
-from treadle.ir.sizes import Quotient, Size
+from treadle.ir.sizing.sizes import Quotient, Size
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import DType, Type, i64
 from treadle.passes.lowering.legalize import Keeps

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from treadle.backends.python.spelled_line import Line, float_text
-from treadle.ir.attention_terms import BiasTerm, Term
+from treadle.ir.attention.attention_terms import BiasTerm, Term
 
 TermSpelling = Callable[[Term, Sequence[str], str, str], str]
 """A term as an expression, of the term, its operands, and how many queries and keys there are."""

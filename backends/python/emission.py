@@ -28,7 +28,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import op_key
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 
 _COMMENT_COLUMN = 72  # type comments line up, but no further right than this

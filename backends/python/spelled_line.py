@@ -11,7 +11,7 @@ import numpy as np
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Node, Value
 from treadle.ir.literals import Literal
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 
 if TYPE_CHECKING:

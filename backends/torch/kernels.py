@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.backends.outside_axis import OutsideAxis
-from treadle.ir.attention_terms import T5Relative
+from treadle.ir.attention.attention_terms import T5Relative
 from treadle.ir.ops.rounding import FORMATS
 
 # -- element by element --------------------------------------------------------------------------------------

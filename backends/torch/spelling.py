@@ -8,7 +8,7 @@ from treadle.backends.python.attention_spelling import attention, scale_of
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
 from treadle.backends.torch.term_spelling import spelled_term
-from treadle.ir.attention_terms import Causal
+from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.axes import Role
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities

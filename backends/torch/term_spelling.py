@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.ir.attention_terms import (
+from treadle.ir.attention.attention_terms import (
     Alibi,
     BooleanMask,
     Causal,
@@ -15,7 +15,7 @@ from treadle.ir.attention_terms import (
     Term,
     Window,
 )
-from treadle.ir.term_visitor import TermVisitor
+from treadle.ir.attention.term_visitor import TermVisitor
 
 
 def spelled_term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:

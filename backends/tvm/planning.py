@@ -28,7 +28,7 @@ from treadle.backends.tvm.lowering.program import (
     View,
 )
 from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, Status
-from treadle.ir.sizes import product
+from treadle.ir.sizing.sizes import product
 
 Array = np.ndarray[Any, Any]
 

@@ -33,7 +33,7 @@ from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import Layout, panels
 from treadle.ir.ops.indexing import Embedding
 from treadle.ir.ops.products import Linear, MatMul
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type, f32
 from treadle.passes.lowering.assign_layouts import Reads, Wants
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from treadle.files.shown_names import printable
 from treadle.ir.errors import FrontendError, TreadleError
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.size_text import parse_size
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.size_text import parse_size
+from treadle.ir.sizing.sizes import Size
 
 _UNKNOWN = -1
 """The size that stands for any."""

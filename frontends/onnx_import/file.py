@@ -25,7 +25,7 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike, canonical, contained, open_regular, read_regular
 from treadle.files.limits import limits_of
 from treadle.files.shown_names import printable
-from treadle.frontends.onnx_import.elements import Element, decode, element
+from treadle.frontends.onnx_import.rules.elements import Element, decode, element
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.ir.types import bf16
 

@@ -2,8 +2,8 @@
 
 Numbers: the node is built in a graph of its own and interpreted, so that it means there what it means everywhere.
 Sizes: an operator that only moves elements is evaluated on their places, and the sizes are put there afterwards; the
-arithmetic of exporters (Add, Mul, Div, Equal, ...) is spelled in `treadle.ir.sizes`, where the outcome is one for all
-values that the symbols may take.
+arithmetic of exporters (Add, Mul, Div, Equal, ...) is spelled in `treadle.ir.sizing.sizes`, where the outcome is one
+for all values that the symbols may take.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from treadle.frontends.onnx_import.elements import Element, named
 from treadle.frontends.onnx_import.operators import OnnxSite, Operator
+from treadle.frontends.onnx_import.rules.elements import Element, named
 from treadle.frontends.onnx_import.values import MOST_KNOWN, MOST_SYMBOLIC, Array, Known, as_sizes, tidied
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import ZERO, Size, product
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import ZERO, Size, product
 
 _MOST_BETWEEN = 1 << 16
 """The most elements of a value between the known operands and the known results."""

@@ -14,12 +14,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import treadle.frontends.onnx_import.tables  # noqa: F401  (registers the operators)
+import treadle.frontends.onnx_import.rules.tables  # noqa: F401  (registers the operators)
 from treadle.files.contained_files import PathLike
 from treadle.files.limits import MORE, limit_hint
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.declared_axes import DeclaredAxes
-from treadle.frontends.onnx_import.elements import Element, element
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.file import Limits, OnnxFile, captured, describe, live_nodes
 from treadle.frontends.onnx_import.folding import evaluated
@@ -27,6 +26,7 @@ from treadle.frontends.onnx_import.inputs import declare_inputs
 from treadle.frontends.onnx_import.notes import Imported, ImportNotes
 from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, OnnxSite, Operator, unsupported
 from treadle.frontends.onnx_import.results import as_known, is_small, keep_weights
+from treadle.frontends.onnx_import.rules.elements import Element, element
 from treadle.frontends.onnx_import.scopes import Scope, domain_of, path_of
 from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
 from treadle.frontends.onnx_import.values import Array, Known

@@ -8,8 +8,8 @@ import numpy as np
 
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.declared_axes import declared_sizes
-from treadle.frontends.onnx_import.elements import Element, carried
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
+from treadle.frontends.onnx_import.rules.elements import Element, carried
 from treadle.frontends.onnx_import.scopes import Scope
 from treadle.frontends.onnx_import.values import Known
 from treadle.ir.errors import FrontendError

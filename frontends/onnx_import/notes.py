@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import treadle.frontends.onnx_import.tables  # noqa: F401  (registers the operators)
-from treadle.frontends.onnx_import.elements import Element
+import treadle.frontends.onnx_import.rules.tables  # noqa: F401  (registers the operators)
+from treadle.frontends.onnx_import.rules.elements import Element
 from treadle.frontends.onnx_import.values import Array
 from treadle.ir.graph import Graph
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 
 
 @dataclass(frozen=True)

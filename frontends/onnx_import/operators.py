@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import numpy as np
 
 from treadle.files.shown_names import printable
-from treadle.frontends.onnx_import.elements import Element
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded, UnsupportedOnnx
+from treadle.frontends.onnx_import.rules.elements import Element
 from treadle.frontends.onnx_import.values import Array, Known, as_sizes
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import FrontendError, Hint
 from treadle.ir.ops.axis_names import place
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType
 
 if TYPE_CHECKING:

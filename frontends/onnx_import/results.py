@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.frontends.onnx_import.elements import Element, named
 from treadle.frontends.onnx_import.folding import Fold
 from treadle.frontends.onnx_import.operators import Operator, Result
+from treadle.frontends.onnx_import.rules.elements import Element, named
 from treadle.frontends.onnx_import.values import MOST_KNOWN, Known
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import FrontendError

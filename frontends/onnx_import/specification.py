@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from treadle.frontends.onnx_import.elements import Element, named
 from treadle.frontends.onnx_import.file import describe, subgraphs
+from treadle.frontends.onnx_import.rules.elements import Element, named
 from treadle.frontends.onnx_import.values import Known
 from treadle.ir.errors import FrontendError
 

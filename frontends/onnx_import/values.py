@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from treadle.frontends.onnx_import.elements import Element
 from treadle.frontends.onnx_import.file import StoredTensor
+from treadle.frontends.onnx_import.rules.elements import Element
 from treadle.frontends.recipes.stored_triangles import is_square, triangle_of
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.literals import Literal
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 
 Array = npt.NDArray[Any]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import i64
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from treadle.ir.axis_splitting import common_runs
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 
 
 def reshaped(b: Builder, x: Expr, shape: Sequence[Size | int]) -> tuple[Expr, bool]:

@@ -7,7 +7,7 @@ import math
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Expr
-from treadle.ir.sizes import ZERO, Size
+from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.types import f64
 
 

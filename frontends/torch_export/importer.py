@@ -34,8 +34,8 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Dim, DType, Type
 
 if TYPE_CHECKING:

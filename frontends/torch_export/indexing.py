@@ -17,7 +17,7 @@ from treadle.frontends.torch_export.shapes import expanded, permuted
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import i64
 
 # -- what an index is known to be ----------------------------------------------------------------------------------

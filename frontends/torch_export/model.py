@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Graph
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 
 Array = npt.NDArray[Any]
 

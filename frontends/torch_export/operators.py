@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from treadle.frontends.torch_export.lines import source_of
 from treadle.ir.builder import Expr
 from treadle.ir.errors import FrontendError
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, DType
 
 if TYPE_CHECKING:

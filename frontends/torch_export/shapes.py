@@ -13,7 +13,7 @@ from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
-from treadle.ir.sizes import ONE, ZERO, Size
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
 
 # -- views ---------------------------------------------------------------------------------------------------------
 

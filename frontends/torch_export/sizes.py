@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.errors import FrontendError
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import ZERO, Size, product
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import ZERO, Size, product
 
 _MOST_TRIED = 1 << 19
 """The most values of a symbol that a guard is tried on."""

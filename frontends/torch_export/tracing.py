@@ -18,7 +18,7 @@ from treadle.frontends.torch_export.lines import raised_at, source_in, within_op
 from treadle.frontends.torch_export.model import expect_dense, named_tensors
 from treadle.frontends.torch_export.sizes import Symbols, depends_on_data
 from treadle.ir.errors import FrontendError, UsageError
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from treadle.frontends.torch_export.shapes import expanded, permuted
 from treadle.ir.builder import Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.ops.pooling import padding_for_ceil
-from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 
 # -- pooling -------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded, permuted, replaced
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
-from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import i64
 
 # -- along one axis ------------------------------------------------------------------------------------------------

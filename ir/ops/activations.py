@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.error_function import erf
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Grads, Operand
+from treadle.ir.ops.error_function import erf
 from treadle.ir.samples import S
 
 _SQRT_HALF = math.sqrt(0.5)

@@ -1,4 +1,4 @@
-"""Attention, alone and with its probabilities; masks and biases are the terms of `treadle.ir.attention_terms`."""
+"""Attention, alone and with its probabilities; masks and biases are terms (`treadle.ir.attention.attention_terms`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from treadle.ir.attention_terms import (
+from treadle.ir.attention.attention_terms import (
     Alibi,
     BiasTerm,
     BooleanMask,
@@ -27,13 +27,13 @@ from treadle.ir.attention_terms import (
     reach_of,
 )
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.differentiate import backward, operand_gradients
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Array, Composite, Demand, Grads, Operand
 from treadle.ir.ops.along_axes import not_empty, wide_array
 from treadle.ir.ops.normalization import MaskedSoftmax
 from treadle.ir.samples import S
+from treadle.ir.transforms.differentiate import backward, operand_gradients
 from treadle.ir.types import Type, f32, f64
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.ops.shapes import resized, sized
 from treadle.ir.samples import S
-from treadle.ir.sizes import Size, SizeLike
+from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.types import Type, f32
 
 

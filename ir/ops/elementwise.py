@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.error_function import erf
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
+from treadle.ir.ops.error_function import erf
 from treadle.ir.samples import S
 from treadle.ir.types import DType
 
@@ -144,7 +144,7 @@ class Tanh(_Elementwise):
 
 @op("erf", axes="... -> ...", dtypes="f -> f")
 class Erf(_Elementwise):
-    """y = 2/sqrt(pi) * integral from 0 to x of e^(-t^2) dt        (see treadle.ir.error_function)"""
+    """y = 2/sqrt(pi) * integral from 0 to x of e^(-t^2) dt        (see treadle.ir.ops.error_function)"""
 
     x = Operand()
 

@@ -24,7 +24,7 @@ from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, f32, i64
 
 

@@ -18,7 +18,7 @@ from treadle.ir.ops.along_axes import wide_array, widened
 from treadle.ir.ops.convolution import positive, sliding, window_count
 from treadle.ir.ops.shapes import sized
 from treadle.ir.samples import S
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, f32
 
 _MOST_SLICES = 16

@@ -12,13 +12,13 @@ from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
-from treadle.ir.marked_text import marked, marked_name
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.samples import S
 from treadle.ir.types import Type, f32
+from treadle.ir.wording.marked_text import marked, marked_name
 
 
 def contraction_gradient(

@@ -16,7 +16,7 @@ from treadle.ir.ops.along_axes import not_empty, places, rule_along, wide_array,
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
-from treadle.ir.sizes import Size, product
+from treadle.ir.sizing.sizes import Size, product
 from treadle.ir.types import DType, Type, f32, i64
 
 

@@ -11,14 +11,14 @@ import numpy as np
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError, SizeError
-from treadle.ir.marked_text import marked, marked_name
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Demand, Grads, Op, Operand, Primitive
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.samples import S
-from treadle.ir.sizes import ZERO, Size, product
+from treadle.ir.sizing.sizes import ZERO, Size, product
 from treadle.ir.types import Type, f32
+from treadle.ir.wording.marked_text import marked, marked_name
 
 
 def zeros(b: Builder, type: Type) -> Expr:

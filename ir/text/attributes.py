@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import Term, parse_term
+from treadle.ir.attention.attention_terms import Term, parse_term
 from treadle.ir.errors import GraphError
 from treadle.ir.layouts import Layout, parse_layout
 from treadle.ir.operation import Op
-from treadle.ir.size_text import parse_size
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.size_text import parse_size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.scanner import RESERVED, Scanner, quoted, type_text
 from treadle.ir.types import DTYPES, DType, Type
 

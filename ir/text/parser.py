@@ -15,7 +15,7 @@ from treadle.files.limits import limits_of
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.layouts import parse_layout
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.text.scanner import TextLimits
 from treadle.ir.text.statements import StatementReader
 from treadle.ir.types import Type

@@ -33,12 +33,12 @@ _TYPE_COLUMN = 28
 def print_graph(graph: Graph, *, unfold: bool = False, sources: bool = True, annotate: Annotate | None = None) -> str:
     """The whole graph as text.
 
-    unfold    put every block's body in place of its calls (see `treadle.ir.inline`)
+    unfold    put every block's body in place of its calls (see `treadle.ir.transforms.inline`)
     sources   say each node's source line and scope, after its types
     annotate  gives a remark for the end of a node's line
     """
     if unfold:
-        from treadle.ir.inline import inline_calls
+        from treadle.ir.transforms.inline import inline_calls
 
         graph = inline_calls(graph)
     data = DataSection()

@@ -13,10 +13,10 @@ each at a few small sizes within the bounds of the symbols:
 
 What masks is tried in the graph's own dtypes as well, where twice float32's least number is -inf.
 
-**How near they must be** says `treadle.ir.tolerances`, of how far either side moves when what goes into it changes by a
-spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal, except where
-those changes give another one. A result may be NaN only where it was before. In the graph's own dtypes roundings are
-larger, and some are within ops: there a 32nd of the results' range may be off.
+**How near they must be** says `treadle.ir.analysis.tolerances`, of how far either side moves when what goes into it
+changes by a spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal,
+except where those changes give another one. A result may be NaN only where it was before. In the graph's own dtypes
+roundings are larger, and some are within ops: there a 32nd of the results' range may be off.
 
 A case in which roundings alone may move results by more than a 32nd of their range tells nothing. It does not count,
 and the certificate says how many such there are.
@@ -38,8 +38,8 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.cost import graph_cost
-from treadle.ir.drawn_inputs import small_sizes
+from treadle.ir.analysis.cost import graph_cost
+from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.hashing import canonical_form

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.analysis.tolerances import Distance, room
 from treadle.ir.graph import Graph
-from treadle.ir.tolerances import Distance, room
 from treadle.ir.types import f64
 from treadle.passes.certificates.rounding_moves import HUGE, Moves
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.analysis.drawn_inputs import index_ranges
 from treadle.ir.composites import holds_contraction
-from treadle.ir.drawn_inputs import index_ranges
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.ops.arithmetic import Add, Div, Maximum, Mul, Sub

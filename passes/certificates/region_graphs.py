@@ -19,7 +19,7 @@ from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.shapes import Rearrange
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Dim, Factor, Type, boolean
 from treadle.passes.certificates.regions import Region, RegionNode
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.analysis.tolerances import spacing_of
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.interpreter import interpret
 from treadle.ir.literals import Literal
-from treadle.ir.tolerances import spacing_of
 from treadle.ir.types import f64
 
 Array = np.ndarray[Any, Any]

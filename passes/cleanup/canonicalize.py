@@ -13,7 +13,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.literals import Literal
 from treadle.ir.ops.shapes import Expand, Rearrange, Reshape
-from treadle.ir.sizes import ZERO
+from treadle.ir.sizing.sizes import ZERO
 from treadle.ir.types import DType
 from treadle.passes.cleanup.position_indices import GatherOfAll, SliceOfConcat, WhereNegative
 from treadle.passes.cleanup.position_slices import SliceOfPositions

@@ -19,7 +19,7 @@ from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.indexing import Iota
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.ops.shapes import Concat, Expand, Rearrange, Slice
-from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.passes.cleanup.rearrange_forms import form_of
 from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Rewrite

@@ -16,7 +16,7 @@ from treadle.ir.graph import Function, Value
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.indexing import Iota
 from treadle.ir.ops.shapes import Expand, Slice
-from treadle.ir.sizes import ZERO, Size
+from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 32

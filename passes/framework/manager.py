@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
 
-from treadle.ir.clone import clone_graph
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
+from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Counterexample

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.notebook_html import html_code, html_table
 from treadle.ir.target import Target
+from treadle.ir.wording.notebook_html import html_code, html_table
 from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify
 from treadle.passes.certificates.regions import Claim

@@ -89,7 +89,7 @@ class Rewrite(Pass):
         return None
 
     def slower(self, m: Match, target: Target) -> Refusal | None:
-        """Why the target is better off without a rewrite that would be right, by what `treadle.ir.cost` counts."""
+        """Why the target is better off without a rewrite that would be right, as `treadle.ir.analysis.cost` counts."""
         return None
 
     def rewrite(self, b: Builder, m: Match) -> Any:

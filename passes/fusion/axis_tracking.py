@@ -16,7 +16,7 @@ from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.shapes import Expand
-from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.passes.cleanup.rearrange_forms import Atoms, PatternAtom, form_of, normal_form
 
 Layout = Atoms

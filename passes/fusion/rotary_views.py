@@ -16,7 +16,7 @@ import numpy as np
 
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.elementwise import Cos
-from treadle.ir.sizes import ONE
+from treadle.ir.sizing.sizes import ONE
 from treadle.passes.cleanup.rearrange_forms import form_of
 
 Array = np.ndarray[Any, Any]

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
+from treadle.ir.analysis.weight_only import values_of_weights
 from treadle.ir.builder import describe_source
-from treadle.ir.clone import clone_graph
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.layouts import Layout
 from treadle.ir.ops.layout import Relayout
-from treadle.ir.weight_only import values_of_weights
+from treadle.ir.transforms.clone import clone_graph
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.lowering.same_expressions import check_same_expressions

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.builder import describe_source
-from treadle.ir.clone import clone_graph, clone_node, clone_value
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.layout import Relayout
-from treadle.ir.weight_only import weight_only_nodes
+from treadle.ir.transforms.clone import clone_graph, clone_node, clone_value
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.lowering.same_expressions import check_same_expressions

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from treadle.ir.builder import Builder
-from treadle.ir.clone import clone_graph
 from treadle.ir.composites import inline, lowering_of
 from treadle.ir.graph import Graph, Value
 from treadle.ir.operation import Composite, Op
+from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.types import Type
 from treadle.passes.framework.pass_log import PassRecord, count_ops
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite

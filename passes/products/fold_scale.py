@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from treadle.ir.analysis.cost import Cost, node_cost
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.cost import Cost, node_cost
 from treadle.ir.graph import Node, Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.target import Target

@@ -30,13 +30,13 @@ import numpy as np
 from tests.fuzz.attention_chains import draw_attention
 from tests.random_programs import random_program
 from treadle.backends.registry import find_backend
-from treadle.ir.drawn_inputs import held
+from treadle.ir.analysis.drawn_inputs import held
+from treadle.ir.analysis.tolerances import coarsest_spacing, room
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Value
-from treadle.ir.inline import inline_calls
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
-from treadle.ir.tolerances import coarsest_spacing, room
+from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import DType, bf16, f16, f32, f64
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT

@@ -58,7 +58,7 @@ def inspect_graph(
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.registry import find_backend
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
-    from treadle.ir.following import follow as follow_axis
+    from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
     from treadle.option_values import choose_sizes, parse_config, parse_limits, parse_sizes
     from treadle.passes.framework.manager import PassManager

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.tvm.kernels.arithmetic.vector_math import exp
 from treadle.backends.tvm.kernels.attention_masks import WRITERS, lane_numbers
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.square_transpose import transposed
-from treadle.backends.tvm.kernels.vector_math import exp
 from treadle.ir.types import DTYPES, f32, i64
 
 if TYPE_CHECKING:

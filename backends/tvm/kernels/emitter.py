@@ -24,7 +24,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from treadle.backends.bfloat16 import rounded
-from treadle.backends.tvm.kernels.conversions import narrow_cast
+from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DType, bf16, boolean, i64

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels import vector_math
+from treadle.backends.tvm.kernels.arithmetic import vector_math
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DTYPES, DType
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.conversions import working
-from treadle.backends.tvm.kernels.integer_arithmetic import integer_function
+from treadle.backends.tvm.kernels.arithmetic.conversions import working
+from treadle.backends.tvm.kernels.arithmetic.integer_arithmetic import integer_function
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DTYPES, DType
 

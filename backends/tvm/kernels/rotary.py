@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels import trigonometry
+from treadle.backends.tvm.kernels.arithmetic import trigonometry
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.reduction import converted
 from treadle.ir.types import DTYPES, f32

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.conversions import working
+from treadle.backends.tvm.kernels.arithmetic.conversions import working
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.reduction import PARTIAL, Span, converted, lanes_of, neutral
 from treadle.ir.types import DTYPES, DType, f32, i32, i64

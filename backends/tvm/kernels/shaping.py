@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from treadle.backends.tvm.kernels.conversions import working
+from treadle.backends.tvm.kernels.arithmetic.conversions import working
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DTYPES, f32
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.exponentials import exp_nonpositive, log
+from treadle.backends.tvm.kernels.arithmetic.exponentials import exp_nonpositive, log
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.reduction import Accumulator, Span, lanes_of
 from treadle.ir.types import DTYPES, f32

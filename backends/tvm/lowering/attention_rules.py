@@ -22,7 +22,7 @@ from treadle.backends.tvm.kernels.attention_masks import (
 )
 from treadle.backends.tvm.lowering.program import Buffer, BufferKind, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
-from treadle.ir.attention_terms import (
+from treadle.ir.attention.attention_terms import (
     AXES,
     Alibi,
     BooleanMask,
@@ -34,12 +34,12 @@ from treadle.ir.attention_terms import (
     Window,
     reach_of,
 )
+from treadle.ir.attention.term_visitor import TermVisitor
 from treadle.ir.graph import Node
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
-from treadle.ir.sizes import ONE, ZERO, Size
-from treadle.ir.term_visitor import TermVisitor
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.types import Type, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache

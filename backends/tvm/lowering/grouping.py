@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from treadle.backends.tvm.kernels.arithmetic.vector_math import POINTWISE
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
-from treadle.backends.tvm.kernels.vector_math import POINTWISE
 from treadle.ir.graph import Function, Node, Value
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import Einsum, Linear, MatMul

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from treadle.backends.tvm.kernels.conversions import working
+from treadle.backends.tvm.kernels.arithmetic.conversions import working
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.kernels.shaping import Iota
@@ -15,7 +15,7 @@ from treadle.backends.tvm.lowering.program import STATUS, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.axis_names import place
-from treadle.ir.sizes import ONE, ZERO, Size
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.types import DType
 
 _TOLD = View.contiguous(STATUS, (STATUS.elements,))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep
+from treadle.ir.analysis.cost import node_cost
 from treadle.ir.builder import describe_source
-from treadle.ir.cost import node_cost
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 
 SIZE = 128  # of every symbol, where a cost is told
 

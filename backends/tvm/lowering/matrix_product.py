@@ -16,7 +16,7 @@ from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import RoutineWriter
 from treadle.ir.graph import Node
 from treadle.ir.layouts import panels as panels_of
-from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import f32
 
 Letters = tuple[str, ...]

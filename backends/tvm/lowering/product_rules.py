@@ -24,7 +24,7 @@ from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import panels
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, f32
 
 # -- rules ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.graph import Node
 from treadle.ir.layouts import Layout
 from treadle.ir.literals import Literal
-from treadle.ir.sizes import ONE, ZERO, Size, product
+from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import DType, i64
 
 

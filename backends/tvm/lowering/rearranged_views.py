@@ -9,7 +9,7 @@ from treadle.backends.tvm.lowering.program import (
     View,
 )
 from treadle.ir.graph import Node
-from treadle.ir.sizes import Size
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 
 

@@ -19,7 +19,7 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.reductions import ArgMax as ArgMaxOp
 from treadle.ir.ops.reductions import CumSum, ReduceMax, ReduceMean, ReduceMin, ReduceSum, SizeOf
 from treadle.ir.ops.reductions import TopK as TopKOp
-from treadle.ir.sizes import ONE, ZERO
+from treadle.ir.sizing.sizes import ONE, ZERO
 
 # -- dimensions as loops -------------------------------------------------------------------------------------
 

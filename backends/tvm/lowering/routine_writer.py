@@ -32,7 +32,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.layouts import Layout
 from treadle.ir.operation import Op
 from treadle.ir.ops.shapes import Rearrange
-from treadle.ir.sizes import ONE, Size, product
+from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.ir.types import DType, Type
 
 Rule = Callable[["RoutineWriter", Node], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from treadle.backends.tvm.kernels.vector_math import POINTWISE
+from treadle.backends.tvm.kernels.arithmetic.vector_math import POINTWISE
 from treadle.backends.tvm.lowering import (
     attention_rules,
     indexing_rules,

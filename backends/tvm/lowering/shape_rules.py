@@ -20,7 +20,7 @@ from treadle.ir.axis_splitting import common_runs
 from treadle.ir.graph import Node
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import Pad, Reshape, Slice
-from treadle.ir.sizes import ONE, ZERO, Size
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.types import DType, boolean
 
 # -- views ---------------------------------------------------------------------------------------------------

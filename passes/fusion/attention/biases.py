@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import Alibi, BooleanMask, TensorBias
+from treadle.ir.attention.attention_terms import Alibi, BooleanMask, TensorBias
 from treadle.ir.composites import holds_contraction
 from treadle.ir.graph import Value
 from treadle.ir.ops.arithmetic import Add, Div, Mul, Sub

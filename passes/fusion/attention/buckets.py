@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import T5Relative
+from treadle.ir.attention.attention_terms import T5Relative
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.arithmetic import Add, Maximum, Minimum

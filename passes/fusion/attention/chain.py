@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from treadle.ir.attention_terms import BooleanMask, TensorBias
+from treadle.ir.attention.attention_terms import BooleanMask, TensorBias
 from treadle.ir.types import DType
 from treadle.passes.fusion.attention.biases import (
     ABSORBING,

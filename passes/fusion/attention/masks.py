@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import BooleanMask, Causal, Padding, Segments, Window
+from treadle.ir.attention.attention_terms import BooleanMask, Causal, Padding, Segments, Window
 from treadle.ir.graph import Node
 from treadle.ir.operation import Op
 from treadle.ir.ops.logic import Equal, Greater, GreaterEqual, Less, LessEqual, NotEqual

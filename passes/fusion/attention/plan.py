@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import AXES, MaskTerm, TensorBias
+from treadle.ir.attention.attention_terms import AXES, MaskTerm, TensorBias
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Value
-from treadle.ir.size_bounds import Bounds
+from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.types import DType, f32, i32
 from treadle.passes.cleanup.canonicalize import is_lossless
 from treadle.passes.framework.rewriting import Refusal

@@ -15,7 +15,7 @@ from treadle.ir.ops.elementwise import Cast, Neg
 from treadle.ir.ops.indexing import Iota, Positions
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.ops.shapes import Expand, Rearrange, Slice
-from treadle.ir.sizes import ONE, ZERO, Size
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.roles import Roles
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import BiasTerm, BooleanMask, Causal, Segments, TensorBias, Term, Window
+from treadle.ir.attention.attention_terms import BiasTerm, BooleanMask, Causal, Segments, TensorBias, Term, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities

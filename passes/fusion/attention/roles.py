@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from treadle.ir.attention_terms import BooleanMask, MaskTerm, Term
+from treadle.ir.attention.attention_terms import BooleanMask, MaskTerm, Term
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
-from treadle.ir.size_bounds import Bounds
-from treadle.ir.sizes import ZERO, Size
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.types import DType
 from treadle.passes.fusion.attention.core import Placed
 from treadle.passes.fusion.axis_tracking import Axes, Layout

@@ -13,10 +13,10 @@ import onnxruntime
 
 from tests.fuzz.onnx_nodes.drawing import Case
 from treadle.backends.registry import find_backend
-from treadle.frontends.onnx_import.elements import carried, restored
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.notes import Imported
+from treadle.frontends.onnx_import.rules.elements import carried, restored
 from treadle.ir.errors import FrontendError, PassError, TreadleError
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import PassManager

@@ -1,0 +1,1 @@
+"""Arithmetic in vector registers: functions of one lane, exponentials, polynomials, conversions."""

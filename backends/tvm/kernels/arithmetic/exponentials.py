@@ -1,0 +1,207 @@
+"""e^x, ln x, x^y and what is made of them, as vector code in float32.
+
+Every function is right over all of float32: infinities, NaN, subnormal operands and results. Errors are given in units
+in the last place (ulp), with fused and with separate multiply and add.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue
+from treadle.backends.tvm.kernels.arithmetic.polynomials import (
+    mantissa_and_exponent,
+    polynomial,
+    power_of_two,
+    rounded_product,
+    scaled,
+)
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # the first has nine bits, so that products with exponents are exact
+LEAST_NORMAL = -87.33654022216797  # the least float32 whose e^x is a normal number
+
+# (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, to a 3e-9 of e^r; minimax, fitted
+_EXP = (1.3818697771057487e-3, 8.368715643882751e-3, 4.166829213500023e-2, 0.1666652113199234, 0.4999999403953552)
+# (ln(1 + f) - f + f^2 / 2) / f^3 for 1 + f within a factor of sqrt 2 of 1, to 8e-10 of ln(1 + f); minimax, fitted
+_LOG = (
+    0.06749271601438522,
+    -0.11670099198818207,
+    0.11883548647165298,
+    -0.12406233698129654,
+    0.14220358431339264,
+    -0.16667988896369934,
+    0.2000207155942917,
+    -0.25000008940696716,
+    0.3333331346511841,
+)
+# tanh x = x P(x^2) / Q(x^2), to 2.2e-8; minimax, fitted
+_TANH_P = (1.3384286567941217e-8, 2.0635819964809343e-5, 3.4974575974047184e-3, 0.1338268667459488, 1.0)
+_TANH_Q = (7.790247309458209e-7, 3.2885168911889195e-4, 2.5884360074996948e-2, 0.46716007590293884, 1.0)
+_TANH_ONE = 9.0190525  # where the quotient is 1, fused or not
+# erf x = x P(x^2) / Q(x^2), to 5.2e-8; minimax, fitted
+_ERF_P = (
+    2.222541525043198e-6,
+    2.7472441433928907e-4,
+    3.1193518079817295e-3,
+    5.074167624115944e-2,
+    0.17474965751171112,
+    1.128379225730896,
+)
+_ERF_Q = (
+    3.9359227230306715e-5,
+    1.0146143613383174e-3,
+    1.366138644516468e-2,
+    0.10769747197628021,
+    0.4882024824619293,
+    1.0,
+)
+_ERF_ONE = 3.9295185
+# Phi(x) - 1/2 = x P(x^2) / Q(x^2), Phi the normal distribution, to 2.9e-8; minimax, fitted
+_PHI_P = (
+    2.314514446766225e-8,
+    6.1818745962227695e-6,
+    1.5593616990372539e-4,
+    4.597449209541082e-3,
+    3.2677680253982544e-2,
+    0.3989422917366028,
+)
+_PHI_Q = (
+    1.196538732983754e-6,
+    6.909333023941144e-5,
+    1.811605179682374e-3,
+    2.795341983437538e-2,
+    0.24857769906520844,
+    1.0,
+)
+_PHI_HALF = 5.5575676
+
+# ln m = 2 (s + s^3/3 + s^5/5 + ...) with s = (m - 1) / (m + 1), |s| < 0.172: what is left out is below 1e-13
+_LOG2_SERIES = tuple(2.0 * LOG2_E / n for n in range(15, 0, -2))
+# 2^f = sum of (f ln 2)^n / n! for |f| <= 1/2, to 3e-12
+_EXP2_SERIES = tuple(math.log(2.0) ** n / math.factorial(n) for n in range(9, -1, -1))
+
+
+def exp(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """e^x, within 1.1 ulp: inf from 88.73 on, subnormal from -87.33 down, 0 below -103.98."""
+    f = LaneFunction(k, lanes)
+    return f.result(_exp(f, f.operand(x, "f32")))
+
+
+def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """e^x for x <= 0 in fewer instructions: like `exp`, but 0 where the result would be subnormal."""
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    p, raised, _ = _reduced_exp(held.at_least(LEAST_NORMAL))
+    return f.result(f.select(held < LEAST_NORMAL, 0.0, p * power_of_two(raised)))
+
+
+def _exp(f: LaneFunction, x: LaneValue) -> LaneValue:
+    return scaled(f, *_reduced_exp(x.at_most(89.0).at_least(-104.0)))
+
+
+def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
+    """e^(x - n ln 2) for the whole number n nearest to x / ln 2, and n, see `rounded_product`."""
+    raised, whole = rounded_product(x, LOG2_E)
+    r = x - whole * LN2_HIGH - whole * LN2_LOW
+    return polynomial(r, _EXP) * (r * r) + r + 1.0, raised, whole
+
+
+def sigmoid(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """1 / (1 + e^-x), within 3 ulp; 0 from where e^-x is inf, which is where it would be subnormal."""
+    f = LaneFunction(k, lanes)
+    return f.result(1.0 / (_exp(f, -f.operand(x, "f32")) + 1.0))
+
+
+def silu(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """x / (1 + e^-x), within 3 ulp; 0 from where e^-x is inf."""
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    return f.result(held / (_exp(f, -held) + 1.0))
+
+
+def quick_gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """x / (1 + e^(-1.702 x)), to 5 + 2.2 |x| roundings: those of the exponent, times its size."""
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    return f.result(held / (_exp(f, held * -1.702) + 1.0))
+
+
+def gelu_tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): in this form nothing cancels.
+
+    To 5 + 9.2 |u| roundings: those of the exponent, times its size. In the usual form all digits go from x = -6 on.
+    """
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    scale = -2.0 * math.sqrt(2.0 / math.pi)
+    return f.result(held / (_exp(f, held * (held * held * (0.044715 * scale) + scale)) + 1.0))
+
+
+def tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """tanh x, within 7 ulp, 0.9 on average; exactly 1 from 9.02 on."""
+    f = LaneFunction(k, lanes)
+    return f.result(_odd_quotient(f.operand(x, "f32").clamped(_TANH_ONE), _TANH_P, _TANH_Q).clamped(1.0))
+
+
+def erf(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """erf x, within 7 ulp, 1 on average; exactly 1 from 3.93 on."""
+    f = LaneFunction(k, lanes)
+    return f.result(_odd_quotient(f.operand(x, "f32").clamped(_ERF_ONE), _ERF_P, _ERF_Q).clamped(1.0))
+
+
+def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """x Phi(x), within 4e-7 |x|: below 0, as in its formula, digits cancel. 0 below -5.56, NaN at -inf."""
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    part = _odd_quotient(held.clamped(_PHI_HALF), _PHI_P, _PHI_Q).clamped(0.5)
+    return f.result(held * part + held * 0.5)
+
+
+def _odd_quotient(x: LaneValue, above: tuple[float, ...], below: tuple[float, ...]) -> LaneValue:
+    """x P(x^2) / Q(x^2); near the end of the interval it may round to more than its limit."""
+    square = x * x
+    return x * polynomial(square, above) / polynomial(square, below)
+
+
+def log(k: Emitter, x: Expr, lanes: int) -> Expr:
+    """ln x, within 1 ulp; -inf at 0, NaN below."""
+    f = LaneFunction(k, lanes)
+    held = f.operand(x, "f32")
+    small = held < 2.0**-126
+    m, e = mantissa_and_exponent(f.select(small, held * 2.0**23, held))
+    e = f.select(small, e - 23.0, e)
+    z = m - 1.0
+    square = z * z
+    low = z * square * polynomial(z, _LOG) + e * LN2_LOW - square * 0.5
+    found = f.select(held < math.inf, low + z + e * LN2_HIGH, held)
+    outside = f.select(held == 0.0, -math.inf, f.number(math.nan, "f32"))
+    return f.result(f.select(held > 0.0, found, outside))
+
+
+def power(k: Emitter, x: Expr, y: Expr, lanes: int) -> Expr:
+    """x^y = 2^(y log2 |x|) in f64, rounded once, with the sign of x for odd y; the special cases are those of C."""
+    f = LaneFunction(k, lanes)
+    base, by = f.operand(x, "f32"), f.operand(y, "f32")
+    size = base.abs()
+    wide = size.to("f64")
+    m, e = mantissa_and_exponent(wide)
+    s = (m - 1.0) / (m + 1.0)
+    log2 = s * polynomial(s * s, _LOG2_SERIES) + e
+    log2 = f.select(wide < math.inf, log2, wide)
+    log2 = f.select(wide == 0.0, -math.inf, log2)
+    product = log2 * by.to("f64")
+    w = f.select((size == 1.0) & (by.abs() == math.inf), 0.0, product).clamped(200.0)
+    raised, whole = rounded_product(w, 1.0)
+    found = (polynomial(w - whole, _EXP2_SERIES) * power_of_two(raised)).to("f32")
+    half, integral = by * 0.5, by.floor() == by
+    odd = integral & (half.floor() < half)
+    found = f.select((base.bits("i32") < 0) & odd, -found, found)
+    real = integral | (base >= 0.0) | (base == -math.inf) | base.is_nan()
+    found = f.select(real, found, f.number(math.nan, "f32"))
+    one = f.number(1.0, "f32")
+    return f.result(f.select((by == 0.0) | (base == 1.0), one, found))

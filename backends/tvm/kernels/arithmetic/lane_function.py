@@ -1,0 +1,187 @@
+"""A function of lanes, written in Python and given to LLVM as its text: what vector code for exp and the like is
+written with.
+
+    f = LaneFunction(k, lanes)
+    x = f.operand(value, "f32")
+    return f.result((x * x + 1.0).sqrt())     # one call in the kernel, which LLVM inlines
+
+TVM sees one call and nothing of what is in it: its simplifier takes seconds for a long expression, and holds
+for floats what is true of numbers only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from treadle.backends.tvm.kernels.arithmetic.lanewise import call_lanewise, hexadecimal
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+_TVM = {"i1": "bool", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64", "f32": "float32", "f64": "float64"}
+_ARITHMETIC = {"+": "add", "-": "sub", "*": "mul", "/": "div"}
+_ORDER = {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq"}
+
+Number = float | int
+
+
+class LaneValue:
+    """A vector in a `LaneFunction`, or a constant: `type` is `i1 i32 i64 f32 f64`. Integers wrap around.
+
+    Comparisons give i1; of floats they are false where either is NaN.
+    """
+
+    def __init__(self, function: LaneFunction, text: str, type: str) -> None:
+        self.function, self.text, self.type = function, text, type
+
+    def __add__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.binary("+", self, other)
+
+    def __sub__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.binary("-", self, other)
+
+    def __rsub__(self, other: Number) -> LaneValue:
+        return self.function.binary("-", self.function.number(other, self.type), self)
+
+    def __mul__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.binary("*", self, other)
+
+    def __truediv__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.binary("/", self, other)
+
+    def __rtruediv__(self, other: Number) -> LaneValue:
+        return self.function.binary("/", self.function.number(other, self.type), self)
+
+    def __neg__(self) -> LaneValue:
+        return self.function.line(self.type, f"fneg {{{self.type}}} {self.text}")
+
+    def __lt__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.comparison("<", self, other)
+
+    def __le__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.comparison("<=", self, other)
+
+    def __gt__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.comparison(">", self, other)
+
+    def __ge__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.comparison(">=", self, other)
+
+    def __eq__(self, other: LaneValue | Number) -> LaneValue:  # type: ignore[override]
+        return self.function.comparison("==", self, other)
+
+    def __and__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.integer("and", self, other)
+
+    def __or__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.integer("or", self, other)
+
+    def __xor__(self, other: LaneValue | Number) -> LaneValue:
+        return self.function.integer("xor", self, other)
+
+    def __lshift__(self, by: int) -> LaneValue:
+        return self.function.integer("shl", self, by)
+
+    def __rshift__(self, by: int) -> LaneValue:
+        """With the sign."""
+        return self.function.integer("ashr", self, by)
+
+    def is_nan(self) -> LaneValue:
+        return self.function.line("i1", f"fcmp uno {{{self.type}}} {self.text}, {self.text}")
+
+    def abs(self) -> LaneValue:
+        return self.function.intrinsic("fabs", self)
+
+    def floor(self) -> LaneValue:
+        return self.function.intrinsic("floor", self)
+
+    def copysign(self, sign: LaneValue) -> LaneValue:
+        return self.function.intrinsic("copysign", self, sign)
+
+    def bits(self, type: str) -> LaneValue:
+        """The same bits as another type."""
+        return self.function.line(type, f"bitcast {{{self.type}}} {self.text} to {{{type}}}")
+
+    def to(self, type: str) -> LaneValue:
+        """Converted: between floats, between integers (keeping the low bits), from an integer to a float."""
+        widths = int(self.type[1:]), int(type[1:])
+        kinds = self.type[0] + type[0]
+        how = {"ff": ("fpext", "fptrunc"), "ii": ("sext", "trunc"), "if": ("sitofp", "sitofp")}[kinds]
+        return self.function.line(type, f"{how[widths[1] < widths[0]]} {{{self.type}}} {self.text} to {{{type}}}")
+
+    def at_least(self, low: float) -> LaneValue:
+        """The larger of this and a number; a NaN stays."""
+        bound = self.function.number(low, self.type)
+        return self.function.select(bound > self, bound, self)
+
+    def at_most(self, high: float) -> LaneValue:
+        """The smaller of this and a number; a NaN stays."""
+        bound = self.function.number(high, self.type)
+        return self.function.select(bound < self, bound, self)
+
+    def clamped(self, size: float) -> LaneValue:
+        """This within -size and size; a NaN stays."""
+        return self.at_most(size).at_least(-size)
+
+
+class LaneFunction:
+    """The text of one function as it grows."""
+
+    def __init__(self, k: Emitter, lanes: int) -> None:
+        self.k, self.lanes = k, lanes
+        self._lines: list[str] = []
+        self._operands: list[tuple[Expr, str]] = []
+
+    def operand(self, value: Expr, type: str) -> LaneValue:
+        """The next operand."""
+        self._operands.append((value, type))
+        return LaneValue(self, f"%x{len(self._operands) - 1}", type)
+
+    def result(self, value: LaneValue) -> Expr:
+        """Call the function on its operands; it gives this value."""
+        body = "\n".join([*self._lines, f"%r = freeze {{{value.type}}} {value.text}"])
+        types = " ".join(t for _, t in self._operands) + f" -> {value.type}"
+        name = "f" + hashlib.sha256(f"{types} {body}".encode()).hexdigest()[:16]
+        return call_lanewise(self.k, name, _TVM[value.type], self.lanes, [x for x, _ in self._operands], types, body)
+
+    def line(self, type: str, text: str) -> LaneValue:
+        """An instruction and what it gives."""
+        name = f"%v{len(self._lines)}"
+        self._lines.append(f"{name} = {text}")
+        return LaneValue(self, name, type)
+
+    def number(self, value: Number, type: str) -> LaneValue:
+        """A constant; a float is rounded to the type."""
+        if type[0] != "f":
+            return LaneValue(self, f"[{type} {int(value)}]", type)
+        return LaneValue(self, f"[{type} {hexadecimal(float(np.float32(value)) if type == 'f32' else value)}]", type)
+
+    def binary(self, sign: str, x: LaneValue, y: LaneValue | Number) -> LaneValue:
+        said = ("f" if x.type[0] == "f" else "") + _ARITHMETIC[sign]
+        return self.line(x.type, f"{said} {{{x.type}}} {x.text}, {self._of(y, x.type).text}")
+
+    def integer(self, said: str, x: LaneValue, y: LaneValue | Number) -> LaneValue:
+        return self.line(x.type, f"{said} {{{x.type}}} {x.text}, {self._of(y, x.type).text}")
+
+    def comparison(self, sign: str, x: LaneValue, y: LaneValue | Number) -> LaneValue:
+        how = _ORDER[sign]
+        said = f"fcmp o{how}" if x.type[0] == "f" else f"icmp {how if how == 'eq' else 's' + how}"
+        return self.line("i1", f"{said} {{{x.type}}} {x.text}, {self._of(y, x.type).text}")
+
+    def select(self, condition: LaneValue, then: LaneValue | Number, otherwise: LaneValue) -> LaneValue:
+        """By lane."""
+        chosen = self._of(then, otherwise.type).text
+        t = f"{{{otherwise.type}}}"
+        return self.line(otherwise.type, f"select {{i1}} {condition.text}, {t} {chosen}, {t} {otherwise.text}")
+
+    def intrinsic(self, name: str, *operands: LaneValue) -> LaneValue:
+        """A function of LLVM's that is named by its operands' one type."""
+        t = operands[0].type
+        given = ", ".join(f"{{{t}}} {x.text}" for x in operands)
+        return self.line(t, f"call {{{t}}} @llvm.{name}{{.{t}}}({given})")
+
+    def _of(self, value: LaneValue | Number, type: str) -> LaneValue:
+        return value if isinstance(value, LaneValue) else self.number(value, type)

@@ -1,0 +1,284 @@
+"""Elementwise functions as vector code: what a chain's instructions are.
+
+Every function works for any number of lanes and gives the same bits for all of them.
+
+- f32 is computed by polynomials (`exponentials`, `trigonometry`), f64 by C's mathematical library lane by lane
+- f16 and bf16 are computed in f32, and each op's result is rounded once (`conversions`)
+- integers wrap around; dividing one by zero gives 0 (`integer_arithmetic`)
+
+Arithmetic and comparisons are given to LLVM as they are: TVM would take x * 0 for 0 and x == x for true, and has
+integers that never overflow. An addition of a product may still be fused with it, and is then rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treadle.backends.tvm.kernels.arithmetic import exponentials, trigonometry
+from treadle.backends.tvm.kernels.arithmetic.conversions import NARROW, convert, working
+from treadle.backends.tvm.kernels.arithmetic.exponentials import exp, exp_nonpositive
+from treadle.backends.tvm.kernels.arithmetic.integer_arithmetic import integer_function
+from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue
+from treadle.backends.tvm.kernels.arithmetic.lanewise import by_lane, call_lanewise, compare, llvm_type, tvm_type
+from treadle.ir.ops.rounding import FORMATS
+from treadle.ir.types import DType, f16, f32, f64
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+__all__ = ["DIVISIONS", "FUNCTIONS", "POINTWISE", "emit", "exp", "exp_nonpositive", "working"]
+
+Typed = tuple[Any, DType]
+
+
+def emit(k: Emitter, op: str, operands: Sequence[Typed], dtype: DType, lanes: int, **attributes: Any) -> Expr:
+    """The value of an op on vectors of so many lanes; `op` is a key of FUNCTIONS, `cast` or `constant`."""
+    if op == "constant":
+        value = attributes["value"]
+        return k.number(float(np.float16(value)) if dtype is f16 else value, dtype, lanes)
+    if op == "cast":
+        ((x, held),) = operands
+        return convert(k, x, held, dtype, lanes)
+    values = [k.let(k.cast(x, f32, lanes)) if held.name in NARROW else x for x, held in operands]
+    made = FUNCTIONS[op](k, working(operands[-1][1]), lanes, *values, **attributes)
+    return k.cast(k.let(made), dtype, lanes) if dtype.name in NARROW else made
+
+
+# -- arithmetic ----------------------------------------------------------------------------------------------
+
+_FLOAT_BODIES = {
+    "add": "%r = fadd TYPE %x0, %x1",
+    "sub": "%r = fsub TYPE %x0, %x1",
+    "mul": "%r = fmul TYPE %x0, %x1",
+    "div": "%r = fdiv TYPE %x0, %x1",
+    "neg": "%r = fneg TYPE %x0",
+    "abs": "%r = call TYPE @llvm.fabsSUFFIX(TYPE %x0)",
+    # NaN if either is: what is chosen is the first unless it is a number that the second is not beaten by
+    "maximum": """%c = fcmp oge TYPE %x0, %x1
+%n = fcmp uno TYPE %x0, %x0
+%d = or {i1} %c, %n
+%r = select {i1} %d, TYPE %x0, TYPE %x1""",
+    "minimum": """%c = fcmp ole TYPE %x0, %x1
+%n = fcmp uno TYPE %x0, %x0
+%d = or {i1} %c, %n
+%r = select {i1} %d, TYPE %x0, TYPE %x1""",
+    "sign": """%a = fcmp ogt TYPE %x0, [NUMBER 0.0]
+%b = fcmp olt TYPE %x0, [NUMBER 0.0]
+%n = fcmp uno TYPE %x0, %x0
+%s = select {i1} %n, TYPE %x0, TYPE [NUMBER 0.0]
+%t = select {i1} %b, TYPE [NUMBER -1.0], TYPE %s
+%r = select {i1} %a, TYPE [NUMBER 1.0], TYPE %t""",
+}
+
+
+def _float_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands: Expr) -> Expr:
+    f = dtype.name
+    body = _FLOAT_BODIES[name].replace("TYPE", "{" + f + "}").replace("NUMBER", f).replace("SUFFIX", "{." + f + "}")
+    types = " ".join([f] * len(operands)) + f" -> {f}"
+    return call_lanewise(k, f"{name}_{f}", f"float{8 * dtype.bytes}", lanes, operands, types, body)
+
+
+def _arithmetic(name: str) -> Callable[..., Expr]:
+    def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
+        computed = _float_function if dtype.is_float else integer_function
+        return computed(k, name, dtype, lanes, *operands)
+
+    return function
+
+
+def _floor_divide(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
+    if dtype.is_int:
+        return integer_function(k, "floor_divide", dtype, lanes, x, y)
+    return _float_division(k, dtype, lanes, x, y)[0]
+
+
+def _mod(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
+    if dtype.is_int:
+        return integer_function(k, "mod", dtype, lanes, x, y)
+    return _float_division(k, dtype, lanes, x, y)[1]
+
+
+def _float_division(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> tuple[Expr, Expr]:
+    """floor(x / y) and what it leaves, by way of C's exact remainder; zeros have the sign that Python gives them."""
+    t = dtype.name
+    x, y = k.let(x), k.let(y)
+    remainder = k.let(by_lane(k, "fmod", dtype, lanes, x, y))
+
+    def parts(f: LaneFunction) -> tuple[LaneValue, LaneValue]:
+        dividend, divisor, rest = f.operand(x, t), f.operand(y, t), f.operand(remainder, t)
+        zero = f.number(0.0, t)
+        down = ((rest < 0.0) | (rest > 0.0)) & ((rest < 0.0) ^ (divisor < 0.0))
+        whole = (dividend - rest) / divisor
+        whole = f.select(down, whole - 1.0, whole)
+        floor = whole.floor()
+        floor = f.select(whole - floor > 0.5, floor + 1.0, floor)
+        quotient = dividend / divisor
+        divided = f.select(whole == 0.0, zero.copysign(quotient), floor)
+        divided = f.select(divisor == 0.0, quotient, divided)
+        left = f.select(rest == 0.0, zero.copysign(divisor), f.select(down, rest + divisor, rest))
+        return divided, left
+
+    made = []
+    for part in range(2):
+        f = LaneFunction(k, lanes)
+        made.append(f.result(parts(f)[part]))
+    return made[0], made[1]
+
+
+def _pow(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
+    return by_lane(k, "pow", dtype, lanes, x, y) if dtype is f64 else exponentials.power(k, x, y, lanes)
+
+
+# -- functions of one operand --------------------------------------------------------------------------------
+
+
+def _function(single: Callable[..., Expr], double: str | Callable[..., Expr]) -> Callable[..., Expr]:
+    """A function of a float: vector code for f32; for f64 C's library, by name, or code made of it."""
+
+    def function(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
+        if dtype is f32:
+            return single(k, x, lanes)
+        x = k.let(x)
+        return by_lane(k, double, f64, lanes, x) if isinstance(double, str) else double(k, x, lanes)
+
+    return function
+
+
+def _sqrt(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
+    return k.sqrt(x)
+
+
+def _rsqrt(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
+    return k.number(1.0, dtype, lanes) / k.sqrt(x)
+
+
+def _reciprocal(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
+    return k.number(1.0, dtype, lanes) / x
+
+
+def _floor(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
+    return k.floor(x)
+
+
+def _round(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
+    return k.nearest(x)
+
+
+def _relu(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
+    zero = k.number(0.0, dtype, lanes)
+    return k.select(zero > x, zero, x)  # a NaN stays
+
+
+def _sigmoid_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
+    one = k.number(1.0, f64, lanes)
+    return one / (one + by_lane(k, "exp", f64, lanes, -x))
+
+
+def _silu_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
+    return x / (k.number(1.0, f64, lanes) + by_lane(k, "exp", f64, lanes, -x))
+
+
+def _quick_gelu_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
+    return x / (k.number(1.0, f64, lanes) + by_lane(k, "exp", f64, lanes, x * k.number(-1.702, f64, lanes)))
+
+
+def _gelu_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
+    half = k.let(x * k.number(0.5, f64, lanes))
+    return half + half * by_lane(k, "erf", f64, lanes, x * k.number(math.sqrt(0.5), f64, lanes))
+
+
+def _gelu_tanh_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
+    scale, cubic = k.number(math.sqrt(2.0 / math.pi), f64, lanes), k.number(0.044715, f64, lanes)
+    half, one = k.number(0.5, f64, lanes), k.number(1.0, f64, lanes)
+    return half * x * (one + by_lane(k, "tanh", f64, lanes, scale * (x + cubic * x * x * x)))
+
+
+def _round_to(k: Emitter, dtype: DType, lanes: int, x: Expr, format: str, saturate: bool = False) -> Expr:
+    """In f64, which holds all of the formats' numbers: adding a number so large that its last bit is the spacing."""
+    known = FORMATS[format]
+    f = LaneFunction(k, lanes)
+    given = f.operand(x, dtype.name)
+    wide = given.to("f64") if dtype is f32 else given
+    size = wide.abs().at_most(2.0**200)
+    exponent, least = size.bits("i64") & (0x7FF << 52), (known.least + 1023) << 52
+    exponent = f.select(exponent < least, least, exponent)
+    large = (exponent + ((52 - known.fraction) << 52)).bits("f64")
+    rounded = size + large - large
+    beyond = known.largest if saturate or known.beyond is None else known.beyond
+    rounded = f.select(rounded > known.largest, beyond, rounded)
+    rounded = f.select(wide.is_nan(), 0.0 if known.beyond is None else math.nan, rounded)
+    signed = rounded.copysign(wide)
+    if not known.minus_zero:
+        signed = f.select(signed == 0.0, 0.0, signed)
+    return f.result(signed.to("f32") if dtype is f32 else signed)
+
+
+# -- logic ---------------------------------------------------------------------------------------------------
+
+
+def _comparison(how: str) -> Callable[..., Expr]:
+    def function(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
+        return compare(k, how, x, y, dtype, lanes)
+
+    return function
+
+
+def _logical(name: str, body: str) -> Callable[..., Expr]:
+    def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
+        types = " ".join(["i1"] * len(operands)) + " -> i1"
+        return call_lanewise(k, name, "bool", lanes, operands, types, body)
+
+    return function
+
+
+def _where(k: Emitter, dtype: DType, lanes: int, condition: Expr, x: Expr, y: Expr) -> Expr:
+    t, tvm_name = llvm_type(dtype), tvm_type(dtype)
+    body = f"%r = select {{i1}} %x0, {{{t}}} %x1, {{{t}}} %x2"
+    return call_lanewise(k, f"where_{dtype.name}", tvm_name, lanes, [condition, x, y], f"i1 {t} {t} -> {t}", body)
+
+
+FUNCTIONS: Mapping[str, Callable[..., Expr]] = {
+    **{name: _arithmetic(name) for name in ("add", "sub", "mul", "div", "neg", "abs", "sign", "maximum", "minimum")},
+    "floor_divide": _floor_divide,
+    "mod": _mod,
+    "pow": _pow,
+    "exp": _function(exp, "exp"),
+    "log": _function(exponentials.log, "log"),
+    "sqrt": _sqrt,
+    "rsqrt": _rsqrt,
+    "reciprocal": _reciprocal,
+    "tanh": _function(exponentials.tanh, "tanh"),
+    "erf": _function(exponentials.erf, "erf"),
+    "sigmoid": _function(exponentials.sigmoid, _sigmoid_f64),
+    "sin": _function(trigonometry.sin, "sin"),
+    "cos": _function(trigonometry.cos, "cos"),
+    "floor": _floor,
+    "round": _round,
+    "round_to": _round_to,
+    "relu": _relu,
+    "gelu": _function(exponentials.gelu, _gelu_f64),
+    "gelu_tanh": _function(exponentials.gelu_tanh, _gelu_tanh_f64),
+    "silu": _function(exponentials.silu, _silu_f64),
+    "quick_gelu": _function(exponentials.quick_gelu, _quick_gelu_f64),
+    "equal": _comparison("eq"),
+    "not_equal": _comparison("ne"),
+    "less": _comparison("lt"),
+    "less_equal": _comparison("le"),
+    "greater": _comparison("gt"),
+    "greater_equal": _comparison("ge"),
+    "logical_and": _logical("logical_and", "%r = and {i1} %x0, %x1"),
+    "logical_or": _logical("logical_or", "%r = or {i1} %x0, %x1"),
+    "logical_not": _logical("logical_not", "%r = xor {i1} %x0, [i1 true]"),
+    "where": _where,
+}
+"""Op name -> the function of (emitter, dtype, lanes, *operands, **attributes); `cast` and `constant` beside them."""
+
+POINTWISE = frozenset({*FUNCTIONS, "cast"})
+"""The ops that a chain may hold."""
+
+DIVISIONS = frozenset({"floor_divide", "mod"})
+"""The ops that no instruction set has vector instructions for."""

@@ -1,0 +1,170 @@
+"""ONNX operators on quantized tensors, by arithmetic on our ops that is exact where the operator's is on integers.
+
+    QuantizeLinear      saturate(round(x / scale) + zero_point)
+    DequantizeLinear    (x - zero_point) * scale
+    MatMulInteger       (a - a_zero_point) (b - b_zero_point), in 32-bit integers
+
+Products of 8-bit integers are summed in f64, which holds them exactly up to 2^53 and runs on the machine's float units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.onnx_import.rules.casts import converted
+from treadle.frontends.onnx_import.rules.elements import Element, named
+from treadle.frontends.onnx_import.rules.products import convolution
+from treadle.frontends.onnx_import.values import Known
+from treadle.frontends.recipes.matrix_products import matmul
+from treadle.frontends.recipes.reshaping import reshaped
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.sizing.sizes import ONE, Size, product
+from treadle.ir.types import f32, f64, i32, i64
+
+# -- scales and zero points ----------------------------------------------------------------------------------------
+
+
+def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int) -> Expr:
+    """A scale or zero point against a tensor of these sizes: one in all, one along an axis, or one a block of it."""
+    b, rank = site.b, len(like)
+    if product(x.shape) == ONE and x.rank <= 1:
+        return reshaped(b, x, [])[0]
+    axis = site.axis(axis, rank)
+    if x.rank == 1 and not block:
+        if x.shape[0] != like[axis]:
+            site.mismatched(f"{x.shape[0]} scales along an axis of {like[axis]}", x.shape[0], like[axis])
+        return reshaped(b, x, [x.shape[0] if i == axis else ONE for i in range(rank)])[0]
+    if x.rank != rank or not block:
+        site.malformed(f"scales of shape [{', '.join(map(str, x.shape))}], with blocks of {block}")
+    times = x.shape[axis]
+    apart, _ = reshaped(b, x, [*x.shape[: axis + 1], ONE, *x.shape[axis + 1 :]])
+    again = b.expand(apart, shape=(*x.shape[: axis + 1], Size.of(block), *x.shape[axis + 1 :]))
+    whole, _ = reshaped(b, again, [*x.shape[:axis], times * block, *x.shape[axis + 1 :]])
+    if whole.shape[axis] != like[axis]:
+        whole = b.slice(whole, axis=axis, stop=like[axis])
+    return whole
+
+
+def saturated(b: Builder, x: Expr, to: Element) -> Expr:
+    """Whole numbers in a float dtype as an integer type, those out of its range at its ends."""
+    assert to.least is not None
+    assert to.greatest is not None
+    held = b.minimum(b.maximum(x, float(to.least)), float(to.greatest))
+    return held.cast(to.carrier)
+
+
+@operator("QuantizeLinear", latest=28, first=10)
+def _quantize(site: OnnxSite) -> Made:
+    x, scale = site.x(0), site.x(1)
+    axis, block = site.int("axis", 1), site.int("block_size", 0)
+    saturate, asked, precision = bool(site.int("saturate", 1)), site.int("output_dtype", 0), site.int("precision", 0)
+    to = site.element(2) if site.has(2) else site.importer.element(asked or 2)
+    if asked and asked != to.number:
+        site.malformed("output_dtype is not the zero point's")
+    dividing = site.importer.element(precision).carrier if precision else scale.dtype
+    ratio = x.cast(dividing) / spread(site, scale.cast(dividing), x.shape, axis, block)
+    return quantized(site, ratio, to, 2, axis, block, saturate)
+
+
+def quantized(
+    site: OnnxSite, ratio: Expr, to: Element, zero_point: int, axis: int, block: int, saturate: bool
+) -> Known:
+    """Numbers of steps as a quantized type: rounded, shifted by the zero point of that input, and kept in range."""
+    b = site.b
+    zero = site.maybe(zero_point)
+    if to.format is not None:
+        if zero is not None:
+            ratio = ratio + spread(site, zero.cast(ratio.dtype), ratio.shape, axis, block)
+        return Known(to, expr=converted(b, ratio, named("FLOAT"), to, saturate=saturate))
+    wide = ratio if ratio.dtype in (f32, f64) else ratio.cast(f32)
+    steps = b.round(wide)
+    if zero is not None:
+        steps = steps + spread(site, zero.cast(wide.dtype), wide.shape, axis, block)
+    return Known(to, expr=saturated(b, steps, to))
+
+
+@operator("DequantizeLinear", latest=28, first=10)
+def _dequantize(site: OnnxSite) -> Made:
+    b, scale, x = site.b, site.x(1), site.x(0)
+    axis, block, asked = site.int("axis", 1), site.int("block_size", 0), site.int("output_dtype", 0)
+    held = site.element(0)
+    to = site.importer.element(asked) if asked else site.element(1)
+    zero = site.maybe(2)
+    if zero is not None:
+        if held.is_int:  # of 8 bits and less, with room for the difference
+            zero, x = zero.cast(i64 if held.bits == 32 else i32), x.cast(i64 if held.bits == 32 else i32)
+        x = x - spread(site, zero, x.shape, axis, block)
+    wide = f64 if scale.dtype is f64 else f32
+    y = x.cast(wide) * spread(site, scale.cast(wide), x.shape, axis, block)
+    return Known(to, expr=converted(b, y, named(wide.name), to) if to.carrier is not wide else y)
+
+
+@operator("DynamicQuantizeLinear", latest=11, first=11)
+def _dynamic_quantize(site: OnnxSite) -> Made:
+    """To u8 by a scale and a zero point of the tensor's own range, which is made to hold 0."""
+    b, x = site.b, site.x(0)
+    y, scale, zero = dynamically_quantized(b, x)
+    return [y, scale, zero]
+
+
+def dynamically_quantized(b: Builder, x: Expr) -> tuple[Expr, Expr, Expr]:
+    """x as u8, the scale, and the zero point, by the tensor's own range."""
+    byte = named("UINT8")
+    axes = tuple(range(x.rank))
+    low = b.minimum(b.reduce_min(x, axes=axes), 0.0)
+    high = b.maximum(b.reduce_max(x, axes=axes), 0.0)
+    # A tensor of zeros alone has no range: its scale is 1, as ONNX Runtime has it.
+    scale = b.where(high > low, (high - low) / 255.0, b.constant(1.0, x.dtype))
+    zero = b.round(b.minimum(b.maximum(0.0 - low / scale, 0.0), 255.0))
+    return saturated(b, b.round(x / scale) + zero, byte), scale, zero.cast(byte.carrier)
+
+
+# -- products ------------------------------------------------------------------------------------------------------
+
+
+def centered(site: OnnxSite, position: int, zero_point: int, axis: int) -> Expr:
+    """A quantized operand less its zero point, in f64. A vector of zero points lies along the axis."""
+    x = site.x(position).cast(f64)
+    if not site.has(zero_point):
+        return x
+    zero = site.x(zero_point).cast(f64)
+    if zero.rank == 1 and zero.shape[0] != ONE:
+        zero, _ = reshaped(site.b, zero, [zero.shape[0] if i == axis % x.rank else ONE for i in range(x.rank)])
+    elif zero.rank <= 1:
+        zero, _ = reshaped(site.b, zero, [])
+    return x - zero
+
+
+def in_int32(z: Expr, terms: Size) -> Expr:
+    """Exact sums of that many products of bytes as i32; those past its range lose their upper bits."""
+    count = terms.constant
+    fits = count is not None and count * 255 * 255 < 2**31
+    return z.cast(i32) if fits else z.cast(i64).cast(i32)
+
+
+@operator("MatMulInteger", latest=10, first=10)
+def _matmul_integer(site: OnnxSite) -> Made:
+    x, y = centered(site, 0, 2, -2), centered(site, 1, 3, -1)
+    return in_int32(matmul(site.b, x, y), x.shape[-1])
+
+
+@operator("ConvInteger", latest=10, first=10)
+def _conv_integer(site: OnnxSite) -> Made:
+    x, weight = centered(site, 0, 2, 1), centered(site, 1, 3, 0)
+    return in_int32(convolution(site, x, weight, None), product(weight.shape[1:]))
+
+
+@operator("QLinearMatMul", latest=21, first=10)
+def _quantized_matmul(site: OnnxSite) -> Made:
+    """a, its scale and zero point, b and its own, and those of the result."""
+    if any(len(site.shape(i)) > 1 for i in (1, 2, 4, 5, 6, 7)):
+        site.refuse("with scales of more than one axis")
+    z = matmul(site.b, centered(site, 0, 2, -2), centered(site, 3, 5, -1))
+    scale = [site.x(i).cast(f64) for i in (1, 4, 6)]
+    along = [
+        reshaped(site.b, s, [] if product(s.shape) == ONE else [*s.shape, ONE] if k == 0 else s.shape)[0]
+        for k, s in enumerate(scale)
+    ]
+    ratio = z * along[0] * along[1] / along[2]
+    return quantized(site, ratio, site.element(7), 7, -1, 0, True)

@@ -1,0 +1,109 @@
+"""What a graph costs: floating-point operations and bytes, derived from axis rules and bodies.
+
+A primitive's operations are its points (the product of its rule's factors) times its `flops` a point; a composite's
+are its body's; attention counts its live pairs. Bytes are what an op reads and writes once, as if nothing stayed in a
+cache: an operand that is looked up is read only as often as the result is written. What is computed from weights alone
+is done once, when they are bound, and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from treadle.ir.analysis.weight_only import weight_only_nodes
+from treadle.ir.axes import Role
+from treadle.ir.composites import body_of
+from treadle.ir.errors import SizeError
+from treadle.ir.graph import Function, Graph, Node
+from treadle.ir.operation import Composite, Op
+from treadle.ir.types import Type
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Floating-point operations, and bytes read and written."""
+
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+Sizes = Mapping[str, int]
+
+
+def graph_cost(graph: Graph, sizes: Sizes) -> Cost:
+    """The cost of one run of `main` where each symbol has a size. Raises SizeError for a symbol without one."""
+    missing = sorted(set(graph.symbols) - set(sizes))
+    if missing:
+        raise SizeError(f"a cost needs a size for {', '.join(missing)}", hint=f"{missing[0]}=128")
+    known: dict[str, Cost] = {}
+    for function in graph.functions.values():
+        known[function.name] = _function_cost(function, sizes, known)
+    return known["main"]
+
+
+def node_cost(node: Node, sizes: Sizes, functions: Mapping[str, Cost] | None = None) -> Cost:
+    """The cost of one node; `functions` holds those of the functions that it may call."""
+    if node.op.callee is not None:
+        return (functions or {}).get(node.op.callee, Cost())
+    operands = [None if v is None else v.type for v in node.operands]
+    results = [v.type for v in node.results]
+    values = tuple(sorted(sizes.items()))
+    return Cost(_flops(node.op, _key(operands), values), _bytes(node.op, operands, results, sizes))
+
+
+def parameter_count(graph: Graph) -> int:
+    """The number of elements of all weights, each counted once."""
+    return sum(v.type.elements.evaluate({}) for v in graph.parameters.values())
+
+
+def parameter_bytes(graph: Graph) -> int:
+    """Bytes of all weights in their declared dtypes."""
+    return sum(v.type.bytes_at({}) for v in graph.parameters.values())
+
+
+def _function_cost(function: Function, sizes: Sizes, known: Mapping[str, Cost]) -> Cost:
+    total = Cost()
+    once = weight_only_nodes(function)
+    for node in function.nodes:
+        if node not in once:
+            total = total + node_cost(node, sizes, known)
+    return total
+
+
+def _key(types: list[Type | None]) -> tuple[Type | None, ...]:
+    return tuple(types)
+
+
+@lru_cache(maxsize=4096)
+def _flops(op: Op, types: tuple[Type | None, ...], values: tuple[tuple[str, int], ...]) -> int:
+    sizes = dict(values)
+    counted = op.flops_at(types, sizes)
+    if counted is not None:
+        return counted
+    if isinstance(op, Composite):
+        body = body_of(op, types)
+        return sum(_flops(n.op, _key([None if v is None else v.type for v in n.operands]), values) for n in body.nodes)
+    return op.apply(types).points.evaluate(sizes) * op.flops if op.flops else 0
+
+
+def _bytes(op: Op, operands: list[Type | None], results: list[Type], sizes: Sizes) -> int:
+    application = op.apply(operands)
+    written = sum(t.bytes_at(sizes) for t in results)
+    read = 0
+    for t, dims in zip(operands, application.operands, strict=True):
+        if t is None or dims is None:
+            continue
+        names = {name for d in dims for name in d.factors}
+        looked_up = any(application.factors[n].role is Role.INDEXED for n in names)
+        read += min(t.bytes_at(sizes), written) if looked_up else t.bytes_at(sizes)
+    return read + written

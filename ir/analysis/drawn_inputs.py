@@ -1,0 +1,171 @@
+"""Inputs to try a graph on: sizes within the bounds of its symbols, and arrays whose indices point inside.
+
+Which integers are indices is read off the graph. A factor that an op's axis rule marks as indexed (`@v`) is read where
+an integer operand points, so that operand's values lie in 0 .. v - 1; and what holds for a value holds for the one that
+it was reshaped, cut, joined, looked up or shifted from, up to the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.axes import Role
+from treadle.ir.composites import body_of
+from treadle.ir.errors import Hint, UsageError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.literals import Literal
+from treadle.ir.operation import Composite, names_operand
+from treadle.ir.ops.arithmetic import Add, Sub
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.transforms.inline import inline_calls
+from treadle.ir.types import bf16
+
+Array = np.ndarray[Any, Any]
+
+_LEADING, _OTHERS = (1, 2, 3), (1, 6, 17)
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Integers from `lower` to `upper`, both included."""
+
+    lower: int
+    upper: int
+
+    def intersect(self, other: Range | None) -> Range:
+        return self if other is None else Range(max(self.lower, other.lower), min(self.upper, other.upper))
+
+    def shift(self, by: int) -> Range:
+        return Range(self.lower + by, self.upper + by)
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def small_sizes(graph: Graph) -> list[dict[str, int]]:
+    """A few sizes for every symbol, all within its bounds, no two axes alike where the bounds let them differ.
+
+    The first are the least that there can be. Sizes at which a dimension would be negative are left out. Raises
+    UsageError if none are left.
+    """
+    leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
+    found: list[dict[str, int]] = []
+    for step in range(len(_OTHERS)):
+        sizes = {}
+        for number, (symbol, bounds) in enumerate(graph.symbols.items()):
+            size = _LEADING[step] if symbol in leading else _OTHERS[step] + number * (step > 0)
+            sizes[symbol] = max(bounds.lower, size if bounds.upper is None else min(size, bounds.upper))
+        shapes = (v.type.evaluate(sizes) for _, node in graph.walk() for v in node.results)
+        if sizes not in found and all(n >= 0 for shape in shapes for n in shape):
+            found.append(sizes)
+    if not found:
+        each, told = (
+            joint.join(mark.format(s) for s in graph.symbols) for joint, mark in ((", ", "{!r}: N"), (",", "{}=N"))
+        )
+        raise UsageError(
+            "no small sizes fit the model",
+            received=", ".join(graph.symbols),
+            hint=Hint(f"sizes=[{{{each}}}], with ones that do", f"--sizes {told}, with ones that do"),
+        )
+    return found
+
+
+# -- indices ---------------------------------------------------------------------------------------------------------
+
+
+def index_ranges(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Range]:
+    """For each integer input that is used as an index, by name, the values that point inside."""
+    main = inline_calls(graph).main
+    ranges = _ranges(main, {}, sizes)
+    return {v.name: ranges[v] for v in main.inputs if v in ranges}
+
+
+def _ranges(function: Function, results: dict[Value, Range], sizes: Mapping[str, int]) -> dict[Value, Range]:
+    """Ranges of a function's values, given those that are asked of its results: from each node to its operands."""
+    found = dict(results)
+    for node in reversed(function.nodes):
+        for value, asked in _asked_of_operands(node, found, sizes):
+            if value.type.dtype.is_int:
+                found[value] = asked.intersect(found.get(value))
+    return found
+
+
+def _asked_of_operands(
+    node: Node, found: Mapping[Value, Range], sizes: Mapping[str, int]
+) -> Iterator[tuple[Value, Range]]:
+    if not any(v.type.dtype.is_int for v in node.inputs):
+        return
+    types = [None if v is None else v.type for v in node.operands]
+    application = node.op.apply(types)
+    indexed = {name for name, factor in application.factors.items() if factor.role is Role.INDEXED}
+    for value, dims in zip(node.operands, application.operands, strict=True):
+        if indexed and value is not None and indexed.isdisjoint(name for d in dims or () for name in d.factors):
+            yield value, Range(0, min(application.dims[name].size.evaluate(sizes) for name in indexed) - 1)
+    asked = found.get(node.results[0])
+    if asked is not None:
+        yield from _carried_back(node, asked)
+    elif not indexed and isinstance(node.op, Composite):
+        body = body_of(node.op, types)
+        inside = _ranges(body, {}, sizes)
+        for value, formal in zip(node.inputs, body.inputs, strict=True):
+            if formal in inside:
+                yield value, inside[formal]
+
+
+def _carried_back(node: Node, asked: Range) -> Iterator[tuple[Value, Range]]:
+    """What is asked of a result, asked of the operands that it holds: moved, chosen among, or plus a constant."""
+    op, names = node.op, node.op.operand_names(len(node.operands))
+    for name, value in zip(names, node.operands, strict=True):
+        if value is not None and (isinstance(op, Cast) or names_operand(op.moved, name)):
+            yield value, asked
+    if isinstance(op, (Add, Sub)):
+        x, y = node.inputs
+        if (shift := _scalar(y)) is not None:
+            yield x, asked.shift(-shift if isinstance(op, Add) else shift)
+        elif isinstance(op, Add) and (shift := _scalar(x)) is not None:
+            yield y, asked.shift(-shift)
+
+
+def _scalar(value: Value) -> int | None:
+    number = value.literal.scalar if value.literal is not None else None
+    return int(number) if isinstance(number, int) else None
+
+
+# -- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> dict[str, Array]:
+    """An array for every input, drawn from the seed.
+
+    Floats are normal; indices any that point inside; other integers from 1 to the greatest size, as lengths are; of
+    truth values three in four are true. Raises UsageError where no index is left that all uses of an input allow.
+    """
+    ranges = index_ranges(graph, sizes)
+    inputs = {}
+    for number, value in enumerate(graph.main.inputs):
+        rng = np.random.default_rng([*seed, number])
+        dtype, shape = value.type.dtype, value.type.evaluate(sizes)
+        if dtype.is_float:
+            drawn: Array = held(rng.standard_normal(shape), value)
+        elif dtype.is_int:
+            span = Range(0, _MOST).intersect(ranges.get(value.name, Range(1, max(sizes.values(), default=1))))
+            most = min(span.upper, int(np.iinfo(dtype.numpy or np.int64).max))
+            if most < span.lower:
+                raise UsageError(f"no value of input {value.name} points inside every axis that it indexes")
+            drawn = rng.integers(span.lower, most + 1, shape).astype(dtype.numpy)
+        else:
+            drawn = rng.random(shape) < 0.75
+        inputs[value.name] = drawn
+    return inputs
+
+
+def held(array: Array, value: Value) -> Array:
+    """Numbers rounded to a value's dtype, in an array that backends take for it: bf16 as float32."""
+    dtype = value.type.dtype
+    with np.errstate(over="ignore"):
+        return Literal.of(array, bf16).array if dtype is bf16 else array.astype(dtype.numpy)

@@ -1,0 +1,219 @@
+"""Encounters: what an op does with an axis other than map it, in one of these kinds.
+
+    Reduced        no result has it: its elements are combined
+    Whole          a result may read all of it
+    SelfAttention  attention's keys and queries both lie along it
+    Scanned        a result reads it up to its own position
+    Indexed        it is read, or written, at positions that another operand holds
+    Generated      a result counts along it
+    Resized        the result has another axis: it was cut, padded, joined or strided over, or only its length is used
+    Reordered      it is divided, and its parts do not stay side by side in their order
+    Paired         a result has it in two dimensions, and so is about pairs of positions
+
+From the kind follows whether the axis may be stepped and packed there (`Encounter.steps`, `Encounter.packs`), and what
+its parts are combined by where it is divided (`treadle.ir.analysis.following.Following.split`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, assert_never
+
+from treadle.ir.graph import Node
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """factor   of the op's rule, in which the axis lies"""
+
+    factor: str
+    word: ClassVar[str]
+
+    def __str__(self) -> str:
+        return self.word
+
+
+@dataclass(frozen=True)
+class Reduced(_Kind):
+    """monoid   what combines the elements: a sum, say"""
+
+    monoid: str
+    word = "reduced"
+
+    def __str__(self) -> str:
+        return f"{self.word} by {self.monoid}"
+
+
+@dataclass(frozen=True)
+class Whole(_Kind):
+    """causal   each position of the result reads only positions up to itself"""
+
+    causal: bool = False
+    word = "whole"
+
+    def __str__(self) -> str:
+        return f"{self.word} up to each position" if self.causal else self.word
+
+
+@dataclass(frozen=True)
+class SelfAttention(Whole):
+    """aligned   the axis is all of the keys and all of the queries, so that a query's own position is known"""
+
+    aligned: bool = False
+
+
+@dataclass(frozen=True)
+class Scanned(_Kind):
+    word = "scanned"
+
+
+@dataclass(frozen=True)
+class Indexed(_Kind):
+    """kept   the result has the axis too: a scatter writes along it, a lookup reads it away"""
+
+    kept: bool = False
+    word = "indexed"
+
+
+@dataclass(frozen=True)
+class Generated(_Kind):
+    word = "generated"
+
+
+@dataclass(frozen=True)
+class Resized(_Kind):
+    """factor   "" where the axis is in none, or in one of which the op takes a part"""
+
+    factor: str = ""
+    word = "cut, padded, joined or strided over"
+
+
+@dataclass(frozen=True)
+class Reordered:
+    word: ClassVar[str] = "reordered"
+
+    def __str__(self) -> str:
+        return self.word
+
+
+@dataclass(frozen=True)
+class Paired:
+    """in_output   what holds the pairs is an output of the graph, so that no later op reduces them"""
+
+    in_output: bool = False
+    word: ClassVar[str] = "paired with itself"
+
+    def __str__(self) -> str:
+        return f"{self.word} in an output" if self.in_output else self.word
+
+
+Kind = Reduced | Whole | SelfAttention | Scanned | Indexed | Generated | Resized | Reordered | Paired
+
+
+@dataclass(frozen=True)
+class Encounter:
+    """An op that does more with the axis than map it.
+
+    kind     what it does
+    scope    the full scope of the first place where this happens; `count` places in all
+    within   the composite whose body was opened to find this, if any
+    """
+
+    node: Node
+    kind: Kind
+    scope: str
+    count: int = 1
+    within: Node | None = None
+
+    @property
+    def steps(self) -> bool:
+        """Whether a piece of the axis can be computed here from that piece and a state: causally, or by a scan or a
+        count with a declared step. Of pairs that are no output, what reads them decides."""
+        match self.kind:
+            case Whole(causal=causal):  # self-attention, too
+                return causal
+            case Scanned() | Generated():
+                return self.node.op.step is not None
+            case Paired(in_output=in_output):
+                return not in_output
+            case Reduced() | Indexed() | Resized() | Reordered():
+                return False
+            case _:
+                assert_never(self.kind)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the same can be computed where rows of different lengths lie end to end."""
+        match self.kind:
+            case Reduced() | Scanned() | Indexed():
+                return True
+            case Generated():
+                return self.node.op.step is not None
+            case Whole() | Resized() | Reordered() | Paired():
+                return False
+            case _:
+                assert_never(self.kind)
+
+    @property
+    def line(self) -> str:
+        """The user's line, `gpt2.py:41`, or an empty text."""
+        return str((self.within or self.node).source or "")
+
+    @property
+    def op(self) -> str:
+        """The op's name, and that of the composite in whose body it was found."""
+        return self.node.op.name if self.within is None else f"{self.within.op.name} ({self.node.op.name} inside)"
+
+    @property
+    def place(self) -> str:
+        """`  (gpt2.py:41, scope h.0.attn, 12 times)`, or what is known of it."""
+        scope = f"scope {self.scope}" if self.scope else ""
+        times = f"{self.count} times" if self.count > 1 else ""
+        known = ", ".join(part for part in (self.line, scope, times) if part)
+        return f"  ({known})" if known else ""
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def __str__(self) -> str:
+        return f"{self.op}: the axis is {self.kind}{self.place}"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Where parts of a divided axis are combined, and by what: a monoid, or the scan of the parts before."""
+
+    encounter: Encounter
+    by: str
+
+    def __str__(self) -> str:
+        e = self.encounter
+        return f"{e.op}: the axis is {e.kind.word} by {self.by}{e.place}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer: true if nothing stands against it.
+
+    against  encounters that forbid it
+    combine  encounters at which partial results must be combined (for `split`)
+    """
+
+    question: str
+    axis: str
+    against: tuple[Encounter, ...]
+    combine: tuple[Combination, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.against
+
+    def __repr__(self) -> str:
+        head, *reasons = str(self).splitlines()
+        told = f": {len(reasons)} reason{'s' * (len(reasons) > 1)}, which print() shows" if reasons else ""
+        return f"<{head}{told}>"
+
+    def __str__(self) -> str:
+        lines = [f"{self.axis} may {'' if self else 'not '}be {self.question}"]
+        lines += [f"  {e}" for e in self.against]
+        lines += [f"  combine by {c.by} at {c.encounter.op}{c.encounter.place}" for c in self.combine]
+        return "\n".join(lines)

@@ -1,0 +1,470 @@
+"""Terms of attention: masks that say which keys a query may see, and biases that are added to its scores.
+
+    causal                                keys j <= i
+    window(128)                           |i - j| < 128
+    padding                               j < lengths[b]                            lengths: i64[b]
+    segments                              query_segments[b, i] == key_segments[b, j]
+    mask(b s t)                           where mask is true                        mask: bool, of these axes
+    bias(h s t)                           + bias                                    bias: float, of these axes
+    t5_relative(32, 128, bidirectional)   + table[bucket(j - i), h]                 table: float[32, h]
+    alibi                                 + slopes[h] * (j - i)                     slopes: float[h]
+
+i is a query's position and j a key's: its index along its own axis, so that query 0 and key 0 stand at one
+place, however many of each there are. Masks intersect and biases add up, in any order. A term says which
+operands it takes, with their axes in attention's (b rows, h query heads, s queries, t keys), its meaning in
+NumPy and in primitives, and how far it lets a query see; its gradient is that of its body. NumPy's kernels call that
+meaning; what the other backends say in its place, they say in a `treadle.ir.attention.term_visitor.TermVisitor`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from treadle.ir.attention.distance_buckets import t5_buckets
+from treadle.ir.attention.term_visitor import TermVisitor, X, Y
+from treadle.ir.attribute_values import attribute_codec
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import GraphError, ParseError
+from treadle.ir.operation import Array
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.source_lines import user_line
+from treadle.ir.types import i64
+
+AXES = ("b", "h", "s", "t")
+
+
+@dataclass(frozen=True, slots=True)
+class TermOperand:
+    """An operand of a term: its name, its dtype (as in a dtype rule) and its axes.
+
+    An axis beside b, h, s and t is the term's own, which it reads as a whole.
+    """
+
+    name: str
+    dtype: str
+    axes: str
+
+    @property
+    def rule(self) -> str:
+        """Its axes in attention's axis rule, where heads are (g r)."""
+        mapped = {"b": "b", "h": "(g r)", "s": "s"}
+        return " ".join(mapped.get(axis, f"[{axis}]") for axis in self.axes.split())
+
+
+class Term:
+    """Base of all terms; derive from `MaskTerm` or `BiasTerm`.
+
+    name        how it is written, its fields following in parentheses
+    positional  the axes, of s and t, along which it reads the position itself
+    """
+
+    name: ClassVar[str]
+    positional: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def operands(self) -> tuple[TermOperand, ...]:
+        """What it takes beside q, k and v, in order."""
+        return ()
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        """The meaning in NumPy, with i: [s, 1] and j: [t]; broadcasts against [b, h, s, t]."""
+        raise GraphError(f"term {type(self).__name__} has no reference")
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        """The same in primitives, with `grid.i` and `grid.j`; broadcasts against [b, g, r, s, t]."""
+        raise GraphError(f"term {type(self).__name__} has no body")
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        """What a visitor says of this kind of term. Raises GraphError where the kind is none of a visitor's."""
+        raise GraphError(
+            f"attention: {type(visitor).__name__} has no case for the term {self.name}",
+            received=self.text,
+            hint="lower attention's body where `is_standard` of a term is false, which says the term in primitives",
+        )
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether visitors have a case for it; a backend lowers attention's body where one of the terms is not.
+
+        What is derived from a standard kind is another kind, whose meaning may be another, and is not.
+        """
+        return "accept" in vars(type(self)) and type(self) is not Term
+
+    @property
+    def text(self) -> str:
+        """As it is written; `parse_term` reads it back."""
+        words = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is not False:
+                words.append(field.name if value is True else str(value))
+        return f"{self.name}({', '.join(words)})" if words else self.name
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+class MaskTerm(Term):
+    """A term that says which keys a query may see.
+
+    Its arrays are booleans: true where the query may see the key.
+    """
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """The least and the greatest j - i that it can keep, whatever its operands hold; None: no limit."""
+        return None, None
+
+
+class BiasTerm(Term):
+    """A term that is added to the scores."""
+
+
+class Grid:
+    """Where a term's body stands: the positions, and operands laid out against [b, g, r, s, t].
+
+    i   i64[s, 1]
+    j   i64[t]
+    """
+
+    def __init__(self, b: Builder, groups: Size, queries: Size, keys: Size) -> None:
+        self.b, self.groups, self.queries, self.keys = b, groups, queries, keys
+
+    @cached_property
+    def i(self) -> Expr:
+        return self.b.rearrange(self.b.iota(size=self.queries, dtype=i64), pattern="s -> s 1")
+
+    @cached_property
+    def j(self) -> Expr:
+        return self.b.iota(size=self.keys, dtype=i64)
+
+    def spread(self, x: Expr, axes: str) -> Expr:
+        """An operand of these axes as [b, g, r, s, t], with 1 for each axis that it lacks."""
+        held = axes.split()
+        left = " ".join(f"(g={self.groups} r)" if axis == "h" else axis for axis in held)
+        right = " ".join(axis if axis in held else "1 1" if axis == "h" else "1" for axis in AXES)
+        return self.b.rearrange(x, pattern=f"{left} -> {right.replace('h', 'g r')}")
+
+
+def _spread(x: Array, axes: str) -> Array:
+    """The same for an array: as [b, h, s, t]."""
+    sizes = dict(zip(axes.split(), x.shape, strict=True))
+    return x.reshape([sizes.get(axis, 1) for axis in AXES])
+
+
+# -- masks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(MaskTerm):
+    """j <= i: a query sees the keys up to its own position."""
+
+    name = "causal"
+    positional = frozenset({"s", "t"})
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        return None, 0
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        return j <= i
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        return grid.j <= grid.i
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.causal(self, *operands)
+
+
+@dataclass(frozen=True, repr=False)
+class Window(MaskTerm):
+    """|i - j| < size: size - 1 keys to either side of the query's place; with causal, the last `size`."""
+
+    size: int
+
+    name = "window"
+    positional = frozenset({"s", "t"})
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.size < 2**31, "window: size must be 1 or more, and below 2^31", self)
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        return 1 - self.size, self.size - 1
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        near: Array = np.abs(i - j) < self.size
+        return near
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        return (grid.j < grid.i + self.size) & (grid.i < grid.j + self.size)
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.window(self, *operands)
+
+
+@dataclass(frozen=True, repr=False)
+class Padding(MaskTerm):
+    """j < lengths[b]: a row's first lengths[b] keys are real."""
+
+    name = "padding"
+    positional = frozenset({"t"})
+
+    @property
+    def operands(self) -> tuple[TermOperand, ...]:
+        return (TermOperand("lengths", "i64", "b"),)
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        (lengths,) = operands
+        return j < _spread(lengths, "b")
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        (lengths,) = operands
+        return grid.j < grid.spread(lengths, "b")
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.padding(self, *operands)
+
+
+@dataclass(frozen=True, repr=False)
+class Segments(MaskTerm):
+    """query_segments[b, i] == key_segments[b, j]: a query sees the keys of its own segment."""
+
+    name = "segments"
+
+    @property
+    def operands(self) -> tuple[TermOperand, ...]:
+        return TermOperand("query_segments", "i64", "b s"), TermOperand("key_segments", "i64", "b t")
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        query_segments, key_segments = operands
+        same: Array = _spread(query_segments, "b s") == _spread(key_segments, "b t")
+        return same
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        query_segments, key_segments = operands
+        return grid.b.equal(grid.spread(query_segments, "b s"), grid.spread(key_segments, "b t"))
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.segments(self, *operands)
+
+
+@dataclass(frozen=True, repr=False)
+class BooleanMask(MaskTerm):
+    """mask: true where a query may see a key; `axes` says which of b, h, s and t it varies along."""
+
+    axes: str = "b h s t"
+
+    name = "mask"
+
+    def __post_init__(self) -> None:
+        _require_axes(self.axes, self)
+
+    @property
+    def operands(self) -> tuple[TermOperand, ...]:
+        return (TermOperand("mask", "bool", self.axes),)
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        return _spread(operands[0], self.axes)
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        return grid.spread(operands[0], self.axes)
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.boolean_mask(self, *operands)
+
+
+# -- biases --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class TensorBias(BiasTerm):
+    """+ bias, where -inf masks a key; `axes` says which of b, h, s and t it varies along."""
+
+    axes: str = "b h s t"
+
+    name = "bias"
+
+    def __post_init__(self) -> None:
+        _require_axes(self.axes, self)
+
+    @property
+    def operands(self) -> tuple[TermOperand, ...]:
+        return (TermOperand("bias", "f", self.axes),)
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        return _spread(operands[0], self.axes)
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        return grid.spread(operands[0], self.axes)
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.tensor_bias(self, *operands)
+
+
+@dataclass(frozen=True, repr=False)
+class T5Relative(BiasTerm):
+    """+ table[bucket(j - i), h]        (Raffel et al. 2020, section 2.1; see `t5_buckets`)"""
+
+    buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+
+    name = "t5_relative"
+    positional = frozenset({"s", "t"})
+
+    def __post_init__(self) -> None:
+        least = 4 if self.bidirectional else 2
+        near = self.buckets // least
+        _require(least <= self.buckets <= 1024, f"t5_relative: buckets must be {least} to 1024", self)
+        fits = near < self.max_distance <= 2**20
+        _require(fits, f"t5_relative: max_distance must be {near + 1} to {2**20}", self)
+
+    @property
+    def operands(self) -> tuple[TermOperand, ...]:
+        # Two such terms share the buckets' axis exactly if they have equally many.
+        return (TermOperand("table", "f", f"buckets{self.buckets} h"),)
+
+    @cached_property
+    def bucket_by_offset(self) -> Array:
+        """The bucket of each j - i from -max_distance to max_distance; beyond, it stays what it is there."""
+        offsets = np.arange(-self.max_distance, self.max_distance + 1)
+        return t5_buckets(offsets, self.buckets, self.max_distance, self.bidirectional)
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        (table,) = operands
+        far = self.max_distance
+        values: Array = table[self.bucket_by_offset[np.clip(j - i, -far, far) + far]]
+        return np.moveaxis(values, -1, 0)
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        (table,) = operands
+        b, far = grid.b, self.max_distance
+        row = b.minimum(b.maximum(grid.j - grid.i, -far), far) + far
+        by_offset = b.gather(table, b.constant(self.bucket_by_offset, i64), axis=0)
+        values = b.gather(by_offset, row, axis=0)
+        return b.rearrange(values, pattern=f"s t (g={grid.groups} r) -> g r s t")
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.t5_relative(self, *operands)
+
+
+@dataclass(frozen=True, repr=False)
+class Alibi(BiasTerm):
+    """+ slopes[h] * (j - i)        (Press, Smith, Lewis 2022)"""
+
+    name = "alibi"
+    positional = frozenset({"s", "t"})
+
+    @property
+    def operands(self) -> tuple[TermOperand, ...]:
+        return (TermOperand("slopes", "f", "h"),)
+
+    def reference(self, i: Array, j: Array, *operands: Array) -> Array:
+        (slopes,) = operands
+        product: Array = _spread(slopes, "h") * (j - i).astype(slopes.dtype)
+        return product
+
+    def body(self, grid: Grid, *operands: Expr) -> Expr:
+        (slopes,) = operands
+        return grid.spread(slopes, "h") * (grid.j - grid.i).cast(slopes.dtype)
+
+    def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
+        return visitor.alibi(self, *operands)
+
+
+# -- what several terms come to ------------------------------------------------------------------------------
+
+
+def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
+    """The least and the greatest j - i that all masks among the terms can keep; None: no limit."""
+    reaches = [term.reach for term in terms if isinstance(term, MaskTerm)]
+    least = [low for low, _ in reaches if low is not None]
+    greatest = [high for _, high in reaches if high is not None]
+    return max(least, default=None), min(greatest, default=None)
+
+
+def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size) -> bool:
+    """Whether every query sees a key whatever the operands hold: key 0 if only causal, its own where there is one.
+
+    A learned table or a slope is a finite number; a tensor that is added may hold -inf.
+    """
+    kinds = {type(term) for term in terms}
+    masks = {kind for kind in kinds if issubclass(kind, MaskTerm)}
+    if TensorBias in kinds:
+        return False
+    return masks <= {Causal} or (masks <= {Causal, Window} and queries == keys)
+
+
+def live_pairs(terms: Iterable[Term], queries: int, keys: int) -> int:
+    """How many of the queries x keys pairs no mask rules out by position alone.
+
+    What depends on values (padding, segments, a boolean mask) counts as kept: an upper bound.
+    """
+    low, high = reach_of(terms)
+    i = np.arange(queries)
+    first = np.zeros_like(i) if low is None else np.maximum(i + low, 0)
+    last = np.full_like(i, keys - 1) if high is None else np.minimum(i + high, keys - 1)
+    return int(np.maximum(last - first + 1, 0).sum())
+
+
+# -- text ----------------------------------------------------------------------------------------------------
+
+_TERMS: dict[str, type[Term]] = {
+    cls.name: cls for cls in (Causal, Window, Padding, Segments, BooleanMask, TensorBias, T5Relative, Alibi)
+}
+
+
+def parse_term(text: str) -> Term:
+    """Read a term as it is written: `causal`, `window(128)`, `bias(h s t)`. Raises ParseError, GraphError."""
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
+    if match is None:
+        raise ParseError(f"not a term of attention: {text!r}", hint="such as causal or window(128)")
+    cls = _TERMS.get(match[1])
+    if cls is None:
+        raise ParseError(f"unknown term of attention {match[1]!r}", hint="one of " + ", ".join(_TERMS))
+    words = [word.strip() for word in match[2].split(",")] if match[2] else []
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.type == "bool":
+            values[field.name] = field.name in words
+            words = [word for word in words if word != field.name]
+        elif words:
+            word = words.pop(0)
+            if field.type == "int" and not re.fullmatch(r"-?\d{1,18}", word):
+                raise ParseError(f"{cls.name}: {field.name} must be an integer, is {word!r}", received=text)
+            values[field.name] = int(word) if field.type == "int" else word
+        elif field.default is dataclasses.MISSING:
+            raise ParseError(f"{cls.name}: {field.name} is missing", received=text)
+    if words:
+        raise ParseError(f"{cls.name}: cannot read {words[0]!r}", received=text)
+    return cls(**values)
+
+
+def _read_term(value: Term | str) -> Term:
+    if not isinstance(value, Term | str):
+        raise TypeError
+    return parse_term(value) if isinstance(value, str) else value
+
+
+attribute_codec("Term", _read_term, "Term | str")
+
+
+def _require(condition: bool, what: str, term: Term) -> None:
+    if not condition:
+        raise GraphError(what, received=term.text, source=str(user_line() or "") or None)
+
+
+def _require_axes(axes: str, term: Term) -> None:
+    held = axes.split()
+    well = bool(held) and " ".join(held) == axes and held == [axis for axis in AXES if axis in held]
+    _require(well, f"{term.name}: axes must be some of b, h, s and t, once each and in that order", term)

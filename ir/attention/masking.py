@@ -1,0 +1,216 @@
+"""Masks and biases with their operands, and `attend`, which applies attention with them.
+
+    attend(b, q, k, v, masks=causal & window(128) & padding(lengths))
+    attend(b, q, k, v, masks=causal, biases=alibi(slopes) + tensor_bias(x, "h s t"))
+
+Masks intersect (`&`), biases add up (`+`); what each means says `treadle.ir.attention.attention_terms`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn
+
+import numpy as np
+
+from treadle.ir.attention.attention_terms import (
+    Alibi,
+    BooleanMask,
+    Causal,
+    Padding,
+    Segments,
+    T5Relative,
+    TensorBias,
+    Term,
+    Window,
+)
+from treadle.ir.builder import Builder, Expr, ExprLike
+from treadle.ir.errors import GraphError, Hint
+from treadle.ir.source_lines import user_line
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """Terms, each with its operands: tensors, or arrays, which become constants where they are applied."""
+
+    entries: tuple[tuple[Term, tuple[ExprLike, ...]], ...] = ()
+    sign: ClassVar[str]
+    noun: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f" {self.sign} ".join(term.text for term, _ in self.entries)
+
+    def __bool__(self) -> bool:
+        """Raises GraphError: `a and b` would silently be b alone."""
+        raise GraphError(
+            f"{self.noun} have no truth value",
+            received=str(self) or None,
+            source=str(user_line() or "") or None,
+            hint=f"a {self.sign} b combines them; `mask is None` asks whether there is one",
+        )
+
+    def __call__(self, *_: object) -> NoReturn:
+        """Raises GraphError: `causal` is a mask, not a function that makes one."""
+        raise GraphError(
+            f"{self.noun} are not called",
+            received=str(self) or None,
+            source=str(user_line() or "") or None,
+            hint="t.causal, without parentheses",
+        )
+
+
+@dataclass(frozen=True)
+class Masks(_Applied):
+    """What a query may see: the keys that every one of these masks keeps. Without any, all."""
+
+    sign = "&"
+    noun = "masks"
+
+    def __and__(self, other: object) -> Masks:
+        """Raises GraphError for anything but masks."""
+        if not isinstance(other, Masks):
+            raise _mismatch("masks intersect with masks only", other)
+        return Masks(self.entries + other.entries)
+
+    def __add__(self, other: object) -> NoReturn:
+        """Raises GraphError: masks intersect."""
+        raise _mismatch("masks do not add up", other, "a & b keeps what both keep")
+
+
+@dataclass(frozen=True)
+class Biases(_Applied):
+    """What is added to the scores: the sum of these."""
+
+    sign = "+"
+    noun = "biases"
+
+    def __add__(self, other: object) -> Biases:
+        """Raises GraphError for anything but biases."""
+        if not isinstance(other, Biases):
+            raise _mismatch("biases add to biases only", other)
+        return Biases(self.entries + other.entries)
+
+
+def _mismatch(what: str, other: object, hint: str | None = None) -> GraphError:
+    if hint is None and isinstance(other, _Applied):
+        hint = "attention takes both: masks=..., biases=..."
+    elif hint is None and isinstance(other, Expr):
+        hint = 't.boolean_mask(x, "b s t") as a mask, t.tensor_bias(x, "h s t") as a bias: which of b, h, s, t x has'
+    elif hint is None and isinstance(other, str) and other.lower() in ("causal", "alibi", "padding"):
+        hint = {"causal": "mask=t.causal", "alibi": "bias=t.alibi(slopes)", "padding": "mask=t.padding(lengths)"}[
+            other.lower()
+        ]
+    return GraphError(
+        what,
+        received=str(other) if isinstance(other, _Applied | Expr) else repr(other)[:80],
+        source=str(user_line() or "") or None,
+        hint=hint,
+    )
+
+
+# -- masks ---------------------------------------------------------------------------------------------------
+
+causal = Masks(((Causal(), ()),))
+"""Keys up to the query's own position."""
+
+
+_INCLUDED = Hint(
+    "test an optional input for None before masking by it, or include it: inputs=(...,)",
+    "test an optional input for None before masking by it, or include it: --inputs NAME",
+)
+
+
+def _given(x: object, what: str) -> ExprLike:
+    """The tensor or array of a mask or bias. Raises GraphError where an optional input was left out."""
+    if isinstance(x, Expr | np.ndarray | list | tuple):
+        return x
+    raise GraphError(
+        f"{what} must be a tensor of the model, or an array",
+        received="None" if x is None else type(x).__name__,
+        source=str(user_line() or "") or None,
+        hint=_INCLUDED if x is None else "[0.5, 0.25], numpy.array(...) or a tensor",
+    )
+
+
+def window(size: int) -> Masks:
+    """Keys less than `size` positions away, either side; with causal, the last `size`. Raises GraphError."""
+    return Masks(((Window(size), ()),))
+
+
+def padding(lengths: ExprLike) -> Masks:
+    """A row's first lengths[b] keys. lengths: i64[b]."""
+    return Masks(((Padding(), (_given(lengths, "lengths"),)),))
+
+
+def segments(queries: ExprLike, keys: ExprLike | None = None) -> Masks:
+    """Keys of the query's own segment. queries: i64[b, s]; keys: i64[b, t], the queries' if not given."""
+    return Masks(((Segments(), (_given(queries, "segments"), _given(queries if keys is None else keys, "segments"))),))
+
+
+def boolean_mask(mask: ExprLike, axes: str = "b h s t") -> Masks:
+    """Keys where mask is true. mask: bool, of these axes, some of b, h, s and t. Raises GraphError."""
+    return Masks(((BooleanMask(axes), (_given(mask, "a mask"),)),))
+
+
+# -- biases --------------------------------------------------------------------------------------------------
+
+
+def tensor_bias(x: ExprLike, axes: str = "b h s t") -> Biases:
+    """A tensor of these axes, some of b, h, s and t. Raises GraphError."""
+    return Biases(((TensorBias(axes), (_given(x, "a bias"),)),))
+
+
+def t5_relative(table: ExprLike, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> Biases:
+    """T5's learned bias by distance. table: float[buckets, h]. Raises GraphError."""
+    return Biases(((T5Relative(buckets, max_distance, bidirectional), (_given(table, "a table of biases"),)),))
+
+
+def alibi(slopes: ExprLike) -> Biases:
+    """Each head's slope times (j - i). slopes: float[h]."""
+    return Biases(((Alibi(), (_given(slopes, "slopes"),)),))
+
+
+def attend(
+    b: Builder,
+    q: Expr,
+    k: Expr,
+    v: Expr,
+    *,
+    masks: Masks | None = None,
+    biases: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    name: str | None = None,
+) -> Expr:
+    """Apply attention: q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e].
+
+    The op's terms are the masks, then the biases, in their order. Raises RuleError where shapes do not fit,
+    GraphError where biases are given as masks or masks as biases.
+    """
+    terms, operands = _applied(masks, biases)
+    return b.attention(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
+
+
+def attend_with_probabilities(
+    b: Builder,
+    q: Expr,
+    k: Expr,
+    v: Expr,
+    *,
+    masks: Masks | None = None,
+    biases: Biases | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    name: str | None = None,
+) -> tuple[Expr, Expr]:
+    """What `attend` gives, and the probabilities [b, h, s, t]. Raises as it does."""
+    terms, operands = _applied(masks, biases)
+    return b.attention_with_probabilities(q, k, v, *operands, terms=terms, scale=scale, softcap=softcap, name=name)
+
+
+def _applied(masks: Masks | None, biases: Biases | None) -> tuple[tuple[Term, ...], list[ExprLike]]:
+    """The terms, and their operands in order."""
+    # By `&` and `+`, which refuse what is not theirs.
+    entries = () if masks is None else (Masks() & masks).entries
+    entries += () if biases is None else (Biases() + biases).entries
+    return tuple(term for term, _ in entries), [x for _, given in entries for x in given]

@@ -1,0 +1,60 @@
+"""Bounds of sizes, and the arithmetic of their ends, which may be infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from treadle.ir.sizing.sizes import Atom
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The values that a symbol may take: lower <= symbol <= upper; an upper of None is no limit."""
+
+    lower: int = 1
+    upper: int | None = None
+
+    def __contains__(self, value: int) -> bool:
+        return value >= self.lower and (self.upper is None or value <= self.upper)
+
+    def intersect(self, other: Bounds) -> Bounds:
+        """The values that both allow."""
+        uppers = [b for b in (self.upper, other.upper) if b is not None]
+        return Bounds(max(self.lower, other.lower), min(uppers) if uppers else None)
+
+    def around(self, name: str) -> str:
+        """Text such as `S`, `S <= 1024` or `2 <= S <= 1024`; the lower bound 1 goes unsaid."""
+        low = f"{self.lower} <= " if self.lower != 1 else ""
+        return f"{low}{name}" + (f" <= {self.upper}" if self.upper is not None else "")
+
+
+INFINITY = float("inf")
+
+
+def times(x: float, y: float) -> float:
+    """x * y, where 0 times infinity is 0."""
+    return 0 if x == 0 or y == 0 else x * y
+
+
+def _over(x: float, y: float) -> float:
+    """x // y, where y >= 1 and either may be infinite."""
+    if abs(x) == INFINITY:
+        return x
+    if y == INFINITY:
+        return -1 if x < 0 else 0
+    return x // y
+
+
+def atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
+    """The least and the greatest value of a symbol or a quotient."""
+    if isinstance(atom, str):
+        b = symbols.get(atom, Bounds())
+        return b.lower, INFINITY if b.upper is None else b.upper
+    low, high = atom.numerator.interval(symbols)
+    small, large = atom.denominator.interval(symbols)
+    if small < 1:
+        return -INFINITY, INFINITY
+    return _over(low, small if low < 0 else large), _over(high, large if high < 0 else small)

@@ -1,0 +1,123 @@
+"""What Python and NumPy ask of a size: a fixed size answers as its integer does, one of symbols says what to do.
+
+x.shape[-1] ** -0.5       0.125, where the axis has size 64
+range(x.shape[1])         SizeError: each call has its own S
+x.shape[1] > 0            True for any S
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, cast
+
+from treadle.ir.errors import SizeError
+
+if TYPE_CHECKING:
+    from treadle.ir.sizing.sizes import Size
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    **{"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv},
+    **{"floor_divide": operator.floordiv, "remainder": operator.mod, "power": operator.pow},
+    **{"less": operator.lt, "less_equal": operator.le, "greater": operator.gt, "greater_equal": operator.ge},
+    **{"equal": operator.eq, "not_equal": operator.ne},
+}
+"""What NumPy calls where a number of its own stands left of an operator."""
+
+
+class SizeNumbers:
+    """Base of `Size`, for what is not arithmetic of sizes: SizeError where the answer differs from call to call."""
+
+    __slots__ = ()
+    constant: int | None
+
+    def __index__(self) -> int:
+        if self.constant is None:
+            raise SizeError(
+                f"the size {self} is no number while a model is traced: each call has its own",
+                hint=f't.size(value="{self}", dtype=t.f32) is a tensor of it; or declare the axis with a number',
+            )
+        return self.constant
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return float(operator.index(self))
+
+    def beside(self, function: Callable[[Any, Any], Any], other: Any) -> Size:
+        """An operator's answer beside what is no size; NotImplemented leaves it to the other side.
+
+        It is typed as among sizes. Beside a float it is a number.
+        """
+        found: Any = NotImplemented
+        if isinstance(other, Integral):
+            found = function(self, int(other))
+        elif isinstance(other, Real):
+            found = function(operator.index(self), float(other))
+        return cast("Size", found)
+
+    def __truediv__(self, other: Size | float) -> float:
+        return cast("float", self._of_numbers(operator.truediv, self, other))
+
+    def __rtruediv__(self, other: float) -> float:
+        return cast("float", self._of_numbers(operator.truediv, other, self))
+
+    def __pow__(self, other: Any) -> Any:
+        """A size for a whole exponent from 0 on, a number for any other: Any, as Python's own `int.__pow__`."""
+        if not isinstance(other, Integral) or other < 0:
+            return self._of_numbers(operator.pow, self, other)
+        if self.constant is not None:
+            return self.constant ** int(other)
+        product: Any = 1
+        for _ in range(int(other)):
+            product = product * self
+        return product
+
+    def __rpow__(self, other: float) -> Any:
+        return self._of_numbers(operator.pow, other, self)
+
+    def _of_numbers(self, function: Callable[[Any, Any], Any], *operands: object) -> Any:
+        if not all(isinstance(x, SizeNumbers | Real) for x in operands):
+            return NotImplemented
+        return function(*[operator.index(x) if isinstance(x, SizeNumbers) else x for x in operands])
+
+    def __lt__(self, other: Size | float) -> bool:
+        return self._is("<", operator.lt, other)
+
+    def __le__(self, other: Size | float) -> bool:
+        return self._is("<=", operator.le, other)
+
+    def __gt__(self, other: Size | float) -> bool:
+        return self._is(">", operator.gt, other)
+
+    def __ge__(self, other: Size | float) -> bool:
+        return self._is(">=", operator.ge, other)
+
+    def _is(self, sign: str, compare: Callable[[float, float], bool], other: Any) -> bool:
+        """Whether the difference is so beside 0, for all values of the symbols; these are 1 at least."""
+        if not isinstance(other, SizeNumbers | Real):
+            return cast("bool", NotImplemented)
+        size: Any = self
+        whole = not isinstance(other, Real) or isinstance(other, Integral)
+        low, high = (size - other if whole else size).interval({})
+        beside = 0.0 if whole else float(cast("float", other))
+        least, most = compare(low, beside), compare(high, beside)
+        if least is not most:
+            raise SizeError(
+                f"whether {self} {sign} {other} is not known while a model is traced: each call has its own sizes",
+                hint="declare the axis with a number, "
+                f'or t.where(t.size(value="{self}", dtype=t.f32) {sign} {other}, a, b)',
+            )
+        return least
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self) if self.constant is None else self.constant, spec)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """NumPy's functions: of its number, or, beside a number of NumPy's, what the operator gives."""
+        function = _OPERATORS.get(ufunc.__name__)
+        if function is not None and method == "__call__" and all(isinstance(x, SizeNumbers | Real) for x in inputs):
+            return function(*[x if isinstance(x, SizeNumbers) else getattr(x, "item", lambda x=x: x)() for x in inputs])
+        numbers = [operator.index(x) if isinstance(x, SizeNumbers) else x for x in inputs]
+        return getattr(ufunc, method)(*numbers, **options)

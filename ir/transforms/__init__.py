@@ -1,0 +1,1 @@
+"""Graphs made of graphs: copies, calls put in place, repetitions folded, gradients, wider dtypes."""

@@ -1,0 +1,68 @@
+"""Reverse-mode differentiation: walk nodes backwards and let each op say its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.composites import as_results
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Node, Value
+from treadle.ir.operation import Composite, Grads
+
+
+def backward(b: Builder, nodes: Sequence[Node], grads: Mapping[Value, Expr]) -> dict[Value, Expr]:
+    """Gradients of every value that the nodes touch, given those of some of their results.
+
+    The nodes' values must be visible in the builder's function, to which gradient nodes are added. Raises GraphError
+    for a call: differentiate its function, or inline it first.
+    """
+    found: dict[Value, Expr] = dict(grads)
+    for node in reversed(nodes):
+        given = [found.get(v) for v in node.results]
+        if all(g is None for g in given):
+            continue
+        if node.op.callee is not None:
+            raise GraphError(
+                f"cannot differentiate a call of {node.op.callee}",
+                hint="treadle.ir.transforms.inline.inline_calls(graph), whose result has no calls",
+            )
+        inputs = [None if v is None else b.expr(v) for v in node.operands]
+        with b.placed_as(node):
+            made = node.op.gradient(b, given, inputs, [b.expr(v) for v in node.results])
+            for value, grad in zip(node.operands, made, strict=True):
+                if grad is None or value is None or value.literal is not None:
+                    continue
+                if grad.type != value.type:
+                    raise GraphError(
+                        f"{node.op.name}: the gradient of an operand has another type than the operand",
+                        received=f"{grad.type} for {value.type}",
+                    )
+                known = found.get(value)
+                found[value] = grad if known is None else known + grad
+    return found
+
+
+def body_gradient(op: Composite, b: Builder, grads: Grads, inputs: Grads) -> list[Expr | None]:
+    """A composite's gradient through its body, which is computed once more."""
+    start = len(b.function.nodes)
+    results = as_results(op.body(b, *inputs))
+    nodes = b.function.nodes[start:]
+    given: dict[Value, Expr] = {}
+    for result, grad in zip(results, grads, strict=True):
+        if grad is not None:
+            given[result.value] = given[result.value] + grad if result.value in given else grad
+    found = backward(b, nodes, given)
+    return operand_gradients(found, inputs)
+
+
+def operand_gradients(found: Mapping[Value, Expr], inputs: Grads) -> list[Expr | None]:
+    """Each operand's gradient among those of all values.
+
+    A value that is several operands at once has its whole gradient at the first: their sum is what counts.
+    """
+    values = [None if x is None else x.value for x in inputs]
+    return [
+        None if value is None or value in values[:position] else found.get(value)
+        for position, value in enumerate(values)
+    ]

@@ -1,0 +1,87 @@
+"""Inlining: the body of a function in place of its calls.
+
+    x1 = h(x) with h.0   -->   ln_1 = layer_norm(x, $h.0.ln_1.weight, ...)      # scope h.0.ln_1
+
+A call's weights stand for the function's, and its scope leads theirs.
+"""
+
+from __future__ import annotations
+
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.transforms.clone import clone_node, clone_value, copied_value
+
+MOST_NODES = 1_000_000
+
+
+def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
+    """A graph without calls that computes the same: its entries alone, weights by their own names, scopes joined.
+
+    Raises GraphError if its functions would have more than `most_nodes` nodes together (a few that call each other
+    twice can stand for any number), or for a call that does not fit or precedes its function.
+    """
+    flat: dict[str, Function] = {}
+    left = most_nodes
+    for function in graph.functions.values():
+        left -= _unfolded_count(function, flat)
+        if left < 0:
+            raise GraphError(f"the unfolded graph is too large, in {function.name}", hint=f"at most {most_nodes} nodes")
+        flat[function.name] = _inlined(function, flat)
+    result = Graph(graph.name)
+    result.symbols = dict(graph.symbols)
+    result.initial = dict(graph.initial)
+    result.entry_names = graph.entry_names
+    result.functions = {name: flat[name] for name in graph.entry_names}
+    return result
+
+
+def inline_function(graph: Graph, function: Function, *, most_nodes: int = MOST_NODES) -> Function:
+    """A copy of one function of a graph without calls. Raises GraphError as `inline_calls` does."""
+    part = Graph(graph.name)
+    part.functions = {each.name: each for each in graph.needed_by(function)}
+    part.entry_names = (function.name,)
+    return inline_calls(part, most_nodes=most_nodes).functions[function.name]
+
+
+def _unfolded_count(function: Function, flat: dict[str, Function]) -> int:
+    """How many nodes the function has with its calls inlined. Raises GraphError for a call that does not fit."""
+    count = 0
+    for node in function.nodes:
+        name = node.op.callee
+        callee = flat.get(name) if name is not None else None
+        if name is not None and callee is None:
+            raise GraphError(f"{function.name} calls {name!r}, which does not come before it")
+        if callee is not None and (len(callee.arguments), len(callee.outputs)) != (
+            len(node.operands),
+            len(node.results),
+        ):
+            raise GraphError(f"{function.name}: a call of {callee.name} does not fit its signature")
+        count += len(callee.nodes) if callee is not None else 1
+    return count
+
+
+def _inlined(function: Function, flat: dict[str, Function]) -> Function:
+    """A copy of the function in which the bodies of `flat` stand for calls."""
+    copy = Function(function.name)
+    values: dict[Value | None, Value | None] = {None: None}
+    for value in function.inputs:
+        values[value] = made = clone_value(value)
+        copy.inputs.append(made)
+    for name, value in function.parameters.items():
+        values[value] = copy.parameters[name] = clone_value(value)
+    for node in function.nodes:
+        if node.op.callee is None:
+            copy.nodes.append(clone_node(node, values, function))
+            continue
+        callee = flat[node.op.callee]
+        inner: dict[Value | None, Value | None] = {None: None}
+        for formal, actual in zip(callee.arguments, node.operands, strict=True):
+            inner[formal] = copied_value(actual, values, function) if actual is not None else None
+        for part in callee.nodes:
+            made_node = clone_node(part, inner, callee)
+            made_node.scope = ".".join(filter(None, (node.scope, part.scope)))
+            copy.nodes.append(made_node)
+        for old, formal in zip(node.results, callee.outputs.values(), strict=True):
+            values[old] = copied_value(formal, inner, callee)
+    copy.outputs = {name: copied_value(value, values, function) for name, value in function.outputs.items()}
+    return copy

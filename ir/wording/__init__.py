@@ -1,0 +1,1 @@
+"""How ops and values read to a person: signatures, words of other libraries, what Python asks of a tensor."""

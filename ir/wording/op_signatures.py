@@ -1,0 +1,73 @@
+"""Signatures of ops, from what their classes say: for `help`, and for the stubs that type checkers and editors read.
+
+    softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor
+
+Operands go by position, attributes by keyword. How many results an op has follows from its dtype rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+
+from treadle.ir.attribute_values import accepted_annotation
+from treadle.ir.dtype_rules import count_results
+from treadle.ir.operation import Op
+from treadle.ir.sizing.sizes import Size
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What operands, results and attributes are called where ops are words: in the builder, the language, patterns.
+
+    attribute  None: what the attribute's own annotation accepts
+    """
+
+    operand: str
+    result: str
+    attribute: str | None = None
+
+
+BUILDER = Spelling("ExprLike", "Expr")
+LANGUAGE = Spelling("TensorLike", "Tensor")
+PATTERN = Spelling("TermLike", "PatternTerm", "Any")
+
+
+class Annotation(str):
+    """An annotation as text, which a signature prints without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def op_signature(cls: type[Op], spelling: Spelling = LANGUAGE) -> Signature:
+    """How the op is called."""
+    found = [_operand(name, o.optional, o.variadic, spelling) for name, o in cls.operands.items()]
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kind = spelling.attribute or accepted_annotation(str(field.type))
+        default = field.default.constant if isinstance(field.default, Size) else field.default
+        default = Parameter.empty if default is dataclasses.MISSING else default
+        found.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotation(kind)))
+    if spelling is not PATTERN:  # which names what it captures by p.named
+        found.append(Parameter("name", Parameter.KEYWORD_ONLY, default=None, annotation=Annotation("str | None")))
+    return Signature(found, return_annotation=Annotation(_results(cls, spelling.result)))
+
+
+def _operand(name: str, optional: bool, variadic: bool, spelling: Spelling) -> Parameter:
+    annotation = Annotation(f"{spelling.operand} | None" if optional else spelling.operand)
+    if variadic:
+        return Parameter(name, Parameter.VAR_POSITIONAL, annotation=annotation)
+    default = None if optional else Parameter.empty
+    return Parameter(name, Parameter.POSITIONAL_ONLY, default=default, annotation=annotation)
+
+
+def _results(cls: type[Op], result: str) -> str:
+    """One, a tuple of so many, or a tuple of any number where attributes decide."""
+    rules = [cls.dtype_text] if cls.dtype_text else [cls.make(**s.attributes).dtypes() for s in cls.samples]
+    counts = {count_results(rule) for rule in rules}
+    if counts == {1}:
+        return result
+    return f"tuple[{', '.join([result] * counts.pop() if len(counts) == 1 else [result, '...'])}]"

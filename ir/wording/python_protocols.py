@@ -1,0 +1,132 @@
+"""What Python and NumPy ask of a value and a graph's cannot answer, each told with what to write instead.
+
+`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: there are no elements while a graph is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from treadle.ir.errors import GraphError
+from treadle.ir.op_registry import OPS
+from treadle.ir.wording.other_spellings import OTHER_METHODS, OTHER_WORDS
+
+if TYPE_CHECKING:
+    from treadle.ir.builder import Builder
+    from treadle.ir.types import Type
+
+
+class NoSuchMethod(GraphError, AttributeError):
+    """A traced value was asked for a method that arrays of other libraries have."""
+
+
+_OPERATORS = {
+    **{"add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "floor_divide": "floor_divide"},
+    **{"remainder": "mod", "power": "pow", "float_power": "pow", "matmul": "matmul"},
+    **{"less": "less", "less_equal": "less_equal", "greater": "greater", "greater_equal": "greater_equal"},
+    **{"equal": "equal", "not_equal": "not_equal", "bitwise_and": "logical_and", "bitwise_or": "logical_or"},
+}
+"""What NumPy calls where an array or a NumPy number stands left of an operator, and the op that it is."""
+
+
+class PythonProtocols:
+    """Base of `Expr`: its operators are answers, these are refusals. Each raises GraphError."""
+
+    __slots__ = ()
+    builder: Builder
+
+    if TYPE_CHECKING:
+
+        @property
+        def type(self) -> Type: ...
+
+    def __bool__(self) -> NoReturn:
+        raise self._refusal(
+            "a tensor of a model has no truth value: a graph has no data-dependent branches",
+            "t.where(condition, a, b) chooses element by element; "
+            "& | ~ stand for and, or, not; t.maximum, t.minimum for max, min",
+        )
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """NumPy's functions of elements: an operator beside an array is the op, any other is refused."""
+        op = _OPERATORS.get(ufunc.__name__)
+        if op is not None and method == "__call__" and not options:
+            return self.builder.apply(op, *inputs, name="x")
+        if method != "__call__":
+            ufunc, options = getattr(ufunc, method), {}
+        raise self._not_numpys(ufunc.__name__, len(inputs))
+
+    def __array_function__(self, function: Callable[..., Any], *_: Any) -> NoReturn:
+        raise self._not_numpys(function.__name__, 1)
+
+    def _not_numpys(self, name: str, operands: int) -> GraphError:
+        return self._refusal(
+            f"NumPy's {name} takes arrays, not tensors of a model",
+            OTHER_WORDS.get(name) or (f"t.{name}({', '.join('xyz'[:operands])})" if name in OPS else None),
+        )
+
+    def _refusal(self, what: str, hint: str | None) -> GraphError:
+        return GraphError(what, received=str(self.type), source=self.builder.place(), hint=hint)
+
+    if not TYPE_CHECKING:  # type checkers say these before it runs
+
+        def __getitem__(self, index: Any) -> NoReturn:
+            raise self._refusal(
+                "a tensor of a model has no [ ]: its axes are cut and looked up by ops",
+                "t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one place",
+            )
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raises NoSuchMethod, which names what is written instead."""
+            if name.startswith("__"):
+                raise AttributeError(name)
+            spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
+            raise NoSuchMethod(
+                f"a tensor of a model has no .{name}: what is done to it are ops",
+                received=str(self.type),
+                source=self.builder.place(),
+                hint=spelled or "dir(treadle) lists them",
+            )
+
+        def __iter__(self) -> NoReturn:
+            raise self._refusal(
+                "a tensor of a model cannot be iterated over",
+                "t.gather(x, i, axis=0) gives place i of an axis, for i in range(...) where its size is a number",
+            )
+
+        def __contains__(self, value: Any) -> NoReturn:
+            raise self._refusal("`in` cannot look into a tensor", "x == value compares each element")
+
+        def __len__(self) -> NoReturn:
+            raise self._refusal(
+                "a tensor of a model has no len()", "x.shape[0] is its first axis's size, x.rank how many"
+            )
+
+        def __array__(self, *_: Any, **__: Any) -> NoReturn:
+            raise self._refusal(
+                "a tensor of a model is no array: it has elements when the compiled model is called",
+                "t.concat(a, b, axis=1) joins tensors; an op takes arrays and tensors side by side",
+            )
+
+        def _no_number(self, *_: Any) -> NoReturn:
+            raise self._refusal(
+                "a tensor of a model is no Python number: it has elements when the compiled model is called",
+                "x.cast(t.f32) and x.cast(t.i64) for another dtype; x.shape[1] for a size",
+            )
+
+        __float__ = __int__ = __index__ = __complex__ = _no_number
+
+        def __round__(self, *_: Any) -> NoReturn:
+            raise self._refusal("a tensor of a model is no Python number", "t.round(x)")
+
+        def __floor__(self) -> NoReturn:
+            raise self._refusal("a tensor of a model is no Python number", "t.floor(x)")
+
+        __trunc__ = __floor__
+
+        def __ceil__(self) -> NoReturn:
+            raise self._refusal("a tensor of a model is no Python number", "-t.floor(-x)")
+
+        def __divmod__(self, _: Any) -> NoReturn:
+            raise self._refusal("a tensor of a model has no divmod()", "x // y and x % y")
