@@ -1,0 +1,191 @@
+"""The exact search, seen from Python: what it reads, how it restarts, which capacities it asks for.
+
+One depth-first search may lose itself below a bad first choice. So it is restarted, each time with another order of
+buffers and another rule for sections, and with limits that follow the sequence of Luby, Sinclair & Zuckerman 1993, under
+which a run as long as any is made at last: what is infeasible is proven so. What failed is remembered between runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from treadle.passes.memory.depth_first import Search
+
+Array = np.ndarray[Any, Any]
+
+LARGEST = 4_000_000
+"""Pairs of a buffer and a section that it lives in. Where there are more, one node of the search is too slow."""
+
+RUN = 1000
+"""Nodes of the shortest run: some times as many as hard instances of 400 buffers have."""
+
+WORK_A_SECOND = 2e8
+"""Buffers looked at in a second, at least: by this, no run lasts much longer than the time that is left."""
+
+REMEMBERED = 1 << 19
+"""States that the table of failures holds; 16 bytes each."""
+
+
+def available() -> bool:
+    """Whether numba, which compiles the search, is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best offsets that are known, the size that they reach, and a lower bound of every placement's size."""
+
+    offsets: Array
+    reached: int
+    bound: int
+
+
+def sections(first: Array, end: Array) -> tuple[Array, Array, int]:
+    """Lives in sections instead of steps, and how many sections there are.
+
+    A section is kept from each place where some buffer begins and the next event is some buffer's end. Only there a set
+    of buffers that live together is not part of a larger one. Two buffers live together exactly if they share a section.
+    """
+    steps = np.unique(np.concatenate([first, end]))
+    begins, ends = np.isin(steps, first), np.isin(steps, end)
+    before = np.concatenate(([0], np.cumsum(begins[:-1] & ends[1:])))
+    return before[np.searchsorted(steps, first)], before[np.searchsorted(steps, end)], int(before[-1])
+
+
+def luby(n: int) -> int:
+    """The n-th number, from 1, of 1 1 2 1 1 2 4 1 1 2 1 1 2 4 8 ..."""
+    while (n + 1) & n:
+        n -= (1 << (n.bit_length() - 1)) - 1
+    return 1 << (n.bit_length() - 1)
+
+
+@cache
+def warm_up() -> None:
+    """Compile the search, or read what an earlier process compiled."""
+    one = np.array([0]), np.array([1]), 1
+    _Runs(one, np.array([1])).decide(1, math.inf)
+
+
+def improve(
+    first: Array, end: Array, size: Array, known: Outcome, capacity: int | None, seconds: float
+) -> Outcome | None:
+    """Search for a placement below `capacity`, or, without one, for the smallest. None where there is too much.
+
+    The smallest is looked for at the lower bound first, then half the way to the best that is known, and so on. A
+    capacity that is proven too small raises the bound.
+    """
+    covered = sections(first, end)
+    if int((covered[1] - covered[0]).sum()) > LARGEST:
+        return None
+    warm_up()
+    deadline = time.perf_counter() + seconds
+    runs = _Runs(covered, size)
+    tried = known.bound
+    while known.reached > known.bound and (capacity is None or known.bound <= capacity < known.reached):
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            break
+        target = tried if capacity is None else capacity
+        answer = runs.decide(target, deadline if capacity is not None else time.perf_counter() + max(left / 4, 0.05))
+        if answer is None:
+            known = Outcome(known.offsets, known.reached, target + 1)
+            tried = max(tried, known.bound)
+        elif len(answer):
+            known = Outcome(answer, int((answer + size).max()), known.bound)
+        else:
+            tried = (target + known.reached) // 2
+        if tried >= known.reached - 1 or tried == target:
+            tried = known.bound
+    return known
+
+
+class _Runs:
+    """Runs of the search over one instance: its state, the number of runs so far, what failed."""
+
+    def __init__(self, covered: tuple[Array, Array, int], size: Array) -> None:
+        from treadle.passes.memory.depth_first import Search
+
+        first, end, count = covered
+        buffers = len(size)
+        members: list[list[int]] = [[] for _ in range(count)]
+        rest, cross = np.zeros(count, np.int64), np.zeros(count + 1, np.int64)
+        for b in range(buffers):
+            rest[first[b] : end[b]] += size[b]
+            cross[first[b] + 1 : end[b]] += 1
+            for t in range(first[b], end[b]):
+                members[t].append(b)
+        lengths = np.array([len(x) for x in members], np.int64)
+        _, twin = np.unique(np.stack([first, end, size], 1), axis=0, return_inverse=True)
+        state = np.zeros(2 * count + buffers, np.int64)
+        depth = 4 * (buffers + count) + 1000
+        self.search: Search = Search(
+            first=first.astype(np.int64),
+            end=end.astype(np.int64),
+            size=size.astype(np.int64),
+            order=np.arange(buffers),
+            twin=twin.reshape(-1).astype(np.int64),
+            start=np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64),
+            items=np.array([b for x in members for b in x], np.int64),
+            count=lengths,
+            rest=rest,
+            cross=cross,
+            state=state,
+            floor=state[:count],
+            sky=state[count : 2 * count],
+            low=state[2 * count :],
+            trail=np.zeros(8 * (int(lengths.sum()) + 8 * (count + buffers)) + (1 << 20), np.int64),
+            placed=np.zeros(buffers, np.int64),
+            scratch=np.zeros(int(lengths.sum()) + 16 * (count + buffers) + (1 << 18), np.int64),
+            stale=np.zeros(count, np.bool_),
+            weight=np.ones(count),
+            failed=np.zeros((REMEMBERED, 2), np.uint64),
+            frames=np.zeros((depth, 9), np.int64),
+            registers=np.zeros(9, np.int64),
+        )
+        self.random = np.random.default_rng(0)
+        self.made = 0
+
+    def decide(self, capacity: int, deadline: float) -> Array | None:
+        """Offsets below the capacity; an empty array if time is up; None if there are none."""
+        from treadle.passes.memory import depth_first as compiled
+
+        s = self.search
+        while (left := deadline - time.perf_counter()) > 0:
+            rule = (compiled.FEWEST, compiled.WEIGHTED, compiled.SLACK)[self.made % 3]
+            self._reset(self.made // 3)
+            self.made += 1
+            s.registers[compiled.CAPACITY] = capacity
+            s.registers[compiled.RULE] = rule
+            s.registers[compiled.NODE_LIMIT] = (RUN + 2 * len(s.size)) * luby(self.made)
+            s.registers[compiled.WORK_LIMIT] = int(min(left, 1e6) * WORK_A_SECOND)
+            answer = compiled.search(s)
+            if answer == compiled.FOUND:
+                return s.low.copy()
+            if answer == compiled.EXHAUSTED:
+                return None
+        return np.zeros(0, np.int64)
+
+    def _reset(self, turn: int) -> None:
+        """Nothing is placed, and buffers are ordered by size, life, area and mixtures; later turns add noise."""
+        from treadle.passes.memory import depth_first as compiled
+
+        s = self.search
+        compiled.undo(s, 0, 0)
+        s.stale[:] = False
+        s.registers[:] = 0
+        if turn % 8 == 0:
+            s.weight[:] = 1
+        life, size = np.log(s.end - s.first), np.log(s.size)
+        share = (0.0, 1.0, 0.5, self.random.uniform())[turn % 4]
+        key = 2 * ((1 - share) * size + share * life) if turn >= 4 else size * (share < 1) + life * (share > 0)
+        if turn >= 4:
+            key = key + self.random.normal(0, 0.3, len(key))
+        s.order[np.argsort(-key, kind="stable")] = np.arange(len(key))
