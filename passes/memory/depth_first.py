@@ -201,35 +201,61 @@ def _rests(s: Search, b: int, near: int) -> bool:
     return False
 
 
-LOOK_AGAIN, NOTHING_FITS = -2, -1
+@compiled
+def _has_room(s: Search, depth: int) -> bool:
+    """Whether the stacks hold one more node, or one more pass over a part, whatever it does."""
+    sections, buffers = len(s.floor), len(s.low)
+    return (
+        depth + 2 < len(s.frames)
+        and s.registers[TRAIL] + 2 * (4 * sections + 2 * buffers) < len(s.trail)
+        and s.registers[SCRATCH] + 3 * sections + buffers < len(s.scratch)
+    )
+
+
+NOTHING_FITS, NO_ROOM = -1, -2
 
 
 @compiled
-def _choose(s: Search, begin: int, end: int) -> int:
-    """The section to ask, of those of the lowest floor; or NOTHING_FITS; or LOOK_AGAIN, as a buffer was lifted."""
-    lowest = FAR
-    for t in range(begin, end):
-        if s.count[t] > 0:
-            lowest = min(lowest, s.floor[t])
+def _settle(s: Search, begin: int, end: int) -> int:
+    """Lift all buffers of the lowest floor that would lie on nothing; that floor, or NOTHING_FITS, or NO_ROOM."""
+    while True:
+        if not _has_room(s, 0):
+            return NO_ROOM
+        lowest = FAR
+        for t in range(begin, end):
+            if s.count[t] > 0:
+                lowest = min(lowest, s.floor[t])
+        lifted = False
+        s.registers[WORK] += 2 * (end - begin)
+        for t in range(begin, end):
+            if s.floor[t] != lowest:
+                continue
+            s.registers[WORK] += s.count[t]
+            for k in range(s.start[t], s.start[t] + s.count[t]):
+                b = s.items[k]
+                if s.low[b] == lowest and not _rests(s, b, t):
+                    lifted = True
+                    if not _lift(s, b):
+                        s.weight[t] += FAILURE
+                        s.stale[begin:end] = False
+                        return NOTHING_FITS
+        if not lifted:
+            return lowest
+        if not _refresh(s, begin, end):
+            return NOTHING_FITS
+
+
+@compiled
+def _choose(s: Search, begin: int, end: int, lowest: int) -> int:
+    """The section to ask, of those of the lowest floor."""
     chosen, least = NOTHING_FITS, np.inf
-    s.registers[WORK] += 2 * (end - begin)
     for t in range(begin, end):
         if s.count[t] == 0 or s.floor[t] != lowest:
             continue
         branches = 0
-        s.registers[WORK] += s.count[t]
         for k in range(s.start[t], s.start[t] + s.count[t]):
-            b = s.items[k]
-            if s.low[b] != lowest:
-                continue
-            if _rests(s, b, t):
+            if s.low[s.items[k]] == lowest:
                 branches += 1
-                continue
-            if not _lift(s, b):
-                s.weight[t] += FAILURE
-                s.stale[begin:end] = False
-                return NOTHING_FITS
-            return LOOK_AGAIN if _refresh(s, begin, end) else NOTHING_FITS
         slack = s.registers[CAPACITY] - lowest - s.rest[t]
         if slack > 0:
             branches += 1
@@ -345,17 +371,6 @@ def _hashes(s: Search, begin: int, end: int) -> tuple[Any, Any]:
     return _mix(one), _mix(two)
 
 
-@compiled
-def _has_room(s: Search, depth: int) -> bool:
-    """Whether the stacks hold one more node, whatever it does."""
-    sections, buffers = len(s.floor), len(s.low)
-    return (
-        depth + 2 < len(s.frames)
-        and s.registers[TRAIL] + 2 * (4 * sections + 2 * buffers) < len(s.trail)
-        and s.registers[SCRATCH] + 3 * sections + buffers < len(s.scratch)
-    )
-
-
 # A frame of the search. A node asks SECTION of the part from BEGIN to END, and is at branch AT of COUNT + 1. A frame of
 # parts has -1 for a section, and is at part AT. BASE is where the scratch holds the branches or parts. The trail had the
 # length ENTERED before the node was looked at, ASKED before its branches.
@@ -398,18 +413,17 @@ def search(s: Search) -> int:
                     return STOPPED
                 begin, end = s.scratch[base], s.scratch[base + 1]
                 entered = s.registers[TRAIL]
-                section = LOOK_AGAIN
-                while section == LOOK_AGAIN:
-                    if not _has_room(s, depth):
-                        return STOPPED
-                    section = _choose(s, begin, end)
+                lowest = _settle(s, begin, end)
+                if lowest == NO_ROOM:
+                    return STOPPED
                 answer = EXHAUSTED
-                if section >= 0:
+                if lowest >= 0:
                     one, two = _hashes(s, begin, end)
                     slot = one % np.uint64(len(s.failed))
                     if s.failed[slot, 0] != one or s.failed[slot, 1] != two:
                         depth += 1
                         hashes[depth, 0], hashes[depth, 1] = one, two
+                        section = _choose(s, begin, end, lowest)
                         count = _candidates(s, section)
                         frames[depth, SECTION], frames[depth, BEGIN], frames[depth, END] = section, begin, end
                         frames[depth, BASE], frames[depth, COUNT], frames[depth, AT] = base, count, -1

@@ -24,10 +24,10 @@ Array = np.ndarray[Any, Any]
 LARGEST = 4_000_000
 """Pairs of a buffer and a section that it lives in. Where there are more, one node of the search is too slow."""
 
-RUN = 1000
-"""Nodes of the shortest run: some times as many as hard instances of 400 buffers have."""
+RUN = 300
+"""Nodes of the shortest run, and two for each buffer: enough for a few detours on a good way down."""
 
-WORK_A_SECOND = 2e8
+WORK_A_SECOND = 4e7
 """Buffers looked at in a second, at least: by this, no run lasts much longer than the time that is left."""
 
 REMEMBERED = 1 << 19
