@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treadle.backends.tvm.arena import ALIGNMENT, Lifetime, check_arena, plan_arena
+from treadle.backends.tvm.arena import ALIGNMENT, check_arena, plan_arena
 from treadle.ir.errors import BackendError
+from treadle.passes.memory.instances import Lifetime
 
 lifetimes = st.lists(
     st.builds(

@@ -7,27 +7,17 @@ Greedy by size: the largest buffer first, each at the lowest offset that is free
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from treadle.ir.errors import BackendError
+from treadle.passes.memory.instances import Lifetime
 
 Array = np.ndarray[Any, Any]
 
 ALIGNMENT = 64
 """Bytes; a cache line, and the widest vector."""
-
-
-@dataclass(frozen=True)
-class Lifetime:
-    """A buffer: its size in bytes, alive from step `first` to before step `end`."""
-
-    name: str
-    first: int
-    end: int
-    size: int
 
 
 def plan_arena(lives: Sequence[Lifetime]) -> list[int]:

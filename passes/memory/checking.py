@@ -29,9 +29,7 @@ def check_placement(
     reached = 0
     for b, at in zip(buffers, offsets, strict=True):
         if at < 0 or at % alignment:
-            raise PassError(
-                f"an offset must be a multiple of {alignment}, and not negative", received=f"{b} at {at}"
-            )
+            raise PassError(f"an offset must be a multiple of {alignment}, and not negative", received=f"{b} at {at}")
         if capacity is not None and at + b.size > capacity:
             raise PassError(
                 "a buffer ends beyond the capacity", received=f"{b} at {at} ends at {at + b.size} of {capacity}"

@@ -20,8 +20,8 @@ the later one of two equal buffers; and states that failed before, which a table
 Sections that no buffer connects any longer are solved apart: when one of the parts fails, all of it does.
 
 Canonical placements, the floors of sections and the decomposition follow Moffitt, "MiniMalloc: A Lightweight Memory
-Allocator for Hardware-Accelerated Machine Learning" (ASPLOS 2023); weights of sections that fail are those of Boussemart
-et al., "Boosting systematic search by weighting constraints" (ECAI 2004).
+Allocator for Hardware-Accelerated Machine Learning" (ASPLOS 2023); weights of sections that fail are those of
+Boussemart et al., "Boosting systematic search by weighting constraints" (ECAI 2004).
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _rests(s: Search, b: int, near: int) -> bool:
     low = s.low[b]
     if low == 0 or s.sky[near] == low:
         return True
-    for t in range(s.first[b], s.end[b]):
+    for t in range(s.first[b], s.end[b]):  # noqa: SIM110 - numba compiles no generator here
         if s.sky[t] == low:
             return True
     return False
@@ -372,8 +372,8 @@ def _hashes(s: Search, begin: int, end: int) -> tuple[Any, Any]:
 
 
 # A frame of the search. A node asks SECTION of the part from BEGIN to END, and is at branch AT of COUNT + 1. A frame of
-# parts has -1 for a section, and is at part AT. BASE is where the scratch holds the branches or parts. The trail had the
-# length ENTERED before the node was looked at, ASKED before its branches.
+# parts has -1 for a section, and is at part AT. BASE is where the scratch holds the branches or parts. The trail had
+# the length ENTERED before the node was looked at, ASKED before its branches; HELD buffers were placed.
 SECTION, BEGIN, END, BASE, COUNT, AT, ENTERED, ASKED, HELD = range(9)
 
 

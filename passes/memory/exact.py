@@ -1,8 +1,8 @@
 """The exact search, seen from Python: what it reads, how it restarts, which capacities it asks for.
 
 One depth-first search may lose itself below a bad first choice. So it is restarted, each time with another order of
-buffers and another rule for sections, and with limits that follow the sequence of Luby, Sinclair & Zuckerman 1993, under
-which a run as long as any is made at last: what is infeasible is proven so. What failed is remembered between runs.
+buffers and another rule for sections. The limits of the runs follow the sequence of Luby, Sinclair & Zuckerman 1993: at
+last a run is long enough, and what is infeasible is proven so. What failed is remembered between runs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def sections(first: Array, end: Array) -> tuple[Array, Array, int]:
     """Lives in sections instead of steps, and how many sections there are.
 
     A section is kept from each place where some buffer begins and the next event is some buffer's end. Only there a set
-    of buffers that live together is not part of a larger one. Two buffers live together exactly if they share a section.
+    of buffers that live together is not part of a larger one. Two buffers live together exactly if they share a
+    section.
     """
     steps = np.unique(np.concatenate([first, end]))
     begins, ends = np.isin(steps, first), np.isin(steps, end)

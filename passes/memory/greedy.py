@@ -68,7 +68,9 @@ def place_greedily(first: Array, end: Array, size: Array, bound: int) -> Array:
     best, reached = np.zeros(0, np.int64), None
     for a, b in WEIGHTS:
         weight = np.log(size) + a * np.log(together) + b * np.log(life)
-        offsets = first_fit(first, end, size, np.lexsort((-life, -weight)) if a or b else np.argsort(-size, kind="stable"))
+        offsets = first_fit(
+            first, end, size, np.lexsort((-life, -weight)) if a or b else np.argsort(-size, kind="stable")
+        )
         if reached is None or (offsets + size).max() < reached:
             best, reached = offsets, int((offsets + size).max())
         if reached <= bound:
