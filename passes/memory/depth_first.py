@@ -54,7 +54,7 @@ class Search(NamedTuple):
 
     order     buffers of smaller order are tried first
     twin      equal for buffers of one life and one size
-    start, items, count   items[start[t] : start[t] + count[t]] wait in section t; behind them are the placed ones
+    start, items, waiting   items[start[t] : start[t] + waiting[t]] wait in section t; behind them are the placed ones
     cross     how many buffers that wait live both before and after the boundary at the left of section t
     state     floor, sky and low, one behind the other; these three are views of it
     trail     pairs of a place in `state` and the number that it had
@@ -69,7 +69,7 @@ class Search(NamedTuple):
     twin: Array
     start: Array
     items: Array
-    count: Array
+    waiting: Array
     rest: Array
     cross: Array
     state: Array
@@ -113,7 +113,7 @@ def undo(s: Search, trail: int, placed: int) -> None:
         s.cross[s.first[b] + 1 : s.end[b]] += 1
         for t in range(s.first[b], s.end[b]):
             s.rest[t] += s.size[b]
-            s.count[t] += 1
+            s.waiting[t] += 1
 
 
 @compiled
@@ -124,10 +124,10 @@ def _refresh(s: Search, begin: int, end: int) -> bool:
         if not s.stale[t]:
             continue
         s.stale[t] = False
-        if not fits or s.count[t] == 0:
+        if not fits or s.waiting[t] == 0:
             continue
         lowest = FAR
-        for k in range(s.start[t], s.start[t] + s.count[t]):
+        for k in range(s.start[t], s.start[t] + s.waiting[t]):
             lowest = min(lowest, s.low[s.items[k]])
         if lowest > s.floor[t]:
             _write(s, t, lowest)
@@ -156,15 +156,15 @@ def _place(s: Search, b: int) -> bool:
         _write(s, len(s.floor) + t, top)
         s.stale[t] = True
         s.rest[t] -= s.size[b]
-        s.count[t] -= 1
-        last = s.start[t] + s.count[t]
+        s.waiting[t] -= 1
+        last = s.start[t] + s.waiting[t]
         for k in range(s.start[t], last):
             if s.items[k] == b:
                 s.items[k] = s.items[last]
                 s.items[last] = b
                 break
     for t in range(s.first[b], s.end[b]):
-        for k in range(s.start[t], s.start[t] + s.count[t]):
+        for k in range(s.start[t], s.start[t] + s.waiting[t]):
             other = s.items[k]
             if s.low[other] < top:
                 _raise(s, other, top)
@@ -178,7 +178,7 @@ def _lift(s: Search, b: int) -> bool:
     sky, others, tops = 0, FAR, FAR
     for t in range(s.first[b], s.end[b]):
         sky = max(sky, s.sky[t])
-        for k in range(s.start[t], s.start[t] + s.count[t]):
+        for k in range(s.start[t], s.start[t] + s.waiting[t]):
             other = s.items[k]
             if other != b:
                 others = min(others, s.low[other])
@@ -223,15 +223,15 @@ def _settle(s: Search, begin: int, end: int) -> int:
             return NO_ROOM
         lowest = FAR
         for t in range(begin, end):
-            if s.count[t] > 0:
+            if s.waiting[t] > 0:
                 lowest = min(lowest, s.floor[t])
         lifted = False
         s.registers[WORK] += 2 * (end - begin)
         for t in range(begin, end):
             if s.floor[t] != lowest:
                 continue
-            s.registers[WORK] += s.count[t]
-            for k in range(s.start[t], s.start[t] + s.count[t]):
+            s.registers[WORK] += s.waiting[t]
+            for k in range(s.start[t], s.start[t] + s.waiting[t]):
                 b = s.items[k]
                 if s.low[b] == lowest and not _rests(s, b, t):
                     lifted = True
@@ -250,10 +250,10 @@ def _choose(s: Search, begin: int, end: int, lowest: int) -> int:
     """The section to ask, of those of the lowest floor."""
     chosen, least = NOTHING_FITS, np.inf
     for t in range(begin, end):
-        if s.count[t] == 0 or s.floor[t] != lowest:
+        if s.waiting[t] == 0 or s.floor[t] != lowest:
             continue
         branches = 0
-        for k in range(s.start[t], s.start[t] + s.count[t]):
+        for k in range(s.start[t], s.start[t] + s.waiting[t]):
             if s.low[s.items[k]] == lowest:
                 branches += 1
         slack = s.registers[CAPACITY] - lowest - s.rest[t]
@@ -276,12 +276,12 @@ def _candidates(s: Search, t: int) -> int:
     """Write the buffers that may lie at the floor of section t to the scratch, in order; how many. Of twins, one."""
     base = s.registers[SCRATCH]
     written = 0
-    for k in range(s.start[t], s.start[t] + s.count[t]):
+    for k in range(s.start[t], s.start[t] + s.waiting[t]):
         b = s.items[k]
         if s.low[b] != s.floor[t]:
             continue
         first_twin = True
-        for j in range(s.start[t], s.start[t] + s.count[t]):
+        for j in range(s.start[t], s.start[t] + s.waiting[t]):
             other = s.items[j]
             if s.twin[other] == s.twin[b] and other < b and s.low[other] == s.low[b]:
                 first_twin = False
@@ -301,7 +301,7 @@ def _leave_empty(s: Search, t: int, begin: int, end: int) -> bool:
     floor = s.floor[t]
     if floor + s.rest[t] >= s.registers[CAPACITY]:
         return False
-    for k in range(s.start[t], s.start[t] + s.count[t]):
+    for k in range(s.start[t], s.start[t] + s.waiting[t]):
         b = s.items[k]
         if s.low[b] == floor and not _lift(s, b):
             s.weight[t] += FAILURE
@@ -320,7 +320,7 @@ def _parts(s: Search, begin: int, end: int) -> int:
     written = 0
     t = begin
     while t < end:
-        if s.count[t] == 0:
+        if s.waiting[t] == 0:
             t += 1
             continue
         stop = t + 1
@@ -356,13 +356,13 @@ def _hashes(s: Search, begin: int, end: int) -> tuple[Any, Any]:
     one = _mix(np.uint64(begin) * GOLDEN + np.uint64(end))
     two = np.uint64(s.registers[CAPACITY])
     for t in range(begin, end):
-        if s.count[t] == 0:
+        if s.waiting[t] == 0:
             continue
-        s.registers[WORK] += s.count[t]
+        s.registers[WORK] += s.waiting[t]
         h = _mix(np.uint64(2 * t) * GOLDEN + np.uint64(s.sky[t]))
         one += h
         two += _mix(h + GOLDEN)
-        for k in range(s.start[t], s.start[t] + s.count[t]):
+        for k in range(s.start[t], s.start[t] + s.waiting[t]):
             b = s.items[k]
             if s.first[b] == t:
                 h = _mix(np.uint64(2 * b + 1) * GOLDEN + np.uint64(s.low[b]))

@@ -135,7 +135,7 @@ class _Runs:
             twin=twin.reshape(-1).astype(np.int64),
             start=np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64),
             items=np.array([b for x in members for b in x], np.int64),
-            count=lengths,
+            waiting=lengths,
             rest=rest,
             cross=cross,
             state=state,
