@@ -86,6 +86,7 @@ class Windows(Primitive):
     errors = [
         (S("f32[4]", axis=0, size=3, dilation=2), "a window spans 5 elements, the axis has 4"),
         (S("f32[4]", axis=0, size=2, stride=0), "stride must be 1 or more"),
+        (S("f32[4]", axis=0, size=2, dilation=0), "dilation must be 1 or more"),
         (S("f32[4]", axis=0, size=0), "size must be 1 or more"),
     ]
 
@@ -148,6 +149,8 @@ class FoldWindows(Primitive):
     errors = [
         (S("f32[2,5,3]", axis=1, size=8), "an axis of size 8 has 6 windows, x has 5"),
         (S("f32[3]", axis=0, size=3), "x needs an axis of windows"),
+        (S("f32[5,2]", axis=0, size=6, stride=0), "stride must be 1 or more"),
+        (S("f32[5,2]", axis=0, size=5, dilation=0), "dilation must be 1 or more"),
     ]
 
 
@@ -261,4 +264,7 @@ class Conv(Composite):
         (S("f32[1,3,8]", "f32[4,3,3]", "f32[3]"), "sizes disagree: 4 in weight, 3 in bias"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
         (S("f32[3,8]", "f32[3,3]", None), "with a spatial axis or more"),
+        (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(0,)), "stride must be 1 or more"),
+        (S("f32[1,3,8]", "f32[4,3,3]", None, dilations=(0,)), "dilation must be 1 or more"),
+        (S("f32[1,3,8]", "f32[4,3,3]", None, groups=0), "groups must be 1 or more"),
     ]

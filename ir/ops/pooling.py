@@ -110,6 +110,7 @@ class _Pool(Composite):
         (S("f32[1,2,8]", kernel=(2,), padding=(2,)), "padding must be from 0 to 1, since a window spans 2; is 2"),
         (S("f32[1,2,8]", kernel=(0,)), "kernel must be 1 or more"),
         (S("f32[1,2,8]", kernel=(2,), strides=(0,)), "strides must be 1 or more"),
+        (S("f32[1,2,8]", kernel=(2,), dilations=(0,)), "dilations must be 1 or more"),
         (S("f32[1,2,8]", kernel=(2,), strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
         (S("f32[8]", kernel=(2, 2)), "kernel has 2 numbers, x has 1 axes"),
         (S("f32[8]", kernel=()), "kernel must have a number for each axis"),
