@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from tests.backend_checks import CPU, block_model, compiled, graph_of, message
 from treadle.backends import registry
 from treadle.backends.registry import backend_names, find_backend
-from treadle.ir.errors import UsageError
+from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 
@@ -116,3 +118,23 @@ def test_without_torch_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'treadle[torch]'" in str(find_backend("torch").available())
     assert "torch backend is not available" in message(lambda: compiled("torch", block_model()[0]))
+
+
+def test_without_tvm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it is not installed, where a folder of its name is all there is, and where its libraries are not there."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'treadle[tvm]'" in str(find_backend("tvm").available())
+    told = message(lambda: compiled("tvm", block_model()[0]))
+    assert "tvm backend is not available" in told and "pip install 'treadle[tvm]'" in told
+    tvm_runtime._libraries.cache_clear()
+    with pytest.raises(BackendError, match="tvm backend is not available") as caught:
+        tvm_runtime.launcher()
+    assert caught.value.received == tvm_runtime.missing()
+    held = ModuleSpec("tvm", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: held)
+    with pytest.raises(BackendError, match="tvm backend is not available"):
+        tvm_runtime.launcher()
+    held.submodule_search_locations = [str(tmp_path)]
+    with pytest.raises(BackendError, match="TVM's runtime cannot be loaded") as caught:
+        tvm_runtime.launcher()
+    assert str(tmp_path) in str(caught.value.received) and "pip install" in str(caught.value.hint)

@@ -603,3 +603,31 @@ def test_what_a_border_repeats(mode: str, pads: tuple[int, int]) -> None:
     body = f'p = Constant<value_ints = [{pads[0]}, {pads[1]}]>() y = Pad<mode = "{mode}">(x, p)'
     for length in ("3", "N"):
         same_as_runtime(model(f"(float[{length}] x) => (float[M] y)", body), {"x": np.float32([3, 1, 2])})
+
+
+@pytest.mark.parametrize("stored", ["y", "x", "neither", "rows of y"])
+def test_integers_of_64_bits_to_a_power(stored: str) -> None:
+    """By products where the file tells one exponent from 1 to 8, exact up to 2^63; else by f64, exact up to 2^53.
+
+    f64 has no 3^34, nor the cube of 2^20 + 1. What is no exponent, be it stored or not, is not read as one.
+    """
+    large = [3**17, -(3**17), 0, 1, -1, 2**20 + 1]
+    powers = range(1, 9) if stored in ("y", "rows of y") else (3,)
+    for power in powers:
+        base = [n for n in large if abs(n) ** power < (2**63 if stored == "y" else 2**53)]
+        x, y = np.array([2] if stored == "x" else base), np.array([power])
+        if stored == "rows of y":
+            y = np.array([power, 1])[:, None]
+        given = {"x": x, "y": y}
+        body = "z = Pow(x, y)"
+        if stored != "neither":
+            name = stored[-1]
+            value = ", ".join(map(str, given[name].ravel()))
+            shape = ", ".join(map(str, given[name].shape))
+            body = f"s = Constant<value = int64[{shape}] {{{value}}}>() " + body.replace(name, "s")
+            del given[name]
+        inputs = ", ".join(f"int64[{','.join(map(str, v.shape))}] {n}" for n, v in given.items())
+        found = import_onnx(model(f"({inputs}) => (int64[N] z)", body))
+        assert ("pow" in {n.op.name for n in found.graph.main.nodes}) == (stored != "y")
+        for answer in answers(found, given):
+            np.testing.assert_array_equal(answer["z"], x**y)

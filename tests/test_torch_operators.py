@@ -120,6 +120,41 @@ def test_operators(group: str) -> None:
     assert_equal(treadle.from_torch(module, (x,)), module, (x,))
 
 
+ACTIVATIONS: dict[str, Any] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "leaky_relu, steep": lambda x: F.leaky_relu(x, 1.5),
+    "hardtanh": F.hardtanh,
+    "hardtanh, wide": lambda x: F.hardtanh(x, -2.5, 7.0),
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "softplus": F.softplus,
+    "softplus, bent": lambda x: F.softplus(x, beta=0.5, threshold=2.0),
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, 2.0),
+    "gelu": F.gelu,
+    "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "logsigmoid": F.logsigmoid,
+    "softsign": F.softsign,
+    "tanhshrink": F.tanhshrink,
+    "threshold": lambda x: F.threshold(x, 0.5, -4.0),
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
+    "glu": lambda x: F.glu(x.reshape(1, -1)[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_on_both_sides_of_each_bend(name: str) -> None:
+    """Steps of 0.5 from -30 to 30, and so at each bend: of relu6 at 6, hardswish at -3 and 3, softplus at 20."""
+    module, x = Applied(ACTIVATIONS[name]), torch.arange(-60, 61) / 2
+    assert_equal(treadle.from_torch(module, (x,)), module, (x,))
+
+
 BROADCAST: dict[str, tuple[Any, tuple[tuple[int, ...], ...], list[str]]] = {
     # a rule, the shapes of q, k and v, and the ops that it makes beside the attention
     "one head": (F.scaled_dot_product_attention, ((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)), []),
