@@ -148,10 +148,9 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_on_both_sides_of_each_bend(name: str) -> None:
+def test_activations_on_both_sides_of_each_bend() -> None:
     """Steps of 0.5 from -30 to 30, and so at each bend: of relu6 at 6, hardswish at -3 and 3, softplus at 20."""
-    module, x = Applied(ACTIVATIONS[name]), torch.arange(-60, 61) / 2
+    module, x = Applied(lambda x: {name: rule(x) for name, rule in ACTIVATIONS.items()}), torch.arange(-60, 61) / 2
     assert_equal(treadle.from_torch(module, (x,)), module, (x,))
 
 
