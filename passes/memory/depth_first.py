@@ -39,7 +39,7 @@ FOUND, EXHAUSTED, STOPPED = 1, 0, -1
 """What `search` answers: all are placed; no placement exists; a limit was reached."""
 
 CAPACITY, TRAIL, PLACED, SCRATCH, NODES, NODE_LIMIT, WORK, WORK_LIMIT, RULE = range(9)
-"""Places in `Search.registers`: the capacity, three heights of stacks, what was done and how much may be."""
+"""Places in `PlacementSearch.registers`: the capacity, three heights of stacks, what was done and how much may be."""
 
 FEWEST, WEIGHTED, SLACK = range(3)
 """Which section is asked first: fewest branches; fewest over the section's weight; fewest plus slack over weight."""
@@ -49,7 +49,7 @@ FAILURE = 0.3
 """What a failure adds to the weight of its section."""
 
 
-class Search(NamedTuple):
+class PlacementSearch(NamedTuple):
     """The problem, the state and the stacks. Arrays by buffer: first, end (sections), size, order, twin, low.
 
     order     buffers of smaller order are tried first
@@ -91,7 +91,7 @@ def compiled(function: F) -> F:
 
 
 @compiled
-def _write(s: Search, place: int, value: int) -> None:
+def _write(s: PlacementSearch, place: int, value: int) -> None:
     top = s.registers[TRAIL]
     s.trail[top] = place
     s.trail[top + 1] = s.state[place]
@@ -100,7 +100,7 @@ def _write(s: Search, place: int, value: int) -> None:
 
 
 @compiled
-def undo(s: Search, trail: int, placed: int) -> None:
+def undo(s: PlacementSearch, trail: int, placed: int) -> None:
     """Go back to where the trail and the list of placed buffers had these lengths."""
     top = s.registers[TRAIL]
     while top > trail:
@@ -117,7 +117,7 @@ def undo(s: Search, trail: int, placed: int) -> None:
 
 
 @compiled
-def _refresh(s: Search, begin: int, end: int) -> bool:
+def _refresh(s: PlacementSearch, begin: int, end: int) -> bool:
     """Compute the floors of stale sections; False where what is left does not fit above one."""
     fits = True
     for t in range(begin, end):
@@ -138,13 +138,13 @@ def _refresh(s: Search, begin: int, end: int) -> bool:
 
 
 @compiled
-def _raise(s: Search, b: int, low: int) -> None:
+def _raise(s: PlacementSearch, b: int, low: int) -> None:
     _write(s, 2 * len(s.floor) + b, low)
     s.stale[s.first[b] : s.end[b]] = True
 
 
 @compiled
-def _place(s: Search, b: int) -> bool:
+def _place(s: PlacementSearch, b: int) -> bool:
     """Put b at low[b]; False where what is left does not fit then."""
     top = s.low[b] + s.size[b]
     begin, end = s.first[b], s.end[b]
@@ -173,7 +173,7 @@ def _place(s: Search, b: int) -> bool:
 
 
 @compiled
-def _lift(s: Search, b: int) -> bool:
+def _lift(s: PlacementSearch, b: int) -> bool:
     """Raise low[b], where b cannot lie, to the lowest top that may come under it; False where it then lies nowhere."""
     sky, others, tops = 0, FAR, FAR
     for t in range(s.first[b], s.end[b]):
@@ -190,7 +190,7 @@ def _lift(s: Search, b: int) -> bool:
 
 
 @compiled
-def _rests(s: Search, b: int, near: int) -> bool:
+def _rests(s: PlacementSearch, b: int, near: int) -> bool:
     """Whether b, at low[b], would lie on what is placed. Section `near` of b is looked at first."""
     low = s.low[b]
     if low == 0 or s.sky[near] == low:
@@ -202,7 +202,7 @@ def _rests(s: Search, b: int, near: int) -> bool:
 
 
 @compiled
-def _has_room(s: Search, depth: int) -> bool:
+def _has_room(s: PlacementSearch, depth: int) -> bool:
     """Whether the stacks hold one more node, or one more pass over a part, whatever it does."""
     sections, buffers = len(s.floor), len(s.low)
     return (
@@ -216,7 +216,7 @@ NOTHING_FITS, NO_ROOM = -1, -2
 
 
 @compiled
-def _settle(s: Search, begin: int, end: int) -> int:
+def _settle(s: PlacementSearch, begin: int, end: int) -> int:
     """Lift all buffers of the lowest floor that would lie on nothing; that floor, or NOTHING_FITS, or NO_ROOM."""
     while True:
         if not _has_room(s, 0):
@@ -246,7 +246,7 @@ def _settle(s: Search, begin: int, end: int) -> int:
 
 
 @compiled
-def _choose(s: Search, begin: int, end: int, lowest: int) -> int:
+def _choose(s: PlacementSearch, begin: int, end: int, lowest: int) -> int:
     """The section to ask, of those of the lowest floor."""
     chosen, least = NOTHING_FITS, np.inf
     for t in range(begin, end):
@@ -272,7 +272,7 @@ def _choose(s: Search, begin: int, end: int, lowest: int) -> int:
 
 
 @compiled
-def _candidates(s: Search, t: int) -> int:
+def _candidates(s: PlacementSearch, t: int) -> int:
     """Write the buffers that may lie at the floor of section t to the scratch, in order; how many. Of twins, one."""
     base = s.registers[SCRATCH]
     written = 0
@@ -296,7 +296,7 @@ def _candidates(s: Search, t: int) -> int:
 
 
 @compiled
-def _leave_empty(s: Search, t: int, begin: int, end: int) -> bool:
+def _leave_empty(s: PlacementSearch, t: int, begin: int, end: int) -> bool:
     """No buffer lies at the floor of section t: lift those that might; False where this cannot be."""
     floor = s.floor[t]
     if floor + s.rest[t] >= s.registers[CAPACITY]:
@@ -311,7 +311,7 @@ def _leave_empty(s: Search, t: int, begin: int, end: int) -> bool:
 
 
 @compiled
-def _parts(s: Search, begin: int, end: int) -> int:
+def _parts(s: PlacementSearch, begin: int, end: int) -> int:
     """Write the parts that no buffer connects to the scratch, those of least slack first; how many.
 
     A part is three numbers: its first section, its end, its slack.
@@ -351,7 +351,7 @@ def _mix(x: Any) -> Any:
 
 
 @compiled
-def _hashes(s: Search, begin: int, end: int) -> tuple[Any, Any]:
+def _hashes(s: PlacementSearch, begin: int, end: int) -> tuple[Any, Any]:
     """Two hashes of all that decides whether a part has a placement: what waits, its low, the sky, the capacity."""
     one = _mix(np.uint64(begin) * GOLDEN + np.uint64(end))
     two = np.uint64(s.registers[CAPACITY])
@@ -378,7 +378,7 @@ SECTION, BEGIN, END, BASE, COUNT, AT, ENTERED, ASKED, HELD = range(9)
 
 
 @compiled
-def search(s: Search) -> int:
+def search(s: PlacementSearch) -> int:
     """Place all buffers below the capacity: FOUND, with offsets in low; EXHAUSTED; or STOPPED at a limit.
 
     The stack of frames is explicit: placements of thousands of buffers are deeper than a machine's stack is.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from treadle.passes.memory.depth_first import Search
+    from treadle.passes.memory.depth_first import PlacementSearch
 
 Array = np.ndarray[Any, Any]
 
@@ -78,7 +78,7 @@ def warm_up() -> None:
 def improve(
     first: Array, end: Array, size: Array, known: Outcome, capacity: int | None, seconds: float
 ) -> Outcome | None:
-    """Search for a placement below `capacity`, or, without one, for the smallest. None where there is too much.
+    """PlacementSearch for a placement below `capacity`, or, without one, for the smallest. None where there is too much.
 
     The smallest is looked for at the lower bound first, then half the way to the best that is known, and so on. A
     capacity that is proven too small raises the bound.
@@ -112,7 +112,7 @@ class _Runs:
     """Runs of the search over one instance: its state, the number of runs so far, what failed."""
 
     def __init__(self, covered: tuple[Array, Array, int], size: Array) -> None:
-        from treadle.passes.memory.depth_first import Search
+        from treadle.passes.memory.depth_first import PlacementSearch
 
         first, end, count = covered
         buffers = len(size)
@@ -127,7 +127,7 @@ class _Runs:
         _, twin = np.unique(np.stack([first, end, size], 1), axis=0, return_inverse=True)
         state = np.zeros(2 * count + buffers, np.int64)
         depth = 4 * (buffers + count) + 1000
-        self.search: Search = Search(
+        self.search: PlacementSearch = PlacementSearch(
             first=first.astype(np.int64),
             end=end.astype(np.int64),
             size=size.astype(np.int64),
