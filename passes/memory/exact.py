@@ -78,7 +78,7 @@ def warm_up() -> None:
 def improve(
     first: Array, end: Array, size: Array, known: Outcome, capacity: int | None, seconds: float
 ) -> Outcome | None:
-    """PlacementSearch for a placement below `capacity`, or, without one, for the smallest. None where there is too much.
+    """Search for a placement below `capacity`, or, without one, for the smallest. None where there is too much.
 
     The smallest is looked for at the lower bound first, then half the way to the best that is known, and so on. A
     capacity that is proven too small raises the bound.
