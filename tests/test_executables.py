@@ -26,7 +26,6 @@ from tests.backend_checks import (
     python_backends,
 )
 from tests.golden import Golden
-from treadle.backends.legalization import legalize
 from treadle.backends.registry import find_backend
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, GraphError
@@ -35,6 +34,7 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.target import Target
 from treadle.ir.types import DTYPES, bf16
+from treadle.passes.lowering.legalize import legalized
 
 
 def test_an_executable_tells_its_signature() -> None:
@@ -116,7 +116,7 @@ def test_what_stands_for_an_op_is_placed_where_it_was() -> None:
     with b.scoped("h.0"):
         y = b.gelu(b.rms_norm(x, weight))
     b.outputs(y=b.silu(y))
-    lowered = legalize(b.graph, lambda op, types: op.name == "gelu").main
+    lowered = legalized(b.graph, lambda op, types: op.name == "gelu").main
     assert {node.scope for node in lowered.nodes} == {"h.0.rms_norm", "h.0.rms_norm.reduce_mean", "h.0", "silu"}
     assert {str(node.source) for node in lowered.nodes} == {"model.py:3"}
 

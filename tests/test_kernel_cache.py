@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,13 @@ pytest.importorskip("tvm")
 from treadle.backends.tvm.kernels import cache as kernel_cache
 from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED, FUNCTIONS, add_function, formula
 from treadle.backends.tvm.kernels.cache import KernelCache, assembly, tvm_script
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, isa_of, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.errors import BackendError
+from treadle.backends.tvm.kernels.pointwise import Chain, Instruction, Pointwise
+from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.target import TARGETS, Target
 from treadle.ir.types import f32
 
@@ -208,3 +211,33 @@ def test_threads_are_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None
     for count in (1, 2, 1):
         tvm_runtime.set_threads(count)
         assert tvm_runtime.threads() == count
+
+
+@pytest.fixture
+def _own_function() -> Iterator[None]:
+    add_function("halved_sum", formula(lambda x: (x + x.abs()) * 0.5))
+    yield
+    del FUNCTIONS["halved_sum"]
+    ADDED.discard("halved_sum")
+
+
+@pytest.mark.usefixtures("fresh", "_own_function")
+def test_a_kernel_with_a_function_of_another_package_leaves_no_file(tmp_path: Path) -> None:
+    """Its key tells the op's name alone: a file would be run after the function has changed."""
+    chain = Chain(("f64",), (Instruction("halved_sum", (0,), "f64"),))
+    kernel, kept = Pointwise(chain, 1, "11"), Scale(7.0)
+    cache = KernelCache(host_isa(), tmp_path)
+    x, y = np.array([-2.0, 3.0]), np.zeros(2)
+    bind(kernel, [x, y], [2, 1, 1], cache=cache)()
+    np.testing.assert_array_equal(y, [0.0, 3.0])
+    scaled(cache, kept)
+    assert cache.path(kernel) is None
+    assert cache.path(kept) in list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.iterdir() if "halved_sum" in path.name]
+
+
+@pytest.mark.usefixtures("_own_function")
+def test_an_op_has_one_function() -> None:
+    for name in ("halved_sum", "exp", "cast"):
+        with pytest.raises(GraphError, match=f"op '{name}' has a function in the tvm backend already"):
+            add_function(name, formula(lambda x: x))

@@ -11,10 +11,11 @@ import pytest
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, PassError, RuleError
-from treadle.ir.graph import Function, Graph, Literal, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import Layout, panels, parse_layout
-from treadle.ir.operation import OPS
+from treadle.ir.literals import Literal
+from treadle.ir.op_registry import OPS
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph

@@ -115,7 +115,7 @@ def test_help_of_compile_is_readable() -> None:
     assert all(name in text for name in ("UsageError", "FrontendError", "CheckpointError", "PassError", "BackendError"))
 
 
-@pytest.mark.parametrize("name", dir(t.ops))
+@pytest.mark.parametrize("name", [n for n in dir(t.ops) if OPS[n].__module__.startswith("treadle.ir.")])
 def test_every_op_has_a_signature_and_a_docstring(name: str) -> None:
     function = getattr(t.ops, name)
     kinds = [p.kind for p in inspect.signature(function).parameters.values()]

@@ -250,6 +250,7 @@ SPELLERS = (
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("reduction", "shape")),
     *("ir/builder.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
+    "passes/memory/instances.py",  # columns of files
 )
 """What says how ops are spelled elsewhere: tables of backends, Python's operators, words of other libraries."""
 

@@ -18,12 +18,19 @@ from typing import Any
 
 import pytest
 
+import treadle.ir.ops  # noqa: F401  (registers the ops)
+from treadle.backends.numpy.spelling import NUMPY
+from treadle.backends.onnx.spelling import SPELLINGS as ONNX
+from treadle.backends.torch.spelling import TORCH
+from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED, FUNCTIONS
 from treadle.ir.errors import TreadleError
+from treadle.ir.op_registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("dsl", "architecture", "cli", "kernels", "onnx", "onnx-export", "torch-import")),
+    "docs/adding-an-op.md",
 )
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -49,6 +56,19 @@ def run(code: str, namespace: dict[str, Any]) -> str:
     return said.getvalue()
 
 
+@pytest.fixture
+def _own_ops() -> Iterator[None]:
+    """Ops that an example defines, and their spellings, are gone when it is through."""
+    tables: list[Any] = [OPS, NUMPY.spellings, TORCH.spellings, ONNX, FUNCTIONS]
+    before = [dict(table) for table in tables]
+    yield
+    for table, held in zip(tables, before, strict=True):
+        table.clear()
+        table.update(held)
+    ADDED.clear()
+
+
+@pytest.mark.usefixtures("_own_ops")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_and_print_what_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where examples write files
@@ -91,12 +111,11 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (folder / target).exists(), f"{page} links to {target}"
 
 
-def test_the_page_of_the_language_has_all_its_words() -> None:
+def test_the_pages_of_the_language_and_of_ops_have_all_its_words() -> None:
     import treadle.frontends.language as language
-    from treadle.ir.op_registry import OPS
 
     inside = {"size"}  # what tracing and differentiation add by themselves
-    page = (ROOT / "docs/dsl.md").read_text(encoding="utf-8")
+    page = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/dsl.md", "docs/ops.md"))
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", re.sub(_BLOCK, "", page)))))
     ours = {
         name for name, op in OPS.items() if op.__module__.startswith("treadle.ir.") and op.is_word

@@ -47,7 +47,7 @@ class Primitive(StagedBackend):
     def pipeline(self, target: Target) -> Sequence[Pass]:
         return (Legalize(lambda op, types: False), HoistWeights())
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
+    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
         return Interpreted(graph, weights)
 
 

@@ -19,7 +19,7 @@ import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.exponentials import LEAST_NORMAL, exp_nonpositive
-from treadle.backends.tvm.kernels.arithmetic.vector_math import POINTWISE
+from treadle.backends.tvm.kernels.arithmetic.vector_math import FUNCTIONS
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
@@ -129,7 +129,7 @@ def operands_of(name: str) -> int:
 def taken_by(dtype: str) -> list[str]:
     """The ops without attributes that are defined on a dtype."""
     names = []
-    for name in sorted(POINTWISE - {"cast", "round_to"}):
+    for name in sorted(FUNCTIONS.keys() - {"round_to"}):
         try:
             chain(name, dtype)
         except RuleError:

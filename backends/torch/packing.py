@@ -9,6 +9,7 @@ and where a weight is read by something else too, `F.linear` reads it as it is.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -102,5 +103,5 @@ def _relayout(line: Line) -> str:
 
 _SPELLED = {name: _packed_or(SPELLINGS[name]) for name in ("linear", "matmul", "activated_linear")}
 
-PACKED = Dialect(TORCH.name, TORCH.imports, {**SPELLINGS, **_SPELLED, "relayout": _relayout})
+PACKED = Dialect(TORCH.name, TORCH.imports, ChainMap({**_SPELLED, "relayout": _relayout}, SPELLINGS))
 """PyTorch's dialect, in which products with packed weights are spelled by oneDNN's call."""

@@ -99,7 +99,7 @@ def parse_instance(text: str, name: str = "instance") -> Instance:
                     hint="upper is the first step at which the buffer is dead: at least lower + 1",
                 )
             names[fields["id"]] = rows.line_num
-            buffers.append(Lifetime(fields["id"], numbers["lower"], numbers["upper"], numbers["size"]))
+            buffers.append(Lifetime(fields["id"], *(numbers[column] for column in COLUMNS[1:])))
             if "offset" in numbers:
                 offsets.append(numbers["offset"])
     except csv.Error as error:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED
 from treadle.backends.tvm.kernels.isa import Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import LAUNCH, POOL, Runner
@@ -92,7 +93,9 @@ class KernelCache:
             )
 
     def path(self, kernel: Kernel) -> Path | None:
-        """The file of a kernel, there or not."""
+        """The file of a kernel, there or not. None where it is kept in the process alone."""
+        if any(f"op={op!r}" in kernel.key for op in ADDED):  # whose code the key does not tell
+            return None
         digest = hashlib.sha256("\n".join(self._key(kernel)).encode()).hexdigest()[:32]
         return None if self.folder is None else self.folder / f"{kernel.title[:48]}-{digest}.so"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from treadle.backends.tvm.kernels.arithmetic.vector_math import POINTWISE
+from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.ir.graph import Function, Node, Value
 from treadle.ir.ops.elementwise import Cast
@@ -41,7 +41,7 @@ def group(function: Function) -> dict[Node, Group]:
     roots: dict[Node, Node] = {}
     counts: dict[Node, int] = {}
     for node in reversed(function.nodes):
-        if node.op.name not in POINTWISE:
+        if not is_pointwise(node.op.name):
             continue
         readers = {reader for reader, _ in uses.get(node.result, [])}
         found = {roots.get(reader) for reader in readers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from treadle.backends.tvm.kernels.arithmetic.vector_math import POINTWISE
+from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
 from treadle.backends.tvm.lowering import (
     attention_rules,
     indexing_rules,
@@ -47,7 +47,7 @@ KEEPS: Mapping[str, Keeps] = {name: keeps for module in _MODULES for name, keeps
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether a composite is lowered as it is, rather than by its body."""
-    if op.name in POINTWISE:
+    if is_pointwise(op.name):
         return True
     return op.name in RULES and (op.name not in KEEPS or KEEPS[op.name](op, types))
 

@@ -13,7 +13,7 @@ integers that never overflow. An addition of a product may still be fused with i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +24,25 @@ from treadle.backends.tvm.kernels.arithmetic.exponentials import exp, exp_nonpos
 from treadle.backends.tvm.kernels.arithmetic.integer_arithmetic import integer_function
 from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue
 from treadle.backends.tvm.kernels.arithmetic.lanewise import by_lane, call_lanewise, compare, llvm_type, tvm_type
+from treadle.ir.errors import GraphError
 from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.types import DType, f16, f32, f64
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-__all__ = ["DIVISIONS", "FUNCTIONS", "POINTWISE", "emit", "exp", "exp_nonpositive", "working"]
+__all__ = [
+    "ADDED",
+    "DIVISIONS",
+    "FUNCTIONS",
+    "add_function",
+    "emit",
+    "exp",
+    "exp_nonpositive",
+    "formula",
+    "is_pointwise",
+    "working",
+]
 
 Typed = tuple[Any, DType]
 
@@ -133,6 +145,22 @@ def _pow(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
     return by_lane(k, "pow", dtype, lanes, x, y) if dtype is f64 else exponentials.power(k, x, y, lanes)
 
 
+# -- functions of floats -------------------------------------------------------------------------------------
+
+
+def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
+    """A function of floats that arithmetic says, in f32 and in f64: `formula(lambda x: x / (x.abs() + 1.0))`.
+
+    `make` is given a `LaneValue` for each operand, and gives one.
+    """
+
+    def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
+        f = LaneFunction(k, lanes)
+        return f.result(make(*[f.operand(x, dtype.name) for x in operands]))
+
+    return function
+
+
 # -- functions of one operand --------------------------------------------------------------------------------
 
 
@@ -154,10 +182,6 @@ def _sqrt(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
 
 def _rsqrt(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
     return k.number(1.0, dtype, lanes) / k.sqrt(x)
-
-
-def _reciprocal(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
-    return k.number(1.0, dtype, lanes) / x
 
 
 def _floor(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
@@ -241,7 +265,7 @@ def _where(k: Emitter, dtype: DType, lanes: int, condition: Expr, x: Expr, y: Ex
     return call_lanewise(k, f"where_{dtype.name}", tvm_name, lanes, [condition, x, y], f"i1 {t} {t} -> {t}", body)
 
 
-FUNCTIONS: Mapping[str, Callable[..., Expr]] = {
+FUNCTIONS: dict[str, Callable[..., Expr]] = {
     **{name: _arithmetic(name) for name in ("add", "sub", "mul", "div", "neg", "abs", "sign", "maximum", "minimum")},
     "floor_divide": _floor_divide,
     "mod": _mod,
@@ -250,7 +274,7 @@ FUNCTIONS: Mapping[str, Callable[..., Expr]] = {
     "log": _function(exponentials.log, "log"),
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,
-    "reciprocal": _reciprocal,
+    "reciprocal": formula(lambda x: 1.0 / x),
     "tanh": _function(exponentials.tanh, "tanh"),
     "erf": _function(exponentials.erf, "erf"),
     "sigmoid": _function(exponentials.sigmoid, _sigmoid_f64),
@@ -277,8 +301,26 @@ FUNCTIONS: Mapping[str, Callable[..., Expr]] = {
 }
 """Op name -> the function of (emitter, dtype, lanes, *operands, **attributes); `cast` and `constant` beside them."""
 
-POINTWISE = frozenset({*FUNCTIONS, "cast"})
-"""The ops that a chain may hold."""
+ADDED: set[str] = set()
+"""The ops whose function came by `add_function`."""
+
+
+def add_function(op: str, function: Callable[..., Expr]) -> None:
+    """Let chains hold an op of another package: what a line in FUNCTIONS is for an op of this one.
+
+    Its kernels are kept in this process alone, since no file of the cache could tell when the function changes. Raises
+    GraphError for an op that has a function.
+    """
+    if is_pointwise(op):
+        raise GraphError(f"op {op!r} has a function in the tvm backend already")
+    FUNCTIONS[op] = function
+    ADDED.add(op)
+
+
+def is_pointwise(op: str) -> bool:
+    """Whether a chain may hold the op of that name."""
+    return op in FUNCTIONS or op == "cast"
+
 
 DIVISIONS = frozenset({"floor_divide", "mod"})
 """The ops that no instruction set has vector instructions for."""
