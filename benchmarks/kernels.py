@@ -20,10 +20,10 @@ from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import host_isa
 from treadle.backends.tvm.kernels.matmul import Matmul, panel_width
-from treadle.backends.tvm.lowering.program import Panels
-from treadle.backends.tvm.weight_packing import panels
+from treadle.backends.tvm.weight_packing import pack
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
+from treadle.ir.layouts import panels
 from treadle.ir.target import Target
 
 PRODUCTS = ((128, 768, 768), (128, 768, 3072), (128, 3072, 768), (37, 768, 768), (512, 768, 768), (1, 768, 30522))
@@ -47,7 +47,7 @@ def product(m: int, k: int, n: int) -> Callable[[], None]:
     a, w = rng.standard_normal((m, k), np.float32), rng.standard_normal((n, k), np.float32)
     c = np.empty((m, n), np.float32)
     kernel = Matmul(width, whole=n % width == 0)
-    return bind(kernel, [a, panels(w, Panels(width)), c], [m, k, n, k, n])
+    return bind(kernel, [a, pack(w, panels(width)), c], [m, k, n, k, n])
 
 
 def op(build: Callable[[Builder], Expr], **arrays: np.ndarray) -> Callable[[], object]:
