@@ -23,7 +23,7 @@ from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Certificate
-from treadle.passes.certificates.region_graphs import shrinkings_of
+from treadle.passes.certificates.region_graphs import KEPT, shrinkings_of
 from treadle.passes.certificates.regions import claim_of_match
 from treadle.passes.cleanup.canonicalize import MulOne, PowTwo
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
@@ -461,6 +461,23 @@ def test_large_axes_are_made_small_and_products_stay_products() -> None:
     nodes = b.graph.main.nodes
     shrinking = next(shrinkings_of(claim_of_match(nodes, [], nodes[-1], [y.value]).cut(0)))
     assert shrinking[768] == 12 * shrinking[64] < 768
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_small_sizes_are_apart_and_even_where_the_large_ones_are(odd: bool, count: int) -> None:
+    """Where there are more large sizes than small ones to stand for them, the last stay."""
+    primes = (53, 59, 61, 67, 71, 73, 79, 83)[:count]
+    sizes = [p if odd else 2 * p for p in primes]
+    b = Builder(Graph("g"))
+    x = b.input("x", f"f32[B, {', '.join(map(str, sizes))}]")
+    y = -x
+    nodes = b.graph.main.nodes
+    shrinking = next(shrinkings_of(claim_of_match(nodes, [], nodes[-1], [y.value]).cut(0)))
+    made = [shrinking.get(size, size) for size in sizes]
+    assert len(set(made)) == count
+    assert all(small % 2 == size % 2 for small, size in zip(made, sizes, strict=True))
+    assert sum(small < KEPT + 16 for small in made) == min(count, 6)
 
 
 def test_a_rewrite_that_depends_on_a_size_is_tried_at_that_size() -> None:

@@ -136,6 +136,26 @@ def test_what_a_scale_went_into_is_told_of_each() -> None:
     ]
 
 
+@pytest.mark.parametrize("axes", ["[-1]", "[2]", "[1]", "[1, 2]"])
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_sum_before_a_norm_that_is_spelled_is_a_residual_site(axes: str, centered: bool) -> None:
+    """Of the mean over the last axis, from whichever end it is counted, and of it alone: no other is a norm of rows."""
+    text = program(
+        "x: f32[B, S, 8], r: f32[B, S, 8]",
+        "y: f32[B, S, 8]",
+        "s = add(x, r)",
+        *(["m = reduce_mean(s, axes=%s, keep=true)" % axes, "c = sub(s, m)"] if centered else []),
+        "q = mul(%s, %s)" % (("c", "c") if centered else ("s", "s")),
+        "v = reduce_mean(q, axes=%s, keep=true)" % axes,
+        "e = add(v, 1e-05)",
+        "d = sqrt(e)",
+        "n = div(%s, d)" % ("c" if centered else "s"),
+        "return y = n",
+    )
+    found = [site for site in find_sites(parse_graph(text)) if site.kind == "residual"]
+    assert [site.anchor.op.name for site in found] == (["add"] if axes in ("[-1]", "[2]") else [])
+
+
 def test_sites_that_were_one_and_the_same_are_both_told_as_fused() -> None:
     lines = ["h = mul(x, 0.5)", "a = mul(x, 0.7071067811865476)", "e = erf(a)", "p = add(e, 1.0)", "g = mul(h, p)"]
     again = [line.replace(" = ", "2 = ").replace("(a)", "(a2)").replace("(e,", "(e2,") for line in lines]

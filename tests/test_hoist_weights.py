@@ -106,6 +106,42 @@ def test_a_block_leaves_it_to_its_callers(backend: str) -> None:
     runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((2, 8), np.float32)})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_made_of_the_same_weights_is_made_once(backend: str) -> None:
+    """Also what is made of that; not what other weights, or other attributes, make."""
+    graph = Graph("tied")
+    b = Builder(graph)
+    x, w, v = b.input("x", f32["B", 4]), b.parameter("w", f32[4, 4]), b.parameter("v", f32[4, 4])
+    for weight, axis in ((w, 0), (w, 0), (v, 0), (w, 1)):
+        x = b.linear(x, b.tanh(b.softmax(weight, axis=axis)), None)
+    b.outputs(y=x)
+    lowered = hoisted(graph)
+    assert len(lowered.made) == 3
+    made = [node.op.name for f in lowered.functions.values() if f is not lowered.main for node in f.nodes]
+    assert sorted(made) == ["softmax"] * 3 + ["tanh"] * 3
+    first, second, third, fourth = (node.inputs[1] for node in lowered.main.nodes)
+    assert first is second and len({first, third, fourth}) == 3
+    runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((3, 4), np.float32)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calls_with_the_same_weights_have_them_made_once(backend: str) -> None:
+    """As where all layers have the same ones (ALBERT)."""
+    graph = Graph("tied")
+    block = Function("layer")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    x, weight = b.input("x", f32["B", 4]), b.parameter("w", f32[4, 4])
+    b.outputs(y=b.linear(x, b.tanh(weight), None))
+    b = Builder(graph)
+    x, w, v = b.input("x", f32["B", 4]), b.parameter("w", f32[4, 4]), b.parameter("v", f32[4, 4])
+    for weight in (w, w, v, w):
+        (x,) = b.call(block, [x, weight])
+    b.outputs(y=x)
+    assert len(hoisted(graph).made) == 2
+    runs_like_its_meaning(graph, backend, {"x": np.random.default_rng(0).standard_normal((3, 4), np.float32)})
+
+
 def test_what_reads_an_input_or_constants_alone_stays() -> None:
     graph = Graph("g")
     b = Builder(graph)

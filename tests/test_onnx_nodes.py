@@ -244,3 +244,14 @@ def test_padding_of_a_symbolic_axis_with_its_own_elements(mode: str) -> None:
 def test_a_slice_whose_cuts_are_attributes(form: str) -> None:
     """As Slice has them before opset 10."""
     same_as_runtime(model("(float[2,4,5] x) => (float y)", f"y = Slice<{form}>(x)", opset=9), {"x": floats(2, 4, 5)})
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 18])
+@pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "Hardmax", "ArgMax", "ArgMin", "Flatten", "LpNormalization"])
+def test_an_axis_that_a_node_leaves_out(operator: str, opset: int) -> None:
+    """The one that the operator's version has: from opset 13 on Softmax and its like have the last, before the second.
+
+    No two of the sizes are equal, so that each axis gives something else.
+    """
+    made = "int64 y" if operator.startswith("Arg") else "float y"
+    same_as_runtime(model(f"(float[2,3,4] x) => ({made})", f"y = {operator}(x)", opset=opset), {"x": floats(2, 3, 4)})

@@ -64,6 +64,22 @@ def test_a_wildcard_is_one_value_wherever_it_stands() -> None:
     assert not applied(twice, "a = exp(x)", "b = neg(x)", "c = add(a, b)", "d = mul(c, b)", "return y = d")
 
 
+def test_an_operand_and_an_attribute_are_never_one_wildcard() -> None:
+    """Also where they have one number: `y` is a value, and an attribute is none."""
+
+    def inner(p: Any, x: Any, y: Any) -> Any:
+        return p.softmax(x + y, axis=y)
+
+    def outer(p: Any, x: Any, y: Any) -> Any:
+        return p.softmax(x, axis=y) + y
+
+    plain = {"takes": "x: f32[B, S]", "gives": "y: f32[B, S]"}
+    assert not applied(inner, "a = add(x, 1.0)", "b = softmax(a, axis=1)", "return y = b", **plain)
+    assert not applied(inner, "a = add(x, x)", "b = softmax(a, axis=1)", "return y = b", **plain)
+    assert not applied(outer, "a = softmax(x, axis=1)", "b = add(a, 1.0)", "return y = b", **plain)
+    assert not applied(outer, "a = softmax(x, axis=1)", "b = add(a, x)", "return y = b", **plain)
+
+
 def test_operands_of_other_ops_do_not_change_places() -> None:
     def difference(p: Any, x: Any, y: Any) -> Any:
         return p.exp(x) - x

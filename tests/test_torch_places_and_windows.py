@@ -276,6 +276,28 @@ def test_the_best_are_written_without_a_comparison_of_all_with_all() -> None:
     assert "equal" not in ops
 
 
+CAST_PLACES: dict[str, tuple[Any, bool]] = {
+    # places of a source's elements, as torch casts them, and whether they are known to be apart
+    "a count": (lambda s: torch.arange(s.shape[0]).int().long(), True),
+    "the best": (lambda s: s.topk(300)[1].int().long(), True),
+    "of 16 bits": (lambda s: torch.arange(s.shape[0]).to(torch.int16).long(), False),
+    "of 8 bits": (lambda s: torch.arange(s.shape[0]).to(torch.uint8).long(), False),
+    "of 8 bits, the best": (lambda s: s.topk(300)[1].to(torch.uint8).long(), False),
+    "rounded": (lambda s: (torch.arange(s.shape[0]) * 0.5).long(), False),
+}
+
+
+@pytest.mark.parametrize("kind", CAST_PLACES)
+def test_places_that_a_cast_may_make_one_are_compared(kind: str) -> None:
+    """A cast of 300 places to 8 bits makes the last 44 of them the first: the last write counts."""
+    places, apart = CAST_PLACES[kind]
+    rule = Rule(lambda x, s: x.scatter(0, places(s), s))
+    example = torch.zeros(300), torch.randperm(300, generator=torch.Generator().manual_seed(0)).float()
+    model = treadle.from_torch(rule, example, dynamic=None if "best" in kind else {"args_1": {0: "N"}})
+    assert ("equal" not in {node.op.name for _, node in model.graph.walk()}) == apart
+    assert_equal(model, rule, example)
+
+
 # -- views by strides ----------------------------------------------------------------------------------------------
 
 

@@ -84,17 +84,27 @@ def _last_writes(b: Builder, indices: Expr, size: Size, axis: int) -> Expr:
 
 
 def is_distinct(value: Value, axis: int) -> bool:
-    """Whether no index along an axis is known to be there twice: of one alone, of a count, of constants, of top_k."""
+    """Whether no index along an axis is there twice, as is known of one alone, of a count, of constants, of top_k.
+
+    A cast to fewer bits may make two indices one. To 32 it does not for positions, of which no axis has as many.
+    """
     if value.type.shape[axis] == ONE:
         return True
+    narrowed = False
     for _ in range(12):
         if value.literal is not None:
+            if narrowed:
+                return False
             places = np.sort(np.broadcast_to(value.literal.array, value.literal.shape), axis=axis)
             return bool((np.diff(places, axis=axis) != 0).all())
         node = value.node
         if node is None:
             return False
         if node.op.name == "cast" and value.type.dtype.is_int and node.inputs[0].type.dtype.is_int:
+            held, given = value.type.dtype.bytes, node.inputs[0].type.dtype.bytes
+            if held < min(given, 4):
+                return False
+            narrowed = narrowed or held < given
             value = node.inputs[0]
             continue
         return node.op.name == "iota" or (
