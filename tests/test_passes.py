@@ -53,6 +53,7 @@ def swapped(lines: Sequence[str], old: str, new: str) -> list[str]:
 X = "return y = x"
 INDICES = ["ib = iota(size=B)", 'rb = rearrange(ib, pattern="b -> b 1")', "sz = size(value=S)", "bs = mul(rb, sz)"]
 INDICES += ["s = iota(size=S)"]
+TIMES = [f"m = mul(n, {2**62})", f"o = mul(m, {2**62})"]
 READ = ["y = where(c, x, 0.0)", "return y = y"]
 
 CANONICALIZED = [
@@ -176,6 +177,20 @@ CANONICALIZED = [
             ("all-but-one-step-off", ["t = sub(s, 1)", "u = add(bs, t)", "i = maximum(u, 0)"]),
             ("in-another-order", ["d = add(rb, rb)", "w = add(d, s)", "i = minimum(w, s)"]),
             ("each-sequence-alike", ["o = mul(rb, 0)", "i = add(o, s)"]),
+            ("at-places-too-large-to-be-sizes", ["n = add(bs, s)", *TIMES, f"i = mul(o, {2**62})"]),
+        )
+    ),
+    *(
+        unary(
+            f"gather-{name}",
+            Canonicalize(),
+            ['f = rearrange(x, pattern="b s d -> (b s) d")', *lines, "y = gather(f, i)", "return y = y"],
+            ['f = rearrange(x, pattern="b s d -> (b s) d")', *lines, "y = gather(f, i)", "return y = y"],
+            y=y,
+        )
+        for name, lines, y in (
+            ("the-first-ones", ["i = iota(size=S)"], "f32[S, 8]"),
+            ("one", ["n = size(value=S)", "i = sub(n, 1)"], "f32[8]"),
         )
     ),
     *(

@@ -15,6 +15,10 @@ import pytest
 
 import treadle
 from tests.torch_modules import Rule, assert_equal
+from treadle.frontends.torch_export.writing import is_distinct
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Graph
+from treadle.ir.types import i32, i64
 
 torch = pytest.importorskip("torch")
 F: Any = pytest.importorskip("torch.nn.functional")
@@ -296,6 +300,13 @@ def test_places_that_a_cast_may_make_one_are_compared(kind: str) -> None:
     model = treadle.from_torch(rule, example, dynamic=None if "best" in kind else {"args_1": {0: "N"}})
     assert ("equal" not in {node.op.name for _, node in model.graph.walk()}) == apart
     assert_equal(model, rule, example)
+
+
+def test_constants_that_a_cast_makes_one_are_not_apart() -> None:
+    b = Builder(Graph("g"))
+    places = b.constant(np.array([0, 2**32, 5]))
+    assert is_distinct(places.value, 0) and is_distinct(places.cast(i64).value, 0)
+    assert not is_distinct(places.cast(i32).cast(i64).value, 0)
 
 
 # -- views by strides ----------------------------------------------------------------------------------------------
