@@ -1,10 +1,11 @@
 """One op on one sample: as a graph, with its gradient as a graph, and what their numbers are held against.
 
-The op suites take every registered op through this. A backend joins in `BACKENDS`.
+The op suites take every registered op through this, on every registered backend: those of other packages as well.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
-from treadle.backends.registry import find_backend
+from treadle.backends.registry import backend_names, find_backend
 from treadle.ir.builder import Builder
 from treadle.ir.errors import RuleError
 from treadle.ir.graph import Graph, Value
@@ -29,7 +30,7 @@ from treadle.ir.types import DTYPES, DType, Type, bf16, f64
 Array = np.ndarray[Any, Any]
 Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
 
-BACKENDS = ("numpy", "torch", "tvm")
+BACKENDS = tuple(backend_names())
 RUNNERS = ("interpreter", *BACKENDS)
 """What the suites run every op through: the meaning itself, and each backend."""
 
@@ -170,7 +171,14 @@ def seedings(case: Case) -> list[list[int]]:
 
 
 def refusal(backend: str, graph: Graph) -> str | None:
-    """What a backend says of a graph that it may refuse, by its documentation; None: it must run it."""
+    """What a backend says of a graph that it may refuse, as a pattern; None: it must run it.
+
+    Ours may refuse what their documentation says, one of another package whatever it does not support.
+    """
+    if backend not in ("interpreter", "numpy", "torch", "tvm"):
+        supports = find_backend(backend).supports
+        said = [why for _, node in graph.walk() if (why := supports(node)) is not None]
+        return re.escape(said[0]) if said else None
     values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
     lacks_bf16 = backend == "numpy" and any(v.type.dtype is bf16 for v in values)
     return "NumPy has no bf16" if lacks_bf16 else None

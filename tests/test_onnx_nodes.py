@@ -247,7 +247,9 @@ def test_a_slice_whose_cuts_are_attributes(form: str) -> None:
 
 
 @pytest.mark.parametrize("opset", [11, 12, 13, 18])
-@pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "Hardmax", "ArgMax", "ArgMin", "Flatten", "LpNormalization"])
+@pytest.mark.parametrize(
+    "operator", ["Softmax", "LogSoftmax", "Hardmax", "ArgMax", "ArgMin", "Flatten", "LpNormalization"]
+)
 def test_an_axis_that_a_node_leaves_out(operator: str, opset: int) -> None:
     """The one that the operator's version has: from opset 13 on Softmax and its like have the last, before the second.
 

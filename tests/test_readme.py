@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in ("dsl", "architecture", "cli", "kernels", "onnx", "onnx-export", "torch-import")),
-    "docs/adding-an-op.md",
+    *(f"docs/adding-{name}.md" for name in ("an-op", "a-pass", "a-backend")),
 )
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -72,6 +72,7 @@ def _own_ops() -> Iterator[None]:
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_and_print_what_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where examples write files
+    monkeypatch.setattr(sys, "path", list(sys.path))
     module = types.ModuleType("model")
     monkeypatch.setitem(sys.modules, "model", module)  # where dataclasses look
     namespace = module.__dict__

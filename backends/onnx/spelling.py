@@ -17,6 +17,8 @@ from treadle.backends.onnx.rearrange import rearranged, reshaped
 from treadle.backends.onnx.schemas import NARROW
 from treadle.backends.onnx.spelled_line import OnnxLine, Tensor
 from treadle.backends.python.axis_spelling import einsum_letters
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
 from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.rounding import FORMATS
@@ -25,6 +27,24 @@ from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i64, u8
 
 Spelling = str | Callable[[OnnxLine], Tensor | Sequence[Tensor]]
 """An operator's name, which is applied to the operands that are present; or what gives the results' tensors."""
+
+
+def in_ops(make: Callable[..., Expr]) -> Spelling:
+    """A primitive on floats that simpler ops of ours say: `in_ops(lambda b, x: x / (b.abs(x) + 1.0))`.
+
+    16 bits are computed in f32 and rounded at the end, as our backends do.
+    """
+
+    def spelled(line: OnnxLine) -> Tensor:
+        b = Builder(Graph(line.op.name))
+        operands = [b.input(name, line.type(name)) for name in line.names if line.has(name)]
+        narrow = (f16, bf16)
+        y = make(b, *[x.cast(f32) if x.dtype in narrow else x for x in operands])
+        b.outputs(y=y.cast(line.result.dtype))
+        return line.expanded(b.graph, line.present)["y"]
+
+    return spelled
+
 
 SPELLINGS: dict[str, Spelling] = {
     # arithmetic

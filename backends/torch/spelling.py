@@ -10,11 +10,12 @@ from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_
 from treadle.backends.torch.term_spelling import spelled_term
 from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.axes import Role
+from treadle.ir.graph import Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.convolution import Conv
-from treadle.ir.types import DType, Type
+from treadle.ir.types import DType, Type, bf16, f16
 
 DTYPES = {
     "f64": "float64",
@@ -29,6 +30,31 @@ DTYPES = {
     "bool": "bool",
 }
 """Our names of dtypes, and PyTorch's."""
+
+# -- 16 bits ---------------------------------------------------------------------------------------------------
+
+
+class _WideLine(Line):
+    """A node whose operands of 16 bits are read in float32."""
+
+    def _read(self, value: Value) -> str:
+        text = super()._read(value)
+        return f"{text}.float()" if value.type.dtype in (f16, bf16) else text
+
+
+def rounded_once(template: str) -> Spelling:
+    """A primitive that takes several steps: 16 bits are computed in float32, and rounded at the end."""
+
+    def spelled(line: Line) -> str:
+        dtype = line.result.dtype
+        if dtype not in (f16, bf16):
+            return template.format_map(line)
+        return f"({template.format_map(line.as_read_by(_WideLine))}).to({dtype_text(dtype)})"
+
+    return spelled
+
+
+# -- the table -------------------------------------------------------------------------------------------------
 
 SPELLINGS: dict[str, Spelling] = {
     # arithmetic
@@ -46,6 +72,9 @@ SPELLINGS: dict[str, Spelling] = {
     "exp": "torch.exp({x})",
     "log": "torch.log({x})",
     "sqrt": "torch.sqrt({x})",
+    "rsqrt": rounded_once(
+        "torch.rsqrt({x})"
+    ),  # of 16 bits PyTorch takes two steps on a processor, and rounds after each
     "reciprocal": "torch.reciprocal({x})",
     "tanh": "torch.tanh({x})",
     "erf": "torch.erf({x})",
@@ -103,13 +132,6 @@ def _sign(line: Line) -> str:
     """PyTorch gives 0 for NaN."""
     x = line.array("x")
     return f"torch.where({x} == {x}, torch.sign({x}), {x})" if line.result.dtype.is_float else f"torch.sign({x})"
-
-
-@_spells("rsqrt")
-def _rsqrt(line: Line) -> str:
-    """PyTorch takes two steps on a processor, and rounds 16 bits after each."""
-    dtype = line.result.dtype
-    return f"torch.rsqrt({line.x}.float()).to({dtype_text(dtype)})" if dtype.bytes == 2 else f"torch.rsqrt({line.x})"
 
 
 @_spells("round_to")

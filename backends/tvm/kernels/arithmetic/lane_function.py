@@ -95,6 +95,9 @@ class LaneValue:
     def abs(self) -> LaneValue:
         return self.function.intrinsic("fabs", self)
 
+    def sqrt(self) -> LaneValue:
+        return self.function.intrinsic("sqrt", self)
+
     def floor(self) -> LaneValue:
         return self.function.intrinsic("floor", self)
 
