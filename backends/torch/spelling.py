@@ -72,9 +72,7 @@ SPELLINGS: dict[str, Spelling] = {
     "exp": "torch.exp({x})",
     "log": "torch.log({x})",
     "sqrt": "torch.sqrt({x})",
-    "rsqrt": rounded_once(
-        "torch.rsqrt({x})"
-    ),  # of 16 bits PyTorch takes two steps on a processor, and rounds after each
+    "rsqrt": rounded_once("torch.rsqrt({x})"),  # which on a processor takes two steps
     "reciprocal": "torch.reciprocal({x})",
     "tanh": "torch.tanh({x})",
     "erf": "torch.erf({x})",
