@@ -22,6 +22,7 @@ from treadle.backends.onnx.exporter import (
     Exported,
     export_onnx,
 )
+from treadle.backends.onnx.spelling import SPELLINGS, in_ops
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.attention.attention_terms import Alibi, BooleanMask, Causal, Padding, TensorBias, Window
 from treadle.ir.builder import Builder, Expr
@@ -93,6 +94,13 @@ def test_every_op(name: str, opset: int, tmp_path: Path) -> None:
                 value = graph.main.outputs[output]
                 assert value.type.dtype is bf16 or got.dtype == value.type.dtype.numpy, what
                 assert_within(got, wanted, what)
+
+
+@pytest.mark.parametrize("opset", [OLDEST_OPSET, 23])
+def test_an_op_said_in_ops_of_ours_rounds_once(opset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 bits, step by step, three roundings would be beyond what one op may err by."""
+    monkeypatch.setitem(SPELLINGS, "sigmoid", in_ops(lambda b, x: b.reciprocal(b.exp(-x) + 1.0)))
+    test_every_op("sigmoid", opset, tmp_path)
 
 
 def answers(case: Case, graph: Graph, path: Path) -> dict[str, tuple[Array, Bounded]]:
