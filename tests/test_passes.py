@@ -590,6 +590,7 @@ def test_before_and_expected(case: Case) -> None:
     assert optimized.graph == expected, f"\nexpected\n{expected}\nreceived\n{optimized.graph}"
     assert_same_numbers(optimized.source, optimized.graph)
     (record,) = optimized.log
+    assert [refusal for refusal in record.refusals if refusal.reason.startswith("rolled back")] == []
     taken = len(record.matches) or sum(record.before.values()) - sum(record.after.values())  # dead code matches nothing
     assert record.changes == taken
 
