@@ -202,6 +202,36 @@ def test_a_gather_of_strided_rows_and_into_strided_places() -> None:
     np.testing.assert_array_equal(exe(x=x, ids=ids)["y"], expected)
 
 
+@pytest.mark.parametrize("op", ["gather", "index_add"])
+@pytest.mark.parametrize(
+    ("read", "written", "rows"),
+    [
+        ("s d -> s d", "s d -> s d", True),
+        ("d s -> s d", "s d -> s d", False),
+        ("s d -> s d", "s d -> d s", False),
+        ("d s -> s d", "s d -> d s", False),
+    ],
+)
+def test_rows_that_lie_side_by_side_are_moved_as_rows(op: str, read: str, written: str, rows: bool) -> None:
+    """Whole rows where the last axes of both lie so; else element by element, also where the rows' axis lies so."""
+
+    def build(b: Builder) -> Expr:
+        x, ids = b.rearrange(b.input("x", "f32[5, 5]"), pattern=read), b.input("ids", "i64[5]")
+        to = b.constant(np.zeros((5, 5), np.float32))
+        made = b.gather(x, ids, axis=0) if op == "gather" else b.index_add(to, ids, x, axis=0)
+        return b.rearrange(made, pattern=written)
+
+    exe, x, ids = compiled(graph_of(build)), normal(5, 5), np.array([3, 0, 3, 4, 1])
+    kernels = [step.kernel for step in exe.program.main.steps if not isinstance(step, RoutineStep)]
+    assert [kernel.rows for kernel in kernels if isinstance(kernel, Take | ScatterAdd)] == [rows]
+    given, expected = (x.T if read.startswith("d") else x), np.zeros((5, 5), np.float32)
+    if op == "gather":
+        expected = given[ids]
+    else:
+        np.add.at(expected, ids, given)
+    np.testing.assert_array_equal(exe(x=x, ids=ids)["y"], expected.T if written.endswith("s") else expected)
+
+
 def test_colliding_updates_are_added_in_order() -> None:
     """The same bits as one after another, however many threads there are, and along rows wider than a task's."""
     graph = graph_of(
