@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.exponentials import LEAST_NORMAL, exp_nonpositive
 from treadle.backends.tvm.kernels.arithmetic.vector_math import FUNCTIONS
-from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.cache import assembly, compile_module
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -415,6 +418,22 @@ def test_casts_are_as_the_reference_has_them(to: str, isa: Isa) -> None:
     made = run([chain("cast", dtype, to=DTYPES[to]) for dtype in DTYPES], operands, isa)
     for dtype, (x,), got in zip(DTYPES, operands, made, strict=True):
         np.testing.assert_array_equal(got, meaning("cast", [x], to=DTYPES[to]), err_msg=dtype)
+
+
+@best_and_least
+def test_casts_call_nothing_of_a_compilers_library(isa: Isa, tmp_path: Path) -> None:
+    """Where it lacks an instruction, LLVM calls a function such as __truncdfhf2, which not every process has."""
+    linker = shutil.which("ld")
+    if linker is None:
+        pytest.skip("ld is not installed")
+    chains = [chain("cast", dtype, to=DTYPES[to]) for dtype in DTYPES for to in DTYPES]
+    for alone in (False, True):
+        compile_module(Each(tuple(chains), alone), isa).write_to_file(str(tmp_path / "casts.o"), "o")
+        command = [linker, "-shared", "-z", "defs", "-o", str(tmp_path / "casts.so"), str(tmp_path / "casts.o")]
+        done = subprocess.run(command, env={"LC_ALL": "C"}, capture_output=True, text=True, check=False)
+        called = set(re.findall(r"undefined (?:reference to|symbol:?) [`']?(\w+)", done.stderr))
+        assert done.returncode == 0 or called, done.stderr
+        assert {name for name in called if not name.startswith("TVM")} <= {"memcpy", "memset"}  # of every process
 
 
 @best_and_least
