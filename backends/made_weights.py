@@ -91,8 +91,12 @@ class Recipe:
         return f"{ids[self.result]}:{digest.hexdigest()}"
 
     def __str__(self) -> str:
-        texts: dict[Value, str] = {value: name for name, value in self.sources.items()}
-        text = next(iter(self.sources), "") if not self.nodes else ""
+        return self.told()
+
+    def told(self, within: str = "") -> str:
+        """As an expression of weights: `concat(q.weight, k.weight, axis=0)`, their names as in the scope `within`."""
+        texts = {value: name.removeprefix(f"{within}.") for name, value in self.sources.items()}
+        text = next(iter(texts.values()), "") if not self.nodes else ""
         for node in self.nodes:
             read = [_operand(v, texts) for v in node.operands if v is not None]
             given = [f"{name}={attribute_text(value)}" for name, value in node.op.attributes.items()]
@@ -101,11 +105,6 @@ class Recipe:
             short = text if len(text) <= _LONGEST_OPERAND else f"{node.op.name}(...)"
             texts |= dict.fromkeys(node.results, short)
         return text
-
-    @property
-    def told(self) -> str:
-        """What is made, and how it is laid out: `concat(a, b, axis=0) in panels(16)`."""
-        return f"{self} in {self.layout}" if self.layout is not None else str(self)
 
 
 def recipes_of(graph: Graph) -> dict[str, Recipe]:

@@ -30,11 +30,10 @@ def canonical_form(graph: Graph) -> str:
     )
     entries = graph.entries
     several = len(entries) > 1  # of which each may hold weights that others read, and these are told once
-    made = graph.bind
     functions = (
         line
         for f in graph.functions.values()
-        for line in _lines(f, in_order=f not in entries, only_read=several and f in entries, made=f is made)
+        for line in _lines(f, in_order=f not in entries, only_read=several and f in entries, made=f is graph.bind)
     )
     weights = ",".join(f"{quote(n)}:{type_key(v.type)}" for n, v in sorted(graph.parameters.items()))
     when = [f"entries {','.join(graph.entry_names)}", f"weights {weights}"] if several else []

@@ -399,3 +399,12 @@ def test_what_only_moves_between_blocks_is_a_change() -> None:
     made = PassManager((HoistWeights(),)).run(graph)
     assert made.graph.bind is None and made.graph != graph
     assert made.log[0].changed and made.log[0].graph == made.graph
+
+
+def test_numbers_of_equal_value_do_not_part_what_is_the_same() -> None:
+    """Each `w * 0.5` has a constant of its own."""
+    graph = Graph("g")
+    b = Builder(graph)
+    x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
+    b.outputs(y=x * (w * 0.5), z=x + w * 0.5)
+    assert len(hoisted(graph).made) == 1

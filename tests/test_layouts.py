@@ -22,12 +22,13 @@ from treadle.ir.text.parser import parse_graph
 from treadle.ir.transforms.differentiate import backward
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import f32, i64
+from treadle.passes.certificates import same_expressions
+from treadle.passes.certificates.same_expressions import check_same_expressions
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.lowering import assign_layouts, same_expressions
+from treadle.passes.lowering import assign_layouts
 from treadle.passes.lowering.assign_layouts import AssignLayouts, Reads
 from treadle.passes.lowering.hoist_weights import HoistWeights
-from treadle.passes.lowering.same_expressions import check_same_expressions
 
 # -- layouts ---------------------------------------------------------------------------------------------------
 

@@ -182,8 +182,7 @@ def _lying(
 ) -> Lying:
     name, scope = passed.get(value, ("", ""))
     recipe = made.get(name)
-    told = "" if recipe is None or not recipe.nodes else str(recipe)
-    told = told.replace(f"{scope}.", "") if scope else told
+    told = recipe.told(within=scope) if recipe is not None and recipe.nodes else ""
     readers = []
     for node, _ in function.uses().get(value, ()):
         reader = node.op.name if node.op.callee is None else f"call of {node.op.callee}"

@@ -30,6 +30,7 @@ from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Counterexample
 from treadle.passes.certificates.regions import Claim, Reader, Recorded
+from treadle.passes.certificates.same_expressions import check_same_expressions
 from treadle.passes.framework.lineage import Lineage
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 
@@ -43,8 +44,8 @@ class Pass:
     """
 
     rewrites: ClassVar[bool] = True
-    """Whether it changes what is computed, so that a certificate has something to show. One that changes only when and
-    where compares all expressions before and after by itself, always."""
+    """Whether it changes what is computed, so that certificates have something to show, where they are asked for. Of a
+    pass that changes only when and where, the manager compares all outputs as expressions, always."""
 
     @property
     def name(self) -> str:
@@ -178,6 +179,8 @@ class PassManager:
                 record.after = count_ops(working)
                 if record.changed:
                     verify(working, None if certify else record.touched)
+                    if not each.rewrites and not check_same_expressions(snapshot, working):
+                        record.notes.append("the graph is too large to be compared with what it was")
                     if certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
                         verify(working)

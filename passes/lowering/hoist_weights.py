@@ -9,13 +9,12 @@ from typing import ClassVar
 from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.builder import describe_source
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
-from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.layout import Relayout
-from treadle.ir.transforms.clone import clone_graph, clone_node, clone_value
+from treadle.ir.transforms.clone import clone_node, clone_value
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
-from treadle.passes.lowering.same_expressions import check_same_expressions
 
 MOST_GROWTH = 8
 """What `bind` makes takes at most this many times the bytes of all weights: four bits may become float32, no more."""
@@ -43,21 +42,19 @@ class HoistWeights(Pass):
             return 0
         if not any(weight_only_nodes(function) for function in graph.functions.values()):
             return 0
-        before = clone_graph(graph)
         _rename_bind(graph)
         held = sum(v.type.bytes_at({}) for v in graph.parameters.values() if not v.type.symbols)
         hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log)
         for function in list(graph.functions.values()):
             hoisting.call_made(function)
-            hoisting.share(function)
+            # what is made of the same weights for several readers is made once: layers that share them (ALBERT)
+            hoisting.changes += CommonSubexpressions().run(function, graph, log)
             if function is not graph.main:
                 hoisting.out_of_block(function)
         hoisting.out_of_main()
         if not hoisting.changes:
             return 0
         log.touched = None
-        if not check_same_expressions(before, graph):
-            log.notes.append("the graph is too large to be compared with what it was")
         return len(graph.made) or hoisting.changes
 
 
@@ -106,20 +103,6 @@ class _Hoisting:
             node.op = Call.of(self.graph.functions[str(node.op.callee)])
             nodes.append(node)
         function.nodes = nodes
-
-    def share(self, function: Function) -> None:
-        """Make once what is made of the same weights for several readers: layers that have the same ones (ALBERT)."""
-        first: dict[tuple[str, tuple[Value | None, ...]], Node] = {}
-        shared: dict[Value, Value] = {}
-        for node in weight_only_nodes(function, self.makes):
-            if any(v in shared for v in node.inputs):
-                node.operands = tuple([None if v is None else shared.get(v, v) for v in node.operands])
-            known = first.setdefault((op_key(node.op), node.operands), node)
-            if known is not node:
-                shared |= zip(node.results, known.results, strict=True)
-        self.changes += len(shared)
-        _replace(function, shared)
-        function.nodes = [node for node in function.nodes if node.results[0] not in shared]
 
     def out_of_block(self, function: Function) -> None:
         """Take what a block computes from its weights out of it."""
