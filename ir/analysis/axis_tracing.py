@@ -1,0 +1,146 @@
+"""Closes places of an axis under the rules of a function's nodes; calls are entered, each in its own context.
+
+A context is a function and the places that are given there: the operands and results of a call that hold the axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from treadle.ir.analysis.axis_places import Place, moved, places_of, visit
+from treadle.ir.analysis.encounters import Encounter, Resized
+from treadle.ir.axes import Role
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.sizing.sizes import ONE
+from treadle.ir.text.attributes import attribute_symbols
+
+
+@dataclass(frozen=True)
+class Closure:
+    places: frozenset[Place]
+    encounters: tuple[Encounter, ...]
+
+
+class Tracer:
+    """Closes sets of places under the rules of a function's nodes; calls are closed in their own context."""
+
+    def __init__(self, graph: Graph, axis: str) -> None:
+        self.graph = graph
+        self.axis = axis
+        self.symbol = axis if axis in graph.symbols else None
+        self.memo: dict[tuple[str, frozenset[Place]], Closure] = {}
+
+    def seeds(self) -> Iterator[Place]:
+        """The places at which the axis starts in `main`; labels start inside every function, see `label_seeds`."""
+        main = self.graph.main
+        match = re.fullmatch(r"(.+)\[(\d+)\]", self.axis)
+        if match is not None:
+            name, dim = match[1], int(match[2])
+            for value in main.arguments:
+                if value.name == name and dim < value.type.rank:
+                    yield Place(value, dim, ONE, value.type.shape[dim])
+        elif self.symbol is not None:
+            for value in main.inputs:
+                for dim, size in enumerate(value.type.shape):
+                    if size.as_symbol == self.symbol:
+                        yield Place(value, dim, ONE, size)
+
+    def label_seeds(self, function: Function) -> Iterator[Place]:
+        if self.symbol is not None or not self.axis.isidentifier():
+            return
+        for value in ordered_values(function):
+            for dim, d in enumerate(value.type.dims):
+                inner = ONE
+                for factor in reversed(d.factors):
+                    if factor.label == self.axis:
+                        yield Place(value, dim, inner, factor.size)
+                    inner = inner * factor.size
+
+    def generated_seeds(self, function: Function) -> Iterator[Place]:
+        """Where a symbol's axis is generated: `iota(size=S)` counts along it."""
+        for node in function.nodes if self.symbol is not None else ():
+            if node.op.callee is not None or self.symbol not in attribute_symbols(node.op):
+                continue
+            application = node.op.apply([None if v is None else v.type for v in node.operands])
+            for name, factor in application.factors.items():
+                size = application.dims[name].size
+                if factor.role is Role.GENERATED and size.as_symbol == self.symbol:
+                    for value, dims in zip(node.results, application.results, strict=True):
+                        yield from places_of(application, value, dims, name, ONE, size)
+
+    def close(self, function: Function, seeds: frozenset[Place]) -> Closure:
+        key = (function.name, seeds)
+        found = self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = self._close(function, seeds)
+        return found
+
+    def _close(self, function: Function, seeds: frozenset[Place]) -> Closure:
+        places: dict[Value, set[Place]] = {}
+        touching: dict[Value, list[Node]] = {}
+        for node in function.nodes:
+            for value in {*node.inputs, *node.results}:
+                touching.setdefault(value, []).append(node)
+        pending: dict[Node, None] = {}
+
+        def add(found: Iterable[Place]) -> None:
+            for place in found:
+                held = places.setdefault(place.value, set())
+                if place not in held and place.value.literal is None:
+                    held.add(place)
+                    pending.update(dict.fromkeys(touching.get(place.value, ())))
+
+        add(seeds)
+        add(self.label_seeds(function))
+        add(self.generated_seeds(function))
+        if self.symbol is not None or self.axis.isidentifier():  # it may start anew in a callee
+            pending.update(dict.fromkeys(n for n in function.nodes if n.op.callee is not None))
+        met: dict[Node, list[Encounter]] = {}
+        while pending:
+            node = next(iter(pending))
+            del pending[node]
+            here = [p for v in (*node.inputs, *node.results) for p in places.get(v, ())]
+            if node.op.callee is not None:
+                reached, encounters = self.enter(node, here)
+            else:
+                reached, encounters = visit(node, here)
+            met[node] = encounters
+            add(reached)
+        if self.symbol is not None:
+            for node in function.nodes:
+                if node not in met and node.op.callee is None and self.symbol in attribute_symbols(node.op):
+                    # It computes with the length, but not along the axis: 2*S numbers, or S itself.
+                    met[node] = [Encounter(node, Resized(), node.scope)]
+        flat = tuple(e for node in function.nodes for e in met.get(node, ()))
+        return Closure(frozenset(p for held in places.values() for p in held), flat)
+
+    def enter(self, node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encounter]]:
+        """Close the callee with the places that the call's operands and results hold."""
+        callee = self.graph.callee(node)
+        assert callee is not None
+        pairs = [*zip(node.operands, callee.arguments, strict=True)]
+        pairs += zip(node.results, callee.outputs.values(), strict=True)
+        inside = {moved(p, formal) for p in here for actual, formal in pairs if actual is p.value}
+        closure = self.close(callee, frozenset(inside))
+        reached = [
+            moved(p, actual)
+            for p in closure.places
+            for actual, formal in pairs
+            if formal is p.value and actual is not None
+        ]
+        scoped = [replace(e, scope=joined_scope(node.scope, e.scope)) for e in closure.encounters]
+        return reached, scoped
+
+
+def joined_scope(outer: str, inner: str) -> str:
+    """A scope within another."""
+    return f"{outer}.{inner}" if outer and inner else outer or inner
+
+
+def ordered_values(function: Function) -> Iterator[Value]:
+    """The arguments of a function, and all results of its nodes."""
+    yield from function.arguments
+    for node in function.nodes:
+        yield from node.results
