@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 
-from treadle.backends.tvm.arena import check_arena, plan_arena
+from treadle.backends.tvm.arena import ALIGNMENT, plan_arena
 from treadle.backends.tvm.kernels.cache import Entry
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -29,6 +29,7 @@ from treadle.backends.tvm.lowering.program import (
 )
 from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, Status
 from treadle.ir.sizing.sizes import product
+from treadle.passes.memory.checking import check_placement
 from treadle.passes.memory.instances import Lifetime
 
 Array = np.ndarray[Any, Any]
@@ -160,7 +161,7 @@ class Planner:
                     known = lives.get(buffer)
                     lives[buffer] = Lifetime(buffer.name, known.first if known else at, at + 1, size)
         offsets = plan_arena(list(lives.values()))
-        end = check_arena(list(lives.values()), offsets)
+        end = check_placement(list(lives.values()), offsets, alignment=ALIGNMENT)
         inner = max(
             (self.frames[s.routine.name].deepest for s in routine.steps if isinstance(s, RoutineStep)), default=0
         )
