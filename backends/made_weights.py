@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded, widened
-from treadle.backends.python.emission import on_one_line
+from treadle.files.shown_names import on_one_line
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from treadle.backends.protocol import Backend, Executable
-from treadle.backends.python.executable import refuse_nodes
+from treadle.backends.refusals import refuse_nodes
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target

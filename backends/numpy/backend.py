@@ -13,12 +13,8 @@ from treadle.backends.made_weights import as_numpy_weight, notes_on, recipes_of
 from treadle.backends.numpy.spelling import NUMPY, keeps
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import (
-    PythonExecutable,
-    collect_weights,
-    refuse_misfit,
-    refuse_nodes,
-)
+from treadle.backends.python.executable import PythonExecutable, collect_weights
+from treadle.backends.refusals import refuse_misfit, refuse_nodes
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend
 from treadle.ir.errors import BackendError, Hint

@@ -21,7 +21,7 @@ from treadle.backends.onnx.schemas import CODES
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter
-from treadle.backends.python.executable import misfit, shape_fits
+from treadle.backends.refusals import misfit, shape_fits
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Value

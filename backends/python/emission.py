@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from treadle.backends.python.spelled_line import Dialect, Line, symbols_of
+from treadle.files.shown_names import on_one_line
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import op_key
@@ -310,8 +311,3 @@ def _escaped(name: str) -> str:
     plain = name.isprintable()
     text = name.replace("\\", "\\\\") if plain else name.encode("unicode_escape").decode("ascii")
     return text.replace('"', '\\"')
-
-
-def on_one_line(comment: str) -> str:
-    """A comment as it may be written: what it quotes may come from a file, and no part of it may become code."""
-    return comment if comment.isprintable() else comment.encode("unicode_escape").decode("ascii")

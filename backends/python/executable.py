@@ -10,16 +10,16 @@ from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any, Protocol
 
-import numpy as np
-
 from treadle.backends.made_weights import Recipe
 from treadle.backends.outside_axis import OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
-from treadle.backends.python.emission import Program, on_one_line
+from treadle.backends.python.emission import Program
+from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.signature import Signature
+from treadle.files.shown_names import on_one_line
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Graph
 from treadle.ir.types import Type
 
 
@@ -157,57 +157,3 @@ def collect_weights(
             given[name] = recipe.make(weights)
         found[name] = take(name, value.type, given[name])
     return found
-
-
-def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
-    """Raise BackendError for a weight of another shape or dtype; one of bf16 may be a tensor, or float32 numbers."""
-    array = value if hasattr(value, "detach") else np.asarray(value)
-    dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
-    known = ("bfloat16", "float32") if wanted.dtype.numpy is None else (wanted.dtype.numpy.name,)
-    if dtype not in known or not shape_fits(wanted, shape):
-        raise misfit(name, wanted, f"{dtype}{list(shape)}")
-
-
-def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:
-    """Raise one BackendError that lists all weights of a graph that are missing."""
-    wanted = graph.parameters
-    missing = [name for name in wanted if name not in weights]
-    if missing:
-        raise BackendError(
-            f"{graph.name} needs weights that are not given",
-            received=f"{len(weights)} weight{'s' * (len(weights) != 1)}",
-            within="\n".join(f"{name}: {wanted[name].type}" for name in missing[:20])
-            + (f"\nand {len(missing) - 20} more" if len(missing) > 20 else ""),
-        )
-
-
-def misfit(name: str, wanted: Type, received: str) -> BackendError:
-    """The error for a weight of another shape or dtype."""
-    return BackendError(f"weight {name} must be {wanted}", received=f"{name}: {received}")
-
-
-def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
-    """Whether a weight has its type's shape, symbols aside."""
-    sizes = [size.constant for size in wanted.shape]
-    return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
-
-
-def refuse_nodes(
-    graph: Graph, backend: str, supports: Callable[[Node], str | None], *, hint: str | None = None
-) -> None:
-    """Raise one BackendError that lists every node which a backend does not support, with its source."""
-    refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
-    if not refused:
-        return
-    lines = []
-    for node, why in refused[:20]:
-        place = describe_source(node.source, node.scope)
-        lines.append(f"{node.op.name}: {why}" + (f"    ({place})" if place else ""))
-    if len(refused) > 20:
-        lines.append(f"and {len(refused) - 20} more")
-    raise BackendError(
-        f"the {backend} backend cannot run {graph.name}",
-        received="\n".join(lines),
-        source=describe_source(refused[0][0].source, refused[0][0].scope),
-        hint=hint,
-    )

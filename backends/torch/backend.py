@@ -14,13 +14,8 @@ import numpy as np
 from treadle.backends.made_weights import notes_on, recipes_of
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import (
-    PythonExecutable,
-    collect_weights,
-    misfit,
-    refuse_nodes,
-    shape_fits,
-)
+from treadle.backends.python.executable import PythonExecutable, collect_weights
+from treadle.backends.refusals import misfit, refuse_nodes, shape_fits
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants

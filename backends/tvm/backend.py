@@ -12,7 +12,7 @@ from typing import Any
 
 from treadle.backends.made_weights import notes_on, recipes_of
 from treadle.backends.protocol import Executable
-from treadle.backends.python.executable import refuse_nodes
+from treadle.backends.refusals import refuse_nodes
 from treadle.backends.staged import StagedBackend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels import tvm_runtime

@@ -22,7 +22,7 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
-from treadle.backends.python.executable import refuse_misfit, refuse_missing
+from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.tvm.arena import ALIGNMENT
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.backends.python.emission import on_one_line
 from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -17,6 +16,7 @@ from treadle.backends.tvm.lowering.program import (
     RoutineStep,
     kernels_of,
 )
+from treadle.files.shown_names import on_one_line
 
 _COLUMN = 72  # comments line up, but no further right than this
 
