@@ -15,6 +15,7 @@ import treadle.ir.ops.layout
 import treadle.ir.ops.logic
 import treadle.ir.ops.merged_products
 import treadle.ir.ops.normalization
+import treadle.ir.ops.parts
 import treadle.ir.ops.pooling
 import treadle.ir.ops.products
 import treadle.ir.ops.reductions

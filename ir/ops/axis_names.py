@@ -1,12 +1,13 @@
-"""Names for the axes that an op knows by position, to write axis rules and patterns with."""
+"""Names and sizes for the axes that an op knows by position, to write axis rules and patterns with."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import chain, count, islice
 
 from treadle.ir.errors import RuleError
+from treadle.ir.sizing.sizes import Size
 
 
 def place(axis: int, rank: int) -> int:
@@ -27,3 +28,19 @@ def axis_letters(number: int, taken: Collection[str] = ()) -> list[str]:
     """
     names = chain(string.ascii_letters, (f"a{i}" for i in count()))
     return list(islice((name for name in names if name not in taken), number))
+
+
+def symbols_in(sizes: Sequence[Size | None]) -> set[str]:
+    """The symbols that these sizes hold; None holds none."""
+    return {symbol for size in sizes if size is not None for symbol in size.symbols}
+
+
+def sized(size: Size) -> str:
+    """A result dimension of this size, in a rule. Parentheses keep a bare symbol from naming a factor."""
+    return f"[({size})]"
+
+
+def resized(names: Sequence[str], axis: int, size: Size) -> tuple[str, str]:
+    """The two sides of a rule that maps every axis but one, which is whole and gets another size."""
+    before, after = names[:axis], names[axis + 1 :]
+    return " ".join([*before, f"[{names[axis]}]", *after]), " ".join([*before, sized(size), *after])

@@ -12,8 +12,7 @@ from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Demand, Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
-from treadle.ir.ops.axis_names import axis_letters, place
-from treadle.ir.ops.shapes import resized, sized
+from treadle.ir.ops.axis_names import axis_letters, place, resized, sized
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.types import Type, f32

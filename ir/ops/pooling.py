@@ -15,8 +15,8 @@ from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Demand, Operand
 from treadle.ir.ops.along_axes import wide_array, widened
+from treadle.ir.ops.axis_names import sized
 from treadle.ir.ops.convolution import positive, sliding, window_count
-from treadle.ir.ops.shapes import sized
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, f32

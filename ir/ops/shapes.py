@@ -1,4 +1,4 @@
-"""Ops that move elements and leave them as they are: rearrange, expand, reshape, concat, slice and pad."""
+"""Ops that give the elements of one tensor other places: rearrange, expand and reshape."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import RuleError, SizeError
+from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Demand, Grads, Op, Operand, Primitive
+from treadle.ir.operation import Grads, Op, Operand, Primitive
 from treadle.ir.ops.arithmetic import unbroadcast
-from treadle.ir.ops.axis_names import axis_letters, place
+from treadle.ir.ops.axis_names import axis_letters, sized, symbols_in
 from treadle.ir.samples import S
-from treadle.ir.sizing.sizes import ZERO, Size, product
+from treadle.ir.sizing.sizes import Size, product
 from treadle.ir.types import Type, f32
 from treadle.ir.wording.marked_text import marked, marked_name
 
@@ -24,17 +24,6 @@ from treadle.ir.wording.marked_text import marked, marked_name
 def zeros(b: Builder, type: Type) -> Expr:
     """Zeros of a type, which no constant holds in full."""
     return b.expand(b.constant(0, type.dtype), shape=type.shape)
-
-
-def sized(size: Size) -> str:
-    """A result dimension of this size, in a rule. Parentheses keep a bare symbol from naming a factor."""
-    return f"[({size})]"
-
-
-def resized(names: Sequence[str], axis: int, size: Size) -> tuple[str, str]:
-    """The two sides of a rule that maps every axis but one, which is whole and gets another size."""
-    before, after = names[:axis], names[axis + 1 :]
-    return " ".join([*before, f"[{names[axis]}]", *after]), " ".join([*before, sized(size), *after])
 
 
 # -- rearrange -----------------------------------------------------------------------------------------------
@@ -181,7 +170,7 @@ class Expand(Primitive):
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """The rule where no size is that of x: see `apply`."""
         rank = ranks[0] or 0
-        names = axis_letters(len(self.shape), _symbols(self.shape))
+        names = axis_letters(len(self.shape), symbols_in(self.shape))
         results = [n if size is None else f"^{n}={size}" for n, size in zip(names, self.shape, strict=True)]
         kept = zip(names[len(names) - rank :], self.shape[len(names) - rank :], strict=True)
         operand = [n if size is None else "1" for n, size in kept]
@@ -234,10 +223,6 @@ class Expand(Primitive):
     ]
 
 
-def _symbols(sizes: Sequence[Size | None]) -> set[str]:
-    return {symbol for size in sizes if size is not None for symbol in size.symbols}
-
-
 @op("reshape", dtypes="t -> t", linear="x", flops=0)
 class Reshape(Primitive):
     """The elements of x, in row-major order, under another shape.
@@ -253,7 +238,7 @@ class Reshape(Primitive):
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         rank = ranks[0] or 0
-        names = axis_letters(rank, _symbols(self.shape))
+        names = axis_letters(rank, symbols_in(self.shape))
         results = " ".join(sized(size) for size in self.shape)
         return f"{' '.join(f'[{n}]' for n in names)} -> {results}" if rank else f"... -> ... {results}"
 
@@ -277,215 +262,3 @@ class Reshape(Primitive):
         S("i64[1,1]", shape=()),
     ]
     errors = [(S("f32[2,3]", shape=(4, 2)), "x has 6 elements, the shape 8")]
-
-
-# -- concat, slice, pad --------------------------------------------------------------------------------------
-
-
-@op("concat", dtypes="t* -> t", linear="parts", flops=0)
-class Concat(Primitive):
-    """The parts laid end to end along one axis; elsewhere they have the same sizes."""
-
-    parts = Operand(variadic=True)
-    axis: int = -1
-
-    def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        rank = ranks[0] or 0
-        names = axis_letters(rank + len(ranks) - 1)
-        axis = place(self.axis, rank)
-        joined = [names[axis], *names[rank:]]
-        before, after = names[:axis], names[axis + 1 : rank]
-        sides = [" ".join([*before, f"[{n}]", *after]) for n in joined]
-        total = f"[{'+'.join(joined)}]" if len(joined) > 1 else sized(Size.of(joined[0]))
-        return f"{', '.join(sides)} -> {' '.join([*before, total, *after])}"
-
-    def reference(self, *parts: Any) -> Any:
-        return np.concatenate(parts, axis=self.axis)
-
-    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        (g,) = grads
-        made, start = [], ZERO
-        for x in inputs:
-            stop = start + x.shape[self.axis]
-            made.append(b.slice(g, axis=self.axis, start=start, stop=stop))
-            start = stop
-        return made
-
-    samples = [
-        S("f32[2,3]", "f32[2,1]", "f32[2,2]"),
-        S("f32[2,3]", "f32[4,3]", axis=0),
-        S("i64[2,3,2]", "i64[2,1,2]", axis=1),
-        S("f32[3]"),
-    ]
-    errors = [
-        (S("f32[2,3]", "f32[3,3]"), "sizes disagree: 2 in parts0, 3 in parts1"),
-        (S("f32[2,3]", "f32[2]"), "parts1 must have rank 2"),
-        (S("f32[2,3]", axis=2), "there is no axis 2"),
-    ]
-
-
-@op("slice", dtypes="t -> t", linear="x", flops=0)
-class Slice(Primitive):
-    """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
-
-    start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
-                  the end. They are not clamped: what lies outside is refused.
-    stride        1 or more
-    """
-
-    x = Operand()
-    axis: int
-    start: Size = ZERO
-    stop: Size | None = None
-    stride: int = 1
-
-    def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        names = axis_letters(ranks[0] or 0, _symbols([self.start, self.stop]))
-        axis = place(self.axis, len(names))
-        start, stop = self.span(Size.symbol(names[axis]))
-        left, right = resized(names, axis, (stop - start + self.stride - 1) // self.stride)
-        return f"{left} -> {right}"
-
-    def span(self, size: Size) -> tuple[Size, Size]:
-        """Start and stop on an axis of this size."""
-        start, stop = (
-            size + edge if edge.constant is not None and edge.constant < 0 else edge
-            for edge in (self.start, size if self.stop is None else self.stop)
-        )
-        return start, stop
-
-    def check(self, types: Sequence[Type | None]) -> None:
-        if self.stride < 1:
-            raise RuleError(f"stride must be 1 or more, is {self.stride}")
-
-    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
-        (x,) = types
-        assert x is not None
-        size = x.shape[place(self.axis, x.rank)]
-        start, stop = self.span(size)
-        otherwise = f"from {start} to {stop} is outside an axis of size {size}"
-        return [(inside, otherwise) for inside in (start, stop - start, size - stop)]
-
-    def at(self, values: Mapping[str, int]) -> Op:
-        for edge in (self.start, self.stop):
-            if edge is not None and edge.constant is None and edge.evaluate(values) < 0:
-                raise SizeError(f"slice: {edge} is negative", received=f"{dict(values)}")
-        return super().at(values)
-
-    def reference(self, x: Any) -> Any:
-        start, stop = self.span(Size.of(x.shape[self.axis]))
-        return x[_along(x.ndim, self.axis, slice(_number(start), _number(stop), self.stride))]
-
-    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        (g,), (x,) = grads, inputs
-        axis = place(self.axis, x.rank)
-        size, taken = x.shape[axis], g.shape[axis]
-        if taken.constant == 0:
-            return [zeros(b, x.type)]
-        start, _ = self.span(size)
-        reach = (taken - 1) * self.stride + 1
-        spread = g if self.stride == 1 else _spread(b, g, axis, self.stride, reach)
-        return [b.pad(spread, axis=axis, before=start, after=size - start - reach)]
-
-    samples = [
-        S("f32[2,5]", axis=1, start=1, stop=4),
-        S("f32[5,2]", axis=0, start=-3),
-        S("f32[7]", axis=0, start=1, stop=-1, stride=3),
-        S("f32[2,6,3]", axis=-2, stride=2),
-        S("i64[4]", axis=0, stop=2),
-    ]
-    errors = [
-        (S("f32[3]", axis=0, stop=4), "from 0 to 4 is outside an axis of size 3"),
-        (S("f32[3]", axis=0, start=-4), "outside an axis of size 3"),
-        (S("f32[3]", axis=0, start=2, stop=1), "from 2 to 1"),
-        (S("f32[3]", axis=0, stride=0), "stride must be 1 or more"),
-        (S("f32[3]", axis=1), "there is no axis 1"),
-    ]
-
-
-def _along(rank: int, axis: int, part: slice) -> tuple[slice, ...]:
-    index = [slice(None)] * rank
-    index[axis] = part
-    return tuple(index)
-
-
-def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
-    """The elements of x along an axis, `stride` apart with zeros between, `size` in all."""
-    names = axis_letters(x.rank + 1)
-    gap, before, name, after = names[-1], names[:axis], names[axis], names[axis + 1 : -1]
-    single = " ".join([*before, name, *after])
-    apart = b.rearrange(x, pattern=f"{single} -> {' '.join([*before, name, '1', *after])}")
-    padded = b.pad(apart, axis=axis + 1, after=stride - 1)
-    split = " ".join([*before, name, gap, *after])
-    merged = b.rearrange(padded, pattern=f"{split} -> {' '.join([*before, f'({name} {gap})', *after])}")
-    return b.slice(merged, axis=axis, stop=size)
-
-
-@op("pad", dtypes="t -> t", linear="x", flops=0)
-class Pad(Primitive):
-    """x with `before` elements of `value` before it along one axis, and `after` behind it
-
-    value   a number that x's dtype holds
-    """
-
-    x = Operand()
-    axis: int
-    before: Size = ZERO
-    after: Size = ZERO
-    value: float = 0.0
-
-    @property
-    def linear(self) -> tuple[frozenset[str], ...]:
-        """Linear where it pads with zeros."""
-        return super().linear if self.value == 0 else ()
-
-    @property
-    def moved(self) -> frozenset[str]:
-        return frozenset(("x",))
-
-    @property
-    def only_moves(self) -> bool:
-        """Not so: the margins hold a number that is no element of x."""
-        return False
-
-    def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        names = axis_letters(ranks[0] or 0, _symbols([self.before, self.after]))
-        axis = place(self.axis, len(names))
-        left, right = resized(names, axis, self.before + Size.symbol(names[axis]) + self.after)
-        return f"{left} -> {right}"
-
-    def check(self, types: Sequence[Type | None]) -> None:
-        (x,) = types
-        assert x is not None
-        if not x.dtype.holds(self.value):
-            raise RuleError(f"value must be a number that {x.dtype} holds, is {self.value}")
-
-    def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
-        return [(size, f"cannot pad by {size}") for size in (self.before, self.after)]
-
-    def reference(self, x: Any) -> Any:
-        widths = [(0, 0)] * x.ndim
-        widths[self.axis] = (_number(self.before), _number(self.after))
-        return np.pad(x, widths, constant_values=self.value)
-
-    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        (g,), (x,) = grads, inputs
-        stop = self.before + x.shape[self.axis]
-        return [b.slice(g, axis=self.axis, start=self.before, stop=stop)]
-
-    samples = [
-        S("f32[2,3]", axis=1, before=1, after=2),
-        S("f32[2,3]", axis=0, after=1, value=-1.5),
-        S("f32[2,3,2]", axis=-2, before=2),
-        S("i64[3]", axis=0, before=1),
-        S("bool[3]", axis=0, after=1),
-    ]
-    errors = [
-        (S("f32[3]", axis=0, before=-1), "cannot pad by -1"),
-        (S("i8[3]", axis=0, after=1, value=300.0), "value must be a number that i8 holds, is 300.0"),
-        (S("i64[3]", axis=0, after=1, value=2.0**63), "value must be a number that i64 holds"),
-        (S("i64[3]", axis=0, after=1, value=float("nan")), "value must be a number that i64 holds, is nan"),
-        (S("u8[3]", axis=0, after=1, value=0.5), "value must be a number that u8 holds, is 0.5"),
-        (S("f32[3]", axis=0, after=1, value=1e39), "value must be a number that f32 holds, is 1e+39"),
-        (S("f32[3]", axis=2), "there is no axis 2"),
-    ]

@@ -17,8 +17,9 @@ from treadle.ir.graph import Value
 from treadle.ir.ops.arithmetic import Add, Mul
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.indexing import Iota
+from treadle.ir.ops.parts import Concat, Slice
 from treadle.ir.ops.reductions import SizeOf
-from treadle.ir.ops.shapes import Concat, Expand, Rearrange, Slice
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.passes.cleanup.rearrange_forms import form_of
 from treadle.passes.framework.pattern import Vocabulary

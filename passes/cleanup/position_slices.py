@@ -15,7 +15,8 @@ from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Function, Value
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.indexing import Iota
-from treadle.ir.ops.shapes import Expand, Slice
+from treadle.ir.ops.parts import Slice
+from treadle.ir.ops.shapes import Expand
 from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.passes.framework.rewrite import Match, Rewrite
 

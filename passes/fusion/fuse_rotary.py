@@ -12,9 +12,10 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.arithmetic import Add, Mul, Sub
 from treadle.ir.ops.elementwise import Cast, Cos, Sin
+from treadle.ir.ops.parts import Concat
 from treadle.ir.ops.products import Einsum
 from treadle.ir.ops.rotary import LAYOUTS
-from treadle.ir.ops.shapes import Concat, Expand, Rearrange
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.cleanup.canonicalize import TidyLayout
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Placed

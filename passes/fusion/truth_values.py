@@ -15,7 +15,8 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.ops.arithmetic import Mul, Sub
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.logic import Comparison, LogicalAnd, LogicalNot, LogicalOr, Where
-from treadle.ir.ops.shapes import Expand, Rearrange, Slice
+from treadle.ir.ops.parts import Slice
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.fusion.attention.core import number_of
 
 Wanted = tuple[Value, bool]

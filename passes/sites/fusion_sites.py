@@ -30,9 +30,10 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Pow, Sub
 from treadle.ir.ops.elementwise import Cast, Cos, Erf, Exp, Neg, Reciprocal, Rsqrt, Sigmoid, Sin, Sqrt, Tanh
 from treadle.ir.ops.logic import Where
+from treadle.ir.ops.parts import Concat
 from treadle.ir.ops.products import MatMul
 from treadle.ir.ops.reductions import ReduceMean, ReduceSum
-from treadle.ir.ops.shapes import Concat, Expand, Rearrange
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.cleanup.round_trips import counts_steps, round_trip_at, round_trip_from
 from treadle.passes.fusion.attention.probabilities import softmax_at
 from treadle.passes.sites.product_sites import epilogue_nodes, gate_nodes

@@ -14,8 +14,8 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.ir.ops.arithmetic import Add, Div, Maximum, Minimum, Mul, Pow, Sub
 from treadle.ir.ops.elementwise import Cast, Erf, Exp, Neg, Reciprocal
+from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.products import Linear, MatMul
-from treadle.ir.ops.shapes import Slice
 
 _SPELLING = (Add, Sub, Mul, Div, Neg, Pow, Erf, Exp, Reciprocal, Maximum, Minimum)
 """What activations are spelled out with."""

@@ -19,7 +19,8 @@ from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, R
 from treadle.ir.axis_splitting import common_runs
 from treadle.ir.graph import Node
 from treadle.ir.ops.axis_names import place
-from treadle.ir.ops.shapes import Pad, Reshape, Slice
+from treadle.ir.ops.parts import Pad, Slice
+from treadle.ir.ops.shapes import Reshape
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.types import DType, boolean
 

@@ -13,8 +13,9 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.ops.arithmetic import Add, Sub
 from treadle.ir.ops.elementwise import Cast, Neg
 from treadle.ir.ops.indexing import Iota, Positions
+from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.reductions import SizeOf
-from treadle.ir.ops.shapes import Expand, Rearrange, Slice
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.passes.fusion.attention.core import Placed, number_of
 from treadle.passes.fusion.attention.roles import Roles
