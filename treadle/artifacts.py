@@ -44,8 +44,8 @@ from treadle.models.registry import family_names
 from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
-from treadle.pinned_models import PINNED
 from treadle.resolving import GGUF_SUFFIX, ONNX_SUFFIX
+from treadle.wheels.pinned_models import PINNED
 
 SUFFIX = ".treadle"
 

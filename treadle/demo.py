@@ -26,9 +26,9 @@ from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert
-from treadle.pinned_models import PINNED
 from treadle.progress import downloading, working
 from treadle.reports import compiled_lines, console, error_text, human, pass_table, similarity_table
+from treadle.wheels.pinned_models import PINNED
 
 SENTENCES = (
     "A cat is asleep on the sofa.",

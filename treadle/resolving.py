@@ -38,7 +38,7 @@ from treadle.ir.source_lines import raising_line
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
-from treadle.pinned_models import PINNED
+from treadle.wheels.pinned_models import PINNED
 
 Array = np.ndarray[Any, Any]
 Limits = Mapping[str, int] | None

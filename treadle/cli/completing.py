@@ -11,7 +11,7 @@ def complete_model(incomplete: str) -> list[str]:
     """Names of the zoo and of fetched models, and paths."""
     from treadle.fetch import fetched_model
     from treadle.models.registry import family_names
-    from treadle.pinned_models import PINNED
+    from treadle.wheels.pinned_models import PINNED
 
     names = [*family_names(), *(name for name in PINNED if fetched_model(name) is not None)]
     return [*_beginning(names, incomplete), *_paths(incomplete)]
@@ -19,7 +19,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_fetched(incomplete: str) -> list[str]:
     """Names of models that can be fetched."""
-    from treadle.pinned_models import PINNED
+    from treadle.wheels.pinned_models import PINNED
 
     return _beginning(PINNED, incomplete)
 

