@@ -51,10 +51,9 @@ class TermOperand:
     dtype: str
     axes: str
 
-    @property
-    def rule(self) -> str:
-        """Its axes in attention's axis rule, where heads are (g r)."""
-        mapped = {"b": "b", "h": "(g r)", "s": "s"}
+    def rule(self, keys: str = "t") -> str:
+        """Its axes in an axis rule, where heads are (g r) and keys have that name."""
+        mapped = {"b": "b", "h": "(g r)", "s": "s", "t": f"[{keys}]"}
         return " ".join(mapped.get(axis, f"[{axis}]") for axis in self.axes.split())
 
 
@@ -132,8 +131,8 @@ class BiasTerm(Term):
 class Grid:
     """Where a term's body stands: the positions, and operands laid out against [b, g, r, s, t].
 
-    i   i64[s, 1]
-    j   i64[t]
+    i   i64[s, 1], or i64[b, 1, 1, s, 1] where each row has its own
+    j   i64[t], or i64[b, 1, 1, 1, t]
     """
 
     def __init__(self, b: Builder, groups: Size, queries: Size, keys: Size) -> None:
@@ -146,6 +145,11 @@ class Grid:
     @cached_property
     def j(self) -> Expr:
         return self.b.iota(size=self.keys, dtype=i64)
+
+    def by_head(self, x: Expr) -> Expr:
+        """A value of each head for each i and j: [s, t, h], or [b, 1, 1, s, t, h], as it stands against the rest."""
+        before, after = ("b 1 1 ", "b ") if x.rank == len("bgrsth") else ("", "")
+        return self.b.rearrange(x, pattern=f"{before}s t (g={self.groups} r) -> {after}g r s t")
 
     def spread(self, x: Expr, axes: str) -> Expr:
         """An operand of these axes as [b, g, r, s, t], with 1 for each axis that it lacks."""
@@ -351,8 +355,7 @@ class T5Relative(BiasTerm):
         b, far = grid.b, self.max_distance
         row = b.minimum(b.maximum(grid.j - grid.i, -far), far) + far
         by_offset = b.gather(table, b.constant(self.bucket_by_offset, i64), axis=0)
-        values = b.gather(by_offset, row, axis=0)
-        return b.rearrange(values, pattern=f"s t (g={grid.groups} r) -> g r s t")
+        return grid.by_head(b.gather(by_offset, row, axis=0))
 
     def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
         return visitor.t5_relative(self, *operands)

@@ -1,17 +1,17 @@
-"""Attention, alone and with its probabilities; masks and biases are terms (`treadle.ir.attention.attention_terms`)."""
+"""Attention over a sequence, alone and with its probabilities; masks and biases are terms
+(`treadle.ir.attention.attention_terms`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from treadle.ir.attention.attention_terms import (
     Alibi,
-    BiasTerm,
     BooleanMask,
     Causal,
     Grid,
@@ -19,149 +19,52 @@ from treadle.ir.attention.attention_terms import (
     Segments,
     T5Relative,
     TensorBias,
-    Term,
-    TermOperand,
     Window,
     leave_a_key,
     live_pairs,
     reach_of,
 )
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Array, Composite, Demand, Grads, Operand
-from treadle.ir.ops.along_axes import not_empty, wide_array
-from treadle.ir.ops.normalization import MaskedSoftmax
+from treadle.ir.operation import Demand, Grads, Operand
+from treadle.ir.ops.along_axes import not_empty
+from treadle.ir.ops.attending import Attending, grouped, heads_merged, masked, masked_softmax, weighted
 from treadle.ir.samples import S
 from treadle.ir.transforms.differentiate import backward, operand_gradients
 from treadle.ir.types import Type, f32, f64
 
-T = TypeVar("T")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Attending(Composite):
-    """What attention is with one result and with two.
+class _OverSequence(Attending):
+    """Attention whose queries and keys stand at their indices, with one result and with two."""
 
-    terms    masks and biases, in any order; their operands follow v in the order of the terms
-    scale    None: 1/sqrt(d)
-    softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
-    """
-
-    terms: tuple[Term, ...] = ()
-    scale: float | None = None
-    softcap: float | None = None
     pairs = ("s", "t")
-    accumulates = f32
 
     # -- rules -----------------------------------------------------------------------------------------------
-
-    @property
-    def _taken(self) -> list[TermOperand]:
-        return [operand for term in self.terms for operand in term.operands]
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """A query that sees no key after its own position reads t only up to s."""
         furthest = reach_of(self.terms)[1]
         t = "[t<=s]" if furthest is not None and furthest <= 0 else "[t]"
-        operands = ["b (g r) s [d]", f"b g {t} [d]", f"b g {t} e", *(o.rule for o in self._taken)]
+        operands = ["b (g r) s [d]", f"b g {t} [d]", f"b g {t} e", *self._term_rules()]
         return f"{', '.join(operands)} -> b (g r) s e"
 
     def dtypes(self) -> str:
-        return f"{', '.join(['f', 'f', 'f', *(o.dtype for o in self._taken)])} -> f"
-
-    @property
-    def positional(self) -> frozenset[str]:
-        return frozenset().union(*(term.positional for term in self.terms))
-
-    @property
-    def has_standard_terms(self) -> bool:
-        """Whether every backend has a case for each term; else it lowers the body."""
-        return all(term.is_standard for term in self.terms)
-
-    def operand_names(self, count: int) -> list[str]:
-        """q, k, v and the terms' own names, numbered from the second of a name."""
-        names: list[str] = []
-        for name in ["q", "k", "v", *(o.name for o in self._taken)]:
-            again = sum(n.rstrip("0123456789") == name for n in names)
-            names.append(f"{name}{again + 1}" if again else name)
-        return [*names, *(f"operand{n}" for n in range(len(names), count))][:count]
-
-    def check(self, types: Sequence[Type | None]) -> None:
-        names = self.operand_names(3 + len(self._taken))
-        if len(types) != len(names):
-            raise RuleError(f"takes {', '.join(names)}, received {len(types)} operands")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise RuleError(f"softcap must be positive, is {self.softcap}")
-        if self.scale is not None and not math.isfinite(self.scale):  # with which every score is infinite or NaN
-            raise RuleError(f"scale must be finite, is {self.scale}", hint="a finite number, or none for 1/sqrt(d)")
-        q = types[0]
-        if self.scale is None and q is not None and q.rank == 4 and not q.shape[-1].constant:
-            raise RuleError(f"has no default scale for heads of size {q.shape[-1]}", hint="give scale")
-        for term, operands in self._with_operands(types[3:]):
-            if isinstance(term, T5Relative) and (table := operands[0]) is not None and table.rank == 2:
-                rows = table.shape[0]
-                if rows != term.buckets:
-                    raise RuleError(f"the table of {term} must have {term.buckets} buckets, has {rows}")
-
-    def _with_operands(self, given: Sequence[T]) -> Iterator[tuple[Term, tuple[T, ...]]]:
-        """Each term with its own of the operands that follow v."""
-        rest = iter(given)
-        for term in self.terms:
-            yield term, tuple(next(rest) for _ in term.operands)
-
-    def scale_for(self, d: int) -> float:
-        """What q k is multiplied by, for heads of size d."""
-        return 1 / math.sqrt(d) if self.scale is None else self.scale
+        return f"{', '.join(['f', 'f', 'f', *self._term_dtypes()])} -> f"
 
     # -- meaning ---------------------------------------------------------------------------------------------
 
     def reference(self, q: Any, k: Any, v: Any, *given: Any) -> Any:
-        return self._attended(q, k, v, given)[0]
+        return self._whole(q, k, v, given)[0]
 
-    def _attended(self, q: Array, k: Array, v: Array, given: Sequence[Array]) -> tuple[Array, Array]:
-        """What is attended to, and the probabilities. As in the body scores and probabilities are rounded to the dtype,
-        so that a bias past what it holds is infinite; sums are not."""
-        dtype, shared = q.dtype, q.shape[1] // k.shape[1]
-        k, v = (np.repeat(wide_array(x), shared, axis=1) for x in (k, v))
-        queries = self.scale_for(q.shape[-1]) * q
-        scores = (wide_array(queries) @ np.swapaxes(k, -1, -2)).astype(dtype)
-        if self.softcap is not None:
-            scores = self.softcap * np.tanh(scores / self.softcap)
-        i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])
-        keep = np.ones((), np.bool_)
-        for term, operands in self._with_operands(given):
-            if isinstance(term, BiasTerm):
-                scores = scores + term.reference(i, j, *operands)
-            else:
-                keep = keep & term.reference(i, j, *operands)
-        scores = wide_array(np.where(keep, scores, -np.inf))
-        peak = scores.max(axis=-1, keepdims=True)
-        weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
-        total = weights.sum(axis=-1, keepdims=True)
-        probabilities = (weights / np.where(total > 0, total, 1)).astype(dtype)
-        return (wide_array(probabilities) @ v).astype(dtype), probabilities
+    def _whole(self, q: Any, k: Any, v: Any, given: Sequence[Any]) -> tuple[Any, Any]:
+        return self._attended(q, k, v, np.arange(q.shape[2])[:, None], np.arange(k.shape[2]), given)
 
     def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
-        """[b, g, r, s, t], with -inf where a mask says no. scaled_last: the products are scaled, not the queries."""
+        """[b, g, r, s, t], with -inf where a mask says no."""
         grid = Grid(b, k.shape[1], q.shape[2], k.shape[2])
-        scale = self.scale_for(q.shape[-1].constant or 1)
-        queries = q if scaled_last else q * scale
-        scores = b.einsum(_grouped(b, queries, k), k, equation="b g r s d, b g t d -> b g r s t")
-        if scaled_last:
-            scores = scores * scale
-        if self.softcap is not None:
-            scores = b.tanh(scores / self.softcap) * self.softcap
-        keep: Expr | None = None
-        for term, operands in self._with_operands(given):
-            made = term.body(grid, *operands)
-            if isinstance(term, BiasTerm):
-                scores = scores + made
-            else:
-                keep = made if keep is None else keep & made
-        if keep is not None:
-            scores = b.where(keep, scores, b.constant(-math.inf, scores.dtype))
-        return scores
+        scores = self._scored(grid, q, k, given, scaled_last=scaled_last)
+        return masked(b, scores, self._kept(grid, given))
 
     def _scores_to_lower(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
         """The scores, scaled last, where a backend scales while it stores them.
@@ -182,16 +85,16 @@ class _Attending(Composite):
         start = len(b.function.nodes)
         scores = self._scores(b, q, k, [x for x in given if x is not None])
         nodes = b.function.nodes[start:]
-        weights = _weights(b, scores) if len(outputs) == 1 else _grouped(b, outputs[1], k)
-        g_weights: Any = None if g_probabilities is None else _grouped(b, g_probabilities, k)
+        weights = masked_softmax(b, scores) if len(outputs) == 1 else grouped(b, outputs[1], k)
+        g_weights: Any = None if g_probabilities is None else grouped(b, g_probabilities, k)
         g_v = None
         if g is not None:
-            g_out = _grouped(b, g, k)
+            g_out = grouped(b, g, k)
             through = b.einsum(g_out, v, equation="b g r s e, b g t e -> b g r s t")
             g_weights = through if g_weights is None else through + g_weights
             g_v = b.einsum(weights, g_out, equation="b g r s t, b g r s e -> b g t e")
         if g_probabilities is None:
-            mean = _grouped(b, b.reduce_sum(g * outputs[0], axes=(3,), keep=True), k)
+            mean = grouped(b, b.reduce_sum(g * outputs[0], axes=(3,), keep=True), k)
         else:
             mean = b.reduce_sum(weights * g_weights, axes=(4,), keep=True)
         found = backward(b, nodes, {scores.value: weights * (g_weights - mean)})
@@ -205,11 +108,9 @@ class _Attending(Composite):
         return live_pairs(self.terms, queries, keys)
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """A live pair costs 2 (d + e) in the two products, and a few in between: scale, maximum, difference,
-        exponential and sum, 3 for a soft-cap, 1 for each bias."""
+        """Of live pairs alone."""
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
-        between = 5 + 3 * (self.softcap is not None) + sum(isinstance(t, BiasTerm) for t in self.terms)
-        return q[0] * q[1] * self.live_pairs(q[2], k[2]) * (2 * (q[3] + v[3]) + between)
+        return q[0] * q[1] * self.live_pairs(q[2], k[2]) * self.pair_flops(q[3], v[3])
 
 
 # -- the ops -----------------------------------------------------------------------------------------------
@@ -257,7 +158,7 @@ _ERRORS = [
 
 
 @op("attention", linear="v")
-class Attention(_Attending):
+class Attention(_OverSequence):
     """out[b, h, i] = sum_j p[b, h, i, j] v[b, h, j],   p = softmax over the keys j that i may see of
     softcap(scale q[b, h, i] · k[b, h, j]) + biases        (Vaswani et al. 2017)
 
@@ -277,11 +178,11 @@ class Attention(_Attending):
     operand = Operand(variadic=True, optional=True)
 
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
-        return _product(b, _weights(b, self._scores(b, q, k, given)), v)
+        return weighted(b, masked_softmax(b, self._scores(b, q, k, given)), v)
 
     def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
         """The body, with its softmax as one op."""
-        return _product(b, b.masked_softmax(self._scores_to_lower(b, q, k, given)), v)
+        return weighted(b, b.masked_softmax(self._scores_to_lower(b, q, k, given)), v)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         return self._gradient(b, grads[0], None, inputs, outputs)
@@ -291,7 +192,7 @@ class Attention(_Attending):
 
 
 @op("attention_with_probabilities")
-class AttentionWithProbabilities(_Attending):
+class AttentionWithProbabilities(_OverSequence):
     """out, p = attention(q, k, v) and the probabilities p that it weights the values with
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
@@ -316,18 +217,18 @@ class AttentionWithProbabilities(_Attending):
         return not_empty(k, (2,), "softmax") if k is not None and k.rank == 4 else []
 
     def reference(self, q: Any, k: Any, v: Any, *given: Any) -> Any:
-        return self._attended(q, k, v, given)
+        return self._whole(q, k, v, given)
 
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> tuple[Expr, Expr]:
         """With softmax, for which backends have kernels, wherever no row can be -inf throughout; and such that the last
         op of each result is a product or a softmax, which then writes it where it is wanted."""
-        scores = _heads_merged(b, self._scores(b, q, k, given))
-        p = b.softmax(scores) if self._leaves_a_key(q, k) else _weights(b, scores)
+        scores = heads_merged(b, self._scores(b, q, k, given))
+        p = b.softmax(scores) if self._leaves_a_key(q, k) else masked_softmax(b, scores)
         return self._out(b, p, k, v), p
 
     def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> tuple[Expr, Expr]:
         """The body, with its softmax as one op even where a row may be -inf throughout."""
-        scores = _heads_merged(b, self._scores_to_lower(b, q, k, given))
+        scores = heads_merged(b, self._scores_to_lower(b, q, k, given))
         p = b.softmax(scores) if self._leaves_a_key(q, k) else b.masked_softmax(scores)
         return self._out(b, p, k, v), p
 
@@ -336,7 +237,7 @@ class AttentionWithProbabilities(_Attending):
 
     def _out(self, b: Builder, p: Expr, k: Expr, v: Expr) -> Expr:
         alone = p.shape[1] == k.shape[1]
-        return b.matmul(p, v) if alone else _product(b, _grouped(b, p, k), v)
+        return b.matmul(p, v) if alone else weighted(b, grouped(b, p, k), v)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         g, g_probabilities = grads
@@ -347,22 +248,3 @@ class AttentionWithProbabilities(_Attending):
         *_ERRORS,
         (S("f32[2,4,5,3]", "f32[2,4,0,3]", "f32[2,4,0,3]"), "an axis of size 0 has no softmax"),
     ]
-
-
-def _grouped(b: Builder, x: Expr, k: Expr) -> Expr:
-    """[b, (g r), s, d] with its heads grouped by those of k."""
-    return b.rearrange(x, pattern=f"b (g={k.shape[1]} r) s d -> b g r s d")
-
-
-def _heads_merged(b: Builder, x: Expr) -> Expr:
-    """[b, g, r, s, d] with one axis of heads."""
-    return b.rearrange(x, pattern="b g r s d -> b (g r) s d")
-
-
-def _product(b: Builder, weights: Expr, v: Expr) -> Expr:
-    return _heads_merged(b, b.einsum(weights, v, equation="b g r s t, b g t e -> b g r s e"))
-
-
-def _weights(b: Builder, scores: Expr) -> Expr:
-    """The softmax over the last axis, with zeros for a row that is -inf throughout."""
-    return MaskedSoftmax().body(b, scores)  # type: ignore[no-any-return]

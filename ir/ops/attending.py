@@ -1,0 +1,184 @@
+"""What the attention ops share: terms and their operands, scores, and the softmax that weights the values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from treadle.ir.attention.attention_terms import BiasTerm, Grid, T5Relative, Term, TermOperand
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.operation import Array, Composite
+from treadle.ir.ops.along_axes import wide_array
+from treadle.ir.ops.normalization import MaskedSoftmax
+from treadle.ir.types import Type, f32
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attending(Composite):
+    """Base of the ops whose queries attend to keys under terms; q, k and v come first.
+
+    terms    masks and biases, in any order; their operands follow the op's own in the order of the terms
+    scale    None: 1/sqrt(d)
+    softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    """
+
+    terms: tuple[Term, ...] = ()
+    scale: float | None = None
+    softcap: float | None = None
+    accumulates = f32
+
+    first: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    """The op's own operands, by name."""
+    keys: ClassVar[str] = "t"
+    """The factor of the keys in the axis rule."""
+
+    # -- rules -----------------------------------------------------------------------------------------------
+
+    @property
+    def _taken(self) -> list[TermOperand]:
+        return [operand for term in self.terms for operand in term.operands]
+
+    def _term_rules(self) -> list[str]:
+        """The axis rules of the terms' operands."""
+        return [operand.rule(self.keys) for operand in self._taken]
+
+    def _term_dtypes(self) -> list[str]:
+        return [operand.dtype for operand in self._taken]
+
+    @property
+    def positional(self) -> frozenset[str]:
+        named = frozenset().union(*(term.positional for term in self.terms))
+        return frozenset(self.keys if name == "t" else name for name in named)
+
+    @property
+    def has_standard_terms(self) -> bool:
+        """Whether every backend has a case for each term; else it lowers the body."""
+        return all(term.is_standard for term in self.terms)
+
+    def operand_names(self, count: int) -> list[str]:
+        """The op's own, and the terms' own names, numbered from the second of a name."""
+        names: list[str] = []
+        for name in [*self.first, *(o.name for o in self._taken)]:
+            again = sum(n.rstrip("0123456789") == name for n in names)
+            names.append(f"{name}{again + 1}" if again else name)
+        return [*names, *(f"operand{n}" for n in range(len(names), count))][:count]
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        names = self.operand_names(len(self.first) + len(self._taken))
+        if len(types) != len(names):
+            raise RuleError(f"takes {', '.join(names)}, received {len(types)} operands")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise RuleError(f"softcap must be positive, is {self.softcap}")
+        if self.scale is not None and not math.isfinite(self.scale):  # with which every score is infinite or NaN
+            raise RuleError(f"scale must be finite, is {self.scale}", hint="a finite number, or none for 1/sqrt(d)")
+        q = types[0]
+        if self.scale is None and q is not None and q.rank == 4 and not q.shape[-1].constant:
+            raise RuleError(f"has no default scale for heads of size {q.shape[-1]}", hint="give scale")
+        for term, operands in self.with_operands(types[len(self.first) :]):
+            if isinstance(term, T5Relative) and (table := operands[0]) is not None and table.rank == 2:
+                rows = table.shape[0]
+                if rows != term.buckets:
+                    raise RuleError(f"the table of {term} must have {term.buckets} buckets, has {rows}")
+
+    def with_operands(self, given: Sequence[T]) -> Iterator[tuple[Term, tuple[T, ...]]]:
+        """Each term with its own of the terms' operands."""
+        rest = iter(given)
+        for term in self.terms:
+            yield term, tuple(next(rest) for _ in term.operands)
+
+    def scale_for(self, d: int) -> float:
+        """What q k is multiplied by, for heads of size d."""
+        return 1 / math.sqrt(d) if self.scale is None else self.scale
+
+    def pair_flops(self, d: int, e: int) -> int:
+        """What a live pair costs: 2 (d + e) in the two products, and a few in between: scale, maximum, difference,
+        exponential and sum, 3 for a soft-cap, 1 for each bias."""
+        between = 5 + 3 * (self.softcap is not None) + sum(isinstance(t, BiasTerm) for t in self.terms)
+        return 2 * (d + e) + between
+
+    # -- meaning ---------------------------------------------------------------------------------------------
+
+    def _attended(
+        self, q: Array, k: Array, v: Array, i: Array, j: Array, given: Sequence[Array]
+    ) -> tuple[Array, Array]:
+        """What queries at the positions i [s, 1] attend to among keys at j [t], and the probabilities.
+
+        As in the body scores and probabilities are rounded to the dtype, so that a bias past what it holds is infinite;
+        sums are not.
+        """
+        dtype, shared = q.dtype, q.shape[1] // k.shape[1]
+        k, v = (np.repeat(wide_array(x), shared, axis=1) for x in (k, v))
+        queries = self.scale_for(q.shape[-1]) * q
+        scores = (wide_array(queries) @ np.swapaxes(k, -1, -2)).astype(dtype)
+        if self.softcap is not None:
+            scores = self.softcap * np.tanh(scores / self.softcap)
+        keep = np.ones((), np.bool_)
+        for term, operands in self.with_operands(given):
+            if isinstance(term, BiasTerm):
+                scores = scores + term.reference(i, j, *operands)
+            else:
+                keep = keep & term.reference(i, j, *operands)
+        scores = wide_array(np.where(keep, scores, -np.inf))
+        peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+        weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
+        total = weights.sum(axis=-1, keepdims=True)
+        probabilities = (weights / np.where(total > 0, total, 1)).astype(dtype)
+        return (wide_array(probabilities) @ v).astype(dtype), probabilities
+
+    def _scored(self, grid: Grid, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
+        """[b, g, r, s, t], with biases and without masks. scaled_last: the products are scaled, not the queries."""
+        b, scale = grid.b, self.scale_for(q.shape[-1].constant or 1)
+        queries = q if scaled_last else q * scale
+        scores = b.einsum(grouped(b, queries, k), k, equation="b g r s d, b g t d -> b g r s t")
+        if scaled_last:
+            scores = scores * scale
+        if self.softcap is not None:
+            scores = b.tanh(scores / self.softcap) * self.softcap
+        for term, operands in self.with_operands(given):
+            if isinstance(term, BiasTerm):
+                scores = scores + term.body(grid, *operands)
+        return scores
+
+    def _kept(self, grid: Grid, given: Sequence[Expr]) -> Expr | None:
+        """What all masks keep, against [b, g, r, s, t]; None without a mask."""
+        keep: Expr | None = None
+        for term, operands in self.with_operands(given):
+            if not isinstance(term, BiasTerm):
+                made = term.body(grid, *operands)
+                keep = made if keep is None else keep & made
+        return keep
+
+
+# -- what bodies are made of ---------------------------------------------------------------------------------
+
+
+def masked(b: Builder, scores: Expr, keep: Expr | None) -> Expr:
+    """Scores with -inf where a mask says no."""
+    return scores if keep is None else b.where(keep, scores, b.constant(-math.inf, scores.dtype))
+
+
+def grouped(b: Builder, x: Expr, k: Expr) -> Expr:
+    """[b, (g r), s, d] with its heads grouped by those of k."""
+    return b.rearrange(x, pattern=f"b (g={k.shape[1]} r) s d -> b g r s d")
+
+
+def heads_merged(b: Builder, x: Expr) -> Expr:
+    """[b, g, r, s, d] with one axis of heads."""
+    return b.rearrange(x, pattern="b g r s d -> b (g r) s d")
+
+
+def weighted(b: Builder, weights: Expr, v: Expr) -> Expr:
+    """[b, (g r), s, e]: values, each by its weight."""
+    return heads_merged(b, b.einsum(weights, v, equation="b g r s t, b g t e -> b g r s e"))
+
+
+def masked_softmax(b: Builder, scores: Expr) -> Any:
+    """The softmax over the last axis, with zeros for a row that is -inf throughout, in primitives."""
+    return MaskedSoftmax().body(b, scores)
