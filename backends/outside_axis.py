@@ -30,10 +30,11 @@ class OutsideAxis(BackendError):
 
 
 def _indices(node: Node) -> list[Value]:
-    """The operands that hold indices: the one of that name, else those of integers."""
-    named = node.op.operand_names(len(node.operands))
-    if "indices" in named and (value := node.operands[named.index("indices")]) is not None:
-        return [value]
+    """The operands that hold indices: the one named so, or the rows of a cache, else those of integers."""
+    named = dict(zip(node.op.operand_names(len(node.operands)), node.operands, strict=True))
+    for name in ("indices", "rows"):
+        if (value := named.get(name)) is not None:
+            return [value]
     return [value for value in node.operands if value is not None and value.type.dtype.is_int]
 
 

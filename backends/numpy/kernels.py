@@ -138,11 +138,15 @@ def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
 
 def take(x: Array, indices: Array, axis: int) -> Array:
     """Slices of x along an axis. Raises OutsideAxis for an index that is outside: NumPy would count from the end."""
-    size = x.shape[axis]
+    return np.take(x, within(indices, x.shape[axis]), axis=axis)
+
+
+def within(indices: Array, size: int) -> Array:
+    """The indices of an axis of this size. Raises OutsideAxis for one that is outside."""
     outside = (indices < 0) | (indices >= size)
     if np.any(outside):
         raise OutsideAxis(int(np.asarray(indices)[outside].flat[0]), size)
-    return np.take(x, indices, axis=axis)
+    return indices
 
 
 # -- products ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from treadle.ir.attention.attention_terms import Term
 from treadle.ir.graph import Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Op
-from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
+from treadle.ir.ops.attending import Attending
 from treadle.ir.types import DType, Type, f16
 
 # -- 16 bits ---------------------------------------------------------------------------------------------------
@@ -224,6 +224,12 @@ def _attention(line: Line) -> str:
     return attention(line, _term)
 
 
+@_spells("cached_attention")
+def _cached_attention(line: Line) -> str:
+    """By its meaning, which reads of each row what is live."""
+    return line.by_reference(rows=f"kernels.within({line.array('rows')}, {line.size(line.type('k').shape[0])})")
+
+
 def _term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:
     """By its own meaning: `kernels.term("window(128)", S, T)`."""
     arguments = [f'"{term}"', queries, keys, *operands]
@@ -240,8 +246,8 @@ def _rms_norm(line: Line) -> str:
     return f"kernels.rms_norm({line.x}, {line.weight}, {float_text(line.op.eps)})"
 
 
-_ATTENTIONS = (Attention, AttentionWithProbabilities)  # whose kernel sums in float32 itself
-_SUMMING = [n for n in SPELLINGS if find_op(n).accumulates is not None and not issubclass(find_op(n), _ATTENTIONS)]
+# Attention's kernels sum in float32 themselves.
+_SUMMING = [n for n in SPELLINGS if find_op(n).accumulates is not None and not issubclass(find_op(n), Attending)]
 SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
 
 NUMPY = Dialect(
@@ -254,4 +260,4 @@ NUMPY = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    return op.name in SPELLINGS and (not isinstance(op, _ATTENTIONS) or op.has_standard_terms)
+    return op.name in SPELLINGS and (not isinstance(op, Attending) or op.has_standard_terms)

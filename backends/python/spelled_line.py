@@ -122,11 +122,15 @@ class Line:
         """Sizes as a tuple."""
         return as_tuple([self.size(s) for s in sizes])
 
-    def by_reference(self) -> str:
-        """A call of the op's NumPy reference, with the sizes that its attributes need."""
+    def by_reference(self, **spelled: str) -> str:
+        """A call of the op's NumPy reference, with the sizes that its attributes need.
+
+        spelled  operands by name, as other expressions than what they are read as
+        """
         symbols = sorted({s for v in self.node.op.attributes.values() for s in symbols_of(v)})
         sizes = [f"{s}={self.size(Size.symbol(s))}" for s in symbols]
-        operands = ["None" if v is None else self._writer.read(v) for v in self.node.operands]
+        read = ["None" if v is None else self._writer.read(v) for v in self.node.operands]
+        operands = [spelled.get(name, text) for name, text in zip(self.names, read, strict=True)]
         return f"reference.{self._writer.program.reference(self.node)}({', '.join([*operands, *sizes])})"
 
 

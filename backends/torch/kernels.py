@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.backends.outside_axis import OutsideAxis
-from treadle.ir.attention.attention_terms import T5Relative
+from treadle.backends.torch.cached_terms import CachedTerms
+from treadle.ir.attention.attention_terms import Padding, T5Relative, Term, parse_term
+from treadle.ir.attention.cached_positions import live_positions
 from treadle.ir.ops.rounding import FORMATS
 
 # -- element by element --------------------------------------------------------------------------------------
@@ -179,6 +181,51 @@ def attention_with_probabilities(
     """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
     p = _probabilities(q, k, scale, softcap, _joined(masks, biases))
     return _weighted(p, v), p
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    *operands: Tensor,
+    terms: Sequence[str],
+    scale: float,
+    softcap: float | None = None,
+    ring: bool = False,
+) -> Tensor:
+    """q [b, h, s, d], k [R, g, C, d], v [R, g, C, e] -> [b, h, s, e]; see `treadle.ir.ops.cached_attention`.
+
+    terms  as they are written; their operands follow start in that order
+
+    Reads views of what is live in each slot. Rows in consecutive slots that have come equally far are computed
+    together. Raises OutsideAxis for a row outside the slots. On a GPU it waits for rows, start and lengths.
+    """
+    read, rest = _read(tuple(terms)), iter(operands)
+    given = [[next(rest) for _ in term.operands] for term in read]
+    lengths = [x[0].tolist() for term, x in zip(read, given, strict=True) if isinstance(term, Padding)]
+    slots, past = _within(rows, k.shape[0]).tolist(), list(zip(start.tolist(), *lengths, strict=True))
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+    first = 0
+    while first < len(slots):
+        end = first + 1
+        while end < len(slots) and slots[end] == slots[end - 1] + 1 and past[end] == past[first]:
+            end += 1
+        some, held, (at, *limits) = slice(first, end), slice(slots[first], slots[end - 1] + 1), past[first]
+        live = live_positions(read, at, q.shape[2], k.shape[2], limits, ring=ring)
+        if live:
+            says = CachedTerms(live, at, q.shape[2], k.shape[2], some, q.device)
+            masks, biases = says.masks(read, given), says.biases(read, given)
+            keys, values = k[held, :, says.keys], v[held, :, says.keys]
+            out[some] = attention(q[some], keys, values, scale=scale, masks=masks, biases=biases, softcap=softcap)
+        first = end
+    return out
+
+
+@lru_cache(maxsize=256)
+def _read(terms: tuple[str, ...]) -> tuple[Term, ...]:
+    return tuple(map(parse_term, terms))
 
 
 def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:

@@ -12,7 +12,7 @@ from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.axes import Role
 from treadle.ir.graph import Value
 from treadle.ir.operation import Op
-from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
+from treadle.ir.ops.attending import Attending
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.convolution import Conv
 from treadle.ir.types import DType, Type, bf16, f16
@@ -366,6 +366,15 @@ def _attention_with_probabilities(line: Line) -> str:
     return attention(line, spelled_term)
 
 
+@_spells("cached_attention")
+def _cached_attention(line: Line) -> str:
+    terms = "".join(f'"{term}", ' for term in line.op.terms)
+    arguments = [line.arrays, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
+    arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
+    arguments += ["ring=True"] if line.op.ring else []
+    return f"kernels.cached_attention({', '.join(arguments)})"
+
+
 TORCH = Dialect(
     name="torch",
     imports=(
@@ -379,7 +388,7 @@ TORCH = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    if isinstance(op, Attention | AttentionWithProbabilities):
+    if isinstance(op, Attending):
         return op.has_standard_terms
     if isinstance(op, Conv):
         return types[0] is not None and types[0].rank <= 5  # PyTorch convolves over up to three axes

@@ -113,10 +113,11 @@ class Attending(Composite):
         As in the body scores and probabilities are rounded to the dtype, so that a bias past what it holds is infinite;
         sums are not.
         """
-        dtype, shared = q.dtype, q.shape[1] // k.shape[1]
-        k, v = (np.repeat(wide_array(x), shared, axis=1) for x in (k, v))
-        queries = self.scale_for(q.shape[-1]) * q
-        scores = (wide_array(queries) @ np.swapaxes(k, -1, -2)).astype(dtype)
+        dtype, (rows, heads, count, d), (_, groups, keys, e) = q.dtype, q.shape, v.shape
+        together = (rows, groups, heads // groups * count)  # queries of all heads that share keys
+        queries = wide_array(self.scale_for(d) * q).reshape(*together, d)
+        scores = queries @ np.swapaxes(wide_array(k), -1, -2)
+        scores = scores.astype(dtype).reshape(rows, heads, count, keys)
         if self.softcap is not None:
             scores = self.softcap * np.tanh(scores / self.softcap)
         keep = np.ones((), np.bool_)
@@ -130,7 +131,8 @@ class Attending(Composite):
         weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
         total = weights.sum(axis=-1, keepdims=True)
         probabilities = (weights / np.where(total > 0, total, 1)).astype(dtype)
-        return (wide_array(probabilities) @ v).astype(dtype), probabilities
+        out = wide_array(probabilities).reshape(*together, keys) @ wide_array(v)
+        return out.astype(dtype).reshape(rows, heads, count, e), probabilities
 
     def _scored(self, grid: Grid, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
         """[b, g, r, s, t], with biases and without masks. scaled_last: the products are scaled, not the queries."""

@@ -28,7 +28,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, f32, i64
 
 
-def _inside(op: str, indices: Any, size: int) -> Any:
+def inside(op: str, indices: Any, size: int) -> Any:
     """The indices, checked against the axis that they point into. Raises GraphError."""
     outside = (indices < 0) | (indices >= size)
     if np.any(outside):
@@ -59,7 +59,7 @@ class Gather(Primitive):
         return f"{before} @{v} {after}, {picked} -> {before} {picked} {after}"
 
     def reference(self, x: Any, indices: Any) -> Any:
-        return np.take(x, _inside("gather", indices, x.shape[self.axis]), axis=self.axis)
+        return np.take(x, inside("gather", indices, x.shape[self.axis]), axis=self.axis)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, indices) = grads, inputs
@@ -101,7 +101,7 @@ class IndexAdd(Primitive):
         y = np.array(wide_array(target))
         axis = place(self.axis, y.ndim)
         rows = np.moveaxis(updates, range(axis, axis + indices.ndim), range(indices.ndim))
-        np.add.at(np.moveaxis(y, axis, 0), _inside("index_add", indices, y.shape[axis]), rows)
+        np.add.at(np.moveaxis(y, axis, 0), inside("index_add", indices, y.shape[axis]), rows)
         return y.astype(target.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
@@ -164,7 +164,7 @@ class TakeAlongAxis(Primitive):
         return f"{source}, {picked} -> {picked}"
 
     def reference(self, x: Any, indices: Any) -> Any:
-        return np.take_along_axis(x, _inside("take_along_axis", indices, x.shape[self.axis]), self.axis)
+        return np.take_along_axis(x, inside("take_along_axis", indices, x.shape[self.axis]), self.axis)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, indices) = grads, inputs
@@ -202,7 +202,7 @@ class ScatterAdd(Primitive):
 
     def reference(self, target: Any, indices: Any, updates: Any) -> Any:
         y = np.array(wide_array(target))
-        np.add.at(y, _elements(_inside("scatter_add", indices, y.shape[self.axis]), self.axis), updates)
+        np.add.at(y, _elements(inside("scatter_add", indices, y.shape[self.axis]), self.axis), updates)
         return y.astype(target.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
