@@ -19,6 +19,7 @@ __all__ = [
     "argmax",
     "attention_with_probabilities",
     "average_pool",
+    "cached_attention",
     "cast",
     "concat",
     "conv",
@@ -212,6 +213,42 @@ def average_pool(
 
     What lies in the padding is not counted: a window that holds no element gives NaN. To count zeros around x (which
     frameworks call count_include_pad), pad x with them. 16-bit floats are summed in f32.
+    """
+
+def cached_attention(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    rows: TensorLike,
+    start: TensorLike,
+    /,
+    *operand: TensorLike | None,
+    terms: Sequence[Term | str] = (),
+    scale: float | None = None,
+    softcap: float | None = None,
+    ring: bool = False,
+    name: str | None = None,
+) -> Tensor:
+    """out[b, h, i] = sum_j p[b, h, i, j] v[rows[b], h, j],   p = softmax over the keys j that i may see of
+    softcap(scale q[b, h, i] · k[rows[b], h, j]) + biases: `attention` over a cache, in which each row has a slot
+
+    q [b, h, s, d], k [R, g, C, d], v [R, g, C, e], rows i64[b], start i64[b] -> [b, h, s, e]
+
+    Query i of row b stands at position start[b] + i, and key j of a slot at position j. With `ring`, key j stands at
+    the one position x that is congruent to j modulo C and among the last C that were written,
+    start[b] + s - C <= x < start[b] + s, the queries' own included; x < 0 is no key. Terms mean what they mean in
+    `attention`, at these positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask,
+    bias, key_segments) have an element for each of a slot's C keys, by j.
+
+    A slot is written up to the queries, or up to lengths[b]. What lies beyond is never seen, whatever it holds, so
+    causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
+    `attention`. The gradient is that of the body.
+
+    terms    masks and biases, in any order; their operands follow start in the order of the terms
+    scale    None: 1/sqrt(d)
+    softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    ring     whether slots are rings, which needs causal. A chunk of s queries sees all of a window(w) if
+             w + s - 1 <= C; what has been written over is no key of its earlier queries
     """
 
 def cast(x: TensorLike, /, *, to: DType | str, name: str | None = None) -> Tensor:

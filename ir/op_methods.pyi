@@ -78,6 +78,21 @@ class OpMethods:
         dilations: Sequence[int] = (),
         name: str | None = None,
     ) -> Expr: ...
+    def cached_attention(
+        self,
+        q: ExprLike,
+        k: ExprLike,
+        v: ExprLike,
+        rows: ExprLike,
+        start: ExprLike,
+        /,
+        *operand: ExprLike | None,
+        terms: Sequence[Term | str] = (),
+        scale: float | None = None,
+        softcap: float | None = None,
+        ring: bool = False,
+        name: str | None = None,
+    ) -> Expr: ...
     def cast(self, x: ExprLike, /, *, to: DType | str, name: str | None = None) -> Expr: ...
     def concat(self, *parts: ExprLike, axis: int = -1, name: str | None = None) -> Expr: ...
     def conv(

@@ -31,9 +31,7 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
     i, j   the positions of the queries [s, 1] and of these keys [t]
     """
 
-    def __init__(
-        self, live: range, start: int, queries: int, capacity: int, rows: slice, device: torch.device
-    ) -> None:
+    def __init__(self, live: range, start: int, queries: int, capacity: int, rows: slice, device: torch.device) -> None:
         self.live, self.start, self.queries, self.rows = live, start, queries, rows
         self.i = torch.arange(start, start + queries, device=device)[:, None]
         first = live.start % capacity

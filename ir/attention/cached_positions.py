@@ -1,7 +1,7 @@
 """Where the keys of a cache stand, and which of them a row's queries may see.
 
-Without a ring, key j of a slot stands at position j. A ring of C slots holds the last C positions that were written: key
-j stands at the one of them that is congruent to j modulo C.
+Without a ring, key j of a slot stands at position j. A ring of C keys holds the last C positions that were written:
+key j stands at the one of them that is congruent to j modulo C.
 """
 
 from __future__ import annotations

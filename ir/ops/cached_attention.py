@@ -45,14 +45,15 @@ class CachedAttention(Attending):
 
     q [b, h, s, d], k [R, g, C, d], v [R, g, C, e], rows i64[b], start i64[b] -> [b, h, s, e]
 
-    Query i of row b stands at position start[b] + i, and key j of a slot at position j. With `ring`, key j stands at the
-    one position x that is congruent to j modulo C and among the last C that were written,
-    start[b] + s - C <= x < start[b] + s, those of the queries included; x < 0 is no key. Terms mean what they mean in
+    Query i of row b stands at position start[b] + i, and key j of a slot at position j. With `ring`, key j stands at
+    the one position x that is congruent to j modulo C and among the last C that were written,
+    start[b] + s - C <= x < start[b] + s, the queries' own included; x < 0 is no key. Terms mean what they mean in
     `attention`, at these positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask,
     bias, key_segments) have an element for each of a slot's C keys, by j.
 
-    A slot is written up to the queries, or up to lengths[b]; what lies beyond is never seen, whatever it holds, so causal
-    or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in `attention`.
+    A slot is written up to the queries, or up to lengths[b]. What lies beyond is never seen, whatever it holds, so
+    causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
+    `attention`. The gradient is that of the body.
 
     terms    masks and biases, in any order; their operands follow start in the order of the terms
     scale    None: 1/sqrt(d)
@@ -155,7 +156,14 @@ class CachedAttention(Attending):
         S(*_CROSS, "i64[2] < 7", "f32[8,2]", terms=(Padding(), Window(4), T5Relative(8, 5, True))),
         S(*_GROUPED, "i64[2,2] < 2", "i64[2,6] < 2", terms=(Segments(), Causal())),
         S(*_SELF, "bool[2,6]", "f32[4,3,6]", terms=(Causal(), BooleanMask("b t"), TensorBias("h s t"))),
-        S(*_RING[:4], "i64[2] < 8", "i64[2] < 10", "f32[2,6]", terms=(Causal(), Window(4), Padding(), TensorBias("s t")), ring=True),
+        S(
+            *_RING[:4],
+            "i64[2] < 8",
+            "i64[2] < 10",
+            "f32[2,6]",
+            terms=(Causal(), Window(4), Padding(), TensorBias("s t")),
+            ring=True,
+        ),
     ]
     errors = [
         (S(*_SELF), "needs causal or padding among the terms"),

@@ -70,6 +70,20 @@ class OpTerms:
         padding: Any = (),
         dilations: Any = (),
     ) -> PatternTerm: ...
+    def cached_attention(
+        self,
+        q: TermLike,
+        k: TermLike,
+        v: TermLike,
+        rows: TermLike,
+        start: TermLike,
+        /,
+        *operand: TermLike | None,
+        terms: Any = (),
+        scale: Any = None,
+        softcap: Any = None,
+        ring: Any = False,
+    ) -> PatternTerm: ...
     def cast(self, x: TermLike, /, *, to: Any) -> PatternTerm: ...
     def concat(self, *parts: TermLike, axis: Any = -1) -> PatternTerm: ...
     def conv(
