@@ -67,7 +67,7 @@ class Builder(OpMethods):
         known = self.function.parameters.get(name)
         if known is None:
             known = self.function.parameters[name] = Value("parameter", wanted, name)
-            if init is not None and self.function is self.graph.main:
+            if init is not None and self.function in self.graph.entries:
                 self.graph.initial[name] = init
         elif known.type != wanted:
             raise GraphError(
@@ -76,6 +76,42 @@ class Builder(OpMethods):
                 source=self.place(),
             )
         return Expr(self, known)
+
+    def state(self, name: str, type: Type | str) -> Expr:
+        """The state of that name as it is by now, added if new. Its symbols become the graph's.
+
+        Raises GraphError if it exists with another type, or if a weight has the name.
+        """
+        wanted = parse_type(type) if isinstance(type, str) else type
+        known = self.function.states.get(name)
+        if name in self.function.parameters:
+            raise GraphError(f"the function has a parameter {name!r} already", source=self.place())
+        if known is None:
+            known = self.function.states[name] = Value("state", wanted, name)
+            for symbol in sorted(wanted.symbols):
+                self.graph.symbols.setdefault(symbol, Bounds())
+        elif known.type != wanted:
+            raise GraphError(
+                f"state {name} is used with two types",
+                received=f"{known.type}, then {wanted}",
+                source=self.place(),
+            )
+        return Expr(self, self.function.updated.get(name, known))
+
+    def update(self, name: str, expr: Expr) -> None:
+        """Say what a state is in the end. An op that updates a state does so by itself as it is added.
+
+        Raises GraphError for what is no update of that state.
+        """
+        state = self.function.states.get(name)
+        if state is None or expr.value is state or expr.value.state is not state:
+            raise GraphError(
+                f"{expr.value.name} is no update of state {name}",
+                received=repr(expr.value),
+                source=self.place(),
+                hint="what an op gives that updates the state, such as append(state, ...)",
+            )
+        self.function.updated[name] = expr.value
 
     def outputs(self, /, **outputs: Expr) -> Function:
         """Name the function's outputs, in order."""
@@ -102,7 +138,17 @@ class Builder(OpMethods):
             raise
         node = Node(op, operands, types, name, self.scope, source)
         self.function.nodes.append(node)
+        if op.updates:
+            self._take_updates(node)
         return node
+
+    def _take_updates(self, node: Node) -> None:
+        """What the node makes of the function's states is what they are from now on."""
+        for index in node.op.updates:
+            value = node.results[index]
+            state = value.state
+            if state is not None and self.function.states.get(state.name) is state:
+                self.function.updated[state.name] = value
 
     def apply(self, kind: str | type[Op], *operands: Any, name: str | None = None, **attributes: Any) -> Any:
         """Apply an op: operands by position (Exprs, numbers or None), attributes by keyword.
@@ -166,12 +212,24 @@ class Builder(OpMethods):
         return self.size(value=size, dtype=dtype or i64)
 
     def call(self, function: Function, arguments: Sequence[Expr | Value]) -> tuple[Expr, ...]:
-        """Call a function of the graph with its inputs, then its parameters. Returns its outputs."""
+        """Call a function of the graph with its inputs, its parameters, then its states. Returns its outputs.
+
+        States that it updates are so from then on: see `state`, and `call_updating`, which returns them.
+        """
+        return self.call_updating(function, arguments)[0]
+
+    def call_updating(
+        self, function: Function, arguments: Sequence[Expr | Value]
+    ) -> tuple[tuple[Expr, ...], dict[str, Expr]]:
+        """Call a function as `call` does. Returns its outputs and, apart, the states that it updates by its names."""
         from treadle.ir.ops.call import Call
 
         op = Call.of(function)
         node = self.emit(op, [a.value if isinstance(a, Expr) else a for a in arguments], function.name)
-        return tuple(Expr(self, v) for v in node.results)
+        results = [Expr(self, v) for v in node.results]
+        count = len(function.outputs)
+        changed = [name for name in function.states if name in function.updated]
+        return tuple(results[:count]), dict(zip(changed, results[count:], strict=True))
 
     # -- where nodes come from ---------------------------------------------------------------------------------
 

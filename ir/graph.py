@@ -1,21 +1,24 @@
 """The graph: functions of nodes in program order, in SSA form, with weights held beside it.
 
     Graph      functions by name, callees first, its entries last; bounds of its symbols; initial values of weights
-    Function   inputs, parameters, nodes, outputs
+    Function   inputs, parameters, states, nodes, outputs, updated states
     Node       an op on values, with the scope and the user's line it came from
-    Value      what flows: an input, a parameter (weight), a constant, or a node's result
+    Value      what flows: an input, a parameter (weight), a state, a constant, or a node's result
 
 A repeated block is one function; a node whose op is `Call` applies it with its own weights. Symbols are the graph's:
 `S` means the same size in every function.
 
 What runs by itself is an entry. `main` is what the user declared, and mostly the only one. `bind` runs before it, once,
-when the weights are there: it takes no inputs, and its outputs are made parameters, which `main` reads by name as it
-reads weights.
+when the weights are there: it takes no inputs, and its outputs are made parameters, which later entries read by name as
+they read weights. In place of `main`, a graph that was derived for generation has `prefill`, `step` and `verify`.
+
+A state lives longer than a call. An op that updates one gives a value that is tied to its operand: a version of the
+state. Nobody reads a version after it was updated, so whoever runs the graph may write in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from treadle.ir.errors import GraphError
@@ -35,8 +38,8 @@ if TYPE_CHECKING:
 class Value:
     """One tensor in a function. Compared by identity.
 
-    kind   "input", "parameter", "constant" or "result"
-    name   an input's or parameter's own name; for a result a hint that the printer makes unique
+    kind   "input", "parameter", "state" (as it enters), "constant" or "result"
+    name   the own name of an input, a parameter or a state; for a result a hint that the printer makes unique
     node   the node that makes a result, else None; `index` tells which of its results this is
     """
 
@@ -64,6 +67,22 @@ class Value:
     def layout(self) -> Layout | None:
         """The order of its elements in memory; None is row-major. A result has the layout in which its op leaves it."""
         return self.lies_in if self.node is None else self.node.op.result_layout(self.index)
+
+    @property
+    def before(self) -> Value | None:
+        """The value of which this is the update: the operand to which its op ties it; None for any other value."""
+        if self.node is None:
+            return None
+        at = self.node.op.updates.get(self.index)
+        return None if at is None else self.node.operands[at]
+
+    @property
+    def state(self) -> Value | None:
+        """The state of which this is a version: itself, or where its updates began. None: it is of no state."""
+        value = self
+        while (before := value.before) is not None:
+            value = before
+        return value if value.kind == "state" else None
 
     @staticmethod
     def constant(literal: Literal) -> Value:
@@ -111,6 +130,11 @@ class Node:
         return tuple([v for v in self.operands if v is not None])
 
     @property
+    def named_results(self) -> tuple[Value, ...]:
+        """The results that text names: of a call its outputs, as its callee says by itself which states it updates."""
+        return self.results if self.op.callee is None else self.results[: len(self.results) - len(self.op.updates)]
+
+    @property
     def is_elementwise(self) -> bool:
         """Whether its op works on each element by itself: see `Op.is_elementwise`."""
         return self.op.is_elementwise(self._ranks)
@@ -134,19 +158,36 @@ class Node:
 
 
 class Function:
-    """A list of nodes in program order between inputs, parameters and named outputs."""
+    """A list of nodes in program order between inputs, parameters, states and named outputs.
+
+    updated  the last version of each state that the function changes, by the state's name
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.inputs: list[Value] = []
         self.parameters: dict[str, Value] = {}
+        self.states: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.outputs: dict[str, Value] = {}
+        self.updated: dict[str, Value] = {}
 
     @property
     def arguments(self) -> tuple[Value, ...]:
-        """What a call passes: the inputs, then the parameters, in order."""
-        return (*self.inputs, *self.parameters.values())
+        """What a call passes: the inputs, the parameters, then the states, in order."""
+        return (*self.inputs, *self.parameters.values(), *self.states.values())
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        """What a call gives, and what its nodes are there for: the outputs, then the updated states in their order."""
+        if not self.updated:
+            return tuple(self.outputs.values())
+        return (*self.outputs.values(), *[self.updated[name] for name in self.states if name in self.updated])
+
+    def replace_results(self, by: Callable[[Value], Value]) -> None:
+        """Give other values as outputs and as updated states."""
+        self.outputs = {name: by(v) for name, v in self.outputs.items()}
+        self.updated = {name: by(v) for name, v in self.updated.items()}
 
     def uses(self) -> dict[Value, list[tuple[Node, int]]]:
         """For each used value, the nodes and operand positions that read it, in program order."""
@@ -161,6 +202,10 @@ class Function:
         return f"<function {self.name}: {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}>"
 
 
+def _is_empty(function: Function) -> bool:
+    return not (function.arguments or function.nodes or function.outputs)
+
+
 def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
     """Those of the nodes, which are in program order, that values are computed by."""
     needed = set(values)
@@ -172,10 +217,25 @@ def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
     return found[::-1]
 
 
+ENTRIES = ("bind", "prologue", "main", "prefill", "step", "verify")
+"""The names of entries, in the order in which they run. `main` is not there beside the three after it."""
+
+ONCE = ("bind", "prologue")
+"""Those of them that run once, before those that are called again and again."""
+
+
+def are_entries(names: Sequence[str]) -> bool:
+    """Whether a graph may have these entries: in order, and beside `bind` and `prologue` one that is called."""
+    called = [name for name in names if name not in ONCE]
+    ordered = list(names) == [name for name in ENTRIES if name in names]
+    return ordered and bool(called) and (called == ["main"] or "main" not in called)
+
+
 class Graph:
     """A whole program: its functions (callees before callers, entries last), symbols and initial values.
 
-    entry_names   which functions are entries, in the order in which they run: "main" alone, or "bind" before it
+    entry_names   which functions are entries, in the order in which they run: `main`, or `prefill`, `step` and
+                  `verify`; before them `bind` and `prologue`, if there are any
     """
 
     def __init__(self, name: str) -> None:
@@ -187,7 +247,8 @@ class Graph:
 
     @property
     def main(self) -> Function:
-        return self.functions["main"]
+        """The last entry: what the user declared, and in a graph that was derived from that, `verify`."""
+        return self.functions[self.entry_names[-1]]
 
     @property
     def bind(self) -> Function | None:
@@ -200,6 +261,11 @@ class Graph:
         return tuple([self.functions[name] for name in self.entry_names])
 
     @property
+    def later_entries(self) -> tuple[Function, ...]:
+        """The entries that users call, which read what `bind` makes: all but `bind`."""
+        return tuple([self.functions[name] for name in self.entry_names if name != "bind"])
+
+    @property
     def made(self) -> Mapping[str, Value]:
         """What `bind` makes, by name: results of its nodes."""
         return self.bind.outputs if self.bind is not None else {}
@@ -207,10 +273,21 @@ class Graph:
     @property
     def parameters(self) -> Mapping[str, Value]:
         """The weights by their full names: the parameters that no earlier entry makes."""
-        if self.bind is None:
+        if len(self.entry_names) == 1:
             return self.main.parameters
         made = self.made
         return {name: v for e in self.entries for name, v in e.parameters.items() if name not in made}
+
+    @property
+    def states(self) -> Mapping[str, Value]:
+        """The states of all entries by their full names, as they enter."""
+        if len(self.entry_names) == 1:
+            return self.main.states
+        found: dict[str, Value] = {}
+        for entry in self.entries:
+            for name, value in entry.states.items():
+                found.setdefault(name, value)
+        return found
 
     def add_function(self, function: Function) -> None:
         """Put a function before the entries. Raises GraphError if the name is taken."""
@@ -220,14 +297,25 @@ class Graph:
         self.functions[function.name] = function
         self.functions |= {entry.name: entry for entry in entries}
 
-    def add_bind(self) -> Function:
-        """A new entry `bind` before `main`. Raises GraphError if the name is taken."""
-        if "bind" in self.functions:
-            raise GraphError("the graph has a function 'bind' already")
-        main = self.functions.pop("main")
-        made = self.functions["bind"] = Function("bind")
-        self.functions["main"] = main
-        self.entry_names = ("bind", "main")
+    def add_entry(self, name: str) -> Function:
+        """A new entry, in its place in the order of time. `prefill`, `step` or `verify` replaces an empty `main`.
+
+        Raises GraphError if the name is taken, or no entry has it, or the graph's other entries go with no such entry.
+        """
+        if name in self.functions:
+            raise GraphError(f"the graph has a function {name!r} already")
+        kept = [n for n in self.entry_names if n != "main" or name in ONCE or not _is_empty(self.functions[n])]
+        names = tuple([n for n in ENTRIES if n in kept or n == name])
+        if name not in ENTRIES or not are_entries(names):
+            raise GraphError(
+                f"the graph cannot have an entry {name!r}",
+                received=f"entries {', '.join(self.entry_names)}",
+                hint="bind and prologue, then either main, or prefill, step and verify",
+            )
+        made = Function(name)
+        entries = {entry.name: entry for entry in self.entries} | {name: made}
+        blocks = {n: f for n, f in self.functions.items() if n not in self.entry_names}
+        self.functions, self.entry_names = blocks | {n: entries[n] for n in names}, names
         return made
 
     def bound(self, symbol: str, bounds: Bounds) -> None:
@@ -300,7 +388,8 @@ class Graph:
         return html_code(repr(self)[1:-1], print_graph(self), open=True)
 
     def to_networkx(self, function: str = "main") -> networkx.MultiDiGraph:
-        """One function as a networkx graph: a vertex per argument, constant and node; an edge per use of a value.
+        """One function as a networkx graph: a vertex per argument, constant, node, output and updated state; an edge
+        per use of a value.
 
         Vertices are integers in program order with `label`, `op` (or `kind`), `type`, `scope` and `source`; edges carry
         `value` (its type as text), `result` and `operand` positions. For dominators, cuts, intervals and layouts.

@@ -2,7 +2,7 @@
 
 Two graphs are equal when their canonical forms are; a structural hash is the SHA-256 of a canonical form, the same in
 every process. It covers ops, attributes, types, wiring, constants' content, the names of inputs, outputs and functions,
-and the order of nodes; for a graph also its parameters by name, their initial values, and its symbols' bounds.
+and the order of nodes; for a graph also its parameters and states by name, initial values, and its symbols' bounds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def canonical_form(graph: Graph) -> str:
     )
     weights = ",".join(f"{quote(n)}:{type_key(v.type)}" for n, v in sorted(graph.parameters.items()))
     when = [f"entries {','.join(graph.entry_names)}", f"weights {weights}"] if several else []
+    if states := graph.states:
+        when.append("states " + ",".join(f"{quote(n)}:{type_key(v.type)}" for n, v in sorted(states.items())))
     return "\n".join([f"symbols {symbols}", f"initial {initial}", *when, *functions])
 
 
@@ -63,8 +65,8 @@ def _lines(
 ) -> Iterator[str]:
     """A line an argument and a node.
 
-    in_order   whether the order of parameters counts, as it does for calls
-    only_read  whether parameters count only if they are read
+    in_order   whether the order of parameters and states counts, as it does for calls
+    only_read  whether parameters and states count only if they are read
     made       whether outputs are made parameters, whose order does not count
     """
     ids: dict[Value | None, str] = {None: "-"}
@@ -74,13 +76,19 @@ def _lines(
         ids[value] = f"i{number}"
         yield f"input {quote(value.name) if names else ''}:{type_key(value.type)}"
     parameters = list(function.parameters.items()) if in_order else sorted(function.parameters.items())
+    states = list(function.states.items()) if in_order else sorted(function.states.items())
     if only_read:
-        read = {*function.outputs.values(), *(v for node in function.nodes for v in node.operands)}
+        read = {*function.results, *(v for node in function.nodes for v in node.operands)}
         parameters = [(name, value) for name, value in parameters if value in read]
+        states = [(name, value) for name, value in states if value in read]
     for number, (name, value) in enumerate(parameters):
         ids[value] = f"p{number}"
         lies_in = f" in {value.lies_in}" if value.lies_in is not None else ""
         yield f"parameter {quote(name) if names else ''}:{type_key(value.type)}{lies_in}"
+
+    for number, (name, value) in enumerate(states):
+        ids[value] = f"s{number}"
+        yield f"state {quote(name) if names else ''}:{type_key(value.type)}"
 
     def reference(value: Value | None) -> str:
         found = ids.get(value)
@@ -102,6 +110,9 @@ def _lines(
         yield f"{op_key(node.op)}({operands}){types}"
     for name, value in sorted(function.outputs.items()) if made else function.outputs.items():
         yield f"output {quote(name) if names else ''}:{reference(value)}:{type_key(value.type)}"
+    for value in function.states.values() if in_order else sorted(function.states.values(), key=lambda v: v.name):
+        if value.name in function.updated:
+            yield f"updated {ids.get(value, '?')}:{reference(function.updated[value.name])}"
 
 
 # -- keys of the parts ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ constants are widened first, so that its own rounding does not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,37 +39,76 @@ def interpret(
     disturb  gives the results of every node in place of its op: of the node, its operands, and what computes results of
              operands
 
-    Raises GraphError for a missing or unknown input or weight, or a shape that does not fit.
+    Raises GraphError for a missing or unknown input or weight, a shape that does not fit, or a graph that has states or
+    several entries to be called: see `interpret_entry`.
     """
+    if graph.states or len(graph.later_entries) > 1:
+        entries = ", ".join(e.name for e in graph.later_entries)
+        raise GraphError(
+            "a graph with states or several entries is interpreted entry by entry",
+            received=f"entries {entries}; {len(graph.states)} states",
+            hint="interpret_entry(graph, 'step', inputs, weights, states)",
+        )
     weights = weights or {}
     wanted = [v.name for v in graph.main.inputs]
-    missing = [name for name in wanted if name not in inputs]
-    parameters = graph.parameters
-    missing += [name for name in parameters if name not in weights]
-    if missing:
-        raise GraphError(f"no value for {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
-    unknown = [name for name in inputs if name not in wanted]
-    unknown += [name for name in weights if name not in parameters]
-    if unknown:
-        raise GraphError(
-            f"there is no input or weight {', '.join(unknown[:5])}" + (" and more" if len(unknown) > 5 else "")
-        )
+    _refuse_other_names(("input", wanted, wanted, inputs), ("weight", graph.parameters, graph.parameters, weights))
     run = _Run(graph, float64, watch, disturb)
     held = dict(weights)
     for entry in graph.entries:
-        named = [(v, inputs[v.name]) for v in entry.inputs]
-        named += [(v, held[name]) for name, v in entry.parameters.items()]
-        arguments = [run.widen(np.asarray(array)) for _, array in named]
-        for _ in range(2):  # a size such as 2*S may stand before the input that tells S
-            for (value, _), array in zip(named, arguments, strict=True):
-                run.bind(value, array)
-        outputs = dict(zip(entry.outputs, run.function(entry, arguments), strict=True))
+        outputs, _ = run.entry(entry, inputs, held, {})
         held |= outputs  # made parameters, which later entries read
     return outputs
 
 
+def interpret_entry(
+    graph: Graph,
+    entry: str,
+    inputs: Mapping[str, Any],
+    weights: Mapping[str, Array],
+    states: Mapping[str, Any],
+    *,
+    made: Mapping[str, Array] | None = None,
+    float64: bool = False,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Run one entry on named inputs, the graph's weights, and states as they are before the call.
+
+    made     what `bind` makes of the weights; None: it is run for this call
+
+    Returns the outputs by name, and all of `states` as they are after the call. What was given stays as it is. Raises
+    GraphError for an unknown entry, a missing or unknown input, weight or state, or a shape that does not fit.
+    """
+    if entry not in graph.entry_names:
+        raise GraphError(f"the graph has no entry {entry!r}", hint="one of " + ", ".join(graph.entry_names))
+    function, run = graph.functions[entry], _Run(graph, float64)
+    wanted = [v.name for v in function.inputs]
+    _refuse_other_names(
+        ("input", wanted, wanted, inputs),
+        ("weight", graph.parameters, graph.parameters, weights),
+        ("state", function.states, graph.states, states),
+    )
+    held = dict(weights)
+    if graph.bind is not None and function is not graph.bind:
+        held |= made if made is not None else run.entry(graph.bind, {}, held, {})[0]
+    outputs, updated = run.entry(function, inputs, held, states)
+    return outputs, {name: updated.get(name, run.widen(np.asarray(array))) for name, array in states.items()}
+
+
+def _refuse_other_names(*kinds: tuple[str, Collection[str], Collection[str], Collection[str]]) -> None:
+    """Raise GraphError where a name is missing or unknown: of a kind, those that must be given, may be, and are."""
+    missing = [name for _, wanted, _, given in kinds for name in wanted if name not in given]
+    if missing:
+        raise GraphError(f"no value for {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
+    unknown = [name for _, _, known, given in kinds for name in given if name not in known]
+    if unknown:
+        words = " or ".join(kind for kind, *_ in kinds)
+        raise GraphError(f"there is no {words} {', '.join(unknown[:5])}" + (" and more" if len(unknown) > 5 else ""))
+
+
 def interpret_function(function: Function, arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
-    """Run one call-free function on its arguments (inputs, then parameters) where the symbols have these sizes."""
+    """Run one call-free function on its arguments (inputs, parameters, states) where the symbols have these sizes.
+
+    Returns its outputs, then its updated states.
+    """
     run = _Run(None, False)
     run.sizes.update(sizes)
     return run.function(function, list(arguments))
@@ -127,6 +166,22 @@ class _Run:
     def widen(self, array: Array) -> Array:
         return array.astype(np.float64) if self.float64 and array.dtype.kind == "f" else array
 
+    def entry(
+        self, entry: Function, inputs: Mapping[str, Any], weights: Mapping[str, Any], states: Mapping[str, Any]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Run an entry; returns its outputs and the states that it updates, by name."""
+        named = [(v, inputs[v.name]) for v in entry.inputs]
+        named += [(v, weights[name]) for name, v in entry.parameters.items()]
+        named += [(v, states[name]) for name, v in entry.states.items()]
+        arguments = [self.widen(np.asarray(array)) for _, array in named]
+        for _ in range(2):  # a size such as 2*S may stand before the input that tells S
+            for (value, _), array in zip(named, arguments, strict=True):
+                self.bind(value, array)
+        results = self.function(entry, arguments)
+        count = len(entry.outputs)
+        updated = [name for name in entry.states if name in entry.updated]
+        return dict(zip(entry.outputs, results[:count], strict=True)), dict(zip(updated, results[count:], strict=True))
+
     def function(self, function: Function, arguments: list[Array]) -> list[Array]:
         values: dict[Value, Array] = dict(zip(function.arguments, arguments, strict=True))
 
@@ -144,7 +199,7 @@ class _Run:
             if self.watch is not None and node.op.callee is None:
                 self.watch(node, results)
             values.update(zip(node.results, results, strict=True))
-        found = [read(v) for v in function.outputs.values()]
+        found = [read(v) for v in function.results]
         return [a for a in found if a is not None]
 
     def node(self, node: Node, operands: Operands) -> list[Array]:

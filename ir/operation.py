@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -76,6 +77,9 @@ class Op:
     """For self-attention: the factors of queries and keys, which one axis may be at once."""
     commutes: ClassVar[bool] = False
     """Whether its two operands may change places: f(x, y) = f(y, x)."""
+    updates: Mapping[int, int] = MappingProxyType({})
+    """Which results are updates, of which operands: {0: 0} of an op whose result is its first operand, changed. Given a
+    state, it changes the state, and nobody reads what was before; given any other value, it makes a new one."""
     callee: str | None = None
     is_word: ClassVar[bool] = True
     """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""

@@ -1,14 +1,17 @@
 """The verifier: everything that must hold in a graph, checked anew from the ops' own rules.
 
     graph      entries come last; symbols have bounds that some size meets; initial values belong to parameters
-    entries    `bind` takes no inputs, and each of its outputs is a result of its own, under a name that no weight has;
-               what is one parameter has one type and one layout in all entries, and nobody calls an entry
-    function   inputs, parameters and outputs have names of their own; types use declared symbols only
+    entries    `bind` takes no inputs and no states, and each of its outputs is a result of its own, under a name that
+               no weight has; what is one parameter, or one state, has one type and one layout in all entries, and
+               nobody calls an entry
+    function   inputs, parameters, states and outputs have names of their own; types use declared symbols only
     node       operands are defined before, in the same function; results and node point at each other
     types      are what the op's rules infer from the operands; a constant's are those of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
-    layouts    are of matrices; a call passes what lies as its callee wants it; inputs, weights of
-               the graph, and what `main` gives are row-major
+    states     nobody reads a version of a state after it was updated, nor at once with its update; what a function says
+               that a state is in the end is its last version; no output is a version; a call passes states as states
+    layouts    are of matrices; a call passes what lies as its callee wants it; inputs, states, weights of
+               the graph, and what its entries give to users are row-major
 
 It runs after every pass.
 """
@@ -21,7 +24,7 @@ from math import prod
 
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import TreadleError, VerifyError
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value, are_entries
 from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.text.attributes import attribute_symbols
@@ -34,12 +37,10 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
 
     only  the functions to look into, where the others and the signatures of all are known to be as they were
     """
-    if next(reversed(graph.functions), None) != "main":
-        raise VerifyError("a graph's last function must be main", received=", ".join(graph.functions) or "no function")
     last = tuple(graph.functions)[-len(graph.entry_names) :]
-    if graph.entry_names not in (("main",), ("bind", "main")) or last != graph.entry_names:
+    if not are_entries(graph.entry_names) or last != graph.entry_names:
         raise VerifyError(
-            "a graph's entries are main, or bind and main, and its last functions",
+            "a graph's entries are main, or prefill, step and verify, after bind and prologue, and they come last",
             received=f"entries {', '.join(graph.entry_names)}; functions {', '.join(graph.functions)}",
         )
     for symbol, bounds in graph.symbols.items():
@@ -62,13 +63,14 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
             _FunctionCheck(graph, function, earlier).run()
         earlier[name] = function
     if graph.bind is not None:
-        _verify_bind(graph, graph.bind)
+        _verify_bind(graph.bind)
+    _verify_shared(graph)
 
 
-def _verify_bind(graph: Graph, bind: Function) -> None:
-    """What `bind` makes, and that entries agree on what they read."""
-    if bind.inputs:
-        raise VerifyError("bind takes no inputs", received=bind.inputs[0].name)
+def _verify_bind(bind: Function) -> None:
+    """What `bind` takes and makes."""
+    if taken := [*bind.inputs, *bind.states.values()]:
+        raise VerifyError(f"bind takes no {taken[0].kind}s", received=taken[0].name)
     seen: set[Value] = set()
     for name, value in bind.outputs.items():
         if value.node is None or value in seen:
@@ -77,14 +79,22 @@ def _verify_bind(graph: Graph, bind: Function) -> None:
         seen.add(value)
         if name in bind.parameters:
             raise VerifyError(f"bind makes {name}, and reads a weight of that name", within="bind")
-    known = {**bind.parameters, **bind.outputs}
-    for name, value in graph.main.parameters.items():
-        there = known.get(name)
-        if there is not None and (there.type, there.layout) != (value.type, value.layout):
-            raise VerifyError(
-                f"parameter {name} is not the same in bind and in main",
-                received=f"bind: {_lying(there)}; main: {_lying(value)}",
-            )
+
+
+def _verify_shared(graph: Graph) -> None:
+    """That entries agree on the parameters and states that they share."""
+    known: dict[str, tuple[str, Value]] = {name: ("bind", value) for name, value in graph.made.items()}
+    for entry in graph.entries:
+        for name, value in {**entry.parameters, **entry.states}.items():
+            place, there = known.setdefault(name, (entry.name, value))
+            kind = "state" if value.kind == "state" else "parameter"
+            if (there.kind == "state") != (value.kind == "state"):
+                raise VerifyError(f"{name} is a state in one of {place} and {entry.name}, and a parameter in the other")
+            if (there.type, there.layout) != (value.type, value.layout):
+                raise VerifyError(
+                    f"{kind} {name} is not the same in {place} and in {entry.name}",
+                    received=f"{place}: {_lying(there)}; {entry.name}: {_lying(value)}",
+                )
 
 
 def _lying(value: Value) -> str:
@@ -97,6 +107,8 @@ class _FunctionCheck:
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.checked_types: set[Type] = set()
         self.checked_calls: set[Op] = set()
+        self.updated: dict[Value, Value] = {}
+        """For each version of a state that was updated, what came of it."""
 
     def run(self) -> None:
         names: set[str] = set()
@@ -111,6 +123,12 @@ class _FunctionCheck:
             self.argument(value, "parameter")
             if value.layout is not None and value.type.rank != 2:
                 raise self.error(f"parameter {name} is no matrix, and lies in {value.layout}", received=str(value.type))
+        for name, value in self.function.states.items():
+            if value.name != name:
+                raise self.error(f"state {value.name!r} is held as {name!r}")
+            if name in self.function.parameters:
+                raise self.error(f"{name} is a parameter and a state")
+            self.argument(value, "state")
         for index, node in enumerate(self.function.nodes):
             self.node(node, index)
         for name, value in self.function.outputs.items():
@@ -118,14 +136,19 @@ class _FunctionCheck:
                 raise self.error(f"output {name!r} is not defined in {self.function.name}", received=repr(value))
             if value.literal is not None:
                 self.constant(value, None)
-            if value.layout is not None and self.function is self.graph.main:
-                raise self.error(f"output {name!r} of main lies in {value.layout}", hint="outputs are row-major")
+            if value.layout is not None and self.function in self.graph.later_entries:
+                raise self.error(
+                    f"output {name!r} of {self.function.name} lies in {value.layout}", hint="outputs are row-major"
+                )
+            if value.state is not None:
+                raise self.error(f"output {name!r} is state {value.state.name}", hint="users have the state itself")
+        self.last_versions()
 
     def argument(self, value: Value, kind: str) -> None:
         if value.kind != kind or value.node is not None or value.literal is not None:
             raise self.error(f"{value.name!r} is among the {kind}s, but is no {kind}", received=repr(value))
-        if kind == "input" and value.layout is not None:
-            raise self.error(f"input {value.name!r} lies in {value.layout}", hint="inputs are row-major")
+        if kind != "parameter" and value.layout is not None:
+            raise self.error(f"{kind} {value.name!r} lies in {value.layout}", hint=f"{kind}s are row-major")
         if value.type.symbols:
             self.symbols(value.type, None)
         self.defined.add(value)
@@ -160,6 +183,9 @@ class _FunctionCheck:
                 raise self.error(f"result {position} of {node.op.name} is defined twice", index)
             self.symbols(value.type, index)
             self.defined.add(value)
+        callee = self.earlier.get(node.op.callee or "")
+        if self.function.states or (callee is not None and callee.states):
+            self.versions(node, index, callee)
         if undeclared := attribute_symbols(node.op) - self.graph.symbols.keys():
             raise self.error(f"{node.op.name}: symbol {min(undeclared)} is not declared", index)
 
@@ -206,6 +232,51 @@ class _FunctionCheck:
             )
         self.checked_calls.add(node.op)
 
+    def versions(self, node: Node, index: int, callee: Function | None) -> None:
+        """What a node reads and updates of states."""
+        for value in node.inputs:
+            if value in self.updated:
+                raise self.error(
+                    f"{node.op.name} reads state {_state_name(value)} as it was before it was updated",
+                    index,
+                    hint="what reads a state comes before what updates it",
+                )
+        for result, at in node.op.updates.items():
+            before, made = node.operands[at], node.results[result]
+            if before is None or before.state is None:
+                continue
+            name = _state_name(before)
+            if node.operands.count(before) > 1:
+                raise self.error(f"{node.op.name} updates state {name}, and reads it as well", index)
+            if made.type != before.type:
+                received = f"{before.type}, then {made.type}"
+                raise self.error(f"{node.op.name} updates state {name} by another type", index, received=received)
+            self.updated[before] = made
+        if callee is not None:
+            for given, formal in zip(node.operands, callee.arguments, strict=True):
+                if given is not None and (given.state is not None) != (formal.kind == "state"):
+                    name = given.name if given.state is None else f"state {_state_name(given)}"
+                    raise self.error(f"a call of {callee.name} passes {name} as {formal.kind} {formal.name}", index)
+
+    def last_versions(self) -> None:
+        """What the function says that its states are in the end."""
+        function = self.function
+        last: dict[str, Value] = {}
+        for name, state in function.states.items():
+            version = state
+            while version in self.updated:
+                version = self.updated[version]
+            if version is not state:
+                last[name] = version
+        for name, value in function.updated.items():
+            if name not in last or value is not last[name]:
+                why = "is no state of it" if name not in function.states else "is not its last version"
+                raise self.error(
+                    f"{function.name} says that state {name} is updated to what {why}", received=repr(value)
+                )
+        if left := sorted(last.keys() - function.updated.keys()):
+            raise self.error(f"{function.name} updates state {left[0]}, and does not say so")
+
     def constant(self, value: Value, index: int | None) -> None:
         literal = value.literal
         if literal is None or value.kind != "constant" or value.node is not None:
@@ -237,6 +308,12 @@ class _FunctionCheck:
             within = f"{within}, op {index}\n{excerpt(self.graph, self.function, index)}"
             source = describe_source(node.source, node.scope)
         return VerifyError(what, received=received, within=within, source=source, hint=hint)
+
+
+def _state_name(value: Value) -> str:
+    state = value.state
+    assert state is not None
+    return state.name
 
 
 def _listed(types: tuple[Type, ...]) -> str:

@@ -425,7 +425,7 @@ def test_an_output_that_is_dropped_is_found() -> None:
     after.main.outputs.pop("most")
     with pytest.raises(PassError, match="the outputs are not those that they were") as caught:
         check_same_expressions(program(), after)
-    assert caught.value.received == "['y']; before: ['y', 'most']"
+    assert caught.value.received == "['output y']; before: ['output y', 'output most']"
 
 
 def test_when_where_and_how_often_are_all_the_same() -> None:

@@ -99,8 +99,8 @@ def two_inputs(graph: Graph) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
-    "no main": (lambda g: g.functions.pop("main"), "last function must be main"),
-    "main not last": (lambda g: reorder(g, "scale", "main", "h"), "last function must be main"),
+    "no main": (lambda g: g.functions.pop("main"), "entries are main, or prefill, step and verify"),
+    "main not last": (lambda g: reorder(g, "scale", "main", "h"), "entries are main, or prefill, step and verify"),
     "function under another name": (lambda g: setattr(g.functions["h"], "name", "k"), "knows function 'k' as 'h'"),
     "symbol's name": (lambda g: g.symbols.update({"S+1": Bounds()}), "'S+1' is not a symbol's name"),
     "empty bounds": (lambda g: g.symbols.update(S=Bounds(5, 4)), "no size is left for S"),

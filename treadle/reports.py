@@ -20,7 +20,7 @@ from rich.text import Text
 from treadle.backends.protocol import Port
 from treadle.backends.registry import find_backend
 from treadle.compiled import Compiled
-from treadle.ir.analysis.cost import graph_cost, parameter_bytes, parameter_count
+from treadle.ir.analysis.cost import graph_cost, parameter_bytes, parameter_count, state_bytes
 from treadle.ir.analysis.encounters import Encounter, Verdict
 from treadle.ir.analysis.following import Following
 from treadle.ir.errors import TreadleError
@@ -73,10 +73,11 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 
 
 def graph_facts(graph: Graph, sizes: Mapping[str, int]) -> Facts:
-    """Parameters, the cost of a run at these sizes, inputs and outputs, and how often each function is called."""
+    """Parameters; of the last entry the cost of a run at these sizes, inputs and outputs; how often each function is
+    called; of a graph with states or several entries, these too."""
     cost = graph_cost(graph, sizes)
     main = graph.main
-    return {
+    facts: Facts = {
         "model": graph.name,
         "parameters": parameter_count(graph),
         "parameter_bytes": parameter_bytes(graph),
@@ -90,6 +91,14 @@ def graph_facts(graph: Graph, sizes: Mapping[str, int]) -> Facts:
             for f, calls in zip(graph.functions.values(), count_calls(graph).values(), strict=True)
         ],
     }
+    if graph.entry_names != ("main",):
+        facts["entries"] = list(graph.entry_names)
+    if graph.states:
+        facts["states"] = [
+            {**port_facts(Port(name, v.type)), "bytes": v.type.bytes_at(sizes)} for name, v in graph.states.items()
+        ]
+        facts["state_bytes"] = state_bytes(graph, sizes)
+    return facts
 
 
 def port_facts(port: Port) -> Facts:
@@ -127,7 +136,7 @@ def backend_source(graph: Graph, backend: str) -> str:
 
 def graph_header(facts: Facts, stage: str) -> str:
     """Facts as comment lines, which may stand before a graph's text."""
-    functions = [f for f in facts["functions"] if f["name"] != "main"]
+    functions = [f for f in facts["functions"] if f["name"] not in facts.get("entries", ["main"])]
     ops = sum(f["ops"] for f in facts["functions"])
     blocks = ", ".join(f"{f['name']} is called {counted(f['calls'], 'time')}" for f in functions)
     lines = [
@@ -136,6 +145,8 @@ def graph_header(facts: Facts, stage: str) -> str:
         f"a run {'at ' + sizes_text(facts['sizes']) if facts['sizes'] else ''}".strip()
         + f": {human(facts['flops'], 'FLOPs')}, {human(facts['bytes'], 'B')} read and written",
     ]
+    if "states" in facts:
+        lines.append(f"{counted(len(facts['states']), 'state')}, {human(facts['state_bytes'], 'B')}")
     return "".join(f"# {line}\n" for line in lines)
 
 

@@ -121,7 +121,7 @@ class Tracer:
         callee = self.graph.callee(node)
         assert callee is not None
         pairs = [*zip(node.operands, callee.arguments, strict=True)]
-        pairs += zip(node.results, callee.outputs.values(), strict=True)
+        pairs += zip(node.results, callee.results, strict=True)
         inside = {moved(p, formal) for p in here for actual, formal in pairs if actual is p.value}
         closure = self.close(callee, frozenset(inside))
         reached = [

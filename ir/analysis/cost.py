@@ -2,8 +2,8 @@
 
 A primitive's operations are its points (the product of its rule's factors) times its `flops` a point; a composite's
 are its body's; attention counts its live pairs. Bytes are what an op reads and writes once, as if nothing stayed in a
-cache: an operand that is looked up is read only as often as the result is written. What is computed from weights alone
-is done once, when they are bound, and not counted.
+cache: an operand that is looked up is read only as often as the result is written, and an op that updates a state
+writes what it is given. What is computed from weights alone is done once, when they are bound, and not counted.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ class Cost:
 Sizes = Mapping[str, int]
 
 
-def graph_cost(graph: Graph, sizes: Sizes) -> Cost:
-    """The cost of one run of `main` where each symbol has a size. Raises SizeError for a symbol without one."""
+def graph_cost(graph: Graph, sizes: Sizes, entry: str | None = None) -> Cost:
+    """The cost of one run of an entry, by default the last, where each symbol has a size.
+
+    Raises SizeError for a symbol without one.
+    """
     missing = sorted(set(graph.symbols) - set(sizes))
     if missing:
         raise SizeError(f"a cost needs a size for {', '.join(missing)}", hint=f"{missing[0]}=128")
     known: dict[str, Cost] = {}
     for function in graph.functions.values():
         known[function.name] = _function_cost(function, sizes, known)
-    return known["main"]
+    return known[entry or graph.main.name]
 
 
 def node_cost(node: Node, sizes: Sizes, functions: Mapping[str, Cost] | None = None) -> Cost:
@@ -56,9 +59,13 @@ def node_cost(node: Node, sizes: Sizes, functions: Mapping[str, Cost] | None = N
     if node.op.callee is not None:
         return (functions or {}).get(node.op.callee, Cost())
     operands = [None if v is None else v.type for v in node.operands]
-    results = [v.type for v in node.results]
     values = tuple(sorted(sizes.items()))
-    return Cost(_flops(node.op, _key(operands), values), _bytes(node.op, operands, results, sizes))
+    flops = _flops(node.op, _key(operands), values)
+    if any(v.state is not None for v in node.results):
+        updated = node.op.updates.values()
+        given = sum(t.bytes_at(sizes) for i, t in enumerate(operands) if t is not None and i not in updated)
+        return Cost(flops, 2 * given)
+    return Cost(flops, _bytes(node.op, operands, [v.type for v in node.results], sizes))
 
 
 def parameter_count(graph: Graph) -> int:
@@ -69,6 +76,11 @@ def parameter_count(graph: Graph) -> int:
 def parameter_bytes(graph: Graph) -> int:
     """Bytes of all weights in their declared dtypes."""
     return sum(v.type.bytes_at({}) for v in graph.parameters.values())
+
+
+def state_bytes(graph: Graph, sizes: Sizes) -> int:
+    """Bytes of all states where each symbol has a size."""
+    return sum(v.type.bytes_at(sizes) for v in graph.states.values())
 
 
 def _function_cost(function: Function, sizes: Sizes, known: Mapping[str, Cost]) -> Cost:

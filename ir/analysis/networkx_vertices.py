@@ -43,10 +43,11 @@ def networkx_graph(graph: Graph, function: str) -> networkx.MultiDiGraph:
             if operand is not None:
                 origin = ids[operand.node if operand.node is not None else operand]
                 out.add_edge(origin, ids[node], value=str(operand.type), result=operand.index, operand=position)
-    for name, value in body.outputs.items():
-        if value.literal is not None and value not in ids:
-            vertex(value, label="constant", kind="constant", type=str(value.type))
-        vertex(("output", name), label=name, kind="output", type=str(value.type))
-        origin = ids[value.node if value.node is not None else value]
-        out.add_edge(origin, ids["output", name], value=str(value.type), result=value.index, operand=0)
+    for kind, results in ("output", body.outputs), ("updated", body.updated):
+        for name, value in results.items():
+            if value.literal is not None and value not in ids:
+                vertex(value, label="constant", kind="constant", type=str(value.type))
+            vertex((kind, name), label=name, kind=kind, type=str(value.type))
+            origin = ids[value.node if value.node is not None else value]
+            out.add_edge(origin, ids[kind, name], value=str(value.type), result=value.index, operand=0)
     return out

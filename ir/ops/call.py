@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from treadle.ir.errors import GraphError, RuleError
@@ -15,9 +16,10 @@ from treadle.ir.types import Type
 
 @op("call", flops=0)
 class Call(Primitive):
-    """y, ... = f(x, ..., weights)
+    """y, ..., updated states = f(x, ..., weights, states)
 
-    Operands are the function's inputs, then its parameters. A call holds the function's signature, so that it says its
+    Operands are the function's inputs, its parameters, then its states; results are its outputs, then the states that
+    it updates. A call holds the function's signature, so that it says its
     types by itself; the verifier compares it with the function. It has no axis rule: analyses enter the callee.
     """
 
@@ -29,17 +31,26 @@ class Call(Primitive):
     takes_in: tuple[Layout | None, ...] = ()
     gives_in: tuple[Layout | None, ...] = ()
     """The layouts of what it takes and gives; empty where all is row-major."""
+    updated: tuple[int, ...] = ()
+    """The positions of the operands that its last results update."""
 
     @staticmethod
     def of(function: Function) -> Call:
         """A call with this function's signature."""
+        first = len(function.inputs) + len(function.parameters)
         return Call(
             function=function.name,
             takes=tuple([v.type for v in function.arguments]),
-            gives=tuple([v.type for v in function.outputs.values()]),
-            takes_in=_layouts(function.parameters.values(), len(function.inputs)),
-            gives_in=_layouts(function.outputs.values()),
+            gives=tuple([v.type for v in function.results]),
+            takes_in=_layouts(function.arguments),
+            gives_in=_layouts(function.results),
+            updated=tuple([first + at for at, name in enumerate(function.states) if name in function.updated]),
         )
+
+    @cached_property
+    def updates(self) -> Mapping[int, int]:  # type: ignore[override]
+        first = len(self.gives) - len(self.updated)
+        return {first + number: at for number, at in enumerate(self.updated)}
 
     @property
     def callee(self) -> str:  # type: ignore[override]
@@ -60,7 +71,7 @@ class Call(Primitive):
         raise GraphError("a call has no reference of its own: interpret the graph")
 
 
-def _layouts(values: Iterable[Value], inputs: int = 0) -> tuple[Layout | None, ...]:
-    """The layouts of values after so many that have none; empty where none has one."""
-    found = [v.layout for v in values]
-    return (*[None] * inputs, *found) if any(found) else ()
+def _layouts(values: Iterable[Value]) -> tuple[Layout | None, ...]:
+    """The layouts of values; empty where none has one."""
+    found = tuple([v.layout for v in values])
+    return found if any(found) else ()

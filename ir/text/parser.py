@@ -8,11 +8,11 @@ and compared with those that the text says. A graph that was read verifies.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.files.limits import limits_of
-from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.graph import ENTRIES, ONCE, Function, Graph, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.layouts import parse_layout
 from treadle.ir.sizing.size_bounds import Bounds
@@ -33,7 +33,13 @@ def parse_graph(text: str, limits: TextLimits | Mapping[str, int] | None = None)
 
 
 class _Parser(StatementReader):
-    """Reads what statements stand in: symbols, parameters, functions."""
+    """Reads what statements stand in: symbols, parameters, states, functions."""
+
+    def __init__(self, text: str, limits: TextLimits) -> None:
+        super().__init__(text, limits)
+        self.held: dict[str, dict[str, Type]] = {"parameter": {}, "state": {}}
+        """The graph's parameters and states."""
+        self.entries_read: list[str] = []
 
     # -- the graph -------------------------------------------------------------------------------------------------
 
@@ -47,16 +53,12 @@ class _Parser(StatementReader):
             while s.accept(","):
                 self.symbol()
         if s.accept_word("parameters"):
-            self.parameters()
+            self.named_types("parameter")
+        if s.accept_word("states"):
+            self.named_types("state")
         while s.accept_word("block"):
             self.block()
-        weights = list(self.result.main.parameters.values())
-        if s.accept_word("bind"):
-            self.bind(weights)
-        s.expect_word("main")
-        self.function(self.result.main)
-        if self.result.bind is not None:
-            self.share(self.result.bind, weights)
+        self.entries()
         self.constants.read_data()
         s.expect("}")
         s.skip()
@@ -91,9 +93,10 @@ class _Parser(StatementReader):
         self.declared(found.symbols, start)
         return found
 
-    # -- parameters ------------------------------------------------------------------------------------------------
+    # -- parameters and states -------------------------------------------------------------------------------------
 
-    def parameters(self) -> None:
+    def named_types(self, kind: str) -> None:
+        """Read the graph's parameters or states with their types."""
         s = self.s
         s.expect("{")
         run: tuple[str, int, int] | None = None
@@ -103,10 +106,10 @@ class _Parser(StatementReader):
             if run is not None:
                 head, first, last = run
                 if (last - first + 1) * len(tails) > self.limits.parameters:
-                    raise s.error("too many parameters", tails[0][3], hint=f"at most {self.limits.parameters}")
+                    raise s.error(f"too many {kind}s", tails[0][3], hint=f"at most {self.limits.parameters}")
                 for number in range(first, last + 1):
                     for tail, type, init, at in tails:
-                        self.parameter(f"{head}{number}{tail}", type, init, at)
+                        self.named_type(kind, f"{head}{number}{tail}", type, init, at)
             tails.clear()
 
         while not s.accept("}"):
@@ -115,41 +118,98 @@ class _Parser(StatementReader):
             if match is None:
                 expand()
                 run = None
-                name = s.path("a parameter's name")
-                self.parameter(name, *self.parameter_type(), start)
+                name = s.path(f"a {kind}'s name")
+                self.named_type(kind, name, *self.type_and_init(kind), start)
                 continue
             s.spend(_PARAMETER_WORK, start)
             this = (match[1], int(match[2]), int(match[3]))
             if this != run:
                 expand()
                 run = this
-            tails.append((match[4], *self.parameter_type(), start))
+            tails.append((match[4], *self.type_and_init(kind), start))
         expand()
 
-    def parameter_type(self) -> tuple[Type, Init | None]:
+    def type_and_init(self, kind: str) -> tuple[Type, Init | None]:
         s = self.s
         s.expect(":")
         type, init = self.declared_type(), None
-        if s.accept("="):
-            kind, scale = s.name("an initial value"), None
+        if kind == "parameter" and s.accept("="):
+            word, scale = s.name("an initial value"), None
             if s.accept("("):
                 scale = s.accept_number()
                 if scale is None:
                     raise s.error(f"expected a number, found {s.found()}")
                 s.expect(")")
-            init = Init(kind, scale)
+            init = Init(word, scale)
         return type, init
 
-    def parameter(self, name: str, type: Type, init: Init | None, at: int) -> None:
-        parameters = self.result.main.parameters
-        if name in parameters:
-            raise self.s.error(f"there are two parameters {name}", at)
-        if len(parameters) >= self.limits.parameters:
-            raise self.s.error("too many parameters", at, hint=f"at most {self.limits.parameters}")
+    def named_type(self, kind: str, name: str, type: Type, init: Init | None, at: int) -> None:
+        held = self.held[kind]
+        if any(name in known for known in self.held.values()):
+            other = "two parameters and states" if name not in held else f"two {kind}s"
+            raise self.s.error(f"there are {other} {name}", at)
+        if sum(map(len, self.held.values())) >= self.limits.parameters:
+            raise self.s.error(f"too many {kind}s", at, hint=f"at most {self.limits.parameters}")
         self.s.spend(_PARAMETER_WORK, at)
-        parameters[name] = Value("parameter", type, name)
+        held[name] = type
         if init is not None:
             self.result.initial[name] = init
+
+    # -- entries ---------------------------------------------------------------------------------------------------
+
+    def entries(self) -> None:
+        """Read the functions that run by themselves; each may read all parameters, and what `bind` makes."""
+        while (name := self.entry_name()) is not None:
+            function = self.current = self.result.functions[name] if name == "main" else self.result.add_entry(name)
+            made = self.result.made if name != "bind" else {}
+            held = {**self.held["parameter"], **{n: v.type for n, v in made.items()}}
+            function.parameters = {n: Value("parameter", type, n) for n, type in held.items()}
+            for n, value in made.items():
+                function.parameters[n].lies_in = value.layout
+            if name == "bind":
+                self.bind()
+            else:
+                function.states = {n: Value("state", type, n) for n, type in self.held["state"].items()}
+                self.function(function)
+        if len(self.result.entry_names) > 1:
+            self.share()
+
+    def entry_name(self) -> str | None:
+        """Read the name of the entry that comes next, if there is one more."""
+        s, known = self.s, self.entries_read
+        is_called = any(name not in ONCE for name in known)
+        for name in ENTRIES[ENTRIES.index(known[-1]) + 1 if known else 0 :]:
+            start = s.ahead()
+            if is_called and "main" in (*known, name):  # which is called alone
+                continue
+            if s.accept_word(name):
+                if name != "main" and name in self.result.functions:
+                    raise s.error(f"a block is called {name}, and there is an entry of that name", start)
+                known.append(name)
+                return name
+        if not is_called:
+            s.expect_word("main")
+        return None
+
+    def bind(self) -> None:
+        """Read the body of the entry that runs once, whose statements name what they make."""
+        s = self.s
+        self.values, self.versions = {}, {}
+        s.expect("{")
+        while not s.accept("}"):
+            self.statement()
+
+    def share(self) -> None:
+        """Leave to each entry the parameters and states that it reads; what nobody reads is the last one's."""
+        entries = self.result.entries
+        read = {v for f in entries for v in (*f.results, *(v for node in f.nodes for v in node.inputs))}
+        named = {n for f in entries for held in (f.parameters, f.states) for n, v in held.items() if v in read}
+        alone = {n for held in self.held.values() for n in held if n not in named}
+        for entry in entries:
+            left = alone if entry is self.result.main else ()
+            for values in entry.parameters, entry.states:
+                for name in [n for n, v in values.items() if v not in read and n not in left]:
+                    del values[name]
 
     # -- functions -------------------------------------------------------------------------------------------------
 
@@ -162,34 +222,10 @@ class _Parser(StatementReader):
         if len(self.result.functions) >= self.limits.functions:
             raise s.error("too many functions", start, hint=f"at most {self.limits.functions}")
         function = Function(name)
-        self.function(function)
+        self.function(function, is_block=True)
         self.result.add_function(function)
 
-    def bind(self, weights: Sequence[Value]) -> None:
-        """Read the entry that runs once, whose statements name what they make; `main` may read all of it."""
-        s = self.s
-        start = s.skip()
-        if "bind" in self.result.functions:
-            raise s.error("a block is called bind, and there is an entry of that name", start)
-        self.current = self.result.add_bind()
-        self.current.parameters = {v.name: Value("parameter", v.type, v.name) for v in weights}
-        self.values = {}
-        s.expect("{")
-        while not s.accept("}"):
-            self.statement()
-        for name, value in self.current.outputs.items():
-            made = self.result.main.parameters[name] = Value("parameter", value.type, name)
-            made.lies_in = value.layout
-
-    def share(self, bind: Function, weights: Sequence[Value]) -> None:
-        """Leave to each entry the parameters that it reads; a weight that nobody reads is main's."""
-        main = self.result.main
-        read = {v for f in (bind, main) for node in f.nodes for v in node.inputs} | {*main.outputs.values()}
-        alone = {v.name for v in weights if v not in read and bind.parameters[v.name] not in read}
-        bind.parameters = {name: v for name, v in bind.parameters.items() if v in read}
-        main.parameters = {name: v for name, v in main.parameters.items() if v in read or name in alone}
-
-    def function(self, function: Function) -> None:
+    def function(self, function: Function, *, is_block: bool = False) -> None:
         s = self.s
         self.current = function
         self.values = {}
@@ -200,10 +236,12 @@ class _Parser(StatementReader):
             function.inputs.append(value)
         s.expect("->")
         promised = self.typed_names(s.path)
-        if function is not self.result.main and s.accept_word("weights"):
-            self.weight()
-            while s.accept(","):
-                self.weight()
+        for kind in ("weight", "state") if is_block else ():
+            if s.accept_word(f"{kind}s"):
+                self.held_value(kind)
+                while s.accept(","):
+                    self.held_value(kind)
+        self.versions = dict(function.states)
         s.expect("{")
         while not s.accept_word("return"):
             self.statement()
@@ -232,15 +270,21 @@ class _Parser(StatementReader):
             self.argument(start)
         return found
 
-    def weight(self) -> None:
-        s = self.s
+    def held_value(self, kind: str) -> None:
+        """Read a weight, which may lie in a layout, or a state of a block."""
+        s, function = self.s, self.current
         start = s.skip()
-        name = s.path("a weight's name")
+        name = s.path(f"a {kind}'s name")
         s.expect(":")
-        if name in self.current.parameters:
-            raise s.error(f"there are two weights {name}", start)
+        if name in function.parameters or name in function.states:
+            raise s.error(
+                f"there are two weights or states {name}" if kind == "state" else f"there are two weights {name}", start
+            )
         self.argument(start)
-        value = self.current.parameters[name] = Value("parameter", self.declared_type(), name)
+        if kind == "state":
+            function.states[name] = Value("state", self.declared_type(), name)
+            return
+        value = function.parameters[name] = Value("parameter", self.declared_type(), name)
         if s.accept_word("in"):
             at = s.skip()
             match = s.match(_LAYOUT)
@@ -263,8 +307,11 @@ class _Parser(StatementReader):
                 raise s.error("an output cannot be none", start)
             if name in outputs:
                 raise s.error(f"there are two outputs {name}", start)
-            if value.layout is not None and self.current is self.result.main:
-                raise s.error(f"output {name} of main lies in {value.layout}", start, hint="outputs are row-major")
+            if value.layout is not None and self.current in self.result.entries:
+                entry = self.current.name
+                raise s.error(f"output {name} of {entry} lies in {value.layout}", start, hint="outputs are row-major")
+            if value.state is not None:
+                raise s.error(f"output {name} is a state", start, hint="users have the state itself")
             self.argument(start)
             outputs[name] = value
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.source_lines import SourceLine
@@ -46,7 +46,10 @@ def print_graph(graph: Graph, *, unfold: bool = False, sources: bool = True, ann
     if graph.symbols:
         lines.append("  symbols " + ", ".join(b.around(name_text(s)) for s, b in graph.symbols.items()))
     if graph.parameters:
-        lines += ["  parameters {", *(f"    {line}" for line in _parameter_lines(graph)), "  }"]
+        inits = {name: _init_text(graph, name) for name in graph.parameters}
+        lines += ["  parameters {", *(f"    {line}" for line in _folded_lines(graph.parameters, inits)), "  }"]
+    if graph.states:
+        lines += ["  states {", *(f"    {line}" for line in _folded_lines(graph.states, {})), "  }"]
     for function in graph.functions.values():
         text = FunctionText(graph, function, data=data, sources=sources, annotate=annotate)
         lines += [""] if len(lines) > 1 else []
@@ -76,7 +79,8 @@ def excerpt(graph: Graph, function: Function, index: int, around: int = 3) -> st
 def value_names(graph: Graph, function: Function) -> dict[Value, str]:
     """A name for each input and result: inputs keep theirs, results get their hint, made unique by a number.
 
-    A call's results that have no hint of their own are named after the function's outputs.
+    A call's results that have no hint of their own are named after the function's outputs. An update of a state has
+    the name of the state.
     """
     names: dict[Value, str] = {v: v.name for v in function.inputs}
     taken = set(names.values())
@@ -85,6 +89,8 @@ def value_names(graph: Graph, function: Function) -> dict[Value, str]:
         callee = graph.functions.get(node.op.callee) if node.op.callee is not None else None
         outputs = list(callee.outputs) if callee is not None else []
         for value in node.results:
+            if value.index in node.op.updates and value.state is not None:
+                continue
             hint = value.name
             if hint == node.op.callee and value.index < len(outputs):
                 hint = outputs[value.index]
@@ -140,16 +146,18 @@ class FunctionText:
             return ["bind {"]
         inputs = [f"{name_text(v.name)}: {type_text(v.type)}" for v in function.inputs]
         outputs = [f"{path_text(n)}: {type_text(v.type)}" for n, v in function.outputs.items()]
-        is_main = function is self.graph.main
-        lead = "main" if is_main else f"block {name_text(function.name)}"
+        is_entry = function in self.graph.entries
+        lead = function.name if is_entry else f"block {name_text(function.name)}"
         lines = [f"{lead}({', '.join(inputs)}) -> ({', '.join(outputs)})"]
         if len(lines[0]) > _WIDTH:
             opened = [f"{lead}(", *_wrapped(inputs, "  ", "  "), ") -> ("] if inputs else [f"{lead}() -> ("]
             lines = [*opened, *_wrapped(outputs, "  ", "  "), ")"]
-        if is_main or not function.parameters:
+        if is_entry or not (function.parameters or function.states):
             return [*lines[:-1], f"{lines[-1]} {{"]
-        weights = [f"{path_text(n)}: {type_text(v.type)}{_in_layout(v)}" for n, v in function.parameters.items()]
-        return [*lines, *_wrapped(weights, "  weights ", "          "), "{"]
+        for lead, held in ("  weights ", function.parameters), ("  states ", function.states):
+            items = [f"{path_text(n)}: {type_text(v.type)}{_in_layout(v)}" for n, v in held.items()]
+            lines += _wrapped(items, lead, " " * len(lead)) if items else []
+        return [*lines, "{"]
 
     def rows(self, nodes: Sequence[Node]) -> list[str]:
         """A line a node, notes aligned in columns that a few long lines do not move."""
@@ -159,8 +167,8 @@ class FunctionText:
         return [f"{c:<{code}}   # {t:<{type}}  {rest}".rstrip() for c, t, rest in rows]
 
     def note(self, node: Node) -> tuple[str, str]:
-        """What follows a statement: its results' types; source line, scope and remark."""
-        types = ", ".join(type_text(v.type) for v in node.results) or "()"
+        """What follows a statement: the types of what it names; source line, scope and remark."""
+        types = ", ".join(type_text(v.type) for v in node.named_results) or "()"
         rest: list[str] = []
         if self.sources:
             rest += [source_text(node.source)] if node.source is not None else []
@@ -171,7 +179,7 @@ class FunctionText:
 
     def statement(self, node: Node) -> str:
         """`a, b = op(x, k=5)`"""
-        results = self.all_made(node) or ", ".join(self.made.get(v) or self.names[v] for v in node.results)
+        results = self.all_made(node) or ", ".join(map(self.operand, node.named_results))
         application = self.call(node) or self.application(node)
         return f"{results} = {application}" if results else application
 
@@ -204,7 +212,8 @@ class FunctionText:
         if callee is None or len(node.operands) != len(callee.arguments):
             return None
         inputs = node.operands[: len(callee.inputs)]
-        weights = dict(zip(callee.parameters, node.operands[len(inputs) :], strict=True))
+        formals = (*callee.parameters, *callee.states)
+        weights = dict(zip(formals, node.operands[len(inputs) :], strict=True))
         prefixes = Counter(p for n, v in weights.items() if (p := _prefix(v, n)) is not None)
         prefix = prefixes.most_common(1)[0][0] if prefixes else None
         others = {n: v for n, v in weights.items() if _prefix(v, n) != prefix or prefix is None}
@@ -224,14 +233,17 @@ class FunctionText:
             return f"${path_text(value.name)}"
         if value in self.made:
             return self.made[value]
+        if (state := value.state) is not None:
+            return f"%{path_text(state.name)}"
         return name_text(self.names[value]) if value in self.names else f"<undefined {value.name}>"
 
 
 def _prefix(value: Value | None, formal: str) -> str | None:
-    """The path under which a weight has its formal name: `h.3` for $h.3.attn.weight as attn.weight."""
-    if value is None or value.kind != "parameter" or not value.name.endswith(f".{formal}"):
+    """The path under which a weight or a state has its formal name: `h.3` for $h.3.attn.weight as attn.weight."""
+    held = None if value is None else value.state or value
+    if held is None or held.kind not in ("parameter", "state") or not held.name.endswith(f".{formal}"):
         return None
-    return value.name[: -len(formal) - 1]
+    return held.name[: -len(formal) - 1]
 
 
 def _in_layout(value: Value) -> str:
@@ -256,16 +268,16 @@ def _wrapped(items: Iterable[str], first: str, rest: str) -> Iterator[str]:
     yield line.removesuffix(", ").rstrip()
 
 
-# -- parameters ----------------------------------------------------------------------------------------------------
+# -- parameters and states -------------------------------------------------------------------------------------------
 
 
-def _parameter_lines(graph: Graph) -> list[str]:
-    """A line a parameter; parameters that repeat under consecutive integers are folded, `h.{0..11}.ln_1.weight`.
+def _folded_lines(values: Mapping[str, Value], remarks: Mapping[str, str]) -> list[str]:
+    """A line a parameter or state; those that repeat under consecutive integers are folded, `h.{0..11}.ln_1.weight`.
 
-    Lines of one run follow each other and mean: for each integer, these parameters in this order.
+    Lines of one run follow each other and mean: for each integer, these values in this order. Remarks follow the types.
     """
-    names = list(graph.parameters)
-    rights = [f": {type_text(v.type)}" + _init_text(graph, name) for name, v in graph.parameters.items()]
+    names = list(values)
+    rights = [f": {type_text(v.type)}{remarks.get(name, '')}" for name, v in values.items()]
     split = [_split_at_integer(name) for name in names]
     ends = list(range(1, len(names) + 1))  # where the names end that share this one's head and integer
     for at in range(len(names) - 2, -1, -1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from treadle.ir.errors import GraphError, TreadleError
@@ -15,7 +15,7 @@ from treadle.ir.ops.call import Call
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts, read_attribute
 from treadle.ir.text.constants import ConstantReader
-from treadle.ir.text.scanner import RESERVED, Scanner, TextLimits
+from treadle.ir.text.scanner import RESERVED, Scanner, TextLimits, path_text
 from treadle.ir.types import DTYPES, Type
 
 _ATTRIBUTE = re.compile(r"([A-Za-z_]\w*)\s*=")
@@ -24,7 +24,7 @@ _NAME_START = re.compile(r'[A-Za-z_"]')
 _ALL = re.compile(r"\.\*")
 _OPEN = re.compile(r"\{")
 
-_OPERAND = r"(?:\$[A-Za-z_]\w*+(?:\.\w++)*+|[A-Za-z_]\w*+)"
+_OPERAND = r"(?:[$%][A-Za-z_]\w*+(?:\.\w++)*+|[A-Za-z_]\w*+)"
 _PLAIN_OPERANDS = re.compile(rf"{_OPERAND}(?:, {_OPERAND})*(?=\)|, )")
 _PLAIN_HEAD = re.compile(r"([A-Za-z_]\w*+) = ([A-Za-z_]\w*+)(?=\()")
 
@@ -39,7 +39,7 @@ _NOTE = re.compile(
 _NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
 _ONE_TYPE = re.compile(_TYPE)
 
-_PLAIN, _MADE, _ALL_MADE = "a result", "a made parameter", "all that a block makes"
+_PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a made parameter", "all that a block makes", "an updated state"
 
 # What follows the reading costs too, and is counted with it: verifying, and what a backend does.
 _NODE_WORK = 30
@@ -52,6 +52,7 @@ class StatementReader:
     """Reads one statement after another into the function `current` of the graph `result`.
 
     values     the values of the function that have names, so far
+    versions   the function's states by name, as they are so far
     """
 
     def __init__(self, text: str, limits: TextLimits) -> None:
@@ -61,16 +62,17 @@ class StatementReader:
         self.result: Graph
         self.current: Function
         self.values: dict[str, Value] = {}
+        self.versions: dict[str, Value] = {}
         self.nodes = 0
         self.operands = 0
         self.arguments_left = limits.arguments
         self.applied: dict[tuple[type[Op], str, tuple[str | None, ...]], tuple[Op, tuple[Type, ...], int]] = {}
 
     def argument(self, at: int) -> None:
-        """Count an input, an output or a weight of a function."""
+        """Count an input, an output, a weight or a state of a function."""
         self.arguments_left -= 1
         if self.arguments_left < 0:
-            most = f"at most {self.limits.arguments} inputs, outputs and weights of functions"
+            most = f"at most {self.limits.arguments} inputs, outputs, weights and states of functions"
             raise self.s.error("too many arguments", at, hint=most)
         self.s.spend(_ARGUMENT_WORK, at)
 
@@ -93,12 +95,19 @@ class StatementReader:
             node = self.application()
         if names and names[0][0] is _ALL_MADE:
             names = self.all_made(names, node, at)
-        if len(names) != len(node.results):
-            types = ", ".join(str(v.type) for v in node.results)
-            raise s.error(f"{node.op.name} has {len(node.results)} results, {len(names)} are named", at, received=types)
-        for (kind, name), value in zip(names, node.results, strict=True):
+        results = node.named_results
+        if len(names) != len(results):
+            types = ", ".join(str(v.type) for v in results)
+            raise s.error(f"{node.op.name} has {len(results)} results, {len(names)} are named", at, received=types)
+        if node.op.updates:
+            self.update(node, dict(zip(results, names, strict=True)), start)
+        for (kind, name), value in zip(names, results, strict=True):
             if kind is _MADE:
                 self.make(name, value, start)
+                continue
+            if kind is _UPDATED:
+                if value.state is None or value.state.name != name:
+                    raise s.error(f"{node.op.name} is no update of %{name}", start, hint=f"{value.name} = ...")
                 continue
             if name in self.values:
                 raise s.error(f"{name} is defined twice", start)
@@ -123,6 +132,22 @@ class StatementReader:
         self.argument(start)
         value.name = name.rpartition(".")[2]
         bind.outputs[name] = value
+
+    def update(self, node: Node, names: Mapping[Value, tuple[str, str]], start: int) -> None:
+        """Take the states that a node updates as they are from now on."""
+        s = self.s
+        for index, at in node.op.updates.items():
+            value, before = node.results[index], node.operands[at]
+            state = value.state
+            if state is None:
+                continue
+            if node.operands.count(before) > 1:
+                raise s.error(f"{node.op.name} updates %{state.name}, and reads it as well", start)
+            if value.type != before.type:  # type: ignore[union-attr]  # there is a state
+                raise s.error(f"{node.op.name} updates %{state.name} by another type", start, received=str(value.type))
+            if value in names and names[value] != (_UPDATED, state.name):
+                raise s.error(f"{node.op.name} updates a state", start, hint=f"%{path_text(state.name)} = ...")
+            self.versions[state.name] = self.current.updated[state.name] = value
 
     def is_plain(self, head: re.Match[str]) -> bool:
         """Whether `name = op` can be taken as it stands."""
@@ -149,8 +174,10 @@ class StatementReader:
         return names
 
     def result_name(self, what: str) -> tuple[str, str]:
-        """Read what a statement names its result: a name, or $ and the path of a parameter that it makes."""
+        """Read what a statement names its result: a name, $ and a made parameter's path, % and an updated state's."""
         s = self.s
+        if s.accept("%"):
+            return _UPDATED, s.path("a state")
         if not s.accept("$"):
             return _PLAIN, s.name(what)
         path = s.path("a made parameter")
@@ -219,11 +246,15 @@ class StatementReader:
         if len(inputs) != len(callee.inputs):
             raise s.error(f"{callee.name} takes {len(callee.inputs)} inputs, received {len(inputs)}", start)
         weights = self.weights(callee, start) if s.accept_word("with") else {}
-        if missing := [n for n in callee.parameters if n not in weights]:
-            raise s.error(
-                f"{callee.name}: no weight is given for {missing[0]}", start, hint="with a.path, or {name: $w}"
-            )
-        operands = [*inputs, *(weights[n] for n in callee.parameters)]
+        formals = {**callee.parameters, **callee.states}
+        if missing := [n for n in formals if n not in weights]:
+            kind, sign = ("state", "%") if missing[0] in callee.states else ("weight", "$")
+            hint = f"with a.path, or {{name: {sign}w}}"
+            raise s.error(f"{callee.name}: no {kind} is given for {missing[0]}", start, hint=hint)
+        operands = [*inputs, *(weights[n] for n in formals)]
+        for formal, value in zip(callee.arguments, operands, strict=True):
+            if value is not None and (value.state is not None) != (formal.kind == "state"):
+                raise s.error(f"a call of {callee.name} passes {value.name} as {formal.kind} {formal.name}", start)
         op = Call.of(callee)
         with s.located(start):
             types = op.infer([None if v is None else v.type for v in operands])
@@ -237,8 +268,9 @@ class StatementReader:
         return Node(op, operands, types)
 
     def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
-        """Read what follows `with`: a path under which the weights have their formal names, and exceptions."""
+        """Read what follows `with`: a path under which weights and states have their formal names, and exceptions."""
         s = self.s
+        formals = {**callee.parameters, **callee.states}
         bound: dict[str, Value | None] = {}
         prefix = None if s.sees(_OPEN) else s.path("a path")
         if s.accept("{"):
@@ -247,15 +279,16 @@ class StatementReader:
                     s.expect(",")
                 at = s.skip()
                 name = s.path("a weight's name")
-                if name not in callee.parameters or name in bound:
+                if name not in formals or name in bound:
                     why = "is given twice" if name in bound else f"is no weight of {callee.name}"
-                    raise s.error(f"{name} {why}", at, hint=_nearest(name, callee.parameters))
+                    raise s.error(f"{name} {why}", at, hint=_nearest(name, formals))
                 s.expect(":")
                 bound[name] = self.operand()
         if prefix is not None:
-            for name in callee.parameters:
+            for name in formals:
                 if name not in bound:
-                    bound[name] = self.weight_named(f"{prefix}.{name}", start)
+                    named = self.version_named if name in callee.states else self.weight_named
+                    bound[name] = named(f"{prefix}.{name}", start)
         return bound
 
     def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any], str]:
@@ -296,6 +329,8 @@ class StatementReader:
         for word in match[0].split(", "):
             if word[0] == "$":
                 value = self.current.parameters.get(word[1:])
+            elif word[0] == "%":
+                value = self.versions.get(word[1:])
             else:
                 value = None if word in RESERVED else self.values.get(word)
             if value is None:  # read one by one, it is found out what this is, or what is wrong with it
@@ -309,6 +344,8 @@ class StatementReader:
         start = s.skip()
         if s.accept("$"):
             return self.weight_named(s.path("a parameter's name"), start)
+        if s.accept("%"):
+            return self.version_named(s.path("a state's name"), start)
         if s.accept_word("none"):
             return None
         if s.sees(_TENSOR):
@@ -331,6 +368,12 @@ class StatementReader:
             raise self.s.error(f"unknown parameter ${name}", at, hint=hint)
         return value
 
+    def version_named(self, name: str, at: int) -> Value:
+        value = self.versions.get(name)
+        if value is None:
+            raise self.s.error(f"unknown state %{name}", at, hint=_nearest(name, self.versions))
+        return value
+
     # -- notes -----------------------------------------------------------------------------------------------------
 
     def note(self, node: Node) -> None:
@@ -344,10 +387,11 @@ class StatementReader:
             return
         s.spend((match.end() - match.start()) // _NOTE_CHARACTERS_OF_WORK, match.start("types"))
         types = [s.type_of(text, match.start("types")) for text in _ONE_TYPE.findall(match["types"])]
-        if types != [v.type for v in node.results]:
-            given = ", ".join(str(v.type) for v in node.results)
+        results = node.named_results
+        if types != [v.type for v in results]:
+            given = ", ".join(str(v.type) for v in results)
             raise s.error(f"{node.op.name} gives {given}, the note says {match['types']}", match.start("types"))
-        for value, type in zip(node.results, types, strict=True):
+        for value, type in zip(results, types, strict=True):
             value.type = type  # the same sizes, with the factors and labels that were written
         if match["file"] is not None:
             node.source = SourceLine(_plain(s, match, "file"), int(match["line"]))

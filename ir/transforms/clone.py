@@ -27,10 +27,13 @@ def clone_function(function: Function, name: str | None = None) -> Function:
         copy.inputs.append(made)
     for parameter, value in function.parameters.items():
         values[value] = copy.parameters[parameter] = clone_value(value)
+    for state, value in function.states.items():
+        values[value] = copy.states[state] = clone_value(value)
     for node in function.nodes:
         copy.nodes.append(clone_node(node, values, function))
     for output, value in function.outputs.items():
         copy.outputs[output] = copied_value(value, values, function)
+    copy.updated = {state: copied_value(value, values, function) for state, value in function.updated.items()}
     return copy
 
 

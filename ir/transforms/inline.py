@@ -2,7 +2,7 @@
 
     x1 = h(x) with h.0   -->   ln_1 = layer_norm(x, $h.0.ln_1.weight, ...)      # scope h.0.ln_1
 
-A call's weights stand for the function's, and its scope leads theirs.
+A call's weights and states stand for the function's, and its scope leads theirs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ MOST_NODES = 1_000_000
 
 
 def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
-    """A graph without calls that computes the same: its entries alone, weights by their own names, scopes joined.
+    """A graph without calls that computes the same: its entries alone, weights and states by their own names, scopes
+    joined.
 
     Raises GraphError if its functions would have more than `most_nodes` nodes together (a few that call each other
     twice can stand for any number), or for a call that does not fit or precedes its function.
@@ -51,7 +52,7 @@ def _unfolded_count(function: Function, flat: dict[str, Function]) -> int:
         callee = flat.get(name) if name is not None else None
         if name is not None and callee is None:
             raise GraphError(f"{function.name} calls {name!r}, which does not come before it")
-        if callee is not None and (len(callee.arguments), len(callee.outputs)) != (
+        if callee is not None and (len(callee.arguments), len(callee.results)) != (
             len(node.operands),
             len(node.results),
         ):
@@ -69,6 +70,8 @@ def _inlined(function: Function, flat: dict[str, Function]) -> Function:
         copy.inputs.append(made)
     for name, value in function.parameters.items():
         values[value] = copy.parameters[name] = clone_value(value)
+    for name, value in function.states.items():
+        values[value] = copy.states[name] = clone_value(value)
     for node in function.nodes:
         if node.op.callee is None:
             copy.nodes.append(clone_node(node, values, function))
@@ -81,7 +84,8 @@ def _inlined(function: Function, flat: dict[str, Function]) -> Function:
             made_node = clone_node(part, inner, callee)
             made_node.scope = ".".join(filter(None, (node.scope, part.scope)))
             copy.nodes.append(made_node)
-        for old, formal in zip(node.results, callee.outputs.values(), strict=True):
+        for old, formal in zip(node.results, callee.results, strict=True):
             values[old] = copied_value(formal, inner, callee)
     copy.outputs = {name: copied_value(value, values, function) for name, value in function.outputs.items()}
+    copy.updated = {name: copied_value(value, values, function) for name, value in function.updated.items()}
     return copy

@@ -2,8 +2,8 @@
 
     x1 = ...; x2 = ...; x3 = ...        -->        x1 = h(x); x2 = h(x1); x3 = h(x2)
 
-Regions whose nodes, attributes, constants, types and wiring agree share one function, whatever weights they use: a call
-passes its own. A region that differs gets a function of its own.
+Regions whose nodes, attributes, constants, types and wiring agree share one function, whatever weights and states they
+use: a call passes its own. A region that differs gets a function of its own.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def outline_regions(graph: Graph, regions: Sequence[RepeatedRegion]) -> None:
 class _Repetition:
     """A region read relative to itself: what it takes from outside, and its body in those terms.
 
+    states  versions of states as they enter
     outs  what is read outside: the positions of nodes, and which of their results
     call  what stands for the region in the end
     """
@@ -50,14 +51,17 @@ class _Repetition:
     region: RepeatedRegion
     inputs: list[Value] = field(default_factory=list)
     weights: list[Value] = field(default_factory=list)
+    states: list[Value] = field(default_factory=list)
     body: list[Any] = field(default_factory=list)
     outs: list[tuple[int, int]] = field(default_factory=list)
     call: Node | None = None
 
     def local_names(self) -> list[str]:
-        """The weights' names, those under the region's scope without it; numbered where two would be alike."""
+        """Names of the weights, then the states: those under the region's scope without it; numbered where two would be
+        alike."""
         prefix = self.region.scope + "."
-        wanted = [weight.name.removeprefix(prefix) for weight in self.weights]
+        held = [*self.weights, *[state for v in self.states if (state := v.state) is not None]]
+        wanted = [value.name.removeprefix(prefix) for value in held]
         if len(set(wanted)) == len(wanted):
             return wanted
         names: list[str] = []
@@ -65,9 +69,22 @@ class _Repetition:
             names.append(_free_name(name, names))
         return names
 
+    def last_versions(self) -> dict[Value, Value]:
+        """For each state that the region updates, by the version that enters, its last version."""
+        last: dict[Value, Value] = {}
+        for node in self.region.nodes:
+            for index in node.op.updates:
+                value = first = node.results[index]
+                while first not in self.states and first.before is not None:
+                    first = first.before
+                if first in self.states:
+                    last[first] = value
+        return last
+
     def key(self) -> tuple[Any, ...]:
-        types = [v.type.text for v in (*self.inputs, *self.weights)]  # text: labels tell equal types apart
-        return self.region.name, len(self.inputs), tuple(types), tuple(self.local_names()), tuple(self.body)
+        types = [v.type.text for v in (*self.inputs, *self.weights, *self.states)]  # labels tell equal types apart
+        counts = len(self.inputs), len(self.weights)
+        return self.region.name, counts, tuple(types), tuple(self.local_names()), tuple(self.body)
 
 
 def _outline_level(graph: Graph, regions: Sequence[RepeatedRegion]) -> dict[Node, _Repetition]:
@@ -85,7 +102,7 @@ def _outline_level(graph: Graph, regions: Sequence[RepeatedRegion]) -> dict[Node
         if node not in home:
             read_outside.update(node.operands)
     for value in read_outside:
-        if value is not None and value.node in home:
+        if value is not None and value.node in home and value.state is None:
             made_in = home[value.node]
             made_in.outs.append((made_in.region.nodes.index(value.node), value.index))
 
@@ -95,10 +112,12 @@ def _outline_level(graph: Graph, regions: Sequence[RepeatedRegion]) -> dict[Node
         function = _build(graph, group[0], outs)
         op = Call.of(function)
         for repetition in group:
-            region, operands = repetition.region, [*repetition.inputs, *repetition.weights]
+            region, operands = repetition.region, [*repetition.inputs, *repetition.weights, *repetition.states]
             call = Node(op, operands, op.gives, function.name, region.scope, region.source)
-            for (at, index), result in zip(outs, call.results, strict=True):
-                inner = region.nodes[at].results[index]
+            last = repetition.last_versions()
+            given = [region.nodes[at].results[index] for at, index in outs]
+            given += [last[version] for version in repetition.states if version in last]
+            for inner, result in zip(given, call.results, strict=True):
                 result.name = inner.name
                 renamed[inner] = result
             repetition.call = call
@@ -106,7 +125,7 @@ def _outline_level(graph: Graph, regions: Sequence[RepeatedRegion]) -> dict[Node
     main.nodes = _with_calls(main.nodes, home)
     for node in main.nodes:
         node.operands = tuple([renamed.get(v, v) for v in node.operands])  # type: ignore[arg-type]  # None stays
-    main.outputs = {name: renamed.get(v, v) for name, v in main.outputs.items()}
+    main.replace_results(lambda v: renamed.get(v, v))
     return home
 
 
@@ -118,8 +137,8 @@ def _with_calls(nodes: Sequence[Node], home: dict[Node, _Repetition]) -> list[No
 def _read(region: RepeatedRegion) -> _Repetition:
     """The body is one flat list: for each node its op's key, a text, then what stands for each operand.
 
-    That is None, a constant's content, or a number: -1, -2, ... for the weights, else 0, 1, ... for the inputs and
-    results, both in the order in which the region meets them.
+    That is None, a constant's content, or a number: -1, -2, ... for the weights, %1, %2, ... for the states, else
+    0, 1, ... for the inputs and results, all in the order in which the region meets them.
     """
     rep = _Repetition(region)
     places: dict[Value | None, Any] = {None: None}
@@ -135,6 +154,9 @@ def _read(region: RepeatedRegion) -> _Repetition:
                 elif value.kind == "parameter":
                     weights.append(value)
                     places[value] = -len(weights)
+                elif value.state is not None:
+                    rep.states.append(value)
+                    places[value] = f"%{len(rep.states)}"
                 else:
                     inputs.append(value)
                     places[value] = met
@@ -166,8 +188,9 @@ def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> F
         label = _free_name(value.name, taken)
         taken.add(label)
         formal[value] = Value("input", value.type, label)
-    for value, local in zip(rep.weights, rep.local_names(), strict=True):
-        formal[value] = function.parameters[local] = Value("parameter", value.type, local)
+    for value, local in zip((*rep.weights, *rep.states), rep.local_names(), strict=True):
+        kind, held = ("state", function.states) if value in rep.states else ("parameter", function.parameters)
+        formal[value] = held[local] = Value(kind, value.type, local)
     function.inputs = [formal[v] for v in rep.inputs]
     for node in region.nodes:
         scope = node.scope[len(region.scope) :].lstrip(".") if node.scope.startswith(region.scope) else node.scope
@@ -184,5 +207,7 @@ def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> F
     for at, index in outs:
         value = formal[region.nodes[at].results[index]]
         function.outputs[_free_name(value.name, function.outputs)] = value
+    for entering, version in rep.last_versions().items():
+        function.updated[formal[entering].name] = formal[version]
     graph.add_function(function)
     return function

@@ -51,7 +51,7 @@ def widen_graph(graph: Graph, narrow: frozenset[DType]) -> Graph:
             node.operands = tuple([v if v is None else widened(v) for v in node.operands])
             for value in node.results:
                 _retype(value, narrow)
-        function.outputs = {name: widened(value) for name, value in function.outputs.items()}
+        function.replace_results(widened)
     return copy
 
 

@@ -141,7 +141,8 @@ def as_graphs(
         graph = Graph("region")
         graph.symbols = {s: symbols[s] for s in symbols if s in used}
         if any(step.op.callee is not None for step in steps):
-            graph.functions = {**{n: f for n, f in source.functions.items() if n != "main"}, "main": Function("main")}
+            blocks = {n: f for n, f in source.functions.items() if n not in source.entry_names}
+            graph.functions = {**blocks, "main": Function("main")}
         _fill(graph.main, region.free, steps, outputs, shrinking)
         graph.main.inputs += [Value("input", boolean[s], f"size {s}") for s in used]
         made.append(graph)

@@ -191,13 +191,15 @@ class Recorded:
     nodes: list[Node] = field(default_factory=list)
     definitions: dict[Node, Definition] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
+    updated: dict[str, Value] = field(default_factory=dict)
     arguments: tuple[Value, ...] = ()
     _there: set[Node] = field(default_factory=set)
 
     @staticmethod
     def of(function: Function) -> Recorded:
         definitions = {node: (node.op, node.operands) for node in function.nodes}
-        return Recorded(function, list(function.nodes), definitions, dict(function.outputs), function.arguments)
+        results = dict(function.outputs), dict(function.updated)
+        return Recorded(function, list(function.nodes), definitions, *results, function.arguments)
 
     def claims(self, graph: Graph, formals: Mapping[str, Sequence[Value]]) -> Iterator[tuple[Claim, list[Reader]]]:
         """What the pass claims by how it left the function, with the places that read what it put there.
@@ -222,10 +224,12 @@ class Recorded:
                     places.setdefault((was, now), []).append(Reader(node, position))
             else:
                 yield self.claim_of_reader(node), [Reader(node, None)]
-        for name, new in self.function.outputs.items():
-            old = self.outputs.get(name)
-            if old is not None and old is not new:
-                places.setdefault((old, new), []).append(Reader(None, name))
+        results = (self.outputs, self.function.outputs, False), (self.updated, self.function.updated, True)
+        for known, given, is_state in results:
+            for name, new in given.items():
+                old = known.get(name)
+                if old is not None and old is not new:
+                    places.setdefault((old, new), []).append(Reader(None, name, is_state))
         for (was, now), edges in places.items():
             at = was.node or now.node or edges[0].node or next(iter(self.nodes), None)
             if at is not None:  # a function without nodes gives its arguments
@@ -271,7 +275,8 @@ class Recorded:
             return False
         for edge in edges:
             if edge.node is None:
-                self.function.outputs[str(edge.where)] = before[0]
+                results = self.function.updated if edge.is_state else self.function.outputs
+                results[str(edge.where)] = before[0]
             elif edge.where is None:
                 edge.node.op, edge.node.operands = self.definitions[edge.node]
             else:
@@ -289,7 +294,7 @@ class Recorded:
         there = set(self.function.nodes)
         done: dict[Node, None] = {}
         roots = [node for node in self.function.nodes if node in self.definitions]
-        roots += [v.node for v in self.function.outputs.values() if v.node is not None]
+        roots += [v.node for v in self.function.results if v.node is not None]
         for root in roots:
             stack = [(root, False)]
             while stack:
@@ -309,7 +314,9 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Reader:
-    """A place that reads a replaced value: an operand of a node, a whole node (None), or an output (no node)."""
+    """A place that reads a replaced value: an operand of a node, a whole node (None), or an output (no node), or what a
+    state is in the end (is_state)."""
 
     node: Node | None
     where: int | str | None
+    is_state: bool = False

@@ -1,9 +1,9 @@
 """Whether two graphs compute the same expressions of the same inputs and weights, whenever and wherever they do.
 
-Passes that move work to `bind`, share it, or lay a weight out anew may not change what is computed. Each output is an
-expression: a tree of ops over inputs, weights and constants, in which a call stands for its body, a made parameter for
-what makes it, and a relayout for its operand. Equal trees are given one number here, so that comparing is cheap. The
-passes know nothing of this.
+Passes that move work to `bind`, share it, or lay a weight out anew may not change what is computed. Each output of an
+entry, and what each state is in the end, is an expression: a tree of ops over inputs, weights, states and constants, in
+which a call stands for its body, a made parameter for what makes it, and a relayout for its operand. Equal trees are
+given one number here, so that comparing is cheap. The passes know nothing of this.
 """
 
 from __future__ import annotations
@@ -30,18 +30,24 @@ class Expressions:
         self._left = MOST_NODES
 
     def of(self, graph: Graph) -> dict[str, int] | None:
-        """A number for each output of `main`; None where the graph is too large."""
+        """A number for each output of entries, and each state that they update; None where the graph is too large."""
         self._left = MOST_NODES
         held: dict[str, int] = {}
         outputs: dict[str, int] = {}
         for entry in graph.entries:
             arguments = [self._number(("input", v.name)) for v in entry.inputs]
             arguments += [held.get(n, self._number(("weight", n))) for n in entry.parameters]
+            arguments += [self._number(("state", n)) for n in entry.states]
             found = self._function(graph, entry, arguments)
             if found is None:
                 return None
-            outputs = dict(zip(entry.outputs, found, strict=True))
-            held |= outputs
+            if entry is graph.bind:
+                held = dict(zip(entry.outputs, found, strict=True))
+                continue
+            place = "" if len(graph.later_entries) == 1 else f"{entry.name}, "
+            names = [f"{place}output {name}" for name in entry.outputs]
+            names += [f"{place}state {name}" for name in entry.states if name in entry.updated]
+            outputs |= zip(names, found, strict=True)
         return outputs
 
     def _function(self, graph: Graph, function: Function, arguments: Sequence[int]) -> list[int] | None:
@@ -68,7 +74,7 @@ class Expressions:
                 made = self._number((op_key(node.op), *operands))
                 results = [made, *(self._number(("result", made, i)) for i in range(1, len(node.results)))]
             values |= zip(node.results, results, strict=True)
-        return [read(v) for v in function.outputs.values()]
+        return [read(v) for v in function.results]
 
     def _literal(self, value: Value) -> int:
         if value not in self._literals:
@@ -93,5 +99,5 @@ def check_same_expressions(before: Graph, after: Graph) -> bool:
         raise PassError("the outputs are not those that they were", received=f"{list(now)}; before: {list(was)}")
     for name, number in was.items():
         if now[name] != number:
-            raise PassError(f"output {name} is no longer the same expression of inputs and weights")
+            raise PassError(f"{name} is no longer the same expression of inputs and weights")
     return True

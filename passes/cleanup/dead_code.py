@@ -17,9 +17,9 @@ _NAMED = 5
 class DeadCode(Pass):
     """a = f(x); b = g(x); return b   -->   b = g(x); return b
 
-    Removes nodes without a used result, results of a function that no call uses, inputs and weights that a
-    function does not read, functions that nobody calls, and weights of the model that are left over (named in
-    the log). Keeps the model's own inputs and outputs, and what `bind` makes.
+    Removes nodes without a used result, results of a function that no call uses, inputs, weights and states that a
+    function does not read, functions that nobody calls, and weights and states of the model that are left over (named
+    in the log). Keeps the model's own inputs and outputs, what `bind` makes, and what states are in the end.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
@@ -45,10 +45,10 @@ def _walk(graph: Graph, log: PassRecord) -> int:
                 continue
             removed += _drop_results(function, callers, used)
         removed += _drop_nodes(function, used)
-        if function is graph.main:
-            removed += _drop_weights(graph, used, log)
-        elif function not in graph.entries:
+        if function not in graph.entries:
             removed += _drop_arguments(function, callers, used)
+        elif function.name == graph.entry_names[0]:  # the last of them that is looked at
+            removed += _drop_weights(graph, used, log)
         for node in function.nodes:
             if node.op.callee is not None:
                 calls.setdefault(node.op.callee, []).append(node)
@@ -57,8 +57,8 @@ def _walk(graph: Graph, log: PassRecord) -> int:
 
 def _drop_nodes(function: Function, used: set[Value]) -> int:
     """Drop nodes that give nothing used; adds what the others read to `used`."""
-    kept = needed_nodes(function.nodes, function.outputs.values())
-    used.update(function.outputs.values(), *(node.inputs for node in kept))
+    kept = needed_nodes(function.nodes, function.results)
+    used.update(function.results, *(node.inputs for node in kept))
     removed = len(function.nodes) - len(kept)
     function.nodes = kept
     return removed
@@ -71,7 +71,7 @@ def _drop_results(function: Function, callers: Sequence[Node], used: set[Value])
     function.outputs = {name: v for (name, v), keep in zip(function.outputs.items(), wanted, strict=True) if keep}
     for call in callers:
         call.op = Call.of(function)
-        call.results = tuple(v for v, keep in zip(call.results, wanted, strict=True) if keep)
+        call.results = tuple(v for i, v in enumerate(call.results) if i >= len(wanted) or wanted[i])
         for index, value in enumerate(call.results):
             value.index = index
     return wanted.count(False)
@@ -83,6 +83,7 @@ def _drop_arguments(function: Function, callers: Sequence[Node], used: set[Value
         return 0
     function.inputs = [v for v in function.inputs if v in used]
     function.parameters = {name: v for name, v in function.parameters.items() if v in used}
+    function.states = {name: v for name, v in function.states.items() if v in used}
     for call in callers:
         call.op = Call.of(function)
         call.operands = tuple(v for v, keep in zip(call.operands, wanted, strict=True) if keep)
@@ -90,12 +91,19 @@ def _drop_arguments(function: Function, callers: Sequence[Node], used: set[Value
 
 
 def _drop_weights(graph: Graph, used: set[Value], log: PassRecord) -> int:
-    unused = [name for name, v in graph.main.parameters.items() if v not in used]
-    for name in unused:
-        del graph.main.parameters[name]
-        if name not in graph.parameters:  # which bind may read
+    """Drop weights and states that an entry does not read; tells of those that no other reads, either."""
+    removed = 0
+    known = {"weights": list(graph.parameters), "states": list(graph.states)}
+    for entry in graph.later_entries:
+        for values in entry.parameters, entry.states:
+            for name in [name for name, v in values.items() if v not in used]:
+                del values[name]
+                removed += 1
+    for kind, left in ("weights", graph.parameters), ("states", graph.states):
+        unused = [name for name in known[kind] if name not in left]
+        for name in unused:
             graph.initial.pop(name, None)
-    if unused:
-        more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
-        log.notes.append(f"removed unused weights: {', '.join(unused[:_NAMED])}{more}")
-    return len(unused)
+        if unused:
+            more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+            log.notes.append(f"removed unused {kind}: {', '.join(unused[:_NAMED])}{more}")
+    return removed

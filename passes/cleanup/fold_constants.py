@@ -48,7 +48,7 @@ class FoldConstants(Pass):
                 log.refuse(self.name, function, node, refusal or "its reference failed")
         changes = len(function.nodes) - len(kept)
         function.nodes = kept
-        function.outputs = {name: folded.get(v, v) for name, v in function.outputs.items()}
+        function.replace_results(lambda v: folded.get(v, v))
         return changes
 
     def _refusal(self, node: Node) -> str | None:

@@ -26,7 +26,6 @@ from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyE
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.ir.transforms.clone import clone_graph
-from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Counterexample
 from treadle.passes.certificates.regions import Claim, Reader, Recorded
@@ -72,7 +71,7 @@ class Pass:
         log.touched = set()
         total = 0
         for function in list(graph.functions.values()):
-            signature = () if function is graph.main else _signature(function)  # which nobody calls
+            signature = () if function in graph.entries else _signature(function)  # which nobody calls
             changes = self.run(function, graph, log)
             if changes:
                 log.touched.add(function.name)
@@ -87,8 +86,8 @@ def _hyphenated(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
-def _signature(function: Function) -> tuple[Type, ...]:
-    return tuple([v.type for v in (*function.inputs, *function.parameters.values(), *function.outputs.values())])
+def _signature(function: Function) -> tuple[object, ...]:
+    return (*[v.type for v in (*function.arguments, *function.results)], *function.updated)
 
 
 class BrokenPassError(PassError):

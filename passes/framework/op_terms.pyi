@@ -37,6 +37,17 @@ class OpTerms:
         *,
         eps: Any = 1e-06,
     ) -> tuple[PatternTerm, PatternTerm]: ...
+    def append(
+        self,
+        state: TermLike,
+        x: TermLike,
+        rows: TermLike,
+        start: TermLike,
+        /,
+        *,
+        axis: Any,
+        ring: Any = False,
+    ) -> PatternTerm: ...
     def argmax(self, x: TermLike, /, *, axis: Any, keep: Any = False) -> PatternTerm: ...
     def attention(
         self,
@@ -137,7 +148,7 @@ class OpTerms:
     def gelu_tanh(self, x: TermLike, /) -> PatternTerm: ...
     def greater(self, x: TermLike, y: TermLike, /) -> PatternTerm: ...
     def greater_equal(self, x: TermLike, y: TermLike, /) -> PatternTerm: ...
-    def index_add(self, target: TermLike, indices: TermLike, updates: TermLike, /, *, axis: Any = 0) -> PatternTerm: ...
+    def index_add(self, target: TermLike, indices: TermLike, added: TermLike, /, *, axis: Any = 0) -> PatternTerm: ...
     def iota(self, *, size: Any, dtype: Any = i64) -> PatternTerm: ...
     def layer_norm(
         self,
@@ -211,7 +222,7 @@ class OpTerms:
         self,
         target: TermLike,
         indices: TermLike,
-        updates: TermLike,
+        added: TermLike,
         /,
         *,
         axis: Any = -1,

@@ -31,7 +31,7 @@ class ReturnedValues:
         return all(self.goes_out(function, user, value) for user in self._readers(function).get(value, []))
 
     def _output_goes_out(self, function: Function, value: Value) -> bool:
-        if function is self.graph.main:
+        if function in self.graph.later_entries:
             return True
         at = [n for n, v in enumerate(function.outputs.values()) if v is value]
         calls = [
@@ -50,7 +50,7 @@ class ReturnedValues:
 
 
 def readers_of(function: Function) -> dict[Value, list[Node | None]]:
-    """Who reads what the function's nodes give, each reader once; None where it is an output."""
+    """Who reads what the function's nodes give, each reader once; None where it is an output or an updated state."""
     found: dict[Value, list[Node | None]] = {}
     for node in function.nodes:
         for value in node.operands:
@@ -58,7 +58,7 @@ def readers_of(function: Function) -> dict[Value, list[Node | None]]:
                 readers = found.setdefault(value, [])
                 if not readers or readers[-1] is not node:
                     readers.append(node)
-    for value in dict.fromkeys(function.outputs.values()):
+    for value in dict.fromkeys(function.results):
         if value.node is not None:
             found.setdefault(value, []).append(None)
     return found

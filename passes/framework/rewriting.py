@@ -120,7 +120,7 @@ class SiteRewrite(Pass, Generic[FoundSite]):
             self._replace(work, site)
         applied = work.finish()
         if applied:
-            function.nodes = needed_nodes(function.nodes, function.outputs.values())
+            function.nodes = needed_nodes(function.nodes, function.results)
             if self.tidying is not None:
                 self.tidying.run(function, graph, log)
         return applied
@@ -270,7 +270,7 @@ class Rewriting:
             for node in list(self._stale):
                 self._bring_up_to_date(node)
             self.function.nodes = self._ordered()
-            self.function.outputs = {name: self._current(v) for name, v in self.function.outputs.items()}
+            self.function.replace_results(self._current)
         missed = [event for root, event in self._near_misses if root not in self.gone]
         self.log.near_misses.extend(missed[:NEAR_MISSES_KEPT])
         if len(missed) > NEAR_MISSES_KEPT:

@@ -97,7 +97,7 @@ def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
         for value in node.operands:
             if value in found:
                 found[value].append(node)
-    for value in function.outputs.values():
+    for value in function.results:
         if value in found:
             found[value].append(None)
     return found

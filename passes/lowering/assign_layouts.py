@@ -59,7 +59,7 @@ class AssignLayouts(Pass):
         return changes
 
     def _assign(self, function: Function, fixed: set[Value], log: PassRecord) -> int:
-        outputs = set(function.outputs.values())
+        outputs = set(function.results)
         made: dict[tuple[Value, Layout], Node] = {}
         for value, uses in function.uses().items():
             if value not in fixed or value.type.rank != 2:

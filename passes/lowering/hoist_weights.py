@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.builder import describe_source
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
+from treadle.ir.hashing import op_key
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.transforms.clone import clone_node, clone_value
@@ -28,7 +29,8 @@ class HoistWeights(Pass):
 
     What a block computes from its weights becomes a block of its own, which `bind` calls with the block's scopes; the
     block reads it as weights. Calls of it with the same weights are one (ALBERT). What weights decide in one call of a
-    block and not in another is computed at the calls.
+    block and not in another is computed at the calls. What several entries compute from the same weights is made once,
+    and all of them read it.
 
     Refuses: a graph that has `bind` already. What would make `bind` hold more than eight times the bytes of all
     weights, and a megabyte, is computed at every call, as before.
@@ -49,9 +51,9 @@ class HoistWeights(Pass):
             hoisting.call_made(function)
             # what is made of the same weights for several readers is made once: layers that share them (ALBERT)
             hoisting.changes += CommonSubexpressions().run(function, graph, log)
-            if function is not graph.main:
+            if function not in graph.entries:
                 hoisting.out_of_block(function)
-        hoisting.out_of_main()
+        hoisting.out_of_entries()
         if not hoisting.changes:
             return 0
         log.touched = None
@@ -62,7 +64,7 @@ class HoistWeights(Pass):
 class _Moved:
     """What a block left to others: a block that makes it, and the block's arguments before, by its arguments now.
 
-    formals  for each weight that the block takes now: one that it took before, or a result of the block that makes it
+    formals  for each argument that the block takes now: one that it took before, or a result of the block that makes it
     """
 
     maker: Function
@@ -111,7 +113,7 @@ class _Hoisting:
             return
         before = function.arguments
         left = [node for node in function.nodes if node not in nodes]
-        read = {*(v for node in left for v in node.inputs), *function.outputs.values()}
+        read = {*(v for node in left for v in node.inputs), *function.results}
         kept = {name: v for name, v in function.parameters.items() if v in read}
         maker = Function(_free_name(f"bind_{function.name}", self.graph.functions))
         values: dict[Value | None, Value | None] = {None: None}
@@ -137,7 +139,8 @@ class _Hoisting:
         used = {v for node in maker.nodes for v in node.inputs}
         maker.parameters = {name: v for name, v in maker.parameters.items() if v in used}
         position = {name: i for i, name in enumerate(maker.outputs)}
-        formals = (*function.inputs, *(position.get(name, v) for name, v in kept.items()))
+        weights = [position.get(name, v) for name, v in kept.items()]
+        formals = (*function.inputs, *weights, *function.states.values())
         self.moved[function.name] = _Moved(maker, before, formals)
         self.makers[maker.name] = maker
         function.nodes, function.parameters = left, kept
@@ -163,49 +166,89 @@ class _Hoisting:
             functions[name] = each
         self.graph.functions = functions
 
-    # -- main --------------------------------------------------------------------------------------------------
+    # -- entries -----------------------------------------------------------------------------------------------
 
-    def out_of_main(self) -> None:
-        """Move what main computes from weights to `bind`, as far as the budget goes."""
-        graph, main = self.graph, self.graph.main
-        nodes = self._affordable(weight_only_nodes(main, self.makes))
-        left = needed_nodes([node for node in main.nodes if node not in nodes], main.outputs.values())
-        wanted = {*(v for node in left for v in node.inputs), *main.outputs.values()}
-        chosen: dict[Value, str] = {}
-        taken = set(main.parameters)
-        for node in nodes:
-            read = [v for v in node.results if v in wanted]
-            bytes = sum(v.type.bytes_at({}) for v in read)
-            if bytes > self.budget:
-                place = describe_source(node.source, node.scope) or "main"
-                self.log.notes.append(f"{node.op.name} stays in main: {bytes:,} bytes, {place}")
-                continue
-            self.budget -= bytes
-            for value in read:
-                chosen[value] = _free_name(_path(node, value), taken)
-                taken.add(chosen[value])
-        if not chosen:
-            return
-        self.changes += len(chosen)
-        bind = graph.add_bind()
-        values: dict[Value | None, Value | None] = {None: None}
-        for name, value in main.parameters.items():
-            values[value] = bind.parameters[name] = clone_value(value)
-        needed = needed_nodes(list(nodes), chosen)
-        bind.nodes = [clone_node(node, values, main) for node in needed]
+    def out_of_entries(self) -> None:
+        """Move what entries compute from weights to `bind`, as far as the budget goes."""
+        graph, entries = self.graph, self.graph.later_entries
+        bind = _Bind({name for entry in entries for name in (*entry.parameters, *entry.states)})
         replaced: dict[Value, Value] = {}
-        for value, name in chosen.items():
-            made = values[value]
-            assert made is not None
-            bind.outputs[name] = made
-            stands = replaced[value] = Value("parameter", value.type, name)
-            stands.lies_in = value.layout
-        _replace(main, replaced)
-        main.nodes = needed_nodes(main.nodes, main.outputs.values())
-        main.parameters |= {v.name: v for v in replaced.values()}
-        used = {v for entry in (bind, main) for node in entry.nodes for v in node.inputs} | {*main.outputs.values()}
-        bind.parameters = {name: v for name, v in bind.parameters.items() if v in used}
-        main.parameters = {name: v for name, v in main.parameters.items() if v in used or name not in bind.parameters}
+        for entry in entries:
+            nodes = self._affordable(weight_only_nodes(entry, self.makes))
+            left = needed_nodes([node for node in entry.nodes if node not in nodes], entry.results)
+            wanted = {*(v for node in left for v in node.inputs), *entry.results}
+            copies = bind.copy(entry, nodes)
+            for node in nodes:
+                read = [v for v in node.results if v in wanted]
+                bytes = sum(v.type.bytes_at({}) for v in read if copies[v] not in bind.names)
+                if bytes > self.budget:
+                    place = describe_source(node.source, node.scope) or entry.name
+                    self.log.notes.append(f"{node.op.name} stays in {entry.name}: {bytes:,} bytes, {place}")
+                    continue
+                self.budget -= bytes
+                for value in read:
+                    stands = replaced[value] = Value(
+                        "parameter", value.type, bind.name(copies[value], _path(node, value))
+                    )
+                    stands.lies_in = value.layout
+        if not bind.names:
+            return
+        self.changes += len(bind.names)
+        bind.finish(graph.add_entry("bind"))
+        for entry in entries:
+            entry.parameters |= {v.name: v for old, v in replaced.items() if old.node in entry.nodes}
+            _replace(entry, replaced)
+            entry.nodes = needed_nodes(entry.nodes, entry.results)
+        used = {v for entry in graph.entries for node in entry.nodes for v in node.inputs}
+        used.update(v for entry in entries for v in entry.results)
+        made = graph.functions["bind"]
+        made.parameters = {name: v for name, v in made.parameters.items() if v in used}
+        for entry in entries:
+            held = entry.parameters.items()
+            entry.parameters = {name: v for name, v in held if v in used or name not in made.parameters}
+
+
+class _Bind:
+    """The entry `bind` while it is filled with what entries compute; equal nodes of several entries are one.
+
+    taken  names that nothing which is made may have
+    """
+
+    def __init__(self, taken: set[str]) -> None:
+        self.taken = taken
+        self.names: dict[Value, str] = {}
+        """What is made, under which name."""
+        self._parameters: dict[str, Value] = {}
+        self._nodes: dict[tuple[object, ...], Node] = {}
+
+    def copy(self, entry: Function, nodes: Iterable[Node]) -> Mapping[Value | None, Value | None]:
+        """Take over nodes of an entry, in order; returns what stands for each of its weights and of their results."""
+        values: dict[Value | None, Value | None] = {None: None}
+        for name, value in entry.parameters.items():
+            values[value] = self._parameters.setdefault(name, clone_value(value))
+        for node in nodes:
+            operands = [v if v is None or v.literal is not None else values[v] for v in node.operands]
+            key = (op_key(node.op), *[v if v is None or v.literal is None else v.literal for v in operands])
+            known = self._nodes.get(key)
+            if known is None:
+                self._nodes[key] = clone_node(node, values, entry)
+            else:
+                values.update(zip(node.results, known.results, strict=True))
+        return values
+
+    def name(self, value: Value | None, wanted: str) -> str:
+        """The name of what is made; the one wanted, numbered if it is taken, where it has none yet."""
+        assert value is not None
+        if value not in self.names:
+            self.names[value] = _free_name(wanted, self.taken)
+            self.taken.add(self.names[value])
+        return self.names[value]
+
+    def finish(self, bind: Function) -> None:
+        """Put all that is there into the entry."""
+        bind.parameters = self._parameters
+        bind.nodes = needed_nodes(list(self._nodes.values()), self.names)
+        bind.outputs = {name: value for value, name in self.names.items()}
 
 
 def _path(node: Node, value: Value) -> str:
@@ -230,7 +273,7 @@ def _replace(function: Function, values: Mapping[Value, Value]) -> None:
     for node in function.nodes:
         if any(v in values for v in node.inputs):
             node.operands = tuple([None if v is None else values.get(v, v) for v in node.operands])
-    function.outputs = {name: values.get(v, v) for name, v in function.outputs.items()}
+    function.replace_results(lambda v: values.get(v, v))
 
 
 def _rename_bind(graph: Graph) -> None:
