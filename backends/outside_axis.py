@@ -1,4 +1,5 @@
-"""The error for an index outside its axis: one for all backends, with the input that holds it and the bound."""
+"""Errors for what lies outside, of values that data give: one for all backends, with the input that holds it and the
+bound. A kernel raises them; `located` says in which node."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from treadle.ir.graph import Node, Value
 
 
 class OutsideAxis(BackendError):
-    """An index is outside the axis that it points into. A kernel raises it; `located` says in which node."""
+    """An index is outside the axis that it points into."""
 
     def __init__(self, index: int, size: int) -> None:
         super().__init__(
@@ -26,6 +27,25 @@ class OutsideAxis(BackendError):
             origins = dict.fromkeys(_origin(value) for value in _indices(node))
             found.received = f"{self.index} in {' or '.join(origins)}" if origins else None
             found.source = describe_source(node.source, node.scope)
+        return found
+
+
+class NoRoom(BackendError):
+    """A row goes on where the state that it is appended to has no room for it."""
+
+    def __init__(self, row: int, start: int, capacity: int) -> None:
+        super().__init__(
+            f"row {row} has no room: it starts at {start}, the capacity is {capacity}",
+            hint="a state of greater capacity" if start >= 0 else None,
+        )
+        self.row, self.start, self.capacity = row, start, capacity
+
+    def located(self, node: Node | None, title: str) -> NoRoom:
+        """The same error with the node that met the row."""
+        found = NoRoom(self.row, self.start, self.capacity)
+        found.what = f"{node.op.name if node else title}: {self.what}"
+        found.args = (found.what,)
+        found.source = describe_source(node.source, node.scope) if node is not None else None
         return found
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "add",
     "add_layer_norm",
     "add_rms_norm",
+    "append",
     "argmax",
     "attention_with_probabilities",
     "average_pool",
@@ -148,6 +149,26 @@ def add_rms_norm(
 
     Results: y, then the sum. `rms_norm` (Zhang & Sennrich 2019) of a residual, as fused_add_rms_norm in vLLM. The sum
     is rounded to its dtype before it is normalized.
+    """
+
+def append(
+    state: TensorLike,
+    x: TensorLike,
+    rows: TensorLike,
+    start: TensorLike,
+    /,
+    *,
+    axis: int,
+    ring: bool = False,
+    name: str | None = None,
+) -> Tensor:
+    """y = state, then y[rows[b], ..., start[b] + i, ...] = x[b, ..., i, ...] for every row b and position i
+
+    state has slots along its first axis and a capacity C along `axis`; x has rows and s new positions there, and the
+    other sizes of state. rows[b] is the slot of row b, start[b] where it goes on. In a ring, positions count modulo C.
+
+    Two rows of one call never write into one slot. Without a ring start[b] + s <= C, in a ring s <= C. The reference
+    refuses anything else; a backend refuses what lies outside the state.
     """
 
 def argmax(x: TensorLike, /, *, axis: int, keep: bool = False, name: str | None = None) -> Tensor:
@@ -416,15 +437,15 @@ def greater_equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -
 def index_add(
     target: TensorLike,
     indices: TensorLike,
-    updates: TensorLike,
+    added: TensorLike,
     /,
     *,
     axis: int = 0,
     name: str | None = None,
 ) -> Tensor:
-    """y = target, then y[..., indices[i...], ...] += updates[..., i..., ...] for every i
+    """y = target, then y[..., indices[i...], ...] += added[..., i..., ...] for every i
 
-    The transpose of `gather`. Where indices repeat, all of their updates are added, of 16-bit floats in f32.
+    The transpose of `gather`. Where indices repeat, all that goes there is added, of 16-bit floats in f32.
     """
 
 def iota(*, size: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
@@ -680,16 +701,16 @@ def rsqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def scatter_add(
     target: TensorLike,
     indices: TensorLike,
-    updates: TensorLike,
+    added: TensorLike,
     /,
     *,
     axis: int = -1,
     name: str | None = None,
 ) -> Tensor:
-    """y = target, then y[..., indices[..., i, ...], ...] += updates[..., i, ...] for every i
+    """y = target, then y[..., indices[..., i, ...], ...] += added[..., i, ...] for every i
 
-    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and updates have one shape: the rank of
-    target, and its sizes beside the axis. Where indices repeat, all of their updates are added, of 16-bit floats in
+    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of
+    target, and its sizes beside the axis. Where indices repeat, all that goes there is added, of 16-bit floats in
     f32.
     """
 

@@ -42,6 +42,18 @@ class OpMethods:
         eps: float = 1e-06,
         name: str | None = None,
     ) -> tuple[Expr, Expr]: ...
+    def append(
+        self,
+        state: ExprLike,
+        x: ExprLike,
+        rows: ExprLike,
+        start: ExprLike,
+        /,
+        *,
+        axis: int,
+        ring: bool = False,
+        name: str | None = None,
+    ) -> Expr: ...
     def argmax(self, x: ExprLike, /, *, axis: int, keep: bool = False, name: str | None = None) -> Expr: ...
     def attention(
         self,
@@ -162,7 +174,7 @@ class OpMethods:
         self,
         target: ExprLike,
         indices: ExprLike,
-        updates: ExprLike,
+        added: ExprLike,
         /,
         *,
         axis: int = 0,
@@ -303,7 +315,7 @@ class OpMethods:
         self,
         target: ExprLike,
         indices: ExprLike,
-        updates: ExprLike,
+        added: ExprLike,
         /,
         *,
         axis: int = -1,

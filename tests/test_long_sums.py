@@ -174,8 +174,11 @@ def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
                     None if t is None else start(t, 1.0 if n == name or n not in group else 0.0)
                     for n, t in zip(names, types, strict=True)
                 ]
-                with np.errstate(all="ignore"):
-                    made = op.reference(*operands)
+                try:
+                    with np.errstate(all="ignore"):
+                        made = op.reference(*operands)
+                except GraphError:  # it refuses to write at one place twice, and adds nothing up there
+                    continue
                 if any(np.any(np.asarray(y) > 1) for y in (made if isinstance(made, tuple) else (made,))):
                     return True
     return False

@@ -170,8 +170,9 @@ def test_what_is_a_view(name: str) -> None:
 
 
 NOT_SEEN = {
-    "index_add": "what is added to the target comes from the updates, though its rows are indexed",
+    "index_add": "an element of the target is read for its own place, though its rows are indexed",
     "scatter_add": "likewise",
+    "append": "likewise; it says so by `updates`",
     "positions": "it reads no element",
     "concat": "of one part it is that part",
     "rms_norm": "a row by itself has the shape of the weight",

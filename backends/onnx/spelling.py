@@ -427,7 +427,7 @@ def _index_add(line: OnnxLine) -> Tensor:
     rank, picked = line.type("target").rank, line.type("indices").rank
     axis = place(line.op.axis, rank)
     others = [at for at in range(rank) if at != axis]
-    target, updates = line.target, line.updates
+    target, updates = line.target, line.added
     if axis:
         target = line.add("Transpose", target, perm=[axis, *others])
         before, after = range(axis), range(axis + picked, rank - 1 + picked)
@@ -448,11 +448,31 @@ def _moved_back(line: OnnxLine, made: Tensor, axis: int, rank: int) -> Tensor:
     return _tensor(line.add("Transpose", made, perm=order)) if axis else made
 
 
+@_spells("append")
+def _append(line: OnnxLine) -> Tensor:
+    """Of a value that is no state: a copy, in which other elements stand at pairs of a slot and a position."""
+    w, rank = line.w, line.type("state").rank
+    axis = place(line.op.axis, rank)
+    order = [0, axis, *(at for at in range(1, rank) if at != axis)]
+    count, capacity = line.type("x").shape[axis], line.type("state").shape[axis]
+    places = w.add("Add", w.add("Unsqueeze", line.start, w.integers(1)), w.counted(count))
+    if line.op.ring:
+        places = w.add("Mod", places, w.vector([capacity]))
+    slots = w.add("Expand", w.add("Unsqueeze", line.rows, w.integers(1)), w.vector([line.type("x").shape[0], count]))
+    pairs = w.add("Concat", *(w.add("Unsqueeze", each, w.integers(-1)) for each in (slots, places)), axis=-1)
+    state, x = line.state, line.x
+    if axis != 1:
+        state, x = (line.add("Transpose", each, perm=order) for each in (state, x))
+    made = line.add("ScatterND", state, pairs, x)
+    back = [order.index(at) for at in range(rank)]
+    return _tensor(line.add("Transpose", made, perm=back)) if axis != 1 else _tensor(made)
+
+
 @_spells("scatter_add")
 def _scatter_add(line: OnnxLine) -> Tensor:
     _refuse_before_16(line)
     return _tensor(
-        line.add("ScatterElements", line.target, line.indices, line.updates, axis=line.op.axis, reduction="add")
+        line.add("ScatterElements", line.target, line.indices, line.added, axis=line.op.axis, reduction="add")
     )
 
 

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from treadle.backends.made_weights import Recipe
-from treadle.backends.outside_axis import OutsideAxis
+from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.python.emission import Program
 from treadle.backends.refusals import refuse_misfit, refuse_missing
@@ -101,7 +101,7 @@ class PythonExecutable:
                 line = trace.tb_lineno
             trace = trace.tb_next
         node = self._program.nodes.get(line)
-        if isinstance(error, OutsideAxis):
+        if isinstance(error, (OutsideAxis, NoRoom)):
             return error.located(node, self.name)
         text = error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"
         return BackendError(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle.backends.outside_axis import OutsideAxis
+from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.torch.cached_terms import CachedTerms
 from treadle.ir.attention.attention_terms import Padding, T5Relative, Term, parse_term
 from treadle.ir.attention.cached_positions import live_positions
@@ -106,6 +106,24 @@ def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Te
     rows = updates.reshape((*target.shape[:axis], indices.numel(), *target.shape[axis + 1 :]))
     within = _within(indices, target.shape[axis]).reshape(-1)
     return _wide(target).index_add(axis, within, _wide(rows)).to(target.dtype)
+
+
+def append(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool) -> Tensor:
+    """A copy of a state, with x written into it."""
+    return append_(state.clone(), x, rows, start, axis, ring=ring)
+
+
+def append_(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool) -> Tensor:
+    """Write x into a state, from where each row goes on. Raises OutsideAxis or NoRoom, and then writes nothing."""
+    capacity, count = state.shape[axis], x.shape[axis]
+    slots = _within(rows, state.shape[0])
+    lost = (start < 0) if ring else (start < 0) | (start + count > capacity)
+    if bool(lost.any()):
+        row = int(lost.nonzero()[0])
+        raise NoRoom(row, int(start[row]), capacity)
+    places = start[:, None] + torch.arange(count, device=start.device)
+    state.movedim(axis, 1)[slots[:, None], places % capacity if ring else places] = x.movedim(axis, 1)
+    return state
 
 
 def _wide(x: Tensor) -> Tensor:

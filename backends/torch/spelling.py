@@ -241,8 +241,14 @@ def _gather(line: Line) -> str:
 
 @_spells("index_add")
 def _index_add(line: Line) -> str:
-    operands = f"{line.array('target')}, {_index(line, 'indices', 'i32')}, {line.array('updates')}"
+    operands = f"{line.array('target')}, {_index(line, 'indices', 'i32')}, {line.array('added')}"
     return f"kernels.index_add({operands}, {line.op.axis})"
+
+
+@_spells("append")
+def _append(line: Line) -> str:
+    operands = f"{line.array('state')}, {line.array('x')}, {line.array('rows')}, {line.array('start')}"
+    return f"kernels.append({operands}, {place(line.op.axis, line.type('state').rank)}, ring={line.op.ring})"
 
 
 @_spells("take_along_axis")
@@ -253,7 +259,7 @@ def _take_along_axis(line: Line) -> str:
 @_spells("scatter_add")
 def _scatter_add(line: Line) -> str:
     indices = _index(line, "indices")
-    return f"kernels.scatter_add({line.array('target')}, {indices}, {line.array('updates')}, {line.op.axis})"
+    return f"kernels.scatter_add({line.array('target')}, {indices}, {line.array('added')}, {line.op.axis})"
 
 
 def _index(line: Line, name: str, also: str = "i64") -> str:

@@ -16,7 +16,7 @@ from typing import Any, assert_never
 import numpy as np
 
 from treadle.backends.bfloat16 import bf16_given, bf16_taken
-from treadle.backends.outside_axis import OutsideAxis
+from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
 from treadle.backends.tvm.arena import ALIGNMENT
@@ -173,12 +173,13 @@ class KernelExecutable:
 
 
 def _outside(plan: Plan) -> BackendError:
-    """The error that the first kernel tells which met an index outside its axis; the words are cleared."""
+    """The error that the first kernel tells which met something outside; the words are cleared."""
     first = int(np.flatnonzero(plan.status[:, 0])[0])
-    _, index, size, _ = plan.status[first].tolist()
+    what, index, size, row = plan.status[first].tolist()
     plan.status[:] = 0
-    node = plan.tellers[first].node
-    return OutsideAxis(index, size).located(node, plan.tellers[first].kernel.title)
+    teller = plan.tellers[first]
+    error = OutsideAxis(index, size) if what == 1 else NoRoom(row, index, size)
+    return error.located(teller.node, teller.kernel.title)
 
 
 def run_table(runner: Entry, table: Array, result: Array) -> int:

@@ -79,16 +79,16 @@ class Gather(Primitive):
     ]
 
 
-@op("index_add", dtypes="n, i, n -> n", linear="target updates")
+@op("index_add", dtypes="n, i, n -> n", linear="target added")
 class IndexAdd(Primitive):
-    """y = target, then y[..., indices[i...], ...] += updates[..., i..., ...] for every i
+    """y = target, then y[..., indices[i...], ...] += added[..., i..., ...] for every i
 
-    The transpose of `gather`. Where indices repeat, all of their updates are added, of 16-bit floats in f32.
+    The transpose of `gather`. Where indices repeat, all that goes there is added, of 16-bit floats in f32.
     """
 
     target = Operand()
     indices = Operand()
-    updates = Operand()
+    added = Operand()
     axis: int = 0
     accumulates = f32
 
@@ -97,10 +97,10 @@ class IndexAdd(Primitive):
         target = f"{before} @{v} {after}"
         return f"{target}, {picked}, {before} {picked} {after} -> {target}"
 
-    def reference(self, target: Any, indices: Any, updates: Any) -> Any:
+    def reference(self, target: Any, indices: Any, added: Any) -> Any:
         y = np.array(wide_array(target))
         axis = place(self.axis, y.ndim)
-        rows = np.moveaxis(updates, range(axis, axis + indices.ndim), range(indices.ndim))
+        rows = np.moveaxis(added, range(axis, axis + indices.ndim), range(indices.ndim))
         np.add.at(np.moveaxis(y, axis, 0), inside("index_add", indices, y.shape[axis]), rows)
         return y.astype(target.dtype)
 
@@ -117,7 +117,7 @@ class IndexAdd(Primitive):
     ]
     errors = [
         (S("f32[4,3]", "i64[2]", "f32[2,2]"), "sizes disagree"),
-        (S("f32[4,3]", "i64[2]", "f32[3]"), "updates must have rank 2"),
+        (S("f32[4,3]", "i64[2]", "f32[3]"), "added must have rank 2"),
     ]
 
 
@@ -181,18 +181,18 @@ class TakeAlongAxis(Primitive):
     ]
 
 
-@op("scatter_add", dtypes="n, i, n -> n", linear="target updates")
+@op("scatter_add", dtypes="n, i, n -> n", linear="target added")
 class ScatterAdd(Primitive):
-    """y = target, then y[..., indices[..., i, ...], ...] += updates[..., i, ...] for every i
+    """y = target, then y[..., indices[..., i, ...], ...] += added[..., i, ...] for every i
 
-    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and updates have one shape: the rank of
-    target, and its sizes beside the axis. Where indices repeat, all of their updates are added, of 16-bit floats in
+    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of
+    target, and its sizes beside the axis. Where indices repeat, all that goes there is added, of 16-bit floats in
     f32.
     """
 
     target = Operand()
     indices = Operand()
-    updates = Operand()
+    added = Operand()
     axis: int = -1
     accumulates = f32
 
@@ -200,9 +200,9 @@ class ScatterAdd(Primitive):
         target, picked = _element_names(self.axis, ranks[0] or 0)
         return f"{target}, {picked}, {picked} -> {target}"
 
-    def reference(self, target: Any, indices: Any, updates: Any) -> Any:
+    def reference(self, target: Any, indices: Any, added: Any) -> Any:
         y = np.array(wide_array(target))
-        np.add.at(y, _elements(inside("scatter_add", indices, y.shape[self.axis]), self.axis), updates)
+        np.add.at(y, _elements(inside("scatter_add", indices, y.shape[self.axis]), self.axis), added)
         return y.astype(target.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:

@@ -83,7 +83,7 @@ class Take(Kernel):
     def _row(self, k: Emitter, x: Any, y: Any, at: list[Expr], index: Expr, d: Expr) -> None:
         """Row `index` of x as row `at` of y."""
         if not self.width:
-            _along(k, d, k.isa.lanes(self.bytes), lambda c, n: k.store(y, [*at, c], k.load(x, [at[0], index, c], n), n))
+            along(k, d, k.isa.lanes(self.bytes), lambda c, n: k.store(y, [*at, c], k.load(x, [at[0], index, c], n), n))
             return
         if not self.transposed:
             panel, column = k.floor_divide(index, self.width), k.floor_mod(index, self.width)
@@ -150,7 +150,7 @@ class ScatterAdd(Kernel):
                     index = k.let(k.index(k.load(indices, [outer, place, 0])), "index")
                     lanes = k.isa.lanes(max(4, dtype.bytes))
                     body = lambda c, n: add(index, first + c, n)  # noqa: E731
-                    _checked(k, status, index, v, lambda: _along(k, count, lanes, body))
+                    _checked(k, status, index, v, lambda: along(k, count, lanes, body))
                 else:
                     with k.loop(count, "c") as c:
                         index = k.let(k.index(k.load(indices, [outer, place, first + c])), "index")
@@ -167,7 +167,7 @@ def _checked(k: Emitter, status: Any, index: Expr, size: Expr, inside: Callable[
         k.store(status, [0], k.index(1))
 
 
-def _along(k: Emitter, count: Expr, lanes: int, body: Callable[[Expr, int], None]) -> None:
+def along(k: Emitter, count: Expr, lanes: int, body: Callable[[Expr, int], None]) -> None:
     """`body(c, n)` for n elements from c on: as many vectors as there are, then one by one."""
     vectors = k.let(k.floor_divide(count, lanes), "vectors")
     with k.loop(vectors, "v") as v:

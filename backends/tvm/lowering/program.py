@@ -135,7 +135,8 @@ class View:
 
 
 STATUS = Buffer("status", i64, Size.of(4), BufferKind.STATUS)
-"""Where a kernel that is given indices tells of one that lies outside: 1, the index, the size of its axis, 0.
+"""Where a kernel that is given indices tells of one that lies outside: 1, the index, the size of its axis, the row. One
+that is given places to go on from tells of a row that has no room: 2, its start, the capacity, the row.
 
 Each call of a kernel in a plan has words of its own, so that the node is known; see `treadle.backends.tvm.planning`.
 """

@@ -169,6 +169,20 @@ class RoutineWriter:
             view = to
         self.views[value] = view
 
+    def updated(self, node: Node, index: int) -> View:
+        """Where to write an update: the state itself; of a value that is no state, a copy in row-major order."""
+        value, before = node.results[index], node.operands[node.op.updates[index]]
+        assert before is not None
+        if value.state is not None:
+            self.views[value] = self.view(before)
+            return self.views[value]
+        to = self.destination(value)
+        if not to.is_contiguous:  # so that a rearrange after it is a view
+            buffer = Buffer(self._new_name(value.name), value.type.dtype, value.type.elements, BufferKind.LOCAL)
+            to = self.views[value] = View.contiguous(buffer, value.type.shape)
+        self.copy(self.view(before), to, node)
+        return to
+
     def step(
         self,
         kernel: Kernel,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
 from treadle.backends.tvm.lowering import (
     attention_rules,
+    cache_rules,
     indexing_rules,
     normalization_rules,
     product_rules,
@@ -26,6 +27,7 @@ _MODULES = (
     normalization_rules,
     reduction_rules,
     indexing_rules,
+    cache_rules,
 )
 
 

@@ -1,0 +1,80 @@
+"""Writing into slots, each row at positions of its own.
+
+    y[rows[b], p, start[b] + i, d] = x[b, p, i, d]           `Append`
+
+A row whose slot or positions lie outside writes nothing; the kernel says so in its status words
+(`lowering.program.STATUS`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.gathering import MOVED, along
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.types import i64
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+
+@dataclass(frozen=True)
+class Append(Kernel):
+    """y[rows[b], p, start[b] + i, d] = x[b, p, i, d], in a ring at start[b] + i modulo its capacity
+
+    bytes  of an element
+    rows   whether elements of x and y lie side by side along d
+    ring   whether positions count modulo the capacity
+
+    Passed: x, rows, start, y, the status words; the sizes b, p, s and d of x, then the slots and the capacity of y;
+    then strides: x's of b, p, s and d, those of rows and start, y's of slots, p, positions and d. With rows none of d.
+    """
+
+    bytes: int
+    rows: bool
+    ring: bool
+
+    @property
+    def title(self) -> str:
+        return "append" + ("_rows" if self.rows else "") + ("_ring" if self.ring else "")
+
+    def emit(self, k: Emitter) -> None:
+        dtype = MOVED[self.bytes]
+        given, rows, start = k.pointer("x", dtype), k.pointer("rows", i64), k.pointer("start", i64)
+        written, told = k.pointer("y", dtype), k.pointer("status", i64)
+        b, p, s, d, slots, capacity = (k.size(name) for name in ("b", "p", "s", "d", "slots", "capacity"))
+        last: list[Expr] = [1] if self.rows else []
+        outer_axes = ("b", "p", "s") if self.rows else ("b", "p", "s", "d")
+        x_strides = [k.size(f"x_{a}") for a in outer_axes] + last
+        row_stride, start_stride = k.size("rows_b"), k.size("start_b")
+        y_strides = [k.size(f"y_{a}") for a in outer_axes] + last
+        x = k.view(given, [b, p, s, d], x_strides)
+        row_of, start_of = k.view(rows, [b], [row_stride]), k.view(start, [b], [start_stride])
+        y, status = k.view(written, [slots, p, capacity, d], y_strides), k.view(told, [4])
+        with k.parallel(b * p * s, "task") as task:
+            place, i = k.let(k.floor_divide(task, s), "place"), k.let(k.floor_mod(task, s), "i")
+            row, outer = k.let(k.floor_divide(place, p), "row"), k.let(k.floor_mod(place, p), "outer")
+            slot = k.let(k.index(k.load(row_of, [row])), "slot")
+            first = k.let(k.index(k.load(start_of, [row])), "first")
+            at = k.let(k.floor_mod(first + i, capacity) if self.ring else first + i, "at")
+            room = capacity - s
+            has_slot = k.both(slot >= k.index(0), slot < slots)
+            has_room = first >= k.index(0) if self.ring else k.both(first >= k.index(0), first <= room)
+            with k.when(k.both(has_slot, has_room)):
+                if self.rows:
+                    move = lambda c, n: k.store(y, [slot, outer, at, c], k.load(x, [row, outer, i, c], n), n)  # noqa: E731
+                    along(k, d, k.isa.lanes(self.bytes), move)
+                else:
+                    with k.loop(d, "d") as c:
+                        k.store(y, [slot, outer, at, c], k.load(x, [row, outer, i, c]))
+            with k.when(first < k.index(0) if self.ring else k.any_of(first < k.index(0), first > room)):
+                _tell(k, status, 2, first, capacity, row)
+            with k.when(k.any_of(slot < k.index(0), slot >= slots)):
+                _tell(k, status, 1, slot, slots, row)
+
+
+def _tell(k: Emitter, status: Any, what: int, index: Expr, size: Expr, row: Expr) -> None:
+    """The status words last, by which the others count."""
+    for word, value in (1, index), (2, size), (3, row), (0, k.index(what)):
+        k.store(status, [word], value)

@@ -1,0 +1,48 @@
+"""Lowering rules of caches: what updates a state writes into it where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from treadle.backends.tvm.kernels.appending import Append
+from treadle.backends.tvm.lowering.program import STATUS, View
+from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
+from treadle.ir.graph import Node
+from treadle.ir.ops.axis_names import place
+from treadle.ir.sizing.sizes import ONE
+
+_TOLD = View.contiguous(STATUS, (STATUS.elements,))
+
+
+def _append(w: RoutineWriter, node: Node) -> None:
+    state, x, rows, start = node.inputs
+    axis = place(node.op.attributes["axis"], state.type.rank)
+    given, slots, first = _quarters_of(w, w.view(x), axis), w.view(rows), w.view(start)
+    to = w.updated(node, 0)
+    into = _quarters(to, axis)
+    assert into is not None, "states and new memory are contiguous"
+    is_row = all(view.strides[-1] == ONE or view.shape[-1] == ONE for view in (given, into))
+    kept = slice(3) if is_row else slice(4)
+    strides = [*given.strides[kept], slots.strides[0], first.strides[0], *into.strides[kept]]
+    kernel = Append(to.dtype.bytes, is_row, node.op.attributes["ring"])
+    sizes = [*given.shape, into.shape[0], into.shape[2], *strides]
+    w.step(kernel, [given, slots, first, into, _TOLD], sizes, node, writes=2)
+
+
+def _quarters(view: View, axis: int) -> View | None:
+    """The first dimension, those up to `axis`, that one, and the rest, as one each; None where no stride says it."""
+    after = view.merged(axis + 1, view.rank - axis - 1)
+    return after.merged(1, axis - 1) if after is not None else None
+
+
+def _quarters_of(w: RoutineWriter, view: View, axis: int) -> View:
+    """The same, of a copy if need be."""
+    found = _quarters(view, axis)
+    if found is None:
+        found = _quarters(w.copied(view), axis)
+    assert found is not None
+    return found
+
+
+RULES: Mapping[str, Rule] = {"append": _append}
+KEEPS: Mapping[str, Keeps] = {}
