@@ -95,6 +95,13 @@ def evaluated(value: Any, values: Mapping[str, int]) -> Any:
     return tuple(evaluated(v, values) for v in value) if isinstance(value, tuple) else value
 
 
+def substituted(value: Any, values: Mapping[str, SizeLike]) -> Any:
+    """The value with sizes put in the place of symbols in its sizes."""
+    if isinstance(value, Size):
+        return value.substitute(values)
+    return tuple(substituted(v, values) for v in value) if isinstance(value, tuple) else value
+
+
 _WORDS = {
     "int": "an integer",
     "float": "a number",

@@ -27,19 +27,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from treadle.ir.attribute_values import as_tuple, coerced, evaluated, has_size, in_words
+from treadle.ir.attribute_values import as_tuple, coerced, evaluated, has_size, in_words, substituted
 from treadle.ir.axes import Application, AxisDim, Role, Rule
 from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.dtype_rules import infer_dtypes
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.samples import Sample
-from treadle.ir.sizing.sizes import Size
+from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.types import DType, Type, f64
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
     from treadle.ir.graph import Value
     from treadle.ir.layouts import Layout
+    from treadle.ir.stepping import Held, Kept, Stepping
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
 """One entry an operand or result: an Expr, or None where it is absent or has no gradient."""
@@ -75,6 +76,8 @@ class Op:
     """How an axis that it scans or generates goes on in a generation step ("carries the running sum"); None: not."""
     pairs: ClassVar[tuple[str, str] | None] = None
     """For self-attention: the factors of queries and keys, which one axis may be at once."""
+    reads_slots: ClassVar[frozenset[str]] = frozenset()
+    """The operands that it reads from a state at a step, by the slots of its rows, without a copy of them."""
     commutes: ClassVar[bool] = False
     """Whether its two operands may change places: f(x, y) = f(y, x)."""
     updates: Mapping[int, int] = MappingProxyType({})
@@ -157,6 +160,20 @@ class Op:
     def moved(self) -> frozenset[str]:
         """The operands of which it hands elements on, as they are: what it is linear in, if it does no arithmetic."""
         return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
+
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+        """What the op is in a generation step, built with `step.b`: an Expr, or a tuple of them, as `body` gives.
+
+        Asked of an op that scans or generates the tokens' axis, that reads positions of it other than its own, or that
+        takes an operand in the state in which the prologue left it. A result may have one more dimension than it had,
+        the rows of the step before all others, where it had none and now tells rows apart: positions.
+
+        operands   those of the step: of the tokens that are added, or `Kept`
+        held       for each the dimensions of it that are the tokens' axis
+
+        None: it has no step, as by default.
+        """
+        return None
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
         """Floating-point operations on operands of these types where each symbol has a value.
@@ -336,6 +353,11 @@ class Op:
     def at(self, values: Mapping[str, int]) -> Op:
         """The op with its symbolic sizes evaluated."""
         changed = {n: evaluated(v, values) for n, v in self.attributes.items() if has_size(v)}
+        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+    def substitute(self, values: Mapping[str, SizeLike]) -> Op:
+        """The op with sizes put in the place of symbols in its attributes."""
+        changed = {n: substituted(v, values) for n, v in self.attributes.items() if has_size(v)}
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def in_float64(self) -> Op:

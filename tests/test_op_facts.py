@@ -228,7 +228,8 @@ def test_what_reads_positions(name: str) -> None:
 def test_what_is_made_of_contractions() -> None:
     """What is, and what a body of primitives has one of."""
     holding = {name for name in TESTED if any(holds_contraction(c.op, _values(c)) for c in cases(name))}
-    fused = {"activated_linear", "gated_linear", "projections", "attention", "attention_with_probabilities", "conv"}
+    fused = {"activated_linear", "gated_linear", "projections", "conv"}
+    fused |= {"attention", "attention_with_probabilities", "cached_attention"}
     assert holding == {"matmul", "linear", "einsum", *fused}
 
 
@@ -247,8 +248,8 @@ def test_a_call_has_no_facts() -> None:
 
 SPELLERS = (
     *("backends/numpy/spelling.py", "backends/torch/spelling.py", "backends/onnx", "backends/tvm/kernels"),
-    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "indexing", "normalization", "product")),
-    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("reduction", "shape")),
+    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "indexing")),
+    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("normalization", "product", "reduction", "shape")),
     *("ir/builder.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
     "passes/memory/instances.py",  # columns of files

@@ -29,7 +29,9 @@ from treadle.ir.op_registry import op
 from treadle.ir.operation import Demand, Grads, Operand
 from treadle.ir.ops.along_axes import not_empty
 from treadle.ir.ops.attending import Attending, grouped, heads_merged, masked, masked_softmax, weighted
+from treadle.ir.ops.attention_steps import stepped_attention
 from treadle.ir.samples import S
+from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.transforms.differentiate import backward, operand_gradients
 from treadle.ir.types import Type, f32, f64
 
@@ -172,6 +174,8 @@ class Attention(_OverSequence):
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     """
 
+    reads_slots = frozenset({"k", "v"})
+    step = "appends its keys and values to caches, and reads the slots of its rows"
     q = Operand()
     k = Operand()
     v = Operand()
@@ -183,6 +187,10 @@ class Attention(_OverSequence):
     def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
         """The body, with its softmax as one op."""
         return weighted(b, b.masked_softmax(self._scores_to_lower(b, q, k, given)), v)
+
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+        """Attention over the slots of a cache; see `treadle.ir.ops.attention_steps`."""
+        return stepped_attention(self, step, operands, held)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         return self._gradient(b, grads[0], None, inputs, outputs)

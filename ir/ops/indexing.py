@@ -25,6 +25,7 @@ from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.types import DType, Type, f32, i64
 
 
@@ -257,6 +258,10 @@ class Iota(Primitive):
     def reference(self) -> Any:
         return np.arange(self.size.evaluate({}), dtype=self.dtype.numpy)
 
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+        """Each row's own positions, [b, s]."""
+        return step.positions(self.size).cast(self.dtype)
+
     samples = [S(size=5), S(size=3, dtype="f32")]
     errors = [(S(size=3, dtype="bool"), "counts in numbers")]
 
@@ -278,6 +283,16 @@ class Positions(Primitive):
 
     def reference(self, x: Any) -> Any:
         return np.broadcast_to(np.arange(x.shape[-1]), x.shape)
+
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+        """Each row's own positions, [b, s], or [b, ..., s] where x has other dimensions."""
+        (x,) = operands
+        if not isinstance(x, Expr):
+            return None
+        found = step.positions(x.shape[-1])
+        if x.rank < 2:
+            return found
+        return step.b.expand(step.beside(found, x, (0, x.rank - 1)), shape=x.shape)
 
     samples = [S("i64[2,5]"), S("f32[4]")]
     errors = [(S("f32[]"), "x must have rank 1 or more")]

@@ -17,6 +17,7 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import Size, product
+from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.types import DType, Type, f32, i64
 
 
@@ -221,6 +222,27 @@ class CumSum(Primitive):
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,) = grads
         return [b.cumsum(g, axis=self.axis, exclusive=self.exclusive, reverse=not self.reverse)]
+
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+        """The sum so far is the first term: sum over ([carried, x]), without its first element.
+
+        What follows a row's last real token counts as 0, and a row at position 0 begins anew.
+        """
+        (x,) = operands
+        if not isinstance(x, Expr) or self.reverse:
+            return None
+        b, axis, dtype = step.b, place(self.axis, x.rank), x.dtype
+        x = x.cast(self.sums_in(dtype))
+        size = x.shape[axis]
+        if size.constant != 1:
+            real = b.iota(size=size, dtype=i64) < b.rearrange(step.count(), pattern="b -> b 1")
+            x = b.where(step.beside(real, x, (0, axis)), x, b.constant(0, x.dtype))
+        begins = step.beside(b.equal(step.start, 0), x, (0,))
+        carried = b.where(begins, b.constant(0, x.dtype), step.carried("sum", x, axis))
+        sums = b.cumsum(b.concat(carried, x, axis=axis), axis=axis)
+        step.carry("sum", b.slice(sums, axis=axis, start=size, stop=size + 1), axis)
+        first = 0 if self.exclusive else 1
+        return b.slice(sums, axis=axis, start=first, stop=size + first).cast(dtype)
 
     samples = [
         S("f32[2,5]", axis=-1),

@@ -16,7 +16,8 @@ from treadle.ir.operation import Grads, Op, Operand, Primitive
 from treadle.ir.ops.arithmetic import unbroadcast
 from treadle.ir.ops.axis_names import axis_letters, sized, symbols_in
 from treadle.ir.samples import S
-from treadle.ir.sizing.sizes import Size, product
+from treadle.ir.sizing.sizes import Size, SizeLike, product
+from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.types import Type, f32
 from treadle.ir.wording.marked_text import marked, marked_name
 
@@ -86,6 +87,13 @@ class Rearrange(Primitive):
         if not any(size.symbols for size in rule.given.values()):
             return self
         sizes = {name: Size.of(size.evaluate(values)) for name, size in rule.given.items()}
+        return replace(self, pattern=f"{_side(rule.operands[0], sizes)} -> {_side(rule.results[0], {})}")
+
+    def substitute(self, values: Mapping[str, SizeLike]) -> Op:
+        rule = self.rule(())
+        sizes = {name: size.substitute(values) for name, size in rule.given.items()}
+        if all(sizes[name] == size for name, size in rule.given.items()):
+            return self
         return replace(self, pattern=f"{_side(rule.operands[0], sizes)} -> {_side(rule.results[0], {})}")
 
     def reference(self, x: Any) -> Any:
@@ -197,6 +205,11 @@ class Expand(Primitive):
         old = zip(x.dims, self.shape[new:], strict=True)
         shape = (*self.shape[:new], *[None if size == dim.size else size for dim, size in old])
         return super(Expand, replace(self, shape=shape)).apply(types)
+
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+        """The same: as many as there are tokens."""
+        (x,) = operands
+        return step.b.expand(x, shape=self.shape) if isinstance(x, Expr) else None
 
     def reference(self, x: Any) -> Any:
         new = len(self.shape) - x.ndim

@@ -1,0 +1,102 @@
+"""Attention at a generation step: it appends its keys and values to caches, and reads the slots of its rows there.
+
+    attention(q, k, v, terms=[causal])   -->   %k = append(%k, k, rows, start, axis=2)
+                                               %v = append(%v, v, rows, start, axis=2)
+                                               cached_attention(q, %k, %v, rows, start, terms=[causal])
+
+Where keys and values do not depend on the tokens (cross-attention), they lie in states already. What a term takes along
+the keys is cached as they are. Keys that a window hides from all later queries are written over: a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from treadle.ir.attention.attention_terms import Padding, Term, reach_of
+from treadle.ir.builder import Expr
+from treadle.ir.stepping import Held, Kept, Stepping
+from treadle.ir.types import i64
+
+if TYPE_CHECKING:
+    from treadle.ir.ops.attention import Attention
+
+KEYS = 2
+"""The dimension of k and v [b, g, t, d] along which keys stand."""
+
+
+def stepped_attention(op: Attention, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+    """What `Op.stepped` gives for attention. None where keys or values are neither kept nor along the tokens, or a term
+    takes an operand whose rows cannot be told apart, or that is about pairs of positions."""
+    q, k, v, *given = operands
+    if not isinstance(q, Expr):
+        return None
+    if isinstance(k, Kept) and isinstance(v, Kept):
+        return _across(op, step, q, k, v, given)
+    if isinstance(k, Expr) and isinstance(v, Expr) and held[1] == held[2] == {KEYS}:
+        return _along(op, step, q, k, v, given, held)
+    return None
+
+
+def _across(
+    op: Attention, step: Stepping, q: Expr, k: Kept, v: Kept, given: Sequence[Expr | Kept | None]
+) -> Expr | None:
+    """Over keys that the prologue left: those that are real are told by a padding term."""
+    terms, operands = list(op.terms), [x.read() if isinstance(x, Kept) else x for x in given]
+    length = k.length if k.length is not None else v.length
+    if length is None and not any(isinstance(term, Padding) for term in terms):
+        length = step.b.expand(step.b.constant(k.state.shape[KEYS], i64), shape=step.rows.shape)
+    if length is not None:
+        terms, operands = [*terms, Padding()], [*operands, length]
+    return _cached(op, step, q, k.state, v.state, step.zeros(), terms, operands)
+
+
+def _along(
+    op: Attention, step: Stepping, q: Expr, k: Expr, v: Expr, given: Sequence[Expr | Kept | None], held: Held
+) -> Expr | None:
+    """Over the tokens so far."""
+    low, _ = reach_of(op.terms)
+    taken = [operand for term in op.terms for operand in term.operands]
+    operands: list[Expr | None] = []
+    # A term's operand along the keys is read by the number of the slot's position, which a ring does not keep.
+    along_keys = any("t" in o.axes.split() for o in taken)
+    ring = f"C_{1 - low}" if low is not None and not along_keys else ""
+    for n, (operand, x) in enumerate(zip(taken, given, strict=True)):
+        axes = operand.axes.split()
+        if "t" in axes:
+            at = axes.index("t")
+            if not isinstance(x, Expr) or axes[0] != "b" or held[3 + n] != {at}:
+                return None
+            cache = step.append(operand.name, x, at)
+            operands.append(step.b.gather(cache, step.rows, axis=0))
+        else:
+            operands.append(x.read() if isinstance(x, Kept) else x)
+    keys, values = step.append("k", k, KEYS, ring=ring), step.append("v", v, KEYS, ring=ring)
+    return _cached(op, step, q, keys, values, step.first, op.terms, operands, ring=bool(ring))
+
+
+def _cached(
+    op: Attention,
+    step: Stepping,
+    q: Expr,
+    keys: Expr,
+    values: Expr,
+    first: Expr,
+    terms: Sequence[Term],
+    operands: Sequence[Any],
+    *,
+    ring: bool = False,
+) -> Expr:
+    found: Expr = step.b.cached_attention(
+        q,
+        keys,
+        values,
+        step.rows,
+        first,
+        *operands,
+        terms=tuple(terms),
+        scale=op.scale,
+        softcap=op.softcap,
+        ring=ring,
+    )
+    return found

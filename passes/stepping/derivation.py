@@ -1,0 +1,133 @@
+"""The step of generation, from a model that is declared over a whole sequence.
+
+    main(tokens[B, S]) -> logits[B, S, V]   -->   prefill(tokens[B, S], rows[B], start[B], last[B]) -> logits[B, 1, V]
+                                                  step(tokens[B, 1], rows[B], start[B]) -> logits[B, 1, V]
+                                                  verify(tokens[B, S], rows[B], start[B]) -> logits[B, S, V]
+
+Row n of a call lives in slot rows[n] of every state, and its first new token stands at start[n]. However a row's
+tokens are cut into calls, the logits are those of `main` over all of them. `prefill` takes a chunk whose rows may have
+fewer tokens than it is wide, last[n] + 1 of them, and gives the logits of the last one; `step` takes one token a row;
+`verify` gives the logits of all tokens of a chunk. What does not depend on the tokens is computed by `prologue`, once a
+row, before its first token.
+
+Refused, with the op and the user's line: what mixes tokens otherwise than by attention to those before (or any other op
+that says what it is at a step), such as a convolution over time, a mean over the sequence, attention to later tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from treadle.ir.analysis.following import follow
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Graph, Value
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.verifier import verify
+from treadle.passes.stepping.demands import Extent
+from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
+from treadle.passes.stepping.kept_values import States
+from treadle.passes.stepping.prologue import Prologue
+from treadle.passes.stepping.survey import Kind, Survey
+
+
+@dataclass(frozen=True)
+class DerivedStep:
+    """A graph of entries, and how they are called.
+
+    graph     the entries: `prologue` if there is one, `prefill`, `step`, `verify`
+    axis      the symbol along which tokens are added
+    tokens    the inputs that are given at every step, by name
+    prologue  the inputs that are given once a row, by name
+    context   the most positions that the model takes, or None
+    windows   by the symbol of its capacity, how many positions a ring must hold beside a chunk of tokens
+    memories  the symbols of what rows bring once and keep: how much of it a slot holds
+    carries   whether something is summed up over the tokens, so that a token cannot be taken back
+    """
+
+    graph: Graph
+    axis: str
+    tokens: tuple[str, ...]
+    prologue: tuple[str, ...]
+    context: int | None
+    windows: Mapping[str, int]
+    memories: tuple[str, ...]
+    carries: bool
+
+    @property
+    def has_prologue(self) -> bool:
+        """Whether rows begin with `prologue`."""
+        return "prologue" in self.graph.entry_names
+
+
+def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
+    """Derive the entries of generation from a graph whose only entry is `main`.
+
+    axis   the symbol along which tokens are added; by default the one that may be stepped
+
+    Raises PassError where the model has no step, with what stands against it.
+    """
+    if graph.bind is not None or graph.states:
+        raise PassError("a step is derived from a graph with one entry, and no states", received=repr(graph))
+    axis = axis or _stepped_axis(graph)
+    verdict = follow(graph, axis).step()
+    if not verdict:
+        raise PassError(f"{graph.name} has no step along {axis}: {verdict}")
+    survey = Survey(graph, axis, _rows(graph, axis))
+    made = Graph(graph.name)
+    made.symbols, made.initial = dict(graph.symbols), dict(graph.initial)
+    context = graph.symbols[axis].upper
+    for name, bounds in ((SLOTS, Bounds()), (CAPACITY, Bounds(1, context))):
+        if name in graph.symbols:
+            raise PassError(f"the model has a symbol {name}, which a step needs for itself", hint=f"rename {name}")
+        made.bound(name, bounds)
+    states = States(Size.symbol(SLOTS))
+    functions = StepFunctions(survey, made, states)
+    functions.entry("prefill", Extent.LAST)
+    functions.entry("step", Extent.ALL, single=True)
+    functions.entry("verify", Extent.ALL)
+    main = survey.main
+    kept = [v.name for v in graph.main.inputs if main.kind(v) is Kind.KEPT]
+    if kept:
+        Prologue(survey, made, states).build(made.add_entry("prologue"))
+    verify(made)
+    capacities = [s for s in sorted(made.symbols) if s.startswith(f"{CAPACITY}_") and s not in graph.symbols]
+    windows = {s: int(s[2:]) - 1 for s in capacities if s[2:].isdigit()}
+    memories = tuple(s for s in capacities if s not in windows)
+    tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
+    return DerivedStep(made, axis, tokens, tuple(kept), context, windows, memories, functions.carries)
+
+
+def _stepped_axis(graph: Graph) -> str:
+    """The one symbol of the inputs along which the model may be stepped, and an output is."""
+    symbols = dict.fromkeys(s for v in graph.main.inputs for s in sorted(v.type.symbols))
+    found, mapped, against = [], [], []
+    for symbol in symbols:
+        following = follow(graph, symbol)
+        verdict = following.step()
+        if verdict and following.outputs and following.encounters:
+            found.append(symbol)
+        elif verdict and following.outputs and all(p.dim > 0 for p in following.places if p.value.kind == "input"):
+            mapped.append(symbol)
+        elif not verdict:
+            against.append(str(verdict))
+    found = found or mapped
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PassError(f"{graph.name} may be stepped along several axes", hint="name one of " + ", ".join(found))
+    raise PassError("\n".join([f"{graph.name} has no axis that may be stepped", *against]))
+
+
+def _rows(graph: Graph, axis: str) -> str:
+    """The symbol of the batch: the first dimension of what is along the tokens."""
+    tokens: list[Value] = [v for v in graph.main.inputs if axis in v.type.symbols]
+    rows = {v.type.shape[0].as_symbol for v in tokens}
+    if len(rows) != 1 or None in rows or axis in rows:
+        raise PassError(
+            f"{graph.name} has no step: its tokens have no first dimension that is the rows of a batch",
+            received=", ".join(f"{v.name}: {v.type}" for v in tokens),
+            hint='tokens: i64["B S"]',
+        )
+    return str(next(iter(rows)))

@@ -1,0 +1,108 @@
+"""The states of a step: their names, and those in which the prologue leaves what does not depend on the tokens.
+
+Every entry of a derived graph reads the same states, so their names and types are settled here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Value
+from treadle.ir.sizing.sizes import ONE, Size
+from treadle.ir.types import Dim, Type
+from treadle.passes.stepping.survey import Context
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """The state of one value [b, ...]: a slot a row.
+
+    name      within its function
+    type      [R, ...]; [R, 1] for a value [b]
+    axis      the dimension along which the prologue appends to it
+    memory    the size of that dimension of the value, where it is known at the call only; else None
+    """
+
+    name: str
+    type: Type
+    axis: int
+    memory: Size | None
+
+
+class States:
+    """Settles names and types of the states of a step.
+
+    slots   how many slots each has
+    """
+
+    def __init__(self, slots: Size) -> None:
+        self.slots = slots
+        self.kept: dict[int, dict[Value, KeptState]] = {}
+        """By the context's id: the values that the prologue keeps for it."""
+        self.memories: dict[str, Size] = {}
+        """By name: the sizes that the prologue keeps for each row."""
+        self._names: dict[int, dict[Hashable, str]] = {}
+
+    def name(self, context: Context, key: Hashable, base: str) -> str:
+        """The name of a state within a function: base, numbered where another has it."""
+        names = self._names.setdefault(id(context), {})
+        if key not in names:
+            names[key] = free_name(base, set(names.values()))
+        return names[key]
+
+    def keep(self, context: Context, value: Value) -> KeptState:
+        """The state for a value that a step reads. Raises PassError where its rows or sizes leave no slot for it."""
+        known = self.kept.setdefault(id(context), {})
+        if value not in known:
+            known[value] = self._kept(context, value)
+        return known[value]
+
+    def _kept(self, context: Context, value: Value) -> KeptState:
+        where = f"{value.name}: {value.type}"
+        if context.row_dim(value) != 0:
+            raise PassError(
+                "no step can be derived: what it would keep has no rows as its first dimension",
+                received=where,
+                source=_line(value),
+            )
+        sizes = value.type.shape[1:]
+        open_dims = [n for n, size in enumerate(sizes, 1) if size.constant is None]
+        if len(open_dims) > 1:
+            raise PassError(
+                "no step can be derived: what it would keep has two dimensions that are known at a call only",
+                received=where,
+                source=_line(value),
+            )
+        scope = value.node.scope if value.node is not None else ""
+        name = self.name(context, value, f"{scope}.{value.name}" if scope else value.name)
+        axis = open_dims[0] if open_dims else 1
+        dims = [Dim.of(self.slots), *(value.type.dims[1:] or [Dim.of(ONE)])]
+        memory = None
+        if open_dims:
+            memory = value.type.shape[axis]
+            dims[axis] = Dim.of(Size.symbol(f"C_{self.memory_name(memory)}"))
+        return KeptState(name, Type(value.type.dtype, tuple(dims)), axis, memory)
+
+    def memory_name(self, size: Size) -> str:
+        """The name of a size that the prologue keeps: its symbol, or a number of its own where it is computed."""
+        for name, known in self.memories.items():
+            if known == size:
+                return name
+        name = free_name(size.as_symbol or "memory", self.memories)
+        self.memories[name] = size
+        return name
+
+
+def free_name(base: str, taken: Mapping[str, object] | set[str]) -> str:
+    """A name that is not taken, numbered where it would be."""
+    name, count = base, 1
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    return name
+
+
+def _line(value: Value) -> str | None:
+    return str(value.node.source or "") or None if value.node is not None else None

@@ -1,0 +1,104 @@
+"""Values that gain a dimension at a step, the rows of the batch: positions, and what is made of them.
+
+Over a whole sequence all rows count from 0, and positions are [s]; at a step each row has its own start, and they are
+[b, s].
+What is made of them is laid out so that it meets values whose rows are in a dimension of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from treadle.ir.axes import LeadingDims
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Node
+from treadle.ir.operation import Op
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.indexing import Embedding, Gather
+from treadle.ir.ops.parts import Concat, Slice
+from treadle.ir.ops.shapes import Rearrange
+from treadle.passes.stepping.errors import refusal
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A value of a step; `by_row`: it has the rows as a first dimension that the model's has not."""
+
+    expr: Expr
+    by_row: bool = False
+
+
+def apply_by_row(
+    b: Builder, node: Node, op: Op, operands: Sequence[Stepped | None], row_dim: int | None
+) -> list[Stepped]:
+    """Apply an op some of whose operands have the rows as one more dimension.
+
+    row_dim   the dimension of the model's result that is the rows; None where it has no rows, and gains them
+
+    Raises PassError where the op has no such form.
+    """
+    if isinstance(op, Rearrange):
+        (x,) = operands
+        assert x is not None
+        left, _, right = op.pattern.partition("->")
+        row = _free_letter(op.pattern)
+        return [Stepped(b.rearrange(x.expr, pattern=f"{row} {left}-> {row} {right}"), True)]
+    if isinstance(op, Gather | Embedding):
+        x, indices = operands
+        axis = op.axis if isinstance(op, Gather) else 0
+        assert x is not None
+        assert indices is not None
+        if not x.by_row and axis == 0:
+            return [Stepped(found.expr, True) for found in _emitted(b, op, operands)]
+    if isinstance(op, Concat | Slice):
+        axis = place(op.axis, node.results[0].type.rank) + 1
+        return [Stepped(x.expr, True) for x in _emitted(b, replace(op, axis=axis), _all_by_row(b, operands))]
+    ranks = [None if v is None else v.type.rank for v in node.operands]
+    rule = op.rule(ranks)
+    by_row = [pattern for pattern, x in zip(rule.operands, operands, strict=True) if x is not None and x.by_row]
+    if len(node.results) != 1 or any(pattern[:1] != (LeadingDims(),) for pattern in (*by_row, *rule.results)):
+        raise refusal(node, "reads where tokens stand, and has no form in which each row counts for itself")
+    laid: list[Stepped | None] = []
+    leading = node.results[0].type.rank - len(rule.results[0]) + 1  # dimensions that `...` stands for
+    for value, operand, pattern in zip(node.operands, operands, rule.operands, strict=True):
+        if operand is None or not operand.by_row:
+            laid.append(operand)
+            continue
+        assert value is not None
+        at = 0 if row_dim is None else row_dim
+        between = leading - (row_dim is not None) - at - (value.type.rank - len(pattern) + 1)
+        if between < 0:
+            raise refusal(node, "meets where tokens stand in dimensions before those of its rows")
+        laid.append(Stepped(_spread(b, operand.expr, at, between)))
+    return [Stepped(found.expr, row_dim is None) for found in _emitted(b, op, laid)]
+
+
+def _all_by_row(b: Builder, operands: Sequence[Stepped | None]) -> list[Stepped | None]:
+    """The operands, those that are the same in all rows repeated for each."""
+    rows = next(x.expr.shape[0] for x in operands if x is not None and x.by_row)
+    return [
+        x if x is None or x.by_row else Stepped(b.expand(x.expr, shape=(rows, *x.expr.shape)), True) for x in operands
+    ]
+
+
+def _spread(b: Builder, x: Expr, before: int, between: int) -> Expr:
+    """x [b, ...] with dimensions of size 1 before its rows and after them."""
+    if not before and not between:
+        return x
+    names = [f"x{n}" for n in range(x.rank)]
+    right = [*["1"] * before, names[0], *["1"] * between, *names[1:]]
+    found: Expr = b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(right)}")
+    return found
+
+
+def _emitted(b: Builder, op: Op, operands: Sequence[Stepped | None]) -> list[Stepped]:
+    node = b.emit(op, [None if x is None else x.expr.value for x in operands])
+    return [Stepped(b.expr(v)) for v in node.results]
+
+
+def _free_letter(pattern: str) -> str:
+    name = "row"
+    while name in pattern:
+        name += "_"
+    return name

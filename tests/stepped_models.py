@@ -1,0 +1,187 @@
+"""Models that step: causal and encoder-decoder families of the zoo, and models that use what else a step knows.
+
+And models that have no step, each with what is said of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import treadle as t
+from tests.test_models import ZOO, small
+from treadle.frontends.declarations import Model
+from treadle.ir.graph import Graph
+from treadle.models.llama import llama
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
+
+Tokens = Annotated[t.Tensor, t.i64["B S"]]
+Segments = Annotated[t.Tensor, t.i64["B S"]]
+Lengths = Annotated[t.Tensor, t.i64["B"]]
+Picture = Annotated[t.Tensor, t.f32["B 6"]]
+
+
+@t.model
+def alibi(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
+    """Biases by distance, and a soft-cap."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    for _ in t.stack("h", 2):
+        y = t.self_attention(
+            t.rms_norm(x, name="norm"), heads, mask=t.causal, bias=t.alibi([0.5, 0.25, 0.125]), softcap=2.0, name="attn"
+        )
+        x = x + y
+    return t.unembed(x, tied="wte")
+
+
+@t.model
+def windows(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
+    """A window beside full attention, as in Gemma 2 and 3; T5's distances in one of them."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    table = t.parameter("distance", 8, heads)
+    for _ in t.stack("h", 2):
+        x = x + t.self_attention(x, heads, mask=t.causal & t.window(3), name="near")
+        x = x + t.self_attention(
+            x, heads, mask=t.causal, bias=t.t5_relative(table, buckets=8, max_distance=16), name="far"
+        )
+    return t.unembed(x, tied="wte")
+
+
+@t.model
+def packed(tokens: Tokens, segments: Segments, lengths: Lengths, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
+    """Several texts in a row, and padding that a row brings once."""
+    x = t.embed(tokens, vocab, dim, name="wte") + t.embed(segments, 4, dim, name="segment")
+    x = x + t.self_attention(x, 3, mask=t.causal & t.segments(segments) & t.padding(lengths), name="attn")
+    return t.linear(x, vocab, name="head")
+
+
+@t.model
+def counted(tokens: Tokens, *, vocab: int = 11, dim: int = 12, context: int = 24) -> t.Tensor:
+    """Positions spelled by hand: a count that a table is read at, one that turns into sines, one that decays."""
+    count = t.iota(size=tokens.shape[1])
+    angles = t.rearrange(t.cast(count, to="f32"), pattern="s -> s 1") * t.constant([1.0, 0.5, 0.1])
+    waves = t.concat(t.sin(angles), t.cos(angles), axis=-1)
+    table = t.parameter("wpe", context, dim)
+    x = t.embed(tokens, vocab, dim, name="wte") + t.gather(table, count, axis=0)
+    x = x + t.linear(waves, dim, name="waves") * t.rearrange(t.exp(t.cast(count, to="f32") * -0.1), pattern="s -> s 1")
+    x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    return t.linear(x, vocab, name="head")
+
+
+@t.model
+def summed(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
+    """Linear attention as two cumulative sums (Katharopoulos et al. 2020), beside a window."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    for _ in t.stack("h", 2):
+        q, k, v = (t.split_heads(t.linear(x, dim, bias=False, name=n), heads) for n in "qkv")
+        q, k = t.exp(q * 0.1), t.exp(k * 0.1)
+        pairs = t.cumsum(t.einsum(k, v, equation="b h s d, b h s e -> b h s d e"), axis=2)
+        weights = t.einsum(q, t.cumsum(k, axis=2), equation="b h s d, b h s d -> b h s")
+        y = t.einsum(q, pairs, equation="b h s d, b h s d e -> b h s e") / t.rearrange(
+            weights, pattern="b h s -> b h s 1"
+        )
+        x = x + t.linear(t.merge_heads(y), dim, name="out")
+        x = x + t.self_attention(x, heads, mask=t.causal & t.window(4), name="near")
+    before = t.cumsum(x, axis=1, exclusive=True)
+    return t.linear(x + before * 0.1, vocab, name="head")
+
+
+@t.model
+def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
+    """A vector that a row brings once, read by every block, and positions that do not begin at 0."""
+    seen = t.linear(picture, dim, name="seen")
+    x = t.embed(tokens, vocab, dim, name="wte") + t.embed(t.positions(tokens) + 2, 40, dim, name="wpe")
+    for _ in t.stack("h", 2):
+        x = x * t.rearrange(t.sigmoid(seen), pattern="b d -> b 1 d")
+        x = x + t.self_attention(t.layer_norm(x, name="norm"), 3, mask=t.causal, name="attn")
+    return t.linear(x, vocab, name="head")
+
+
+@t.model
+def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
+    """Attention spelled by hand, as fusion finds it, with grouped heads."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    q = t.split_heads(t.linear(x, 24, name="q"), 4)
+    k, v = (t.split_heads(t.linear(x, 12, name=n), 2) for n in "kv")
+    k, v = (
+        t.rearrange(
+            t.expand(t.rearrange(z, pattern="b g s d -> b g 1 s d"), shape=(None, None, 2, None, None)),
+            pattern="b g r s d -> b (g r) s d",
+        )
+        for z in (k, v)
+    )
+    i = t.iota(size=tokens.shape[1])
+    seen = t.rearrange(i, pattern="t -> 1 t") <= t.rearrange(i, pattern="s -> s 1")
+    scores = t.einsum(q, k, equation="b h s d, b h t d -> b h s t") * (1 / math.sqrt(6))
+    p = t.softmax(t.where(seen, scores, t.constant(-1e30, t.f32)))
+    y = t.einsum(p, v, equation="b h s t, b h t e -> b h s e")
+    return t.linear(t.merge_heads(y), vocab, name="head")
+
+
+def optimized(model: Model) -> Graph:
+    """A model's graph as the portable passes leave it."""
+    return PassManager(DEFAULT).run(model.graph()).graph
+
+
+MODELS: dict[str, Model] = {
+    **{name: ZOO[name][0] for name in ("gpt2", "llama", "t5", "t5 gated", "transformer", "bart", "bart hidden")},
+    **{name: ZOO[name][0] for name in ("marian", "marian, two vocabularies", "whisper")},
+    "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
+    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, by_heads)},
+}
+
+
+# -- what has no step ------------------------------------------------------------------------------------------------
+
+
+@t.model
+def convolved(tokens: Tokens) -> t.Tensor:
+    x = t.rearrange(t.embed(tokens, 11, 12, name="wte"), pattern="b s d -> b d s")
+    x = t.convolution(x, 12, (3,), padding=(1, 1), name="conv")
+    return t.linear(t.rearrange(x, pattern="b d s -> b s d"), 11, name="head")
+
+
+@t.model
+def averaged(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    return t.linear(x - t.reduce_mean(x, axes=(1,), keep=True), 11, name="head")
+
+
+@t.model
+def seeing_all(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    return t.linear(t.self_attention(x, 3, name="attn"), 11, name="head")
+
+
+@t.model
+def both_ways(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    return t.linear(t.self_attention(x, 3, mask=t.window(3), name="attn"), 11, name="head")
+
+
+@t.model
+def turned_round(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    return t.linear(t.cumsum(x, axis=1, reverse=True), 11, name="head")
+
+
+@t.model
+def by_length(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    return t.linear(x * t.size(value=tokens.shape[1], dtype="f32"), 11, name="head")
+
+
+@t.model
+def rows_last(tokens: Annotated[t.Tensor, t.i64["S B"]]) -> t.Tensor:
+    return t.linear(t.embed(tokens, 11, 12, name="wte"), 11, name="head")
+
+
+REFUSED: dict[str, tuple[Model, str, str]] = {
+    "convolution over time": (convolved, "conv", "t.convolution("),
+    "a mean over the sequence": (averaged, "reduce_mean", "t.reduce_mean("),
+    "attention to all": (seeing_all, "attention", "t.self_attention("),
+    "a window to both sides": (both_ways, "attention", "t.self_attention("),
+    "a sum from the end": (turned_round, "cumsum", "t.cumsum("),
+    "a number that is the length": (by_length, "size", "t.size("),
+}
+"""Models without a step: the op that stands against it, and what the line says that is named."""

@@ -1,0 +1,174 @@
+"""The step that is derived from a model: its entries, in float64, give the logits of the whole, however it is cut."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.random_steps import drawn_model
+from tests.stepped_models import MODELS, REFUSED, Graph, optimized, rows_last
+from treadle.ir.errors import PassError
+from treadle.ir.interpreter import interpret, interpret_entry
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.stepping.derivation import DerivedStep, derive_step
+
+Array = np.ndarray[Any, Any]
+Run = Callable[..., Mapping[str, Array]]
+
+SLOTS, CAPACITY, CHUNK, MEMORY = 5, 16, 4, 9
+ROWS, LENGTH = 3, 11
+
+
+def drawn_inputs(graph: Graph, axis: str, rng: np.random.Generator, rows: int = ROWS) -> dict[str, Array]:
+    """Inputs of a whole: LENGTH tokens a row, and up to 6 of what else it takes."""
+    sizes = dict.fromkeys(graph.symbols, 6) | {axis: LENGTH, "B": rows}
+    made: dict[str, Array] = {}
+    for value in graph.main.inputs:
+        shape = value.type.evaluate(sizes)
+        if value.name == "lengths":
+            made[value.name] = rng.integers(3, 7, shape)
+        elif value.type.dtype.is_int:
+            made[value.name] = rng.integers(0, 4, shape)
+        else:
+            made[value.name] = rng.standard_normal(shape)
+    return made
+
+
+def drawn_weights(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
+    return {name: rng.standard_normal(v.type.evaluate({})) * 0.4 for name, v in graph.parameters.items()}
+
+
+def state_sizes(derived: DerivedStep) -> dict[str, int]:
+    """Sizes of states: CAPACITY positions, chunks of CHUNK tokens, MEMORY positions of what else rows bring."""
+    rings = {symbol: window + CHUNK for symbol, window in derived.windows.items()}
+    return {"R": SLOTS, "C": CAPACITY, **dict.fromkeys(derived.memories, MEMORY), **rings}
+
+
+class InFloat64:
+    """A derived graph as the interpreter runs it. States hold what other rows left there."""
+
+    def __init__(self, derived: DerivedStep, weights: Mapping[str, Array], rng: np.random.Generator) -> None:
+        self.graph, self.weights = derived.graph, weights
+        sizes = state_sizes(derived)
+        self.states: Mapping[str, Array] = {
+            name: np.asarray(
+                rng.integers(-3, 3, v.type.evaluate(sizes)), np.float64 if v.type.dtype.is_float else np.int64
+            )
+            for name, v in derived.graph.states.items()
+        }
+
+    def __call__(self, entry: str, **inputs: Array) -> Mapping[str, Array]:
+        found, self.states = interpret_entry(self.graph, entry, inputs, self.weights, self.states, float64=True)
+        return found
+
+
+class Schedule:
+    """Rows that are cut into calls of drawn sizes, in drawn order, some of them at a time."""
+
+    def __init__(self, derived: DerivedStep, inputs: Mapping[str, Array], rng: np.random.Generator) -> None:
+        self.derived, self.inputs, self.rng = derived, inputs, rng
+        rows = len(inputs[derived.tokens[0]])
+        self.slots = rng.permutation(SLOTS)[:rows]
+        self.done = np.zeros(rows, np.int64)
+        self.begun = np.zeros(rows, np.bool_)
+
+    def run(self, call: Run, check: Callable[[str, Array, int, int, int], None]) -> None:
+        """Call entries until all tokens are given. `check` sees of each output the name, the array [n, ...] of the
+        tokens of one row, which row that is, and the first and the end of these tokens."""
+        names, rng = self.derived.tokens, self.rng
+        while (self.done < LENGTH).any():
+            rows = rng.permutation(np.flatnonzero(self.done < LENGTH))[: rng.integers(1, len(self.done) + 1)]
+            self._begin(call, rows)
+            start = self.done[rows]
+            left = LENGTH - start
+            entry = rng.choice(["prefill", "step", "verify"])
+            counts = (
+                np.minimum(rng.integers(1, CHUNK + 1, len(rows)), left) if entry == "prefill" else np.ones_like(rows)
+            )
+            if entry == "verify":
+                counts[:] = min(int(rng.integers(1, CHUNK + 1)), int(left.min()))
+            width = int(counts.max())
+            given = {name: np.zeros((len(rows), width), np.int64) for name in names}
+            for name in names:
+                for n, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                    given[name][n, :count] = self.inputs[name][row, start[n] : start[n] + count]
+            takes = {v.name for v in self.derived.graph.functions[entry].inputs}
+            told = {"rows": self.slots[rows], "start": start} | ({"last": counts - 1} if "last" in takes else {})
+            for name, array in call(entry, **given, **told).items():
+                for n, row in enumerate(rows):
+                    end = int(start[n] + counts[n])
+                    check(name, array[n], int(row), end - 1 if entry == "prefill" else int(start[n]), end)
+            self.done[rows] += counts
+
+    def _begin(self, call: Run, rows: Array) -> None:
+        """The prologue of the rows that begin."""
+        new = rows[~self.begun[rows]]
+        if len(new) and self.derived.has_prologue:
+            given = {name: self.inputs[name][new] for name in self.derived.prologue}
+            call("prologue", rows=self.slots[new], **given)
+        self.begun[new] = True
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_give_what_the_whole_gives(name: str) -> None:
+    hold_to_the_whole(optimized(MODELS[name]), np.random.default_rng(3), runs=4)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_steps_of_drawn_models_give_what_the_whole_gives(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    hold_to_the_whole(optimized(drawn_model(rng)), rng, runs=2)
+
+
+def hold_to_the_whole(graph: Graph, rng: np.random.Generator, *, runs: int) -> None:
+    """Compare the entries of a graph's step, over drawn schedules, with the graph over all tokens."""
+    derived = derive_step(graph)
+    weights = drawn_weights(graph, rng)
+    inputs = drawn_inputs(graph, derived.axis, rng)
+    whole = interpret(graph, inputs, weights, float64=True)
+    seen: list[int] = []
+
+    def check(output: str, found: Array, row: int, first: int, end: int) -> None:
+        wanted = whole[output][row, first:end]
+        seen.append(len(wanted))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-11 * np.abs(whole[output]).max())
+
+    for _ in range(runs):
+        Schedule(derived, inputs, rng).run(InFloat64(derived, weights, rng), check)
+    assert sum(seen) >= runs * ROWS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_derived_graph_is_read_back_as_it_is_printed(name: str) -> None:
+    graph = derive_step(optimized(MODELS[name])).graph
+    assert parse_graph(str(graph)) == graph
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mixes_tokens_otherwise_is_refused_by_name_and_line(name: str) -> None:
+    model, op, words = REFUSED[name]
+    with pytest.raises(PassError) as caught:
+        derive_step(optimized(model), "S")
+    text = str(caught.value)
+    assert op in text
+    number = int(text.partition("stepped_models.py:")[2].split(",")[0].split(")")[0].split()[0])
+    assert words in linecache.getline("tests/stepped_models.py", number)
+
+
+def test_tokens_without_rows_first_are_refused() -> None:
+    with pytest.raises(PassError, match="no first dimension that is the rows"):
+        derive_step(optimized(rows_last), "S")
+
+
+def test_prefill_computes_one_row_of_logits() -> None:
+    graph = derive_step(optimized(MODELS["gpt2"])).graph
+    prefill = graph.functions["prefill"]
+    assert str(prefill.outputs["logits"].type) == "f32[B, 1, 11]"
+    (last,) = [f for name, f in graph.functions.items() if name == "h_last"]
+    wide = {n.op.name for n in last.nodes if any("S" in v.type.symbols for v in n.results)}
+    assert "activated_linear" not in wide
+    assert "cached_attention" not in wide
