@@ -68,9 +68,8 @@ class Stepping:
     def positions(self, size: Size) -> Expr:
         """i64[b, size]: where each row's tokens stand."""
         b = self.b
-        counted = b.rearrange(b.iota(size=size, dtype=i64), pattern="s -> 1 s")
-        made: Expr = b.rearrange(self.start, pattern="b -> b 1") + counted
-        return made
+        first: Expr = b.rearrange(self.start, pattern="b -> b 1")
+        return first if size == ONE else first + b.rearrange(b.iota(size=size, dtype=i64), pattern="s -> 1 s")
 
     def beside(self, x: Expr, other: Expr, dims: Sequence[int]) -> Expr:
         """x, whose dimensions are these of another value, laid out against it: with 1 for the others."""

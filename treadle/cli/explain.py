@@ -1,4 +1,4 @@
-"""`treadle explain`: where a fused op could stand, and why it does not; in which form each weight lies."""
+"""`treadle explain`: where a fused op could stand, and why it does not; how weights lie; what the step became."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from treadle.ir.errors import UsageError
 @command("explain", judges=lambda options: bool(options["expect"]))
 def explain_sites(
     model: ModelName,
-    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion or layouts.", show_default=False)],
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion, layouts or step.", show_default=False)],
     expect: Annotated[
         list[str] | None,
         typer.Option(metavar="OP=N", help="Exit 1 unless a run has N ops OP, such as attention=12. Repeatable."),
@@ -43,20 +43,27 @@ def explain_sites(
     fusion: of every place where a fused op could stand, whether it does, by which rule, or why not.
 
     layouts: of every weight, how a backend reads it, what is made of it when weights are bound, and who wants it so.
+
+    step: of the step of generation that is derived from the model, its states and their bytes, and what ops became.
     """
     from treadle.explaining import explain_fusion, parse_expected
     from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_config
     from treadle.progress import working
 
-    if subject not in ("fusion", "layouts"):
-        raise UsageError("there is nothing to explain of that name", received=repr(subject), hint="fusion or layouts")
+    if subject not in ("fusion", "layouts", "step"):
+        raise UsageError(
+            "there is nothing to explain of that name", received=repr(subject), hint="fusion, layouts or step"
+        )
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
     chosen["widen"] = names_of(widen) or ()
-    if subject == "layouts":
+    if subject != "fusion":
         if expect or certify:
             raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")
-        _layouts(model, backend, chosen, as_json)
+        if subject == "layouts":
+            _layouts(model, backend, chosen, as_json)
+        else:
+            _step(model, chosen, as_json)
         return
     chosen["certify"] = certify or None
     chosen["expect"] = parse_expected(expect or ())
@@ -80,6 +87,19 @@ def _layouts(model: str, backend: str, chosen: dict[str, Any], as_json: bool) ->
 
     with working(f"laying out the weights of {model}", shown=not as_json):
         found = explain_layouts(model, backend=backend, **chosen)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print(fitted(str(found), fit_prose))
+
+
+def _step(model: str, chosen: dict[str, Any], as_json: bool) -> None:
+    from treadle.explaining_step import explain_step
+    from treadle.fitting import fit_prose, fitted
+    from treadle.progress import working
+
+    with working(f"deriving the step of {model}", shown=not as_json):
+        found = explain_step(model, **chosen)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -23,6 +23,7 @@ from treadle.cli.options import (
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
+    from treadle.ir.graph import Graph
     from treadle.passes.framework.manager import Optimized
 
 
@@ -33,6 +34,10 @@ def inspect_graph(
     after: Annotated[
         str | None,
         typer.Option("--after", metavar="PASS", help="The graph as this pass left it, the backend's own among them."),
+    ] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="An entry of the derived step: prologue, prefill, step or verify."),
     ] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="Every repetition of a block, written out.")] = False,
     sizes: Annotated[
@@ -69,6 +74,8 @@ def inspect_graph(
 
     if raw and after:
         raise UsageError("--raw and --after name two stages of the graph", hint="one of them")
+    if entry is not None and (raw or after or source or follow):
+        raise UsageError("--entry shows a graph that is derived from the optimized one", hint="--entry alone")
     if follow is not None and (source or unfold):
         raise UsageError("--follow prints no graph and no source", hint="one of them")
     find_backend(backend)
@@ -84,7 +91,10 @@ def inspect_graph(
             if after is not None:
                 optimized = lowered_for(after, backend, optimized)
             graph = optimized.after(after) if after else optimized.graph
+        if entry is not None:
+            graph = stepped_entry(graph, entry)
     stage = "as declared" if raw else f"after {after}" if after else "optimized"
+    stage = stage if entry is None else f"{entry}, derived"
     facts = graph_facts(graph, choose_sizes(graph, parse_sizes(sizes)))
     facts["stage"] = stage
     if follow is not None:
@@ -113,3 +123,14 @@ def lowered_for(name: str, backend: str, optimized: Optimized) -> Optimized:
     if not isinstance(found, StagedBackend) or name not in {each.name for each in found.pipeline(target)}:
         return optimized
     return replace(optimized, lowered=found.lower(optimized.graph, target))
+
+
+def stepped_entry(graph: Graph, entry: str) -> Graph:
+    """One entry of the step that is derived from a graph."""
+    from treadle.explaining_step import entry_alone
+    from treadle.passes.stepping.derivation import derive_step
+
+    derived = derive_step(graph).graph
+    if entry not in derived.entry_names:
+        raise UsageError(f"there is no entry {entry!r}", hint="one of " + ", ".join(derived.entry_names))
+    return entry_alone(derived, entry)

@@ -1,0 +1,196 @@
+"""`explain_step`: the step that is derived from a model: its states with their bytes, and what each op became, and why.
+
+print(explain_step("gpt2"))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treadle.artifacts import is_artifact, open_artifact
+from treadle.compiling import checked_passes
+from treadle.frontends.declarations import Model
+from treadle.ir.analysis.following import follow
+from treadle.ir.graph import Graph, Value
+from treadle.ir.sizing.sizes import product
+from treadle.ir.types import Type
+from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.stepping.functions import CAPACITY, SLOTS
+from treadle.reports import count_run_ops, counted, human
+from treadle.resolving import resolve
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """States of one kind in repeated blocks: one line of the table.
+
+    name    with the block's number as {0..11}
+    type    of each of them
+    count   how many there are
+    role    "cache" and "ring" grow with the tokens; "sum" is carried along; "kept" is what the prologue left, and
+            "length" how much of that is real
+    bytes   of all of them together
+    unit    for which that is: "token", "position" of a ring or of what rows bring once, or "slot"
+    """
+
+    name: str
+    type: str
+    count: int
+    role: str
+    bytes: int
+    unit: str
+
+    @property
+    def token(self) -> int:
+        """Bytes that one more token of a row takes."""
+        return self.bytes if self.unit == "token" else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "type": self.type,
+            "count": self.count,
+            "role": self.role,
+            "bytes": self.bytes,
+            "unit": self.unit,
+        }
+
+
+@dataclass(frozen=True)
+class Became:
+    """What an op that does more with the tokens than map them is at a step.
+
+    op      its name
+    why     what it does with the axis, and where it stands
+    became  what it does at a step
+    """
+
+    op: str
+    why: str
+    became: str
+
+
+@dataclass(frozen=True)
+class StepExplained:
+    """The derived step of a model, told."""
+
+    model: str
+    derived: DerivedStep
+    states: tuple[StateFacts, ...]
+    changed: tuple[Became, ...]
+    ops: Mapping[str, int]
+    """How many ops a run of each entry computes, calls opened."""
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = self.derived
+        return {
+            "model": self.model,
+            "axis": derived.axis,
+            "context": derived.context,
+            "inputs": {"step": list(derived.tokens), "prologue": list(derived.prologue)},
+            "entries": [{"name": name, "ops": count} for name, count in self.ops.items()],
+            "bytes_per_token": sum(s.token for s in self.states),
+            "states": [s.as_dict() for s in self.states],
+            "changed": [{"op": c.op, "why": c.why, "became": c.became} for c in self.changed],
+        }
+
+    def __str__(self) -> str:
+        derived = self.derived
+        token = sum(s.token for s in self.states)
+        entries = ", ".join(f"{name} ({counted(count, 'op')})" for name, count in self.ops.items())
+        lines = [
+            f"{self.model} steps along {derived.axis}: {counted(token, 'byte')} a token and row",
+            f"entries: {entries}",
+            f"at every step it takes {', '.join(derived.tokens)}"
+            + (f"; once a row, {', '.join(derived.prologue)}" if derived.prologue else ""),
+            "",
+            "states",
+        ]
+        table = [(s.name, s.type, s.role, _grows(s)) for s in self.states]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)] if table else []
+        lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines += ["", f"what does more with {derived.axis} than map it"]
+        for change in self.changed:
+            lines += [f"  {change.why}", f"    {change.became}"]
+        lines += [f"  every other op of {self.model} is the op that it was, on the new tokens alone"]
+        return "\n".join(lines)
+
+
+def _grows(state: StateFacts) -> str:
+    each = f"{human(state.bytes / state.count, 'B')} a {state.unit}"
+    return f"{each}, {human(state.bytes, 'B')} of all {state.count}" if state.count > 1 else each
+
+
+def explain_step(
+    model: Model | Graph | str | Path,
+    *,
+    passes: Sequence[Pass] = DEFAULT,
+    inputs: Sequence[str] | None = None,
+    **config: Any,
+) -> StepExplained:
+    """Derive the step of what MODEL names, and say what it is. Raises what `compile` does; PassError for no step."""
+    if is_artifact(model):
+        held = open_artifact(str(model))
+        name, graph = held.name, held.optimized.graph
+    else:
+        resolved = resolve(model, inputs=inputs, **config)
+        name, graph = resolved.name, PassManager(checked_passes(passes)).run(resolved.graph).graph
+    derived = derive_step(graph)
+    changed = [
+        Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in follow(graph, derived.axis).encounters
+    ]
+    ops = {entry: count_run_ops(entry_alone(derived.graph, entry)).total() for entry in derived.graph.entry_names}
+    return StepExplained(name, derived, _states(derived), tuple(changed), ops)
+
+
+def entry_alone(graph: Graph, name: str) -> Graph:
+    """A graph with one of the entries, and the functions that it calls."""
+    entry = graph.functions[name]
+    alone = Graph(graph.name)
+    alone.functions = {f.name: f for f in graph.needed_by(entry)}
+    alone.entry_names = (name,)
+    alone.initial = {n: init for n, init in graph.initial.items() if n in entry.parameters}
+    used = {s for f in alone.functions.values() for v in _values(f) for s in v.type.symbols}
+    alone.symbols = {s: bounds for s, bounds in graph.symbols.items() if s in used}
+    return alone
+
+
+def _values(function: Any) -> list[Value]:
+    return [*function.arguments, *(v for node in function.nodes for v in node.results)]
+
+
+def _states(derived: DerivedStep) -> tuple[StateFacts, ...]:
+    groups: dict[tuple[str, str], list[tuple[str, Value]]] = {}
+    for name, value in derived.graph.states.items():
+        pattern = re.sub(r"(?<![^.])\d+(?=\.)", "{}", name, count=1)
+        groups.setdefault((pattern, value.type.text), []).append((name, value))
+    return tuple(_facts(derived, pattern, members) for (pattern, _), members in groups.items())
+
+
+def _facts(derived: DerivedStep, pattern: str, members: Sequence[tuple[str, Value]]) -> StateFacts:
+    type = members[0][1].type
+    numbers = [int(found[0]) for name, _ in members if (found := re.findall(r"(?<![^.])\d+(?=\.)", name))]
+    whole = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    if whole:
+        shown = pattern.replace("{}", f"{{{numbers[0]}..{numbers[-1]}}}", 1)
+    else:
+        shown = members[0][0] if len(members) == 1 else ", ".join(name for name, _ in members)
+    role = _role(derived, members[0][0], type)
+    growing = [s for s in type.shape if s.as_symbol in (CAPACITY, *derived.windows, *derived.memories)]
+    elements = product(size for size in type.shape if size.as_symbol != SLOTS and size not in growing)
+    unit = "slot" if not growing else "token" if role == "cache" else "position"
+    assert elements.constant is not None, "states have no sizes but slots, capacities and constants"
+    return StateFacts(shown, type.text, len(members), role, elements.constant * type.dtype.bytes * len(members), unit)
+
+
+def _role(derived: DerivedStep, name: str, type: Type) -> str:
+    prologue = derived.graph.functions["prologue"].updated if derived.has_prologue else {}
+    if name in prologue:
+        return "length" if name.endswith("_length") else "kept"
+    return "cache" if CAPACITY in type.symbols else "ring" if type.symbols & derived.windows.keys() else "sum"
