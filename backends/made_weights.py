@@ -1,6 +1,6 @@
 """Made weights: what the entry `bind` says, done once, when the weights are there.
 
-    made = recipes_of(graph)            how each made parameter of `main` is made, by name
+    made = recipes_of(graph)            how each made parameter is made, by name
     made["h.0.q_k_v_weight"].make(weights)
 
 `bind` calls blocks, and says nothing of when what is done: here it is taken apart, so that each made parameter can be
@@ -108,12 +108,13 @@ class Recipe:
 
 
 def recipes_of(graph: Graph) -> dict[str, Recipe]:
-    """How each parameter of `main` that `bind` makes is made, by name, in the order of `main`'s parameters."""
+    """How each parameter that `bind` makes for other entries is made, by name, in the order of their parameters."""
     if graph.bind is None:
         return {}
     bind = inline_function(graph, graph.bind)
     position = {node: i for i, node in enumerate(bind.nodes)}
-    return {name: _recipe(bind, bind.outputs[name], position) for name in graph.main.parameters if name in bind.outputs}
+    read = graph.entry_parameters
+    return {name: _recipe(bind, bind.outputs[name], position) for name in read if name in bind.outputs}
 
 
 def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:

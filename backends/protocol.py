@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type
+
+if TYPE_CHECKING:
+    from treadle.backends.states import States
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,50 @@ class Executable(Protocol):
         An array of another dtype of the same kind is converted where no value could change (int32 for i64, float16 for
         f32), and so are Python numbers and lists, which carry no dtype, where every number fits.
         """
+        ...
+
+
+class Entry(Protocol):
+    """An entry of a compiled graph, to be called.
+
+    inputs   what a call takes beside states, by name
+    outputs  what a call answers, by name
+    """
+
+    @property
+    def inputs(self) -> tuple[Port, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[Port, ...]: ...
+
+    def __call__(self, states: States | None = None, /, **arrays: Any) -> Outputs:
+        """Run on states, which it updates in place, and arrays by name. States may be left out where there are none.
+
+        Raises BackendError where they are not what it takes. What states are after a call that fails is not said: rows
+        that the failing node did not name are as they were.
+        """
+        ...
+
+
+@runtime_checkable
+class StatefulExecutable(Protocol):
+    """What an executable of a graph with states or several entries offers beside; the others are refused there."""
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The entries that can be called, in the order in which they run."""
+        ...
+
+    def entry(self, name: str) -> Entry:
+        """An entry to be called. Raises BackendError where there is none of that name."""
+        ...
+
+    def new_states(self, **sizes: int) -> States:
+        """States of zeros, where the symbols in their types have these sizes. Raises BackendError for a wrong size."""
+        ...
+
+    def state_bytes(self, **sizes: int) -> int:
+        """The bytes that such states take."""
         ...
 
 

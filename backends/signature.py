@@ -11,7 +11,7 @@ import numpy as np
 from treadle.backends.protocol import Port
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Function, Graph, Node
 from treadle.ir.interpreter import solve_sizes
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
@@ -25,32 +25,37 @@ _REMEMBERED = 256  # sets of shapes that were found to fit
 
 
 class Signature:
-    """What a graph takes. Made once; `bind` checks each call."""
+    """What an entry of a graph takes, by default the last. Made once; `bind` checks each call.
 
-    def __init__(self, graph: Graph) -> None:
-        self.name = graph.name
-        self.ports = tuple(Port(v.name, v.type) for v in graph.main.inputs)
+    Symbols that states tell are known before a call: `known` holds their sizes.
+    """
+
+    def __init__(self, graph: Graph, entry: Function | None = None) -> None:
+        entry = entry or graph.main
+        self.name = graph.name if len(graph.later_entries) == 1 else f"{graph.name}.{entry.name}"
+        self.ports = tuple(Port(v.name, v.type) for v in entry.inputs)
         self.bounds = dict(graph.symbols)
-        self.derived = _sizes_that_may_be_negative(graph)
-        self._fitting: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
+        self.state_symbols = frozenset(s for v in graph.states.values() for s in v.type.symbols)
+        self.derived = _sizes_that_may_be_negative(graph, entry)
+        self._fitting: dict[tuple[Any, ...], dict[str, int]] = {}
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.ports))})"
 
-    def bind(self, given: Mapping[str, Any], convert: Convert) -> list[Any]:
+    def bind(self, given: Mapping[str, Any], convert: Convert, known: Mapping[str, int] | None = None) -> list[Any]:
         """The arrays in the order of the inputs. Raises BackendError where names, dtypes or shapes do not fit."""
         self.check_names(given)
         arrays = [convert(port, given[port.name]) for port in self.ports]
-        self.sizes([tuple(array.shape) for array in arrays])
+        self.sizes([tuple(array.shape) for array in arrays], known)
         return arrays
 
-    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
+    def sizes(self, shapes: Sequence[tuple[int, ...]], known: Mapping[str, int] | None = None) -> dict[str, int]:
         """The sizes of the symbols where the inputs have these shapes. Raises BackendError where one does not fit."""
-        key = tuple(shapes)
+        key = (*shapes, *sorted((known or {}).items()))
         found = self._fitting.get(key)  # looked up once: another thread may clear them
         if found is None:
             named = {port.name: tuple(map(int, shape)) for port, shape in zip(self.ports, shapes, strict=True)}
-            found = self._check_shapes(named)
+            found = self._check_shapes(named, known or {})
             if len(self._fitting) >= _REMEMBERED:
                 self._fitting.clear()
             self._fitting[key] = found
@@ -72,8 +77,8 @@ class Signature:
             hint=_to_give(near or missing or names),
         )
 
-    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        sizes: dict[str, int] = {}
+    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, int]) -> dict[str, int]:
+        sizes: dict[str, int] = dict(known)
         first_in: dict[str, Port] = {}
         for again in (False, True):  # a size such as 2*S may stand before the input that tells S
             for port in self.ports:
@@ -82,10 +87,12 @@ class Signature:
                 if len(shape) != port.type.rank:
                     raise self._refusal(port, f" {wrong}", shapes, f"an array [{', '.join(port.axes)}]")
                 if wrong is not None and again:
-                    told = [f"{s} is {sizes[s]} in {first_in[s].name}" for s in sizes if f"{s} = " in wrong]
+                    told = [f"{s} is {sizes[s]} in {first_in[s].name}" for s in first_in if f"{s} = " in wrong]
+                    told += [f"{s} is {sizes[s]} in the states" for s in known if f"{s} = " in wrong]
                     raise self._refusal(port, f": {wrong}", shapes, ", ".join(told))
                 for symbol in sizes:
-                    first_in.setdefault(symbol, port)
+                    if symbol not in known:
+                        first_in.setdefault(symbol, port)
         for symbol, port in first_in.items():
             size, bounds = sizes[symbol], self.bounds.get(symbol, Bounds())
             if size not in bounds:
@@ -98,9 +105,9 @@ class Signature:
                 )
         for extent, otherwise, node in self.derived:
             if extent.symbols <= sizes.keys() and extent.evaluate(sizes) < 0:
-                known = ", ".join(f"{s} = {sizes[s]}" for s in sorted(extent.symbols))
+                where = ", ".join(f"{s} = {sizes[s]}" for s in sorted(extent.symbols))
                 raise BackendError(
-                    f"{node.op.name}: {otherwise}, where {known}",
+                    f"{node.op.name}: {otherwise}, where {where}",
                     received=_shown(shapes, self.ports),
                     within=str(self),
                     source=describe_source(node.source, node.scope),
@@ -109,8 +116,8 @@ class Signature:
         return sizes
 
     def refuse_untold(self, needed: Iterable[str]) -> None:
-        """Raise BackendError where a symbol whose size is needed is told by no input's dimensions."""
-        told: dict[str, int] = {}
+        """Raise BackendError where a symbol whose size is needed is told by no input's or state's dimensions."""
+        told: dict[str, int] = dict.fromkeys(self.state_symbols, 1)
         for _ in self.ports:  # a size such as S*T tells T where another input tells S
             for size in (s for port in self.ports for s in port.type.shape):
                 known = {s: 1 for s in size.symbols if s in told}
@@ -142,10 +149,10 @@ def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> st
     return ", ".join(f"{p.name}: {p.dtype}[{', '.join(map(str, shapes[p.name]))}]" for p in ports)
 
 
-def _sizes_that_may_be_negative(graph: Graph) -> list[tuple[Size, str, Node]]:
+def _sizes_that_may_be_negative(graph: Graph, entry: Function) -> list[tuple[Size, str, Node]]:
     """Sizes such as S - 4 that ops demand or results have, each with what to say of it and the first node with it."""
     found: dict[Size, tuple[str, Node]] = {}
-    for _, node in graph.walk():
+    for node in (node for function in graph.needed_by(entry) for node in function.nodes):
         demanded = [*node.op.demands([None if v is None else v.type for v in node.operands])]
         made = [(s, f"it would make a dimension of size {s}") for v in node.results for s in v.type.shape]
         for size, otherwise in (*demanded, *made):

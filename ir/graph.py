@@ -279,6 +279,13 @@ class Graph:
         return {name: v for e in self.entries for name, v in e.parameters.items() if name not in made}
 
     @property
+    def entry_parameters(self) -> Mapping[str, Value]:
+        """What the entries read that users call: weights, and what `bind` makes."""
+        if len(self.later_entries) == 1:
+            return self.main.parameters
+        return {name: v for e in self.later_entries for name, v in e.parameters.items()}
+
+    @property
     def states(self) -> Mapping[str, Value]:
         """The states of all entries by their full names, as they enter."""
         if len(self.entry_names) == 1:
@@ -344,9 +351,9 @@ class Graph:
             raise GraphError(f"call of an unknown function {name!r}", hint="one of " + ", ".join(self.functions))
         return self.functions[name]
 
-    def needed_by(self, function: Function) -> list[Function]:
-        """The functions that one calls, directly or not, callees first, and itself last."""
-        needed, waiting = {function}, [function]
+    def needed_by(self, *functions: Function) -> list[Function]:
+        """The functions that these call, directly or not, and themselves, callees first."""
+        needed, waiting = set(functions), list(functions)
         while waiting:
             for node in waiting.pop().nodes:
                 callee = self.callee(node)

@@ -8,8 +8,9 @@
     node       operands are defined before, in the same function; results and node point at each other
     types      are what the op's rules infer from the operands; a constant's are those of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
-    states     nobody reads a version of a state after it was updated, nor at once with its update; what a function says
-               that a state is in the end is its last version; no output is a version; a call passes states as states
+    states     nobody reads a version of a state, or a view of one, after it was updated, nor at once with its update;
+               what a function says that a state is in the end is its last version; no output is a version; a call
+               passes states as states
     layouts    are of matrices; a call passes what lies as its callee wants it; inputs, states, weights of
                the graph, and what its entries give to users are row-major
 
@@ -22,6 +23,7 @@ import re
 from collections.abc import Collection
 from math import prod
 
+from treadle.ir.analysis.state_views import StateViews
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import TreadleError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value, are_entries
@@ -56,11 +58,12 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
         if value.layout is not None:
             raise VerifyError(f"weight {name} is row-major: bind makes what lies otherwise", received=_lying(value))
     earlier: dict[str, Function] = {}
+    views = StateViews(graph)
     for name, function in graph.functions.items():
         if function.name != name:
             raise VerifyError(f"the graph knows function {function.name!r} as {name!r}")
         if only is None or name in only:
-            _FunctionCheck(graph, function, earlier).run()
+            _FunctionCheck(graph, function, earlier, views).run()
         earlier[name] = function
     if graph.bind is not None:
         _verify_bind(graph.bind)
@@ -102,13 +105,15 @@ def _lying(value: Value) -> str:
 
 
 class _FunctionCheck:
-    def __init__(self, graph: Graph, function: Function, earlier: dict[str, Function]) -> None:
-        self.graph, self.function, self.earlier = graph, function, earlier
+    def __init__(self, graph: Graph, function: Function, earlier: dict[str, Function], views: StateViews) -> None:
+        self.graph, self.function, self.earlier, self.views = graph, function, earlier, views
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.checked_types: set[Type] = set()
         self.checked_calls: set[Op] = set()
         self.updated: dict[Value, Value] = {}
         """For each version of a state that was updated, what came of it."""
+        self.bases: dict[Value, Value] = {}
+        """What views show, in a function with states."""
 
     def run(self) -> None:
         names: set[str] = set()
@@ -142,6 +147,8 @@ class _FunctionCheck:
                 )
             if value.state is not None:
                 raise self.error(f"output {name!r} is state {value.state.name}", hint="users have the state itself")
+            if self.base(value) in self.updated:
+                raise self.error(f"output {name!r} shows a state as it was before it was updated")
         self.last_versions()
 
     def argument(self, value: Value, kind: str) -> None:
@@ -186,6 +193,7 @@ class _FunctionCheck:
         callee = self.earlier.get(node.op.callee or "")
         if self.function.states or (callee is not None and callee.states):
             self.versions(node, index, callee)
+            self.views.add(node, self.bases)
         if undeclared := attribute_symbols(node.op) - self.graph.symbols.keys():
             raise self.error(f"{node.op.name}: symbol {min(undeclared)} is not declared", index)
 
@@ -235,9 +243,11 @@ class _FunctionCheck:
     def versions(self, node: Node, index: int, callee: Function | None) -> None:
         """What a node reads and updates of states."""
         for value in node.inputs:
-            if value in self.updated:
+            base = self.base(value)
+            if base in self.updated:
+                view = "" if base is value else "a view of "
                 raise self.error(
-                    f"{node.op.name} reads state {_state_name(value)} as it was before it was updated",
+                    f"{node.op.name} reads {view}state {_state_name(base)} as it was before it was updated",
                     index,
                     hint="what reads a state comes before what updates it",
                 )
@@ -246,7 +256,7 @@ class _FunctionCheck:
             if before is None or before.state is None:
                 continue
             name = _state_name(before)
-            if node.operands.count(before) > 1:
+            if [self.base(v) for v in node.inputs].count(before) > 1:
                 raise self.error(f"{node.op.name} updates state {name}, and reads it as well", index)
             if made.type != before.type:
                 received = f"{before.type}, then {made.type}"
@@ -257,6 +267,10 @@ class _FunctionCheck:
                 if given is not None and (given.state is not None) != (formal.kind == "state"):
                     name = given.name if given.state is None else f"state {_state_name(given)}"
                     raise self.error(f"a call of {callee.name} passes {name} as {formal.kind} {formal.name}", index)
+
+    def base(self, value: Value) -> Value:
+        """The state's version of which a value is a view, or the value itself."""
+        return self.bases.get(value, value)
 
     def last_versions(self) -> None:
         """What the function says that its states are in the end."""

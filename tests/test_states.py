@@ -307,6 +307,65 @@ def test_an_update_reads_its_state_once() -> None:
         verify(graph)
 
 
+VIEWS = """graph g {
+  symbols B, R, S
+  states {
+    k: f32[R, 2, 4]
+  }
+  block turned(x: f32[R, 2, 4]) -> (y: f32[R, 4, 2]) {
+    y = rearrange(x, pattern="a b c -> a c b")   # f32[R, 4, 2]
+    return y = y
+  }
+  block shown() -> (y: f32[R, 4, 2])
+    states k: f32[R, 2, 4]
+  {
+    y = rearrange(%k, pattern="a b c -> a c b")   # f32[R, 4, 2]
+    return y = y
+  }
+  block wrote(x: f32[S, 1, 4], rows: i64[S]) -> (y: f32[R, 4, 2])
+    states k: f32[R, 2, 4]
+  {
+    %k = append(%k, x, rows, rows, axis=1)   # f32[R, 2, 4]
+    y = rearrange(%k, pattern="a b c -> a c b")   # f32[R, 4, 2]
+    return y = y
+  }
+  main(x: f32[S, 1, 4], rows: i64[S]) -> (y: f32[R, 4, 2]) {
+    VIEW
+    READ
+    %k = append(%k, x, rows, rows, axis=1)   # f32[R, 2, 4]
+    return y = y
+  }
+}
+"""
+"""What shows a state as it was: read before the update in the first place of READ, and after it where it stands last."""
+
+SHOWN = {
+    "a view": "old = rearrange(%k, pattern=\"a b c -> a c b\")",
+    "a view of a view": "v = slice(%k, axis=1)\n    old = rearrange(v, pattern=\"a b c -> a c b\")",
+    "a cast that is none": "v = cast(%k, to=f32)\n    old = rearrange(v, pattern=\"a b c -> a c b\")",
+    "what a block shows": "old = shown() with {k: %k}",
+    "a view that a block gives of a view": "v = slice(%k, axis=1)\n    old = turned(v)",
+    "a view of what a block wrote": "old = wrote(x, rows) with {k: %k}",
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_view_is_read_before_the_update_as_well(name: str) -> None:
+    text = VIEWS.replace("VIEW", SHOWN[name])
+    verify(parse_graph(text.replace("READ", "y = neg(old)")))
+    late = text.replace("    READ\n", "").replace("    return y = y\n  }\n}", "    y = neg(old)\n    return y = y\n  }\n}")
+    with pytest.raises(VerifyError, match="neg reads a view of state k as it was before it was updated"):
+        verify(parse_graph(late))
+    given = text.replace("    READ\n", "").replace("    return y = y\n  }\n}", "    return y = old\n  }\n}")
+    with pytest.raises(VerifyError, match="output 'y' shows a state as it was before it was updated"):
+        verify(parse_graph(given))
+
+
+def test_a_copy_is_read_when_one_likes() -> None:
+    text = VIEWS.replace("VIEW", 'v = neg(%k)\n    old = rearrange(v, pattern="a b c -> a c b")').replace("    READ\n", "")
+    verify(parse_graph(text.replace("    return y = y\n  }\n}", "    y = neg(old)\n    return y = y\n  }\n}")))
+
+
 def test_entries_agree_on_states_and_bind_takes_none() -> None:
     graph = blocks()
     other = graph.add_entry("verify")

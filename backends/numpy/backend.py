@@ -20,7 +20,7 @@ from treadle.backends.staged import StagedBackend
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
-from treadle.ir.types import Type
+from treadle.ir.types import DType, Type
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
@@ -79,7 +79,7 @@ class NumpyBackend(StagedBackend):
             "reference": SimpleNamespace(**references),
         }
         arrays = collect_weights(graph, made, weights, _weight)
-        return PythonExecutable(declared, program, arrays, namespace, _NumpyArrays())
+        return PythonExecutable(declared, program, arrays, namespace, _NumpyArrays(), self.name)
 
 
 class _Reference:
@@ -109,6 +109,9 @@ class _NumpyArrays:
         while isinstance(getattr(array, "base", None), np.ndarray):
             array = array.base
         return id(array)
+
+    def zeros(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        return np.zeros(shape, dtype.numpy)
 
     def give(self, array: Any, given: Sequence[Any], shared: bool) -> Array:
         result = np.asarray(array)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.outside_axis import OutsideAxis
+from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.ir.attention.attention_terms import parse_term
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.error_function import erf as exact_erf
@@ -147,6 +147,19 @@ def within(indices: Array, size: int) -> Array:
     if np.any(outside):
         raise OutsideAxis(int(np.asarray(indices)[outside].flat[0]), size)
     return indices
+
+
+def append(state: Array, x: Array, rows: Array, start: Array, axis: int, *, ring: bool) -> Array:
+    """Write x into a state, from where each row goes on. Raises OutsideAxis or NoRoom, and then writes nothing."""
+    capacity, count = state.shape[axis], x.shape[axis]
+    slots = within(rows, state.shape[0])[:, None]
+    lost = (start < 0) if ring else (start < 0) | (start > capacity - count)
+    if np.any(lost):
+        row = int(np.flatnonzero(lost)[0])
+        raise NoRoom(row, int(start[row]), capacity)
+    places = start[:, None] + np.arange(count)
+    np.moveaxis(state, axis, 1)[slots, places % capacity if ring else places] = np.moveaxis(x, axis, 1)
+    return state
 
 
 # -- products ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from treadle.ir.graph import Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Op
 from treadle.ir.ops.attending import Attending
+from treadle.ir.ops.axis_names import place
 from treadle.ir.types import DType, Type, f16
 
 # -- 16 bits ---------------------------------------------------------------------------------------------------
@@ -166,6 +167,12 @@ def _gather(line: Line) -> str:
     return f"kernels.take({line.array('x')}, {line.array('indices')}, {line.op.axis})"
 
 
+@_spells("append")
+def _append(line: Line) -> str:
+    operands = f"{line.array('state')}, {line.array('x')}, {line.array('rows')}, {line.array('start')}"
+    return f"kernels.append({operands}, {place(line.op.axis, line.type('state').rank)}, ring={line.op.ring})"
+
+
 @_spells("iota")
 def _iota(line: Line) -> str:
     return f"np.arange({line.size(line.op.size)}, dtype={dtype_text(line.op.dtype)})"
@@ -254,6 +261,7 @@ NUMPY = Dialect(
     name="numpy",
     imports=("import numpy as np", "import treadle.backends.numpy.kernels as kernels"),
     spellings=SPELLINGS,
+    copied="{}.copy()",
     otherwise=Line.by_reference,
 )
 

@@ -11,7 +11,8 @@
 
 What a node looks like is the dialect's business: a table from op names to Python expressions. Everything else
 is done here, once: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their
-weights, and `del` of what no later line reads, so that memory falls as the program runs.
+weights and states, and `del` of what no later line reads, so that memory falls as the program runs. A state is one array
+under one name, whatever version of it is meant: what updates it writes in place.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _BUILTINS = frozenset(dir(builtins))
 class Program:
     """An emitted module and what its text refers to.
 
-    text        the module; `main` takes the graph's inputs in order, then `weights`
+    text        the module; an entry, such as `main`, takes its inputs in order, then `weights`, then `states` by name
+                if it has any
+    entries     the entries by name, and the names of their functions in the text
     constants   what `constants[i]` holds
     bundles     for each `weights["scope.*"]`, the names of the weights in it, in the callee's order
     references  for each `reference.name(...)`, the node whose NumPy reference it is
@@ -48,6 +51,7 @@ class Program:
     """
 
     text: str
+    entries: Mapping[str, str]
     constants: tuple[Literal, ...]
     bundles: Mapping[str, tuple[str, ...]]
     references: Mapping[str, Node]
@@ -102,9 +106,10 @@ class _ProgramWriter:
         self.references: dict[str, Node] = {}
         self.reference_names = _Names(())
         self.named_ops: dict[tuple[str, tuple[Type, ...]], str] = {}
-        names = _Names({*dialect.names, "main"})
-        self.functions = graph.needed_by(graph.main)
-        self.function_names = {f.name: "main" if f is graph.main else names.new(f.name) for f in self.functions}
+        entries = {entry.name for entry in graph.later_entries}
+        names = _Names({*dialect.names, *entries})
+        self.functions = graph.needed_by(*graph.later_entries)
+        self.function_names = {f.name: f.name if f.name in entries else names.new(f.name) for f in self.functions}
         symbols = _Names({*names.taken, "_"})
         self.symbols = {s: symbols.new(s) for s in sorted(_all_symbols(graph, self.functions))}
         self.needs: dict[str, list[str]] = {}
@@ -116,6 +121,7 @@ class _ProgramWriter:
             lines += [("", None), ("", None), *body.rendered()]
         return Program(
             text="\n".join(line for line, _ in lines) + "\n",
+            entries={entry.name: self.function_names[entry.name] for entry in self.graph.later_entries},
             constants=tuple(self.constants),
             bundles=self.bundles,
             references=self.references,
@@ -167,15 +173,16 @@ def _op_text(op: Op) -> str:
 class FunctionWriter:
     def __init__(self, program: _ProgramWriter, function: Function) -> None:
         self.program, self.function = program, function
-        self.is_main = function is program.graph.main
+        self.is_entry = function in program.graph.later_entries
         self.used: set[str] = set()
         self.names = _Names({*program.dialect.names, *program.symbols.values(), *program.function_names.values()})
         self.text: dict[Value, str] = {}
-        named = function.inputs if self.is_main else function.arguments
+        named = function.inputs if self.is_entry else function.arguments
         for value in named:
             self.text[value] = self.names.new(value.name)
-        if self.is_main:
+        if self.is_entry:
             self.text |= {v: f'weights["{_escaped(name)}"]' for name, v in function.parameters.items()}
+            self.text |= {v: f'states["{_escaped(name)}"]' for name, v in function.states.items()}
 
     # -- what a line asks for --------------------------------------------------------------------------------
 
@@ -196,11 +203,14 @@ class FunctionWriter:
         last = self._last_reads()
         for at, node in enumerate(self.function.nodes):
             expression = self._call(node) if node.op.callee is not None else self._spelled(node)
-            for result in node.results:
+            made = [r for r in node.results if r.state is None]
+            self.text |= {r: self.read(r.before) for r in node.results if r.before is not None and r not in made}
+            for result in made:
                 self.text[result] = self.names.new(result.name)
-            target = ", ".join(self.text[r] for r in node.results)
-            types = ", ".join(str(r.type) for r in node.results)
-            body.add(f"    {target} = {expression}", f"{types}  {node.scope}".rstrip(), node)
+            target = ", ".join(self.text[r] for r in made)
+            types = ", ".join(str(r.type) for r in node.named_results) or "()"
+            code = f"{target} = {expression}" if target else expression
+            body.add(f"    {code}", f"{types}  {node.scope}".rstrip(), node)
             dead = [self.text[v] for v in last.get(at, ())]
             if dead:
                 body.add(f"    del {', '.join(dead)}")
@@ -209,10 +219,12 @@ class FunctionWriter:
         head = _Text()
         bindings = self._bindings()  # says which symbols the caller has to pass
         head.add(f"def {self.program.function_names[self.function.name]}(")
-        for value in self.function.inputs if self.is_main else self.function.arguments:
+        for value in self.function.inputs if self.is_entry else self.function.arguments:
             head.add(f"    {self.text[value]},", str(value.type))
-        if self.is_main:
+        if self.is_entry:
             head.add("    weights,")
+            if self.function.states:
+                head.add("    states,")
         for symbol in self.program.needs[self.function.name]:
             head.add(f"    {self.program.symbols[symbol]},")
         head.add("):")
@@ -221,7 +233,13 @@ class FunctionWriter:
         return _Text([*_aligned(head), *_aligned(body)])
 
     def _spelled(self, node: Node) -> str:
-        return self.program.dialect.spell(Line(self, node))
+        line, dialect = Line(self, node), self.program.dialect
+        text = dialect.spell(line)
+        if not line.updates_state or node.op.name in dialect.spellings:
+            return text
+        (before,) = [value.before for value in node.results]  # the reference leaves the state as it is
+        assert before is not None
+        return f"{self.read(before)}[...] = {text}"
 
     def _last_reads(self) -> dict[int, list[Value]]:
         """By position of a node: the results of nodes that no later node reads and that are not returned."""
@@ -229,6 +247,8 @@ class FunctionWriter:
         for at, node in enumerate(self.function.nodes):
             last |= dict.fromkeys(node.results, at)
             last |= {v: at for v in node.inputs if v.node is not None}
+        for value in [v for v in last if v.state is not None]:
+            del last[value]
         for value in self.function.outputs.values():
             last.pop(value, None)
         dead: dict[int, list[Value]] = {}
@@ -238,25 +258,26 @@ class FunctionWriter:
 
     def _returned(self) -> str:
         outputs = {name: self.read(value) for name, value in self.function.outputs.items()}
-        if self.is_main:
+        if self.is_entry:
             return "{" + ", ".join(f'"{_escaped(name)}": {text}' for name, text in outputs.items()) + "}"
         return ", ".join(outputs.values())
 
     def _call(self, node: Node) -> str:
         callee = self.program.graph.callee(node)
         assert callee is not None
-        count = len(callee.inputs)
-        arguments = [self.read(v) for v in node.inputs[:count]]
-        arguments += self._bundle(node, callee) or [self.read(v) for v in node.inputs[count:]]
+        first, end = len(callee.inputs), len(callee.inputs) + len(callee.parameters)
+        arguments = [self.read(v) for v in node.inputs[:first]]
+        arguments += self._bundle(node, callee) or [self.read(v) for v in node.inputs[first:end]]
+        arguments += [self.read(v) for v in node.inputs[end:]]
         needed = self.program.needs[callee.name]
         arguments += [f"{self.program.symbols[s]}={self.size(Size.symbol(s))}" for s in needed]
         return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
 
     def _bundle(self, node: Node, callee: Function) -> list[str] | None:
         """`*weights["h.0.*"]`, if the call passes the weights under its scope, in the callee's order."""
-        weights = node.inputs[len(callee.inputs) :]
+        weights = node.inputs[len(callee.inputs) : len(callee.inputs) + len(callee.parameters)]
         names = tuple(f"{node.scope}.{name}" for name in callee.parameters)
-        if not self.is_main or not names or [self.function.parameters.get(n) for n in names] != list(weights):
+        if not self.is_entry or not names or [self.function.parameters.get(n) for n in names] != list(weights):
             return None
         self.program.bundles[f"{node.scope}.*"] = names
         return [f'*weights["{_escaped(node.scope)}.*"]']
@@ -277,12 +298,12 @@ class FunctionWriter:
                 first = [s if s in new and symbols.index(s) == i else None for i, s in enumerate(symbols)]
                 pattern = ", ".join("_" if s is None else self.program.symbols[s] for s in first)
                 lines.append(f"{pattern} = {self.text[value]}.shape")
-        if self.is_main:
+        if self.is_entry:
             solved = {symbol: text for symbol in wanted if (text := self._solved(symbol)) is not None}
             lines += [f"{self.program.symbols[symbol]} = {text}" for symbol, text in solved.items()]
             wanted = [symbol for symbol in wanted if symbol not in solved]
         self.program.needs[self.function.name] = wanted
-        if wanted and self.is_main:
+        if wanted and self.is_entry:
             names = ", ".join(wanted)
             raise BackendError(
                 f"{self.program.graph.name} needs the size of {names}, which no input's dimensions tell",

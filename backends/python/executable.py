@@ -10,17 +10,19 @@ from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any, Protocol
 
+from treadle.backends.entries import EntryExecutable
 from treadle.backends.made_weights import Recipe
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.python.emission import Program
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.signature import Signature
+from treadle.backends.states import StateKinds, States
 from treadle.files.shown_names import on_one_line
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
-from treadle.ir.graph import Graph
-from treadle.ir.types import Type
+from treadle.ir.graph import Function, Graph
+from treadle.ir.types import DType, Type
 
 
 class Arrays(Protocol):
@@ -38,16 +40,20 @@ class Arrays(Protocol):
         """A number that two arrays share exactly if they lie in the same memory."""
         ...
 
+    def zeros(self, shape: tuple[int, ...], dtype: DType) -> Any:
+        """A new array of zeros, for a state."""
+        ...
+
     def give(self, array: Any, given: Sequence[Any], shared: bool) -> Any:
         """A result for the caller, of the kind of what was given; a copy where its memory is shared."""
         ...
 
 
-class PythonExecutable:
+class PythonExecutable(EntryExecutable):
     """A graph compiled to Python source. See `treadle.backends.protocol.Executable`.
 
-    Results are the caller's own: what lies in the memory of an input, a weight, a constant or another result is copied
-    before it is handed out.
+    Results are the caller's own: what lies in the memory of an input, a weight, a state, a constant or another result is
+    copied before it is handed out.
     """
 
     def __init__(
@@ -57,97 +63,124 @@ class PythonExecutable:
         weights: Mapping[str, Any],
         namespace: Mapping[str, Any],
         arrays: Arrays,
+        backend: str,
     ) -> None:
         """weights are in the backend's own arrays; namespace holds what the text refers to beside its imports."""
-        self.name = graph.name
-        self.signature = Signature(graph)
-        self.inputs = self.signature.ports
-        self.outputs = ports(graph.main.outputs)
-        self._makers = {name: value.node for name, value in graph.main.outputs.items()}
+        super().__init__(graph, backend, arrays.zeros)
         self.source = program.text
-        self._program, self._arrays = program, arrays
-        self._weights = {
+        module = _Module(graph.name, program, weights, namespace, arrays)
+        self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f) for f in graph.later_entries}
+
+
+class _Module:
+    """An emitted module that was executed, with its weights."""
+
+    def __init__(
+        self,
+        name: str,
+        program: Program,
+        weights: Mapping[str, Any],
+        namespace: Mapping[str, Any],
+        arrays: Arrays,
+    ) -> None:
+        self.name, self.program, self.arrays = name, program, arrays
+        self.weights = {
             **weights,
             **{key: tuple(weights[n] for n in names) for key, names in program.bundles.items()},
         }
-        self._held = frozenset(map(arrays.storage, (*weights.values(), *namespace["constants"])))
-        self._file, self._main = _load(graph.name, program.text, namespace)
-        weakref.finalize(self, linecache.cache.pop, self._file, None)
+        self.held = frozenset(map(arrays.storage, (*weights.values(), *namespace["constants"])))
+        self.file, self.scope = _load(name, program.text, namespace)
+        weakref.finalize(self, linecache.cache.pop, self.file, None)
 
-    def __call__(self, /, **given: Any) -> Outputs:
-        """Run on arrays by name. Raises BackendError where they are not what `inputs` says, or where a node fails."""
-        arguments = self.signature.bind(given, self._arrays.take)
-        with self._arrays.running():
-            try:
-                results = self._main(*arguments, self._weights)
-            except Exception as error:
-                raise self._explained(error) from error
-            taken = set(self._held.union(map(self._arrays.storage, arguments)))
-            outputs = Outputs()
-            for name, array in results.items():
-                memory = self._arrays.storage(array)
-                try:
-                    outputs[name] = self._arrays.give(array, list(given.values()), memory in taken)
-                except Exception as error:  # no memory for the copy
-                    raise self._not_given(name, error) from error
-                taken.add(memory)
-            return outputs
-
-    def _explained(self, error: Exception) -> TreadleError:
+    def explained(self, error: Exception) -> TreadleError:
         """The error of a node, with its line of the emitted source and of the user's."""
         line, trace = 0, error.__traceback__
         while trace is not None:
-            if trace.tb_frame.f_code.co_filename == self._file:
+            if trace.tb_frame.f_code.co_filename == self.file:
                 line = trace.tb_lineno
             trace = trace.tb_next
-        node = self._program.nodes.get(line)
+        node = self.program.nodes.get(line)
         if isinstance(error, (OutsideAxis, NoRoom)):
             return error.located(node, self.name)
         text = error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"
         return BackendError(
             f"{node.op.name if node else self.name}: failed while running",
             received=text,
-            within=self.source.splitlines()[line - 1].partition("  # ")[0].strip() if line else None,
+            within=self.program.text.splitlines()[line - 1].partition("  # ")[0].strip() if line else None,
             source=describe_source(node.source, node.scope) if node else None,
         )
+
+
+class _PythonEntry:
+    """An entry as a function of the module. See `treadle.backends.protocol.Entry`."""
+
+    def __init__(self, module: _Module, kinds: StateKinds, graph: Graph, function: Function) -> None:
+        self._module, self._kinds, self._name = module, kinds, function.name
+        self._run = module.scope[module.program.entries[function.name]]
+        self.signature = Signature(graph, function)
+        self.inputs = self.signature.ports
+        self.outputs = ports(function.outputs)
+        self._has_states = bool(function.states)
+        self._makers = {name: value.node for name, value in function.outputs.items()}
+
+    def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
+        module, arrays = self._module, self._module.arrays
+        held = self._kinds.check(states)
+        arguments = self.signature.bind(given, arrays.take, held.sizes)
+        kept = (held,) if self._has_states else ()
+        with arrays.running():
+            try:
+                results = self._run(*arguments, module.weights, *kept)
+            except Exception as error:
+                raise module.explained(error) from error
+            taken = set(module.held.union(map(arrays.storage, (*arguments, *held.values()))))
+            outputs = Outputs()
+            for name, array in results.items():
+                memory = arrays.storage(array)
+                try:
+                    outputs[name] = arrays.give(array, list(given.values()), memory in taken)
+                except Exception as error:  # no memory for the copy
+                    raise self._not_given(name, error) from error
+                taken.add(memory)
+            return outputs
 
     def _not_given(self, name: str, error: Exception) -> BackendError:
         """The error for an output that could not be copied, with the line of the node that made it."""
         node = self._makers[name]
         return BackendError(
-            f"{node.op.name if node else self.name}: output {name} could not be copied",
+            f"{node.op.name if node else self._module.name}: output {name} could not be copied",
             received=f"{type(error).__name__}: {error}",
             source=describe_source(node.source, node.scope) if node else None,
         )
 
     def __repr__(self) -> str:
         takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
-        return f"<executable {self.name}({takes}) -> {gives}>"
+        return f"<entry {self._name}({takes}) -> {gives}>"
 
 
 _numbers = count()  # so that executables of one text do not share the lines that tracebacks show
 
 
-def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Callable[..., Any]]:
-    """Execute a module's text, known to tracebacks under a file name of its own; returns that name and `main`."""
+def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Execute a module's text, known to tracebacks under a file name of its own; returns that name, and what it defines."""
     file = f"<treadle {on_one_line(name)} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict[str, Any] = dict(namespace)
     exec(compile(text, file, "exec"), scope)
-    return file, scope["main"]
+    return file, scope
 
 
 def collect_weights(
     graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]
 ) -> dict[str, Any]:
-    """Every parameter of `main` as a backend's array, row-major; those that `bind` makes, made.
+    """Every parameter that entries read as a backend's array, row-major; those that `bind` makes, made.
 
     Raises one BackendError that lists all that are missing.
     """
     refuse_missing(graph, weights)
     given = {}  # until all are taken: a backend may know a weight by its address, which no other may have meanwhile
     found = {}
-    for name, value in graph.main.parameters.items():
+    for name, value in graph.entry_parameters.items():
         recipe = made.get(name)
         if recipe is None:
             given[name] = weights[name]

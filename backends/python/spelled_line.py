@@ -25,13 +25,16 @@ class Dialect:
     name         of the backend
     imports      the lines at the head of the module
     spellings    op name -> a template such as `np.exp({x})`, or a function of the `Line` that gives an
-                 expression; for an op with several results, an expression of that many
-    otherwise    the spelling of any other primitive op; None: there is none
+                 expression; for an op with several results, an expression of that many. An op that updates an
+                 operand does so in place: of a value that is no state, the operand is a copy
+    copied       a template of an array's copy, such as `{}.copy()`
+    otherwise    the spelling of any other primitive op, which leaves its operands as they are; None: there is none
     """
 
     name: str
     imports: tuple[str, ...]
     spellings: Mapping[str, Spelling]
+    copied: str
     otherwise: Callable[[Line], str] | None = None
 
     @property
@@ -41,6 +44,7 @@ class Dialect:
             "constants",
             "reference",
             "weights",
+            "states",
             "device",
         }
 
@@ -66,6 +70,9 @@ class Line:
         self.names = node.op.operand_names(len(node.operands))
         self._values = dict(zip(self.names, node.operands, strict=True))
         self._dtypes = {v.type.dtype for v in node.inputs if v.literal is None or v.literal.shape != ()}
+        dialect = writer.program.dialect
+        in_place = node.op.updates if node.op.name in dialect.spellings else {}
+        self._copied = {node.operands[at]: dialect.copied for at in in_place.values() if not self.updates_state}
 
     def __getitem__(self, name: str) -> str:
         value = self._values[name]
@@ -86,8 +93,14 @@ class Line:
         return self._read(value)
 
     def _read(self, value: Value) -> str:
-        """A value as an array."""
-        return self._writer.read(value)
+        """A value as an array; where the node changes it, and it is no state, a copy."""
+        text = self._writer.read(value)
+        return self._copied[value].format(text) if value in self._copied else text
+
+    @property
+    def updates_state(self) -> bool:
+        """Whether it changes a state."""
+        return any(value.state is not None for value in self.node.results)
 
     @property
     def arrays(self) -> str:

@@ -115,9 +115,9 @@ class TorchBackend(StagedBackend):
             "device": device,
         }
         tensors = collect_weights(graph, made, weights, arrays.weight)
-        laid = {name: v.layout for name, v in graph.main.parameters.items()}
+        laid = {name: v.layout for name, v in graph.entry_parameters.items()}
         tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
-        return PythonExecutable(declared, program, tensors, namespace, arrays)
+        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name)
 
 
 class _TorchArrays:
@@ -185,6 +185,9 @@ class _TorchArrays:
         if array.is_mkldnn:  # which no result can be
             return id(array)
         return array.untyped_storage().data_ptr() if array.numel() else id(array)
+
+    def zeros(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
+        return self.torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)
 
     def give(self, array: torch.Tensor, given: Sequence[Any], shared: bool) -> Any:
         array = array.clone() if shared else array

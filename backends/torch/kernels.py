@@ -109,20 +109,15 @@ def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Te
 
 
 def append(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool) -> Tensor:
-    """A copy of a state, with x written into it."""
-    return append_(state.clone(), x, rows, start, axis, ring=ring)
-
-
-def append_(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool) -> Tensor:
     """Write x into a state, from where each row goes on. Raises OutsideAxis or NoRoom, and then writes nothing."""
     capacity, count = state.shape[axis], x.shape[axis]
-    slots = _within(rows, state.shape[0])
-    lost = (start < 0) if ring else (start < 0) | (start + count > capacity)
+    slots = _within(rows, state.shape[0])[:, None]
+    lost = (start < 0) if ring else (start < 0) | (start > capacity - count)
     if bool(lost.any()):
         row = int(lost.nonzero()[0])
         raise NoRoom(row, int(start[row]), capacity)
     places = start[:, None] + torch.arange(count, device=start.device)
-    state.movedim(axis, 1)[slots[:, None], places % capacity if ring else places] = x.movedim(axis, 1)
+    state.movedim(axis, 1)[slots, places % capacity if ring else places] = x.movedim(axis, 1)
     return state
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from treadle.backends.python.spelled_line import Dialect, Line
+from treadle.backends.python.spelled_line import Line
 from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import Layout
@@ -103,5 +104,5 @@ def _relayout(line: Line) -> str:
 
 _SPELLED = {name: _packed_or(SPELLINGS[name]) for name in ("linear", "matmul", "activated_linear")}
 
-PACKED = Dialect(TORCH.name, TORCH.imports, ChainMap({**_SPELLED, "relayout": _relayout}, SPELLINGS))
+PACKED = replace(TORCH, spellings=ChainMap({**_SPELLED, "relayout": _relayout}, SPELLINGS))
 """PyTorch's dialect, in which products with packed weights are spelled by oneDNN's call."""

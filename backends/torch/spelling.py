@@ -389,6 +389,7 @@ TORCH = Dialect(
         "import treadle.backends.torch.kernels as kernels",
     ),
     spellings=SPELLINGS,
+    copied="{}.clone()",
 )
 
 

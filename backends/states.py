@@ -1,0 +1,128 @@
+"""States of an executable: named arrays that calls of its entries read and write in place.
+
+    exe = backend.compile(graph, target, weights)
+    states = exe.new_states(R=8, C=2048)          # zeros; `exe.state_bytes(R=8, C=2048)` says how many bytes before
+    exe.entry("step")(states, tokens=..., rows=..., start=...)
+
+Symbols that only states tell (slots, capacity) get their sizes here, once. An executable may have any number of states at
+a time; a call works on those that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from treadle.backends.protocol import Port
+from treadle.ir.errors import BackendError
+from treadle.ir.graph import Graph
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.types import DType
+
+Allocate = Callable[[tuple[int, ...], DType], Any]
+"""Makes an array of zeros in a backend's own memory."""
+
+
+class States(Mapping[str, Any]):
+    """The states of one executable at one set of sizes. `states[name]` is the array itself, not a copy.
+
+    A NumPy array; of the torch backend a tensor. The tvm backend holds bf16 as the bits of uint16.
+
+    kinds   what they are states of
+    sizes   of the symbols in their types
+    nbytes  that they take
+    """
+
+    def __init__(self, kinds: StateKinds, sizes: Mapping[str, int], arrays: Mapping[str, Any]) -> None:
+        self.kinds, self.sizes, self._arrays = kinds, dict(sizes), dict(arrays)
+        self.nbytes = kinds.nbytes(sizes)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+        return f"<{len(self)} states of {self.kinds.name}, {sizes}: {self.nbytes:,} bytes>"
+
+
+class StateKinds:
+    """Which states an executable has, of which types.
+
+    backend  whose arrays hold them
+    """
+
+    def __init__(self, graph: Graph, backend: str) -> None:
+        self.name, self.backend = graph.name, backend
+        self.ports = tuple(Port(name, value.type) for name, value in graph.states.items())
+        self.symbols = tuple(sorted({s for port in self.ports for s in port.type.symbols}))
+        self.bounds: dict[str, Bounds] = {s: graph.symbols[s] for s in self.symbols}
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """How many bytes all of them take at these sizes. Raises BackendError for a size that is missing or wrong."""
+        self.check_sizes(sizes)
+        return sum(port.type.bytes_at(sizes) for port in self.ports)
+
+    def new(self, sizes: Mapping[str, int], allocate: Allocate) -> States:
+        """Zeros. Raises BackendError for a size that is missing or wrong, or where there is not so much memory."""
+        nbytes = self.nbytes(sizes)
+        try:
+            arrays = {port.name: allocate(port.type.evaluate(sizes), port.dtype) for port in self.ports}
+        except (MemoryError, OverflowError, ValueError, RuntimeError) as error:
+            told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise BackendError(
+                f"{self.name}: there is not enough memory for its states",
+                received=f"{nbytes / 2**30:.3g} GiB, where {told}",
+                hint=f"smaller {' or '.join(self.symbols)}",
+            ) from error
+        return States(self, sizes, arrays)
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raise BackendError where a symbol of the states has no size or one out of bounds, or another is given."""
+        missing = [s for s in self.symbols if s not in sizes]
+        unknown = [s for s in sizes if s not in self.symbols]
+        if missing or unknown:
+            what = f"need a size for {', '.join(missing)}" if missing else f"have no size {', '.join(unknown)}"
+            raise BackendError(
+                f"the states of {self.name} {what}",
+                received=", ".join(f"{name}={size}" for name, size in sizes.items()) or "no sizes",
+                within=", ".join(map(str, self.ports))[:400],
+                hint="new_states(" + ", ".join(f"{s}=..." for s in self.symbols) + ")",
+            )
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size not in self.bounds[name]:
+                bounds = self.bounds[name]
+                most = f" and at most {bounds.upper}" if bounds.upper is not None else ""
+                raise BackendError(
+                    f"{name} must be a size of at least {bounds.lower}{most}, is {size!r}",
+                    within=f"the states of {self.name}",
+                )
+
+    def check(self, states: States | None) -> States:
+        """What a call was given, if it is states of these types. Raises BackendError for anything else."""
+        if states is None and not self.ports:
+            return States(self, {}, {})
+        wanted = ", ".join(map(str, self.ports))[:400]
+        if not isinstance(states, States):
+            raise BackendError(
+                f"{self.name} has states, which a call is given first",
+                received=type(states).__name__,
+                within=wanted,
+                hint="new_states(" + ", ".join(f"{s}=..." for s in self.symbols) + ")",
+            )
+        if states.kinds is self:
+            return states
+        if states.kinds.backend != self.backend or states.kinds.ports != self.ports:
+            given = states.kinds
+            raise BackendError(
+                f"these are no states of {self.name} for the {self.backend} backend",
+                received=f"states of {given.name} for the {given.backend} backend: " + ", ".join(map(str, given.ports))[:400],
+                within=wanted,
+                hint="new_states of the executable that is called",
+            )
+        return states

@@ -1,0 +1,57 @@
+"""Views of states: values that show what a state holds, and change with it where it is written in place.
+
+    old = rearrange(%k, ...); %k = append(%k, ...); y = exp(old)          y would read what was appended
+
+Each such value has a base: the version of a state, or the argument of its function, whose elements it shows.
+"""
+
+from __future__ import annotations
+
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.elementwise import Cast
+
+
+class StateViews:
+    """Asked for functions of one graph; follows what blocks give into their callers."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._known: dict[Function, dict[Value, Value]] = {}
+
+    def bases(self, function: Function) -> dict[Value, Value]:
+        """The base of each value of a function that shows another's elements."""
+        found = self._known.get(function)
+        if found is None:
+            found = {}
+            for node in function.nodes:
+                self.add(node, found)
+            self._known[function] = found
+        return found
+
+    def add(self, node: Node, found: dict[Value, Value]) -> None:
+        """Add the bases of what a node gives to those of what comes before it."""
+        callee = self.graph.callee(node)
+        if callee is not None:
+            self._given(node, callee, found)
+        elif _is_view(node):
+            (x,) = node.inputs
+            found[node.result] = found.get(x, x)
+
+    def _given(self, node: Node, callee: Function, found: dict[Value, Value]) -> None:
+        """What a call gives that shows what it was passed, or a state that it updates."""
+        inside = self.bases(callee)
+        passed = dict(zip(callee.arguments, node.operands, strict=True))
+        after = {node.operands[at]: node.results[index] for index, at in node.op.updates.items()}
+        for value, result in zip(callee.outputs.values(), node.results, strict=False):
+            base = inside.get(value, value)
+            actual = passed.get(base if base.state is None else base.state)
+            if actual is not None and actual.literal is None:
+                changed = base.node is not None  # by the callee, whose last version this then is
+                found[result] = after[actual] if changed else found.get(actual, actual)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a backend may give the memory of the operand itself."""
+    if isinstance(node.op, Cast):
+        return node.inputs[0].type.dtype is node.result.type.dtype
+    return node.op.is_view
