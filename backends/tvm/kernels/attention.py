@@ -18,23 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.arithmetic.vector_math import exp
-from treadle.backends.tvm.kernels.attention_masks import WRITERS, lane_numbers
+from treadle.backends.tvm.kernels.attention_masks import WRITERS
+from treadle.backends.tvm.kernels.attention_softmax import BLOCK, INFINITY, PANEL, RowSoftmax, ScoreRow
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.square_transpose import transposed
-from treadle.ir.types import DTYPES, f32, i64
+from treadle.ir.types import f32, i64
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-BLOCK = 128  # keys that are packed at a time
 GROUP = 16  # queries whose scores are held at a time
-PANEL = 2  # vectors of a panel: what a tile spans beside its rows
-
-_LEAST = -87.0  # below it exp is no normal number; it counts as 0
-_I32 = DTYPES["i32"]
-_INFINITY = float("inf")
 
 
 def tile_rows(isa: Isa) -> int:
@@ -97,11 +91,22 @@ class FlashAttention(Kernel):
         return "_".join(["attention", str(self.d), *["padding"] * self.padded, *more])
 
     def emit(self, k: Emitter) -> None:
-        _Writer(self, k).write()
+        AttentionWriter(self, k).write()
 
 
-class _Writer:
-    """Writes a kernel. Index variables are named as in the formula: b, g, r, i (query), j (key)."""
+class AttentionWriter:
+    """Writes a kernel. Index variables are named as in the formula: b, g, r, i (query), j (key).
+
+    Queries and keys have positions, by which they are masked and blocks begin: here their indices.
+
+    origin     where the row's first query stands
+    limit      the position past the row's last key
+    key_row    the row of keys that the row's queries attend to
+    """
+
+    origin: Expr = 0
+    limit: Expr
+    key_row: Expr
 
     def __init__(self, spec: FlashAttention, k: Emitter) -> None:
         self.spec, self.k = spec, k
@@ -114,19 +119,21 @@ class _Writer:
     def _arguments(self) -> None:
         k, spec = self.k, self.spec
         pointers = {name: k.pointer(name, f32) for name in ("q", "keys", "values")}
+        self._ask_pointers()
         lengths = [k.pointer(f"lengths{n}", i64) for n in range(spec.padded)]
         self.terms = [WRITERS[code](k, n) for n, code in enumerate(spec.terms)]
         pointers["out"] = k.pointer("out", f32)
         parts = ("packed_keys", "packed_values", "queries", "scores", "sums", "rows")
         scratch = [k.pointer(name, f32) for name in parts]
         self.b, self.g, self.r, self.s, self.t = (k.size(name) for name in "bgrst")
+        self.key_rows = self._ask_key_rows()
         self.low, self.high = k.size("low"), k.size("high")
         self.most, self.slots = k.size("most"), k.size("slots")
         heads = self.g * self.r
         shapes = {
             "q": [self.b, heads, self.s, spec.d],
-            "keys": [self.b, self.g, self.t, spec.d],
-            "values": [self.b, self.g, self.t, spec.e],
+            "keys": [self.key_rows, self.g, self.t, spec.d],
+            "values": [self.key_rows, self.g, self.t, spec.e],
             "out": [self.b, heads, self.s, spec.e],
         }
         strides = {name: [k.size(f"{name}_stride{n}") for n in range(3)] for name in shapes}
@@ -142,6 +149,14 @@ class _Writer:
         held = [[part.keys], [part.values], [GROUP, spec.d], [GROUP, BLOCK], [rows, part.sums], [rows, part.rows]]
         made = [k.view(p, [self.slots, *shape]) for p, shape in zip(scratch, held, strict=True)]
         self.packed_keys, self.packed_values, self.queries, self.scores, self.sums, self.rows = made
+        self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows)
+
+    def _ask_pointers(self) -> None:
+        """Ask for pointers of its own, after values."""
+
+    def _ask_key_rows(self) -> Expr:
+        """How many rows of keys there are; what is asked for comes after t."""
+        return self.b
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
@@ -154,30 +169,38 @@ class _Writer:
         active = self._index(k.least(self.slots, tasks), "active")
         with k.parallel(active, "slot") as slot:
             self.slot = slot
-            first = self._index(k.floor_divide(slot * tasks, active), "first")
-            last = self._index(k.floor_divide((slot + 1) * tasks, active), "last")
-            with k.loop(last - first, "n") as n:
-                task = self._index(first + n, "task")
-                at = self._index(k.floor_mod(task, chunks), "at")
-                pair = self._index(k.floor_divide(task, chunks), "pair")
-                # Of a causal attention the last queries cost the most: threads get early and late ones in turn.
-                half = self._index(k.floor_divide(at, 2), "half")
-                chunk = self._index(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
-                self._task(
-                    self._index(k.floor_divide(pair, self.g), "row"), self._index(k.floor_mod(pair, self.g), "g"), chunk
-                )
+            self._share(slot, tasks, active, chunks)
+
+    def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
+        """The tasks of one slot: equally many each."""
+        k = self.k
+        first = self._index(k.floor_divide(slot * tasks, active), "first")
+        last = self._index(k.floor_divide((slot + 1) * tasks, active), "last")
+        with k.loop(last - first, "n") as n:
+            task = self._index(first + n, "task")
+            at = self._index(k.floor_mod(task, chunks), "at")
+            pair = self._index(k.floor_divide(task, chunks), "pair")
+            # Of a causal attention the last queries cost the most: threads get early and late ones in turn.
+            half = self._index(k.floor_divide(at, 2), "half")
+            chunk = self._index(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
+            row, g = self._index(k.floor_divide(pair, self.g), "row"), self._index(k.floor_mod(pair, self.g), "g")
+            self.key_row, self.limit = row, self._limited(row, self.t)
+            self._task(row, g, chunk)
+
+    def _limited(self, b: Expr, limit: Expr) -> Expr:
+        """A limit of keys, or a row's least length."""
+        for n, lengths in enumerate(self.lengths):
+            limit = self._index(self.k.least(limit, self.k.load(lengths, [b])), f"limit{n}")
+        return limit
 
     def _task(self, b: Expr, g: Expr, chunk: Expr) -> None:
+        """Some queries of all heads that share keys."""
         k = self.k
         self.at_b, self.at_g = b, g
         first = self.first = self._index(chunk * self.chunk, "first_query")
         count = self.count = self._index(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
         groups = self._index(self._ceil(count, GROUP), "groups")
         self._begin(groups)
-        limit = self.t
-        for n, lengths in enumerate(self.lengths):
-            limit = self._index(k.least(limit, k.load(lengths, [b])), f"limit{n}")
-        self.limit = limit
         begin, end = self._seen(first, count)
         block = self._index(k.floor_divide(begin, BLOCK), "first_block")
         blocks = self._index(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
@@ -191,11 +214,26 @@ class _Writer:
         self._finish(count)
 
     def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
-        """The keys, from and up to, that some of these queries see."""
-        k = self.k
-        begin = self._index(k.greatest(first + self.low, k.index(0)), "begin")
-        end = self._index(k.least(self.limit, first + count + self.high), "end")
+        """The positions of keys, from and up to, that some of these queries see."""
+        k, position = self.k, first + self.origin
+        begin = self._index(k.greatest(position + self.low, self.oldest), "begin")
+        end = self._index(k.least(self.limit, position + count + self.high), "end")
         return begin, end
+
+    @property
+    def oldest(self) -> Expr:
+        """The position of the row's first key."""
+        return self.k.index(0)
+
+    def _keys_at(self, column: Expr) -> list[Expr]:
+        """Where the keys of a vector of columns lie; past the last key it is repeated."""
+        k = self.k
+        left = self._index(self.t - 1 - (self.base + column), "left")
+        return [self._index(self.base + column + k.least(k.index(x), left), "key") for x in range(self.lanes)]
+
+    def _value_at(self, column: Expr) -> Expr:
+        """Where the value of a column lies."""
+        return self.base + column
 
     def _columns(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
         """These keys as columns of the block."""
@@ -208,7 +246,7 @@ class _Writer:
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(groups * GROUP, "i") as i:
             row = self._index(r * self.chunk + i, "state")
-            k.store(self.rows, [self.slot, row, 0], k.number(-_INFINITY, f32))
+            k.store(self.rows, [self.slot, row, 0], k.number(-INFINITY, f32))
             k.store(self.rows, [self.slot, row, 1], k.number(0.0, f32))
             with k.loop(self.vectors, "v") as v:
                 k.store(self.sums, [self.slot, row, v * self.lanes], k.number(0.0, f32, self.lanes), self.lanes)
@@ -234,25 +272,24 @@ class _Writer:
     # -- packing ---------------------------------------------------------------------------------------------
 
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
-        """Columns c0 up to c1 of the block, in whole vectors; past the last key it is repeated."""
+        """Columns c0 up to c1 of the block, in whole vectors."""
         k, lanes, d = self.k, self.lanes, self.spec.d
         begin = self._index(k.floor_divide(c0, lanes), "from_vector")
         with k.loop(self._ceil(c1, lanes) - begin, "n") as n:
             column = self._index((begin + n) * lanes, "column")
-            left = self._index(self.t - 1 - (self.base + column), "left")
-            keys = [self._index(self.base + column + k.least(k.index(x), left), "key") for x in range(lanes)]
+            keys = self._keys_at(column)
             panel = self._index(k.floor_divide(column, self.width), "panel")
             to = self._index(panel * (d * self.width) + (column - panel * self.width), "to")
 
             def square(start: Expr) -> None:
-                read = [k.load(self.key, [self.at_b, self.at_g, j, start], lanes) for j in keys]
+                read = [k.load(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys]
                 for x, vector in enumerate(transposed(k, read)):
                     k.store(self.packed_keys, [self.slot, to + (start + x) * self.width], vector, lanes)
 
             if d < lanes:
                 with k.loop(d, "c") as c:
                     for x, j in enumerate(keys):
-                        value = k.load(self.key, [self.at_b, self.at_g, j, c])
+                        value = k.load(self.key, [self.key_row, self.at_g, j, c])
                         k.store(self.packed_keys, [self.slot, to + c * self.width + x], value)
                 return
             with k.loop(d // lanes, "c") as c:
@@ -265,7 +302,7 @@ class _Writer:
         whole, rest = divmod(self.spec.e, lanes)
         with k.loop(c1 - c0, "n") as n:
             column = self._index(c0 + n, "column")
-            at = [self.at_b, self.at_g, self.base + column]
+            at = [self.key_row, self.at_g, self._value_at(column)]
             with k.loop(whole // PANEL, "panel") as panel, k.unroll(PANEL, "v") as v:
                 vector = k.load(self.value, [*at, panel * self.width + v * lanes], lanes)
                 k.store(self.packed_values, [self.slot, self._packed(panel, PANEL, column, v)], vector, lanes)
@@ -313,7 +350,7 @@ class _Writer:
                     self._score(self._index(tiles * self.tile + row, "tile_row"), 1, panel)
             state = self._index(r * self.chunk + group * GROUP, "state")
             with k.loop(count, "row") as row:
-                self._softmax(r, first + row, row, state + row, p0 * self.width, p1 * self.width)
+                self._softmax(self._head(r), first + row, row, state + row, p0 * self.width, p1 * self.width)
             panels, rest = divmod(self.vectors, PANEL)
 
             def sums(panel: Any, vectors: int) -> None:
@@ -330,7 +367,7 @@ class _Writer:
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
         """The group's queries times scale, side by side; zeros up to so many rows."""
         k, lanes, d = self.k, self.lanes, self.spec.d
-        head = self._index(self.at_g * self.r + r, "head")
+        head = self._head(r)
         step = lanes if d >= lanes else 1
         starts = [*range(0, d - step + 1, step), *([d - step] if d % step else [])]
         with k.loop(count, "row") as row:
@@ -376,131 +413,27 @@ class _Writer:
             made = k.load(acc, [(i * vectors + v) * lanes], lanes)
             k.store(self.sums, [self.slot, state + first + i, panel * self.width + v * lanes], made, lanes)
 
-    # -- the softmax of a row --------------------------------------------------------------------------------
-
-    def _softmax(self, r: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
-        """Scores of a query as weights, exp(score - m), with m, l and the factor of the old sums brought up to date."""
-        k, lanes = self.k, self.lanes
+    def _softmax(self, head: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
+        """The scores of a query in columns c0 up to c1 as weights."""
+        k = self.k
         i = self._index(i, "query")
-        lo = self._index(i + self.low - self.base, "first_column")
-        hi = self._index(k.least(self.limit, i + self.high + 1) - self.base, "past_column")
-        peak = k.registers(self.width, f32, "peak")
-        with k.unroll(PANEL, "u") as u:
-            k.store(peak, [u * lanes], k.number(-_INFINITY, f32, lanes), lanes)
-        pairs = self._index(k.floor_divide(c1 - c0, self.width), "pairs")
-        if self.spec.softcap is None and not self.terms:
-            whole = k.let(k.both(lo <= c0, c1 <= hi), "whole")
-            with k.when(whole), k.loop(pairs, "n") as n, k.unroll(PANEL, "u") as u:
-                x = k.load(self.scores, [self.slot, row, c0 + n * self.width + u * lanes], lanes)
-                k.store(peak, [u * lanes], k.greatest(k.load(peak, [u * lanes], lanes), x), lanes)
-            with k.when(k.any_of(lo > c0, c1 > hi)):
-                self._masked(r, i, row, c0, pairs, lo, hi, peak)
-        else:
-            self._masked(r, i, row, c0, pairs, lo, hi, peak)
-        old = k.let(k.load(self.rows, [self.slot, state, 0]), "old")
-        both = k.load(peak, [0], lanes)
-        for u in range(1, PANEL):
-            both = k.greatest(both, k.load(peak, [u * lanes], lanes))
-        new = k.let(k.greatest(old, k.maximum_of_lanes(both, lanes)), "new")
-        # A query that has seen nothing has -inf there, which must not meet itself in a difference.
-        shift = k.let(k.select(new > k.number(-_INFINITY, f32), new, k.number(0.0, f32)), "shift")
-        total = k.registers(self.width, f32, "total")
-        with k.unroll(PANEL, "u") as u:
-            k.store(total, [u * lanes], k.number(0.0, f32, lanes), lanes)
-        with k.loop(pairs, "n") as n:
-            for u in range(PANEL):
-                at = [self.slot, row, c0 + n * self.width + u * lanes]
-                weight = self._weight(k.load(self.scores, at, lanes) - k.splat(shift, lanes))
-                k.store(self.scores, at, weight, lanes)
-                k.store(total, [u * lanes], k.load(total, [u * lanes], lanes) + weight, lanes)
-        summed = k.load(total, [0], lanes)
-        for u in range(1, PANEL):
-            summed = summed + k.load(total, [u * lanes], lanes)
-        factor = k.registers(lanes, f32, "factor")
-        k.store(factor, [0], self._weight(k.splat(old - shift, lanes)), lanes)
-        scaled = k.load(self.rows, [self.slot, state, 1]) * k.load(factor, [0])
-        k.store(self.rows, [self.slot, state, 1], scaled + k.sum_of_lanes(summed, lanes))
-        k.store(self.rows, [self.slot, state, 2], k.load(factor, [0]))
-        k.store(self.rows, [self.slot, state, 0], new)
-
-    def _weight(self, x: Expr) -> Expr:
-        """exp(x) for x <= 0; 0 where it is no normal number, and so for a key that is masked."""
-        k, lanes = self.k, self.lanes
-        x = k.let(x, "x")
-        made = exp(k, x, lanes)
-        return k.let(k.select(x < k.number(_LEAST, f32, lanes), k.number(0.0, f32, lanes), made), "weight")
-
-    def _masked(self, r: Expr, i: Expr, row: Expr, c0: Expr, pairs: Expr, lo: Expr, hi: Expr, peak: Any) -> None:
-        """Apply soft-cap, biases and masks to a row of scores, and find its largest."""
-        k, lanes = self.k, self.lanes
-        head = self._index(self.at_g * self.r + r, "head")
-        for term in self.terms:
-            term.begin(self.at_b, head, i)
-        bounds = [k.cast(k.least(k.greatest(x, k.index(0)), k.index(BLOCK)), _I32) for x in (lo, hi)]
-        first, past = (k.splat(k.let(x, "bound"), lanes) for x in bounds)
-        numbers = lane_numbers(k, _I32, lanes)
-
-        def one(column: Expr, u: Any, read: Any) -> None:
-            at = [self.slot, row, column]
-            x = self._biased(k.load(self.scores, at, lanes), self.base + column, read)
-            here = k.let(k.splat(k.cast(column, _I32), lanes) + numbers, "columns")
-            keep = k.both(first <= here, here < past)
-            for term in self.terms:
-                if term.is_mask:
-                    keep = k.both(keep, term.vector(self.base + column, lanes, read))
-            x = k.let(k.select(keep, x, k.number(-_INFINITY, f32, lanes)), "score")
-            k.store(self.scores, at, x, lanes)
-            k.store(peak, [u * lanes], k.greatest(k.load(peak, [u * lanes], lanes), x), lanes)
-
-        def whole(view: Any, index: Sequence[Any]) -> Any:
-            return k.load(view, index, lanes)
-
-        if not any(term.reads_keys for term in self.terms):
-            with k.loop(pairs, "n") as n:
-                for u in range(PANEL):
-                    one(c0 + n * self.width + u * lanes, u, whole)
-            return
-        # An operand ends with the last key: from there on it is not read.
+        position = self._index(i + self.origin, "position")
+        lo = self._index(self._first_seen(position) - self.base, "first_column")
+        hi = self._index(k.least(self.limit, position + self.high + 1) - self.base, "past_column")
         inside = self._index(self.t - self.base, "inside")
-        vectors = self._index(pairs * PANEL, "vectors")
-        full = self._index(k.greatest(k.least(vectors, k.floor_divide(inside - c0, lanes)), k.index(0)), "full")
-        with k.loop(full, "n") as n:
-            one(self._index(c0 + n * lanes, "column"), 0, whole)
-        with k.loop(vectors - full, "n") as n:
-            column = self._index(c0 + (full + n) * lanes, "column")
-            left = self._index(k.greatest(k.least(inside - column, k.index(lanes)), k.index(0)), "left")
+        at = ScoreRow(self.slot, row, state, self.at_b, head, i, position, lo, hi, self.base, inside)
+        self.softmax.write(at, c0, c1)
 
-            def part(view: Any, index: Sequence[Any]) -> Any:
-                padded = k.registers(lanes, view.dtype, "padded")
-                k.store(padded, [0], k.number(0, view.dtype, lanes), lanes)
-                with k.loop(left, "c") as c:
-                    k.store(padded, [c], k.load(view, [*index[:-1], index[-1] + c]))
-                return k.load(padded, [0], lanes)
+    def _first_seen(self, position: Expr) -> Expr:
+        """The position of the first key that a query sees, or one before the block of it."""
+        return position + self.low
 
-            one(column, 0, part)
-
-    def _biased(self, x: Expr, j: Expr, read: Any) -> Expr:
-        k, lanes, cap = self.k, self.lanes, self.spec.softcap
-        if cap is not None:
-            # tanh z = 1 - 2 / (exp(2 z) + 1); far out exp ends where tanh is 1 in float32.
-            twice = k.registers(lanes, f32, "twice")  # a product that meets a minimum trips TVM's simplifier
-            k.store(twice, [0], x * k.number(2.0 / cap, f32, lanes), lanes)
-            bent = exp(k, k.load(twice, [0], lanes), lanes)
-            one = k.number(1.0, f32, lanes)
-            x = k.number(cap, f32, lanes) * (one - k.number(2.0, f32, lanes) / (bent + one))
-        for term in self.terms:
-            if not term.is_mask:
-                x = x + term.vector(j, lanes, read)
-        return x
+    def _head(self, r: Expr) -> Expr:
+        """A query head."""
+        return self._index(self.at_g * self.r + r, "head")
 
     def _index(self, value: Expr, name: str) -> Expr:
-        """An index computed once, in a register: what TVM knows nothing of, it does not reason about.
-
-        Its analysis of nested minima, maxima and quotients takes minutes where they are given as expressions.
-        """
-        held = self.k.registers(1, i64, f"{name}_register")
-        self.k.store(held, [0], value)
-        return self.k.let(self.k.load(held, [0]), name)
+        return self.k.opaque(value, name)
 
     def _ceil(self, x: Expr, n: Any) -> Expr:
         return self.k.floor_divide(x + (n - 1), n)

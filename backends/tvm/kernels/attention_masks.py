@@ -61,13 +61,13 @@ class TermWriter(ABC):
     def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
         """Say what the pointers point at. `slack`: how many offsets past the last there are."""
 
-    def begin(self, b: Expr, h: Expr, i: Expr) -> None:
-        """Read what holds for all keys of a query."""
-        self.at = (b, h, i)
+    def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
+        """Read what holds for all keys of a query: its index, and where it stands."""
+        self.at, self.position = (b, h, i), position
 
     @abstractmethod
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
-        """The term at keys j, j + 1, ...: which are kept, or what is added."""
+        """The term at keys at positions j, j + 1, ...: which are kept, or what is added."""
 
 
 class SegmentsWriter(TermWriter):
@@ -81,8 +81,8 @@ class SegmentsWriter(TermWriter):
         of_queries, of_keys = self.pointers
         self.of_queries, self.of_keys = self.k.view(of_queries, [b, s]), self.k.view(of_keys, [b, t])
 
-    def begin(self, b: Expr, h: Expr, i: Expr) -> None:
-        super().begin(b, h, i)
+    def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
+        super().begin(b, h, i, position)
         self.row = self.k.let(self.k.load(self.of_queries, [b, i]), "segment")
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
@@ -108,8 +108,8 @@ class _QueryTensorWriter(_TensorWriter):
 
     reads_keys = False
 
-    def begin(self, b: Expr, h: Expr, i: Expr) -> None:
-        super().begin(b, h, i)
+    def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
+        super().begin(b, h, i, position)
         self.row = self.k.let(self.k.load(self.view, [b, h, i, 0]), self.kind)
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
@@ -171,14 +171,15 @@ class AlibiWriter(TermWriter):
         (pointer,) = self.pointers
         self.view = self.k.view(pointer, [h])
 
-    def begin(self, b: Expr, h: Expr, i: Expr) -> None:
-        super().begin(b, h, i)
+    def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
+        super().begin(b, h, i, position)
         self.row = self.k.let(self.k.load(self.view, [h]), "slope")
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
-        k, (_, _, i) = self.k, self.at
+        k = self.k
         # Whole numbers below 2^24: exact.
-        return k.splat(self.row, lanes) * (k.splat(k.cast(j - i, f32), lanes) + lane_numbers(k, f32, lanes))
+        apart = k.splat(k.cast(j - self.position, f32), lanes) + lane_numbers(k, f32, lanes)
+        return k.splat(self.row, lanes) * apart
 
 
 WRITERS: Mapping[str, type[TermWriter]] = {
