@@ -14,7 +14,6 @@ and a query's lanes know nothing of its neighbours in a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +118,13 @@ class AttentionWriter:
     def _arguments(self) -> None:
         k, spec = self.k, self.spec
         pointers = {name: k.pointer(name, f32) for name in ("q", "keys", "values")}
-        self._ask_pointers()
+        self._ask_read()
         lengths = [k.pointer(f"lengths{n}", i64) for n in range(spec.padded)]
         self.terms = [WRITERS[code](k, n) for n, code in enumerate(spec.terms)]
         pointers["out"] = k.pointer("out", f32)
         parts = ("packed_keys", "packed_values", "queries", "scores", "sums", "rows")
         scratch = [k.pointer(name, f32) for name in parts]
+        self._ask_written()
         self.b, self.g, self.r, self.s, self.t = (k.size(name) for name in "bgrst")
         self.key_rows = self._ask_key_rows()
         self.low, self.high = k.size("low"), k.size("high")
@@ -151,8 +151,11 @@ class AttentionWriter:
         self.packed_keys, self.packed_values, self.queries, self.scores, self.sums, self.rows = made
         self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows)
 
-    def _ask_pointers(self) -> None:
+    def _ask_read(self) -> None:
         """Ask for pointers of its own, after values."""
+
+    def _ask_written(self) -> None:
+        """Ask for pointers of its own, after all others."""
 
     def _ask_key_rows(self) -> Expr:
         """How many rows of keys there are; what is asked for comes after t."""
@@ -200,18 +203,26 @@ class AttentionWriter:
         first = self.first = self._index(chunk * self.chunk, "first_query")
         count = self.count = self._index(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
         groups = self._index(self._ceil(count, GROUP), "groups")
-        self._begin(groups)
+        self._begin(k.least(groups * GROUP, self.chunk))
         begin, end = self._seen(first, count)
+        self._enter(begin, end)
         block = self._index(k.floor_divide(begin, BLOCK), "first_block")
         blocks = self._index(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
         with k.loop(blocks, "block") as n:
             self.base = self._index((block + n) * BLOCK, "base")
             c0, c1 = self._columns(begin, end)
-            self._pack_keys(c0, c1)
-            self._pack_values(c0, c1)
-            with k.loop(self.r, "r") as r, k.loop(groups, "group") as group:
-                self._group(r, group)
+            self._block(c0, c1, groups)
         self._finish(count)
+
+    def _enter(self, begin: Expr, end: Expr) -> None:
+        """Before the blocks of a task, whose keys stand at these positions, from and up to."""
+
+    def _block(self, c0: Expr, c1: Expr, groups: Expr) -> None:
+        """Pack these columns of a block, and let each group of the task's queries attend to it."""
+        self._pack_keys(c0, c1)
+        self._pack_values(c0, c1)
+        with self.k.loop(self.r, "r") as r, self.k.loop(groups, "group") as group:
+            self._group(r, group)
 
     def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
         """The positions of keys, from and up to, that some of these queries see."""
@@ -242,9 +253,10 @@ class AttentionWriter:
         c1 = self._index(k.least(end - self.base, k.index(BLOCK)), "to_column")
         return c0, c1
 
-    def _begin(self, groups: Expr) -> None:
+    def _begin(self, rows: Expr) -> None:
+        """No key was seen yet by so many queries of each head."""
         k = self.k
-        with k.loop(self.r, "r") as r, k.loop(groups * GROUP, "i") as i:
+        with k.loop(self.r, "r") as r, k.loop(rows, "i") as i:
             row = self._index(r * self.chunk + i, "state")
             k.store(self.rows, [self.slot, row, 0], k.number(-INFINITY, f32))
             k.store(self.rows, [self.slot, row, 1], k.number(0.0, f32))

@@ -161,6 +161,31 @@ class OffsetsWriter(TermWriter):
         return self.k.load(self.view, [h, j + (self.queries - 1 - i)], lanes)
 
 
+class NearOffsetsWriter(TermWriter):
+    """+ values[h, j - p] of a query at position p, stored from j - p = -reach up to reach, beyond which they stay alike
+
+    The values of a cache: positions may be anywhere, so what is stored knows no more than the distances that differ.
+    """
+
+    kind, code = "offsets", "near offsets"
+    dtypes = (f32,)
+    strides = 1  # the reach, which leaves a vector on either side
+
+    def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
+        (pointer,), (self.reach,) = self.pointers, self.passed
+        self.view = self.k.view(pointer, [h, near_offsets(self.reach, self.k.isa.lanes())])
+
+    def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
+        k, (_, h, _) = self.k, self.at
+        apart = k.opaque(k.greatest(k.least(j - self.position, self.reach), k.index(0) - self.reach), "apart")
+        return k.load(self.view, [h, apart + self.reach], lanes)
+
+
+def near_offsets(reach: Any, lanes: int) -> Any:
+    """How many values `NearOffsetsWriter` reads of a head."""
+    return reach + reach + lanes
+
+
 class AlibiWriter(TermWriter):
     """+ slopes[h] * (j - i)"""
 
@@ -191,6 +216,7 @@ WRITERS: Mapping[str, type[TermWriter]] = {
         BiasWriter,
         QueryBiasWriter,
         OffsetsWriter,
+        NearOffsetsWriter,
         AlibiWriter,
     )
 }

@@ -73,12 +73,12 @@ class Take(Kernel):
             at = [k.let(k.floor_divide(task, i), "outer"), k.let(k.floor_mod(task, i), "place")]
             if self.rows:
                 index = k.let(k.index(k.load(indices, [*at, 0])), "index")
-                _checked(k, status, index, v, lambda: self._row(k, x, y, at, index, d))
+                checked(k, status, index, v, lambda: self._row(k, x, y, at, index, d))
             else:
                 with k.loop(d, "d") as c:
                     index = k.let(k.index(k.load(indices, [*at, c])), "index")
                     move = lambda: k.store(y, [*at, c], k.load(x, [at[0], index, c]))  # noqa: E731
-                    _checked(k, status, index, v, move)
+                    checked(k, status, index, v, move)
 
     def _row(self, k: Emitter, x: Any, y: Any, at: list[Expr], index: Expr, d: Expr) -> None:
         """Row `index` of x as row `at` of y."""
@@ -150,14 +150,14 @@ class ScatterAdd(Kernel):
                     index = k.let(k.index(k.load(indices, [outer, place, 0])), "index")
                     lanes = k.isa.lanes(max(4, dtype.bytes))
                     body = lambda c, n: add(index, first + c, n)  # noqa: E731
-                    _checked(k, status, index, v, lambda: along(k, count, lanes, body))
+                    checked(k, status, index, v, lambda: along(k, count, lanes, body))
                 else:
                     with k.loop(count, "c") as c:
                         index = k.let(k.index(k.load(indices, [outer, place, first + c])), "index")
-                        _checked(k, status, index, v, lambda: add(index, first + c, 1))
+                        checked(k, status, index, v, lambda: add(index, first + c, 1))
 
 
-def _checked(k: Emitter, status: Any, index: Expr, size: Expr, inside: Callable[[], None]) -> None:
+def checked(k: Emitter, status: Any, index: Expr, size: Expr, inside: Callable[[], None]) -> None:
     """What is done with an index that lies on an axis of that size; of another only the status tells."""
     with k.when(k.both(index >= k.index(0), index < size)):
         inside()

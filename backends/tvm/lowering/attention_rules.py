@@ -13,14 +13,18 @@ from treadle.backends.tvm.kernels.attention_masks import (
     AlibiWriter,
     BiasWriter,
     MaskWriter,
+    NearOffsetsWriter,
     OffsetsWriter,
     QueryBiasWriter,
     QueryMaskWriter,
     RelativeBias,
     SegmentsWriter,
     TermWriter,
+    near_offsets,
 )
-from treadle.backends.tvm.lowering.program import Buffer, BufferKind, View
+from treadle.backends.tvm.kernels.cached_attention import CachedFlashAttention, steps_at_once
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.lowering.program import STATUS_WORDS, Buffer, BufferKind, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.attention.attention_terms import (
     AXES,
@@ -39,6 +43,7 @@ from treadle.ir.graph import Node
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.cached_attention import CachedAttention
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.types import Type, f32, i64
 
@@ -49,33 +54,47 @@ _FAR = 2**40  # a distance that no query and key have
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
-    """Float32, widths that are known and not too large, and terms that the kernel knows."""
-    if not isinstance(op, Attention) or not op.has_standard_terms:
+    """Float32, widths that are known and not too large, and terms that the kernel knows.
+
+    In a ring keys that follow each other lie apart where it wraps around, so what has an element for each of them is
+    not read a vector at a time.
+    """
+    if not isinstance(op, Attention | CachedAttention) or not op.has_standard_terms:
         return False
     if any(t is None or (t.dtype.is_float and t.dtype is not f32) for t in types):
+        return False
+    if isinstance(op, CachedAttention) and op.ring and any("t" in o.axes.split() for t in op.terms for o in t.operands):
         return False
     widths = [t.shape[-1].constant for t in (types[0], types[2]) if t is not None]
     return all(width is not None and 1 <= width <= WIDEST for width in widths)
 
 
 def _attention(w: RoutineWriter, node: Node) -> None:
+    """Attention over a sequence, or over a cache."""
     op = node.op
-    assert isinstance(op, Attention)
+    assert isinstance(op, Attention | CachedAttention)
     operands = [w.view(v) for v in node.inputs]
     q, k, v = (_side_by_side(w, view) for view in operands[:3])
+    own = [w.contiguous(view) for view in operands[3 : len(op.first)]]
     d, e = q.shape[3].constant, v.shape[3].constant
     assert d is not None
     assert e is not None
     b, g, s, t = q.shape[0], k.shape[1], q.shape[2], k.shape[2]
     shared = q.shape[1] // g
-    terms = _KernelTerms(w, q.shape[1], s, t)
-    rest = iter(operands[3:])
-    for term in op.terms:
-        term.accept(terms, *(next(rest) for _ in term.operands))
+    cached = isinstance(op, CachedAttention)
+    terms = _KernelTerms(w, q.shape[1], s, t, cached=cached)
+    for term, given in op.with_operands(operands[len(op.first) :]):
+        term.accept(terms, *given)
     low, high = reach_of(op.terms)
     to = w.destination(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
-    most = _queries_a_task(shared.constant)
+    most, spec = _queries_a_task(shared.constant), (d, e, op.scale_for(d), op.softcap, len(terms.lengths))
+    if isinstance(op, CachedAttention):
+        at_once = _heads_a_step(w, s, shared, d, e)
+        kernel: Kernel = CachedFlashAttention(*spec, tuple(terms.codes), op.ring, at_once)
+        most = 1 if at_once else most
+    else:
+        kernel = FlashAttention(*spec, tuple(terms.codes))
     part = Scratch.of(d, e, w.isa)
     rows = shared * most
     work = [
@@ -89,14 +108,21 @@ def _attention(w: RoutineWriter, node: Node) -> None:
             ("rows", (Size.of(SLOTS), rows, Size.of(part.rows))),
         )
     ]
-    kernel = FlashAttention(d, e, op.scale_for(d), op.softcap, len(terms.lengths), tuple(terms.codes))
-    sizes: list[Size | int] = [b, g, shared, s, t]
+    sizes: list[Size | int] = [b, g, shared, s, t, *([k.shape[0]] if cached else [])]
     sizes += [-_FAR if low is None else low, _FAR if high is None else high, most, SLOTS]
     sizes += [stride for view in (q, k, v, out) for stride in view.strides[:3]]
-    pointers = [q, k, v, *terms.lengths, *terms.read, out, *work]
-    w.step(kernel, pointers, [*sizes, *terms.strides], node, writes=1 + len(work))
+    written = [out, *work, *([STATUS_WORDS] if cached else [])]
+    pointers = [q, k, v, *own, *terms.lengths, *terms.read, *written]
+    w.step(kernel, pointers, [*sizes, *terms.strides], node, writes=len(written))
     if out is not to:
         w.copy(out, to, node)
+
+
+def _heads_a_step(w: RoutineWriter, s: Size, shared: Size, d: int, e: int) -> int:
+    """The heads that share keys, where the kernel for one query a row is to be had; else 0."""
+    lanes = w.isa.lanes()
+    heads = shared.constant or 0
+    return heads if s == ONE and d % lanes == e % lanes == 0 and heads <= steps_at_once(w.isa) else 0
 
 
 def _queries_a_task(shared: int | None) -> int:
@@ -116,8 +142,8 @@ class _KernelTerms(TermVisitor[View, None]):
     strides  and the strides that they are passed
     """
 
-    def __init__(self, w: RoutineWriter, heads: Size, queries: Size, keys: Size) -> None:
-        self.w, self.heads, self.queries, self.keys = w, heads, queries, keys
+    def __init__(self, w: RoutineWriter, heads: Size, queries: Size, keys: Size, *, cached: bool) -> None:
+        self.w, self.heads, self.queries, self.keys, self.cached = w, heads, queries, keys, cached
         self.lengths: list[View] = []
         self.codes: list[str] = []
         self.read: list[View] = []
@@ -152,18 +178,25 @@ class _KernelTerms(TermVisitor[View, None]):
         self.strides += [view.strides[held.index(axis)] if axis in held else ZERO for axis in AXES[:3]]
 
     def t5_relative(self, term: T5Relative, table: View) -> None:
-        self._add(OffsetsWriter, self._by_offset(term, table))
+        if not self.cached:
+            count = self.queries + self.keys + 2 * self.w.isa.lanes()
+            self._add(OffsetsWriter, self._by_offset(term, table, self.queries, count))
+            return
+        lanes = self.w.isa.lanes()
+        reach = Size.of(term.max_distance + lanes)
+        self._add(NearOffsetsWriter, self._by_offset(term, table, reach + 1, near_offsets(reach, lanes)))
+        self.strides.append(reach)
 
     def alibi(self, term: Alibi, slopes: View) -> None:
         self._add(AlibiWriter, self.w.contiguous(slopes))
 
-    def _by_offset(self, term: T5Relative, table: View) -> View:
-        """The bias of each head for every distance, made by a step of its own."""
-        w, count = self.w, Size.of(len(term.bucket_by_offset))
+    def _by_offset(self, term: T5Relative, table: View, first: Size, count: Size) -> View:
+        """The bias of each head for so many distances, from 1 - first on, made by a step of its own."""
+        w, buckets = self.w, Size.of(len(term.bucket_by_offset))
         literal = Literal.of(term.bucket_by_offset, i64)
-        bucket = View.contiguous(Buffer("t5_buckets", i64, count, BufferKind.CONSTANT, literal=literal), (count,))
-        made = w.scratch(f32, (self.heads, self.queries + self.keys + 2 * w.isa.lanes()), "t5_bias")
-        numbers: list[Size | int] = [self.heads, made.shape[1], self.queries, term.max_distance, *table.strides]
+        bucket = View.contiguous(Buffer("t5_buckets", i64, buckets, BufferKind.CONSTANT, literal=literal), (buckets,))
+        made = w.scratch(f32, (self.heads, count), "t5_bias")
+        numbers: list[Size | int] = [self.heads, count, first, term.max_distance, *table.strides]
         w.step(RelativeBias(), [table, bucket, made], numbers, None)
         return made
 
@@ -177,5 +210,5 @@ def _side_by_side(w: RoutineWriter, view: View) -> View:
     return view if _is_side_by_side(view) else w.copied(view)
 
 
-RULES: Mapping[str, Rule] = {"attention": _attention}
-KEEPS: Mapping[str, Keeps] = {"attention": _covers}
+RULES: Mapping[str, Rule] = {"attention": _attention, "cached_attention": _attention}
+KEEPS: Mapping[str, Keeps] = {"attention": _covers, "cached_attention": _covers}

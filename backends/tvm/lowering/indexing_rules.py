@@ -11,15 +11,12 @@ from treadle.backends.tvm.kernels.arithmetic.conversions import working
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.kernels.shaping import Iota
-from treadle.backends.tvm.lowering.program import STATUS, View
+from treadle.backends.tvm.lowering.program import STATUS_WORDS, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.axis_names import place
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.types import DType
-
-_TOLD = View.contiguous(STATUS, (STATUS.elements,))
-
 
 # -- reading -------------------------------------------------------------------------------------------------
 
@@ -43,7 +40,7 @@ def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
             kernel = Take(x.type.dtype.bytes, indices.type.dtype.name, True, panels.width, panels.transposed)
             # the strides of x are those of the panels, which the kernel knows
             sizes = [p, count, columns, i, ZERO, ZERO, picked.strides[0], *to.strides[:2]]
-            w.step(kernel, [source, picked, to, _TOLD], sizes, node, writes=2)
+            w.step(kernel, [source, picked, to, STATUS_WORDS], sizes, node, writes=2)
             return
         _take(w, node, _thirds_of(w, source, axis), _shared(picked), to, shared=True)
 
@@ -66,7 +63,7 @@ def _take(w: RoutineWriter, node: Node, x: View, picked: View, to: View, shared:
         strides = (x.strides[:2], picked.strides[1:2], to.strides[:2])
     kernel = Take(to.dtype.bytes, picked.dtype.name, rows)
     sizes = [p, x.shape[1], d, i, *[s for each in strides for s in each]]
-    w.step(kernel, [x, picked, to, _TOLD], sizes, node, writes=2)
+    w.step(kernel, [x, picked, to, STATUS_WORDS], sizes, node, writes=2)
 
 
 # -- adding --------------------------------------------------------------------------------------------------
@@ -106,7 +103,7 @@ def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, sha
             strides = (added.strides[:2], picked.strides[1:2], into.strides[:2])
         sizes = [p, into.shape[1], d, i, *[s for each in strides for s in each]]
         kernel = ScatterAdd(held.name, dtype.name, picked.dtype.name, rows)
-        w.step(kernel, [added, picked, into, _TOLD], sizes, node, writes=2)
+        w.step(kernel, [added, picked, into, STATUS_WORDS], sizes, node, writes=2)
         if whole is not None:
             w.pointwise(cast(held, dtype), [into], to, node)
 

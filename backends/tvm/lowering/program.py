@@ -141,6 +141,9 @@ that is given places to go on from tells of a row that has no room: 2, its start
 Each call of a kernel in a plan has words of its own, so that the node is known; see `treadle.backends.tvm.planning`.
 """
 
+STATUS_WORDS = View(STATUS, (STATUS.elements,), (ONE,))
+"""What a kernel is passed to tell there, as the last of its pointers."""
+
 
 @dataclass(eq=False)
 class KernelStep:

@@ -1,0 +1,230 @@
+"""Attention over a cache, with the order of operations, and so the bits, of attention over whole sequences.
+
+    out[b, h, i] = sum_j p_j v[rows[b], h // r, j]
+    p = softmax over j of softcap(scale q[b, h, i] · k[rows[b], h // r, j]) + biases
+
+A row's queries stand at positions from start[b] on, its keys where its slot holds them. Blocks of keys begin at
+positions that are multiples of `BLOCK`, as those of `treadle.backends.tvm.kernels.attention` do. So every product, every
+sum and every maximum of a query is the same there and here, whatever else is computed beside it.
+
+What a task costs depends on how far its row has come, so slots of memory get tasks by their keys, not by their number.
+
+A step has one query a row. It packs nothing: keys are turned in registers, a square of lanes at a time, and values are
+read where they lie, so that both pass through once, at the speed of memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.attention import AttentionWriter, FlashAttention
+from treadle.backends.tvm.kernels.attention_softmax import PANEL
+from treadle.backends.tvm.kernels.gathering import checked
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.square_transpose import transposed
+from treadle.ir.types import f32, i64
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+_AROUND = 32  # keys' worth of what a task costs whatever its length
+
+
+def steps_at_once(isa: Isa) -> int:
+    """The most heads that may share keys where one query a row packs nothing: their scores stay in registers."""
+    return isa.registers // 4
+
+
+@dataclass(frozen=True)
+class CachedFlashAttention(FlashAttention):
+    """Attention over float32 slots of keys and values, any number of queries a row.
+
+    ring    whether slots are rings: then no term may read an element for each key
+    shared  r, where there is one query a row, d and e fill vectors, and r is at most `steps_at_once`; else 0
+
+    Passed: as in `FlashAttention`, with rows and start after the values, the status words after all other pointers, and
+    the number of slots of the cache after t. t is their capacity.
+    """
+
+    ring: bool = False
+    shared: int = 0
+
+    @property
+    def title(self) -> str:
+        return "_".join(["cached", super().title, *["ring"] * self.ring, *["step"] * bool(self.shared)])
+
+    def emit(self, k: Emitter) -> None:
+        (_StepWriter if self.shared else _CacheWriter)(self, k).write()
+
+
+class _CacheWriter(AttentionWriter):
+    """Writes a kernel that packs keys and values."""
+
+    spec: CachedFlashAttention
+
+    def __init__(self, spec: CachedFlashAttention, k: Emitter) -> None:
+        super().__init__(spec, k)
+        self.slot_of, self.start_of = (k.view(pointer, [self.b]) for pointer in self._read)
+        self.status = k.view(self._status, [4])
+
+    def _ask_read(self) -> None:
+        self._read = [self.k.pointer(name, i64) for name in ("rows", "start")]
+
+    def _ask_written(self) -> None:
+        self._status = self.k.pointer("status", i64)
+
+    def _ask_key_rows(self) -> Expr:
+        return self.k.size("R")
+
+    # -- tasks -----------------------------------------------------------------------------------------------
+
+    def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
+        """The tasks that begin in the slot's share of all costs, which end to end are the rows' in order."""
+        k = self.k
+        held = k.registers(2, i64, "costs")
+        k.store(held, [0], k.index(0))
+        alike = self._index(self.g * chunks, "alike")  # of a row
+        with k.loop(self.b, "b") as b:
+            k.store(held, [0], k.load(held, [0]) + self._cost(b) * alike)
+        total = k.let(k.load(held, [0]), "total")
+        begin = self._index(k.floor_divide(slot * total, active), "share")
+        end = self._index(k.floor_divide((slot + 1) * total, active), "share_end")
+        k.store(held, [1], k.index(0))
+        with k.loop(self.b, "b") as b:
+            cost = self._index(self._cost(b), "cost")
+            before = self._index(k.load(held, [1]), "before")
+            k.store(held, [1], before + cost * alike)
+            parts = (k.floor_divide(x - before + (cost - 1), cost) for x in (begin, end))
+            first, last = (self._index(k.greatest(k.least(x, alike), k.index(0)), "part") for x in parts)
+            with k.when(first < last):
+                row = self._index(k.load(self.slot_of, [b]), "slot_of_row")
+                checked(k, self.status, row, self.key_rows, lambda: self._tasks(b, row, first, last, chunks))
+
+    def _tasks(self, b: Expr, row: Expr, first: Expr, last: Expr, chunks: Expr) -> None:
+        """These tasks of a row, whose keys lie in that slot."""
+        k = self.k
+        self.key_row = row
+        self._stand(b)
+        with k.loop(last - first, "n") as n:
+            g = self._index(k.floor_divide(first + n, chunks), "g")
+            self._task(b, g, self._index(k.floor_mod(first + n, chunks), "part"))
+
+    def _stand(self, b: Expr) -> None:
+        """Where a row's queries and keys stand."""
+        k = self.k
+        self.origin = self._index(k.load(self.start_of, [b]), "start")
+        newest = self._index(self.origin + self.s, "newest")
+        self._oldest = self._index(k.greatest(newest - self.t, k.index(0)), "oldest") if self.spec.ring else k.index(0)
+        self.limit = self._limited(b, newest if self.spec.ring else self.t)
+
+    def _cost(self, b: Expr) -> Expr:
+        """How many keys the row's queries see, and what a task costs beside."""
+        self._stand(b)
+        begin, end = self._seen(self.k.index(0), self.s)
+        return self.k.greatest(end - begin, self.k.index(0)) + _AROUND
+
+    # -- rings -----------------------------------------------------------------------------------------------
+
+    @property
+    def oldest(self) -> Expr:
+        return self._oldest
+
+    def _first_seen(self, position: Expr) -> Expr:
+        first = super()._first_seen(position)
+        return self.k.greatest(first, self._oldest) if self.spec.ring else first
+
+    def _enter(self, begin: Expr, end: Expr) -> None:
+        if self.spec.ring:
+            self.begin, self.last = begin, self._index(end - 1, "last")
+            self.first_key = self._index(self.k.floor_mod(begin, self.t), "first_key")
+
+    def _keys_at(self, column: Expr) -> list[Expr]:
+        if not self.spec.ring:
+            return super()._keys_at(column)
+        k = self.k
+        first = self._index(self.base + column, "first")
+        return [self._in_ring(k.greatest(k.least(first + x, self.last), self.begin)) for x in range(self.lanes)]
+
+    def _value_at(self, column: Expr) -> Expr:
+        return self._in_ring(self.base + column) if self.spec.ring else super()._value_at(column)
+
+    def _in_ring(self, position: Expr) -> Expr:
+        """Where a position lies that the task's queries see: fewer than a ring's length from the first one."""
+        k = self.k
+        key = self._index(self.first_key + (position - self.begin), "key")
+        return self._index(k.select(key < self.t, key, key - self.t), "key")
+
+
+class _StepWriter(_CacheWriter):
+    """Writes a kernel for one query a row: row i of a task's scores is that of its i-th head."""
+
+    def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
+        self.chunk = self.k.index(1)
+        super()._share(slot, tasks, active, chunks)
+
+    def _begin(self, rows: Expr) -> None:
+        super()._begin(rows)
+        k, lanes = self.k, self.lanes
+        with k.loop(self.r, "r") as r:
+            head = self._head(r)
+            with k.loop(self.spec.d // lanes, "v") as v:
+                x = k.load(self.q, [self.at_b, head, 0, v * lanes], lanes)
+                k.store(self.queries, [self.slot, r, v * lanes], x * k.number(self.spec.scale, f32, lanes), lanes)
+
+    def _block(self, c0: Expr, c1: Expr, groups: Expr) -> None:
+        k = self.k
+        p0 = self._index(k.floor_divide(c0, self.width), "from_panel")
+        p1 = self._index(self._ceil(c1, self.width), "to_panel")
+        with k.loop((p1 - p0) * PANEL, "n") as n:
+            self._score_keys(self._index(p0 * self.width + n * self.lanes, "column"))
+        with k.loop(self.r, "r") as r:
+            self._softmax(self._head(r), k.index(0), r, r, p0 * self.width, p1 * self.width)
+        most = max(1, (self.k.isa.registers - 8) // self.spec.shared)
+        for first in range(0, self.vectors, most):
+            self._sum_values(first, min(most, self.vectors - first), c0, c1)
+
+    def _score_keys(self, column: Expr) -> None:
+        """Scores of a vector of keys and every head's query, in registers through all of d."""
+        k, lanes, heads = self.k, self.lanes, range(self.spec.shared)
+        keys = self._keys_at(column)
+        acc = k.registers(len(heads) * lanes, f32)
+        for i in heads:
+            k.store(acc, [i * lanes], k.number(0.0, f32, lanes), lanes)
+        with k.loop(self.spec.d // lanes, "c") as c:
+            start = self._index(c * lanes, "start")
+            square = transposed(k, [k.load(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys])
+            for x, vector in enumerate(square):
+                for i in heads:
+                    query = k.splat(k.load(self.queries, [self.slot, i, start + x]), lanes)
+                    k.store(acc, [i * lanes], k.load(acc, [i * lanes], lanes) + query * vector, lanes)
+        for i in heads:
+            k.store(self.scores, [self.slot, i, column], k.load(acc, [i * lanes], lanes), lanes)
+
+    def _sum_values(self, first: int, vectors: int, c0: Expr, c1: Expr) -> None:
+        """sums = sums * factor + weights @ values, for some vectors of the values and every head."""
+        k, lanes = self.k, self.lanes
+        held = [(i, v, (i * vectors + v) * lanes) for i in range(self.spec.shared) for v in range(vectors)]
+        acc = k.registers(len(held) * lanes, f32)
+
+        def at(i: int, v: int) -> list[Any]:
+            return [self.slot, i, (first + v) * lanes]
+
+        for i, v, place in held:
+            factor = k.splat(k.load(self.rows, [self.slot, i, 2]), lanes)
+            k.store(acc, [place], k.load(self.sums, at(i, v), lanes) * factor, lanes)
+        with k.loop(c1 - c0, "n") as n:
+            column = self._index(c0 + n, "column")
+            key = self._value_at(column)
+            values = [
+                k.let(k.load(self.value, [self.key_row, self.at_g, key, (first + v) * lanes], lanes), "value")
+                for v in range(vectors)
+            ]
+            weights = [
+                k.let(k.splat(k.load(self.scores, [self.slot, i, column]), lanes), "weight")
+                for i in range(self.spec.shared)
+            ]
+            for i, v, place in held:
+                k.store(acc, [place], k.load(acc, [place], lanes) + weights[i] * values[v], lanes)
+        for i, v, place in held:
+            k.store(self.sums, at(i, v), k.load(acc, [place], lanes), lanes)

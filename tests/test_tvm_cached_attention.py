@@ -1,0 +1,284 @@
+"""Attention over a cache on the TVM backend: the bits of attention over whole sequences, in any chunks and company."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.backend_checks import graph_of
+from treadle.backends.registry import find_backend
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.attention_softmax import BLOCK
+from treadle.backends.tvm.kernels.cached_attention import CachedFlashAttention, steps_at_once
+from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
+from treadle.ir.attention.attention_terms import (
+    Alibi,
+    BooleanMask,
+    Causal,
+    Padding,
+    Segments,
+    T5Relative,
+    TensorBias,
+    Term,
+    Window,
+)
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import BackendError
+from treadle.ir.target import Target
+
+_missing = find_backend("tvm").available()
+if _missing is not None:
+    pytest.skip(_missing, allow_module_level=True)
+
+Array = np.ndarray[Any, Any]
+SMALL = [name for name in ("x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])]
+D, E, LONGEST, SLOTS = 32, 48, 300, 5
+
+TERMS: dict[str, tuple[Term, ...]] = {
+    "causal": (Causal(),),
+    "window": (Causal(), Window(70)),
+    "padding": (Padding(),),
+    "causal padding": (Padding(), Causal()),
+    "segments": (Segments(), Causal()),
+    "mask": (Causal(), BooleanMask("b s t")),
+    "bias": (Causal(), TensorBias("b h t")),
+    "alibi": (Causal(), Alibi()),
+    "t5": (T5Relative(32, 100), Causal()),
+    "t5 both ways": (T5Relative(16, 40, True), Padding()),
+    "bias of queries": (TensorBias("b s"), Causal()),
+    "many": (Window(150), Segments(), T5Relative(8, 20), Alibi(), Padding(), TensorBias("b t"), Causal()),
+}
+RINGS = ["window", "alibi", "t5"]
+
+
+def operands(terms: tuple[Term, ...], keys: str, heads: int, queries: str) -> list[tuple[str, str]]:
+    """The axes of the terms' operands, and their types."""
+    sizes = {"b": "B", "h": str(heads), "s": queries, "t": keys}
+    dtypes = {"f": "f32", "i64": "i64", "bool": "bool"}
+    taken = [o for term in terms for o in term.operands]
+    return [
+        (o.axes, f"{dtypes[o.dtype]}[{','.join(sizes.get(a, a.removeprefix('buckets')) for a in o.axes.split())}]")
+        for o in taken
+    ]
+
+
+def whole_graph(terms: tuple[Term, ...], heads: int, groups: int, **options: Any) -> Any:
+    def build(b: Builder) -> Expr:
+        types = [f"f32[B,{heads},S,{D}]", f"f32[B,{groups},S,{D}]", f"f32[B,{groups},S,{E}]"]
+        types += [type for _, type in operands(terms, "S", heads, "S")]
+        made: Expr = b.attention(*(b.input(f"x{n}", t) for n, t in enumerate(types)), terms=terms, **options)
+        return made
+
+    return graph_of(build, "whole")
+
+
+def cached_graph(terms: tuple[Term, ...], heads: int, groups: int, queries: str, **options: Any) -> Any:
+    def build(b: Builder) -> Expr:
+        types = [f"f32[B,{heads},{queries},{D}]", f"f32[R,{groups},C,{D}]", f"f32[R,{groups},C,{E}]", "i64[B]", "i64[B]"]
+        types += [type for _, type in operands(terms, "C", heads, queries)]
+        made: Expr = b.cached_attention(*(b.input(f"x{n}", t) for n, t in enumerate(types)), terms=terms, **options)
+        return made
+
+    return graph_of(build, "cached")
+
+
+def compiled(graph: Any, target: str = "cpu", threads: int | None = None) -> KernelExecutable:
+    made = find_backend("tvm").compile(graph, Target(target, threads=threads), {})
+    assert isinstance(made, KernelExecutable)
+    return made
+
+
+def kernel_of(exe: KernelExecutable) -> CachedFlashAttention:
+    (kernel,) = [kernel for kernel in exe.kernels if isinstance(kernel, CachedFlashAttention)]
+    return kernel
+
+
+def call(exe: KernelExecutable, given: list[Array]) -> Array:
+    return np.asarray(exe(**{f"x{n}": x for n, x in enumerate(given)}).y)
+
+
+class Texts:
+    """Some sequences of one length, with what plain attention makes of each."""
+
+    def __init__(self, terms: tuple[Term, ...], heads: int, groups: int, target: str, count: int, **options: Any) -> None:
+        rng = np.random.default_rng(len(terms) + heads)
+        sizes = {"b": count, "h": heads, "s": LONGEST, "t": LONGEST}
+        self.q, self.k, self.v = (
+            rng.standard_normal((count, n, LONGEST, width)).astype(np.float32)
+            for n, width in ((heads, D), (groups, D), (groups, E))
+        )
+        self.axes = [axes.split() for axes, _ in operands(terms, "S", heads, "S")]
+        self.given: list[Array] = []
+        for axes, type in operands(terms, "S", heads, "S"):
+            shape = [sizes.get(a, 0) or int(a.removeprefix("buckets")) for a in axes.split()]
+            if type.startswith("f32"):
+                self.given.append(rng.standard_normal(shape).astype(np.float32))
+            elif type.startswith("bool"):
+                self.given.append(rng.random(shape) < 0.75)
+            else:
+                self.given.append(rng.integers(LONGEST // 2, LONGEST, shape) if axes == "b" else rng.integers(0, 2, shape))
+        self.y = call(compiled(whole_graph(terms, heads, groups, **options), target), [self.q, self.k, self.v, *self.given])
+
+    def step(self, rng: np.random.Generator, past: list[int], s: int, capacity: int) -> tuple[list[Array], Array]:
+        """Operands of a step of rows that have come so far, in slots of a cache full of NaN; and what it must give."""
+        texts = rng.permutation(len(self.q))[: len(past)]
+        slots = rng.permutation(SLOTS)[: len(past)]
+        k, v = (np.full((SLOTS, x.shape[1], capacity, x.shape[3]), np.nan, np.float32) for x in (self.k, self.v))
+        for x, cache_ in ((self.k, k), (self.v, v)):
+            for text, slot, at in zip(texts, slots, past, strict=True):
+                # without causal a query sees all of its row's keys
+                written = np.arange(max(0, at + s - capacity), LONGEST if not self.causal else at + s)
+                cache_[slot][:, written % capacity] = x[text][:, written]
+        rows = [(text, slice(at, at + s)) for text, at in zip(texts, past, strict=True)]
+        given = [self._of_rows(x, axes, rows, capacity) for x, axes in zip(self.given, self.axes, strict=True)]
+        q, y = (np.stack([x[text][:, at] for text, at in rows]) for x in (self.q, self.y))
+        return [q, k, v, slots, np.array(past), *given], y
+
+    causal = True
+
+    def _of_rows(self, x: Array, axes: list[str], rows: list[tuple[int, slice]], capacity: int) -> Array:
+        if "b" not in axes:
+            return x
+        parts = []
+        for text, at in rows:
+            part = x[text]
+            if "s" in axes:
+                part = part[(slice(None),) * (axes.index("s") - 1) + (at,)]
+            if "t" in axes:
+                part = np.concatenate([part, np.ones((*part.shape[:-1], capacity - LONGEST), part.dtype)], axis=-1)
+            parts.append(part)
+        return np.stack(parts)
+
+
+@cache
+def texts(name: str, heads: int, groups: int, target: str = "cpu", softcap: float | None = None) -> Texts:
+    made = Texts(TERMS[name], heads, groups, target, 4, softcap=softcap)
+    made.causal = Causal() in TERMS[name]
+    return made
+
+
+def steps(rng: np.random.Generator, s: int, count: int, times: int) -> list[list[int]]:
+    """How far rows have come: anywhere, and around where blocks begin."""
+    edges = [x for n in range(0, LONGEST, BLOCK) for x in (n - 1, n, n + 1) if 0 <= x <= LONGEST - s]
+    return [[int(rng.choice([rng.integers(0, LONGEST - s + 1), *rng.choice(edges, 1)])) for _ in range(count)] for _ in range(times)]
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("name", TERMS)
+def test_chunks_have_the_bits_of_the_whole(name: str, ring: bool) -> None:
+    if ring and name not in RINGS:
+        pytest.skip("no ring")
+    terms, rng = TERMS[name], np.random.default_rng(0)
+    if ring:
+        terms = (*terms, *([Window(70)] if name != "window" else []))
+    heads, groups = 6, 2
+    held = Texts(terms, heads, groups, "cpu", 4) if ring else texts(name, heads, groups)
+    exe = compiled(cached_graph(terms, heads, groups, "S", ring=ring))
+    assert kernel_of(exe).shared == 0
+    for s in (1, 2, 5, 16, 21, 64, 150):
+        for count in (1, 3):
+            capacity = (int(rng.integers(70 + s - 1, 70 + s + 90))) if ring else LONGEST + int(rng.integers(0, 50))
+            for past in steps(rng, s, count, 2):
+                given, wanted = held.step(rng, past, s, capacity)
+                np.testing.assert_array_equal(call(exe, given), wanted, err_msg=f"{s} {past} {capacity}")
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("name", TERMS)
+def test_a_step_has_the_bits_of_the_whole(name: str, ring: bool) -> None:
+    if ring and name not in RINGS:
+        pytest.skip("no ring")
+    terms, rng = TERMS[name], np.random.default_rng(1)
+    if ring:
+        terms = (*terms, *([Window(70)] if name != "window" else []))
+    held = Texts(terms, 6, 2, "cpu", 4) if ring else texts(name, 6, 2)
+    exe = compiled(cached_graph(terms, 6, 2, "1", ring=ring))
+    assert kernel_of(exe).shared == 3
+    for count in (1, 2, 3):
+        capacity = int(rng.integers(70, 170)) if ring else LONGEST + int(rng.integers(0, 50))
+        for past in steps(rng, 1, count, 6):
+            given, wanted = held.step(rng, past, 1, capacity)
+            np.testing.assert_array_equal(call(exe, given), wanted, err_msg=f"{past} {capacity}")
+
+
+@pytest.mark.parametrize("target", ["cpu", *SMALL])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (8, 1), (4, 1), (18, 2)])
+def test_heads_that_share_keys_on_each_instruction_set(heads: int, groups: int, target: str) -> None:
+    rng = np.random.default_rng(2)
+    held = texts("causal", heads, groups, target, 2.0)
+    exe = compiled(cached_graph((Causal(),), heads, groups, "1", softcap=2.0), target)
+    alike = heads // groups
+    assert kernel_of(exe).shared == (alike if alike <= steps_at_once(ISAS.get(target, host_isa())) else 0)
+    for past in steps(rng, 1, 2, 4):
+        given, wanted = held.step(rng, past, 1, LONGEST)
+        np.testing.assert_array_equal(call(exe, given), wanted)
+
+
+@pytest.mark.parametrize("queries", ["1", "S"])
+def test_neither_threads_nor_company_change_bits(queries: str) -> None:
+    rng, held = np.random.default_rng(3), texts("causal", 6, 2)
+    s = 1 if queries == "1" else 7
+    one, two = (compiled(cached_graph((Causal(),), 6, 2, queries), threads=n) for n in (1, 2))
+    given, wanted = held.step(rng, [290, 3, 120, 0], s, LONGEST)
+    np.testing.assert_array_equal(call(one, given), wanted)
+    np.testing.assert_array_equal(call(two, given), wanted)
+    q, k, v, rows, start = given
+    for b in range(4):
+        alone = [q[b : b + 1], k, v, rows[b : b + 1], start[b : b + 1]]
+        np.testing.assert_array_equal(call(two, alone), wanted[b : b + 1])
+
+
+@pytest.mark.parametrize("queries", ["1", "S"])
+def test_every_row_is_computed_whatever_the_others_cost(queries: str) -> None:
+    """Shares of costs leave out no task: rows of any lengths, of none, and more than there are slots of memory."""
+    rng, terms = np.random.default_rng(4), (Padding(), Causal())
+    exe = compiled(cached_graph(terms, 6, 2, queries))
+    k, v = (rng.standard_normal((SLOTS, 2, LONGEST, n)).astype(np.float32) for n in (D, E))
+    for count in (1, 7, 40):
+        q = rng.standard_normal((count, 6, 1 if queries == "1" else 4, D)).astype(np.float32)
+        rows, start = rng.integers(0, SLOTS, count), rng.integers(-5, LONGEST + 20, count) * rng.integers(0, 2, count)
+        lengths = rng.integers(0, 2, count) * LONGEST
+        whole = call(exe, [q, k, v, rows, start, lengths])
+        for b in range(count):
+            one = slice(b, b + 1)
+            np.testing.assert_array_equal(call(exe, [q[one], k, v, rows[one], start[one], lengths[one]]), whole[one])
+        assert not whole[lengths == 0].any()
+
+
+@pytest.mark.parametrize("start", [-(2**63), -(2**40), 2**40, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("queries", ["1", "S"])
+def test_positions_far_away_read_nothing_outside(start: int, ring: bool, queries: str) -> None:
+    rng, terms = np.random.default_rng(5), (Causal(), Window(9), T5Relative(8, 20))
+    exe = compiled(cached_graph(terms, 6, 2, queries, ring=ring))
+    q = rng.standard_normal((1, 6, 1, D)).astype(np.float32)
+    k, v = (rng.standard_normal((2, 2, 33, n)).astype(np.float32) for n in (D, E))
+    made = call(exe, [q, k, v, np.array([1]), np.array([start]), np.ones((8, 6), np.float32)])
+    assert np.isfinite(made).all()
+    assert not made.any() or (ring and start in (2**40, 2**62))
+
+
+def test_a_row_outside_the_slots_is_told_and_the_others_go_on() -> None:
+    rng, held = np.random.default_rng(6), texts("causal", 6, 2)
+    exe = compiled(cached_graph((Causal(),), 6, 2, "1"))
+    given, wanted = held.step(rng, [9, 4], 1, LONGEST)
+    with pytest.raises(BackendError, match=f"cached_attention: index {SLOTS} is outside an axis of size {SLOTS}"):
+        call(exe, [*given[:3], np.array([given[3][0], SLOTS]), *given[4:]])
+    np.testing.assert_array_equal(call(exe, given), wanted)
+
+
+def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
+    terms = (Causal(), Window(9), TensorBias("b t"))
+    assert kernel_of(compiled(cached_graph(terms, 6, 2, "1")))
+    exe = compiled(cached_graph(terms, 6, 2, "1", ring=True))
+    assert not [kernel for kernel in exe.kernels if isinstance(kernel, CachedFlashAttention)]
+
+
+@pytest.mark.parametrize("queries", ["1", "S"])
+def test_arm64_is_assembled(queries: str) -> None:
+    exe = compiled(cached_graph(TERMS["many"], 6, 2, queries), "arm64")
+    assert "fmla" in exe.assembly(kernel_of(exe).title)
