@@ -17,9 +17,9 @@ from tests.backend_checks import assert_near, graph_of
 from tests.op_checks import EPSILON, assert_close
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
-from treadle.backends.tvm.kernels.attention import GROUP, FlashAttention, tile_rows
-from treadle.backends.tvm.kernels.attention_masks import RelativeBias
-from treadle.backends.tvm.kernels.attention_softmax import BLOCK
+from treadle.backends.tvm.kernels.attention.attention_masks import RelativeBias
+from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
+from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, tile_rows
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.lowering.routine_writer import steps_of
 from treadle.backends.tvm.lowering.rules import keeps

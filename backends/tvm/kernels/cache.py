@@ -23,10 +23,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,9 +277,20 @@ _VERSIONS = re.compile(r"[\w-]+-[0-9a-f]{16}")
 def _version(isa: Isa) -> str:
     """A hash of all that decides the code beside the spec: TVM, the options, the generators' own source."""
     digest = hashlib.sha256(f"{tvm_runtime.version()} {sorted(isa.llvm.items())} {_OPTIONS}".encode())
-    sources = sorted(importlib.resources.files("treadle.backends.tvm.kernels").iterdir(), key=lambda f: f.name)
-    sources += [importlib.resources.files(package) / name for package, name in _ELSEWHERE]
-    for file in sources:
-        if file.name.endswith(".py"):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in _sources():
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _sources() -> list[Traversable]:
+    """The generators' modules, in an order that is the same everywhere."""
+
+    def below(folder: Traversable) -> Iterator[Traversable]:
+        for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+            if entry.is_dir():
+                yield from below(entry)
+            elif entry.name.endswith(".py"):
+                yield entry
+
+    elsewhere = [importlib.resources.files(package) / name for package, name in _ELSEWHERE]
+    return [*below(importlib.resources.files("treadle.backends.tvm.kernels")), *elsewhere]

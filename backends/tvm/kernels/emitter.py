@@ -282,6 +282,20 @@ class Emitter:
             self.imported[name] = text()
         return tirx.call_pure_extern(result, name, *operands)
 
+    def prefetch(self, view: Any, index: Sequence[Expr]) -> None:
+        """Have the line of an element fetched into the second-level cache; where nothing lies, nothing happens."""
+        name = "treadle_prefetch"
+        if name not in self.imported:
+            self.imported[name] = f"""
+define i32 @{name}(ptr %p) alwaysinline {{
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
+  ret i32 0
+}}
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+"""
+        place = view.buffer[tuple(_index(i) for i in index)]
+        T.evaluate(tirx.call_extern("int32", name, T.address_of(place)))
+
     def _import(self) -> None:
         if self._known and not self._frames:  # not for what is found out on the way: a frame may be open by then
             text = "\n".join(self._known.values())

@@ -1,15 +1,15 @@
 """Lowering rules of attention: one kernel for all its masks and biases, on views of queries, keys and values.
 
 Masks by position become the distances that a query sees (sizes of the kernel, so that causal, window and none are one
-kernel), padding becomes a limit of its keys, the rest terms of the kernel.
+kernel), padding becomes a limit of its keys, the rest terms of the kernel. Attention over a cache has a kernel of its
+own, which is given the same; its keys and values are the cache itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from treadle.backends.tvm.kernels.attention import GROUP, FlashAttention, Scratch
-from treadle.backends.tvm.kernels.attention_masks import (
+from treadle.backends.tvm.kernels.attention.attention_masks import (
     AlibiWriter,
     BiasWriter,
     MaskWriter,
@@ -22,7 +22,9 @@ from treadle.backends.tvm.kernels.attention_masks import (
     TermWriter,
     near_offsets,
 )
-from treadle.backends.tvm.kernels.cached_attention import CachedFlashAttention, steps_at_once
+from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention, steps_at_once
+from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
+from treadle.backends.tvm.kernels.attention.scratch import GROUP, Scratch
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import STATUS_WORDS, Buffer, BufferKind, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
@@ -88,14 +90,15 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     low, high = reach_of(op.terms)
     to = w.destination(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
-    most, spec = _queries_a_task(shared.constant), (d, e, op.scale_for(d), op.softcap, len(terms.lengths))
+    most, at_once = _queries_a_task(shared.constant), 0
+    spec = (d, e, op.scale_for(d), op.softcap, len(terms.lengths))
     if isinstance(op, CachedAttention):
         at_once = _heads_a_step(w, s, shared, d, e)
         kernel: Kernel = CachedFlashAttention(*spec, tuple(terms.codes), op.ring, at_once)
         most = 1 if at_once else most
     else:
         kernel = FlashAttention(*spec, tuple(terms.codes))
-    part = Scratch.of(d, e, w.isa)
+    part = Scratch.of(d, e, w.isa, packs=not at_once)
     rows = shared * most
     work = [
         w.scratch(f32, shape, f"attention_{name}")

@@ -4,10 +4,10 @@
     p = softmax over j of softcap(scale q[b, h, i] · k[rows[b], h // r, j]) + biases
 
 A row's queries stand at positions from start[b] on, its keys where its slot holds them. Blocks of keys begin at
-positions that are multiples of `BLOCK`, as those of `treadle.backends.tvm.kernels.attention` do. So every product, every
-sum and every maximum of a query is the same there and here, whatever else is computed beside it.
+positions that are multiples of `BLOCK`, as in `treadle.backends.tvm.kernels.attention.flash_attention`. So every
+product, every sum and every maximum of a query is the same there and here, whatever else is computed beside it.
 
-What a task costs depends on how far its row has come, so slots of memory get tasks by their keys, not by their number.
+What a task costs depends on how far its row has come, so threads share tasks by their keys, not by their number.
 
 A step has one query a row. It packs nothing: keys are turned in registers, a square of lanes at a time, and values are
 read where they lie, so that both pass through once, at the speed of memory.
@@ -18,8 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.attention import AttentionWriter, FlashAttention
-from treadle.backends.tvm.kernels.attention_softmax import PANEL
+from treadle.backends.tvm.kernels.attention.attention_writer import AttentionWriter
+from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
+from treadle.backends.tvm.kernels.attention.scratch import PANEL
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.square_transpose import transposed
@@ -28,6 +29,7 @@ from treadle.ir.types import f32, i64
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
+_AHEAD = 16  # keys before they are read they are fetched
 _AROUND = 32  # keys' worth of what a task costs whatever its length
 
 
@@ -193,6 +195,7 @@ class _StepWriter(_CacheWriter):
             k.store(acc, [i * lanes], k.number(0.0, f32, lanes), lanes)
         with k.loop(self.spec.d // lanes, "c") as c:
             start = self._index(c * lanes, "start")
+            self._fetch_keys(keys[0], c)
             square = transposed(k, [k.load(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys])
             for x, vector in enumerate(square):
                 for i in heads:
@@ -200,6 +203,17 @@ class _StepWriter(_CacheWriter):
                     k.store(acc, [i * lanes], k.load(acc, [i * lanes], lanes) + query * vector, lanes)
         for i in heads:
             k.store(self.scores, [self.slot, i, column], k.load(acc, [i * lanes], lanes), lanes)
+
+    def _fetch_keys(self, key: Expr, c: Expr) -> None:
+        """Part c of the keys further on, of which there are as many as vectors of a key, in the order of memory.
+
+        A square is read in strides, which processors do not foresee.
+        """
+        k, vectors = self.k, self.spec.d // self.lanes
+        for x in range(self.lanes):
+            part = self._index(c * self.lanes + x, "part")
+            ahead = key + _AHEAD + k.floor_divide(part, vectors)
+            k.prefetch(self.key, [self.key_row, self.at_g, ahead, k.floor_mod(part, vectors) * self.lanes])
 
     def _sum_values(self, first: int, vectors: int, c0: Expr, c1: Expr) -> None:
         """sums = sums * factor + weights @ values, for some vectors of the values and every head."""
@@ -216,6 +230,8 @@ class _StepWriter(_CacheWriter):
         with k.loop(c1 - c0, "n") as n:
             column = self._index(c0 + n, "column")
             key = self._value_at(column)
+            for v in range(vectors):
+                k.prefetch(self.value, [self.key_row, self.at_g, key + _AHEAD, (first + v) * lanes])
             values = [
                 k.let(k.load(self.value, [self.key_row, self.at_g, key, (first + v) * lanes], lanes), "value")
                 for v in range(vectors)

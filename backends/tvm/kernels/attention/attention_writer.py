@@ -1,96 +1,18 @@
-"""Attention in one pass over the keys, with the softmax's maximum and sum kept along (Dao et al. 2022).
-
-    out[b, h, i] = sum_j p_j v[b, h // r, j]
-    p = softmax over j of softcap(scale q[b, h, i] · k[b, h // r, j]) + biases
-
-A task is some queries of all heads that share keys. It takes the keys block by block: packs a block of keys
-(transposed) and values, and lets every group of its queries attend to it while it is in the cache. For each query
-three things are kept: the maximum m of its scores so far, the sum l of exp(score - m), and that of the values.
-
-What a row's bits depend on: its own query, and the keys in blocks that begin at multiples of `BLOCK`. A key that is
-masked adds exactly 0 to the sums, and a block without a key that is seen changes nothing, so that it may be skipped;
-and a query's lanes know nothing of its neighbours in a tile.
-"""
+"""The loops of attention in one pass over the keys, of `FlashAttention` and of the kernels for caches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.attention_masks import WRITERS
-from treadle.backends.tvm.kernels.attention_softmax import BLOCK, INFINITY, PANEL, RowSoftmax, ScoreRow
-from treadle.backends.tvm.kernels.isa import Isa
-from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.attention.attention_masks import WRITERS
+from treadle.backends.tvm.kernels.attention.row_softmax import INFINITY, RowSoftmax, ScoreRow
+from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, PANEL, Scratch, tile_rows
 from treadle.backends.tvm.kernels.square_transpose import transposed
 from treadle.ir.types import f32, i64
 
 if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
-
-GROUP = 16  # queries whose scores are held at a time
-
-
-def tile_rows(isa: Isa) -> int:
-    """Queries of a tile: as many as leave registers for a panel and a query's element."""
-    return 8 if isa.registers >= 32 else 4
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Memory that a kernel works in, in float32 for each slot.
-
-    keys     a block of keys, as panels [BLOCK / width, d, width]
-    values   a block of values, as panels [BLOCK, width], the last one a vector wide if their number is odd
-    queries  a group of queries, scaled
-    scores   [GROUP, BLOCK]
-    sums     for each query of a task the sum of the values so far, filled up to full vectors
-    rows     for each query of a task m, l, and what the old sums are multiplied by
-    """
-
-    keys: int
-    values: int
-    queries: int
-    scores: int
-    sums: int
-    rows: int
-
-    @staticmethod
-    def of(d: int, e: int, isa: Isa) -> Scratch:
-        """For heads of these widths; `sums` and `rows` for one query."""
-        padded = -(-e // isa.lanes()) * isa.lanes()
-        return Scratch(BLOCK * d, BLOCK * padded, GROUP * d, GROUP * BLOCK, padded, 4)
-
-
-@dataclass(frozen=True)
-class FlashAttention(Kernel):
-    """Attention over float32, any number of queries and keys.
-
-    d, e      the width of queries and keys, and of values
-    scale     what the products are multiplied by
-    softcap   c: scores become c tanh(scores / c)
-    padded    how many operands say how many of a row's keys are real
-    terms     the other masks and biases: codes of `attention_masks.WRITERS`
-
-    Passed: q, k, v; the lengths; the terms' operands; out, and the parts of `Scratch`. Then b, g, r (query heads that
-    share keys), s, t; the least and greatest j - i that a query sees; how many queries of a head a task takes at
-    most, a multiple of GROUP; the number of slots, each with a `Scratch` of its own; the strides of q, k, v and out
-    over batch, head and position; those of the terms.
-    """
-
-    d: int
-    e: int
-    scale: float
-    softcap: float | None = None
-    padded: int = 0
-    terms: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        more = [WRITERS[code].kind for code in self.terms]
-        return "_".join(["attention", str(self.d), *["padding"] * self.padded, *more])
-
-    def emit(self, k: Emitter) -> None:
-        AttentionWriter(self, k).write()
 
 
 class AttentionWriter:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.arithmetic.vector_math import exp
-from treadle.backends.tvm.kernels.attention_masks import TermWriter, lane_numbers
+from treadle.backends.tvm.kernels.attention.attention_masks import TermWriter, lane_numbers
+from treadle.backends.tvm.kernels.attention.scratch import BLOCK, PANEL
 from treadle.ir.types import DTYPES, f32
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-BLOCK = 128  # keys that are taken at a time
-PANEL = 2  # vectors of a panel: what a tile spans beside its rows
 INFINITY = float("inf")
 
 _LEAST = -87.0  # below it exp is no normal number; it counts as 0
@@ -55,9 +54,7 @@ class ScoreRow:
 class RowSoftmax:
     """Writes it, for scores [slots, GROUP, BLOCK] and rows [slots, n, 4] of m, l and what the old sums are times."""
 
-    def __init__(
-        self, k: Emitter, softcap: float | None, terms: Sequence[TermWriter], scores: Any, rows: Any
-    ) -> None:
+    def __init__(self, k: Emitter, softcap: float | None, terms: Sequence[TermWriter], scores: Any, rows: Any) -> None:
         self.k, self.softcap, self.terms, self.scores, self.rows = k, softcap, terms, scores, rows
         self.lanes = k.isa.lanes()
         self.width = PANEL * self.lanes

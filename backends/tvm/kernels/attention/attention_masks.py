@@ -1,8 +1,8 @@
 """What attention does with the scores of a query beside their scale: soft-cap, masks and biases, vector by vector.
 
 A mask by position (causal, window, padding) is no term here: it is a first and a last key of each query, which the
-kernel in `treadle.backends.tvm.kernels.attention` takes as sizes. The terms that are left read operands of their own,
-and each has a writer:
+kernel in `treadle.backends.tvm.kernels.attention.flash_attention` takes as sizes. The terms that are left read operands
+of their own, and each has a writer:
 
     segments   query_segments[b, i] == key_segments[b, j]
     mask       a boolean tensor, along some of b, h, s and t
