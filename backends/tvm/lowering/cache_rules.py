@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from treadle.backends.tvm.kernels.appending import Append
-from treadle.backends.tvm.lowering.program import STATUS, View
+from treadle.backends.tvm.lowering.program import STATUS_WORDS, View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node
 from treadle.ir.ops.axis_names import place
 from treadle.ir.sizing.sizes import ONE
-
-_TOLD = View.contiguous(STATUS, (STATUS.elements,))
 
 
 def _append(w: RoutineWriter, node: Node) -> None:
@@ -26,7 +24,7 @@ def _append(w: RoutineWriter, node: Node) -> None:
     strides = [*given.strides[kept], slots.strides[0], first.strides[0], *into.strides[kept]]
     kernel = Append(to.dtype.bytes, is_row, node.op.attributes["ring"])
     sizes = [*given.shape, into.shape[0], into.shape[2], *strides]
-    w.step(kernel, [given, slots, first, into, _TOLD], sizes, node, writes=2)
+    w.step(kernel, [given, slots, first, into, STATUS_WORDS], sizes, node, writes=2)
 
 
 def _quarters(view: View, axis: int) -> View | None:
