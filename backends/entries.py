@@ -1,4 +1,4 @@
-"""What executables of all our backends have in common: entries that are called by name, and states that they work on."""
+"""What executables of all our backends have in common: entries that are called by name, and states to work on."""
 
 from __future__ import annotations
 
@@ -76,4 +76,3 @@ class EntryExecutable:
     def __repr__(self) -> str:
         takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
         return f"<executable {self.name}({takes}) -> {gives}>"
-

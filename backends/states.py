@@ -4,8 +4,8 @@
     states = exe.new_states(R=8, C=2048)          # zeros; `exe.state_bytes(R=8, C=2048)` says how many bytes before
     exe.entry("step")(states, tokens=..., rows=..., start=...)
 
-Symbols that only states tell (slots, capacity) get their sizes here, once. An executable may have any number of states at
-a time; a call works on those that it is given.
+Symbols that only states tell (slots, capacity) get their sizes here, once. An executable may have any number of states
+at a time; a call works on those that it is given.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class StateKinds:
             ) from error
         return States(self, sizes, arrays)
 
-    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+    def check_sizes(self, sizes: Mapping[str, Any]) -> None:
         """Raise BackendError where a symbol of the states has no size or one out of bounds, or another is given."""
         missing = [s for s in self.symbols if s not in sizes]
         unknown = [s for s in sizes if s not in self.symbols]
@@ -121,7 +121,8 @@ class StateKinds:
             given = states.kinds
             raise BackendError(
                 f"these are no states of {self.name} for the {self.backend} backend",
-                received=f"states of {given.name} for the {given.backend} backend: " + ", ".join(map(str, given.ports))[:400],
+                received=f"states of {given.name} for the {given.backend} backend: "
+                + ", ".join(map(str, given.ports))[:400],
                 within=wanted,
                 hint="new_states of the executable that is called",
             )

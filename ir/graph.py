@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from treadle.ir.entry_order import ENTRIES, ONCE, are_entries
 from treadle.ir.errors import GraphError
 from treadle.ir.initial_values import Init as Init
 from treadle.ir.literals import Literal as Literal
@@ -215,20 +216,6 @@ def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
             needed.update(node.inputs)
             found.append(node)
     return found[::-1]
-
-
-ENTRIES = ("bind", "prologue", "main", "prefill", "step", "verify")
-"""The names of entries, in the order in which they run. `main` is not there beside the three after it."""
-
-ONCE = ("bind", "prologue")
-"""Those of them that run once, before those that are called again and again."""
-
-
-def are_entries(names: Sequence[str]) -> bool:
-    """Whether a graph may have these entries: in order, and beside `bind` and `prologue` one that is called."""
-    called = [name for name in names if name not in ONCE]
-    ordered = list(names) == [name for name in ENTRIES if name in names]
-    return ordered and bool(called) and (called == ["main"] or "main" not in called)
 
 
 class Graph:

@@ -25,8 +25,9 @@ from math import prod
 
 from treadle.ir.analysis.state_views import StateViews
 from treadle.ir.builder import describe_source
+from treadle.ir.entry_order import are_entries
 from treadle.ir.errors import TreadleError, VerifyError
-from treadle.ir.graph import Function, Graph, Node, Value, are_entries
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.text.attributes import attribute_symbols

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from treadle.ir.graph import Graph
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.text.parser import parse_graph
 
 BLOCKS = """graph blocks {
@@ -53,3 +54,120 @@ BLOCKS = """graph blocks {
 
 def blocks() -> Graph:
     return parse_graph(BLOCKS)
+
+
+SUMS = """graph sums {
+  symbols B, S, R
+  states {
+    sum: f32[R, 1, 4]
+  }
+  main(x: f32[B, S, 4], rows: i64[B]) -> (y: f32[B, S, 4]) {
+    cumsum = cumsum(x, axis=1)                                # f32[B, S, 4]
+    past = gather(%sum, rows)                                 # f32[B, 1, 4]
+    y = add(cumsum, past)                                     # f32[B, S, 4]
+    total = reduce_sum(x, axes=[1], keep=true)                # f32[B, 1, 4]
+    now = add(past, total)                                    # f32[B, 1, 4]
+    zero = mul(rows, 0)                                       # i64[B]
+    %sum = append(%sum, now, rows, zero, axis=1)              # f32[R, 1, 4]
+    return y = y
+  }
+}
+"""
+"""A sum that goes on from call to call."""
+
+PRODUCT = """graph product {
+  symbols B, S, R, C
+  parameters {
+    q.weight: f32[6, 6]
+    k.weight: f32[6, 6]
+  }
+  states {
+    k: DTYPE[R, 2, C, 3]
+  }
+  main(x: f32[B, S, 6], rows: i64[B], start: i64[B]) -> (y: f32[B, 2, S, C]) {
+    q = linear(x, $q.weight)                                  # f32[B, S, 6]
+    queries = rearrange(q, pattern="b s (h=2 d) -> b h s d")  # f32[B, 2, S, 3]
+    k = linear(x, $k.weight)                                  # f32[B, S, 6]
+    keys = rearrange(k, pattern="b s (h=2 d) -> b h s d")     # f32[B, 2, S, 3]
+    narrow = cast(keys, to=DTYPE)                             # DTYPE[B, 2, S, 3]
+    %k = append(%k, narrow, rows, start, axis=2, ring=RING)   # DTYPE[R, 2, C, 3]
+    held = gather(%k, rows)                                   # DTYPE[B, 2, C, 3]
+    wide = cast(held, to=f32)                                 # f32[B, 2, C, 3]
+    y = einsum(queries, wide, equation="b h s d, b h c d -> b h s c")   # f32[B, 2, S, C]
+    return y = y
+  }
+}
+"""
+"""Products of queries with all keys of a cache, whose axis of positions lies inside."""
+
+OLD = """graph old {
+  symbols B, R
+  parameters {
+    w: f32[5, 4]
+  }
+  states {
+    k: f32[R, 3, 4]
+  }
+  block grown(rows: i64[B]) -> (y: f32[R, 3, 4])
+    states k: f32[R, 3, 4]
+  {
+    y = add(%k, 0.5)                                          # f32[R, 3, 4]
+    gather = gather(y, rows)                                  # f32[B, 3, 4]
+    first = slice(gather, axis=1, start=0, stop=1)            # f32[B, 1, 4]
+    zero = mul(rows, 0)                                       # i64[B]
+    %k = append(%k, first, rows, zero, axis=1)                # f32[R, 3, 4]
+    late = mul(y, 2.0)                                        # f32[R, 3, 4]
+    return y = late
+  }
+  main(
+    x: f32[B, 1, 4], rows: i64[B], start: i64[B]
+  ) -> (
+    y: f32[R, 3, 4], z: f32[R, 3, 5], g: f32[R, 3, 4], v: f32[4, R, 3]
+  ) {
+    twice = mul(%k, 2.0)                                      # f32[R, 3, 4]
+    linear = linear(%k, $w)                                   # f32[R, 3, 5]
+    %k = append(%k, x, rows, start, axis=1)                   # f32[R, 3, 4]
+    y = add(twice, 1.0)                                       # f32[R, 3, 4]
+    z = relu(linear)                                          # f32[R, 3, 5]
+    g = grown(rows) with {k: %k}                              # f32[R, 3, 4]
+    v = rearrange(%k, pattern="r c d -> d r c")               # f32[4, R, 3]
+    return y = y, z = z, g = g, v = v
+  }
+}
+"""
+"""What is read of a state before its update, and used after it: alone, in a product, in a block; and a view of it."""
+
+
+def product(dtype: str = "f32", *, ring: bool = False) -> Graph:
+    return parse_graph(PRODUCT.replace("DTYPE", dtype).replace("RING", str(ring).lower()))
+
+
+def counter() -> Graph:
+    """`main` counts up in the slots of the rows that it is given."""
+    b = Builder(Graph("counter"))
+    rows = b.input("rows", "i64[B]")
+    count = b.state("count", "i64[R, 1]")
+    more = b.gather(count, rows) + 1
+    b.append(count, more, rows, rows * 0, axis=1)
+    b.outputs(count=more)
+    return b.graph
+
+
+# -- what tests do to them ---------------------------------------------------------------------------------------------
+
+
+def node(graph: Graph, function: str, op: str, number: int = 0) -> Node:
+    return [n for n in graph.functions[function].nodes if n.op.name == op][number]
+
+
+def give(node: Node, position: int, value: Value | None) -> None:
+    node.operands = (*node.operands[:position], value, *node.operands[position + 1 :])
+
+
+def forget(graph: Graph, function: str, state: str) -> None:
+    del graph.functions[function].updated[state]
+
+
+def drop_update(graph: Graph) -> None:
+    step = graph.functions["step"]
+    step.nodes.remove(node(graph, "step", "append", 1))

@@ -38,7 +38,7 @@ def given(indices: list[int], rows: int = 4) -> dict[str, Array]:
 
 
 def the_plan(executable: KernelExecutable) -> Plan:
-    (plan,) = executable._plans.values()
+    (plan,) = executable.machine.plans.values()
     return plan
 
 
@@ -63,7 +63,7 @@ def test_what_stays_is_an_address_in_the_plan(looked_up: KernelExecutable) -> No
     moving = np.concatenate([at for _, at, _ in plan.moves])
     pointers = np.flatnonzero(plan.words[:, 0] == POINTER)
     stays = set(plan.words[np.setdiff1d(pointers, moving), 1])
-    arrays = [*looked_up._weights.values(), *looked_up._constants.values(), plan.status]
+    arrays = [*looked_up.machine.weights.values(), *looked_up.machine.constants.values(), plan.status]
     assert stays == {address(array) for array in arrays}
 
 

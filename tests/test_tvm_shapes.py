@@ -186,7 +186,7 @@ def test_rows_are_gathered_from_panels(transposed: bool) -> None:
 
     table, x = normal(*shape), normal(2, 24)
     exe = compiled(graph_of(build), table=table)
-    assert [buffer.layout is not None for buffer in exe.program.weights.values()] == [True]
+    assert [buffer.layout is not None for buffer in exe.program.entries["main"].weights.values()] == [True]
     ids = np.random.default_rng(0).integers(0, shape[0], (2, 9))
     np.testing.assert_array_equal(exe(ids=ids, x=x)["rows"], table[ids])
 

@@ -88,6 +88,7 @@ def export_onnx(
     written; GraphError where the blocks, written out, are too many.
     """
     _refuse_opset(opset)
+    _refuse_states(graph)
     target = Path(path)
     model = _Model(graph, opset)
     tensors = model.held(weights)
@@ -111,6 +112,17 @@ def export_onnx(
         {v.name: model.tensors[v].name for v in model.main.inputs},
         {name: tensor.name for name, tensor in model.outputs.items()},
     )
+
+
+def _refuse_states(graph: Graph) -> None:
+    """An ONNX file is one function of its inputs."""
+    entries = [entry.name for entry in graph.later_entries]
+    if graph.states or len(entries) > 1:
+        raise BackendError(
+            f"{graph.name} has {'states' if graph.states else 'several entries'}, which an ONNX file cannot hold",
+            received=f"entries {', '.join(entries)}; {len(graph.states)} states",
+            hint="the model as it was declared, over a whole sequence",
+        )
 
 
 def _refuse_opset(opset: int) -> None:

@@ -11,8 +11,8 @@
 
 What a node looks like is the dialect's business: a table from op names to Python expressions. Everything else
 is done here, once: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their
-weights and states, and `del` of what no later line reads, so that memory falls as the program runs. A state is one array
-under one name, whatever version of it is meant: what updates it writes in place.
+weights and states, and `del` of what no later line reads, so that memory falls as the program runs. A state is one
+array under one name, whatever version of it is meant: what updates it writes in place.
 """
 
 from __future__ import annotations

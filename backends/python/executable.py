@@ -52,8 +52,8 @@ class Arrays(Protocol):
 class PythonExecutable(EntryExecutable):
     """A graph compiled to Python source. See `treadle.backends.protocol.Executable`.
 
-    Results are the caller's own: what lies in the memory of an input, a weight, a state, a constant or another result is
-    copied before it is handed out.
+    Results are the caller's own: what lies in the memory of an input, a weight, a state, a constant or another result
+    is copied before it is handed out.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ _numbers = count()  # so that executables of one text do not share the lines tha
 
 
 def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Execute a module's text, known to tracebacks under a file name of its own; returns that name, and what it defines."""
+    """Execute a module's text, known to tracebacks under a file name of its own; returns that name, and its names."""
     file = f"<treadle {on_one_line(name)} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict[str, Any] = dict(namespace)

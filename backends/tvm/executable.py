@@ -16,9 +16,11 @@ from typing import Any, assert_never
 import numpy as np
 
 from treadle.backends.bfloat16 import bf16_given, bf16_taken
+from treadle.backends.entries import EntryExecutable
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
+from treadle.backends.states import StateKinds, States
 from treadle.backends.tvm.arena import ALIGNMENT
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import Entry, KernelCache, assembly
@@ -29,10 +31,10 @@ from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
 from treadle.backends.tvm.lowering.program import Buffer, KernelProgram, kernels_of
 from treadle.backends.tvm.planning import Plan, Planner
-from treadle.backends.tvm.spaces import Arena, Input, Output
+from treadle.backends.tvm.spaces import Arena, Input, Output, State
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
-from treadle.ir.graph import Graph
+from treadle.ir.graph import Function, Graph
 from treadle.ir.types import DType
 
 Array = np.ndarray[Any, Any]
@@ -40,7 +42,7 @@ Array = np.ndarray[Any, Any]
 PLANS = 32  # sets of sizes that are kept
 
 
-class KernelExecutable:
+class KernelExecutable(EntryExecutable):
     """A graph compiled to kernels. See `treadle.backends.protocol.Executable`.
 
     program   the steps
@@ -58,28 +60,18 @@ class KernelExecutable:
         entries: Mapping[Kernel, Entry],
         prepared: Sequence[str] = (),
     ) -> None:
-        """Parameters of `main` by name, in their layouts, and kernels.
+        """Parameters of entries by name, in their layouts, and kernels.
 
         entries   where the kernels' code is, and the runner's; none where this machine cannot run it
         prepared  what was computed from weights when they were bound, a line each
         """
+        super().__init__(graph, "tvm", _zeros)
         self._prepared = prepared
-        self.name = graph.name
-        self.signature = Signature(graph)
-        self.inputs = self.signature.ports
-        self.outputs = ports(graph.main.outputs)
-        self.signature.refuse_untold(program.symbols)
         self.program, self.cache, self.threads = program, cache, threads
         self.notes = find_leftovers(program, graph.symbols)
         self.compiled = cache.compiled
-        self._entries = entries
-        self._weights = {program.weights[name]: array for name, array in weights.items()}
-        self._constants: dict[Buffer, Array] = {}
-        self._plans: OrderedDict[tuple[tuple[str, int], ...], Plan] = OrderedDict()
-        self._arena = np.empty(0, np.uint8)
-        self._lock = threading.Lock()
-        self._runner = entries.get(Runner())
-        self._result = np.zeros(1, np.int64)
+        self.machine = _Machine(graph.name, program, cache, weights, threads, entries)
+        self.called |= {f.name: _KernelEntry(self.machine, self.state_kinds, graph, f) for f in graph.later_entries}
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -98,38 +90,93 @@ class KernelExecutable:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
         return assembly(titles[title], self.cache.isa)
 
-    # -- calling ---------------------------------------------------------------------------------------------
 
-    def __call__(self, /, **given: Any) -> Outputs:
-        """Run on arrays by name. Raises BackendError where they are not what `inputs` says."""
-        if self._runner is None:
-            self.cache.refuse_other_machine()
-        taken = self.signature.bind(given, take)
-        sizes = self.signature.sizes([array.shape for array in taken])
-        arrays = dict(zip(self.program.inputs, taken, strict=True))
-        with self._lock:
-            plan = self._plan(sizes)
-            made = {p.name: _allocated(plan.shapes[p.name], stored(p.dtype)) for p in self.outputs}
-            self._run(plan, arrays, made)
+class _KernelEntry:
+    """An entry as a routine. See `treadle.backends.protocol.Entry`."""
+
+    def __init__(self, machine: _Machine, kinds: StateKinds, graph: Graph, function: Function) -> None:
+        self._machine, self._kinds, self._name = machine, kinds, function.name
+        self._program = machine.program.entries[function.name]
+        self.signature = Signature(graph, function)
+        self.inputs = self.signature.ports
+        self.outputs = ports(function.outputs)
+        self._stored = {port.name: stored(port.dtype) for port in self.outputs}
+        self.signature.refuse_untold(self._program.symbols)
+
+    def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
+        held = self._kinds.check(states)
+        taken = self.signature.bind(given, take, held.sizes)
+        sizes = self.signature.sizes([array.shape for array in taken], held.sizes)
+        arrays = dict(zip(self._program.inputs, taken, strict=True))
+        made = self._machine.run(self._name, sizes, arrays, held, self._stored)
         tensors = any(_is_tensor(value) for value in given.values())
         return Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
 
-    def _plan(self, sizes: Mapping[str, int]) -> Plan:
-        key = tuple(sorted(sizes.items()))
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
+    def __repr__(self) -> str:
+        takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
+        return f"<entry {self._name}({takes}) -> {gives}>"
+
+
+class _Machine:
+    """Runs entries of a program: its weights, a plan for each set of sizes, and the arena that plans share.
+
+    One call runs at a time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        program: KernelProgram,
+        cache: KernelCache,
+        weights: Mapping[str, Array],
+        threads: int,
+        entries: Mapping[Kernel, Entry],
+    ) -> None:
+        self.name, self.program, self.cache, self.threads = name, program, cache, threads
+        self._entries = entries
+        self.weights = {buffer: weights[n] for e in program.entries.values() for n, buffer in e.weights.items()}
+        self.constants: dict[Buffer, Array] = {}
+        self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], Plan] = OrderedDict()
+        self._arena = np.empty(0, np.uint8)
+        self._lock = threading.Lock()
+        self._runner = entries.get(Runner())
+        self._result = np.zeros(1, np.int64)
+
+    def run(
+        self,
+        entry: str,
+        sizes: Mapping[str, int],
+        given: Mapping[str, Array],
+        states: Mapping[str, Array],
+        outputs: Mapping[str, np.dtype[Any]],
+    ) -> dict[str, Array]:
+        """Run an entry on its inputs and states, the latter in place; returns new arrays of these dtypes."""
+        if self._runner is None:
+            self.cache.refuse_other_machine()
+        with self._lock:
+            plan = self._plan(entry, sizes)
+            made = {name: _allocated(plan.shapes[name], dtype) for name, dtype in outputs.items()}
+            self._run(plan, given, states, made)
+        return made
+
+    def _plan(self, entry: str, sizes: Mapping[str, int]) -> Plan:
+        key = entry, tuple(sorted(sizes.items()))
+        if key in self.plans:
+            self.plans.move_to_end(key)
+            return self.plans[key]
         try:
-            plan = Planner(self.program, sizes, self.threads, self._entries, self._held).plan()
+            plan = Planner(self.program.entries[entry], sizes, self.threads, self._entries, self._held).plan()
         except OverflowError as error:  # of 64 bits
             told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             raise BackendError(f"{self.name}: no memory is as large as these sizes take", received=told) from error
-        self._plans[key] = plan
-        if len(self._plans) > PLANS:
-            self._plans.popitem(last=False)
+        self.plans[key] = plan
+        if len(self.plans) > PLANS:
+            self.plans.popitem(last=False)
         return plan
 
-    def _run(self, plan: Plan, given: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+    def _run(
+        self, plan: Plan, given: Mapping[str, Array], states: Mapping[str, Array], made: Mapping[str, Array]
+    ) -> None:
         if self._arena.nbytes < plan.arena + ALIGNMENT:
             self._arena = _allocated((plan.arena + ALIGNMENT,), np.dtype(np.uint8))
         values = plan.words[:, 1]
@@ -139,6 +186,8 @@ class KernelExecutable:
                     begin = -(-address(self._arena) // ALIGNMENT) * ALIGNMENT
                 case Input():
                     begin = address(given[space.name])
+                case State():
+                    begin = address(states[space.name])
                 case Output():
                     begin = address(made[space.name])
                 case _:
@@ -162,14 +211,10 @@ class KernelExecutable:
     def _held(self, buffer: Buffer) -> Array:
         """The array of a weight or a constant."""
         if buffer.literal is None:
-            return self._weights[buffer]
-        if buffer not in self._constants:
-            self._constants[buffer] = np.frombuffer(buffer.literal.data or b"\0", np.uint8).copy()
-        return self._constants[buffer]
-
-    def __repr__(self) -> str:
-        takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
-        return f"<executable {self.name}({takes}) -> {gives}>"
+            return self.weights[buffer]
+        if buffer not in self.constants:
+            self.constants[buffer] = np.frombuffer(buffer.literal.data or b"\0", np.uint8).copy()
+        return self.constants[buffer]
 
 
 def _outside(plan: Plan) -> BackendError:
@@ -201,6 +246,10 @@ def _allocated(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     except (MemoryError, OverflowError, ValueError) as error:
         gigabytes = math.prod(shape) * dtype.itemsize / 2**30
         raise BackendError("there is not enough memory", received=f"{gigabytes:.3g} GiB for {list(shape)}") from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: DType) -> Array:
+    return np.zeros(shape, stored(dtype))
 
 
 def stored(dtype: DType) -> np.dtype[Any]:

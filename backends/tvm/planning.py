@@ -21,13 +21,13 @@ from treadle.backends.tvm.kernels.runner import RECORD
 from treadle.backends.tvm.lowering.program import (
     Buffer,
     BufferKind,
-    KernelProgram,
     KernelStep,
+    ProgramEntry,
     Routine,
     RoutineStep,
     View,
 )
-from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, Status
+from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, State, Status
 from treadle.ir.sizing.sizes import product
 from treadle.passes.memory.checking import check_placement
 from treadle.passes.memory.instances import Lifetime
@@ -93,7 +93,7 @@ class _Frame(NamedTuple):
 
 
 class Planner:
-    """Puts numbers in for the symbols: a plan for one set of sizes.
+    """Puts numbers in for the symbols: a plan of an entry for one set of sizes.
 
     entries  where the kernels' code is
     held     the array of a weight or a constant
@@ -101,7 +101,7 @@ class Planner:
 
     def __init__(
         self,
-        program: KernelProgram,
+        program: ProgramEntry,
         sizes: Mapping[str, int],
         threads: int,
         entries: Mapping[Kernel, Entry],
@@ -123,14 +123,15 @@ class Planner:
         for routine in program.routines:
             self._frame(routine)
         places = {buffer: Pointer(Input(name)) for name, buffer in program.inputs.items()}
+        places |= {buffer: Pointer(State(name)) for name, buffer in program.states.items()}
         places |= {view.buffer: Pointer(Output(name)) for name, view in program.outputs.items()}
-        self._expand(program.main, places, 0)
+        self._expand(program.routine, places, 0)
         table = np.zeros((len(self.records), RECORD), np.int64)
         words = np.array(self.words, np.int64).reshape(-1, 2)
         for i, ((function, handle), first, count) in enumerate(self.records):
             alone = self.threads == 1 or not self._worth_threads(self.steps[i])
             table[i] = (function, handle, address(words) + 16 * first, count, alone)
-        arena = self.frames[program.main.name].deepest
+        arena = self.frames[program.routine.name].deepest
         shapes = {n: tuple(s.evaluate(self.sizes) for s in v.shape) for n, v in program.outputs.items()}
         moves = [(space, *move.arrays()) for space, move in self.moves.items()]
         status = np.zeros((len(self.tellers), _STATUS_WORDS), np.int64)
@@ -193,7 +194,7 @@ class Planner:
             case Status():
                 self.told.add(len(self.words), offset + len(self.tellers) * 8 * _STATUS_WORDS)
                 self.tellers.append(step)
-            case Arena() | Input() | Output():
+            case Arena() | Input() | Output() | State():
                 self.moves.setdefault(space, Relocation()).add(len(self.words), offset)
             case _:
                 assert_never(space)
@@ -229,7 +230,7 @@ class Planner:
             case BufferKind.ARGUMENT | BufferKind.RESULT if buffer in places:
                 space, begin = places[buffer]
                 return Pointer(space, begin + at)
-            case BufferKind.ARGUMENT | BufferKind.RESULT | BufferKind.CONSTANT:  # of main's arguments the weights
+            case BufferKind.ARGUMENT | BufferKind.RESULT | BufferKind.CONSTANT:  # of an entry's arguments the weights
                 return Pointer(Held(address(self.held(buffer))), at)
             case _:
                 assert_never(buffer.kind)

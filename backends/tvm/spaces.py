@@ -3,6 +3,7 @@
 Arena     the executable's own memory, for what is local to a routine; it moves where a plan needs more
 Input     an array that the caller gives, another one each call
 Output    an array that a call allocates
+State     an array of the states that a call is given, which it changes
 Status    words in which kernels tell of an index outside; made with the plan, and stay
 Held      an array that the executable holds, a weight or a constant; it stays
 """
@@ -29,6 +30,11 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     pass
 
@@ -40,7 +46,7 @@ class Held:
     address: int
 
 
-Moving = Arena | Input | Output
+Moving = Arena | Input | Output | State
 """Where it lies is known when a call begins."""
 
 Space = Moving | Status | Held

@@ -75,7 +75,7 @@ def pack_weights(
     threads: int = 1,
     folder: Path | None = None,
 ) -> dict[str, Array]:
-    """An array for each parameter of `main`, in its layout.
+    """An array for each parameter that entries read, in its layout.
 
     made    how those that `bind` makes are made
     folder  where files of panels lie, by default in the user's cache
@@ -83,8 +83,8 @@ def pack_weights(
     Raises BackendError for a missing weight or a misfit.
     """
     held = _Weights(graph, made, weights)
-    found = {name: held.array(name) for name, value in graph.main.parameters.items() if value.layout is None}
-    packed = [name for name, value in graph.main.parameters.items() if value.layout is not None]
+    found = {name: held.array(name) for name, value in graph.entry_parameters.items() if value.layout is None}
+    packed = [name for name, value in graph.entry_parameters.items() if value.layout is not None]
     first: dict[Any, str] = {}  # of those that are the same of the same weights
     same = {name: first.setdefault(held.identity(name), name) for name in packed}
     from_file = [name for name in first.values() if held.is_mapped(name)]
@@ -96,12 +96,12 @@ def pack_weights(
 
 
 class _Weights:
-    """The parameters of a graph's `main`: those that `bind` makes are made when they are asked for, row-major."""
+    """The parameters that entries read: those that `bind` makes are made when they are asked for, row-major."""
 
     def __init__(self, graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any]) -> None:
         refuse_missing(graph, weights)
         self.made = made
-        self.parameters = graph.main.parameters
+        self.parameters = graph.entry_parameters
         read = {n: v.type for n, v in self.parameters.items() if n not in made}
         read |= {n: v.type for recipe in made.values() for n, v in recipe.sources.items()}
         self.given = {name: _taken(name, wanted, weights[name]) for name, wanted in read.items()}

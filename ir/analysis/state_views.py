@@ -55,3 +55,28 @@ def _is_view(node: Node) -> bool:
     if isinstance(node.op, Cast):
         return node.inputs[0].type.dtype is node.result.type.dtype
     return node.op.is_view
+
+
+def deadlines(function: Function) -> dict[Node, int]:
+    """For nodes that read a state which is updated later, or what may show it: the position of the first update.
+
+    Whoever computes a node in another place than its own, as a part of a group, must do so before that. What a call
+    gives is taken to show every state that it was passed.
+    """
+    if not function.states:
+        return {}
+    shown: dict[Value, set[Value]] = {}
+    updated: dict[Value, int] = {}
+    for at, node in enumerate(function.nodes):
+        versions = {v for v in (*node.inputs, *node.results) if v.state is not None}
+        inside = versions.union(*(shown.get(v, ()) for v in node.inputs))
+        if node.op.callee is not None or _is_view(node):
+            shown |= dict.fromkeys(node.named_results, inside)
+        updated |= {before: at for v in node.results if v.state is not None and (before := v.before) is not None}
+    found = {}
+    for at, node in enumerate(function.nodes):
+        read = {v for v in node.inputs if v.state is not None}.union(*(shown.get(v, ()) for v in node.inputs))
+        until = [updated[v] for v in read if updated.get(v, at) > at]
+        if until:
+            found[node] = min(until)
+    return found

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.files.limits import limits_of
-from treadle.ir.graph import ENTRIES, ONCE, Function, Graph, Value
+from treadle.ir.entry_order import ENTRIES, ONCE
+from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.layouts import parse_layout
 from treadle.ir.sizing.size_bounds import Bounds

@@ -1,31 +1,26 @@
-"""Reads the statements of a graph's text: results, operands, attributes, and the notes beside them."""
+"""Reads the statements of a graph's text: results, applications, and the notes beside them."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from treadle.ir.errors import GraphError, TreadleError
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Function, Node, Value
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Op
 from treadle.ir.ops.call import Call
 from treadle.ir.source_lines import SourceLine
-from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts, read_attribute
-from treadle.ir.text.constants import ConstantReader
+from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts
+from treadle.ir.text.operands import OperandReader, nearest_names
 from treadle.ir.text.scanner import RESERVED, Scanner, TextLimits, path_text
 from treadle.ir.types import DTYPES, Type
 
-_ATTRIBUTE = re.compile(r"([A-Za-z_]\w*)\s*=")
-_TENSOR = re.compile(r"[a-z]\w*\[")
 _NAME_START = re.compile(r'[A-Za-z_"]')
 _ALL = re.compile(r"\.\*")
 _OPEN = re.compile(r"\{")
 
-_OPERAND = r"(?:[$%][A-Za-z_]\w*+(?:\.\w++)*+|[A-Za-z_]\w*+)"
-_PLAIN_OPERANDS = re.compile(rf"{_OPERAND}(?:, {_OPERAND})*(?=\)|, )")
 _PLAIN_HEAD = re.compile(r"([A-Za-z_]\w*+) = ([A-Za-z_]\w*+)(?=\()")
 
 _TYPE = r"[a-z]\w*\[[^\]\n]*\]"
@@ -44,37 +39,17 @@ _PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a made parameter", "all that a
 # What follows the reading costs too, and is counted with it: verifying, and what a backend does.
 _NODE_WORK = 30
 _APPLICATION_WORK = 60
-_ARGUMENT_WORK = 15
 _NOTE_CHARACTERS_OF_WORK = 16
 
 
-class StatementReader:
-    """Reads one statement after another into the function `current` of the graph `result`.
-
-    values     the values of the function that have names, so far
-    versions   the function's states by name, as they are so far
-    """
+class StatementReader(OperandReader):
+    """Reads one statement after another into the function `current` of the graph `result`."""
 
     def __init__(self, text: str, limits: TextLimits) -> None:
-        self.s = Scanner(text, limits)
-        self.limits = limits
-        self.constants = ConstantReader(self.s, limits)
-        self.result: Graph
-        self.current: Function
-        self.values: dict[str, Value] = {}
-        self.versions: dict[str, Value] = {}
+        super().__init__(text, limits)
         self.nodes = 0
         self.operands = 0
-        self.arguments_left = limits.arguments
         self.applied: dict[tuple[type[Op], str, tuple[str | None, ...]], tuple[Op, tuple[Type, ...], int]] = {}
-
-    def argument(self, at: int) -> None:
-        """Count an input, an output, a weight or a state of a function."""
-        self.arguments_left -= 1
-        if self.arguments_left < 0:
-            most = f"at most {self.limits.arguments} inputs, outputs, weights and states of functions"
-            raise self.s.error("too many arguments", at, hint=most)
-        self.s.spend(_ARGUMENT_WORK, at)
 
     def declared(self, symbols: Iterable[str], at: int) -> None:
         unknown = sorted(set(symbols) - self.result.symbols.keys())
@@ -201,7 +176,7 @@ class StatementReader:
             raise self.s.error(f"{name} is an entry, which nobody calls", start)
         if cls is None or cls is Call:
             raise self.s.error(
-                f"unknown op or function {name!r}", start, hint=_nearest(name, [*self.result.functions, *OPS])
+                f"unknown op or function {name!r}", start, hint=nearest_names(name, [*self.result.functions, *OPS])
             )
         return self.op(cls, start)
 
@@ -281,7 +256,7 @@ class StatementReader:
                 name = s.path("a weight's name")
                 if name not in formals or name in bound:
                     why = "is given twice" if name in bound else f"is no weight of {callee.name}"
-                    raise s.error(f"{name} {why}", at, hint=_nearest(name, formals))
+                    raise s.error(f"{name} {why}", at, hint=nearest_names(name, formals))
                 s.expect(":")
                 bound[name] = self.operand()
         if prefix is not None:
@@ -290,89 +265,6 @@ class StatementReader:
                     named = self.version_named if name in callee.states else self.weight_named
                     bound[name] = named(f"{prefix}.{name}", start)
         return bound
-
-    def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any], str]:
-        """Read operands and attributes in parentheses, and the attributes' text; a function (None) has none."""
-        s = self.s
-        s.expect("(")
-        operands = self.plain_operands()
-        attributes: dict[str, Any] = {}
-        began = s.at
-        while not s.accept(")"):
-            if operands or attributes:
-                s.expect(",")
-            key = s.match(_ATTRIBUTE)
-            if key is None:
-                if attributes:
-                    raise s.error("operands come before attributes")
-                operands.append(self.operand())
-                began = s.at
-                continue
-            name = key[1]
-            fields = attribute_fields(cls) if cls is not None else {}
-            if name not in fields or name in attributes:
-                why = "is given twice" if name in attributes else "is no attribute here"
-                known = ", ".join(fields)
-                raise s.error(f"{name} {why}", key.start(), hint=f"attributes: {known}" if known else None)
-            attributes[name] = read_attribute(s, fields[name].annotation)
-        if len(operands) > s.limits.items and cls is not None:
-            raise s.error("too many operands", hint=f"at most {s.limits.items}")
-        return operands, attributes, s.text[began : s.at]
-
-    def plain_operands(self) -> list[Value | None]:
-        """Read operands that are bare names, all at once. None are read where any of them is something else."""
-        s = self.s
-        match = s.match(_PLAIN_OPERANDS)
-        found: list[Value | None] = []
-        if match is None:
-            return found
-        for word in match[0].split(", "):
-            if word[0] == "$":
-                value = self.current.parameters.get(word[1:])
-            elif word[0] == "%":
-                value = self.versions.get(word[1:])
-            else:
-                value = None if word in RESERVED else self.values.get(word)
-            if value is None:  # read one by one, it is found out what this is, or what is wrong with it
-                s.at = match.start()
-                return []
-            found.append(value)
-        return found
-
-    def operand(self) -> Value | None:
-        s = self.s
-        start = s.skip()
-        if s.accept("$"):
-            return self.weight_named(s.path("a parameter's name"), start)
-        if s.accept("%"):
-            return self.version_named(s.path("a state's name"), start)
-        if s.accept_word("none"):
-            return None
-        if s.sees(_TENSOR):
-            return self.constants.tensor()
-        scalar = self.constants.accept_scalar()
-        if scalar is not None:
-            return scalar
-        name = s.name("an operand")
-        value = self.values.get(name)
-        if value is None:
-            raise s.error(f"unknown value {name!r}", start, hint=_nearest(name, self.values))
-        return value
-
-    def weight_named(self, name: str, at: int) -> Value:
-        value = self.current.parameters.get(name)
-        made = self.result.made if self.current is self.result.bind else {}
-        value = value or made.get(name)
-        if value is None:
-            hint = _nearest(name, [*self.current.parameters, *made])
-            raise self.s.error(f"unknown parameter ${name}", at, hint=hint)
-        return value
-
-    def version_named(self, name: str, at: int) -> Value:
-        value = self.versions.get(name)
-        if value is None:
-            raise self.s.error(f"unknown state %{name}", at, hint=_nearest(name, self.versions))
-        return value
 
     # -- notes -----------------------------------------------------------------------------------------------------
 
@@ -406,11 +298,3 @@ def _plain(s: Scanner, match: re.Match[str], group: str) -> str:
         return match[group]
     s.at = match.start(group)
     return s.string()
-
-
-def _nearest(name: str, known: Collection[str]) -> str | None:
-    """A hint with the names most like this one; none where searching would take long."""
-    if len(name) > 60 or len(known) > 2000:
-        return None
-    near = difflib.get_close_matches(name, [n for n in known if len(n) <= 60], n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else None

@@ -2,7 +2,7 @@
 
 Elementwise nodes whose values only others of their group read become one chain, which ends at the group's *root*. If
 the chain reads a product that nobody else reads, it becomes the product's epilogue: bias, activation, residual and
-gating are done while the tile is in registers.
+gating are done while the tile is in registers. What reads a state that is updated before the root stays by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
+from treadle.ir.analysis.state_views import deadlines
 from treadle.ir.graph import Function, Node, Value
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import Einsum, Linear, MatMul
@@ -38,6 +39,7 @@ def group(function: Function) -> dict[Node, Group]:
     """The group of every elementwise node, and of every product that one finishes."""
     uses = function.uses()
     outputs = set(function.outputs.values())
+    until, at = deadlines(function), {node: i for i, node in enumerate(function.nodes)}
     roots: dict[Node, Node] = {}
     counts: dict[Node, int] = {}
     for node in reversed(function.nodes):
@@ -47,6 +49,7 @@ def group(function: Function) -> dict[Node, Group]:
         found = {roots.get(reader) for reader in readers}
         (root,) = found if len(found) == 1 else (None,)
         same = root is not None and node.result not in outputs and root.result.type.shape == node.result.type.shape
+        same = same and not (root is not None and node in until and at[root] > until[node])
         roots[node] = root if same and root is not None and counts[root] < MOST_NODES else node
         counts[roots[node]] = counts.get(roots[node], 0) + 1
     groups: dict[Node, Group] = {}
@@ -56,7 +59,8 @@ def group(function: Function) -> dict[Node, Group]:
     made: dict[Node, Group] = {}
     for found_group in groups.values():
         for part in _small_enough(found_group):
-            part.product = _product_before(part, uses, outputs)
+            late = {node for node, end in until.items() if at[part.root] > end}
+            part.product = _product_before(part, uses, outputs, late)
             made |= dict.fromkeys(part.nodes, part)
             if part.product is not None:
                 made[part.product] = part
@@ -70,14 +74,18 @@ def _small_enough(whole: Group) -> Sequence[Group]:
     return [Group([node]) for node in whole.nodes]
 
 
-def _product_before(part: Group, uses: Mapping[Value, Sequence[tuple[Node, int]]], outputs: set[Value]) -> Node | None:
-    """The last product that only this group reads, of the group's shape and in float32."""
+def _product_before(
+    part: Group, uses: Mapping[Value, Sequence[tuple[Node, int]]], outputs: set[Value], late: set[Node]
+) -> Node | None:
+    """The last product that only this group reads, of the group's shape and in float32, and that may wait for it."""
     inside = set(part.nodes)
     shape = part.root.result.type.shape
     found = None
     for value in inputs_of(part):
         node = value.node
         if node is None or not isinstance(node.op, PRODUCTS) or value in outputs or len(node.inputs) < 2:
+            continue
+        if node in late:
             continue
         alone = all(reader in inside for reader, _ in uses[value])
         if alone and value.type.shape == shape and value.type.dtype is f32:

@@ -194,31 +194,50 @@ class Routine:
 
 
 @dataclass(frozen=True)
-class KernelProgram:
-    """A whole graph.
+class ProgramEntry:
+    """An entry of the graph.
 
-    routines   callees first, `main` last
-    inputs     the arguments of main that a caller passes, by name
-    weights    the arguments of main that are parameters
-    outputs    the results of main, by name
+    routines   what it calls, callees first, its own last
+    inputs     the arguments that a caller passes, by name
+    weights    the arguments that are parameters
+    states     the arguments that are states, which are read and written
+    outputs    the results, by name
     """
 
     routines: tuple[Routine, ...]
     inputs: dict[str, Buffer]
     weights: dict[str, Buffer]
+    states: dict[str, Buffer]
     outputs: dict[str, View]
 
     @property
+    def routine(self) -> Routine:
+        return self.routines[-1]
+
+    @property
     def symbols(self) -> frozenset[str]:
-        """Every symbol whose size the program needs."""
+        """Every symbol whose size a run of it needs."""
         steps = [step for routine in self.routines for step in routine.steps]
         sizes = [size for step in steps if isinstance(step, KernelStep) for size in step.sizes]
         sizes += [view.offset for step in steps for view in step.views]
         sizes += [view.buffer.elements for step in steps for view in step.views]
         return frozenset().union(*(size.symbols for size in sizes))
 
+
+@dataclass(frozen=True)
+class KernelProgram:
+    """A whole graph.
+
+    routines   of all entries, callees first
+    entries    by name; what they have in common are routines, weights and kernels
+    """
+
+    routines: tuple[Routine, ...]
+    entries: dict[str, ProgramEntry]
+
     @property
     def main(self) -> Routine:
+        """That of the last entry."""
         return self.routines[-1]
 
 

@@ -22,6 +22,7 @@ from treadle.backends.tvm.lowering.program import (
     BufferKind,
     KernelProgram,
     KernelStep,
+    ProgramEntry,
     Routine,
     RoutineStep,
     View,
@@ -45,18 +46,25 @@ Keeps = Callable[[Op, Sequence[Type | None]], bool]
 def lower(graph: Graph, isa: Isa, rules: Mapping[str, Rule]) -> KernelProgram:
     """A legalized graph as kernels. Raises BackendError for an op that no rule is there for."""
     routines: dict[str, RoutineWriter] = {}
-    for function in graph.needed_by(graph.main):
+    for function in graph.needed_by(*graph.later_entries):
         writer = RoutineWriter(function, isa, rules, routines)
         writer.write()
         routines[function.name] = writer
-    main = routines["main"]
-    inputs = {value.name: main.views[value].buffer for value in graph.main.inputs}
-    weights = {name: main.views[value].buffer for name, value in graph.main.parameters.items()}
-    outputs = {
-        name: View.contiguous(buffer, value.type.shape)
-        for (name, value), buffer in zip(graph.main.outputs.items(), main.routine.results, strict=True)
-    }
-    return KernelProgram(tuple(w.routine for w in routines.values()), inputs, weights, outputs)
+    entries = {}
+    for entry in graph.later_entries:
+        own = routines[entry.name]
+        outputs = {
+            name: View.contiguous(buffer, value.type.shape)
+            for (name, value), buffer in zip(entry.outputs.items(), own.routine.results, strict=True)
+        }
+        entries[entry.name] = ProgramEntry(
+            tuple(routines[function.name].routine for function in graph.needed_by(entry)),
+            {value.name: own.views[value].buffer for value in entry.inputs},
+            {name: own.views[value].buffer for name, value in entry.parameters.items()},
+            {name: own.views[value].buffer for name, value in entry.states.items()},
+            outputs,
+        )
+    return KernelProgram(tuple(w.routine for w in routines.values()), entries)
 
 
 # -- a function ----------------------------------------------------------------------------------------------
@@ -226,10 +234,10 @@ class RoutineWriter:
         callee = self.routines[str(node.op.callee)]
         views = [self.view(v) for v in node.inputs]
         arguments = [view if view.panels is not None else self.contiguous(view) for view in views]
-        results = []
-        for result in node.results:
-            view = self.destination(result)
-            results.append(view)
+        results = [self.destination(result) for result in node.named_results]
+        for result in node.results[len(results) :]:  # states, which lie where they lay
+            assert result.before is not None
+            self.views[result] = self.view(result.before)
         spilled = [(r, self.scratch(r.dtype, r.shape)) if not r.is_contiguous else (r, r) for r in results]
         self.routine.steps.append(RoutineStep(callee.routine, tuple(arguments), tuple(to for _, to in spilled), node))
         for wanted, made in spilled:
