@@ -1,10 +1,12 @@
 """Whether this tree computes the same bits as another commit: every model of the zoo, on every backend that is here.
 
     python -m tests.same_bits 82c0506
+    python -m tests.same_bits 82c0506 --real
 
 The other commit's files are unpacked into a temporary folder, and both trees run the same program: compile each model
 of `tests/test_models.py` with drawn weights, call it at small sizes, and hash what it gives. The models are those that
-both trees have. Exit status 1 if any differ. A refactoring is done when this prints no difference.
+both trees have. With `--real`, they are the fetched models in place of the zoo's (`treadle fetch NAME`), with their own
+weights. Exit status 1 if any differ. A refactoring is done when this prints no difference.
 """
 
 from __future__ import annotations
@@ -13,47 +15,111 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("numpy", "torch", "tvm")
+VOCABULARY = 300
+"""Token ids are below it; every fetched model has more tokens."""
 
 
-def digests() -> dict[str, str]:
-    """By model and backend, a hash of the outputs; of the tree that is imported."""
-    import numpy as np
-
-    import treadle
-    from tests.test_models import ZOO
+def digests(real: Mapping[str, str] | None) -> dict[str, str]:
+    """By model and backend, a hash of the outputs; of the tree that is imported. `real` are paths by name."""
     from treadle.backends.registry import find_backend
 
-    moved = (Path.cwd() / "ir" / "analysis").is_dir()  # an older commit has it elsewhere
-    drawing = import_module("treadle.ir.analysis.drawn_inputs" if moved else "treadle.ir.drawn_inputs")
     found = {}
     for backend in BACKENDS:
-        if find_backend(backend).available() is not None:
-            continue
-        for name, (model, _) in ZOO.items():
-            graph = model.graph()
-            executable = treadle.compile(graph, backend=backend, seed=1)
-            digest = hashlib.sha256()
-            for number, sizes in enumerate(drawing.small_sizes(graph)):
-                for output, array in executable(**drawing.draw_inputs(graph, sizes, [number])).items():
-                    digest.update(f"{output} {array.dtype} {array.shape}".encode())
-                    digest.update(np.ascontiguousarray(array).tobytes())
-            found[f"{name}, {backend}"] = digest.hexdigest()
+        if find_backend(backend).available() is None:
+            for name, calls in _zoo(backend) if real is None else _real(backend, real):
+                digest = hashlib.sha256()
+                for outputs in calls:
+                    for output, array in outputs.items():
+                        digest.update(f"{output} {array.dtype} {array.shape}".encode())
+                        digest.update(np.ascontiguousarray(array).tobytes())
+                found[f"{name}, {backend}"] = digest.hexdigest()
     return found
 
 
-def digests_of(tree: Path) -> dict[str, str]:
-    """The same of another tree, in a process of its own."""
+def _zoo(backend: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
+    """The name and the outputs at some sizes of every model of the zoo."""
+    import treadle
+    from tests.test_models import ZOO
+
+    drawing = _drawing()
+    for name, (model, _) in ZOO.items():
+        graph = model.graph()
+        executable = treadle.compile(graph, backend=backend, seed=1)
+        cases = enumerate(drawing.small_sizes(graph))
+        yield name, (executable(**drawing.draw_inputs(graph, sizes, [number])) for number, sizes in cases)
+
+
+def _real(backend: str, paths: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
+    """The same of the models in these places. Their inputs are drawn here, for both trees alike."""
+    import treadle
+
+    for name, path in paths.items():
+        executable = treadle.compile(path, backend=backend)
+        rng = np.random.default_rng(0)
+        cases = [
+            {v.name: _drawn(rng, v.name, v.type.evaluate(sizes), v.type.dtype) for v in executable.graph.main.inputs}
+            for sizes in _drawing().small_sizes(executable.graph)
+        ]
+        yield name, (executable(**case) for case in cases)
+
+
+def _drawing() -> Any:
+    moved = (Path.cwd() / "ir" / "analysis").is_dir()  # an older commit has it elsewhere
+    return import_module("treadle.ir.analysis.drawn_inputs" if moved else "treadle.ir.drawn_inputs")
+
+
+def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Normal floats, token ids, and for masks and token types 0 or 1."""
+    if dtype.is_float:
+        return rng.standard_normal(shape).astype(dtype.numpy)
+    return rng.integers(0, VOCABULARY if name.endswith(("tokens", "input_ids")) else 2, shape).astype(dtype.numpy)
+
+
+def fetched(folder: Path) -> dict[str, str]:
+    """Where the fetched models are, by name; a pickle among them as safetensors in `folder`."""
+    from treadle.fetch import fetched_model
+    from treadle.wheels.pinned_models import PINNED
+
+    paths = {}
+    for name in PINNED:
+        path = fetched_model(name)
+        if path is None:
+            print(f"not compared: {name}, which is not here (treadle fetch {name})")
+            continue
+        if (path / "pytorch_model.bin").exists():
+            import torch
+            from safetensors.torch import save_file
+
+            kept = folder / name
+            kept.mkdir()
+            shutil.copy(path / "config.json", kept)
+            tensors = torch.load(path / "pytorch_model.bin", weights_only=True, map_location="cpu")
+            save_file({key: x.contiguous().clone() for key, x in tensors.items()}, kept / "model.safetensors")
+            path = kept
+        paths[name] = str(path)
+    return paths
+
+
+def digests_of(tree: Path, real: Mapping[str, str] | None) -> dict[str, str]:
+    """The digests of another tree, in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--digests"]
+    if real is not None:
+        command += ["--paths", json.dumps(real)]
     here = {**os.environ, "PYTHONPATH": str(tree)}
     run = subprocess.run(command, cwd=tree, env=here, capture_output=True, text=True)
     if run.returncode:
@@ -73,14 +139,18 @@ def unpacked(commit: str, folder: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("commit", nargs="?", help="the commit to compare with")
-    parser.add_argument("--digests", action="store_true", help="print the hashes of this tree")
+    parser.add_argument("--real", action="store_true", help="the fetched models, not the zoo's")
+    parser.add_argument("--digests", action="store_true", help="print the hashes of the tree that is imported")
+    parser.add_argument("--paths", type=json.loads, help="with --digests: real models, as JSON of paths by name")
     given = parser.parse_args()
     if given.digests or given.commit is None:
-        print(json.dumps(digests()))
+        print(json.dumps(digests(given.paths)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        before = digests_of(unpacked(given.commit, Path(folder)))
-    now = digests_of(ROOT)
+    with tempfile.TemporaryDirectory() as place:
+        real = fetched(Path(place)) if given.real else None
+        (folder := Path(place) / "before").mkdir()
+        before = digests_of(unpacked(given.commit, folder), real)
+        now = digests_of(ROOT, real)
     both = sorted(before.keys() & now.keys())
     different = [name for name in both if before[name] != now[name]]
     print(*(f"differs: {name}" for name in different), sep="\n", end="\n" if different else "")

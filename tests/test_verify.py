@@ -310,6 +310,7 @@ def test_indices_are_found_through_what_moves_them() -> None:
         b.input(n, "i64[B, S]") for n in ("direct", "shifted", "both", "moved", "free")
     )
     joined, padded = b.input("joined", "i64[B, S]"), b.input("padded", "i64[B, S]")
+    wrapped, ended = b.input("wrapped", "i64[B, S]"), b.input("ended", "i64[B, S]")
     narrow = b.input("narrow", "i32[B, S]")
     outputs = {
         "a": b.embedding(table, direct),
@@ -319,6 +320,8 @@ def test_indices_are_found_through_what_moves_them() -> None:
         "e": b.cast(free, to=f32),
         "f": b.embedding(short, b.cast(narrow, to=i64)),
         "g": b.embedding(short, b.concat(joined, b.pad(padded, axis=1, before=1, value=2), axis=1)),
+        "h": b.gather(table, b.where(b.less(wrapped, 0), wrapped + 10, wrapped), axis=0),
+        "i": b.gather(table, b.where(b.greater_equal(ended, 0), ended, ended + b.size(value=10)), axis=0),
     }
     b.outputs(**outputs)
     ranges = index_ranges(b.graph, {"B": 2, "S": 5})
@@ -330,6 +333,8 @@ def test_indices_are_found_through_what_moves_them() -> None:
         "narrow": Range(0, 2),
         "joined": Range(0, 2),
         "padded": Range(0, 2),
+        "wrapped": Range(0, 9),
+        "ended": Range(0, 9),
     }
 
 

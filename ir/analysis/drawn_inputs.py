@@ -21,6 +21,7 @@ from treadle.ir.literals import Literal
 from treadle.ir.operation import Composite, names_operand
 from treadle.ir.ops.arithmetic import Add, Sub
 from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.logic import Where
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import bf16
 
@@ -118,17 +119,31 @@ def _asked_of_operands(
 
 
 def _carried_back(node: Node, asked: Range) -> Iterator[tuple[Value, Range]]:
-    """What is asked of a result, asked of the operands that it holds: moved, chosen among, or plus a constant."""
+    """What is asked of a result, asked of the operands that it holds: moved, chosen among, or plus a constant.
+
+    Where the choice is between x and x shifted, as where a negative index counts from the end, x alone is asked.
+    """
     op, names = node.op, node.op.operand_names(len(node.operands))
-    for name, value in zip(names, node.operands, strict=True):
-        if value is not None and (isinstance(op, Cast) or names_operand(op.moved, name)):
-            yield value, asked
+    carriers = [
+        value
+        for name, value in zip(names, node.operands, strict=True)
+        if value is not None and (isinstance(op, Cast) or names_operand(op.moved, name))
+    ]
+    plain = [x for x in carriers if isinstance(op, Where) and any(_shifts(value, x) for value in carriers)]
+    for value in plain or carriers:
+        yield value, asked
     if isinstance(op, (Add, Sub)):
         x, y = node.inputs
         if (shift := _scalar(y)) is not None:
             yield x, asked.shift(-shift if isinstance(op, Add) else shift)
         elif isinstance(op, Add) and (shift := _scalar(x)) is not None:
             yield y, asked.shift(-shift)
+
+
+def _shifts(value: Value, x: Value) -> bool:
+    """Whether a value is x plus or minus a number."""
+    node = value.node
+    return node is not None and isinstance(node.op, (Add, Sub)) and x in node.inputs
 
 
 def _scalar(value: Value) -> int | None:
