@@ -12,7 +12,10 @@ import pytest
 
 import treadle
 from tests.fuzz.attention_chains import DrawnAttention, draw_attention
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.types import f32
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
@@ -46,3 +49,20 @@ def fused(drawn: DrawnAttention) -> bool:
 def test_drawn_chains_keep_their_numbers(part: int) -> None:
     """And most are fused: what is not has a number such as -1e9 filled in, beside masks that are added."""
     assert sum(fused(draw_attention(seed)) for seed in range(90 * part, 90 * part + 90)) >= 60
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_one_mask_that_overflows_by_itself_loses_a_row(added: bool) -> None:
+    """Beside another, by which the sum overflows as well: a row without keys is NaN, since twice the least is -inf."""
+    b = Builder(Graph("twice"))
+    q, k, v = (b.input(name, "f32[B, 2, S, 4]") for name in "qkv")
+    lengths = b.rearrange(b.input("lengths", "i64[B]"), pattern="b -> b 1 1 1")
+    i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size="S")
+    least = b.constant(-f32.greatest, f32)
+    x = b.where(j < lengths, q @ b.rearrange(k, pattern="b h t d -> b h d t"), least)
+    x = x + (1.0 - (j <= i).cast(f32)) * least if added else b.where(j <= i, x, least)
+    b.outputs(y=b.softmax(x * 2.0) @ v)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.integers(-8, 9, (2, 2, 4, 4)) / 8 for name in "qkv"} | {"lengths": np.array([0, 3])}
+    drawn = DrawnAttention(b.graph, arrays, ["f32"])
+    assert fused(drawn)

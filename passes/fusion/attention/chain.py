@@ -355,21 +355,25 @@ def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
     Raises Mismatch where it does so by a factor that another takes back, since the bias would have but their product.
     """
     bound, last, single = LEAST_FILL, -1, False
+    alone = LEAST_FILL  # where one mask takes a key, or none
     for n, step in enumerate(steps):
         most, size = _past(step.dtype), step.size
         if not step.filled:
             size = max(size, LEAST_FILL)
             single = single or size + LEAST_FILL > most
         bound = max(bound, size) if step.filled else bound + size
+        alone = max(alone, size)
         units = [*(later.unit for later in steps[n + 1 :]), 1.0]
         if bound * step.peak > most and step.peak > 1.01 * max(1.0, *(step.unit / unit for unit in units)):
             reason = f"masks are multiplied past the range of {step.dtype} on the way"
             raise Mismatch(reason, step.term.node, scores.nodes, "-inf in their place")
-        grown = bound * max(1.0, step.unit / units[0])
-        single = single or grown > most >= bound
+        factor = step.unit / units[0]
+        grown = bound * max(1.0, factor)
+        single = single or grown > most >= bound or alone * factor > most
         if grown > most:
             last = n
-        bound *= step.unit / units[0]
+        bound *= factor
+        alone *= factor
     if last < 0:
         return None
     return _Overflow(steps[last].dtype, last, single, any(step.unit != 1.0 for step in steps[: last + 1]))
