@@ -594,3 +594,16 @@ def test_there_is_code_for_arm() -> None:
     for instruction in ("fmul", "fdiv", "fsqrt", "fcmgt", "mul", "cmgt"):
         assert re.search(rf"\t{instruction}\tv\d+\.4s", text) or re.search(rf"\t{instruction}\.4s", text), instruction
     assert set(calls(text)) <= {"fmodf", "sinf", "cosf", "memcpy"}
+
+
+@pytest.mark.parametrize("op", ["mul", "logical_or"])
+def test_a_chain_whose_values_are_all_read_twice(op: str) -> None:
+    """Where an expression stood in the place of each use of it, compiling this would take 2^40 steps."""
+    steps = [Instruction("mul", (i, i), "f32") for i in range(40)]
+    if op == "logical_or":
+        steps = [Instruction("less", (0, 0), "bool"), *(Instruction(op, (i, i), "bool") for i in range(1, 40))]
+    kernel = Pointwise(Chain(("f32",), tuple(steps)), 1, "11")
+    x = np.linspace(0.5, 1.0, 37, dtype=np.float32)
+    y = np.ones(37, np.bool_ if op == "logical_or" else np.float32)
+    bind(kernel, [x, y], [37, 1, 1])()
+    assert np.array_equal(y, np.where(x == 1, x, 0) if op == "mul" else np.zeros(37, np.bool_))

@@ -25,9 +25,10 @@ from tvm.tirx.script import builder as T
 
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
+from treadle.backends.tvm.kernels.arithmetic.lanewise import compare
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.types import DType, bf16, boolean, i64
+from treadle.ir.types import DType, bf16, boolean, i64, u8
 
 Expr = Any
 """An expression of TVM's; indices may be Python integers."""
@@ -140,9 +141,20 @@ class Emitter:
 
     def opaque(self, value: Expr, name: str = "t") -> Expr:
         """An index computed once, of which the code generator sees only that; nested divisions cost it minutes."""
-        cell = self.registers(1, i64, f"{name}_cell")
-        self.store(cell, [0], _index(value))
-        return self.let(self.load(cell, [0]), name)
+        return self.kept(_index(value), i64, 1, name)
+
+    def kept(self, value: Expr, dtype: DType, lanes: int = 1, name: str = "t") -> Expr:
+        """A value computed once, and put where the code generator does not see how.
+
+        Of what `let` names it simplifies the expression anew at every use, with all that is named in it: where each of
+        n values is used twice by the next, 2^n times. LLVM makes a register of the place.
+        """
+        place = self.registers(lanes, dtype, f"{name}_cell")
+        self.store(place, [0], value, lanes)
+        if dtype is not boolean:
+            return self.let(self.load(place, [0], lanes), name)
+        byte = _View(place.buffer, u8, place.name)  # TVM cannot bound what compares the byte, where it is TVM's own
+        return self.let(compare(self, "ne", self.load(byte, [0], lanes), self.number(0, u8, lanes), u8, lanes), name)
 
     # -- memory ----------------------------------------------------------------------------------------------
 

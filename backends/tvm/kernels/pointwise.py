@@ -54,8 +54,10 @@ class Chain:
         for step in self.instructions:
             operands = [(held[i], dtypes[i]) for i in step.operands]
             made = vector_math.emit(k, step.op, operands, DTYPES[step.dtype], lanes, **dict(step.attributes))
-            held.append(k.let(made, step.op))
             dtypes.append(DTYPES[step.dtype])
+            last = len(held) == len(values) + len(self.instructions) - 1
+            plain = last or step.op == "constant"
+            held.append(k.let(made, step.op) if plain else k.kept(made, dtypes[-1], lanes, step.op))
         return held[-1]
 
     @property
