@@ -15,7 +15,7 @@ is no parser of Python source, and no control flow in a graph beyond calls of re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -120,7 +120,18 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
     init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another
     word, for a name that is declared already, and for a shape that is not known while tracing.
     """
-    tracing, line = trace(), user_line()
+    return declare(trace(), name, shape, init, dtype, user_line(beyond=1))
+
+
+def declare(
+    tracing: Trace,
+    name: str,
+    shape: Sequence[SizeLike | Dim],
+    init: Init | str,
+    dtype: DType,
+    line: SourceLine | None,
+) -> Tensor:
+    """What `parameter` does, for a caller who knows the trace and the user's line."""
     full = f"{tracing.scope}.{name}" if tracing.scope else name
     if full in tracing.declared:
         raise FrontendError(
@@ -134,19 +145,20 @@ def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dt
     if start is None:
         raise FrontendError(
             f"parameter {full}: unknown initial value {init!r}",
-            source=describe_source(user_line(), tracing.scope),
+            source=describe_source(line, tracing.scope),
             hint="one of " + ", ".join(_INITS) + ", or an Init",
         )
-    text = f"{dtype!s}[{', '.join([str(d) for d in shape])}]"
-    type = _type_of_a_weight(text)
-    if type is None:
+    # others by their text: a label takes no part in equality, and what is no size may have no hash
+    wanted = _type_of_a_weight(dtype.name, *[d if type(d) is int or type(d) is Size else str(d) for d in shape])
+    if wanted is None:
+        text = _weight_text(dtype.name, shape)
         raise FrontendError(
             f"the shape of parameter {full} must be of numbers from 0 on",
             received=text,
-            source=describe_source(user_line(), tracing.scope),
+            source=describe_source(line, tracing.scope),
             hint="a weight has one size for all calls: give the axis a number" if parse_type(text).symbols else None,
         )
-    return tracing.parameter(full, type, start)
+    return tracing.parameter(full, wanted, start)
 
 
 def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str:
@@ -169,11 +181,15 @@ def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str
 
 
 @lru_cache(maxsize=4096)  # layers repeat
-def _type_of_a_weight(text: str) -> Type | None:
+def _type_of_a_weight(dtype: str, *shape: SizeLike) -> Type | None:
     """The type, or None where its shape holds a symbol or a negative size. Raises as `parse_type` does."""
-    type = parse_type(text)
+    type = parse_type(_weight_text(dtype, shape))
     sizes = type.static_shape
     return None if sizes is None or min(sizes, default=0) < 0 else type
+
+
+def _weight_text(dtype: str, shape: Sequence[SizeLike | Dim]) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"
 
 
 _INITS = {"normal": Init("normal", 0.02), "zeros": Init("zeros"), "ones": Init("ones")}

@@ -46,22 +46,23 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
         name: _FITTING.get(check, frozenset()) | ({type(None)} if parameters[name].default is None else set())
         for name, check in checks.items()
     }
-    by_position = [fitting.get(name) for name in names]
+    fit: set[tuple[type | str, ...]] = set()
+    """Types of arguments, by position and then by name, that need no look: nearly all calls are of a few such."""
 
     def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether all is of types that need no look: nearly always, and found out in little time."""
-        for value, types in zip(args, by_position, strict=False):
-            if types is not None and type(value) not in types:
-                return False
-        for name, value in kwargs.items():
-            types = fitting.get(name)
-            if types is not None and type(value) not in types:
-                return False
-        return True
+        """Whether all is of types that need no look."""
+        return all(
+            fitting.get(name) is None or type(value) in fitting[name]
+            for name, value in (*zip(names, args, strict=False), *kwargs.items())
+        )
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        types = (*map(type, args), *kwargs, *map(type, kwargs.values()))
+        if types in fit:
+            return function(*args, **kwargs)
         if fits(args, kwargs):
+            fit.add(types)
             return function(*args, **kwargs)
         tracing = trace()
         if len(args) > len(names) or not kwargs.keys() <= parameters.keys():

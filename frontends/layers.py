@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from treadle.frontends.dsl import Tensor, parameter, shared_table, trace
+from treadle.frontends.dsl import Tensor, Trace, declare, parameter, shared_table, trace
 from treadle.frontends.layer_arguments import layer
 from treadle.ir.attention.masking import Biases, Masks, attend
 from treadle.ir.attention.masking import causal as causal_mask
@@ -28,9 +28,9 @@ Activation = Callable[[Tensor], Tensor]
 def linear(x: Tensor, out: SizeLike | Dim, *, bias: bool = True, name: str) -> Tensor:
     """y = x W^T + b, with W [out, d] and b [out]; x [..., d]. `Dim.of(3072, "ffn")` as out names the new axis."""
     b = trace()
-    with b.scoped(name):
-        weight = _weight(x, "weight", out, x.shape[-1])
-        offset = _weight(x, "bias", out, init="zeros") if bias else None
+    with b.scoped(name, b.source or user_line(beyond=1)):
+        weight = _weight(b, x, "weight", out, x.shape[-1])
+        offset = _weight(b, x, "bias", out, init="zeros") if bias else None
         return b.linear(x, weight, offset, name=name)
 
 
@@ -103,8 +103,8 @@ def unembed(
             raise FrontendError("unembed needs vocab=, or tied= the scope of an embedding")
         return linear(x, vocab, bias=bias, name=name)
     weight = shared_table("unembed", tied)
-    with b.scoped(name):
-        offset = _weight(x, "bias", weight.shape[0], init="zeros") if bias else None
+    with b.scoped(name, b.source or user_line(beyond=1)):
+        offset = _weight(b, x, "bias", weight.shape[0], init="zeros") if bias else None
         return b.linear(x, weight, offset, name=name)
 
 
@@ -112,9 +112,9 @@ def unembed(
 def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis                  (Ba et al. 2016)"""
     b = trace()
-    with b.scoped(name):
-        weight = _weight(x, "weight", x.shape[-1], init="ones")
-        offset = _weight(x, "bias", x.shape[-1], init="zeros") if bias else None
+    with b.scoped(name, b.source or user_line(beyond=1)):
+        weight = _weight(b, x, "weight", x.shape[-1], init="ones")
+        offset = _weight(b, x, "bias", x.shape[-1], init="zeros") if bias else None
         return b.layer_norm(x, weight, offset, eps=eps, name=name)
 
 
@@ -122,8 +122,8 @@ def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) ->
 def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis               (Zhang & Sennrich 2019)"""
     b = trace()
-    with b.scoped(name):
-        return b.rms_norm(x, _weight(x, "weight", x.shape[-1], init="ones"), eps=eps, name=name)
+    with b.scoped(name, b.source or user_line(beyond=1)):
+        return b.rms_norm(x, _weight(b, x, "weight", x.shape[-1], init="ones"), eps=eps, name=name)
 
 
 @layer
@@ -325,18 +325,18 @@ def convolution(
     b = trace()
     _positive(groups=groups)
     channels_in = _channels(x, len(kernel)) // groups
-    with b.scoped(name):
-        weight = _weight(x, "weight", channels, channels_in, *kernel)
-        offset = _weight(x, "bias", channels, init="zeros") if bias else None
+    with b.scoped(name, b.source or user_line(beyond=1)):
+        weight = _weight(b, x, "weight", channels, channels_in, *kernel)
+        offset = _weight(b, x, "bias", channels, init="zeros") if bias else None
         return b.conv(
             x, weight, offset, strides=strides, padding=padding, dilations=dilations, groups=groups, name=name
         )
 
 
-def _weight(x: Tensor, name: str, *shape: SizeLike | Dim, init: str = "normal") -> Tensor:
+def _weight(b: Trace, x: Tensor, name: str, *shape: SizeLike | Dim, init: str = "normal") -> Tensor:
     """A weight of x's dtype, or, beside an x that is no float, of f32."""
     dtype = x.value.type.dtype
-    return parameter(name, *shape, init=init, dtype=dtype if dtype.kind == "float" else f32)
+    return declare(b, name, shape, init, dtype if dtype.kind == "float" else f32, b.source)
 
 
 def _first_position(ids: Value) -> int | None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from itertools import zip_longest
 from math import prod
 
 from treadle.ir.analysis.state_views import StateViews
@@ -56,7 +57,7 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
         if name not in parameters:
             raise VerifyError(f"an initial value is given for {name!r}, which is no parameter")
     for name, value in parameters.items():
-        if value.layout is not None:
+        if value.lies_in is not None:
             raise VerifyError(f"weight {name} is row-major: bind makes what lies otherwise", received=_lying(value))
     earlier: dict[str, Function] = {}
     views = StateViews(graph)
@@ -109,6 +110,8 @@ class _FunctionCheck:
     def __init__(self, graph: Graph, function: Function, earlier: dict[str, Function], views: StateViews) -> None:
         self.graph, self.function, self.earlier, self.views = graph, function, earlier, views
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
+        self.laid: set[Value | None] = set()
+        """Those of them that are not row-major: few, where any."""
         self.checked_types: set[Type] = set()
         self.checked_calls: set[Op] = set()
         self.updated: dict[Value, Value] = {}
@@ -127,7 +130,7 @@ class _FunctionCheck:
             if value.name != name:
                 raise self.error(f"parameter {value.name!r} is held as {name!r}")
             self.argument(value, "parameter")
-            if value.layout is not None and value.type.rank != 2:
+            if value.lies_in is not None and value.type.rank != 2:
                 raise self.error(f"parameter {name} is no matrix, and lies in {value.layout}", received=str(value.type))
         for name, value in self.function.states.items():
             if value.name != name:
@@ -155,8 +158,10 @@ class _FunctionCheck:
     def argument(self, value: Value, kind: str) -> None:
         if value.kind != kind or value.node is not None or value.literal is not None:
             raise self.error(f"{value.name!r} is among the {kind}s, but is no {kind}", received=repr(value))
-        if kind != "parameter" and value.layout is not None:
-            raise self.error(f"{kind} {value.name!r} lies in {value.layout}", hint=f"{kind}s are row-major")
+        if value.lies_in is not None:
+            if kind != "parameter":
+                raise self.error(f"{kind} {value.name!r} lies in {value.lies_in}", hint=f"{kind}s are row-major")
+            self.laid.add(value)
         if value.type.symbols:
             self.symbols(value.type, None)
         self.defined.add(value)
@@ -191,6 +196,8 @@ class _FunctionCheck:
                 raise self.error(f"result {position} of {node.op.name} is defined twice", index)
             self.symbols(value.type, index)
             self.defined.add(value)
+            if value.layout is not None:
+                self.laid.add(value)
         callee = self.earlier.get(node.op.callee or "")
         if self.function.states or (callee is not None and callee.states):
             self.versions(node, index, callee)
@@ -213,8 +220,9 @@ class _FunctionCheck:
             raise self.error(error.what, index, received=error.received, hint=error.hint) from None
 
     def call(self, node: Node, index: int) -> None:
-        wanted = getattr(node.op, "takes_in", ()) or [None] * len(node.operands)
-        for value, layout in zip(node.operands, wanted, strict=False):
+        wanted = getattr(node.op, "takes_in", ())
+        plain = not wanted and self.laid.isdisjoint(node.operands)  # all row-major, and read so: nearly always
+        for value, layout in zip_longest(() if plain else node.operands, wanted):
             if value is not None and value.layout != layout:
                 raise self.error(
                     f"a call of {node.op.callee} passes {value.name} in another layout than it is read in",

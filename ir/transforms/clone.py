@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
 
 
-def clone_graph(graph: Graph) -> Graph:
+def clone_graph(graph: Graph, known: Mapping[str, Function] | None = None) -> Graph:
     """A graph equal to this one, down to names, scopes and source lines, that shares nothing that can change.
+
+    known   copies of some of its functions, by name, which are taken as they are
 
     Raises GraphError where a function uses a value that it does not define before.
     """
     copy = Graph(graph.name)
     copy.symbols = dict(graph.symbols)
     copy.initial, copy.entry_names = dict(graph.initial), graph.entry_names
-    copy.functions = {name: clone_function(function) for name, function in graph.functions.items()}
+    known = known or {}
+    copy.functions = {name: known.get(name) or clone_function(f) for name, f in graph.functions.items()}
     return copy
 
 
@@ -40,7 +45,8 @@ def clone_function(function: Function, name: str | None = None) -> Function:
 def clone_value(value: Value) -> Value:
     """A value of the same kind, type, name, layout and constant content, that belongs to no node."""
     copy = Value(value.kind, value.type, value.name, value.literal)
-    copy.lies_in = value.lies_in
+    if value.lies_in is not None:
+        copy.lies_in = value.lies_in
     return copy
 
 

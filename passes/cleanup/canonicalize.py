@@ -364,8 +364,10 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
     """
     changed = 0
     for node in function.nodes:
+        if len(node.operands) < 2 or node.op.callee is not None:  # a call has many operands, and is not elementwise
+            continue
         numbers = {i: literal for i, v in enumerate(node.inputs) if v.type.rank and (literal := _repeated_number(v))}
-        if len(node.inputs) < 2 or not numbers or not node.is_elementwise:
+        if not numbers or not node.is_elementwise:
             continue
         for position, literal in numbers.items():
             value = node.inputs[position]

@@ -189,7 +189,8 @@ class PassManager:
             record.shown.clear()
             record.lineage = Lineage()  # which holds nodes that are gone
             if record.changed:
-                snapshot = clone_graph(working)
+                same = {} if certify or snapshot is graph else _untouched(snapshot, record)
+                snapshot = clone_graph(working, same)
             record.graph = snapshot
             records.append(record)
             before = record.after
@@ -206,6 +207,12 @@ class PassManager:
         if debug >= 3:
             print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
         return Optimized(graph, working, log, lineage.of(node for _, node in working.walk()))
+
+
+def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:
+    """The functions of the last snapshot that the pass left as they were."""
+    touched = snapshot.functions if record.touched is None else record.touched
+    return {name: function for name, function in snapshot.functions.items() if name not in touched}
 
 
 def _undo_what_fails(
