@@ -1,35 +1,41 @@
-"""Generation by recomputing: every step runs the whole prefix again and appends one token a row.
+"""Generation: rows of a session continued token by token, others joining as rows finish.
 
-Rows of a batch are padded at the right; a causal model does not see the padding, so that a row's next token is read at
-its own last position. A model with a key/value cache will need none of this; the interface stays.
+for token in generate(session, [[464, 3139], [15496]], most=32):
+    print(token.row, token.id)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from treadle.ir.analysis.following import follow
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph, Value
 from treadle.runtime.sampling import Sampling
+from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
-Run = Callable[..., Mapping[str, Any]]
 Ending = Literal["end", "context", "count"]
 """Why a row ends: a token that ends a text, a full context, or as many tokens as were asked for."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its row in the batch, its id, and why the row ends with it, None where it goes on."""
+    """One generated token.
+
+    row      its prompt's number
+    id       of the vocabulary
+    ending   why the row ends with it, None where it goes on
+    logprob  the natural logarithm of the probability that the model gave it, before it was chosen
+    """
 
     row: int
     id: int
     ending: Ending | None = None
+    logprob: float = 0.0
 
     @property
     def last(self) -> bool:
@@ -37,110 +43,108 @@ class Token:
         return self.ending is not None
 
 
-@dataclass(frozen=True)
-class Stepper:
-    """A language model as generation needs it.
+@dataclass
+class _Running:
+    """A prompt that is being continued: its number, its row, and the logits after its last token."""
 
-    run      the executable, called by name
-    tokens   the name of its input of ids [B, S]
-    logits   the name of its output [B, S, vocab]
-    context  the longest sequence that it takes, or None
-    padding  an id of the vocabulary, for positions after a row's end
-    """
-
-    run: Run
-    tokens: str
-    logits: str
-    context: int | None
-    padding: int = 0
-
-    @staticmethod
-    def of(graph: Graph, run: Run) -> Stepper:
-        """Find the ids, logits and context in a graph. Raises UsageError where it is not a causal language model:
-        another number of inputs, no logits, or an axis that may not be stepped, with what stands against it."""
-        if len(graph.main.inputs) != 1:
-            names = ", ".join(v.name for v in graph.main.inputs)
-            raise UsageError(
-                "generation needs a model of one input, the tokens [B, S]",
-                received=f"{graph.name} takes {names or 'nothing'}",
-                hint="an encoder-decoder model, or one with optional inputs, cannot be continued yet",
-            )
-        (tokens,) = graph.main.inputs
-        symbol = tokens.type.shape[-1].as_symbol if tokens.type.rank == 2 and tokens.type.dtype.is_int else None
-        if symbol is None:
-            raise UsageError("generation needs integer tokens [B, S]", received=f"{tokens.name}: {tokens.type}")
-        name = _logits(graph, tokens)
-        verdict = follow(graph, symbol).step()
-        if not verdict:
-            raise UsageError(f"{graph.name} is no causal model: {verdict}", hint="an encoder cannot be continued")
-        return Stepper(run, tokens.name, name, graph.symbols[symbol].upper)
-
-    def next_logits(self, rows: Sequence[Sequence[int]]) -> Array:
-        """The logits [B, vocab] after each row's last token."""
-        lengths = np.array([len(row) for row in rows])
-        ids = np.full((len(rows), int(lengths.max())), self.padding, np.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        logits = np.asarray(self.run(**{self.tokens: ids})[self.logits])
-        picked: Array = logits[np.arange(len(rows)), lengths - 1]
-        return picked
-
-
-def _logits(graph: Graph, tokens: Value) -> str:
-    for name, value in graph.main.outputs.items():
-        if value.type.rank == 3 and value.type.dtype.is_float and value.type.shape[:2] == tokens.type.shape:
-            return name
-    found = ", ".join(f"{n}: {v.type}" for n, v in graph.main.outputs.items())
-    raise UsageError("generation needs logits [B, S, vocab]", received=found)
+    number: int
+    row: int
+    logits: Array
+    made: int = 0
 
 
 def generate(
-    model: Stepper,
+    session: Session,
     prompts: Sequence[Sequence[int]],
     *,
     most: int,
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
+    inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[Token]:
-    """Continue each prompt by up to `most` tokens, a step at a time, rows in order within a step.
+    """Continue each prompt by up to `most` tokens, a step at a time, prompts in order within a step.
 
-    A row ends after an id in `stop` (which is given, too), when the context is full, or after `most` tokens. Raises
-    UsageError at once, before a token is asked for, for an empty prompt, or one that leaves no room in the context.
+    A prompt ends after an id in `stop` (which is given, too), when its row is full, or after `most` tokens. More
+    prompts than the session has free rows wait for one; one that joins depends on nothing of the others.
+
+    inputs   for each prompt what the model takes beside tokens; see `Session.open`
+
+    Raises UsageError at once, before a token is asked for, for an empty prompt, one that leaves no room, or a session
+    without a free row.
     """
     rows = [list(p) for p in prompts]
-    for i, row in enumerate(rows, 1):
-        if not row:
+    for i, ids in enumerate(rows, 1):
+        if not ids:
             raise UsageError(f"prompt {i} of {len(rows)} has no tokens", hint="a prompt with a word in it")
-        if model.context is not None and len(row) > model.context:
+        if len(ids) > session.capacity:
             raise UsageError(
-                f"prompt {i} of {len(rows)} has {len(row)} tokens, the model takes {model.context}",
+                f"prompt {i} of {len(rows)} has {len(ids)} tokens, {session.who_takes} takes {session.capacity}",
                 hint="a shorter prompt",
             )
-    return _generated(model, rows, most, sampling or Sampling(), frozenset(stop))
+    if rows and not session.free:
+        raise UsageError("the session has no free row", hint="close one, or a session with more rows")
+    if inputs is not None and len(inputs) != len(rows):
+        raise UsageError(f"inputs for {len(inputs)} prompts, of {len(rows)}")
+    return _generated(session, rows, most, sampling or Sampling(), frozenset(stop), inputs or [{}] * len(rows))
 
 
 def _generated(
-    model: Stepper, rows: list[list[int]], most: int, sampling: Sampling, stop: frozenset[int]
+    session: Session,
+    prompts: list[list[int]],
+    most: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    inputs: Sequence[dict[str, Any]],
 ) -> Iterator[Token]:
-    running = list(range(len(rows))) if most > 0 else []
-    for step in range(most):
-        if not running:
-            return
-        logits = model.next_logits([rows[i] for i in running])
-        going = []
-        for i, scores in zip(running, logits, strict=True):
-            token = sampling.choose(scores, row=i, step=step)
-            rows[i].append(token)
-            made = Token(i, token, _ending(model, len(rows[i]), token in stop, step + 1 == most))
-            yield made
-            if not made.last:
-                going.append(i)
-        running = going
+    waiting = deque(range(len(prompts))) if most > 0 else deque[int]()
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            running += _joined(session, prompts, inputs, waiting)
+            going: dict[int, int] = {}
+            for each in list(running):
+                token = sampling.choose(each.logits, row=each.number, step=each.made)
+                each.made += 1
+                ending = _ending(session, each, token in stop, each.made == most)
+                logprob = _logprob(each.logits, token)
+                if ending is not None:
+                    running.remove(each)
+                    session.close(each.row)
+                else:
+                    going[each.row] = token
+                yield Token(each.number, token, ending, logprob)
+            if going:
+                found = session.step(going)
+                for each in running:
+                    each.logits = found[each.row]
+    finally:
+        for each in running:
+            session.close(each.row)
 
 
-def _ending(model: Stepper, length: int, is_end: bool, is_all: bool) -> Ending | None:
+def _joined(
+    session: Session, prompts: list[list[int]], inputs: Sequence[dict[str, Any]], waiting: deque[int]
+) -> list[_Running]:
+    """As many of those that wait as there are free rows, prefilled together."""
+    rows: dict[int, int] = {}
+    while waiting and session.free:
+        number = waiting.popleft()
+        rows[session.open(**inputs[number])] = number
+    if not rows:
+        return []
+    logits = session.prefill({row: prompts[number] for row, number in rows.items()})
+    return [_Running(number, row, logits[row]) for row, number in rows.items()]
+
+
+def _ending(session: Session, each: _Running, is_end: bool, is_all: bool) -> Ending | None:
     if is_end:
         return "end"
-    if model.context is not None and length > model.context:
+    if session.full == "error" and session.length(each.row) + 1 > session.capacity:
         return "context"
     return "count" if is_all else None
+
+
+def _logprob(logits: Array, token: int) -> float:
+    scores = logits.astype(np.float64)
+    top = scores.max()
+    return float(scores[token] - top - np.log(np.exp(scores - top).sum()))

@@ -45,7 +45,8 @@ def drawn_weights(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
 def state_sizes(derived: DerivedStep) -> dict[str, int]:
     """Sizes of states: CAPACITY positions, chunks of CHUNK tokens, MEMORY positions of what else rows bring."""
     rings = {symbol: window + CHUNK for symbol, window in derived.windows.items()}
-    return {"R": SLOTS, "C": CAPACITY, **dict.fromkeys(derived.memories, MEMORY), **rings}
+    sizes = {"R": SLOTS, "C": CAPACITY, **dict.fromkeys(derived.memories, MEMORY), **rings}
+    return {s: size for s, size in sizes.items() if any(s in v.type.symbols for v in derived.graph.states.values())}
 
 
 class InFloat64:

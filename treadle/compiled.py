@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -20,6 +21,8 @@ from treadle.ir.target import Target
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
+from treadle.runtime.session import CHUNK, Full, Session
+from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
 
@@ -99,6 +102,29 @@ class Compiled:
         if unnamed:
             names = ", ".join(f"{port.name}=..." for port in self.inputs)
             raise BackendError("inputs are given by name", hint=f"exe({names})")
+
+    @cached_property
+    def stepped(self) -> SteppedModel:
+        """The step of generation, derived from the graph and compiled for the same backend when it is first asked for.
+
+        Raises PassError where the model has no step, with what stands against it.
+        """
+        return step_of(self.name, self.graph, self.backend, self.target, self.weights)
+
+    def session(
+        self,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        chunk: int = CHUNK,
+        full: Full = "error",
+        memory: Mapping[str, int] | None = None,
+    ) -> Session:
+        """Rows of text that grow token by token, over caches of this many rows and positions.
+
+        See `treadle.stepped.SteppedModel.session`. Sessions share weights and code, never a cache.
+        """
+        return self.stepped.session(rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory)
 
     def save(self, path: str | Path) -> str:
         """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`."""

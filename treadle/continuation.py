@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.compiled import Compiled
-from treadle.compiling import compile
 from treadle.files.contained_files import read_regular
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.ctranslate2_file import find_ctranslate2
@@ -21,14 +19,17 @@ from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.frontends.huggingface import ModelFolder, open_checkpoint
 from treadle.frontends.text import TextTokenizer, folder_chat_template
-from treadle.ir.errors import CheckpointError
+from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
 from treadle.models.registry import family_of, read_gguf
 from treadle.resolving import GGUF_SUFFIX, find_folder
-from treadle.runtime.generation import Ending, Stepper, Token, generate
+from treadle.runtime.generation import Ending, Token, generate
 from treadle.runtime.sampling import Sampling
+from treadle.stepped import SteppedModel, open_stepped
 
 _CONFIG_BYTES = 4 << 20
+MOST_ROWS = 8
+"""Texts that are continued at a time; more wait for one to end."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class TextWriter:
-    """A compiled causal language model, its tokenizer, the ids that end a text, and its chat template if it has one."""
+    """A causal language model, its tokenizer, the ids that end a text, and its chat template if it has one."""
 
-    model: Compiled
+    model: SteppedModel
     tokenizer: TextTokenizer
     end: tuple[int, ...]
     template: str | None = None
@@ -86,8 +87,13 @@ class TextWriter:
                 family_of(open_checkpoint(place, limits).config)
             tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
             template = folder_chat_template(place)
-        made = compile(model, backend=backend, target=target, limits=limits, **config)
-        Stepper.of(made.graph, made)  # refuses what cannot be continued before anything is asked of it
+        made = open_stepped(model, backend=backend, target=target, limits=limits, **config)
+        if made.derived.prologue or len(made.derived.tokens) != 1:
+            raise UsageError(
+                "text is continued by a model of one input, the tokens [B, S]",
+                received=f"{made.name} takes {', '.join((*made.derived.prologue, *made.derived.tokens))}",
+                hint="an encoder-decoder model, or one with optional inputs, runs in a session of `compile`",
+            )
         return cls(made, tokenizer, end, template)
 
     def continued(self, prompts: Sequence[str], *, most: int, sampling: Sampling | None = None) -> Iterator[Piece]:
@@ -95,8 +101,11 @@ class TextWriter:
         empty prompt, or one that leaves no room."""
         batch = self.tokenizer.batch(prompts)
         rows = [[int(i) for i in ids[:length]] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
-        stepper = Stepper.of(self.model.graph, self.model)
-        tokens = generate(stepper, rows, most=most, sampling=sampling, stop=self.end)
+        longest = max(map(len, rows), default=0)
+        context = self.model.derived.context
+        capacity = longest + most if context is None else min(longest + most, context)
+        session = self.model.session(rows=max(1, min(len(rows), MOST_ROWS)), capacity=max(1, capacity))
+        tokens = generate(session, rows, most=most, sampling=sampling, stop=self.end)
         return self._pieces(tokens, len(rows))
 
     @property

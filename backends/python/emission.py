@@ -274,13 +274,19 @@ class FunctionWriter:
         return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
 
     def _bundle(self, node: Node, callee: Function) -> list[str] | None:
-        """`*weights["h.0.*"]`, if the call passes the weights under its scope, in the callee's order."""
+        """`*weights["h.0.*"]`, if the call passes the weights under its scope, in the callee's order.
+
+        Another callee under the same scope, with other weights, has a bundle of its own.
+        """
         weights = node.inputs[len(callee.inputs) : len(callee.inputs) + len(callee.parameters)]
         names = tuple(f"{node.scope}.{name}" for name in callee.parameters)
         if not self.is_entry or not names or [self.function.parameters.get(n) for n in names] != list(weights):
             return None
-        self.program.bundles[f"{node.scope}.*"] = names
-        return [f'*weights["{_escaped(node.scope)}.*"]']
+        bundles, key = self.program.bundles, f"{node.scope}.*"
+        if bundles.setdefault(key, names) != names:
+            key = f"{node.scope}.* of {callee.name}"
+            bundles[key] = names
+        return [f'*weights["{_escaped(key)}"]']
 
     def _bindings(self) -> list[str]:
         """Lines that read the needed symbols from the arguments' shapes; the rest the caller passes."""

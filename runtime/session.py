@@ -1,0 +1,351 @@
+"""A session: rows of text that grow token by token over caches of a fixed size.
+
+    session = exe.session(rows=8, capacity=2048)
+    row = session.open()
+    logits = session.prefill({row: [464, 3139, 286]})[row]       # of its last token
+    logits = session.step({row: 4881})[row]
+    session.close(row)
+
+A session has slots, which rows take and leave; rows of one call may have different lengths, and none sees another. It
+holds the states of the step that was derived from the model (`treadle.passes.stepping.derivation`), and shares weights
+and code with every other session of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from treadle.backends.protocol import StatefulExecutable
+from treadle.backends.states import States
+from treadle.ir.errors import UsageError
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.passes.stepping.derivation import DerivedStep
+from treadle.passes.stepping.functions import CAPACITY, SLOTS
+
+Array = np.ndarray[Any, Any]
+Full = Literal["error", "slide"]
+"""What happens to a row whose cache is full: an error, or the older half of its tokens is forgotten."""
+
+CHUNK = 256
+"""Tokens of a row that are prefilled at a time."""
+_WIDTH = 16  # chunks are as wide as a multiple of this, so that few sizes are planned for
+_RING = 128  # capacities of rings are multiples of this, as kernels read keys in blocks
+
+
+@dataclass
+class _Row:
+    """A row that is open: its tokens so far, and where the oldest of them that is still known stands among them."""
+
+    tokens: list[int] = field(default_factory=list)
+    forgotten: int = 0
+
+    @property
+    def length(self) -> int:
+        """How many positions of its slot are filled."""
+        return len(self.tokens) - self.forgotten
+
+
+class Session:
+    """Rows that grow by steps; see the module.
+
+    rows      how many slots there are
+    capacity  the positions of each
+    chunk     the most tokens of a row that one call takes
+    full      what happens to a row whose slot is full
+    """
+
+    def __init__(
+        self,
+        derived: DerivedStep,
+        executable: StatefulExecutable,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        chunk: int = CHUNK,
+        full: Full = "error",
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Allocate the states.
+
+        memory   for a model whose prologue keeps something of a size that rows bring, such as a source text: the most
+                 that a row may bring, by the size's name (`{"S": 512}`)
+
+        Raises UsageError for sizes that the model does not take, BackendError where there is not enough memory.
+        """
+        self.derived, self.chunk, self.full = derived, _positive("chunk", chunk), full
+        if full not in ("error", "slide"):
+            raise UsageError("full must be 'error' or 'slide'", received=repr(full))
+        capacity = capacity if capacity is not None else derived.context
+        if capacity is None:
+            raise UsageError("a session needs a capacity: the model takes any number of tokens", hint="capacity=2048")
+        self.capacity = _positive("capacity", capacity)
+        if derived.context is not None and capacity > derived.context:
+            raise UsageError(f"the model takes {derived.context} positions", received=f"capacity={capacity}")
+        sizes = {SLOTS: _positive("rows", rows), CAPACITY: self.capacity}
+        for symbol, window in derived.windows.items():
+            sizes[symbol] = _RING * -(-min(window + self.chunk, self.capacity) // _RING)
+        self._add_memories(sizes, memory or {})
+        held = {s for value in derived.graph.states.values() for s in value.type.symbols}
+        self.states: States = executable.new_states(**{s: size for s, size in sizes.items() if s in held})
+        self._prefill, self._step = executable.entry("prefill"), executable.entry("step")
+        self._verify = executable.entry("verify")
+        self._prologue = executable.entry("prologue") if derived.has_prologue else None
+        self._free = list(range(rows))[::-1]
+        self._rows: dict[int, _Row] = {}
+        (self._tokens,) = derived.tokens if len(derived.tokens) == 1 else (None,)
+        if self._tokens is None:
+            raise UsageError(
+                "a session feeds one input at a step, the tokens",
+                received=f"{derived.graph.name} takes {', '.join(derived.tokens)} at every step",
+                hint="compile it with inputs=() that leave out the others",
+            )
+        self._logits, self._vocab = _logits(derived)
+
+    def _add_memories(self, sizes: dict[str, int], memory: Mapping[str, int]) -> None:
+        wanted = {s.removeprefix("C_"): s for s in self.derived.memories}
+        unknown = [name for name in memory if name not in wanted]
+        if unknown:
+            raise UsageError(
+                f"no row of {self.derived.graph.name} keeps anything of a size {unknown[0]}",
+                hint="one of " + ", ".join(wanted) if wanted else "memory is not needed",
+            )
+        for name, symbol in wanted.items():
+            most = memory.get(name, self.derived.graph.symbols.get(symbol, Bounds()).upper)
+            if most is None:
+                raise UsageError(
+                    f"each row keeps what it brings along {name}: how much at most?", hint=f"memory={{{name!r}: 512}}"
+                )
+            sizes[symbol] = _positive(name, most)
+
+    # -- rows --------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return self.states.nbytes
+
+    @property
+    def who_takes(self) -> str:
+        """What says how many tokens a row may have: the model, or the session."""
+        return "the model" if self.capacity == self.derived.context else "a row of the session"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows that are open, in the order in which they were opened."""
+        return tuple(self._rows)
+
+    @property
+    def free(self) -> int:
+        """How many more rows can be opened."""
+        return len(self._free)
+
+    def length(self, row: int) -> int:
+        """How many positions of a row's slot are filled. Raises UsageError for a row that is not open."""
+        return self._open(row).length
+
+    def tokens(self, row: int) -> tuple[int, ...]:
+        """All tokens that a row was given. Raises UsageError for a row that is not open."""
+        return tuple(self._open(row).tokens)
+
+    def open(self, /, **inputs: Any) -> int:
+        """Take a free slot; returns its row.
+
+        inputs   what the model takes beside tokens, such as a source text, for this row: without the first dimension
+
+        Raises UsageError where no slot is free, or an input is missing or unknown.
+        """
+        if not self._free:
+            raise UsageError(f"all {len(self._rows)} rows are open", hint="close one, or a session with more rows")
+        names = self.derived.prologue
+        if set(inputs) != set(names):
+            raise UsageError(
+                f"a row of {self.derived.graph.name} begins with {', '.join(names) or 'nothing'}",
+                received=", ".join(inputs) or "nothing",
+            )
+        row = self._free[-1]
+        if self._prologue is not None:
+            given = {name: np.asarray(x)[None] for name, x in inputs.items()}
+            self._prologue(self.states, rows=np.array([row]), **given)
+        self._free.pop()
+        self._rows[row] = _Row()
+        return row
+
+    def close(self, row: int) -> None:
+        """Give a row's slot back. Raises UsageError for a row that is not open."""
+        self._open(row)
+        del self._rows[row]
+        self._free.append(row)
+
+    def fork(self, row: int) -> int:
+        """A new row that goes on from where a row is: its slot is copied. Raises UsageError as `open` does."""
+        source = self._open(row)
+        if not self._free:
+            raise UsageError(f"all {len(self._rows)} rows are open", hint="close one, or a session with more rows")
+        made = self._free.pop()
+        for state in self.states.values():
+            state[made] = state[row]
+        self._rows[made] = _Row(list(source.tokens), source.forgotten)
+        return made
+
+    def _open(self, row: int) -> _Row:
+        found = self._rows.get(row)
+        if found is None:
+            opened = ", ".join(map(str, self._rows)) or "none"
+            raise UsageError(f"row {row} is not open", received=f"open: {opened}")
+        return found
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def prefill(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Array]:
+        """Append tokens to rows, each as many as it brings; the logits [vocab] after each row's last one.
+
+        Raises UsageError, before anything is appended, for a row that is not open, no tokens, an id out of the
+        vocabulary, or more tokens than there is room for.
+        """
+        left = {row: self._checked(row, ids) for row, ids in tokens.items()}
+        self._make_room({row: len(ids) for row, ids in left.items()})
+        made: dict[int, Array] = {}
+        while left:
+            for group in self._groups({row: ids[: self.chunk] for row, ids in left.items()}):
+                made |= self._append(group)
+            left = {row: ids[self.chunk :] for row, ids in left.items() if len(ids) > self.chunk}
+        return made
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Array]:
+        """Append one token to each of these rows; the logits [vocab] after it. Raises UsageError as `prefill` does."""
+        rows = list(tokens)
+        ids = [self._checked(row, [token]) for row, token in tokens.items()]
+        self._make_room(dict.fromkeys(rows, 1))
+        out = self._step(
+            self.states,
+            **{self._name: np.array(ids, np.int64)},
+            rows=np.array(rows, np.int64),
+            start=np.array([self._rows[row].length for row in rows], np.int64),
+        )
+        for row, (token,) in zip(rows, ids, strict=True):
+            self._rows[row].tokens.append(token)
+        logits = np.asarray(out[self._logits])
+        return {row: logits[n, 0] for n, row in enumerate(rows)}
+
+    def verify(self, row: int, tokens: Sequence[int]) -> Array:
+        """The logits [n, vocab] after each of n tokens that would follow a row; the row stays as it is.
+
+        For speculation: the tokens that are accepted are appended by `accept`. Raises UsageError as `prefill` does, and
+        for a model that carries sums along, which cannot be taken back.
+        """
+        if self.derived.carries:
+            raise UsageError(
+                f"{self.derived.graph.name} carries sums over its tokens, which cannot be taken back",
+                hint="prefill, or step",
+            )
+        ids = self._checked(row, tokens)
+        if len(ids) > self.chunk or self._rows[row].length + len(ids) > self.capacity:
+            raise UsageError(f"row {row} has no room for {len(ids)} tokens at once")
+        out = self._verify(
+            self.states,
+            **{self._name: np.array([ids], np.int64)},
+            rows=np.array([row], np.int64),
+            start=np.array([self._rows[row].length], np.int64),
+        )
+        found: Array = np.asarray(out[self._logits])[0]
+        return found
+
+    def accept(self, row: int, tokens: Sequence[int]) -> None:
+        """Append tokens that `verify` was called with just before. Raises UsageError for a row that is not open."""
+        self._open(row).tokens.extend(self._checked(row, tokens))
+
+    @property
+    def _name(self) -> str:
+        assert self._tokens is not None
+        return self._tokens
+
+    def _checked(self, row: int, tokens: Sequence[int]) -> list[int]:
+        self._open(row)
+        ids = [int(token) for token in tokens]
+        if not ids:
+            raise UsageError(f"row {row} is given no tokens")
+        wrong = next((i for i in ids if i < 0 or (self._vocab is not None and i >= self._vocab)), None)
+        if wrong is not None:
+            raise UsageError(
+                f"token {wrong} is not in the vocabulary", received=f"ids are 0 to {(self._vocab or 0) - 1}"
+            )
+        return ids
+
+    def _make_room(self, wanted: Mapping[int, int]) -> None:
+        """See that rows have room for so many tokens more. Raises UsageError where one has not, and may not slide."""
+        for row, count in wanted.items():
+            if self._rows[row].length + count > self.capacity and (self.full == "error" or count > self.capacity // 2):
+                raise UsageError(
+                    f"the cache of row {row} is full",
+                    received=f"{self._rows[row].length} of {self.capacity} positions are filled, {count} are to follow",
+                    hint="a larger capacity=, or full='slide', which forgets the older half",
+                )
+        for row, count in wanted.items():
+            if self._rows[row].length + count > self.capacity:
+                self._slide(row)
+
+    def _slide(self, row: int) -> None:
+        """Forget the older part of a row: what is left stands at positions from 0 on, and is computed anew."""
+        state = self._rows[row]
+        kept = state.tokens[-(self.capacity // 2) :]
+        forgotten = len(state.tokens) - len(kept)
+        state.tokens, state.forgotten = state.tokens[:forgotten], forgotten
+        for at in range(0, len(kept), self.chunk):
+            self._append({row: kept[at : at + self.chunk]})
+
+    def _groups(self, pieces: Mapping[int, list[int]]) -> list[dict[int, list[int]]]:
+        """Pieces that are appended together: of one width, where every row has room for it."""
+        groups: dict[int, dict[int, list[int]]] = {}
+        for row, ids in pieces.items():
+            width = _WIDTH * -(-len(ids) // _WIDTH)
+            if self._rows[row].length + width > self.capacity:
+                width = len(ids)
+            groups.setdefault(min(width, self.chunk), {})[row] = ids
+        return list(groups.values())
+
+    def _append(self, pieces: Mapping[int, list[int]]) -> dict[int, Array]:
+        rows = list(pieces)
+        start = np.array([self._rows[row].length for row in rows], np.int64)
+        width = max(map(len, pieces.values()))
+        padded = _WIDTH * -(-width // _WIDTH)
+        if padded <= self.chunk and start.max() + padded <= self.capacity:
+            width = padded
+        ids = np.zeros((len(rows), width), np.int64)
+        for n, row in enumerate(rows):
+            ids[n, : len(pieces[row])] = pieces[row]
+        out = self._prefill(
+            self.states,
+            **{self._name: ids},
+            rows=np.array(rows, np.int64),
+            start=start,
+            last=np.array([len(pieces[row]) - 1 for row in rows], np.int64),
+        )
+        for row in rows:
+            self._rows[row].tokens.extend(pieces[row])
+        logits = np.asarray(out[self._logits])
+        return {row: logits[n, 0] for n, row in enumerate(rows)}
+
+    def __repr__(self) -> str:
+        used = ", ".join(f"{row}: {state.length}" for row, state in self._rows.items())
+        return (
+            f"<session of {self.derived.graph.name}: {len(self._rows)} of {len(self._rows) + len(self._free)} rows open"
+            f"{f' ({used})' if used else ''}, {self.capacity} positions each, {self.nbytes / 1e6:.1f} MB>"
+        )
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} must be 1 or more", received=repr(value))
+    return value
+
+
+def _logits(derived: DerivedStep) -> tuple[str, int | None]:
+    """The output [B, S, vocab], and how many ids there are."""
+    for name, value in derived.graph.functions["verify"].outputs.items():
+        if value.type.rank == 3 and value.type.dtype.is_float:
+            return name, value.type.shape[2].constant
+    raise UsageError("a session needs a model with logits [B, S, vocab]", received=derived.graph.name)

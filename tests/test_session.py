@@ -1,0 +1,197 @@
+"""Sessions: rows that open, grow, fork, fill up and close, each with the logits of its own tokens alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from tests.stepped_models import MODELS
+from treadle.compiled import Compiled
+from treadle.ir.errors import BackendError, PassError, UsageError
+from treadle.runtime.generation import generate
+
+Array = np.ndarray[Any, Any]
+SMALL = {"vocab": 50, "dim": 32, "heads": 4, "layers": 2, "context": 64}
+
+
+@pytest.fixture(scope="module")
+def exe() -> Compiled:
+    return t.compile("gpt2", seed=3, **SMALL)
+
+
+def whole(exe: Compiled, tokens: list[int]) -> Array:
+    """The logits after each of the tokens."""
+    found: Array = exe(tokens=np.array([tokens]))["logits"][0]
+    return found
+
+
+def near(found: Array, wanted: Array) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
+
+
+def test_rows_of_different_lengths_grow_side_by_side(exe: Compiled) -> None:
+    rng = np.random.default_rng(0)
+    texts = {n: rng.integers(0, 50, length).tolist() for n, length in enumerate((3, 40, 1, 17))}
+    session = exe.session(rows=3, capacity=50, chunk=16)
+    rows = {n: session.open() for n in (0, 1, 2)}
+    logits = session.prefill({rows[n]: texts[n] for n in rows})
+    for n, row in rows.items():
+        near(logits[row], whole(exe, texts[n])[-1])
+    for step in range(4):
+        given = {row: int(rng.integers(50)) for n, row in rows.items() if n != step}
+        logits = session.step(given)
+        for n, row in rows.items():
+            if row in given:
+                texts[n].append(given[row])
+                near(logits[row], whole(exe, texts[n])[-1])
+                assert session.tokens(row) == tuple(texts[n])
+        if step == 1:  # one leaves, and another takes its slot
+            session.close(rows.pop(2))
+            rows[3] = session.open()
+            near(session.prefill({rows[3]: texts[3]})[rows[3]], whole(exe, texts[3])[-1])
+
+
+def test_a_fork_goes_on_by_itself(exe: Compiled) -> None:
+    session = exe.session(rows=2, capacity=32)
+    row = session.open()
+    session.prefill({row: [1, 2, 3, 4, 5]})
+    other = session.fork(row)
+    logits = session.step({row: 6, other: 7})
+    near(logits[row], whole(exe, [1, 2, 3, 4, 5, 6])[-1])
+    near(logits[other], whole(exe, [1, 2, 3, 4, 5, 7])[-1])
+    with pytest.raises(UsageError, match="all 2 rows are open"):
+        session.fork(row)
+
+
+def test_tokens_that_are_verified_are_appended_only_when_they_are_accepted(exe: Compiled) -> None:
+    session = exe.session(rows=1, capacity=32)
+    row = session.open()
+    session.prefill({row: [1, 2, 3]})
+    near(session.verify(row, [4, 5, 6]), whole(exe, [1, 2, 3, 4, 5, 6])[3:])
+    assert session.length(row) == 3
+    session.accept(row, [4])
+    near(session.step({row: 9})[row], whole(exe, [1, 2, 3, 4, 9])[-1])
+
+
+def test_a_row_that_is_full_says_so_and_others_go_on(exe: Compiled) -> None:
+    session = exe.session(rows=2, capacity=8)
+    full, other = session.open(), session.open()
+    session.prefill({full: [1] * 8, other: [2, 3]})
+    with pytest.raises(UsageError, match=f"the cache of row {full} is full") as refused:
+        session.step({other: 4, full: 5})
+    assert "8 of 8 positions" in str(refused.value)
+    assert session.tokens(other) == (2, 3), "nothing was appended"
+    near(session.step({other: 4})[other], whole(exe, [2, 3, 4])[-1])
+
+
+def test_a_row_that_slides_forgets_its_older_half(exe: Compiled) -> None:
+    session = exe.session(rows=1, capacity=8, full="slide")
+    row = session.open()
+    tokens = np.random.default_rng(1).integers(0, 50, 30).tolist()
+    session.prefill({row: tokens[:6]})
+    for token in tokens[6:]:
+        logits = session.step({row: token})[row]
+        assert session.length(row) <= 8
+    near(logits, whole(exe, tokens[-session.length(row) :])[-1])
+    assert session.tokens(row) == tuple(tokens)
+
+
+def test_what_is_wrong_is_said_before_anything_is_appended(exe: Compiled) -> None:
+    session = exe.session(rows=2, capacity=16)
+    row = session.open()
+    session.prefill({row: [1, 2]})
+    for wrong, what in (
+        (lambda: session.step({row: 50}), "token 50 is not in the vocabulary"),
+        (lambda: session.step({row: -1}), "token -1 is not in the vocabulary"),
+        (lambda: session.prefill({row: []}), f"row {row} is given no tokens"),
+        (lambda: session.step({7: 1}), "row 7 is not open"),
+        (lambda: session.close(7), "row 7 is not open"),
+        (lambda: session.prefill({row: [1] * 15}), f"the cache of row {row} is full"),
+        (lambda: session.open(picture=1), "begins with nothing"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            wrong()
+    assert session.tokens(row) == (1, 2)
+    near(session.step({row: 3})[row], whole(exe, [1, 2, 3])[-1])
+
+
+def test_sizes_that_do_not_fit_are_refused(exe: Compiled) -> None:
+    for options, what in (
+        ({"capacity": 65}, "the model takes 64 positions"),
+        ({"rows": 0}, "rows must be 1 or more"),
+        ({"chunk": 0}, "chunk must be 1 or more"),
+        ({"full": "stop"}, "'error' or 'slide'"),
+        ({"memory": {"S": 5}}, "keeps anything of a size S"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            exe.session(**options)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="not enough memory"):
+        exe.session(rows=1 << 40)
+    llama = t.compile("llama", vocab=50, dim=32, heads=4, layers=1, hidden=40)
+    with pytest.raises(UsageError, match="needs a capacity"):
+        llama.session()
+    encoder = t.compile("bert", vocab=50, dim=32, heads=4, layers=1, hidden=40)
+    with pytest.raises(PassError, match="attention: the axis is whole"):
+        encoder.session(capacity=8)
+
+
+def test_bytes_are_those_of_the_caches(exe: Compiled) -> None:
+    session = exe.session(rows=3, capacity=20)
+    assert session.nbytes == 2 * 2 * 3 * 20 * 32 * 4, "keys and values of two layers in float32"
+
+
+def test_what_a_row_brings_once_is_its_own() -> None:
+    exe = t.compile(MODELS["t5"], seed=2)
+    rng = np.random.default_rng(4)
+    session = exe.session(rows=3, capacity=12, memory={"S": 9})
+    sources = [rng.integers(0, 11, n) for n in (9, 2)]
+    rows = [session.open(tokens=source, lengths=np.array(len(source))) for source in sources]
+    texts = [[1, 2, 3], [4]]
+    logits = session.prefill(dict(zip(rows, texts, strict=True)))
+    logits |= session.step({rows[1]: 5})
+    texts[1].append(5)
+    for row, source, text in zip(rows, sources, texts, strict=True):
+        wanted = exe(tokens=source[None], lengths=np.array([len(source)]), decoder_tokens=np.array([text]))["logits"]
+        near(logits[row], wanted[0, -1])
+    with pytest.raises(UsageError, match="begins with tokens, lengths"):
+        session.open(tokens=sources[0])
+    with pytest.raises(BackendError):
+        session.open(tokens=np.zeros(10, np.int64), lengths=np.array(10))
+    assert session.free == 1, "the row that could not begin took no slot"
+
+
+def test_a_window_holds_ten_times_its_length_in_the_same_memory() -> None:
+    exe = t.compile(MODELS["llama, windows"], seed=2)
+    session = exe.session(rows=1, capacity=600, chunk=8)
+    row = session.open()
+    tokens = np.random.default_rng(5).integers(0, 11, 300).tolist()
+    session.prefill({row: tokens[:280]})
+    for token in tokens[280:]:
+        logits = session.step({row: token})[row]
+    near(logits, whole(exe, tokens)[-1])
+    caches = [s for s in session.states.values() if s.shape[2] == 128]
+    assert len(caches) == len(session.states), "every cache is a ring of one block"
+
+
+def test_prompts_that_wait_join_as_others_finish(exe: Compiled) -> None:
+    prompts = [[1, 2, 3], [9], [4, 5, 6, 7, 8], [10, 11], [12]]
+    session = exe.session(rows=2, capacity=32)
+    found: dict[int, list[int]] = {n: [] for n in range(5)}
+    for token in generate(session, prompts, most=5):
+        found[token.row].append(token.id)
+    for n, prompt in enumerate(prompts):
+        text = list(prompt)
+        for _ in range(5):
+            text.append(int(whole(exe, text)[-1].argmax()))
+        assert found[n] == text[len(prompt) :]
+    assert session.free == 2
+
+
+def test_probabilities_are_told(exe: Compiled) -> None:
+    session = exe.session(rows=1, capacity=32)
+    (token,) = generate(session, [[1, 2, 3]], most=1)
+    logits = whole(exe, [1, 2, 3])[-1].astype(np.float64)
+    assert token.logprob == pytest.approx(logits.max() - np.log(np.exp(logits).sum()), abs=1e-5)

@@ -1,0 +1,100 @@
+"""The step of a model: derived, compiled for a backend and target, over the same weights as the model itself.
+
+model = open_stepped("smollm2", backend="tvm")
+session = model.session(rows=8, capacity=2048)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.protocol import StatefulExecutable
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import build
+from treadle.files.shown_names import printable
+from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.resolving import resolve
+from treadle.runtime.session import CHUNK, Full, Session
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class SteppedModel:
+    """What sessions of a model share.
+
+    name        the model's
+    derived     the graph of entries
+    optimized   what the backend's passes made of it
+    executable  the entries
+    backend     the backend's name
+    """
+
+    name: str
+    derived: DerivedStep
+    optimized: Optimized
+    executable: StatefulExecutable
+    backend: str
+
+    def session(
+        self,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        chunk: int = CHUNK,
+        full: Full = "error",
+        memory: Mapping[str, int] | None = None,
+    ) -> Session:
+        """Rows that grow token by token; see `treadle.runtime.session.Session`.
+
+        rows      how many may be open at a time
+        capacity  the most tokens of each; None: as many as the model takes
+        chunk     the most tokens of a row that one call takes
+        full      what happens to a row that is full: "error", or "slide", which forgets the older half
+        memory    what rows bring once, such as a source text: its size at most, by name (`{"S": 512}`)
+
+        Raises UsageError for sizes that the model does not take, BackendError where there is not enough memory.
+        """
+        return Session(
+            self.derived, self.executable, rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory
+        )
+
+
+def step_of(name: str, graph: Graph, backend: str, target: Target, weights: Mapping[str, Array]) -> SteppedModel:
+    """Derive the step of an optimized graph, and compile it.
+
+    Raises PassError where the model has no step, with what stands against it; BackendError where the backend has no
+    states.
+    """
+    derived = derive_step(graph)
+    executable, optimized = build(find_backend(backend), derived.graph, target, weights)
+    if not isinstance(executable, StatefulExecutable):
+        raise BackendError(f"backend {backend} runs no graph with states", hint="numpy, torch or tvm")
+    return SteppedModel(name, derived, optimized, executable, backend)
+
+
+def open_stepped(
+    model: str | Path,
+    *,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    limits: Mapping[str, int] | None = None,
+    **config: Any,
+) -> SteppedModel:
+    """The step of what MODEL names, which must have weights. Raises what `compile` does; PassError for no step."""
+    resolved = resolve(model, limits=limits, **config)
+    if resolved.weights is None:
+        raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
+    graph = PassManager(DEFAULT).run(resolved.graph).graph
+    where = target if isinstance(target, Target) else Target(target)
+    return step_of(resolved.name, graph, backend, where, {n: resolved.weights[n] for n in graph.parameters})
