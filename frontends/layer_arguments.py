@@ -58,7 +58,7 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        types = (*map(type, args), *kwargs, *map(type, kwargs.values()))
+        types: tuple[type | str, ...] = (*map(type, args), *list(kwargs), *map(type, kwargs.values()))
         if types in fit:
             return function(*args, **kwargs)
         if fits(args, kwargs):

@@ -96,13 +96,13 @@ class Session:
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
         self._free = list(range(rows))[::-1]
         self._rows: dict[int, _Row] = {}
-        (self._tokens,) = derived.tokens if len(derived.tokens) == 1 else (None,)
-        if self._tokens is None:
+        if len(derived.tokens) != 1:
             raise UsageError(
                 "a session feeds one input at a step, the tokens",
                 received=f"{derived.graph.name} takes {', '.join(derived.tokens)} at every step",
                 hint="compile it with inputs=() that leave out the others",
             )
+        self._name = derived.tokens[0]
         self._logits, self._vocab = _logits(derived)
 
     def _add_memories(self, sizes: dict[str, int], memory: Mapping[str, int]) -> None:
@@ -258,11 +258,6 @@ class Session:
         """Append tokens that `verify` was called with just before. Raises UsageError for a row that is not open."""
         self._open(row).tokens.extend(self._checked(row, tokens))
 
-    @property
-    def _name(self) -> str:
-        assert self._tokens is not None
-        return self._tokens
-
     def _checked(self, row: int, tokens: Sequence[int]) -> list[int]:
         self._open(row)
         ids = [int(token) for token in tokens]
@@ -337,7 +332,7 @@ class Session:
         )
 
 
-def _positive(name: str, value: int) -> int:
+def _positive(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"{name} must be 1 or more", received=repr(value))
     return value

@@ -1,4 +1,4 @@
-"""Sampling and generation by recomputing the prefix."""
+"""Sampling, and generation by steps."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import numpy as np
 import pytest
 
 import treadle as t
+from treadle.compiled import Compiled
 from treadle.ir.errors import UsageError
-from treadle.runtime.generation import Stepper, generate
+from treadle.runtime.generation import generate
 from treadle.runtime.sampling import Sampling
 
 SMALL = {"vocab": 50, "dim": 32, "heads": 4, "layers": 2, "context": 16}
 
 
 @pytest.fixture(scope="module")
-def model() -> Stepper:
-    exe = t.compile("gpt2", seed=3, **SMALL)
-    return Stepper.of(exe.graph, exe)
+def model() -> Compiled:
+    return t.compile("gpt2", seed=3, **SMALL)
 
 
-def continued(model: Stepper, prompts: list[list[int]], **options: object) -> list[list[int]]:
+def continued(model: Compiled, prompts: list[list[int]], **options: object) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in prompts]
-    for token in generate(model, prompts, **options):  # type: ignore[arg-type]
+    for token in generate(model.session(), prompts, **options):  # type: ignore[arg-type]
         rows[token.row].append(token.id)
     return rows
 
 
-def test_greedy_is_the_argmax_of_the_whole_prefix_each_time(model: Stepper) -> None:
+def test_greedy_is_the_argmax_of_the_whole_prefix_each_time(model: Compiled) -> None:
     (row,) = continued(model, [[1, 2, 3]], most=5)
     prefix = [1, 2, 3]
     for token in row:
-        logits = model.run(tokens=np.array([prefix]))["logits"]
+        logits = model(tokens=np.array([prefix]))["logits"]
         assert token == int(logits[0, -1].argmax())
         prefix.append(token)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=7)])
-def test_a_row_does_not_depend_on_its_neighbours(model: Stepper, sampling: Sampling) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(model: Compiled, sampling: Sampling) -> None:
     prompts = [[1, 2, 3], [9], [4, 5, 6, 7, 8]]
     together = continued(model, prompts, most=6, sampling=sampling)
     (first,) = continued(model, prompts[:1], most=6, sampling=sampling)
@@ -44,12 +44,12 @@ def test_a_row_does_not_depend_on_its_neighbours(model: Stepper, sampling: Sampl
     assert together == continued(model, prompts, most=6, sampling=sampling)
 
 
-def test_a_row_ends_at_a_stop_token_and_at_the_context(model: Stepper) -> None:
+def test_a_row_ends_at_a_stop_token_and_at_the_context(model: Compiled) -> None:
     (free,) = continued(model, [[1, 2, 3]], most=5)
-    tokens = list(generate(model, [[1, 2, 3]], most=5, stop=[free[1]]))
+    tokens = list(generate(model.session(), [[1, 2, 3]], most=5, stop=[free[1]]))
     assert [k.id for k in tokens] == free[: free.index(free[1]) + 1]
     assert tokens[-1].last
-    tokens = list(generate(model, [list(range(14))], most=10))
+    tokens = list(generate(model.session(), [list(range(14))], most=10))
     assert len(tokens) == 3, "a context of 16 has room for two more tokens, whose logits give a third"
     assert tokens[-1].last
 
@@ -87,17 +87,19 @@ def test_sampling_out_of_range(options: dict[str, float]) -> None:
         Sampling(**options)  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_continued_is_refused_with_the_reason(model: Stepper) -> None:
-    encoder = t.compile("bert", dim=32, heads=4, layers=2, hidden=64, vocab=50, head="masked_lm")
-    with pytest.raises(UsageError, match="attention: the axis is whole"):
-        Stepper.of(encoder.graph, encoder)
-    pair = t.compile("t5", vocab=50, dim=32, heads=4, head_dim=8, hidden=64, layers=1, decoder_layers=1)
-    with pytest.raises(UsageError, match="one input") as refused:
-        Stepper.of(pair.graph, pair)
-    assert "an encoder-decoder model" in (refused.value.hint or "")
+def test_prompts_that_cannot_be_continued_are_refused_at_once(model: Compiled) -> None:
+    session = model.session()
     with pytest.raises(UsageError, match="prompt 1 of 1 has no tokens"):
-        generate(model, [[]], most=1)
+        generate(session, [[]], most=1)
     with pytest.raises(UsageError, match="17 tokens, the model takes 16"):
-        list(generate(model, [[0] * 17], most=1))
+        generate(session, [[0] * 17], most=1)
+    with pytest.raises(UsageError, match="17 tokens, a row of the session takes 12"):
+        generate(model.session(capacity=12), [[0] * 17], most=1)
+    with pytest.raises(UsageError, match="inputs for 1 prompts, of 2"):
+        generate(session, [[1], [2]], most=1, inputs=[{}])
+    full = model.session(rows=1)
+    full.open()
+    with pytest.raises(UsageError, match="no free row"):
+        generate(full, [[1]], most=1)
     with pytest.raises(UsageError, match="not finite"):
         Sampling().choose(np.array([np.nan, 1.0]))

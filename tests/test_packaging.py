@@ -339,6 +339,8 @@ CHANGING = {
     "backends/tvm/planning.py": {"Relocation", "Plan"},
     "backends/tvm/lowering/grouping.py": {"Group"},
     "backends/tvm/lowering/program.py": {"Buffer", "KernelStep", "RoutineStep", "Routine"},
+    "runtime/generation.py": {"_Running"},
+    "runtime/session.py": {"_Row"},
     "treadle/cli/generate.py": {"Written"},
 }
 """Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""

@@ -27,7 +27,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.verifier import verify
 from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
-from treadle.passes.stepping.kept_values import States
+from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.survey import Kind, Survey
 
@@ -82,7 +82,7 @@ def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
         if name in graph.symbols:
             raise PassError(f"the model has a symbol {name}, which a step needs for itself", hint=f"rename {name}")
         made.bound(name, bounds)
-    states = States(Size.symbol(SLOTS))
+    states = StepStates(Size.symbol(SLOTS))
     functions = StepFunctions(survey, made, states)
     functions.entry("prefill", Extent.LAST)
     functions.entry("step", Extent.ALL, single=True)

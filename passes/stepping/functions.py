@@ -19,7 +19,7 @@ from treadle.ir.stepping import Kept, Stepping
 from treadle.ir.types import Dim, Type, i64
 from treadle.passes.stepping.demands import ALL, LAST, Demanding, Demands, Extent, Extents, pickable
 from treadle.passes.stepping.errors import refusal
-from treadle.passes.stepping.kept_values import States, free_name
+from treadle.passes.stepping.kept_values import StepStates, free_name
 from treadle.passes.stepping.rows import Stepped, apply_by_row
 from treadle.passes.stepping.survey import Context, Kind, Survey
 
@@ -45,7 +45,7 @@ class _Made:
 class StepFunctions:
     """Builds functions of a step into a graph, each once."""
 
-    def __init__(self, survey: Survey, graph: Graph, states: States) -> None:
+    def __init__(self, survey: Survey, graph: Graph, states: StepStates) -> None:
         self.survey, self.graph, self.states = survey, graph, states
         self.demanding = Demanding()
         self.carries = False

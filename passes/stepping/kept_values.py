@@ -31,7 +31,7 @@ class KeptState:
     memory: Size | None
 
 
-class States:
+class StepStates:
     """Settles names and types of the states of a step.
 
     slots   how many slots each has

@@ -16,7 +16,7 @@ from treadle.ir.ops.call import Call
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.transforms.clone import clone_function
 from treadle.ir.types import Dim, Type, i64
-from treadle.passes.stepping.kept_values import States, free_name
+from treadle.passes.stepping.kept_values import StepStates, free_name
 from treadle.passes.stepping.survey import Context, Kind, Survey
 
 
@@ -32,7 +32,7 @@ class _Made:
 class Prologue:
     """Builds the entry `prologue` into a graph, after the steps, which say what they read."""
 
-    def __init__(self, survey: Survey, graph: Graph, states: States) -> None:
+    def __init__(self, survey: Survey, graph: Graph, states: StepStates) -> None:
         self.survey, self.graph, self.states = survey, graph, states
         self.copies: dict[str, Function] = {}
         self._known: dict[tuple[int, frozenset[int]], _Made] = {}
