@@ -10,6 +10,7 @@ from treadle.ir.errors import UsageError
 TARGETS = {
     "cpu": "the processor of this machine",
     "cuda": "an NVIDIA GPU, the current one",
+    "x86-64-amx": "an Intel processor with AVX-512 and AMX",
     "x86-64-v4": "a processor with AVX-512",
     "x86-64-v3": "a processor with AVX2 and FMA",
     "x86-64-v2": "a processor with SSE4.2",
@@ -24,6 +25,7 @@ MOST_THREADS = 1024
 _RATES = {
     "cpu": (60e9, 20e9),
     "cuda": (60e12, 2e12),
+    "x86-64-amx": (150e9, 16e9),
     "x86-64-v4": (100e9, 20e9),
     "x86-64-v3": (50e9, 20e9),
     "x86-64-v2": (15e9, 15e9),

@@ -26,6 +26,7 @@ class Isa:
     fused       whether a * b + c is one instruction, rounded once
     needs       the flags, as Linux names them, that a machine must have
     llvm        the options of the code generator: mcpu, mattr, and mtriple where it is another machine's
+    ahead       how many bytes ahead a kernel asks for what it streams from memory; 0: the hardware does by itself
     """
 
     name: str
@@ -37,6 +38,7 @@ class Isa:
     mcpu: str
     mattr: tuple[str, ...] = ()
     mtriple: str | None = None
+    ahead: int = 0
 
     def lanes(self, width: int = 4) -> int:
         """How many elements of so many bytes a vector register holds."""
@@ -58,11 +60,13 @@ class Isa:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_AMX = _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"}
 
 ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
         # LLVM would rather split 64-byte vectors on this level; our kernels mean them as they are written.
+        Isa("x86-64-amx", "x86_64", 64, 32, True, _AMX, "x86-64-v4", ("-prefer-256-bit",), ahead=8192),
         Isa("x86-64-v4", "x86_64", 64, 32, True, _AVX512, "x86-64-v4", ("-prefer-256-bit",)),
         Isa("x86-64-v3", "x86_64", 32, 16, True, _AVX2, "x86-64-v3"),
         Isa("x86-64-v2", "x86_64", 16, 16, False, frozenset({"sse4_2", "popcnt"}), "x86-64-v2"),

@@ -4,7 +4,8 @@
 
 The tile of rows x panel stays in registers through all of k; w is read one full vector at a time and a is broadcast.
 Every row sums over k in one order, so a row's bits depend neither on how many rows there are nor on its place
-among them.
+among them. The first tile of a panel brings it into the cache for the others: where the hardware does not fetch far enough
+ahead by itself (`Isa.ahead`), it asks for what follows.
 """
 
 from __future__ import annotations
@@ -143,13 +144,19 @@ class Matmul(Kernel):
         rows = tile_rows(self.width, k.isa)
         blocks = k.let(k.floor_divide(m, rows), "blocks")
         rest = k.let(k.floor_mod(m, rows), "rest")
-        with k.loop(blocks, "block") as block:
-            self._tile(k, views, panel, k.let(start + block * rows, "first"), rows, depth, columns, batch)
+        fetched = 0  # tiles that bring the panel in
+        if k.isa.ahead and not self.batch:
+            fetched = k.let(k.least(blocks, k.index(1)), "fetched")
+            with k.when(blocks >= k.index(1)):
+                self._tile(k, views, panel, start, rows, depth, columns, batch, brings=True)
+        with k.loop(blocks - fetched, "block") as block:
+            self._tile(k, views, panel, k.let(start + (block + fetched) * rows, "first"), rows, depth, columns, batch)
         for count in (8, 4, 2, 1):  # so few variants, and no row is summed in another order for it
             if count < rows:
                 with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
                     before = blocks * rows + k.floor_divide(rest, 2 * count) * (2 * count)
-                    self._tile(k, views, panel, k.let(start + before, "first"), count, depth, columns, batch)
+                    first = k.let(start + before, "first")
+                    self._tile(k, views, panel, first, count, depth, columns, batch, brings=not self.batch)
 
     def _tile(
         self,
@@ -161,19 +168,21 @@ class Matmul(Kernel):
         depth: Expr,
         columns: Expr,
         batch: Sequence[Expr],
+        *,
+        brings: bool = False,
     ) -> None:
+        """So many rows of a panel. `brings`: they are the first that read it."""
         lanes = k.isa.lanes()
+        ahead = k.isa.ahead // (self.width * f32.bytes) if brings else 0
         vectors = self.width // lanes
-        a, w = views["a"], views["w"]
+        w = views["w"]
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
-        with k.loop(depth, "k") as step, k.unroll(rows, "i") as i:
-            x = k.splat(k.load(a, [*batch, first + i, step]), lanes)
-            with k.unroll(vectors, "j") as j:
-                at = (i * vectors + j) * lanes
-                product = x * k.load(w, [*batch, panel, step, j * lanes], lanes)
-                k.store(acc, [at], k.load(acc, [at], lanes) + product, lanes)
+        with k.loop(depth, "k") as step:
+            for j in range(vectors if ahead else 0):
+                k.prefetch(w, [*batch, panel, step + ahead, j * lanes])
+            self._products(k, views, panel, first, rows, step, acc, batch)
         # What finishes an element is written out once a vector of the panel, not once a register.
         tile = k.registers(rows * self.width, f32, "tile")
         with k.unroll(rows * vectors, "r") as r:
@@ -186,6 +195,27 @@ class Matmul(Kernel):
                 k.store(views["c"], [*at, column], self._finished(k, views, at, column, value, lanes), lanes)
             else:
                 self._store_inside(k, views, at, column, value, columns, lanes)
+
+    def _products(
+        self,
+        k: Emitter,
+        views: dict[str, Any],
+        panel: Expr,
+        first: Expr,
+        rows: int,
+        step: Expr,
+        acc: Any,
+        batch: Sequence[Expr],
+    ) -> None:
+        """Add what one step of k gives to the sums of a tile."""
+        lanes, a, w = k.isa.lanes(), views["a"], views["w"]
+        vectors = self.width // lanes
+        with k.unroll(rows, "i") as i:
+            x = k.splat(k.load(a, [*batch, first + i, step]), lanes)
+            with k.unroll(vectors, "j") as j:
+                at = (i * vectors + j) * lanes
+                product = x * k.load(w, [*batch, panel, step, j * lanes], lanes)
+                k.store(acc, [at], k.load(acc, [at], lanes) + product, lanes)
 
     def _finished(
         self, k: Emitter, views: dict[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
