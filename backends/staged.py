@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from treadle.backends.protocol import Backend, Executable
+from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
@@ -74,7 +74,20 @@ class StagedBackend(ABC):
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         """Lower a graph, and spell it with its weights by name. Raises BackendError as `refuse` and `emit` do."""
-        return self.emit(self.lower(graph, target).graph, target, weights, graph)
+        made = self.emit(self.lower(graph, target).graph, target, weights, graph)
+        _refuse_without_entries(made, graph, self.name)
+        return made
+
+
+def _refuse_without_entries(made: Executable, graph: Graph, backend: str) -> None:
+    """Refuse a graph with states or several entries, where a backend's executables know nothing of such."""
+    entries = [entry.name for entry in graph.later_entries]
+    if (graph.states or len(entries) > 1) and not isinstance(made, StatefulExecutable):
+        raise BackendError(
+            f"the {backend} backend runs no states, and one entry alone",
+            received=f"{graph.name}: entries {', '.join(entries)}; {len(graph.states)} states",
+            hint="an executable that is a treadle.backends.protocol.StatefulExecutable",
+        )
 
 
 def build(
@@ -91,6 +104,7 @@ def build(
     else:
         lowered = Optimized(graph, graph, PassLog(()))
         executable = backend.compile(graph, target, weights)
+    _refuse_without_entries(executable, graph, backend.name)
     notes = list(getattr(executable, "notes", ()))
     if notes:
         ops = count_ops(lowered.graph)

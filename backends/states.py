@@ -62,6 +62,7 @@ class StateKinds:
         self.ports = tuple(Port(name, value.type) for name, value in graph.states.items())
         self.symbols = tuple(sorted({s for port in self.ports for s in port.type.symbols}))
         self.bounds: dict[str, Bounds] = {s: graph.symbols[s] for s in self.symbols}
+        self._none = None if self.ports else States(self, {}, {})
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """How many bytes all of them take at these sizes. Raises BackendError for a size that is missing or wrong."""
@@ -105,8 +106,8 @@ class StateKinds:
 
     def check(self, states: States | None) -> States:
         """What a call was given, if it is states of these types. Raises BackendError for anything else."""
-        if states is None and not self.ports:
-            return States(self, {}, {})
+        if states is None and self._none is not None:
+            return self._none
         wanted = ", ".join(map(str, self.ports))[:400]
         if not isinstance(states, States):
             raise BackendError(

@@ -12,12 +12,14 @@ import pytest
 
 import treadle as t
 from tests.backend_checks import block_model, message
+from tests.stateful_graphs import counter
 from tests.test_models import ZOO
 from treadle.backends import registry
 from treadle.backends.protocol import Executable, Outputs, ports
 from treadle.backends.registry import find_backend
-from treadle.backends.staged import StagedBackend
+from treadle.backends.staged import StagedBackend, build
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
+from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
@@ -192,3 +194,14 @@ def test_what_is_no_backend_is_told_what_to_write() -> None:
     assert "backend 'nothing' is not a backend" in text
     assert "it needs name, available, supports and compile" in text
     assert "treadle.backends.staged.StagedBackend with name, pipeline and emit" in text
+
+
+@pytest.mark.parametrize("backend", [Primitive(), Whole()])
+def test_a_backend_without_entries_runs_no_states(backend: Any) -> None:
+    graph = counter()
+    with pytest.raises(BackendError, match=f"the {backend.name} backend runs no states, and one entry alone") as caught:
+        build(backend, graph, Target("cpu"), {})
+    assert caught.value.received == "counter: entries main; 1 states"
+    if isinstance(backend, StagedBackend):
+        with pytest.raises(BackendError, match="runs no states"):
+            backend.compile(graph, Target("cpu"), {})

@@ -27,6 +27,7 @@ from treadle.passes.framework.manager import BrokenPassError, Pass, PassManager
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.pipelines import DEFAULT
+from treadle.reports import graph_facts, graph_header
 
 # -- identity ----------------------------------------------------------------------------------------------------
 
@@ -73,12 +74,17 @@ def test_two_states_that_change_places_are_another_graph() -> None:
     assert parse_graph(text) == parse_graph(swapped)
 
 
-def test_a_graph_without_states_is_what_it_was() -> None:
+def plain() -> Graph:
     b = Builder(Graph("plain"))
     b.outputs(y=-b.input("x", "f32[2]"))
+    return b.graph
+
+
+def test_a_graph_without_states_is_what_it_was() -> None:
+    graph = plain()
     form = ["symbols ", "initial ", 'function "main"', 'input "x":f32[2]', "neg[](i0)f32[2]", 'output "y":0:f32[2]']
-    assert canonical_form(b.graph).splitlines() == form
-    assert print_graph(b.graph, sources=False).splitlines()[1] == "  main(x: f32[2]) -> (y: f32[2]) {"
+    assert canonical_form(graph).splitlines() == form
+    assert print_graph(graph, sources=False).splitlines()[1] == "  main(x: f32[2]) -> (y: f32[2]) {"
 
 
 def test_a_state_is_a_vertex_before_and_after() -> None:
@@ -359,3 +365,20 @@ def test_an_update_costs_what_it_is_given() -> None:
     assert node_cost(update, sizes).bytes == 2 * (2 * 4 * 4 + 2 * 8 + 2 * 8)
     assert state_bytes(graph, sizes) == 2 * 8 * 1024 * 4 * 4 + 8 * 8
     assert graph_cost(graph, sizes) == graph_cost(graph, sizes, "step") != graph_cost(graph, sizes, "prefill")
+
+
+def test_facts_tell_of_entries_and_states() -> None:
+    sizes = {"B": 2, "S": 1, "R": 8, "C": 1024}
+    facts = graph_facts(blocks(), sizes)
+    assert facts["entries"] == ["prefill", "step"]
+    assert facts["states"][0] == {
+        "name": "h.0.mem.k",
+        "dtype": "f32",
+        "axes": ["R", "C", "4"],
+        "bytes": 8 * 1024 * 4 * 4,
+    }
+    assert facts["state_bytes"] == sum(state["bytes"] for state in facts["states"])
+    header = graph_header(facts, "derived").splitlines()
+    assert header[0] == "# blocks derived: 17 ops; h is called 2 times"
+    assert header[-1] == "# 3 states, 262.2 kB"
+    assert {"entries", "states"}.isdisjoint(graph_facts(plain(), {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from treadle.backends.tvm.kernels.appending import Append
 from treadle.backends.tvm.lowering.program import STATUS_WORDS, View
@@ -24,7 +25,8 @@ def _append(w: RoutineWriter, node: Node) -> None:
     strides = [*given.strides[kept], slots.strides[0], first.strides[0], *into.strides[kept]]
     kernel = Append(to.dtype.bytes, is_row, node.op.attributes["ring"])
     sizes = [*given.shape, into.shape[0], into.shape[2], *strides]
-    w.step(kernel, [given, slots, first, into, STATUS_WORDS], sizes, node, writes=2)
+    written = replace(into, shape=given.shape)  # of which the kernel touches so much
+    w.step(kernel, [given, slots, first, written, STATUS_WORDS], sizes, node, writes=2)
 
 
 def _quarters(view: View, axis: int) -> View | None:
