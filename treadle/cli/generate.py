@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,7 @@ def continue_texts(
             model, backend=backend, target=Target(target, threads), **parse_config(config or (), limit or ())
         )
     written = [Written(prompt) for prompt in prompts]
+    pace = Pace()
     pieces = writer.continued(prompts, most=most, sampling=sampling)
     stream = len(prompts) == 1 and not as_json
     if stream:
@@ -57,6 +59,7 @@ def continue_texts(
         with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json and not stream):
             for piece in pieces:
                 written[piece.row].add(piece)
+                pace.count()
                 if stream:
                     print(piece.text, end="", flush=True)
     finally:
@@ -69,6 +72,7 @@ def continue_texts(
                 "backend": backend,
                 "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
                 "chat_template": writer.template is not None,
+                **pace.facts(),
                 "texts": [each.facts() for each in written],
             }
         )
@@ -79,6 +83,39 @@ def continue_texts(
     for number, each in enumerate(written, 1):
         which = f"text {number}: " if len(written) > 1 else ""
         print(which + each.reason(writer), file=sys.stderr)
+    if told := pace.told():
+        print(told, file=sys.stderr)
+
+
+class Pace:
+    """How fast tokens come: the first after what the prompt takes, the others at each step."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first = self.last = 0.0
+        self.tokens = 0
+
+    def count(self) -> None:
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.tokens += 1
+
+    @property
+    def a_second(self) -> float | None:
+        """Tokens a second after the first one; None where there are no two."""
+        return (self.tokens - 1) / (self.last - self.first) if self.last > self.first else None
+
+    def facts(self) -> dict[str, float | None]:
+        return {
+            "seconds_to_first_token": self.first - self.started if self.tokens else None,
+            "tokens_per_second": self.a_second,
+        }
+
+    def told(self) -> str:
+        """In words; nothing where there are no two tokens."""
+        if self.a_second is None:
+            return ""
+        return f"first token after {self.first - self.started:.2f} s, then {self.a_second:.1f} tokens a second"
 
 
 @dataclass

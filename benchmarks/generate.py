@@ -1,0 +1,381 @@
+"""Generation in float32, beside llama.cpp, CTranslate2 and Hugging Face: tokens a second, prefill, batches of 8.
+
+    treadle fetch smollm2
+    python benchmarks/generate.py [--model smollm2|gpt2] [--threads 1] [--rounds 5] [--peers python] [--json]
+
+SmolLM2-135M comes from its GGUF file, widened to float32 for every side; GPT-2 small has drawn weights. Each side runs in a
+process of its own, and all take turns, so that a busy machine slows each alike. A figure is a median over rounds, beside
+what a plain read of as many bytes as the weights have takes in the same process. `--peers` names the Python that has the
+peers' packages (llama-cpp-python, gguf; ctranslate2; torch, transformers); a package that is missing is said to be.
+
+    decode     a token of one row, after 256 others
+    batch      a token of each of 8 rows
+    prefill    256 tokens of one row
+    first      a prompt of 32 tokens, up to its first token
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+KINDS = ("decode", "batch", "prefill", "first")
+TOKENS, ROWS, PROMPT, STEPS = 256, 8, 32, 8
+SIDES = ("treadle", "llama.cpp", "ctranslate2", "huggingface")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=("smollm2", "gpt2"), default="smollm2")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", default=sys.executable)
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        return serve(options.side, options.model, Path(options.folder), options.threads)
+    with tempfile.TemporaryDirectory() as place:
+        prepare(options.model, Path(place))
+        found, missing = compare(options, Path(place))
+    report(options, found, missing)
+    return 0
+
+
+# -- the sides, each in a process of its own -------------------------------------------------------------------
+
+
+def serve(side: str, model: str, folder: Path, threads: int) -> int:
+    """Answer each kind that is read with a line: the seconds that it took, and those of a plain read of the weights."""
+    try:
+        kinds = MAKERS[side](model, folder, threads)
+    except ImportError as error:
+        print(json.dumps({"missing": str(error)}), flush=True)
+        return 0
+    read = np.ones(int(WEIGHT_BYTES[model]) // 4, np.float32)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        kind = line.strip()
+        seconds = kinds[kind]() if kind in kinds else None
+        started = time.perf_counter()
+        read.sum()
+        print(json.dumps({"seconds": seconds, "read": time.perf_counter() - started}), flush=True)
+    return 0
+
+
+def timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def treadle_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[], float]]:
+    from treadle.ir.target import Target
+    from treadle.stepped import open_stepped
+
+    stepped = open_stepped(weights_of(model, folder), backend="tvm", target=Target("cpu", threads))
+    session = stepped.session(rows=ROWS + 1, capacity=TOKENS + 512)
+    ids = prompt_ids(TOKENS)
+    row = session.open()
+    session.prefill({row: ids})
+    many = [session.open() for _ in range(ROWS)]
+
+    def refill(rows: list[int]) -> None:
+        for each in rows:
+            if session.length(each) > TOKENS + 480:
+                raise SystemExit("too many rounds for the capacity")
+
+    session.prefill(dict.fromkeys(many, ids[:PROMPT]))
+
+    def decode() -> float:
+        refill([row])
+        return timed(lambda: [session.step({row: 5}) for _ in range(STEPS)]) / STEPS
+
+    def batch() -> float:
+        refill(many)
+        return timed(lambda: [session.step(dict.fromkeys(many, 5)) for _ in range(STEPS)]) / STEPS
+
+    def filled(count: int) -> float:
+        session.close(many[-1])
+        many[-1] = session.open()
+        return timed(lambda: session.prefill({many[-1]: ids[:count]}))
+
+    return {"decode": decode, "batch": batch, "prefill": lambda: filled(TOKENS), "first": lambda: filled(PROMPT)}
+
+
+def llama_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[], float]]:
+    if model != "smollm2":
+        return {}
+    from llama_cpp import Llama
+
+    llm = Llama(
+        str(folder / "f32.gguf"),
+        n_ctx=TOKENS + 512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_batch=512,
+        verbose=False,
+    )
+    ids = prompt_ids(TOKENS)
+
+    def decode() -> float:
+        llm.reset()
+        llm.eval(ids)
+        return timed(lambda: [llm.eval([5]) for _ in range(STEPS)]) / STEPS
+
+    def filled(count: int) -> float:
+        llm.reset()
+        return timed(lambda: llm.eval(ids[:count]))
+
+    return {"decode": decode, "prefill": lambda: filled(TOKENS), "first": lambda: filled(PROMPT)}
+
+
+def ctranslate2_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[], float]]:
+    if model != "gpt2":
+        return {}
+    import ctranslate2
+
+    generator = ctranslate2.Generator(
+        str(folder / "ctranslate2"), device="cpu", compute_type="float32", intra_threads=threads, inter_threads=1
+    )
+    words = [f"w{i}" for i in prompt_ids(TOKENS)]
+
+    def grown(prompts: list[list[str]], count: int) -> float:
+        options = {"max_length": count, "min_length": count, "sampling_topk": 1, "include_prompt_in_result": False}
+        return timed(lambda: generator.generate_batch(prompts, **options))
+
+    def steps(prompts: list[list[str]]) -> float:
+        return (grown(prompts, STEPS + 1) - grown(prompts, 1)) / STEPS
+
+    return {
+        "decode": lambda: steps([words]),
+        "batch": lambda: steps([words[:PROMPT]] * ROWS),
+        "prefill": lambda: grown([words], 1),
+        "first": lambda: grown([words[:PROMPT]], 1),
+    }
+
+
+def huggingface_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[], float]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    llm = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
+    ids = torch.tensor([prompt_ids(TOKENS)])
+
+    def grown(prompts: torch.Tensor) -> tuple[float, Callable[[], float]]:
+        with torch.inference_mode():
+            started = time.perf_counter()
+            out = llm(prompts, use_cache=True, logits_to_keep=1)
+            seconds = time.perf_counter() - started
+
+        def steps() -> float:
+            with torch.inference_mode():
+                cache, five = out.past_key_values, torch.full((len(prompts), 1), 5)
+                started = time.perf_counter()
+                for _ in range(STEPS):
+                    cache = llm(five, past_key_values=cache, use_cache=True).past_key_values
+                return (time.perf_counter() - started) / STEPS
+
+        return seconds, steps
+
+    return {
+        "decode": lambda: grown(ids)[1](),
+        "batch": lambda: grown(ids[:, :PROMPT].repeat(ROWS, 1))[1](),
+        "prefill": lambda: grown(ids)[0],
+        "first": lambda: grown(ids[:, :PROMPT])[0],
+    }
+
+
+MAKERS: Mapping[str, Callable[[str, Path, int], dict[str, Callable[[], float]]]] = {
+    "treadle": treadle_side,
+    "llama.cpp": llama_side,
+    "ctranslate2": ctranslate2_side,
+    "huggingface": huggingface_side,
+}
+WEIGHT_BYTES = {"smollm2": 134_515_008 * 4, "gpt2": 124_439_808 * 4}
+
+
+def prompt_ids(count: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(0).integers(10, 1000, count)]
+
+
+def weights_of(model: str, folder: Path) -> str:
+    return "smollm2" if model == "smollm2" else str(folder / "hf")
+
+
+# -- what they read --------------------------------------------------------------------------------------------
+
+
+def prepare(model: str, folder: Path) -> None:
+    """Write the model's float32 weights in each side's format."""
+    import torch
+    import transformers
+
+    if model == "gpt2":
+        torch.manual_seed(0)
+        config = transformers.GPT2Config()
+        transformers.GPT2LMHeadModel(config).eval().save_pretrained(folder / "hf")
+        words = {f"w{i}": i for i in range(config.vocab_size)}
+        (folder / "hf" / "vocab.json").write_text(json.dumps(words))
+        return
+    from treadle.fetch import fetch_model
+
+    fetched = fetch_model("smollm2")
+    source = fetched if fetched.suffix == ".gguf" else next(fetched.glob("*.gguf"))
+    widen_gguf(source, folder / "f32.gguf")
+    llm = transformers.AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, dtype=torch.float32
+    )
+    llm.save_pretrained(folder / "hf")
+
+
+def widen_gguf(source: Path, to: Path) -> None:
+    """A GGUF file with every tensor in float32."""
+    import gguf
+
+    read = gguf.GGUFReader(str(source))
+    field = read.fields["general.architecture"]
+    written = gguf.GGUFWriter(str(to), bytes(field.parts[field.data[0]]).decode())
+    for name, each in read.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = each.types[0]
+        written.add_key_value(name, each.contents(), kind, sub_type=each.types[-1] if len(each.types) > 1 else None)
+    written.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in read.tensors:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        written.add_tensor(tensor.name, array)
+    written.write_header_to_file()
+    written.write_kv_data_to_file()
+    written.write_tensors_to_file()
+    written.close()
+
+
+def convert_ctranslate2(python: str, folder: Path) -> None:
+    code = (
+        "import ctranslate2, sys; from ctranslate2.converters import TransformersConverter as C; "
+        "C(sys.argv[1]).convert(sys.argv[2], force=True)"
+    )
+    subprocess.run(
+        [python, "-c", code, str(folder / "hf"), str(folder / "ctranslate2")], check=False, capture_output=True
+    )
+
+
+# -- turns -----------------------------------------------------------------------------------------------------
+
+
+def compare(
+    options: argparse.Namespace, folder: Path
+) -> tuple[dict[str, dict[str, list[dict[str, float]]]], dict[str, str]]:
+    """Seconds of each kind, by side, a list over rounds; and why a side is missing."""
+    if options.model == "gpt2":
+        convert_ctranslate2(options.peers, folder)
+    running: dict[str, subprocess.Popen[str]] = {}
+    missing: dict[str, str] = {}
+    for side in options.sides.split(","):
+        python = options.peers if side in ("llama.cpp", "ctranslate2") else sys.executable
+        process = start(side, python, options, folder)
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline() or '{"missing": "it ended at once"}')
+        if "missing" in said:
+            missing[side] = said["missing"]
+        else:
+            running[side] = process
+    found: dict[str, dict[str, list[dict[str, float]]]] = {side: {kind: [] for kind in KINDS} for side in running}
+    for round_number in range(options.rounds + 1):
+        for kind in KINDS:
+            for side, process in running.items():
+                answer = ask(process, kind)
+                if round_number and answer["seconds"] is not None:  # the first warms up
+                    found[side][kind].append(answer)
+    for process in running.values():
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+    return found, missing
+
+
+def start(side: str, python: str, options: argparse.Namespace, folder: Path) -> subprocess.Popen[str]:
+    words = [python, __file__, "--side", side, "--model", options.model, "--threads", str(options.threads)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    return subprocess.Popen(
+        [*words, "--folder", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+
+
+def ask(process: subprocess.Popen[str], kind: str) -> dict[str, float]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{kind}\n")
+    process.stdin.flush()
+    answer: dict[str, float] = json.loads(process.stdout.readline())
+    return answer
+
+
+# -- what is told ----------------------------------------------------------------------------------------------
+
+
+def rows_of(
+    options: argparse.Namespace, found: Mapping[str, Mapping[str, list[dict[str, float]]]]
+) -> Iterator[dict[str, Any]]:
+    amounts = {"decode": 1, "batch": ROWS, "prefill": TOKENS, "first": PROMPT}
+    ours = found.get("treadle", {})
+    for kind in KINDS:
+        for side, kinds in found.items():
+            if not kinds[kind]:
+                continue
+            seconds = statistics.median(x["seconds"] for x in kinds[kind])
+            read = statistics.median(x["read"] for x in kinds[kind])
+            paired = [a["seconds"] / b["seconds"] for a, b in zip(kinds[kind], ours.get(kind, []), strict=False)]
+            yield {
+                "model": options.model,
+                "threads": options.threads,
+                "kind": kind,
+                "side": side,
+                "milliseconds": seconds * 1e3,
+                "tokens_per_second": amounts[kind] / seconds,
+                "of_a_plain_read": read / seconds,
+                "times_ours": statistics.median(paired) if paired else None,
+            }
+
+
+def report(options: argparse.Namespace, found: Any, missing: Mapping[str, str]) -> None:
+    rows = list(rows_of(options, found))
+    if options.json:
+        print(json.dumps({"rows": rows, "missing": missing}))
+        return
+    print(f"{options.model}, float32, {options.threads} thread{'s' * (options.threads > 1)}")
+    for row in rows:
+        ratio = "" if row["times_ours"] is None else f"  {row['times_ours']:5.2f} times ours"
+        floor = f"  {row['of_a_plain_read']:4.0%} of a plain read" if row["kind"] in ("decode", "batch") else ""
+        print(
+            f"  {row['kind']:8} {row['side']:12} {row['milliseconds']:8.1f} ms {row['tokens_per_second']:8.1f} tokens/s"
+            f"{ratio}{floor}"
+        )
+    for side, why in missing.items():
+        print(f"  {side} is missing: {why}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
