@@ -3,10 +3,10 @@
     treadle fetch smollm2
     python benchmarks/generate.py [--model smollm2|gpt2] [--threads 1] [--rounds 5] [--peers python] [--json]
 
-SmolLM2-135M comes from its GGUF file, widened to float32 for every side; GPT-2 small has drawn weights. Each side runs in a
-process of its own, and all take turns, so that a busy machine slows each alike. A figure is a median over rounds, beside
-what a plain read of as many bytes as the weights have takes in the same process. `--peers` names the Python that has the
-peers' packages (llama-cpp-python, gguf; ctranslate2; torch, transformers); a package that is missing is said to be.
+SmolLM2-135M comes from its GGUF file, widened to float32 for every side; GPT-2 small has drawn weights. Each side runs
+in a process of its own, and all take turns, so that a busy machine slows each alike. A figure is a median over rounds,
+beside what a plain read of as many bytes as the weights have takes in the same process. `--peers` names the Python that
+has llama-cpp-python and ctranslate2 (with transformers, which it converts from); a package that is missing is told.
 
     decode     a token of one row, after 256 others
     batch      a token of each of 8 rows
@@ -31,6 +31,11 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+
+Answer = dict[str, float]
+"""Seconds that a side took, and that a plain read took."""
+Found = Mapping[str, Mapping[str, list[Answer]]]
+"""By side and kind, over rounds."""
 
 KINDS = ("decode", "batch", "prefill", "first")
 TOKENS, ROWS, PROMPT, STEPS = 256, 8, 32, 8
@@ -67,7 +72,7 @@ def serve(side: str, model: str, folder: Path, threads: int) -> int:
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         return 0
-    read = np.ones(int(WEIGHT_BYTES[model]) // 4, np.float32)
+    read = np.full(WEIGHT_BYTES[model] // 4, 0.5, np.float32)  # in memory of its own: zeros are one page
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         kind = line.strip()
@@ -123,14 +128,8 @@ def llama_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[],
         return {}
     from llama_cpp import Llama
 
-    llm = Llama(
-        str(folder / "f32.gguf"),
-        n_ctx=TOKENS + 512,
-        n_threads=threads,
-        n_threads_batch=threads,
-        n_batch=512,
-        verbose=False,
-    )
+    sizes = {"n_ctx": TOKENS + 512, "n_batch": 512, "n_threads": threads, "n_threads_batch": threads}
+    llm = Llama(str(folder / "f32.gguf"), verbose=False, **sizes)
     ids = prompt_ids(TOKENS)
 
     def decode() -> float:
@@ -272,17 +271,14 @@ def convert_ctranslate2(python: str, folder: Path) -> None:
         "import ctranslate2, sys; from ctranslate2.converters import TransformersConverter as C; "
         "C(sys.argv[1]).convert(sys.argv[2], force=True)"
     )
-    subprocess.run(
-        [python, "-c", code, str(folder / "hf"), str(folder / "ctranslate2")], check=False, capture_output=True
-    )
+    words = [python, "-c", code, str(folder / "hf"), str(folder / "ctranslate2")]
+    subprocess.run(words, check=False, capture_output=True)
 
 
 # -- turns -----------------------------------------------------------------------------------------------------
 
 
-def compare(
-    options: argparse.Namespace, folder: Path
-) -> tuple[dict[str, dict[str, list[dict[str, float]]]], dict[str, str]]:
+def compare(options: argparse.Namespace, folder: Path) -> tuple[Found, dict[str, str]]:
     """Seconds of each kind, by side, a list over rounds; and why a side is missing."""
     if options.model == "gpt2":
         convert_ctranslate2(options.peers, folder)
@@ -297,7 +293,7 @@ def compare(
             missing[side] = said["missing"]
         else:
             running[side] = process
-    found: dict[str, dict[str, list[dict[str, float]]]] = {side: {kind: [] for kind in KINDS} for side in running}
+    found: dict[str, dict[str, list[Answer]]] = {side: {kind: [] for kind in KINDS} for side in running}
     for round_number in range(options.rounds + 1):
         for kind in KINDS:
             for side, process in running.items():
@@ -336,9 +332,7 @@ def ask(process: subprocess.Popen[str], kind: str) -> dict[str, float]:
 # -- what is told ----------------------------------------------------------------------------------------------
 
 
-def rows_of(
-    options: argparse.Namespace, found: Mapping[str, Mapping[str, list[dict[str, float]]]]
-) -> Iterator[dict[str, Any]]:
+def rows_of(options: argparse.Namespace, found: Found) -> Iterator[dict[str, Any]]:
     amounts = {"decode": 1, "batch": ROWS, "prefill": TOKENS, "first": PROMPT}
     ours = found.get("treadle", {})
     for kind in KINDS:

@@ -29,7 +29,10 @@ from treadle.ir.op_registry import OPS
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("dsl", "architecture", "cli", "generation", "kernels", "onnx", "onnx-export", "torch-import")),
+    *(
+        f"docs/{name}.md"
+        for name in ("dsl", "architecture", "cli", "generation", "kernels", "onnx", "onnx-export", "torch-import")
+    ),
     *(f"docs/adding-{name}.md" for name in ("an-op", "a-pass", "a-backend")),
 )
 

@@ -4,7 +4,7 @@
 
 The tile of rows x panel stays in registers through all of k; w is read one full vector at a time and a is broadcast.
 Every row sums over k in one order, so a row's bits depend neither on how many rows there are nor on its place
-among them. The first tile of a panel brings it into the cache for the others: where the hardware does not fetch far enough
+among them. The first tile of a panel brings it into the cache for the others: where hardware does not fetch far enough
 ahead by itself (`Isa.ahead`), it asks for what follows.
 """
 
