@@ -3,10 +3,11 @@
     treadle fetch smollm2
     python benchmarks/generate.py [--model smollm2|gpt2] [--threads 1] [--rounds 5] [--peers python] [--json]
 
-SmolLM2-135M comes from its GGUF file, widened to float32 for every side; GPT-2 small has drawn weights. Each side runs
-in a process of its own, and all take turns, so that a busy machine slows each alike. A figure is a median over rounds,
-beside what a plain read of as many bytes as the weights have takes in the same process. `--peers` names the Python that
-has llama-cpp-python and ctranslate2 (with transformers, which it converts from); a package that is missing is told.
+SmolLM2-135M comes from its GGUF file, widened to float32 (Hugging Face has one of its shape), GPT-2 small has drawn
+weights: times do not depend on them. Each side runs in a process of its own, and all take turns, so that a busy machine
+slows each alike. A figure is a median over rounds, beside what a plain read of as many bytes as the weights have takes
+in the same process. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with transformers, which it
+converts from); a package that is missing is told.
 
     decode     a token of one row, after 256 others
     batch      a token of each of 8 rows
@@ -238,10 +239,16 @@ def prepare(model: str, folder: Path) -> None:
     fetched = fetch_model("smollm2")
     source = fetched if fetched.suffix == ".gguf" else next(fetched.glob("*.gguf"))
     widen_gguf(source, folder / "f32.gguf")
-    llm = transformers.AutoModelForCausalLM.from_pretrained(
-        str(source.parent), gguf_file=source.name, dtype=torch.float32
+    config = transformers.LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
     )
-    llm.save_pretrained(folder / "hf")
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(folder / "hf")  # of its shape, with drawn weights
 
 
 def widen_gguf(source: Path, to: Path) -> None:
