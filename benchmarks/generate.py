@@ -224,15 +224,21 @@ def weights_of(model: str, folder: Path) -> str:
 
 def prepare(model: str, folder: Path) -> None:
     """Write the model's float32 weights in each side's format."""
+    import tokenizers
     import torch
     import transformers
+    from tokenizers.models import WordLevel
 
     if model == "gpt2":
         torch.manual_seed(0)
         config = transformers.GPT2Config()
         transformers.GPT2LMHeadModel(config).eval().save_pretrained(folder / "hf")
-        words = {f"w{i}": i for i in range(config.vocab_size)}
-        (folder / "hf" / "vocab.json").write_text(json.dumps(words))
+        words = {f"w{i}": i for i in range(config.vocab_size)}  # CTranslate2 takes words
+        marks = {"unk_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+        made = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(WordLevel(words, "w0")), **marks
+        )
+        made.save_pretrained(folder / "hf")
         return
     from treadle.fetch import fetch_model
 

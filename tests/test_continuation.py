@@ -95,6 +95,8 @@ def test_the_command_prints_one_object(folder: Path, capsys: pytest.CaptureFixtu
     done = CliRunner().invoke(app, ["generate", str(folder), "the cat", "a", "--tokens", "5", "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
+    assert told["tokens_per_second"] > 0
+    assert told["seconds_to_first_token"] > 0
     writer = TextWriter.open(folder)
     for row, text in enumerate(told["texts"]):
         wanted = [p for p in writer.continued(["the cat", "a"], most=5) if p.row == row]
@@ -151,6 +153,7 @@ def test_it_says_why_it_stopped(
     done = generated(str(folder), prompt, *words)
     assert done.exit_code == 0
     assert reason in done.stderr
+    assert "tokens a second" in done.stderr
     assert "stopped" not in done.stdout
     assert json.loads(generated(str(folder), prompt, *words, "--json").stdout)["texts"][0]["ending"] == ending
     both = generated(str(folder), prompt, prompt, *words)
