@@ -21,7 +21,7 @@ from treadle.backends.bfloat16 import rounded, widened
 from treadle.files.shown_names import on_one_line
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.hashing import op_key
 from treadle.ir.layouts import Layout
 from treadle.ir.ops.layout import Relayout
@@ -112,9 +112,10 @@ def recipes_of(graph: Graph) -> dict[str, Recipe]:
     if graph.bind is None:
         return {}
     bind = inline_function(graph, graph.bind)
-    position = {node: i for i, node in enumerate(bind.nodes)}
+    position: dict[Node | Value, int] = {node: i for i, node in enumerate(bind.nodes)}
+    position |= {value: i for i, value in enumerate(bind.parameters.values())}
     read = graph.entry_parameters
-    return {name: _recipe(bind, bind.outputs[name], position) for name in read if name in bind.outputs}
+    return {name: _recipe(bind.outputs[name], position) for name in read if name in bind.outputs}
 
 
 def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:
@@ -124,7 +125,7 @@ def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:
             yield on_one_line(f"{name} = {recipe}")
 
 
-def _recipe(bind: Function, value: Value, position: Mapping[Node, int]) -> Recipe:
+def _recipe(value: Value, position: Mapping[Node | Value, int]) -> Recipe:
     layout = value.layout
     if value.node is not None and isinstance(value.node.op, Relayout):
         (value,) = value.node.inputs
@@ -139,7 +140,7 @@ def _recipe(bind: Function, value: Value, position: Mapping[Node, int]) -> Recip
             needed.add(each.node)
             waiting.extend(each.node.inputs)
     nodes = tuple(sorted(needed, key=position.__getitem__))
-    return Recipe(value, nodes, {name: v for name, v in bind.parameters.items() if v in sources}, layout)
+    return Recipe(value, nodes, {v.name: v for v in sorted(sources, key=position.__getitem__)}, layout)
 
 
 def as_numpy_weight(value: Any) -> Array:

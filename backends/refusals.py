@@ -15,11 +15,14 @@ from treadle.ir.types import Type
 
 def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
     """Raise BackendError for a weight of another shape or dtype; one of bf16 may be a tensor, or float32 numbers."""
+    dtype, shape = wanted.dtype.numpy, wanted.static_shape
+    if dtype is not None and type(value) is np.ndarray and value.dtype == dtype and value.shape == shape:
+        return  # as nearly all are; a dtype's name takes its time
     array = value if hasattr(value, "detach") else np.asarray(value)
-    dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
-    known = ("bfloat16", "float32") if wanted.dtype.numpy is None else (wanted.dtype.numpy.name,)
-    if dtype not in known or not shape_fits(wanted, shape):
-        raise misfit(name, wanted, f"{dtype}{list(shape)}")
+    found = str(array.dtype).removeprefix("torch.")
+    known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
+    if found not in known or not shape_fits(wanted, tuple(array.shape)):
+        raise misfit(name, wanted, f"{found}{list(array.shape)}")
 
 
 def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:

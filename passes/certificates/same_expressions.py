@@ -21,6 +21,13 @@ MOST_NODES = 200_000
 Key = tuple[object, ...]
 
 
+Numbers = dict[str, int]
+"""A number for the expression of each output of entries, and of each state that they update."""
+
+Step = tuple[Function | None, str | None, tuple[Value | None, ...], tuple[Value, ...]]
+"""A node: the function that it calls, or the key of its op, or neither where it lays its operand out anew."""
+
+
 class Expressions:
     """Numbers for expressions, the same for equal ones of all graphs that it is asked about."""
 
@@ -28,12 +35,15 @@ class Expressions:
         self._numbers: dict[Key, int] = {}
         self._literals: dict[Value, int] = {}
         self._left = MOST_NODES
+        self._read: dict[Function, tuple[list[Step], dict[Value | None, int]]] = {}
+        """The steps of functions, and their constants; of one graph, while it is looked at."""
 
-    def of(self, graph: Graph) -> dict[str, int] | None:
-        """A number for each output of entries, and each state that they update; None where the graph is too large."""
+    def of(self, graph: Graph) -> Numbers | None:
+        """The expressions of a graph as it is now; None where it is too large."""
         self._left = MOST_NODES
-        held: dict[str, int] = {}
-        outputs: dict[str, int] = {}
+        self._read.clear()
+        held: Numbers = {}
+        outputs: Numbers = {}
         for entry in graph.entries:
             arguments = [self._number(("input", v.name)) for v in entry.inputs]
             arguments += [held.get(n, self._number(("weight", n))) for n in entry.parameters]
@@ -51,30 +61,40 @@ class Expressions:
         return outputs
 
     def _function(self, graph: Graph, function: Function, arguments: Sequence[int]) -> list[int] | None:
-        values: dict[Value, int] = dict(zip(function.arguments, arguments, strict=True))
         self._left -= len(function.nodes)
         if self._left < 0:
             return None
-
-        def read(value: Value | None) -> int:
-            if value is None:
-                return -1
-            return values[value] if value.literal is None else self._literal(value)
-
-        for node in function.nodes:
-            operands = [read(v) for v in node.operands]
-            callee = graph.callee(node)
+        steps, constants = self._steps(graph, function)
+        values: dict[Value | None, int] = dict(constants)
+        values.update(zip(function.arguments, arguments, strict=True))
+        for callee, key, read, made in steps:
+            operands = [values[v] for v in read]
             if callee is not None:
-                results = self._function(graph, callee, operands)
-                if results is None:
+                found = self._function(graph, callee, operands)
+                if found is None:
                     return None
-            elif isinstance(node.op, Relayout):
-                results = operands
+                values.update(zip(made, found, strict=True))
+            elif key is None:
+                values[made[0]] = operands[0]
             else:
-                made = self._number((op_key(node.op), *operands))
-                results = [made, *(self._number(("result", made, i)) for i in range(1, len(node.results)))]
-            values |= zip(node.results, results, strict=True)
-        return [read(v) for v in function.results]
+                number = values[made[0]] = self._number((key, *operands))
+                for i in range(1, len(made)):
+                    values[made[i]] = self._number(("result", number, i))
+        return [values[v] for v in function.results]
+
+    def _steps(self, graph: Graph, function: Function) -> tuple[list[Step], dict[Value | None, int]]:
+        known = self._read.get(function)
+        if known is None:
+            steps: list[Step] = []
+            for node in function.nodes:
+                callee = graph.callee(node)
+                key = None if callee is not None or isinstance(node.op, Relayout) else op_key(node.op)
+                steps.append((callee, key, node.operands, node.results))
+            read = (*(v for node in function.nodes for v in node.inputs), *function.results)
+            constants: dict[Value | None, int] = {v: self._literal(v) for v in read if v.literal is not None}
+            constants[None] = -1
+            known = self._read[function] = steps, constants
+        return known
 
     def _literal(self, value: Value) -> int:
         if value not in self._literals:
@@ -86,18 +106,23 @@ class Expressions:
         return self._numbers.setdefault(key, len(self._numbers))
 
 
-def check_same_expressions(before: Graph, after: Graph) -> bool:
-    """Whether it could be told that they are the same; False where the graphs are too large.
+def check_same_expressions(
+    before: Graph, after: Graph, expressions: Expressions | None = None, was: Numbers | None = None
+) -> Numbers | None:
+    """The expressions of a graph, if they are those that it had; None where it is too large to tell.
+
+    was   those that it had, where `expressions` has found them already
 
     Raises PassError with the output that is another expression, or is not there.
     """
-    expressions = Expressions()
-    was, now = expressions.of(before), expressions.of(after)
+    expressions = expressions or Expressions()
+    was = was or expressions.of(before)
+    now = None if was is None else expressions.of(after)
     if was is None or now is None:
-        return False
+        return None
     if was.keys() != now.keys():
         raise PassError("the outputs are not those that they were", received=f"{list(now)}; before: {list(was)}")
     for name, number in was.items():
         if now[name] != number:
             raise PassError(f"{name} is no longer the same expression of inputs and weights")
-    return True
+    return now

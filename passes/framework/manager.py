@@ -29,7 +29,7 @@ from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Counterexample
 from treadle.passes.certificates.regions import Claim, Reader, Recorded
-from treadle.passes.certificates.same_expressions import check_same_expressions
+from treadle.passes.certificates.same_expressions import Expressions, Numbers, check_same_expressions
 from treadle.passes.framework.lineage import Lineage
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 
@@ -162,6 +162,9 @@ class PassManager:
         before = count_ops(working)
         records: list[PassRecord] = []
         lineage = Lineage(graph, working)
+        expressions = Expressions()
+        numbers: Numbers | None = None  # those of the last snapshot, where they are known
+        is_verified = True  # the graph as it is now, and all of it
         for each in self.passes:
             certify = self.certify and each.rewrites
             record = PassRecord(
@@ -176,9 +179,11 @@ class PassManager:
             try:
                 record.changes = each.run_graph(working, record)
                 record.after = count_ops(working)
+                is_verified = record.changed and (certify or record.touched is None)
                 if record.changed:
                     verify(working, None if certify else record.touched)
-                    if not each.rewrites and not check_same_expressions(snapshot, working):
+                    numbers = None if each.rewrites else check_same_expressions(snapshot, working, expressions, numbers)
+                    if numbers is None and not each.rewrites:
                         record.notes.append("the graph is too large to be compared with what it was")
                     if certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
@@ -196,7 +201,7 @@ class PassManager:
             before = record.after
             if debug >= 2 and record.changed:
                 print(f"# {record.summary}\n{snapshot}", file=sys.stderr)
-        if records and not self.certify:
+        if not (is_verified or self.certify):
             try:
                 verify(working)  # also where a pass said that it changed nothing
             except VerifyError as error:

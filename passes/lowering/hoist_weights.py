@@ -88,6 +88,7 @@ class _Hoisting:
     def call_made(self, function: Function) -> None:
         """Before each call of a block that left something, have it made; the call passes it."""
         nodes: list[Node] = []
+        calls: dict[str, tuple[Call, Call]] = {}  # the calls of a block are one op, whose keys are found once
         for node in function.nodes:
             moved = self.moved.get(node.op.callee or "")
             if moved is None:
@@ -97,12 +98,16 @@ class _Hoisting:
             formals = {v.name: v for v in moved.before if v.kind == "parameter"}
             operands = tuple([actual[formals[name]] for name in moved.maker.parameters])
             types = [v.type for v in moved.maker.outputs.values()]
-            making = Node(Call.of(moved.maker), operands, types, scope=node.scope, source=node.source)
+            callee = self.graph.functions[str(node.op.callee)]
+            if callee.name not in calls:
+                calls[callee.name] = Call.of(moved.maker), Call.of(callee)
+            make, call = calls[callee.name]
+            making = Node(make, operands, types, scope=node.scope, source=node.source)
             for name, value in zip(moved.maker.outputs, making.results, strict=True):
                 value.name = name
             nodes.append(making)
             node.operands = tuple([making.results[f] if isinstance(f, int) else actual[f] for f in moved.formals])
-            node.op = Call.of(self.graph.functions[str(node.op.callee)])
+            node.op = call
             nodes.append(node)
         function.nodes = nodes
 
