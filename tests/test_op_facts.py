@@ -250,7 +250,7 @@ SPELLERS = (
     *("backends/numpy/spelling.py", "backends/torch/spelling.py", "backends/onnx", "backends/tvm/kernels"),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "indexing")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("normalization", "product", "reduction", "shape")),
-    *("ir/builder.py", "passes/framework/pattern.py"),
+    *("ir/builder.py", "ir/expressions.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
     "passes/memory/instances.py",  # columns of files
 )
