@@ -293,3 +293,11 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown
     assert all(said == expected for said, expected in shown)
     session(tmp_path / "tiny.onnx")
+
+
+def test_the_passes_that_lead_to_operators_are_recorded(tmp_path: Path) -> None:
+    graph, weights = block_model()
+    made = export_onnx(graph, weights, tmp_path / "model.onnx", opset=13)
+    (record,) = made.log
+    assert record.name == "legalize" and record.op_changes["layer_norm"] < 0
+    assert {event.op for event in record.matches} >= {"layer_norm"}

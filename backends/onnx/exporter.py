@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from treadle.ir.literals import Literal
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type, bf16
-from treadle.passes.lowering.legalize import legalized
+from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.framework.pass_log import PassLog
+from treadle.passes.lowering.legalize import Legalize
 
 Array = np.ndarray[Any, Any]
 
@@ -54,6 +56,7 @@ class Exported:
     external_bytes  of the weights in `data`
     inputs          the name in the file of each input, and `outputs`, of each output: its own, unless an input and an
                     output share it, or it is no text
+    log             what the passes did that took the graph to operators
     """
 
     path: Path
@@ -63,6 +66,7 @@ class Exported:
     external_bytes: int
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    log: PassLog = field(repr=False, compare=False)
 
 
 def export_onnx(
@@ -111,6 +115,7 @@ def export_onnx(
         sum(t.size for t in outside),
         {v.name: model.tensors[v].name for v in model.main.inputs},
         {name: tensor.name for name, tensor in model.outputs.items()},
+        model.lowered.log,
     )
 
 
@@ -226,9 +231,14 @@ class _Model:
     def __init__(self, graph: Graph, opset: int) -> None:
         self.graph = graph
         self.w = OnnxWriter(graph, opset, keeps(opset), spell)
-        self.main = legalized(inline_calls(graph), self.w.keeps).main
+        self.lowered = PassManager(self.pipeline()).run(inline_calls(graph))
+        self.main = self.lowered.graph.main
         self.tensors: dict[Value, Tensor] = {}
         self.outputs = self._write()
+
+    def pipeline(self) -> Sequence[Pass]:
+        """The passes that follow the portable ones: what has no operator is spelled by its body."""
+        return (Legalize(self.w.keeps),)
 
     def _write(self) -> dict[str, Tensor]:
         for value in self.main.inputs:
