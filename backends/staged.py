@@ -4,8 +4,8 @@
         name = "mine"
 
         def keeps(self, op, types): return op.name in ("linear", "softmax")
-        def pipeline(self, target): return (Legalize(self.keeps), HoistWeights())
-        def emit(self, graph, target, weights, declared): ...  # what the passes left, as an `Executable`
+        def pipeline(self, target): return (Legalize(self.keeps), HoistWeights(), PlanStorage())
+        def emit(self, graph, target, weights, declared, plan): ...  # what the passes left, as an `Executable`
 
 The passes run under the manager, as the portable ones do: each is recorded, verified, printed by `inspect --after`, and
 told of by `explain`. Nothing is decided in `emit`.
@@ -25,6 +25,7 @@ from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
+from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class StagedBackend(ABC):
@@ -58,11 +59,19 @@ class StagedBackend(ABC):
         """The passes that follow the portable ones."""
 
     @abstractmethod
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
+    def emit(
+        self,
+        graph: Graph,
+        target: Target,
+        weights: Mapping[str, Any],
+        declared: Graph,
+        plan: StoragePlan | None,
+    ) -> Executable:
         """Spell a graph as the pipeline left it, with its weights by name.
 
         declared   the graph as the pipeline was given it: its ops are those that the user knows, so that what is wrong
                    with a call is said in their words (`treadle.backends.signature`)
+        plan       where each value lies, from when to when; None where no `PlanStorage` ends the pipeline
 
         Raises BackendError for a weight that is missing or does not fit.
         """
@@ -74,7 +83,8 @@ class StagedBackend(ABC):
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         """Lower a graph, and spell it with its weights by name. Raises BackendError as `refuse` and `emit` do."""
-        made = self.emit(self.lower(graph, target).graph, target, weights, graph)
+        lowered = self.lower(graph, target)
+        made = self.emit(lowered.graph, target, weights, graph, lowered.plan)
         _refuse_without_entries(made, graph, self.name)
         return made
 
@@ -90,6 +100,16 @@ def _refuse_without_entries(made: Executable, graph: Graph, backend: str) -> Non
         )
 
 
+def needed_plan(plan: StoragePlan | None, backend: str) -> StoragePlan:
+    """A storage plan that `emit` needs. Raises BackendError where the pipeline made none."""
+    if plan is None:
+        raise BackendError(
+            f"the {backend} backend spells a storage plan, and its pipeline made none",
+            hint="PlanStorage as the last pass of the pipeline",
+        )
+    return plan
+
+
 def build(
     backend: Backend, graph: Graph, target: Target, weights: Mapping[str, Any], *, certify: bool | None = None
 ) -> tuple[Executable, Optimized]:
@@ -100,7 +120,7 @@ def build(
     """
     if isinstance(backend, StagedBackend):
         lowered = backend.lower(graph, target, certify=certify)
-        executable = backend.emit(lowered.graph, target, weights, graph)
+        executable = backend.emit(lowered.graph, target, weights, graph, lowered.plan)
     else:
         lowered = Optimized(graph, graph, PassLog(()))
         executable = backend.compile(graph, target, weights)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from treadle.ir.graph import Value
     from treadle.ir.layouts import Layout
     from treadle.ir.stepping import Held, Kept, Stepping
+    from treadle.ir.storage.views import View
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
 """One entry an operand or result: an Expr, or None where it is absent or has no gradient."""
@@ -122,6 +123,21 @@ class Op:
     def result_layout(self, index: int) -> Layout | None:
         """The layout in which the op leaves a result; None is row-major."""
         return None
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        """Its result as a view of where its one operand lies; None where no strides say it, or the op is no view."""
+        return None
+
+    def part_of(self, y: View, types: Sequence[Type | None], position: int) -> View | None:
+        """Where an operand would lie as a part of the result, which lies in y; None where no strides say it.
+
+        All of the operand's elements are elements of the result: written there, they need not be moved.
+        """
+        return None
+
+    def repeats(self, types: Sequence[Type | None]) -> tuple[int, ...]:
+        """The axes of its result along which all elements are alike, whatever the operands hold."""
+        return ()
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         """What sizes must be for the op to be defined: S - 4 not negative, where an axis of size S is cut at 4.

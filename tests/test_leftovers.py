@@ -11,6 +11,7 @@ import pytest
 import treadle.frontends.language as t
 from tests.backend_checks import graph_of
 from treadle.backends.tvm.kernels.isa import ISAS
+from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps
@@ -19,7 +20,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.models.registry import find_family
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.lowering.legalize import legalized
+from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 
@@ -28,7 +29,9 @@ pytest.importorskip("tvm")
 
 def notes(graph: Graph) -> tuple[str, ...]:
     """The leftovers of a graph as it is; nothing is compiled."""
-    return find_leftovers(lower(legalized(graph, keeps), ISAS["x86-64-v3"], RULES), graph.symbols)
+    lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
+    assert lowered.plan is not None
+    return find_leftovers(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES), graph.symbols)
 
 
 @t.model

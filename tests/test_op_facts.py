@@ -22,6 +22,7 @@ from treadle.ir.graph import Function, Value
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import names_operand
 from treadle.ir.ops.call import Call
+from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import DTYPES
 
 Array = np.ndarray[Any, Any]
@@ -167,6 +168,75 @@ def test_what_is_a_view(name: str) -> None:
     """NumPy, too, gives some results of these where the operand lies, and never one of others."""
     shares = [np.shares_memory(r, x) for c in cases(name) for r in c.results for x in present(c.operands)]
     assert all(case.op.is_view for case in cases(name)) == any(shares)
+
+
+def lying(case: Case, position: int) -> View | None:
+    """An operand in a storage of its own, row-major."""
+    type = case.types[position]
+    if type is None:
+        return None
+    storage = Storage("x", type.dtype, type.elements, StorageKind.LOCAL)
+    return View.contiguous(storage, type.shape)
+
+
+def addresses(view: View) -> Array:
+    """Where each element of a view lies in its storage."""
+    found = np.full([n.evaluate({}) for n in view.shape], view.offset.evaluate({}))
+    for axis, stride in enumerate(view.strides):
+        found = found + np.arange(found.shape[axis]).reshape([-1] + [1] * (found.ndim - 1 - axis)) * stride.evaluate({})
+    return found
+
+
+def counted(case: Case, position: int) -> Array:
+    """A result, where the elements of one operand are their numbers from one million on, and all others are less."""
+    shapes = [None if x is None else x.shape for x in case.operands]
+    given = [None if s is None else np.zeros(s) for s in shapes]
+    x = given[position]
+    assert x is not None
+    given[position] = np.arange(x.size).reshape(x.shape) + 1e6
+    return np.asarray(case.op.reference(*given))
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_where_the_result_of_a_view_lies(name: str) -> None:
+    """Where its elements come from; there is such a place exactly if NumPy, too, finds one, but for other layouts."""
+    for case in cases(name):
+        x = lying(case, 0) if case.types else None
+        view = None if x is None else case.op.viewed(x, case.types)
+        shares = case.op.is_view and any(np.shares_memory(r, present(case.operands)[0]) for r in case.results)
+        assert (view is not None) == (shares and case.op.result_layout(0) is None)
+        if view is not None:
+            assert view.shape == case.op.infer(case.types)[0].shape
+            assert np.array_equal(addresses(view), counted(case, 0) - 1e6)
+
+
+WRITTEN_IN_PLACE = {"rearrange", "reshape", "concat", "pad"}
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_where_an_operand_lies_as_a_part_of_the_result(name: str) -> None:
+    found = False
+    for case in cases(name):
+        (type, *_) = case.op.infer(case.types)
+        y = View.contiguous(Storage("y", type.dtype, type.elements, StorageKind.LOCAL), type.shape)
+        for position, operand in enumerate(case.operands):
+            part = case.op.part_of(y, case.types, position) if operand is not None else None
+            if part is not None and operand is not None:
+                found = True
+                numbers = (counted(case, position) - 1e6).ravel()
+                here = np.flatnonzero(numbers >= 0)
+                assert sorted(numbers[here]) == list(range(operand.size))  # each once
+                assert np.array_equal(addresses(part).ravel()[numbers[here].astype(int)], here)
+    assert found == (name in WRITTEN_IN_PLACE)
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_along_which_axes_all_elements_are_alike(name: str) -> None:
+    for case in cases(name):
+        for axis in case.op.repeats(case.types):
+            (result,) = case.results
+            assert np.array_equal(result, np.broadcast_to(result.take([0], axis), result.shape))
+    assert any(case.op.repeats(case.types) for case in cases(name)) == (name == "positions")
 
 
 NOT_SEEN = {

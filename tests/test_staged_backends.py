@@ -26,6 +26,8 @@ from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
+from treadle.passes.memory.plan_storage import PlanStorage
+from treadle.passes.memory.storage_plan import StoragePlan
 from treadle.passes.pipelines import DEFAULT
 
 
@@ -47,9 +49,16 @@ class Primitive(StagedBackend):
     name = "primitive"
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        return (Legalize(lambda op, types: False), HoistWeights())
+        return (Legalize(lambda op, types: False), HoistWeights(), PlanStorage())
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
+    def emit(
+        self,
+        graph: Graph,
+        target: Target,
+        weights: Mapping[str, Any],
+        declared: Graph,
+        plan: StoragePlan | None,
+    ) -> Executable:
         return Interpreted(graph, weights)
 
 
@@ -149,12 +158,13 @@ def test_its_passes_are_recorded_after_ours() -> None:
     graph, weights = block_model()
     exe = t.compile(graph, backend="primitive", weights=weights)
     names = [record.name for record in exe.log]
-    assert names == [*(each.name for each in DEFAULT), "legalize", "hoist-weights"]
+    assert names == [*(each.name for each in DEFAULT), "legalize", "hoist-weights", "plan-storage"]
     legal = exe.optimized.after("legalize")
     assert "layer_norm" in {n.op.name for _, n in exe.graph.walk()} and legal is not exe.graph
     assert "layer_norm" not in {n.op.name for _, n in legal.walk()}
     assert exe.source == str(exe.optimized.after("hoist-weights"))
-    assert [line.split()[0] for line in exe.log.table().splitlines()[-2:]] == ["legalize", "hoist-weights"]
+    rows = exe.log.table().splitlines()[-3:]
+    assert [line.split()[0] for line in rows] == ["legalize", "hoist-weights", "plan-storage"]
 
 
 def test_one_that_does_all_in_compile_still_works() -> None:

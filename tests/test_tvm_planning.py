@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,18 @@ import pytest
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.calling import POINTER, address
+from treadle.backends.tvm.kernels.isa import ISAS
+from treadle.backends.tvm.lowering.chains import PLAN
+from treadle.backends.tvm.lowering.routine_writer import lower
+from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.backends.tvm.planning import Plan
 from treadle.backends.tvm.spaces import Arena, Input, Output
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.legalize import Legalize
 
 Array = np.ndarray[Any, Any]
 WEIGHT = np.arange(15, dtype=np.float32).reshape(5, 3)
@@ -77,3 +84,18 @@ def test_each_plan_tells_of_its_own_indices(looked_up: KernelExecutable) -> None
         else:
             assert looked_up(**given(indices, rows))["y"].shape == (len(indices), 3)
     assert looked_up(**given([0, 3]))["y"].shape == (2, 3)
+
+
+def test_a_kernel_that_needs_what_the_plan_has_dead_is_found() -> None:
+    b = Builder(Graph("short"))
+    x = b.softmax(b.input("x", "f32[S, 4]"), name="kept")
+    b.outputs(y=b.softmax(x @ b.softmax(b.rearrange(x, pattern="s d -> d s"))))
+    lowered = PassManager((Legalize(keeps), PLAN)).run(b.graph)
+    assert lowered.plan is not None
+    isa = ISAS["x86-64-v3"]
+    lower(lowered.graph, lowered.plan, isa, RULES)
+    main = lowered.plan.functions["main"]
+    lives = [replace(life, last=1) if life.storage.name == "kept" else life for life in main.lives]
+    plan = replace(lowered.plan, functions={"main": replace(main, lives=tuple(lives))})
+    with pytest.raises(BackendError, match="a kernel needs a storage that the plan has dead by then"):
+        lower(lowered.graph, plan, isa, RULES)

@@ -519,6 +519,20 @@ def test_an_elements_place_does_not_matter(dtype: str) -> None:
     np.testing.assert_array_equal(repeated, by_loop(what, "111", x[:203], np.repeat(y[4:5], 203)))
 
 
+@pytest.mark.parametrize("count", [1, 77, 2 * BLOCK + 77])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_an_operand_that_is_written_over_gives_the_same_bits(dtype: str, count: int) -> None:
+    """It has no pointer of its own: kernels take it that no two lead to one place."""
+    what = Chain((dtype, dtype), (Instruction("sub", (0, 1), dtype), Instruction("silu", (2,), dtype)))
+    x, y = (stored(np.resize(a, count), dtype) for a in pairs(dtype, 999))
+    apart = by_loop(what, "111", x, y)
+    for over, (written, other) in enumerate(((x.copy(), y), (y.copy(), x))):
+        kernel = Pointwise(what, 1, "111", over)
+        assert kernel != Pointwise(what, 1, "111") and "over" in kernel.key
+        bind(kernel, [other, written], [count, 1, 1])()
+        np.testing.assert_array_equal(unstored(written, dtype), apart)
+
+
 def by_loop(what: Chain, inner: str, x: Array, y: Array, x_stride: int = 1) -> Array:
     """A chain of two operands by `Pointwise`, in one loop."""
     count = len(x) // x_stride

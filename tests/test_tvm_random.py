@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from treadle.backends.registry import find_backend
-from treadle.backends.tvm.lowering.grouping import MOST_NODES
+from treadle.backends.tvm.lowering.chains import CHAINS
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph
@@ -208,7 +208,7 @@ def test_a_weight_that_is_an_output_is_given_as_it_is() -> None:
 def test_a_long_run_of_elementwise_ops_is_several_kernels() -> None:
     b = Builder(Graph("long"))
     x = y = b.input("x", "f32[S]")
-    for n in range(5 * MOST_NODES):
+    for n in range(5 * CHAINS.most_nodes):
         y = y * 0.5 + x if n % 2 else b.sigmoid(y)
     b.outputs(y=y)
     program = find_backend("tvm").compile(b.graph, Target("cpu"), {})

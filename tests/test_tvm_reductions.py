@@ -21,13 +21,15 @@ from treadle.backends.tvm.kernels.reduction import Reduce, RunningSum, SizeValue
 from treadle.backends.tvm.kernels.rotary import Rotary
 from treadle.backends.tvm.kernels.selection import ArgMax, TopK
 from treadle.backends.tvm.kernels.softmax import Softmax
+from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.routine_writer import lower, steps_of
 from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import OPS
-from treadle.passes.lowering.legalize import legalized
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.legalize import Legalize
 
 pytestmark = pytest.mark.skipif(tvm_runtime.missing() is not None, reason=str(tvm_runtime.missing()))
 
@@ -346,7 +348,9 @@ def test_rotary_of_far_positions_on_views_of_a_projection(pairs: int, layout: st
 
 def titles(graph: Graph) -> list[str]:
     """The kernels that a graph becomes, step by step."""
-    return [step.kernel.title for step in steps_of(lower(legalized(graph, keeps), HERE[0], RULES))]
+    lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
+    assert lowered.plan is not None
+    return [step.kernel.title for step in steps_of(lower(lowered.graph, lowered.plan, HERE[0], RULES))]
 
 
 def test_what_has_a_kernel_is_one_step() -> None:

@@ -16,12 +16,12 @@ from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
-from treadle.backends.tvm.lowering.program import Buffer, BufferKind, RoutineStep, View, row_major
-from treadle.backends.tvm.lowering.shape_rules import reshaped
+from treadle.backends.tvm.lowering.program import RoutineStep
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.sizing.sizes import Size, product
+from treadle.ir.storage.views import Storage, StorageKind, View, row_major
 from treadle.ir.target import Target
 from treadle.ir.types import DTYPES, f32
 
@@ -121,10 +121,10 @@ def test_reshapes_that_strides_can_say() -> None:
 
     def view(shape: list[Any], strides: list[Any]) -> View:
         sizes = tuple(Size.of(n) for n in shape)
-        return View(Buffer("x", f32, product(sizes), BufferKind.LOCAL), sizes, tuple(Size.of(n) for n in strides))
+        return View(Storage("x", f32, product(sizes), StorageKind.LOCAL), sizes, tuple(Size.of(n) for n in strides))
 
     def strides(source: View, *shape: Any) -> list[str] | None:
-        found = reshaped(source, tuple(Size.of(n) for n in shape))
+        found = source.reshaped(tuple(Size.of(n) for n in shape))
         return None if found is None else [str(n) for n in found.strides]
 
     assert strides(view([b, s, 12], [s * 24, 24, 1]), b * s, 3, 4) == ["24", "4", "1"]
@@ -333,3 +333,34 @@ def test_padding_holds_what_the_dtype_holds() -> None:
         x = np.zeros(2, DTYPES[dtype].numpy or np.float32)
         made = np.asarray(compiled(graph)(x=x)["y"])
         assert made.tolist() == [value, 0, 0, value, value], dtype
+
+
+# -- where results are written ---------------------------------------------------------------------------------
+
+
+def _sums(b: Builder, x: Expr) -> Expr:
+    """Of two softmaxes that nobody reads again."""
+    one, two = b.softmax(x, axis=-1), b.softmax(x * 2.0, axis=-1)
+    return b.softmax(one * two + one, axis=-1)
+
+
+def test_a_chain_is_written_over_an_operand_that_dies() -> None:
+    graph = graph_of(lambda b: _sums(b, b.input("x", "f32[B, S, 12]")))
+    exe, reference = compiled(graph), find_backend("numpy").compile(graph, Target("cpu"), {})
+    assert steps(exe) == ["softmax_f32", "mul", "softmax_f32", "mul_add_over", "softmax_f32"]
+    over = exe.program.main.steps[3]
+    assert len(over.views) == 2 and len({view.storage for view in over.views}) == 2
+    x = normal(2, 5, 12)
+    np.testing.assert_allclose(exe(x=x)["y"], reference(x=x)["y"], rtol=0, atol=1e-6)
+
+
+def test_parts_of_a_concat_and_what_is_padded_are_written_in_place() -> None:
+    def build(b: Builder) -> Expr:
+        x = b.input("x", "f32[B, S, 12]")
+        return b.pad(b.concat(b.exp(x), x, b.tanh(x), axis=1), axis=2, before=1)
+
+    graph = graph_of(build)
+    exe, reference = compiled(graph), find_backend("numpy").compile(graph, Target("cpu"), {})
+    assert steps(exe) == ["exp", "tanh", "copy", "copy"]  # x, and the margin
+    x = normal(2, 5, 12)
+    np.testing.assert_allclose(exe(x=x)["y"], reference(x=x)["y"], rtol=0, atol=1e-6)

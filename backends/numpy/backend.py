@@ -16,7 +16,7 @@ from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
 from treadle.backends.refusals import refuse_misfit, refuse_nodes
 from treadle.backends.signature import numpy_taken
-from treadle.backends.staged import StagedBackend
+from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
@@ -24,6 +24,8 @@ from treadle.ir.types import DType, Type
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
+from treadle.passes.memory.plan_storage import PlanStorage
+from treadle.passes.memory.storage_plan import StoragePlan
 
 Array = np.ndarray[Any, Any]
 
@@ -66,13 +68,20 @@ class NumpyBackend(StagedBackend):
         refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What is spelled as it is, and what is done once."""
-        return (Legalize(keeps), HoistWeights())
+        """What is spelled as it is, what is done once, and how long each array lives."""
+        return (Legalize(keeps), HoistWeights(), PlanStorage())
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
+    def emit(
+        self,
+        graph: Graph,
+        target: Target,
+        weights: Mapping[str, Any],
+        declared: Graph,
+        plan: StoragePlan | None,
+    ) -> Executable:
         """Write the module. Raises BackendError for a missing weight."""
         made = recipes_of(graph)
-        program = emit(graph, NUMPY, tuple(notes_on(made)))
+        program = emit(graph, NUMPY, needed_plan(plan, self.name), tuple(notes_on(made)))
         references = {name: _Reference(node) for name, node in program.references.items()}
         namespace = {
             "constants": tuple(literal.array for literal in program.constants),

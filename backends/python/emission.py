@@ -32,6 +32,7 @@ from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
+from treadle.passes.memory.storage_plan import StoragePlan
 
 _COMMENT_COLUMN = 72  # type comments line up, but no further right than this
 _BUILTINS = frozenset(dir(builtins))
@@ -58,12 +59,14 @@ class Program:
     nodes: Mapping[int, Node]
 
 
-def emit(graph: Graph, dialect: Dialect, prepared: Sequence[str] = ()) -> Program:
+def emit(graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str] = ()) -> Program:
     """Write a graph as a Python module, with lines in its head on how weights were prepared.
+
+    plan   of the graph's storage, which says when nobody reads a value any longer
 
     Raises BackendError where a needed symbol is no input's dimension.
     """
-    return _ProgramWriter(graph, dialect, prepared).program()
+    return _ProgramWriter(graph, dialect, plan, prepared).program()
 
 
 class _Names:
@@ -99,8 +102,8 @@ class _Text:
 
 
 class _ProgramWriter:
-    def __init__(self, graph: Graph, dialect: Dialect, prepared: Sequence[str]) -> None:
-        self.graph, self.dialect, self.prepared = graph, dialect, prepared
+    def __init__(self, graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str]) -> None:
+        self.graph, self.dialect, self.plan, self.prepared = graph, dialect, plan, prepared
         self.constants: dict[Literal, int] = {}
         self.bundles: dict[str, tuple[str, ...]] = {}
         self.references: dict[str, Node] = {}
@@ -200,8 +203,10 @@ class FunctionWriter:
 
     def write(self) -> _Text:
         body = _Text()
-        last = self._last_reads()
-        for at, node in enumerate(self.function.nodes):
+        plan = self.program.plan.functions[self.function.name]
+        dead = plan.dead_after()
+        for at, step in enumerate(plan.steps):
+            node = step.root
             expression = self._call(node) if node.op.callee is not None else self._spelled(node)
             made = [r for r in node.results if r.state is None]
             self.text |= {r: self.read(r.before) for r in node.results if r.before is not None and r not in made}
@@ -211,9 +216,8 @@ class FunctionWriter:
             types = ", ".join(str(r.type) for r in node.named_results) or "()"
             code = f"{target} = {expression}" if target else expression
             body.add(f"    {code}", f"{types}  {node.scope}".rstrip(), node)
-            dead = [self.text[v] for v in last.get(at, ())]
-            if dead:
-                body.add(f"    del {', '.join(dead)}")
+            if at in dead:
+                body.add(f"    del {', '.join([self.text[v] for v in dead[at]])}")
         body.add(f"    return {self._returned()}")
 
         head = _Text()
@@ -240,21 +244,6 @@ class FunctionWriter:
         (before,) = [value.before for value in node.results]  # the reference leaves the state as it is
         assert before is not None
         return f"{self.read(before)}[...] = {text}"
-
-    def _last_reads(self) -> dict[int, list[Value]]:
-        """By position of a node: the results of nodes that no later node reads and that are not returned."""
-        last: dict[Value, int] = {}
-        for at, node in enumerate(self.function.nodes):
-            last |= dict.fromkeys(node.results, at)
-            last |= {v: at for v in node.inputs if v.node is not None}
-        for value in [v for v in last if v.state is not None]:
-            del last[value]
-        for value in self.function.outputs.values():
-            last.pop(value, None)
-        dead: dict[int, list[Value]] = {}
-        for value, at in last.items():
-            dead.setdefault(at, []).append(value)
-        return dead
 
     def _returned(self) -> str:
         outputs = {name: self.read(value) for name, value in self.function.outputs.items()}

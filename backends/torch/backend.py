@@ -17,7 +17,7 @@ from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
 from treadle.backends.refusals import misfit, refuse_nodes, shape_fits
 from treadle.backends.signature import as_numpy, refuse_dtype
-from treadle.backends.staged import StagedBackend
+from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
 from treadle.ir.errors import BackendError, Hint
@@ -30,6 +30,8 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
+from treadle.passes.memory.plan_storage import PlanStorage
+from treadle.passes.memory.storage_plan import StoragePlan
 
 if TYPE_CHECKING:
     import torch
@@ -96,11 +98,20 @@ class TorchBackend(StagedBackend):
         refuse_nodes(graph, self.name, refusal)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What is spelled as it is, oneDNN's layout for weights that only products read, and what is done once."""
+        """What is spelled as it is, oneDNN's layout for weights that only products read, what is done once, and how
+        long
+        each tensor lives."""
         layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
-        return (Legalize(keeps), *layouts, HoistWeights())
+        return (Legalize(keeps), *layouts, HoistWeights(), PlanStorage())
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
+    def emit(
+        self,
+        graph: Graph,
+        target: Target,
+        weights: Mapping[str, Any],
+        declared: Graph,
+        plan: StoragePlan | None,
+    ) -> Executable:
         """Write the module. On the CPU weights that are not laid out anew stay the arrays, or the mapped file, that
         they are. Raises BackendError for a missing weight.
         """
@@ -108,7 +119,7 @@ class TorchBackend(StagedBackend):
 
         device = torch.device(target.kind)
         made = recipes_of(graph)
-        program = emit(graph, PACKED, tuple(notes_on(made)))
+        program = emit(graph, PACKED, needed_plan(plan, self.name), tuple(notes_on(made)))
         arrays = _TorchArrays(device, target.threads)
         namespace = {
             "constants": tuple(map(arrays.constant, program.constants)),

@@ -1,6 +1,7 @@
 """The arena of a plan: where each local of a routine lies, planned when sizes are seen for the first time.
 
-Largest first, at the lowest free offset: one greedy order of `treadle.passes.memory`, since a call waits for it.
+The best of the greedy orders of `treadle.passes.memory`, without the search behind them, since a call waits for it.
+Most often the first order, largest first, takes as few bytes as any placement could, and no other one is tried.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treadle.passes.memory.greedy import first_fit
+from treadle.passes.memory.greedy import live_bytes, place_greedily
 from treadle.passes.memory.instances import Lifetime
 
 ALIGNMENT = 64
@@ -17,7 +18,11 @@ ALIGNMENT = 64
 
 
 def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
-    """An offset in bytes for each buffer, a multiple of ALIGNMENT."""
+    """An offset in bytes for each storage, a multiple of ALIGNMENT."""
     table = np.array([(x.first, x.end, -(-x.size // ALIGNMENT) * ALIGNMENT) for x in lives], np.int64).reshape(-1, 3)
-    first, end, size = table.T
-    return [int(n) for n in first_fit(first, end, size, np.argsort(-size, kind="stable"))]
+    solid = table[:, 2] > 0
+    first, end, size = table[solid].T
+    offsets = np.zeros(len(lives), np.int64)
+    if solid.any():
+        offsets[solid] = place_greedily(first, end, size, int(live_bytes(first, end, size)[1].max()))
+    return [int(n) for n in offsets]

@@ -1,7 +1,7 @@
 """The TVM backend: our own kernels. TVM generates their code and runs their loops; what is computed how is ours.
 
-graph -> legalized graph -> kernel program (`lowering`) -> compiled kernels (`kernels.cache`) -> tables of
-calls (`kernel_executable`). TVM is imported only when a kernel has to be compiled.
+graph -> legalized graph and storage plan -> kernel program (`lowering`) -> compiled kernels (`kernels.cache`) -> tables
+of calls (`executable`). TVM is imported only when a kernel has to be compiled.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 from treadle.backends.made_weights import notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes
-from treadle.backends.staged import StagedBackend
+from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
 from treadle.backends.tvm.kernels.isa import isa_of, runs_here
 from treadle.backends.tvm.kernels.runner import Runner
+from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
@@ -31,6 +32,7 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
+from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class TvmBackend(StagedBackend):
@@ -62,10 +64,17 @@ class TvmBackend(StagedBackend):
         refuse_nodes(graph, self.name, self.supports)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What has kernels, panels for weights that products read, and what is done once."""
-        return (Legalize(keeps), AssignLayouts(wants(isa_of(target))), HoistWeights())
+        """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
+        return (Legalize(keeps), AssignLayouts(wants(isa_of(target))), HoistWeights(), PLAN)
 
-    def emit(self, graph: Graph, target: Target, weights: Mapping[str, Any], declared: Graph) -> Executable:
+    def emit(
+        self,
+        graph: Graph,
+        target: Target,
+        weights: Mapping[str, Any],
+        declared: Graph,
+        plan: StoragePlan | None,
+    ) -> Executable:
         """Write the program, compile or load its kernels, and lay its weights out.
 
         For another machine's target the executable can be read (`source`, `assembly`) but not called.
@@ -73,7 +82,7 @@ class TvmBackend(StagedBackend):
         """
         isa = isa_of(target)
         made = recipes_of(graph)
-        program = lower(graph, isa, RULES)
+        program = lower(graph, needed_plan(plan, self.name), isa, RULES)
         cache = KernelCache(isa)
         threads = target.cores() or 1
         kernels = [Runner(), *kernels_of(program)] if runs_here(isa) else []

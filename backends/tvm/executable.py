@@ -29,12 +29,13 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
-from treadle.backends.tvm.lowering.program import Buffer, KernelProgram, kernels_of
+from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.planning import Plan, Planner
 from treadle.backends.tvm.spaces import Arena, Input, Output, State
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph
+from treadle.ir.storage.views import Storage
 from treadle.ir.types import DType
 
 Array = np.ndarray[Any, Any]
@@ -134,8 +135,8 @@ class _Machine:
     ) -> None:
         self.name, self.program, self.cache, self.threads = name, program, cache, threads
         self._entries = entries
-        self.weights = {buffer: weights[n] for e in program.entries.values() for n, buffer in e.weights.items()}
-        self.constants: dict[Buffer, Array] = {}
+        self.weights = {storage: weights[n] for e in program.entries.values() for n, storage in e.weights.items()}
+        self.constants: dict[Storage, Array] = {}
         self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], Plan] = OrderedDict()
         self._arena = np.empty(0, np.uint8)
         self._lock = threading.Lock()
@@ -208,13 +209,13 @@ class _Machine:
         if plan.status.size and plan.status.any():
             raise _outside(plan)
 
-    def _held(self, buffer: Buffer) -> Array:
+    def _held(self, storage: Storage) -> Array:
         """The array of a weight or a constant."""
-        if buffer.literal is None:
-            return self.weights[buffer]
-        if buffer not in self.constants:
-            self.constants[buffer] = np.frombuffer(buffer.literal.data or b"\0", np.uint8).copy()
-        return self.constants[buffer]
+        if storage.literal is None:
+            return self.weights[storage]
+        if storage not in self.constants:
+            self.constants[storage] = np.frombuffer(storage.literal.data or b"\0", np.uint8).copy()
+        return self.constants[storage]
 
 
 def _outside(plan: Plan) -> BackendError:

@@ -18,17 +18,10 @@ from treadle.backends.tvm.kernels.cache import Entry
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import RECORD
-from treadle.backends.tvm.lowering.program import (
-    Buffer,
-    BufferKind,
-    KernelStep,
-    ProgramEntry,
-    Routine,
-    RoutineStep,
-    View,
-)
+from treadle.backends.tvm.lowering.program import KernelStep, ProgramEntry, Routine, RoutineStep
 from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, State, Status
 from treadle.ir.sizing.sizes import product
+from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.memory.checking import check_placement
 from treadle.passes.memory.instances import Lifetime
 
@@ -87,7 +80,7 @@ class _Frame(NamedTuple):
     deepest  where the last of these ends
     """
 
-    offsets: Mapping[Buffer, int]
+    offsets: Mapping[Storage, int]
     end: int
     deepest: int
 
@@ -105,7 +98,7 @@ class Planner:
         sizes: Mapping[str, int],
         threads: int,
         entries: Mapping[Kernel, Entry],
-        held: Callable[[Buffer], Array],
+        held: Callable[[Storage], Array],
     ) -> None:
         self.program, self.sizes, self.threads = program, sizes, threads
         self.entries, self.held = entries, held
@@ -122,9 +115,9 @@ class Planner:
         program = self.program
         for routine in program.routines:
             self._frame(routine)
-        places = {buffer: Pointer(Input(name)) for name, buffer in program.inputs.items()}
-        places |= {buffer: Pointer(State(name)) for name, buffer in program.states.items()}
-        places |= {view.buffer: Pointer(Output(name)) for name, view in program.outputs.items()}
+        places = {storage: Pointer(Input(name)) for name, storage in program.inputs.items()}
+        places |= {storage: Pointer(State(name)) for name, storage in program.states.items()}
+        places |= {view.storage: Pointer(Output(name)) for name, view in program.outputs.items()}
         self._expand(program.routine, places, 0)
         table = np.zeros((len(self.records), RECORD), np.int64)
         words = np.array(self.words, np.int64).reshape(-1, 2)
@@ -153,14 +146,15 @@ class Planner:
 
     def _frame(self, routine: Routine) -> None:
         """Offsets of a routine's locals from where its frame begins; that of a callee begins where they end."""
-        lives: dict[Buffer, Lifetime] = {}
-        for at, step in enumerate(routine.steps):
-            for view in step.views:
-                buffer = view.buffer
-                if buffer.kind is BufferKind.LOCAL:
-                    size = buffer.elements.evaluate(self.sizes) * buffer.dtype.bytes
-                    known = lives.get(buffer)
-                    lives[buffer] = Lifetime(buffer.name, known.first if known else at, at + 1, size)
+        lives = {
+            life.storage: Lifetime(
+                life.storage.name,
+                life.first,
+                life.last + 1,
+                life.storage.elements.evaluate(self.sizes) * life.storage.dtype.bytes,
+            )
+            for life in routine.lives
+        }
         offsets = plan_arena(list(lives.values()))
         end = check_placement(list(lives.values()), offsets, alignment=ALIGNMENT)
         inner = max(
@@ -169,14 +163,14 @@ class Planner:
         self.lives[routine.name] = list(lives.values())
         self.frames[routine.name] = _Frame(dict(zip(lives, offsets, strict=True)), end, end + inner)
 
-    def _expand(self, routine: Routine, places: Mapping[Buffer, Pointer], base: int) -> None:
+    def _expand(self, routine: Routine, places: Mapping[Storage, Pointer], base: int) -> None:
         """Add the calls of a routine whose frame begins at `base`, with arguments and results at these places."""
         frame = self.frames[routine.name]
         for step, views, sizes in self._numbers(routine):
-            pointers = [self._place(buffer, at, places, frame, base) for buffer, at in views]
+            pointers = [self._place(storage, at, places, frame, base) for storage, at in views]
             if isinstance(step, RoutineStep):
-                buffers = [*step.routine.arguments, *step.routine.results]
-                self._expand(step.routine, dict(zip(buffers, pointers, strict=True)), base + frame.end)
+                storages = [*step.routine.arguments, *step.routine.results]
+                self._expand(step.routine, dict(zip(storages, pointers, strict=True)), base + frame.end)
                 continue
             first = len(self.words)
             for pointer in pointers:
@@ -200,13 +194,13 @@ class Planner:
                 assert_never(space)
         return offset
 
-    def _numbers(self, routine: Routine) -> list[tuple[KernelStep | RoutineStep, list[tuple[Buffer, int]], list[int]]]:
+    def _numbers(self, routine: Routine) -> list[tuple[KernelStep | RoutineStep, list[tuple[Storage, int]], list[int]]]:
         """A routine's steps with numbers for sizes, made once however often it is called."""
         if routine.name not in self._known:
             self._known[routine.name] = [
                 (
                     step,
-                    [(v.buffer, self._bytes(v)) for v in step.views],
+                    [(v.storage, self._bytes(v)) for v in step.views],
                     [] if isinstance(step, RoutineStep) else [s.evaluate(self.sizes) for s in step.sizes],
                 )
                 for step in routine.steps
@@ -214,23 +208,24 @@ class Planner:
         return self._known[routine.name]
 
     @cached_property
-    def _known(self) -> dict[str, list[tuple[KernelStep | RoutineStep, list[tuple[Buffer, int]], list[int]]]]:
+    def _known(self) -> dict[str, list[tuple[KernelStep | RoutineStep, list[tuple[Storage, int]], list[int]]]]:
         return {}
 
     def _bytes(self, view: View) -> int:
         return view.offset.evaluate(self.sizes) * view.dtype.bytes
 
-    def _place(self, buffer: Buffer, at: int, places: Mapping[Buffer, Pointer], frame: _Frame, base: int) -> Pointer:
-        """A buffer's byte `at`."""
-        match buffer.kind:
-            case BufferKind.LOCAL:
-                return Pointer(Arena(), base + frame.offsets[buffer] + at)
-            case BufferKind.STATUS:
+    def _place(self, storage: Storage, at: int, places: Mapping[Storage, Pointer], frame: _Frame, base: int) -> Pointer:
+        """A storage's byte `at`."""
+        match storage.kind:
+            case StorageKind.LOCAL:
+                return Pointer(Arena(), base + frame.offsets[storage] + at)
+            case StorageKind.STATUS:
                 return Pointer(Status(), at)
-            case BufferKind.ARGUMENT | BufferKind.RESULT if buffer in places:
-                space, begin = places[buffer]
+            case StorageKind.ARGUMENT | StorageKind.RESULT | StorageKind.STATE if storage in places:
+                space, begin = places[storage]
                 return Pointer(space, begin + at)
-            case BufferKind.ARGUMENT | BufferKind.RESULT | BufferKind.CONSTANT:  # of an entry's arguments the weights
-                return Pointer(Held(address(self.held(buffer))), at)
+            case StorageKind.ARGUMENT | StorageKind.RESULT | StorageKind.STATE | StorageKind.CONSTANT:
+                # of an entry's arguments, the weights
+                return Pointer(Held(address(self.held(storage))), at)
             case _:
-                assert_never(buffer.kind)
+                assert_never(storage.kind)

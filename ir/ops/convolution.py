@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from treadle.ir.operation import Composite, Demand, Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place, resized, sized
 from treadle.ir.samples import S
-from treadle.ir.sizing.sizes import Size, SizeLike
+from treadle.ir.sizing.sizes import ZERO, Size, SizeLike
+from treadle.ir.storage.views import View
 from treadle.ir.types import Type, f32
 
 
@@ -70,6 +72,11 @@ class Windows(Primitive):
         index = [slice(None)] * every.ndim
         index[axis], index[-1] = slice(None, None, self.stride), slice(None, None, self.dilation)
         return every[tuple(index)]
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        (y,), axis = self.infer(types), place(self.axis, x.rank)
+        moved = x.sliced(axis, ZERO, y.shape[axis], Size.of(self.stride))
+        return replace(moved, shape=y.shape, strides=(*moved.strides, x.strides[axis] * self.dilation))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs

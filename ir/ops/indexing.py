@@ -294,5 +294,10 @@ class Positions(Primitive):
             return found
         return step.b.expand(step.beside(found, x, (0, x.rank - 1)), shape=x.shape)
 
+    def repeats(self, types: Sequence[Type | None]) -> tuple[int, ...]:
+        (x,) = types
+        assert x is not None
+        return tuple(range(x.rank - 1))
+
     samples = [S("i64[2,5]"), S("f32[4]")]
     errors = [(S("f32[]"), "x must have rank 1 or more")]

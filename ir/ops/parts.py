@@ -15,6 +15,7 @@ from treadle.ir.ops.axis_names import axis_letters, place, resized, sized, symbo
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import ZERO, Size
+from treadle.ir.storage.views import View
 from treadle.ir.types import Type
 
 
@@ -37,6 +38,11 @@ class Concat(Primitive):
 
     def reference(self, *parts: Any) -> Any:
         return np.concatenate(parts, axis=self.axis)
+
+    def part_of(self, y: View, types: Sequence[Type | None], position: int) -> View | None:
+        axis = place(self.axis, y.rank)
+        sizes = [t.shape[axis] for t in types if t is not None]
+        return y.sliced(axis, sum(sizes[:position], ZERO), sizes[position])
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,) = grads
@@ -111,6 +117,11 @@ class Slice(Primitive):
     def reference(self, x: Any) -> Any:
         start, stop = self.span(Size.of(x.shape[self.axis]))
         return x[_along(x.ndim, self.axis, slice(start.evaluate({}), stop.evaluate({}), self.stride))]
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        (y,), axis = self.infer(types), place(self.axis, x.rank)
+        start, _ = self.span(x.shape[axis])
+        return x.sliced(axis, start, y.shape[axis], Size.of(self.stride))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs
@@ -203,6 +214,12 @@ class Pad(Primitive):
         widths = [(0, 0)] * x.ndim
         widths[self.axis] = (self.before.evaluate({}), self.after.evaluate({}))
         return np.pad(x, widths, constant_values=self.value)
+
+    def part_of(self, y: View, types: Sequence[Type | None], position: int) -> View | None:
+        (x,) = types
+        assert x is not None
+        axis = place(self.axis, x.rank)
+        return y.sliced(axis, self.before, x.shape[axis])
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs

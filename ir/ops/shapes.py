@@ -18,6 +18,8 @@ from treadle.ir.ops.axis_names import axis_letters, sized, symbols_in
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import Size, SizeLike, product
 from treadle.ir.stepping import Held, Kept, Stepping
+from treadle.ir.storage.rearranged_views import Rearranged
+from treadle.ir.storage.views import View
 from treadle.ir.types import Type, f32
 from treadle.ir.wording.marked_text import marked, marked_name
 
@@ -103,6 +105,14 @@ class Rearrange(Primitive):
         return split.transpose([before.index(n) for n in after]).reshape(
             [_number(d.size) for d in application.shapes[0]]
         )
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        assert types[0] is not None
+        return Rearranged.of(self, types[0]).view(x)
+
+    def part_of(self, y: View, types: Sequence[Type | None], position: int) -> View | None:
+        assert types[0] is not None
+        return Rearranged.of(self, types[0]).before_it(y)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs
@@ -217,6 +227,10 @@ class Expand(Primitive):
         shape = [n if size is None else _number(size) for n, size in zip(here, self.shape, strict=True)]
         return np.broadcast_to(x, shape)
 
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        (y,) = self.infer(types)
+        return x.broadcast(y.shape)
+
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs
         return [unbroadcast(b, g, x.type)]
@@ -263,6 +277,14 @@ class Reshape(Primitive):
 
     def reference(self, x: Any) -> Any:
         return x.reshape([_number(size) for size in self.shape])
+
+    def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
+        return x.reshaped(self.shape)
+
+    def part_of(self, y: View, types: Sequence[Type | None], position: int) -> View | None:
+        (x,) = types
+        assert x is not None
+        return y.reshaped(x.shape)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x,) = grads, inputs

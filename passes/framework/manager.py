@@ -32,6 +32,8 @@ from treadle.passes.certificates.regions import Claim, Reader, Recorded
 from treadle.passes.certificates.same_expressions import Expressions, Numbers, check_same_expressions
 from treadle.passes.framework.lineage import Lineage
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
+from treadle.passes.memory.storage_checking import check_storage
+from treadle.passes.memory.storage_plan import StoragePlan
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Optimized:
 
     left     the nodes of the source whose work some node of the result does, where passes said what they made of which
     lowered  what a backend's own passes made of the result; None where it has none
+    plan     where each value of the result lies, where a pass planned it
     """
 
     source: Graph
@@ -109,6 +112,7 @@ class Optimized:
     log: PassLog = field(repr=False)  # which shows as a table
     left: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
     lowered: Optimized | None = field(default=None, repr=False, compare=False)
+    plan: StoragePlan | None = field(default=None, repr=False, compare=False)
 
     @property
     def stages(self) -> PassLog:
@@ -130,6 +134,10 @@ class Optimized:
                 )
         known = ", ".join(dict.fromkeys(r.name for r in stages))
         raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
+
+    def plan_of(self, name: str) -> StoragePlan | None:
+        """The plan that the (last) pass of that name made, if it made one."""
+        return next((record.plan for record in reversed(self.stages) if record.name == name), None)
 
 
 class PassManager:
@@ -165,6 +173,7 @@ class PassManager:
         expressions = Expressions()
         numbers: Numbers | None = None  # those of the last snapshot, where they are known
         is_verified = True  # the graph as it is now, and all of it
+        plan: StoragePlan | None = None
         for each in self.passes:
             certify = self.certify and each.rewrites
             record = PassRecord(
@@ -188,6 +197,10 @@ class PassManager:
                     if certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
                         verify(working)
+                    plan = None  # it was one of the graph before
+                if record.plan is not None:
+                    plan = record.plan
+                    record.notes += check_storage(working, plan)
             except Exception as error:
                 raise _broken(each, error, snapshot) from error
             record.seconds = time.perf_counter() - started
@@ -211,7 +224,7 @@ class PassManager:
             print(log, file=sys.stderr)
         if debug >= 3:
             print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
-        return Optimized(graph, working, log, lineage.of(node for _, node in working.walk()))
+        return Optimized(graph, working, log, lineage.of(node for _, node in working.walk()), plan=plan)
 
 
 def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:

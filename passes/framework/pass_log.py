@@ -17,6 +17,7 @@ from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify
 from treadle.passes.certificates.regions import Claim
 from treadle.passes.framework.lineage import Lineage
+from treadle.passes.memory.storage_plan import StoragePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class PassRecord:
     ops      how many nodes of each op the distinct functions hold, before and after
     notes    lines of the pass's own: weights removed, folds skipped
     certificates  of the distinct rewrites, where they were asked for
+    plan     what a pass that plans found, which has a text of its own
 
     certifying, shown, target and lineage are for the pass while it runs: whether each rewrite is tried before it is
     kept, what stands for what by a rewrite that was, what the graph is compiled for, and which nodes of the graph as it
@@ -109,6 +111,7 @@ class PassRecord:
     notes: list[str] = field(default_factory=list)
     certificates: list[Certificate] = field(default_factory=list)
     graph: Graph | None = None
+    plan: StoragePlan | None = None
     certifying: bool = field(default=False, repr=False, compare=False)
     shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)

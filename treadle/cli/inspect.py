@@ -106,6 +106,10 @@ def inspect_graph(
     else:
         shown = facts["graph"] = print_graph(graph, unfold=unfold)
         shown = f"{graph_header(facts, stage)}{shown}"
+        plan = optimized.plan_of(after) if after else None
+        if plan is not None:
+            facts["plan"] = plan.as_dict()
+            shown = f"{shown}\n# where each value lies\n{plan}"
     if as_json:
         print_json(facts)
     else:

@@ -84,27 +84,33 @@ class Pointwise(Kernel):
     rank     how many loops there are, the last one innermost
     inner    for each operand and then for y, how it moves along the last loop: `1` side by side, `0` not at all,
              `s` by a stride
+    over     the operand that lies where y does, and is written over; None: all operands lie elsewhere
 
     Passed: the operands, y; the loops' sizes; for each operand, then y, a stride a loop (those of the last loop too).
+    An operand that y is written over is y: kernels take it that no two pointers lead to one place, so it has none.
     """
 
     chain: Chain
     rank: int
     inner: str
+    over: int | None = None
 
     @property
     def title(self) -> str:
-        return self.chain.title
+        return self.chain.title if self.over is None else f"{self.chain.title}_over"
 
     def emit(self, k: Emitter) -> None:
-        dtypes = [*(DTYPES[name] for name in self.chain.inputs), self.chain.dtype]
-        pointers = [k.pointer(f"x{i}", d) for i, d in enumerate(dtypes[:-1])] + [k.pointer("y", dtypes[-1])]
+        read = [(i, DTYPES[name]) for i, name in enumerate(self.chain.inputs) if i != self.over]
+        pointers = [*(k.pointer(f"x{i}", d) for i, d in read), k.pointer("y", self.chain.dtype)]
         sizes = [k.size(f"n{i}") for i in range(self.rank)]
         strides = [[k.size(f"{p.name}_stride{i}") for i in range(self.rank)] for p in pointers]
-        for stride, how in zip(strides, self.inner, strict=True):
+        inner = [how for i, how in enumerate(self.inner) if i != self.over]
+        for stride, how in zip(strides, inner, strict=True):
             if how != "s" and stride:
                 stride[-1] = int(how)
         views = [k.view(p, sizes, s) for p, s in zip(pointers, strides, strict=True)]
+        if self.over is not None:
+            views.insert(self.over, views[-1])
         if self.rank == 0:
             with k.parallel(1):
                 self._point(k, views, [])

@@ -26,7 +26,7 @@ from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashA
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
 from treadle.backends.tvm.kernels.attention.scratch import GROUP, Scratch
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.lowering.program import STATUS_WORDS, Buffer, BufferKind, View
+from treadle.backends.tvm.lowering.program import STATUS_WORDS
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.attention.attention_terms import (
     AXES,
@@ -47,6 +47,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.cached_attention import CachedAttention
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import Type, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
@@ -88,7 +89,7 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     for term, given in op.with_operands(operands[len(op.first) :]):
         term.accept(terms, *given)
     low, high = reach_of(op.terms)
-    to = w.destination(node.result)
+    to = w.view(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
     most, at_once = _queries_a_task(shared.constant), 0
     spec = (d, e, op.scale_for(d), op.softcap, len(terms.lengths))
@@ -197,7 +198,7 @@ class _KernelTerms(TermVisitor[View, None]):
         """The bias of each head for so many distances, from 1 - first on, made by a step of its own."""
         w, buckets = self.w, Size.of(len(term.bucket_by_offset))
         literal = Literal.of(term.bucket_by_offset, i64)
-        bucket = View.contiguous(Buffer("t5_buckets", i64, buckets, BufferKind.CONSTANT, literal=literal), (buckets,))
+        bucket = View.contiguous(Storage("t5_buckets", i64, buckets, StorageKind.CONSTANT, literal=literal), (buckets,))
         made = w.scratch(f32, (self.heads, count), "t5_bias")
         numbers: list[Size | int] = [self.heads, count, first, term.max_distance, *table.strides]
         w.step(RelativeBias(), [table, bucket, made], numbers, None)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from treadle.backends.tvm.kernels.appending import Append
-from treadle.backends.tvm.lowering.program import STATUS_WORDS, View
+from treadle.backends.tvm.lowering.program import STATUS_WORDS
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node
 from treadle.ir.ops.axis_names import place
 from treadle.ir.sizing.sizes import ONE
+from treadle.ir.storage.views import View
 
 
 def _append(w: RoutineWriter, node: Node) -> None:

@@ -6,16 +6,18 @@ Whatever the ranks, kernels see three dimensions: the axes before the indexed on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from treadle.backends.tvm.kernels.arithmetic.conversions import working
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.kernels.shaping import Iota
-from treadle.backends.tvm.lowering.program import STATUS_WORDS, View
+from treadle.backends.tvm.lowering.program import STATUS_WORDS
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.axis_names import place
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.storage.views import View
 from treadle.ir.types import DType
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, sha
     def emit(to: View) -> None:
         into = to if held is dtype else w.scratch(held, to.shape, "sums")
         before = w.view(target)
-        whole = View.contiguous(into.buffer, target.type.shape) if into is not to else None
+        whole = View.contiguous(into.storage, target.type.shape) if into is not to else None
         if whole is not None:
             w.pointwise(cast(dtype, held), [before], whole, node)
         else:
@@ -119,15 +121,20 @@ def cast(from_: DType, to: DType) -> Chain:
 
 
 def _iota(w: RoutineWriter, node: Node) -> None:
-    to = w.destination(node.result)
+    to = w.view(node.result)
     w.step(Iota(to.dtype.name), [to], [to.shape[0], to.strides[0]], node)
 
 
 def _positions(w: RoutineWriter, node: Node) -> None:
-    shape = node.result.type.shape
-    counted = w.scratch(node.result.type.dtype, shape[-1:], "positions")
-    w.step(Iota(counted.dtype.name), [counted], [shape[-1], ONE], node)
-    w.set(node.result, counted.broadcast(shape))
+    """One row, which is repeated: written once where the plan repeats it."""
+    to = w.view(node.result)
+    outer = tuple(range(to.rank - 1))
+    repeats = all(to.strides[axis] == ZERO for axis in outer)
+    row = replace(to, shape=to.shape[-1:], strides=to.strides[-1:])
+    counted = row if repeats else w.scratch(to.dtype, to.shape[-1:], "positions")
+    w.step(Iota(to.dtype.name), [counted], [*counted.shape, *counted.strides], node)
+    if not repeats:
+        w.copy(counted.broadcast(to.shape), to, node)
 
 
 # -- three dimensions ----------------------------------------------------------------------------------------
@@ -157,7 +164,7 @@ def _write(
     w: RoutineWriter, value: Value, axis: int, count: int, emit: Callable[[View], None], rows: bool = False
 ) -> None:
     """Have a result written through a view of three dimensions, and copied where its place has no such view."""
-    to = w.destination(value)
+    to = w.view(value)
     direct = thirds(to, axis, count)
     if direct is not None and not (rows and not _side_by_side(direct)):
         emit(direct)
@@ -180,7 +187,7 @@ def _flat(w: RoutineWriter, view: View) -> View:
 
 def _shared(picked: View) -> View:
     """Indices i as those of every p and d."""
-    return View(picked.buffer, (ONE, picked.shape[0], ONE), (ZERO, picked.strides[0], ZERO), picked.offset)
+    return View(picked.storage, (ONE, picked.shape[0], ONE), (ZERO, picked.strides[0], ZERO), picked.offset)
 
 
 def _side_by_side(view: View) -> bool:

@@ -7,16 +7,9 @@ from collections.abc import Sequence
 from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.lowering.program import (
-    Buffer,
-    BufferKind,
-    KernelProgram,
-    KernelStep,
-    Routine,
-    RoutineStep,
-    kernels_of,
-)
+from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep, Routine, RoutineStep, kernels_of
 from treadle.files.shown_names import on_one_line
+from treadle.ir.storage.views import Storage, StorageKind
 
 _COLUMN = 72  # comments line up, but no further right than this
 
@@ -49,7 +42,7 @@ def unique_titles(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
 def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     lines = [(f"def {routine.name}({', '.join(b.name for b in routine.arguments)}):", "")]
     read = {
-        v.buffer
+        v.storage
         for s in routine.steps
         for v in (s.arguments if isinstance(s, RoutineStep) else s.pointers[: -s.writes])
     }
@@ -60,15 +53,15 @@ def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     return "\n".join(f"{code:<{width}}  # {note}" if note else code for code, note in lines)
 
 
-def _step(step: KernelStep | RoutineStep, titles: dict[Kernel, str], read: set[Buffer]) -> tuple[str, str]:
+def _step(step: KernelStep | RoutineStep, titles: dict[Kernel, str], read: set[Storage]) -> tuple[str, str]:
     """A line and its comment; what a kernel writes for itself alone is not named."""
     if isinstance(step, RoutineStep):
-        made = ", ".join(v.buffer.name for v in step.results)
-        given = ", ".join(v.buffer.name for v in step.arguments)
+        made = ", ".join(v.storage.name for v in step.results)
+        given = ", ".join(v.storage.name for v in step.arguments)
         return f"    {made} = {step.routine.name}({given})", step.node.scope
     reads, writes = step.pointers[: -step.writes], step.pointers[-step.writes :]
-    made = ", ".join(str(v) for v in writes if v.buffer in read or v.buffer.kind is BufferKind.RESULT)
+    made = ", ".join(str(v) for v in writes if v.storage in read or v.storage.kind is StorageKind.RESULT)
     where = step.node.scope if step.node is not None else ""
     source = str(step.node.source) if step.node is not None and step.node.source is not None else ""
-    code = f"    {made} = {titles[step.kernel]}({', '.join(v.buffer.name for v in reads)})"
+    code = f"    {made} = {titles[step.kernel]}({', '.join(v.storage.name for v in reads)})"
     return code, "  ".join(t for t in (source, where, step.note) if t)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
 from treadle.backends.tvm.kernels.pointwise import Chain
-from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import RoutineWriter
 from treadle.ir.graph import Node
 from treadle.ir.layouts import panels as panels_of
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
+from treadle.ir.storage.views import View
 from treadle.ir.types import f32
 
 Letters = tuple[str, ...]
@@ -252,7 +252,7 @@ class MatrixProduct:
         one = layout.elements((n, k))
         own = [count if stride != ZERO else ONE for count, stride in zip(counts, strides, strict=True)]
         view = self.y.view
-        made = self.w.scratch(f32, (one * own[0] * own[1],), f"{view.buffer.name}_panels")
+        made = self.w.scratch(f32, (one * own[0] * own[1],), f"{view.storage.name}_panels")
         sizes = [n, k, self.y.stride(self.column), k_stride, *own, *strides]
         near = self.column is not None and self.y.stride(self.column) == ONE
         self.w.step(Pack(width, near), [view, made], sizes, self.node)

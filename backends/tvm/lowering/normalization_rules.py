@@ -11,7 +11,6 @@ from math import gcd
 from treadle.backends.tvm.kernels.normalization import Normalize
 from treadle.backends.tvm.kernels.rotary import Rotary
 from treadle.backends.tvm.kernels.softmax import Softmax
-from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.reduction_rules import fitted, rows, side_by_side
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
@@ -20,6 +19,7 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.normalization import LayerNorm, LogSoftmax, MaskedSoftmax, RMSNorm
 from treadle.ir.ops.normalization import Softmax as SoftmaxOp
 from treadle.ir.ops.rotary import Rotary as RotaryOp
+from treadle.ir.storage.views import View
 from treadle.ir.types import Type, bf16, f16, f32
 
 _DTYPES = (f32, f16, bf16)
@@ -27,7 +27,7 @@ _DTYPES = (f32, f16, bf16)
 
 def _softmax(w: RoutineWriter, node: Node) -> None:
     (value,) = node.inputs
-    (x, y), finish = fitted(w, node, w.view(value), [w.destination(node.result)], rows)
+    (x, y), finish = fitted(w, node, w.view(value), [w.view(node.result)], rows)
     kernel = Softmax(isinstance(node.op, LogSoftmax), x.dtype.name, isinstance(node.op, MaskedSoftmax))
     w.step(kernel, [x, y], [*x.shape, *x.strides[:2], *y.strides[:2]], node)
     finish()
@@ -38,7 +38,7 @@ def _normalize(w: RoutineWriter, node: Node) -> None:
     assert isinstance(op, (LayerNorm, RMSNorm))
     assert value is not None
     read = [_vector(w, v) for v in extra if v is not None]
-    (x, y), finish = fitted(w, node, w.view(value), [w.destination(node.result)], rows)
+    (x, y), finish = fitted(w, node, w.view(value), [w.view(node.result)], rows)
     there = [v is not None for v in extra] + [False]
     kernel = Normalize(isinstance(op, LayerNorm), there[0], there[1], op.eps, x.dtype.name)
     w.step(kernel, [x, *read, y], [*x.shape, *x.strides[:2], *y.strides[:2]], node)
@@ -54,7 +54,7 @@ def _rotary(w: RoutineWriter, node: Node) -> None:
         return views if all(side_by_side(v, 3) for v in views) else None
 
     places, turns = w.view(positions), _vector(w, frequencies)
-    (x, y), finish = fitted(w, node, w.view(value), [w.destination(node.result)], form)
+    (x, y), finish = fitted(w, node, w.view(value), [w.view(node.result)], form)
     count = frequencies.type.shape[0]
     lanes = gcd(count.constant or w.isa.lanes(), w.isa.lanes())  # of no frequencies the loop does nothing
     kernel = Rotary(op.layout == "interleaved", lanes, x.dtype.name, places.dtype.name)

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from treadle.backends.tvm.kernels.contraction import Contraction
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
-from treadle.backends.tvm.lowering.grouping import chain_of, inputs_of
+from treadle.backends.tvm.lowering.chains import chain_of, inputs_of
 from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct
-from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import panels
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.storage.views import View
 from treadle.ir.types import DType, f32
 
 # -- rules ---------------------------------------------------------------------------------------------------
@@ -32,22 +32,20 @@ from treadle.ir.types import DType, f32
 
 def _product(w: RoutineWriter, node: Node) -> None:
     """The rule of a product, and of the group of elementwise ops that finishes one."""
-    part = w.groups.get(node)
-    made = part.product if part is not None else node
-    assert made is not None
+    made = w.groups[node].product or node
     equation = Equation.of(made)
     dtype = made.result.type.dtype
     bias = made.operands[2] if made.op.name == "linear" else None
     factors = [v for v in made.operands[:2] if v is not None] if made.op.name == "linear" else made.inputs
     if dtype is f32:
         finish = _finish(w, node, made, equation)
-        to = w.destination(node.result)
+        to = w.view(node.result)
         if bias is not None:
             biased = LetteredView.of(w.view(bias), equation.result[-1:])
             finish = Finish(_with_bias(finish.chain), (biased, *finish.extras))
         _sum(w, node, equation, factors, equation.of_result(to), finish)
         return
-    to = w.destination(node.result)
+    to = w.view(node.result)
     exact = dtype.is_int or dtype.name == "f64"
     if exact and bias is None:
         _contract(w, node, equation, [w.view(v) for v in factors], equation.of_result(to))
@@ -78,8 +76,8 @@ def _narrowing(held: DType, dtype: DType, bias: Value | None) -> Chain:
 
 
 def _finish(w: RoutineWriter, node: Node, made: Node, equation: Equation) -> Finish:
-    part = w.groups.get(node)
-    if part is None:
+    part = w.groups[node]
+    if part.product is None:
         return Finish()
     others = [v for v in inputs_of(part) if v is not made.result]
     shape = made.result.type.shape
@@ -211,7 +209,7 @@ def _widened(w: RoutineWriter, view: View) -> View:
     """A view in float32."""
     if view.dtype is f32:
         return view
-    made = w.scratch(f32, view.shape, f"{view.buffer.name}_wide")
+    made = w.scratch(f32, view.shape, f"{view.storage.name}_wide")
     w.pointwise(Chain((view.dtype.name,), (Instruction("cast", (0,), "f32"),)), [view], made, None)
     return made
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from treadle.backends.tvm.kernels.reduction import Reduce, RunningSum, SizeValue
 from treadle.backends.tvm.kernels.selection import ArgMax, TopK
-from treadle.backends.tvm.lowering.program import View
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node
 from treadle.ir.ops.along_axes import places
@@ -20,6 +19,7 @@ from treadle.ir.ops.reductions import ArgMax as ArgMaxOp
 from treadle.ir.ops.reductions import CumSum, ReduceMax, ReduceMean, ReduceMin, ReduceSum, SizeOf
 from treadle.ir.ops.reductions import TopK as TopKOp
 from treadle.ir.sizing.sizes import ONE, ZERO
+from treadle.ir.storage.views import View
 
 # -- dimensions as loops -------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ def _reduce(w: RoutineWriter, node: Node) -> None:
     assert isinstance(op, (ReduceSum, ReduceMax, ReduceMin, ReduceMean))
     reduced = places(op.axes, value.type.rank)
     kept = [a for a in range(value.type.rank) if a not in reduced]
-    x, y = w.view(value).permuted([*kept, *reduced]), w.destination(node.result)
+    x, y = w.view(value).permuted([*kept, *reduced]), w.view(node.result)
     if op.keep:
         y = _picked(y, kept)
     if not reduced:
@@ -138,7 +138,7 @@ def _cumsum(w: RoutineWriter, node: Node) -> None:
         outer = looped([x, *results], 0, axis, 1)
         return outer and looped(outer, 2, value.type.rank - axis - 1, 1)
 
-    (x, y), finish = fitted(w, node, w.view(value), [w.destination(node.result)], form)
+    (x, y), finish = fitted(w, node, w.view(value), [w.view(node.result)], form)
     vector = x.shape[2] != ONE and side_by_side(x, 2) and side_by_side(y, 2)
     kernel = RunningSum(x.dtype.name, op.exclusive, op.reverse, vector)
     w.step(kernel, [x, y], [*x.shape, *x.strides, *y.strides], node)
@@ -150,7 +150,7 @@ def _argmax(w: RoutineWriter, node: Node) -> None:
     assert isinstance(op, ArgMaxOp)
     axis = place(op.axis, value.type.rank)
     others = [a for a in range(value.type.rank) if a != axis]
-    y = w.destination(node.result)
+    y = w.view(node.result)
     if op.keep:
         y = _picked(y, others)
 
@@ -167,7 +167,7 @@ def _top_k(w: RoutineWriter, node: Node) -> None:
     assert isinstance(op, TopKOp)
     axis = place(op.axis, value.type.rank)
     order = [*(a for a in range(value.type.rank) if a != axis), axis]
-    results = [w.destination(r).permuted(order) for r in node.results]
+    results = [w.view(r).permuted(order) for r in node.results]
 
     def form(x: View, results: Sequence[View]) -> list[View] | None:
         return looped([x, *results], 0, len(order) - 1, 2)
@@ -182,7 +182,7 @@ def _top_k(w: RoutineWriter, node: Node) -> None:
 def _size(w: RoutineWriter, node: Node) -> None:
     op = node.op
     assert isinstance(op, SizeOf)
-    w.step(SizeValue(op.dtype.name), [w.destination(node.result)], [op.value], node)
+    w.step(SizeValue(op.dtype.name), [w.view(node.result)], [op.value], node)
 
 
 RULES: Mapping[str, Rule] = {

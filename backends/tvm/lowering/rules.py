@@ -14,7 +14,7 @@ from treadle.backends.tvm.lowering import (
     reduction_rules,
     shape_rules,
 )
-from treadle.backends.tvm.lowering.grouping import chain_of, inputs_of
+from treadle.backends.tvm.lowering.chains import chain_of, inputs_of
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node
 from treadle.ir.operation import Composite, Op
@@ -33,8 +33,9 @@ _MODULES = (
 
 def _pointwise(w: RoutineWriter, node: Node) -> None:
     part = w.groups[node]
-    inputs = inputs_of(part)
-    w.pointwise(chain_of(part, inputs), [w.view(v) for v in inputs], w.destination(node.result), node)
+    inputs, over = inputs_of(part), w.over(node)
+    place = None if over is None else inputs.index(over)
+    w.pointwise(chain_of(part, inputs), [w.view(v) for v in inputs], w.view(node.result), node, place)
 
 
 RULES: Mapping[str, Rule] = {

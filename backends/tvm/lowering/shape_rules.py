@@ -1,7 +1,7 @@
-"""Lowering rules of shapes: views where strides can say it, else copies.
+"""Lowering rules of shapes: copies, where the storage plan has no view.
 
-rearrange, expand, slice and windows never copy unless the routine's result is theirs; reshape where dimensions that it
-joins lie apart; concat and pad copy each part into a view of the result.
+rearrange, expand, slice, reshape and windows are views for the most part, and then write nothing; concat and pad copy
+what does not lie in the result already.
 """
 
 from __future__ import annotations
@@ -14,96 +14,63 @@ import numpy as np
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.kernels.shaping import FoldWindows
 from treadle.backends.tvm.lowering.indexing_rules import thirds
-from treadle.backends.tvm.lowering.program import View, row_major
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
-from treadle.ir.axis_splitting import common_runs
 from treadle.ir.graph import Node
 from treadle.ir.ops.axis_names import place
-from treadle.ir.ops.parts import Pad, Slice
-from treadle.ir.ops.shapes import Reshape
-from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.ops.parts import Pad
+from treadle.ir.sizing.sizes import ZERO, Size
+from treadle.ir.storage.rearranged_views import Rearranged
+from treadle.ir.storage.views import View
 from treadle.ir.types import DType, boolean
 
-# -- views ---------------------------------------------------------------------------------------------------
+# -- views that are written --------------------------------------------------------------------------------------
+
+
+def _move(w: RoutineWriter, node: Node) -> None:
+    """Copy what a view shows: it is handed out, or no strides say it."""
+    (x,) = node.inputs
+    source, to = w.view(x), w.view(node.result)
+    shown = node.op.viewed(source, [x.type])
+    there = node.op.part_of(to, [x.type], 0) if shown is None else None
+    if there is not None:
+        w.copy(source, there, node)
+        return
+    if shown is None:
+        shown = node.op.viewed(w.copied(source), [x.type])
+    assert shown is not None
+    w.copy(shown, to, node)
 
 
 def _rearrange(w: RoutineWriter, node: Node) -> None:
-    w.rearranged(node)
-
-
-def _expand(w: RoutineWriter, node: Node) -> None:
-    w.set(node.result, w.view(node.inputs[0]).broadcast(node.result.type.shape))
-
-
-def _slice(w: RoutineWriter, node: Node) -> None:
-    (x,), op = node.inputs, node.op
-    assert isinstance(op, Slice)
-    axis = place(op.axis, x.type.rank)
-    start, _ = op.span(x.type.shape[axis])
-    w.set(node.result, w.view(x).sliced(axis, start, node.result.type.shape[axis], Size.of(op.stride)))
-
-
-def _reshape(w: RoutineWriter, node: Node) -> None:
-    (x,), op = node.inputs, node.op
-    assert isinstance(op, Reshape)
-    source, shape = w.view(x), node.result.type.shape
-    found = reshaped(source, shape)
-    if found is None:
-        found = replace(w.copied(source), shape=shape, strides=row_major(shape))
-    w.set(node.result, found)
-
-
-def reshaped(view: View, shape: tuple[Size, ...]) -> View | None:
-    """The elements in row-major order under another shape, or None where no strides say it.
-
-    Runs of dimensions with the same product on both sides are merged, then split.
-    """
-    if view.is_contiguous:
-        return replace(view, shape=shape, strides=row_major(shape))
-    runs = common_runs(view.shape, shape)
-    if runs is None:
-        return None
-    strides: list[Size] = [ONE] * len(shape)
-    for olds, news in runs:
-        taken = replace(view, shape=tuple(view.shape[a] for a in olds), strides=tuple(view.strides[a] for a in olds))
-        merged = taken.merged(0, len(olds))
-        if merged is None:
-            return None
-        for axis, step in zip(news, row_major([shape[a] for a in news]), strict=True):
-            strides[axis] = merged.strides[0] * step
-    return replace(view, shape=shape, strides=tuple(strides))
-
-
-def _windows(w: RoutineWriter, node: Node) -> None:
-    (x,), given = node.inputs, node.op.attributes
-    source, axis = w.view(x), place(given["axis"], x.type.rank)
-    stride, shape = source.strides[axis], node.result.type.shape
-    moved = source.sliced(axis, ZERO, shape[axis], Size.of(given["stride"]))
-    w.set(node.result, replace(moved, shape=shape, strides=(*moved.strides, stride * given["dilation"])))
+    (x,) = node.inputs
+    moved = Rearranged.of(node.op, x.type)
+    w.copy(moved.factored(w.view(x)), moved.split(w.view(node.result), moved.result), node)
 
 
 # -- copies --------------------------------------------------------------------------------------------------
 
 
 def _concat(w: RoutineWriter, node: Node) -> None:
-    to = w.destination(node.result)
+    to = w.view(node.result)
     axis = place(node.op.attributes["axis"], to.rank)
     start = ZERO
     for part in node.inputs:
         size = part.type.shape[axis]
-        w.copy(w.view(part), to.sliced(axis, start, size), node)
+        if not w.is_part(part, node):
+            w.copy(w.view(part), to.sliced(axis, start, size), node)
         start = start + size
 
 
 def _pad(w: RoutineWriter, node: Node) -> None:
     (x,), op = node.inputs, node.op
     assert isinstance(op, Pad)
-    to, axis = w.destination(node.result), place(op.axis, x.type.rank)
+    to, axis = w.view(node.result), place(op.axis, x.type.rank)
     size = x.type.shape[axis]
     for start, count in ((ZERO, op.before), (op.before + size, op.after)):
         if count != ZERO:
             fill(w, to.sliced(axis, start, count), op.value, node)
-    w.copy(w.view(x), to.sliced(axis, op.before, size), node)
+    if not w.is_part(x, node):
+        w.copy(w.view(x), to.sliced(axis, op.before, size), node)
 
 
 def fill(w: RoutineWriter, to: View, value: float, node: Node) -> None:
@@ -124,7 +91,7 @@ def _held(value: float, dtype: DType) -> float | int | bool:
 
 def _fold_windows(w: RoutineWriter, node: Node) -> None:
     (x,), given = node.inputs, node.op.attributes
-    to = w.destination(node.result)
+    to = w.view(node.result)
     axis = place(given["axis"], to.rank)
 
     def split(view: View) -> View | None:
@@ -145,20 +112,20 @@ def _fold_windows(w: RoutineWriter, node: Node) -> None:
     strides = [*outer.strides, source.strides[-1], *made.strides]
     w.step(FoldWindows(to.dtype.name), [outer, made], [*sizes, *steps, *strides], node)
     if direct is None:
-        w.copy(View.contiguous(made.buffer, to.shape), to, node)
+        w.copy(View.contiguous(made.storage, to.shape), to, node)
 
 
 def _relayout(w: RoutineWriter, node: Node) -> None:
     (x,) = node.inputs
-    w.views[node.result] = w.packed(w.view(x), node.op.attributes["to"])
+    w.pack(w.view(x), w.view(node.result))
 
 
 RULES: Mapping[str, Rule] = {
     "rearrange": _rearrange,
-    "expand": _expand,
-    "slice": _slice,
-    "reshape": _reshape,
-    "windows": _windows,
+    "expand": _move,
+    "slice": _move,
+    "reshape": _move,
+    "windows": _move,
     "concat": _concat,
     "pad": _pad,
     "fold_windows": _fold_windows,

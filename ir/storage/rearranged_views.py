@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from treadle.backends.tvm.lowering.program import (
-    View,
-)
-from treadle.ir.graph import Node
+from treadle.ir.operation import Op
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.storage.views import View
 from treadle.ir.types import Type
 
 
@@ -27,8 +25,8 @@ class Rearranged:
     sizes: Mapping[str, Size]
 
     @staticmethod
-    def of(node: Node, type: Type) -> Rearranged:
-        application = node.op.apply([type])
+    def of(op: Op, type: Type) -> Rearranged:
+        application = op.apply([type])
         operand = application.operands[0]
         assert operand is not None
         sizes = {name: dim.size for name, dim in application.dims.items()}
@@ -50,15 +48,8 @@ class Rearranged:
         """A view of these dimensions with one a factor; it may be one whose elements lie apart."""
         axis = 0
         for factors in dimensions:
-            if factors:
-                view = view.split(axis, [self.sizes[f] for f in factors])
-                axis += len(factors)
-            else:
-                view = replace(
-                    view,
-                    shape=(*view.shape[:axis], *view.shape[axis + 1 :]),
-                    strides=(*view.strides[:axis], *view.strides[axis + 1 :]),
-                )
+            view = view.split(axis, [self.sizes[f] for f in factors])
+            axis += len(factors)
         return view
 
     def view(self, view: View) -> View | None:
@@ -67,5 +58,12 @@ class Rearranged:
             return None
         found: View | None = self.factored(view)
         for axis, factors in enumerate(self.result):
+            found = found.merged(axis, len(factors)) if found is not None else None
+        return found
+
+    def before_it(self, view: View) -> View | None:
+        """Where the operand must lie so that the result lies in this view, or None."""
+        found: View | None = self.split(view, self.result).permuted([self.after.index(f) for f in self.before])
+        for axis, factors in enumerate(self.operand):
             found = found.merged(axis, len(factors)) if found is not None else None
         return found

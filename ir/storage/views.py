@@ -1,0 +1,177 @@
+"""Views: where the elements of a value lie in a storage, by strides.
+
+    Storage   memory that holds elements of one dtype, as many as a size expression says
+    View      a storage under a shape: an offset, and a size and a stride for each dimension, in elements
+
+Sizes, strides and offsets are expressions of the graph's symbols. Reshaping is done in views where strides can say it:
+see `View.split`, `View.merged` and `View.reshaped`. Ops say by `Op.viewed` and `Op.part_of` what they are in views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import pairwise
+
+from treadle.ir.axis_splitting import common_runs
+from treadle.ir.layouts import Layout
+from treadle.ir.literals import Literal
+from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
+from treadle.ir.types import DType
+
+
+class StorageKind(Enum):
+    """Whose memory a storage is.
+
+    The caller's are arguments, results and states, which outlive the call and are written in place. The program's are
+    constants, the function's own locals. A status is words in which kernels tell what went wrong.
+    """
+
+    ARGUMENT = "argument"
+    RESULT = "result"
+    STATE = "state"
+    CONSTANT = "constant"
+    LOCAL = "local"
+    STATUS = "status"
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Memory; elements as a size expression. Compared by identity.
+
+    layout   of a matrix that does not lie row-major
+    literal  what a constant holds
+    """
+
+    name: str
+    dtype: DType
+    elements: Size
+    kind: StorageKind
+    layout: Layout | None = None
+    literal: Literal | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.kind.value} {self.name}: {self.dtype}[{self.elements}]>"
+
+
+@dataclass(frozen=True)
+class View:
+    """A storage under a shape. Element i, j, ... lies at offset + i * strides[0] + j * strides[1] + ...
+
+    A view of a storage in panels has the matrix's shape and no strides that mean anything: `panels` tells.
+    """
+
+    storage: Storage
+    shape: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    offset: Size = ZERO
+
+    @staticmethod
+    def contiguous(storage: Storage, shape: Sequence[Size]) -> View:
+        """The whole storage in row-major order."""
+        return View(storage, tuple(shape), row_major(shape))
+
+    @property
+    def dtype(self) -> DType:
+        return self.storage.dtype
+
+    @property
+    def panels(self) -> Layout | None:
+        return self.storage.layout
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order without gaps, at whatever offset."""
+        expected = row_major(self.shape)
+        pairs = zip(self.shape, self.strides, expected, strict=True)
+        return self.panels is None and all(n == ONE or s == e for n, s, e in pairs)
+
+    def lies_as(self, other: View) -> bool:
+        """Whether every element lies where the other view has it; strides along dimensions of 1 mean nothing."""
+        alike = (self.storage, self.shape, self.offset) == (other.storage, other.shape, other.offset)
+        strides = zip(self.shape, self.strides, other.strides, strict=False)
+        return alike and all(n == ONE or s == o for n, s, o in strides)
+
+    def permuted(self, order: Sequence[int]) -> View:
+        """Dimensions in another order."""
+        return replace(self, shape=tuple(self.shape[i] for i in order), strides=tuple(self.strides[i] for i in order))
+
+    def split(self, axis: int, sizes: Sequence[Size]) -> View:
+        """One dimension as several, outermost first; as none where there are none, if it has size 1."""
+        strides = [self.strides[axis] * s for s in row_major(sizes)]
+        return replace(
+            self,
+            shape=(*self.shape[:axis], *sizes, *self.shape[axis + 1 :]),
+            strides=(*self.strides[:axis], *strides, *self.strides[axis + 1 :]),
+        )
+
+    def sliced(self, axis: int, start: Size, size: Size, step: Size = ONE) -> View:
+        """`size` of the elements along one dimension: from `start` on, `step` apart."""
+        return replace(
+            self,
+            shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]),
+            strides=(*self.strides[:axis], self.strides[axis] * step, *self.strides[axis + 1 :]),
+            offset=self.offset + self.strides[axis] * start,
+        )
+
+    def merged(self, axis: int, count: int) -> View | None:
+        """`count` dimensions from `axis` on as one; None where no stride says it. With 0 a dimension of 1 is added."""
+        shape, strides = self.shape[axis : axis + count], self.strides[axis : axis + count]
+        kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != ONE]
+        for (_, outer), (size, inner) in pairwise(kept):
+            if outer != size * inner:
+                return None
+        stride = kept[-1][1] if kept else ONE
+        return replace(
+            self,
+            shape=(*self.shape[:axis], product(shape), *self.shape[axis + count :]),
+            strides=(*self.strides[:axis], stride, *self.strides[axis + count :]),
+        )
+
+    def broadcast(self, shape: Sequence[Size]) -> View:
+        """Repeated to a shape, as NumPy broadcasts: leading dimensions and those of size 1 get stride 0."""
+        new = len(shape) - self.rank
+        old = zip(shape[new:], self.shape, self.strides, strict=True)
+        return replace(self, shape=tuple(shape), strides=(*[ZERO] * new, *[s if n == m else ZERO for n, m, s in old]))
+
+    def reshaped(self, shape: Sequence[Size]) -> View | None:
+        """The elements in row-major order under another shape, or None where no strides say it.
+
+        Runs of dimensions with the same product on both sides are merged, then split.
+        """
+        shape = tuple(shape)
+        if self.is_contiguous:
+            return replace(self, shape=shape, strides=row_major(shape))
+        runs = common_runs(self.shape, shape)
+        if self.panels is not None or runs is None:
+            return None
+        strides: list[Size] = [ONE] * len(shape)
+        for olds, news in runs:
+            taken = replace(
+                self, shape=tuple(self.shape[a] for a in olds), strides=tuple(self.strides[a] for a in olds)
+            )
+            merged = taken.merged(0, len(olds))
+            if merged is None:
+                return None
+            for axis, step in zip(news, row_major([shape[a] for a in news]), strict=True):
+                strides[axis] = merged.strides[0] * step
+        return replace(self, shape=shape, strides=tuple(strides))
+
+    def __str__(self) -> str:
+        inside = ", ".join(map(str, self.shape))
+        return f"{self.storage.name}[{inside}]"
+
+
+def row_major(shape: Sequence[Size]) -> tuple[Size, ...]:
+    """The strides of an array whose elements lie in row-major order without gaps."""
+    strides: list[Size] = []
+    stride = ONE
+    for size in reversed(shape):
+        strides.append(stride)
+        stride = stride * size
+    return tuple(reversed(strides))

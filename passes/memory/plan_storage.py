@@ -1,0 +1,348 @@
+"""Where every value lies, from when to when: one plan, which backends spell. `storage_plan.py` says what it holds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.sizing.sizes import ONE, product
+from treadle.ir.storage.views import Storage, StorageKind, View
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
+
+Grouping = Callable[[Function], Sequence[Step]]
+"""Which nodes of a function are computed together, in order; each node is in one step."""
+Over = Callable[[Step], Sequence[Value]]
+"""The operands that a step reads element by element, each for the result's element at its own place alone."""
+Parts = Callable[[Step, View], bool]
+"""Whether a step writes its result through a view with gaps, without a copy."""
+
+
+def each_alone(function: Function) -> Sequence[Step]:
+    """Every node is a step."""
+    return [Step((node,)) for node in function.nodes]
+
+
+def every_part(step: Step, view: View) -> bool:
+    """Every step writes through any view."""
+    return True
+
+
+def over_nothing(step: Step) -> Sequence[Value]:
+    """No step writes over what it reads."""
+    return ()
+
+
+@dataclass(frozen=True)
+class PlanStorage(Pass):
+    """y = op(x, ...)   -->   y lies in s, from step i to step j
+
+    s is, the first that there is:
+      that of a state, where y is the update of it: nobody reads what was before
+      that of x, where op is a view of it and strides can say so
+      the caller's, where y is an output
+      z's, where the one reader z of y would only move y to where it lies by then: a part of a concat, what is padded
+      that of an operand which dies at this step, where the backend writes over it
+      of its own, in the order in which the one reader wants it: "b s (h d) -> b h s d" is then a view
+
+    strided  kernels read and write by strides, as the plan says. Otherwise a library chooses strides, and allocates
+             what it gives: all that is no view has a storage of its own
+    grouped  which nodes the backend computes together, so that only the last of them needs a storage
+    parts    whether a step writes its result where it is a part of another
+    over     the operands over which a step may write its result, element by element
+
+    The order is that of the nodes, groups at the place of their last one. A storage lives from the first step that
+    writes it to the last that reads what lies in it, in views too. The graph stays as it is.
+    """
+
+    rewrites: ClassVar[bool] = False
+    strided: bool = False
+    grouped: Grouping = field(default=each_alone, repr=False)
+    parts: Parts = field(default=every_part, repr=False)
+    over: Over = field(default=over_nothing, repr=False)
+
+    @property
+    def options(self) -> str:
+        return "strided" if self.strided else ""
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        functions: dict[str, FunctionPlan] = {}
+        for function in graph.needed_by(*graph.later_entries):
+            steps = self.grouped(function)
+            planning: _Planning = _Allocated(function, steps, functions)
+            if self.strided:
+                planning = _Strided(function, steps, functions, self.parts, self.over)
+            functions[function.name] = planning.plan()
+        log.plan = StoragePlan(functions, self.strided)
+        log.notes.append(log.plan.note)
+        log.touched = set()
+        return 0
+
+
+class _Planning(ABC):
+    """One function; callees are planned already."""
+
+    def __init__(self, function: Function, steps: Sequence[Step], callees: Mapping[str, FunctionPlan]) -> None:
+        self.function, self.steps, self.callees = function, tuple(steps), callees
+        self.uses = function.uses()
+        self.at = {node: i for i, step in enumerate(self.steps) for node in step.nodes}
+        self.places: dict[Value, ValuePlace] = {}
+        self.results: dict[str, Storage] = {}
+        self.copied: tuple[str, ...] = ()
+        self.names: dict[Value, str] = {}
+        self.last_reads: dict[Storage, int] = {}
+        self._counts: dict[str, int] = {}
+        self._taken: set[str] = set()
+        for value in (*function.arguments, *(v for step in self.steps for node in step.nodes for v in node.results)):
+            self.names[value] = self._new_name(value.name)
+
+    def plan(self) -> FunctionPlan:
+        for value in self.function.arguments:
+            self._given(value)
+        self._add_results()
+        for at, step in enumerate(self.steps):
+            for value in step.inputs:
+                if value.literal is not None and value not in self.places:
+                    self._constant(value)
+            for node in step.nodes[:-1]:
+                for value in node.results:
+                    self.places[value] = ValuePlace(None, None, How.INSIDE, step.root.results[0], at, at, False)
+            for value in step.root.results:
+                if value.state is None:
+                    self._place(value, step.root)
+                else:
+                    self._update(value)
+        for value in self.function.outputs.values():
+            if value.literal is not None and value not in self.places:
+                self._constant(value)
+        lives = tuple(self._lives())
+        return FunctionPlan(self.function, self.steps, self.places, self.names, lives, self.results, self.copied)
+
+    def _add_results(self) -> None:  # noqa: B027 - a library needs none
+        """What the caller has ready for outputs."""
+
+    @abstractmethod
+    def _place(self, value: Value, node: Node) -> None:
+        """Decide where a result lies."""
+
+    # -- making places ---------------------------------------------------------------------------------------
+
+    def _put(self, value: Value, lies: View | Storage, how: How, of: Value | str = "", written: bool = False) -> None:
+        storage, view = (lies.storage, lies) if isinstance(lies, View) else (lies, None)
+        first = BEFORE if value.node is None else self.at[value.node]
+        last = self._last_read(value, first)
+        self.places[value] = ValuePlace(storage, view, how, of, first, last, written)
+        self.last_reads[storage] = max(last, self.last_reads.get(storage, last))
+
+    def _last_read(self, value: Value, first: int) -> int:
+        if any(value is result for result in self.function.results):
+            return len(self.steps)
+        return max((self.at[node] for node, _ in self.uses.get(value, ())), default=first)
+
+    def _given(self, value: Value) -> None:
+        if value.kind == "state":
+            self._put(value, self._whole(value, StorageKind.STATE), How.STATE)
+        else:
+            self._put(value, self._whole(value, StorageKind.ARGUMENT), How.GIVEN)
+
+    def _update(self, value: Value) -> None:
+        """A version of a state lies where the one before it does: nobody reads that any longer."""
+        before = value.before
+        assert before is not None
+        lies = self.places[before].view or self.places[before].storage
+        assert lies is not None
+        self._put(value, lies, How.UPDATE, before, written=True)
+
+    def _constant(self, value: Value) -> None:
+        self.names[value] = self._new_name("constant")
+        self._put(value, self._whole(value, StorageKind.CONSTANT), How.CONSTANT)
+
+    def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View | Storage:
+        """A new storage that a value fills."""
+        shape, layout = value.type.shape, value.layout
+        elements = product(shape) if layout is None else layout.elements(shape)
+        return Storage(name or self.names[value], value.type.dtype, elements, kind, layout, value.literal)
+
+    def _new_name(self, hint: str) -> str:
+        count = self._counts.get(hint, 0)
+        name = f"{hint}_{count}" if count else hint
+        while name in self._taken:
+            count += 1
+            name = f"{hint}_{count}"
+        self._counts[hint] = count + 1
+        self._taken.add(name)
+        return name
+
+    # -- lives -----------------------------------------------------------------------------------------------
+
+    def _lives(self) -> list[Life]:
+        end = len(self.steps)
+        found: dict[Storage, tuple[int, int]] = {}
+        for place in self.places.values():
+            if place.storage is not None:
+                first, last = found.get(place.storage, (place.first, place.last))
+                found[place.storage] = min(first, place.first), max(last, place.last)
+        for storage in self.results.values():
+            found[storage] = found.get(storage, (end, end))[0], end
+        outlive = (StorageKind.ARGUMENT, StorageKind.CONSTANT, StorageKind.STATE)
+        return [
+            Life(s, BEFORE, end) if s.kind in outlive else Life(s, first, last) for s, (first, last) in found.items()
+        ]
+
+
+class _Allocated(_Planning):
+    """What a library allocates: whatever is no view has a storage of its own.
+
+    A view is one of memory, or a copy where the library cannot help it: its operand's storage is counted as alive.
+    """
+
+    def _place(self, value: Value, node: Node) -> None:
+        if node.op.callee is not None:
+            self._place_result(value, node)
+        elif node.op.is_view:
+            (x,) = node.inputs
+            self._view(value, x)
+        else:
+            self._put(value, self._whole(value, StorageKind.LOCAL), How.OWN, written=True)
+
+    def _view(self, value: Value, of: Value) -> None:
+        storage = self.places[of].storage
+        assert storage is not None
+        self._put(value, storage, How.VIEW, of)
+
+    def _place_result(self, value: Value, node: Node) -> None:
+        """A callee may give what it was given, a view of it, or one storage twice."""
+        callee = self.callees[str(node.op.callee)]
+        gives = [callee.places[output].storage for output in callee.function.outputs.values()]
+        made = gives[value.index]
+        earlier = gives.index(made)
+        for argument, operand in zip(callee.function.arguments, node.inputs, strict=True):
+            if callee.places[argument].storage is made:
+                self._view(value, operand)
+                return
+        if earlier < value.index:
+            self._view(value, node.results[earlier])
+        elif made is not None and made.kind is StorageKind.CONSTANT:
+            self._put(value, made, How.CONSTANT)
+        else:
+            self._put(value, self._whole(value, StorageKind.LOCAL), How.OWN, written=True)
+
+
+class _Strided(_Planning):
+    """What kernels write where they are told to.
+
+    wanted  where a value must lie so that its reader need not move it, once that is decided
+    """
+
+    def __init__(
+        self, function: Function, steps: Sequence[Step], callees: Mapping[str, FunctionPlan], parts: Parts, over: Over
+    ) -> None:
+        super().__init__(function, steps, callees)
+        self.parts, self.over = parts, over
+        self.wanted: dict[Value, tuple[View, Value | str]] = {}
+
+    def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View:
+        storage = super()._whole(value, kind, name)
+        assert isinstance(storage, Storage)
+        return View.contiguous(storage, value.type.shape)
+
+    def _add_results(self) -> None:
+        copied = []
+        for name, value in self.function.outputs.items():
+            view = self._whole(value, StorageKind.RESULT, self._new_name(f"out_{name}"))
+            self.results[name] = view.storage
+            if value.node is None or value in self.wanted:
+                copied.append(name)
+            else:
+                self.wanted[value] = view, name
+        self.copied = tuple(copied)
+
+    def _place(self, value: Value, node: Node) -> None:
+        view = self._viewed(node)
+        wanted = self.wanted.get(value)
+        if view is not None and wanted is None:
+            self._put(value, view, How.VIEW, node.inputs[0])
+        elif view is not None and wanted is not None and view.lies_as(wanted[0]):
+            of = wanted[1]
+            self._put(value, view, *((How.VIEW, node.inputs[0]) if of is value else (How.INTO, of)))
+        else:
+            self._put(value, *self._destination(value, node), written=True)
+
+    def _viewed(self, node: Node) -> View | None:
+        """The result of a view as one of where its operand lies."""
+        if not node.op.is_view:
+            return None
+        (x,) = node.inputs
+        lies = self.places[x].view
+        return None if lies is None or lies.panels is not None else node.op.viewed(lies, [x.type])
+
+    def _destination(self, value: Value, node: Node) -> tuple[View, How, Value | str]:
+        """Where to write a result."""
+        alike = node.op.repeats([None if v is None else v.type for v in node.operands])
+        if alike and value not in self.wanted:
+            return self._repeated(value, alike), How.OWN, ""
+        step = self.steps[self.at[node]]
+        found = self._wanted(value, step)
+        if found is None:
+            dying = next((x for x in self.over(step) if self._dies_in(x, step, value)), None)
+            lies = None if dying is None else self.places[dying].view
+            if dying is not None and lies is not None:
+                return lies, How.OVER, dying
+            return self._whole(value, StorageKind.LOCAL), How.OWN, ""
+        view, of = found
+        return view, How.OWN if of is value else How.INTO, of
+
+    def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
+        """Whether a value may take the storage of x: it fills it, and all that lies there is read for the last time."""
+        place = self.places[x]
+        if place.storage is None or place.view is None or place.storage.kind is not StorageKind.LOCAL:
+            return False
+        fills = place.view.is_contiguous and place.storage.elements == value.type.elements
+        alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
+        return fills and alone and self.last_reads[place.storage] <= self.at[step.root]
+
+    def _wanted(self, value: Value, step: Step, read_by_view: bool = False) -> tuple[View, Value | str] | None:
+        """Where the caller or the one reader wants a value, and what it is a part of then: itself, if it is the owner.
+
+        read_by_view  a view of it is asked for: that is wanted somewhere only if something need not be moved then
+        """
+        if value in self.wanted:
+            return self.wanted[value]
+        readers = self.uses.get(value, ())
+        if len(readers) != 1 or len(readers[0][0].results) != 1 or value.layout is not None:
+            return None
+        ((reader, position),) = readers
+        if reader.op.is_view and read_by_view:
+            return None
+        moved, types = reader.result, [None if v is None else v.type for v in reader.operands]
+        fresh = Storage(self.names[moved], moved.type.dtype, moved.type.elements, StorageKind.LOCAL)
+        of: Value | str = moved
+        whole = View.contiguous(fresh, moved.type.shape)
+        part = reader.op.part_of(whole, types, position)
+        if part is None:
+            return None
+        held = self._wanted(moved, self.steps[self.at[reader]], reader.op.is_view)
+        inside = None if held is None else reader.op.part_of(held[0], types, position)
+        if held is not None and inside is not None:
+            (whole, of), part = held, inside
+        if not self._is_written(step, part, reader):
+            return None
+        self.wanted[moved] = whole, of
+        self.wanted[value] = part, value if of is moved and reader.op.is_view else moved
+        return self.wanted[value]
+
+    def _is_written(self, step: Step, part: View, reader: Node) -> bool:
+        """Whether a step writes its result through a view, without a copy that it would not make otherwise."""
+        if step.root.op.callee is not None or step.root.op.updates:
+            return part.is_contiguous
+        return reader.op.is_view or self.parts(step, part)
+
+    def _repeated(self, value: Value, alike: Sequence[int]) -> View:
+        """A new storage with one element along each axis where all are alike."""
+        shape = [ONE if axis in alike else size for axis, size in enumerate(value.type.shape)]
+        storage = Storage(self.names[value], value.type.dtype, product(shape), StorageKind.LOCAL)
+        return View.contiguous(storage, shape).broadcast(value.type.shape)

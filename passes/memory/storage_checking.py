@@ -1,0 +1,216 @@
+"""Check a storage plan without what made it: what ops do to elements is asked of their references.
+
+    steps     hold each node once, after what it reads; only the last node of a step is read outside
+    places    are there for every value, of its shape, within their storage; no two elements are written to one place
+    views     lie where the op's reference, run on places instead of elements, says that each element comes from
+    storages  live at every step that reads or writes what lies in them; nobody writes into what is given or constant
+    writes    destroy nothing that is read later, by any step, in any view, or handed out: the steps are gone through
+              with numbers in place of elements, for every storage that more than one step writes
+    in place  a step writes over what it reads only element by element
+    states    an update lies where its state does
+    calls     what a callee gives lies where the caller has it; for a library, what shares a storage in the callee does
+              so in the caller
+    outputs   of kernels lie whole in the caller's storage, or are copied there
+
+Sizes are drawn within the symbols' bounds: views and writes are gone through at small ones, bounds are held to at large
+ones, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.storage.views import Storage, StorageKind
+from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, StoragePlan, ValuePlace
+from treadle.passes.memory.stride_checking import StridesCheck
+from treadle.passes.memory.wrong_plans import wrong_plan
+
+_DRAWN = (2, 5, 17, 1, 67, 257)
+_LARGE = 1009
+
+
+def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
+    """Lines on what could not be gone through, mostly none.
+
+    Raises PassError for the first thing that is wrong, with the value, the steps, and the user's line.
+    """
+    needed = graph.needed_by(*graph.later_entries)
+    if [f.name for f in needed] != list(plan.functions):
+        raise PassError(
+            "the storage plan is one of other functions",
+            received=", ".join(plan.functions),
+            hint=f"a plan of {', '.join(f.name for f in needed)}",
+        )
+    notes: list[str] = []
+    drawn = list(_drawn(graph)) if plan.strided else []
+    if plan.strided and not drawn:
+        notes.append("no sizes were found at which to check views")
+    for function in needed:
+        planned = plan.functions[function.name]
+        _Order(function, planned).check()
+        _Lives(function, planned).check()
+        for sizes, small in drawn:
+            notes += StridesCheck(function, planned, sizes).check(small)
+        if not plan.strided:
+            _Shared(function, planned, plan).check()
+    return notes
+
+
+def _drawn(graph: Graph) -> Iterator[tuple[dict[str, int], bool]]:
+    """Sizes within bounds at which every op is defined: small ones once, and large ones."""
+    wanted = {size for _, node in graph.walk() for v in (*node.inputs, *node.results) for size in v.type.shape}
+    for _, node in graph.walk():
+        if node.op.callee is None:
+            wanted.update(n for n, _ in node.op.demands([None if v is None else v.type for v in node.operands]))
+
+    def chosen(least: int, step: int) -> dict[str, int]:
+        found = {}
+        for number, (symbol, bounds) in enumerate(graph.symbols.items()):
+            size = max(bounds.lower, least + step * number)
+            found[symbol] = size if bounds.upper is None else min(size, bounds.upper)
+        return found
+
+    def fits(sizes: Mapping[str, int]) -> bool:
+        return all(n.evaluate(sizes) >= 0 for n in wanted)
+
+    small = next((s for s in (chosen(least, 1) for least in _DRAWN) if fits(s)), None)
+    if small is not None:
+        yield small, True
+    large = chosen(_LARGE, 6)
+    if large != small and fits(large):
+        yield large, False
+
+
+# -- the order -----------------------------------------------------------------------------------------------------
+
+
+class _Order:
+    """Steps hold each node once, after what it reads."""
+
+    def __init__(self, function: Function, plan: FunctionPlan) -> None:
+        self.function, self.plan = function, plan
+
+    def check(self) -> None:
+        plan, there = self.plan, {*self.function.arguments}
+        if plan.function is not self.function:
+            raise wrong_plan("it is one of another graph", plan)
+        outside: set[Value] = {*self.function.outputs.values()}
+        for step in plan.steps:
+            inside: set[Value] = set()
+            for node in step.nodes:
+                for value in node.inputs:
+                    if value.literal is None and value not in there and value not in inside:
+                        raise wrong_plan("a step reads what no earlier step makes", plan, value)
+                    if value not in inside:
+                        outside.add(value)
+                inside.update(node.results)
+            there.update(step.root.results)
+        nodes = [node for step in plan.steps for node in step.nodes]
+        if len(nodes) != len(self.function.nodes) or {*nodes} != {*self.function.nodes}:
+            raise wrong_plan("its steps do not hold each node once", plan)
+        for value in outside:
+            if value.literal is None and value not in there:
+                raise wrong_plan("what is read outside a step, or handed out, is in registers alone", plan, value)
+
+
+# -- lives ---------------------------------------------------------------------------------------------------------
+
+
+class _Lives:
+    """Values and storages live as long as they are read."""
+
+    def __init__(self, function: Function, plan: FunctionPlan) -> None:
+        self.function, self.plan = function, plan
+        self.lives = {life.storage: life for life in plan.lives}
+
+    def check(self) -> None:
+        plan, end = self.plan, len(self.plan.steps)
+        for value in self.function.arguments:
+            self._touched(value, BEFORE)
+            wanted = How.STATE if value.kind == "state" else How.GIVEN
+            self._expect(self._place(value).how is wanted, "what is given is not told so", value)
+        for at, step in enumerate(plan.steps):
+            for value in step.inputs:
+                self._touched(value, at)
+                self._expect(at <= self._place(value).last, f"step {at} reads what is dead by then", value)
+            for value in step.root.results:
+                self._touched(value, at)
+                self._expect(self._place(value).first == at, f"it is made at step {at}, and not told so", value)
+            for node in step.nodes[:-1]:
+                for value in node.results:
+                    self._expect(self._place(value).storage is None, "what is in registers has a storage", value)
+        for name, value in self.function.outputs.items():
+            self._touched(value, end)
+            self._expect(self._place(value).last >= end, f"output {name} is dead when it is handed out", value)
+        for value, place in plan.places.items():
+            kind = None if place.storage is None else place.storage.kind
+            given = kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT)
+            self._expect(not (given and place.written), f"a step writes into {place.storage}", value)
+            self._expect(value.node is not None or not place.written, "no step makes what is given", value)
+
+    def _place(self, value: Value) -> ValuePlace:
+        place = self.plan.places.get(value)
+        if place is None:
+            raise wrong_plan("a value has no place", self.plan, value)
+        return place
+
+    def _touched(self, value: Value, at: int) -> None:
+        place = self._place(value)
+        if place.storage is None:
+            raise wrong_plan("what is read outside its step has no storage", self.plan, value)
+        life = self.lives.get(place.storage)
+        if life is None or not life.first <= at <= life.last:
+            told = "never" if life is None else f"from step {life.first} to {life.last}"
+            raise wrong_plan(
+                f"step {at} needs a storage that is dead", self.plan, value, f"{place.storage} lives {told}"
+            )
+
+    def _expect(self, holds: bool, otherwise: str, value: Value) -> None:
+        if not holds:
+            raise wrong_plan(otherwise, self.plan, value)
+
+
+# -- a library -----------------------------------------------------------------------------------------------------
+
+
+class _Shared:
+    """What a library allocates: views, and no others, lie in their operand's storage; a call's results as the callee
+    says."""
+
+    def __init__(self, function: Function, plan: FunctionPlan, whole: StoragePlan) -> None:
+        self.function, self.plan, self.whole = function, plan, whole
+
+    def check(self) -> None:
+        owners: dict[Storage, Value] = {}
+        for value, place in self.plan.places.items():
+            if place.storage is None or place.storage.kind is StorageKind.CONSTANT:
+                continue
+            shares = self._shares(value)
+            if shares is None:
+                other = owners.setdefault(place.storage, value)
+                if other is not value:
+                    raise wrong_plan("two values have one storage, and neither is a view", self.plan, value, other.name)
+            elif self.plan.places[shares].storage is not place.storage:
+                raise wrong_plan(f"it is a view of {shares.name}, and has another storage", self.plan, value)
+
+    def _shares(self, value: Value) -> Value | None:
+        """A value whose storage it must have."""
+        node = value.node
+        if node is None:
+            return None
+        if value.state is not None:
+            return value.before
+        if node.op.callee is None:
+            return node.inputs[0] if node.op.is_view else None
+        callee = self.whole.functions[node.op.callee]
+        outputs = list(callee.function.outputs.values())
+        held = callee.places[outputs[value.index]].storage
+        for argument, operand in zip(callee.function.arguments, node.inputs, strict=True):
+            if callee.places[argument].storage is held:
+                return operand
+        for output, result in zip(outputs[: value.index], node.results, strict=False):
+            if callee.places[output].storage is held:
+                return result
+        return None

@@ -1,0 +1,292 @@
+"""Check a storage plan for kernels that write by strides, at one set of sizes: places, views, what steps write over.
+
+Views are held to the ops' references, which are run on numbers in place of elements; nothing here is shared with what
+made the plan. `storage_checking.py` says what holds of a plan, and calls this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.graph import Function, Node, Value
+from treadle.ir.storage.views import Storage, StorageKind, View
+from treadle.passes.memory.storage_plan import FunctionPlan, How, ValuePlace
+from treadle.passes.memory.wrong_plans import wrong_plan
+
+Array = np.ndarray[Any, Any]
+
+MOST_CELLS = 1 << 26
+"""Elements of a storage that are gone through one by one."""
+_FIRST_TAG = float(2**50)  # of elements: a number that no margin is filled with
+
+
+MOST_PLACES = 1 << 12
+"""Elements of a view whose places are compared: of more, so many, the first and the last among them."""
+
+
+def _some(count: int) -> Array:
+    """The numbers below a count, or so many of them that are drawn, always the same ones."""
+    if count <= MOST_PLACES:
+        return np.arange(count)
+    drawn = np.random.default_rng(0).integers(0, count, MOST_PLACES)
+    return np.concatenate([[0, count - 1], drawn])
+
+
+class StridesCheck:
+    """Places at one set of sizes."""
+
+    def __init__(self, function: Function, plan: FunctionPlan, sizes: Mapping[str, int]) -> None:
+        self.function, self.plan, self.sizes = function, plan, sizes
+
+    def check(self, small: bool) -> list[str]:
+        """Lines on what is too large to be gone through; at small sizes elements are looked at one by one."""
+        self._results()
+        for value, place in self.plan.places.items():
+            if value.node is None and not small:
+                continue  # it lies as at all sizes
+            if place.view is not None:
+                self._fits(value, place, place.view)
+            elif place.storage is not None:
+                raise wrong_plan("nothing says how it lies in its storage", self.plan, value)
+        if small:
+            for value, place in self.plan.places.items():
+                if value.node is not None and place.view is not None:
+                    self._comes_from(value, value.node, place, place.view)
+            return self._nothing_is_lost()
+        return []
+
+    def _number(self, size: Any) -> int:
+        return int(size.evaluate(self.sizes))
+
+    # -- one place -------------------------------------------------------------------------------------------
+
+    def _fits(self, value: Value, place: ValuePlace, view: View) -> None:
+        if view.shape != value.type.shape or view.storage is not place.storage or view.dtype is not value.type.dtype:
+            raise wrong_plan("a view has another shape, dtype or storage than its value", self.plan, value, str(view))
+        if value.layout != view.storage.layout:
+            raise wrong_plan(f"it lies in {view.storage.layout}, not in {value.layout}", self.plan, value)
+        held = self._number(view.storage.elements)
+        if value.layout is not None:
+            needed, last = self._number(value.layout.elements(view.shape)), self._number(view.offset)
+            if needed > held or last:
+                raise wrong_plan("a destination is too small", self.plan, value, f"{needed} elements of {held}")
+            return
+        shape, strides = [self._number(n) for n in view.shape], [self._number(s) for s in view.strides]
+        if 0 in shape:
+            return
+        first = self._number(view.offset)
+        last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if first < 0 or min(strides, default=0) < 0 or last >= held:
+            told = f"elements {first} to {last} of {held} at {self.sizes}"
+            raise wrong_plan("a destination is too small", self.plan, value, told)
+        if place.written and not self._apart(value, shape, strides):
+            raise wrong_plan("two elements are written to one place", self.plan, value, str(strides))
+
+    def _apart(self, value: Value, shape: Sequence[int], strides: Sequence[int]) -> bool:
+        """Whether each element has a place of its own, but for axes along which all are alike."""
+        node = value.node
+        assert node is not None
+        alike = node.op.repeats([None if v is None else v.type for v in node.operands])
+        reach = 0
+        moves = [(s, n) for axis, (s, n) in enumerate(zip(strides, shape, strict=True)) if n != 1 and axis not in alike]
+        for stride, count in sorted(moves):
+            if stride <= reach:
+                return False
+            reach += stride * (count - 1)
+        return True
+
+    def _results(self) -> None:
+        outputs, results = self.function.outputs, self.plan.results
+        if list(results) != list(outputs) or len({*results.values()}) != len(results):
+            raise wrong_plan("each output needs a storage of the caller's", self.plan)
+        for name, value in outputs.items():
+            storage = results[name]
+            if storage.kind is not StorageKind.RESULT or self._number(storage.elements) < self._elements(value):
+                raise wrong_plan(f"a destination is too small for output {name}", self.plan, value)
+            view = self.plan.places[value].view
+            whole = view is not None and view.storage is storage and (view.is_contiguous or value.layout is not None)
+            if name not in self.plan.copied and not (whole and view is not None and view.offset == 0):
+                raise wrong_plan(f"nothing writes output {name}", self.plan, value)
+
+    def _elements(self, value: Value) -> int:
+        shape = value.type.shape
+        if value.layout is not None:
+            return self._number(value.layout.elements(shape))
+        return int(np.prod([self._number(n) for n in shape], dtype=object))
+
+    # -- where elements come from ----------------------------------------------------------------------------
+
+    def _comes_from(self, value: Value, node: Node, place: ValuePlace, view: View) -> None:
+        """A view lies where its operand has its elements; what is a part lies where the whole has it."""
+        if value.state is not None:
+            before = None if value.before is None else self.plan.places[value.before].view
+            if place.how is not How.UPDATE or before != view:
+                raise wrong_plan("the update of a state does not lie where the state does", self.plan, value, str(view))
+        elif place.how is How.VIEW:
+            x = node.inputs[0] if node.op.is_view else None
+            lies = None if x is None else self.plan.places[x].view
+            if x is None or lies is None or place.written or lies.storage is not view.storage:
+                raise wrong_plan("it is no view of what it is told to be one of", self.plan, value)
+            if view.storage.layout is None and not self._agrees(view, lies, self._views(node, value)):
+                raise wrong_plan(f"it does not lie where {x.name} has its elements", self.plan, value, str(view))
+        elif place.how is How.INTO and isinstance(place.of, Value):
+            whole, reader = self.plan.places[place.of].view, place.of.node
+            if whole is None or reader is None or value not in reader.inputs:
+                raise wrong_plan(f"{place.of.name} is not made of it", self.plan, value)
+            came = self._numbered(reader, reader.operands.index(value))
+            here = np.flatnonzero(came >= 0)
+            same = whole.storage is view.storage and len(here) == self._elements(value)
+            if not same or not self._agrees(whole, view, came, here[_some(len(here))]):
+                raise wrong_plan(f"it does not lie where {place.of.name} has it", self.plan, value, str(view))
+
+    def _views(self, node: Node, value: Value) -> Array:
+        """For each element of a view's result the number of the operand's element that it is."""
+        shape = [self._number(n) for n in node.inputs[0].type.shape]
+        numbers = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        return np.asarray(node.op.at(self.sizes).reference(numbers))
+
+    def _numbered(self, node: Node, position: int) -> Array:
+        """The same of one operand of several, or with margins; -1 where it is no element of that operand."""
+        given: list[Array | None] = []
+        for i, operand in enumerate(node.operands):
+            shape = None if operand is None else [self._number(n) for n in operand.type.shape]
+            array = None if shape is None else np.full(shape, -1.0)
+            if array is not None and i == position:
+                array = (np.arange(array.size) + _FIRST_TAG).reshape(array.shape)
+            given.append(array)
+        made = np.asarray(node.op.at(self.sizes).reference(*given))
+        ours = (made >= _FIRST_TAG) & (made < 2 * _FIRST_TAG)  # margins may hold an infinity
+        return np.where(ours, np.where(ours, made, _FIRST_TAG) - _FIRST_TAG, -1).astype(np.int64)
+
+    def _agrees(self, result: View, operand: View, came: Array, at: Array | None = None) -> bool:
+        """Whether elements of a result lie where the operand has those that they are: all, or some of very many."""
+        if not came.size:
+            return True
+        at = _some(came.size) if at is None else at
+        numbers = came[np.unravel_index(at, came.shape)] if came.ndim else came.reshape(1)
+        return np.array_equal(self._address(result, at), self._address(operand, numbers))
+
+    def _address(self, view: View, numbers: Array) -> Array:
+        """Where elements of a view, by their row-major numbers, lie in its storage."""
+        found = np.full(numbers.shape, self._number(view.offset), np.int64)
+        for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+            numbers, along = np.divmod(numbers, self._number(size))
+            found += along * self._number(stride)
+        return found
+
+    def _at(self, view: View) -> Array:
+        """The place of each element in its storage."""
+        found = np.full([self._number(n) for n in view.shape], self._number(view.offset), np.int64)
+        for axis, (size, stride) in enumerate(zip(found.shape, view.strides, strict=True)):
+            along = [1] * found.ndim
+            along[axis] = size
+            found += (np.arange(size) * self._number(stride)).reshape(along)
+        return found
+
+    # -- what is written and read ----------------------------------------------------------------------------
+
+    def _nothing_is_lost(self) -> list[str]:
+        """Go through the steps with numbers for elements, in storages that more than one of them writes."""
+        writers: dict[Storage, int] = {}
+        for place in self.plan.places.values():
+            if (place.written or place.how is How.STATE) and place.storage is not None:
+                writers[place.storage] = writers.get(place.storage, 0) + 1
+        shared = {s for s, n in writers.items() if n > 1}
+        large = {s for s in shared if self._number(s.elements) > MOST_CELLS}
+        if shared - large:
+            _Run(self, shared - large).run()
+        return [f"{self.plan.function.name}: {s.name} is too large to be gone through" for s in shared if s in large]
+
+
+class _Run:
+    """The steps, with a number for each element that a step writes.
+
+    cells   what each place of a storage holds
+    holds   what the elements of a value are
+    """
+
+    def __init__(self, at: StridesCheck, shared: set[Storage]) -> None:
+        self.at, self.plan = at, at.plan
+        self.cells = {s: np.full(at._number(s.elements), -1, np.int64) for s in shared}
+        self.holds: dict[Value, Array] = {}
+        self.count = 0
+
+    def run(self) -> None:
+        end = len(self.plan.steps)
+        for value in filter(self._is_shared, self.at.function.states.values()):
+            self._write(value)
+        for number, step in enumerate(self.plan.steps):
+            for value in step.inputs:
+                self._read(value, f"step {number}, {step.root.op.name}, reads")
+            for value in step.root.results:
+                if not self._is_shared(value):
+                    continue
+                if self.plan.places[value].written:
+                    for x in step.inputs:
+                        if x is not value.before:
+                            self._apart(value, x, step.nodes)
+                    self._write(value)
+                else:
+                    x = step.root.inputs[0]
+                    self.holds[value] = self.holds[x].reshape(-1)[self.at._views(step.root, value)]
+        for name, value in self.at.function.outputs.items():
+            self._read(value, f"output {name}, at step {end}, is")
+
+    def _is_shared(self, value: Value) -> bool:
+        return self.plan.places[value].storage in self.cells
+
+    def _lies(self, value: Value) -> tuple[Array, Array]:
+        """The cells of its storage, and where its elements are in them."""
+        place = self.plan.places[value]
+        assert place.view is not None
+        return self.cells[place.view.storage], self.at._at(place.view)
+
+    def _read(self, value: Value, reader: str) -> None:
+        if not self._is_shared(value):
+            return
+        cells, at = self._lies(value)
+        if not np.array_equal(cells[at], self.holds[value]):
+            raise wrong_plan(f"{reader} what another step has written over", self.plan, value)
+
+    def _write(self, value: Value) -> None:
+        cells, at = self._lies(value)
+        made = (np.arange(at.size) + self.count).reshape(at.shape)
+        self.count += at.size
+        cells[at] = made
+        self.holds[value] = made
+
+    def _apart(self, value: Value, x: Value, nodes: Sequence[Node]) -> None:
+        """A step that writes where it reads does so element by element, or finds a part where it belongs."""
+        mine, read = self.plan.places[value], self.plan.places[x]
+        view = read.view
+        if view is None or read.storage is not mine.storage:
+            return
+        (_, written), (_, there) = self._lies(value), self._lies(x)
+        is_written = np.zeros(len(self.cells[view.storage]), bool)
+        is_written[written] = True
+        if not is_written[there].any():
+            return
+        if read.how is How.INTO and read.of is value:
+            return
+        over = mine.how is How.OVER and mine.of is x and written.shape == there.shape and (written == there).all()
+        if not (over and self._by_element(x, nodes)):
+            raise wrong_plan(f"its step writes over {x.name}, which it reads", self.plan, value)
+
+    def _by_element(self, x: Value, nodes: Sequence[Node]) -> bool:
+        """Whether the last of these nodes reads, by way of the others, each element of x for its own place alone."""
+        by = {x}
+        for node in nodes:
+            reading = [i for i, v in enumerate(node.operands) if v in by]
+            if not reading:
+                continue
+            if node.op.callee is not None:
+                return False
+            types = [None if v is None else v.type for v in node.operands]
+            alike = node.is_elementwise and node.result.type.shape == x.type.shape
+            if not alike and not {*reading} <= {*node.op.in_place(types)}:
+                return False
+            by.update(node.results)
+        return True
