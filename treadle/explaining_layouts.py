@@ -23,7 +23,7 @@ from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.sizing.sizes import product
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.reports import count_calls, human
 from treadle.resolving import resolve
@@ -119,9 +119,25 @@ def explain_layouts(
 
     Raises what `compile` does; UsageError for a backend that has no passes of its own.
     """
+    name, lowered = lowered_for(model, backend, target, passes, inputs, config)
+    return layouts_of(name, backend, lowered.graph)
+
+
+def lowered_for(
+    model: Model | Graph | str | Path,
+    backend: str,
+    target: str | Target,
+    passes: Sequence[Pass],
+    inputs: Sequence[str] | None,
+    config: Mapping[str, Any],
+) -> tuple[str, Optimized]:
+    """The name of what MODEL names, and what a backend's passes make of its optimized graph.
+
+    Raises what `compile` does; UsageError for a backend that has no passes of its own.
+    """
     chosen = find_backend(backend)
     if not isinstance(chosen, StagedBackend):
-        raise UsageError(f"backend {backend} does not say how it lays weights out", hint="numpy, torch or tvm")
+        raise UsageError(f"backend {backend} has no passes of its own to tell of", hint="numpy, torch or tvm")
     if is_artifact(model):
         held = open_artifact(str(model))
         name, optimized = held.name, held.optimized.graph
@@ -129,12 +145,12 @@ def explain_layouts(
         resolved = resolve(model, inputs=inputs, **config)
         name, optimized = resolved.name, PassManager(checked_passes(passes)).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
-    return layouts_of(name, backend, chosen.lower(optimized, where).graph)
+    return name, chosen.lower(optimized, where)
 
 
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
     """What a lowered graph says of its weights."""
-    made, calls, passed = recipes_of(graph), count_calls(graph), _passed(graph)
+    made, calls, passed = recipes_of(graph), count_calls(graph), passed_weights(graph)
     blocks = {
         function.name: (calls[function.name], tuple(_lying(function, v, made, passed) for v in _weights(function)))
         for function in graph.needed_by(graph.main)
@@ -159,7 +175,7 @@ def _weights(function: Function) -> list[Value]:
     return [value for value in function.parameters.values() if is_read(value)]
 
 
-def _passed(graph: Graph) -> dict[Value, tuple[str, str]]:
+def passed_weights(graph: Graph) -> dict[Value, tuple[str, str]]:
     """For each weight of a block, the parameter of `main` that its first call passes, and the scope of that call."""
     found = {v: (name, "") for name, v in graph.main.parameters.items()}
     for function in reversed(graph.needed_by(graph.main)):

@@ -1,4 +1,4 @@
-"""`treadle explain`: where a fused op could stand, and why it does not; how weights lie; what the step became."""
+"""`treadle explain`: where a fused op could stand, and why it does not; where weights and values lie; the step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from treadle.ir.errors import UsageError
 @command("explain", judges=lambda options: bool(options["expect"]))
 def explain_sites(
     model: ModelName,
-    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="fusion, layouts or step.", show_default=False)],
+    subject: Annotated[
+        str, typer.Argument(metavar="SUBJECT", help="fusion, layouts, storage or step.", show_default=False)
+    ],
     expect: Annotated[
         list[str] | None,
         typer.Option(metavar="OP=N", help="Exit 1 unless a run has N ops OP, such as attention=12. Repeatable."),
@@ -44,6 +46,8 @@ def explain_sites(
 
     layouts: of every weight, how a backend reads it, what is made of it when weights are bound, and who wants it so.
 
+    storage: of every value and weight, where it lies for a backend, in which form, from which step to which, and why.
+
     step: of the step of generation that is derived from the model, its states and their bytes, and what ops became.
     """
     from treadle.explaining import explain_fusion, parse_expected
@@ -51,19 +55,18 @@ def explain_sites(
     from treadle.option_values import parse_config
     from treadle.progress import working
 
-    if subject not in ("fusion", "layouts", "step"):
-        raise UsageError(
-            "there is nothing to explain of that name", received=repr(subject), hint="fusion, layouts or step"
-        )
+    if subject not in ("fusion", "layouts", "storage", "step"):
+        known = "fusion, layouts, storage or step"
+        raise UsageError("there is nothing to explain of that name", received=repr(subject), hint=known)
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
     chosen["widen"] = names_of(widen) or ()
     if subject != "fusion":
         if expect or certify:
             raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")
-        if subject == "layouts":
-            _layouts(model, backend, chosen, as_json)
-        else:
+        if subject == "step":
             _step(model, chosen, as_json)
+        else:
+            _lowered(model, subject, backend, chosen, as_json)
         return
     chosen["certify"] = certify or None
     chosen["expect"] = parse_expected(expect or ())
@@ -80,13 +83,19 @@ def explain_sites(
         raise typer.Exit(1)
 
 
-def _layouts(model: str, backend: str, chosen: dict[str, Any], as_json: bool) -> None:
-    from treadle.explaining_layouts import explain_layouts
+def _lowered(model: str, subject: str, backend: str, chosen: dict[str, Any], as_json: bool) -> None:
+    """What follows from the passes of a backend: layouts or storage."""
+    from treadle.explaining_layouts import Layouts, explain_layouts
+    from treadle.explaining_storage import StorageTold, explain_storage
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
-    with working(f"laying out the weights of {model}", shown=not as_json):
-        found = explain_layouts(model, backend=backend, **chosen)
+    found: Layouts | StorageTold
+    with working(f"lowering {model} for {backend}", shown=not as_json):
+        if subject == "layouts":
+            found = explain_layouts(model, backend=backend, **chosen)
+        else:
+            found = explain_storage(model, backend=backend, **chosen)
     if as_json:
         print_json(found.as_dict())
     else:

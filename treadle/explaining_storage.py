@@ -1,0 +1,198 @@
+"""`explain_storage`: where each value and each weight lies for a backend, in which form, from when to when, and why.
+
+    print(explain_storage("gpt2", backend="tvm"))
+
+It tells the storage plan that the backend's passes end with (`treadle.passes.memory.storage_plan`), and what `bind`
+makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treadle.backends.made_weights import Recipe, recipes_of
+from treadle.explaining_layouts import lowered_for, passed_weights
+from treadle.frontends.declarations import Model
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Pass
+from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, StoragePlan, ValuePlace, aligned
+from treadle.passes.pipelines import DEFAULT
+from treadle.reports import count_calls, counted
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A value or a weight of a function.
+
+    name     a name that no other value of the function has
+    kind     "input", "weight", "constant" or "value"
+    type     its type, as text
+    storage  the name of the storage that it lies in; None: in registers
+    form     "row-major", its layout or its strides; empty where a library chooses them
+    bytes    of the storage, an expression of the symbols; empty where there is none
+    first    the step that makes it; None for what is there before the first one
+    last     the last step that reads it; the number of steps where it is handed out
+    why      why it lies there
+    line     the user's line, and the scope
+    passed   whether the function only passes it on, so that it is told where it is read
+    """
+
+    name: str
+    kind: str
+    type: str
+    storage: str | None
+    form: str
+    bytes: str
+    first: int | None
+    last: int
+    why: str
+    line: str
+    passed: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        empty = {name: getattr(self, name) or None for name in ("form", "bytes", "line")}
+        return {**self.__dict__, **empty}
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        step = "" if self.first is None else str(self.first)
+        return step, self.name, self.type, self.storage or "-", self.form, self.bytes, str(self.last), self.why
+
+
+_HEAD = ("from", "value", "type", "lies in", "form", "bytes", "to", "why")
+
+
+@dataclass(frozen=True)
+class StoredFunction:
+    """A function: how often a run enters it, its steps by what they compute, and its values."""
+
+    name: str
+    calls: int
+    steps: tuple[str, ...]
+    values: tuple[Stored, ...]
+    own: int
+    """How many storages of its own it has."""
+
+
+@dataclass(frozen=True)
+class StorageTold:
+    """What a backend's storage plan says of a model."""
+
+    model: str
+    backend: str
+    note: str
+    strided: bool
+    functions: tuple[StoredFunction, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        functions = [
+            {
+                "function": each.name,
+                "calls": each.calls,
+                "steps": list(each.steps),
+                "own_storages": each.own,
+                "values": [value.as_dict() for value in each.values],
+            }
+            for each in self.functions
+        ]
+        told = {"model": self.model, "backend": self.backend, "strided": self.strided}
+        return {**told, "note": self.note, "functions": functions}
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} for {self.backend}: {self.note}"]
+        if not self.strided:
+            lines.append(f"{self.backend} chooses strides itself: a view may be a copy where it finds none that say it")
+        for each in self.functions:
+            times = "" if each.name == "main" else f", called {each.calls} time{'s' * (each.calls != 1)}"
+            steps, own = counted(len(each.steps), "step"), counted(each.own, "storage")
+            lines += ["", f"{each.name}{times}: {steps}, {own} of its own"]
+            shown = [value for value in each.values if not (value.passed and value.kind == "weight")]
+            rows = aligned([_HEAD, *(value.cells for value in shown)])
+            sources = ["", *(value.line for value in shown)]
+            lines += ["  " + "  ".join([*row, source]).rstrip() for row, source in zip(rows, sources, strict=True)]
+            if len(shown) < len(each.values):
+                left = counted(len(each.values) - len(shown), "weight")
+                lines.append(f"  {left} that it only passes on: told where they are read")
+        return "\n".join(lines)
+
+
+def explain_storage(
+    model: Model | Graph | str | Path,
+    *,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    passes: Sequence[Pass] = DEFAULT,
+    inputs: Sequence[str] | None = None,
+    **config: Any,
+) -> StorageTold:
+    """Say of every value and weight of what MODEL names where it lies for a backend.
+
+    Raises what `compile` does; UsageError for a backend that plans no storage.
+    """
+    name, lowered = lowered_for(model, backend, target, passes, inputs, config)
+    if lowered.plan is None:
+        raise UsageError(f"backend {backend} plans no storage", hint="numpy, torch or tvm")
+    return storage_of(name, backend, lowered.graph, lowered.plan)
+
+
+def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> StorageTold:
+    """What a lowered graph and its plan say."""
+    made, passed, calls = recipes_of(graph), passed_weights(graph), count_calls(graph)
+    functions = []
+    for each in plan.functions.values():
+        passing = _only_passed(each.function)
+        values = tuple(_stored(each, v, place, made, passed, passing) for v, place in each.rows())
+        own = sum(life.storage.kind.value == "local" for life in each.lives)
+        steps = tuple("+".join(node.op.name for node in step.nodes) for step in each.steps)
+        functions.append(StoredFunction(each.function.name, calls[each.function.name], steps, values, own))
+    return StorageTold(name, backend, plan.note, plan.strided, tuple(functions))
+
+
+def _only_passed(function: Function) -> set[Value]:
+    """What a function gives to others, and reads and hands out nowhere."""
+    uses, outputs = function.uses(), set(function.outputs.values())
+    return {v for v, readers in uses.items() if v not in outputs and all(n.op.callee is not None for n, _ in readers)}
+
+
+def _stored(
+    plan: FunctionPlan,
+    value: Value,
+    place: ValuePlace,
+    made: Mapping[str, Recipe],
+    passed: Mapping[Value, tuple[str, str]],
+    passing: set[Value],
+) -> Stored:
+    names = plan.names
+    why = _weight(value, made, passed) if value.kind == "parameter" else place.told(names)
+    node, storage = value.node, place.storage
+    return Stored(
+        names[value],
+        {"parameter": "weight", "result": "value"}.get(value.kind, value.kind),
+        str(value.type),
+        None if storage is None else storage.name,
+        place.form,
+        "" if storage is None else str(storage.elements * storage.dtype.bytes),
+        None if place.first == BEFORE else place.first,
+        place.last,
+        why,
+        "" if node is None else describe_source(node.source, node.scope) or "",
+        value in passing,
+    )
+
+
+def _weight(value: Value, made: Mapping[str, Recipe], passed: Mapping[Value, tuple[str, str]]) -> str:
+    """Whether a weight lies as it came, or of what it is made when weights are bound."""
+    name, scope = passed.get(value, ("", ""))
+    recipe = made.get(name)
+    if recipe is None:
+        return "the weight as it came" if name else "given by the caller"
+    if not recipe.nodes:
+        (source,) = recipe.sources
+        return f"laid out when weights are bound: {source.removeprefix(f'{scope}.')}"
+    return f"made when weights are bound: {recipe.told(within=scope)}"
