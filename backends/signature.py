@@ -44,10 +44,15 @@ class Signature:
 
     def bind(self, given: Mapping[str, Any], convert: Convert, known: Mapping[str, int] | None = None) -> list[Any]:
         """The arrays in the order of the inputs. Raises BackendError where names, dtypes or shapes do not fit."""
+        return self.bind_sized(given, convert, known)[0]
+
+    def bind_sized(
+        self, given: Mapping[str, Any], convert: Convert, known: Mapping[str, int] | None = None
+    ) -> tuple[list[Any], dict[str, int]]:
+        """What `bind` gives, and the sizes of the symbols. Raises BackendError as it does."""
         self.check_names(given)
         arrays = [convert(port, given[port.name]) for port in self.ports]
-        self.sizes([tuple(array.shape) for array in arrays], known)
-        return arrays
+        return arrays, self.sizes([tuple(array.shape) for array in arrays], known)
 
     def sizes(self, shapes: Sequence[tuple[int, ...]], known: Mapping[str, int] | None = None) -> dict[str, int]:
         """The sizes of the symbols where the inputs have these shapes. Raises BackendError where one does not fit."""

@@ -92,7 +92,7 @@ class StateKinds:
             raise BackendError(
                 f"the states of {self.name} {what}",
                 received=", ".join(f"{name}={size}" for name, size in sizes.items()) or "no sizes",
-                within=", ".join(map(str, self.ports))[:400],
+                within=self._told,
                 hint="new_states(" + ", ".join(f"{s}=..." for s in self.symbols) + ")",
             )
         for name, size in sizes.items():
@@ -108,12 +108,11 @@ class StateKinds:
         """What a call was given, if it is states of these types. Raises BackendError for anything else."""
         if states is None and self._none is not None:
             return self._none
-        wanted = ", ".join(map(str, self.ports))[:400]
         if not isinstance(states, States):
             raise BackendError(
                 f"{self.name} has states, which a call is given first",
                 received=type(states).__name__,
-                within=wanted,
+                within=self._told,
                 hint="new_states(" + ", ".join(f"{s}=..." for s in self.symbols) + ")",
             )
         if states.kinds is self:
@@ -124,7 +123,11 @@ class StateKinds:
                 f"these are no states of {self.name} for the {self.backend} backend",
                 received=f"states of {given.name} for the {given.backend} backend: "
                 + ", ".join(map(str, given.ports))[:400],
-                within=wanted,
+                within=self._told,
                 hint="new_states of the executable that is called",
             )
         return states
+
+    @property
+    def _told(self) -> str:
+        return ", ".join(map(str, self.ports))[:400]

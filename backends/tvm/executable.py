@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 
@@ -106,8 +107,7 @@ class _KernelEntry:
 
     def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
         held = self._kinds.check(states)
-        taken = self.signature.bind(given, take, held.sizes)
-        sizes = self.signature.sizes([array.shape for array in taken], held.sizes)
+        taken, sizes = self.signature.bind_sized(given, take, held.sizes)
         arrays = dict(zip(self._program.inputs, taken, strict=True))
         made = self._machine.run(self._name, sizes, arrays, held, self._stored)
         tensors = any(_is_tensor(value) for value in given.values())
@@ -148,7 +148,7 @@ class _Machine:
         entry: str,
         sizes: Mapping[str, int],
         given: Mapping[str, Array],
-        states: Mapping[str, Array],
+        states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
         """Run an entry on its inputs and states, the latter in place; returns new arrays of these dtypes."""
@@ -175,25 +175,18 @@ class _Machine:
             self.plans.popitem(last=False)
         return plan
 
-    def _run(
-        self, plan: Plan, given: Mapping[str, Array], states: Mapping[str, Array], made: Mapping[str, Array]
-    ) -> None:
+    def _run(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> None:
         if self._arena.nbytes < plan.arena + ALIGNMENT:
             self._arena = _allocated((plan.arena + ALIGNMENT,), np.dtype(np.uint8))
-        values = plan.words[:, 1]
-        for space, at, offsets in plan.moves:
-            match space:
-                case Arena():
-                    begin = -(-address(self._arena) // ALIGNMENT) * ALIGNMENT
-                case Input():
-                    begin = address(given[space.name])
-                case State():
-                    begin = address(states[space.name])
-                case Output():
-                    begin = address(made[space.name])
-                case _:
-                    assert_never(space)
-            values[at] = offsets + begin
+        plan.put(Arena(), -(-address(self._arena) // ALIGNMENT) * ALIGNMENT)
+        for name, array in given.items():
+            plan.put(Input(name), address(array))
+        for name, array in made.items():
+            plan.put(Output(name), address(array))
+        if plan.states is None or plan.states() is not states:  # which stay where they are
+            for name, array in states.items():
+                plan.put(State(name), address(array))
+            plan.states = weakref.ref(states)
         tvm_runtime.set_threads(self.threads)
         assert self._runner is not None
         table = plan.table

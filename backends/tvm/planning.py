@@ -6,6 +6,7 @@ Sizes and strides become numbers, locals get offsets in one arena, every kernel 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 
+from treadle.backends.states import States
 from treadle.backends.tvm.arena import ALIGNMENT, plan_arena
 from treadle.backends.tvm.kernels.cache import Entry
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address
@@ -53,7 +55,7 @@ class Plan:
 
     table      a record a kernel call; see `treadle.backends.tvm.kernels.runner`
     words      all arguments, 16 bytes each: a type index and a value
-    moves      each space that another call has elsewhere, which words hold addresses in it, and their offsets
+    moves      for each space that another call has elsewhere, which words hold addresses in it, and their offsets
     arena      bytes that locals need
     shapes     of the outputs
     steps      for each record the step that it came from
@@ -63,13 +65,24 @@ class Plan:
 
     table: Array
     words: Array
-    moves: Sequence[tuple[Moving, Array, Array]]
+    moves: Mapping[Moving, tuple[Array, Array]]
     arena: int
     shapes: Mapping[str, tuple[int, ...]]
     steps: Sequence[KernelStep]
     lives: Mapping[str, Sequence[Lifetime]]
     status: Array
     tellers: Sequence[KernelStep]
+    states: weakref.ref[States] | None = None
+    """Those of the last call: their addresses are in place."""
+    begins: dict[Moving, int] = field(default_factory=dict)
+    """Where each space began in the last call."""
+
+    def put(self, space: Moving, begin: int) -> None:
+        """Write the addresses that lie in a space which begins there."""
+        if self.begins.get(space) != begin and space in self.moves:
+            at, offsets = self.moves[space]
+            self.words[at, 1] = offsets + begin
+            self.begins[space] = begin
 
 
 class _Frame(NamedTuple):
@@ -126,7 +139,7 @@ class Planner:
             table[i] = (function, handle, address(words) + 16 * first, count, alone)
         arena = self.frames[program.routine.name].deepest
         shapes = {n: tuple(s.evaluate(self.sizes) for s in v.shape) for n, v in program.outputs.items()}
-        moves = [(space, *move.arrays()) for space, move in self.moves.items()]
+        moves = {space: move.arrays() for space, move in self.moves.items()}
         status = np.zeros((len(self.tellers), _STATUS_WORDS), np.int64)
         at, offsets = self.told.arrays()
         words[at, 1] = offsets + address(status)
