@@ -27,6 +27,7 @@ from treadle.compiling import compile
 from treadle.fetch import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
+from treadle.runtime.generation import generate
 
 Array = np.ndarray[Any, Any]
 
@@ -59,12 +60,12 @@ class Continuation:
     gaps: list[float]
 
 
-def hugging_face(model: Compiled) -> transformers.LlamaForCausalLM:
-    """Hugging Face's model of a compiled one's weights, in float32."""
-    config = model_config(model.weights)
+def hugging_face(weights: Mapping[str, Array]) -> transformers.LlamaForCausalLM:
+    """Hugging Face's model of these weights, in float32."""
+    config = model_config(weights)
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config)
-    theirs.load_state_dict(state(model.weights, config), assign=True)
+    theirs.load_state_dict(state(weights, config), assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # its frequencies are no weights
     theirs.tie_weights()
     return theirs.eval()
@@ -119,20 +120,12 @@ def continue_theirs(model: transformers.LlamaForCausalLM, prompt: Sequence[int],
 
 
 def continue_ours(model: Compiled, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Greedy continuations, all prompts in one batch, the prefix computed anew for each token.
-
-    Rows are padded at their end, which no real token sees.
-    """
-    rows = [list(prompt) for prompt in prompts]
-    for _ in range(count):
-        lengths = [len(row) for row in rows]
-        tokens = np.zeros((len(rows), max(lengths)), np.int64)
-        for at, row in enumerate(rows):
-            tokens[at, : len(row)] = row
-        logits = np.asarray(model(tokens=tokens)["logits"])
-        for at, row in enumerate(rows):
-            row.append(int(logits[at, lengths[at] - 1].argmax()))
-    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    """Greedy continuations, all prompts side by side in a session."""
+    found: list[list[int]] = [[] for _ in prompts]
+    session = model.session(rows=len(prompts), capacity=max(map(len, prompts)) + count)
+    for token in generate(session, prompts, most=count):
+        found[token.row].append(token.id)
+    return found
 
 
 def divergence(ours: Sequence[int], theirs: Continuation) -> tuple[int, float] | None:
@@ -159,7 +152,7 @@ def main() -> int:
         return 0
     started = time.perf_counter()
     model, tokenizer = open_smollm2(path, options.backend)
-    reference = hugging_face(model)
+    reference = hugging_face(model.weights)
     print(f"loaded in {time.perf_counter() - started:.1f} s, backend {options.backend}")
     prompts = [tokenizer.encode(text).ids for text in PROMPTS[: options.prompts]]
     started = time.perf_counter()
