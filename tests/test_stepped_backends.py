@@ -47,10 +47,13 @@ def hold_a_backend_to_the_whole(graph: Graph, backend: str, rng: np.random.Gener
     inputs = drawn_inputs(graph, derived.axis, rng)
     inputs = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in inputs.items()}
     whole = interpret(graph, inputs, weights, float64=True)
+    rounded = find_backend(backend).compile(graph, Target("cpu"), weights)(**inputs)
+    off = {name: float(np.abs(np.asarray(rounded[name]) - x).max()) for name, x in whole.items()}
 
     def check(output: str, found: Array, row: int, first: int, end: int) -> None:
-        wanted = whole[output][row, first:end]
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-6 * max(1.0, float(np.abs(whole[output]).max())))
+        """As near as the whole model is on this backend: some models amplify roundings."""
+        wanted, scale = whole[output][row, first:end], max(1.0, float(np.abs(whole[output]).max()))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=max(3e-6 * scale, 4 * off[output]))
 
     run = OnBackend(derived, backend, weights)
     for _ in range(runs):
