@@ -98,6 +98,31 @@ def captioned(tokens: Tokens, picture: Picture, *, vocab: int = 11, dim: int = 1
 
 
 @t.model
+def across(tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], *, vocab: int = 11, dim: int = 12) -> t.Tensor:
+    """Where a query stands counts, and its keys are no tokens: a source text's, or weights."""
+    x = t.embed(tokens, vocab, dim, name="wte")
+    x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    memory, table = t.embed(source, vocab, dim, name="source"), t.parameter("distance", 8, 3)
+    distances = t.t5_relative(table, buckets=8, max_distance=16)
+    x = x + t.cross_attention(x, memory, 3, bias=distances, name="by_distance")
+    x = x + t.cross_attention(x, memory, 3, mask=t.window(4), name="near")
+    x = x + t.cross_attention(x, memory, 3, mask=t.causal, name="before")
+    keys = t.expand(t.parameter("keys", 1, 3, 5, 4), shape=(tokens.shape[0], None, None, None))
+    q = t.split_heads(t.linear(x, dim, name="q"), 3)
+    return t.linear(x + t.merge_heads(t.attention(q, keys, keys, mask=t.window(7))), vocab, name="head")
+
+
+@t.model
+def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B S 12"]]) -> t.Tensor:
+    """Inputs that are named as a step names what it is told of rows."""
+    x = t.embed(rows, 11, 12, name="wte") + last
+    for _ in t.stack("h", 2):
+        x = x * t.rearrange(t.sigmoid(t.linear(start, 12, name="seen")), pattern="b d -> b 1 d")
+        x = x + t.cumsum(x, axis=1) * 0.1 + t.self_attention(x, 3, mask=t.causal, name="attn")
+    return t.linear(x, 11, name="head")
+
+
+@t.model
 def by_heads(tokens: Tokens, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
     """Attention spelled by hand, as fusion finds it, with grouped heads."""
     x = t.embed(tokens, vocab, dim, name="wte")
@@ -127,7 +152,7 @@ MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("gpt2", "llama", "t5", "t5 gated", "transformer", "bart", "bart hidden")},
     **{name: ZOO[name][0] for name in ("marian", "marian, two vocabularies", "whisper")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
-    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, by_heads)},
+    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, oddly_named, by_heads)},
 }
 
 
@@ -169,6 +194,39 @@ def turned_round(tokens: Tokens) -> t.Tensor:
 def by_length(tokens: Tokens) -> t.Tensor:
     x = t.embed(tokens, 11, 12, name="wte")
     return t.linear(x * t.size(value=tokens.shape[1], dtype="f32"), 11, name="head")
+
+
+@t.model
+def shifted(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    before = t.slice(x, axis=1, start=0, stop=tokens.shape[1] - 1)
+    nothing = t.expand(t.constant(0.0, t.f32), shape=(tokens.shape[0], 1, 12))
+    return t.linear(x + t.concat(nothing, before, axis=1), 11, name="head")
+
+
+@t.model
+def summed_ones(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    count = t.cumsum(t.expand(t.constant(1.0, t.f32), shape=(tokens.shape[1],)), axis=0)
+    return t.linear(x * t.rearrange(count, pattern="s -> s 1"), 11, name="head")
+
+
+@t.model
+def mean_of_rows(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    return t.linear(x - t.reduce_mean(x, axes=(0,), keep=True), 11, name="head")
+
+
+@t.model
+def row_numbers(tokens: Tokens) -> t.Tensor:
+    number = t.rearrange(t.cast(t.iota(size=tokens.shape[0]), to="f32"), pattern="b -> b 1 1")
+    return t.linear(t.embed(tokens, 11, 12, name="wte") * number, 11, name="head")
+
+
+@t.model
+def count_of_rows(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    return t.linear(x * t.size(value=tokens.shape[0], dtype="f32"), 11, name="head")
 
 
 @t.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,19 @@ import numpy as np
 import pytest
 
 from tests.random_steps import drawn_model
-from tests.stepped_models import MODELS, REFUSED, Graph, optimized, rows_last
+from tests.stepped_models import (
+    MODELS,
+    REFUSED,
+    Graph,
+    Model,
+    count_of_rows,
+    mean_of_rows,
+    optimized,
+    row_numbers,
+    rows_last,
+    shifted,
+    summed_ones,
+)
 from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret, interpret_entry
 from treadle.ir.text.parser import parse_graph
@@ -31,6 +44,8 @@ def drawn_inputs(graph: Graph, axis: str, rng: np.random.Generator, rows: int = 
         shape = value.type.evaluate(sizes)
         if value.name == "lengths":
             made[value.name] = rng.integers(3, 7, shape)
+        elif value.type.dtype.kind == "bool":
+            made[value.name] = rng.random(shape) < 0.7
         elif value.type.dtype.is_int:
             made[value.name] = rng.integers(0, 4, shape)
         else:
@@ -93,12 +108,17 @@ class Schedule:
             if entry == "verify":
                 counts[:] = min(int(rng.integers(1, CHUNK + 1)), int(left.min()))
             width = int(counts.max())
-            given = {name: np.zeros((len(rows), width), np.int64) for name in names}
+            given = {
+                name: np.zeros((len(rows), width, *x.shape[2:]), x.dtype)
+                for name, x in self.inputs.items()
+                if name in names
+            }
             for name in names:
                 for n, (row, count) in enumerate(zip(rows, counts, strict=True)):
                     given[name][n, :count] = self.inputs[name][row, start[n] : start[n] + count]
             takes = {v.name for v in self.derived.graph.functions[entry].inputs}
-            told = {"rows": self.slots[rows], "start": start} | ({"last": counts - 1} if "last" in takes else {})
+            told = {"rows": self.slots[rows], "start": start, "last": counts - 1}
+            told = {name: told[as_given] for as_given, name in self.derived.told.items() if name in takes}
             for name, array in call(entry, **given, **told).items():
                 for n, row in enumerate(rows):
                     end = int(start[n] + counts[n])
@@ -110,7 +130,7 @@ class Schedule:
         new = rows[~self.begun[rows]]
         if len(new) and self.derived.has_prologue:
             given = {name: self.inputs[name][new] for name in self.derived.prologue}
-            call("prologue", rows=self.slots[new], **given)
+            call("prologue", **{self.derived.told["rows"]: self.slots[new]}, **given)
         self.begun[new] = True
 
 
@@ -158,6 +178,38 @@ def test_what_mixes_tokens_otherwise_is_refused_by_name_and_line(name: str) -> N
     assert op in text
     number = int(text.partition("stepped_models.py:")[2].split(",")[0].split(")")[0].split()[0])
     assert words in linecache.getline("tests/stepped_models.py", number)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (mean_of_rows, "reduce_mean: the axis is whole"),
+        (row_numbers, "iota: the axis is generated"),
+        (count_of_rows, "size: the axis is"),
+    ],
+)
+def test_rows_that_read_each_other_are_refused(model: Model, what: str) -> None:
+    with pytest.raises(PassError, match="rows, B, are not each by itself") as caught:
+        derive_step(optimized(model))
+    assert what in str(caught.value)
+
+
+def test_a_sum_of_what_is_the_same_in_all_rows_is_refused() -> None:
+    with pytest.raises(PassError, match="cumsum carries along what is the same in all rows"):
+        derive_step(optimized(summed_ones))
+
+
+@pytest.mark.parametrize("symbol", ["R", "C", "C_3"])
+def test_symbols_of_the_states_are_the_steps_own(symbol: str) -> None:
+    graph = parse_graph(re.sub(r"\bS\b", symbol, str(optimized(MODELS["windows"]))))
+    with pytest.raises(PassError, match=f"a symbol {symbol}, which a step needs for itself"):
+        derive_step(graph)
+
+
+def test_a_shift_of_tokens_is_named_though_rows_are_expanded() -> None:
+    with pytest.raises(PassError, match="shifted has no axis that may be stepped") as caught:
+        derive_step(optimized(shifted))
+    assert "slice: the axis is cut" in str(caught.value)
 
 
 def test_tokens_without_rows_first_are_refused() -> None:

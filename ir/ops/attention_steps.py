@@ -4,8 +4,8 @@
                                                %v = append(%v, v, rows, start, axis=2)
                                                cached_attention(q, %k, %v, rows, start, terms=[causal])
 
-Where keys and values do not depend on the tokens (cross-attention), they lie in states already. What a term takes along
-the keys is cached as they are. Keys that a window hides from all later queries are written over: a ring.
+Where keys and values do not depend on the tokens (cross-attention), they lie in states already, or are weights; queries
+stand at their rows' positions all the same. What a term takes along the keys is cached as they are. Keys that a window hides from all later queries are written over: a ring.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.ir.attention.attention_terms import Padding, Term, reach_of
 from treadle.ir.builder import Expr
+from treadle.ir.sizing.sizes import ONE
 from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.types import i64
 
@@ -22,33 +23,40 @@ if TYPE_CHECKING:
     from treadle.ir.ops.attention import Attention
 
 KEYS = 2
-"""The dimension of k and v [b, g, t, d] along which keys stand."""
+"""The dimension of k and v [b, g, t, d] along which keys stand, and that of q [b, h, s, d] along which queries do."""
 
 
 def stepped_attention(op: Attention, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-    """What `Op.stepped` gives for attention. None where keys or values are neither kept nor along the tokens, or a term
-    takes an operand whose rows cannot be told apart, or that is about pairs of positions."""
+    """What `Op.stepped` gives for attention. None where keys are kept and values are not, or one of them lies along the
+    tokens and the other does not, or a term takes an operand whose rows cannot be told apart, or that is about pairs of
+    positions."""
     q, k, v, *given = operands
     if not isinstance(q, Expr):
         return None
     if isinstance(k, Kept) and isinstance(v, Kept):
-        return _across(op, step, q, k, v, given)
+        return _across(op, step, q, k, v, given, held)
+    if isinstance(k, Expr) and isinstance(v, Expr) and not held[1] and not held[2]:
+        rows = step.b.iota(size=k.shape[0], dtype=i64)  # each row reads its own, which are in no slot
+        return _across(op, step, q, Kept(k, rows, None, False), Kept(v, rows, None, False), given, held)
     if isinstance(k, Expr) and isinstance(v, Expr) and held[1] == held[2] == {KEYS}:
         return _along(op, step, q, k, v, given, held)
     return None
 
 
 def _across(
-    op: Attention, step: Stepping, q: Expr, k: Kept, v: Kept, given: Sequence[Expr | Kept | None]
+    op: Attention, step: Stepping, q: Expr, k: Kept, v: Kept, given: Sequence[Expr | Kept | None], held: Held
 ) -> Expr | None:
-    """Over keys that the prologue left: those that are real are told by a padding term."""
+    """Over keys that do not depend on the tokens: those that are real are told by a padding term."""
+    start = step.first if held[0] == {KEYS} else step.zeros()
+    if op.reads_positions and q.shape[KEYS] != ONE and q.shape[KEYS].as_symbol is None:
+        return None  # queries are tokens and something else, so that a query's position is not its token's
     terms, operands = list(op.terms), [x.read() if isinstance(x, Kept) else x for x in given]
     length = k.length if k.length is not None else v.length
     if length is None and not any(isinstance(term, Padding) for term in terms):
         length = step.b.expand(step.b.constant(k.state.shape[KEYS], i64), shape=step.rows.shape)
     if length is not None:
         terms, operands = [*terms, Padding()], [*operands, length]
-    return _cached(op, step, q, k.state, v.state, step.zeros(), terms, operands)
+    return _cached(op, step, q, k.state, v.state, k.rows, start, terms, operands)
 
 
 def _along(
@@ -72,7 +80,7 @@ def _along(
         else:
             operands.append(x.read() if isinstance(x, Kept) else x)
     keys, values = step.append("k", k, KEYS, ring=ring), step.append("v", v, KEYS, ring=ring)
-    return _cached(op, step, q, keys, values, step.first, op.terms, operands, ring=bool(ring))
+    return _cached(op, step, q, keys, values, step.rows, step.first, op.terms, operands, ring=bool(ring))
 
 
 def _cached(
@@ -81,6 +89,7 @@ def _cached(
     q: Expr,
     keys: Expr,
     values: Expr,
+    rows: Expr,
     first: Expr,
     terms: Sequence[Term],
     operands: Sequence[Any],
@@ -91,7 +100,7 @@ def _cached(
         q,
         keys,
         values,
-        step.rows,
+        rows,
         first,
         *operands,
         terms=tuple(terms),

@@ -16,9 +16,10 @@ that says what it is at a step), such as a convolution over time, a mean over th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph, Value
@@ -27,7 +28,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.verifier import verify
 from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
-from treadle.passes.stepping.kept_values import StepStates
+from treadle.passes.stepping.kept_values import StepStates, free_name
 from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.survey import Kind, Survey
 
@@ -40,6 +41,7 @@ class DerivedStep:
     axis      the symbol along which tokens are added
     tokens    the inputs that are given at every step, by name
     prologue  the inputs that are given once a row, by name
+    told      what an entry calls `rows`, `start` and `last`: another name where the model has an input of that one
     context   the most positions that the model takes, or None
     windows   by the symbol of its capacity, how many positions a ring must hold beside a chunk of tokens
     memories  the symbols of what rows bring once and keep: how much of it a slot holds
@@ -50,6 +52,7 @@ class DerivedStep:
     axis: str
     tokens: tuple[str, ...]
     prologue: tuple[str, ...]
+    told: Mapping[str, str]
     context: int | None
     windows: Mapping[str, int]
     memories: tuple[str, ...]
@@ -74,14 +77,15 @@ def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
     verdict = follow(graph, axis).step()
     if not verdict:
         raise PassError(f"{graph.name} has no step along {axis}: {verdict}")
-    survey = Survey(graph, axis, _rows(graph, axis))
+    rows = _rows(graph, axis)
+    _refuse_mixed_rows(graph, axis, rows)
+    survey = Survey(graph, axis, rows)
     made = Graph(graph.name)
     made.symbols, made.initial = dict(graph.symbols), dict(graph.initial)
     context = graph.symbols[axis].upper
-    for name, bounds in ((SLOTS, Bounds()), (CAPACITY, Bounds(1, context))):
-        if name in graph.symbols:
-            raise PassError(f"the model has a symbol {name}, which a step needs for itself", hint=f"rename {name}")
-        made.bound(name, bounds)
+    _refuse_symbols(graph, (SLOTS, CAPACITY))
+    made.bound(SLOTS, Bounds())
+    made.bound(CAPACITY, Bounds(1, context))
     states = StepStates(Size.symbol(SLOTS))
     functions = StepFunctions(survey, made, states)
     functions.entry("prefill", Extent.LAST)
@@ -92,24 +96,27 @@ def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
     if kept:
         Prologue(survey, made, states).build(made.add_entry("prologue"))
     verify(made)
-    capacities = [s for s in sorted(made.symbols) if s.startswith(f"{CAPACITY}_") and s not in graph.symbols]
+    held = {s for value in made.states.values() for s in value.type.symbols}
+    _refuse_symbols(graph, sorted(held))
+    capacities = [s for s in sorted(held) if s.startswith(f"{CAPACITY}_")]
     windows = {s: int(s[2:]) - 1 for s in capacities if s[2:].isdigit()}
     memories = tuple(s for s in capacities if s not in windows)
     tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
-    return DerivedStep(made, axis, tokens, tuple(kept), context, windows, memories, functions.carries)
+    inputs = {v.name for v in graph.main.inputs}
+    told = {name: free_name(name, inputs) for name in ("rows", "start", "last")}
+    return DerivedStep(made, axis, tokens, tuple(kept), told, context, windows, memories, functions.carries)
 
 
 def _stepped_axis(graph: Graph) -> str:
     """The one symbol of the inputs along which the model may be stepped, and an output is."""
     symbols = dict.fromkeys(s for v in graph.main.inputs for s in sorted(v.type.symbols))
     found, mapped, against = [], [], []
+    first = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
     for symbol in symbols:
         following = follow(graph, symbol)
         verdict = following.step()
-        if verdict and following.outputs and following.encounters:
-            found.append(symbol)
-        elif verdict and following.outputs and all(p.dim > 0 for p in following.places if p.value.kind == "input"):
-            mapped.append(symbol)
+        if verdict and following.outputs and symbol not in first:
+            (found if following.encounters else mapped).append(symbol)
         elif not verdict:
             against.append(str(verdict))
     found = found or mapped
@@ -118,6 +125,24 @@ def _stepped_axis(graph: Graph) -> str:
     if found:
         raise PassError(f"{graph.name} may be stepped along several axes", hint="name one of " + ", ".join(found))
     raise PassError("\n".join([f"{graph.name} has no axis that may be stepped", *against]))
+
+
+def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:
+    """Raise PassError where the model has a symbol of one of these names, which a step's states have."""
+    for name in names:
+        if name in graph.symbols:
+            raise PassError(f"the model has a symbol {name}, which a step needs for itself", hint=f"rename {name}")
+
+
+def _refuse_mixed_rows(graph: Graph, axis: str, rows: str) -> None:
+    """Raise PassError where a row's results depend on other rows, on which row it is, or on how many there are.
+
+    A step computes other rows together than the whole does, in another order.
+    """
+    met = [e for e in follow(graph, rows).encounters if not isinstance(e.kind, Generated) or e.node.op.reads_positions]
+    if met:
+        told = f"{graph.name} has no step along {axis}: its rows, {rows}, are not each by itself"
+        raise PassError("\n".join([told, *(f"  {e}" for e in met)]))
 
 
 def _rows(graph: Graph, axis: str) -> str:

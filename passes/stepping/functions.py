@@ -249,7 +249,8 @@ class _Body:
                 operands.append(self._read_kept(node, value, in_slots=names[i] in op.reads_slots))
             else:
                 operands.append(self.read(value, Extent.LAST if last and i in last else Extent.ALL))
-        if node in self.context.encounters or any(isinstance(x, Kept) for x in operands):
+        asked = node in self.context.encounters or self.context.reads_positions(node)
+        if asked or any(isinstance(x, Kept) for x in operands):
             results = self._stepped(node, op, extent, operands)
         else:
             plain = [x if isinstance(x, Stepped) else None for x in operands]
@@ -281,6 +282,9 @@ class _Body:
         for value in (*node.inputs, *node.results):
             if self.context.dims(value) and self.context.rows.get(value) and self.context.row_dim(value) != 0:
                 raise refusal(node, "mixes tokens of rows that are not its first dimension")
+        is_carried = any(isinstance(e.kind, Scanned) for e in met) and not node.op.reads_positions
+        if is_carried and any(self.context.dims(v) and self.context.row_dim(v) is None for v in node.inputs):
+            raise refusal(node, "carries along what is the same in all rows", hint="sum up values that have rows")
         held = [frozenset[int]() if v is None else self.context.dims(v) for v in node.operands]
         states, data = self.functions.states, self.data
         step = Stepping(
@@ -296,7 +300,7 @@ class _Body:
         made = op.stepped(step, [x.expr if isinstance(x, Stepped) else x for x in operands], held)
         if made is None:
             raise refusal(node, "mixes tokens in a way that has no step")
-        self.functions.carries |= any(isinstance(e.kind, Scanned) for e in met) and not node.op.reads_positions
+        self.functions.carries |= is_carried
         results = made if isinstance(made, tuple) else (made,)
         ranks = [v.type.rank for v in node.results]
         return [Stepped(x, x.rank > rank) for x, rank in zip(results, ranks, strict=True)]

@@ -58,6 +58,19 @@ class Context:
         """The dimension of a value that is the axis and nothing else; None where there is no such one, or two."""
         return _whole(value, self.axis.get(value, ()))
 
+    def reads_positions(self, node: Node) -> bool:
+        """Whether results depend on where along the axis operands stand, though the op maps it: a window over keys that
+        do not lie along it."""
+        if not node.op.reads_positions or not any(v is not None and self.dims(v) for v in node.operands):
+            return False
+        application = node.op.apply([None if v is None else v.type for v in node.operands])
+        return any(
+            not node.op.positional.isdisjoint(dims[n].factors)
+            for value, dims in zip(node.operands, application.operands, strict=True)
+            if value is not None and dims is not None
+            for n in self.dims(value)
+        )
+
     def row_dim(self, value: Value) -> int | None:
         """The dimension of a value that is the rows of the batch and nothing else; None where there is no such one."""
         return _whole(value, self.rows.get(value, ()))
