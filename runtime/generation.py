@@ -6,10 +6,11 @@ for token in generate(session, [[464, 3139], [15496]], most=32):
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
@@ -72,6 +73,7 @@ def generate(
     Raises UsageError at once, before a token is asked for, for an empty prompt, one that leaves no room, or a session
     without a free row.
     """
+    most = _count(most)
     rows = [list(p) for p in prompts]
     for i, ids in enumerate(rows, 1):
         if not ids:
@@ -82,7 +84,7 @@ def generate(
                 hint="a shorter prompt",
             )
     if rows and not session.free:
-        raise UsageError("the session has no free row", hint="close one, or a session with more rows")
+        raise _no_free_row()
     if inputs is not None and len(inputs) != len(rows):
         raise UsageError(f"inputs for {len(inputs)} prompts, of {len(rows)}")
     return _generated(session, rows, most, sampling or Sampling(), frozenset(stop), inputs or [{}] * len(rows))
@@ -101,6 +103,8 @@ def _generated(
     try:
         while waiting or running:
             running += _joined(session, prompts, inputs, waiting)
+            if not running:
+                raise _no_free_row()
             going: dict[int, int] = {}
             for each in list(running):
                 token = sampling.choose(each.logits, row=each.number, step=each.made)
@@ -125,15 +129,28 @@ def _generated(
 def _joined(
     session: Session, prompts: list[list[int]], inputs: Sequence[dict[str, Any]], waiting: deque[int]
 ) -> list[_Running]:
-    """As many of those that wait as there are free rows, prefilled together."""
+    """As many of those that wait as there are free rows, prefilled together; none stays open where one fails."""
     rows: dict[int, int] = {}
-    while waiting and session.free:
-        number = waiting.popleft()
-        rows[session.open(**inputs[number])] = number
-    if not rows:
-        return []
-    logits = session.prefill({row: prompts[number] for row, number in rows.items()})
+    try:
+        while waiting and session.free:
+            number = waiting.popleft()
+            rows[session.open(**inputs[number])] = number
+        logits = session.prefill({row: prompts[number] for row, number in rows.items()})
+    except BaseException:
+        for row in rows:
+            session.close(row)
+        raise
     return [_Running(number, row, logits[row]) for row, number in rows.items()]
+
+
+def _count(most: object) -> int:
+    if isinstance(most, bool) or not isinstance(most, SupportsIndex) or (count := operator.index(most)) < 0:
+        raise UsageError("most must be a number of tokens, 0 or more", received=repr(most))
+    return count
+
+
+def _no_free_row() -> UsageError:
+    return UsageError("the session has no free row", hint="close one, or a session with more rows")
 
 
 def _ending(session: Session, each: _Running, is_end: bool, is_all: bool) -> Ending | None:

@@ -13,20 +13,23 @@ and code with every other session of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
 
-from treadle.backends.protocol import StatefulExecutable
+from treadle.backends.protocol import Entry, StatefulExecutable
 from treadle.backends.states import States
 from treadle.ir.errors import UsageError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
+from treadle.runtime.token_ports import token_ports
 
 Array = np.ndarray[Any, Any]
+X = TypeVar("X")
 Full = Literal["error", "slide"]
 """What happens to a row whose cache is full: an error, or the older half of its tokens is forgotten."""
 
@@ -38,10 +41,18 @@ _RING = 128  # capacities of rings are multiples of this, as kernels read keys i
 
 @dataclass
 class _Row:
-    """A row that is open: its tokens so far, and where the oldest of them that is still known stands among them."""
+    """A row that is open.
+
+    tokens     so far
+    forgotten  how many of them, the oldest, are no longer known
+    verified   what `verify` left in the slot after them, not accepted yet
+    is_lost    a call was broken off that may have changed what the slot holds of these tokens
+    """
 
     tokens: list[int] = field(default_factory=list)
     forgotten: int = 0
+    verified: list[int] = field(default_factory=list)
+    is_lost: bool = False
 
     @property
     def length(self) -> int:
@@ -77,13 +88,14 @@ class Session:
         Raises UsageError for sizes that the model does not take, BackendError where there is not enough memory.
         """
         self.derived, self.chunk, self.full = derived, _positive("chunk", chunk), full
+        self._ports = token_ports(derived)
         if full not in ("error", "slide"):
             raise UsageError("full must be 'error' or 'slide'", received=repr(full))
         capacity = capacity if capacity is not None else derived.context
         if capacity is None:
             raise UsageError("a session needs a capacity: the model takes any number of tokens", hint="capacity=2048")
         self.capacity = _positive("capacity", capacity)
-        if derived.context is not None and capacity > derived.context:
+        if derived.context is not None and self.capacity > derived.context:
             raise UsageError(f"the model takes {derived.context} positions", received=f"capacity={capacity}")
         sizes = {SLOTS: _positive("rows", rows), CAPACITY: self.capacity}
         for symbol, window in derived.windows.items():
@@ -94,16 +106,8 @@ class Session:
         self._prefill, self._step = executable.entry("prefill"), executable.entry("step")
         self._verify = executable.entry("verify")
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
-        self._free = list(range(rows))[::-1]
+        self._free = list(range(sizes[SLOTS]))[::-1]
         self._rows: dict[int, _Row] = {}
-        if len(derived.tokens) != 1:
-            raise UsageError(
-                "a session feeds one input at a step, the tokens",
-                received=f"{derived.graph.name} takes {', '.join(derived.tokens)} at every step",
-                hint="compile it with inputs=() that leave out the others",
-            )
-        self._name = derived.tokens[0]
-        self._logits, self._vocab = _logits(derived)
 
     def _add_memories(self, sizes: dict[str, int], memory: Mapping[str, int]) -> None:
         wanted = {s.removeprefix("C_"): s for s in self.derived.memories}
@@ -169,7 +173,7 @@ class Session:
         row = self._free[-1]
         if self._prologue is not None:
             given = {name: np.asarray(x)[None] for name, x in inputs.items()}
-            self._prologue(self.states, rows=np.array([row]), **given)
+            self._prologue(self.states, **{self.derived.told["rows"]: np.array([row])}, **given)
         self._free.pop()
         self._rows[row] = _Row()
         return row
@@ -182,7 +186,7 @@ class Session:
 
     def fork(self, row: int) -> int:
         """A new row that goes on from where a row is: its slot is copied. Raises UsageError as `open` does."""
-        source = self._open(row)
+        source = self._whole(row)
         if not self._free:
             raise UsageError(f"all {len(self._rows)} rows are open", hint="close one, or a session with more rows")
         made = self._free.pop()
@@ -198,6 +202,16 @@ class Session:
             raise UsageError(f"row {row} is not open", received=f"open: {opened}")
         return found
 
+    def _whole(self, row: int) -> _Row:
+        """A row that is open, and whose slot holds what its tokens left there."""
+        found = self._open(row)
+        if found.is_lost:
+            raise UsageError(
+                f"row {row} cannot go on: a call was broken off while it changed what the row holds",
+                hint="close it, and prefill its tokens in another row",
+            )
+        return found
+
     # -- steps -------------------------------------------------------------------------------------------------
 
     def prefill(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Array]:
@@ -206,7 +220,7 @@ class Session:
         Raises UsageError, before anything is appended, for a row that is not open, no tokens, an id out of the
         vocabulary, or more tokens than there is room for.
         """
-        left = {row: self._checked(row, ids) for row, ids in tokens.items()}
+        left = {row: self._checked(row, ids) for row, ids in _by_row(tokens)}
         self._make_room({row: len(ids) for row, ids in left.items()})
         made: dict[int, Array] = {}
         while left:
@@ -217,19 +231,12 @@ class Session:
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Array]:
         """Append one token to each of these rows; the logits [vocab] after it. Raises UsageError as `prefill` does."""
-        rows = list(tokens)
-        ids = [self._checked(row, [token]) for row, token in tokens.items()]
-        self._make_room(dict.fromkeys(rows, 1))
-        out = self._step(
-            self.states,
-            **{self._name: np.array(ids, np.int64)},
-            rows=np.array(rows, np.int64),
-            start=np.array([self._rows[row].length for row in rows], np.int64),
-        )
-        for row, (token,) in zip(rows, ids, strict=True):
-            self._rows[row].tokens.append(token)
-        logits = np.asarray(out[self._logits])
-        return {row: logits[n, 0] for n, row in enumerate(rows)}
+        ids = {row: self._checked(row, [token]) for row, token in _by_row(tokens)}
+        if not ids:
+            return {}
+        self._make_room(dict.fromkeys(ids, 1))
+        logits = self._run(self._step, ids, np.array(list(ids.values()), self._ports.dtype))
+        return {row: logits[n, 0] for n, row in enumerate(ids)}
 
     def verify(self, row: int, tokens: Sequence[int]) -> Array:
         """The logits [n, vocab] after each of n tokens that would follow a row; the row stays as it is.
@@ -243,32 +250,63 @@ class Session:
                 hint="prefill, or step",
             )
         ids = self._checked(row, tokens)
-        if len(ids) > self.chunk or self._rows[row].length + len(ids) > self.capacity:
-            raise UsageError(f"row {row} has no room for {len(ids)} tokens at once")
-        out = self._verify(
-            self.states,
-            **{self._name: np.array([ids], np.int64)},
-            rows=np.array([row], np.int64),
-            start=np.array([self._rows[row].length], np.int64),
-        )
-        found: Array = np.asarray(out[self._logits])[0]
+        state = self._rows[row]
+        if len(ids) > self.chunk or state.length + len(ids) > self.capacity:
+            raise UsageError(
+                f"row {row} has no room for {len(ids)} tokens at once",
+                received=f"{state.length} of {self.capacity} positions are filled; a call takes {self.chunk} tokens",
+            )
+        logits = self._run(self._verify, {row: []}, np.array([ids], self._ports.dtype))
+        state.verified = ids
+        found: Array = logits[0]
         return found
 
     def accept(self, row: int, tokens: Sequence[int]) -> None:
-        """Append tokens that `verify` was called with just before. Raises UsageError for a row that is not open."""
-        self._open(row).tokens.extend(self._checked(row, tokens))
+        """Append the first of the tokens that `verify` was called with just before, as many as are right; or none.
+
+        Raises UsageError for a row that is not open, and for other tokens, whose keys and values the row does not hold.
+        """
+        state, ids = self._whole(row), _ids(row, tokens)
+        if ids != state.verified[: len(ids)]:
+            raise UsageError(
+                f"row {row} accepts tokens that were verified just before, from the first of them on",
+                received=f"{ids}, where {state.verified or 'none'} were verified",
+                hint=f"prefill({{{row}: ...}}) appends any tokens",
+            )
+        state.tokens.extend(ids)
+        state.verified = []
 
     def _checked(self, row: int, tokens: Sequence[int]) -> list[int]:
-        self._open(row)
-        ids = [int(token) for token in tokens]
+        self._whole(row)
+        ids, most = _ids(row, tokens), self._ports.vocabulary
         if not ids:
             raise UsageError(f"row {row} is given no tokens")
-        wrong = next((i for i in ids if i < 0 or (self._vocab is not None and i >= self._vocab)), None)
+        wrong = next((i for i in ids if i < 0 or (most is not None and i >= most)), None)
         if wrong is not None:
-            raise UsageError(
-                f"token {wrong} is not in the vocabulary", received=f"ids are 0 to {(self._vocab or 0) - 1}"
-            )
+            known = "0 or more" if most is None else f"0 to {most - 1}"
+            raise UsageError(f"token {wrong} is not in the vocabulary", received=f"ids are {known}")
         return ids
+
+    def _run(self, entry: Entry, pieces: Mapping[int, Sequence[int]], ids: Array, **told: Array) -> Array:
+        """Call an entry on ids [b, s], and append each row's piece; all logits.
+
+        Where the call is broken off, rows stay as they were. Caches may be written past a row's end; sums that are
+        carried along may have gone on, and these rows are lost.
+        """
+        rows = list(pieces)
+        told["rows"], told["start"] = np.array(rows, np.int64), np.array([self._rows[r].length for r in rows], np.int64)
+        for row in rows:
+            self._rows[row].verified = []
+        try:
+            named = {self.derived.told[name]: array for name, array in told.items()}
+            out = entry(self.states, **{self._ports.tokens: ids}, **named)
+        except BaseException:
+            for row in rows:
+                self._rows[row].is_lost = self.derived.carries
+            raise
+        for row in rows:
+            self._rows[row].tokens.extend(pieces[row])
+        return np.asarray(out[self._ports.logits])
 
     def _make_room(self, wanted: Mapping[int, int]) -> None:
         """See that rows have room for so many tokens more. Raises UsageError where one has not, and may not slide."""
@@ -289,8 +327,12 @@ class Session:
         kept = state.tokens[-(self.capacity // 2) :]
         forgotten = len(state.tokens) - len(kept)
         state.tokens, state.forgotten = state.tokens[:forgotten], forgotten
-        for at in range(0, len(kept), self.chunk):
-            self._append({row: kept[at : at + self.chunk]})
+        try:
+            for at in range(0, len(kept), self.chunk):
+                self._append({row: kept[at : at + self.chunk]})
+        except BaseException:
+            state.tokens, state.is_lost = [*state.tokens[:forgotten], *kept], True
+            raise
 
     def _groups(self, pieces: Mapping[int, list[int]]) -> list[dict[int, list[int]]]:
         """Pieces that are appended together: of one width, where every row has room for it."""
@@ -303,26 +345,16 @@ class Session:
         return list(groups.values())
 
     def _append(self, pieces: Mapping[int, list[int]]) -> dict[int, Array]:
-        rows = list(pieces)
-        start = np.array([self._rows[row].length for row in rows], np.int64)
         width = max(map(len, pieces.values()))
         padded = _WIDTH * -(-width // _WIDTH)
-        if padded <= self.chunk and start.max() + padded <= self.capacity:
+        if padded <= self.chunk and all(self._rows[row].length + padded <= self.capacity for row in pieces):
             width = padded
-        ids = np.zeros((len(rows), width), np.int64)
-        for n, row in enumerate(rows):
-            ids[n, : len(pieces[row])] = pieces[row]
-        out = self._prefill(
-            self.states,
-            **{self._name: ids},
-            rows=np.array(rows, np.int64),
-            start=start,
-            last=np.array([len(pieces[row]) - 1 for row in rows], np.int64),
-        )
-        for row in rows:
-            self._rows[row].tokens.extend(pieces[row])
-        logits = np.asarray(out[self._logits])
-        return {row: logits[n, 0] for n, row in enumerate(rows)}
+        ids = np.zeros((len(pieces), width), self._ports.dtype)
+        for n, piece in enumerate(pieces.values()):
+            ids[n, : len(piece)] = piece
+        last = np.array([len(piece) - 1 for piece in pieces.values()], np.int64)
+        logits = self._run(self._prefill, pieces, ids, last=last)
+        return {row: logits[n, 0] for n, row in enumerate(pieces)}
 
     def __repr__(self) -> str:
         used = ", ".join(f"{row}: {state.length}" for row, state in self._rows.items())
@@ -333,14 +365,23 @@ class Session:
 
 
 def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or (number := operator.index(value)) < 1:
         raise UsageError(f"{name} must be 1 or more", received=repr(value))
-    return value
+    return number
 
 
-def _logits(derived: DerivedStep) -> tuple[str, int | None]:
-    """The output [B, S, vocab], and how many ids there are."""
-    for name, value in derived.graph.functions["verify"].outputs.items():
-        if value.type.rank == 3 and value.type.dtype.is_float:
-            return name, value.type.shape[2].constant
-    raise UsageError("a session needs a model with logits [B, S, vocab]", received=derived.graph.name)
+def _by_row(tokens: Mapping[int, X]) -> Iterable[tuple[int, X]]:
+    """What each row is given. Raises UsageError for anything but a mapping."""
+    if not isinstance(tokens, Mapping):
+        raise UsageError("tokens are given by row", received=type(tokens).__name__, hint="{row: tokens}")
+    return tokens.items()
+
+
+def _ids(row: int, tokens: Sequence[int]) -> list[int]:
+    """Ids as plain numbers. Raises UsageError for what is none."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise UsageError(
+            f"row {row} is given what is no id of a token", received=repr(tokens)[:200], hint="whole numbers"
+        ) from error

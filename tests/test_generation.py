@@ -87,6 +87,27 @@ def test_sampling_out_of_range(options: dict[str, float]) -> None:
         Sampling(**options)  # type: ignore[arg-type]
 
 
+def test_rows_are_given_back_where_generation_ends_early(model: Compiled) -> None:
+    session = model.session(rows=2)
+    with pytest.raises(UsageError, match="token 99 is not in the vocabulary"):
+        list(generate(session, [[1], [99]], most=2))
+    assert session.free == 2
+    tokens = generate(session, [[1], [2], [3]], most=5)
+    next(tokens)
+    assert session.free == 0
+    tokens.close()  # type: ignore[attr-defined]
+    assert session.free == 2
+
+
+def test_prompts_that_wait_for_rows_that_others_took_say_so(model: Compiled) -> None:
+    session = model.session(rows=1)
+    tokens = generate(session, [[1], [2]], most=1)
+    next(tokens)
+    session.open()
+    with pytest.raises(UsageError, match="no free row"):
+        next(tokens)
+
+
 def test_prompts_that_cannot_be_continued_are_refused_at_once(model: Compiled) -> None:
     session = model.session()
     with pytest.raises(UsageError, match="prompt 1 of 1 has no tokens"):
@@ -95,6 +116,9 @@ def test_prompts_that_cannot_be_continued_are_refused_at_once(model: Compiled) -
         generate(session, [[0] * 17], most=1)
     with pytest.raises(UsageError, match="17 tokens, a row of the session takes 12"):
         generate(model.session(capacity=12), [[0] * 17], most=1)
+    for most in (-1, 2.5):
+        with pytest.raises(UsageError, match="most must be a number of tokens"):
+            generate(session, [[1]], most=most)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="inputs for 1 prompts, of 2"):
         generate(session, [[1], [2]], most=1, inputs=[{}])
     full = model.session(rows=1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 
 import treadle as t
-from tests.stepped_models import MODELS
+from tests.stepped_models import MODELS, Model, Tokens
 from treadle.compiled import Compiled
 from treadle.ir.errors import BackendError, PassError, UsageError
 from treadle.runtime.generation import generate
@@ -76,6 +76,25 @@ def test_tokens_that_are_verified_are_appended_only_when_they_are_accepted(exe: 
     near(session.step({row: 9})[row], whole(exe, [1, 2, 3, 4, 9])[-1])
 
 
+def test_other_tokens_than_were_verified_are_not_accepted(exe: Compiled) -> None:
+    session = exe.session(rows=1, capacity=32)
+    row = session.open()
+    session.prefill({row: [1, 2, 3]})
+    with pytest.raises(UsageError, match="accepts tokens that were verified just before"):
+        session.accept(row, [4])
+    session.verify(row, [4, 5, 6])
+    with pytest.raises(UsageError, match="accepts tokens that were verified just before"):
+        session.accept(row, [4, 6])
+    session.accept(row, [])
+    with pytest.raises(UsageError, match="where none were verified"):
+        session.accept(row, [4])
+    session.verify(row, [4, 5])
+    session.step({row: 9})  # which writes over them
+    with pytest.raises(UsageError, match="where none were verified"):
+        session.accept(row, [4])
+    near(session.step({row: 8})[row], whole(exe, [1, 2, 3, 9, 8])[-1])
+
+
 def test_a_row_that_is_full_says_so_and_others_go_on(exe: Compiled) -> None:
     session = exe.session(rows=2, capacity=8)
     full, other = session.open(), session.open()
@@ -99,6 +118,116 @@ def test_a_row_that_slides_forgets_its_older_half(exe: Compiled) -> None:
     assert session.tokens(row) == tuple(tokens)
 
 
+def test_numbers_may_be_those_of_numpy_and_rows_none(exe: Compiled) -> None:
+    session = exe.session(rows=np.int64(2), capacity=np.int64(16))  # type: ignore[arg-type]
+    row = session.open()
+    session.prefill({row: np.array([1, 2])})  # type: ignore[dict-item]
+    assert session.step({}) == session.prefill({}) == {}
+    near(session.step({np.int64(row): np.int32(3)})[row], whole(exe, [1, 2, 3])[-1])  # type: ignore[dict-item]
+    assert session.tokens(row) == (1, 2, 3)
+    assert all(type(token) is int for token in session.tokens(row))
+
+
+@t.model
+def summing(tokens: Tokens) -> t.Tensor:
+    """Sums are carried before an id that is too large for the second table is looked up."""
+    x = t.cumsum(t.embed(tokens, 40, 12, name="wte"), axis=1)
+    return t.linear(x + t.embed(tokens * 2, 40, 12, name="twice"), 40, name="logits")
+
+
+@t.model
+def caching(tokens: Tokens) -> t.Tensor:
+    """Keys and values are cached before an id that is too large for the second table is looked up."""
+    x = t.embed(tokens, 40, 12, name="wte")
+    x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    return t.linear(x + t.embed(tokens * 2, 40, 12, name="twice"), 40, name="logits")
+
+
+@pytest.mark.parametrize("model", [summing, caching])
+def test_a_call_that_is_broken_off_changes_no_row_unseen(model: Model) -> None:
+    exe = t.compile(model, seed=1)
+    session = exe.session(rows=3, capacity=32)
+    row, other = session.open(), session.open()
+    session.prefill({row: [1, 2], other: [3]})
+    with pytest.raises(BackendError, match="index 60 is outside"):
+        session.step({row: 30})
+    near(session.step({other: 4})[other], whole(exe, [3, 4])[-1])
+    assert session.tokens(row) == (1, 2)
+    if model is summing:
+        for use in (lambda: session.step({row: 5}), lambda: session.fork(row)):
+            with pytest.raises(UsageError, match=f"row {row} cannot go on"):
+                use()
+        session.close(row)
+        row = session.open()
+        session.prefill({row: [1, 2]})
+    near(session.step({row: 5})[row], whole(exe, [1, 2, 5])[-1])
+
+
+def test_a_row_that_is_broken_off_while_it_slides_keeps_its_text(exe: Compiled) -> None:
+    session = exe.session(rows=1, capacity=8, full="slide")
+    row = session.open()
+    session.prefill({row: [1, 2, 3, 4, 5, 6, 7, 8]})
+
+    def interrupted(*states: object, **given: object) -> None:
+        raise KeyboardInterrupt
+
+    session._prefill = interrupted  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        session.step({row: 9})
+    assert session.tokens(row) == (1, 2, 3, 4, 5, 6, 7, 8)
+    with pytest.raises(UsageError, match=f"row {row} cannot go on"):
+        session.step({row: 9})
+
+
+@t.model
+def tagged(tokens: Tokens) -> dict[str, t.Tensor]:
+    """Fewer classes than ids, and another output [B, S, width] before the logits."""
+    x = t.embed(tokens, 40, 12, name="wte")
+    x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
+    return {"hidden": x, "logits": t.linear(x, 5, name="head")}
+
+
+@t.model
+def unnamed(tokens: Tokens) -> dict[str, t.Tensor]:
+    x = t.embed(tokens, 40, 12, name="wte")
+    return {"hidden": x, "scores": t.linear(x, 5, name="head")}
+
+
+@t.model
+def of_vectors(x: Annotated[t.Tensor, t.f32["B S 12"]]) -> t.Tensor:
+    return t.linear(x + t.self_attention(x, 3, mask=t.causal, name="attn"), 5, name="head")
+
+
+@t.model
+def oddly_named(rows: Tokens, start: Annotated[t.Tensor, t.f32["B 6"]]) -> t.Tensor:
+    x = t.embed(rows, 40, 12, name="wte") * t.rearrange(t.linear(start, 12, name="seen"), pattern="b d -> b 1 d")
+    return t.linear(x + t.self_attention(x, 3, mask=t.causal, name="attn"), 40, name="head")
+
+
+def test_ids_are_those_of_the_table_and_logits_those_of_that_name() -> None:
+    exe = t.compile(tagged, seed=1)
+    session = exe.session(rows=1, capacity=8)
+    row = session.open()
+    near(session.prefill({row: [1, 39]})[row], whole(exe, [1, 39])[-1])
+    with pytest.raises(UsageError, match="token 40 is not in the vocabulary"):
+        session.step({row: 40})
+    with pytest.raises(UsageError, match="gives hidden, scores for each token: which are its logits"):
+        t.compile(unnamed, seed=1).session(capacity=8)
+    with pytest.raises(UsageError, match="feeds ids of tokens, which of_vectors does not take"):
+        t.compile(of_vectors, seed=1).session(capacity=8)
+
+
+def test_inputs_may_be_named_as_a_step_names_its_rows() -> None:
+    exe = t.compile(oddly_named, seed=1)
+    session = exe.session(rows=2, capacity=8)
+    start = np.arange(6, dtype=np.float32)
+    session.open(start=-start)
+    row = session.open(start=start)
+    session.prefill({row: [1, 2]})
+    (wanted,) = exe(rows=np.array([[1, 2, 3]]), start=start[None]).values()
+    near(session.step({row: 3})[row], wanted[0, -1])
+
+
 def test_what_is_wrong_is_said_before_anything_is_appended(exe: Compiled) -> None:
     session = exe.session(rows=2, capacity=16)
     row = session.open()
@@ -111,6 +240,10 @@ def test_what_is_wrong_is_said_before_anything_is_appended(exe: Compiled) -> Non
         (lambda: session.close(7), "row 7 is not open"),
         (lambda: session.prefill({row: [1] * 15}), f"the cache of row {row} is full"),
         (lambda: session.open(picture=1), "begins with nothing"),
+        (lambda: session.step({row: 2.5}), "what is no id of a token"),
+        (lambda: session.step({row: None}), "what is no id of a token"),
+        (lambda: session.prefill({row: 3}), "what is no id of a token"),
+        (lambda: session.prefill([[3]]), "tokens are given by row"),
     ):
         with pytest.raises(UsageError, match=what):
             wrong()

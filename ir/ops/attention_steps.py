@@ -5,7 +5,8 @@
                                                cached_attention(q, %k, %v, rows, start, terms=[causal])
 
 Where keys and values do not depend on the tokens (cross-attention), they lie in states already, or are weights; queries
-stand at their rows' positions all the same. What a term takes along the keys is cached as they are. Keys that a window hides from all later queries are written over: a ring.
+stand at their rows' positions all the same. What a term takes along the keys is cached as they are. Keys that a window
+hides from all later queries are written over: a ring.
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
 def _stepped_axis(graph: Graph) -> str:
     """The one symbol of the inputs along which the model may be stepped, and an output is."""
     symbols = dict.fromkeys(s for v in graph.main.inputs for s in sorted(v.type.symbols))
-    found, mapped, against = [], [], []
+    found: list[str] = []
+    mapped: list[str] = []
+    against: list[str] = []
     first = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
     for symbol in symbols:
         following = follow(graph, symbol)

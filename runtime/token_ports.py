@@ -1,0 +1,96 @@
+"""What a session feeds and reads of a derived step: the input of tokens, how many ids there are, and the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.axes import Role
+from treadle.ir.composites import body_of
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Function, Value
+from treadle.ir.operation import Composite
+from treadle.passes.stepping.derivation import DerivedStep
+
+
+@dataclass(frozen=True)
+class TokenPorts:
+    """The ports of a model of text.
+
+    tokens      the input, int [B, S], by name
+    dtype       of the ids
+    vocabulary  how many ids there are, by the least table in which they are looked up; None where no table says
+    logits      the output, float [B, S, vocab], by name
+    """
+
+    tokens: str
+    dtype: np.dtype[Any]
+    vocabulary: int | None
+    logits: str
+
+
+def token_ports(derived: DerivedStep) -> TokenPorts:
+    """Find them. Raises UsageError for a model that takes no tokens, or more beside them, or whose logits are not
+    told from other outputs."""
+    function = derived.graph.functions["verify"]
+    given = [v for v in function.inputs if v.name in derived.tokens]
+    if len(given) != 1:
+        raise UsageError(
+            "a session feeds one input at a step, the tokens",
+            received=f"{derived.graph.name} takes {', '.join(derived.tokens)} at every step",
+            hint="compile it with inputs=() that leave out the others",
+        )
+    (tokens,) = given
+    dtype = tokens.type.dtype
+    if not dtype.is_int or dtype.numpy is None or tokens.type.rank != 2:
+        raise UsageError(
+            f"a session feeds ids of tokens, which {derived.graph.name} does not take",
+            received=f"{tokens.name}: {tokens.type}",
+            hint='an input i64["B S"]; derive_step gives the entries of any other model, to be called by themselves',
+        )
+    vocabulary = min(_looked_up(function, {tokens}), default=None)
+    return TokenPorts(tokens.name, dtype.numpy, vocabulary, _logits(derived, function))
+
+
+def _looked_up(function: Function, ids: set[Value]) -> list[int]:
+    """The sizes of the axes along which a function looks ids up, as they are given."""
+    same, sizes = set(ids), list[int]()
+    for node in function.nodes:
+        positions = [i for i, value in enumerate(node.operands) if value in same]
+        if not positions or node.op.callee is not None:
+            continue
+        types = [None if v is None else v.type for v in node.operands]
+        if isinstance(node.op, Composite):  # which may look up several kinds of ids in as many tables
+            body = body_of(node.op, types)
+            formals = dict(zip((i for i, v in enumerate(node.operands) if v is not None), body.inputs, strict=True))
+            sizes += _looked_up(body, {formals[i] for i in positions})
+            continue
+        if len(node.operands) == 1 and node.op.only_moves and not node.op.reads_positions:
+            same.update(node.results)
+        application = node.op.apply(types)
+        tables = [dims or () for i, dims in enumerate(application.operands) if i not in positions]
+        for name in {name for dims in tables for dim in dims for name in dim.factors}:
+            size = application.dims[name].size.constant
+            if application.factors[name].role is Role.INDEXED and size is not None:
+                sizes.append(size)
+    return sizes
+
+
+def _logits(derived: DerivedStep, function: Function) -> str:
+    found = [
+        name
+        for name, value in function.outputs.items()
+        if value.type.rank == 3 and value.type.dtype.is_float and value.type.shape[1].as_symbol == derived.axis
+    ]
+    if len(found) == 1:
+        return found[0]
+    if "logits" in found:
+        return "logits"
+    if found:
+        raise UsageError(
+            f"{derived.graph.name} gives {', '.join(found)} for each token: which are its logits?",
+            hint="name one of them logits",
+        )
+    raise UsageError("a session needs a model with logits [B, S, vocab]", received=derived.graph.name)
