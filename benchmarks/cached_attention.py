@@ -20,7 +20,7 @@ import numpy as np
 
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention
-from treadle.backends.tvm.kernels.attention.scratch import Scratch
+from treadle.backends.tvm.kernels.attention.scratch import SPAN, Scratch
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import host_isa
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -73,10 +73,11 @@ class Cache:
         q, out = (np.ones((count, self.heads, 1, self.width), np.float32) for _ in range(2))
         start, status = np.full(count, self.length - 1), np.zeros(4, np.int64)
         part = Scratch.of(self.width, self.width, isa, packs=False)
-        counts = (1, 1, part.queries, part.scores, shared * part.sums, shared * part.rows)
-        work = [np.zeros(at_once * n, np.float32) for n in counts]
+        parts = self.length // SPAN + 1
+        work = [np.zeros(at_once * n, np.float32) for n in (1, 1, part.queries, part.scores)]
+        work += [np.zeros(count * self.groups * parts * shared * n, np.float32) for n in (part.sums, part.rows)]
         kernel = CachedFlashAttention(self.width, self.width, self.width**-0.5, shared=shared)
-        sizes = [count, self.groups, shared, 1, self.length, self.slots, -FAR, 0, 1, at_once]
+        sizes = [count, self.groups, shared, 1, self.length, self.slots, -FAR, 0, 1, at_once, parts]
         sizes += [stride // 4 for x in (q, self.k, self.v, out) for stride in x.strides[:3]]
         return bind(kernel, [q, self.k, self.v, rows, start, out, *work, status], sizes)
 

@@ -12,7 +12,7 @@ from tests.backend_checks import graph_of
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention, steps_at_once
-from treadle.backends.tvm.kernels.attention.scratch import BLOCK
+from treadle.backends.tvm.kernels.attention.scratch import BLOCK, SPAN
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, runs_here
 from treadle.ir.attention.attention_terms import (
     Alibi,
@@ -104,12 +104,21 @@ def call(exe: KernelExecutable, given: list[Array]) -> Array:
 class Texts:
     """Some sequences of one length, with what plain attention makes of each."""
 
-    def __init__(self, terms: tuple[Term, ...], heads: int, groups: int, target: str = "cpu", **options: Any) -> None:
+    def __init__(
+        self,
+        terms: tuple[Term, ...],
+        heads: int,
+        groups: int,
+        target: str = "cpu",
+        longest: int = LONGEST,
+        **options: Any,
+    ) -> None:
+        self.longest = longest
         rng, count = np.random.default_rng(len(terms) + heads), 4
         self.is_causal = Causal() in terms
-        sizes = {"b": count, "h": heads, "s": LONGEST, "t": LONGEST}
+        sizes = {"b": count, "h": heads, "s": longest, "t": longest}
         self.q, self.k, self.v = (
-            rng.standard_normal((count, n, LONGEST, width)).astype(np.float32)
+            rng.standard_normal((count, n, longest, width)).astype(np.float32)
             for n, width in ((heads, D), (groups, D), (groups, E))
         )
         self.axes = [axes.split() for axes, _ in operands(terms, "S", heads, "S")]
@@ -121,7 +130,7 @@ class Texts:
             elif type.startswith("bool"):
                 self.given.append(rng.random(shape) < 0.75)
             else:
-                low, high = (LONGEST // 2, LONGEST) if axes == "b" else (0, 2)
+                low, high = (longest // 2, longest) if axes == "b" else (0, 2)
                 self.given.append(rng.integers(low, high, shape))
         whole = compiled(whole_graph(terms, heads, groups, **options), target)
         self.y = call(whole, [self.q, self.k, self.v, *self.given])
@@ -134,7 +143,7 @@ class Texts:
         for x, cache_ in ((self.k, k), (self.v, v)):
             for text, slot, at in zip(texts, slots, past, strict=True):
                 # Without causal a query sees all keys of its row.
-                written = np.arange(max(0, at + s - capacity), at + s if self.is_causal else LONGEST)
+                written = np.arange(max(0, at + s - capacity), at + s if self.is_causal else self.longest)
                 cache_[slot][:, written % capacity] = x[text][:, written]
         rows = [(text, slice(at, at + s)) for text, at in zip(texts, past, strict=True)]
         given = [self._of_rows(x, axes, rows, capacity) for x, axes in zip(self.given, self.axes, strict=True)]
@@ -150,7 +159,7 @@ class Texts:
             if "s" in axes:
                 part = part[(slice(None),) * (axes.index("s") - 1) + (at,)]
             if "t" in axes:
-                part = np.concatenate([part, np.ones((*part.shape[:-1], capacity - LONGEST), part.dtype)], axis=-1)
+                part = np.concatenate([part, np.ones((*part.shape[:-1], capacity - self.longest), part.dtype)], axis=-1)
             parts.append(part)
         return np.stack(parts)
 
@@ -160,10 +169,12 @@ def texts(name: str, heads: int, groups: int, target: str = "cpu", softcap: floa
     return Texts(TERMS[name], heads, groups, target, softcap=softcap)
 
 
-def steps(rng: np.random.Generator, s: int, count: int, times: int) -> list[list[int]]:
-    """How far rows have come: anywhere, and around where blocks begin."""
-    edges = [x for n in range(0, LONGEST, BLOCK) for x in (n - 1, n, n + 1) if 0 <= x <= LONGEST - s]
-    anywhere = rng.integers(0, LONGEST - s + 1, (times, count))
+def steps(
+    rng: np.random.Generator, s: int, count: int, times: int, longest: int = LONGEST, every: int = BLOCK
+) -> list[list[int]]:
+    """How far rows have come: anywhere, and around where blocks, or whatever there is `every` so often, begin."""
+    edges = [x for n in range(0, longest, every) for x in (n - 1, n, n + 1) if 0 <= x <= longest - s]
+    anywhere = rng.integers(0, longest - s + 1, (times, count))
     made: list[list[int]] = np.where(
         rng.random((times, count)) < 0.5, anywhere, rng.choice(edges, (times, count))
     ).tolist()
@@ -200,6 +211,39 @@ def test_a_step_has_the_bits_of_the_whole(name: str, ring: bool) -> None:
         for past in steps(rng, 1, count, 6):
             given, wanted = held.step(rng, past, 1, capacity)
             np.testing.assert_array_equal(call(exe, given), wanted, err_msg=f"{past} {capacity}")
+
+
+LONG = 3 * SPAN + 70
+LONG_WINDOW = SPAN + 200
+
+
+@pytest.mark.parametrize(
+    ("name", "ring", "target"),
+    [(name, False, "cpu") for name in ("causal", "window", "many", "t5 both ways")]
+    + [("causal", True, "cpu"), ("alibi", True, "cpu")]
+    + [("causal", False, target) for target in SMALL],
+)
+def test_parts_of_spans_merge_as_in_the_whole(name: str, ring: bool, target: str) -> None:
+    terms, rng = TERMS[name], np.random.default_rng(7)
+    if ring:
+        terms = (*terms, Window(LONG_WINDOW))
+    held = Texts(terms, 6, 2, target, LONG)
+    one, several = (compiled(cached_graph(terms, 6, 2, queries, ring=ring), target) for queries in ("1", "S"))
+    for s, exe in ((1, one), (2, several), (40, several), (700, several)):
+        for past in steps(rng, s, 2, 5 if s == 1 else 2, LONG, SPAN):
+            capacity = int(rng.integers(LONG_WINDOW, LONG_WINDOW + 90)) + s - 1 if ring else LONG
+            given, wanted = held.step(rng, past, s, capacity)
+            np.testing.assert_array_equal(call(exe, given), wanted, err_msg=f"{s} {past} {capacity}")
+
+
+def test_threads_that_share_spans_do_not_change_bits() -> None:
+    rng = np.random.default_rng(8)
+    held = Texts((Causal(),), 3, 1, longest=LONG)
+    exes = [compiled(cached_graph((Causal(),), 3, 1, "1"), threads=n) for n in (1, 2)]
+    for past in ([LONG - 1], [SPAN, SPAN - 1, 3 * SPAN + 5], [0, 2 * SPAN + 1, 17]):
+        given, wanted = held.step(rng, past, 1, LONG)
+        for exe in exes:
+            np.testing.assert_array_equal(call(exe, given), wanted)
 
 
 @pytest.mark.parametrize("target", ["cpu", *SMALL])

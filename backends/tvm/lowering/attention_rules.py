@@ -24,7 +24,7 @@ from treadle.backends.tvm.kernels.attention.attention_masks import (
 )
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention, steps_at_once
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
-from treadle.backends.tvm.kernels.attention.scratch import GROUP, Scratch
+from treadle.backends.tvm.kernels.attention.scratch import GROUP, SPAN, Scratch
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import STATUS_WORDS
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
@@ -91,16 +91,19 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     low, high = reach_of(op.terms)
     to = w.view(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
-    most, at_once = _queries_a_task(shared.constant), 0
+    most, at_once, ring = _queries_a_task(shared.constant), 0, False
     spec = (d, e, op.scale_for(d), op.softcap, len(terms.lengths))
     if isinstance(op, CachedAttention):
-        at_once = _heads_a_step(w, s, shared, d, e)
-        kernel: Kernel = CachedFlashAttention(*spec, tuple(terms.codes), op.ring, at_once)
+        at_once, ring = _heads_a_step(w, s, shared, d, e), op.ring
+        kernel: Kernel = CachedFlashAttention(*spec, tuple(terms.codes), ring, at_once)
         most = 1 if at_once else most
     else:
         kernel = FlashAttention(*spec, tuple(terms.codes))
     part = Scratch.of(d, e, w.isa, packs=not at_once)
     rows = shared * most
+    # One query a row: each span of the keys of a row has memory of its own for its part.
+    parts = t // SPAN + (2 if ring else 1)
+    held = b * g * parts if at_once else Size.of(SLOTS)
     work = [
         w.scratch(f32, shape, f"attention_{name}")
         for name, shape in (
@@ -108,12 +111,12 @@ def _attention(w: RoutineWriter, node: Node) -> None:
             ("values", (Size.of(SLOTS), Size.of(part.values))),
             ("queries", (Size.of(SLOTS), Size.of(part.queries))),
             ("scores", (Size.of(SLOTS), Size.of(part.scores))),
-            ("sums", (Size.of(SLOTS), rows, Size.of(part.sums))),
-            ("rows", (Size.of(SLOTS), rows, Size.of(part.rows))),
+            ("sums", (held, rows, Size.of(part.sums))),
+            ("rows", (held, rows, Size.of(part.rows))),
         )
     ]
     sizes: list[Size | int] = [b, g, shared, s, t, *([k.shape[0]] if cached else [])]
-    sizes += [-_FAR if low is None else low, _FAR if high is None else high, most, SLOTS]
+    sizes += [-_FAR if low is None else low, _FAR if high is None else high, most, SLOTS, *([parts] if at_once else [])]
     sizes += [stride for view in (q, k, v, out) for stride in view.strides[:3]]
     written = [out, *work, *([STATUS_WORDS] if cached else [])]
     pointers = [q, k, v, *own, *terms.lengths, *terms.read, *written]

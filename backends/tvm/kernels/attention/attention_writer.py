@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.attention.attention_masks import WRITERS
+from treadle.backends.tvm.kernels.attention.merging import Merge, share_of
 from treadle.backends.tvm.kernels.attention.row_softmax import INFINITY, RowSoftmax, ScoreRow
-from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, PANEL, Scratch, tile_rows
+from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, PANEL, SPAN, Scratch, tile_rows
 from treadle.backends.tvm.kernels.square_transpose import transposed
-from treadle.ir.types import f32, i64
+from treadle.ir.types import boolean, f32, i64
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
@@ -23,11 +25,15 @@ class AttentionWriter:
     origin     where the row's first query stands
     limit      the position past the row's last key
     key_row    the row of keys that the row's queries attend to
+    part       where m, l and the sums of a part are held
+    kept       where m and l of those that it is merged with are
     """
 
     origin: Expr = 0
     limit: Expr
     key_row: Expr
+    part: Expr
+    kept: Expr
 
     def __init__(self, spec: FlashAttention, k: Emitter) -> None:
         self.spec, self.k = spec, k
@@ -51,6 +57,7 @@ class AttentionWriter:
         self.key_rows = self._ask_key_rows()
         self.low, self.high = k.size("low"), k.size("high")
         self.most, self.slots = k.size("most"), k.size("slots")
+        parts = self._ask_parts()
         heads = self.g * self.r
         shapes = {
             "q": [self.b, heads, self.s, spec.d],
@@ -69,7 +76,8 @@ class AttentionWriter:
         part = Scratch.of(spec.d, spec.e, k.isa)
         rows = self.r * self.most
         held = [[part.keys], [part.values], [GROUP, spec.d], [GROUP, BLOCK], [rows, part.sums], [rows, part.rows]]
-        made = [k.view(p, [self.slots, *shape]) for p, shape in zip(scratch, held, strict=True)]
+        places = [self.slots] * 4 + [parts] * 2
+        made = [k.view(p, [n, *shape]) for p, n, shape in zip(scratch, places, held, strict=True)]
         self.packed_keys, self.packed_values, self.queries, self.scores, self.sums, self.rows = made
         self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows)
 
@@ -83,6 +91,10 @@ class AttentionWriter:
         """How many rows of keys there are; what is asked for comes after t."""
         return self.b
 
+    def _ask_parts(self) -> Expr:
+        """How many parts are held at a time; what is asked for comes after slots."""
+        return self.slots
+
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def write(self) -> None:
@@ -93,7 +105,7 @@ class AttentionWriter:
         tasks = self._index(self.b * self.g * chunks, "tasks")
         active = self._index(k.least(self.slots, tasks), "active")
         with k.parallel(active, "slot") as slot:
-            self.slot = slot
+            self.slot = self.part = self.kept = slot
             self._share(slot, tasks, active, chunks)
 
     def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
@@ -125,26 +137,52 @@ class AttentionWriter:
         first = self.first = self._index(chunk * self.chunk, "first_query")
         count = self.count = self._index(k.greatest(k.least(self.chunk, self.s - first), k.index(0)), "queries_here")
         groups = self._index(self._ceil(count, GROUP), "groups")
-        self._begin(k.least(groups * GROUP, self.chunk))
         begin, end = self._seen(first, count)
         self._enter(begin, end)
+        span, spans = self._spans(begin, end)
+        self._begin(k.least(groups * GROUP, self.chunk))
+        with k.loop(spans, "n") as n:
+            self._span(begin, end, self._index(span + n, "span"), groups, n, spans)
+        with k.when(k.equal(spans, k.index(1))):
+            self._finish(count)
+
+    def _spans(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
+        """The span of the first of these keys, and how many spans they lie in; one if there is no key."""
+        k = self.k
+        first = self._index(k.floor_divide(begin, SPAN), "first_span")
+        return first, self._index(k.greatest(self._ceil(end, SPAN) - first, k.index(1)), "spans")
+
+    def _span(self, begin: Expr, end: Expr, span: Expr, groups: Expr, at: Expr, spans: Expr) -> None:
+        """The task's queries and those of these keys that lie in the span, block by block.
+
+        at, spans   the span's number among the task's, and how many these are. After the last block of one of several
+                    each group merges, while its sums are near
+        """
+        k = self.k
+        begin, end = self._within(begin, end, span)
         block = self._index(k.floor_divide(begin, BLOCK), "first_block")
         blocks = self._index(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "blocks")
         with k.loop(blocks, "block") as n:
             self.base = self._index((block + n) * BLOCK, "base")
             c0, c1 = self._columns(begin, end)
-            self._block(c0, c1, groups)
-        self._finish(count)
+            self._pack_keys(c0, c1)
+            self._pack_values(c0, c1)
+            merges = k.kept(k.both(n > blocks - 2, spans > k.index(1)), boolean, name="merges")
+            with k.loop(self.r, "r") as r, k.loop(groups, "group") as group:
+                self._group(r, group)
+                with k.when(merges):
+                    first = self._index(group * GROUP, "first")
+                    count = k.least(self.count - first, k.index(GROUP))
+                    self._merge(r, first, count, at, spans, again=True)
+
+    def _within(self, begin: Expr, end: Expr, span: Expr) -> tuple[Expr, Expr]:
+        """Those of these positions that lie in the span."""
+        k = self.k
+        first = self._index(k.greatest(begin, span * SPAN), "span_begin")
+        return first, self._index(k.least(end, (span + 1) * SPAN), "span_end")
 
     def _enter(self, begin: Expr, end: Expr) -> None:
-        """Before the blocks of a task, whose keys stand at these positions, from and up to."""
-
-    def _block(self, c0: Expr, c1: Expr, groups: Expr) -> None:
-        """Pack these columns of a block, and let each group of the task's queries attend to it."""
-        self._pack_keys(c0, c1)
-        self._pack_values(c0, c1)
-        with self.k.loop(self.r, "r") as r, self.k.loop(groups, "group") as group:
-            self._group(r, group)
+        """Before the spans of a task, whose keys stand at these positions, from and up to."""
 
     def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
         """The positions of keys, from and up to, that some of these queries see."""
@@ -180,28 +218,76 @@ class AttentionWriter:
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(rows, "i") as i:
             row = self._index(r * self.chunk + i, "state")
-            k.store(self.rows, [self.slot, row, 0], k.number(-INFINITY, f32))
-            k.store(self.rows, [self.slot, row, 1], k.number(0.0, f32))
+            self._empty(row)
             with k.loop(self.vectors, "v") as v:
-                k.store(self.sums, [self.slot, row, v * self.lanes], k.number(0.0, f32, self.lanes), self.lanes)
+                k.store(self.sums, [self.part, row, v * self.lanes], k.number(0.0, f32, self.lanes), self.lanes)
+
+    def _empty(self, row: Expr) -> None:
+        """m and l of no key."""
+        self.k.store(self.rows, [self.part, row, 0], self.k.number(-INFINITY, f32))
+        self.k.store(self.rows, [self.part, row, 1], self.k.number(0.0, f32))
 
     def _finish(self, count: Expr) -> None:
-        """out = sum / l; zeros for a query that saw nothing."""
+        """out = sums / l of the only part; zeros for a query that saw nothing."""
+        k = self.k
+        with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
+            row, at = self._query(r, i)
+            share = share_of(k, k.load(self.rows, [self.part, row, 1]))
+            self._write(at, lambda c, n: k.load(self.sums, [self.part, row, c], n) * k.splat(share, n))
+
+    def _merge(self, r: Expr, first: Expr, count: Expr, at: Expr, spans: Expr, *, again: bool) -> None:
+        """The sums of the parts up to this one, the at-th, in out, for some queries of a head; with the last one by l.
+
+        again: whether the part's memory shall be that of the next, which has seen nothing
+        """
+        k = self.k
+        last = k.kept(at > spans - 2, boolean, name="last")
+        with k.loop(count, "i") as i:
+            row, to = self._query(r, self._index(first + i, "i"))
+            new_m, new_l = (k.let(k.load(self.rows, [self.part, row, x]), "new") for x in (0, 1))
+            old_m, old_l = (k.let(k.load(self.rows, [self.kept, row, x]), "old") for x in (3, 4))
+
+            def sums(c: Expr, n: int, row: Expr = row) -> Expr:
+                new = k.let(k.load(self.sums, [self.part, row, c], n), "sums")
+                if again:
+                    k.store(self.sums, [self.part, row, c], k.number(0.0, f32, n), n)
+                return new
+
+            with k.when(k.equal(at, k.index(0))):
+                self._write(to, sums)
+                self._keep(row, new_m, new_l)
+            with k.when(at > k.index(0)):
+                merge = Merge.of(k, old_m, new_m)
+                total = k.kept(merge.both(old_l, new_l), f32, name="l")
+                share = k.kept(k.select(last, share_of(k, total), k.number(1.0, f32)), f32, name="share")
+                self._write(to, lambda c, n: merge.both(k.load(self.out, [*to, c], n), sums(c, n), n) * k.splat(share, n))
+                self._keep(row, merge.peak, total)
+            if again:
+                self._empty(row)
+
+    def _keep(self, row: Expr, m: Expr, l: Expr) -> None:
+        """The maximum and the sum of all parts so far."""
+        self.k.store(self.rows, [self.kept, row, 3], m)
+        self.k.store(self.rows, [self.kept, row, 4], l)
+
+    def _query(self, r: Expr, i: Expr) -> tuple[Expr, list[Expr]]:
+        """The row of a query's sums, and where it is in out."""
+        return self._index(r * self.chunk + i, "state"), [self.at_b, self.at_g * self.r + r, self.first + i]
+
+    def _write(self, at: list[Expr], value: Callable[[Expr, int], Expr]) -> None:
+        """A row of out, by so many elements at a time."""
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
-        with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
-            row = self._index(r * self.chunk + i, "state")
-            at = [self.at_b, self.at_g * self.r + r, self.first + i]
-            total = k.let(k.load(self.rows, [self.slot, row, 1]), "l")
-            zero, one = k.number(0.0, f32), k.number(1.0, f32)
-            factor = k.let(k.select(k.equal(total, zero), zero, one / total), "factor")
-            with k.loop(whole, "v") as v:
-                value = k.load(self.sums, [self.slot, row, v * lanes], lanes) * k.splat(factor, lanes)
-                k.store(self.out, [*at, v * lanes], value, lanes)
-            if rest:
-                with k.loop(rest, "v") as v:
-                    c = whole * lanes + v
-                    k.store(self.out, [*at, c], k.load(self.sums, [self.slot, row, c]) * factor)
+        # Written out, since in a loop LLVM would make branches of what `Merge` selects, which nobody foresees.
+        with k.loop(whole // 4, "u") as u, k.unroll(4, "v") as v:
+            c = (u * 4 + v) * lanes
+            k.store(self.out, [*at, c], value(c, lanes), lanes)
+        with k.unroll(whole % 4, "v") as v:
+            c = (whole // 4 * 4 + v) * lanes
+            k.store(self.out, [*at, c], value(c, lanes), lanes)
+        if rest:
+            with k.loop(rest, "v") as v:
+                k.store(self.out, [*at, whole * lanes + v], value(whole * lanes + v, 1))
 
     # -- packing ---------------------------------------------------------------------------------------------
 
@@ -333,9 +419,9 @@ class AttentionWriter:
         k, lanes = self.k, self.lanes
         acc = k.registers(rows * vectors * lanes, f32)
         with k.unroll(rows, "i") as i:
-            factor = k.splat(k.load(self.rows, [self.slot, state + first + i, 2]), lanes)
+            factor = k.splat(k.load(self.rows, [self.part, state + first + i, 2]), lanes)
             with k.unroll(vectors, "v") as v:
-                held = k.load(self.sums, [self.slot, state + first + i, panel * self.width + v * lanes], lanes)
+                held = k.load(self.sums, [self.part, state + first + i, panel * self.width + v * lanes], lanes)
                 k.store(acc, [(i * vectors + v) * lanes], held * factor, lanes)
         with k.loop(c1 - c0, "n") as n, k.unroll(rows, "i") as i:
             x = k.splat(k.load(self.scores, [self.slot, first + i, c0 + n]), lanes)
@@ -345,7 +431,7 @@ class AttentionWriter:
                 k.store(acc, [at], k.load(acc, [at], lanes) + x * y, lanes)
         with k.unroll(rows, "i") as i, k.unroll(vectors, "v") as v:
             made = k.load(acc, [(i * vectors + v) * lanes], lanes)
-            k.store(self.sums, [self.slot, state + first + i, panel * self.width + v * lanes], made, lanes)
+            k.store(self.sums, [self.part, state + first + i, panel * self.width + v * lanes], made, lanes)
 
     def _softmax(self, head: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
         """The scores of a query in columns c0 up to c1 as weights."""
@@ -355,7 +441,7 @@ class AttentionWriter:
         lo = self._index(self._first_seen(position) - self.base, "first_column")
         hi = self._index(k.least(self.limit, position + self.high + 1) - self.base, "past_column")
         inside = self._index(self.t - self.base, "inside")
-        at = ScoreRow(self.slot, row, state, self.at_b, head, i, position, lo, hi, self.base, inside)
+        at = ScoreRow(self.slot, row, self.part, state, self.at_b, head, i, position, lo, hi, self.base, inside)
         self.softmax.write(at, c0, c1)
 
     def _first_seen(self, position: Expr) -> Expr:

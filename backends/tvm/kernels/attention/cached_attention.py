@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.attention.attention_writer import AttentionWriter
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
-from treadle.backends.tvm.kernels.attention.scratch import PANEL
+from treadle.backends.tvm.kernels.attention.scratch import BLOCK, PANEL, SPAN
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.square_transpose import transposed
@@ -96,19 +96,20 @@ class _CacheWriter(AttentionWriter):
         with k.loop(self.b, "b") as b:
             cost = self._index(self._cost(b), "cost")
             before = self._index(k.load(held, [1]), "before")
-            k.store(held, [1], before + cost * alike)
-            parts = (k.floor_divide(x - before + (cost - 1), cost) for x in (begin, end))
-            first, last = (self._index(k.greatest(k.least(x, alike), k.index(0)), "part") for x in parts)
-            with k.when(first < last):
+            whole = self._index(cost * alike, "whole")
+            k.store(held, [1], before + whole)
+            low, high = (self._index(k.greatest(k.least(x - before, whole), k.index(0)), "edge") for x in (begin, end))
+            with k.when(low < high):
                 row = self._index(k.load(self.slot_of, [b]), "slot_of_row")
-                checked(k, self.status, row, self.key_rows, lambda: self._tasks(b, row, first, last, chunks))
+                checked(k, self.status, row, self.key_rows, lambda: self._tasks(b, row, cost, low, high, chunks))
 
-    def _tasks(self, b: Expr, row: Expr, first: Expr, last: Expr, chunks: Expr) -> None:
-        """These tasks of a row, whose keys lie in that slot."""
+    def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
+        """The tasks of a row, whose keys lie in that slot, that begin from `low` up to `high` of its costs."""
         k = self.k
         self.key_row = row
         self._stand(b)
-        with k.loop(last - first, "n") as n:
+        first, last = (self._index(self._ceil(x, cost), "part") for x in (low, high))
+        with k.loop(k.greatest(last - first, k.index(0)), "n") as n:
             g = self._index(k.floor_divide(first + n, chunks), "g")
             self._task(b, g, self._index(k.floor_mod(first + n, chunks), "part"))
 
@@ -161,9 +162,56 @@ class _CacheWriter(AttentionWriter):
 class _StepWriter(_CacheWriter):
     """Writes a kernel for one query a row: row i of a task's scores is that of its i-th head."""
 
-    def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
-        self.chunk = self.k.index(1)
-        super()._share(slot, tasks, active, chunks)
+    def write(self) -> None:
+        """Tasks are spans of the keys of a row that some heads share, each with a part of its own; then they merge."""
+        k = self.k
+        self.chunk = k.index(1)
+        active = self._index(k.least(self.slots, self.b * self.g * self.parts), "active")
+        with k.parallel(active, "slot") as slot:
+            self.slot = slot
+            self._share(slot, active, active, k.index(1))
+        with k.loop(self.b, "b") as b:
+            self._stand(b)
+            _, spans = self._spans(*self._seen(k.index(0), self.s))
+            with k.loop(self.g, "g") as g:
+                self.at_b, self.at_g, self.first = b, g, k.index(0)
+                self.part = self.kept = self._part(k.index(0))
+                with k.when(k.equal(spans, k.index(1))):
+                    self._finish(k.index(1))
+                with k.when(spans > k.index(1)), k.loop(spans, "n") as n, k.loop(self.r, "r") as r:
+                    self.part = self._part(n)
+                    self._merge(r, k.index(0), k.index(1), n, spans, again=False)
+
+    def _ask_parts(self) -> Expr:
+        self.parts = self.k.size("parts")
+        return self.b * self.g * self.parts
+
+    def _part(self, n: Expr) -> Expr:
+        """Where the n-th part of the row and the heads that are at work is held."""
+        return self._index((self.at_b * self.g + self.at_g) * self.parts + n, "part")
+
+    def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
+        k = self.k
+        self.key_row, self.at_b = row, b
+        self._stand(b)
+        begin, end = self._seen(k.index(0), self.s)
+        self._enter(begin, end)
+        span, spans = self._spans(begin, end)
+
+        def before(cost: Expr) -> Expr:
+            """How many spans begin before so much of the costs of some heads."""
+            some = k.select(cost < end - begin, self._ceil(begin + cost, SPAN) - span, spans)
+            return self._index(k.select(cost > k.index(0), some, k.index(0)), "spans_before")
+
+        pair = self._index(k.floor_divide(low, cost), "pair")
+        with k.loop(self._ceil(high, cost) - pair, "n") as n:
+            self.at_g = self._index(pair + n, "g")
+            first, last = (before(self._index(x - self.at_g * cost, "edge")) for x in (low, high))
+            with k.loop(k.greatest(last - first, k.index(0)), "task") as task:
+                at = self._index(first + task, "at")
+                self.part = self._part(at)
+                self._begin(k.index(1))
+                self._keys(*self._within(begin, end, self._index(span + at, "span")))
 
     def _begin(self, rows: Expr) -> None:
         super()._begin(rows)
@@ -174,17 +222,22 @@ class _StepWriter(_CacheWriter):
                 x = k.load(self.q, [self.at_b, head, 0, v * lanes], lanes)
                 k.store(self.queries, [self.slot, r, v * lanes], x * k.number(self.spec.scale, f32, lanes), lanes)
 
-    def _block(self, c0: Expr, c1: Expr, groups: Expr) -> None:
+    def _keys(self, begin: Expr, end: Expr) -> None:
+        """The heads' queries and the keys at these positions, block by block."""
         k = self.k
-        p0 = self._index(k.floor_divide(c0, self.width), "from_panel")
-        p1 = self._index(self._ceil(c1, self.width), "to_panel")
-        with k.loop((p1 - p0) * PANEL, "n") as n:
-            self._score_keys(self._index(p0 * self.width + n * self.lanes, "column"))
-        with k.loop(self.r, "r") as r:
-            self._softmax(self._head(r), k.index(0), r, r, p0 * self.width, p1 * self.width)
+        block = self._index(k.floor_divide(begin, BLOCK), "first_block")
         most = max(1, (self.k.isa.registers - 8) // self.spec.shared)
-        for first in range(0, self.vectors, most):
-            self._sum_values(first, min(most, self.vectors - first), c0, c1)
+        with k.loop(k.greatest(self._ceil(end, BLOCK) - block, k.index(0)), "block") as n:
+            self.base = self._index((block + n) * BLOCK, "base")
+            c0, c1 = self._columns(begin, end)
+            p0 = self._index(k.floor_divide(c0, self.width), "from_panel")
+            p1 = self._index(self._ceil(c1, self.width), "to_panel")
+            with k.loop((p1 - p0) * PANEL, "n") as vector:
+                self._score_keys(self._index(p0 * self.width + vector * self.lanes, "column"))
+            with k.loop(self.r, "r") as r:
+                self._softmax(self._head(r), k.index(0), r, r, p0 * self.width, p1 * self.width)
+            for first in range(0, self.vectors, most):
+                self._sum_values(first, min(most, self.vectors - first), c0, c1)
 
     def _score_keys(self, column: Expr) -> None:
         """Scores of a vector of keys and every head's query, in registers through all of d."""
@@ -222,10 +275,10 @@ class _StepWriter(_CacheWriter):
         acc = k.registers(len(held) * lanes, f32)
 
         def at(i: int, v: int) -> list[Any]:
-            return [self.slot, i, (first + v) * lanes]
+            return [self.part, i, (first + v) * lanes]
 
         for i, v, place in held:
-            factor = k.splat(k.load(self.rows, [self.slot, i, 2]), lanes)
+            factor = k.splat(k.load(self.rows, [self.part, i, 2]), lanes)
             k.store(acc, [place], k.load(self.sums, at(i, v), lanes) * factor, lanes)
         with k.loop(c1 - c0, "n") as n:
             column = self._index(c0 + n, "column")

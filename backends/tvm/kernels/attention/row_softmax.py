@@ -1,6 +1,7 @@
 """The softmax of a query's scores over a block of keys, as weights, with its maximum and sum brought up to date.
 
-Before it come soft-cap, biases and masks, vector by vector; a key that the query does not see counts as -inf.
+Before it come soft-cap, biases and masks, vector by vector; a key that the query does not see counts as -inf. A weight
+that is no normal number is 0: a processor takes as long for one as for a row.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.arithmetic.vector_math import exp
+from treadle.backends.tvm.kernels.arithmetic.vector_math import exp, exp_nonpositive
 from treadle.backends.tvm.kernels.attention.attention_masks import TermWriter, lane_numbers
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, PANEL
 from treadle.ir.types import DTYPES, f32
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 INFINITY = float("inf")
 
-_LEAST = -87.0  # below it exp is no normal number; it counts as 0
 _I32 = DTYPES["i32"]
 
 
@@ -29,7 +29,8 @@ class ScoreRow:
 
     slot      whose memory they are in
     row       of the scores there
-    state     which row m, l and the factor are in
+    part      whose m, l and factor they bring up to date
+    state     which row of these
     b, head   where its terms' operands are
     query     its index, for these
     position  where it stands
@@ -40,6 +41,7 @@ class ScoreRow:
 
     slot: Expr
     row: Expr
+    part: Expr
     state: Expr
     b: Expr
     head: Expr
@@ -52,7 +54,7 @@ class ScoreRow:
 
 
 class RowSoftmax:
-    """Writes it, for scores [slots, GROUP, BLOCK] and rows [slots, n, 4] of m, l and what the old sums are times."""
+    """Writes it, for scores [slots, GROUP, BLOCK] and rows [parts, n, 5] of m, l and what the old sums are times."""
 
     def __init__(self, k: Emitter, softcap: float | None, terms: Sequence[TermWriter], scores: Any, rows: Any) -> None:
         self.k, self.softcap, self.terms, self.scores, self.rows = k, softcap, terms, scores, rows
@@ -76,7 +78,7 @@ class RowSoftmax:
                 self._masked(at, c0, pairs, peak)
         else:
             self._masked(at, c0, pairs, peak)
-        old = k.let(k.load(self.rows, [at.slot, at.state, 0]), "old")
+        old = k.let(k.load(self.rows, [at.part, at.state, 0]), "old")
         both = k.load(peak, [0], lanes)
         for u in range(1, PANEL):
             both = k.greatest(both, k.load(peak, [u * lanes], lanes))
@@ -89,25 +91,19 @@ class RowSoftmax:
         with k.loop(pairs, "n") as n:
             for u in range(PANEL):
                 place = [at.slot, at.row, c0 + n * self.width + u * lanes]
-                weight = self._weight(k.load(self.scores, place, lanes) - k.splat(shift, lanes))
+                score = k.let(k.load(self.scores, place, lanes) - k.splat(shift, lanes), "score")
+                weight = k.let(exp_nonpositive(k, score, lanes), "weight")
                 k.store(self.scores, place, weight, lanes)
                 k.store(total, [u * lanes], k.load(total, [u * lanes], lanes) + weight, lanes)
         summed = k.load(total, [0], lanes)
         for u in range(1, PANEL):
             summed = summed + k.load(total, [u * lanes], lanes)
         factor = k.registers(lanes, f32, "factor")
-        k.store(factor, [0], self._weight(k.splat(old - shift, lanes)), lanes)
-        scaled = k.load(self.rows, [at.slot, at.state, 1]) * k.load(factor, [0])
-        k.store(self.rows, [at.slot, at.state, 1], scaled + k.sum_of_lanes(summed, lanes))
-        k.store(self.rows, [at.slot, at.state, 2], k.load(factor, [0]))
-        k.store(self.rows, [at.slot, at.state, 0], new)
-
-    def _weight(self, x: Expr) -> Expr:
-        """exp(x) for x <= 0; 0 where it is no normal number, and so for a key that is masked."""
-        k, lanes = self.k, self.lanes
-        x = k.let(x, "x")
-        made = exp(k, x, lanes)
-        return k.let(k.select(x < k.number(_LEAST, f32, lanes), k.number(0.0, f32, lanes), made), "weight")
+        k.store(factor, [0], exp_nonpositive(k, k.let(k.splat(old - shift, lanes), "apart"), lanes), lanes)
+        scaled = k.load(self.rows, [at.part, at.state, 1]) * k.load(factor, [0])
+        k.store(self.rows, [at.part, at.state, 1], scaled + k.sum_of_lanes(summed, lanes))
+        k.store(self.rows, [at.part, at.state, 2], k.load(factor, [0]))
+        k.store(self.rows, [at.part, at.state, 0], new)
 
     def _masked(self, at: ScoreRow, c0: Expr, pairs: Expr, peak: Any) -> None:
         """Apply soft-cap, biases and masks to a row of scores, and find its largest."""

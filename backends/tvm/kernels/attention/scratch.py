@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from treadle.backends.tvm.kernels.isa import Isa
 
 BLOCK = 128  # keys that are taken at a time
+SPAN = 512  # keys of a part, from a multiple of it on; some blocks
 PANEL = 2  # vectors of a panel: what a tile spans beside its rows
 GROUP = 16  # queries whose scores are held at a time
 
@@ -25,7 +26,7 @@ class Scratch:
     queries  a group of queries, scaled
     scores   [GROUP, BLOCK]
     sums     for each query of a task the sum of the values so far, filled up to full vectors
-    rows     for each query of a task m, l, and what the old sums are multiplied by
+    rows     for each query of a task m, l, and what the old sums are multiplied by; then m and l of the parts before
     """
 
     keys: int
@@ -39,4 +40,4 @@ class Scratch:
     def of(d: int, e: int, isa: Isa, *, packs: bool = True) -> Scratch:
         """For heads of these widths; `sums` and `rows` for one query. packs: whether keys and values are packed."""
         padded = -(-e // isa.lanes()) * isa.lanes()
-        return Scratch(packs * BLOCK * d, packs * BLOCK * padded, GROUP * d, GROUP * BLOCK, padded, 4)
+        return Scratch(packs * BLOCK * d, packs * BLOCK * padded, GROUP * d, GROUP * BLOCK, padded, 5)

@@ -1,0 +1,64 @@
+"""Attention's parts of one span of keys each, merged in the order of positions (Dao et al. 2023, Flash-Decoding).
+
+    (m, l, sums) of both:   m = max(m_old, m_new)
+                            l = l_old exp(m_old - m) + l_new exp(m_new - m),   sums likewise
+
+A part is what attention to the keys of one span, taken alone, keeps for a query: the maximum m of its scores, the sum
+l of exp(score - m), and that of the values. One of the two factors is 1, so the other part alone is scaled: one product
+and one sum, which every kernel rounds alike. A part that the factor makes 0 changes nothing, not even a zero's sign: it
+is the same whether a span without a key that the query sees was visited.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from treadle.backends.tvm.kernels.arithmetic.vector_math import exp_nonpositive
+from treadle.backends.tvm.kernels.attention.row_softmax import INFINITY
+from treadle.ir.types import boolean, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a query's new part goes into what its old ones made.
+
+    newer   whether the new part has the larger maximum
+    factor  what the other one is times
+    peak    the maximum of both
+    """
+
+    k: Emitter
+    newer: Expr
+    factor: Expr
+    peak: Expr
+
+    @staticmethod
+    def of(k: Emitter, old: Expr, new: Expr) -> Merge:
+        """For the maxima of the old parts and of the new one; -inf for one that has seen no key."""
+        lanes = k.isa.lanes()
+        newer = k.kept(new > old, boolean, name="newer")
+        peak = k.kept(k.select(newer, new, old), f32, name="peak")
+        least = k.kept(k.select(newer, old, new), f32, name="least")
+        shift = k.let(k.select(peak > k.number(-INFINITY, f32), peak, k.number(0.0, f32)), "shift")
+        factor = k.registers(lanes, f32, "factor")
+        k.store(factor, [0], exp_nonpositive(k, k.let(k.splat(least - shift, lanes), "apart"), lanes), lanes)
+        return Merge(k, newer, k.let(k.load(factor, [0]), "factor"), peak)
+
+    def both(self, old: Expr, new: Expr, lanes: int = 1) -> Expr:
+        """l, or some lanes of the sums, of both."""
+        k = self.k
+        old, new = k.let(old, "old"), k.let(new, "new")
+        newer = k.splat(self.newer, lanes)
+        most, least = k.select(newer, new, old), k.select(newer, old, new)
+        merged = most + least * k.splat(self.factor, lanes)
+        return k.select(k.equal(k.splat(self.factor, lanes), k.number(0.0, f32, lanes)), most, merged)
+
+
+def share_of(k: Emitter, total: Expr) -> Expr:
+    """What the sums are times: 1 / l; 0 for a query that saw nothing."""
+    zero, one = k.number(0.0, f32), k.number(1.0, f32)
+    return k.let(k.select(k.equal(total, zero), zero, one / total), "share")
