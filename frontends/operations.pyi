@@ -18,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "append",
     "argmax",
+    "attention_parts",
     "attention_with_probabilities",
     "average_pool",
     "cached_attention",
@@ -56,6 +57,7 @@ __all__ = [
     "matmul",
     "max_pool",
     "maximum",
+    "merge_parts",
     "minimum",
     "mod",
     "mul",
@@ -199,6 +201,29 @@ def attention(
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    """
+
+def attention_parts(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    offset: TensorLike,
+    /,
+    *operand: TensorLike | None,
+    terms: Sequence[Term | str] = (),
+    scale: float | None = None,
+    softcap: float | None = None,
+    name: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, max, sum = attention over some of a row's keys, and for each query the maximum m of its scores among them
+    and the sum l of exp(score - m)        (Dao et al. 2022)
+
+    q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], offset i64[b] -> [b, h, s, e], [b, h, s], [b, h, s]
+
+    Query i of a row stands at position i, key j of row b at offset[b] + j, which may be below 0. Terms mean what they
+    mean in `attention`, at these positions; operands with an axis of keys have an element for each of these keys. A
+    query that may see none of them has zeros, -inf and 0. `merge_parts` makes of the parts of any split of the keys what
+    attention over all of them is. Attributes are those of `attention`.
     """
 
 def attention_with_probabilities(
@@ -530,6 +555,24 @@ def maximum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tens
     """z = max(x, y); a NaN in either gives NaN
 
     Where x = y, half of the gradient goes to each, as torch.maximum has it.
+    """
+
+def merge_parts(
+    out: TensorLike,
+    max: TensorLike,
+    sum: TensorLike,
+    /,
+    *,
+    name: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, max, sum of attention over all keys, from the same of p parts of them        (Dao et al. 2022, 2023)
+
+    m = max_p m_p,   l = sum_p l_p exp(m_p - m),   out = sum_p out_p l_p exp(m_p - m) / l
+
+    out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
+
+    What `attention_parts` gives is merged in any grouping: the result is a part again. Where no part has seen a key, the
+    result is zeros, -inf and 0. 16-bit floats are computed with in f32, and the results are rounded.
     """
 
 def minimum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:

@@ -67,6 +67,19 @@ class OpMethods:
         softcap: float | None = None,
         name: str | None = None,
     ) -> Expr: ...
+    def attention_parts(
+        self,
+        q: ExprLike,
+        k: ExprLike,
+        v: ExprLike,
+        offset: ExprLike,
+        /,
+        *operand: ExprLike | None,
+        terms: Sequence[Term | str] = (),
+        scale: float | None = None,
+        softcap: float | None = None,
+        name: str | None = None,
+    ) -> tuple[Expr, Expr, Expr]: ...
     def attention_with_probabilities(
         self,
         q: ExprLike,
@@ -221,6 +234,15 @@ class OpMethods:
         name: str | None = None,
     ) -> Expr: ...
     def maximum(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
+    def merge_parts(
+        self,
+        out: ExprLike,
+        max: ExprLike,
+        sum: ExprLike,
+        /,
+        *,
+        name: str | None = None,
+    ) -> tuple[Expr, Expr, Expr]: ...
     def minimum(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def mod(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def mul(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...

@@ -299,7 +299,7 @@ def test_what_is_made_of_contractions() -> None:
     """What is, and what a body of primitives has one of."""
     holding = {name for name in TESTED if any(holds_contraction(c.op, _values(c)) for c in cases(name))}
     fused = {"activated_linear", "gated_linear", "projections", "conv"}
-    fused |= {"attention", "attention_with_probabilities", "cached_attention"}
+    fused |= {"attention", "attention_parts", "attention_with_probabilities", "cached_attention"}
     assert holding == {"matmul", "linear", "einsum", *fused}
 
 

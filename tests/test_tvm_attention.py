@@ -19,7 +19,7 @@ from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.attention.attention_masks import RelativeBias
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
-from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, tile_rows
+from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, SPAN, tile_rows
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.backends.tvm.lowering.routine_writer import steps_of
 from treadle.backends.tvm.lowering.rules import keeps
@@ -135,6 +135,15 @@ def test_a_term_at_many_sizes_from_one_compilation(position: str, other: str | N
     graph = attention_graph(*POSITIONAL[position], *([OTHER[other]] if other else []))
     exe = compiled(graph)
     for queries, keys in SIZES:
+        check(graph, {"B": 2, "S": queries, "T": keys}, exe=exe)
+
+
+@pytest.mark.parametrize("terms", [(), (Causal(), Window(SPAN + 99)), (Padding(), T5Relative(8, 40, True), TensorBias("b t"))], ids=str)
+def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
+    """Also where a query sees nothing of the first span, and where its largest score is in any of them."""
+    graph = attention_graph(*terms, heads=2, groups=1, d=8)
+    exe = compiled(graph)
+    for queries, keys in [(3, SPAN), (3, SPAN + 1), (20, 3 * SPAN - 7), (2 * SPAN + 30, 2 * SPAN + 30)]:
         check(graph, {"B": 2, "S": queries, "T": keys}, exe=exe)
 
 

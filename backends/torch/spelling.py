@@ -395,8 +395,8 @@ TORCH = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    if isinstance(op, Attending):
-        return op.has_standard_terms
+    if isinstance(op, Attending) and not op.has_standard_terms:
+        return False
     if isinstance(op, Conv):
         return types[0] is not None and types[0].rank <= 5  # PyTorch convolves over up to three axes
     return op.name in SPELLINGS

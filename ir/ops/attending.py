@@ -113,7 +113,16 @@ class Attending(Composite):
         As in the body scores and probabilities are rounded to the dtype, so that a bias past what it holds is infinite;
         sums are not.
         """
-        dtype, (rows, heads, count, d), (_, groups, keys, e) = q.dtype, q.shape, v.shape
+        dtype, scores = q.dtype, self._seen_scores(q, k, i, j, given)
+        peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+        weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
+        total = weights.sum(axis=-1, keepdims=True)
+        probabilities = (weights / np.where(total > 0, total, 1)).astype(dtype)
+        return weighted_array(probabilities, v).astype(dtype), probabilities
+
+    def _seen_scores(self, q: Array, k: Array, i: Array, j: Array, given: Sequence[Array]) -> Array:
+        """The scores of the same, rounded to the dtype and held wide; -inf of keys that a query may not see."""
+        dtype, (rows, heads, count, d), (_, groups, keys, _) = q.dtype, q.shape, k.shape
         together = (rows, groups, heads // groups * count)  # queries of all heads that share keys
         queries = wide_array(self.scale_for(d) * q).reshape(*together, d)
         scores = queries @ np.swapaxes(wide_array(k), -1, -2)
@@ -126,13 +135,7 @@ class Attending(Composite):
                 scores = scores + term.reference(i, j, *operands)
             else:
                 keep = keep & term.reference(i, j, *operands)
-        scores = wide_array(np.where(keep, scores, -np.inf))
-        peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-        weights = np.exp(scores - np.where(peak > -np.inf, peak, 0))
-        total = weights.sum(axis=-1, keepdims=True)
-        probabilities = (weights / np.where(total > 0, total, 1)).astype(dtype)
-        out = wide_array(probabilities).reshape(*together, keys) @ wide_array(v)
-        return out.astype(dtype).reshape(rows, heads, count, e), probabilities
+        return wide_array(np.where(keep, scores, -np.inf))
 
     def _scored(self, grid: Grid, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
         """[b, g, r, s, t], with biases and without masks. scaled_last: the products are scaled, not the queries."""
@@ -156,6 +159,22 @@ class Attending(Composite):
                 made = term.body(grid, *operands)
                 keep = made if keep is None else keep & made
         return keep
+
+
+# -- what references are made of -----------------------------------------------------------------------------
+
+
+def weighted_array(weights: Array, v: Array) -> Array:
+    """Values [b, g, t, e], each by its weight [b, (g r), s, t], in at least float32: [b, (g r), s, e]."""
+    (rows, heads, count, keys), (_, groups, _, e) = weights.shape, v.shape
+    out = wide_array(weights).reshape(rows, groups, heads // groups * count, keys) @ wide_array(v)
+    return out.reshape(rows, heads, count, e)
+
+
+def of_row(x: Array, axes: str, row: slice, keys: Any) -> Array:
+    """An operand of a term for one row and some keys."""
+    parts = {"b": row, "t": keys}
+    return x[tuple(parts.get(axis, slice(None)) for axis in axes.split())]
 
 
 # -- what bodies are made of ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Operand
-from treadle.ir.ops.attending import Attending, masked, masked_softmax, weighted
+from treadle.ir.ops.attending import Attending, masked, masked_softmax, of_row, weighted
 from treadle.ir.ops.indexing import inside
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import Size
@@ -108,7 +108,7 @@ class CachedAttention(Attending):
             live = live_positions(self.terms, past, queries, capacity, lengths, ring=self.ring)
             i, j, one = past + np.arange(queries)[:, None], np.arange(live.start, live.stop), slice(b, b + 1)
             keys = j % capacity if self.ring else slice(live.start, live.stop)
-            own = [_of_row(x, operand.axes, one, keys) for operand, x in zip(self._taken, given, strict=True)]
+            own = [of_row(x, operand.axes, one, keys) for operand, x in zip(self._taken, given, strict=True)]
             out[one] = self._attended(q[one], k[slot][None, :, keys], v[slot][None, :, keys], i, j, own)[0]
         return out
 
@@ -202,9 +202,3 @@ class _CacheGrid(Grid):
             return slots
         newest = self.start + (self.queries - 1)
         return newest - (newest - slots) % self.keys
-
-
-def _of_row(x: Any, axes: str, row: slice, keys: Any) -> Any:
-    """An operand of a term for one row and some keys."""
-    parts = {"b": row, "t": keys}
-    return x[tuple(parts.get(axis, slice(None)) for axis in axes.split())]

@@ -60,6 +60,18 @@ class OpTerms:
         scale: Any = None,
         softcap: Any = None,
     ) -> PatternTerm: ...
+    def attention_parts(
+        self,
+        q: TermLike,
+        k: TermLike,
+        v: TermLike,
+        offset: TermLike,
+        /,
+        *operand: TermLike | None,
+        terms: Any = (),
+        scale: Any = None,
+        softcap: Any = None,
+    ) -> tuple[PatternTerm, PatternTerm, PatternTerm]: ...
     def attention_with_probabilities(
         self,
         q: TermLike,
@@ -180,6 +192,13 @@ class OpTerms:
         dilations: Any = (),
     ) -> PatternTerm: ...
     def maximum(self, x: TermLike, y: TermLike, /) -> PatternTerm: ...
+    def merge_parts(
+        self,
+        out: TermLike,
+        max: TermLike,
+        sum: TermLike,
+        /,
+    ) -> tuple[PatternTerm, PatternTerm, PatternTerm]: ...
     def minimum(self, x: TermLike, y: TermLike, /) -> PatternTerm: ...
     def mod(self, x: TermLike, y: TermLike, /) -> PatternTerm: ...
     def mul(self, x: TermLike, y: TermLike, /) -> PatternTerm: ...
