@@ -222,8 +222,8 @@ def attention_parts(
 
     Query i of a row stands at position i, key j of row b at offset[b] + j, which may be below 0. Terms mean what they
     mean in `attention`, at these positions; operands with an axis of keys have an element for each of these keys. A
-    query that may see none of them has zeros, -inf and 0. `merge_parts` makes of the parts of any split of the keys what
-    attention over all of them is. Attributes are those of `attention`.
+    query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention over
+    all of them: `merge_parts`. Attributes are those of `attention`.
     """
 
 def attention_with_probabilities(
@@ -571,8 +571,8 @@ def merge_parts(
 
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
-    What `attention_parts` gives is merged in any grouping: the result is a part again. Where no part has seen a key, the
-    result is zeros, -inf and 0. 16-bit floats are computed with in f32, and the results are rounded.
+    Parts of `attention_parts` merge in any grouping: the result is a part again. Where no part has seen a key, it is
+    zeros, -inf and 0. 16-bit floats are computed with in f32, and the results are rounded.
     """
 
 def minimum(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:

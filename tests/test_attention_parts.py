@@ -65,8 +65,10 @@ def split(b: Builder, x: Expr, axes: str, start: int, stop: int) -> Expr:
     return b.slice(x, axis=names.index("t"), start=start, stop=stop) if "t" in names else x
 
 
-def in_parts(b: Builder, terms: tuple[Term, ...], sizes: tuple[int, ...], q: Expr, k: Expr, v: Expr, *given: Expr) -> Any:
-    """What merging the parts gives; those before the last two first, so that a merged part is merged again."""
+def in_parts(
+    b: Builder, terms: tuple[Term, ...], sizes: tuple[int, ...], q: Expr, k: Expr, v: Expr, *given: Expr
+) -> Any:
+    """What merging the parts gives, three at a time, so that a merged part is merged again."""
     parts, at = [], 0
     taken = [operand.axes for term in terms for operand in term.operands]
     for size in sizes:

@@ -138,7 +138,14 @@ def test_a_term_at_many_sizes_from_one_compilation(position: str, other: str | N
         check(graph, {"B": 2, "S": queries, "T": keys}, exe=exe)
 
 
-@pytest.mark.parametrize("terms", [(), (Causal(), Window(SPAN + 99)), (Padding(), T5Relative(8, 40, True), TensorBias("b t"))], ids=str)
+SPANNING: list[tuple[Term, ...]] = [
+    (),
+    (Causal(), Window(SPAN + 99)),
+    (Padding(), T5Relative(8, 40, True), TensorBias("b t")),
+]
+
+
+@pytest.mark.parametrize("terms", SPANNING, ids=str)
 def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
     """Also where a query sees nothing of the first span, and where its largest score is in any of them."""
     graph = attention_graph(*terms, heads=2, groups=1, d=8)

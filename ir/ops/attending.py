@@ -135,7 +135,8 @@ class Attending(Composite):
                 scores = scores + term.reference(i, j, *operands)
             else:
                 keep = keep & term.reference(i, j, *operands)
-        return wide_array(np.where(keep, scores, -np.inf))
+        seen: Array = wide_array(np.where(keep, scores, -np.inf))
+        return seen
 
     def _scored(self, grid: Grid, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
         """[b, g, r, s, t], with biases and without masks. scaled_last: the products are scaled, not the queries."""
@@ -167,14 +168,15 @@ class Attending(Composite):
 def weighted_array(weights: Array, v: Array) -> Array:
     """Values [b, g, t, e], each by its weight [b, (g r), s, t], in at least float32: [b, (g r), s, e]."""
     (rows, heads, count, keys), (_, groups, _, e) = weights.shape, v.shape
-    out = wide_array(weights).reshape(rows, groups, heads // groups * count, keys) @ wide_array(v)
+    out: Array = wide_array(weights).reshape(rows, groups, heads // groups * count, keys) @ wide_array(v)
     return out.reshape(rows, heads, count, e)
 
 
 def of_row(x: Array, axes: str, row: slice, keys: Any) -> Array:
     """An operand of a term for one row and some keys."""
     parts = {"b": row, "t": keys}
-    return x[tuple(parts.get(axis, slice(None)) for axis in axes.split())]
+    taken: Array = x[tuple(parts.get(axis, slice(None)) for axis in axes.split())]
+    return taken
 
 
 # -- what bodies are made of ---------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ class AttentionParts(Attending):
 
     Query i of a row stands at position i, key j of row b at offset[b] + j, which may be below 0. Terms mean what they
     mean in `attention`, at these positions; operands with an axis of keys have an element for each of these keys. A
-    query that may see none of them has zeros, -inf and 0. `merge_parts` makes of the parts of any split of the keys what
-    attention over all of them is. Attributes are those of `attention`.
+    query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention over
+    all of them: `merge_parts`. Attributes are those of `attention`.
     """
 
     q = Operand()
@@ -102,7 +102,7 @@ class AttentionParts(Attending):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """An upper bound, since where the keys stand is data: each query sees all of them, or as many as terms let it."""
+        """An upper bound, since where keys stand is data: each query sees all, or as many as its terms let it see."""
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
         low, high = reach_of(self.terms)
         pairs = k[2] if low is None or high is None else min(k[2], max(0, high - low + 1))
@@ -147,8 +147,8 @@ class MergeParts(Composite):
 
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
-    What `attention_parts` gives is merged in any grouping: the result is a part again. Where no part has seen a key, the
-    result is zeros, -inf and 0. 16-bit floats are computed with in f32, and the results are rounded.
+    Parts of `attention_parts` merge in any grouping: the result is a part again. Where no part has seen a key, it is
+    zeros, -inf and 0. 16-bit floats are computed with in f32, and the results are rounded.
     """
 
     out = Operand()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.attention.attention_masks import WRITERS
-from treadle.backends.tvm.kernels.attention.merging import Merge, share_of
-from treadle.backends.tvm.kernels.attention.row_softmax import INFINITY, RowSoftmax, ScoreRow
+from treadle.backends.tvm.kernels.attention.part_keeping import PartKeeper
+from treadle.backends.tvm.kernels.attention.row_softmax import RowSoftmax, ScoreRow
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, PANEL, SPAN, Scratch, tile_rows
 from treadle.backends.tvm.kernels.square_transpose import transposed
 from treadle.ir.types import boolean, f32, i64
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 
-class AttentionWriter:
+class AttentionWriter(PartKeeper):
     """Writes a kernel. Index variables are named as in the formula: b, g, r, i (query), j (key).
 
     Queries and keys have positions, by which they are masked and blocks begin: here their indices.
@@ -25,22 +24,16 @@ class AttentionWriter:
     origin     where the row's first query stands
     limit      the position past the row's last key
     key_row    the row of keys that the row's queries attend to
-    part       where m, l and the sums of a part are held
-    kept       where m and l of those that it is merged with are
     """
 
     origin: Expr = 0
     limit: Expr
     key_row: Expr
-    part: Expr
-    kept: Expr
 
     def __init__(self, spec: FlashAttention, k: Emitter) -> None:
-        self.spec, self.k = spec, k
-        self.lanes = k.isa.lanes()
+        super().__init__(spec, k)
         self.tile = tile_rows(k.isa)
         self.width = PANEL * self.lanes
-        self.vectors = -(-spec.e // self.lanes)
         self._arguments()
 
     def _arguments(self) -> None:
@@ -213,82 +206,6 @@ class AttentionWriter:
         c1 = self._index(k.least(end - self.base, k.index(BLOCK)), "to_column")
         return c0, c1
 
-    def _begin(self, rows: Expr) -> None:
-        """No key was seen yet by so many queries of each head."""
-        k = self.k
-        with k.loop(self.r, "r") as r, k.loop(rows, "i") as i:
-            row = self._index(r * self.chunk + i, "state")
-            self._empty(row)
-            with k.loop(self.vectors, "v") as v:
-                k.store(self.sums, [self.part, row, v * self.lanes], k.number(0.0, f32, self.lanes), self.lanes)
-
-    def _empty(self, row: Expr) -> None:
-        """m and l of no key."""
-        self.k.store(self.rows, [self.part, row, 0], self.k.number(-INFINITY, f32))
-        self.k.store(self.rows, [self.part, row, 1], self.k.number(0.0, f32))
-
-    def _finish(self, count: Expr) -> None:
-        """out = sums / l of the only part; zeros for a query that saw nothing."""
-        k = self.k
-        with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
-            row, at = self._query(r, i)
-            share = share_of(k, k.load(self.rows, [self.part, row, 1]))
-            self._write(at, lambda c, n: k.load(self.sums, [self.part, row, c], n) * k.splat(share, n))
-
-    def _merge(self, r: Expr, first: Expr, count: Expr, at: Expr, spans: Expr, *, again: bool) -> None:
-        """The sums of the parts up to this one, the at-th, in out, for some queries of a head; with the last one by l.
-
-        again: whether the part's memory shall be that of the next, which has seen nothing
-        """
-        k = self.k
-        last = k.kept(at > spans - 2, boolean, name="last")
-        with k.loop(count, "i") as i:
-            row, to = self._query(r, self._index(first + i, "i"))
-            new_m, new_l = (k.let(k.load(self.rows, [self.part, row, x]), "new") for x in (0, 1))
-            old_m, old_l = (k.let(k.load(self.rows, [self.kept, row, x]), "old") for x in (3, 4))
-
-            def sums(c: Expr, n: int, row: Expr = row) -> Expr:
-                new = k.let(k.load(self.sums, [self.part, row, c], n), "sums")
-                if again:
-                    k.store(self.sums, [self.part, row, c], k.number(0.0, f32, n), n)
-                return new
-
-            with k.when(k.equal(at, k.index(0))):
-                self._write(to, sums)
-                self._keep(row, new_m, new_l)
-            with k.when(at > k.index(0)):
-                merge = Merge.of(k, old_m, new_m)
-                total = k.kept(merge.both(old_l, new_l), f32, name="l")
-                share = k.kept(k.select(last, share_of(k, total), k.number(1.0, f32)), f32, name="share")
-                self._write(to, lambda c, n: merge.both(k.load(self.out, [*to, c], n), sums(c, n), n) * k.splat(share, n))
-                self._keep(row, merge.peak, total)
-            if again:
-                self._empty(row)
-
-    def _keep(self, row: Expr, m: Expr, l: Expr) -> None:
-        """The maximum and the sum of all parts so far."""
-        self.k.store(self.rows, [self.kept, row, 3], m)
-        self.k.store(self.rows, [self.kept, row, 4], l)
-
-    def _query(self, r: Expr, i: Expr) -> tuple[Expr, list[Expr]]:
-        """The row of a query's sums, and where it is in out."""
-        return self._index(r * self.chunk + i, "state"), [self.at_b, self.at_g * self.r + r, self.first + i]
-
-    def _write(self, at: list[Expr], value: Callable[[Expr, int], Expr]) -> None:
-        """A row of out, by so many elements at a time."""
-        k, lanes = self.k, self.lanes
-        whole, rest = divmod(self.spec.e, lanes)
-        # Written out, since in a loop LLVM would make branches of what `Merge` selects, which nobody foresees.
-        with k.loop(whole // 4, "u") as u, k.unroll(4, "v") as v:
-            c = (u * 4 + v) * lanes
-            k.store(self.out, [*at, c], value(c, lanes), lanes)
-        with k.unroll(whole % 4, "v") as v:
-            c = (whole // 4 * 4 + v) * lanes
-            k.store(self.out, [*at, c], value(c, lanes), lanes)
-        if rest:
-            with k.loop(rest, "v") as v:
-                k.store(self.out, [*at, whole * lanes + v], value(whole * lanes + v, 1))
-
     # -- packing ---------------------------------------------------------------------------------------------
 
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
@@ -451,9 +368,6 @@ class AttentionWriter:
     def _head(self, r: Expr) -> Expr:
         """A query head."""
         return self._index(self.at_g * self.r + r, "head")
-
-    def _index(self, value: Expr, name: str) -> Expr:
-        return self.k.opaque(value, name)
 
     def _ceil(self, x: Expr, n: Any) -> Expr:
         return self.k.floor_divide(x + (n - 1), n)

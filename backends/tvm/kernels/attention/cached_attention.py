@@ -9,8 +9,10 @@ product, every sum and every maximum of a query is the same there and here, what
 
 What a task costs depends on how far its row has come, so threads share tasks by their keys, not by their number.
 
-A step has one query a row. It packs nothing: keys are turned in registers, a square of lanes at a time, and values are
-read where they lie, so that both pass through once, at the speed of memory.
+A step has one query a row. Its tasks are spans of keys, so that all threads work on a row however few key heads it has
+(Dao et al. 2023, Flash-Decoding); when all are done, the calling thread merges them. It packs nothing: keys are turned
+in registers, a square of lanes at a time, and values are read where they lie, so that both pass through once, at the
+speed of memory.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class CachedFlashAttention(FlashAttention):
     shared  r, where there is one query a row, d and e fill vectors, and r is at most `steps_at_once`; else 0
 
     Passed: as in `FlashAttention`, with rows and start after the values, the status words after all other pointers, and
-    the number of slots of the cache after t. t is their capacity.
+    the number of slots of the cache after t. t is their capacity. With `shared`, after the slots of memory, how many
+    spans a row's keys may lie in: each row and key head has `sums` and `rows` for so many parts.
     """
 
     ring: bool = False

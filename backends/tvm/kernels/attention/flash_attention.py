@@ -7,9 +7,13 @@ A task is some queries of all heads that share keys. It takes the keys block by 
 (transposed) and values, and lets every group of its queries attend to it while it is in the cache. For each query
 three things are kept: the maximum m of its scores so far, the sum l of exp(score - m), and that of the values.
 
-What a row's bits depend on: its own query, and the keys in blocks that begin at multiples of `BLOCK`. A key that is
-masked adds exactly 0 to the sums, and a block without a key that is seen changes nothing, so that it may be skipped;
-and a query's lanes know nothing of its neighbours in a tile.
+Keys are taken in parts: the spans of `SPAN` positions, from multiples of it on. What is kept begins anew with each
+span, and is merged with what came of those before (`merging`), wherever attention is computed: a step's threads take
+spans one by one. Fewer keys are one part, and nothing is merged.
+
+What a row's bits depend on: its own query, and the keys in spans and blocks that begin at multiples of `SPAN` and
+`BLOCK`. A key that is masked adds exactly 0 to the sums, and a block or span without a key that is seen changes
+nothing, so that it may be skipped; and a query's lanes know nothing of its neighbours in a tile.
 """
 
 from __future__ import annotations
