@@ -91,7 +91,7 @@ SPELLINGS: dict[str, Spelling] = {
     "logical_not": "~{x}",
     "where": "np.where({condition}, {x}, {y})",
     # products
-    "matmul": "{x} @ {y}",
+    "matmul": lambda line: f"{_factor(line, 'x')} @ {_factor(line, 'y')}",
     "rotary": Line.by_reference,
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "transpose"),
@@ -126,9 +126,15 @@ def _cast(line: Line) -> str:
     return f"{line.array('x')}.astype({dtype_text(line.op.to)})"
 
 
+def _factor(line: Line, name: str) -> str:
+    """An operand of a product, in the dtype in which products are summed, where the op names one."""
+    x = line.array(name)
+    return x if line.op.to in (None, line.type(name).dtype) else f"{x}.astype({dtype_text(line.op.to)})"
+
+
 @_spells("linear")
 def _linear(line: Line) -> str:
-    product = f"{line.x} @ {line.weight}.T"
+    product = f"{_factor(line, 'x')} @ {_factor(line, 'weight')}.T"
     return f"{product} + {line.bias}" if line.has("bias") else product
 
 

@@ -88,7 +88,7 @@ SPELLINGS: dict[str, Spelling] = {
     "logical_not": "Not",
     "where": "Where",
     # products
-    "matmul": "MatMul",
+    "matmul": lambda line: line.add("MatMul", _factor(line, "x"), _factor(line, "y")),
     # looking along axes
     "softmax": lambda line: line.add("Softmax", line.x, axis=line.op.axis),
     "log_softmax": lambda line: line.add("LogSoftmax", line.x, axis=line.op.axis),
@@ -240,13 +240,20 @@ def _round_to(line: OnnxLine) -> Tensor:
 # -- products --------------------------------------------------------------------------------------------------
 
 
+def _factor(line: OnnxLine, name: str) -> Tensor:
+    """An operand of a product, in the dtype in which products are summed, where the op names one."""
+    x: Tensor = getattr(line, name)
+    return x if line.op.to is None else line.w.cast(x, line.op.to)
+
+
 @_spells("linear")
 def _linear(line: OnnxLine) -> Tensor:
     """Gemm transposes the weight itself, but takes matrices alone."""
     bias = [line.bias] if line.has("bias") else []
+    x, weight = _factor(line, "x"), _factor(line, "weight")
     if line.type("x").rank == 2:
-        return _tensor(line.add("Gemm", line.x, line.weight, *bias, transB=1))
-    made = line.add("MatMul", line.x, line.add("Transpose", line.weight, perm=[1, 0]))
+        return _tensor(line.add("Gemm", x, weight, *bias, transB=1))
+    made = line.add("MatMul", x, line.add("Transpose", weight, perm=[1, 0]))
     return _tensor(line.add("Add", made, *bias) if bias else made)
 
 

@@ -5,6 +5,9 @@
 A weight that only products read is packed when it is bound, and its products are spelled by `torch_kernels.linear`,
 which applies an activation before it stores. That is the call which torch.compile makes for a frozen model. Elsewhere,
 and where a weight is read by something else too, `F.linear` reads it as it is.
+
+Of bf16 operands oneDNN sums the products in float32 and adds a float32 bias; what it stores is bf16. So a product that is
+to be float32 is rounded once more here than its op says.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from treadle.backends.python.spelled_line import Line
-from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated
+from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated, dtype_text
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import Layout
 from treadle.ir.ops.activated_products import ActivatedLinear
@@ -87,6 +90,8 @@ def _packed_or(otherwise: str | Callable[[Line], str]) -> Callable[[Line], str]:
         activation = line.op.attributes.get("activation")
         told = f", {ACTIVATIONS[activation]}" if activation in ACTIVATIONS else ""
         product = f"kernels.linear({x}, {w}, {bias}{told})"
+        if line.op.to not in (None, line.type("x").dtype):
+            product += f".to({dtype_text(line.op.to)})"
         return product if activation is None or told else activated(activation, product)
 
     return spelling

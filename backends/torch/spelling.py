@@ -99,7 +99,7 @@ SPELLINGS: dict[str, Spelling] = {
     "logical_not": "~{x}",
     "where": lambda line: f"torch.where({line.array('condition')}, {line.x}, {line.y})",
     # products
-    "matmul": "{x} @ {y}",
+    "matmul": lambda line: _product(line, "y", " @ "),
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),
     "slice": sliced,
@@ -137,16 +137,24 @@ def _round_to(line: Line) -> str:
     return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
 
 
+def _product(line: Line, weight: str, between: str) -> str:
+    """x and a weight, with `between` between them, in the dtype in which products are summed where the op names one."""
+    factors = [line.array(name) for name in ("x", weight)]
+    if line.op.to not in (None, line.type("x").dtype):
+        factors = [f"{x}.to({dtype_text(line.op.to)})" for x in factors]
+    return between.join(factors)
+
+
 @_spells("linear")
 def _linear(line: Line) -> str:
     bias = f", {line.bias}" if line.has("bias") else ""
-    return f"F.linear({line.x}, {line.weight}{bias})"
+    return f"F.linear({_product(line, 'weight', ', ')}{bias})"
 
 
 @_spells("activated_linear")
 def _activated_linear(line: Line) -> str:
     if line.op.weight_axes == "k n":
-        product = f"{line.x} @ {line.weight}" + (f" + {line.bias}" if line.has("bias") else "")
+        product = _product(line, "weight", " @ ") + (f" + {line.bias}" if line.has("bias") else "")
     else:
         product = _linear(line)
     return activated(line.op.activation, product)

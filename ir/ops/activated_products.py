@@ -9,15 +9,16 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import find_op, op
 from treadle.ir.operation import Composite, Operand
+from treadle.ir.ops.products import MixedProduct
 from treadle.ir.ops.weight_layouts import multiplied, refuse_weight_axes, rows_of
 from treadle.ir.samples import S
-from treadle.ir.types import Type, f32
+from treadle.ir.types import DType, Type, f32
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh", "sigmoid")
 """What a product may be finished with: an op of this name."""
 
 
-class _ActivatedProduct(Composite):
+class _ActivatedProduct(MixedProduct, Composite):
     """What both have in common: weights of either layout, an activation by name."""
 
     activation: str
@@ -39,13 +40,13 @@ class _ActivatedProduct(Composite):
         return "n [k]" if self.weight_axes == "n k" else "[k] n"
 
     def _product(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        return multiplied(b, x, weight, bias, self.weight_axes)
+        return multiplied(b, x, weight, bias, self.weight_axes, self.to)
 
     def _activated(self, b: Builder, x: Any) -> Any:
         return b.apply(find_op(self.activation), x)
 
 
-@op("activated_linear", dtypes="f, f, f -> f")
+@op("activated_linear")
 class ActivatedLinear(_ActivatedProduct):
     """y[..., n] = act(sum_k x[..., k] weight[n, k] + bias[n])
 
@@ -53,6 +54,7 @@ class ActivatedLinear(_ActivatedProduct):
 
     activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
     weight_axes  "n k", as linear takes a weight, or "k n", as matmul does and files of ONNX mostly hold it
+    to           the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
 
     x = Operand()
@@ -60,9 +62,13 @@ class ActivatedLinear(_ActivatedProduct):
     bias = Operand(optional=True)
     activation: str = "gelu"
     weight_axes: str = "n k"
+    to: DType | None = None
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return f"{self._rows} [k], {self._weight}, n -> {self._rows} n"
+
+    def dtypes(self) -> str:
+        return self.dtype_rule(2, 1)
 
     def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
         return self._activated(b, self._product(b, x, weight, bias))
@@ -75,6 +81,7 @@ class ActivatedLinear(_ActivatedProduct):
         S("f32[3,4]", "f32[4,5]", None, activation="tanh", weight_axes="k n"),
         S("f32[3,4]", "f32[5,4]", "f32[5]", activation="quick_gelu"),
         S("f32[3,4]", "f32[5,4]", "f32[5]", activation="sigmoid"),
+        S("f16[3,4]", "f16[4,5]", "f32[5]", weight_axes="k n", to="f32"),
     ]
     errors = [
         (S("f32[2,3]", "f32[3,4]", None), "axis k sizes disagree: 3 in x, 4 in weight"),
@@ -85,7 +92,7 @@ class ActivatedLinear(_ActivatedProduct):
     ]
 
 
-@op("gated_linear", dtypes="f, f, f, f, f -> f")
+@op("gated_linear")
 class GatedLinear(_ActivatedProduct):
     """y[..., n] = act(sum_k x[..., k] gate[n, k] + gate_bias[n]) * (sum_k x[..., k] up[n, k] + up_bias[n])
 
@@ -94,6 +101,7 @@ class GatedLinear(_ActivatedProduct):
 
     activation   act: one of activated_linear's, or "none"
     weight_axes  of both weights: "n k", as linear takes one, or "k n", as matmul does
+    to           the dtype of the result and the biases, in which products are summed; None: that of x and the weights
     """
 
     x = Operand()
@@ -103,10 +111,17 @@ class GatedLinear(_ActivatedProduct):
     up_bias = Operand(optional=True)
     activation: str = "silu"
     weight_axes: str = "n k"
+    to: DType | None = None
     activations = (*ACTIVATIONS, "none")
+
+    def multiplies(self, count: int) -> tuple[int, ...]:
+        return (1, 2)
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return f"{self._rows} [k], {self._weight}, {self._weight}, n, n -> {self._rows} n"
+
+    def dtypes(self) -> str:
+        return self.dtype_rule(3, 2)
 
     def body(self, b: Builder, x: Expr, gate: Expr, up: Expr, gate_bias: Expr | None, up_bias: Expr | None) -> Any:
         gating = self._product(b, x, gate, gate_bias)
@@ -119,6 +134,7 @@ class GatedLinear(_ActivatedProduct):
         S("f32[4]", "f32[5,4]", "f32[5,4]", None, "f32[5]", activation="none"),
         S("f32[2,3,4]", "f32[4,5]", "f32[4,5]", "f32[5]", None, activation="gelu_tanh", weight_axes="k n"),
         S("f32[3,4]", "f32[4,5]", "f32[4,5]", None, None, activation="relu", weight_axes="k n"),
+        S("f16[3,4]", "f16[5,4]", "f16[5,4]", None, "f32[5]", to="f32"),
     ]
     errors = [
         (S("f32[2,3]", "f32[4,3]", "f32[5,3]", None, None), "axis n sizes disagree: 4 in gate, 5 in up"),

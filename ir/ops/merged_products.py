@@ -9,16 +9,17 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Operand
+from treadle.ir.ops.products import MixedProduct
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.ops.weight_layouts import multiplied, refuse_weight_axes, rows_of
 from treadle.ir.samples import S
-from treadle.ir.types import Type, f32
+from treadle.ir.types import DType, Type, f32
 
 MOST_PROJECTIONS = 16
 
 
 @op("projections")
-class Projections(Composite):
+class Projections(MixedProduct, Composite):
     """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
 
     Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
@@ -27,13 +28,18 @@ class Projections(Composite):
 
     count        how many, 2 to 16
     weight_axes  "n k", as linear takes a weight, or "k n", as matmul does
+    to           the dtype of results and biases, in which products are summed; None: that of x and the weights
     """
 
     x = Operand()
     operand = Operand(optional=True, variadic=True)
     count: int = 2
     weight_axes: str = "n k"
+    to: DType | None = None
     accumulates = f32
+
+    def multiplies(self, count: int) -> tuple[int, ...]:
+        return tuple(range(1, 1 + self.count))
 
     def operand_names(self, count: int) -> list[str]:
         names = ["x", *(f"{name}{n}" for name in ("weight", "bias") for n in range(self.count))]
@@ -53,7 +59,7 @@ class Projections(Composite):
         return f"{', '.join([f'{rows} [k]', *weights, *outs])} -> {', '.join(f'{rows} {n}' for n in outs)}"
 
     def dtypes(self) -> str:
-        return f"{', '.join(['f'] * (1 + 2 * self.count))} -> {', '.join(['f'] * self.count)}"
+        return self.dtype_rule(1 + self.count, self.count, self.count)
 
     def check(self, types: Sequence[Type | None]) -> None:
         if not 2 <= self.count <= MOST_PROJECTIONS:
@@ -70,7 +76,7 @@ class Projections(Composite):
     def body(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
         weights, biases = operands[: self.count], operands[self.count :]
         pairs = zip(weights, biases, strict=True)
-        return tuple([multiplied(b, x, w, bias, self.weight_axes) for w, bias in pairs if w is not None])
+        return tuple([multiplied(b, x, w, bias, self.weight_axes, self.to) for w, bias in pairs if w is not None])
 
     def lowering(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
         """slices of one product: x (w_0 | w_1 | ...) + (b_0 | b_1 | ...)"""
@@ -79,9 +85,12 @@ class Projections(Composite):
         axis = self.weight_axes.split().index("n")
         bias = None
         if any(v is not None for v in biases):
-            known = [zeros(b, w.dtype[w.shape[axis]]) if v is None else v for w, v in zip(weights, biases, strict=True)]
+            known = [
+                zeros(b, (self.to or w.dtype)[w.shape[axis]]) if v is None else v
+                for w, v in zip(weights, biases, strict=True)
+            ]
             bias = b.concat(*known, axis=0, name="bias")
-        y = multiplied(b, x, b.concat(*weights, axis=axis, name="weight"), bias, self.weight_axes)
+        y = multiplied(b, x, b.concat(*weights, axis=axis, name="weight"), bias, self.weight_axes, self.to)
         made, start = [], weights[0].shape[axis] * 0
         for weight in weights:
             stop = start + weight.shape[axis]
@@ -95,6 +104,7 @@ class Projections(Composite):
         S("f32[4]", "f32[5,4]", "f32[2,4]", None, None),
         S("f32[2,3,4]", "f32[4,5]", "f32[4,2]", "f32[5]", None, weight_axes="k n"),
         S("f32[3,4]", "f32[4,5]", "f32[4,5]", "f32[4,1]", None, None, None, count=3, weight_axes="k n"),
+        S("f16[3,4]", "f16[5,4]", "f16[2,4]", "f32[5]", None, to="f32"),
     ]
     errors = [
         (S("f32[2,3]", "f32[4,3]", "f32[4,2]", None, None), "axis k sizes disagree"),

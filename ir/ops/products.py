@@ -13,12 +13,42 @@ from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Grads, Operand, Primitive
+from treadle.ir.operation import Grads, Op, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.samples import S
-from treadle.ir.types import Type, f32
+from treadle.ir.types import DType, Type, f32
 from treadle.ir.wording.marked_text import marked, marked_name
+
+
+class MixedProduct(Op):
+    """What products with weights have in common: their result may be of another dtype than what is multiplied.
+
+    to   the result's dtype, in which the products are summed and the bias is; None: that of the operands
+    """
+
+    to: DType | None
+
+    def multiplies(self, count: int) -> tuple[int, ...]:
+        """The positions, among `count` operands, of the matrices that x, which is the first, is multiplied with."""
+        return (1,)
+
+    def dtype_rule(self, factors: int, biases: int, results: int = 1) -> str:
+        """The dtype rule for so many operands that are multiplied, biases and results, in this order."""
+        to = "f" if self.to is None else str(self.to)
+        return f"{', '.join(['f'] * factors + [to] * biases)} -> {', '.join([to] * results)}"
+
+    def summed(self, x: Any) -> Any:
+        """The dtype of NumPy's that the result has, for a first operand x."""
+        return x.dtype if self.to is None else self.to.numpy or np.float32
+
+    def wide(self, operands: Sequence[Expr]) -> list[Expr]:
+        """Operands in the result's dtype: what a gradient is computed of."""
+        return [x if self.to is None or x.dtype is self.to else x.cast(self.to) for x in operands]
+
+    def narrowed(self, grads: Sequence[Expr], operands: Sequence[Expr]) -> list[Expr]:
+        """Gradients in their operands' dtypes."""
+        return [g if g.dtype is x.dtype else g.cast(x.dtype) for g, x in zip(grads, operands, strict=True)]
 
 
 def contraction_gradient(
@@ -66,23 +96,30 @@ def _squeezed(b: Builder, x: Expr, held: list[str]) -> Expr:
     return b.rearrange(x, pattern=f"{' '.join(held)} -> {' '.join(n for n in held if n != '1')}")
 
 
-@op("matmul", axes="... m k, ... k n -> ... m n", dtypes="n, n -> n", linear="x | y", flops=2)
-class MatMul(Primitive):
+@op("matmul", axes="... m k, ... k n -> ... m n", linear="x | y", flops=2)
+class MatMul(MixedProduct, Primitive):
     """z[..., m, n] = sum_k x[..., m, k] y[..., k, n]
 
     Leading dimensions broadcast. A vector needs its second axis spelled: rearrange, or einsum.
+
+    to   the result's dtype, in which floats are summed; None: that of x and y
     """
 
     x = Operand()
     y = Operand()
+    to: DType | None = None
     accumulates = f32
 
+    def dtypes(self) -> str:
+        return "n, n -> n" if self.to is None else self.dtype_rule(2, 0)
+
     def reference(self, x: Any, y: Any) -> Any:
-        return np.matmul(wide_array(x), wide_array(y)).astype(x.dtype)
+        return np.matmul(wide_array(x), wide_array(y)).astype(self.summed(x))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,) = grads
-        return contraction_gradient(b, self.apply([x.type for x in inputs]), g, inputs)
+        made = contraction_gradient(b, self.apply([x.type for x in inputs]), g, self.wide(inputs))
+        return self.narrowed(made, inputs)
 
     samples = [
         S("f32[2,3]", "f32[3,4]"),
@@ -90,34 +127,42 @@ class MatMul(Primitive):
         S("f32[2,1,3,4]", "f32[5,4,2]"),
         S("f32[3,1]", "f32[2,1,3]"),
         S("i64[2,3]", "i64[3,2]"),
+        S("f16[2,3]", "f16[3,4]", to="f32"),
     ]
     errors = [
+        (S("i64[2,3]", "i64[3,2]", to="f32"), "x must be a float"),
         (S("f32[2,3]", "f32[4,5]"), "axis k sizes disagree: 3 in x, 4 in y"),
         (S("f32[3]", "f32[3,4]"), "x must have rank 2 or more"),
         (S("f32[2,3]", "f64[3,4]"), "dtypes disagree"),
     ]
 
 
-@op("linear", axes="... k, n k, n -> ... n", dtypes="f, f, f -> f", linear="x bias | weight bias", flops=2)
-class Linear(Primitive):
+@op("linear", axes="... k, n k, n -> ... n", linear="x bias | weight bias", flops=2)
+class Linear(MixedProduct, Primitive):
     """y[..., n] = sum_k x[..., k] weight[n, k] + bias[n]
 
     The weight is [out, in], as checkpoints of PyTorch hold it (torch.nn.functional.linear).
+
+    to   the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
 
     x = Operand()
     weight = Operand()
     bias = Operand(optional=True)
+    to: DType | None = None
     accumulates = f32
+
+    def dtypes(self) -> str:
+        return self.dtype_rule(2, 1)
 
     def reference(self, x: Any, weight: Any, bias: Any) -> Any:
         y = np.matmul(wide_array(x), wide_array(weight).T)
-        return (y if bias is None else y + bias).astype(x.dtype)
+        return (y if bias is None else y + bias).astype(self.summed(x))
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, weight, bias) = grads, inputs
         application = self.apply([None if v is None else v.type for v in inputs])
-        made = contraction_gradient(b, application, g, [x, weight])
+        made = self.narrowed(contraction_gradient(b, application, g, self.wide([x, weight])), [x, weight])
         if bias is None:
             return [*made, None]
         return [*made, b.reduce_sum(g, axes=tuple(range(g.rank - 1)), keep=False) if g.rank > 1 else g]
@@ -126,8 +171,10 @@ class Linear(Primitive):
         S("f32[2,3,4]", "f32[5,4]", "f32[5]"),
         S("f32[3,4]", "f32[5,4]", None),
         S("f32[4]", "f32[5,4]", "f32[5]"),
+        S("f16[2,3,4]", "f16[5,4]", "f32[5]", to="f32"),
     ]
     errors = [
+        (S("f16[2,3]", "f16[4,3]", "f16[4]", to="f32"), "bias must be f32, is f16"),
         (S("f32[2,3]", "f32[3,4]", None), "axis k sizes disagree: 3 in x, 4 in weight"),
         (S("f32[2,3]", "f32[4,3]", "f32[3]"), "axis n sizes disagree: 4 in weight, 3 in bias"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
+from treadle.ir.types import DType
 
 WEIGHT_AXES = ("n k", "k n")
 """The values of an attribute `weight_axes`."""
@@ -20,11 +21,13 @@ def rows_of(weight_axes: str) -> str:
     return "... m" if weight_axes == "k n" else "..."
 
 
-def multiplied(b: Builder, x: Expr, weight: Expr, bias: Expr | None, weight_axes: str) -> Expr:
-    """x weight + bias."""
+def multiplied(
+    b: Builder, x: Expr, weight: Expr, bias: Expr | None, weight_axes: str, to: DType | None = None
+) -> Expr:
+    """x weight + bias, in the dtype `to`."""
     product: Expr
     if weight_axes == "n k":
-        product = b.linear(x, weight, bias)
+        product = b.linear(x, weight, bias, to=to)
         return product
-    product = b.matmul(x, weight)
+    product = b.matmul(x, weight, to=to)
     return product if bias is None else product + bias
