@@ -109,6 +109,7 @@ def activated_linear(
     *,
     activation: str = "gelu",
     weight_axes: str = "n k",
+    to: DType | str | None = None,
     name: str | None = None,
 ) -> Tensor:
     """y[..., n] = act(sum_k x[..., k] weight[n, k] + bias[n])
@@ -117,6 +118,7 @@ def activated_linear(
 
     activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
     weight_axes  "n k", as linear takes a weight, or "k n", as matmul does and files of ONNX mostly hold it
+    to           the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
 
 def add(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -430,6 +432,7 @@ def gated_linear(
     *,
     activation: str = "silu",
     weight_axes: str = "n k",
+    to: DType | str | None = None,
     name: str | None = None,
 ) -> Tensor:
     """y[..., n] = act(sum_k x[..., k] gate[n, k] + gate_bias[n]) * (sum_k x[..., k] up[n, k] + up_bias[n])
@@ -439,6 +442,7 @@ def gated_linear(
 
     activation   act: one of activated_linear's, or "none"
     weight_axes  of both weights: "n k", as linear takes one, or "k n", as matmul does
+    to           the dtype of the result and the biases, in which products are summed; None: that of x and the weights
     """
 
 def gather(x: TensorLike, indices: TensorLike, /, *, axis: int = 0, name: str | None = None) -> Tensor:
@@ -498,10 +502,20 @@ def less(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
 def less_equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = (x <= y); false where either is NaN"""
 
-def linear(x: TensorLike, weight: TensorLike, bias: TensorLike | None = None, /, *, name: str | None = None) -> Tensor:
+def linear(
+    x: TensorLike,
+    weight: TensorLike,
+    bias: TensorLike | None = None,
+    /,
+    *,
+    to: DType | str | None = None,
+    name: str | None = None,
+) -> Tensor:
     """y[..., n] = sum_k x[..., k] weight[n, k] + bias[n]
 
     The weight is [out, in], as checkpoints of PyTorch hold it (torch.nn.functional.linear).
+
+    to   the dtype of the result and the bias, in which products are summed; None: that of x and the weight
     """
 
 def log(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -529,10 +543,12 @@ def masked_softmax(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     one op for which a backend may have a kernel. 16-bit floats are computed with in f32, and the result is rounded.
     """
 
-def matmul(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
+def matmul(x: TensorLike, y: TensorLike, /, *, to: DType | str | None = None, name: str | None = None) -> Tensor:
     """z[..., m, n] = sum_k x[..., m, k] y[..., k, n]
 
     Leading dimensions broadcast. A vector needs its second axis spelled: rearrange, or einsum.
+
+    to   the result's dtype, in which floats are summed; None: that of x and y
     """
 
 def max_pool(
@@ -631,6 +647,7 @@ def projections(
     *operand: TensorLike | None,
     count: int = 2,
     weight_axes: str = "n k",
+    to: DType | str | None = None,
     name: str | None = None,
 ) -> tuple[Tensor, ...]:
     """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
@@ -641,6 +658,7 @@ def projections(
 
     count        how many, 2 to 16
     weight_axes  "n k", as linear takes a weight, or "k n", as matmul does
+    to           the dtype of results and biases, in which products are summed; None: that of x and the weights
     """
 
 def quick_gelu(x: TensorLike, /, *, name: str | None = None) -> Tensor:

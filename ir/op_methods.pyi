@@ -18,6 +18,7 @@ class OpMethods:
         *,
         activation: str = "gelu",
         weight_axes: str = "n k",
+        to: DType | str | None = None,
         name: str | None = None,
     ) -> Expr: ...
     def add(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
@@ -176,6 +177,7 @@ class OpMethods:
         *,
         activation: str = "silu",
         weight_axes: str = "n k",
+        to: DType | str | None = None,
         name: str | None = None,
     ) -> Expr: ...
     def gather(self, x: ExprLike, indices: ExprLike, /, *, axis: int = 0, name: str | None = None) -> Expr: ...
@@ -213,6 +215,7 @@ class OpMethods:
         bias: ExprLike | None = None,
         /,
         *,
+        to: DType | str | None = None,
         name: str | None = None,
     ) -> Expr: ...
     def log(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
@@ -221,7 +224,15 @@ class OpMethods:
     def logical_not(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def logical_or(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def masked_softmax(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
-    def matmul(self, x: ExprLike, y: ExprLike, /, *, name: str | None = None) -> Expr: ...
+    def matmul(
+        self,
+        x: ExprLike,
+        y: ExprLike,
+        /,
+        *,
+        to: DType | str | None = None,
+        name: str | None = None,
+    ) -> Expr: ...
     def max_pool(
         self,
         x: ExprLike,
@@ -268,6 +279,7 @@ class OpMethods:
         *operand: ExprLike | None,
         count: int = 2,
         weight_axes: str = "n k",
+        to: DType | str | None = None,
         name: str | None = None,
     ) -> tuple[Expr, ...]: ...
     def quick_gelu(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...

@@ -14,6 +14,7 @@ import numpy as np
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
+from treadle.computing import computing_in
 from treadle.files.nearest_names import NearestNames
 from treadle.frontends.declarations import Model
 from treadle.frontends.torch_export.model import TorchModel
@@ -40,6 +41,7 @@ def compile(
     inputs: Sequence[str] | None = None,
     seed: int = 0,
     certify: bool | None = None,
+    dtype: str | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     **config: Any,
@@ -59,6 +61,8 @@ def compile(
     inputs   optional inputs of the declaration to include, such as ("lengths",)
     seed     an integer, 0 or more
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
+    dtype    "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
+             (docs/decisions/0012-products-in-bf16.md). "f32": everything is. None: as the model is declared
     widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights too
     limits   what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
     config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
@@ -72,7 +76,8 @@ def compile(
     (GraphError, RuleError, SizeError).
     """
     where = target if isinstance(target, Target) else Target(target)
-    manager = PassManager(checked_passes(passes), certify=certify, target=where)
+    run, widen = computing_in(dtype, checked_passes(passes), widen)
+    manager = PassManager(run, certify=certify, target=where)
     chosen = find_backend(backend)
 
     def make(resolved: Resolved) -> Compiled:

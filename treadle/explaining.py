@@ -17,6 +17,7 @@ from typing import Any
 
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
+from treadle.computing import Widen, computing_in
 from treadle.frontends.declarations import Model
 from treadle.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.ir.composites import body_of
@@ -123,6 +124,8 @@ def explain_fusion(
     *,
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    widen: Widen = (),
     expect: Mapping[str, int] | None = None,
     certify: bool | None = None,
     **config: Any,
@@ -144,8 +147,8 @@ def explain_fusion(
         raise UsageError(
             "an artifact holds what was compiled, not how", received=str(model), hint="explain the model it is made of"
         )
-    pipeline = checked_passes(passes)
-    resolved = resolve(model, inputs=inputs, **config)
+    pipeline, widen = computing_in(dtype, checked_passes(passes), widen)
+    resolved = resolve(model, inputs=inputs, widen=widen, **config)
     optimized = PassManager(pipeline, certify=certify).run(resolved.graph)
     calls = count_calls(optimized.source)
     verdicts: dict[str, list[FusionVerdict]] = {name: [] for name in optimized.source.functions}

@@ -17,6 +17,7 @@ from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiling import checked_passes
+from treadle.computing import Widen, computing_in
 from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
@@ -113,6 +114,8 @@ def explain_layouts(
     target: str | Target = "cpu",
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    widen: Widen = (),
     **config: Any,
 ) -> Layouts:
     """Say of every weight of what MODEL names how a backend reads it.
@@ -142,8 +145,9 @@ def lowered_for(
         held = open_artifact(str(model))
         name, optimized = held.name, held.optimized.graph
     else:
-        resolved = resolve(model, inputs=inputs, **config)
-        name, optimized = resolved.name, PassManager(checked_passes(passes)).run(resolved.graph).graph
+        pipeline, widen = computing_in(dtype, checked_passes(passes), widen)
+        resolved = resolve(model, inputs=inputs, widen=widen, **config)
+        name, optimized = resolved.name, PassManager(pipeline).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
     return name, chosen.lower(optimized, where)
 

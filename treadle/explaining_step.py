@@ -13,6 +13,7 @@ from typing import Any
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import checked_passes
+from treadle.computing import Widen, computing_in
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.following import follow
 from treadle.ir.graph import Graph, Value
@@ -132,6 +133,8 @@ def explain_step(
     *,
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    widen: Widen = (),
     **config: Any,
 ) -> StepExplained:
     """Derive the step of what MODEL names, and say what it is. Raises what `compile` does; PassError for no step."""
@@ -139,8 +142,9 @@ def explain_step(
         held = open_artifact(str(model))
         name, graph = held.name, held.optimized.graph
     else:
-        resolved = resolve(model, inputs=inputs, **config)
-        name, graph = resolved.name, PassManager(checked_passes(passes)).run(resolved.graph).graph
+        pipeline, widen = computing_in(dtype, checked_passes(passes), widen)
+        resolved = resolve(model, inputs=inputs, widen=widen, **config)
+        name, graph = resolved.name, PassManager(pipeline).run(resolved.graph).graph
     derived = derive_step(graph)
     changed = [
         Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in follow(graph, derived.axis).encounters

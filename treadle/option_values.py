@@ -25,7 +25,7 @@ _TEXT_BYTES = 256 << 20  # of sentences to embed
 
 
 _ARGUMENTS = frozenset(
-    {"backend", "certify", "inputs", "limits", "model", "passes", "seed", "target", "weights", "widen"}
+    {"backend", "certify", "dtype", "inputs", "limits", "model", "passes", "seed", "target", "weights", "widen"}
 )
 """What `treadle.compile` takes beside the configuration."""
 

@@ -16,6 +16,7 @@ import numpy as np
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
+from treadle.computing import computing_in
 from treadle.files.shown_names import printable
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
@@ -88,13 +89,18 @@ def open_stepped(
     *,
     backend: str = "numpy",
     target: str | Target = "cpu",
+    dtype: str | None = None,
     limits: Mapping[str, int] | None = None,
     **config: Any,
 ) -> SteppedModel:
-    """The step of what MODEL names, which must have weights. Raises what `compile` does; PassError for no step."""
-    resolved = resolve(model, limits=limits, **config)
+    """The step of what MODEL names, which must have weights; `dtype` as `compile` takes it.
+
+    Raises what `compile` does; PassError for no step.
+    """
+    passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()))
+    resolved = resolve(model, limits=limits, widen=widen, **config)
     if resolved.weights is None:
         raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
-    graph = PassManager(DEFAULT).run(resolved.graph).graph
+    graph = PassManager(passes).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
     return step_of(resolved.name, graph, backend, where, {n: resolved.weights[n] for n in graph.parameters})

@@ -13,6 +13,7 @@ import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import initial_weights
+from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.errors import UsageError
@@ -38,6 +39,7 @@ def verify_model(
     inputs: Sequence[str] | None = None,
     sizes: Sequence[Mapping[str, int]] | None = None,
     seed: int = 0,
+    dtype: str | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     told: Callable[[str], None] = lambda line: None,
@@ -57,13 +59,14 @@ def verify_model(
     """
     where = target if isinstance(target, Target) else Target(target)
     if is_artifact(model):
-        if config or inputs or weights is not None or widen:
-            raise UsageError("an artifact takes no configuration, inputs, weights or widen", received=str(model))
+        if config or inputs or weights is not None or widen or dtype:
+            raise UsageError("an artifact takes no configuration, inputs, weights, dtype or widen", received=str(model))
         held = open_artifact(str(model), limits=limits)
         optimized, given = held.optimized, dict(held.weights)
         for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
             given.setdefault(name, np.zeros(value.type.evaluate({}), value.type.dtype.numpy or np.float32))
     else:
+        passes, widen = computing_in(dtype, passes, widen)
         resolved = resolve(
             model, inputs=None if inputs is None else tuple(inputs), widen=widen, limits=limits, **config
         )

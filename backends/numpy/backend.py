@@ -30,7 +30,8 @@ from treadle.passes.memory.storage_plan import StoragePlan
 Array = np.ndarray[Any, Any]
 
 _WITHOUT_BF16 = Hint(
-    'backend="torch", or widen="bf16" to compute in f32', "--backend torch, or --widen bf16 to compute in f32"
+    'backend="torch", or widen="bf16" and no dtype="bf16" to compute in f32',
+    "--backend torch, or --widen bf16 and no --dtype bf16 to compute in f32",
 )
 
 

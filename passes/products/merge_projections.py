@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Node, Value
+from treadle.ir.operation import Op
 from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.merged_products import MOST_PROJECTIONS
 from treadle.ir.ops.products import Linear, MatMul
@@ -53,7 +54,8 @@ class MergeProjections(SiteRewrite["_Merged"]):
         weight_axes = "n k" if isinstance(first.op, Linear) else "k n"
         b.scope = _shared_scope([part.product.scope for part in site.parts])
         x = b.expr(first.inputs[0])
-        made: tuple[Expr, ...] = b.projections(x, *weights, *biases, count=len(weights), weight_axes=weight_axes)
+        given = {"count": len(weights), "weight_axes": weight_axes, "to": first.op.attributes["to"]}
+        made: tuple[Expr, ...] = b.projections(x, *weights, *biases, **given)
         for part, result in zip(site.parts, made, strict=True):
             result.value.name = part.result.name
         return made
@@ -93,12 +95,12 @@ class _Merged(Site):
 def find_projections(function: Function) -> list[list[Projection]]:
     """Products of one value with weights, two or more of a kind, in program order."""
     uses = function.uses()
-    groups: dict[tuple[Value, str], list[Projection]] = {}
+    groups: dict[tuple[Value, Op], list[Projection]] = {}
     for node in function.nodes:
         if isinstance(node.op, (Linear, MatMul)):
             x, weight = node.inputs[:2]
             if weight.kind in ("parameter", "constant") and weight.type.rank == 2 and weight.type.static_shape:
-                groups.setdefault((x, node.op.name), []).append(_with_bias(node, uses, function))
+                groups.setdefault((x, node.op), []).append(_with_bias(node, uses, function))
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -16,6 +16,7 @@ from treadle.cli.options import (
     BackendName,
     Certify,
     Config,
+    Dtype,
     Limit,
     ModelName,
     OptionalInputs,
@@ -41,6 +42,7 @@ def compile_model(
     certify: Certify = False,
     config: Config = None,
     limit: Limit = None,
+    dtype: Dtype = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -62,7 +64,7 @@ def compile_model(
     started = time.perf_counter()
     chosen = parse_config(config or (), limit or ())
     chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
-    chosen["widen"] = names_of(widen) or ()
+    chosen |= {"dtype": dtype, "widen": names_of(widen) or ()}
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):
         made = treadle.compile(model, inputs=names_of(inputs), **chosen)
     seconds = time.perf_counter() - started

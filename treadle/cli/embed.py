@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Limit, ModelName, TargetName, Threads
+from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, TargetName, Threads
 
 
 @command("embed")
@@ -30,6 +30,7 @@ def embed_sentences(
     ] = None,
     config: Config = None,
     limit: Limit = None,
+    dtype: Dtype = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -46,7 +47,7 @@ def embed_sentences(
     texts = read_sentences(sentences or [], file)
     with working(f"compiling {model}", shown=not as_json):
         embedder = SentenceEmbedder.open(
-            model, backend=backend, target=Target(target, threads), **parse_config(config or (), limit or ())
+            model, backend=backend, target=Target(target, threads), dtype=dtype, **parse_config(config or (), limit or ())
         )
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):
         embedded = embedder.embed_reporting(texts)

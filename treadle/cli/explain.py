@@ -13,6 +13,7 @@ from treadle.cli.options import (
     BackendName,
     Certify,
     Config,
+    Dtype,
     Limit,
     ModelName,
     OptionalInputs,
@@ -35,6 +36,7 @@ def explain_sites(
     certify: Certify = False,
     config: Config = None,
     limit: Limit = None,
+    dtype: Dtype = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -59,7 +61,7 @@ def explain_sites(
         known = "fusion, layouts, storage or step"
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint=known)
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
-    chosen["widen"] = names_of(widen) or ()
+    chosen |= {"dtype": dtype, "widen": names_of(widen) or ()}
     if subject != "fusion":
         if expect or certify:
             raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Limit, ModelName, TargetName, Threads
+from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, TargetName, Threads
 
 if TYPE_CHECKING:
     from treadle.continuation import Piece, TextWriter
@@ -31,6 +31,7 @@ def continue_texts(
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same text.")] = 0,
     config: Config = None,
     limit: Limit = None,
+    dtype: Dtype = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -47,7 +48,7 @@ def continue_texts(
     sampling = Sampling(temperature, top_k, top_p, seed)
     with working(f"compiling {model}", shown=not as_json):
         writer = TextWriter.open(
-            model, backend=backend, target=Target(target, threads), **parse_config(config or (), limit or ())
+            model, backend=backend, target=Target(target, threads), dtype=dtype, **parse_config(config or (), limit or ())
         )
     written = [Written(prompt) for prompt in prompts]
     pace = Pace()

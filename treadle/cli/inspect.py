@@ -13,6 +13,7 @@ from treadle.cli.options import (
     AsJson,
     BackendName,
     Config,
+    Dtype,
     Limit,
     ModelName,
     OptionalInputs,
@@ -54,6 +55,7 @@ def inspect_graph(
     source: Annotated[bool, typer.Option("--source", help="The code that the backend makes of the graph.")] = False,
     config: Config = None,
     limit: Limit = None,
+    dtype: Dtype = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -62,6 +64,7 @@ def inspect_graph(
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.registry import find_backend
+    from treadle.computing import computing_in
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
@@ -81,13 +84,14 @@ def inspect_graph(
     find_backend(backend)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, inputs=inputs, widen=widen, after=after)
+            refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, widen=widen, after=after)
             optimized = open_artifact(model, limits=parse_limits(limit or ())).optimized
             graph = optimized.source if raw else optimized.graph
         else:
             chosen = parse_config(config or (), limit or ())
-            declared = resolve(model, inputs=names_of(inputs), widen=names_of(widen) or (), **chosen).graph
-            optimized = PassManager(() if raw else DEFAULT).run(declared)
+            passes, narrow = computing_in(dtype, DEFAULT, names_of(widen) or ())
+            declared = resolve(model, inputs=names_of(inputs), widen=narrow, **chosen).graph
+            optimized = PassManager(() if raw else passes).run(declared)
             if after is not None:
                 optimized = lowered_for(after, backend, optimized)
             graph = optimized.after(after) if after else optimized.graph

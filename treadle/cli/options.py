@@ -56,6 +56,12 @@ Threads = Annotated[
 Certify = Annotated[
     bool, typer.Option("--certify", help="Try every rewrite on drawn values, undo what fails, and print certificates.")
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="bf16", help="Compute products with weights in bf16, or in f32.", show_default=False
+    ),
+]
 Widen = Annotated[
     str | None,
     typer.Option("--widen", metavar="bf16", help="Compute in f32 what is bf16, or f16.", show_default=False),
@@ -76,7 +82,7 @@ def refuse_for_artifact(**options: Any) -> None:
     """An artifact is configured, and its passes have run: options that would change that are refused."""
     given = [name for name, value in options.items() if value]
     if given:
-        told = {"config": "--set", "inputs": "--inputs", "widen": "--widen", "after": "--after"}
+        told = {"config": "--set", "inputs": "--inputs", "widen": "--widen", "dtype": "--dtype", "after": "--after"}
         raise UsageError(
             "an artifact is what was compiled, and takes no " + " or ".join(told[name] for name in given),
             hint="treadle compile MODEL -o FILE.treadle, with other options",

@@ -11,7 +11,7 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, Limit, ModelName, Seed, Threads, Widen, names_of, refuse_for_artifact
+from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, Threads, Widen, names_of, refuse_for_artifact
 
 
 @command("run")
@@ -31,6 +31,7 @@ def run_model(
     ] = None,
     config: Config = None,
     limit: Limit = None,
+    dtype: Dtype = None,
     widen: Widen = None,
     backend: Annotated[
         str | None,
@@ -62,7 +63,7 @@ def run_model(
     assigned, chosen = values or [], parse_config(config or (), limit or ())
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config)
+            refuse_for_artifact(config=config, dtype=dtype)
             where = (
                 None
                 if target is None and threads is None
@@ -78,7 +79,7 @@ def run_model(
         else:
             given = input_names(assigned)
             chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
-            made = treadle.compile(model, inputs=given, seed=seed, widen=narrow, **chosen)
+            made = treadle.compile(model, inputs=given, seed=seed, dtype=dtype, widen=narrow, **chosen)
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     with working(f"running {made.name}", shown=not as_json):
         started = time.perf_counter()

@@ -10,6 +10,7 @@ from treadle.cli.application import command, print_json
 from treadle.cli.options import (
     AsJson,
     Config,
+    Dtype,
     Limit,
     ModelName,
     OptionalInputs,
@@ -35,6 +36,7 @@ def verify_backends(
     ] = None,
     config: Config = None,
     limit: Limit = None,
+    dtype: Dtype = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     target: TargetName = "cpu",
@@ -50,7 +52,7 @@ def verify_backends(
     from treadle.verifying import verify_model
 
     if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs, widen=widen)
+        refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, widen=widen)
     with working(f"verifying {model}", shown=not as_json) as tell:
         report = verify_model(
             model,
@@ -59,6 +61,7 @@ def verify_backends(
             inputs=names_of(inputs),
             sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
             seed=seed,
+            dtype=dtype,
             widen=names_of(widen) or (),
             told=(lambda line: None) if as_json else tell,
             **parse_config(config or (), limit or ()),

@@ -1,0 +1,30 @@
+"""In which dtype a model computes: what `dtype=` means for the passes, and for what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from treadle.ir.errors import UsageError
+from treadle.ir.transforms.widening import WIDENED
+from treadle.ir.types import bf16
+from treadle.passes.framework.manager import Pass
+from treadle.passes.products.narrow_products import NarrowProducts
+
+COMPUTED = ("f32", "bf16")
+"""The values of `dtype=`."""
+
+Widen = str | Iterable[str]
+
+
+def computing_in(dtype: str | None, passes: Sequence[Pass], widen: Widen) -> tuple[tuple[Pass, ...], Widen]:
+    """The passes and the dtypes to widen with which a model computes in `dtype`.
+
+    None: as it is declared. "f32": bf16 and f16 values are f32. "bf16": so as well, and then products with weights are
+    of bf16 numbers, summed in f32. Raises UsageError for another name.
+    """
+    if dtype is None:
+        return tuple(passes), widen
+    if dtype not in COMPUTED:
+        raise UsageError(f"a model does not compute in {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
+    narrowing = (NarrowProducts(bf16),) if dtype == "bf16" else ()
+    return (*passes, *narrowing), tuple(WIDENED)
