@@ -6,8 +6,8 @@ A weight that only products read is packed when it is bound, and its products ar
 which applies an activation before it stores. That is the call which torch.compile makes for a frozen model. Elsewhere,
 and where a weight is read by something else too, `F.linear` reads it as it is.
 
-Of bf16 operands oneDNN sums the products in float32 and adds a float32 bias; what it stores is bf16. So a product that is
-to be float32 is rounded once more here than its op says.
+Of bf16 operands oneDNN sums the products in float32 and adds a float32 bias; what it stores is bf16. So a product that
+is to be float32 is rounded once more here than its op says.
 """
 
 from __future__ import annotations

@@ -21,9 +21,7 @@ def rows_of(weight_axes: str) -> str:
     return "... m" if weight_axes == "k n" else "..."
 
 
-def multiplied(
-    b: Builder, x: Expr, weight: Expr, bias: Expr | None, weight_axes: str, to: DType | None = None
-) -> Expr:
+def multiplied(b: Builder, x: Expr, weight: Expr, bias: Expr | None, weight_axes: str, to: DType | None = None) -> Expr:
     """x weight + bias, in the dtype `to`."""
     product: Expr
     if weight_axes == "n k":

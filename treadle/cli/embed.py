@@ -47,7 +47,11 @@ def embed_sentences(
     texts = read_sentences(sentences or [], file)
     with working(f"compiling {model}", shown=not as_json):
         embedder = SentenceEmbedder.open(
-            model, backend=backend, target=Target(target, threads), dtype=dtype, **parse_config(config or (), limit or ())
+            model,
+            backend=backend,
+            target=Target(target, threads),
+            dtype=dtype,
+            **parse_config(config or (), limit or ()),
         )
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):
         embedded = embedder.embed_reporting(texts)

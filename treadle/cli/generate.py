@@ -48,7 +48,11 @@ def continue_texts(
     sampling = Sampling(temperature, top_k, top_p, seed)
     with working(f"compiling {model}", shown=not as_json):
         writer = TextWriter.open(
-            model, backend=backend, target=Target(target, threads), dtype=dtype, **parse_config(config or (), limit or ())
+            model,
+            backend=backend,
+            target=Target(target, threads),
+            dtype=dtype,
+            **parse_config(config or (), limit or ()),
         )
     written = [Written(prompt) for prompt in prompts]
     pace = Pace()

@@ -11,7 +11,18 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, Threads, Widen, names_of, refuse_for_artifact
+from treadle.cli.options import (
+    AsJson,
+    Config,
+    Dtype,
+    Limit,
+    ModelName,
+    Seed,
+    Threads,
+    Widen,
+    names_of,
+    refuse_for_artifact,
+)
 
 
 @command("run")

@@ -1,0 +1,203 @@
+"""Products with weights in bf16: the ops, the pass, and whole models of every backend that has bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import treadle
+from tests.backend_checks import graph_of, needs_torch, needs_tvm
+from tests.op_checks import EPSILON
+from treadle.backends.bfloat16 import rounded, widened
+from treadle.cli import app
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import BackendError, RuleError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.text.printer import print_graph
+from treadle.ir.types import DTYPES, bf16, f32
+from treadle.models.llama import llama
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.passes.products.merge_projections import MergeProjections
+from treadle.passes.products.narrow_products import NarrowProducts
+
+with_bf16 = pytest.mark.parametrize(
+    "backend", [pytest.param("torch", marks=needs_torch), pytest.param("tvm", marks=needs_tvm)]
+)
+SMALL = {"layers": 2, "dim": 64, "heads": 4, "hidden": 96, "vocab": 80}
+TOKENS = np.arange(1, 14)[None]
+
+
+def narrowed(graph: Graph) -> Optimized:
+    return PassManager([NarrowProducts()], certify=True).run(graph)
+
+
+def rounds(x: np.ndarray) -> np.ndarray:
+    return widened(rounded(x))
+
+
+def two_products(b: Builder) -> Expr:
+    x = b.input("x", f32["B", 8])
+    y = b.linear(x, b.parameter("w", f32[6, 8]), b.parameter("bias", f32[6]))
+    return y + b.matmul(x, b.parameter("v", f32[8, 6]))
+
+
+def test_both_factors_are_rounded_and_what_two_products_read_is_rounded_once() -> None:
+    made = narrowed(graph_of(two_products))
+    text = print_graph(made.graph)
+    assert [line.split("#")[0].strip() for line in text.splitlines() if " = " in line and "(" in line] == [
+        "x_bf16 = cast(x, to=bf16)",
+        "w_bf16 = cast($w, to=bf16)",
+        "linear = linear(x_bf16, w_bf16, $bias, to=f32)",
+        "v_bf16 = cast($v, to=bf16)",
+        "matmul = matmul(x_bf16, v_bf16, to=f32)",
+        "x_2 = add(linear, matmul)",
+    ]
+    assert parse_graph(text) == made.graph
+    assert made.log[-1].certificates, "the rewrite was tried"
+
+
+def test_the_interpreter_sums_products_of_bf16_numbers_in_float32() -> None:
+    graph = narrowed(graph_of(two_products)).graph
+    rng = np.random.default_rng(0)
+    x, w, v = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 8), (6, 8), (8, 6)))
+    bias = rng.standard_normal(6).astype(np.float32)
+    got = interpret(graph, {"x": x}, {"w": w, "v": v, "bias": bias})["y"]
+    exact = rounds(x).astype(np.float64) @ (rounds(w).T.astype(np.float64) + rounds(v)) + bias
+    np.testing.assert_allclose(got, exact, rtol=0, atol=32 * EPSILON["f32"] * np.abs(exact).max())
+    assert np.abs(got - (x @ (w.T + v) + bias)).max() > 32 * EPSILON["f32"], "the operands were rounded"
+
+
+def refused(build: Callable[[Builder], Expr]) -> str:
+    return narrowed(graph_of(build)).log.explain()
+
+
+def test_matrices_that_are_no_weights_are_left_alone() -> None:
+    def scores(b: Builder) -> Expr:
+        x = b.input("x", f32["S", 8])
+        return b.matmul(x, b.rearrange(b.sin(x), pattern="s d -> d s"))
+
+    def given(b: Builder) -> Expr:
+        return b.linear(b.input("x", f32["B", 8]), b.input("w", f32[4, 8]))
+
+    def stack(b: Builder) -> Expr:
+        return b.matmul(b.input("x", f32[3, "B", 8]), b.parameter("w", f32[3, 8, 4]))
+
+    def fixed(b: Builder) -> Expr:
+        return b.linear(b.input("x", f32["B", 2]), b.constant(np.ones((4, 2), np.float32)))
+
+    assert "the matrix is computed by rearrange, and no weight" in refused(scores)
+    assert "the matrix is an input, and no weight" in refused(given)
+    assert "the matrices are a stack" in refused(stack)
+    assert "the matrix is a constant" in refused(fixed)
+
+
+def test_what_is_made_of_weights_alone_is_a_weight() -> None:
+    def scaled(b: Builder) -> Expr:
+        return b.linear(b.input("x", f32["B", 8]), b.parameter("w", f32[4, 8]) * b.parameter("scale", f32[8]))
+
+    (product,) = [n for n in narrowed(graph_of(scaled)).graph.main.nodes if n.op.name == "linear"]
+    assert product.inputs[1].type.dtype is bf16
+    assert product.result.type.dtype is f32
+
+
+def test_the_pass_comes_back_with_nothing_to_do() -> None:
+    once = narrowed(graph_of(two_products)).graph
+    assert narrowed(once).graph == once
+
+
+def test_merged_projections_keep_the_dtype_of_their_sums() -> None:
+    def apart(b: Builder) -> dict[str, Expr]:
+        x = b.input("x", bf16["B", 8])
+        made = {n: b.linear(x, b.parameter(n, bf16[4, 8]), to="f32") for n in "qk"}
+        return {**made, "v": b.linear(x, b.parameter("v", bf16[4, 8]))}
+
+    graph = PassManager([MergeProjections()]).run(graph_of(apart)).graph
+    assert sorted(node.op.name for node in graph.main.nodes) == ["linear", "projections"]
+    assert [v.type.dtype for v in graph.main.outputs.values()] == [f32, f32, bf16]
+
+
+def test_a_bias_has_the_dtype_of_the_sum() -> None:
+    b = Builder(Graph("wrong"))
+    x, w = b.input("x", bf16[2, 8]), b.input("w", bf16[4, 8])
+    with pytest.raises(RuleError, match="bias must be f32, is bf16"):
+        b.linear(x, w, b.input("bias", bf16[4]), to="f32")
+
+
+@with_bf16
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_model_is_near_its_float32_self_and_has_float32_results(backend: str, family: str) -> None:
+    """Each of some ten products in a row rounds its factors by half of bf16's spacing at most."""
+    whole = treadle.compile(family, backend=backend, **SMALL)(tokens=TOKENS)
+    exe = treadle.compile(family, backend=backend, dtype="bf16", **SMALL)
+    for name, wanted in whole.items():
+        got = exe(tokens=TOKENS)[name]
+        assert got.dtype == np.float32
+        off = np.abs(got - wanted).max() / np.abs(wanted).max()
+        assert 0 < off < 8 * EPSILON["bf16"]
+
+
+@with_bf16
+def test_a_model_is_near_the_meaning_of_its_own_graph(backend: str) -> None:
+    """TVM sums as the reference does; PyTorch rounds what packed products give once more."""
+    exe = treadle.compile("bert", backend=backend, dtype="bf16", **SMALL)
+    wanted = interpret(exe.graph, {"tokens": TOKENS}, exe.weights)["hidden"]
+    off = np.abs(exe(tokens=TOKENS)["hidden"] - wanted).max() / np.abs(wanted).max()
+    assert off < 4 * EPSILON["bf16"]
+
+
+@with_bf16
+def test_weights_are_rounded_once_when_they_are_bound(backend: str) -> None:
+    exe = treadle.compile("bert", backend=backend, dtype="bf16", **SMALL)
+    lowered = exe.optimized.lowered
+    assert lowered is not None
+    casts = [node for _, node in lowered.graph.walk() if node.op.name == "cast" and node.inputs[0].kind == "parameter"]
+    assert lowered.graph.bind is not None
+    inside = {id(n) for f in lowered.graph.needed_by(lowered.graph.bind) for n in f.nodes}
+    assert casts
+    assert all(id(node) in inside for node in casts)
+
+
+def test_numpy_says_that_it_has_no_bf16() -> None:
+    with pytest.raises(BackendError, match="cannot run bert") as caught:
+        treadle.compile("bert", dtype="bf16", **SMALL)
+    assert 'no dtype="bf16"' in str(caught.value)
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not compute in 'f8'"):
+        treadle.compile("bert", dtype="f8", **SMALL)
+
+
+@needs_torch
+def test_a_bf16_model_computes_the_rest_in_float32() -> None:
+    """Its own weights, widened and rounded again, are the same bits."""
+    exe = treadle.compile(llama, backend="torch", dtype="bf16", **{**SMALL, "heads": 4})
+    dtypes = {v.type.dtype for _, node in exe.graph.walk() for v in node.results}
+    assert dtypes <= {DTYPES["f32"], DTYPES["bf16"], DTYPES["i64"], DTYPES["bool"]}
+    sums = [node for _, node in exe.graph.walk() if node.op.attributes.get("to") is f32]
+    assert sums
+    assert PassManager((*DEFAULT, NarrowProducts())).run(exe.graph).graph == exe.graph
+
+
+@needs_torch
+def test_an_artifact_keeps_it(tmp_path: Path) -> None:
+    exe = treadle.compile("bert", backend="torch", dtype="bf16", **SMALL)
+    exe.save(tmp_path / "m.treadle")
+    loaded = treadle.load(tmp_path / "m.treadle")
+    assert loaded.graph == exe.graph
+    np.testing.assert_array_equal(loaded(tokens=TOKENS)["hidden"], exe(tokens=TOKENS)["hidden"])
+
+
+@needs_torch
+def test_on_the_command_line() -> None:
+    sizes = [part for name, n in SMALL.items() for part in ("--set", f"{name}={n}")]
+    made = CliRunner().invoke(app, ["compile", "bert", "--backend", "torch", "--dtype", "bf16", *sizes])
+    assert made.exit_code == 0, made.output
+    assert "narrow-products" in made.output
