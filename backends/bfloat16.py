@@ -8,10 +8,12 @@ import numpy as np
 
 from treadle.backends.protocol import Port
 from treadle.backends.signature import numpy_taken, refuse_dtype
-from treadle.ir.literals import Literal
-from treadle.ir.types import bf16, f32
+from treadle.ir.types import f32
 
 Array = np.ndarray[Any, Any]
+
+_BLOCK = 1 << 15
+_NAN = 0x7FC0
 
 
 def bf16_taken(port: Port, value: Any) -> Array:
@@ -38,12 +40,28 @@ def bf16_given(bits: Array, tensor: bool) -> Any:
 
 
 def rounded(wide: Array) -> Array:
-    """float32 numbers as bits of bf16, to the nearest, ties to even."""
-    with np.errstate(all="ignore"):
-        data = Literal.of(np.ascontiguousarray(wide, np.float32), bf16).data
-    return np.frombuffer(data, np.uint16).reshape(wide.shape)
+    """float32 numbers as bits of bf16, to the nearest, ties to even; a NaN stays one. In blocks that a cache holds."""
+    values = np.ascontiguousarray(wide, np.float32).reshape(-1)
+    words = values.view(np.uint32)
+    made = np.empty(words.size, np.uint16)
+    held = np.empty(min(_BLOCK, words.size), np.uint32)
+    for start in range(0, words.size, _BLOCK):
+        part = words[start : start + _BLOCK]
+        up = held[: part.size]
+        np.right_shift(part, 16, out=up)
+        np.bitwise_and(up, 1, out=up)
+        up += 0x7FFF
+        up += part
+        np.right_shift(up, 16, out=up)
+        made[start : start + _BLOCK] = up
+        block = values[start : start + _BLOCK]
+        if np.isnan(np.max(block)):
+            made[start : start + _BLOCK][np.isnan(block)] = _NAN
+    return made.reshape(np.shape(wide))
 
 
 def widened(bits: Array) -> Array:
     """Bits of bf16 as the float32 numbers that they are."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    words = bits.astype(np.uint32)
+    words <<= 16
+    return words.view(np.float32)

@@ -2,6 +2,8 @@
 
     panels(16)               a matrix [n, k] for the right side of a product: rows in panels of 16
     panels(16, transposed)   the same of a matrix [k, n]
+    pairs(32)                panels of 16-bit numbers, in which two neighbours of a row lie side by side
+    pairs(32, transposed)    the same of a matrix [k, n]
     onednn                   a matrix [n, k] as oneDNN orders it, which it tells nobody
     onednn(transposed)       the same of a matrix [k, n]
 
@@ -22,17 +24,27 @@ from treadle.ir.sizing.sizes import Size, product
 _TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
 _MOST_WIDE = 1 << 16
 
+PAIR_SQUARE = 16
+"""Rows and columns of a square of pairs."""
+PAIR_STEP = 2 * PAIR_SQUARE
+"""Elements of k in a square of pairs."""
+
 
 @dataclass(frozen=True)
 class Layout:
     """A layout of matrices.
 
-    kind        "panels" or "onednn"
-    width       for panels: how many columns of the product lie side by side
+    kind        "panels", "pairs" or "onednn"
+    width       for panels and pairs: how many columns of the product a panel has; for pairs a multiple of 16
     transposed  whether the matrix is [k, n], not [n, k]
 
     In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
     is filled up with zeros.
+
+    In pairs, a panel is cut into steps of 32 elements of k, and a step into squares of 16 rows: 16 times 16 pairs.
+    Element (n, k) is number k % 2 of the pair at row (k % 32) // 2 and column n % 16 of its square. So a row of a
+    square is what an instruction that multiplies pairs takes, and a square a tile of a matrix unit. Panels and steps
+    are filled up with zeros. (Numbers of 8 bits will lie so by fours.)
     """
 
     kind: str
@@ -40,19 +52,28 @@ class Layout:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("panels", "onednn"):
-            raise GraphError(f"unknown layout {self.kind!r}", hint="panels(16), onednn")
+        if self.kind not in ("panels", "pairs", "onednn"):
+            raise GraphError(f"unknown layout {self.kind!r}", hint="panels(16), pairs(32), onednn")
         if self.kind == "panels" and not 0 < self.width <= _MOST_WIDE:
             raise GraphError("panels have a width", received=str(self.width), hint=f"panels(16); 1 to {_MOST_WIDE}")
+        if self.kind == "pairs" and (not 0 < self.width <= _MOST_WIDE or self.width % PAIR_SQUARE):
+            raise GraphError("pairs have a width of 16 times n", received=str(self.width), hint="pairs(32)")
         if self.kind == "onednn" and self.width:
             raise GraphError("onednn has no width", received=str(self.width))
 
     def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
-        """The shape of the array that holds a matrix of this shape: for panels [panels, k, width]."""
+        """The shape of the array that holds a matrix of this shape.
+
+        For panels [panels, k, width]; for pairs [panels, steps, width // 16, 16, 16, 2].
+        """
         if self.kind == "onednn":
             return tuple(shape)
         n, k = (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
-        return ((n + self.width - 1) // self.width, k, Size.of(self.width))
+        count = (n + self.width - 1) // self.width
+        if self.kind == "panels":
+            return count, k, Size.of(self.width)
+        square = Size.of(PAIR_SQUARE)
+        return count, (k + PAIR_STEP - 1) // PAIR_STEP, Size.of(self.width // PAIR_SQUARE), square, square, Size.of(2)
 
     def elements(self, shape: Sequence[Size]) -> Size:
         """How many elements a matrix of this shape takes, the filling included."""
@@ -69,11 +90,16 @@ def panels(width: int, transposed: bool = False) -> Layout:
     return Layout("panels", width, transposed)
 
 
+def pairs(width: int, transposed: bool = False) -> Layout:
+    """Panels of pairs of so many rows of a matrix [n, k], or of so many columns of a matrix [k, n]."""
+    return Layout("pairs", width, transposed)
+
+
 def parse_layout(text: str) -> Layout:
     """A layout from its text. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is no layout", received=text[:40], hint="panels(16), panels(16, transposed), onednn")
+        raise GraphError("this is no layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
     width, transposed = 0, False
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
         if word.isascii() and word.isdigit() and len(word) < 10 and not width:

@@ -13,7 +13,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, PassError, RuleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.layouts import Layout, panels, parse_layout
+from treadle.ir.layouts import Layout, pairs, panels, parse_layout
 from treadle.ir.literals import Literal
 from treadle.ir.op_registry import OPS
 from treadle.ir.ops.layout import Relayout
@@ -37,6 +37,8 @@ LAYOUTS = {
     "panels(1)": panels(1),
     "panels(65536)": panels(65536),
     "panels(48, transposed)": panels(48, transposed=True),
+    "pairs(32)": pairs(32),
+    "pairs(16, transposed)": pairs(16, transposed=True),
     "onednn": Layout("onednn"),
     "onednn(transposed)": Layout("onednn", transposed=True),
 }
@@ -71,6 +73,8 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("panels(16, transposed, transposed)", "panels has no 'transposed'"),
         ("panels(16,)", "panels has no ''"),
         ("onednn(16)", "onednn has no width"),
+        ("pairs", "pairs have a width of 16 times n"),
+        ("pairs(24)", "pairs have a width of 16 times n"),
     ],
 )
 def test_what_is_no_layout_is_refused(text: str, what: str) -> None:

@@ -17,7 +17,7 @@ from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
-from treadle.backends.tvm.kernels.isa import isa_of, runs_here
+from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.program import kernels_of
@@ -90,4 +90,8 @@ class TvmBackend(StagedBackend):
             entries = pool.submit(cache.entries, kernels) if kernels else None
             packed = pack_weights(graph, made, weights, threads=threads)
             found = entries.result() if entries is not None else {}
-        return KernelExecutable(declared, program, cache, packed, threads, found, tuple(notes_on(made)))
+        executable = KernelExecutable(declared, program, cache, packed, threads, found, tuple(notes_on(made)))
+        refused = refused_here(isa)
+        if refused is not None:
+            executable.notes = (refused, *executable.notes)
+        return executable

@@ -1,4 +1,4 @@
-"""Weights in the layouts that kernels read: as they are, or in panels.
+"""Weights in the layouts that kernels read: as they are, in panels, or in panels of bf16 pairs.
 
 A parameter that is read as it is stays where it is, a mapped file included. One that is read in panels is packed. Where
 the weights come from a file, the panels go to a file of the user's cache, named after a hash of what was packed and
@@ -26,15 +26,16 @@ from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.tvm.arena import ALIGNMENT
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
+from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDTH
 from treadle.files.user_cache import cache_folder, forget_unused, is_private, mark_used
 from treadle.files.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Node
-from treadle.ir.layouts import Layout, panels
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, Layout, pairs, panels
 from treadle.ir.ops.indexing import Embedding
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
-from treadle.ir.types import Type, f32
+from treadle.ir.types import Type, bf16, f32
 from treadle.passes.lowering.assign_layouts import Reads, Wants
 
 Array = np.ndarray[Any, Any]
@@ -45,16 +46,20 @@ SMALLEST = 1 << 20  # bytes of panels that are worth a file
 
 
 def wants(isa: Isa) -> Wants:
-    """How kernels for an instruction set read operands that weights alone decide: products want panels.
+    """How kernels for an instruction set read operands that weights alone decide: products want panels, in bf16 pairs.
 
-    A table that is gathered from is read in panels as well, if a product wants it so.
+    A float32 table that is gathered from is read in panels as well, if a product wants it so.
     """
 
     def read(node: Node, position: int) -> Layout | Reads:
         value = node.operands[position]
         assert value is not None
         shape = value.type.static_shape
-        if value.type.dtype is not f32 or shape is None or len(shape) != 2:
+        if shape is None or len(shape) != 2:
+            return Reads.ROW_MAJOR
+        if value.type.dtype is bf16 and isinstance(node.op, (Linear, MatMul)) and position == 1:
+            return pairs(PAIRS_WIDTH, transposed=isinstance(node.op, MatMul))
+        if value.type.dtype is not f32:
             return Reads.ROW_MAJOR
         if isinstance(node.op, Embedding) and position == 0:
             return Reads.ANY
@@ -178,6 +183,10 @@ def is_mapped(array: Array) -> bool:
 
 def _fill(made: Array, array: Array, layout: Layout) -> None:
     matrix = array.T if layout.transposed else array
+    if layout.kind == "pairs":
+        for panel in range(len(made)):
+            _fill_pairs(made[panel], matrix[panel * layout.width : (panel + 1) * layout.width])
+        return
     whole = len(matrix) // layout.width
     for panel in range(whole):
         made[panel] = matrix[panel * layout.width : (panel + 1) * layout.width].T
@@ -185,6 +194,18 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
         rest = matrix[whole * layout.width :]
         made[whole, :, : len(rest)] = rest.T
         made[whole, :, len(rest) :] = 0
+
+
+def _fill_pairs(made: Array, rows: Array) -> None:
+    """One panel [steps, groups, 16, 16, 2] of these rows [at most width, k]."""
+    steps, groups = made.shape[:2]
+    count, depth = rows.shape
+    if rows.shape != (groups * PAIR_SQUARE, steps * PAIR_STEP):
+        whole = np.zeros((groups * PAIR_SQUARE, steps * PAIR_STEP), made.dtype)
+        whole[:count, :depth] = rows
+        rows = whole
+    pairs_of = np.ascontiguousarray(rows).view(np.uint32).reshape(groups, PAIR_SQUARE, steps, PAIR_SQUARE)
+    made.view(np.uint32)[..., 0] = pairs_of.transpose(2, 0, 3, 1)
 
 
 def _packed_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:

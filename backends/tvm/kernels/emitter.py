@@ -294,19 +294,24 @@ class Emitter:
             self.imported[name] = text()
         return tirx.call_pure_extern(result, name, *operands)
 
+    def effect(self, name: str, declared: str, called: str, *operands: Expr) -> None:
+        """A statement of LLVM's own: a call of an intrinsic for what it does. Operands are addresses and int64 indices.
+
+        declared  the intrinsic's declaration, `void @llvm.x86.tilestored64(i8 immarg, ptr, i64)`
+        called    the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`
+        """
+        self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may hold one of each
+        kinds = ["i64" if str(x.ty).startswith("int64") else "ptr" for x in operands]
+        taken = ", ".join(f"{kind} %x{i}" for i, kind in enumerate(kinds))
+        body = f"define i32 @{name}({taken}) alwaysinline {{\n  call {called}\n  ret i32 0\n}}"
+        self.imported.setdefault(name, body)
+        T.evaluate(tirx.call_extern("int32", name, *operands))
+
     def prefetch(self, view: Any, index: Sequence[Expr]) -> None:
         """Have the line of an element fetched into the second-level cache; where nothing lies, nothing happens."""
-        name = "treadle_prefetch"
-        if name not in self.imported:
-            self.imported[name] = f"""
-define i32 @{name}(ptr %p) alwaysinline {{
-  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
-  ret i32 0
-}}
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-"""
-        place = view.buffer[tuple(_index(i) for i in index)]
-        T.evaluate(tirx.call_extern("int32", name, T.address_of(place)))
+        declared = "void @llvm.prefetch.p0(ptr, i32, i32, i32)"
+        called = "void @llvm.prefetch.p0(ptr %x0, i32 0, i32 2, i32 1)"
+        self.effect("treadle_prefetch", declared, called, self.address(view, index))
 
     def _import(self) -> None:
         if self._known and not self._frames:  # not for what is found out on the way: a frame may be open by then

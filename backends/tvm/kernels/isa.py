@@ -5,6 +5,7 @@ A generator asks the `Isa` for lanes, registers and features; nothing else in it
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,16 @@ class Isa:
         return self.vector // width
 
     @property
+    def multiplies_tiles(self) -> bool:
+        """Whether there is a matrix unit, AMX, for bf16: tiles of 16 rows and 64 bytes (`kernels.narrow.tiles`)."""
+        return "amx_bf16" in self.needs
+
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether one instruction multiplies bf16 pairs and adds to a vector of float32 sums, and one makes bf16."""
+        return "avx512_bf16" in self.needs
+
+    @property
     def llvm(self) -> dict[str, object]:
         """The description of the target that TVM takes."""
         made: dict[str, object] = {"kind": "llvm", "mcpu": self.mcpu}
@@ -60,14 +71,17 @@ class Isa:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_AMX = _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"}
+_BF16 = _AVX512 | {"avx512_bf16"}
+_AMX = _BF16 | {"avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"}
+_WIDE = "-prefer-256-bit"  # LLVM would rather split 64-byte vectors; our kernels mean them as they are written
+_TILES = ("+amx-tile", "+amx-bf16", "+amx-int8", "+avx512vnni")
 
 ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
-        # LLVM would rather split 64-byte vectors on this level; our kernels mean them as they are written.
-        Isa("x86-64-amx", "x86_64", 64, 32, True, _AMX, "x86-64-v4", ("-prefer-256-bit",), ahead=8192),
-        Isa("x86-64-v4", "x86_64", 64, 32, True, _AVX512, "x86-64-v4", ("-prefer-256-bit",)),
+        Isa("x86-64-amx", "x86_64", 64, 32, True, _AMX, "x86-64-v4", (_WIDE, "+avx512bf16", *_TILES), ahead=8192),
+        Isa("x86-64-v4-bf16", "x86_64", 64, 32, True, _BF16, "x86-64-v4", (_WIDE, "+avx512bf16")),
+        Isa("x86-64-v4", "x86_64", 64, 32, True, _AVX512, "x86-64-v4", (_WIDE,)),
         Isa("x86-64-v3", "x86_64", 32, 16, True, _AVX2, "x86-64-v3"),
         Isa("x86-64-v2", "x86_64", 16, 16, False, frozenset({"sse4_2", "popcnt"}), "x86-64-v2"),
         Isa("x86-64", "x86_64", 16, 16, False, frozenset(), "x86-64"),
@@ -106,10 +120,33 @@ def host_isa() -> Isa:
 
 
 def runs_here(isa: Isa) -> bool:
-    """Whether this machine has all that an instruction set needs."""
+    """Whether this machine has all that an instruction set needs, and lets this process use it."""
     machine = platform.machine().lower()
     known = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    return isa.machine == known and isa.needs <= cpu_flags()
+    return isa.machine == known and isa.needs <= cpu_flags() and (not isa.multiplies_tiles or may_use_tiles())
+
+
+_ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+
+
+@cache
+def may_use_tiles() -> bool:
+    """Ask the system, once a process, for the registers of AMX: without that the first tile instruction ends it.
+
+    All threads may use them from then on, older ones as well, and so may forked children. Linux refuses a process in
+    which a thread has a signal stack of its own that is too small for these registers.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA)) == 0
+
+
+def refused_here(isa: Isa) -> str | None:
+    """What this machine has, and keeps from this process; None where it keeps nothing from it."""
+    best = next(iter(ISAS.values()))
+    if isa is not best and best.needs <= cpu_flags() and not runs_here(best):
+        return f"this process may not use the machine's matrix unit, so that {isa} stands for {best}"
+    return None
 
 
 @cache

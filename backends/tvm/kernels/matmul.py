@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.tvm.kernels.finishing import Finishing
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.pointwise import Chain
-from treadle.ir.types import DTYPES, f32
+from treadle.ir.types import f32
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
@@ -67,6 +68,11 @@ class Matmul(Kernel):
     whole: bool = False
 
     @property
+    def finishing(self) -> Finishing:
+        """What is done with a sum."""
+        return Finishing(self.epilogue, self.extras, self.whole)
+
+    @property
     def title(self) -> str:
         done = f"_{self.epilogue.title}" if self.epilogue else ""
         return f"matmul{'_batch' * self.batch}_{self.width}{done}"
@@ -76,24 +82,17 @@ class Matmul(Kernel):
         return 2 * m * depth * columns
 
     def emit(self, k: Emitter) -> None:
-        result = self.epilogue.dtype if self.epilogue else f32
-        dtypes = [DTYPES[name] for name in self.epilogue.inputs[1:]] if self.epilogue else []
-        pointers = [k.pointer("a", f32), k.pointer("w", f32)]
-        pointers += [k.pointer(f"x{i}", d) for i, d in enumerate(dtypes)] + [k.pointer("c", result)]
+        finishing = self.finishing
+        pointers = [k.pointer("a", f32), k.pointer("w", f32), *finishing.pointers(k)]
         m = k.size("m")
         depth, columns = k.size("k"), k.size("n")
-        rows = {"a": k.size("a_stride")}
-        rows |= {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if "m" in how}
-        rows["c"] = k.size("c_stride")
+        rows = {"a": k.size("a_stride"), **finishing.strides(k)}
         panels = k.floor_divide(k.index(columns) + (self.width - 1), self.width)
         shapes: dict[str, tuple[list[Expr], list[Expr] | None]] = {
             "a": ([m, depth], [rows["a"], 1]),
             "w": ([panels, depth, self.width], None),
-            "c": ([m, columns], [rows["c"], 1]),
+            **finishing.shapes(m, columns, rows),
         }
-        for i, how in enumerate(self.extras):
-            shape: list[Expr] = {"n": [columns], "m": [m], "mn": [m, columns], "1": [1]}[how]
-            shapes[f"x{i}"] = shape, [rows[f"x{i}"], 1][: len(how)] if "m" in how else None
         if not self.batch:
             views = {p.name: k.view(p, *shapes[p.name]) for p in pointers}
             chunk, chunks = self._chunks(k, m, panels)
@@ -191,10 +190,7 @@ class Matmul(Kernel):
             value = k.load(tile, [i * self.width + j * lanes], lanes)
             at = [*batch, first + i]
             column = k.let(panel * self.width + j * lanes, "column")
-            if self.whole:
-                k.store(views["c"], [*at, column], self._finished(k, views, at, column, value, lanes), lanes)
-            else:
-                self._store_inside(k, views, at, column, value, columns, lanes)
+            self.finishing.store(k, views, at, column, value, columns, lanes)
 
     def _products(
         self,
@@ -216,65 +212,6 @@ class Matmul(Kernel):
                 at = (i * vectors + j) * lanes
                 product = x * k.load(w, [*batch, panel, step, j * lanes], lanes)
                 k.store(acc, [at], k.load(acc, [at], lanes) + product, lanes)
-
-    def _finished(
-        self, k: Emitter, views: dict[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
-    ) -> Expr:
-        """The epilogue of a vector in row `at` from `column` on, all of it inside the matrix."""
-        if self.epilogue is None:
-            return value
-        extras = [self._extra(k, views, i, at, column, lanes) for i in range(len(self.extras))]
-        return self.epilogue.emit(k, [value, *extras], lanes)
-
-    def _extra(
-        self, k: Emitter, views: dict[str, Any], number: int, at: Sequence[Expr], column: Expr, lanes: int
-    ) -> Expr:
-        how, view = self.extras[number], views[f"x{number}"]
-        if how in ("1", "m"):
-            return k.splat(k.load(view, [*at[:-1], 0] if how == "1" else at), lanes)
-        return k.load(view, [*at[:-1], column] if how == "n" else [*at, column], lanes)
-
-    def _store_inside(
-        self,
-        k: Emitter,
-        views: dict[str, Any],
-        at: Sequence[Expr],
-        column: Expr,
-        value: Expr,
-        columns: Expr,
-        lanes: int,
-    ) -> None:
-        """Finish and store what of a vector is inside the matrix; extras are read through copies that zeros fill up."""
-        inside = k.let(k.least(k.index(columns) - column, k.index(lanes)), "inside")
-        extras = []
-        for number, how in enumerate(self.extras):
-            if "n" not in how:
-                extras.append(self._extra(k, views, number, at, column, lanes))
-                continue
-            view = views[f"x{number}"]
-            held = k.registers(lanes, view.dtype, "held")
-            k.store(held, [0], k.number(0, view.dtype, lanes), lanes)
-            self._copy(k, view, [*at[:-1], column] if how == "n" else [*at, column], held, [k.index(0)], inside, lanes)
-            extras.append(k.load(held, [0], lanes))
-        made = k.registers(lanes, views["c"].dtype, "made")
-        k.store(made, [0], self.epilogue.emit(k, [value, *extras], lanes) if self.epilogue else value, lanes)
-        self._copy(k, made, [k.index(0)], views["c"], [*at, column], inside, lanes)
-
-    def _copy(
-        self,
-        k: Emitter,
-        source: Any,
-        read: Sequence[Expr],
-        to: Any,
-        written: Sequence[Expr],
-        count: Expr,
-        lanes: int,
-    ) -> None:
-        """`count` elements, all lanes at once where it is so many; none where it is not positive."""
-        with k.when(count >= k.index(lanes)):
-            k.store(to, written, k.load(source, read, lanes), lanes)
-        with k.when(count < k.index(lanes)), k.loop(k.greatest(count, k.index(0)), "t") as t:
-            k.store(to, [*written[:-1], written[-1] + t], k.load(source, [*read[:-1], read[-1] + t]))
 
 
 @dataclass(frozen=True)

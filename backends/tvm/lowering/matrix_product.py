@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
+from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH, PairProduct
+from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows, form_for, held_dtype, held_elements
+from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.backends.tvm.lowering.routine_writer import RoutineWriter
 from treadle.ir.graph import Node
 from treadle.ir.layouts import panels as panels_of
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.storage.views import View
-from treadle.ir.types import f32
+from treadle.ir.types import bf16, f32
 
 Letters = tuple[str, ...]
 
@@ -55,6 +59,21 @@ class LetteredView:
         return LetteredView(tuple(order), w.copied(self.over(order, sizes)))
 
 
+def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node: Node) -> View:
+    """m rows of k elements, in bf16 as the instruction set's product reads them: made once for all who read them."""
+    found = w.rounded.get(x.storage)
+    if found is not None:
+        return found
+    form = form_for(w.isa)
+
+    def make() -> View:
+        made = w.scratch(held_dtype(form), (held_elements(form, m, k),), f"{x.storage.name}_{form}")
+        w.step(RoundRows(x.dtype.name, form), [x, made], [m, k, stride], node)
+        return made
+
+    return w.made_once(("rounded rows", x, m, k, stride), make)
+
+
 @dataclass(frozen=True)
 class Finish:
     """What is done with a sum before it is stored: a chain whose first input it is, and the chain's other inputs."""
@@ -66,7 +85,7 @@ class Finish:
 class MatrixProduct:
     """One product of two terms as a step, with the copies that it needs.
 
-    packed   whether y is a matrix in panels
+    packed   whether y is a matrix in panels, or in pairs
     """
 
     def __init__(
@@ -221,8 +240,9 @@ class MatrixProduct:
         def batch(term: LetteredView) -> list[Size]:
             return [ZERO] * (2 - len(groups)) + [joined(term, group) for group in groups]
 
+        paired = self.packed and self.y.view.dtype is not f32
         if self.packed:
-            panels, width = self.y.view, panel_width(n.constant, w.isa)
+            panels, width = self.y.view, WIDTH if paired else panel_width(n.constant, w.isa)
             w_batch = [ZERO, ZERO]
         else:
             width = panel_width(n.constant, w.isa)
@@ -234,15 +254,33 @@ class MatrixProduct:
             how.append(("n" if near else "1") if row == ZERO else "mn" if near else "m")
             rows += [row] if row != ZERO else []
         whole = n.constant is not None and n.constant % width == 0
-        kernel = Matmul(width, self.chain, tuple(how), bool(groups), whole)
         given: list[Size] = [m, k, n]
+        if paired:
+            left = rounded_rows(w, self.x.view, m, k, joined(self.x, self.rows), self.node)
+            given += [*rows, joined(self.c, self.rows)]
+            made, kernel = self.c.view, self._paired(tuple(how), whole)
+            if made.storage in w.rounded:
+                made = w.scratch(bf16, (held_elements("tiles", m, n),), f"{made.storage.name}_tiles")
+                w.rounded[self.c.view.storage] = made
+            w.step(kernel, [left, panels, *[e.view for e in self.extras], made], given, self.node)
+            return
         given += [joined(self.x, self.rows), *rows, joined(self.c, self.rows)]
         if groups:
             given += counts
             for strides in (batch(self.x), w_batch, *[batch(e) for e in self.extras], batch(self.c)):
                 given += strides
         pointers = [self.x.view, panels, *[e.view for e in self.extras], self.c.view]
-        w.step(kernel, pointers, given, self.node)
+        w.step(Matmul(width, self.chain, tuple(how), bool(groups), whole), pointers, given, self.node)
+
+    def _paired(self, how: tuple[str, ...], whole: bool) -> Kernel:
+        """The kernel of a product with a weight in pairs."""
+        if not self.w.isa.multiplies_tiles:
+            return PairProduct(self.chain, how, whole)
+        if self.c.view.storage not in self.w.rounded:
+            return TileProduct(self.chain, how, whole)
+        assert self.chain is not None
+        unrounded = replace(self.chain, instructions=self.chain.instructions[:-1])  # the kernel rounds as it stores
+        return TileProduct(unrounded, how, whole, tiled=True)
 
     def _pack(
         self, width: int, n: Size, k: Size, counts: list[Size], strides: list[Size], k_stride: Size

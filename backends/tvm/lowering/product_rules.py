@@ -7,7 +7,8 @@ become a matrix product,
 
 by giving each letter its part and joining those of one part: in views, and in copies where strides cannot say it. The
 side that holds the result's innermost letter is y; it is packed in panels, or is a parameter that lies in panels.
-Float16 and bfloat16 are widened first; float64 and integers are summed element by element.
+A weight in bf16 pairs is multiplied as it is. Other float16 and bfloat16 operands are widened first; float64 and integers
+are summed element by element.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.contraction import Contraction
 from treadle.backends.tvm.kernels.matmul import panel_width
+from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH as TILE_WIDTH
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.lowering.chains import chain_of, inputs_of
-from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct
+from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, MatrixProduct, rounded_rows
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import panels
-from treadle.ir.sizing.sizes import Size
+from treadle.ir.ops.elementwise import Cast
+from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import View
-from treadle.ir.types import DType, f32
+from treadle.ir.types import DType, bf16, f32
+from treadle.passes.memory.storage_plan import How
 
 # -- rules ---------------------------------------------------------------------------------------------------
 
@@ -40,6 +44,8 @@ def _product(w: RoutineWriter, node: Node) -> None:
     if dtype is f32:
         finish = _finish(w, node, made, equation)
         to = w.view(node.result)
+        if _is_next_left_side(w, node, made):
+            w.rounded[to.storage] = None  # the product makes its tiles
         if bias is not None:
             biased = LetteredView.of(w.view(bias), equation.result[-1:])
             finish = Finish(_with_bias(finish.chain), (biased, *finish.extras))
@@ -152,6 +158,10 @@ def _sum(
     """The sum in float32: a matrix product for each operand after the first."""
     sizes = equation.sizes
     if len(values) == 2:
+        if values[1].layout is not None and values[1].layout.kind == "pairs":
+            x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
+            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
+            return
         weight = _in_panels(w, node, values[1], equation)
         if weight is not None:
             x = LetteredView.of(_widened(w, w.view(values[0])), equation.operands[0])
@@ -214,6 +224,41 @@ def _widened(w: RoutineWriter, view: View) -> View:
     return made
 
 
+def rounds_left_side(w: RoutineWriter, node: Node) -> bool:
+    """Add the step of a cast to bf16 that only products with weights in pairs read: rows rounded as they read them.
+
+    False, and nothing is added, for any other node, and for rows that lie at several distances.
+    """
+    if not _rounds(node) or not _is_left_side_alone(w, node.result):
+        return False
+    x = w.view(node.inputs[0])
+    rows = x.merged(0, x.rank - 1)
+    if rows is None or (rows.strides[1] != ONE and rows.shape[1] != ONE):
+        return False
+    (m, k), storage = rows.shape, w.view(node.result).storage
+    w.rounded[storage] = rounded_rows(w, x, m, k, rows.strides[0], node)
+    return True
+
+
+def _rounds(node: Node) -> bool:
+    return isinstance(node.op, Cast) and node.op.to is bf16 and node.inputs[0].type.dtype is f32
+
+
+def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
+    """Whether a product with a weight in pairs ends in a cast, and only such products read it: it makes their tiles."""
+    columns = made.result.type.shape[-1].constant
+    fits = columns is not None and columns % TILE_WIDTH == 0 and w.isa.multiplies_tiles
+    return fits and _rounds(node) and _in_pairs(made) and _is_left_side_alone(w, node.result)
+
+
+def _is_left_side_alone(w: RoutineWriter, value: Value) -> bool:
+    """Whether a value with a storage of its own is the left side of products with weights in pairs, and nothing else."""
+    uses, place = w.uses.get(value, []), w.place(value)
+    own = place.how is How.OWN and place.view is not None and place.view.is_contiguous
+    reads = all(at == 0 and reader.op.name in RULES and _in_pairs(reader) for reader, at in uses)
+    return own and reads and value not in w.plan.function.outputs.values()
+
+
 def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -> View | None:
     """A parameter in the panels that a product reads, if the product is one that reads it so."""
     n = equation.result[-1] if equation.result else None
@@ -221,6 +266,12 @@ def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -
         return None
     transposed = equation.operands[1][1] == n
     return w.panels(value, panels(panel_width(equation.sizes[n].constant, w.isa), transposed))
+
+
+def _in_pairs(node: Node) -> bool:
+    """Whether a product reads its right side in pairs, in which only bf16 weights lie."""
+    weight = node.operands[1] if len(node.operands) > 1 else None
+    return weight is not None and weight.layout is not None and weight.layout.kind == "pairs"
 
 
 RULES: Mapping[str, Rule] = dict.fromkeys(("linear", "matmul", "einsum"), _product)

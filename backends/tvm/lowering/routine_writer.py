@@ -9,7 +9,7 @@ the storage plan says. A step that needs memory beside takes `scratch`, which li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
@@ -70,6 +70,8 @@ class RoutineWriter:
     """Writes one function as a routine.
 
     groups   for the last node of a step what is computed with it
+    uses     who reads a value
+    rounded  where the elements of storages are that exist only as bf16 products read them; None until they are made
     """
 
     def __init__(
@@ -82,6 +84,9 @@ class RoutineWriter:
         self.plan, self.isa, self.rules, self.routines = plan, isa, rules, routines
         self.routine = Routine(plan.function.name, [], list(plan.results.values()))
         self.groups = {step.root: step for step in plan.steps}
+        self.uses = plan.function.uses()
+        self.rounded: dict[Storage, View | None] = {}
+        self._made: dict[Hashable, View] = {}
         self._names = {life.storage.name for life in plan.lives}
         self._begins: list[int] = []
         for value in plan.function.arguments:
@@ -155,6 +160,15 @@ class RoutineWriter:
         storage = Storage(self._new_name(hint), dtype, product(shape), StorageKind.LOCAL)
         return View.contiguous(storage, shape)
 
+    def made_once(self, what: Hashable, make: Callable[[], View]) -> View:
+        """What `make` adds steps for, when it is first asked for. `what` must tell all that decides it.
+
+        Only of values that never change: nothing of a state.
+        """
+        if what not in self._made:
+            self._made[what] = make()
+        return self._made[what]
+
     def updated(self, node: Node, index: int) -> View:
         """Where to write an update: the state itself; of a value that is no state, a copy of it."""
         value, before = node.results[index], node.operands[node.op.updates[index]]
@@ -214,7 +228,8 @@ class RoutineWriter:
         for at, step in enumerate(self.routine.steps):
             for storage in dict.fromkeys(view.storage for view in step.views):
                 touched.setdefault(storage, []).append(at)
-        planned = [life for life in self.plan.lives if life.storage.kind is StorageKind.LOCAL]
+        local = [life for life in self.plan.lives if life.storage.kind is StorageKind.LOCAL]
+        planned = [life for life in local if life.storage not in self.rounded]  # which no kernel touches
         found = {life.storage: self._narrowed(life, touched.get(life.storage, [])) for life in planned}
         for storage, steps in touched.items():
             if storage.kind is StorageKind.LOCAL and storage not in found:
@@ -242,14 +257,18 @@ class RoutineWriter:
         self.routine.steps.append(RoutineStep(callee.routine, tuple(arguments), tuple(results), node))
 
     def pack(self, view: View, to: View) -> None:
-        """Add a step that lays a matrix out in panels."""
+        """Add a step that lays a matrix out in panels or pairs."""
         from treadle.backends.tvm.kernels.matmul import Pack
+        from treadle.backends.tvm.kernels.narrow.packing import PackPairs
 
         layout = to.panels
         assert layout is not None
         n, k = (1, 0) if layout.transposed else (0, 1)
-        sizes: list[Size | int] = [view.shape[n], view.shape[k], view.strides[n], view.strides[k], 1, 1, 0, 0]
-        self.step(Pack(layout.width), [view, to], sizes, None)
+        sizes: list[Size | int] = [view.shape[n], view.shape[k], view.strides[n], view.strides[k]]
+        if layout.kind == "pairs":
+            self.step(PackPairs(layout.width), [view, to], sizes, None)
+        else:
+            self.step(Pack(layout.width), [view, to], [*sizes, 1, 1, 0, 0], None)
 
 
 def _collapsed(views: Sequence[View]) -> list[View]:

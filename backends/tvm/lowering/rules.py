@@ -33,6 +33,8 @@ _MODULES = (
 
 def _pointwise(w: RoutineWriter, node: Node) -> None:
     part = w.groups[node]
+    if part.nodes == (node,) and product_rules.rounds_left_side(w, node):
+        return
     inputs, over = inputs_of(part), w.over(node)
     place = None if over is None else inputs.index(over)
     w.pointwise(chain_of(part, inputs), [w.view(v) for v in inputs], w.view(node.result), node, place)

@@ -1,0 +1,134 @@
+"""What is done with the sums of a product before they are stored: a chain of elementwise ops and what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.ir.types import DTYPES, DType, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+Shape = tuple[list["Expr"], "list[Expr] | None"]
+"""Sizes and strides of a view; no strides: row-major."""
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """c = chain(sums, x0, x1, ...)
+
+    chain   its first input is the sum; None: the sum is stored as it is
+    extras  for each further input of the chain how it lies: `n` a vector over n, `m` one number a row, `mn` a matrix
+            like c, `1` one number
+    whole   whether a full vector of columns is inside the matrix at every call
+    """
+
+    chain: Chain | None
+    extras: tuple[str, ...]
+    whole: bool = False
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype of c."""
+        return self.chain.dtype if self.chain else f32
+
+    @property
+    def title(self) -> str:
+        """For a kernel's name."""
+        return f"_{self.chain.title}" if self.chain else ""
+
+    def pointers(self, k: Emitter, stored: DType | None = None) -> list[Any]:
+        """Ask for those of x0, x1, ... and c, of the dtype `stored` if it is not the chain's."""
+        dtypes = [DTYPES[name] for name in self.chain.inputs[1:]] if self.chain else []
+        return [*(k.pointer(f"x{i}", d) for i, d in enumerate(dtypes)), k.pointer("c", stored or self.dtype)]
+
+    def strides(self, k: Emitter) -> dict[str, Expr]:
+        """Ask for how far apart the rows of what has rows lie, by the pointer's name; c's comes last."""
+        made = {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if "m" in how}
+        return made | {"c": k.size("c_stride")}
+
+    def shapes(self, m: Expr, columns: Expr, rows: Mapping[str, Expr]) -> dict[str, Shape]:
+        """The views of x0, x1, ... and c of a matrix of this size, by the pointer's name; `rows`: as `strides` gave."""
+        made: dict[str, Shape] = {"c": ([m, columns], [rows["c"], 1])}
+        for i, how in enumerate(self.extras):
+            shape: list[Expr] = {"n": [columns], "m": [m], "mn": [m, columns], "1": [1]}[how]
+            made[f"x{i}"] = shape, [rows[f"x{i}"], 1][: len(how)] if "m" in how else None
+        return made
+
+    def store(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        at: Sequence[Expr],
+        column: Expr,
+        value: Expr,
+        columns: Expr,
+        lanes: int,
+    ) -> None:
+        """Finish a vector of sums of row `at`, from `column` on, and store what of it is inside the matrix."""
+        if self.whole:
+            k.store(views["c"], [*at, column], self.finished(k, views, at, column, value, lanes), lanes)
+        else:
+            self._store_inside(k, views, at, column, value, columns, lanes)
+
+    def finished(
+        self, k: Emitter, views: Mapping[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
+    ) -> Expr:
+        """The chain's value for a vector in row `at` from `column` on, all of it inside the matrix."""
+        if self.chain is None:
+            return value
+        extras = [self._extra(k, views, i, at, column, lanes) for i in range(len(self.extras))]
+        return self.chain.emit(k, [value, *extras], lanes)
+
+    def _extra(
+        self, k: Emitter, views: Mapping[str, Any], number: int, at: Sequence[Expr], column: Expr, lanes: int
+    ) -> Expr:
+        how, view = self.extras[number], views[f"x{number}"]
+        if how in ("1", "m"):
+            return k.splat(k.load(view, [*at[:-1], 0] if how == "1" else at), lanes)
+        return k.load(view, [*at[:-1], column] if how == "n" else [*at, column], lanes)
+
+    def _store_inside(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        at: Sequence[Expr],
+        column: Expr,
+        value: Expr,
+        columns: Expr,
+        lanes: int,
+    ) -> None:
+        """Finish and store what of a vector is inside the matrix; extras are read through copies that zeros fill up."""
+        inside = k.let(k.least(k.index(columns) - column, k.index(lanes)), "inside")
+        extras = []
+        for number, how in enumerate(self.extras):
+            if "n" not in how:
+                extras.append(self._extra(k, views, number, at, column, lanes))
+                continue
+            view = views[f"x{number}"]
+            held = k.registers(lanes, view.dtype, "held")
+            k.store(held, [0], k.number(0, view.dtype, lanes), lanes)
+            self._copy(k, view, [*at[:-1], column] if how == "n" else [*at, column], held, [k.index(0)], inside, lanes)
+            extras.append(k.load(held, [0], lanes))
+        made = k.registers(lanes, views["c"].dtype, "made")
+        k.store(made, [0], self.chain.emit(k, [value, *extras], lanes) if self.chain else value, lanes)
+        self._copy(k, made, [k.index(0)], views["c"], [*at, column], inside, lanes)
+
+    def _copy(
+        self,
+        k: Emitter,
+        source: Any,
+        read: Sequence[Expr],
+        to: Any,
+        written: Sequence[Expr],
+        count: Expr,
+        lanes: int,
+    ) -> None:
+        """`count` elements, all lanes at once where it is so many; none where it is not positive."""
+        with k.when(count >= k.index(lanes)):
+            k.store(to, written, k.load(source, read, lanes), lanes)
+        with k.when(count < k.index(lanes)), k.loop(k.greatest(count, k.index(0)), "t") as t:
+            k.store(to, [*written[:-1], written[-1] + t], k.load(source, [*read[:-1], read[-1] + t]))

@@ -1,0 +1,43 @@
+"""A right side in bf16 that is computed, in pairs: weights are laid out when they are bound, by NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
+from treadle.ir.types import bf16
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter
+
+
+@dataclass(frozen=True)
+class PackPairs(Kernel):
+    """w = x[n, k] in pairs(width): see `treadle.ir.layouts`. Filled up with zeros.
+
+    Passed: x, w; n, k; x's strides over n and k. w is contiguous.
+    """
+
+    width: int
+
+    @property
+    def generic(self) -> bool:
+        return True
+
+    def emit(self, k: Emitter) -> None:
+        px, pw = k.pointer("x", bf16), k.pointer("w", bf16)
+        n, depth = k.size("n"), k.size("k")
+        x = k.view(px, [n, depth], [k.size("x_n"), k.size("x_k")])
+        steps = k.let(k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP), "steps")
+        panels = k.floor_divide(n + (self.width - 1), self.width)
+        w = k.view(pw, [panels, steps, self.width // PAIR_SQUARE, PAIR_SQUARE, PAIR_SQUARE, 2])
+        with k.parallel(panels, "panel") as panel, k.loop(self.width, "i") as i:
+            row = k.let(panel * self.width + i, "row")
+            square, column = k.let(k.floor_divide(i, PAIR_SQUARE)), k.let(k.floor_mod(i, PAIR_SQUARE))
+            with k.loop(steps, "step") as step, k.loop(PAIR_STEP, "j") as j:
+                at = [panel, step, square, k.floor_divide(j, 2), column, k.floor_mod(j, 2)]
+                k.store(w, at, k.number(0, bf16))
+                with k.when(k.both(row < n, step * PAIR_STEP + j < depth)):
+                    k.store(w, at, k.load(x, [row, step * PAIR_STEP + j]))

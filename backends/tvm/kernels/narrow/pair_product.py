@@ -1,0 +1,182 @@
+"""Matrix products in bf16 without a matrix unit: by products of pairs, or by float32 ones of what registers widen.
+
+    c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
+
+A tile of rows and columns of sums stays in registers through all of k; w is read once a tile, a pair of its elements in
+each lane, and a pair of a is broadcast. Each row is summed over k in one order, however many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.finishing import Finishing
+from treadle.backends.tvm.kernels.isa import Isa
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.narrow.round_rows import form_for, held_dtype
+from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
+from treadle.ir.types import DTYPES, bf16, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+WIDTH = 2 * PAIR_SQUARE
+"""Columns of a panel."""
+PART = 16
+"""Tiles of rows that a task has."""
+_HIGH_HALF = -0x10000
+
+
+def tile_of(isa: Isa) -> tuple[int, int]:
+    """Rows of a tile, and how many squares of 16 columns: as many sums as leave some registers for a and w."""
+    squares = 2 if isa.registers >= 32 else 1
+    vectors = squares * PAIR_SQUARE // isa.lanes()
+    return max(1, min(12, (isa.registers - 8) // vectors)), squares
+
+
+@dataclass(frozen=True)
+class PairProduct(Kernel):
+    """c = epilogue(a @ w), of bf16 numbers, with float32 sums.
+
+    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
+    extras   how the chain's other inputs lie: see `Finishing`
+    whole    whether n is a multiple of a panel's width at every call
+
+    Passed: a, as `RoundRows` lays out the instruction set's form; w, in pairs(32); the extras, c; m, k, n; `m` and `mn`
+    extras' and c's strides of rows.
+    """
+
+    epilogue: Chain | None = None
+    extras: tuple[str, ...] = ()
+    whole: bool = False
+
+    @property
+    def finishing(self) -> Finishing:
+        """What is done with a sum."""
+        return Finishing(self.epilogue, self.extras, self.whole)
+
+    @property
+    def title(self) -> str:
+        return f"pair_product{self.finishing.title}"
+
+    def flops(self, sizes: Sequence[int]) -> int:
+        m, depth, columns = sizes[:3]
+        return 2 * m * depth * columns
+
+    def emit(self, k: Emitter) -> None:
+        form = "pairs" if k.isa.multiplies_pairs else form_for(k.isa)
+        given = [k.pointer("a", held_dtype(form)), k.pointer("w", bf16)]
+        finished = self.finishing.pointers(k)
+        m, depth, columns = k.size("m"), k.size("k"), k.size("n")
+        rows = self.finishing.strides(k)
+        steps = k.let(k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP), "steps")
+        panels = k.let(k.floor_divide(columns + (WIDTH - 1), WIDTH), "panels")
+        shapes = self.finishing.shapes(m, columns, rows)
+        views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
+        views["a"] = k.view(given[0], [m, steps * PAIR_STEP])
+        views["w"] = k.view(given[1], [panels, steps, 2, PAIR_SQUARE, 2 * PAIR_SQUARE])
+        high, squares = tile_of(k.isa)
+        part = high * PART
+        parts = k.let(k.floor_divide(m + (part - 1), part), "parts")
+        with k.parallel(panels * parts, "task") as task:
+            panel = k.opaque(k.floor_divide(task, parts), "panel")
+            first = k.opaque((task - panel * parts) * part, "first")
+            count = k.let(k.least(m - first, k.index(part)), "count")
+            for square in range(0, 2, squares):
+                self._rows(k, views, panel, square, squares, first, count, columns, steps)
+
+    def _rows(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        panel: Expr,
+        square: int,
+        squares: int,
+        start: Expr,
+        m: Expr,
+        columns: Expr,
+        steps: Expr,
+    ) -> None:
+        """m rows over some squares of a panel: full tiles, then what is left, in halves, as `Matmul` does."""
+        high, _ = tile_of(k.isa)
+        blocks = k.let(k.floor_divide(m, high), "blocks")
+        rest = k.let(k.floor_mod(m, high), "rest")
+        with k.loop(blocks, "block") as block:
+            self._tile(k, views, panel, square, squares, k.let(start + block * high, "row"), high, columns, steps)
+        for count in (8, 4, 2, 1):
+            if count < high:
+                with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
+                    before = blocks * high + k.floor_divide(rest, 2 * count) * (2 * count)
+                    row = k.let(start + before, "row")
+                    self._tile(k, views, panel, square, squares, row, count, columns, steps)
+
+    def _tile(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        panel: Expr,
+        square: int,
+        squares: int,
+        first: Expr,
+        high: int,
+        columns: Expr,
+        steps: Expr,
+    ) -> None:
+        """So many rows of some squares."""
+        lanes = k.isa.lanes()
+        vectors = squares * PAIR_SQUARE // lanes
+        acc = k.registers(high * vectors * lanes, f32)
+        with k.unroll(high * vectors, "r") as r:
+            k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
+        with k.loop(steps, "step") as step, k.loop(PAIR_SQUARE, "pair") as pair:
+            at = k.let(step * PAIR_STEP + pair * 2, "at")
+            for v in range(vectors):
+                lane = v * lanes
+                place = [panel, step, square + lane // PAIR_SQUARE, pair, 2 * (lane % PAIR_SQUARE)]
+                w = k.let(k.bits(k.load(views["w"], place, 2 * lanes), DTYPES["i32"], lanes), "w")
+                self._pairs(k, views["a"], first, high, at, w, acc, v, vectors)
+        tile = k.registers(high * vectors * lanes, f32, "tile")
+        with k.unroll(high * vectors, "r") as r:
+            k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
+        with k.loop(high, "i") as i, k.loop(vectors, "v") as v:
+            value = k.load(tile, [(i * vectors + v) * lanes], lanes)
+            column = k.let(panel * WIDTH + square * PAIR_SQUARE + v * lanes, "column")
+            self.finishing.store(k, views, [first + i], column, value, columns, lanes)
+
+    def _pairs(
+        self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, w: Expr, acc: Any, v: int, vectors: int
+    ) -> None:
+        """Add a pair of each row, times a vector of pairs, to the sums."""
+        lanes, i32 = k.isa.lanes(), DTYPES["i32"]
+        if k.isa.multiplies_pairs:
+            for i in range(high):
+                place = [(i * vectors + v) * lanes]
+                pair = k.splat(k.bits(k.load(a, [first + i, at], 2), i32), lanes)
+                k.store(acc, place, _pairs_added(k, k.load(acc, place, lanes), pair, w), lanes)
+            return
+        low = k.let(k.bits(k.shift_left(w, k.number(16, i32, lanes)), f32, lanes), "low")
+        up = k.let(k.bits(w & k.number(_HIGH_HALF, i32, lanes), f32, lanes), "up")
+        for i in range(high):
+            place = [(i * vectors + v) * lanes]
+            for n, half in enumerate((low, up)):
+                x = k.splat(k.load(a, [first + i, at + n]), lanes)
+                k.store(acc, place, k.load(acc, place, lanes) + x * half, lanes)
+
+
+def _pairs_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
+    """sums + left[0] right[0] + left[1] right[1], of a pair of bf16 numbers in each lane."""
+
+    def text() -> str:
+        return """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define <16 x float> @treadle_pairs_added(<16 x float> %s, <16 x i32> %l, <16 x i32> %r) alwaysinline {
+  %a = bitcast <16 x i32> %l to <32 x bfloat>
+  %b = bitcast <16 x i32> %r to <32 x bfloat>
+  %y = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %s, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %y
+}"""
+
+    return k.llvm("treadle_pairs_added", text, "float32x16", sums, left, right)

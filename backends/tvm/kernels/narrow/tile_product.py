@@ -1,0 +1,199 @@
+"""Matrix products in bf16 on AMX.
+
+    c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
+
+Two times two tiles of sums stay in registers, so that each tile of a and of w that is loaded is multiplied twice. k is
+taken in chunks, for which a panel of w lies in the first-level cache while up to four blocks of 32 rows pass over it;
+their sums rest in memory in between, which keeps their bits. Meanwhile the lines of the next chunk are asked for, a few
+at each step: brought in all at once, or too near to their use, they hold the processor up. One block alone runs at the
+speed of memory, and asks for nothing. Each row is summed over k in one order, in a row of tiles of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.finishing import Finishing
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.narrow import tiles
+from treadle.backends.tvm.kernels.narrow.round_rows import BLOCK, two_rounded
+from treadle.backends.tvm.kernels.narrow.tiles import ROWS
+from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.ir.layouts import PAIR_STEP
+from treadle.ir.types import bf16, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+WIDTH = 2 * ROWS
+"""Columns of a panel."""
+CHUNK = 8
+"""Steps of k that a panel lies in the first-level cache for: 16 KiB of it."""
+GROUP = 4
+"""Blocks of rows that pass over a chunk."""
+TASKS = 32
+"""Runs of panels that are shared out among threads, for each part of the rows."""
+PART_BYTES = 3 << 18
+"""Of a's tiles, which every panel reads again: so much stays in the second-level cache beside two panels."""
+_LINES = 32  # of one step of a panel
+_STEP_BYTES = 2 * ROWS * PAIR_STEP * bf16.bytes
+
+
+@dataclass(frozen=True)
+class TileProduct(Kernel):
+    """c = epilogue(a @ w), of bf16 numbers in tiles, with float32 sums.
+
+    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
+    extras   how the chain's other inputs lie: see `Finishing`
+    whole    whether n is a multiple of a panel's width at every call
+    tiled    whether c is rounded to bf16 and stored in tiles, as the next product's a; n is such a multiple then
+
+    Passed: a, as `RoundRows` lays out tiles; w, in pairs(32); the extras, c; m, k, n; `m` and `mn` extras' and c's
+    strides of rows, the last of which means nothing for tiles.
+    """
+
+    epilogue: Chain | None = None
+    extras: tuple[str, ...] = ()
+    whole: bool = False
+    tiled: bool = False
+
+    @property
+    def finishing(self) -> Finishing:
+        """What is done with a sum."""
+        return Finishing(self.epilogue, self.extras, self.whole)
+
+    @property
+    def title(self) -> str:
+        return f"tile_product{self.finishing.title}{'_tiled' * self.tiled}"
+
+    def flops(self, sizes: Sequence[int]) -> int:
+        m, depth, columns = sizes[:3]
+        return 2 * m * depth * columns
+
+    def emit(self, k: Emitter) -> None:
+        given = [k.pointer("a", bf16), k.pointer("w", bf16)]
+        finished = self.finishing.pointers(k, bf16 if self.tiled else None)
+        m, depth, columns = k.size("m"), k.size("k"), k.size("n")
+        rows = self.finishing.strides(k)
+        steps = k.let(k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP), "steps")
+        panels = k.let(k.floor_divide(columns + (WIDTH - 1), WIDTH), "panels")
+        blocks = k.let(k.floor_divide(m + (BLOCK - 1), BLOCK), "blocks")
+        shapes = self.finishing.shapes(m, columns, rows)
+        views = {p.name: k.view(p, *shapes[p.name]) for p in finished if not self.tiled or p.name != "c"}
+        if self.tiled:
+            views["c"] = k.view(finished[-1], [blocks, panels, 2, ROWS, PAIR_STEP])
+        views["a"] = k.view(given[0], [blocks, steps, 2, ROWS * PAIR_STEP])
+        views["w"] = k.view(given[1], [panels, steps, 2, ROWS * PAIR_STEP])
+        most = k.greatest(k.floor_divide(k.index(PART_BYTES), steps * _STEP_BYTES), k.index(1))
+        part = k.opaque(k.least(blocks, most), "part")
+        run = k.opaque(k.floor_divide(panels + (TASKS - 1), TASKS), "run")
+        runs = k.opaque(k.floor_divide(panels + run - 1, run), "runs")
+        parts = k.floor_divide(blocks + part - 1, part)
+        with k.parallel(parts * runs, "task") as task:
+            tiles.configure(k)
+            held = k.registers(GROUP * BLOCK * WIDTH, f32, "held")
+            k.store(
+                held, [k.opaque(0)], k.number(0.0, f32)
+            )  # all of it is used, of which the code generator sees little
+            number = k.opaque(k.floor_divide(task, runs), "number")
+            first = k.opaque(number * part, "first")
+            last = k.opaque(k.least(first + part, blocks), "last")
+            start = k.opaque((task - number * runs) * run, "start")
+            with k.loop(k.least(panels - start, run), "p") as p:
+                self._panel(k, views, held, k.opaque(start + p, "panel"), first, last, m, columns, steps)
+            tiles.release(k)
+
+    def _panel(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        held: Any,
+        panel: Expr,
+        first: Expr,
+        last: Expr,
+        m: Expr,
+        columns: Expr,
+        steps: Expr,
+    ) -> None:
+        """The blocks of rows from `first` to below `last`, over one panel."""
+        with k.loop(k.floor_divide(last - first + (GROUP - 1), GROUP), "group") as group:
+            before = k.opaque(first + group * GROUP, "before")
+            here = k.opaque(k.least(last - before, k.index(GROUP)), "here")
+            size = k.opaque(k.either(here > k.index(1), k.index(CHUNK), steps), "size")
+            with k.loop(k.floor_divide(steps + size - 1, size), "chunk") as chunk:
+                done = k.opaque(chunk * size, "done")
+                count = k.opaque(k.least(steps - done, size), "count")
+                with k.loop(here, "b") as b:
+                    block = k.opaque(before + b, "block")
+                    with k.when(m - block * BLOCK > k.index(ROWS)):
+                        self._chunk(k, views, held, panel, block, b, here, done, count, 2, brings=group < k.index(1))
+                    with k.when(m - block * BLOCK <= k.index(ROWS)):
+                        self._chunk(k, views, held, panel, block, b, here, done, count, 1, brings=group < k.index(1))
+            with k.loop(here, "b") as b:
+                block = k.opaque(before + b, "block")
+                row = k.let(block * BLOCK, "row")
+                with k.loop(k.opaque(k.least(m - row, k.index(BLOCK)), "rows"), "i") as i:
+                    sums = [k.let(k.load(held, [b * (BLOCK * WIDTH) + i * WIDTH + j * ROWS], ROWS)) for j in range(2)]
+                    at = [k.let(panel * WIDTH + j * ROWS, "column") for j in range(2)]
+                    if self.tiled:
+                        halves = [
+                            k.let(self.finishing.finished(k, views, [row + i], c, x, ROWS))
+                            for c, x in zip(at, sums, strict=True)
+                        ]
+                        place = [block, panel, k.floor_divide(i, ROWS), k.floor_mod(i, ROWS), 0]
+                        k.store(views["c"], place, two_rounded(k, *halves), 2 * ROWS)
+                    else:
+                        for c, x in zip(at, sums, strict=True):
+                            self.finishing.store(k, views, [row + i], c, x, columns, ROWS)
+
+    def _chunk(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        held: Any,
+        panel: Expr,
+        block: Expr,
+        b: Expr,
+        here: Expr,
+        done: Expr,
+        count: Expr,
+        high: int,
+        *,
+        brings: Expr,
+    ) -> None:
+        """So many steps of k for a block of `high` times 16 rows. `brings`: its group reads the panel first."""
+        sums = [(i, j, [b * (BLOCK * WIDTH) + i * ROWS * WIDTH + j * ROWS]) for i in range(high) for j in range(2)]
+        apart = WIDTH * f32.bytes
+        with k.when(done < k.index(1)):
+            for i, j, _ in sums:
+                tiles.clear(k, 2 * i + j)
+        with k.when(done >= k.index(1)):
+            for i, j, at in sums:
+                tiles.load(k, 2 * i + j, held, at, apart)
+
+        def products(lines: int) -> None:
+            with k.loop(count, "s") as s:
+                step = k.let(done + s, "step")
+                for n in range(lines):
+                    line = k.let(b * lines + n, "line")
+                    k.prefetch(views["w"], [panel, step + CHUNK, 0, line * (tiles.ROW_BYTES // bf16.bytes)])
+                for j in range(2):
+                    tiles.load(k, 6 + j, views["w"], [panel, step, j, 0])
+                for i in range(high):
+                    tiles.load(k, 4 + i, views["a"], [block, step, i, 0])
+                    for j in range(2):
+                        tiles.multiply(k, 2 * i + j, 4 + i, 6 + j)
+
+        few = k.either(brings, here, k.index(0))
+        shared = k.opaque(few, "shared")
+        for lines, fits in (
+            (_LINES // GROUP, shared > k.index(2)),
+            (_LINES // 2, k.both(shared > k.index(1), shared <= k.index(2))),
+            (0, shared <= k.index(1)),
+        ):
+            with k.when(fits):
+                products(lines)
+        for i, j, at in sums:
+            tiles.store(k, 2 * i + j, held, at, apart)

@@ -1,0 +1,80 @@
+"""AMX in a kernel's words: eight tiles by number, each of 16 rows and 64 bytes (Intel's manual, volume 1, chapter 18).
+
+    with k.parallel(n):
+        configure(k)             # in the thread that uses tiles: all eight are full ones
+        ...
+        release(k)
+
+A tile of 16 times 32 bf16 numbers, times a tile of 16 times 16 pairs of them, is added to 16 times 16 float32 sums: of
+each sum one pair after the other, in order. So a row's sums depend on that row alone. Numbers below float32's least
+normal one count as zero.
+
+LLVM takes the tiles of these instructions by number, and neither moves nor merges them. A process may use them once the
+system allows it: `treadle.backends.tvm.kernels.isa.may_use_tiles`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+ROWS = 16
+"""Rows of a tile."""
+ROW_BYTES = 64
+
+# Palette 1, no row to start at, 14 bytes that must be zero; 16 lengths of rows, of 2 bytes each; 16 counts of rows.
+_SHAPES = bytes([1, 0, *[0] * 14, *[ROW_BYTES, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
+_TABLE = ", ".join(f"i8 {byte}" for byte in _SHAPES)
+
+
+def configure(k: Emitter) -> None:
+    """Make all eight tiles full ones, of zeros."""
+    name = "@treadle_tile_shapes"
+    k.imported.setdefault(name, f"{name} = private unnamed_addr constant [{len(_SHAPES)} x i8] [{_TABLE}], align 64")
+    k.effect("treadle_configure_tiles", "void @llvm.x86.ldtilecfg(ptr)", f"void @llvm.x86.ldtilecfg(ptr {name})")
+
+
+def release(k: Emitter) -> None:
+    """Give the tiles back: a thread with tiles in use takes longer to be switched."""
+    k.effect("treadle_release_tiles", "void @llvm.x86.tilerelease()", "void @llvm.x86.tilerelease()")
+
+
+def clear(k: Emitter, tile: int) -> None:
+    """A tile of zeros."""
+    k.effect(f"treadle_clear_tile_{tile}", "void @llvm.x86.tilezero(i8 immarg)", f"void @llvm.x86.tilezero(i8 {tile})")
+
+
+def load(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_BYTES) -> None:
+    """Fill a tile with 16 rows of 64 bytes, the first at an element of a view, `apart` bytes apart."""
+    name = "@llvm.x86.tileloadd64"
+    k.effect(
+        f"treadle_load_tile_{tile}",
+        f"void {name}(i8 immarg, ptr, i64)",
+        f"void {name}(i8 {tile}, ptr %x0, i64 %x1)",
+        k.address(view, index),
+        k.index(apart),
+    )
+
+
+def store(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_BYTES) -> None:
+    """Write a tile's 16 rows of 64 bytes, the first to an element of a view, `apart` bytes apart."""
+    name = "@llvm.x86.tilestored64"
+    k.effect(
+        f"treadle_store_tile_{tile}",
+        f"void {name}(i8 immarg, ptr, i64)",
+        f"void {name}(i8 {tile}, ptr %x0, i64 %x1)",
+        k.address(view, index),
+        k.index(apart),
+    )
+
+
+def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
+    """sums += left right, of tiles of bf16 numbers and of their pairs."""
+    name = "@llvm.x86.tdpbf16ps"
+    k.effect(
+        f"treadle_multiply_tiles_{sums}_{left}_{right}",
+        f"void {name}(i8 immarg, i8 immarg, i8 immarg)",
+        f"void {name}(i8 {sums}, i8 {left}, i8 {right})",
+    )

@@ -1,0 +1,243 @@
+"""bf16 products on the TVM backend: sizes, instruction sets, bits, what stands around a product, the permission."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from tests.backend_checks import graph_of
+from tests.op_checks import EPSILON, Array
+from treadle.backends.bfloat16 import rounded, widened
+from treadle.backends.registry import find_backend
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels import isa as instruction_sets
+from treadle.backends.tvm.kernels.isa import ISAS, host_isa, refused_here, runs_here
+from treadle.backends.tvm.weight_packing import pack
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
+from treadle.ir.layouts import pairs
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.target import Target
+from treadle.ir.types import bf16, f32
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.passes.products.narrow_products import NarrowProducts
+
+pytest.importorskip("tvm")
+
+from treadle.backends.tvm.kernels.cache import assembly
+from treadle.backends.tvm.kernels.narrow.pair_product import PairProduct
+from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
+
+HERE = [
+    name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
+]
+each_isa = pytest.mark.parametrize("isa", HERE)
+
+
+def narrowed(graph: Graph) -> Graph:
+    return PassManager((*DEFAULT, NarrowProducts())).run(graph).graph
+
+
+def compiled(graph: Graph, weights: Mapping[str, Any], target: str | Target = "cpu") -> KernelExecutable:
+    where = target if isinstance(target, Target) else Target(target)
+    made = find_backend("tvm").compile(narrowed(graph), where, weights)
+    assert isinstance(made, KernelExecutable)
+    return made
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def exact(x: Array, w: Array) -> Array:
+    return widened(rounded(x)).astype(np.float64) @ widened(rounded(w)).astype(np.float64).T
+
+
+def assert_sums(got: Any, expected: Array, terms: int) -> None:
+    """Equal up to the rounding of a sum of so many terms of magnitude 1, in any order."""
+    bound = (terms + 16) * EPSILON["f32"] * max(1.0, float(np.max(np.abs(expected), initial=0)))
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=bound)
+
+
+def linear_graph(k: int, n: int) -> Graph:
+    return graph_of(lambda b: b.linear(b.input("x", f32["M", k]), b.parameter("w", f32[n, k])))
+
+
+def titles(exe: KernelExecutable) -> list[str]:
+    return [s.kernel.title for s in exe.program.main.steps]  # type: ignore[union-attr]
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------
+
+SIZES = [(1, 1), (31, 32), (32, 31), (33, 65), (64, 96), (100, 17), (320, 40), (1000, 33)]
+ROWS = (1, 2, 15, 16, 17, 32, 33, 48, 49, 64, 97, 128, 161, 300)
+
+
+@each_isa
+@pytest.mark.parametrize(("k", "n"), SIZES)
+def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
+    """From few rows to several groups of blocks; a row has the bits that it has alone."""
+    x, w = normal(max(ROWS), k), normal(n, k, seed=1)
+    exe = compiled(linear_graph(k, n), {"w": w}, isa)
+    every = exe(x=x)["y"]
+    assert_sums(every, exact(x, w), k)
+    for rows in ROWS:
+        np.testing.assert_array_equal(exe(x=x[-rows:])["y"], every[-rows:], f"{rows} rows")
+
+
+@pytest.mark.skipif(host_isa().name not in HERE[:2], reason="no instructions for bf16")
+def test_threads_do_not_change_bits() -> None:
+    x, w = normal(70, 200), normal(1500, 200, seed=1)
+    alone, shared = (compiled(linear_graph(200, 1500), {"w": w}, Target("cpu", threads=n)) for n in (1, 2))
+    np.testing.assert_array_equal(alone(x=x)["y"], shared(x=x)["y"])
+
+
+@each_isa
+def test_infinite_and_missing_numbers_stay_in_their_row(isa: str) -> None:
+    x, w = normal(40, 50), np.abs(normal(20, 50, seed=1)) + 1
+    x[3, 7], x[20, 0], x[39, 49] = np.inf, np.nan, -np.inf
+    got = compiled(linear_graph(50, 20), {"w": w}, isa)(x=x)["y"]
+    np.testing.assert_array_equal(got[3], np.inf)
+    np.testing.assert_array_equal(got[20], np.nan)
+    np.testing.assert_array_equal(got[39], -np.inf)
+    plain = [row for row in range(40) if row not in (3, 20, 39)]
+    assert_sums(got[plain], exact(x[plain], w), 50)
+
+
+# -- what stands around a product --------------------------------------------------------------------------------
+
+
+@each_isa
+@pytest.mark.parametrize("width", [40, 64])
+def test_bias_activation_residual_and_gate_are_done_as_sums_are_stored(isa: str, width: int) -> None:
+    """Of a width that whole panels make, what is between two products is stored as the second one reads it."""
+
+    def block(b: Builder) -> Expr:
+        x = b.input("x", f32["B", "S", 24])
+        gated = b.silu(b.linear(x, b.parameter("g", f32[width, 24]))) * b.linear(x, b.parameter("u", f32[width, 24]))
+        hidden = b.linear(gated, b.parameter("d", f32[width, width]))
+        return x + b.linear(hidden, b.parameter("o", f32[24, width]), b.parameter("bias", f32[24]))
+
+    shapes = {"g": (width, 24), "u": (width, 24), "d": (width, width), "o": (24, width), "bias": (24,)}
+    weights = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    x = normal(3, 11, 24)
+    exe = compiled(graph_of(block), weights, isa)
+    gate, up = (exact(x, weights[name]) for name in "gu")
+    hidden = exact((gate / (1 + np.exp(-gate)) * up).astype(np.float32), weights["d"]).astype(np.float32)
+    wanted = x + exact(hidden, weights["o"]) + weights["bias"]
+    off = np.abs(exe(x=x)["y"] - wanted).max() / np.abs(wanted).max()
+    assert off < EPSILON["bf16"], "hidden numbers near the middle of two bf16 ones may go to either"
+    assert sum("product" in title for title in titles(exe)) == 4
+    assert not any(title.startswith("cast") for title in titles(exe))
+    tiled = sum(title.endswith("tiled") for title in titles(exe))
+    assert tiled == (2 if width == 64 and ISAS[isa].multiplies_tiles else 0)
+    assert sum("round_rows" in title for title in titles(exe)) == 3 - tiled, "gate and up read the same rows"
+    np.testing.assert_array_equal(exe(x=x[1:2])["y"][0], exe(x=x)["y"][1])
+
+
+@each_isa
+def test_a_weight_that_lies_as_in_out(isa: str) -> None:
+    graph = graph_of(lambda b: b.matmul(b.input("x", f32["M", 40]), b.parameter("w", f32[40, 70])))
+    x, w = normal(9, 40), normal(40, 70, seed=1)
+    assert_sums(compiled(graph, {"w": w}, isa)(x=x)["y"], exact(x, w.T), 40)
+
+
+def test_a_cast_that_others_read_too_is_made() -> None:
+    def both(b: Builder) -> dict[str, Expr]:
+        rough = b.cast(b.input("x", f32["M", 40]), to="bf16")
+        y = b.linear(rough, b.cast(b.parameter("w", f32[8, 40]), to="bf16"), to="f32")
+        return {"y": y, "rough": b.cast(rough, to="f32") * 2.0}
+
+    x, w = normal(5, 40), normal(8, 40, seed=1)
+    made = find_backend("tvm").compile(graph_of(both), Target("cpu"), {"w": w})(x=x)
+    np.testing.assert_array_equal(made["rough"], 2 * widened(rounded(x)))
+    assert_sums(made["y"], exact(x, w), 40)
+
+
+def test_a_bf16_model_multiplies_pairs_too() -> None:
+    """Its results are bf16: sums are rounded at last."""
+    graph = graph_of(
+        lambda b: b.linear(b.input("x", bf16["M", 40]), b.parameter("w", bf16[8, 40]), b.parameter("b", bf16[8]))
+    )
+    x, w, bias = (widened(rounded(v)) for v in (normal(5, 40), normal(8, 40, seed=1), normal(8, seed=2)))
+    exe = find_backend("tvm").compile(graph, Target("cpu"), {"w": w, "b": bias})
+    assert isinstance(exe, KernelExecutable)
+    assert any("product" in title for title in titles(exe))
+    wanted = exact(x, w) + bias
+    np.testing.assert_allclose(exe(x=x)["y"], wanted, rtol=0, atol=EPSILON["bf16"] * np.abs(wanted).max())
+
+
+# -- packing and code ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (1, 1), (40, 70), (65, 33)])
+def test_pairs_lie_where_the_layout_says(shape: tuple[int, int]) -> None:
+    matrix = np.arange(1, shape[0] * shape[1] + 1, dtype=np.uint16).reshape(shape)
+    packed = pack(matrix, pairs(32))
+    assert packed.shape == tuple(s.evaluate({}) for s in pairs(32).shape([Size.of(n) for n in shape]))
+    for n in range(shape[0]):
+        for k in range(shape[1]):
+            assert packed[n // 32, k // 32, n % 32 // 16, k % 32 // 2, n % 16, k % 2] == matrix[n, k]
+    assert np.count_nonzero(packed) == matrix.size
+    np.testing.assert_array_equal(pack(np.ascontiguousarray(matrix.T), pairs(32, transposed=True)), packed)
+
+
+def test_the_code_has_the_instructions_that_it_is_for() -> None:
+    """Four tile products a step, each of two tiles that were loaded once; no register of a vector product spilled."""
+    code = assembly(TileProduct(), ISAS["x86-64-amx"])
+    assert "ldtilecfg" in code
+    assert "tdpbf16ps" in code
+    assert "prefetcht1" in code
+    pair_code = assembly(PairProduct(), ISAS["x86-64-v4-bf16"])
+    assert pair_code.count("vdpbf16ps") >= 24
+    assert "tdpbf16ps" not in pair_code
+    assert "vdpbf16ps" not in assembly(PairProduct(), ISAS["x86-64-v4"])
+
+
+# -- the permission ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not runs_here(ISAS["x86-64-amx"]), reason="no matrix unit")
+def test_a_forked_child_may_use_tiles_too() -> None:
+    x, w = normal(20, 64), normal(40, 64, seed=1)
+    exe = compiled(linear_graph(64, 40), {"w": w}, Target("cpu", threads=1))
+    wanted = exe(x=x)["y"]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(exe(x=x)["y"], wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_where_tiles_are_refused_the_next_best_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ISAS["x86-64-amx"].needs <= instruction_sets.cpu_flags():
+        pytest.skip("no matrix unit")
+    monkeypatch.setattr(instruction_sets, "may_use_tiles", lambda: False)
+    host_isa.cache_clear()
+    try:
+        assert host_isa().name == "x86-64-v4-bf16"
+        assert "may not use the machine's matrix unit" in (refused_here(host_isa()) or "")
+        exe = compiled(linear_graph(64, 40), {"w": normal(40, 64)})
+        assert any("may not use the machine's matrix unit" in note for note in exe.notes)
+    finally:
+        host_isa.cache_clear()
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@each_isa
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(isa: str, family: str) -> None:
+    exe = treadle.compile(
+        family, backend="tvm", target=isa, dtype="bf16", layers=2, dim=64, heads=4, hidden=96, vocab=80
+    )
+    tokens = np.random.default_rng(0).integers(0, 80, (5, 13))
+    name = next(p.name for p in exe.outputs)
+    whole = exe(tokens=tokens)[name]
+    np.testing.assert_array_equal(exe(tokens=tokens[2:3])[name][0], whole[2])
