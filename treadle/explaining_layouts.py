@@ -17,7 +17,7 @@ from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiling import checked_passes
-from treadle.computing import Widen, computing_in
+from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
@@ -114,11 +114,9 @@ def explain_layouts(
     target: str | Target = "cpu",
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
-    dtype: str | None = None,
-    widen: Widen = (),
     **config: Any,
 ) -> Layouts:
-    """Say of every weight of what MODEL names how a backend reads it.
+    """Say of every weight of what MODEL names how a backend reads it; `dtype` among the configuration as for `compile`.
 
     Raises what `compile` does; UsageError for a backend that has no passes of its own.
     """
@@ -145,8 +143,9 @@ def lowered_for(
         held = open_artifact(str(model))
         name, optimized = held.name, held.optimized.graph
     else:
-        pipeline, widen = computing_in(dtype, checked_passes(passes), widen)
-        resolved = resolve(model, inputs=inputs, widen=widen, **config)
+        others = {name: value for name, value in config.items() if name not in ("dtype", "widen")}
+        pipeline, widen = computing_in(config.get("dtype"), checked_passes(passes), config.get("widen", ()))
+        resolved = resolve(model, inputs=inputs, widen=widen, **others)
         name, optimized = resolved.name, PassManager(pipeline).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
     return name, chosen.lower(optimized, where)

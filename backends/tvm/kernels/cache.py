@@ -46,7 +46,11 @@ if TYPE_CHECKING:
 _SYMBOL = "kernel"
 _LINKERS = (("ld", "-shared"), ("ld.lld", "-shared"), ("cc", "-shared", "-nostdlib"), ("clang", "-shared", "-nostdlib"))
 _OPTIONS = {"tirx.disable_storage_rewrite": True}  # it merges register tiles, which then spill
-_ELSEWHERE = (("treadle.backends", "bfloat16.py"), ("treadle.ir", "layouts.py"), ("treadle.ir.ops", "rounding.py"))  # what generators compute with
+_ELSEWHERE = (
+    ("treadle.backends", "bfloat16.py"),
+    ("treadle.ir", "layouts.py"),
+    ("treadle.ir.ops", "rounding.py"),
+)  # what generators compute with
 _OBJECT_HEADER = 24  # bytes before a function object's first field, its address (TVMFFIObject)
 _DIGEST = hashlib.sha256().digest_size
 

@@ -7,8 +7,8 @@ become a matrix product,
 
 by giving each letter its part and joining those of one part: in views, and in copies where strides cannot say it. The
 side that holds the result's innermost letter is y; it is packed in panels, or is a parameter that lies in panels.
-A weight in bf16 pairs is multiplied as it is. Other float16 and bfloat16 operands are widened first; float64 and integers
-are summed element by element.
+A weight in bf16 pairs is multiplied as it is. Other float16 and bfloat16 operands are widened first; float64 and
+integers are summed element by element.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
 
 
 def _is_left_side_alone(w: RoutineWriter, value: Value) -> bool:
-    """Whether a value with a storage of its own is the left side of products with weights in pairs, and nothing else."""
+    """Whether a value with storage of its own is the left side of products with weights in pairs, and nothing else."""
     uses, place = w.uses.get(value, []), w.place(value)
     own = place.how is How.OWN and place.view is not None and place.view.is_contiguous
     reads = all(at == 0 and reader.op.name in RULES and _in_pairs(reader) for reader, at in uses)
