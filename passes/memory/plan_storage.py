@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.sizing.sizes import ONE, product
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.memory.frames import frame_of, peak_of
+from treadle.passes.memory.ordering import choices, needs_less
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
 
 Grouping = Callable[[Function], Sequence[Step]]
@@ -54,8 +57,10 @@ class PlanStorage(Pass):
     grouped  which nodes the backend computes together, so that only the last of them needs a storage
     parts    whether a step writes its result where it is a part of another
     over     the operands over which a step may write its result, element by element
+    ordered  steps run in the order that needs the least memory, where it is proven to need no more than program order
+             at any sizes, and less at some
 
-    The order is that of the nodes, groups at the place of their last one. A storage lives from the first step that
+    Else the order is that of the nodes, groups at the place of their last one. A storage lives from the first step that
     writes it to the last that reads what lies in it, in views too. The graph stays as it is.
     """
 
@@ -64,23 +69,54 @@ class PlanStorage(Pass):
     grouped: Grouping = field(default=each_alone, repr=False)
     parts: Parts = field(default=every_part, repr=False)
     over: Over = field(default=over_nothing, repr=False)
+    ordered: bool = True
 
     @property
     def options(self) -> str:
-        return "strided" if self.strided else ""
+        said = (("strided", self.strided), ("in program order", not self.ordered))
+        return ", ".join(word for word, holds in said if holds)
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         functions: dict[str, FunctionPlan] = {}
+        peaks: dict[str, tuple[Size, ...]] = {}
         for function in graph.needed_by(*graph.later_entries):
-            steps = self.grouped(function)
-            planning: _Planning = _Allocated(function, steps, functions)
-            if self.strided:
-                planning = _Strided(function, steps, functions, self.parts, self.over)
-            functions[function.name] = planning.plan()
+            plan = self._planned(function, self.grouped(function), functions, self.over)
+            peak = peak_of(frame_of(plan, functions, self.strided), peaks, graph.symbols)
+            if self.ordered:
+                plan, peak = self._reordered(plan, peak, functions, peaks, graph.symbols)
+            functions[function.name], peaks[function.name] = plan, peak
+            if plan.reordered is not None:
+                log.notes.append(f"{function.name}: {plan.reordered}")
         log.plan = StoragePlan(functions, self.strided)
-        log.notes.append(log.plan.note)
+        log.notes.insert(0, log.plan.note)
         log.touched = set()
         return 0
+
+    def _planned(
+        self, function: Function, steps: Sequence[Step], callees: Mapping[str, FunctionPlan], over: Over
+    ) -> FunctionPlan:
+        if self.strided:
+            return _Strided(function, steps, callees, self.parts, over).plan()
+        return _Allocated(function, steps, callees).plan()
+
+    def _reordered(
+        self,
+        plan: FunctionPlan,
+        peak: tuple[Size, ...],
+        callees: Mapping[str, FunctionPlan],
+        peaks: Mapping[str, tuple[Size, ...]],
+        symbols: Mapping[str, Bounds],
+    ) -> tuple[FunctionPlan, tuple[Size, ...]]:
+        """The plan in the first order that needs less, and its peak; else the plan as it is."""
+        apart = self._planned(plan.function, plan.steps, callees, over_nothing) if self.strided else plan
+        frame = frame_of(apart, callees, self.strided)
+        for choice in choices(apart, frame, self.over, peaks, symbols):
+            other = self._planned(plan.function, choice.steps, callees, self.over)
+            reached = peak_of(frame_of(other, callees, self.strided), peaks, symbols)
+            saved = needs_less(peak, reached, choice, symbols)
+            if saved is not None:
+                return replace(other, reordered=saved), reached
+        return plan, peak
 
 
 class _Planning(ABC):

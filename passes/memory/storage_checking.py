@@ -1,6 +1,7 @@
 """Check a storage plan without what made it: what ops do to elements is asked of their references.
 
-    steps     hold each node once, after what it reads; only the last node of a step is read outside
+    steps     hold each node once, after what it reads, and before a state that it reads is updated; only the last node
+              of a step is read outside
     places    are there for every value, of its shape, within their storage; no two elements are written to one place
     views     lie where the op's reference, run on places instead of elements, says that each element comes from
     storages  live at every step that reads or writes what lies in them; nobody writes into what is given or constant
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from treadle.ir.analysis.state_views import StateViews
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.storage.views import Storage, StorageKind
@@ -49,7 +51,7 @@ def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
         notes.append("no sizes were found at which to check views")
     for function in needed:
         planned = plan.functions[function.name]
-        _Order(function, planned).check()
+        _Order(function, planned, StateViews(graph).bases(function)).check()
         _Lives(function, planned).check()
         for sizes, small in drawn:
             notes += StridesCheck(function, planned, sizes).check(small)
@@ -87,18 +89,26 @@ def _drawn(graph: Graph) -> Iterator[tuple[dict[str, int], bool]]:
 
 
 class _Order:
-    """Steps hold each node once, after what it reads."""
+    """Steps hold each node once, after what it reads; nobody reads a state, or what shows it, after its update.
 
-    def __init__(self, function: Function, plan: FunctionPlan) -> None:
-        self.function, self.plan = function, plan
+    bases  the version of a state, or the argument, that a value shows
+    """
+
+    def __init__(self, function: Function, plan: FunctionPlan, bases: Mapping[Value, Value]) -> None:
+        self.function, self.plan, self.bases = function, plan, bases
 
     def check(self) -> None:
         plan, there = self.plan, {*self.function.arguments}
         if plan.function is not self.function:
             raise wrong_plan("it is one of another graph", plan)
         outside: set[Value] = {*self.function.outputs.values()}
+        gone: set[Value | None] = set()
         for step in plan.steps:
             inside: set[Value] = set()
+            for value in step.inputs:
+                if self.bases.get(value, value) in gone:
+                    raise wrong_plan("a step reads what a state was before its update", plan, value)
+            gone.update(v.before for node in step.nodes for v in node.results if v.before is not None)
             for node in step.nodes:
                 for value in node.inputs:
                     if value.literal is None and value not in there and value not in inside:

@@ -119,6 +119,19 @@ class Life:
     last: int
 
 
+@dataclass(frozen=True)
+class BetterOrder:
+    """Steps do not run in program order, since they need less memory so: the peaks in bytes, at some sizes."""
+
+    before: int
+    after: int
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+        return f"reordered: peak {self.before:,} -> {self.after:,} bytes" + (f" at {where}" if where else "")
+
+
 @dataclass(frozen=True, eq=False)
 class FunctionPlan:
     """The storage of one function.
@@ -130,6 +143,7 @@ class FunctionPlan:
     results    for kernels that write by strides: the caller's storage of each output, by name; else empty
     copied     outputs that no step writes, by name: arguments, constants, outputs under a second name. They are copied
                after the last step
+    reordered  what it saves that steps do not run in program order; None where they do
     """
 
     function: Function
@@ -139,6 +153,7 @@ class FunctionPlan:
     lives: tuple[Life, ...]
     results: Mapping[str, Storage]
     copied: tuple[str, ...] = ()
+    reordered: BetterOrder | None = None
 
     @property
     def end(self) -> int:
@@ -180,6 +195,8 @@ class FunctionPlan:
         shown = {value: place for value, place in self.rows() if value.kind != "parameter"}
         cells = [(names[v], str(v.type), *_where(place), place.told(names)) for v, place in shown.items()]
         lines = [f"{self.function.name}: {len(self.steps)} steps, {_locals(self)}"]
+        if self.reordered is not None:
+            lines[0] += f"; {self.reordered}"
         for (*row, told), value in zip(aligned(cells), shown, strict=True):
             node = value.node
             source = (describe_source(node.source, node.scope) or "") if node is not None else ""

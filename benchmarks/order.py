@@ -1,0 +1,183 @@
+"""Whether the order of steps that is found needs as little memory as the optimum of an integer program.
+
+    python benchmarks/order.py [--small 200] [--large 50] [--seconds 120] [--budget 3600] [--seed 0] [--json]
+
+Random graphs of up to 25 steps, and of 26 to 40, are ordered by `treadle.passes.memory.order`, and once more by HiGHS
+(`scipy.optimize.milp`), with so many seconds for each. Where that does not finish, ours must lie between its bound and
+the best that it found. After `--budget` seconds no further graph is begun; how many were compared is printed.
+
+Exit status 1 if ours is ever worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from treadle.passes.memory.order import Buffer, OrderProblem, find_order
+
+MOST_SETS = 1_000_000
+
+
+def random_problem(seed: int, count: int) -> OrderProblem:
+    """A graph of `count` steps, each of which makes a buffer and reads up to three; the last ones are handed out."""
+    r = Random(seed)
+    sizes = [r.choice((1, 2, 4, 8, 8, 16, 32)) * r.choice((1, 1, 3)) for _ in range(count)]
+    reach = r.choice((4, 8, count))
+    before: list[tuple[int, ...]] = []
+    readers: list[set[int]] = [set() for _ in range(count)]
+    over: list[tuple[tuple[int, int], ...]] = []
+    for step in range(count):
+        near = range(max(0, step - reach), step)
+        reads = sorted(set(r.choices(near, k=r.choice((0, 1, 1, 2, 2, 3))))) if step else []
+        for other in reads:
+            readers[other].add(step)
+        before.append(tuple(reads))
+        over.append(tuple((step, x) for x in reads if sizes[x] == sizes[step] and r.random() < 0.5))
+    buffers = [Buffer(size, (step, *sorted(readers[step])), kept=not readers[step]) for step, size in enumerate(sizes)]
+    extra = [r.choice((0, 0, 0, 0, 16, 64)) for _ in range(count)]
+    return OrderProblem(tuple(before), tuple(buffers), tuple(extra), tuple(over))
+
+
+def solve(problem: OrderProblem, seconds: float) -> tuple[float, float]:
+    """A lower bound and the best peak by HiGHS, infinite where none was found.
+
+    at[s, t] is 1 where step s runs at time t. A buffer lives at t where one of its steps ran by t, and one did not run
+    before t. A buffer made over another one is not counted at t where that has no step left after t. A step runs after
+    as many others as must precede it, and no peak above that of program order is looked for.
+    """
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    count = len(problem.before)
+    earlier = [0] * count
+    for step, before in enumerate(problem.before):
+        for other in before:
+            earlier[step] |= earlier[other] | 1 << other
+    soonest = [mask.bit_count() for mask in earlier]
+    latest = [count - 1 - sum(mask >> step & 1 for mask in earlier) for step in range(count)]
+    rows: list[dict[int, float]] = []
+    least: list[float] = []
+    names: dict[tuple[Any, ...], int] = {}
+
+    def number(*name: Any) -> int:
+        return names.setdefault(name, len(names))
+
+    def add(terms: list[tuple[float, int]], at_least: float) -> None:
+        row: dict[int, float] = {}
+        for factor, variable in terms:
+            row[variable] = row.get(variable, 0.0) + factor
+        rows.append(row)
+        least.append(at_least)
+
+    def ran(step: int, time: int, factor: float) -> list[tuple[float, int]]:
+        """By time `time`, that included."""
+        return [(factor, number("at", step, t)) for t in range(time + 1)]
+
+    peak = number("peak")
+    for step in range(count):
+        for each in (ran(step, count - 1, 1.0), [(1.0, number("at", s, step)) for s in range(count)]):
+            add(each, 1.0)
+            add([(-factor, variable) for factor, variable in each], -1.0)
+        for other in problem.before[step]:
+            for t in range(count):
+                add(ran(other, t - 1, 1.0) + ran(step, t, -1.0), 0.0)
+    for t in range(count):
+        held = [(1.0, peak)]
+        for i, buffer in enumerate(problem.buffers):
+            alive = number("alive", i, t)
+            held.append((-buffer.size, alive))
+            for first in buffer.steps:
+                if buffer.kept:
+                    add([(1.0, alive), *ran(first, t, -1.0)], 0.0)
+                else:
+                    for last in buffer.steps:
+                        add([(1.0, alive), *ran(first, t, -1.0), *ran(last, t - 1, 1.0)], 0.0)
+        for step in range(count):
+            held.append((-problem.extra[step], number("at", step, t)))
+            saved = []
+            for made, dying in problem.over[step]:
+                if problem.buffers[dying].kept:
+                    continue
+                over = number("over", step, dying, t)
+                saved.append((-1.0, over))
+                held.append((problem.buffers[made].size, over))
+                for last in problem.buffers[dying].steps:
+                    add([(-1.0, over), *ran(last, t, 1.0)], 0.0)
+            if saved:
+                add([(1.0, number("at", step, t)), *saved], 0.0)
+        add(held, 0.0)
+    at = np.array([[i, variable, factor] for i, row in enumerate(rows) for variable, factor in row.items()])
+    matrix = csr_array((at[:, 2], (at[:, 0].astype(int), at[:, 1].astype(int))), shape=(len(rows), len(names)))
+    whole = np.array([name[0] in ("at", "peak") for name in names], int)
+    upper = np.ones(len(names))
+    upper[peak] = problem.peak(range(count))
+    for name, variable in names.items():
+        if name[0] == "at" and not soonest[name[1]] <= name[2] <= latest[name[1]]:
+            upper[variable] = 0.0
+    cost = np.zeros(len(names))
+    cost[peak] = 1.0
+    found = milp(
+        cost,
+        constraints=LinearConstraint(matrix, np.array(least), np.inf),
+        integrality=whole,
+        bounds=Bounds(0, upper),
+        options={"time_limit": seconds},
+    )
+    bound = found.mip_dual_bound if found.mip_dual_bound is not None else 0.0
+    return math.ceil(bound - 1e-6), math.inf if found.fun is None else round(found.fun)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", type=int, default=200, help="graphs of 5 to 25 steps (200)")
+    parser.add_argument("--large", type=int, default=50, help="graphs of 26 to 40 steps (50)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for HiGHS and one graph (120)")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which no graph is begun (3600)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print a list of rows")
+    given = parser.parse_args()
+    started = time.perf_counter()
+    rows = []
+    sizes = [(5, 25)] * given.small + [(26, 40)] * given.large
+    for i, (least, most) in enumerate(sizes):
+        if time.perf_counter() - started > given.budget:
+            break
+        seed = given.seed + i
+        problem = random_problem(seed, Random(seed).randint(least, most))
+        begun = time.perf_counter()
+        ours = find_order(problem, MOST_SETS)
+        took = time.perf_counter() - begun
+        bound, reached = solve(problem, given.seconds)
+        if not bound <= ours.peak <= reached:
+            verdict = "wrong" if ours.peak < bound else "worse"
+        else:
+            verdict = "equal" if bound == reached else "between"
+        program = problem.peak(range(len(problem.before)))
+        row = {"seed": seed, "steps": len(problem.before), "program": program, "peak": ours.peak, "bound": ours.bound}
+        row |= {"ilp_bound": bound, "ilp": None if math.isinf(reached) else reached, "verdict": verdict}
+        rows.append(row | {"seconds": round(took, 4)})
+        if not given.json:
+            print(" ".join(f"{name}={told}" for name, told in rows[-1].items()), flush=True)
+    if given.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for low, high in ((5, 25), (26, 40)):
+            part = [row for row in rows if low <= int(str(row["steps"])) <= high]
+            print(f"{low} to {high} steps: {len(part)} graphs, {dict(Counter(str(row['verdict']) for row in part))}")
+    return any(row["verdict"] in ("wrong", "worse") for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The order of steps in which the fewest bytes live at once.
+
+    problem = OrderProblem(before=((), (0,), (0,), (1, 2)), buffers=(Buffer(64, (0, 1, 2)), ...), ...)
+    found = find_order(problem)
+    found.order, found.peak, found.bound
+
+A buffer lives from the first of its steps to the last one, whichever these are by then. What lives depends on which
+steps are done, not on the order in which they were done. So the search goes over sets of steps, those of the smallest
+peak first, and the first whole set has the smallest peak that there is. A step that frees as much as it takes, below
+the peak so far, is done at once: an order that does it later does no better. After some number of sets, a beam search
+goes on, and the result holds the bound that was proven by then.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MOST_SETS = 2_000
+"""Sets of steps that the exact search goes through: some 0.1 s."""
+_BEAM = 32
+_BEAM_WORK = 4_000
+"""Steps times sets of the beam search, at most: it is narrower for longer functions."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes that live from the first of `steps` to the last; where they are kept, to the end."""
+
+    size: int
+    steps: tuple[int, ...]
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class OrderProblem:
+    """Steps by number, in program order.
+
+    before   for each step those that must come before it
+    buffers  what lives while it is needed
+    extra    bytes beside, for each step, while it runs: what a callee needs. Less than none where a callee makes what
+             is counted as a buffer already
+    over     for each step: the buffer that it makes, and one in whose place it may do so, if it is the last step there
+    """
+
+    before: tuple[tuple[int, ...], ...]
+    buffers: tuple[Buffer, ...]
+    extra: tuple[int, ...]
+    over: tuple[tuple[tuple[int, int], ...], ...]
+
+    def peak(self, order: Sequence[int]) -> int:
+        """The most bytes that live at once in an order."""
+        search = _Sets(self)
+        done = live = peak = 0
+        for step in order:
+            during, live = search.run(done, live, step)
+            done |= 1 << step
+            peak = max(peak, during)
+        return max(peak, live)
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order of a problem's steps.
+
+    peak   its most bytes at once
+    bound  no order has fewer
+    """
+
+    order: tuple[int, ...]
+    peak: int
+    bound: int
+
+    @property
+    def proven(self) -> bool:
+        """Whether no order is better."""
+        return self.peak == self.bound
+
+
+def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
+    """The best order that is found: never worse than that of the numbers."""
+    program = tuple(range(len(problem.before)))
+    peak, bound = problem.peak(program), lower_bound(problem)
+    if peak == bound:
+        return Order(program, peak, bound)
+    search = _Sets(problem)
+    exact, bound = search.exact(bound, peak, most_sets)
+    if exact is not None or bound == peak:
+        return Order(program if exact is None else exact, bound, bound)
+    found = search.beam(bound, max(1, min(_BEAM, _BEAM_WORK // len(program))))
+    reached = problem.peak(found)
+    return Order(found, reached, bound) if reached < peak else Order(program, peak, bound)
+
+
+def lower_bound(problem: OrderProblem) -> int:
+    """Bytes that live at once in every order.
+
+    With a step live the buffers that it touches, and those touched both by a step that must come before it and by one
+    that must come after it.
+    """
+    count = len(problem.before)
+    earlier = [0] * count
+    later = [0] * count
+    for step in _sorted(problem):
+        for other in problem.before[step]:
+            earlier[step] |= earlier[other] | 1 << other
+    for step in range(count):
+        for other in range(count):
+            if earlier[step] >> other & 1:
+                later[other] |= 1 << step
+    masks = [sum(1 << step for step in b.steps) for b in problem.buffers]
+    found = sum(b.size for b in problem.buffers if b.kept)
+    for step in range(count):
+        live = problem.extra[step]
+        for buffer, mask in zip(problem.buffers, masks, strict=True):
+            around = mask & earlier[step] and (buffer.kept or mask & later[step])
+            if mask >> step & 1 or around:
+                live += buffer.size
+        saved = [
+            problem.buffers[made].size
+            for made, dying in problem.over[step]
+            if not problem.buffers[dying].kept and not masks[dying] & later[step]
+        ]
+        found = max(found, live - max(saved, default=0))
+    return found
+
+
+def _sorted(problem: OrderProblem) -> Iterator[int]:
+    """The steps, each after those before it."""
+    waiting = [len(set(before)) for before in problem.before]
+    after: list[list[int]] = [[] for _ in waiting]
+    for step, before in enumerate(problem.before):
+        for other in set(before):
+            after[other].append(step)
+    ready = [step for step, count in enumerate(waiting) if not count]
+    while ready:
+        step = ready.pop()
+        yield step
+        for other in after[step]:
+            waiting[other] -= 1
+            if not waiting[other]:
+                ready.append(other)
+
+
+class _DoneSteps(NamedTuple):
+    """A set of steps that are done, as bits, with the bytes that live then, the steps that may come next, the peak so
+    far, and how it was reached."""
+
+    done: int
+    live: int
+    ready: int
+    peak: int
+    earlier: _DoneSteps | None
+    step: int
+
+    def order(self) -> tuple[int, ...]:
+        found: list[int] = []
+        at: _DoneSteps = self
+        while at.earlier is not None:
+            found.append(at.step)
+            at = at.earlier
+        return tuple(reversed(found))
+
+
+class _Sets:
+    """Sets of steps that are done, as bits of a number."""
+
+    def __init__(self, problem: OrderProblem) -> None:
+        count = len(problem.before)
+        self.whole = (1 << count) - 1
+        self.before = [sum(1 << s for s in set(before)) for before in problem.before]
+        self.after: list[list[int]] = [[] for _ in range(count)]
+        for step, before in enumerate(problem.before):
+            for other in set(before):
+                self.after[other].append(step)
+        masks = [sum(1 << step for step in set(b.steps)) for b in problem.buffers]
+        self.touched: list[list[tuple[int, int, bool]]] = [[] for _ in range(count)]
+        for buffer, mask in zip(problem.buffers, masks, strict=True):
+            for step in set(buffer.steps):
+                self.touched[step].append((mask, buffer.size, buffer.kept))
+        self.over = [
+            [(masks[x], problem.buffers[y].size) for y, x in pairs if not problem.buffers[x].kept]
+            for pairs in problem.over
+        ]
+        self.extra = problem.extra
+
+    def run(self, done: int, live: int, step: int) -> tuple[int, int]:
+        """The bytes that live while a step runs, and after it."""
+        then = done | 1 << step
+        new = freed = 0
+        for mask, size, kept in self.touched[step]:
+            if not mask & done:
+                new += size
+            if not kept and not mask & ~then:
+                freed += size
+        saved = next((size for mask, size in self.over[step] if not mask & ~then), 0)
+        return live + new - saved + self.extra[step], live + new - freed
+
+    def start(self, bound: int) -> _DoneSteps:
+        ready = sum(1 << step for step, before in enumerate(self.before) if not before)
+        return _DoneSteps(0, 0, ready, bound, None, -1)
+
+    def _next(self, at: _DoneSteps) -> list[_DoneSteps]:
+        """What may follow a set; one alone where a step should be done at once."""
+        found = []
+        left = at.ready
+        while left:
+            bit = left & -left
+            left ^= bit
+            step = bit.bit_length() - 1
+            during, live = self.run(at.done, at.live, step)
+            peak = max(at.peak, during, live)
+            done, ready = at.done | bit, at.ready ^ bit
+            for other in self.after[step]:
+                if not self.before[other] & ~done:
+                    ready |= 1 << other
+            made = _DoneSteps(done, live, ready, peak, at, step)
+            if peak == at.peak and live <= at.live:
+                return [made]
+            found.append(made)
+        return found
+
+    def exact(self, bound: int, known: int, most: int) -> tuple[tuple[int, ...] | None, int]:
+        """An order of the smallest peak, if that is below a known one, and that peak.
+
+        Else None and a lower bound: the known one where no order is below it, less where the sets are too many.
+        """
+        tie = 0
+        waiting = [(bound, 0, tie, self.start(bound))]
+        best: dict[int, int] = {}
+        expanded = 0
+        while waiting:
+            peak, _, _, at = heapq.heappop(waiting)
+            if best.get(at.done, peak) < peak:
+                continue
+            if at.done == self.whole:
+                return at.order(), peak
+            expanded += 1
+            if expanded > most:
+                return None, peak
+            for made in self._next(at):
+                if made.peak < min(known, best.get(made.done, known)):
+                    best[made.done] = made.peak
+                    tie += 1
+                    heapq.heappush(waiting, (made.peak, -made.done.bit_count(), tie, made))
+        return None, known
+
+    def beam(self, bound: int, width: int) -> tuple[int, ...]:
+        """An order of a small peak: of all sets of one number of steps, the `width` best go on."""
+        sets = [self.start(bound)]
+        while sets[0].done != self.whole:
+            made: dict[int, _DoneSteps] = {}
+            for at in sets:
+                for each in self._next(at):
+                    known = made.get(each.done)
+                    if known is None or each.peak < known.peak:
+                        made[each.done] = each
+            sets = sorted(made.values(), key=lambda each: (each.peak, each.live))[:width]
+        return sets[0].order()

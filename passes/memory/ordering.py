@@ -1,0 +1,149 @@
+"""Steps of a function in the order in which it needs the least memory.
+
+    for choice in choices(plan, frame, over, peaks, symbols):
+        ...                                                    plan in that order, and keep it if `needs_less`
+
+Where each value lies is decided first, in program order, with no step written over what it reads; from that follow the
+buffers, and which step may be written over which. An order is looked for at some sizes, once for a function however
+often it is called. The caller keeps it where the plan that follows from it is proven to need no more at any sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.analysis.state_views import deadlines
+from treadle.ir.errors import SizeError
+from treadle.ir.graph import Function, Value
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.sizing.sizes import Size
+from treadle.passes.memory.frames import Frame, bytes_of, covers
+from treadle.passes.memory.order import Buffer, OrderProblem, find_order
+from treadle.passes.memory.storage_plan import BetterOrder, FunctionPlan, How, Step
+
+_DRAWN = (128, 16, 1009)
+"""Sizes at which orders are looked for, where bounds allow them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Another order of a function's steps, and what led to it."""
+
+    steps: tuple[Step, ...]
+    sizes: Mapping[str, int]
+
+
+def drawn_sizes(symbols: Mapping[str, Bounds], sizes: Sequence[Size]) -> Iterator[dict[str, int]]:
+    """Sizes within bounds at which none of these is negative."""
+    seen = []
+    for least in _DRAWN:
+        found = {}
+        for number, (symbol, bounds) in enumerate(symbols.items()):
+            size = max(bounds.lower, least + number)
+            found[symbol] = size if bounds.upper is None else min(size, bounds.upper)
+        try:
+            fits = all(size.evaluate(found) >= 0 for size in sizes)
+        except SizeError:
+            fits = False
+        if fits and found not in seen:
+            seen.append(found)
+            yield found
+
+
+def choices(
+    plan: FunctionPlan,
+    frame: Frame,
+    over: Callable[[Step], Sequence[Value]],
+    callees: Mapping[str, Sequence[Size]],
+    symbols: Mapping[str, Bounds],
+) -> Iterator[Choice]:
+    """Orders of a function's steps that need less than program order at some sizes, no two alike.
+
+    plan     in program order, without a step that is written over what it reads
+    over     the operands over which a step may be written
+    callees  the sizes of which the largest is the peak of each
+    """
+    if len(plan.steps) < 3:
+        return
+    made = _Making(plan, frame, over)
+    wanted = [made.sizes, *callees.values()]
+    seen = {tuple(range(len(plan.steps)))}
+    for sizes in drawn_sizes(symbols, [size for each in wanted for size in each]):
+        found = find_order(made.problem(sizes, callees))
+        if found.order not in seen:
+            seen.add(found.order)
+            yield Choice(tuple([plan.steps[i] for i in found.order]), sizes)
+
+
+def needs_less(
+    before: Sequence[Size], after: Sequence[Size], choice: Choice, symbols: Mapping[str, Bounds]
+) -> BetterOrder | None:
+    """What an order saves, if it is proven to need no more than another one, whatever the sizes are."""
+    if not all(any(covers(old, new, symbols) for old in before) for new in after):
+        return None
+    was, now = (max((s.evaluate(choice.sizes) for s in each), default=0) for each in (before, after))
+    return BetterOrder(was, now, choice.sizes) if now < was else None
+
+
+class _Making:
+    """A problem from a plan: all but the numbers."""
+
+    def __init__(self, plan: FunctionPlan, frame: Frame, over: Callable[[Step], Sequence[Value]]) -> None:
+        self.plan, self.frame = plan, frame
+        self.storages = [life.storage for life in frame.lives]
+        self.sizes = [bytes_of(storage) for storage in self.storages]
+        self.number = {storage: i for i, storage in enumerate(self.storages)}
+        touched: list[set[int]] = [set() for _ in self.storages]
+        for place in plan.places.values():
+            if place.storage in self.number:
+                touched[self.number[place.storage]].add(place.first)
+        for at, step in enumerate(plan.steps):
+            for value in step.inputs:
+                storage = plan.places[value].storage
+                if storage in self.number:
+                    touched[self.number[storage]].add(at)
+        self.touched = [tuple(sorted(steps)) for steps in touched]
+        self.kept = [life.last >= plan.end for life in frame.lives]
+        self.before = must_precede(plan.function, plan.steps)
+        self.over = tuple([tuple(self._over(step, over(step))) for step in plan.steps])
+
+    def _over(self, step: Step, operands: Sequence[Value]) -> Iterator[tuple[int, int]]:
+        """The buffer that a step makes, and each in whose place it may be."""
+        for value in step.root.results:
+            mine = self.plan.places[value]
+            if mine.how is not How.OWN or mine.of != "" or not self._fills(value, value):
+                continue
+            for x in operands:
+                storage = self.plan.places[x].storage
+                alone = all(self.plan.places[v].storage is not storage for v in step.inputs if v is not x)
+                if storage in self.number and alone and self._fills(x, value) and mine.storage in self.number:
+                    yield self.number[mine.storage], self.number[storage]
+
+    def _fills(self, value: Value, other: Value) -> bool:
+        place = self.plan.places[value]
+        whole = place.view is not None and place.storage is not None and place.view.is_contiguous
+        return whole and place.storage is not None and place.storage.elements == other.type.elements
+
+    def problem(self, sizes: Mapping[str, int], callees: Mapping[str, Sequence[Size]]) -> OrderProblem:
+        """The problem at numbers."""
+        extra = [0] * len(self.plan.steps)
+        for at, call in self.frame.calls.items():
+            inner = max((size.evaluate(sizes) for size in callees[call.callee]), default=0)
+            extra[at] = inner - sum(bytes_of(storage).evaluate(sizes) for storage in call.made)
+        buffers = [
+            Buffer(size.evaluate(sizes), steps, kept)
+            for size, steps, kept in zip(self.sizes, self.touched, self.kept, strict=True)
+        ]
+        return OrderProblem(self.before, tuple(buffers), tuple(extra), self.over)
+
+
+def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
+    """For each step those that must come before it: what makes what it reads, and who reads a state that it updates."""
+    at = {node: i for i, step in enumerate(steps) for node in step.nodes}
+    found: list[set[int]] = [set() for _ in steps]
+    for i, step in enumerate(steps):
+        found[i].update(at[v.node] for v in step.inputs if v.node is not None)
+    for node, updated in deadlines(function).items():
+        found[at[function.nodes[updated]]].add(at[node])
+    return tuple([tuple(sorted(before - {i})) for i, before in enumerate(found)])

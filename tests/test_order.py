@@ -1,0 +1,164 @@
+"""The order of steps: none needs less memory where it is said to be proven, none more than program order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.order import random_problem
+from tests.backend_checks import compiled, each_backend, graph_of
+from treadle.backends.tvm.lowering.chains import PLAN
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.memory.order import Buffer, Order, OrderProblem, find_order, lower_bound
+from treadle.passes.memory.ordering import must_precede
+from treadle.passes.memory.plan_storage import PlanStorage, each_alone
+
+
+def peak_by_hand(problem: OrderProblem, order: Sequence[int]) -> int:
+    """The peak from the times at which buffers live, which are looked up in the order."""
+    at = {step: time for time, step in enumerate(order)}
+    lives = [(min(at[s] for s in b.steps), max(at[s] for s in b.steps)) for b in problem.buffers]
+    end, found = len(order), 0
+    for time in range(end + 1):
+        live = sum(
+            b.size
+            for b, (first, last) in zip(problem.buffers, lives, strict=True)
+            if first <= time and (time <= last or b.kept)
+        )
+        if time < end:
+            step = order[time]
+            dies = [
+                problem.buffers[made].size
+                for made, x in problem.over[step]
+                if lives[x][1] == time and not problem.buffers[x].kept
+            ]
+            live += problem.extra[step] - (dies[0] if dies else 0)
+        found = max(found, live)
+    return found
+
+
+def every_order(problem: OrderProblem, begun: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    if len(begun) == len(problem.before):
+        yield begun
+    for step, before in enumerate(problem.before):
+        if step not in begun and set(before) <= set(begun):
+            yield from every_order(problem, (*begun, step))
+
+
+def is_an_order(problem: OrderProblem, order: Sequence[int]) -> bool:
+    at = {step: time for time, step in enumerate(order)}
+    return sorted(order) == list(range(len(problem.before))) and all(
+        at[other] < at[step] for step, before in enumerate(problem.before) for other in before
+    )
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 7))
+def test_no_order_is_better_than_the_one_that_is_proven(seed: int, count: int) -> None:
+    problem = random_problem(seed, count)
+    found = find_order(problem)
+    best = min(peak_by_hand(problem, order) for order in every_order(problem))
+    assert found.proven and found.peak == best == peak_by_hand(problem, found.order)
+    assert lower_bound(problem) <= best
+    assert is_an_order(problem, found.order)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 60))
+def test_a_search_that_is_cut_off_is_never_worse_than_program_order(seed: int, count: int) -> None:
+    problem = random_problem(seed, count)
+    found = find_order(problem, most_sets=Random(seed).randrange(20))
+    assert is_an_order(problem, found.order)
+    assert found.bound <= found.peak == peak_by_hand(problem, found.order)
+    assert found.peak <= peak_by_hand(problem, range(count))
+
+
+def test_steps_that_gain_nothing_stay_in_program_order() -> None:
+    """Two independent chains: any of their mixtures needs as much."""
+    buffers = (Buffer(8, (0, 1)), Buffer(8, (1, 4), True), Buffer(8, (2, 3)), Buffer(8, (3, 4), True))
+    problem = OrderProblem(((), (0,), (), (2,), (1, 3)), buffers, (0,) * 5, ((),) * 5)
+    assert find_order(problem) == Order((0, 1, 2, 3, 4), 24, 24)
+
+
+def test_memory_for_a_callee_is_taken_while_little_lives() -> None:
+    """Step 1 needs 100 bytes beside: it comes before 0, whose result lives until the end."""
+    buffers = (Buffer(50, (0, 2)), Buffer(4, (1, 2)), Buffer(4, (2,), True))
+    problem = OrderProblem(((), (), (0, 1)), buffers, (0, 100, 0), ((),) * 3)
+    assert find_order(problem) == Order((1, 0, 2), 104, 104)
+
+
+# -- graphs --------------------------------------------------------------------------------------------------------
+
+
+def two_branches(b: Builder) -> Expr:
+    """Program order computes both of the large values before it sums either."""
+    x = b.input("x", "f32[S, 8]")
+    w = b.parameter("w", "f32[64, 8]")
+    one, other = b.softmax(b.linear(x, w)), b.softmax(b.linear(b.tanh(x), w))
+    return b.softmax(b.reduce_max(one, axes=(1,)) + b.reduce_max(other, axes=(1,)))
+
+
+def lowered(graph: Graph, plan: PlanStorage) -> Optimized:
+    return PassManager((plan,)).run(graph)
+
+
+@pytest.mark.parametrize("plan", [PlanStorage(), PlanStorage(strided=True), PLAN], ids=["library", "strided", "chains"])
+def test_a_graph_is_reordered_where_that_needs_less(plan: PlanStorage) -> None:
+    graph = graph_of(two_branches)
+    found = lowered(graph, plan)
+    assert found.plan is not None
+    main = found.plan.functions["main"]
+    assert main.reordered is not None and main.reordered.after < main.reordered.before
+    names = [step.root.op.name for step in main.steps]
+    assert names.index("reduce_max") < len(names) - 1 - names[::-1].index("linear")
+    assert f"main: {main.reordered}" in found.log[-1].notes
+    assert str(main.reordered) in str(main)
+    plain = lowered(graph, replace(plan, ordered=False))
+    assert plain.plan is not None and plain.plan.functions["main"].reordered is None
+    assert [s.root for s in plain.plan.functions["main"].steps] == [s.root for s in plan.grouped(plain.graph.main)]
+
+
+@each_backend
+def test_numbers_are_those_of_program_order(backend: str) -> None:
+    graph = graph_of(two_branches)
+    rng = np.random.default_rng(0)
+    given = {"x": rng.standard_normal((5, 8), np.float32)}
+    weights = {"w": rng.standard_normal((64, 8), np.float32)}
+    expected = interpret(graph, given, weights, float64=True)["y"]
+    np.testing.assert_allclose(compiled(backend, graph, weights)(**given)["y"], expected, rtol=1e-5)
+
+
+UPDATED_LATE = """graph updated {
+  symbols B, R
+  states {
+    k: f32[R, 8, 16]
+  }
+
+  main(x: f32[B, 1, 16], rows: i64[B], start: i64[B]) -> (y: f32[16], z: f32[B, 8]) {
+    turned = rearrange(%k, pattern="r c d -> d c r")       # f32[16, 8, R]
+    some = exp(turned)                                     # f32[16, 8, R]
+    y = reduce_sum(some, axes=[1, 2])                      # f32[16]
+    %k = append(%k, x, rows, start, axis=1)                # f32[R, 8, 16]
+    late = gather(%k, rows)                                # f32[B, 8, 16]
+    z = reduce_sum(late, axes=[2])                         # f32[B, 8]
+    return y = y, z = z
+  }
+}
+"""
+
+
+def test_who_reads_a_state_comes_before_its_update() -> None:
+    main = parse_graph(UPDATED_LATE).main
+    before = must_precede(main, each_alone(main))
+    assert before[3] == (0, 1)  # exp reads a view of what the state was
+    assert before[4] == (3,)
