@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treadle.backends.tvm.arena import ALIGNMENT, plan_arena
 from treadle.passes.memory.checking import check_placement
+from treadle.passes.memory.frame_placement import ALIGNMENT, plan_arena
 from treadle.passes.memory.instances import Lifetime
 
 lifetimes = st.lists(

@@ -11,6 +11,7 @@ import numpy as np
 
 from treadle.backends.made_weights import as_numpy_weight, notes_on, recipes_of
 from treadle.backends.numpy.spelling import NUMPY, keeps
+from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
@@ -82,14 +83,18 @@ class NumpyBackend(StagedBackend):
     ) -> Executable:
         """Write the module. Raises BackendError for a missing weight."""
         made = recipes_of(graph)
-        program = emit(graph, NUMPY, needed_plan(plan, self.name), tuple(notes_on(made)))
+        poison = poisons()
+        program = emit(graph, NUMPY, needed_plan(plan, self.name), tuple(notes_on(made)), poison)
         references = {name: _Reference(node) for name, node in program.references.items()}
         namespace = {
             "constants": tuple(literal.array for literal in program.constants),
             "reference": SimpleNamespace(**references),
+            "poison": _poison,
         }
         arrays = collect_weights(graph, made, weights, _weight)
-        return PythonExecutable(declared, program, arrays, namespace, _NumpyArrays(), self.name)
+        if poison:
+            arrays = {name: _read_only(array) for name, array in arrays.items()}
+        return PythonExecutable(declared, program, arrays, namespace, _NumpyArrays(poison), self.name)
 
 
 class _Reference:
@@ -106,11 +111,31 @@ class _Reference:
         return cast if isinstance(made, tuple) else cast[0]
 
 
+def _read_only(array: Array) -> Array:
+    """The same memory, which nobody writes by way of this array or a view of it."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _poison(array: Any) -> None:
+    """Fill an array, and so all that lies in its memory, unless that cannot be written: a scalar, what is broadcast."""
+    if isinstance(array, np.ndarray) and array.flags.writeable:
+        array[...] = np.frombuffer(bytes([BYTE]) * array.itemsize, array.dtype)[0]
+
+
 class _NumpyArrays:
-    """NumPy arrays; see `treadle.backends.python.executable.Arrays`."""
+    """NumPy arrays; see `treadle.backends.python.executable.Arrays`.
+
+    kept  what a caller gave is read-only during the run
+    """
+
+    def __init__(self, kept: bool) -> None:
+        self._kept = kept
 
     def take(self, port: Port, value: Any) -> Array:
-        return numpy_taken(port, value)
+        array = numpy_taken(port, value)
+        return _read_only(array) if self._kept else array
 
     def running(self) -> AbstractContextManager[Any]:
         return np.errstate(all="ignore")

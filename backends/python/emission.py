@@ -31,8 +31,9 @@ from treadle.ir.hashing import op_key
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.storage.views import StorageKind
 from treadle.ir.types import Type
-from treadle.passes.memory.storage_plan import StoragePlan
+from treadle.passes.memory.storage_plan import FunctionPlan, How, StoragePlan
 
 _COMMENT_COLUMN = 72  # type comments line up, but no further right than this
 _BUILTINS = frozenset(dir(builtins))
@@ -59,14 +60,17 @@ class Program:
     nodes: Mapping[int, Node]
 
 
-def emit(graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str] = ()) -> Program:
+def emit(
+    graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str] = (), poison: bool = False
+) -> Program:
     """Write a graph as a Python module, with lines in its head on how weights were prepared.
 
-    plan   of the graph's storage, which says when nobody reads a value any longer
+    plan    of the graph's storage, which says when nobody reads a value any longer
+    poison  call `poison` on what lies in a storage when its life ends (`treadle.backends.poison`)
 
     Raises BackendError where a needed symbol is no input's dimension.
     """
-    return _ProgramWriter(graph, dialect, plan, prepared).program()
+    return _ProgramWriter(graph, dialect, plan, prepared, poison).program()
 
 
 class _Names:
@@ -102,8 +106,10 @@ class _Text:
 
 
 class _ProgramWriter:
-    def __init__(self, graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str]) -> None:
-        self.graph, self.dialect, self.plan, self.prepared = graph, dialect, plan, prepared
+    def __init__(
+        self, graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str], poison: bool
+    ) -> None:
+        self.graph, self.dialect, self.plan, self.prepared, self.poison = graph, dialect, plan, prepared, poison
         self.constants: dict[Literal, int] = {}
         self.bundles: dict[str, tuple[str, ...]] = {}
         self.references: dict[str, Node] = {}
@@ -204,7 +210,11 @@ class FunctionWriter:
     def write(self) -> _Text:
         body = _Text()
         plan = self.program.plan.functions[self.function.name]
-        dead = plan.dead_after()
+        poisoned = _owners_dead_after(plan) if self.program.poison else {}
+        dead = {at: list(values) for at, values in plan.dead_after().items()}
+        for at, owners in poisoned.items():  # which have their names until their storage dies
+            dead = {n: [v for v in values if v not in owners] for n, values in dead.items()}
+            dead[at] = [*dead.get(at, ()), *owners]
         for at, step in enumerate(plan.steps):
             node = step.root
             expression = self._call(node) if node.op.callee is not None else self._spelled(node)
@@ -216,7 +226,9 @@ class FunctionWriter:
             types = ", ".join(str(r.type) for r in node.named_results) or "()"
             code = f"{target} = {expression}" if target else expression
             body.add(f"    {code}", f"{types}  {node.scope}".rstrip(), node)
-            if at in dead:
+            for value in poisoned.get(at, ()):
+                body.add(f"    poison({self.text[value]})")
+            if dead.get(at):
                 body.add(f"    del {', '.join([self.text[v] for v in dead[at]])}")
         body.add(f"    return {self._returned()}")
 
@@ -316,6 +328,16 @@ class FunctionWriter:
                     read = f"{self.text[value]}.shape[{position}]"
                     return f"({read} - {offset}) // {coefficient}" if offset else f"{read} // {coefficient}"
         return None
+
+
+def _owners_dead_after(plan: FunctionPlan) -> dict[int, list[Value]]:
+    """By step: the values for which a storage of the function's own was made whose life ends there."""
+    last = {life.storage: life.last for life in plan.lives if life.storage.kind is StorageKind.LOCAL}
+    dead: dict[int, list[Value]] = {}
+    for value, place in plan.places.items():
+        if place.how is How.OWN and place.storage in last and last[place.storage] < plan.end:
+            dead.setdefault(last[place.storage], []).append(value)
+    return dead
 
 
 def _aligned(text: _Text) -> list[tuple[str, str, Node | None]]:

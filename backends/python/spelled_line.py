@@ -46,6 +46,7 @@ class Dialect:
             "weights",
             "states",
             "device",
+            "poison",
         }
 
     def spell(self, line: Line) -> str:

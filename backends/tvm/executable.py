@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,10 @@ import numpy as np
 from treadle.backends.bfloat16 import bf16_given, bf16_taken
 from treadle.backends.entries import EntryExecutable
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
+from treadle.backends.poison import poisons
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
 from treadle.backends.states import StateKinds, States
-from treadle.backends.tvm.arena import ALIGNMENT
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import Entry, KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address, function_of
@@ -32,12 +32,15 @@ from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.planning import Plan, Planner
+from treadle.backends.tvm.poisoning import run_poisoned
 from treadle.backends.tvm.spaces import Arena, Input, Output, State
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.storage.views import Storage
 from treadle.ir.types import DType
+from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import aligned
 
 Array = np.ndarray[Any, Any]
 
@@ -178,7 +181,7 @@ class _Machine:
     def _run(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> None:
         if self._arena.nbytes < plan.arena + ALIGNMENT:
             self._arena = _allocated((plan.arena + ALIGNMENT,), np.dtype(np.uint8))
-        plan.put(Arena(), -(-address(self._arena) // ALIGNMENT) * ALIGNMENT)
+        plan.put(Arena(), aligned(address(self._arena), ALIGNMENT))
         for name, array in given.items():
             plan.put(Input(name), address(array))
         for name, array in made.items():
@@ -193,7 +196,10 @@ class _Machine:
         if tvm_runtime.pool_is_lost():
             table = table.copy()
             table[:, -1] = True
-        failed = run_table(self._runner, table, self._result)
+        if poisons():
+            failed = run_poisoned(plan, table, self._arena, partial(run_table, self._runner, result=self._result))
+        else:
+            failed = run_table(self._runner, table, self._result)
         if failed >= 0:
             plan.status[:] = 0  # of the kernels before
             step = plan.steps[failed]

@@ -10,12 +10,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import numpy as np
 
 from treadle.backends.states import States
-from treadle.backends.tvm.arena import ALIGNMENT, plan_arena
 from treadle.backends.tvm.kernels.cache import Entry
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -24,8 +23,8 @@ from treadle.backends.tvm.lowering.program import KernelStep, ProgramEntry, Rout
 from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Pointer, State, Status
 from treadle.ir.sizing.sizes import product
 from treadle.ir.storage.views import Storage, StorageKind, View
-from treadle.passes.memory.checking import check_placement
-from treadle.passes.memory.instances import Lifetime
+from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
+from treadle.passes.memory.frames import bytes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -57,21 +56,24 @@ class Plan:
     words      all arguments, 16 bytes each: a type index and a value
     moves      for each space that another call has elsewhere, which words hold addresses in it, and their offsets
     arena      bytes that locals need
+    least      no placement of the locals needs fewer
     shapes     of the outputs
     steps      for each record the step that it came from
     status     four words for each record that is given indices, in order; see `program.STATUS`
     tellers    the steps of these records
+    freed      (records, first byte, bytes): after so many records nobody reads these bytes of the arena any longer
     """
 
     table: Array
     words: Array
     moves: Mapping[Moving, tuple[Array, Array]]
     arena: int
+    least: int
     shapes: Mapping[str, tuple[int, ...]]
     steps: Sequence[KernelStep]
-    lives: Mapping[str, Sequence[Lifetime]]
     status: Array
     tellers: Sequence[KernelStep]
+    freed: Sequence[tuple[int, int, int]]
     states: weakref.ref[States] | None = None
     """Those of the last call: their addresses are in place."""
     begins: dict[Moving, int] = field(default_factory=dict)
@@ -83,19 +85,6 @@ class Plan:
             at, offsets = self.moves[space]
             self.words[at, 1] = offsets + begin
             self.begins[space] = begin
-
-
-class _Frame(NamedTuple):
-    """A routine's share of the arena.
-
-    offsets  of its locals
-    end      where they end, and the frames of its callees begin
-    deepest  where the last of these ends
-    """
-
-    offsets: Mapping[Storage, int]
-    end: int
-    deepest: int
 
 
 class Planner:
@@ -121,13 +110,11 @@ class Planner:
         self.told = Relocation()
         self.steps: list[KernelStep] = []
         self.tellers: list[KernelStep] = []
-        self.frames: dict[str, _Frame] = {}
-        self.lives: dict[str, list[Lifetime]] = {}
+        self.freed: list[tuple[int, int, int]] = []
+        self.frames = place_frames({routine.name: routine.frame for routine in program.routines}, sizes)
 
     def plan(self) -> Plan:
         program = self.program
-        for routine in program.routines:
-            self._frame(routine)
         places = {storage: Pointer(Input(name)) for name, storage in program.inputs.items()}
         places |= {storage: Pointer(State(name)) for name, storage in program.states.items()}
         places |= {view.storage: Pointer(Output(name)) for name, view in program.outputs.items()}
@@ -137,13 +124,24 @@ class Planner:
         for i, ((function, handle), first, count) in enumerate(self.records):
             alone = self.threads == 1 or not self._worth_threads(self.steps[i])
             table[i] = (function, handle, address(words) + 16 * first, count, alone)
-        arena = self.frames[program.routine.name].deepest
+        placed = self.frames[program.routine.name]
         shapes = {n: tuple(s.evaluate(self.sizes) for s in v.shape) for n, v in program.outputs.items()}
         moves = {space: move.arrays() for space, move in self.moves.items()}
         status = np.zeros((len(self.tellers), _STATUS_WORDS), np.int64)
         at, offsets = self.told.arrays()
         words[at, 1] = offsets + address(status)
-        return Plan(table, words, moves, arena, shapes, self.steps, self.lives, status, self.tellers)
+        return Plan(
+            table,
+            words,
+            moves,
+            placed.size,
+            placed.bound,
+            shapes,
+            self.steps,
+            status,
+            self.tellers,
+            self.freed,
+        )
 
     def _worth_threads(self, step: KernelStep) -> bool:
         """Whether a step takes longer than it takes to wake threads: by the bytes it touches and its operations."""
@@ -157,40 +155,36 @@ class Planner:
     def _known_worth(self) -> dict[KernelStep, bool]:
         return {}
 
-    def _frame(self, routine: Routine) -> None:
-        """Offsets of a routine's locals from where its frame begins; that of a callee begins where they end."""
-        lives = {
-            life.storage: Lifetime(
-                life.storage.name,
-                life.first,
-                life.last + 1,
-                life.storage.elements.evaluate(self.sizes) * life.storage.dtype.bytes,
-            )
-            for life in routine.lives
-        }
-        offsets = plan_arena(list(lives.values()))
-        end = check_placement(list(lives.values()), offsets, alignment=ALIGNMENT)
-        inner = max(
-            (self.frames[s.routine.name].deepest for s in routine.steps if isinstance(s, RoutineStep)), default=0
-        )
-        self.lives[routine.name] = list(lives.values())
-        self.frames[routine.name] = _Frame(dict(zip(lives, offsets, strict=True)), end, end + inner)
-
     def _expand(self, routine: Routine, places: Mapping[Storage, Pointer], base: int) -> None:
         """Add the calls of a routine whose frame begins at `base`, with arguments and results at these places."""
-        frame = self.frames[routine.name]
-        for step, views, sizes in self._numbers(routine):
+        frame, dying = self.frames[routine.name], self._dying(routine)
+        for number, (step, views, sizes) in enumerate(self._numbers(routine)):
             pointers = [self._place(storage, at, places, frame, base) for storage, at in views]
             if isinstance(step, RoutineStep):
                 storages = [*step.routine.arguments, *step.routine.results]
-                self._expand(step.routine, dict(zip(storages, pointers, strict=True)), base + frame.end)
-                continue
-            first = len(self.words)
-            for pointer in pointers:
-                self.words.append((POINTER, self._value(pointer, step)))
-            self.words += [(INTEGER, n) for n in sizes]
-            self.records.append((self.entries[step.kernel], first, len(self.words) - first))
-            self.steps.append(step)
+                self._expand(step.routine, dict(zip(storages, pointers, strict=True)), base + frame.callees[number])
+            else:
+                first = len(self.words)
+                for pointer in pointers:
+                    self.words.append((POINTER, self._value(pointer, step)))
+                self.words += [(INTEGER, n) for n in sizes]
+                self.records.append((self.entries[step.kernel], first, len(self.words) - first))
+                self.steps.append(step)
+            self.freed += [(len(self.records), base + at, count) for at, count in dying.get(number, ())]
+
+    def _dying(self, routine: Routine) -> Mapping[int, list[tuple[int, int]]]:
+        """By step of a routine: where in its frame what lies that no later step reads, and its bytes."""
+        if routine.name not in self._known_dying:
+            found: dict[int, list[tuple[int, int]]] = {}
+            for life in routine.lives:
+                count = bytes_of(life.storage).evaluate(self.sizes)
+                found.setdefault(life.last, []).append((self.frames[routine.name].offsets[life.storage], count))
+            self._known_dying[routine.name] = found
+        return self._known_dying[routine.name]
+
+    @cached_property
+    def _known_dying(self) -> dict[str, Mapping[int, list[tuple[int, int]]]]:
+        return {}
 
     def _value(self, pointer: Pointer, step: KernelStep) -> int:
         """What the next word holds: an address, or, until that is known, the offset in its space."""
@@ -227,7 +221,9 @@ class Planner:
     def _bytes(self, view: View) -> int:
         return view.offset.evaluate(self.sizes) * view.dtype.bytes
 
-    def _place(self, storage: Storage, at: int, places: Mapping[Storage, Pointer], frame: _Frame, base: int) -> Pointer:
+    def _place(
+        self, storage: Storage, at: int, places: Mapping[Storage, Pointer], frame: PlacedFrame, base: int
+    ) -> Pointer:
         """A storage's byte `at`."""
         match storage.kind:
             case StorageKind.LOCAL:

@@ -23,7 +23,6 @@ import numpy as np
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
 from treadle.backends.refusals import refuse_misfit, refuse_missing
-from treadle.backends.tvm.arena import ALIGNMENT
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDTH
@@ -37,6 +36,7 @@ from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type, bf16, f32
 from treadle.passes.lowering.assign_layouts import Reads, Wants
+from treadle.passes.memory.frame_placement import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
 

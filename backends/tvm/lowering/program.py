@@ -17,6 +17,7 @@ from treadle.ir.graph import Node
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import i64
+from treadle.passes.memory.frames import Frame, FrameCall
 from treadle.passes.memory.storage_plan import Life
 
 STATUS = Storage("status", i64, Size.of(4), StorageKind.STATUS)
@@ -78,6 +79,12 @@ class Routine:
     results: list[Storage] = field(default_factory=list)
     steps: list[KernelStep | RoutineStep] = field(default_factory=list)
     lives: list[Life] = field(default_factory=list)
+
+    @property
+    def frame(self) -> Frame:
+        """What it holds of its own, by its own steps."""
+        calls = {i: FrameCall(step.routine.name) for i, step in enumerate(self.steps) if isinstance(step, RoutineStep)}
+        return Frame(self.name, tuple([step.node for step in self.steps]), tuple(self.lives), calls)
 
     def walk(self) -> Iterator[KernelStep]:
         """The steps of this routine, not of those it calls."""

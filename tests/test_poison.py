@@ -1,0 +1,139 @@
+"""Poison mode: what a plan has dead is NaN, and nobody notices; where a plan is wrong, somebody does."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from tests.backend_checks import block_model, compiled, graph_of, needs_tvm
+from tests.test_models import ZOO
+from treadle.backends.numpy.backend import NumpyBackend
+from treadle.backends.registry import find_backend
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernels.calling import address
+from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import aligned
+
+Array = np.ndarray[Any, Any]
+
+
+def bits(outputs: Any) -> dict[str, bytes]:
+    return {name: np.asarray(array).tobytes() for name, array in outputs.items()}
+
+
+def run(graph: Graph, backend: str, given: dict[str, Array], poison: bool) -> dict[str, bytes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TREADLE_POISON", "1" if poison else "0")
+        executable = treadle.compile(graph, backend=backend, seed=1)
+        executable(**given)
+        return bits(executable(**given))  # the second time, memory holds what the first left
+
+
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("tvm", marks=needs_tvm)])
+@pytest.mark.parametrize("name", ZOO)
+def test_no_model_of_the_zoo_reads_what_is_dead(name: str, backend: str) -> None:
+    graph = ZOO[name][0].graph()
+    given = draw_inputs(graph, small_sizes(graph)[-1], [0])
+    assert run(graph, backend, given, True) == run(graph, backend, given, False)
+
+
+def chained(b: Builder) -> Expr:
+    x = b.softmax(b.input("x", "f32[S, 64]"), name="kept")
+    return b.softmax(b.softmax(b.softmax(x)) + x)
+
+
+@needs_tvm
+def test_a_kernel_that_reads_what_is_dead_computes_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    executable = compiled("tvm", graph_of(chained))
+    assert isinstance(executable, KernelExecutable)
+    given = {"x": np.ones((3, 64), np.float32)}
+    right = executable(**given)["y"]
+    monkeypatch.setenv("TREADLE_POISON", "1")
+    assert np.array_equal(executable(**given)["y"], right)
+    (plan,) = executable.machine.plans.values()
+    first = min(plan.freed, key=lambda freed: freed[1])
+    plan.freed = [(1, *first[1:]), *plan.freed]
+    assert np.isnan(executable(**given)["y"]).all()
+
+
+def test_a_line_that_reads_what_is_dead_computes_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The life of a storage ends before a view of it is read."""
+    monkeypatch.setenv("TREADLE_POISON", "1")
+    backend, target = NumpyBackend(), Target("cpu")
+    lowered = backend.lower(
+        graph_of(
+            lambda b: b.softmax(b.rearrange(b.softmax(b.input("x", "f32[S, 4]"), name="kept"), pattern="s d -> d s"))
+        ),
+        target,
+    )
+    plan = lowered.plan
+    assert plan is not None
+    main = plan.functions["main"]
+    lives = tuple(replace(life, last=1) if life.storage.name == "kept" else life for life in main.lives)
+    wrong = replace(plan, functions={"main": replace(main, lives=lives)})
+    given = {"x": np.ones((3, 4), np.float32)}
+    for each, is_right in ((plan, True), (wrong, False)):
+        made = backend.emit(lowered.graph, target, {}, lowered.graph, each)(**given)["y"]
+        assert np.isfinite(made).all() == is_right
+
+
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("tvm", marks=needs_tvm)])
+def test_what_the_caller_gave_stays_as_it_is(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREADLE_POISON", "1")
+    graph, weights = block_model()
+    held = {name: array.copy() for name, array in weights.items()}
+    given = {"tokens": np.array([[1, 2, 3]])}
+    executable = find_backend(backend).compile(graph, Target("cpu"), weights)
+    once, again = executable(**given), executable(**given)
+    assert bits(once) == bits(again)
+    assert all(np.array_equal(weights[name], array) for name, array in held.items())
+    assert np.array_equal(given["tokens"], [[1, 2, 3]])
+
+
+# -- the arena -----------------------------------------------------------------------------------------------------
+
+
+@needs_tvm
+@pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
+def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
+    """Bytes that differ from what lay there, of two patterns: one of them at least differs from what is written."""
+    graph = ZOO[name][0].graph()
+    executable = treadle.compile(graph, backend="tvm", seed=1)
+    machine = executable.executable.machine
+    for number, sizes in enumerate(small_sizes(graph)):
+        given = draw_inputs(graph, sizes, [number])
+        executable(**given)
+        plan = list(machine.plans.values())[-1]
+        assert plan.arena == plan.least
+        touched = np.zeros(0, np.int64)
+        for pattern in (0x55, 0xAA):
+            machine._arena = np.full(plan.arena + 64 * ALIGNMENT, pattern, np.uint8)
+            executable(**given)
+            begin = -address(machine._arena) % ALIGNMENT
+            touched = np.union1d(touched, np.flatnonzero(machine._arena != pattern) - begin)
+        assert touched[0] >= 0
+        assert aligned(touched[-1] + 1, ALIGNMENT) == plan.arena
+
+
+@needs_tvm
+def test_a_run_allocates_its_outputs_and_nothing_else() -> None:
+    executable = treadle.compile("gpt2", backend="tvm", layers=2, dim=64, heads=4, vocab=4000, seed=1)
+    given = {"tokens": np.ones((2, 64), np.int64)}
+    executable(**given)
+    tracemalloc.start()
+    try:
+        out = executable(**given)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    made = sum(np.asarray(array).nbytes for array in out.values())
+    assert made <= peak < made + 64_000
