@@ -26,7 +26,7 @@ from treadle.ir.errors import UsageError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
-from treadle.runtime.token_ports import token_ports
+from treadle.runtime.language_models import token_ports
 
 Array = np.ndarray[Any, Any]
 X = TypeVar("X")

@@ -23,6 +23,8 @@ from treadle.passes.stepping.kept_values import StepStates, free_name
 from treadle.passes.stepping.rows import Stepped, apply_by_row
 from treadle.passes.stepping.survey import Context, Kind, Survey
 
+ROWS, LAST_TOKEN = ("rows", "start"), "last"
+"""What an entry is told of each row; see `treadle.passes.stepping.derivation`."""
 CAPACITY = "C"
 SLOTS = "R"
 
@@ -65,6 +67,7 @@ class StepFunctions:
             for v in values
         )
         body = _Body(self, context, self.demanding.of(context, extents), self.graph.add_entry(name), single)
+        body.declare([*ROWS, LAST_TOKEN] if extent is Extent.LAST else ROWS)
         body.build()
         body.finish(extents)
         return body.made.function
@@ -106,6 +109,14 @@ class _Body:
         self.values: dict[Wanted, Stepped] = {}
         self.known: dict[str, Expr] = {}
         self.axis = functions.survey.axis
+
+    def declare(self, names: Sequence[str]) -> None:
+        """Take the tokens, then what is told of rows, whether anything reads them or not: callers give all of it."""
+        for value in self.context.function.inputs:
+            if self.context.kind(value) is Kind.STEPPED:
+                self.read(value, Extent.ALL)
+        for name in names:
+            self.data(name)
 
     def build(self) -> None:
         for node in self.context.function.nodes:
