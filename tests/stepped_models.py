@@ -113,6 +113,24 @@ def across(tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], *, vocab: 
 
 
 @t.model
+def spread(tokens: Tokens) -> t.Tensor:
+    """Positions expanded to the rows, as traced models have them: [s] and [1, s] to [b, s], [s] to [3, b, s]."""
+    x, i = t.embed(tokens, 11, 12, name="wte"), t.iota(size=tokens.shape[1])
+    x = x + t.expand(t.embed(i, 24, 12, name="wpe"), shape=(tokens.shape[0], None, None))
+    waves = t.sin(t.expand(t.cast(i, to="f32"), shape=(3, tokens.shape[0], None)))
+    x = x + t.rearrange(t.reduce_sum(waves, axes=(0,)), pattern="b s -> b s 1")
+    positions = t.expand(t.rearrange(i, pattern="s -> 1 s"), shape=(tokens.shape[0], None))
+    x = x + t.self_attention(
+        x,
+        3,
+        mask=t.causal,
+        rotate=lambda q: t.rotary(q, positions, t.rotary_frequencies(4)),
+        name="attn",
+    )
+    return t.linear(x, 11, name="head")
+
+
+@t.model
 def oddly_named(rows: Tokens, start: Picture, last: Annotated[t.Tensor, t.f32["B S 12"]]) -> t.Tensor:
     """Inputs that are named as a step names what it is told of rows."""
     x = t.embed(rows, 11, 12, name="wte") + last
@@ -152,7 +170,7 @@ MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("gpt2", "llama", "t5", "t5 gated", "transformer", "bart", "bart hidden")},
     **{name: ZOO[name][0] for name in ("marian", "marian, two vocabularies", "whisper")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
-    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, oddly_named, by_heads)},
+    **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, oddly_named, by_heads)},
 }
 
 

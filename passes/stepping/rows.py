@@ -17,7 +17,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.parts import Concat, Slice
-from treadle.ir.ops.shapes import Rearrange
+from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.stepping.errors import refusal
 
 
@@ -54,6 +54,8 @@ def apply_by_row(
     if isinstance(op, Concat | Slice):
         axis = place(op.axis, node.results[0].type.rank) + 1
         return [Stepped(x.expr, True) for x in _emitted(b, replace(op, axis=axis), _all_by_row(b, operands))]
+    if isinstance(op, Expand):
+        return [_expanded(b, op, operands, row_dim)]
     ranks = [None if v is None else v.type.rank for v in node.operands]
     rule = op.rule(ranks)
     by_row = [pattern for pattern, x in zip(rule.operands, operands, strict=True) if x is not None and x.by_row]
@@ -72,6 +74,22 @@ def apply_by_row(
             raise refusal(node, "meets where tokens stand in dimensions before those of its rows")
         laid.append(Stepped(_spread(b, operand.expr, at, between)))
     return [Stepped(found.expr, row_dim is None) for found in _emitted(b, op, laid)]
+
+
+def _expanded(b: Builder, op: Expand, operands: Sequence[Stepped | None], row_dim: int | None) -> Stepped:
+    """x [b, ...] expanded; where the model expands to the rows, these are the ones that x has."""
+    (x,) = operands
+    assert x is not None
+    names = [f"x{n}" for n in range(x.expr.rank - 1)]
+    laid = ["1"] * (len(op.shape) - len(names)) + names
+    shape = list(op.shape)
+    if row_dim is None:
+        laid, shape = ["row", *laid], [None, *shape]
+    else:
+        laid[row_dim], shape[row_dim] = "row", None
+    kept = [name if name in laid else "1" for name in names]  # a dimension of size 1 is where the rows come
+    found: Expr = b.rearrange(x.expr, pattern=f"row {' '.join(kept)} -> {' '.join(laid)}")
+    return Stepped(b.expand(found, shape=tuple(shape)), row_dim is None)
 
 
 def _all_by_row(b: Builder, operands: Sequence[Stepped | None]) -> list[Stepped | None]:
