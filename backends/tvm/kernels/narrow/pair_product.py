@@ -133,11 +133,11 @@ class PairProduct(Kernel):
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
         with k.loop(steps, "step") as step, k.loop(PAIR_SQUARE, "pair") as pair:
             at = k.let(step * PAIR_STEP + pair * 2, "at")
-            for v in range(vectors):
-                lane = v * lanes
+            held = []
+            for lane in range(0, vectors * lanes, lanes):
                 place = [panel, step, square + lane // PAIR_SQUARE, pair, 2 * (lane % PAIR_SQUARE)]
-                w = k.let(k.bits(k.load(views["w"], place, 2 * lanes), DTYPES["i32"], lanes), "w")
-                self._pairs(k, views["a"], first, high, at, w, acc, v, vectors)
+                held.append(k.let(k.bits(k.load(views["w"], place, 2 * lanes), DTYPES["i32"], lanes), "w"))
+            self._pairs(k, views["a"], first, high, at, held, acc)
         tile = k.registers(high * vectors * lanes, f32, "tile")
         with k.unroll(high * vectors, "r") as r:
             k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
@@ -146,24 +146,28 @@ class PairProduct(Kernel):
             column = k.let(panel * WIDTH + square * PAIR_SQUARE + v * lanes, "column")
             self.finishing.store(k, views, [first + i], column, value, columns, lanes)
 
-    def _pairs(
-        self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, w: Expr, acc: Any, v: int, vectors: int
-    ) -> None:
-        """Add a pair of each row, times a vector of pairs, to the sums."""
+    def _pairs(self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, held: Sequence[Expr], acc: Any) -> None:
+        """Add a pair of each row, times vectors of pairs, to the sums. One pair at a time takes a register."""
         lanes, i32 = k.isa.lanes(), DTYPES["i32"]
-        if k.isa.multiplies_pairs:
-            for i in range(high):
-                place = [(i * vectors + v) * lanes]
-                pair = k.splat(k.bits(k.load(a, [first + i, at], 2), i32), lanes)
-                k.store(acc, place, _pairs_added(k, k.load(acc, place, lanes), pair, w), lanes)
-            return
-        low = k.let(k.bits(k.shift_left(w, k.number(16, i32, lanes)), f32, lanes), "low")
-        up = k.let(k.bits(w & k.number(_HIGH_HALF, i32, lanes), f32, lanes), "up")
+        wide = [] if k.isa.multiplies_pairs else [_widened(k, w, lanes) for w in held]
         for i in range(high):
-            place = [(i * vectors + v) * lanes]
-            for n, half in enumerate((low, up)):
-                x = k.splat(k.load(a, [first + i, at + n]), lanes)
-                k.store(acc, place, k.load(acc, place, lanes) + x * half, lanes)
+            places = [[(i * len(held) + v) * lanes] for v in range(len(held))]
+            if k.isa.multiplies_pairs:
+                pair = k.let(k.splat(k.bits(k.load(a, [first + i, at], 2), i32), lanes), "pair")
+                for place, w in zip(places, held, strict=True):
+                    k.store(acc, place, _pairs_added(k, k.load(acc, place, lanes), pair, w), lanes)
+                continue
+            for n in range(2):
+                x = k.let(k.splat(k.load(a, [first + i, at + n]), lanes), "x")
+                for place, halves in zip(places, wide, strict=True):
+                    k.store(acc, place, k.load(acc, place, lanes) + x * halves[n], lanes)
+
+
+def _widened(k: Emitter, w: Expr, lanes: int) -> tuple[Expr, Expr]:
+    """The first and the second number of each pair, in float32: a bf16 is the upper half of one."""
+    i32 = DTYPES["i32"]
+    low = k.bits(k.shift_left(w, k.number(16, i32, lanes)), f32, lanes)
+    return k.let(low, "low"), k.let(k.bits(w & k.number(_HIGH_HALF, i32, lanes), f32, lanes), "up")
 
 
 def _pairs_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
