@@ -25,6 +25,7 @@ from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
+from treadle.passes.memory.frames import Frame, frames_of
 from treadle.passes.memory.storage_plan import StoragePlan
 
 
@@ -75,6 +76,13 @@ class StagedBackend(ABC):
 
         Raises BackendError for a weight that is missing or does not fit.
         """
+
+    def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
+        """What each function of a lowered graph holds of its own, callees first.
+
+        By default what the plan says; a backend adds what its kernels need beside.
+        """
+        return frames_of(plan)
 
     def lower(self, graph: Graph, target: Target, *, certify: bool | None = None) -> Optimized:
         """Take an optimized graph through the pipeline. Raises BackendError as `refuse` does."""

@@ -32,6 +32,7 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
+from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import StoragePlan
 
 
@@ -66,6 +67,11 @@ class TvmBackend(StagedBackend):
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         return (Legalize(keeps), AssignLayouts(wants(isa_of(target))), HoistWeights(), PLAN)
+
+    def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
+        """By the steps of each routine, with what single kernels need beside."""
+        program = lower(graph, plan, isa_of(target), RULES)
+        return {routine.name: routine.frame for routine in program.routines}
 
     def emit(
         self,

@@ -122,9 +122,13 @@ def covers(large: Size, small: Size, symbols: Mapping[str, Bounds]) -> bool:
 
 
 def live_at(
-    frames: Mapping[str, Frame], entry: str, sizes: Mapping[str, int], alignment: int = 1
+    frames: Mapping[str, Frame],
+    entry: str,
+    sizes: Mapping[str, int],
+    alignment: int = 1,
+    without: Storage | None = None,
 ) -> list[tuple[tuple[tuple[str, int], ...], int]]:
-    """The bytes that live at each step of a run, each storage a multiple of `alignment`.
+    """The bytes that live at each step of a run, each storage a multiple of `alignment`; one may be left out.
 
     A step is told by the functions and steps that lead to it: ((main, 3), (h, 5)).
     """
@@ -135,6 +139,8 @@ def live_at(
             return known[name]
         frame, found = frames[name], []
         taken = {x.storage: aligned(bytes_of(x.storage).evaluate(sizes), alignment) for x in frame.lives}
+        if without is not None:
+            taken[without] = 0
         for at in range(len(frame.steps) + 1):
             live = sum(taken[x.storage] for x in frame.alive(at))
             if at in frame.calls:

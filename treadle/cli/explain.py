@@ -1,7 +1,8 @@
-"""`treadle explain`: where a fused op could stand, and why it does not; where weights and values lie; the step."""
+"""`treadle explain`: why an op was fused or not; where weights and values lie; the peak of memory; the step."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +28,7 @@ from treadle.ir.errors import UsageError
 def explain_sites(
     model: ModelName,
     subject: Annotated[
-        str, typer.Argument(metavar="SUBJECT", help="fusion, layouts, storage or step.", show_default=False)
+        str, typer.Argument(metavar="SUBJECT", help="fusion, layouts, storage, memory or step.", show_default=False)
     ],
     expect: Annotated[
         list[str] | None,
@@ -40,6 +41,17 @@ def explain_sites(
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
+    sizes: Annotated[
+        str | None,
+        typer.Option(metavar="B=1,S=128", help="memory: the sizes of symbolic axes.", show_default=False),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="memory: draw the arena over time.", show_default=False)
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="memory: what grew since --json wrote FILE.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what the compiler did, and why.
@@ -50,6 +62,8 @@ def explain_sites(
 
     storage: of every value and weight, where it lies for a backend, in which form, from which step to which, and why.
 
+    memory: of a run, how much lives at its peak, what, why, and what would lower it.
+
     step: of the step of generation that is derived from the model, its states and their bytes, and what ops became.
     """
     from treadle.explaining import explain_fusion, parse_expected
@@ -57,15 +71,19 @@ def explain_sites(
     from treadle.option_values import parse_config
     from treadle.progress import working
 
-    if subject not in ("fusion", "layouts", "storage", "step"):
-        known = "fusion, layouts, storage or step"
+    if subject not in ("fusion", "layouts", "storage", "memory", "step"):
+        known = "fusion, layouts, storage, memory or step"
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint=known)
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
     chosen |= {"dtype": dtype, "widen": names_of(widen) or ()}
+    if subject != "memory" and (sizes is not None or svg is not None or against is not None):
+        raise UsageError("--sizes, --svg and --against are about memory", received=f"explain {model} {subject}")
     if subject != "fusion":
         if expect or certify:
             raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")
-        if subject == "step":
+        if subject == "memory":
+            _memory(model, backend, chosen, sizes, svg, against, as_json)
+        elif subject == "step":
             _step(model, chosen, as_json)
         else:
             _lowered(model, subject, backend, chosen, as_json)
@@ -99,6 +117,35 @@ def _lowered(model: str, subject: str, backend: str, chosen: dict[str, Any], as_
         else:
             found = explain_storage(model, backend=backend, **chosen)
     if as_json:
+        print_json(found.as_dict())
+    else:
+        print(fitted(str(found), fit_prose))
+
+
+def _memory(
+    model: str,
+    backend: str,
+    chosen: dict[str, Any],
+    sizes: str | None,
+    svg: Path | None,
+    against: Path | None,
+    as_json: bool,
+) -> None:
+    from treadle.drawing_memory import draw_memory, write_drawing
+    from treadle.explaining_memory import compare_memory, explain_memory, read_memory
+    from treadle.fitting import fit_prose, fitted
+    from treadle.option_values import parse_sizes
+    from treadle.progress import working
+
+    asked = parse_sizes(sizes)
+    asked |= {name: chosen.pop(name) for name in [*chosen] if name.isupper()}  # axes; settings have small letters
+    with working(f"lowering {model} for {backend}", shown=not as_json):
+        found = explain_memory(model, backend=backend, sizes=asked, **chosen)
+    if svg is not None:
+        write_drawing(svg, draw_memory(found))
+    if against is not None:
+        print(compare_memory(read_memory(against), found.as_dict()))
+    elif as_json:
         print_json(found.as_dict())
     else:
         print(fitted(str(found), fit_prose))

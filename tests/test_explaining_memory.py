@@ -1,0 +1,110 @@
+"""`treadle explain MODEL memory`: what it says is what a run takes, and the drawing shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import treadle
+from tests.backend_checks import needs_tvm
+from tests.test_explaining_layouts import SMALL, told
+from treadle.drawing_memory import draw_memory
+from treadle.explaining_memory import MemoryTold, compare_memory, explain_memory, read_memory
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.sizing.sizes import Size
+
+each_backend = pytest.mark.parametrize("backend", ["numpy", pytest.param("tvm", marks=needs_tvm)])
+SIZES = {"B": 2, "S": 13}
+
+
+def gpt2(backend: str, **config: int) -> MemoryTold:
+    return explain_memory("gpt2", backend=backend, sizes=SIZES, **{**SMALL, **config})
+
+
+@each_backend
+def test_what_lives_at_the_peak_adds_up_to_it(backend: str) -> None:
+    found = gpt2(backend)
+    assert sum(each.bytes for each in found.alive) == found.peak > 0
+    assert all(0 <= each.saves <= each.bytes for each in found.alive)
+    assert any(each.saves for each in found.alive)
+    assert all(each.line for each in found.alive)
+    assert found.apart["inputs"] == 2 * 13 * 8 and found.apart["outputs"] == 2 * 13 * SMALL["vocab"] * 4
+    assert f"{found.peak:,} bytes" in str(found)
+
+
+def test_the_formula_gives_the_peak_at_every_size() -> None:
+    for sizes in ({"B": 1, "S": 1}, {"B": 3, "S": 7}, {"B": 64, "S": 2}, {"B": 1, "S": 64}):
+        found = explain_memory("bart", backend="numpy", sizes=sizes, encoder_layers=2, decoder_layers=2)
+        assert max(Size.of(size).evaluate(found.sizes) for size in found.formula) == found.peak
+
+
+@needs_tvm
+def test_the_arena_is_that_of_a_run() -> None:
+    exe = treadle.compile("gpt2", backend="tvm", **SMALL)
+    exe(tokens=np.ones((2, 13), np.int64))
+    (plan,) = exe.executable.machine.plans.values()
+    found = gpt2("tvm")
+    assert found.arena == plan.arena == found.peak
+
+
+@each_backend
+def test_the_command_says_what_the_function_says(backend: str) -> None:
+    settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    words = ("explain", "gpt2", "memory", "--backend", backend, *settings)
+    found = gpt2(backend)
+    assert told(*words, "--set", "B=2", "--set", "S=13").split() == str(found).split()
+    assert json.loads(told(*words, "--sizes", "B=2,S=13", "--json")) == json.loads(json.dumps(found.as_dict()))
+
+
+def test_sizes_outside_their_bounds_are_refused() -> None:
+    with pytest.raises(UsageError, match="S cannot be 4000"):
+        explain_memory("gpt2", sizes={"S": 4000})
+    with pytest.raises(UsageError, match="has no symbolic axis T"):
+        explain_memory("gpt2", sizes={"T": 4})
+
+
+@needs_tvm
+def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
+    found = gpt2("tvm")
+    file = tmp_path / "gpt2.svg"
+    settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    told("explain", "gpt2", "memory", "--backend", "tvm", *settings, "--sizes", "B=2,S=13", "--svg", str(file))
+    assert file.read_text(encoding="utf-8") == draw_memory(found)
+    boxes = [
+        tuple(float(r.attrib[name]) for name in ("x", "y", "width", "height"))
+        for r in ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}rect")
+        if (title := r.find("{*}title")) is not None and "bytes" in (title.text or "")
+    ]
+    calls = {"main": 1, "h": SMALL["layers"]}
+    assert len(boxes) == sum(calls[name] * len(frame.lives) for name, frame in found.frames.items())
+    for i, (x, y, w, h) in enumerate(boxes):
+        for x2, y2, w2, h2 in boxes[:i]:
+            apart = x + w <= x2 + 0.02 or x2 + w2 <= x + 0.02 or y + h <= y2 + 0.02 or y2 + h2 <= y + 0.02
+            assert apart
+
+
+def test_a_backend_without_an_arena_has_no_drawing() -> None:
+    with pytest.raises(UsageError, match="there is no arena to draw"):
+        draw_memory(gpt2("numpy"))
+
+
+def test_two_builds_are_compared(tmp_path: Path) -> None:
+    before, after = gpt2("numpy").as_dict(), gpt2("numpy", vocab=2 * SMALL["vocab"]).as_dict()
+    lines = compare_memory(before, after).splitlines()
+    grown = 2 * 13 * SMALL["vocab"] * 4
+    assert lines[0].endswith(f"({after['peak'] - before['peak']:+,})")
+    assert lines[1:] == [f"  main.logits  {grown:+,} bytes  {grown:,} -> {2 * grown:,}"]
+    assert compare_memory(before, before).splitlines() == [
+        lines[0].partition(" ->")[0] + f" -> {before['peak']:,} bytes (+0)"
+    ]
+    with pytest.raises(UsageError, match="at the same sizes"):
+        compare_memory(before, {**after, "sizes": {}})
+    with pytest.raises(UsageError, match="not what explain memory"):
+        compare_memory({}, after)
+    (tmp_path / "no.json").write_text("[1]")
+    with pytest.raises(CheckpointError):
+        read_memory(tmp_path / "no.json")

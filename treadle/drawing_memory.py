@@ -1,0 +1,194 @@
+"""A drawing of a run's arena: time to the right, bytes upwards, a rectangle for each storage while it lives. As SVG.
+
+    Path("gpt2.svg").write_text(draw_memory(explain_memory("gpt2", backend="tvm")))
+
+Calls are drawn one after the other, each in its place in the caller's frame. A line says what lives at each step, and
+the step of the peak is marked. Names, bytes and the user's lines appear under the pointer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from treadle.explaining_memory import MemoryTold
+from treadle.files.shown_names import shown_path
+from treadle.files.whole_files import replacing
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import UsageError
+from treadle.passes.memory.frames import Frame, bytes_of, live_at
+from treadle.reports import human, sizes_text
+
+WIDTH, HEIGHT = 1200, 560
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 64, 96
+_COLOURS = (
+    *("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#e15759", "#d37295"),
+    *("#a0cbe8", "#ffbe7d"),
+)
+_BESIDE = "#bab0ac"
+_LEGEND = 10  # entries; further ops share the last colour
+
+
+def write_drawing(path: Path, text: str) -> None:
+    """Write an SVG file, whole or not at all. Raises UsageError where that cannot be."""
+    try:
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UsageError("the drawing cannot be written", received=str(error), within=shown_path(path)) from error
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A storage while it lives: steps of the whole run, bytes of the arena."""
+
+    first: int
+    end: int
+    low: int
+    bytes: int
+    op: str
+    told: str
+
+
+@dataclass(frozen=True)
+class _Band:
+    """A function while it runs."""
+
+    first: int
+    end: int
+    depth: int
+    name: str
+
+
+def draw_memory(told: MemoryTold) -> str:
+    """The drawing as the text of an SVG file. Raises UsageError for a backend that has no arena."""
+    if told.placed is None or told.arena is None:
+        raise UsageError(
+            f"backend {told.backend} allocates arrays by itself, so there is no arena to draw", hint="--backend tvm"
+        )
+    boxes = list(_boxes(told, told.at[0][0], 0, 0))
+    live = live_at(told.frames, told.at[0][0], told.sizes, told.unit)
+    bands = list(_bands(told, told.at[0][0], 0, 0))
+    end = max(bands[0].end, 1)
+    return "\n".join(_drawn(told, boxes, bands, [count for _, count in live], end)) + "\n"
+
+
+def _lengths(told: MemoryTold, name: str) -> list[int]:
+    """How many steps of the whole run each step of a function is."""
+    frame = told.frames[name]
+    return [sum(_lengths(told, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))]
+
+
+def _starts(told: MemoryTold, name: str, begin: int) -> list[int]:
+    """Where each step of a function begins, and where the last one ends."""
+    found = [begin]
+    for length in _lengths(told, name):
+        found.append(found[-1] + length)
+    return found
+
+
+def _boxes(told: MemoryTold, name: str, begin: int, base: int) -> Iterator[_Box]:
+    assert told.placed is not None
+    frame, placed, starts = told.frames[name], told.placed[name], _starts(told, name, begin)
+    for life in frame.lives:
+        count = bytes_of(life.storage).evaluate(told.sizes)
+        if count:
+            op, line = _maker(frame, life.first)
+            text = f"{life.storage.name} of {name}: {human(count, 'B')} ({count:,} bytes), for {op}  {line}".rstrip()
+            end = starts[min(life.last + 1, len(frame.steps))]
+            yield _Box(starts[life.first], end, base + placed.offsets[life.storage], count, op, text)
+    for at, call in frame.calls.items():
+        yield from _boxes(told, call.callee, starts[at], base + placed.callees[at])
+
+
+def _maker(frame: Frame, at: int) -> tuple[str, str]:
+    node = frame.steps[at] if at < len(frame.steps) else None
+    if node is None:
+        return "beside", ""
+    return ("a call" if node.op.callee is not None else node.op.name), describe_source(node.source, node.scope) or ""
+
+
+def _bands(told: MemoryTold, name: str, begin: int, depth: int) -> Iterator[_Band]:
+    starts = _starts(told, name, begin)
+    yield _Band(begin, starts[-1], depth, name)
+    for at, call in told.frames[name].calls.items():
+        yield from _bands(told, call.callee, starts[at], depth + 1)
+
+
+def _drawn(told: MemoryTold, boxes: list[_Box], bands: list[_Band], live: list[int], end: int) -> Iterator[str]:
+    assert told.arena is not None
+    top = max(told.arena, 1)
+    across, up = (WIDTH - _LEFT - _RIGHT) / end, (HEIGHT - _TOP - _BOTTOM) / top
+
+    def x(step: float) -> float:
+        return round(_LEFT + step * across, 2)
+
+    def y(count: float) -> float:
+        return round(HEIGHT - _BOTTOM - count * up, 2)
+
+    totals: dict[str, int] = {}
+    for box in boxes:
+        totals[box.op] = totals.get(box.op, 0) + box.bytes * (box.end - box.first)
+    ops = sorted(totals, key=lambda op: (-totals[op], op))
+    colours = {op: _COLOURS[i] if i < _LEGEND else _BESIDE for i, op in enumerate(ops)}
+    where = f" at {sizes_text(told.sizes)}" if told.sizes else ""
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+        ' font-family="system-ui, sans-serif" font-size="12">'
+    )
+    yield f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
+    yield f'<text x="{_LEFT}" y="24" font-size="16" font-weight="600">{escape(told.model)}{escape(where)}</text>'
+    yield (
+        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(told.arena, "B")}; at most {human(told.peak, "B")}'
+        f" live at once, in {escape(told.step)}</text>"
+    )
+    for part in range(5):
+        count = top * part / 4
+        yield f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(count)}" y2="{y(count)}" stroke="#e6e6e6"/>'
+        yield f'<text x="{_LEFT - 8}" y="{y(count) + 4}" text-anchor="end" fill="#555555">{human(count, "B")}</text>'
+    for box in boxes:
+        wide, high = round((box.end - box.first) * across, 2), round(box.bytes * up, 2)
+        yield (
+            f'<rect x="{x(box.first)}" y="{y(box.low + box.bytes)}" width="{wide}" height="{high}"'
+            f' fill="{colours[box.op]}" fill-opacity="0.85" stroke="#ffffff" stroke-width="0.5">'
+            f"<title>{escape(box.told)}</title></rect>"
+        )
+        if wide > 7 * len(box.op) + 8 and high > 15:
+            middle = x(box.first) + wide / 2, y(box.low + box.bytes / 2) + 4
+            yield (
+                f'<text x="{middle[0]:.2f}" y="{middle[1]:.2f}" text-anchor="middle" fill="#ffffff" font-size="11"'
+                f' pointer-events="none">{escape(box.op)}</text>'
+            )
+    points = " ".join(f"{x(i)},{y(count)} {x(i + 1)},{y(count)}" for i, count in enumerate(live[:end]))
+    yield f'<polyline points="{points}" fill="none" stroke="#222222" stroke-width="1.2"/>'
+    peak = live.index(max(live, default=0)) if live else 0
+    yield (
+        f'<line x1="{x(peak + 0.5)}" x2="{x(peak + 0.5)}" y1="{_TOP - 8}" y2="{HEIGHT - _BOTTOM}" stroke="#d62728"'
+        ' stroke-dasharray="4 3"/>'
+    )
+    right = peak > end * 0.9
+    yield (
+        f'<text x="{x(peak + 0.5) + (-5 if right else 5)}" y="{_TOP - 6}" fill="#d62728"'
+        f' text-anchor="{"end" if right else "start"}">peak</text>'
+    )
+    for number, band in enumerate(bands):
+        low = HEIGHT - _BOTTOM + 6 + 16 * min(band.depth, 2)
+        wide = round((band.end - band.first) * across, 2)
+        fill = ("#d9dee6", "#eceff4")[number % 2]
+        yield (
+            f'<rect x="{x(band.first)}" y="{low}" width="{wide}" height="14" fill="{fill}" stroke="#ffffff">'
+            f"<title>{escape(band.name)}</title></rect>"
+        )
+        if wide > 7 * len(band.name) + 6:
+            yield (
+                f'<text x="{x(band.first) + wide / 2:.2f}" y="{low + 11}" text-anchor="middle" fill="#333333"'
+                f' font-size="11" pointer-events="none">{escape(band.name)}</text>'
+            )
+    at = float(_LEFT)
+    for op in ops[:_LEGEND]:
+        yield f'<rect x="{at}" y="{HEIGHT - 30}" width="12" height="12" fill="{colours[op]}"/>'
+        yield f'<text x="{at + 17}" y="{HEIGHT - 20}" fill="#333333">{escape(op)}</text>'
+        at += 17 + 7.2 * len(op) + 18
+    yield "</svg>"

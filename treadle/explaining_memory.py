@@ -1,0 +1,295 @@
+"""`explain_memory`: how much memory a run takes at its peak, what lives then and why, and what would lower it.
+
+    print(explain_memory("gpt2", backend="tvm", sizes={"B": 8, "S": 512}))
+
+It tells what follows from the storage plan and, on TVM, from what single kernels need beside. Weights, states, inputs
+and outputs are counted apart: they outlive the run, or are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
+from treadle.explaining_layouts import lowered_for
+from treadle.files.contained_files import read_regular
+from treadle.files.shown_names import shown_path
+from treadle.files.strict_json import read_json_object
+from treadle.frontends.declarations import Model
+from treadle.ir.builder import describe_source
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph, Node, Value
+from treadle.ir.storage.views import Storage
+from treadle.ir.target import Target
+from treadle.option_values import choose_sizes
+from treadle.passes.framework.manager import Pass
+from treadle.passes.memory.frame_placement import ALIGNMENT, PlacedFrame, place_frames
+from treadle.passes.memory.frames import Frame, aligned, bytes_of, live_at, peaks_of
+from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
+from treadle.passes.memory.storage_plan import aligned as columns
+from treadle.passes.pipelines import DEFAULT
+from treadle.reports import human, sizes_text
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A storage that lives at the peak.
+
+    function  whose it is
+    name      of the storage
+    bytes     that it takes
+    size      the same, as an expression of the symbols
+    why       what made it, and who reads it last
+    line      the user's line and the scope of what made it
+    saves     by how many bytes the peak would be lower without it
+    """
+
+    function: str
+    name: str
+    bytes: int
+    size: str
+    why: str
+    line: str
+    saves: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryTold:
+    """What a run of a model takes at some sizes.
+
+    peak      the most bytes that live at once, each storage in units of `unit` bytes
+    arena     where all of it lies in one arena: how large that is. None where a library allocates
+    at        where the peak is: functions and steps that lead there
+    step      what runs then, with the user's line
+    formula   sizes in bytes, of which the largest is the peak, before they are rounded to units
+    alive     what lives then, the largest first
+    apart     bytes of weights, states, inputs and outputs
+    storages  the bytes of every storage, by function and name
+    reorders  what other orders than that of the program save
+    frames    what they follow from, with places where there is an arena
+    """
+
+    model: str
+    backend: str
+    sizes: Mapping[str, int]
+    unit: int
+    peak: int
+    arena: int | None
+    at: tuple[tuple[str, int], ...]
+    step: str
+    formula: tuple[str, ...]
+    alive: tuple[Alive, ...]
+    apart: Mapping[str, int]
+    storages: Mapping[str, int]
+    reorders: tuple[str, ...]
+    frames: Mapping[str, Frame]
+    placed: Mapping[str, PlacedFrame] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "backend": self.backend,
+            "sizes": dict(self.sizes),
+            "peak": self.peak,
+            "arena": self.arena,
+            "lower_bound": self.peak,
+            "at": [list(each) for each in self.at],
+            "step": self.step,
+            "formula": list(self.formula),
+            "alive": [each.as_dict() for each in self.alive],
+            "apart": dict(self.apart),
+            "storages": dict(self.storages),
+            "reordered": list(self.reorders),
+        }
+
+    def __str__(self) -> str:
+        where = f" at {sizes_text(self.sizes)}" if self.sizes else ""
+        lines = [f"{self.model} for {self.backend}{where}: {human(self.peak, 'B')} at the peak ({self.peak:,} bytes)"]
+        if self.arena is None:
+            lines.append(f"{self.backend} allocates each array by itself: as much as lives at once, and what it caches")
+        else:
+            over = (
+                "as small as can be" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above the bound"
+            )
+            lines.append(f"one arena of {self.arena:,} bytes, {over}: so many live at once")
+        told = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
+        lines.append("apart from it: " + ", ".join(told))
+        several = "the largest of " if len(self.formula) > 1 else ""
+        lines.append(f"at any sizes the peak is {several}{', '.join(self.formula)} bytes")
+        lines += self.reorders
+        steps = ", ".join(f"step {at} of {name}" for name, at in self.at)
+        lines += ["", f"alive at {steps}: {self.step}"]
+        head = ("storage", "of", "bytes", "share", "without it the peak is lower by", "why")
+        rows = [head] + [
+            (
+                each.name,
+                each.function,
+                f"{each.bytes:,}",
+                f"{each.bytes / max(self.peak, 1):.0%}",
+                f"{each.saves:,}",
+                each.why,
+            )
+            for each in self.alive
+        ]
+        sources = ["", *(each.line for each in self.alive)]
+        lines += ["  " + "  ".join([*row, source]).rstrip() for row, source in zip(columns(rows), sources, strict=True)]
+        return "\n".join(lines)
+
+
+def explain_memory(
+    model: Model | Graph | str | Path,
+    *,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    passes: Sequence[Pass] = DEFAULT,
+    inputs: Sequence[str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    **config: Any,
+) -> MemoryTold:
+    """Say what a run of what MODEL names takes at some sizes: as asked, else 1 for a batch and 128 for other axes.
+
+    Raises what `compile` does; UsageError for a backend that plans no storage, and for sizes outside their bounds.
+    """
+    name, lowered = lowered_for(model, backend, target, passes, inputs, config)
+    chosen = find_backend(backend)
+    if lowered.plan is None or not isinstance(chosen, StagedBackend):
+        raise UsageError(f"backend {backend} plans no storage", hint="numpy, torch or tvm")
+    where = target if isinstance(target, Target) else Target(target)
+    frames = chosen.frames(lowered.graph, where, lowered.plan)
+    return _told(name, backend, lowered.graph, lowered.plan, frames, choose_sizes(lowered.graph, sizes or {}))
+
+
+def _told(
+    model: str,
+    backend: str,
+    graph: Graph,
+    plan: StoragePlan,
+    frames: Mapping[str, Frame],
+    sizes: Mapping[str, int],
+) -> MemoryTold:
+    unit = ALIGNMENT if plan.strided else 1
+    entry = graph.main.name
+    live = live_at(frames, entry, sizes, unit)
+    at, peak = max(live, key=lambda each: each[1], default=(((entry, 0),), 0))
+    alive = []
+    for depth, (name, step) in enumerate(at):
+        is_call = depth + 1 < len(at)
+        for life in frames[name].alive(step) if is_call or step not in frames[name].calls else ():
+            count = aligned(bytes_of(life.storage).evaluate(sizes), unit)
+            without = max((n for _, n in live_at(frames, entry, sizes, unit, life.storage)), default=0)
+            why, node = _why(life.storage, plan.functions[name], frames[name])
+            line = "" if node is None else describe_source(node.source, node.scope) or ""
+            size = str(bytes_of(life.storage))
+            alive.append(Alive(name, life.storage.name, count, size, why, line, peak - without))
+    placed = place_frames(frames, sizes) if plan.strided else None
+    return MemoryTold(
+        model,
+        backend,
+        sizes,
+        unit,
+        peak,
+        None if placed is None else placed[entry].size,
+        at,
+        _step(frames[at[-1][0]], at[-1][1]),
+        tuple(str(size) for size in _largest_first(peaks_of(frames, graph.symbols)[entry], sizes)),
+        tuple(sorted((each for each in alive if each.bytes), key=lambda each: -each.bytes)),
+        _apart(graph, sizes),
+        {
+            f"{name}.{life.storage.name}": bytes_of(life.storage).evaluate(sizes)
+            for name, frame in frames.items()
+            for life in frame.lives
+        },
+        tuple(f"{name}: {each.reordered}" for name, each in plan.functions.items() if each.reordered is not None),
+        frames,
+        placed,
+    )
+
+
+def _largest_first(sizes: Sequence[Any], at: Mapping[str, int]) -> list[Any]:
+    return sorted(sizes, key=lambda size: -size.evaluate(at))
+
+
+def _apart(graph: Graph, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of what is not the run's own."""
+
+    def total(values: Sequence[Value]) -> int:
+        return sum(value.type.bytes_at(sizes) for value in values)
+
+    main = graph.main
+    return {
+        "weights": total(list(graph.entry_parameters.values())),
+        "states": total(list(graph.states.values())),
+        "inputs": total(main.inputs),
+        "outputs": total(list(main.outputs.values())),
+    }
+
+
+def _step(frame: Frame, at: int) -> str:
+    """What runs at a step, with the user's line."""
+    node = frame.steps[at] if at < len(frame.steps) else None
+    if node is None:
+        return "outputs are handed out"
+    return f"{_named(node)}  {describe_source(node.source, node.scope) or ''}".rstrip()
+
+
+def _why(storage: Storage, plan: FunctionPlan, frame: Frame) -> tuple[str, Node | None]:
+    """Why a storage lives: who made it, and who reads it last; the node that made it."""
+    held = [value for value, place in plan.places.items() if place.storage is storage and value.node is not None]
+    if not held:
+        life = next(each for each in frame.lives if each.storage is storage)
+        node = frame.steps[life.first]
+        return ("memory that a kernel needs beside" if node is None else f"a kernel of {node.op.name} needs it"), node
+    made = min(held, key=lambda value: plan.places[value].first)
+    last = max(held, key=lambda value: plan.places[value].last)
+    assert made.node is not None
+    end = plan.places[last].last
+    if end >= plan.end:
+        return f"made by {_named(made.node)}, handed out", made.node
+    reader = plan.steps[end].root
+    through = "" if last is made else f" as {plan.names[last]}"
+    return f"made by {_named(made.node)}, read last{through} by {_named(reader)}", made.node
+
+
+def _named(node: Node) -> str:
+    """An op's name; of a call, whose it is."""
+    return node.op.name if node.op.callee is None else f"the call {node.scope or node.op.callee}"
+
+
+_MOST_BYTES = 64 << 20  # of a file to compare with
+
+# -- two builds ----------------------------------------------------------------------------------------------------
+
+
+def read_memory(path: Path) -> dict[str, Any]:
+    """What `explain memory --json` wrote into a file. Raises CheckpointError where it is no JSON object."""
+    return read_json_object(read_regular(path, _MOST_BYTES), shown_path(path), nesting=16, values=1_000_000)
+
+
+def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What grew and what shrank between two builds, each as `MemoryTold.as_dict` tells it (or `--json` wrote it).
+
+    Raises UsageError where one is not such, or they are at other sizes.
+    """
+    for each in (before, after):
+        if not isinstance(each.get("peak"), int) or not isinstance(each.get("storages"), dict):
+            raise UsageError("this is not what explain memory --json writes", received=", ".join(map(str, each))[:80])
+    if before.get("sizes") != after.get("sizes"):
+        raise UsageError(
+            "two builds are compared at the same sizes",
+            received=f"{before.get('sizes')} and {after.get('sizes')}",
+            hint="--sizes as they were",
+        )
+    was, now = before["storages"], after["storages"]
+    lines = [f"peak {before['peak']:,} -> {after['peak']:,} bytes ({after['peak'] - before['peak']:+,})"]
+    changed = [(now.get(name, 0) - was.get(name, 0), name) for name in {**was, **now}]
+    for change, name in sorted((each for each in changed if each[0]), key=lambda each: (-each[0], each[1])):
+        told = "new" if name not in was else "gone" if name not in now else f"{was[name]:,} -> {now[name]:,}"
+        lines.append(f"  {name}  {change:+,} bytes  {told}")
+    return "\n".join(lines)
