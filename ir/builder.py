@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from treadle.ir.dtype_rules import number_dtype, operand_entries
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.expressions import Expr as Expr
 from treadle.ir.expressions import ExprLike as ExprLike
@@ -27,6 +26,7 @@ from treadle.ir.literals import Literal
 from treadle.ir.op_methods import OpMethods
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Op
+from treadle.ir.rules.dtype_rules import number_dtype, operand_entries
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.source_lines import SourceLine, user_line

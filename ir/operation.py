@@ -29,9 +29,9 @@ import numpy as np
 
 from treadle.ir.attribute_values import as_tuple, coerced, evaluated, has_size, in_words, substituted
 from treadle.ir.axes import Application, AxisDim, Role, Rule
-from treadle.ir.axis_rule_text import parse_rule
-from treadle.ir.dtype_rules import infer_dtypes
 from treadle.ir.errors import GraphError, RuleError
+from treadle.ir.rules.axis_rule_text import parse_rule
+from treadle.ir.rules.dtype_rules import infer_dtypes
 from treadle.ir.samples import Sample
 from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.types import DType, Type, f64
@@ -112,7 +112,7 @@ class Op:
         return self.rule_text
 
     def dtypes(self) -> str:
-        """The dtype rule, such as `"f, i -> f"`; see `treadle.ir.dtype_rules`."""
+        """The dtype rule, such as `"f, i -> f"`; see `treadle.ir.rules.dtype_rules`."""
         if self.dtype_text is None:
             raise GraphError(f"op {self.name} has no dtype rule")
         return self.dtype_text

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from treadle.ir.axes import Application, Role
-from treadle.ir.axis_rule_text import parse_rule
-from treadle.ir.dtype_rules import infer_dtypes, number_dtype, operand_entries
 from treadle.ir.errors import RuleError
+from treadle.ir.rules.axis_rule_text import parse_rule
+from treadle.ir.rules.dtype_rules import infer_dtypes, number_dtype, operand_entries
 from treadle.ir.types import DTYPES, DType, boolean, f16, f32, i64, parse_type
 
 DOCS = Path(__file__).parent.parent / "docs" / "axis-rules.md"

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treadle.ir.axis_splitting import Pieces, common_pieces, common_runs
+from treadle.ir.rules.axis_splitting import Pieces, common_pieces, common_runs
 from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.sizing.sizes import ONE, Size, product
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.backend_checks import compiled, each_backend, graph_of
-from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.rules.axis_rule_text import parse_rule
 from treadle.ir.sizing.sizes import Size, sum_of_symbols
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph

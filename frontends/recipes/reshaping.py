@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.ir.axis_splitting import common_runs
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.rules.axis_splitting import common_runs
 from treadle.ir.sizing.sizes import Size
 
 

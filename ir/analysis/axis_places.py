@@ -25,9 +25,9 @@ from treadle.ir.analysis.encounters import (
     Whole,
 )
 from treadle.ir.axes import Application, AxisDim, Role
-from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Op
+from treadle.ir.rules.axis_splitting import common_pieces
 from treadle.ir.sizing.sizes import ONE, Size, product
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.axes import Application, AxisDim, Role
-from treadle.ir.axis_rule_text import parse_rule
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Grads, Op, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters
+from treadle.ir.rules.axis_rule_text import parse_rule
 from treadle.ir.samples import S
 from treadle.ir.types import DType, Type, f32
 from treadle.ir.wording.marked_text import marked, marked_name

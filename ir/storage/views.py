@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 
-from treadle.ir.axis_splitting import common_runs
 from treadle.ir.layouts import Layout
 from treadle.ir.literals import Literal
+from treadle.ir.rules.axis_splitting import common_runs
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
 from treadle.ir.types import DType
 

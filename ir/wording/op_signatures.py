@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from inspect import Parameter, Signature
 
 from treadle.ir.attribute_values import accepted_annotation
-from treadle.ir.dtype_rules import count_results
 from treadle.ir.operation import Op
+from treadle.ir.rules.dtype_rules import count_results
 from treadle.ir.sizing.sizes import Size
 
 

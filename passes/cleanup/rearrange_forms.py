@@ -15,9 +15,9 @@ from functools import lru_cache
 from itertools import pairwise
 
 from treadle.ir.axes import AxisDim
-from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.ops.shapes import Rearrange
+from treadle.ir.rules.axis_splitting import common_pieces
 from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.ir.types import Type
 

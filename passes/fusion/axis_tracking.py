@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from treadle.ir.axes import AxisDim
-from treadle.ir.axis_splitting import common_pieces
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.shapes import Expand
+from treadle.ir.rules.axis_splitting import common_pieces
 from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.passes.cleanup.rearrange_forms import Atoms, PatternAtom, form_of, normal_form
 
