@@ -1,10 +1,11 @@
 """Attention of one query a row over a cache: the bytes of keys and values that it reads a second, beside a plain read.
 
-    python benchmarks/cached_attention.py [--json]
+    python benchmarks/cached_attention.py [f32 | bf16 | f16] [--json]
 
-Slots are visited in random order, in caches of 250 MB, so that what is read is in no core's own cache. The plain read
-sums the same slots. On one thread a number is that of a fast call, the fastest eighth's slowest, by the time that the
-thread had the processor. On two it is that of the fastest call by the clock, which other work on the machine slows.
+Slots are visited in random order, in caches of 250 MB, so that what is read is in no core's own cache. They hold the
+dtype that is named, by default f32. The plain read sums the same slots. On one thread a number is that of a fast call,
+the fastest eighth's slowest, by the time that the thread had the processor. On two it is that of the fastest call by
+the clock, which other work on the machine slows.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treadle.backends.bfloat16 import rounded
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention
 from treadle.backends.tvm.kernels.attention.scratch import SPAN, Scratch
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import host_isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.types import f32
+from treadle.ir.types import DTYPES, f32
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter
@@ -58,14 +60,19 @@ class Read(Kernel):
             k.store(y, [p, 0], total, lanes)
 
 
+def stored(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers as a cache of the dtype holds them."""
+    return rounded(x).copy() if dtype == "bf16" else x.astype(DTYPES[dtype].numpy)  # in large pages, as NumPy allocates
+
+
 class Cache:
     """Keys and values of many slots, all full."""
 
-    def __init__(self, heads: int, groups: int, width: int, length: int) -> None:
-        self.heads, self.groups, self.width, self.length = heads, groups, width, length
-        self.slots = max(16, int(CACHE / (groups * length * width * 8)))
-        self.k, self.v = (np.full((self.slots, groups, length, width), x, np.float32) for x in (0.01, 1.0))
-        self.bytes = groups * length * width * 8
+    def __init__(self, heads: int, groups: int, width: int, length: int, dtype: str = "f32") -> None:
+        self.heads, self.groups, self.width, self.length, self.dtype = heads, groups, width, length, dtype
+        self.bytes = groups * length * width * 2 * DTYPES[dtype].bytes
+        self.slots = max(16, int(CACHE / self.bytes))
+        self.k, self.v = (stored(np.full((self.slots, groups, length, width), x, np.float32), dtype) for x in (0.01, 1))
 
     def attention(self, rows: np.ndarray, at_once: int) -> Callable[[], None]:
         """A step of these rows, a view that a caller may change; at_once: how many tasks may run at once."""
@@ -76,16 +83,16 @@ class Cache:
         parts = self.length // SPAN + 1
         work = [np.zeros(at_once * n, np.float32) for n in (1, 1, part.queries, part.scores)]
         work += [np.zeros(count * self.groups * parts * shared * n, np.float32) for n in (part.sums, part.rows)]
-        kernel = CachedFlashAttention(self.width, self.width, self.width**-0.5, shared=shared)
+        kernel = CachedFlashAttention(self.width, self.width, self.width**-0.5, cache=self.dtype, shared=shared)
         sizes = [count, self.groups, shared, 1, self.length, self.slots, -FAR, 0, 1, at_once, parts]
-        sizes += [stride // 4 for x in (q, self.k, self.v, out) for stride in x.strides[:3]]
+        sizes += [stride // x.itemsize for x in (q, self.k, self.v, out) for stride in x.strides[:3]]
         return bind(kernel, [q, self.k, self.v, rows, start, out, *work, status], sizes)
 
     def read(self, rows: Sequence[int], parts: int) -> list[Callable[[], None]]:
         """Sums over the same slots."""
         y = np.zeros((parts, 64), np.float32)
-        size = self.groups * self.length * self.width // parts
-        return [bind(Read(), [x[row], y], [parts, size]) for row in rows for x in (self.k, self.v)]
+        size = self.bytes // 8 // parts
+        return [bind(Read(), [x[row].view(np.float32), y], [parts, size]) for row in rows for x in (self.k, self.v)]
 
 
 def fast(calls: Sequence[Callable[[], object]], threads: int) -> float:
@@ -126,14 +133,14 @@ def rates(cache: Cache, count: int, threads: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    found = []
+    found, dtype = [], next((x for x in sys.argv[1:] if x in DTYPES), "f32")
     for name, (heads, groups, width) in MODELS.items():
         for length in LENGTHS:
-            cache = Cache(heads, groups, width, length)
+            cache = Cache(heads, groups, width, length, dtype)
             for count in ROWS:
                 for threads in (1, 2):
                     step, read = rates(cache, count, threads)
-                    found.append({"model": name, "length": length, "rows": count, "threads": threads})
+                    found.append({"model": name, "cache": dtype, "length": length, "rows": count, "threads": threads})
                     found[-1] |= {"GB/s": round(step / 1e9, 1), "read": round(read / 1e9, 1)}
                     if "--json" not in sys.argv:
                         print(*(f"{key} {value}" for key, value in found[-1].items()), f"{step / read:.0%}", flush=True)

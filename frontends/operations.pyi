@@ -290,7 +290,8 @@ def cached_attention(
 
     A slot is written up to the queries, or up to lengths[b]. What lies beyond is never seen, whatever it holds, so
     causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
-    `attention`. The gradient is that of the body.
+    `attention`. k and v may be of another float dtype than q: a cache of 16 bits holds twice as much. They are cast as
+    they are read. The gradient is that of the body.
 
     terms    masks and biases, in any order; their operands follow start in the order of the terms
     scale    None: 1/sqrt(d)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ONE, Size
-from treadle.ir.types import Dim, Type, i64
+from treadle.ir.types import Dim, DType, Type, i64
 
 Held = Sequence[frozenset[int]]
 """For each operand of an op the dimensions that are the tokens' axis."""
@@ -53,6 +53,7 @@ class Stepping:
     count     i64[b]: how many tokens of each row are real; asked for where what follows a row's end would count
     slots     how many slots a state has
     capacity  how many positions a cache has
+    cache     the dtype in which caches hold keys and values; None: their own
     state     a state of the node that is stepped, as it is by then: by its last name, and its type
     """
 
@@ -63,6 +64,7 @@ class Stepping:
     count: Callable[[], Expr]
     slots: Size
     capacity: Size
+    cache: DType | None
     state: Callable[[str, Type], Expr]
 
     def positions(self, size: Size) -> Expr:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.backend_checks import graph_of
+from treadle.backends.bfloat16 import rounded, widened
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention, steps_at_once
@@ -75,9 +76,11 @@ def whole_graph(terms: tuple[Term, ...], heads: int, groups: int, **options: Any
     return graph_of(build, "whole")
 
 
-def cached_graph(terms: tuple[Term, ...], heads: int, groups: int, queries: str, **options: Any) -> Any:
+def cached_graph(
+    terms: tuple[Term, ...], heads: int, groups: int, queries: str, held: str = "f32", **options: Any
+) -> Any:
     def build(b: Builder) -> Expr:
-        types = [f"f32[B,{heads},{queries},{D}]", f"f32[R,{groups},C,{D}]", f"f32[R,{groups},C,{E}]"]
+        types = [f"f32[B,{heads},{queries},{D}]", f"{held}[R,{groups},C,{D}]", f"{held}[R,{groups},C,{E}]"]
         types += ["i64[B]", "i64[B]"]
         types += [type for _, type in operands(terms, "C", heads, queries)]
         made: Expr = b.cached_attention(*(b.input(f"x{n}", t) for n, t in enumerate(types)), terms=terms, **options)
@@ -234,6 +237,29 @@ def test_parts_of_spans_merge_as_in_the_whole(name: str, ring: bool, target: str
             capacity = int(rng.integers(LONG_WINDOW, LONG_WINDOW + 90)) + s - 1 if ring else LONG
             given, wanted = held.step(rng, past, s, capacity)
             np.testing.assert_array_equal(call(exe, given), wanted, err_msg=f"{s} {past} {capacity}")
+
+
+@pytest.mark.parametrize("held", ["bf16", "f16"])
+@pytest.mark.parametrize("queries", ["1", "S"])
+@pytest.mark.parametrize(
+    ("name", "ring", "target"),
+    [("causal", False, "cpu"), ("many", False, "cpu"), ("alibi", True, "cpu")]
+    + [("causal", False, target) for target in SMALL],
+)
+def test_16_bits_are_widened_as_they_are_read(name: str, ring: bool, target: str, queries: str, held: str) -> None:
+    """The bits of a float32 cache that holds the rounded numbers."""
+    terms, rng = TERMS[name], np.random.default_rng(9)
+    if ring:
+        terms = (*terms, Window(70))
+    text = Texts(terms, 6, 2, target)
+    wide, narrow = (compiled(cached_graph(terms, 6, 2, queries, dtype, ring=ring), target) for dtype in ("f32", held))
+    assert (kernel_of(narrow).cache, kernel_of(wide).cache) == (held, "f32")
+    for past in steps(rng, 5, 2, 4):
+        given, _ = text.step(rng, past, 1 if queries == "1" else 5, 80 if ring else LONGEST)
+        given[1:3] = [widened(rounded(x)) if held == "bf16" else x.astype(np.float16) for x in given[1:3]]
+        wanted = call(wide, [*given[:1], *(x.astype(np.float32) for x in given[1:3]), *given[3:]])
+        np.testing.assert_array_equal(call(narrow, given), wanted)
+        assert wanted.any()
 
 
 def test_threads_that_share_spans_do_not_change_bits() -> None:

@@ -109,7 +109,17 @@ class Compiled:
 
         Raises PassError where the model has no step, with what stands against it.
         """
-        return step_of(self.name, self.graph, self.backend, self.target, self.weights)
+        return self._stepped_with(None)
+
+    def _stepped_with(self, cache: str | None) -> SteppedModel:
+        if cache not in self._steps:
+            self._steps[cache] = step_of(self.name, self.graph, self.backend, self.target, self.weights, cache)
+        return self._steps[cache]
+
+    @cached_property
+    def _steps(self) -> dict[str | None, SteppedModel]:
+        """By the dtype of their caches."""
+        return {}
 
     def session(
         self,
@@ -119,12 +129,15 @@ class Compiled:
         chunk: int = CHUNK,
         full: Full = "error",
         memory: Mapping[str, int] | None = None,
+        cache: str | None = None,
     ) -> Session:
         """Rows of text that grow token by token, over caches of this many rows and positions.
 
+        cache   the dtype in which keys and values are held, "f32", "bf16" or "f16"; by default the model's own
+
         See `treadle.stepped.SteppedModel.session`. Sessions share weights and code, never a cache.
         """
-        return self.stepped.session(rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory)
+        return self._stepped_with(cache).session(rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory)
 
     def save(self, path: str | Path) -> str:
         """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`."""

@@ -70,9 +70,10 @@ class TextWriter:
         backend: str = "numpy",
         target: str | Target = "cpu",
         limits: Mapping[str, int] | None = None,
+        cache: str | None = None,
         **config: Any,
     ) -> TextWriter:
-        """Compile a model that has a tokenizer.
+        """Compile a model that has a tokenizer; `cache` is the dtype of its caches, None: the model's own.
 
         Raises UsageError where MODEL names no weights or no causal language model, and the errors of reading it: what
         no family reads is told before what its tokenizer lacks.
@@ -87,7 +88,7 @@ class TextWriter:
                 family_of(open_checkpoint(place, limits).config)
             tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
             template = folder_chat_template(place)
-        made = open_stepped(model, backend=backend, target=target, limits=limits, **config)
+        made = open_stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
                 "text is continued by a model of one input, the tokens [B, S]",

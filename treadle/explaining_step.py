@@ -135,9 +135,13 @@ def explain_step(
     inputs: Sequence[str] | None = None,
     dtype: str | None = None,
     widen: Widen = (),
+    cache: str | None = None,
     **config: Any,
 ) -> StepExplained:
-    """Derive the step of what MODEL names, and say what it is. Raises what `compile` does; PassError for no step."""
+    """Derive the step of what MODEL names, and say what it is. Raises what `compile` does; PassError for no step.
+
+    cache   the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
+    """
     if is_artifact(model):
         held = open_artifact(str(model))
         name, graph = held.name, held.optimized.graph
@@ -145,7 +149,7 @@ def explain_step(
         pipeline, widen = computing_in(dtype, checked_passes(passes), widen)
         resolved = resolve(model, inputs=inputs, widen=widen, **config)
         name, graph = resolved.name, PassManager(pipeline).run(resolved.graph).graph
-    derived = derive_step(graph)
+    derived = derive_step(graph, cache=cache)
     changed = [
         Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in follow(graph, derived.axis).encounters
     ]

@@ -71,13 +71,15 @@ class SteppedModel:
         )
 
 
-def step_of(name: str, graph: Graph, backend: str, target: Target, weights: Mapping[str, Array]) -> SteppedModel:
-    """Derive the step of an optimized graph, and compile it.
+def step_of(
+    name: str, graph: Graph, backend: str, target: Target, weights: Mapping[str, Array], cache: str | None = None
+) -> SteppedModel:
+    """Derive the step of an optimized graph, and compile it; `cache` is the dtype of its caches, see `derive_step`.
 
     Raises PassError where the model has no step, with what stands against it; BackendError where the backend has no
     states.
     """
-    derived = derive_step(graph)
+    derived = derive_step(graph, cache=cache)
     executable, optimized = build(find_backend(backend), derived.graph, target, weights)
     if not isinstance(executable, StatefulExecutable):
         raise BackendError(f"backend {backend} runs no graph with states", hint="numpy, torch or tvm")
@@ -91,11 +93,13 @@ def open_stepped(
     target: str | Target = "cpu",
     dtype: str | None = None,
     limits: Mapping[str, int] | None = None,
+    cache: str | None = None,
     **config: Any,
 ) -> SteppedModel:
-    """The step of what MODEL names, which must have weights; `dtype` as `compile` takes it.
+    """The step of what MODEL names, which must have weights. Raises what `compile` does; PassError for no step.
 
-    Raises what `compile` does; PassError for no step.
+    dtype   as `compile` takes it
+    cache   the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
     """
     passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()))
     resolved = resolve(model, limits=limits, widen=widen, **config)
@@ -103,4 +107,4 @@ def open_stepped(
         raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
     graph = PassManager(passes).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
-    return step_of(resolved.name, graph, backend, where, {n: resolved.weights[n] for n in graph.parameters})
+    return step_of(resolved.name, graph, backend, where, {n: resolved.weights[n] for n in graph.parameters}, cache)

@@ -21,7 +21,7 @@ from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
-from treadle.ir.types import DType, Type
+from treadle.ir.types import DType, Type, bf16
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
@@ -34,6 +34,9 @@ _WITHOUT_BF16 = Hint(
     'backend="torch", or widen="bf16" and no dtype="bf16" to compute in f32',
     "--backend torch, or --widen bf16 and no --dtype bf16 to compute in f32",
 )
+
+
+_WITHOUT_BF16_CACHES = Hint('cache="f16", or backend="torch"', "--cache f16, or --backend torch")
 
 
 class NumpyBackend(StagedBackend):
@@ -67,7 +70,8 @@ class NumpyBackend(StagedBackend):
                 received=f"threads={target.threads}",
                 hint="another backend, or the variable of NumPy's own library, such as OPENBLAS_NUM_THREADS",
             )
-        refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16)
+        held = any(value.type.dtype is bf16 for value in graph.states.values())
+        refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16_CACHES if held else _WITHOUT_BF16)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What is spelled as it is, what is done once, and how long each array lives."""

@@ -212,8 +212,9 @@ def cached_attention(
 
     terms  as they are written; their operands follow start in that order
 
-    Reads views of what is live in each slot. Rows in consecutive slots that have come equally far are computed
-    together. Raises OutsideAxis for a row outside the slots. On a GPU it waits for rows, start and lengths.
+    Reads views of what is live in each slot, cast to q's dtype where it is another. Rows in consecutive slots that have
+    come equally far are computed together. Raises OutsideAxis for a row outside the slots. On a GPU it waits for rows,
+    start and lengths.
     """
     read, rest = _read(tuple(terms)), iter(operands)
     given = [[next(rest) for _ in term.operands] for term in read]
@@ -230,7 +231,7 @@ def cached_attention(
         if live:
             says = CachedTerms(live, at, q.shape[2], k.shape[2], some, q.device)
             masks, biases = says.masks(read, given), says.biases(read, given)
-            keys, values = k[held, :, says.keys], v[held, :, says.keys]
+            keys, values = (x[held, :, says.keys].to(q.dtype) for x in (k, v))
             out[some] = attention(q[some], keys, values, scale=scale, masks=masks, biases=biases, softcap=softcap)
         first = end
     return out

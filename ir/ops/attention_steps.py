@@ -4,9 +4,10 @@
                                                %v = append(%v, v, rows, start, axis=2)
                                                cached_attention(q, %k, %v, rows, start, terms=[causal])
 
-Where keys and values do not depend on the tokens (cross-attention), they lie in states already, or are weights; queries
-stand at their rows' positions all the same. What a term takes along the keys is cached as they are. Keys that a window
-hides from all later queries are written over: a ring.
+A cache may hold them in 16 bits: they are cast before they are appended. Where keys and values do not depend on the
+tokens (cross-attention), they lie in states already, or are weights; queries stand at their rows' positions all the
+same. What a term takes along the keys is cached as they are. Keys that a window hides from all later queries are
+written over: a ring.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def _along(
             operands.append(step.b.gather(cache, step.rows, axis=0))
         else:
             operands.append(x.read() if isinstance(x, Kept) else x)
-    keys, values = step.append("k", k, KEYS, ring=ring), step.append("v", v, KEYS, ring=ring)
+    as_held = step.cache or k.dtype
+    keys, values = (step.append(n, x.cast(as_held), KEYS, ring=ring) for n, x in (("k", k), ("v", v)))
     return _cached(op, step, q, keys, values, step.rows, step.first, op.terms, operands, ring=bool(ring))
 
 

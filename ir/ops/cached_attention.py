@@ -53,7 +53,8 @@ class CachedAttention(Attending):
 
     A slot is written up to the queries, or up to lengths[b]. What lies beyond is never seen, whatever it holds, so
     causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
-    `attention`. The gradient is that of the body.
+    `attention`. k and v may be of another float dtype than q: a cache of 16 bits holds twice as much. They are cast as
+    they are read. The gradient is that of the body.
 
     terms    masks and biases, in any order; their operands follow start in the order of the terms
     scale    None: 1/sqrt(d)
@@ -78,7 +79,7 @@ class CachedAttention(Attending):
         return f"{', '.join(operands)} -> b (g r) s e"
 
     def dtypes(self) -> str:
-        return f"{', '.join(['f', 'f', 'f', 'i64', 'i64', *self._term_dtypes()])} -> f"
+        return f"{', '.join(['f', 'f1', 'f1', 'i64', 'i64', *self._term_dtypes()])} -> f"
 
     @property
     def is_causal(self) -> bool:
@@ -109,7 +110,8 @@ class CachedAttention(Attending):
             i, j, one = past + np.arange(queries)[:, None], np.arange(live.start, live.stop), slice(b, b + 1)
             keys = j % capacity if self.ring else slice(live.start, live.stop)
             own = [of_row(x, operand.axes, one, keys) for operand, x in zip(self._taken, given, strict=True)]
-            out[one] = self._attended(q[one], k[slot][None, :, keys], v[slot][None, :, keys], i, j, own)[0]
+            held = (x[slot][None, :, keys].astype(q.dtype) for x in (k, v))
+            out[one] = self._attended(q[one], *held, i, j, own)[0]
         return out
 
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, rows: Expr, start: Expr, *given: Expr) -> Expr:
@@ -121,7 +123,7 @@ class CachedAttention(Attending):
 
     def _body(self, b: Builder, q: Expr, k: Expr, v: Expr, rows: Expr, start: Expr, given: Any, softmax: Any) -> Expr:
         """Over whole slots. Keys that no query of a row sees are set to 0: they may hold NaN, which 0 times is NaN."""
-        k, v = (b.gather(x, rows, axis=0) for x in (k, v))
+        k, v = (b.gather(x, rows, axis=0).cast(q.dtype) for x in (k, v))
         grid = _CacheGrid(b, k.shape[1], q.shape[2], k.shape[2], start, ring=self.ring)
         keep = self._kept(grid, given)
         assert keep is not None  # causal or padding is among the terms
@@ -150,6 +152,7 @@ class CachedAttention(Attending):
         S(*_RING, terms=(Causal(), Window(5)), ring=True),
         S(*_RING, "f32[4]", "f32[8,4]", terms=(Window(4), Alibi(), T5Relative(8, 5), Causal()), ring=True),
         S(*_ONE, terms=(Causal(),), ring=True),
+        S("f64[2,4,2,3]", "f32[3,2,6,3]", "f32[3,2,6,2]", *_GROUPED[3:], terms=(Causal(),)),
         S(*_GROUPED, "f32[4]", terms=(Causal(), Alibi())),
         S(*_SELF, "f32[8,4]", terms=(T5Relative(8, 5), Causal()), scale=1.0),
         S(*_CROSS, "i64[2] < 7", terms=(Padding(),)),
@@ -176,6 +179,7 @@ class CachedAttention(Attending):
         (S(*_SELF[:2], "f32[3,4,5,3]", *_SELF[3:], terms=(Causal(),)), "axis C sizes disagree: 6 in k, 5 in v"),
         (S(*_SELF[:2], "f32[2,4,6,3]", *_SELF[3:], terms=(Causal(),)), "axis R sizes disagree: 3 in k, 2 in v"),
         (S(*_SELF, "bool[2,5]", terms=(Causal(), BooleanMask("b t"))), "axis C sizes disagree: 6 in k, 5 in mask"),
+        (S(_SELF[0], "f16[3,4,6,3]", *_SELF[2:], terms=(Causal(),)), "dtypes disagree: k is f16, v is f32"),
         (S(*_SELF, softcap=0.0, terms=(Causal(),)), "softcap must be positive"),
     ]
 

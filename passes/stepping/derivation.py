@@ -21,16 +21,20 @@ from dataclasses import dataclass
 
 from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import PassError
+from treadle.ir.errors import PassError, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.types import DTYPES, DType, bf16, f16, f32
 from treadle.ir.verifier import verify
 from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
 from treadle.passes.stepping.kept_values import StepStates, free_name
 from treadle.passes.stepping.prologue import Prologue
 from treadle.passes.stepping.survey import Kind, Survey
+
+CACHE_DTYPES = (f32, bf16, f16)
+"""In which keys and values may be held."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,15 @@ class DerivedStep:
         return "prologue" in self.graph.entry_names
 
 
-def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
+def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | None = None) -> DerivedStep:
     """Derive the entries of generation from a graph whose only entry is `main`.
 
     axis   the symbol along which tokens are added; by default the one that may be stepped
+    cache  the dtype in which caches hold keys and values, f32, bf16 or f16; by default the model's own
 
-    Raises PassError where the model has no step, with what stands against it.
+    Raises PassError where the model has no step, with what stands against it; UsageError for another dtype.
     """
+    held = None if cache is None else _cache_dtype(cache)
     if graph.bind is not None or graph.states:
         raise PassError("a step is derived from a graph with one entry, and no states", received=repr(graph))
     axis = axis or _stepped_axis(graph)
@@ -87,7 +93,7 @@ def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
     made.bound(SLOTS, Bounds())
     made.bound(CAPACITY, Bounds(1, context))
     states = StepStates(Size.symbol(SLOTS))
-    functions = StepFunctions(survey, made, states)
+    functions = StepFunctions(survey, made, states, held)
     functions.entry("prefill", Extent.LAST)
     functions.entry("step", Extent.ALL, single=True)
     functions.entry("verify", Extent.ALL)
@@ -105,6 +111,13 @@ def derive_step(graph: Graph, axis: str | None = None) -> DerivedStep:
     inputs = {v.name for v in graph.main.inputs}
     told = {name: free_name(name, inputs) for name in ("rows", "start", "last")}
     return DerivedStep(made, axis, tokens, tuple(kept), told, context, windows, memories, functions.carries)
+
+
+def _cache_dtype(name: str | DType) -> DType:
+    found = DTYPES.get(str(name))
+    if found not in CACHE_DTYPES:
+        raise UsageError(f"no cache holds {name}", hint="one of " + ", ".join(map(str, CACHE_DTYPES)))
+    return found
 
 
 def _stepped_axis(graph: Graph) -> str:

@@ -16,7 +16,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.stepping import Kept, Stepping
-from treadle.ir.types import Dim, Type, i64
+from treadle.ir.types import Dim, DType, Type, i64
 from treadle.passes.stepping.demands import ALL, LAST, Demanding, Demands, Extent, Extents, pickable
 from treadle.passes.stepping.errors import refusal
 from treadle.passes.stepping.kept_values import StepStates, free_name
@@ -45,10 +45,10 @@ class _Made:
 
 
 class StepFunctions:
-    """Builds functions of a step into a graph, each once."""
+    """Builds functions of a step into a graph, each once; caches hold keys and values in `cache`, or as they are."""
 
-    def __init__(self, survey: Survey, graph: Graph, states: StepStates) -> None:
-        self.survey, self.graph, self.states = survey, graph, states
+    def __init__(self, survey: Survey, graph: Graph, states: StepStates, cache: DType | None = None) -> None:
+        self.survey, self.graph, self.states, self.cache = survey, graph, states, cache
         self.demanding = Demanding()
         self.carries = False
         """Whether a node that was built carries a sum along."""
@@ -306,6 +306,7 @@ class _Body:
             lambda: data("count"),
             states.slots,
             Size.symbol(CAPACITY),
+            self.functions.cache,
             lambda name, type: self.state(self._state_name(node, name), type),
         )
         made = op.stepped(step, [x.expr if isinstance(x, Stepped) else x for x in operands], held)

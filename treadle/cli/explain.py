@@ -12,6 +12,7 @@ from treadle.cli.options import (
     NOTHING_CERTIFIED,
     AsJson,
     BackendName,
+    CacheName,
     Certify,
     Config,
     Dtype,
@@ -40,6 +41,7 @@ def explain_sites(
     dtype: Dtype = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
+    cache: CacheName = None,
     backend: BackendName = "numpy",
     sizes: Annotated[
         str | None,
@@ -74,6 +76,8 @@ def explain_sites(
     if subject not in ("fusion", "layouts", "storage", "memory", "step"):
         known = "fusion, layouts, storage, memory or step"
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint=known)
+    if cache is not None and subject != "step":
+        raise UsageError("--cache is about the step", received=f"explain {model} {subject}")
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
     chosen |= {"dtype": dtype, "widen": names_of(widen) or ()}
     if subject != "memory" and (sizes is not None or svg is not None or against is not None):
@@ -84,7 +88,7 @@ def explain_sites(
         if subject == "memory":
             _memory(model, backend, chosen, sizes, svg, against, as_json)
         elif subject == "step":
-            _step(model, chosen, as_json)
+            _step(model, chosen | {"cache": cache}, as_json)
         else:
             _lowered(model, subject, backend, chosen, as_json)
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, TargetName, Threads
+from treadle.cli.options import AsJson, BackendName, CacheName, Config, Dtype, Limit, ModelName, TargetName, Threads
 
 if TYPE_CHECKING:
     from treadle.continuation import Piece, TextWriter
@@ -29,6 +29,7 @@ def continue_texts(
         float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same text.")] = 0,
+    cache: CacheName = None,
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
@@ -52,6 +53,7 @@ def continue_texts(
             backend=backend,
             target=Target(target, threads),
             dtype=dtype,
+            cache=cache,
             **parse_config(config or (), limit or ()),
         )
     written = [Written(prompt) for prompt in prompts]

@@ -66,6 +66,15 @@ Widen = Annotated[
     str | None,
     typer.Option("--widen", metavar="bf16", help="Compute in f32 what is bf16, or f16.", show_default=False),
 ]
+CacheName = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="DTYPE",
+        help="Hold keys and values in f32, bf16 or f16. By default as the model computes them.",
+        show_default=False,
+    ),
+]
 Limit = Annotated[
     list[str] | None,
     typer.Option(

@@ -48,7 +48,7 @@ from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.cached_attention import CachedAttention
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.storage.views import Storage, StorageKind, View
-from treadle.ir.types import Type, f32, i64
+from treadle.ir.types import Type, bf16, f16, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
 ROWS = 256  # about as many rows, queries of the heads that share keys, are a task
@@ -57,15 +57,17 @@ _FAR = 2**40  # a distance that no query and key have
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
-    """Float32, widths that are known and not too large, and terms that the kernel knows.
+    """Float32, widths that are known and not too large, and terms that the kernel knows. A cache may be of 16 bits.
 
     In a ring keys that follow each other lie apart where it wraps around, so what has an element for each of them is
     not read a vector at a time.
     """
     if not isinstance(op, Attention | CachedAttention) or not op.has_standard_terms:
         return False
-    if any(t is None or (t.dtype.is_float and t.dtype is not f32) for t in types):
-        return False
+    held = (f32, bf16, f16) if isinstance(op, CachedAttention) else (f32,)
+    for n, t in enumerate(types):
+        if t is None or (t.dtype.is_float and t.dtype not in (held if n in (1, 2) else (f32,))):
+            return False
     if isinstance(op, CachedAttention) and op.ring and any("t" in o.axes.split() for t in op.terms for o in t.operands):
         return False
     widths = [t.shape[-1].constant for t in (types[0], types[2]) if t is not None]
@@ -95,7 +97,7 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     spec = (d, e, op.scale_for(d), op.softcap, len(terms.lengths))
     if isinstance(op, CachedAttention):
         at_once, ring = _heads_a_step(w, s, shared, d, e), op.ring
-        kernel: Kernel = CachedFlashAttention(*spec, tuple(terms.codes), ring, at_once)
+        kernel: Kernel = CachedFlashAttention(*spec, tuple(terms.codes), k.dtype.name, ring, at_once)
         most = 1 if at_once else most
     else:
         kernel = FlashAttention(*spec, tuple(terms.codes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.attention.attention_masks import WRITERS
@@ -9,7 +10,7 @@ from treadle.backends.tvm.kernels.attention.part_keeping import PartKeeper
 from treadle.backends.tvm.kernels.attention.row_softmax import RowSoftmax, ScoreRow
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, PANEL, SPAN, Scratch, tile_rows
 from treadle.backends.tvm.kernels.square_transpose import transposed
-from treadle.ir.types import boolean, f32, i64
+from treadle.ir.types import DType, boolean, f32, i64
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
@@ -38,7 +39,8 @@ class AttentionWriter(PartKeeper):
 
     def _arguments(self) -> None:
         k, spec = self.k, self.spec
-        pointers = {name: k.pointer(name, f32) for name in ("q", "keys", "values")}
+        dtypes = {"q": f32, "keys": self._held, "values": self._held}
+        pointers = {name: k.pointer(name, dtype) for name, dtype in dtypes.items()}
         self._ask_read()
         lengths = [k.pointer(f"lengths{n}", i64) for n in range(spec.padded)]
         self.terms = [WRITERS[code](k, n) for n, code in enumerate(spec.terms)]
@@ -73,6 +75,16 @@ class AttentionWriter(PartKeeper):
         made = [k.view(p, [n, *shape]) for p, n, shape in zip(scratch, places, held, strict=True)]
         self.packed_keys, self.packed_values, self.queries, self.scores, self.sums, self.rows = made
         self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows)
+
+    @property
+    def _held(self) -> DType:
+        """The dtype of keys and values."""
+        return f32
+
+    def _widened(self, view: Any, index: Sequence[Expr], lanes: int = 1) -> Expr:
+        """Elements of a key or a value, in float32."""
+        read = self.k.load(view, index, lanes)
+        return read if self._held is f32 else self.k.let(self.k.cast(self.k.let(read), f32, lanes))
 
     def _ask_read(self) -> None:
         """Ask for pointers of its own, after values."""
@@ -219,14 +231,14 @@ class AttentionWriter(PartKeeper):
             to = self._index(panel * (d * self.width) + (column - panel * self.width), "to")
 
             def square(start: Expr) -> None:
-                read = [k.load(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys]
+                read = [self._widened(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys]
                 for x, vector in enumerate(transposed(k, read)):
                     k.store(self.packed_keys, [self.slot, to + (start + x) * self.width], vector, lanes)
 
             if d < lanes:
                 with k.loop(d, "c") as c:
                     for x, j in enumerate(keys):
-                        value = k.load(self.key, [self.key_row, self.at_g, j, c])
+                        value = self._widened(self.key, [self.key_row, self.at_g, j, c])
                         k.store(self.packed_keys, [self.slot, to + c * self.width + x], value)
                 return
             with k.loop(d // lanes, "c") as c:
@@ -241,15 +253,15 @@ class AttentionWriter(PartKeeper):
             column = self._index(c0 + n, "column")
             at = [self.key_row, self.at_g, self._value_at(column)]
             with k.loop(whole // PANEL, "panel") as panel, k.unroll(PANEL, "v") as v:
-                vector = k.load(self.value, [*at, panel * self.width + v * lanes], lanes)
+                vector = self._widened(self.value, [*at, panel * self.width + v * lanes], lanes)
                 k.store(self.packed_values, [self.slot, self._packed(panel, PANEL, column, v)], vector, lanes)
             for v in range(whole // PANEL * PANEL, whole):
-                self._pack_vector(column, v, k.load(self.value, [*at, v * lanes], lanes))
+                self._pack_vector(column, v, self._widened(self.value, [*at, v * lanes], lanes))
             if rest:
                 padded = k.registers(lanes, f32, "padded")
                 k.store(padded, [0], k.number(0.0, f32, lanes), lanes)
                 with k.unroll(rest, "c") as c:
-                    k.store(padded, [c], k.load(self.value, [*at, whole * lanes + c]))
+                    k.store(padded, [c], self._widened(self.value, [*at, whole * lanes + c]))
                 self._pack_vector(column, whole, k.load(padded, [0], lanes))
 
     def _pack_vector(self, column: Expr, v: int, vector: Expr) -> None:

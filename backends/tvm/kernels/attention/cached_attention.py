@@ -26,11 +26,12 @@ from treadle.backends.tvm.kernels.attention.scratch import BLOCK, PANEL, SPAN
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.square_transpose import transposed
-from treadle.ir.types import f32, i64
+from treadle.ir.types import DTYPES, DType, f32, i64
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
+_LINE = 64  # bytes
 _AHEAD = 16  # keys before they are read they are fetched
 _AROUND = 32  # keys' worth of what a task costs whatever its length
 
@@ -42,8 +43,9 @@ def steps_at_once(isa: Isa) -> int:
 
 @dataclass(frozen=True)
 class CachedFlashAttention(FlashAttention):
-    """Attention over float32 slots of keys and values, any number of queries a row.
+    """Attention over slots of keys and values, any number of queries a row.
 
+    cache   the dtype of keys and values, f32, bf16 or f16; they are widened in registers
     ring    whether slots are rings: then no term may read an element for each key
     shared  r, where there is one query a row, d and e fill vectors, and r is at most `steps_at_once`; else 0
 
@@ -52,12 +54,14 @@ class CachedFlashAttention(FlashAttention):
     spans a row's keys may lie in: each row and key head has `sums` and `rows` for so many parts.
     """
 
+    cache: str = "f32"
     ring: bool = False
     shared: int = 0
 
     @property
     def title(self) -> str:
-        return "_".join(["cached", super().title, *["ring"] * self.ring, *["step"] * bool(self.shared)])
+        held = [self.cache] if self.cache != "f32" else []
+        return "_".join(["cached", super().title, *held, *["ring"] * self.ring, *["step"] * bool(self.shared)])
 
     def emit(self, k: Emitter) -> None:
         (_StepWriter if self.shared else _CacheWriter)(self, k).write()
@@ -67,6 +71,10 @@ class _CacheWriter(AttentionWriter):
     """Writes a kernel that packs keys and values."""
 
     spec: CachedFlashAttention
+
+    @property
+    def _held(self) -> DType:
+        return DTYPES[self.spec.cache]
 
     def __init__(self, spec: CachedFlashAttention, k: Emitter) -> None:
         super().__init__(spec, k)
@@ -252,7 +260,7 @@ class _StepWriter(_CacheWriter):
         with k.loop(self.spec.d // lanes, "c") as c:
             start = self._index(c * lanes, "start")
             self._fetch_keys(keys[0], c)
-            square = transposed(k, [k.load(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys])
+            square = transposed(k, [self._widened(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys])
             for x, vector in enumerate(square):
                 for i in heads:
                     query = k.splat(k.load(self.queries, [self.slot, i, start + x]), lanes)
@@ -260,13 +268,18 @@ class _StepWriter(_CacheWriter):
         for i in heads:
             k.store(self.scores, [self.slot, i, column], k.load(acc, [i * lanes], lanes), lanes)
 
+    @property
+    def _a_line(self) -> int:
+        """How many vectors of keys or values a line of memory holds."""
+        return max(1, _LINE // (self.lanes * self._held.bytes))
+
     def _fetch_keys(self, key: Expr, c: Expr) -> None:
         """Part c of the keys further on, of which there are as many as vectors of a key, in the order of memory.
 
         A square is read in strides, which processors do not foresee.
         """
         k, vectors = self.k, self.spec.d // self.lanes
-        for x in range(self.lanes):
+        for x in range(0, self.lanes, self._a_line):
             part = self._index(c * self.lanes + x, "part")
             ahead = key + _AHEAD + k.floor_divide(part, vectors)
             k.prefetch(self.key, [self.key_row, self.at_g, ahead, k.floor_mod(part, vectors) * self.lanes])
@@ -286,10 +299,10 @@ class _StepWriter(_CacheWriter):
         with k.loop(c1 - c0, "n") as n:
             column = self._index(c0 + n, "column")
             key = self._value_at(column)
-            for v in range(vectors):
+            for v in range(0, vectors, self._a_line):
                 k.prefetch(self.value, [self.key_row, self.at_g, key + _AHEAD, (first + v) * lanes])
             values = [
-                k.let(k.load(self.value, [self.key_row, self.at_g, key, (first + v) * lanes], lanes), "value")
+                k.let(self._widened(self.value, [self.key_row, self.at_g, key, (first + v) * lanes], lanes), "value")
                 for v in range(vectors)
             ]
             weights = [
