@@ -110,8 +110,8 @@ class CachedAttention(Attending):
             i, j, one = past + np.arange(queries)[:, None], np.arange(live.start, live.stop), slice(b, b + 1)
             keys = j % capacity if self.ring else slice(live.start, live.stop)
             own = [of_row(x, operand.axes, one, keys) for operand, x in zip(self._taken, given, strict=True)]
-            held = (x[slot][None, :, keys].astype(q.dtype) for x in (k, v))
-            out[one] = self._attended(q[one], *held, i, j, own)[0]
+            held_k, held_v = (x[slot][None, :, keys].astype(q.dtype) for x in (k, v))
+            out[one] = self._attended(q[one], held_k, held_v, i, j, own)[0]
         return out
 
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, rows: Expr, start: Expr, *given: Expr) -> Expr:

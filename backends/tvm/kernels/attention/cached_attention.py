@@ -210,9 +210,10 @@ class _StepWriter(_CacheWriter):
         span, spans = self._spans(begin, end)
 
         def before(cost: Expr) -> Expr:
-            """How many spans begin before so much of the costs of some heads."""
+            """How many of the spans begin before so much of the costs of one head."""
             some = k.select(cost < end - begin, self._ceil(begin + cost, SPAN) - span, spans)
-            return self._index(k.select(cost > k.index(0), some, k.index(0)), "spans_before")
+            some = k.select(cost > k.index(0), some, k.index(0))
+            return self._index(k.greatest(k.least(some, spans), k.index(0)), "before")  # positions may overflow
 
         pair = self._index(k.floor_divide(low, cost), "pair")
         with k.loop(self._ceil(high, cost) - pair, "n") as n:
