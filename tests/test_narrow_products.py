@@ -13,11 +13,13 @@ import treadle
 from tests.backend_checks import graph_of, needs_torch, needs_tvm
 from tests.op_checks import EPSILON
 from treadle.backends.bfloat16 import rounded, widened
+from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, RuleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
+from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
 from treadle.ir.types import DTYPES, bf16, f32
@@ -201,3 +203,18 @@ def test_on_the_command_line() -> None:
     made = CliRunner().invoke(app, ["compile", "bert", "--backend", "torch", "--dtype", "bf16", *sizes])
     assert made.exit_code == 0, made.output
     assert "narrow-products" in made.output
+
+
+@with_bf16
+@pytest.mark.parametrize("to", ["f64", "f16", "f32"])
+@pytest.mark.parametrize("held", ["bf16", "f32"])
+def test_a_weight_may_be_summed_in_any_float(backend: str, held: str, to: str) -> None:
+    dtype = DTYPES[held]
+    graph = graph_of(lambda b: b.linear(b.input("x", dtype["B", 64]), b.parameter("w", dtype[40, 64]), to=to))
+    x, w = (rounds(np.random.default_rng(n).standard_normal((9, 64)).astype(np.float32)) for n in (0, 1))
+    w = np.concatenate([w] * 5)[:40]
+    got = find_backend(backend).compile(graph, Target("cpu"), {"w": w})(x=x)["y"]
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+    spacing = EPSILON["bf16"] if (backend, held, to) == ("torch", "bf16", "f32") else max(EPSILON["f32"], EPSILON[to])
+    np.testing.assert_allclose(got, exact, rtol=0, atol=16 * spacing * np.abs(exact).max())
+    assert got.dtype == DTYPES[to].numpy

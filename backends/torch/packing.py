@@ -57,7 +57,8 @@ def wants(node: Node, position: int) -> Layout | Reads:
     """How a node reads an operand that weights alone decide."""
     value = node.operands[position]
     assert value is not None
-    if position != 1 or node.inputs[0].type.dtype not in (f32, bf16) or not _is_large(value):
+    summed = node.op.attributes.get("to") in (None, f32)
+    if position != 1 or node.inputs[0].type.dtype not in (f32, bf16) or not summed or not _is_large(value):
         return Reads.ROW_MAJOR
     if isinstance(node.op, ActivatedLinear):
         return Layout("onednn", transposed=node.op.weight_axes == "k n")

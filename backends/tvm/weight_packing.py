@@ -34,7 +34,7 @@ from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, Layout, pairs, panels
 from treadle.ir.ops.indexing import Embedding
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
-from treadle.ir.types import Type, bf16, f32
+from treadle.ir.types import Type, bf16, f32, f64
 from treadle.passes.lowering.assign_layouts import Reads, Wants
 from treadle.passes.memory.frame_placement import ALIGNMENT
 
@@ -55,7 +55,8 @@ def wants(isa: Isa) -> Wants:
         value = node.operands[position]
         assert value is not None
         shape = value.type.static_shape
-        if shape is None or len(shape) != 2:
+        wide = node.op.attributes.get("to") is f64  # summed element by element
+        if shape is None or len(shape) != 2 or wide:
             return Reads.ROW_MAJOR
         if value.type.dtype is bf16 and isinstance(node.op, (Linear, MatMul)) and position == 1:
             return pairs(PAIRS_WIDTH, transposed=isinstance(node.op, MatMul))
