@@ -125,6 +125,17 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
 
 
 @needs_tvm
+@pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
+def test_no_kernel_allocates_for_itself(name: str) -> None:
+    """None refers to what TVM or the C library would allocate by: what is foreign to the plan is nothing."""
+    machine = treadle.compile(ZOO[name][0].graph(), backend="tvm", seed=1).executable.machine
+    files = [machine.cache.path(kernel) for kernel in machine._entries]
+    found = [file.read_bytes() for file in files if file is not None and file.is_file()]
+    assert found
+    assert not any(b"AllocWorkspace" in code or b"malloc" in code for code in found)
+
+
+@needs_tvm
 def test_a_run_allocates_its_outputs_and_nothing_else() -> None:
     executable = treadle.compile("gpt2", backend="tvm", layers=2, dim=64, heads=4, vocab=4000, seed=1)
     given = {"tokens": np.ones((2, 64), np.int64)}

@@ -179,9 +179,8 @@ def _told(
     live = live_at(frames, entry, sizes, unit)
     at, peak = max(live, key=lambda each: each[1], default=(((entry, 0),), 0))
     alive = []
-    for depth, (name, step) in enumerate(at):
-        is_call = depth + 1 < len(at)
-        for life in frames[name].alive(step) if is_call or step not in frames[name].calls else ():
+    for name, step in at:
+        for life in frames[name].alive(step):
             count = aligned(bytes_of(life.storage).evaluate(sizes), unit)
             without = max((n for _, n in live_at(frames, entry, sizes, unit, life.storage)), default=0)
             why, node = _why(life.storage, plan.functions[name], frames[name])
