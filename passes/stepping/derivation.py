@@ -102,9 +102,9 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     if kept:
         Prologue(survey, made, states).build(made.add_entry("prologue"))
     verify(made)
-    held = {s for value in made.states.values() for s in value.type.symbols}
-    _refuse_symbols(graph, sorted(held))
-    capacities = [s for s in sorted(held) if s.startswith(f"{CAPACITY}_")]
+    symbols = sorted({s for value in made.states.values() for s in value.type.symbols})
+    _refuse_symbols(graph, symbols)
+    capacities = [s for s in symbols if s.startswith(f"{CAPACITY}_")]
     windows = {s: int(s[2:]) - 1 for s in capacities if s[2:].isdigit()}
     memories = tuple(s for s in capacities if s not in windows)
     tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
