@@ -347,8 +347,8 @@ def _sums(b: Builder, x: Expr) -> Expr:
 def test_a_chain_is_written_over_an_operand_that_dies() -> None:
     graph = graph_of(lambda b: _sums(b, b.input("x", "f32[B, S, 12]")))
     exe, reference = compiled(graph), find_backend("numpy").compile(graph, Target("cpu"), {})
-    assert steps(exe) == ["softmax_f32", "mul", "softmax_f32", "mul_add_over", "softmax_f32"]
-    over = exe.program.main.steps[3]
+    assert sorted(steps(exe)) == ["mul", "mul_add_over", "softmax_f32", "softmax_f32", "softmax_f32"]
+    over = exe.program.main.steps[steps(exe).index("mul_add_over")]
     assert len(over.views) == 2 and len({view.storage for view in over.views}) == 2
     x = normal(2, 5, 12)
     np.testing.assert_allclose(exe(x=x)["y"], reference(x=x)["y"], rtol=0, atol=1e-6)

@@ -17,7 +17,7 @@ from treadle.explaining_memory import MemoryTold
 from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.passes.memory.frames import Frame, bytes_of, live_at
 from treadle.reports import human, sizes_text
 
@@ -66,7 +66,8 @@ def draw_memory(told: MemoryTold) -> str:
     """The drawing as the text of an SVG file. Raises UsageError for a backend that has no arena."""
     if told.placed is None or told.arena is None:
         raise UsageError(
-            f"backend {told.backend} allocates arrays by itself, so there is no arena to draw", hint="--backend tvm"
+            f"backend {told.backend} allocates arrays by itself, so there is no arena to draw",
+            hint=Hint('backend="tvm"', "--backend tvm"),
         )
     boxes = list(_boxes(told, told.at[0][0], 0, 0))
     live = live_at(told.frames, told.at[0][0], told.sizes, told.unit)

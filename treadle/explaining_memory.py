@@ -21,7 +21,7 @@ from treadle.files.shown_names import shown_path
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.storage.views import Storage
 from treadle.ir.target import Target
@@ -283,7 +283,7 @@ def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         raise UsageError(
             "two builds are compared at the same sizes",
             received=f"{before.get('sizes')} and {after.get('sizes')}",
-            hint="--sizes as they were",
+            hint=Hint("sizes as they were", "--sizes as they were"),
         )
     was, now = before["storages"], after["storages"]
     lines = [f"peak {before['peak']:,} -> {after['peak']:,} bytes ({after['peak'] - before['peak']:+,})"]

@@ -20,12 +20,19 @@ class StateViews:
 
     def bases(self, function: Function) -> dict[Value, Value]:
         """The base of each value of a function that shows another's elements."""
-        found = self._known.get(function)
-        if found is None:
-            found = {}
-            for node in function.nodes:
-                self.add(node, found)
-            self._known[function] = found
+        if function not in self._known:
+            for each in self.graph.functions.values():  # callees first, so that nothing goes deep
+                if each is not function and each not in self._known:
+                    self._known[each] = self._found(each)
+                if each is function:
+                    break
+            self._known[function] = self._found(function)
+        return self._known[function]
+
+    def _found(self, function: Function) -> dict[Value, Value]:
+        found: dict[Value, Value] = {}
+        for node in function.nodes:
+            self.add(node, found)
         return found
 
     def add(self, node: Node, found: dict[Value, Value]) -> None:

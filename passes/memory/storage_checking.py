@@ -108,7 +108,7 @@ class _Order:
             for value in step.inputs:
                 if self.bases.get(value, value) in gone:
                     raise wrong_plan("a step reads what a state was before its update", plan, value)
-            gone.update(v.before for node in step.nodes for v in node.results if v.before is not None)
+            gone.update(v.before for node in step.nodes for v in node.results if v.state is not None and v.before)
             for node in step.nodes:
                 for value in node.inputs:
                     if value.literal is None and value not in there and value not in inside:

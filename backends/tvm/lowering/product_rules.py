@@ -246,7 +246,7 @@ def _rounds(node: Node) -> bool:
 
 def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
     """Whether a product with a weight in pairs ends in a cast, and only such products read it: it makes their tiles."""
-    columns = made.result.type.shape[-1].constant
+    columns = made.result.type.shape[-1].constant if made.result.type.rank else None
     fits = columns is not None and columns % TILE_WIDTH == 0 and w.isa.multiplies_tiles
     return fits and _rounds(node) and _in_pairs(made) and _is_left_side_alone(w, node.result)
 
