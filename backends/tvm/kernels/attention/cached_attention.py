@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LINE = 64  # bytes
 _AHEAD = 16  # keys before they are read they are fetched
+_AHEAD_ALONE = 12  # where one head reads a key, as measured
 _AROUND = 32  # keys' worth of what a task costs whatever its length
 
 
@@ -115,7 +116,8 @@ class _CacheWriter(AttentionWriter):
                 checked(k, self.status, row, self.key_rows, lambda: self._tasks(b, row, cost, low, high, chunks))
 
     def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
-        """The tasks of a row, whose keys lie in that slot, that begin from `low` up to `high` of its costs."""
+        """The tasks of a row, whose keys lie in that slot, from `low` up to `high` of its costs, where they begin; of a
+        step, where they have their middle."""
         k = self.k
         self.key_row = row
         self._stand(b)
@@ -174,13 +176,15 @@ class _StepWriter(_CacheWriter):
     """Writes a kernel for one query a row: row i of a task's scores is that of its i-th head."""
 
     def write(self) -> None:
-        """Tasks are spans of the keys of a row that some heads share, each with a part of its own; then they merge."""
+        """Tasks are spans of the keys of a row that some heads share, each with a part of its own; then they merge.
+
+        All slots have a share, though tasks may be fewer: threads take equally many shares, which so are equal costs.
+        """
         k = self.k
         self.chunk = k.index(1)
-        active = self._index(k.least(self.slots, self.b * self.g * self.parts), "active")
-        with k.parallel(active, "slot") as slot:
+        with k.parallel(self.slots, "slot") as slot:
             self.slot = slot
-            self._share(slot, active, active, k.index(1))
+            self._share(slot, self.slots, self.slots, k.index(1))
         with k.loop(self.b, "b") as b:
             self._stand(b)
             _, spans = self._spans(*self._seen(k.index(0), self.s))
@@ -210,8 +214,8 @@ class _StepWriter(_CacheWriter):
         span, spans = self._spans(begin, end)
 
         def before(cost: Expr) -> Expr:
-            """How many of the spans begin before so much of the costs of one head."""
-            some = k.select(cost < end - begin, self._ceil(begin + cost, SPAN) - span, spans)
+            """How many of the spans have their middle before so much of the costs of one head."""
+            some = k.select(cost < end - begin, self._ceil(begin + cost - SPAN // 2, SPAN) - span, spans)
             some = k.select(cost > k.index(0), some, k.index(0))
             return self._index(k.greatest(k.least(some, spans), k.index(0)), "before")  # positions may overflow
 
@@ -274,6 +278,10 @@ class _StepWriter(_CacheWriter):
         """How many vectors of keys or values a line of memory holds."""
         return max(1, _LINE // (self.lanes * self._held.bytes))
 
+    @property
+    def _ahead(self) -> int:
+        return _AHEAD if self.spec.shared > 1 else _AHEAD_ALONE
+
     def _fetch_keys(self, key: Expr, c: Expr) -> None:
         """Part c of the keys further on, of which there are as many as vectors of a key, in the order of memory.
 
@@ -282,7 +290,7 @@ class _StepWriter(_CacheWriter):
         k, vectors = self.k, self.spec.d // self.lanes
         for x in range(0, self.lanes, self._a_line):
             part = self._index(c * self.lanes + x, "part")
-            ahead = key + _AHEAD + k.floor_divide(part, vectors)
+            ahead = key + self._ahead + k.floor_divide(part, vectors)
             k.prefetch(self.key, [self.key_row, self.at_g, ahead, k.floor_mod(part, vectors) * self.lanes])
 
     def _sum_values(self, first: int, vectors: int, c0: Expr, c1: Expr) -> None:
@@ -301,7 +309,7 @@ class _StepWriter(_CacheWriter):
             column = self._index(c0 + n, "column")
             key = self._value_at(column)
             for v in range(0, vectors, self._a_line):
-                k.prefetch(self.value, [self.key_row, self.at_g, key + _AHEAD, (first + v) * lanes])
+                k.prefetch(self.value, [self.key_row, self.at_g, key + self._ahead, (first + v) * lanes])
             values = [
                 k.let(self._widened(self.value, [self.key_row, self.at_g, key, (first + v) * lanes], lanes), "value")
                 for v in range(vectors)
