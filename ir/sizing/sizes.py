@@ -132,6 +132,8 @@ class Size(SizeNumbers):
 
     def evaluate(self, values: Mapping[str, int]) -> int:
         """Its value where each symbol has one. Raises SizeError for a symbol without a value or a zero divisor."""
+        if self.constant is not None:
+            return self.constant
         total = 0
         for mono, coeff in self.terms:
             product = coeff
@@ -188,8 +190,11 @@ class Size(SizeNumbers):
     def __add__(self, other: SizeLike) -> Size:
         if not isinstance(other, _OPERANDS):
             return self.beside(operator.add, other)
+        other = Size.of(other)
+        if self.constant is not None and other.constant is not None:
+            return _constant(self.constant + other.constant)
         table = dict(self.terms)
-        for mono, coeff in Size.of(other).terms:
+        for mono, coeff in other.terms:
             table[mono] = table.get(mono, 0) + coeff
         return Size._from(table)
 

@@ -80,10 +80,11 @@ class PlanStorage(Pass):
         functions: dict[str, FunctionPlan] = {}
         peaks: dict[str, tuple[Size, ...]] = {}
         for function in graph.needed_by(*graph.later_entries):
-            plan = self._planned(function, self.grouped(function), functions, self.over)
+            planner = _Planner(self, function, functions)
+            plan = planner.plan(self.grouped(function), self.over)
             peak = peak_of(frame_of(plan, functions, self.strided), peaks, graph.symbols)
             if self.ordered:
-                plan, peak = self._reordered(plan, peak, functions, peaks, graph.symbols)
+                plan, peak = self._reordered(plan, peak, planner, peaks, graph.symbols)
             functions[function.name], peaks[function.name] = plan, peak
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
@@ -92,39 +93,50 @@ class PlanStorage(Pass):
         log.touched = set()
         return 0
 
-    def _planned(
-        self, function: Function, steps: Sequence[Step], callees: Mapping[str, FunctionPlan], over: Over
-    ) -> FunctionPlan:
-        if self.strided:
-            return _Strided(function, steps, callees, self.parts, over).plan()
-        return _Allocated(function, steps, callees).plan()
-
     def _reordered(
         self,
         plan: FunctionPlan,
         peak: tuple[Size, ...],
-        callees: Mapping[str, FunctionPlan],
+        planner: _Planner,
         peaks: Mapping[str, tuple[Size, ...]],
         symbols: Mapping[str, Bounds],
     ) -> tuple[FunctionPlan, tuple[Size, ...]]:
         """The plan in the first order that needs less, and its peak; else the plan as it is."""
-        apart = self._planned(plan.function, plan.steps, callees, over_nothing) if self.strided else plan
-        frame = frame_of(apart, callees, self.strided)
+        apart = planner.plan(plan.steps, over_nothing) if self.strided else plan
+        frame = frame_of(apart, planner.callees, self.strided)
         for choice in choices(apart, frame, self.over, peaks, symbols):
-            other = self._planned(plan.function, choice.steps, callees, self.over)
-            reached = peak_of(frame_of(other, callees, self.strided), peaks, symbols)
+            other = planner.plan(choice.steps, self.over)
+            reached = peak_of(frame_of(other, planner.callees, self.strided), peaks, symbols)
             saved = needs_less(peak, reached, choice, symbols)
             if saved is not None:
                 return replace(other, reordered=saved), reached
         return plan, peak
 
 
-class _Planning(ABC):
-    """One function; callees are planned already."""
+class _Planner:
+    """Plans of one function, in several orders; its callees are planned already.
 
-    def __init__(self, function: Function, steps: Sequence[Step], callees: Mapping[str, FunctionPlan]) -> None:
-        self.function, self.steps, self.callees = function, tuple(steps), callees
-        self.uses = function.uses()
+    given  what its arguments fill, which is the same in all of them
+    """
+
+    def __init__(self, options: PlanStorage, function: Function, callees: Mapping[str, FunctionPlan]) -> None:
+        self.options, self.function, self.callees = options, function, callees
+        self.uses, self.results = function.uses(), frozenset(function.results)
+        self.given: dict[Value, View | Storage] = {}
+
+    def plan(self, steps: Sequence[Step], over: Over) -> FunctionPlan:
+        """The plan of these steps in this order."""
+        if self.options.strided:
+            return _Strided(self, steps, self.options.parts, over).plan()
+        return _Allocated(self, steps).plan()
+
+
+class _Planning(ABC):
+    """One function in one order."""
+
+    def __init__(self, planner: _Planner, steps: Sequence[Step]) -> None:
+        self.planner, self.function, self.callees = planner, planner.function, planner.callees
+        self.steps, self.uses = tuple(steps), planner.uses
         self.at = {node: i for i, step in enumerate(self.steps) for node in step.nodes}
         self.places: dict[Value, ValuePlace] = {}
         self.results: dict[str, Storage] = {}
@@ -133,7 +145,8 @@ class _Planning(ABC):
         self.last_reads: dict[Storage, int] = {}
         self._counts: dict[str, int] = {}
         self._taken: set[str] = set()
-        for value in (*function.arguments, *(v for step in self.steps for node in step.nodes for v in node.results)):
+        made = [value for step in self.steps for node in step.nodes for value in node.results]
+        for value in (*self.function.arguments, *made):
             self.names[value] = self._new_name(value.name)
 
     def plan(self) -> FunctionPlan:
@@ -175,15 +188,17 @@ class _Planning(ABC):
         self.last_reads[storage] = max(last, self.last_reads.get(storage, last))
 
     def _last_read(self, value: Value, first: int) -> int:
-        if any(value is result for result in self.function.results):
+        if value in self.planner.results:
             return len(self.steps)
         return max((self.at[node] for node, _ in self.uses.get(value, ())), default=first)
 
     def _given(self, value: Value) -> None:
-        if value.kind == "state":
-            self._put(value, self._whole(value, StorageKind.STATE), How.STATE)
-        else:
-            self._put(value, self._whole(value, StorageKind.ARGUMENT), How.GIVEN)
+        is_state = value.kind == "state"
+        lies = self.planner.given.get(value)
+        if lies is None:
+            lies = self._whole(value, StorageKind.STATE if is_state else StorageKind.ARGUMENT)
+            self.planner.given[value] = lies
+        self._put(value, lies, How.STATE if is_state else How.GIVEN)
 
     def _update(self, value: Value) -> None:
         """A version of a state lies where the one before it does: nobody reads that any longer."""
@@ -274,10 +289,8 @@ class _Strided(_Planning):
     wanted  where a value must lie so that its reader need not move it, once that is decided
     """
 
-    def __init__(
-        self, function: Function, steps: Sequence[Step], callees: Mapping[str, FunctionPlan], parts: Parts, over: Over
-    ) -> None:
-        super().__init__(function, steps, callees)
+    def __init__(self, planner: _Planner, steps: Sequence[Step], parts: Parts, over: Over) -> None:
+        super().__init__(planner, steps)
         self.parts, self.over = parts, over
         self.wanted: dict[Value, tuple[View, Value | str]] = {}
 
