@@ -31,6 +31,9 @@ LONG = 4099  # a prime: no vector, block or panel divides it
 MOST_ELEMENTS = 1 << 22  # of anything within an op: windows of 4099 over an axis as long would take gigabytes
 MOST = 6  # cases of an op: samples that come late are mostly other terms of attention, of which no sum knows
 NARROW = ("f16", "bf16")
+SMOOTH = {"attention_parts": [0]}
+"""Results whose gradients are compared, where those of the others jump: the gradient of a maximum goes to another
+element where rounding makes that one the largest, and no bound on rounding says how far apart the two are."""
 SUMMING = [name for name in TESTED if OPS[name].accumulates is not None]
 
 
@@ -148,7 +151,7 @@ def long_gradients(name: str, dtype: str) -> list[Long]:
     """Along any axis: what an op maps, the gradient of a weight or of what broadcasts adds up."""
     found = []
     for what, case in islice(long_cases(name, dtype, *Role), MOST):
-        for seeded in seedings(case)[:1]:
+        for seeded in [SMOOTH[name]] if name in SMOOTH else seedings(case)[:1]:
             graph = case.gradient_graph(seeded)
             inputs = {n: np.abs(x) if n.startswith("seed") else x for n, x in case.seed_inputs(seeded).items()}
             if any(node.op.accumulates for _, node in graph.walk()):
@@ -217,8 +220,6 @@ def test_long_axes_are_summed_as_the_op_says(name: str, dtype: str, run: str) ->
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("name", TESTED)
 def test_gradients_are_summed_so_as_well(name: str, dtype: str, run: str) -> None:
-    if name == "attention_parts":
-        pytest.skip("gradients of attention_parts are off on long axes in 16 bits, and why is not known yet")
     for form in long_gradients(name, dtype):
         form.hold(run)
 

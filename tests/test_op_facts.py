@@ -246,7 +246,6 @@ NOT_SEEN = {
     "positions": "it reads no element",
     "concat": "of one part it is that part",
     "rms_norm": "a row by itself has the shape of the weight",
-    "cached_attention": "in some sample; perhaps one in which queries see a single key",
 }
 """Where an element is read for its own place alone, and the rule does not say so."""
 

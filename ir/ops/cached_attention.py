@@ -32,6 +32,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 
 _SELF = ("f32[2,4,3,3]", "f32[3,4,6,3]", "f32[3,4,6,3]", "i64[2] < 3", "i64[2] < 4")
+_LONG = ("f32[2,4,3,3]", "f32[3,4,12,3]", "f32[3,4,12,3]", "i64[2] < 3", "i64[2] < 9")
 _GROUPED = ("f32[2,4,2,3]", "f32[3,2,6,3]", "f32[3,2,6,2]", "i64[2] < 3", "i64[2] < 5")
 _ONE = ("f32[3,4,1,3]", "f32[4,2,7,3]", "f32[4,2,7,2]", "i64[3] < 4", "i64[3] < 7")
 _RING = ("f32[2,4,2,3]", "f32[3,2,6,3]", "f32[3,2,6,2]", "i64[2] < 3", "i64[2] < 20")
@@ -158,7 +159,7 @@ class CachedAttention(Attending):
         S(*_CROSS, "i64[2] < 7", terms=(Padding(),)),
         S(*_CROSS, "i64[2] < 7", "f32[8,2]", terms=(Padding(), Window(4), T5Relative(8, 5, True))),
         S(*_GROUPED, "i64[2,2] < 2", "i64[2,6] < 2", terms=(Segments(), Causal())),
-        S(*_SELF, "bool[2,6]", "f32[4,3,6]", terms=(Causal(), BooleanMask("b t"), TensorBias("h s t"))),
+        S(*_LONG, "bool[2,12]", "f32[4,3,12]", terms=(Causal(), BooleanMask("b t"), TensorBias("h s t"))),
         S(
             *_RING[:4],
             "i64[2] < 8",
