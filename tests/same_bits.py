@@ -2,11 +2,13 @@
 
     python -m tests.same_bits 82c0506
     python -m tests.same_bits 82c0506 --real
+    python -m tests.same_bits 82c0506 --graphs 5000 --seed 0
 
 The other commit's files are unpacked into a temporary folder, and both trees run the same program: compile each model
 of `tests/test_models.py` with drawn weights, call it at small sizes, and hash what it gives. The models are those that
 both trees have. With `--real`, they are the fetched models in place of the zoo's (`treadle fetch NAME`), with their own
-weights. Exit status 1 if any differ. A refactoring is done when this prints no difference.
+weights; with `--graphs`, they are so many random graphs (tests/fuzz/graphs.py), drawn here and read by both trees; one
+that a backend refuses in both is no difference. Exit status 1 if any differ. A refactoring is done when this prints no difference.
 """
 
 from __future__ import annotations
@@ -34,14 +36,19 @@ VOCABULARY = 300
 """Token ids are below it; every fetched model has more tokens."""
 
 
-def digests(real: Mapping[str, str] | None) -> dict[str, str]:
-    """By model and backend, a hash of the outputs; of the tree that is imported. `real` are paths by name."""
+def digests(real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[str, str]:
+    """By model and backend, a hash of the outputs; of the tree that is imported.
+
+    real    paths of models by name, in place of the zoo
+    graphs  a folder of graphs with their arrays, in place of both
+    """
     from treadle.backends.registry import find_backend
 
     found = {}
     for backend in BACKENDS:
         if find_backend(backend).available() is None:
-            for name, calls in _zoo(backend) if real is None else _real(backend, real):
+            models = _graphs(backend, graphs) if graphs else _zoo(backend) if real is None else _real(backend, real)
+            for name, calls in models:
                 digest = hashlib.sha256()
                 for outputs in calls:
                     for output, array in outputs.items():
@@ -49,6 +56,33 @@ def digests(real: Mapping[str, str] | None) -> dict[str, str]:
                         digest.update(np.ascontiguousarray(array).tobytes())
                 found[f"{name}, {backend}"] = digest.hexdigest()
     return found
+
+
+def _graphs(backend: str, folder: Path) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
+    """The same of the graphs in a folder; a refusal is an output, too."""
+    import treadle
+    from treadle.ir.text.parser import parse_graph
+
+    for path in sorted(folder.glob("*.txt")):
+        with np.load(path.with_suffix(".npz")) as file:
+            given = {kind: {n[2:]: file[n] for n in file.files if n[0] == kind} for kind in "iw"}
+        graph = parse_graph(path.read_text(encoding="utf-8"))
+        try:
+            outputs = treadle.compile(graph, backend=backend, weights=given["w"])(**given["i"])
+        except treadle.TreadleError as error:
+            outputs = {type(error).__name__: np.zeros(0)}
+        yield path.stem, iter([{name: np.asarray(x) for name, x in outputs.items()}])
+
+
+def draw_graphs(seeds: range, folder: Path) -> None:
+    """Put the random graphs of some seeds into a folder, each as its text, and its arrays."""
+    from tests.fuzz.graphs import draw
+
+    for seed in seeds:
+        case = draw(seed)
+        (folder / f"{seed}.txt").write_text(str(case.graph), encoding="utf-8")
+        arrays = {f"i {name}": x for name, x in case.inputs.items()} | {f"w {n}": x for n, x in case.weights.items()}
+        np.savez(folder / f"{seed}.npz", **{name: np.asarray(x) for name, x in arrays.items()})
 
 
 def _zoo(backend: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
@@ -115,11 +149,13 @@ def fetched(folder: Path) -> dict[str, str]:
     return paths
 
 
-def digests_of(tree: Path, real: Mapping[str, str] | None) -> dict[str, str]:
+def digests_of(tree: Path, real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[str, str]:
     """The digests of another tree, in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--digests"]
     if real is not None:
         command += ["--paths", json.dumps(real)]
+    if graphs is not None:
+        command += ["--folder", str(graphs)]
     here = {**os.environ, "PYTHONPATH": str(tree)}
     run = subprocess.run(command, cwd=tree, env=here, capture_output=True, text=True)
     if run.returncode:
@@ -142,15 +178,22 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="the fetched models, not the zoo's")
     parser.add_argument("--digests", action="store_true", help="print the hashes of the tree that is imported")
     parser.add_argument("--paths", type=json.loads, help="with --digests: real models, as JSON of paths by name")
+    parser.add_argument("--graphs", type=int, default=0, help="so many random graphs, not the zoo")
+    parser.add_argument("--seed", type=int, default=0, help="of the first random graph")
+    parser.add_argument("--folder", type=Path, help="with --digests: where graphs and their arrays are")
     given = parser.parse_args()
     if given.digests or given.commit is None:
-        print(json.dumps(digests(given.paths)))
+        print(json.dumps(digests(given.paths, given.folder)))
         return 0
     with tempfile.TemporaryDirectory() as place:
         real = fetched(Path(place)) if given.real else None
         (folder := Path(place) / "before").mkdir()
-        before = digests_of(unpacked(given.commit, folder), real)
-        now = digests_of(ROOT, real)
+        graphs = Path(place) / "graphs" if given.graphs else None
+        if graphs is not None:
+            graphs.mkdir()
+            draw_graphs(range(given.seed, given.seed + given.graphs), graphs)
+        before = digests_of(unpacked(given.commit, folder), real, graphs)
+        now = digests_of(ROOT, real, graphs)
     both = sorted(before.keys() & now.keys())
     different = [name for name in both if before[name] != now[name]]
     print(*(f"differs: {name}" for name in different), sep="\n", end="\n" if different else "")
