@@ -8,7 +8,8 @@ The other commit's files are unpacked into a temporary folder, and both trees ru
 of `tests/test_models.py` with drawn weights, call it at small sizes, and hash what it gives. The models are those that
 both trees have. With `--real`, they are the fetched models in place of the zoo's (`treadle fetch NAME`), with their own
 weights; with `--graphs`, they are so many random graphs (tests/fuzz/graphs.py), drawn here and read by both trees; one
-that a backend refuses in both is no difference. Exit status 1 if any differ. A refactoring is done when this prints no difference.
+that a backend refuses in both is no difference. Exit status 1 if any differ. A refactoring is done when this prints no
+difference.
 """
 
 from __future__ import annotations
