@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -143,8 +143,7 @@ class _Machine:
         self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], Plan] = OrderedDict()
         self._arena = np.empty(0, np.uint8)
         self._lock = threading.Lock()
-        self._runner = entries.get(Runner())
-        self._result = np.zeros(1, np.int64)
+        self._runner = _TableRunner(entries[Runner()]) if Runner() in entries else None
 
     def run(
         self,
@@ -196,10 +195,7 @@ class _Machine:
         if tvm_runtime.pool_is_lost():
             table = table.copy()
             table[:, -1] = True
-        if poisons():
-            failed = run_poisoned(plan, table, self._arena, partial(run_table, self._runner, result=self._result))
-        else:
-            failed = run_table(self._runner, table, self._result)
+        failed = run_poisoned(plan, table, self._arena, self._runner) if poisons() else self._runner(table)
         if failed >= 0:
             plan.status[:] = 0  # of the kernels before
             step = plan.steps[failed]
@@ -227,13 +223,18 @@ def _outside(plan: Plan) -> BackendError:
     return error.located(teller.node, teller.kernel.title)
 
 
-def run_table(runner: Entry, table: Array, result: Array) -> int:
-    """Run a table's calls; -1, or the number of the call that failed."""
-    words = np.array([[POINTER, address(table)], [POINTER, address(result)], [INTEGER, len(table)]], np.int64)
-    ignored = np.zeros(2, np.int64)
-    if function_of(runner)(address(words), len(words), address(ignored)):
-        return 0
-    return int(result[0])
+class _TableRunner:
+    """Runs a table's calls by compiled code: -1, or the number of the call that failed. One runs at a time."""
+
+    def __init__(self, code: Entry) -> None:
+        self._call = function_of(code)
+        self._failed, self._ignored = np.zeros(1, np.int64), np.zeros(2, np.int64)
+        self._words = np.array([[POINTER, 0], [POINTER, address(self._failed)], [INTEGER, 0]], np.int64)
+        self._places = address(self._words), len(self._words), address(self._ignored)
+
+    def __call__(self, table: Array) -> int:
+        self._words[0, 1], self._words[2, 1] = address(table), len(table)
+        return 0 if self._call(*self._places) else int(self._failed[0])
 
 
 # -- arrays --------------------------------------------------------------------------------------------------
