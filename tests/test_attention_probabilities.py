@@ -19,7 +19,7 @@ import pytest
 import treadle
 from tests.pass_programs import assert_same_numbers, optimize, program
 from treadle.backends.registry import find_backend
-from treadle.explaining import explain_fusion
+from treadle.explaining.fusion import explain_fusion
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.encounters import Paired
 from treadle.ir.analysis.following import follow

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from tests.golden import Golden
 from tests.pass_programs import GELU, program
 from treadle.cli import app
-from treadle.explaining import explain_fusion, parse_expected
-from treadle.fusion_verdicts import FusionVerdict
+from treadle.explaining.fusion import explain_fusion, parse_expected
+from treadle.explaining.fusion_verdicts import FusionVerdict
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph

@@ -16,7 +16,7 @@ from tests.golden import FOLDER, Golden
 from treadle.artifacts import load
 from treadle.backends.registry import find_backend
 from treadle.cli.application import app
-from treadle.explaining_layouts import explain_layouts
+from treadle.explaining.layouts import explain_layouts
 from treadle.ir.graph import Graph
 from treadle.ir.hashing import canonical_form
 from treadle.ir.text.parser import parse_graph

@@ -12,8 +12,8 @@ import pytest
 import treadle
 from tests.backend_checks import needs_tvm
 from tests.test_explaining_layouts import SMALL, told
-from treadle.drawing_memory import draw_memory
-from treadle.explaining_memory import MemoryTold, compare_memory, explain_memory, read_memory
+from treadle.explaining.memory import MemoryTold, compare_memory, explain_memory, read_memory
+from treadle.explaining.memory_drawing import draw_memory
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.sizing.sizes import Size
 

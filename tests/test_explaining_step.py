@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.golden import Golden
 from tests.stepped_models import MODELS
 from treadle.cli.application import app
-from treadle.explaining_step import explain_step
+from treadle.explaining.step import explain_step
 from treadle.ir.text.parser import parse_graph
 
 SMALL = ("--set", "layers=2", "--set", "dim=48", "--set", "heads=4", "--set", "vocab=50")

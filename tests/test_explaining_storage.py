@@ -9,7 +9,7 @@ import pytest
 from tests.golden import Golden
 from tests.test_explaining_layouts import SMALL, TARGETS, told, usable, without_lines
 from treadle.compiling import compile
-from treadle.explaining_storage import StorageTold, explain_storage
+from treadle.explaining.storage import StorageTold, explain_storage
 from treadle.passes.pipelines import DEFAULT
 
 SHOWN = {**TARGETS, "numpy": "cpu"}

@@ -12,7 +12,7 @@ import treadle
 import treadle.frontends.language as t
 from tests.pass_programs import GELU, assert_same_numbers, optimize, program
 from treadle.backends.onnx.exporter import export_onnx
-from treadle.explaining import explain_fusion
+from treadle.explaining.fusion import explain_fusion
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.following import follow
 from treadle.ir.graph import Graph

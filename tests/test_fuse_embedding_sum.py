@@ -7,7 +7,7 @@ import pytest
 
 import treadle as t
 from tests.pass_programs import assert_same_numbers, numbers, optimize, program
-from treadle.explaining import explain_fusion
+from treadle.explaining.fusion import explain_fusion
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.following import follow
 from treadle.ir.ops.embedding_sums import EmbeddingSum

@@ -10,7 +10,7 @@ import pytest
 import treadle
 import treadle.frontends.language as t
 from tests.pass_programs import assert_same_numbers, optimize, program
-from treadle.explaining import explain_fusion
+from treadle.explaining.fusion import explain_fusion
 from treadle.ir.graph import Graph
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.ir.text.parser import parse_graph

@@ -11,7 +11,7 @@ import pytest
 import treadle as t
 from tests.backend_checks import needs_tvm
 from tests.pass_programs import assert_same_numbers, optimize, program
-from treadle.explaining import explain_fusion
+from treadle.explaining.fusion import explain_fusion
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.text.parser import parse_graph

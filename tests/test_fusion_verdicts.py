@@ -14,8 +14,8 @@ from tests.random_programs import random_program
 from tests.test_fuse_rotary import FORMS as ROTARY_FORMS
 from tests.test_fuse_rotary import Case
 from tests.test_models import ZOO
-from treadle.explaining import Explanation, explain_fusion
-from treadle.fusion_verdicts import judge
+from treadle.explaining.fusion import Explanation, explain_fusion
+from treadle.explaining.fusion_verdicts import judge
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.text.parser import parse_graph

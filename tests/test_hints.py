@@ -28,7 +28,7 @@ THEIRS = {"export", "pip", "ensurepip", "pretrained"}  # what is called in hints
 
 
 ON_THE_COMMAND_LINE = " | on the command line: "
-FOR_COMMANDS = ("treadle/cli/", "treadle/option_values.py", "treadle/explaining.py")  # what only commands reach
+FOR_COMMANDS = ("treadle/cli/", "treadle/option_values.py", "treadle/explaining/fusion.py")  # what only commands reach
 
 
 def shown(node: ast.AST) -> str:

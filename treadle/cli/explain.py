@@ -68,7 +68,7 @@ def explain_sites(
 
     step: of the step of generation that is derived from the model, its states and their bytes, and what ops became.
     """
-    from treadle.explaining import explain_fusion, parse_expected
+    from treadle.explaining.fusion import explain_fusion, parse_expected
     from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_config
     from treadle.progress import working
@@ -109,8 +109,8 @@ def explain_sites(
 
 def _lowered(model: str, subject: str, backend: str, chosen: dict[str, Any], as_json: bool) -> None:
     """What follows from the passes of a backend: layouts or storage."""
-    from treadle.explaining_layouts import Layouts, explain_layouts
-    from treadle.explaining_storage import StorageTold, explain_storage
+    from treadle.explaining.layouts import Layouts, explain_layouts
+    from treadle.explaining.storage import StorageTold, explain_storage
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
@@ -135,8 +135,8 @@ def _memory(
     against: Path | None,
     as_json: bool,
 ) -> None:
-    from treadle.drawing_memory import draw_memory, write_drawing
-    from treadle.explaining_memory import compare_memory, explain_memory, read_memory
+    from treadle.explaining.memory import compare_memory, explain_memory, read_memory
+    from treadle.explaining.memory_drawing import draw_memory, write_drawing
     from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_sizes
     from treadle.progress import working
@@ -156,7 +156,7 @@ def _memory(
 
 
 def _step(model: str, chosen: dict[str, Any], as_json: bool) -> None:
-    from treadle.explaining_step import explain_step
+    from treadle.explaining.step import explain_step
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 

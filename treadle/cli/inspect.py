@@ -135,7 +135,7 @@ def lowered_for(name: str, backend: str, optimized: Optimized) -> Optimized:
 
 def stepped_entry(graph: Graph, entry: str) -> Graph:
     """One entry of the step that is derived from a graph."""
-    from treadle.explaining_step import entry_alone
+    from treadle.explaining.step import entry_alone
     from treadle.passes.stepping.derivation import derive_step
 
     derived = derive_step(graph).graph

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from treadle.explaining_memory import MemoryTold
+from treadle.explaining.memory import MemoryTold
 from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
 from treadle.ir.builder import describe_source

@@ -5,7 +5,7 @@
     explanation.counts["attention"]            # ops of the optimized graph, calls multiplied
 
 The sites are those of the graph as it was declared or imported (`treadle.passes.sites.fusion_sites`); what became of
-each is read off the pass log (`treadle.fusion_verdicts`).
+each is read off the pass log (`treadle.explaining.fusion_verdicts`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
 from treadle.computing import Widen, computing_in
+from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.frontends.declarations import Model
-from treadle.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph

@@ -15,7 +15,7 @@ from typing import Any
 
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
-from treadle.explaining_layouts import lowered_for
+from treadle.explaining.layouts import lowered_for
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import shown_path
 from treadle.files.strict_json import read_json_object

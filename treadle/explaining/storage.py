@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.backends.made_weights import Recipe, recipes_of
-from treadle.explaining_layouts import lowered_for, passed_weights
+from treadle.explaining.layouts import lowered_for, passed_weights
 from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
