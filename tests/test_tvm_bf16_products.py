@@ -243,3 +243,18 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(isa: str, family: str) 
     name = next(p.name for p in exe.outputs)
     whole = exe(tokens=tokens)[name]
     np.testing.assert_array_equal(exe(tokens=tokens[2:3])[name][0], whole[2])
+
+
+def test_what_is_written_in_place_of_rounded_rows_is_rounded_anew() -> None:
+    """-x takes over the storage of x, whose rows are rounded already."""
+
+    def made(b: Builder) -> Expr:
+        x = b.abs(b.input("x", bf16["M", 64]))
+        one = b.linear(x, b.parameter("w", bf16[64, 64]))
+        return b.concat(one, b.linear(-x, b.parameter("v", bf16[64, 64])), axis=0)
+
+    x, w, v = (widened(rounded(normal(n, 64, seed=n))) for n in (5, 64, 64))
+    exe = compiled(graph_of(made), {"w": w, "v": v})
+    assert "neg_over()" in exe.source
+    wanted = np.concatenate([exact(np.abs(x), w), exact(-np.abs(x), v)])
+    np.testing.assert_allclose(exe(x=x)["y"], wanted, rtol=EPSILON["bf16"], atol=0.01)

@@ -71,7 +71,7 @@ def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node
         w.step(RoundRows(x.dtype.name, form), [x, made], [m, k, stride], node)
         return made
 
-    return w.made_once(("rounded rows", x, m, k, stride), make)
+    return w.made_once(x, ("rounded rows", m, k, stride), make)
 
 
 @dataclass(frozen=True)

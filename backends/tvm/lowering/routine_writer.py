@@ -9,7 +9,7 @@ the storage plan says. A step that needs memory beside takes `scratch`, which li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
@@ -86,7 +86,7 @@ class RoutineWriter:
         self.groups = {step.root: step for step in plan.steps}
         self.uses = plan.function.uses()
         self.rounded: dict[Storage, View | None] = {}
-        self._made: dict[Hashable, View] = {}
+        self._made: dict[Storage, dict[Hashable, View]] = {}
         self._names = {life.storage.name for life in plan.lives}
         self._begins: list[int] = []
         for value in plan.function.arguments:
@@ -160,14 +160,16 @@ class RoutineWriter:
         storage = Storage(self._new_name(hint), dtype, product(shape), StorageKind.LOCAL)
         return View.contiguous(storage, shape)
 
-    def made_once(self, what: Hashable, make: Callable[[], View]) -> View:
-        """What `make` adds steps for, when it is first asked for. `what` must tell all that decides it.
+    def made_once(self, of: View, what: Hashable, make: Callable[[], View]) -> View:
+        """What `make` adds steps for, when it is first asked for; with `of`, `what` must tell all that decides it.
 
-        Only of values that never change: nothing of a state.
+        Once another step writes into the storage of `of`, in place of a value that nobody reads any longer, it is made
+        anew.
         """
-        if what not in self._made:
-            self._made[what] = make()
-        return self._made[what]
+        known, key = self._made.setdefault(of.storage, {}), (of, what)
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     def updated(self, node: Node, index: int) -> View:
         """Where to write an update: the state itself; of a value that is no state, a copy of it."""
@@ -191,6 +193,12 @@ class RoutineWriter:
         """Add a step. The last `writes` pointers are written."""
         exact = tuple([Size.of(s) for s in sizes])
         self.routine.steps.append(KernelStep(kernel, tuple(pointers), exact, node, writes, note))
+        self._forget(pointers[len(pointers) - writes :])
+
+    def _forget(self, written: Iterable[View]) -> None:
+        """What was made of the values that lay there is no longer what would be made of them."""
+        for view in written:
+            self._made.pop(view.storage, None)
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -255,6 +263,7 @@ class RoutineWriter:
         arguments = [view if view.panels is not None else self.contiguous(view) for view in views]
         results = [self.view(result) for result in node.named_results]
         self.routine.steps.append(RoutineStep(callee.routine, tuple(arguments), tuple(results), node))
+        self._forget(results)
 
     def pack(self, view: View, to: View) -> None:
         """Add a step that lays a matrix out in panels or pairs."""
