@@ -19,6 +19,7 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.files.shown_names import on_one_line
+from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Graph, Node, Value
@@ -108,6 +109,12 @@ class Recipe:
         return text
 
 
+def is_decoded_once(node: Node) -> bool:
+    """Whether a node decodes blocks of weights, or joins and cuts such: `bind` does that, which needs no kernel."""
+    encoded = any(v.type.encoding is not None for v in (*node.inputs, *node.results))
+    return encoded and all(map(is_made_of_weights, node.inputs))
+
+
 def recipes_of(graph: Graph) -> dict[str, Recipe]:
     """How each parameter that `bind` makes for other entries is made, by name, in the order of their parameters."""
     if graph.bind is None:
@@ -165,7 +172,7 @@ def _only_rounds(node: Node) -> bool:
 def _stored(array: Any, value: Value) -> Array:
     if value.type.dtype is bf16:
         return widened(rounded(np.asarray(array, np.float32)))
-    return np.asarray(array, value.type.dtype.numpy)
+    return np.asarray(array, value.type.held.dtype.numpy)
 
 
 def _operand(value: Value, texts: Mapping[Value, str]) -> str:

@@ -15,13 +15,13 @@ from treadle.ir.types import Type
 
 def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
     """Raise BackendError for a weight of another shape or dtype; one of bf16 may be a tensor, or float32 numbers."""
-    dtype, shape = wanted.dtype.numpy, wanted.static_shape
+    dtype, shape = wanted.held.dtype.numpy, wanted.held.static_shape
     if dtype is not None and type(value) is np.ndarray and value.dtype == dtype and value.shape == shape:
         return  # as nearly all are; a dtype's name takes its time
     array = value if hasattr(value, "detach") else np.asarray(value)
     found = str(array.dtype).removeprefix("torch.")
     known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
-    if found not in known or not shape_fits(wanted, tuple(array.shape)):
+    if found not in known or not shape_fits(wanted.held, tuple(array.shape)):
         raise misfit(name, wanted, f"{found}{list(array.shape)}")
 
 
@@ -40,7 +40,8 @@ def refuse_missing(graph: Graph, weights: Mapping[str, Any]) -> None:
 
 def misfit(name: str, wanted: Type, received: str) -> BackendError:
     """The error for a weight of another shape or dtype."""
-    return BackendError(f"weight {name} must be {wanted}", received=f"{name}: {received}")
+    held = f", held in {wanted.held}" if wanted.encoding is not None else ""
+    return BackendError(f"weight {name} must be {wanted}{held}", received=f"{name}: {received}")
 
 
 def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:

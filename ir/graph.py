@@ -70,6 +70,14 @@ class Value:
         return self.lies_in if self.node is None else self.node.op.result_layout(self.index)
 
     @property
+    def weight(self) -> Value | None:
+        """The parameter that this is: itself, or the encoded one whose numbers it is. None: it is no weight."""
+        if self.kind == "parameter":
+            return self
+        node = self.node
+        return node.inputs[0].weight if node is not None and node.op.decodes else None
+
+    @property
     def before(self) -> Value | None:
         """The value of which this is the update: the operand to which its op ties it; None for any other value."""
         if self.node is None:

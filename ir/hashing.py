@@ -142,10 +142,12 @@ def attribute_key(value: Any) -> str:
 @lru_cache(maxsize=16384)
 def type_key(type: Type) -> str:
     """A type without its factors and labels."""
-    return f"{type.dtype.name}[{','.join(map(str, type.shape))}]"
+    encoding = "" if type.encoding is None else f" as {type.encoding}"
+    return f"{type.dtype.name}[{','.join(map(str, type.shape))}]{encoding}"
 
 
 def literal_key(literal: Literal) -> str:
     """A constant by its content; long ones by the hash of it."""
     data = literal.data.hex() if len(literal.data) <= _IN_PLACE else sha256(literal.data).hexdigest()
-    return f"{literal.dtype.name}{literal.shape}{len(literal.data)}:{data}"
+    encoding = "" if literal.encoding is None else f" as {literal.encoding}"
+    return f"{literal.dtype.name}{literal.shape}{encoding}{len(literal.data)}:{data}"

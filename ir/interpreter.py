@@ -159,7 +159,9 @@ class _Run:
         self.sizes: dict[str, int] = {}
 
     def bind(self, value: Value, array: Array) -> None:
-        wrong = solve_sizes(value.type, array.shape, self.sizes)
+        wrong = solve_sizes(value.type.held, array.shape, self.sizes)
+        if not wrong and value.type.encoding is not None and array.dtype != np.uint8:
+            wrong = f"is {value.type}, held in {value.type.held}"
         if wrong:
             raise GraphError(f"{value.kind} {value.name} {wrong}", received=f"{array.dtype}{list(array.shape)}")
 
@@ -229,7 +231,7 @@ class _Run:
             ) from error
         arrays = [np.asarray(a) for a in (made if isinstance(made, tuple) else (made,))]
         for value, array in zip(node.results, arrays, strict=True):
-            wanted = value.type.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None
+            wanted = value.type.held.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None
             if wanted is not None and array.shape != wanted:
                 raise GraphError(
                     f"{node.op.name}: its reference gives shape {list(array.shape)}, its rule {list(wanted)}",
@@ -238,7 +240,10 @@ class _Run:
         return [self._as(value.type, array) for value, array in zip(node.results, arrays, strict=True)]
 
     def _as(self, type: Type, array: Array) -> Array:
+        if type.encoding is not None:
+            return array
         if type.dtype.is_float:
+            array = self.widen(array)  # what blocks mean is float32 even here
             return array if self.float64 or array.dtype == type.dtype.numpy else self._narrow(type, array)
         return array.astype(type.dtype.numpy, copy=False)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import GraphError
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, bf16, dtype_of, f32
@@ -17,12 +18,14 @@ from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 class Literal:
     """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major.
 
-    NumPy has no bf16: such elements are kept in their two bytes, and read and written as float32.
+    NumPy has no bf16: such elements are kept in their two bytes, and read and written as float32. The bytes of an
+    encoded constant are its blocks, as they are held.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     data: bytes = field(repr=False)
+    encoding: Encoding | None = None
 
     @staticmethod
     def of(value: Any, dtype: DType | None = None) -> Literal:
@@ -63,9 +66,19 @@ class Literal:
         contiguous = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
         return Literal(kind, tuple(array.shape), contiguous.tobytes())
 
+    @staticmethod
+    def of_blocks(held: np.ndarray[Any, Any], type: Type) -> Literal:
+        """An encoded constant from the u8 array that holds it. Raises GraphError where the array is another one."""
+        shape = type.static_shape
+        if shape is None or held.dtype != np.uint8 or held.shape != type.held.static_shape:
+            raise GraphError(f"{type} is held in {type.held}", received=f"{held.dtype}{list(held.shape)}")
+        return Literal(type.dtype, shape, np.ascontiguousarray(held).tobytes(), type.encoding)
+
     @property
     def array(self) -> np.ndarray[Any, Any]:
-        """A read-only array of the elements."""
+        """A read-only array of the elements, or of an encoded constant's blocks."""
+        if self.encoding is not None:
+            return np.frombuffer(self.data, np.uint8).reshape(self.type.held.static_shape or ())
         if self.dtype is bf16:
             words = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
             return words.view(np.float32).reshape(self.shape)
@@ -78,7 +91,8 @@ class Literal:
 
     @property
     def type(self) -> Type:
-        return self.dtype[self.shape] if self.shape else Type(self.dtype)
+        found = self.dtype[self.shape] if self.shape else Type(self.dtype)
+        return found if self.encoding is None else found.as_encoded(self.encoding)
 
 
 def _to_bfloat16(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

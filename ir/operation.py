@@ -29,12 +29,13 @@ import numpy as np
 
 from treadle.ir.attribute_values import as_tuple, coerced, evaluated, has_size, in_words, substituted
 from treadle.ir.axes import Application, AxisDim, Role, Rule
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.rules.axis_rule_text import parse_rule
 from treadle.ir.rules.dtype_rules import infer_dtypes
 from treadle.ir.samples import Sample
 from treadle.ir.sizing.sizes import Size, SizeLike
-from treadle.ir.types import DType, Type, f64
+from treadle.ir.types import Dim, DType, Type, f64
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
@@ -84,6 +85,11 @@ class Op:
     updates: Mapping[int, int] = MappingProxyType({})
     """Which results are updates, of which operands: {0: 0} of an op whose result is its first operand, changed. Given a
     state, it changes the state, and nobody reads what was before; given any other value, it makes a new one."""
+    moves_blocks: ClassVar[bool] = False
+    """Whether it hands on the blocks of encoded operands, where it leaves the axis along which they lie as it is. Its
+    reference then acts on held arrays as on others. An op that does not refuses what is encoded."""
+    decodes: ClassVar[bool] = False
+    """Whether its result is what its encoded operand means: of a weight, it is the weight to every pass."""
     callee: str | None = None
     is_word: ClassVar[bool] = True
     """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
@@ -123,6 +129,12 @@ class Op:
     def result_layout(self, index: int) -> Layout | None:
         """The layout in which the op leaves a result; None is row-major."""
         return None
+
+    def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
+        """The encodings of its results, whose axes `found` tells. Raises RuleError for an encoded operand that it does
+        not take."""
+        encoded = [i for i, t in enumerate(types) if t is not None and t.encoding is not None]
+        return block_encodings(self, types, found, encoded) if encoded else (None,) * len(found.shapes)
 
     def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
         """Its result as a view of where its one operand lies; None where no strides say it, or the op is no view."""
@@ -285,7 +297,9 @@ class Op:
                     raise RuleError(otherwise)
             names = self.operand_names(len(types))
             dtypes = infer_dtypes(self.dtypes(), [None if t is None else t.dtype for t in types], names)
-            shapes = self.apply(types).shapes
+            found = self.apply(types)
+            encodings = self.encodings(types, found)
+            made = [_typed(d, s, e) for d, s, e in zip(dtypes, found.shapes, encodings, strict=True)]
         except RuleError as error:
             received = ", ".join(
                 f"{n}: {t}" for n, t in zip(self.operand_names(len(types)), types, strict=True) if t is not None
@@ -296,7 +310,7 @@ class Op:
                 within=error.within,
                 hint=error.hint,
             ) from None
-        return tuple(Type(d, s) for d, s in zip(dtypes, shapes, strict=True))
+        return tuple(made)
 
     # -- facts, which follow from the above; tests/test_op_facts.py holds each to what ops compute --------------------
 
@@ -409,6 +423,45 @@ class Composite(Op):
         from treadle.ir.transforms.differentiate import body_gradient
 
         return body_gradient(self, b, grads, inputs)
+
+
+def _typed(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None) -> Type:
+    if encoding is None:
+        return Type(dtype, dims)
+    try:
+        return Type(dtype, dims, encoding)
+    except GraphError as error:  # a line that is no whole number of blocks
+        raise RuleError(error.what, received=error.received, hint=error.hint) from None
+
+
+def block_encodings(
+    op: Op, types: Sequence[Type | None], found: Application, encoded: Sequence[int]
+) -> Sequence[Encoding | None]:
+    """The encoding of the one result of an op that moves blocks of some operands. Raises RuleError where it cannot."""
+    names = op.operand_names(len(types))
+    first = types[encoded[0]]
+    assert first is not None
+    assert first.encoding is not None
+    what = f"{names[encoded[0]]} is encoded as {first.encoding}"
+    if not op.moves_blocks or len(found.results) != 1:
+        raise RuleError(f"{what}, and {op.name} reads numbers", hint="decode it first")
+    moved = [i for i, name in enumerate(names) if types[i] is not None and names_operand(op.moved, name)]
+    given = op.rule([None if t is None else t.rank for t in types]).given
+    places = set()
+    for i in moved:
+        type, dims = types[i], found.operands[i]
+        assert type is not None
+        assert dims is not None
+        if type.encoding is None or type.encoding.along(-1) != first.encoding.along(-1):
+            raise RuleError(f"{what}, {names[i]} as {type.encoding or 'nothing'}", hint="decode both first")
+        axis = dims[type.encoding.axis]
+        alone = axis.size is None and len(axis.factors) == 1 and axis.factors[0] not in given
+        whole = alone and found.factors[axis.factors[0]].role is Role.MAPPED
+        places.add(found.results[0].index(axis) if whole and axis in found.results[0] else None)
+    if len(places) != 1 or None in places:
+        raise RuleError(f"{what}, and {op.name} takes its blocks apart", hint="decode it first")
+    (place,) = places
+    return [first.encoding.along(place if place is not None else -1)]
 
 
 @lru_cache(maxsize=256)

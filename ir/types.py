@@ -3,6 +3,7 @@
     f32[B, S, 768]                      plain dimensions
     f32[B, heads=12, S, 64]             a labelled factor
     f32[B, S, (heads=12 64)]            one dimension of 768 that remembers its two factors
+    f32[576, 1536] as q4_0              held in blocks of 4 bits a number: an encoding, see `treadle.ir.encodings`
 
 Sizes, identities and labels are three things. Two types are equal when dtypes and sizes are; factors and labels are
 notes that travel along. Which axes are *the same* is never read off a type: `treadle.ir.analysis.following` finds that
@@ -20,7 +21,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from treadle.ir.errors import ParseError, SizeError
+from treadle.ir.encodings.encoding import Encoding, parse_encoding
+from treadle.ir.errors import GraphError, ParseError, SizeError
 from treadle.ir.sizing.size_text import parse_size
 from treadle.ir.sizing.sizes import Size, SizeLike, product
 
@@ -153,10 +155,30 @@ DimLike: TypeAlias = "Dim | Size | int | str"
 
 @dataclass(frozen=True)
 class Type:
-    """A tensor's dtype and dimensions; rank 0 is a scalar."""
+    """A tensor's dtype and dimensions; rank 0 is a scalar. With an encoding, these are what its blocks mean.
+
+    Raises GraphError for an encoding of another dtype than f32, or along an axis that is not there, has no constant
+    size, or is no whole number of blocks.
+    """
 
     dtype: DType
     dims: tuple[Dim, ...] = ()
+    encoding: Encoding | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoding is None:
+            return
+        axis, plain = self.encoding.axis, Type(self.dtype, self.dims)
+        if self.dtype is not f32:
+            raise GraphError("what is encoded is f32", received=f"{plain} as {self.encoding}")
+        if not -self.rank <= axis < self.rank:
+            raise GraphError(f"there is no axis {axis} to encode along", received=f"{plain} as {self.encoding}")
+        size = self.dims[axis].size.constant
+        if size is None:
+            raise GraphError("an encoded axis has a constant size", received=f"{plain} as {self.encoding}")
+        self.encoding.bytes(size)
+        last = axis % self.rank == self.rank - 1
+        object.__setattr__(self, "encoding", self.encoding.along(-1 if last else axis % self.rank))
 
     @property
     def rank(self) -> int:
@@ -191,23 +213,47 @@ class Type:
         if not self.symbols.intersection(values):
             return self
         factors = [[Factor(f.size.substitute(values), f.label) for f in dim.factors] for dim in self.dims]
-        return Type(self.dtype, tuple(map(Dim, factors)))
+        return Type(self.dtype, tuple(map(Dim, factors)), self.encoding)
+
+    @cached_property
+    def held(self) -> Type:
+        """The type of the array that holds it: itself, or of an encoded one u8, where the blocked axis counts bytes."""
+        if self.encoding is None:
+            return self
+        dims, size = list(self.dims), self.dims[self.encoding.axis].size.constant
+        assert size is not None  # as was checked
+        dims[self.encoding.axis] = Dim.of(self.encoding.bytes(size))
+        return Type(u8, tuple(dims))
+
+    @property
+    def decoded(self) -> Type:
+        """What it means, without an encoding."""
+        return self if self.encoding is None else Type(self.dtype, self.dims)
+
+    def as_encoded(self, encoding: Encoding | str) -> Type:
+        """The type in an encoding. Raises GraphError as the class does."""
+        return Type(self.dtype, self.dims, parse_encoding(encoding) if isinstance(encoding, str) else encoding)
 
     def bytes_at(self, values: Mapping[str, int]) -> int:
-        """Bytes that a dense tensor of this type takes where each symbol has a value."""
-        return self.elements.evaluate(values) * self.dtype.bytes
+        """Bytes that a dense tensor of this type takes where each symbol has a value, in its encoding."""
+        return self.held.elements.evaluate(values) * self.held.dtype.bytes
 
     def __or__(self, other: None) -> OptionalType:
         """`i64["B"] | None`: a model's input that may be left out."""
         return OptionalType(self)
 
     def with_dtype(self, dtype: DType) -> Type:
-        return self if dtype is self.dtype else Type(dtype, self.dims)
+        return self if dtype is self.dtype else Type(dtype, self.dims, self.encoding)
 
     @cached_property
     def text(self) -> str:
-        """`f32[B, S, 768]`, factors and labels included: what tells two types apart in every detail."""
-        return f"{self.dtype}[{', '.join(map(str, self.dims))}]"
+        """`f32[B, S, 768]`, factors, labels and encoding included: what tells two types apart in every detail."""
+        return f"{self.dtype}[{', '.join(map(str, self.dims))}]{_as(self.encoding)}"
+
+    @property
+    def plain_text(self) -> str:
+        """Its text without factors and labels: what equal types share."""
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]{_as(self.encoding)}"
 
     def __str__(self) -> str:
         return self.text
@@ -223,26 +269,32 @@ class OptionalType:
     type: Type
 
 
-_TYPE = re.compile(r"\s*([a-z]\w*)\s*\[(.*)\]\s*", re.DOTALL)
+def _as(encoding: Encoding | None) -> str:
+    return "" if encoding is None else f" as {encoding}"
+
+
+_TYPE = re.compile(r"\s*([a-z]\w*)\s*\[(.*)\]\s*(?:as\s+(\w+(?:\([^()]*\))?)\s*)?", re.DOTALL)
 
 
 @lru_cache(maxsize=4096)
 def parse_type(text: str) -> Type:
     """Read `f32[B, S, (heads=12 64)]`; dimensions are parted by commas, or by spaces where there is no comma.
 
-    Raises ParseError for an unknown dtype or a malformed dimension, SizeError for a malformed size in one.
+    Raises ParseError for an unknown dtype or a malformed dimension, SizeError for a malformed size in one, GraphError
+    for an encoding that is none, or does not fit.
     """
     match = _TYPE.fullmatch(text)
     if match is None:
         raise ParseError(f"not a type: {text!r}", hint="a dtype and dimensions, such as f32[B, S, 768]")
-    name, inner = match.groups()
+    name, inner, encoding = match.groups()
     if name not in DTYPES:
         raise ParseError(f"unknown dtype {name!r}", received=text, hint="one of " + ", ".join(DTYPES))
     try:
-        return Type(DTYPES[name], tuple(_parse_dim(part, text) for part in _split_dims(inner)))
+        found = Type(DTYPES[name], tuple(_parse_dim(part, text) for part in _split_dims(inner)))
     except SizeError as error:
         error.received = error.received or text
         raise
+    return found if encoding is None else found.as_encoded(encoding)
 
 
 def _split_dims(inner: str) -> Iterator[str]:

@@ -13,6 +13,7 @@
                passes states as states
     layouts    are of matrices; a call passes what lies as its callee wants it; inputs, states, weights of
                the graph, and what its entries give to users are row-major
+    encodings  are read by ops that take blocks, as their types say; what users give and get is plain
 
 It runs after every pass.
 """
@@ -22,7 +23,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from itertools import zip_longest
-from math import prod
 
 from treadle.ir.analysis.state_views import StateViews
 from treadle.ir.builder import describe_source
@@ -151,6 +151,8 @@ class _FunctionCheck:
                 )
             if value.state is not None:
                 raise self.error(f"output {name!r} is state {value.state.name}", hint="users have the state itself")
+            if value.type.encoding is not None and self.function in self.graph.later_entries:
+                raise self.error(f"output {name!r} of {self.function.name} is encoded", received=str(value.type))
             if self.base(value) in self.updated:
                 raise self.error(f"output {name!r} shows a state as it was before it was updated")
         self.last_versions()
@@ -162,6 +164,8 @@ class _FunctionCheck:
             if kind != "parameter":
                 raise self.error(f"{kind} {value.name!r} lies in {value.lies_in}", hint=f"{kind}s are row-major")
             self.laid.add(value)
+        if value.type.encoding is not None and kind == "input" and self.function in self.graph.entries:
+            raise self.error(f"input {value.name!r} is encoded", received=str(value.type), hint="weights may be")
         if value.type.symbols:
             self.symbols(value.type, None)
         self.defined.add(value)
@@ -306,7 +310,7 @@ class _FunctionCheck:
             raise self.error("a value with a content must be a constant, and a constant must have one", index)
         if literal.dtype is boolean and literal.data.strip(b"\0\1"):
             raise self.error("a truth value's byte is 0 or 1", index)
-        if value.type != literal.type or len(literal.data) != prod(literal.shape) * literal.dtype.bytes:
+        if value.type != literal.type or len(literal.data) != literal.type.bytes_at({}):
             raise self.error(
                 "a constant has another type than its content",
                 index,

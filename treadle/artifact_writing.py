@@ -26,7 +26,7 @@ def save(compiled: Compiled, path: PathLike) -> str:
         "declared": print_graph(compiled.optimized.source).encode(),
         "log": json.dumps(log, ensure_ascii=False, separators=(",", ":")).encode(errors="replace"),
     }
-    weights = {name: (value.type.dtype, compiled.weights[name]) for name, value in graph.parameters.items()}
+    weights = {name: (value.type.held.dtype, compiled.weights[name]) for name, value in graph.parameters.items()}
     metadata = {
         "name": compiled.name,
         "backend": compiled.backend,

@@ -249,7 +249,8 @@ def _check_pair(file: SectionFile, declared: Graph, graph: Graph) -> None:
         if of(declared.main) != of(graph.main):
             file.fail(f"the optimized graph has other {what} than the declared one", f"section graph, {what} of main")
     for name, value in graph.parameters.items():
-        if name not in declared.parameters or declared.parameters[name].type != value.type:
+        known = declared.parameters.get(name)
+        if known is None or value.type.decoded != known.type.decoded:
             file.fail("the optimized graph has a weight that was not declared", f"section graph, ${printable(name)}")
 
 
@@ -269,7 +270,7 @@ def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
             what = "a weight that the graph does not take" if name in records else "a weight is missing"
             file.fail(what, f"section weight/{printable(name)}")
     for name, value in graph.parameters.items():
-        record, wanted = records[name], value.type
+        record, wanted = records[name], value.type.held
         if record.dtype != wanted.dtype.name or record.shape != wanted.static_shape:
             file.fail(f"the weight must be {wanted}", f"section weight/{printable(name)}", received=str(record))
     return {name: file.weight(name) for name in graph.parameters}

@@ -129,7 +129,8 @@ def count_run_ops(graph: Graph) -> Counter[str]:
 def backend_source(graph: Graph, backend: str) -> str:
     """What a backend makes of a graph. The code does not depend on the weights, so these are zeros."""
     weights = {
-        name: np.zeros(value.type.evaluate({}), value.type.dtype.numpy) for name, value in graph.parameters.items()
+        name: np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy)
+        for name, value in graph.parameters.items()
     }
     return find_backend(backend).compile(graph, Target("cpu"), weights).source
 

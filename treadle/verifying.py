@@ -64,7 +64,7 @@ def verify_model(
         held = open_artifact(str(model), limits=limits)
         optimized, given = held.optimized, dict(held.weights)
         for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
-            given.setdefault(name, np.zeros(value.type.evaluate({}), value.type.dtype.numpy or np.float32))
+            given.setdefault(name, np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy or np.float32))
     else:
         passes, widen = computing_in(dtype, passes, widen)
         resolved = resolve(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.backends.made_weights import notes_on, recipes_of
+from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
@@ -60,7 +60,7 @@ class TorchBackend(StagedBackend):
 
     def supports(self, node: Node) -> str | None:
         """None, or the reason why the node cannot be run."""
-        if node.op.callee is not None:
+        if node.op.callee is not None or is_decoded_once(node):
             return None
         for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
             if op.name not in SPELLINGS:
@@ -226,6 +226,7 @@ class _TorchArrays:
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
         """A weight as a tensor; arrays that are one weight under several names stay one."""
+        wanted, told = wanted.held, wanted
         if not isinstance(value, self.torch.Tensor):
             array = np.asarray(value)
             key = (
@@ -236,13 +237,13 @@ class _TorchArrays:
                 wanted.dtype,
             )
             if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
-                raise misfit(name, wanted, f"{array.dtype}{list(array.shape)}")
+                raise misfit(name, told, f"{array.dtype}{list(array.shape)}")
             if key not in self._weights:
                 # A bf16 weight comes from a checkpoint as float32.
                 self._weights[key] = self.lifted(array).to(self._dtype(wanted.dtype))
             return self._weights[key]
         if not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
-            raise misfit(name, wanted, f"{value.dtype}{list(value.shape)}")
+            raise misfit(name, told, f"{value.dtype}{list(value.shape)}")
         return value.detach().to(self.device)
 
 

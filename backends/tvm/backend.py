@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from treadle.backends.made_weights import notes_on, recipes_of
+from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes
 from treadle.backends.staged import StagedBackend, needed_plan
@@ -47,7 +47,7 @@ class TvmBackend(StagedBackend):
 
     def supports(self, node: Node) -> str | None:
         """None, or the reason why the node cannot be run."""
-        if node.op.callee is not None:
+        if node.op.callee is not None or is_decoded_once(node):
             return None
         types: list[Type | None] = [None if v is None else v.type for v in node.operands]
         for op, operands in primitives(node.op, types, keeps):

@@ -135,7 +135,7 @@ class _Weights:
         return _packed_shape(self.parameters[name].type.static_shape or (), self.layout(name))
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        return np.dtype(self.parameters[name].type.dtype.numpy or np.uint16)
+        return np.dtype(self.parameters[name].type.held.dtype.numpy or np.uint16)
 
     def is_mapped(self, name: str) -> bool:
         """Whether it lies in a mapped file, or what it is made of does."""

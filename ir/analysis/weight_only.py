@@ -49,6 +49,22 @@ def values_of_weights(graph: Graph) -> set[Value]:
     return found
 
 
+def is_made_of_weights(value: Value) -> bool:
+    """Whether a value is a weight, or what ops without attributes of their own sizes make of weights alone."""
+    waiting, seen = [value], {value}
+    while waiting:
+        each = waiting.pop()
+        if each.node is None:
+            if each.kind != "parameter" and each.literal is None:
+                return False
+        elif each.node.op.callee is not None or attribute_symbols(each.node.op):
+            return False
+        else:
+            waiting += [v for v in each.node.inputs if v not in seen]
+            seen.update(each.node.inputs)
+    return True
+
+
 def _is_fixed(node: Node, fixed: set[Value], calls: Callable[[Node], bool] | None) -> bool:
     if node.op.callee is not None and (calls is None or not calls(node)):
         return False

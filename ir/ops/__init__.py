@@ -7,6 +7,7 @@ import treadle.ir.ops.activations
 import treadle.ir.ops.arithmetic
 import treadle.ir.ops.attention
 import treadle.ir.ops.attention_parts
+import treadle.ir.ops.blocks
 import treadle.ir.ops.cached_attention
 import treadle.ir.ops.caches
 import treadle.ir.ops.call

@@ -33,6 +33,7 @@ class Append(Primitive):
     refuses anything else; a backend refuses what lies outside the state.
     """
 
+    moves_blocks = True
     state = Operand()
     x = Operand()
     rows = Operand()

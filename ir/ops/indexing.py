@@ -51,6 +51,7 @@ def _elements(indices: Any, axis: int) -> tuple[Any, ...]:
 class Gather(Primitive):
     """y[..., i..., ...] = x[..., indices[i...], ...]: slices of x along one axis, at indices of any rank"""
 
+    moves_blocks = True
     x = Operand()
     indices = Operand()
     axis: int = 0
@@ -133,6 +134,7 @@ def _slice_names(axis: int, rank: int, picked: int) -> tuple[str, str, str, str]
 class Embedding(Composite):
     """y[..., d] = table[indices[...], d]"""
 
+    moves_blocks = True
     table = Operand()
     indices = Operand()
 

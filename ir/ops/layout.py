@@ -23,6 +23,7 @@ class Relayout(Primitive):
     """
 
     is_word = False
+    moves_blocks = True
     x = Operand()
     to: Layout
 

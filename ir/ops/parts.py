@@ -23,6 +23,7 @@ from treadle.ir.types import Type
 class Concat(Primitive):
     """The parts laid end to end along one axis; elsewhere they have the same sizes."""
 
+    moves_blocks = True
     parts = Operand(variadic=True)
     axis: int = -1
 
@@ -75,6 +76,7 @@ class Slice(Primitive):
     stride        1 or more
     """
 
+    moves_blocks = True
     x = Operand()
     axis: int
     start: Size = ZERO

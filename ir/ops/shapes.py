@@ -41,6 +41,7 @@ class Rearrange(Primitive):
               dimension is split, all its factors but one give their size.
     """
 
+    moves_blocks = True
     x = Operand()
     pattern: str
 

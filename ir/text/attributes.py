@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from treadle.ir.attention.attention_terms import Term, parse_term
+from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import GraphError
 from treadle.ir.layouts import Layout, parse_layout
 from treadle.ir.operation import Op
@@ -106,6 +107,7 @@ attribute_kind("Size", Size, _write_size, lambda s: parse_size(s.expression()))
 attribute_kind("Type", Type, type_text, lambda s: s.type())
 attribute_kind("Term", Term, lambda term: term.text, lambda s: parse_term(s.expression()))
 attribute_kind("Layout", Layout, str, lambda s: parse_layout(s.expression()))
+attribute_kind("Encoding", Encoding, str, lambda s: parse_encoding(s.expression()))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

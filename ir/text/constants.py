@@ -64,13 +64,13 @@ def constant_text(literal: Literal, data: DataSection | None = None) -> str:
         inside = f"@{data.number(literal.data)}"
     else:
         inside = f'base64 "{base64.b64encode(literal.data).decode()}"'
-    return f"{literal.dtype}[{', '.join(map(str, literal.shape))}]{{{inside}}}"
+    return f"{literal.type}{{{inside}}}"
 
 
 def _exact_numbers(literal: Literal) -> list[str] | None:
     """The elements as text that gives the same bits when read, or None where they are too many or cannot be said."""
     count = prod(literal.shape)
-    if count > IN_PLACE or len(literal.data) != count * literal.dtype.bytes:
+    if literal.encoding is not None or count > IN_PLACE or len(literal.data) != count * literal.dtype.bytes:
         return None
     again: Sequence[Any]
     if literal.dtype.is_float:
@@ -126,15 +126,17 @@ class ConstantReader:
         shape = type.static_shape
         if shape is None or min(shape, default=0) < 0:
             raise s.error("a constant's dimensions are integers", start, received=str(type))
-        self.claim(prod(shape) * type.dtype.bytes, start)
+        self.claim(type.bytes_at({}), start)
         s.spend(_CONSTANT_WORK, start)
         s.expect("{")
         blob = s.match(_BLOB)
         if blob is not None:
-            value = Value("constant", Type(type.dtype, type.dims), "constant")
+            value = Value("constant", Type(type.dtype, type.dims, type.encoding), "constant")
             self.waiting.append((value, type, int(blob[1]), start))
         elif s.accept_word("base64"):
             value = Value.constant(self.from_bytes(type, self.base64(), start))
+        elif type.encoding is not None:
+            raise s.error(f"expected base64, found {s.found()}", hint="an encoded constant's blocks are bytes")
         else:
             numbers: list[Any] = []
             while not s.sees(_CLOSE):
@@ -183,12 +185,12 @@ class ConstantReader:
 
     def from_bytes(self, type: Type, data: bytes, at: int) -> Literal:
         shape = type.static_shape or ()
-        wanted = prod(shape) * type.dtype.bytes
+        wanted = type.bytes_at({})
         if len(data) != wanted:
             raise self.scanner.error(f"{type} takes {wanted} bytes, received {len(data)}", at)
         if type.dtype is boolean and data.strip(b"\0\1"):
             raise self.scanner.error("a truth value's byte is 0 or 1", at)
-        return Literal(type.dtype, shape, data)
+        return Literal(type.dtype, shape, data, type.encoding)
 
     def claim(self, count: int, at: int) -> None:
         self.left -= count

@@ -22,7 +22,9 @@ _STRING = re.compile(r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
 _SKIP = re.compile(r"(?:\s++|#[^\n]*+)*+")
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?(?:inf|nan|\d{1,40}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,5})?)(?![\w.])")
-_TYPE = re.compile(r"[a-z]\w*\[[^\]\n]*\]")
+TYPE = r"[a-z]\w*\[[^\]\n]*\](?: as [a-z]\w*(?:\([^()\n]{0,40}\))?)?"
+"""A type, as a regular expression: its encoding follows after one space."""
+_TYPE = re.compile(TYPE)
 _EXPRESSION_PIECE = re.compile(r'[^()\[\]{},"#\n]++|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
 
 
@@ -93,7 +95,7 @@ def _read_back(text: str) -> Type | None:
 
 def type_text(type: Type) -> str:
     """A type that `parse_type` reads back: with its factors and labels, or plain where those cannot be written."""
-    return type.text if _read_back(type.text) == type else f"{type.dtype}[{', '.join(map(str, type.shape))}]"
+    return type.text if _read_back(type.text) == type else type.plain_text
 
 
 def _shortened(text: str) -> str:

@@ -14,7 +14,7 @@ from treadle.ir.ops.call import Call
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.text.attributes import attribute_fields, attribute_symbols, default_texts
 from treadle.ir.text.operands import OperandReader, nearest_names
-from treadle.ir.text.scanner import RESERVED, Scanner, TextLimits, path_text
+from treadle.ir.text.scanner import RESERVED, TYPE, Scanner, TextLimits, path_text
 from treadle.ir.types import DTYPES, Type
 
 _NAME_START = re.compile(r'[A-Za-z_"]')
@@ -23,16 +23,15 @@ _OPEN = re.compile(r"\{")
 
 _PLAIN_HEAD = re.compile(r"([A-Za-z_]\w*+) = ([A-Za-z_]\w*+)(?=\()")
 
-_TYPE = r"[a-z]\w*\[[^\]\n]*\]"
 _STRING = r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"'
 _NOTE = re.compile(
-    rf"[ \t]*#[ \t]*(?P<types>{_TYPE}(?:, {_TYPE})*+|\(\))"
+    rf"[ \t]*#[ \t]*(?P<types>{TYPE}(?:, {TYPE})*+|\(\))"
     rf"(?:[ \t]++(?P<file>{_STRING}|[\w./<>+-]++):(?P<line>-?\d{{1,9}})(?!\S))?"
     rf"(?:[ \t]++(?P<scope>{_STRING}|\w++(?:\.\w++)*+))?"
     r"[ \t]*+(?:\|[^\n]*+)?(?=\n|\Z)"
 )
 _NOTE_START = re.compile(r"[ \t]*#[ \t]*([a-z]\w*)\[")
-_ONE_TYPE = re.compile(_TYPE)
+_ONE_TYPE = re.compile(TYPE)
 
 _PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a made parameter", "all that a block makes", "an updated state"
 

@@ -69,6 +69,8 @@ def draw_inputs(
         shape = value.type.evaluate(sizes)
         if value.name.startswith("size "):
             inputs[value.name] = np.zeros(shape, np.bool_)
+        elif value.type.encoding is not None:
+            inputs[value.name] = value.type.encoding.sample(rng, shape)
         elif value.type.dtype.is_float:
             inputs[value.name] = _floats(rng, shape, case, _mask_of(value, masks, case), 3.0 if products else 30.0)
         elif value.type.dtype.is_int:

@@ -53,6 +53,8 @@ class FoldConstants(Pass):
 
     def _refusal(self, node: Node) -> str | None:
         types = [v.type for v in (*node.inputs, *node.results)]
+        if any(t.encoding is not None for t in types):
+            return "blocks stay as they are held: what reads them may take them so"
         if any(t.dtype.numpy is None for t in types):
             return "NumPy does not compute in bf16"
         made = sum(v.type.bytes_at({}) for v in node.results)

@@ -123,7 +123,7 @@ class _Making:
     def _fills(self, value: Value, other: Value) -> bool:
         place = self.plan.places[value]
         whole = place.view is not None and place.storage is not None and place.view.is_contiguous
-        return whole and place.storage is not None and place.storage.elements == other.type.elements
+        return whole and place.storage is not None and place.storage.elements == other.type.held.elements
 
     def problem(self, sizes: Mapping[str, int], callees: Mapping[str, Sequence[Size]]) -> OrderProblem:
         """The problem at numbers."""

@@ -214,9 +214,9 @@ class _Planning(ABC):
 
     def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View | Storage:
         """A new storage that a value fills."""
-        shape, layout = value.type.shape, value.layout
-        elements = product(shape) if layout is None else layout.elements(shape)
-        return Storage(name or self.names[value], value.type.dtype, elements, kind, layout, value.literal)
+        held, layout = value.type.held, value.layout
+        elements = held.elements if layout is None else layout.elements(held.shape)
+        return Storage(name or self.names[value], held.dtype, elements, kind, layout, value.literal)
 
     def _new_name(self, hint: str) -> str:
         count = self._counts.get(hint, 0)
@@ -297,7 +297,7 @@ class _Strided(_Planning):
     def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View:
         storage = super()._whole(value, kind, name)
         assert isinstance(storage, Storage)
-        return View.contiguous(storage, value.type.shape)
+        return View.contiguous(storage, value.type.held.shape)
 
     def _add_results(self) -> None:
         copied = []
@@ -327,7 +327,7 @@ class _Strided(_Planning):
             return None
         (x,) = node.inputs
         lies = self.places[x].view
-        return None if lies is None or lies.panels is not None else node.op.viewed(lies, [x.type])
+        return None if lies is None or lies.panels is not None else node.op.viewed(lies, [x.type.held])
 
     def _destination(self, value: Value, node: Node) -> tuple[View, How, Value | str]:
         """Where to write a result."""
@@ -350,7 +350,7 @@ class _Strided(_Planning):
         place = self.places[x]
         if place.storage is None or place.view is None or place.storage.kind is not StorageKind.LOCAL:
             return False
-        fills = place.view.is_contiguous and place.storage.elements == value.type.elements
+        fills = place.view.is_contiguous and place.storage.elements == value.type.held.elements
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
         return fills and alone and self.last_reads[place.storage] <= self.at[step.root]
 
@@ -367,17 +367,18 @@ class _Strided(_Planning):
         ((reader, position),) = readers
         if reader.op.is_view and read_by_view:
             return None
-        moved, types = reader.result, [None if v is None else v.type for v in reader.operands]
-        fresh = Storage(self.names[moved], moved.type.dtype, moved.type.elements, StorageKind.LOCAL)
+        moved, types = reader.result, [None if v is None else v.type.held for v in reader.operands]
+        held = moved.type.held
+        fresh = Storage(self.names[moved], held.dtype, held.elements, StorageKind.LOCAL)
         of: Value | str = moved
-        whole = View.contiguous(fresh, moved.type.shape)
+        whole = View.contiguous(fresh, held.shape)
         part = reader.op.part_of(whole, types, position)
         if part is None:
             return None
-        held = self._wanted(moved, self.steps[self.at[reader]], reader.op.is_view)
-        inside = None if held is None else reader.op.part_of(held[0], types, position)
-        if held is not None and inside is not None:
-            (whole, of), part = held, inside
+        above = self._wanted(moved, self.steps[self.at[reader]], reader.op.is_view)
+        inside = None if above is None else reader.op.part_of(above[0], types, position)
+        if above is not None and inside is not None:
+            (whole, of), part = above, inside
         if not self._is_written(step, part, reader):
             return None
         self.wanted[moved] = whole, of
@@ -392,6 +393,7 @@ class _Strided(_Planning):
 
     def _repeated(self, value: Value, alike: Sequence[int]) -> View:
         """A new storage with one element along each axis where all are alike."""
-        shape = [ONE if axis in alike else size for axis, size in enumerate(value.type.shape)]
-        storage = Storage(self.names[value], value.type.dtype, product(shape), StorageKind.LOCAL)
-        return View.contiguous(storage, shape).broadcast(value.type.shape)
+        held = value.type.held
+        shape = [ONE if axis in alike else size for axis, size in enumerate(held.shape)]
+        storage = Storage(self.names[value], held.dtype, product(shape), StorageKind.LOCAL)
+        return View.contiguous(storage, shape).broadcast(held.shape)

@@ -64,7 +64,8 @@ class StridesCheck:
     # -- one place -------------------------------------------------------------------------------------------
 
     def _fits(self, value: Value, place: ValuePlace, view: View) -> None:
-        if view.shape != value.type.shape or view.storage is not place.storage or view.dtype is not value.type.dtype:
+        wanted = value.type.held
+        if view.shape != wanted.shape or view.storage is not place.storage or view.dtype is not wanted.dtype:
             raise wrong_plan("a view has another shape, dtype or storage than its value", self.plan, value, str(view))
         if value.layout != view.storage.layout:
             raise wrong_plan(f"it lies in {view.storage.layout}, not in {value.layout}", self.plan, value)
@@ -112,7 +113,7 @@ class StridesCheck:
                 raise wrong_plan(f"nothing writes output {name}", self.plan, value)
 
     def _elements(self, value: Value) -> int:
-        shape = value.type.shape
+        shape = value.type.held.shape
         if value.layout is not None:
             return self._number(value.layout.elements(shape))
         return int(np.prod([self._number(n) for n in shape], dtype=object))
@@ -144,7 +145,7 @@ class StridesCheck:
 
     def _views(self, node: Node, value: Value) -> Array:
         """For each element of a view's result the number of the operand's element that it is."""
-        shape = [self._number(n) for n in node.inputs[0].type.shape]
+        shape = [self._number(n) for n in node.inputs[0].type.held.shape]
         numbers = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
         return np.asarray(node.op.at(self.sizes).reference(numbers))
 
@@ -152,7 +153,7 @@ class StridesCheck:
         """The same of one operand of several, or with margins; -1 where it is no element of that operand."""
         given: list[Array | None] = []
         for i, operand in enumerate(node.operands):
-            shape = None if operand is None else [self._number(n) for n in operand.type.shape]
+            shape = None if operand is None else [self._number(n) for n in operand.type.held.shape]
             array = None if shape is None else np.full(shape, -1.0)
             if array is not None and i == position:
                 array = (np.arange(array.size) + _FIRST_TAG).reshape(array.shape)

@@ -22,7 +22,6 @@ from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
-from treadle.ir.sizing.sizes import product
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
@@ -213,6 +212,6 @@ def _lying(
 
 
 def _bytes(value: Value) -> int | None:
-    shape = value.type.shape
-    elements = product(shape) if value.layout is None else value.layout.elements(shape)
-    return None if elements.symbols else elements.evaluate({}) * value.type.dtype.bytes
+    held = value.type.held
+    elements = held.elements if value.layout is None else value.layout.elements(held.shape)
+    return None if elements.symbols else elements.evaluate({}) * held.dtype.bytes

@@ -50,7 +50,7 @@ def lower(graph: Graph, plan: StoragePlan, isa: Isa, rules: Mapping[str, Rule]) 
     for entry in graph.later_entries:
         own = routines[entry.name]
         outputs = {
-            name: View.contiguous(storage, value.type.shape)
+            name: View.contiguous(storage, value.type.held.shape)
             for (name, value), storage in zip(entry.outputs.items(), own.routine.results, strict=True)
         }
         entries[entry.name] = ProgramEntry(
@@ -211,7 +211,7 @@ class RoutineWriter:
         self._begins.append(len(self.routine.steps))
         for name in self.plan.copied:
             value = self.plan.function.outputs[name]
-            to = View.contiguous(self.plan.results[name], value.type.shape)
+            to = View.contiguous(self.plan.results[name], value.type.held.shape)
             self.copy(self.view(value), to, value.node)
         self._begins.append(len(self.routine.steps))
         self.routine.lives = self._lives()

@@ -1,0 +1,6 @@
+"""Encodings: block forms in which values take fewer bits than their dtype has. Importing this package registers all."""
+
+# ruff: noqa: F401
+
+import treadle.ir.encodings.gguf_forms
+import treadle.ir.encodings.rounded_forms

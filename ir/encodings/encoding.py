@@ -1,0 +1,202 @@
+"""An encoding of a type: a registered block form, laid along one axis.
+
+    f32[576, 1536] as q4_0                   blocks of 32 along the last axis
+    f32[768, 2304] as int8_rows(axis=0)      a block a column: the axis that a product sums over
+    f32[576, 1536] as int4_groups(64)        a form with a parameter
+
+The type's dtype and shape are what the value means; its encoding is how it is held. The array that holds an encoded
+value is u8, of the value's shape, where the blocked axis counts bytes: f32[576, 1536] as q4_0 is held in u8[576, 864].
+Its lines along that axis are blocks, one after the other, and a block is a record of component arrays. So what acts on
+other axes alone (joining, cutting and picking rows) acts on the held array as on any other.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from treadle.ir.errors import GraphError
+
+Array = np.ndarray[Any, Any]
+
+_TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
+MOST_IN_LINE = 1 << 24
+"""Elements of the longest line that one block holds whole."""
+_AT_ONCE = 1 << 20  # elements that are decoded in one go: temporaries are some times as large
+
+
+class BlockForm(ABC):
+    """A block form: how so many neighbours along an axis are held together.
+
+    name       in a type's text
+    elements   of a block; None: a whole line, whatever its length
+    encodes    whether it can be written: all can be read
+    grouped    whether its name takes how many elements a block has: int4_groups(32)
+    """
+
+    name: ClassVar[str]
+    elements: int | None
+    encodes: ClassVar[bool] = False
+    grouped: ClassVar[bool] = False
+
+    @abstractmethod
+    def record(self, elements: int) -> np.dtype[Any]:
+        """The component arrays of a block of so many elements, as a NumPy record without padding, little-endian."""
+
+    @abstractmethod
+    def decode(self, blocks: Array) -> Array:
+        """f32[n, elements] of n records. Never raises: bytes may be anything, scales NaN or infinite."""
+
+    def encode(self, values: Array) -> Array:
+        """n records of finite f32[n, elements]. Raises GraphError where a value has no place."""
+        raise GraphError(f"{self.name} is read, and not written")
+
+    def sample(self, rng: np.random.Generator, count: int, elements: int) -> Array:
+        """So many records as tests draw them: component arrays of any bits, 16-bit and 32-bit floats of about 0.01."""
+        record = self.record(elements)
+        made = np.frombuffer(rng.bytes(count * record.itemsize), record).copy()
+        for name in record.names or ():
+            if record[name].kind == "f":
+                made[name] = (rng.standard_normal(made[name].shape) * 0.01).astype(record[name].base)
+        return made
+
+
+_Form = TypeVar("_Form", bound=type[BlockForm])
+
+FORMS: dict[str, Callable[[int], BlockForm]] = {}
+"""Every registered form by name; those that are grouped take the elements of a block, the others 0."""
+
+
+def block_form(form: _Form) -> _Form:
+    """Register a form under its name. A class decorator."""
+    if form.name in FORMS:
+        raise GraphError(f"block form {form.name!r} is registered already")
+    FORMS[form.name] = form
+    return form
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A block form along one axis of a type.
+
+    form   its name among `FORMS`
+    group  elements of a block, of a form that takes them, else 0
+    axis   which axis of the type is blocked; -1 is the last, and types hold no other negative one
+    """
+
+    form: str
+    group: int = 0
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise GraphError(f"unknown encoding {self.form!r}", hint="one of " + ", ".join(FORMS))
+        _ = self.block  # which refuses a group that it does not take
+
+    @cached_property
+    def block(self) -> BlockForm:
+        """What a block is."""
+        return FORMS[self.form](self.group)
+
+    def along(self, axis: int) -> Encoding:
+        """The same form along another axis."""
+        return self if axis == self.axis else replace(self, axis=axis)
+
+    # -- sizes -------------------------------------------------------------------------------------------------
+
+    def elements(self, size: int) -> int:
+        """The elements of a block, on an axis of this size."""
+        return size if self.block.elements is None else self.block.elements
+
+    def bytes(self, size: int) -> int:
+        """The bytes of a line of so many elements. Raises GraphError where it is no whole number of blocks."""
+        elements = self.elements(size)
+        if self.block.elements is None and not 0 < size <= MOST_IN_LINE:
+            raise GraphError(f"a line of {self.form} has from 1 to {MOST_IN_LINE} elements", received=str(size))
+        if size % elements:
+            raise GraphError(
+                f"an axis of {size} is no whole number of {self.form} blocks", received=f"blocks of {elements}"
+            )
+        return size // elements * self.block.record(elements).itemsize
+
+    def size(self, bytes: int) -> int:
+        """The elements of a line of so many bytes: the inverse of `bytes`."""
+        if self.block.elements is None:
+            return bytes - self.block.record(0).itemsize
+        return bytes // self.block.record(self.block.elements).itemsize * self.block.elements
+
+    def bits(self, size: int) -> float:
+        """Bits that an element takes on an axis of this size, its part of scales included."""
+        return 8 * self.bytes(size) / size
+
+    # -- arrays ------------------------------------------------------------------------------------------------
+
+    def decode(self, held: Array) -> Array:
+        """The float32 array that a held one means."""
+        lines = np.moveaxis(held, self.axis, -1)
+        size = self.size(lines.shape[-1])
+        elements = self.elements(size)
+        blocks = np.ascontiguousarray(lines).reshape(-1).view(self.block.record(elements))
+        made = np.empty((len(blocks), elements), np.float32)
+        step = max(1, _AT_ONCE // elements)
+        with np.errstate(all="ignore"):  # a scale may be anything
+            for start in range(0, len(blocks), step):
+                made[start : start + step] = self.block.decode(blocks[start : start + step])
+        return np.moveaxis(made.reshape(*lines.shape[:-1], size), -1, self.axis)
+
+    def encode(self, values: Array) -> Array:
+        """The held array whose decoded elements are near to these. Raises GraphError where a value has no place."""
+        wide = np.asarray(values, np.float32)
+        if not np.isfinite(wide).all():
+            index = tuple(int(i) for i in np.argwhere(~np.isfinite(wide))[0])
+            raise GraphError(f"{self.form} holds finite values", received=f"{wide[index]} at {list(index)}")
+        lines = np.moveaxis(wide, self.axis, -1)
+        size = lines.shape[-1]
+        bytes, elements = self.bytes(size), self.elements(size)
+        rows = lines.reshape(-1, elements)
+        made = np.empty(len(rows), self.block.record(elements))
+        step = max(1, _AT_ONCE // elements)
+        for start in range(0, len(rows), step):
+            made[start : start + step] = self.block.encode(np.ascontiguousarray(rows[start : start + step]))
+        return np.moveaxis(made.view(np.uint8).reshape(*lines.shape[:-1], bytes), -1, self.axis)
+
+    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        """A held array of values of this shape, drawn as tests do."""
+        size = shape[self.axis]
+        before = tuple(np.delete(shape, self.axis % len(shape)))
+        bytes, elements = self.bytes(size), self.elements(size)
+        count = int(np.prod(shape)) // elements
+        drawn = self.block.sample(rng, count, elements).view(np.uint8).reshape(*before, bytes)
+        return np.moveaxis(drawn, -1, self.axis)
+
+    # -- text --------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        inside = [str(self.group)] if self.group else []
+        inside += [f"axis={self.axis}"] if self.axis != -1 else []
+        return f"{self.form}({', '.join(inside)})" if inside else self.form
+
+
+def parse_encoding(text: str) -> Encoding:
+    """An encoding from its text. Raises GraphError."""
+    match = _TEXT.fullmatch(text.strip())
+    if match is None:
+        raise GraphError("this is no encoding", received=text[:40], hint="q4_0, int8_rows(axis=0), int4_groups(32)")
+    found = {"group": 0, "axis": -1}
+    given: set[str] = set()
+    for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
+        name, equals, number = word.rpartition("=")
+        name = name.strip() if equals else "group"
+        number = number.strip()
+        digits = number.removeprefix("-") if name == "axis" else number
+        if name not in found or name in given or not (digits.isascii() and digits.isdigit() and len(digits) < 7):
+            raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
+        found[name] = int(number)
+        given.add(name)
+    return Encoding(match[1], found["group"], found["axis"])

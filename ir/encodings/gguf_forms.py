@@ -1,0 +1,212 @@
+"""The block forms of GGUF files: 32 elements with a scale of 16 bits, and 256 with scales of scales (k-quants).
+
+Source: ggml's block structures and their dequantisation, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+Each decoder gives the bits that the `gguf` library gives, special values included, and so keeps to its order of
+operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from treadle.ir.encodings.encoding import Array, BlockForm, block_form
+from treadle.ir.errors import GraphError
+
+SMALL, LARGE = 32, 256
+"""Elements of a block, and of one of the k-quants."""
+
+_F16 = np.dtype("<f2")
+
+
+def unpacked(packed: Array, run: int, width: int) -> Array:
+    """Numbers of `width` bits out of u8[n, m], as u8[n, 8 / width * m]: of each run of bytes first the lowest bits of
+    all, then the next ones."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    runs = packed.reshape(len(packed), -1, 1, run)
+    found: Array = ((runs >> shifts) & np.uint8((1 << width) - 1)).reshape(len(packed), -1)
+    return found
+
+
+class _GGUFForm(BlockForm):
+    """A form whose blocks have a length of their own.
+
+    fields  the component arrays of a block: name, dtype, and how many
+    """
+
+    elements: int = SMALL
+    fields: ClassVar[tuple[tuple[Any, ...], ...]]
+
+    def __init__(self, group: int = 0) -> None:
+        if group:
+            raise GraphError(f"{self.name} has blocks of {self.elements}", received=f"{self.name}({group})")
+
+    def record(self, elements: int) -> np.dtype[Any]:
+        return np.dtype([*self.fields])
+
+
+def _wide(component: Array) -> Array:
+    """A scale a block, f16[n], as f32[n, 1]."""
+    made: Array = component.astype(np.float32)[:, None]
+    return made
+
+
+def _above(low: Array, high: Array) -> Array:
+    """Numbers of five bits: four low ones, and the high bits of a block in four bytes."""
+    made: Array = low | (np.unpackbits(high, axis=-1, bitorder="little") << np.uint8(4))
+    return made
+
+
+@block_form
+class Q4_0(_GGUFForm):
+    """y = d (q - 8), q of 4 bits"""
+
+    name = "q4_0"
+    fields = (("d", _F16), ("qs", "u1", 16))
+
+    def decode(self, blocks: Array) -> Array:
+        q = unpacked(blocks["qs"], 16, 4).astype(np.int8) - np.int8(8)
+        return _wide(blocks["d"]) * q.astype(np.float32)
+
+
+@block_form
+class Q4_1(_GGUFForm):
+    """y = d q + m, q of 4 bits"""
+
+    name = "q4_1"
+    fields = (("d", _F16), ("m", _F16), ("qs", "u1", 16))
+
+    def decode(self, blocks: Array) -> Array:
+        q = unpacked(blocks["qs"], 16, 4).astype(np.float32)
+        return _wide(blocks["d"]) * q + _wide(blocks["m"])
+
+
+@block_form
+class Q5_0(_GGUFForm):
+    """y = d (q - 16), q of 5 bits"""
+
+    name = "q5_0"
+    fields = (("d", _F16), ("qh", "u1", 4), ("qs", "u1", 16))
+
+    def decode(self, blocks: Array) -> Array:
+        q = _above(unpacked(blocks["qs"], 16, 4), blocks["qh"]).astype(np.int8) - np.int8(16)
+        return _wide(blocks["d"]) * q.astype(np.float32)
+
+
+@block_form
+class Q5_1(_GGUFForm):
+    """y = d q + m, q of 5 bits"""
+
+    name = "q5_1"
+    fields = (("d", _F16), ("m", _F16), ("qh", "u1", 4), ("qs", "u1", 16))
+
+    def decode(self, blocks: Array) -> Array:
+        q = _above(unpacked(blocks["qs"], 16, 4), blocks["qh"]).astype(np.float32)
+        return _wide(blocks["d"]) * q + _wide(blocks["m"])
+
+
+@block_form
+class Q8_0(_GGUFForm):
+    """y = d q, q of 8 bits"""
+
+    name = "q8_0"
+    fields = (("d", _F16), ("qs", "i1", 32))
+
+    def decode(self, blocks: Array) -> Array:
+        return blocks["qs"].astype(np.float32) * _wide(blocks["d"])
+
+
+# -- k-quants: blocks of 256 in groups, whose scales are small integers times the block's ------------------------------
+
+
+class _KForm(_GGUFForm):
+    elements = LARGE
+
+
+def _grouped(scale: Array, small: Array) -> Array:
+    """A block's scale times the small integers of its groups, f32[n, groups, 1]."""
+    made: Array = (_wide(scale) * small.astype(np.float32))[..., None]
+    return made
+
+
+def _in_groups(q: Array, groups: int) -> Array:
+    return q.reshape(len(q), groups, LARGE // groups).astype(np.float32)
+
+
+def _scales_and_least(packed: Array) -> tuple[Array, Array]:
+    """Eight scales and eight least values of 6 bits each out of 12 bytes."""
+    first, second, rest = (packed[:, at : at + 4] for at in (0, 4, 8))
+    scales = [first & 63, (rest & 15) | ((first >> 2) & 48)]
+    least = [second & 63, (rest >> 4) | ((second >> 2) & 48)]
+    return np.concatenate(scales, axis=-1), np.concatenate(least, axis=-1)
+
+
+@block_form
+class Q2_K(_KForm):
+    """y = d s q - dmin m: q of 2 bits; s and m of 4, one of each for 16 elements"""
+
+    name = "q2_k"
+    fields = (("scales", "u1", 16), ("qs", "u1", 64), ("d", _F16), ("dmin", _F16))
+
+    def decode(self, blocks: Array) -> Array:
+        scales = blocks["scales"]
+        scale, least = _grouped(blocks["d"], scales & 15), _grouped(blocks["dmin"], scales >> 4)
+        made = scale * _in_groups(unpacked(blocks["qs"], 32, 2), 16) - least
+        return made.reshape(-1, LARGE)
+
+
+@block_form
+class Q3_K(_KForm):
+    """y = d (s - 32) (q - 4): q of 3 bits; s of 6, one for 16 elements"""
+
+    name = "q3_k"
+    fields = (("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", _F16))
+
+    def decode(self, blocks: Array) -> Array:
+        packed = blocks["scales"]
+        scales = unpacked(packed[:, :8], 8, 4) | (unpacked(packed[:, 8:], 4, 2) << np.uint8(4))
+        low, without = unpacked(blocks["qs"], 32, 2), unpacked(blocks["hmask"], 32, 1) ^ np.uint8(1)
+        q = low.astype(np.int8) - (without << np.uint8(2)).astype(np.int8)  # a bit that is not set takes 4 away
+        scale = _grouped(blocks["d"], scales.astype(np.int8) - np.int8(32))
+        return (scale * _in_groups(q, 16)).reshape(-1, LARGE)
+
+
+@block_form
+class Q4_K(_KForm):
+    """y = d s q - dmin m: q of 4 bits; s and m of 6, one of each for 32 elements"""
+
+    name = "q4_k"
+    fields = (("d", _F16), ("dmin", _F16), ("scales", "u1", 12), ("qs", "u1", 128))
+
+    def decode(self, blocks: Array) -> Array:
+        scales, least = _scales_and_least(blocks["scales"])
+        made = _grouped(blocks["d"], scales) * _in_groups(unpacked(blocks["qs"], 32, 4), 8)
+        return (made - _grouped(blocks["dmin"], least)).reshape(-1, LARGE)
+
+
+@block_form
+class Q5_K(_KForm):
+    """y = d s q - dmin m: q of 5 bits; s and m of 6, one of each for 32 elements"""
+
+    name = "q5_k"
+    fields = (("d", _F16), ("dmin", _F16), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128))
+
+    def decode(self, blocks: Array) -> Array:
+        scales, least = _scales_and_least(blocks["scales"])
+        q = unpacked(blocks["qs"], 32, 4) | (unpacked(blocks["qh"], 32, 1) << np.uint8(4))
+        made = _grouped(blocks["d"], scales) * _in_groups(q, 8)
+        return (made - _grouped(blocks["dmin"], least)).reshape(-1, LARGE)
+
+
+@block_form
+class Q6_K(_KForm):
+    """y = d s (q - 32): q of 6 bits; s of 8, one for 16 elements"""
+
+    name = "q6_k"
+    fields = (("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", _F16))
+
+    def decode(self, blocks: Array) -> Array:
+        q = unpacked(blocks["ql"], 64, 4) | (unpacked(blocks["qh"], 32, 2) << np.uint8(4))
+        scale = _grouped(blocks["d"], blocks["scales"])
+        return (scale * _in_groups(q.astype(np.int8) - np.int8(32), 16)).reshape(-1, LARGE)

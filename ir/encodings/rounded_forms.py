@@ -1,0 +1,87 @@
+"""Block forms that weights are rounded to: 8 bits with a scale a row, 4 bits with a scale a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.encodings.encoding import Array, BlockForm, block_form
+from treadle.ir.encodings.gguf_forms import unpacked
+from treadle.ir.errors import GraphError
+
+_GROUPS = (16, 32, 64, 128, 256)
+
+
+@block_form
+class Int8Rows(BlockForm):
+    """y = scale q: q from -127 to 127, one float32 scale for a whole row; a row's largest magnitude is 127 scales
+
+    Symmetric, so that integer products need no correction. A row of zeros has the scale 0.
+    """
+
+    name = "int8_rows"
+    elements = None
+    encodes = True
+
+    def __init__(self, group: int = 0) -> None:
+        if group:
+            raise GraphError("a block of int8_rows is a whole row", received=f"int8_rows({group})")
+
+    def record(self, elements: int) -> np.dtype[Any]:
+        return np.dtype([("scale", "<f4"), ("q", "i1", (elements,))])
+
+    def decode(self, blocks: Array) -> Array:
+        made: Array = blocks["q"].astype(np.float32) * blocks["scale"][:, None]
+        return made
+
+    def encode(self, values: Array) -> Array:
+        made = np.empty(len(values), self.record(values.shape[-1]))
+        made["scale"] = scale = np.abs(values).max(axis=-1) / np.float32(127)
+        divisor = np.where(scale > 0, scale, 1)[:, None]  # a row of zeros, or of subnormals whose scale is 0
+        made["q"] = np.clip(np.rint(values / divisor), -127, 127)
+        return made
+
+
+@block_form
+class Int4Groups(BlockForm):
+    """y = scale (q - 8): q from 0 to 15, one float16 scale for a group; the value of largest magnitude is -8 scales
+
+    Rounded to nearest. Elements i and i + n / 2 of a group of n share byte i, the first in the low half.
+    """
+
+    name = "int4_groups"
+    encodes = True
+    grouped = True
+
+    def __init__(self, group: int = 0) -> None:
+        if group not in _GROUPS:
+            raise GraphError(
+                "int4_groups takes the elements of a group",
+                received=str(group),
+                hint="one of " + ", ".join(map(str, _GROUPS)),
+            )
+        self.elements = group
+
+    def record(self, elements: int) -> np.dtype[Any]:
+        return np.dtype([("scale", "<f2"), ("q", "u1", (elements // 2,))])
+
+    def decode(self, blocks: Array) -> Array:
+        q = unpacked(blocks["q"], blocks["q"].shape[-1], 4).astype(np.int8) - np.int8(8)
+        made: Array = blocks["scale"].astype(np.float32)[:, None] * q.astype(np.float32)
+        return made
+
+    def encode(self, values: Array) -> Array:
+        largest = np.take_along_axis(values, np.abs(values).argmax(axis=-1)[:, None], -1)
+        with np.errstate(over="ignore"):
+            scale = (largest / np.float32(-8)).astype(np.float16)
+        if not np.isfinite(scale).all():
+            beyond = float(largest[~np.isfinite(scale)][0])
+            raise GraphError("int4_groups has scales of 16 bits", received=f"a group whose largest value is {beyond:g}")
+        wide = scale.astype(np.float32)
+        q = np.clip(np.rint(values / np.where(wide != 0, wide, 1)) + 8, 0, 15).astype(np.uint8)
+        half = values.shape[-1] // 2
+        made = np.empty(len(values), self.record(values.shape[-1]))
+        made["scale"] = scale[:, 0]
+        made["q"] = q[:, :half] | (q[:, half:] << np.uint8(4))
+        return made
