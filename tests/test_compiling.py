@@ -49,7 +49,13 @@ def test_arguments_mean_what_they_say() -> None:
     made = compile(example, inputs=["z"], passes=(Canonicalize(),), weights=ONES)
     assert [port.name for port in made.inputs] == ["x", "z"]
     assert [record.name for record in made.optimized.log] == ["canonicalize"]
-    assert [record.name for record in made.log] == ["canonicalize", "legalize", "hoist-weights", "plan-storage"]
+    assert [record.name for record in made.log] == [
+        "canonicalize",
+        "legalize",
+        "decode-last",
+        "hoist-weights",
+        "plan-storage",
+    ]
     x = np.ones((2, 4), np.float32)
     assert made(x=x, z=x)["head"].tolist() == [[9.0] * 3] * 2
 

@@ -23,6 +23,7 @@ from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, bf16
 from treadle.passes.framework.manager import Pass
+from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.memory.plan_storage import PlanStorage
@@ -75,7 +76,7 @@ class NumpyBackend(StagedBackend):
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What is spelled as it is, what is done once, and how long each array lives."""
-        return (Legalize(keeps), HoistWeights(), PlanStorage())
+        return (Legalize(keeps), DecodeLast(), HoistWeights(), PlanStorage())
 
     def emit(
         self,

@@ -28,6 +28,7 @@ from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
+from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.memory.plan_storage import PlanStorage
@@ -102,7 +103,7 @@ class TorchBackend(StagedBackend):
         long
         each tensor lives."""
         layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
-        return (Legalize(keeps), *layouts, HoistWeights(), PlanStorage())
+        return (Legalize(keeps), DecodeLast(), *layouts, HoistWeights(), PlanStorage())
 
     def emit(
         self,

@@ -30,6 +30,7 @@ from treadle.ir.target import Target
 from treadle.ir.types import Type
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
+from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.memory.frames import Frame
@@ -66,7 +67,7 @@ class TvmBackend(StagedBackend):
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
-        return (Legalize(keeps), AssignLayouts(wants(isa_of(target))), HoistWeights(), PLAN)
+        return (Legalize(keeps), DecodeLast(), AssignLayouts(wants(isa_of(target))), HoistWeights(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """By the steps of each routine, with what single kernels need beside."""

@@ -87,8 +87,8 @@ class _Residuals:
     def _why_not(self, total: Node, norm: Node) -> Refusal | None:
         given = norm.inputs[0]
         for value in total.inputs:
-            if value.kind in ("parameter", "constant"):
-                what = "a weight" if value.kind == "parameter" else "a constant"
+            if value.weight is not None or value.kind == "constant":
+                what = "a constant" if value.kind == "constant" else "a weight"
                 return Refusal(f"what is added is {what}, {value.type}, and no residual", total)
         for value in total.inputs:
             if value.type.shape != total.result.type.shape:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from treadle.ir.analysis.weight_only import weight_only_nodes
@@ -18,9 +18,15 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
 MOST_GROWTH = 8
-"""What `bind` makes takes at most this many times the bytes of all weights: four bits may become float32, no more."""
+"""What `bind` makes takes at most this many times the bytes of all weights, which count as what they are decoded."""
 _ALWAYS = 1 << 20  # bytes that are taken in any case
+Use = tuple[Node, int]
+
 _MOST_MOVED = 1 << 10  # values that a block leaves to others: blocks that call others twice, and so on, double them
+
+
+ReadsBlocks = Callable[[Node, int], bool]
+"""Whether a node of the backend reads the operand at a position in blocks, if a decode gives it."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,19 @@ class HoistWeights(Pass):
     block and not in another is computed at the calls. What several entries compute from the same weights is made once,
     and all of them read it.
 
+    reads_blocks  what reads encoded weights in blocks: a decode stays before it, and `bind` keeps the blocks
+
     Refuses: a graph that has `bind` already. What would make `bind` hold more than eight times the bytes of all
-    weights, and a megabyte, is computed at every call, as before.
+    weights, and a megabyte, is computed at every call, as before. A decode of which a reader takes numbers alone is
+    done once, and told: blocks and numbers of one weight would be there twice.
     """
 
     rewrites: ClassVar[bool] = False
+    reads_blocks: ReadsBlocks | None = field(default=None, repr=False)
+
+    @property
+    def options(self) -> str:
+        return ""
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         if graph.bind is not None:
@@ -45,8 +59,8 @@ class HoistWeights(Pass):
         if not any(weight_only_nodes(function) for function in graph.functions.values()):
             return 0
         _rename_bind(graph)
-        held = sum(v.type.bytes_at({}) for v in graph.parameters.values() if not v.type.symbols)
-        hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log)
+        held = sum(v.type.decoded.bytes_at({}) for v in graph.parameters.values() if not v.type.symbols)
+        hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log, self.reads_blocks or _reads_none)
         for function in list(graph.functions.values()):
             hoisting.call_made(function)
             # what is made of the same weights for several readers is made once: layers that share them (ALBERT)
@@ -73,8 +87,8 @@ class _Moved:
 
 
 class _Hoisting:
-    def __init__(self, graph: Graph, budget: int, log: PassRecord) -> None:
-        self.graph, self.budget, self.log = graph, budget, log
+    def __init__(self, graph: Graph, budget: int, log: PassRecord, reads_blocks: ReadsBlocks) -> None:
+        self.graph, self.budget, self.log, self.reads_blocks = graph, budget, log, reads_blocks
         self.moved: dict[str, _Moved] = {}
         self.makers: dict[str, Function] = {}
         self.changes = 0
@@ -113,7 +127,7 @@ class _Hoisting:
 
     def out_of_block(self, function: Function) -> None:
         """Take what a block computes from its weights out of it."""
-        nodes = self._affordable(weight_only_nodes(function, self.makes))
+        nodes = self._moved_from(function)
         if not nodes or sum(len(node.results) for node in nodes) > _MOST_MOVED:
             return
         before = function.arguments
@@ -152,6 +166,27 @@ class _Hoisting:
         _replace(function, replaced)
         self._add_before(maker, function)
 
+    def _moved_from(self, function: Function) -> dict[Node, None]:
+        """What a function computes from weights alone, but for decodes before what reads blocks."""
+        nodes = weight_only_nodes(function, self.makes)
+        uses = function.uses() if any(node.op.decodes for node in nodes) else {}
+        staying = {node for node in nodes if node.op.decodes and self._is_read_in_blocks(node, function, uses)}
+        return self._affordable({node: None for node in nodes if node not in staying})
+
+    def _is_read_in_blocks(self, node: Node, function: Function, uses: Mapping[Value, Sequence[Use]]) -> bool:
+        """Whether all who read what a decode gives read its blocks; the log tells who does not."""
+        (blocks,) = node.inputs
+        readers = _readers(node.result, uses)
+        others = [reader.op.name for reader, at in readers if not self.reads_blocks(reader, at)]
+        others += ["the caller"] * (node.result in function.results)
+        if not others and readers:
+            return True
+        if others:
+            what, place = blocks.name, describe_source(node.source, node.scope) or function.name
+            told = ", ".join(dict.fromkeys(others))
+            self.log.notes.append(f"{what} is decoded once: {told} reads no {blocks.type.encoding} blocks, {place}")
+        return False
+
     def _affordable(self, nodes: Mapping[Node, None]) -> dict[Node, None]:
         """Those whose results, and what these are made of, fit by themselves."""
         large: set[Value] = set()
@@ -179,7 +214,7 @@ class _Hoisting:
         bind = _Bind({name for entry in entries for name in (*entry.parameters, *entry.states)})
         replaced: dict[Value, Value] = {}
         for entry in entries:
-            nodes = self._affordable(weight_only_nodes(entry, self.makes))
+            nodes = self._moved_from(entry)
             left = needed_nodes([node for node in entry.nodes if node not in nodes], entry.results)
             wanted = {*(v for node in left for v in node.inputs), *entry.results}
             copies = bind.copy(entry, nodes)
@@ -256,12 +291,26 @@ class _Bind:
         bind.outputs = {name: value for value, name in self.names.items()}
 
 
+def _readers(value: Value, uses: Mapping[Value, Sequence[Use]]) -> list[Use]:
+    """Who reads a value, or what lays it out anew."""
+    found: list[Use] = []
+    for node, at in uses.get(value, ()):
+        found += _readers(node.result, uses) if isinstance(node.op, Relayout) else [(node, at)]
+    return found
+
+
+def _reads_none(node: Node, position: int) -> bool:
+    return False
+
+
 def _path(node: Node, value: Value) -> str:
-    """The name of what is made: the value's under its node's scope; for a relayout, what is laid out, and how."""
+    """The name of what is made: the value's under its node's scope; what is laid out, and how; what is decoded."""
     if isinstance(node.op, Relayout):
         (of,) = node.inputs
         path = of.name if of.node is None else _path(of.node, of)
         return f"{path}.{node.op.to.kind}"
+    if node.op.decodes and (weight := value.weight) is not None:
+        return f"{weight.name}.decoded"
     return ".".join(filter(None, (node.scope, value.name)))
 
 

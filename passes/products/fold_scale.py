@@ -70,7 +70,7 @@ class ScaleBeforeMatmul(Rewrite):
         return p.matmul(x, w) * c
 
     def fits(self, m: Match) -> bool:
-        return m.w.value.kind == "parameter" and m.w.rank == 2 and _is_scale(m.c, m.x)
+        return m.w.value.weight is not None and m.w.rank == 2 and _is_scale(m.c, m.x)
 
     def check(self, m: Match) -> Refusal | None:
         return _leaves_range(m.c, m.x)

@@ -76,7 +76,7 @@ class MergedGate(Rewrite):
         return along and halves and is_product(m.product, m.weight, m.bias)
 
     def check(self, m: Match) -> Refusal | None:
-        if m.weight.value.kind != "parameter" or (m.bias is not None and m.bias.value.kind != "parameter"):
+        if m.weight.value.weight is None or (m.bias is not None and m.bias.value.weight is None):
             return Refusal("gate and up are halves of one product, and what it is with is no parameter", m.product)
         return None
 

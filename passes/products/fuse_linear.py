@@ -31,7 +31,7 @@ class MatmulTransposed(Rewrite):
 
     def check(self, m: Match) -> Refusal | None:
         value = m.w.value
-        if value.kind not in ("parameter", "constant"):
+        if value.weight is None and value.kind != "constant":
             return Refusal(
                 f"the matrix is computed by {value.node.op.name}" if value.node else "the matrix is an input"
             )

@@ -24,9 +24,10 @@ class MergeProjections(SiteRewrite["_Merged"]):
     keeps every core at work where three narrow ones do not. What runs is one product with a joined weight, which is
     made once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the way back.
 
-    Refuses: a weight that something else reads too, which would then be held twice; a constant in place of a weight; a
-    bias that is computed, perhaps after the first of the products. Leaves alone what is finished with an activation or
-    a gate: such a product is stored finished, a slice would have to be read again.
+    Refuses: a weight that something else reads too, which would then be held twice; a weight in another encoding than
+    the others; a constant in place of a weight; a bias that is computed, perhaps after the first of the products.
+    Leaves alone what is finished with an activation or a gate: such a product is stored finished, a slice would have to
+    be read again.
     """
 
     def sites(self, work: Rewriting) -> Iterator[_Merged]:
@@ -42,14 +43,27 @@ class MergeProjections(SiteRewrite["_Merged"]):
                     work.refuse(self.name, Refusal(reason, part.product))
                 else:
                     alone.append(part)
-            for start in range(0, len(alone) - 1, MOST_PROJECTIONS):
-                parts = alone[start : start + MOST_PROJECTIONS]
-                if len(parts) > 1:
-                    yield _Merged.of(parts)
+            for parts in self._joinable(work, alone):
+                for start in range(0, len(parts) - 1, MOST_PROJECTIONS):
+                    merged = parts[start : start + MOST_PROJECTIONS]
+                    if len(merged) > 1:
+                        yield _Merged.of(merged)
+
+    def _joinable(self, work: Rewriting, parts: Sequence[Projection]) -> Iterator[Sequence[Projection]]:
+        """The parts, by the encoding of their weights: blocks of two forms are not joined."""
+        groups: dict[str, list[Projection]] = {}
+        for part in parts:
+            groups.setdefault(_encoding(part), []).append(part)
+        for encoding, group in groups.items():
+            if len(group) == 1 and len(parts) > 1:
+                others = " and ".join(other for other in groups if other != encoding)
+                reason = f"its weight is held as {encoding}, the others as {others}: their blocks are not joined"
+                work.refuse(self.name, Refusal(reason, group[0].product))
+            yield group
 
     def build(self, b: Builder, site: _Merged) -> tuple[Expr, ...]:
         first = site.root
-        weights = [b.expr(part.weight) for part in site.parts]
+        weights = [_read_early(b, part.weight) for part in site.parts]
         biases = [None if part.bias is None else b.expr(part.bias) for part in site.parts]
         weight_axes = "n k" if isinstance(first.op, Linear) else "k n"
         b.scope = _shared_scope([part.product.scope for part in site.parts])
@@ -99,7 +113,8 @@ def find_projections(function: Function) -> list[list[Projection]]:
     for node in function.nodes:
         if isinstance(node.op, (Linear, MatMul)):
             x, weight = node.inputs[:2]
-            if weight.kind in ("parameter", "constant") and weight.type.rank == 2 and weight.type.static_shape:
+            known = weight.weight is not None or weight.kind == "constant"
+            if known and weight.type.rank == 2 and weight.type.static_shape:
                 groups.setdefault((x, node.op), []).append(_with_bias(node, uses, function))
     return [group for group in groups.values() if len(group) > 1]
 
@@ -121,9 +136,23 @@ def _why_not(
         return "its weight is an output as well, and would be held twice"
     if part.weight.kind == "constant":
         return "its weight is a constant, and would be joined in every run"
-    if part.bias is not None and part.bias.kind == "result":
+    if part.bias is not None and part.bias.kind == "result" and part.bias.weight is None:
         return "its bias is computed"
     return ""
+
+
+def _read_early(b: Builder, weight: Value) -> Expr:
+    """A weight where the first of the products is; one that is decoded later is decoded there."""
+    node = weight.node
+    if node is None:
+        return b.expr(weight)
+    with b.placed_as(node):
+        return b.expr(b.emit(node.op, node.operands, name=weight.name).result)
+
+
+def _encoding(part: Projection) -> str:
+    weight = part.weight.weight
+    return str((weight.type.encoding if weight is not None else None) or part.weight.type.dtype)
 
 
 def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function) -> Projection:
@@ -134,7 +163,8 @@ def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: 
     if len(readers) == 1 and isinstance(readers[0][0].op, Add) and node.result not in function.outputs.values():
         add, position = readers[0]
         bias = add.inputs[1 - position]
-        fits = bias.type.shape == node.result.type.shape[-1:] and bias.kind in ("parameter", "constant")
+        known = bias.weight is not None or bias.kind == "constant"
+        fits = bias.type.shape == node.result.type.shape[-1:] and known
         if fits and add.result.type == node.result.type:
             return Projection(node, add.result, node.inputs[1], bias)
     return Projection(node, node.result, node.inputs[1], None)

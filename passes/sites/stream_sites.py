@@ -81,7 +81,7 @@ def _is_weight(value: Value) -> bool:
     """A weight or a constant, moved perhaps."""
     while value.node is not None and (value.node.op.is_view or isinstance(value.node.op, Cast)):
         value = value.node.inputs[0]
-    return value.kind in ("parameter", "constant")
+    return value.weight is not None or value.kind == "constant"
 
 
 def _uncast(value: Value) -> Value:

@@ -76,7 +76,7 @@ def is_weight(value: Value) -> bool:
     """Whether a value is a weight or a constant, moved, cast or not."""
     while value.node is not None and (value.node.op.is_view or isinstance(value.node.op, Cast)):
         value = value.node.inputs[0]
-    return value.kind in ("parameter", "constant")
+    return value.weight is not None or value.kind == "constant"
 
 
 def _scaled(node: Node) -> tuple[Value, float] | None:

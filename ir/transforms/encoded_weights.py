@@ -1,0 +1,107 @@
+"""Weights held in blocks: parameters become encoded ones, and what read them reads their decoded numbers.
+
+    w: f32[576, 1536]                       -->   w: f32[576, 1536] as q4_0
+    y = linear(x, $w)                             y = linear(x, decode($w, of=q4_0))
+
+A block of the model that is called with weights of several encodings becomes several functions, one for each set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.blocks import Decode
+from treadle.ir.ops.call import Call
+from treadle.ir.transforms.clone import clone_function, clone_graph
+
+Encodings = Mapping[str, Encoding]
+
+
+def encode_parameters(graph: Graph, encodings: Encodings) -> Graph:
+    """A copy of a graph in which these parameters are encoded; what it means changes with their elements alone.
+
+    Every function that reads one decodes it once, before all else. Raises GraphError for a parameter that is not
+    there, is encoded already, or does not fit its encoding.
+    """
+    copy = clone_graph(graph)
+    if unknown := [name for name in encodings if name not in copy.parameters]:
+        raise GraphError(f"there is no parameter {unknown[0]!r} to encode")
+    if not encodings:
+        return copy
+    for _, node in copy.walk():
+        if isinstance(node.op, Decode) and (held := node.inputs[0].weight) is not None and held.name in encodings:
+            raise GraphError(f"parameter {held.name} is encoded already", received=str(held.type))
+    work = _Encoding(copy)
+    for entry in copy.entries:
+        work.encode(entry, {n: e for n, e in encodings.items() if n in entry.parameters})
+    copy.functions = work.functions
+    return copy
+
+
+class _Encoding:
+    """Functions of a graph as they are with some of their parameters encoded, each set of encodings once."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.functions: dict[str, Function] = {}
+        """Callees first."""
+        self._made: dict[tuple[str, tuple[tuple[str, Encoding], ...]], Function] = {}
+
+    def encode(self, function: Function, encodings: Encodings) -> None:
+        """Encode parameters of a function, and of those that it calls with them."""
+        for name, encoding in encodings.items():
+            value = function.parameters[name]
+            value.type = value.type.as_encoded(encoding)
+        for node in function.nodes:
+            callee = self.graph.callee(node)
+            if callee is None:
+                continue
+            pairs = zip(callee.arguments, node.operands, strict=True)
+            inner = {f.name: v.type.encoding for f, v in pairs if v is not None and f.kind == "parameter"}
+            made = self._called(callee.name, {n: e for n, e in inner.items() if e is not None})
+            node.op = Call.of(made)
+        _decode_what_is_read(function, {function.parameters[name] for name in encodings})
+        self.functions[function.name] = function
+
+    def _called(self, name: str, encodings: Encodings) -> Function:
+        """The function of that name with these encodings."""
+        key = (name, tuple(encodings.items()))
+        if key not in self._made:
+            taken = {*self.graph.functions, *self.functions} if encodings else set()
+            first = all(known != name for known, _ in self._made)
+            made = clone_function(self.graph.functions[name], name if first else _free_name(name, taken))
+            self._made[key] = made
+            self.encode(made, encodings)
+        return self._made[key]
+
+
+def _decode_what_is_read(function: Function, encoded: set[Value]) -> None:
+    """Decode the encoded parameters that nodes read by themselves, before all else; calls pass them on as they are."""
+    decoded: dict[Value, Node] = {}
+
+    def numbers(value: Value, reader: Node | None) -> Value:
+        if value not in encoded:
+            return value
+        if value not in decoded:
+            assert value.type.encoding is not None
+            path, _, name = value.name.rpartition(".")
+            source = None if reader is None else reader.source
+            op = Decode(of=value.type.encoding)
+            decoded[value] = Node(op, [value], [value.type.decoded], name, scope=path, source=source)
+        return decoded[value].result
+
+    for node in function.nodes:
+        if node.op.callee is None:
+            node.operands = tuple([None if v is None else numbers(v, node) for v in node.operands])
+    function.replace_results(lambda v: numbers(v, None))
+    function.nodes = [*decoded.values(), *function.nodes]
+
+
+def _free_name(base: str, taken: set[str]) -> str:
+    count = 2
+    while f"{base}_{count}" in taken:
+        count += 1
+    return f"{base}_{count}"

@@ -1,0 +1,51 @@
+"""Blocks are moved as blocks, and decoded last: what is joined or cut of encoded weights stays encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from treadle.ir.analysis.weight_only import is_made_of_weights
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.blocks import Decode
+from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
+
+
+@dataclass(frozen=True)
+class DecodeLast(SiteRewrite[Site]):
+    """concat(decode(a), decode(b), axis=0)   -->   decode(concat(a, b, axis=0))        for weights a and b
+
+    and likewise slice, rearrange and what else moves whole lines of blocks. What reads the result may then read blocks,
+    and where nobody does it is decoded once either way.
+
+    Refuses: weights in several encodings; parts that are taken along the axis of the blocks.
+    """
+
+    def sites(self, work: Rewriting) -> Iterator[Site]:
+        for node in work.walk():
+            if not node.op.moves_blocks or not node.op.only_moves or len(node.results) != 1:
+                continue
+            found = [v for v in node.inputs if _blocks(v) is not None]
+            if not found or not all(map(is_made_of_weights, node.inputs)):
+                continue
+            try:
+                node.op.infer([None if v is None else (_blocks(v) or v).type for v in node.operands])
+            except RuleError as error:
+                work.refuse(self.name, Refusal(error.what.removeprefix(f"{node.op.name}: "), node))
+                continue
+            yield Site(node, tuple(dict.fromkeys(v.node for v in found if v.node is not None)))
+
+    def build(self, b: Builder, site: Site) -> Expr:
+        name = site.root.results[0].name
+        moved = b.emit(site.root.op, [v if v is None else _blocks(v) or v for v in site.root.operands], name)
+        encoding = moved.result.type.encoding
+        assert encoding is not None
+        return b.expr(b.emit(Decode(of=encoding), [moved.result], name).result)
+
+
+def _blocks(value: Value) -> Value | None:
+    """The blocks that a value was decoded from."""
+    node: Node | None = value.node
+    return node.inputs[0] if node is not None and node.op.decodes else None

@@ -1,0 +1,323 @@
+"""Encoded weights are weights to every pass: the same sites fuse, blocks are joined as blocks, hoisting says what it
+decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from treadle.backends.registry import backend_names, find_backend
+from treadle.frontends.declarations import Model
+from treadle.ir.encodings.encoding import Encoding, parse_encoding
+from treadle.ir.errors import BackendError, GraphError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.interpreter import interpret
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.ir.verifier import verify
+from treadle.models.bert import bert
+from treadle.models.gpt2 import gpt2
+from treadle.models.llama import llama
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.decode_last import DecodeLast
+from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.pipelines import DEFAULT
+
+Array = np.ndarray[Any, Any]
+
+MODELS: dict[str, Model] = {
+    "llama": llama.configure(vocab=96, dim=64, heads=4, kv_heads=2, layers=3, hidden=128, tied=True),
+    "bert": bert.configure(vocab=96, dim=64, heads=4, layers=3, hidden=128),
+    "gpt2": gpt2.configure(vocab=96, context=16, dim=64, heads=4, layers=3),
+}
+MIXED = {"layer.1.attn.v.weight": "int8_rows"}
+
+
+def matrices(graph: Graph, text: str, others: Mapping[str, str] | None = None) -> dict[str, Encoding]:
+    """That encoding for each matrix, but for those that have another one."""
+    names = [name for name, value in graph.parameters.items() if value.type.rank == 2]
+    return {name: parse_encoding((others or {}).get(name, text)) for name in names}
+
+
+def drawn_weights(graph: Graph) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Weights of an encoded graph, and the numbers that they mean."""
+    held, meant = {}, {}
+    for number, (name, value) in enumerate(graph.parameters.items()):
+        rng, shape = np.random.default_rng(number), value.type.static_shape or ()
+        encoding = value.type.encoding
+        if encoding is None:
+            held[name] = meant[name] = (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)
+        else:
+            held[name] = encoding.sample(rng, shape)
+            meant[name] = encoding.decode(held[name])
+    return held, meant
+
+
+def drawn_inputs(graph: Graph) -> dict[str, Array]:
+    rng = np.random.default_rng(3)
+    return {v.name: rng.integers(0, 2 if "type" in v.name else 16, (2, 5)) for v in graph.main.inputs}
+
+
+# -- the transform -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_encoded_graph_means_the_float_one_of_its_numbers(name: str) -> None:
+    graph = MODELS[name].graph()
+    before = str(graph)
+    encoded = encode_parameters(graph, matrices(graph, "q8_0"))
+    verify(encoded)
+    assert str(graph) == before
+    assert parse_graph(str(encoded)) == encoded
+    assert {v.type.decoded for v in encoded.parameters.values()} == {v.type for v in graph.parameters.values()}
+    assert all(v.type.encoding is not None for v in encoded.parameters.values() if v.type.rank == 2)
+    held, meant = drawn_weights(encoded)
+    inputs = drawn_inputs(graph)
+    wanted = interpret(graph, inputs, meant)
+    for output, array in interpret(encoded, inputs, held).items():
+        np.testing.assert_array_equal(array, wanted[output])
+
+
+def test_layers_with_other_encodings_are_other_functions() -> None:
+    graph = MODELS["llama"].graph()
+    assert list(graph.functions) == ["layer", "main"]
+    encoded = encode_parameters(graph, matrices(graph, "q8_0", MIXED))
+    assert list(encoded.functions) == ["layer", "layer_2", "main"]
+    assert [n.op.callee for n in encoded.main.nodes if n.op.callee] == ["layer", "layer_2", "layer"]
+    # one that is encoded in one layer alone leaves the other layers one function, and no decode in them
+    alone = encode_parameters(graph, {"layer.2.attn.q.weight": Encoding("q8_0")})
+    assert [n.op.callee for n in alone.main.nodes if n.op.callee] == ["layer", "layer", "layer_2"]
+    assert [sum(n.op.decodes for n in f.nodes) for f in alone.functions.values()] == [0, 1, 0]
+
+
+def test_a_parameter_that_cannot_be_encoded_is_refused() -> None:
+    graph = MODELS["llama"].graph()
+    with pytest.raises(GraphError, match="there is no parameter 'nowhere'"):
+        encode_parameters(graph, {"nowhere": Encoding("q8_0")})
+    with pytest.raises(GraphError, match="no whole number of q4_k blocks"):
+        encode_parameters(graph, {"embed.weight": Encoding("q4_k")})
+    once = encode_parameters(graph, {"embed.weight": Encoding("q8_0")})
+    with pytest.raises(GraphError, match=r"parameter embed\.weight is encoded already"):
+        encode_parameters(once, {"embed.weight": Encoding("q8_0")})
+    assert encode_parameters(graph, {}) == graph
+
+
+# -- the same sites ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_sites_fuse_as_in_the_float_model(name: str) -> None:
+    graph = MODELS[name].graph()
+    encoded = encode_parameters(graph, matrices(graph, "q8_0"))
+    plain, blocks = PassManager(DEFAULT).run(graph), PassManager(DEFAULT, certify=True).run(encoded)
+    fused = 0
+    for before, after in zip(plain.log, blocks.log, strict=True):
+        assert [e.rule for e in after.matches] == [e.rule for e in before.matches], before.name
+        assert [(e.rule, e.reason) for e in after.refusals] == [(e.rule, e.reason) for e in before.refusals]
+        fused += len(after.matches) * (
+            before.name in ("fuse-gated-linear", "merge-projections", "fuse-activated-linear")
+        )
+    assert fused
+    assert sum(c.cases for record in blocks.log for c in record.certificates) > 0
+
+    def without_decodes(of: Graph) -> list[list[str]]:
+        return [[n.op.name for n in f.nodes if not n.op.decodes] for f in of.functions.values()]
+
+    assert without_decodes(blocks.graph) == without_decodes(plain.graph)
+    held, meant = drawn_weights(encoded)
+    inputs = drawn_inputs(graph)
+    wanted = interpret(plain.graph, inputs, meant)
+    for output, array in interpret(blocks.graph, inputs, held).items():
+        np.testing.assert_array_equal(array, wanted[output])
+
+
+def test_parts_in_other_encodings_stay_apart() -> None:
+    graph = MODELS["llama"].graph()
+    encoded = encode_parameters(graph, matrices(graph, "q8_0", MIXED))
+    made = PassManager(DEFAULT).run(encoded)
+    (record,) = [r for r in made.log if r.name == "merge-projections"]
+    assert [e.reason for e in record.refusals] == [
+        "its weight is held as int8_rows, the others as q8_0: their blocks are not joined"
+    ]
+    counts = {
+        name: [n.op.attributes["count"] for n in f.nodes if n.op.name == "projections"]
+        for name, f in made.graph.functions.items()
+    }
+    assert counts == {"layer": [3], "layer_2": [2], "main": []}
+
+
+def test_parts_whose_weights_are_decoded_late_are_merged() -> None:
+    text = """graph g {
+      symbols B
+      parameters {
+        q: f32[8, 32] as q8_0
+        k: f32[8, 32] as q8_0
+      }
+      main(x: f32[B, 32]) -> (q: f32[B, 8], k: f32[B, 8]) {
+        q_w = decode($q, of=q8_0)
+        q = linear(x, q_w)
+        k_w = decode($k, of=q8_0)
+        k = linear(x, k_w)
+        return q = q, k = k
+      }
+    }"""
+    made = PassManager(DEFAULT).run(parse_graph(text)).graph
+    assert [n.op.name for n in made.main.nodes] == ["decode", "decode", "projections"]
+
+
+# -- lowering ------------------------------------------------------------------------------------------------------
+
+JOINED = """graph g {
+  symbols B
+  parameters {
+    a: f32[4, 64] as q8_0
+    b: f32[2, 64] as q8_0
+    c: f32[64, 4] as q8_0(axis=0)
+    t: f32[64, 64] as q8_0
+  }
+
+  main(x: f32[B, 64], i: i64[B]) -> (y: f32[B, 6], z: f32[B, 2], r: f32[B, 4], p: f32[B, 64], s: f32[B, 128]) {
+    a = decode($a, of=q8_0)
+    b = decode($b, of=q8_0)
+    ab = concat(a, b, axis=0)
+    y = linear(x, ab)
+    half = slice(a, axis=0, start=2)
+    z = linear(x, half)
+    c = decode($c, of=q8_0(axis=0))
+    turned = rearrange(c, pattern="a b -> b a")
+    r = linear(x, turned)
+    t = decode($t, of=q8_0)
+    picked = gather(t, i)
+    p = linear(picked, t)
+    long = concat(t, t)
+    s = matmul(x, long)
+    return y = y, z = z, r = r, p = p, s = s
+  }
+}
+"""
+
+
+def lowered(graph: Graph, *passes: Any) -> tuple[Graph, list[str]]:
+    made = PassManager(passes, certify=True).run(graph)
+    return made.graph, [note for record in made.log for note in record.notes]
+
+
+def reads_blocks(node: Node, position: int) -> bool:
+    return node.op.name == "linear" and position == 1
+
+
+def test_blocks_are_joined_and_cut_as_blocks() -> None:
+    graph = parse_graph(JOINED)
+    made = PassManager((DecodeLast(),), certify=True).run(graph)
+    verify(made.graph)
+    nodes = {n.result.name: n for n in made.graph.main.nodes}
+    assert str(nodes["turned"].inputs[0].type) == "f32[4, 64] as q8_0"
+    text = str(made.graph)
+    assert "concat($a, $b, axis=0)" in text
+    assert "slice($a, axis=0, start=2)" in text
+    (record,) = made.log
+    assert [e.reason for e in record.refusals] == ["parts0 is encoded as q8_0, and concat takes its blocks apart"]
+    assert all(c.cases for c in record.certificates)
+    held, meant = drawn_weights(graph)
+    inputs = {"x": np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32), "i": np.array([5, 0, 63])}
+    before, after = (interpret(g, inputs, held) for g in (graph, made.graph))
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+    assert meant["c"].shape == (64, 4)
+
+
+def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
+    graph, notes = lowered(parse_graph(JOINED), DecodeLast(), HoistWeights(reads_blocks=reads_blocks))
+    assert graph.bind is not None
+    made = {name: str(value.type) for name, value in graph.made.items()}
+    joined = [t for t in made.values() if "as q8_0" in t]
+    assert sorted(joined) == ["f32[2, 64] as q8_0", "f32[4, 64] as q8_0", "f32[6, 64] as q8_0"]
+    # the table is gathered from, multiplied with and joined along its blocks: one copy, of numbers
+    assert made["t.decoded"] == "f32[64, 64]"
+    assert sum(n.op.decodes for n in graph.main.nodes) == 3
+    assert [n for n in notes if "decoded once" in n] == ["t is decoded once: gather, concat reads no q8_0 blocks, main"]
+
+
+def test_what_reads_no_blocks_has_its_weights_decoded_once() -> None:
+    graph, notes = lowered(parse_graph(JOINED), DecodeLast(), HoistWeights())
+    assert not any(n.op.decodes for n in graph.main.nodes)
+    assert len([n for n in notes if "is decoded once: " in n]) == 4
+
+
+@pytest.mark.parametrize("backend", backend_names())
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("text", ["q4_1", "int8_rows"])
+def test_backends_run_encoded_weights(name: str, text: str, backend: str) -> None:
+    if (reason := find_backend(backend).available()) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    graph = MODELS[name].graph()
+    encoded = encode_parameters(graph, matrices(graph, text, MIXED if name != "gpt2" else None))
+    held, meant = drawn_weights(encoded)
+    inputs = drawn_inputs(graph)
+    made = treadle.compile(encoded, backend=backend, weights=held)
+    plain = treadle.compile(graph, backend=backend, weights=meant)
+    wanted = plain(**inputs)
+    for output, array in made(**inputs).items():
+        np.testing.assert_allclose(array, wanted[output], rtol=0, atol=2e-5 * np.abs(wanted[output]).max())
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_a_weight_that_is_not_its_blocks_is_refused(backend: str) -> None:
+    if (reason := find_backend(backend).available()) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    graph = parse_graph(JOINED)
+    held, meant = drawn_weights(graph)
+    for wrong in (meant["a"], held["a"].astype(np.int8), held["a"][:, 1:]):
+        with pytest.raises(BackendError) as error:
+            treadle.compile(graph, backend=backend, weights={**held, "a": wrong})
+        assert "weight a must be f32[4, 64] as q8_0, held in u8[4, 68]" in str(error.value)
+
+
+def test_many_bits_out_of_few_are_not_too_many_to_hoist() -> None:
+    """Two and a half bits become 32, which is more than eight times the bytes that the file has."""
+    graph = parse_graph("""graph g {
+      symbols B
+      parameters { w: f32[4096, 1024] as q2_k }
+      main(x: f32[B, 1024]) -> (y: f32[B, 4096]) {
+        w = decode($w, of=q2_k)
+        y = linear(x, w)
+        return y = y
+      }
+    }""")
+    made, _ = lowered(graph, HoistWeights())
+    assert list(made.made) == ["w.decoded"]
+
+
+def test_an_artifact_keeps_the_blocks(tmp_path: Any) -> None:
+    graph = MODELS["llama"].graph()
+    encoded = encode_parameters(graph, matrices(graph, "q4_0"))
+    held, _ = drawn_weights(encoded)
+    made = treadle.compile(encoded, weights=held)
+    made.save(tmp_path / "model.treadle")
+    again = treadle.load(tmp_path / "model.treadle")
+    inputs = drawn_inputs(graph)
+    for name, array in made(**inputs).items():
+        np.testing.assert_array_equal(again(**inputs)[name], array)
+    for name, array in held.items():
+        np.testing.assert_array_equal(again.weights[name], array)
+    assert (tmp_path / "model.treadle").stat().st_size < 2 * sum(a.nbytes for a in held.values())
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_a_step_reads_encoded_weights(backend: str) -> None:
+    if (reason := find_backend(backend).available()) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    graph = MODELS["llama"].graph()
+    encoded = encode_parameters(graph, matrices(graph, "q5_1"))
+    held, meant = drawn_weights(encoded)
+    logits = []
+    for of, weights in ((graph, meant), (encoded, held)):
+        session = treadle.compile(of, backend=backend, weights=weights).session(rows=1, capacity=16)
+        row = session.open()
+        session.prefill({row: [5, 3, 9, 1]})
+        logits.append(session.step({row: 7})[row])
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=2e-5 * np.abs(logits[0]).max())
