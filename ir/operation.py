@@ -189,6 +189,14 @@ class Op:
         """The operands of which it hands elements on, as they are: what it is linear in, if it does no arithmetic."""
         return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
 
+    def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
+        """The op on a part of operands of these types, in which factors of its axis rule have other sizes.
+
+        None: there is none, as by default where its attributes give one of these sizes.
+        """
+        given = self.rule([None if t is None else t.rank for t in types]).given
+        return None if given.keys() & sizes.keys() else self
+
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
         """What the op is in a generation step, built with `step.b`: an Expr, or a tuple of them, as `body` gives.
 

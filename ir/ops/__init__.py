@@ -11,6 +11,7 @@ import treadle.ir.ops.blocks
 import treadle.ir.ops.cached_attention
 import treadle.ir.ops.caches
 import treadle.ir.ops.call
+import treadle.ir.ops.collectives
 import treadle.ir.ops.convolution
 import treadle.ir.ops.elementwise
 import treadle.ir.ops.embedding_sums

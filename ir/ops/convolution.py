@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Composite, Demand, Grads, Operand, Primitive
+from treadle.ir.operation import Composite, Demand, Grads, Op, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place, resized, sized
 from treadle.ir.samples import S
@@ -215,6 +215,13 @@ class Conv(Composite):
         c, o = (f"(g={self.groups} c)", "(g o)") if self.groups != 1 else ("c", "o")
         weight = f"{o} c {' '.join(f'[{k}]' for k in kernel)}"
         return f"b {c} {' '.join(f'[{n}]' for n in sizes)}, {weight}, {o} -> b {o} {' '.join(counts)}"
+
+    def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
+        """Of groups it may have fewer."""
+        groups = sizes.get("g")
+        if groups is None:
+            return self
+        return None if groups.constant is None else replace(self, groups=groups.constant)
 
     def spatial(self, count: int) -> list[tuple[int, int, int, int]]:
         """Padding before, padding after, stride and dilation of each spatial axis. Raises RuleError."""

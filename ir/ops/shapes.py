@@ -99,6 +99,11 @@ class Rearrange(Primitive):
             return self
         return replace(self, pattern=f"{_side(rule.operands[0], sizes)} -> {_side(rule.results[0], {})}")
 
+    def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
+        rule = self.rule(())
+        given = {name: sizes.get(name, size) for name, size in rule.given.items()}
+        return replace(self, pattern=f"{_side(rule.operands[0], given)} -> {_side(rule.results[0], {})}")
+
     def reference(self, x: Any) -> Any:
         application = self.apply([f32[x.shape]])
         before, after = _factors(application.operands[0] or ()), _factors(application.results[0])
@@ -210,12 +215,22 @@ class Expand(Primitive):
                 raise RuleError(f"dimension {position} of x is {dim.size}: it must be 1 to expand to {size}")
 
     def apply(self, types: Sequence[Type | None]) -> Application:
+        return super(Expand, self._keeping(types)).apply(types)
+
+    def _keeping(self, types: Sequence[Type | None]) -> Expand:
+        """The same, where the dimensions that x has already are said to be kept."""
         (x,) = types
         assert x is not None
         new = len(self.shape) - x.rank
         old = zip(x.dims, self.shape[new:], strict=True)
-        shape = (*self.shape[:new], *[None if size == dim.size else size for dim, size in old])
-        return super(Expand, replace(self, shape=shape)).apply(types)
+        return replace(self, shape=(*self.shape[:new], *[None if size == dim.size else size for dim, size in old]))
+
+    def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
+        """Dimensions that are kept may have any size; those that it makes are no part of a value yet."""
+        made = self._keeping(types)
+        names = axis_letters(len(made.shape), symbols_in(made.shape))
+        generated = {n for n, size in zip(names, made.shape, strict=True) if size is not None}
+        return None if generated & sizes.keys() else made
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
         """The same: as many as there are tokens."""

@@ -1,0 +1,207 @@
+"""Collectives: ops in which the ranks of a mesh axis give each other parts of a value.
+
+Programs of ranks hold them (`treadle.passes.sharding`); models do not say them. Each is among the `ways` ranks that
+differ along `over`, parts of mesh axes, and says in `because` why it is there. Its meaning is a function of what all
+ranks of the group bring (`combined`); among one rank it is the identity.
+
+    all_reduce        every rank gets the sum (or another monoid) of what all have
+    all_gather        every rank gets all parts side by side along a dimension
+    reduce_scatter    every rank gets its part of the sum
+    all_to_all        parts along one dimension become parts along another
+
+Bytes are of a ring, in which each rank sends to the next (Patarasuk & Yuan 2009): what each rank sends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.axes import MONOIDS
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import GraphError, RuleError
+from treadle.ir.op_registry import op
+from treadle.ir.operation import Grads, Operand, Primitive
+from treadle.ir.ops.axis_names import axis_letters, place, resized, sized, symbols_in
+from treadle.ir.placement.meeting import exchanged
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.types import Type
+
+_COMBINE = {
+    "sum": np.add,
+    "prod": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "and": np.logical_and,
+    "or": np.logical_or,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective(Primitive):
+    """What all collectives have.
+
+    over     parts of mesh axes, as `Mesh.parts_of` reads them
+    ways     how many ranks meet
+    because  why: "the split of ffn is summed"
+    """
+
+    is_word = False
+    over: str
+    ways: int
+    because: str = ""
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if self.ways < 1:
+            raise RuleError(f"among 1 rank or more, not {self.ways}")
+
+    def reference(self, x: Any) -> Any:
+        return exchanged(self, x)
+
+    def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        """What each rank gets: of the ops, which are this one as each rank has it, and what they bring, in order."""
+        raise GraphError(f"op {self.name} has no meaning")
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The attributes that say who meets, and why."""
+        return {"over": self.over, "ways": self.ways, "because": self.because}
+
+    @property
+    def meeting(self) -> tuple[Any, ...]:
+        """What must be alike on all ranks that meet: all but the sizes of their own parts."""
+        own = {name: value for name, value in self.attributes.items() if name not in ("size", "whole")}
+        return self.name, *own.items()
+
+    def payload(self, taken: int, given: int) -> int:
+        """How much of the value it is about, of what a rank brings and gets, all in bytes."""
+        return max(taken, given)
+
+    @property
+    def rounds(self) -> float:
+        """How often a rank sends its share of the payload, 1/ways of it: once to each other rank."""
+        return self.ways - 1
+
+
+@op("all_reduce", axes="... -> ...", dtypes="t -> t")
+class AllReduce(Collective):
+    """y = x_0 + x_1 + ..., over the ranks of the group, on every rank
+
+    monoid  what combines them, if not a sum
+    """
+
+    x = Operand()
+    monoid: str = "sum"
+
+    @property
+    def linear(self) -> tuple[frozenset[str], ...]:
+        """A sum is linear in what all ranks bring."""
+        return (frozenset(["x"]),) if self.monoid == "sum" else ()
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        super().check(types)
+        if self.monoid not in MONOIDS:
+            raise RuleError(f"there is no monoid {self.monoid!r}", hint="one of " + ", ".join(MONOIDS))
+
+    def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        return [reduce(_COMBINE[self.monoid], parts)] * len(parts)
+
+    @property
+    def rounds(self) -> float:
+        """Twice: a reduce-scatter, then an all-gather."""
+        return 2 * (self.ways - 1)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        """Of a sum the sum of what flows to all ranks: each rank's gradient is its own term of the loss's."""
+        if self.monoid != "sum":
+            raise GraphError(f"all_reduce by {self.monoid} has no gradient")
+        return [b.apply("all_reduce", grads[0], **self.group)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Along(Collective):
+    """One that changes a dimension.
+
+    axis  which
+    size  how long it is in the result
+    """
+
+    axis: int
+    size: Size
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        names = axis_letters(ranks[0] or 0, symbols_in([self.size]))
+        left, right = resized(names, place(self.axis, len(names)), self.size)
+        return f"{left} -> {right}"
+
+
+@op("all_gather", dtypes="t -> t", linear="x", flops=0)
+class AllGather(_Along):
+    """y = [x_0, x_1, ...] along a dimension, on every rank"""
+
+    x = Operand()
+
+    def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        return [np.concatenate(parts, axis=self.axis)] * len(parts)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        size = x.shape[place(self.axis, x.rank)]
+        return [b.apply("reduce_scatter", g, **self.group, axis=self.axis, size=size)]
+
+
+@op("reduce_scatter", dtypes="n -> n", linear="x")
+class ReduceScatter(_Along):
+    """y = the rank's part, along a dimension, of x_0 + x_1 + ..."""
+
+    x = Operand()
+
+    def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        return _parted(reduce(np.add, parts), ops, self.axis)
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        size = x.shape[place(self.axis, x.rank)]
+        return [b.apply("all_gather", g, **self.group, axis=self.axis, size=size)]
+
+
+@op("all_to_all", dtypes="t -> t", linear="x", flops=0)
+class AllToAll(_Along):
+    """y = [the rank's part, along `axis`, of x_0, of x_1, ...] along the dimension `onto`
+
+    onto   the dimension of which x is a part, and y is whole
+    whole  how long that is in y
+    """
+
+    x = Operand()
+    onto: int
+    whole: Size
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        names = list(axis_letters(ranks[0] or 0, symbols_in([self.size, self.whole])))
+        left, right = list(names), list(names)
+        for axis, size in ((self.axis, self.size), (self.onto, self.whole)):
+            left[place(axis, len(names))] = f"[{names[place(axis, len(names))]}]"
+            right[place(axis, len(names))] = sized(size)
+        return f"{' '.join(left)} -> {' '.join(right)}"
+
+    def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        cut = [_parted(part, ops, self.axis) for part in parts]
+        return [np.concatenate([pieces[n] for pieces in cut], axis=self.onto) for n in range(len(parts))]
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        (g,), (x,) = grads, inputs
+        axis, onto = place(self.axis, x.rank), place(self.onto, x.rank)
+        return [b.apply("all_to_all", g, **self.group, axis=onto, size=x.shape[onto], onto=axis, whole=x.shape[axis])]
+
+
+def _parted(whole: Any, ops: Sequence[Any], axis: int) -> list[Any]:
+    """A value cut along a dimension into the sizes that each rank's op says."""
+    ends = np.cumsum([each.size.evaluate({}) for each in ops])
+    if ends[-1] != whole.shape[axis]:
+        raise GraphError(f"parts of {ends[-1]} elements together, of a dimension of {whole.shape[axis]}")
+    return list(np.split(whole, ends[:-1], axis=axis))

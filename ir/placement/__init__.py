@@ -1,0 +1,1 @@
+"""Where values lie on several devices: meshes, placements, where ranks meet, machines that are planned for."""

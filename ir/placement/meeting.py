@@ -1,0 +1,50 @@
+"""Where the ranks of a mesh meet: what a collective op asks for the result of what all ranks of a group bring.
+
+An op has no way to the other ranks by itself. Who runs the programs of several ranks says in each rank's own context
+how they meet (`meeting_at`); outside of such a context only a collective among one rank means anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+from treadle.ir.errors import GraphError
+
+if TYPE_CHECKING:
+    from treadle.ir.ops.collectives import Collective
+
+
+class Meeting(Protocol):
+    """How one rank meets the others."""
+
+    def exchange(self, op: Collective, part: Any) -> Any:
+        """Give this rank's part; returns what `op.combined` makes of the parts of its group for this rank."""
+
+
+_CURRENT: ContextVar[Meeting | None] = ContextVar("meeting", default=None)
+
+
+@contextmanager
+def meeting_at(meeting: Meeting) -> Iterator[None]:
+    """Collectives of this context meet here."""
+    token = _CURRENT.set(meeting)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def exchanged(op: Collective, part: Any) -> Any:
+    """A collective's result for this rank. Raises GraphError where no other ranks are there to meet."""
+    if op.ways == 1:
+        return op.combined([op], [part])[0]
+    meeting = _CURRENT.get()
+    if meeting is None:
+        raise GraphError(
+            f"{op.name} is among {op.ways} ranks, and this program runs alone",
+            hint="treadle shard MODEL --mesh ... --lab runs the programs of all ranks",
+        )
+    return meeting.exchange(op, part)

@@ -1,0 +1,144 @@
+"""Meshes: devices in a grid with named axes, `tp=8,dp=2`, and the parts of an axis that a dimension may be split over.
+
+Ranks count through the first axis fastest: ranks that are neighbours along it are neighbours by number. So the axis
+with the most traffic stands first.
+
+An axis of 8 is three axes of 2, outermost first; a dimension may take some of them and leave the rest. `tp:(1)4` is the
+part of tp that lies outermost and has 4 positions, `tp:(4)2` the part below these 4. (The notation is Shardy's.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from treadle.ir.errors import UsageError
+
+MOST_RANKS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SubAxis:
+    """A part of a mesh axis: `size` positions below `outer` others."""
+
+    axis: str
+    outer: int
+    size: int
+
+
+SubAxes = tuple[SubAxis, ...]
+"""Parts of axes that split something in turn, the outermost first."""
+
+
+def ways(parts: Iterable[SubAxis]) -> int:
+    """Into how many pieces these split."""
+    return prod(part.size for part in parts)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Axes by name with their sizes, the fastest first. Make it with `Mesh.of`."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(text: str) -> Mesh:
+        """Read `tp=2,dp=2`. Raises UsageError for another text, a name twice, a size below 1, or too many ranks."""
+        axes: list[tuple[str, int]] = []
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*(\d{1,7})\s*", part)
+            if match is None:
+                raise UsageError(f"not a mesh: {part.strip()!r}", received=text[:80], hint="tp=2,dp=2")
+            axes.append((match[1], int(match[2])))
+        mesh = Mesh(tuple(axes))
+        twice = next((name for name, _ in axes if [n for n, _ in axes].count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"the mesh has two axes {twice}", received=text[:80])
+        if any(size < 1 for _, size in axes) or mesh.ranks > MOST_RANKS:
+            raise UsageError(f"a mesh has 1 to {MOST_RANKS} ranks, and axes of 1 or more", received=text[:80])
+        return mesh
+
+    @property
+    def ranks(self) -> int:
+        """How many devices it has."""
+        return prod(size for _, size in self.axes)
+
+    @cached_property
+    def parts(self) -> SubAxes:
+        """Every axis in its prime parts, the smallest outermost; an axis of 1 has none."""
+        found: list[SubAxis] = []
+        for name, size in self.axes:
+            outer = 1
+            for prime in _primes(size):
+                found.append(SubAxis(name, outer, prime))
+                outer *= prime
+        return tuple(found)
+
+    def parts_of(self, text: str) -> SubAxes:
+        """Read axes and parts of axes: `dp tp:(1)4`. Raises UsageError for an axis or a part that there is not."""
+        found: list[SubAxis] = []
+        for word in text.split():
+            match = re.fullmatch(r"(\w+)(?::\((\d+)\)(\d+))?", word)
+            size = dict(self.axes).get(match[1]) if match is not None else None
+            if match is None or size is None:
+                raise UsageError(f"the mesh {self} has no axis {word!r}", hint=", ".join(n for n, _ in self.axes))
+            outer, wanted = (1, size) if match[2] is None else (int(match[2]), int(match[3]))
+            held = [p for p in self.parts if p.axis == match[1] and outer <= p.outer < outer * wanted]
+            if ways(held) != wanted or (held and held[0].outer != outer):
+                raise UsageError(
+                    f"axis {match[1]} of {self} has no part {word}", hint=f"{match[1]}:(1)2, if it is even"
+                )
+            found += held
+        return tuple(found)
+
+    def text_of(self, parts: Sequence[SubAxis]) -> str:
+        """Parts as `parts_of` reads them, joined where they lie side by side."""
+        sizes = dict(self.axes)
+        joined: list[SubAxis] = []
+        for part in parts:
+            last = joined[-1] if joined else None
+            if last is not None and last.axis == part.axis and last.outer * last.size == part.outer:
+                joined[-1] = SubAxis(last.axis, last.outer, last.size * part.size)
+            else:
+                joined.append(part)
+        return " ".join(p.axis if p.size == sizes[p.axis] else f"{p.axis}:({p.outer}){p.size}" for p in joined)
+
+    def coordinate(self, rank: int, part: SubAxis) -> int:
+        """Where a rank stands along a part of an axis, from 0."""
+        stride = 1
+        for name, size in self.axes:
+            if name == part.axis:
+                return rank // stride % size // (size // (part.outer * part.size)) % part.size
+            stride *= size
+        raise UsageError(f"the mesh {self} has no axis {part.axis!r}")
+
+    def index(self, rank: int, parts: Sequence[SubAxis]) -> int:
+        """Where a rank stands along parts in turn: which of `ways(parts)` pieces is its own."""
+        found = 0
+        for part in parts:
+            found = found * part.size + self.coordinate(rank, part)
+        return found
+
+    def group(self, rank: int, parts: Sequence[SubAxis]) -> tuple[int, ...]:
+        """The ranks that differ from a rank along these parts alone, in the order of `index`; itself among them."""
+        others = [p for p in self.parts if p not in parts]
+        mine = self.index(rank, others)
+        held = [r for r in range(self.ranks) if self.index(r, others) == mine]
+        return tuple(sorted(held, key=lambda r: self.index(r, parts)))
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in self.axes)
+
+
+def _primes(size: int) -> list[int]:
+    """The prime factors, the smallest first."""
+    found, divisor = [], 2
+    while size > 1:
+        while size % divisor == 0:
+            found.append(divisor)
+            size //= divisor
+        divisor += 1 if divisor * divisor <= size else max(size - divisor, 1)
+    return found

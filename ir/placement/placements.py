@@ -1,0 +1,140 @@
+"""Placements: which part of a value each device of a mesh holds.
+
+    [dp, -, tp]             dimension 0 is split over dp, dimension 2 over tp; every rank holds all of dimension 1
+    [-, tp*64]              split over tp in multiples of 64: heads of 64 that are not as many as tp divides
+    [dp, -, -] sum(tp)      each rank of a row of tp holds a term; the value is their sum
+
+Every element lies on one rank of each axis that splits it, and on all ranks of the other axes. A mesh axis, or a part
+of one, is used once in a placement.
+
+A dimension of n units is split over k positions so that position i holds units i n // k to (i + 1) n // k: parts
+differ by one unit at most, and none is empty if n >= k. Several axes that split one dimension count as one of their
+product, the first outermost; without the last of them the bounds are those of the split over the others, so that parts
+that are gathered along it are parts of that split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import ParseError
+from treadle.ir.placement.mesh import Mesh, SubAxes, ways
+from treadle.ir.sizing.size_text import parse_size
+from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.types import Dim, Factor, Type
+
+Array = np.ndarray[Any, Any]
+
+IDEMPOTENT = ("max", "min", "and", "or")
+"""Monoids for which a whole value is also a partial one: x max x is x."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A dimension split over parts of mesh axes in turn, in multiples of `grain` elements."""
+
+    over: SubAxes
+    grain: Size = ONE
+
+    def normal(self, size: Size) -> Split:
+        """The same with the least grain that says as much: 1 where all parts of a dimension of this size are equal."""
+        units = size.divide(self.grain)
+        even = units is not None and units.constant is not None and units.constant % ways(self.over) == 0
+        return Split(self.over) if even else self
+
+
+@dataclass(frozen=True)
+class MeshPlacement:
+    """Where the parts of a value lie.
+
+    dims     for each dimension its split, or None
+    partial  the parts of mesh axes along which ranks hold terms of the value
+    monoid   what combines the terms: "sum", "max", ...
+    """
+
+    dims: tuple[Split | None, ...]
+    partial: SubAxes = ()
+    monoid: str = "sum"
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.partial, key=lambda part: (part.axis, part.outer)))
+        object.__setattr__(self, "partial", ordered)  # the dataclass is frozen
+
+    @staticmethod
+    def whole(rank: int) -> MeshPlacement:
+        """Every device holds all of a value of this rank."""
+        return MeshPlacement((None,) * rank)
+
+    @property
+    def used(self) -> SubAxes:
+        """The parts of axes that it uses, in order."""
+        return (*[part for split in self.dims if split is not None for part in split.over], *self.partial)
+
+    def text(self, mesh: Mesh) -> str:
+        """`[dp, -, tp*64] sum(ep)`; `parse_placement` reads it."""
+        dims = ", ".join("-" if d is None else mesh.text_of(d.over) + _grain_text(d.grain) for d in self.dims)
+        return f"[{dims}]" + (f" {self.monoid}({mesh.text_of(self.partial)})" if self.partial else "")
+
+
+def _grain_text(grain: Size) -> str:
+    text = str(grain)
+    return "" if grain == ONE else f"*{text}" if text.isalnum() else f"*({text})"
+
+
+def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
+    """Read what `MeshPlacement.text` writes. Raises ParseError, or UsageError for an axis that the mesh has not."""
+    match = re.fullmatch(r"\s*\[(.*)\]\s*(?:(\w+)\(([^()]*(?:\(\d+\)\d+[^()]*)*)\))?\s*", text)
+    if match is None:
+        raise ParseError(f"not a placement: {text!r}", hint="[dp, -, tp] sum(ep)")
+    dims: list[Split | None] = []
+    for part in match[1].split(",") if match[1].strip() else ():
+        over, _, grain = part.partition("*")
+        dims.append(
+            None if over.strip() == "-" else Split(mesh.parts_of(over), parse_size(grain) if grain.strip() else ONE)
+        )
+    return MeshPlacement(tuple(dims), mesh.parts_of(match[3] or ""), match[2] or "sum")
+
+
+def span(size: Size, split: Split | None, mesh: Mesh, rank: int) -> tuple[Size, Size]:
+    """Where the part of a rank starts in a dimension of this size, and how long it is."""
+    if split is None:
+        return ZERO, size
+    units = size.divide(split.grain)
+    assert units is not None, f"{size} is no multiple of {split.grain}"
+    at, count = mesh.index(rank, split.over), ways(split.over)
+    first, last = (units * at) // count, (units * (at + 1)) // count
+    return first * split.grain, (last - first) * split.grain
+
+
+def local_type(type: Type, placement: MeshPlacement, mesh: Mesh, rank: int) -> Type:
+    """The type of the part that a rank holds; labels stay."""
+    dims = []
+    for dim, split in zip(type.dims, placement.dims, strict=True):
+        _, size = span(dim.size, split, mesh, rank)
+        outermost, *others = dim.factors
+        inner = Dim(others).size if others else ONE
+        left = size.divide(inner)
+        if size == dim.size:
+            dims.append(dim)
+        elif left is not None and others:
+            dims.append(Dim([Factor(left, outermost.label), *others]))
+        else:
+            dims.append(Dim([Factor(size, outermost.label if not others else None)]))
+    return Type(type.dtype, tuple(dims))
+
+
+def taken_part(
+    array: Array, shape: Sequence[Size], placement: MeshPlacement, mesh: Mesh, rank: int, sizes: Mapping[str, int]
+) -> Array:
+    """The part of an array, which is a whole value of this shape, that a rank holds: a view of it."""
+    where = []
+    for size, split in zip(shape, placement.dims, strict=True):
+        start, length = (n.evaluate(sizes) for n in span(size, split, mesh, rank))
+        where.append(slice(start, start + length))
+    part: Array = array[tuple(where)]
+    return part

@@ -1,0 +1,161 @@
+"""Collectives: what ranks get of what they bring, their gradients, their types and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.ir.builder import Builder
+from treadle.ir.errors import GraphError, RuleError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.op_registry import find_op
+from treadle.ir.operation import Op
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.transforms.differentiate import backward
+
+Array = np.ndarray[Any, Any]
+
+
+def ops(name: str, each: Sequence[dict[str, Any]]) -> list[Any]:
+    return [find_op(name).make(over="tp", ways=len(each), **attributes) for attributes in each]
+
+
+def combined(name: str, each: Sequence[dict[str, Any]], parts: Sequence[Array]) -> list[Array]:
+    made = ops(name, each)
+    return list(made[0].combined(made, parts))
+
+
+@pytest.mark.parametrize(
+    ("monoid", "wanted"), [("sum", [3, 2, 8]), ("max", [2, 3, 5]), ("min", [1, -1, 3]), ("prod", [2, -3, 15])]
+)
+def test_all_reduce(monoid: str, wanted: list[int]) -> None:
+    got = combined("all_reduce", [{"monoid": monoid}] * 2, [np.array([1, 3, 5]), np.array([2, -1, 3])])
+    assert [list(x) for x in got] == [wanted, wanted]
+
+
+def test_all_gather_puts_uneven_parts_side_by_side() -> None:
+    got = combined("all_gather", [{"axis": 1, "size": 3}] * 2, [np.array([[1], [2]]), np.array([[3, 4], [5, 6]])])
+    assert all(np.array_equal(x, [[1, 3, 4], [2, 5, 6]]) for x in got)
+
+
+def test_reduce_scatter_gives_each_rank_its_part_of_the_sum() -> None:
+    parts = [np.arange(5), 10 * np.arange(5)]
+    got = combined("reduce_scatter", [{"axis": 0, "size": 2}, {"axis": 0, "size": 3}], parts)
+    assert [list(x) for x in got] == [[0, 11], [22, 33, 44]]
+
+
+def test_all_to_all_changes_which_dimension_is_split() -> None:
+    whole = np.arange(15).reshape(3, 5)
+    each = [{"axis": 1, "size": 2, "onto": 0, "whole": 3}, {"axis": 1, "size": 3, "onto": 0, "whole": 3}]
+    got = combined("all_to_all", each, [whole[:1], whole[1:]])
+    assert np.array_equal(got[0], whole[:, :2])
+    assert np.array_equal(got[1], whole[:, 2:])
+
+
+def test_parts_that_are_not_the_whole_are_refused() -> None:
+    with pytest.raises(GraphError, match="parts of 4 elements together, of a dimension of 5"):
+        combined("reduce_scatter", [{"axis": 0, "size": 2}] * 2, [np.arange(5)] * 2)
+
+
+def everywhere(name: str, attributes: dict[str, Any]) -> Callable[[Array], Array]:
+    graph = Graph("one")
+    b = Builder(graph)
+    x = b.input("x", "f32[4, 6]")
+    b.outputs(y=b.apply(name, x, over="tp", **attributes))
+    return lambda array: interpret(graph, {"x": array})["y"]
+
+
+CASES = [
+    ("all_reduce", {}),
+    ("all_gather", {"axis": 0, "size": 4}),
+    ("reduce_scatter", {"axis": -1, "size": 6}),
+    ("all_to_all", {"axis": 1, "size": 6, "onto": 0, "whole": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "attributes"), CASES)
+def test_among_one_rank_it_is_the_identity(name: str, attributes: dict[str, Any]) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    assert np.array_equal(everywhere(name, {**attributes, "ways": 1})(x), x)
+
+
+@pytest.mark.parametrize(("name", "attributes"), CASES)
+def test_a_program_that_runs_alone_has_nobody_to_meet(name: str, attributes: dict[str, Any]) -> None:
+    with pytest.raises(GraphError, match=f"{name} is among 2 ranks, and this program runs alone"):
+        everywhere(name, {**attributes, "ways": 2})(np.zeros((4, 6), np.float32))
+
+
+@pytest.mark.parametrize(("name", "attributes"), CASES)
+def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[str, Any]) -> None:
+    b = Builder(Graph("text"))
+    x = b.input("x", "f32[4, 6]")
+    b.outputs(y=b.apply(name, x, over="tp", ways=2, because="the split of ffn is summed", **attributes))
+    assert 'over="tp", ways=2, because="the split of ffn is summed"' in str(b.graph)
+    assert parse_graph(str(b.graph)) == b.graph
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "told"),
+    [
+        ("all_reduce", {"ways": 0}, "among 1 rank or more"),
+        ("all_reduce", {"ways": 2, "monoid": "mean"}, "no monoid 'mean'"),
+        ("all_gather", {"ways": 2, "axis": 2, "size": 3}, "there is no axis 2"),
+    ],
+)
+def test_what_it_cannot_be_is_refused(name: str, attributes: dict[str, Any], told: str) -> None:
+    b = Builder(Graph("wrong"))
+    with pytest.raises(RuleError, match=told):
+        b.apply(name, b.input("x", "f32[4, 6]"), over="tp", **attributes)
+
+
+GRADIENTS = {
+    "all_reduce": [{}, {}],
+    "all_gather": [{"axis": 0, "size": 5}] * 2,
+    "reduce_scatter": [{"axis": 0, "size": 2}, {"axis": 0, "size": 3}],
+    "all_to_all": [{"axis": 1, "size": 2, "onto": 0, "whole": 5}, {"axis": 1, "size": 4, "onto": 0, "whole": 5}],
+}
+BRINGS = {
+    "all_reduce": [(5, 6), (5, 6)],
+    "all_gather": [(2, 6), (3, 6)],
+    "reduce_scatter": [(5, 6), (5, 6)],
+    "all_to_all": [(2, 6), (3, 6)],
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_gradient_is_the_transpose_over_all_ranks(name: str) -> None:
+    """sum over ranks of <y, g> = sum over ranks of <x, gradient>: each op is linear in what all ranks bring."""
+    rng = np.random.default_rng(1)
+    made = ops(name, GRADIENTS[name])
+    xs = [rng.normal(size=shape) for shape in BRINGS[name]]
+    ys = made[0].combined(made, xs)
+    gs = [rng.normal(size=y.shape) for y in ys]
+    transposed = [gradient_op(op, x, g) for op, x, g in zip(made, xs, gs, strict=True)]
+    back = transposed[0].combined(transposed, gs)  # type: ignore[attr-defined]
+    assert [x.shape for x in back] == [x.shape for x in xs]
+    given, taken = (
+        sum(float(np.sum(a * b)) for a, b in pairs) for pairs in (zip(ys, gs, strict=True), zip(xs, back, strict=True))
+    )
+    assert given == pytest.approx(taken, rel=1e-12)
+
+
+def gradient_op(op: Op, x: Array, g: Array) -> Op:
+    b = Builder(Graph("gradient"))
+    given = b.input("x", f"f64[{', '.join(map(str, x.shape))}]")
+    node = b.emit(op, [given.value])
+    flows = b.input("g", f"f64[{', '.join(map(str, g.shape))}]")
+    found = backward(b, [node], {node.result: flows})[given.value]
+    assert found.value.node is not None
+    return found.value.node.op
+
+
+def test_what_a_rank_sends_is_that_of_a_ring() -> None:
+    reduce, gather = (
+        find_op(n).make(over="tp", ways=4, **a) for n, a in (("all_reduce", {}), ("all_gather", {"axis": 0, "size": 8}))
+    )
+    assert (reduce.rounds, gather.rounds) == (6, 3)  # type: ignore[attr-defined]
+    assert gather.payload(10, 40) == 40  # type: ignore[attr-defined]

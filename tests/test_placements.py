@@ -1,0 +1,141 @@
+"""Meshes and placements: text that parses back, and parts that are all of a value, each once."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treadle.ir.errors import ParseError, UsageError
+from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import MeshPlacement, Split, local_type, parse_placement, span, taken_part
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.types import f32, parse_type
+
+MESHES = ("tp=2", "tp=8", "tp=2,dp=2", "tp=4,dp=3", "a=6,b=1,c=5")
+
+
+def test_ranks_count_through_the_first_axis_fastest() -> None:
+    mesh = Mesh.of("tp=2,dp=3")
+    tp, dp = mesh.parts
+    assert [(mesh.coordinate(r, tp), mesh.coordinate(r, dp)) for r in range(mesh.ranks)] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+        (1, 1),
+        (0, 2),
+        (1, 2),
+    ]
+    assert mesh.group(3, (tp,)) == (2, 3)
+    assert mesh.group(3, (dp,)) == (1, 3, 5)
+
+
+def test_a_part_of_an_axis_is_named_by_what_lies_outside_it() -> None:
+    mesh = Mesh.of("tp=8")
+    outer, inner = mesh.parts_of("tp:(1)4"), mesh.parts_of("tp:(4)2")
+    assert outer + inner == mesh.parts_of("tp") == mesh.parts
+    assert mesh.text_of(outer) == "tp:(1)4"
+    assert mesh.text_of(mesh.parts) == "tp"
+    assert mesh.group(5, inner) == (4, 5)
+    assert mesh.group(5, outer) == (1, 3, 5, 7)
+
+
+@pytest.mark.parametrize("text", MESHES)
+def test_a_mesh_reads_back(text: str) -> None:
+    assert Mesh.of(str(Mesh.of(text))) == Mesh.of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tp", "not a mesh"),
+        ("tp=0", "axes of 1 or more"),
+        ("tp=2,tp=2", "two axes tp"),
+        ("tp=9999999,dp=9999999", "ranks"),
+        ("", "not a mesh"),
+    ],
+)
+def test_what_is_no_mesh_is_refused(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Mesh.of(text)
+
+
+@pytest.mark.parametrize("text", ["ep", "tp:(1)3", "tp:(3)2", "tp:(1)16"])
+def test_what_a_mesh_has_not_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="has no"):
+        Mesh.of("tp=8").parts_of(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "[-, -]", "[dp, -, tp*64]", "[tp:(1)4, tp:(4)2]", "[dp tp, -] sum(ep)", "[-] max(tp:(4)2 dp)", "[tp*(2*S)]"],
+)
+def test_a_placement_reads_back(text: str) -> None:
+    mesh = Mesh.of("tp=8,dp=2,ep=2")
+    placed = parse_placement(text, mesh)
+    assert parse_placement(placed.text(mesh), mesh) == placed
+    assert placed.text(mesh) == text or "dp" in placed.text(mesh)  # the axes of terms come in their own order
+
+
+def test_text_that_is_no_placement_is_refused() -> None:
+    with pytest.raises(ParseError, match="not a placement"):
+        parse_placement("dp, tp", Mesh.of("dp=2,tp=2"))
+
+
+def test_uneven_parts_differ_by_one_unit() -> None:
+    mesh = Mesh.of("tp=8")
+    split = Split(mesh.parts, Size.of(64))
+    sizes = [span(Size.of(12 * 64), split, mesh, rank)[1].constant for rank in range(8)]
+    assert sizes == [64, 128, 64, 128, 64, 128, 64, 128]
+
+
+def test_equal_parts_need_no_grain() -> None:
+    mesh = Mesh.of("tp=4")
+    assert Split(mesh.parts, Size.of(64)).normal(Size.of(768)) == Split(mesh.parts)
+    assert Split(mesh.parts, Size.of(64)).normal(Size.of(640)) == Split(mesh.parts, Size.of(64))
+
+
+def test_the_type_of_a_part_keeps_labels_and_says_sizes_in_the_symbols_of_the_whole() -> None:
+    mesh = Mesh.of("tp=2,dp=2")
+    placed = parse_placement("[dp, -, tp]", mesh)
+    whole = parse_type("f32[B, S, (heads=12 64)]")
+    assert str(local_type(whole, placed, mesh, 0)) == "f32[B//2, S, (heads=6 64)]"
+    assert str(local_type(whole, placed, mesh, 2)) == "f32[B-(B//2), S, (heads=6 64)]"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(MESHES), st.data())
+def test_ranks_together_hold_every_element_and_no_part_is_empty(text: str, data: st.DataObject) -> None:
+    mesh = Mesh.of(text)
+    parts = data.draw(st.permutations(mesh.parts))
+    cut = data.draw(st.integers(0, len(parts)))
+    over = tuple(parts[:cut])
+    grain = data.draw(st.integers(1, 3))
+    ways = np.prod([p.size for p in over], dtype=int)
+    units = data.draw(st.integers(int(ways), int(ways) + 9))
+    placed = MeshPlacement((Split(over, Size.of(grain)) if over else None, None))
+    shape = f32[units * grain, 2].shape
+    whole = np.arange(units * grain * 2).reshape(units * grain, 2)
+    held = np.zeros(len(whole), int)
+    for rank in range(mesh.ranks):
+        part = taken_part(whole, shape, placed, mesh, rank, {})
+        assert part.size
+        held[part[:, 0] // 2] += 1
+    assert set(held) == {mesh.ranks // ways}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(MESHES), st.integers(30, 60), st.data())
+def test_without_the_last_axis_a_split_is_the_split_over_the_others(text: str, size: int, data: st.DataObject) -> None:
+    mesh = Mesh.of(text)
+    parts = tuple(data.draw(st.permutations(mesh.parts)))
+    for rank in range(mesh.ranks):
+        start, length = (n.constant or 0 for n in span(Size.of(size), Split(parts[:-1]), mesh, rank))
+        group = [span(Size.of(size), Split(parts), mesh, other) for other in mesh.group(rank, parts[-1:])]
+        ends = [((a.constant or 0), (a.constant or 0) + (n.constant or 0)) for a, n in group]
+        assert ends[0][0] == start
+        assert ends[-1][1] == start + length
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(ends))
