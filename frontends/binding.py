@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 from treadle.ir.types import DTYPES, DType
 
@@ -52,6 +53,13 @@ class TensorStore(Protocol):
 
     def array(self, name: str, /) -> Array:
         """A tensor, read-only."""
+
+
+class BlockStore(TensorStore, Protocol):
+    """What holds some tensors in blocks: a `GGUFFile`."""
+
+    def held(self, name: str, /) -> npt.NDArray[np.uint8]:
+        """A tensor's blocks, read-only."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +120,14 @@ class Binding:
     sources     where each came from, with the name as the file has it
     converted   the parameters whose dtype is not the file's: (the file's, theirs)
     unused      the file's tensors that no parameter took, in the file's order
+    encodings   the parameters whose arrays hold blocks, as the file does
     """
 
     arrays: dict[str, Array]
     sources: dict[str, Source]
     converted: dict[str, tuple[str, str]]
     unused: tuple[str, ...]
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
 
 
 def bind(
@@ -127,6 +137,7 @@ def bind(
     *,
     prefixes: Sequence[str] = ("",),
     ignore: Iterable[str] = (),
+    blocks: BlockStore | None = None,
 ) -> Binding:
     """Find every parameter in a checkpoint.
 
@@ -135,6 +146,7 @@ def bind(
                  preference; an exact name goes before a pattern, and else the first that matches counts
     prefixes     what may stand before the table's names in the file, in order of preference: ("", "bert.")
     ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
+    blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay so: they are not decoded
 
     A floating-point tensor is converted to the parameter's dtype, an integer one where every value of its
     dtype fits; a bf16 parameter is held as float32, since NumPy has no bf16.
@@ -171,7 +183,13 @@ def bind(
     arrays: dict[str, Array] = {}
     converted: dict[str, tuple[str, str]] = {}
     stored: dict[str, Array] = {}  # so that three slices of one bf16 tensor widen it once
+    encodings: dict[str, Encoding] = {}
     for name, source in sources.items():
+        shape, dtype = parameters[name]
+        encoding = checkpoint.record(source.name).encoding
+        if blocks is not None and encoding is not None and not source.part and len(shape) == 2 and str(dtype) == "f32":
+            arrays[name], encodings[name] = blocks.held(source.name), encoding
+            continue
         if source.name not in stored:
             stored[source.name] = checkpoint.array(source.name)
         arrays[name] = source.view(stored[source.name])
@@ -179,7 +197,7 @@ def bind(
         if held != needed:
             converted[name] = held, needed
             arrays[name] = _convert(name, arrays[name], needed, source, checkpoint)
-    return Binding(arrays, sources, converted, unused)
+    return Binding(arrays, sources, converted, unused, encodings)
 
 
 # A line of an error as a pattern, and its numbers: lines that differ in these alone are folded.

@@ -1,4 +1,7 @@
-"""Tensors of a GGUF file as blocks: what the file says of one, and dequantising it with the gguf library."""
+"""Tensors of a GGUF file as blocks: what the file says of one, and the numbers that it means.
+
+Block types that are encodings (`treadle.ir.encodings`) are decoded by these; the others by the gguf library.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy.typing as npt
 
 from treadle.files.shown_names import printable
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.ir.encodings.encoding import FORMS, Encoding
 from treadle.ir.errors import CheckpointError, FrontendError
 
 _DEQUANTISED_AT_ONCE = 1 << 20  # bytes of blocks; the library's temporaries are some times that
@@ -31,6 +35,11 @@ class GGUFTensor(TensorRecord):
 
     blocks: str = "f32"
 
+    @property
+    def encoding(self) -> Encoding | None:
+        """The encoding of its blocks, which lie along the last axis; None for plain numbers and rarer block types."""
+        return Encoding(self.blocks) if self.blocks in FORMS else None
+
     def __str__(self) -> str:
         stored = f" stored as {self.blocks}" if self.blocks != self.dtype else ""
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]{stored}"
@@ -38,23 +47,26 @@ class GGUFTensor(TensorRecord):
 
 def dequantised(record: GGUFTensor, raw: npt.NDArray[np.uint8], shown: str) -> npt.NDArray[np.float32]:
     """The elements of a tensor's blocks, in float32; `shown` is the file in errors. Raises CheckpointError."""
+    if record.encoding is not None:
+        made: npt.NDArray[np.float32] = record.encoding.decode(raw.reshape(*record.shape[:-1], -1))
+        return made
     gguf = import_gguf()
     kind = gguf.GGMLQuantizationType[record.blocks.upper()]
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = raw.reshape(-1, size)
-    made = np.empty((len(blocks), elements), np.float32)
+    found = np.empty((len(blocks), elements), np.float32)
     step = max(1, _DEQUANTISED_AT_ONCE // size)
     try:
         with np.errstate(all="ignore"):  # a scale may be anything, NaN and infinities included
             for start in range(0, len(blocks), step):
                 part = blocks[start : start + step].reshape(1, -1)  # one row: the library takes few at a time
-                made[start : start + step] = gguf.dequantize(part, kind).reshape(-1, elements)
+                found[start : start + step] = gguf.dequantize(part, kind).reshape(-1, elements)
     except NotImplementedError:
         raise CheckpointError(
             f"blocks of type {record.blocks} cannot be dequantised",
             within=f"{shown}: byte {record.begin}, tensor {printable(record.name)}",
         ) from None
-    return made
+    return found
 
 
 def import_gguf() -> Any:

@@ -11,8 +11,9 @@ Source: the GGUF format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.
     array     type u32, count u64, then the values
 
 The reader is ours, and strict: a count, length or size is held against the bytes that are left before it is believed,
-so that the work is in proportion to the file. The `gguf` library says how large a block of each type is and
-dequantises; its own reader neither checks lengths nor bounds its work. Arrays of arrays are refused, as llama.cpp does.
+so that the work is in proportion to the file. The `gguf` library says how large a block of each type is, and decodes
+the rarer ones; its own reader neither checks lengths nor bounds its work. Arrays of arrays are refused, as llama.cpp
+does.
 """
 
 from __future__ import annotations
@@ -177,6 +178,13 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         made = made.reshape(record.shape)
         made.flags.writeable = False
         return made
+
+    def held(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's blocks as a read-only view of the file, u8[..., bytes of a row]; see `treadle.ir.encodings`.
+
+        Raises CheckpointError if there is no such tensor.
+        """
+        return self.raw(name).reshape(*self.record(name).shape[:-1], -1)
 
     def __repr__(self) -> str:
         return f"GGUFFile({self.path!r}, {len(self._values)} keys, {len(self)} tensors)"

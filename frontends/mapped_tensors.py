@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 
 
@@ -28,6 +29,11 @@ class TensorRecord:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """The encoding of its blocks along the last axis; None for plain numbers, and blocks of another kind."""
+        return None
 
     @property
     def nbytes(self) -> int:

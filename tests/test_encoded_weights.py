@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import treadle
+from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.registry import backend_names, find_backend
 from treadle.frontends.declarations import Model
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
@@ -17,7 +18,7 @@ from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.ir.transforms.encoded_weights import decode_parameters, decoded_weights, encode_parameters
 from treadle.ir.verifier import verify
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
@@ -321,3 +322,42 @@ def test_a_step_reads_encoded_weights(backend: str) -> None:
         session.prefill({row: [5, 3, 9, 1]})
         logits.append(session.step({row: 7})[row])
     np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=2e-5 * np.abs(logits[0]).max())
+
+
+# -- the way back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_parameters_is_the_way_back(name: str) -> None:
+    graph = MODELS[name].graph()
+    encoded = encode_parameters(graph, matrices(graph, "q8_0"))
+    again = decode_parameters(encoded)
+    verify(again)
+    assert again == graph
+    held, meant = drawn_weights(encoded)
+    for weight, array in decoded_weights(encoded, held).items():
+        np.testing.assert_array_equal(array, meant[weight])
+
+
+def test_blocks_that_were_moved_are_numbers_that_are_moved() -> None:
+    graph = PassManager((DecodeLast(),)).run(parse_graph(JOINED)).graph
+    again = decode_parameters(graph)
+    verify(again)
+    assert "as q8_0" not in str(again)
+    held, meant = drawn_weights(graph)
+    inputs = {"x": np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32), "i": np.array([5, 0, 63])}
+    wanted = interpret(graph, inputs, held)
+    for name, array in interpret(again, inputs, meant).items():
+        np.testing.assert_array_equal(array, wanted[name])
+
+
+def test_onnx_is_written_with_numbers(tmp_path: Any) -> None:
+    pytest.importorskip("onnx")
+    graph = MODELS["bert"].graph()
+    encoded = encode_parameters(graph, matrices(graph, "q4_0"))
+    held, meant = drawn_weights(encoded)
+    export_onnx(encoded, held, tmp_path / "blocks.onnx")
+    export_onnx(graph, meant, tmp_path / "numbers.onnx")
+    assert (tmp_path / "blocks.onnx").read_bytes() == (tmp_path / "numbers.onnx").read_bytes()
+    with pytest.raises(BackendError, match="held in u8"):
+        export_onnx(encoded, meant, tmp_path / "wrong.onnx")

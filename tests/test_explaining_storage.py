@@ -69,7 +69,14 @@ def test_the_plan_is_the_last_row_of_one_table_and_a_stage_to_inspect() -> None:
     usable("tvm")
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     lines = told("compile", "gpt2", "--backend", "tvm", *settings).splitlines()
-    wanted = [*(each.name for each in DEFAULT), "legalize", "assign-layouts", "hoist-weights", "plan-storage"]
+    wanted = [
+        *(each.name for each in DEFAULT),
+        "legalize",
+        "decode-last",
+        "assign-layouts",
+        "hoist-weights",
+        "plan-storage",
+    ]
     rows = [line.split()[0] for line in lines if line.strip()]
     assert [row for row in rows if row in wanted] == wanted
     shown = told("inspect", "gpt2", "--backend", "tvm", *settings, "--after", "plan-storage")

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from treadle.backends.registry import backend_names
+from treadle.backends.tvm.weight_packing import is_mapped
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_header import GGUFLimits
 from treadle.frontends.rotary import Divided
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 from treadle.resolving import resolve
 
@@ -131,6 +133,46 @@ def test_frequencies_in_a_tensor(tmp_path: Path) -> None:
     write_model(path.with_stem("wrong"), SIZES, {**tensors(SIZES), "rope_freqs.weight": factors * 0})
     with pytest.raises(CheckpointError, match=r"rope_freqs.weight must be a factor for each pair"):
         resolve(path.with_stem("wrong"))
+
+
+@pytest.mark.parametrize("runner", ["interpreter", *backend_names()])
+def test_blocks_are_kept_as_the_file_has_them(small: Path, runner: str) -> None:
+    file, kept, wide = GGUFFile.open(small), resolve(small), resolve(small, widen="blocks")
+    assert kept.weights is not None
+    assert wide.weights is not None
+    for name, value in kept.graph.parameters.items():
+        if value.type.rank == 2:
+            assert str(value.type).endswith("as q4_1")
+            assert kept.weights[name].dtype == np.uint8
+            assert is_mapped(kept.weights[name])
+            assert not kept.weights[name].flags.writeable
+            np.testing.assert_array_equal(Encoding("q4_1").decode(kept.weights[name]), wide.weights[name])
+    held = file.held("blk.0.ffn_down.weight")
+    assert np.shares_memory(held, file.raw("blk.0.ffn_down.weight"))
+    assert {v.type.encoding for v in wide.graph.parameters.values()} == {None}
+    tokens = np.array([[3, 1, 4, 1, 5]])
+    runs = [prepare(runner, each.graph, each.weights)(tokens=tokens)["logits"] for each in (kept, wide)]
+    np.testing.assert_allclose(runs[0], runs[1], rtol=0, atol=1e-5)
+
+
+def test_k_quants_of_several_kinds_in_one_file(tmp_path: Path) -> None:
+    """As llama.cpp mixes them: layers whose v is held in more bits are functions of their own."""
+    sizes = Sizes(layers=2, dim=256, hidden=512)
+    rng = np.random.default_rng(1)
+    kinds = {"blk.1.attn_v.weight": "q6_k", "blk.0.ffn_down.weight": "q5_k", "token_embd.weight": "q3_k"}
+    blocks, numbers = {}, {}
+    for name, weight in tensors(sizes).items():
+        encoding = Encoding(kinds.get(name, "q4_k")) if weight.ndim == 2 else None
+        blocks[name] = weight if encoding is None else encoding.sample(rng, weight.shape)
+        numbers[name] = weight if encoding is None else encoding.decode(blocks[name])
+    path = tmp_path / "model.gguf"
+    held = {name: kinds.get(name, "q4_k") for name, block in blocks.items() if block.dtype == np.uint8}
+    write_model(path, sizes, blocks, held=held)
+    resolved = resolve(path)
+    assert list(resolved.graph.functions) == ["layer", "layer_2", "main"]
+    assert str(resolved.graph.parameters["layer.1.attn.v.weight"].type).endswith("as q6_k")
+    assert_same(path, hugging_face(numbers, sizes, "Llama"), "interpreter")
+    assert_same(path, hugging_face(numbers, sizes, "Llama"), "torch")
 
 
 def test_types_of_blocks_are_kept(small: Path) -> None:

@@ -63,7 +63,8 @@ def compile(
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
     dtype    "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
              (docs/decisions/0013-products-in-bf16.md). "f32": everything is. None: as the model is declared
-    widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights too
+    widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights too. "blocks": weights that a GGUF
+             file holds in blocks are decoded to f32 as they are read; without it they are kept (docs/quantization.md)
     limits   what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
     config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 

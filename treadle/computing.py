@@ -27,4 +27,5 @@ def computing_in(dtype: str | None, passes: Sequence[Pass], widen: Widen) -> tup
     if dtype not in COMPUTED:
         raise UsageError(f"a model does not compute in {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
     narrowing = (NarrowProducts(bf16),) if dtype == "bf16" else ()
-    return (*passes, *narrowing), tuple(WIDENED)
+    given = [widen] if isinstance(widen, str) else list(widen)
+    return (*passes, *narrowing), tuple(dict.fromkeys([*given, *WIDENED]))

@@ -35,6 +35,7 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import FrontendError, Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
+from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
@@ -42,6 +43,9 @@ from treadle.wheels.pinned_models import PINNED
 
 Array = np.ndarray[Any, Any]
 Limits = Mapping[str, int] | None
+
+BLOCKS = "blocks"
+"""What `widen` takes beside narrow dtypes."""
 
 GGUF_SUFFIX = ".gguf"
 ONNX_SUFFIX = ".onnx"
@@ -123,16 +127,18 @@ def resolve(
     """Trace what MODEL names.
 
     inputs   optional inputs of the declaration to include
-    widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`)
+    widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
+             weights that a GGUF file holds in blocks are decoded to f32 as they are read
     limits   what a file may ask for before it is refused: {"tensors": 1_000_000}
     config   configuration that overrides the declaration's or the checkpoint's
 
     Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read,
     StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
     """
-    narrow = narrow_dtypes(widen)
+    names = [widen] if isinstance(widen, str) else list(widen)
+    narrow = narrow_dtypes(name for name in names if name != BLOCKS)
     try:
-        return _widened(_resolve(model, inputs, config, limits), narrow)
+        return _widened(_resolve(model, inputs, config, limits, BLOCKS not in names), narrow)
     except StaticInputNeeded as needed:
         needed.opened = replace(needed.opened, narrow=narrow)
         raise
@@ -157,6 +163,7 @@ def _resolve(
     inputs: Sequence[str] | None,
     config: Mapping[str, Any],
     limits: Limits,
+    keep_blocks: bool,
 ) -> Resolved:
     text = str(model) if isinstance(model, str | Path) else ""
     path, colon, function = text.rpartition(":")
@@ -189,7 +196,7 @@ def _resolve(
     if in_zoo:
         declared = find_family(text).model.configure(inputs=inputs, **config)
         return Resolved(text, declared.graph(), declared)
-    resolved = _from_place(find_folder(text), inputs, config, limits)
+    resolved = _from_place(find_folder(text), inputs, config, limits, keep_blocks)
     return _called(text, resolved) if text in PINNED and not Path(text).exists() else resolved
 
 
@@ -199,10 +206,12 @@ def _called(name: str, resolved: Resolved) -> Resolved:
     return replace(resolved, name=name)
 
 
-def _from_place(place: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
+def _from_place(
+    place: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits, keep_blocks: bool
+) -> Resolved:
     """The model in a folder or a file."""
     if place.suffix == GGUF_SUFFIX and not place.is_dir():
-        return _from_gguf(place, inputs, config, limits)
+        return _from_gguf(place, inputs, config, limits, keep_blocks)
     if place.suffix == ONNX_SUFFIX and not place.is_dir():
         return _from_onnx(place, inputs, config, limits)
     converted = find_ctranslate2(place, limits)
@@ -276,13 +285,16 @@ def _from_folder(folder: Path, inputs: Sequence[str] | None, config: Mapping[str
     return Resolved(family.name, graph, declared, weights, unused, folder)
 
 
-def _from_gguf(path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
+def _from_gguf(
+    path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits, keep_blocks: bool
+) -> Resolved:
     file = GGUFFile.open(path, limits)
     model, table = read_gguf(file)
     declared = model.configure(inputs=inputs, **config)
     graph = declared.graph()
     wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    binding = bind(wanted, table, file)
+    binding = bind(wanted, table, file, blocks=file if keep_blocks else None)
+    graph = encode_parameters(graph, binding.encodings)
     blocks = {name: file.record(source.name).blocks for name, source in binding.sources.items()}
     unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # which is in the configuration
     return Resolved(declared.name, graph, declared, binding.arrays, unused, path, blocks)

@@ -21,12 +21,13 @@ from treadle.backends.onnx.schemas import CODES
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter
-from treadle.backends.refusals import misfit, shape_fits
+from treadle.backends.refusals import misfit, refuse_misfit, shape_fits
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.literals import Literal
 from treadle.ir.sizing.size_bounds import Bounds
+from treadle.ir.transforms.encoded_weights import decode_parameters, decoded_weights
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type, bf16
 from treadle.passes.framework.manager import Pass, PassManager
@@ -86,7 +87,8 @@ def export_onnx(
     opset           13 to 28
     external_above  bytes
 
-    Symbolic axes stay, under their names. Equal arguments give equal bytes. The files appear whole or not at all, and
+    Weights that are held in blocks are written as the float32 numbers that these mean. Symbolic axes stay, under their
+    names. Equal arguments give equal bytes. The files appear whole or not at all, and
     replace ones of their names. Raises BackendError where the package onnx is missing, the opset is not one of these, a
     weight is missing or does not fit, or an op or a dtype has no form at the opset; UsageError where the file cannot be
     written; GraphError where the blocks, written out, are too many.
@@ -94,6 +96,7 @@ def export_onnx(
     _refuse_opset(opset)
     _refuse_states(graph)
     target = Path(path)
+    graph, weights = _in_numbers(graph, weights)
     model = _Model(graph, opset)
     tensors = model.held(weights)
     outside = [t for t in tensors if t.size > external_above]
@@ -117,6 +120,16 @@ def export_onnx(
         {name: tensor.name for name, tensor in model.outputs.items()},
         model.lowered.log,
     )
+
+
+def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mapping[str, Any]]:
+    """A graph and its weights without encodings, of which ONNX has none of ours."""
+    encoded = {name: v.type for name, v in graph.parameters.items() if v.type.encoding is not None}
+    if not encoded and not any(node.op.decodes for _, node in graph.walk()):
+        return graph, weights
+    for name in encoded.keys() & weights.keys():
+        refuse_misfit(name, encoded[name], weights[name])
+    return decode_parameters(graph), decoded_weights(graph, weights)
 
 
 def _refuse_states(graph: Graph) -> None:

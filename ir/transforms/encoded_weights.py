@@ -9,11 +9,15 @@ A block of the model that is called with weights of several encodings becomes se
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.ops.blocks import Decode
+from treadle.ir.literals import Literal
+from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.ops.call import Call
 from treadle.ir.transforms.clone import clone_function, clone_graph
 
@@ -39,6 +43,48 @@ def encode_parameters(graph: Graph, encodings: Encodings) -> Graph:
         work.encode(entry, {n: e for n, e in encodings.items() if n in entry.parameters})
     copy.functions = work.functions
     return copy
+
+
+def decode_parameters(graph: Graph) -> Graph:
+    """The way back: a copy of a graph whose parameters, and constants, are the numbers that their blocks mean.
+
+    What moved blocks moves numbers. Raises GraphError for a graph that encodes what it computes.
+    """
+    copy = clone_graph(graph)
+    for function in copy.functions.values():  # callees first
+        same: dict[Value, Value] = {}
+        for value in function.arguments:
+            value.type = value.type.decoded
+        for node in function.nodes:
+            if isinstance(node.op, Encode):
+                raise GraphError("values that are computed are encoded, and have no numbers but those of their blocks")
+            node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
+            if isinstance(node.op, Decode):
+                same[node.result] = node.inputs[0]
+            for value in node.results:
+                value.type = value.type.decoded
+            if (callee := copy.callee(node)) is not None:
+                node.op = Call.of(callee)
+        function.nodes = [node for node in function.nodes if not isinstance(node.op, Decode)]
+        function.replace_results(lambda v, same=same: _number(same.get(v, v)))  # type: ignore[misc]
+    return copy
+
+
+def decoded_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of weights of a graph: those that are held in blocks, decoded; the others as they are."""
+    encodings = {name: value.type.encoding for name, value in graph.parameters.items()}
+    return {
+        name: array if (encoding := encodings.get(name)) is None else encoding.decode(np.asarray(array))
+        for name, array in weights.items()
+    }
+
+
+def _number(value: Value) -> Value:
+    """A constant as the numbers of its blocks."""
+    literal = value.literal
+    if literal is None or literal.encoding is None:
+        return value
+    return Value.constant(Literal.of(literal.encoding.decode(literal.array), literal.dtype))
 
 
 class _Encoding:

@@ -86,8 +86,17 @@ def tensors(sizes: Sizes) -> dict[str, Array]:
     return {f"{name}.weight": x + (1 if x.ndim == 1 else 0) for name, x in drawn.items()}
 
 
-def write_model(path: Path, sizes: Sizes, weights: Mapping[str, Array], blocks: str = "F32") -> None:
-    """A GGUF file with the library's writer: metadata, vocabulary and weights, matrices stored in the type `blocks`."""
+def write_model(
+    path: Path,
+    sizes: Sizes,
+    weights: Mapping[str, Array],
+    blocks: str = "F32",
+    held: Mapping[str, str] | None = None,
+) -> None:
+    """A GGUF file with the library's writer: metadata, vocabulary and weights, matrices stored in the type `blocks`.
+
+    held  the types of those that are blocks already, u8[rows, bytes], by name
+    """
     writer = gguf.GGUFWriter(path, sizes.architecture)
     writer.add_name("caf\u00e9")
     writer.add_block_count(sizes.layers)
@@ -108,8 +117,9 @@ def write_model(path: Path, sizes: Sizes, weights: Mapping[str, Array], blocks: 
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
     for name, weight in weights.items():
-        kind = gguf.GGMLQuantizationType[blocks if weight.ndim > 1 else "F32"]
-        writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
+        of = (held or {}).get(name)
+        kind = gguf.GGMLQuantizationType[of.upper() if of else blocks if weight.ndim > 1 else "F32"]
+        writer.add_tensor(name, weight if of else gguf.quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

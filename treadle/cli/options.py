@@ -64,7 +64,12 @@ Dtype = Annotated[
 ]
 Widen = Annotated[
     str | None,
-    typer.Option("--widen", metavar="bf16", help="Compute in f32 what is bf16, or f16.", show_default=False),
+    typer.Option(
+        "--widen",
+        metavar="bf16",
+        help="Compute in f32 what is bf16, or f16; blocks: decode those of a GGUF file at once.",
+        show_default=False,
+    ),
 ]
 CacheName = Annotated[
     str | None,
