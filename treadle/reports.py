@@ -227,7 +227,7 @@ def compiled_lines(compiled: Compiled, seconds: float) -> Iterable[str]:
 
 def pass_table(log: PassLog) -> Table:
     """A line a pass: ops before and after, what changed, how often it refused or nearly matched."""
-    table = _table("pass", "ops", "change", "refused", "nearly", "ms", numbers={"ops", "refused", "nearly", "ms"})
+    table = plain_table("pass", "ops", "change", "refused", "nearly", "ms", numbers={"ops", "refused", "nearly", "ms"})
     for r in log:
         ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else str(r.after.total())
         changes = Items([f"{delta:+d} {name}" for name, delta in r.op_changes.items()])
@@ -272,7 +272,7 @@ def shortest(numbers: Any) -> Any:
 
 def array_table(outputs: Mapping[str, Facts]) -> Table:
     numbers = ("min", "mean", "max", "not finite")
-    table = _table("output", "dtype", "shape", *numbers, numbers=set(numbers))
+    table = plain_table("output", "dtype", "shape", *numbers, numbers=set(numbers))
     for name, facts in outputs.items():
         told = ["" if facts[key] is None else f"{facts[key]:.6g}" for key in ("min", "mean", "max")]
         shape = " x ".join(map(str, facts["shape"])) or "scalar"
@@ -289,7 +289,9 @@ def _plain(value: Any) -> Any:
 
 def similarity_table(sentences: Sequence[str], similarity: np.ndarray[Any, Any]) -> Table:
     """Cosine similarities, near ones marked."""
-    table = _table("", *map(str, range(1, len(sentences) + 1)), numbers=set(map(str, range(1, len(sentences) + 1))))
+    table = plain_table(
+        "", *map(str, range(1, len(sentences) + 1)), numbers=set(map(str, range(1, len(sentences) + 1)))
+    )
     for i, (sentence, row) in enumerate(zip(sentences, similarity, strict=True)):
         cells = [Text(f"{x:.2f}", style="bold green" if x > 0.5 and i != j else "") for j, x in enumerate(row)]
         shown = sentence if len(sentence) <= 48 else f"{sentence[:45]}..."
@@ -332,12 +334,12 @@ def _config_text(value: Any) -> Any:
 
 def zoo_tables(facts: Facts) -> Iterable[Table | Text]:
     """The zoo; what can be fetched; and where what was fetched lies, a path a line, whole however narrow it is."""
-    zoo = _table("zoo", "what it is", "parameters", "defaults", numbers={"parameters"})
+    zoo = plain_table("zoo", "what it is", "parameters", "defaults", numbers={"parameters"})
     for each in facts["zoo"]:
         defaults = Items([f"{key}={value}" for key, value in each["defaults"].items()])
         zoo.add_row(each["name"], each["description"], human(each["parameters"]), defaults)
     yield zoo
-    pinned = _table("fetch", "what it is", "download", "", numbers={"download"})
+    pinned = plain_table("fetch", "what it is", "download", "", numbers={"download"})
     for each in facts["fetched"]:
         told = Text("is here") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
         pinned.add_row(each["name"], each["about"], human(each["download_bytes"], "B"), told)
@@ -391,7 +393,8 @@ class Items:
         return Measurement(longest, max(longest, cell_len(", ".join(self.texts)) + 1))
 
 
-def _table(*columns: str, numbers: set[str]) -> Table:
+def plain_table(*columns: str, numbers: set[str]) -> Table:
+    """An empty table of these columns, in which those of numbers are flush right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")

@@ -132,6 +132,13 @@ class TorchBackend(StagedBackend):
         return PythonExecutable(declared, program, tensors, namespace, arrays, self.name)
 
 
+class PlainTorch(TorchBackend):
+    """The same without layouts of our choice: what a model costs that is written in PyTorch's own functions."""
+
+    def pipeline(self, target: Target) -> Sequence[Pass]:
+        return (Legalize(keeps), HoistWeights(), PlanStorage())
+
+
 class _TorchArrays:
     """Tensors on one device; see `treadle.backends.python.executable.Arrays`."""
 

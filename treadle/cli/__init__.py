@@ -1,6 +1,6 @@
-"""The command line: `treadle compile | inspect | explain | run | verify | export | embed | generate | models | fetch`.
+"""The command line: `treadle inspect | compile | explain | run | verify | export | bench | embed | generate | ...`.
 
-docs/cli.md describes each; each has a file of its name here.
+docs/cli.md describes each command; each has a file of its name here.
 
 An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, as do wrong options;
 anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing
@@ -16,7 +16,7 @@ from typing import Any
 from treadle.cli.application import app as app
 from treadle.cli.application import forget_output, print_json, saying
 
-COMMANDS = ("inspect", "compile", "explain", "run", "verify", "export", "embed", "generate", "models", "fetch")
+COMMANDS = ("inspect", "compile", "explain", "run", "verify", "export", "bench", "embed", "generate", "models", "fetch")
 """In the order of `--help`."""
 
 for _name in COMMANDS:

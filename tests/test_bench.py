@@ -1,0 +1,103 @@
+"""`treadle bench`: a model beside other tools, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from treadle.backends.registry import find_backend
+from treadle.benching.benchmark import bench_model, difference
+from treadle.benching.report import report_lines
+from treadle.benching.serving import save_arrays
+from treadle.benching.sides import PEERS, Side
+from treadle.benching.workload import Workload
+from treadle.ir.errors import UsageError
+from treadle.reports import console
+
+SMALL = ("layers=1", "dim=32", "heads=2", "hidden=64", "vocab=100")
+
+
+def test_sides_give_the_same_numbers_and_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = [n for n in ("eager", "onnxruntime") if n != "eager" or find_backend("torch").available() is None]
+    found = bench_model(Workload("bert", "numpy", config=SMALL), peers, sizes={"B": 2, "S": 9}, rounds=3)
+    assert not found.missing
+    assert [row.side for row in found.rows] == ["treadle", *peers]
+    ours, *theirs = found.rows
+    assert ours.ratio == 1 and ours.difference is None
+    for row in theirs:
+        assert row.difference is not None and row.difference < 1e-5
+        assert row.between[0] <= row.ratio <= row.between[1]
+        assert row.seconds > 0 and row.peak > 1 << 20
+    assert found.sizes["S"] == 9 and found.flops > 1e8 and found.read > 1e8 and found.cost.flops > 0
+    for line in report_lines(found):
+        console().print(line)
+    told = capsys.readouterr().out
+    assert "bert at B=2, S=9" in told and "that NumPy reaches here" in told
+    assert json.loads(json.dumps(found.as_dict()))["rows"][1]["side"] == peers[0]
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    """By a Python that has NumPy alone."""
+    bare = tmp_path / "bare.py"
+    bare.write_text(
+        "import importlib.abc, runpy, sys\n"
+        "class Gone(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'openvino': raise ModuleNotFoundError('gone', name=name)\n"
+        "sys.meta_path.insert(0, Gone())\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {bare} "$@"\n')
+    python.chmod(0o755)
+    found = bench_model(
+        Workload("bert", "numpy", config=SMALL), ["openvino"], sizes={"S": 4}, rounds=1, python=str(python)
+    )
+    assert found.missing == {"openvino": "openvino is not installed"}
+    assert "openvino is missing: openvino is not installed (pip install openvino)" in map(str, report_lines(found))
+
+
+def test_a_side_that_fails_or_ends_says_so(tmp_path: Path) -> None:
+    side = Side(
+        {"side": "treadle", "model": "none", "backend": "numpy", "threads": 1, "inputs": str(tmp_path / "none.npz")}
+    )
+    assert "FileNotFoundError" in side.answer["missing"]
+    with pytest.raises(UsageError, match="ended while it ran"):
+        side.run()
+    side.close()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "off"),
+    [
+        ({"y": [1.0, 4.0]}, 0.0),
+        ({"file": [1.0, 3.0]}, 0.25),
+        ({"other": [1.0, 3.0], "more": [1.0, 4.0]}, None),
+        ({"y": [[1.0, 4.0]]}, None),
+    ],
+)
+def test_outputs_are_matched_by_name_or_by_shape(theirs: dict[str, object], off: float | None, tmp_path: Path) -> None:
+    save_arrays(tmp_path / "ours.npz", {"y": [1.0, 4.0]})
+    save_arrays(tmp_path / "theirs.npz", theirs)
+    assert difference(tmp_path / "ours.npz", tmp_path / "theirs.npz") == off
+
+
+def test_an_unknown_peer_is_refused() -> None:
+    with pytest.raises(UsageError, match="there is no peer 'tensorflow'") as error:
+        bench_model(Workload("bert"), ["tensorflow"])
+    assert all(name in str(error.value) for name in PEERS)
+
+
+def test_the_command() -> None:
+    words = [sys.executable, "-m", "treadle", "bench", "bert", "--backend", "numpy", "--against", "onnxruntime"]
+    options = [word for setting in SMALL for word in ("--set", setting)]
+    done = subprocess.run(
+        [*words, *options, "--sizes", "S=5", "--rounds", "1", "--json"], capture_output=True, text=True, check=True
+    )
+    told = json.loads(done.stdout)
+    assert [row["side"] for row in told["rows"]] == ["treadle", "onnxruntime"] and told["sizes"]["S"] == 5

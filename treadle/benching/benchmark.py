@@ -1,0 +1,222 @@
+"""`bench_model`: a model beside other tools. Outputs are compared first; then all run in turns.
+
+    found = bench_model("bert", ["eager", "onnxruntime"], sizes={"S": 128}, threads=1)
+    print(found.rows[1].ratio)      # how many times ours it takes
+
+A busy machine slows whoever runs, so sides run in turns, and a ratio is the median of the ratios within a turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.onnx.exporter import export_onnx
+from treadle.benching.serving import read_arrays, save_arrays
+from treadle.benching.sides import PEERS, Side, peers_of
+from treadle.benching.workload import Workload, opened
+from treadle.ir.analysis.cost import Cost, graph_cost
+from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.option_values import choose_sizes
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One side.
+
+    seconds     the median of its runs
+    ratio       how many times ours it takes: the median over turns; 1 for ours
+    between     the quartiles of these ratios
+    difference  of its outputs from ours, the largest, as a part of ours' largest; None where none has ours' shape
+    opened      seconds until it had run once
+    peak        bytes that its process had resident at most
+    """
+
+    side: str
+    note: str
+    seconds: float
+    ratio: float
+    between: tuple[float, float]
+    difference: float | None
+    opened: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All sides of one workload.
+
+    rows     ours first
+    missing  why a peer is not among them
+    cost     operations, and bytes read and written at least
+    flops, read  float32 operations and bytes a second that NumPy reaches here on as many threads
+    """
+
+    workload: Workload
+    graph: Graph
+    sizes: Mapping[str, int]
+    rows: Sequence[BenchRow]
+    missing: Mapping[str, str]
+    cost: Cost
+    flops: float
+    read: float
+    rounds: int = field(default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "model": self.graph.name,
+            "backend": self.workload.backend,
+            "dtype": self.workload.dtype or "as declared",
+            "threads": self.workload.threads,
+            "sizes": dict(self.sizes),
+            "rounds": self.rounds,
+            "flops": self.cost.flops,
+            "bytes": self.cost.bytes,
+            "machine": {"flops_per_second": self.flops, "bytes_per_second": self.read},
+            "rows": [
+                {
+                    "side": row.side,
+                    "note": row.note,
+                    "seconds": row.seconds,
+                    "times_ours": row.ratio,
+                    "times_ours_between": list(row.between),
+                    "difference": row.difference,
+                    "opened_seconds": row.opened,
+                    "peak_bytes": row.peak,
+                }
+                for row in self.rows
+            ],
+            "missing": dict(self.missing),
+        }
+
+
+def bench_model(
+    workload: Workload,
+    against: Sequence[str],
+    *,
+    sizes: Mapping[str, int] | None = None,
+    rounds: int = 15,
+    python: str = sys.executable,
+    told: Callable[[str], None] = lambda line: None,
+) -> Benchmark:
+    """Run a model beside peers.
+
+    against  their names (`PEERS`)
+    sizes    of the symbols; small ones where they are left out
+    rounds   turns that count, after one that warms up
+    python   the Python that has the peers which read ONNX, where this one has not
+    told     is given a line as each side is opened
+
+    Raises UsageError for an unknown peer or size, or where ours does not run, and what `treadle.compile` does for the
+    model.
+    """
+    names = peers_of(list(against))
+    graph, weights = opened(workload)
+    chosen = choose_sizes(graph, sizes or {})
+    with tempfile.TemporaryDirectory() as place:
+        spec = _spec(workload, graph, chosen, Path(place))
+        if any(PEERS[name].reads == "onnx" for name in names):
+            made = export_onnx(PassManager(DEFAULT).run(graph).graph, weights, Path(place) / "model.onnx")
+            spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
+        limits = Side({**spec, "side": "limits"})
+        limits.close()
+        sides: dict[str, Side] = {}
+        missing: dict[str, str] = {}
+        try:
+            for name in ("treadle", *names):
+                told(f"opening {name}")
+                reads_onnx = name in PEERS and PEERS[name].reads == "onnx"
+                outputs = str(Path(place) / f"{name}.npz")
+                side = Side({**spec, "side": name, "outputs": outputs}, python if reads_onnx else sys.executable)
+                if "missing" in side.answer:
+                    missing[name] = side.answer["missing"]
+                    side.close()
+                    if name == "treadle":
+                        raise UsageError(f"{graph.name} did not run", received=missing[name])
+                else:
+                    sides[name] = side
+            told("running")
+            times = _in_turns(sides, rounds)
+            rows = [_row(name, side, times, Path(place)) for name, side in sides.items()]
+        finally:
+            for side in sides.values():
+                side.close()
+    cost = graph_cost(graph, chosen)
+    return Benchmark(
+        workload, graph, chosen, rows, missing, cost, limits.answer["flops"], limits.answer["read"], rounds
+    )
+
+
+def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Path) -> dict[str, Any]:
+    """What all sides are told."""
+    save_arrays(place / "inputs.npz", draw_inputs(graph, sizes, [workload.seed]))
+    return {
+        "model": workload.model,
+        "backend": workload.backend,
+        "threads": workload.threads,
+        "chosen": None if workload.chosen is None else list(workload.chosen),
+        "config": list(workload.config),
+        "limit": list(workload.limit),
+        "dtype": workload.dtype,
+        "widen": list(workload.widen),
+        "seed": workload.seed,
+        "inputs": str(place / "inputs.npz"),
+    }
+
+
+def _in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each side's runs, a run a turn."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            (seconds,) = side.run()
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def _row(name: str, side: Side, times: Mapping[str, Sequence[float]], place: Path) -> BenchRow:
+    own = times.get("treadle", times[name])
+    ratios = sorted(theirs / ours for theirs, ours in zip(times[name], own, strict=True))
+    quarter = len(ratios) // 4
+    return BenchRow(
+        name,
+        side.answer["note"],
+        statistics.median(times[name]),
+        statistics.median(ratios),
+        (ratios[quarter], ratios[-1 - quarter]),
+        None if name == "treadle" else difference(place / "treadle.npz", place / f"{name}.npz"),
+        side.answer["opened"],
+        side.peak(),
+    )
+
+
+def difference(ours: Path, theirs: Path) -> float | None:
+    """The largest difference of outputs, as a part of ours' largest number; None where none is like one of ours.
+
+    An output of theirs is one of ours where it has its name, or where it alone has its shape.
+    """
+    if not ours.exists():
+        return None
+    wanted, given, found = read_arrays(ours), read_arrays(theirs), []
+    for name, array in wanted.items():
+        alike = [x for x in given.values() if x.shape == array.shape]
+        other = given.get(name, alike[0] if len(alike) == 1 else None)
+        if other is not None and other.shape == array.shape and array.size:
+            largest = max(float(np.abs(array).max()), 1e-30)
+            found.append(float(np.abs(array.astype(np.float64) - other).max()) / largest)
+    return max(found, default=None)

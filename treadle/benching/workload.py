@@ -1,0 +1,55 @@
+"""What a benchmark runs: a model by name, with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.artifacts import is_artifact, open_artifact
+from treadle.compiling import initial_weights
+from treadle.ir.graph import Graph
+from treadle.option_values import parse_config, parse_limits
+from treadle.resolving import resolve
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run, and how.
+
+    model    a name, as the command line takes it
+    backend  of ours
+    chosen   optional inputs to include
+    config   NAME=VALUE
+    limit    NAME=N
+    dtype, widen, seed  as for `treadle.compile`
+    """
+
+    model: str
+    backend: str = "tvm"
+    threads: int = 1
+    chosen: Sequence[str] | None = None
+    config: Sequence[str] = ()
+    limit: Sequence[str] = ()
+    dtype: str | None = None
+    widen: Sequence[str] = ()
+    seed: int = 0
+
+
+def opened(workload: Workload) -> tuple[Graph, Mapping[str, Array]]:
+    """The graph as it is declared, and its weights."""
+    if is_artifact(workload.model):
+        held = open_artifact(workload.model, limits=parse_limits(workload.limit))
+        return held.optimized.source, held.weights
+    resolved = resolve(
+        workload.model,
+        inputs=None if workload.chosen is None else tuple(workload.chosen),
+        widen=tuple(workload.widen),
+        **parse_config(workload.config, workload.limit),
+    )
+    graph = resolved.graph
+    return graph, initial_weights(graph, workload.seed) if resolved.weights is None else resolved.weights

@@ -1,0 +1,75 @@
+"""`treadle bench`: a model beside the tools that its users come from."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, OptionalInputs, Seed, Widen, names_of
+
+
+@command("bench")
+def bench_beside(
+    model: ModelName,
+    against: Annotated[
+        str,
+        typer.Option(
+            "--against",
+            metavar="NAMES",
+            help="eager, compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16; several with commas.",
+        ),
+    ] = "eager,onnxruntime",
+    sizes: Annotated[
+        str | None,
+        typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes; small ones, if not said."),
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="Of ours: tvm, torch or numpy.")] = "tvm",
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", min=1, help="How many threads every side may use.")
+    ] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Turns that count.")] = 15,
+    python: Annotated[
+        str,
+        typer.Option(
+            "--python",
+            metavar="PATH",
+            help="The Python that has the peers which read ONNX. By default the one that runs this.",
+            show_default=False,
+        ),
+    ] = sys.executable,
+    config: Config = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    widen: Widen = None,
+    inputs: OptionalInputs = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a model beside other tools, each in a process of its own, in turns."""
+    from treadle.benching.benchmark import bench_model
+    from treadle.benching.report import report_lines
+    from treadle.benching.workload import Workload
+    from treadle.option_values import parse_sizes
+    from treadle.progress import working
+    from treadle.reports import console
+
+    workload = Workload(
+        model, backend, threads, names_of(inputs), config or (), limit or (), dtype, names_of(widen) or (), seed
+    )
+    with working(f"benchmarking {model}", shown=not as_json) as tell:
+        found = bench_model(
+            workload,
+            names_of(against) or (),
+            sizes=parse_sizes(sizes),
+            rounds=rounds,
+            python=python,
+            told=(lambda line: None) if as_json else tell,
+        )
+    if as_json:
+        print_json(found.as_dict())
+        return
+    for line in report_lines(found):
+        console().print(line)
