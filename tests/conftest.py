@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.golden import Golden
+
+settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("treadle")  # a busy machine is no fault of a test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
