@@ -449,6 +449,12 @@ MASKS = [
         "mask(b t), causal",
         keeps_nan=True,
     ),
+    Form(
+        "two masks by -inf, one a table",
+        lambda b: scaled(b, lambda x: b.where(rows(b), x + _constant_triangle(b, -math.inf), -math.inf)),
+        "causal, mask(b t)",
+        keeps_nan=True,
+    ),
 ]
 
 
@@ -457,6 +463,11 @@ FILLS = [
     Form("two fills by -1e9", lambda b: masked(b, lambda: triangle(b), -1e9, over=-1e9), "bias(b s t)"),
     Form("two fills by two numbers", lambda b: masked(b, lambda: triangle(b), -1e4, over=-1e9), "bias(b s t)"),
     Form("a fill over -inf", lambda b: masked(b, lambda: triangle(b), -math.inf, over=LOW), "bias(b s t)"),
+    Form(
+        "a fill over a table of -inf",
+        lambda b: scaled(b, lambda x: b.where(rows(b), x + _constant_triangle(b, -math.inf), -1e9)),
+        "bias(b s t)",
+    ),
     Form(
         "-inf over a fill",
         lambda b: masked(b, lambda: triangle(b), LOW, over=-math.inf),

@@ -176,7 +176,13 @@ def _joined(b: Builder, x: Expr, w: Expr) -> Mapping[str, Expr]:
     return {"y": y * 0.5 + b.input("mask", "f32[B, 1, S]") + b.input("rows", "f32[S, 1]"), "z": b.linear(x, w)}
 
 
+def _of_one_operand(b: Builder, x: Expr, w: Expr) -> Mapping[str, Expr]:
+    y = b.einsum(x, equation="b s k -> k b s")
+    return {"y": y * 0.5 + b.input("rows", "f32[B, S]") * b.input("one", "f32[1, 1, 1]"), "z": b.linear(x, w)}
+
+
 CHAINS = [_residual, _broadcast, _twice, _gated, _read_elsewhere, _two_chains, _another_dtype, _rearranged, _joined]
+CHAINS += [_of_one_operand]
 
 
 @pytest.mark.parametrize("build", CHAINS, ids=[c.__name__[1:] for c in CHAINS])

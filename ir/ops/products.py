@@ -275,6 +275,7 @@ class Einsum(Primitive):
         S("f32[2,3,4]", "f32[4,5]", equation="b ... d, d e -> b ... e"),
         S("f32[3]", equation="i ->"),
         S("i64[2,3]", "i64[3]", equation="i j, j -> i"),
+        S("f32[2,3]", equation="i j -> j i"),
     ]
     errors = [
         (S("f32[2,3]", "f32[4,5]", equation="i j, j k -> i k"), "axis j sizes disagree"),

@@ -44,8 +44,6 @@ class Contraction(Kernel):
                 outer.enter_context((k.loop if i else k.parallel)(size, f"o{i}"))
                 for i, size in enumerate(sizes[: self.kept])
             ]
-            if not at:
-                outer.enter_context(k.parallel(1))
             held = k.registers(1, inner, "total")
             k.store(held, [0], k.number(0, inner))
             with ExitStack() as loops:

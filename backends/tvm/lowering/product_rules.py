@@ -173,9 +173,9 @@ def _sum(
     terms = [_without_lone(w, node, terms, i, to, sizes) for i in range(len(terms))]
     if len(terms) == 1:
         term = terms[0]
-        chain = finish.chain or Chain((term.view.dtype.name,), ())
+        chain = finish.chain or _narrowing(term.view.dtype, f32, None)
         operands = [t.over(to.letters, sizes) for t in (term, *finish.extras)]
-        w.pointwise(_converted(chain, term.view.dtype), operands, to.view, node)
+        w.pointwise(chain, operands, to.view, node)
         return
     left = terms[0]
     for i, right in enumerate(terms[1:], start=1):
@@ -189,17 +189,6 @@ def _sum(
         x, y = (replace(t, view=_widened(w, t.view)) for t in (left, right))
         MatrixProduct(w, node, sizes, x, y, made, done).emit()
         left = made
-
-
-def _converted(chain: Chain, dtype: DType) -> Chain:
-    """A chain over float32 on a first input of another dtype."""
-    if chain.inputs[0] == dtype.name:
-        return chain
-    old = len(chain.inputs)
-    moved = [
-        replace(i, operands=tuple(old if p == 0 else p + (p >= old) for p in i.operands)) for i in chain.instructions
-    ]
-    return Chain((dtype.name, *chain.inputs[1:]), (Instruction("cast", (0,), chain.inputs[0]), *moved))
 
 
 def _without_lone(
