@@ -14,7 +14,7 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import GraphError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.op_registry import op
+from treadle.ir.op_registry import OPS, op
 from treadle.ir.operation import Composite, Operand
 from treadle.ir.transforms.differentiate import backward, body_gradient
 from treadle.ir.transforms.inline import inline_calls
@@ -285,8 +285,6 @@ class Twins(Composite):
 @pytest.fixture(autouse=True, scope="module")
 def forget_the_ops_of_this_file() -> Any:
     """The suites run every registered op: the one above is for this file only."""
-    from treadle.ir.op_registry import OPS
-
     yield
     OPS.pop("test_twins", None)
 
@@ -300,6 +298,15 @@ def test_a_value_that_is_two_results_at_once() -> None:
     b.outputs(dx=gradient)
     assert interpret(b.graph, {"x": X})["dx"].tolist() == [22.0, 22.0, 22.0]
     assert len(body_of(Twins(), [x.type]).outputs) == 2
+
+
+def test_a_gradient_of_another_type_than_its_operand_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPS["neg"], "gradient", lambda op, b, grads, inputs, outputs: [b.cast(grads[0], to="f16")])
+    b = Builder(Graph("g"))
+    y = -b.input("x", "f32[B, 3]")
+    with pytest.raises(GraphError, match="neg: the gradient of an operand has another type than the operand") as caught:
+        backward(b, list(b.function.nodes), {y.value: b.input("g", y.type)})
+    assert caught.value.received == "f16[B, 3] for f32[B, 3]"
 
 
 def test_gradient_nodes_say_where_they_come_from() -> None:

@@ -597,5 +597,6 @@ def test_a_model_that_no_module_holds_is_not_pickled() -> None:
 
     with pytest.raises(FrontendError, match="model inner cannot be pickled") as caught:
         pickle.dumps(inner)
+    assert caught.value.received == "<model inner()>"
     assert 't.compile(inner).save("model.treadle")' in (caught.value.hint or "")
     assert (caught.value.source or "").startswith("test_first_mistakes.py:")

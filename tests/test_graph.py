@@ -12,6 +12,7 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.source_lines import SourceLine
+from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.inline import inline_calls
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
@@ -165,6 +166,22 @@ def test_calls_find_their_function() -> None:
     del graph.functions["h"]
     with pytest.raises(GraphError, match="call of an unknown function 'h'"):
         graph.callee(call)
+
+
+def test_a_value_that_is_used_and_not_defined_is_not_copied() -> None:
+    """Read by a node, given as an output, or as a state's last value; the error shows the value."""
+    for use in ("node", "output", "state"):
+        graph = diamond()
+        first, *others = graph.main.nodes
+        if use == "node":
+            graph.main.nodes[:] = others
+        elif use == "output":
+            graph.main.outputs["lost"] = diamond().main.nodes[0].result
+        else:
+            graph.main.updated["lost"] = diamond().main.nodes[0].result
+        with pytest.raises(GraphError, match=f"main uses {first.result.name}, which it does not define before") as told:
+            clone_graph(graph)
+        assert told.value.received == repr(first.result)
 
 
 def test_uses_are_in_program_order() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +303,18 @@ def test_damaged_index(tmp_path: Path, index: bytes, words: str) -> None:
     (folder / "x.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
     (folder / "model.safetensors.index.json").write_bytes(index)
     assert words in refusal(folder).what
+
+
+@links
+@pytest.mark.parametrize("write", [write_model, write_sharded])
+def test_a_damaged_file_is_told_by_its_name(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    """In the hub's cache, too, where it is a link to a file that is called by its hash."""
+    source = write(tmp_path / "m")
+    for file in source.glob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    snapshot = write_cache(tmp_path / "models--m", source) / "snapshots" / REVISION
+    name = sorted(file.name for file in source.glob("*.safetensors"))[0]
+    assert (refusal(snapshot).within or "").startswith(f"{snapshot / name}: byte")
 
 
 def test_an_index_of_other_shards(tmp_path: Path) -> None:

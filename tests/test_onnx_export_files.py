@@ -17,6 +17,7 @@ from tests.backend_checks import assert_near, block_model, graph_of, message
 from tests.onnx_files import exported, in_runtime, run, session, weights_of
 from tests.op_checks import DTYPES
 from tests.test_models import ZOO
+from treadle.backends.onnx import exporter
 from treadle.backends.onnx.exporter import (
     ALIGNMENT,
     DEFAULT_OPSET,
@@ -176,6 +177,21 @@ def test_weights_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         text = message(lambda: export_onnx(graph, {"w": wrong}, target))  # noqa: B023
         assert "weight w must be f32[2]" in text
     assert not target.exists()
+
+
+def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the weights in it, before they are gathered, and then by all of it; weights beside it do not count."""
+    graph = graph_of(lambda b: b.input("x", "f32[2000]") * b.parameter("w", "f32[2000]"))
+    target, weights = tmp_path / "m.onnx", {"w": np.zeros(2000, np.float32)}
+    monkeypatch.setattr(exporter, "_LARGEST_MESSAGE", 4000)
+    refused = message(lambda: export_onnx(graph, weights, target))
+    assert "example is 8,000 bytes without the weights beside it" in refused
+    assert f"external_above={EXTERNAL_ABOVE}" in refused
+    assert "a smaller external_above" in refused
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(graph, weights, target, external_above=100).external_bytes == 8000
+    monkeypatch.setattr(exporter, "_LARGEST_MESSAGE", target.stat().st_size - 1)
+    assert f"{target.stat().st_size:,} bytes" in message(lambda: export_onnx(graph, weights, target, external_above=100))
 
 
 def test_a_primitive_without_a_form_is_named(tmp_path: Path) -> None:

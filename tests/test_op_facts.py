@@ -6,6 +6,7 @@ An op has a fact if and only if its samples show it, so that none is claimed wro
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,12 @@ def test_what_is_made_of_contractions() -> None:
 
 def _values(case: Case) -> list[Value | None]:
     return [None if t is None else Value("input", t, "x") for t in case.types]
+
+
+def test_attributes_are_given_by_name_alone() -> None:
+    """Those of a base class, too; by position stand operands."""
+    found = {(name, field.name) for name, op in OPS.items() for field in dataclasses.fields(op) if not field.kw_only}
+    assert not found
 
 
 def test_a_call_has_no_facts() -> None:

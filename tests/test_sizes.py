@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from treadle.ir.errors import SizeError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.size_text import MOST_TOKENS, parse_size
-from treadle.ir.sizing.sizes import Size, product
+from treadle.ir.sizing.sizes import LARGEST, MOST_DIVIDED, MOST_FACTORS, MOST_TERMS, Size, product
 
 SYMBOLS = ("B", "S", "n_1")
 S, T = Size.symbol("S"), Size.symbol("T")
@@ -178,6 +178,27 @@ def test_substitution_is_evaluation_of_the_parts(a: Size, b: Size, s: Size, at: 
     put = {"B": b, "S": s}
     assert a.substitute(put).evaluate(at) == a.evaluate({**at, "B": b.evaluate(at), "S": s.evaluate(at)})
     assert a.substitute({}) == a
+
+
+def _sum_of(count: int) -> Size:
+    return sum((Size.symbol(f"a{i}") for i in range(count)), Size.of(0))
+
+
+@pytest.mark.parametrize(
+    ("made", "what", "hint"),
+    [
+        (lambda: _sum_of(17) * _sum_of(17), "a size expression has too many terms", f"at most {MOST_TERMS}"),
+        (lambda: _sum_of(MOST_TERMS + 1), "a size expression has too many terms", f"at most {MOST_TERMS}"),
+        (lambda: product([S] * 65), "a term of a size has too many factors", f"at most {MOST_FACTORS}"),
+        (lambda: (S * 2**90) * (T * 2**90), "a size is too large", f"at most {LARGEST}"),
+        (lambda: _sum_of(13).divide(_sum_of(5)), "has too many terms to be divided", f"at most {MOST_DIVIDED}"),
+    ],
+    ids=["product", "sum", "factors", "large", "divided"],
+)
+def test_a_size_past_a_limit_is_refused_with_the_limit(made: Callable[[], Size], what: str, hint: str) -> None:
+    with pytest.raises(SizeError, match=what) as caught:
+        made()
+    assert caught.value.hint == hint
 
 
 def test_substitution_is_of_all_symbols_at_once() -> None:

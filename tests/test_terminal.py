@@ -111,6 +111,7 @@ def test_lines_are_broken_between_arguments_and_never_in_a_text_or_a_type() -> N
     assert fit_graph("a = f(x: f32[B, S, 8], y: i64[B])", 24) == "a = f(x: f32[B, S, 8],\n    y: i64[B])"
     assert fit_prose("  one two three", 9) == "  one two\n    three"
     assert fit_prose("one a/path/of/files two", 9) == "one\n  a/path/of/files\n  two"
+    assert fit_prose("one averylongword a-long-name", 9) == "one\n  averylongword\n  a-long-name"
 
 
 def test_tables_keep_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
