@@ -1,13 +1,16 @@
 """Which tests run which line: a map that `tests.mutations` reads to run a mutation's closest tests alone.
 
 A pytest plugin. Each test is a context of coverage's; what a fixture of a wider scope runs counts for its whole module,
-and what an import runs for none. Of a test with n cases about 3 √n are mapped, since the union of their lines hardly
-grows after that. A line of the log says how long each test took.
+and what an import runs for none. A kernel is written once, by the first test that needs it: it is a context, too, and
+its lines count for all tests that use it. Of a test with n cases about 3 √n are mapped, since the union of their lines
+hardly grows after that. A line of the log says how long each test took. Sources are kept: lines may move later.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
+import hashlib
 import json
 import math
 import os
@@ -16,8 +19,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import coverage
 import pytest
@@ -35,6 +39,42 @@ if _place:
     _coverage.start()  # before treadle is imported
 
 
+def _switch(context: str) -> None:
+    _coverage.switch_context(context)
+    os.environ[_CONTEXT] = context
+
+
+_CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
+
+
+def pytest_configure() -> None:
+    """Make each kernel a context of its own, and write down which contexts use it."""
+    from treadle.backends.tvm.kernels.cache import KernelCache
+
+    entries, compiled = KernelCache.entries, KernelCache._compile
+
+    def told(cache: KernelCache, kernels: Iterable[Any]) -> Any:
+        kernels = list(kernels)
+        with open(f"{_place}/kernels.{os.getpid()}", "a") as log:
+            log.writelines(f"{_kernel(cache, kernel)} {os.environ.get(_CONTEXT, '')}\n" for kernel in kernels)
+        return entries(cache, kernels)
+
+    def one_by_one(cache: KernelCache, kernels: Sequence[Any]) -> None:
+        before = os.environ.get(_CONTEXT, "")
+        for kernel in kernels:
+            _switch(_kernel(cache, kernel))
+            try:
+                compiled(cache, [kernel])
+            finally:
+                _switch(before)
+
+    KernelCache.entries, KernelCache._compile = told, one_by_one  # type: ignore[method-assign, assignment]
+
+
+def _kernel(cache: Any, kernel: Any) -> str:
+    return "kernel-" + hashlib.sha256("\n".join(cache._key(kernel)).encode()).hexdigest()[:16]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep every k-th case of a test with many; k is prime, so that no parameter is left out by its period."""
     sizes = Counter(_function(item.nodeid) for item in items)
@@ -50,9 +90,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    _coverage.switch_context(item.nodeid)
+    _switch(item.nodeid)
     result = yield
-    _coverage.switch_context("")
+    _switch("")
     return result
 
 
@@ -60,9 +100,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Iterator[None]:
     if fixturedef.scope == "function":
         return (yield)
-    _coverage.switch_context(_module(request.node.nodeid))
+    _switch(_module(request.node.nodeid))
     result = yield
-    _coverage.switch_context(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0])
+    _switch(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0])
     return result
 
 
@@ -98,8 +138,10 @@ class LineMap:
     def __init__(self, folder: Path) -> None:
         self._data = coverage.CoverageData(str(folder / "coverage"))
         self._data.read()
-        root, self._lines, self._seconds = json.loads((folder / "tests.json").read_text())
-        self._root = Path(root)
+        told = json.loads((folder / "tests.json").read_text())
+        self._root = Path(told["root"])
+        self._lines, self._seconds, self._kernels = told["lines"], told["seconds"], told["kernels"]
+        self._sources = told["sources"]
 
     @staticmethod
     def make(folder: Path, jobs: int) -> None:
@@ -108,12 +150,16 @@ class LineMap:
         left_out = [f"--ignore=tests/{name}.py" for name in ("test_fuzz", "test_packaging", "test_type_checkers")]
         shutil.rmtree(folder, ignore_errors=True)
         environment = os.environ | {"TREADLE_LINE_MAP": str(folder), "TREADLE_CERTIFY": "0"}
+        environment["TREADLE_CACHE"] = str(folder / "cache")  # in which no kernel is yet
         subprocess.run([*words, *left_out], cwd=ROOT, env=environment, check=False)
         LineMap.gather(folder)
 
     @staticmethod
     def gather(folder: Path) -> None:
-        """Put together what the processes wrote; tests.json has the root, and the lines and seconds of each test."""
+        """Put together what the processes wrote.
+
+        tests.json has the root, the lines and seconds of each test, the tests of each kernel, and the sources.
+        """
         whole = coverage.Coverage(data_file=str(folder / "coverage"), config_file=False, messages=False)
         whole.combine([str(folder)], keep=True)
         whole.save()
@@ -125,7 +171,14 @@ class LineMap:
         lines = Counter(
             context for file in files for contexts in data.contexts_by_lineno(file).values() for context in contexts
         )
-        (folder / "tests.json").write_text(json.dumps([os.path.commonpath(files), lines, seconds]))
+        root = os.path.commonpath(files)
+        kernels: dict[str, list[str]] = {}
+        for line in dict.fromkeys("".join(log.read_text() for log in folder.glob("kernels.*")).splitlines()):
+            kernel, _, test = line.partition(" ")
+            kernels.setdefault(kernel, []).append(test)
+        sources = {os.path.relpath(file, root): Path(file).read_text() for file in sorted(files)}
+        told = {"root": root, "lines": lines, "seconds": seconds, "kernels": kernels, "sources": sources}
+        (folder / "tests.json").write_text(json.dumps(told))
 
     def seconds(self, name: str) -> float:
         return self._seconds.get(name, 5.0)  # where the name stands for many, a guess
@@ -134,13 +187,17 @@ class LineMap:
         """Tests that run a line, those first that are quick and run few other lines; not more than take `most` seconds.
 
         A line that imports alone run has the tests of its function, of its class, or of its file. A file that no test
-        is seen to run, since another process does, has the test modules that name it.
+        is seen to run, since another process does, has the test modules that name it. At the end stand the beginnings
+        of the names of cases that were not mapped.
         """
         by_line = self._data.contexts_by_lineno(str(self._root / file))
-        source = (self._root / file).read_text()
+        source = (ROOT / file).read_text()
+        before = _lines_before(self._sources.get(file, ""), source)
         found: list[str] = []
         for first, last in _around(source, line):
-            found = sorted({name for n in range(first, last + 1) for name in by_line.get(n, ()) if name})
+            contexts = {name for n in range(first, last + 1) for name in by_line.get(before.get(n, 0), ())}
+            used = {test for name in contexts if name in self._kernels for test in self._kernels[name]}
+            found = sorted(name for name in (contexts - self._kernels.keys()) | used if name)
             if found:
                 break
         found = [name for name in found if name in self._seconds or "::" not in name]  # those that pass
@@ -152,7 +209,14 @@ class LineMap:
             if spent > most and len(chosen) >= LEAST:
                 break
             chosen.append(name)
-        return chosen + _cases_of_op(source, line) + ([] if chosen else _named_by(file))
+        others = [f"{_function(name)}[" for name in chosen if "[" in name]
+        return [*chosen, *_cases_of_op(source, line), *dict.fromkeys(others), *([] if chosen else _named_by(file))]
+
+
+def _lines_before(old: str, new: str) -> dict[int, int]:
+    """Which line of a file was which of an older state; of a line that is new, nothing."""
+    matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
+    return {b + n + 1: a + n + 1 for a, b, size in matcher.get_matching_blocks() for n in range(size)}
 
 
 def _around(source: str, line: int) -> Iterator[tuple[int, int]]:

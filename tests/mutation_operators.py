@@ -169,12 +169,17 @@ def _is_idle(node: Any) -> bool:
             return True
         if above.type == "funcdef" and node is above.annotation:
             return True
-        if above.type == "expr_stmt" and above.children[0].get_code().strip() in ("samples", "errors", "__all__"):
+        if above.type == "expr_stmt" and _is_of_tests(above.children[0].get_code()):
             return True
         if above.type == "if_stmt" and above.children[1].get_code().strip() == "TYPE_CHECKING":
             return True
         node = above
     return False
+
+
+def _is_of_tests(name: str) -> bool:
+    """Whether what has that name is data that tests read, such as `samples` of an op, or `_SAMPLES` of several."""
+    return name.strip().strip("_").lower() in ("samples", "errors", "all")
 
 
 def _means(source: str) -> str | None:

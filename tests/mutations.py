@@ -40,19 +40,35 @@ FIRST = 20  # tests that are tried before all others
 class Chosen:
     """A pytest plugin that keeps the tests named, in the order named, and remembers which failed first.
 
-    A name that ends in `[op-`, or a module's, stands for all tests that begin so, after the others.
+    A name that ends in `[` or `[op-`, or a module's, stands for all tests that begin so. They come after the others, and
+    none begins `most` seconds after the first of them.
     """
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], most: float) -> None:
         self.order = {name: n for n, name in enumerate(names)}
-        self.begins = tuple(name for name in names if name.endswith("-") or "::" not in name)
+        self.begins = tuple(name for name in names if name.endswith(("[", "-")) or "::" not in name)
+        self.most = most
+        self.until = 0.0
         self.failed = ""
         self.ran = 0
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         kept = [i for i in items if i.nodeid in self.order or i.nodeid.startswith(self.begins or "\0")]
-        items[:] = sorted(kept, key=lambda item: self.order.get(item.nodeid, len(self.order)))
+        items[:] = sorted(kept, key=lambda item: self._place(item.nodeid))
+
+    def _place(self, name: str) -> int:
+        found = self.order.get(name)
+        if found is None:
+            found = len(self.order) + next(n for n, begin in enumerate(self.begins) if name.startswith(begin))
+        return found
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.nodeid in self.order:
+            return
+        self.until = self.until or time.monotonic() + self.most
+        if time.monotonic() > self.until:
+            pytest.skip("other cases took the time")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -76,8 +92,8 @@ def run(mutation: Mutation, text: str, place: Path, most: float) -> Mutation:
     file.write_text(text)
     try:
         for part in filter(None, (names[:FIRST], names[FIRST:])):
-            limit = 60 + 10 * sum(map(known.seconds, part))  # the machine may be busy: no survivor is timed out
-            outcome, by, more = _outcome(tree, mutation, part, limit)
+            limit = 60 + 10 * (most + sum(map(known.seconds, part)))  # the machine may be busy: no survivor is timed out
+            outcome, by, more = _outcome(tree, mutation, part, most, limit)
             ran += more
             if outcome != "survived":
                 break
@@ -97,7 +113,7 @@ def _copy_of_tree(place: Path) -> Path:
     return tree
 
 
-def _outcome(tree: Path, mutation: Mutation, names: list[str], limit: float) -> tuple[str, str, int]:
+def _outcome(tree: Path, mutation: Mutation, names: list[str], most: float, limit: float) -> tuple[str, str, int]:
     """Run tests in a fork, which has loaded what is slow to load but nothing of ours."""
     result = tree / "outcome.json"
     result.unlink(missing_ok=True)
@@ -105,7 +121,7 @@ def _outcome(tree: Path, mutation: Mutation, names: list[str], limit: float) -> 
     if not child:
         code = 70
         try:
-            code = _run_tests(tree, mutation, names, result)
+            code = _run_tests(tree, mutation, Chosen(names, most), result)
         finally:
             os._exit(code)
     until = time.monotonic() + limit
@@ -121,7 +137,7 @@ def _outcome(tree: Path, mutation: Mutation, names: list[str], limit: float) -> 
     return ("noticed" if by else "survived"), by, ran
 
 
-def _run_tests(tree: Path, mutation: Mutation, names: list[str], result: Path) -> int:
+def _run_tests(tree: Path, mutation: Mutation, chosen: Chosen, result: Path) -> int:
     os.setsid()
     os.chdir(tree)
     log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -136,8 +152,7 @@ def _run_tests(tree: Path, mutation: Mutation, names: list[str], result: Path) -
     shutil.rmtree(tree / "cache-of-one", ignore_errors=True)
     os.environ["TREADLE_CACHE"] = str(cache)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    chosen = Chosen(names)
-    modules = dict.fromkeys(name.partition("::")[0] for name in names)
+    modules = dict.fromkeys(name.partition("::")[0] for name in chosen.order)
     code = pytest.main(["-x", "-n", "0", "-q", "-p", "no:cacheprovider", *modules], plugins=[chosen])
     failed = chosen.failed or ("" if code in (0, 5) else f"(pytest ended with {int(code)})")
     result.write_text(json.dumps([failed, chosen.ran]))

@@ -9,7 +9,7 @@ pytest.importorskip("coverage")
 
 from cosmic_ray.mutating import mutate_code
 
-from tests.line_map import ROOT, _around, _cases_of_op, _step
+from tests.line_map import ROOT, _around, _cases_of_op, _lines_before, _step
 from tests.mutation_operators import KINDS, DropKeyword, DropReturned, TurnMembership, _sites, draw
 from tests.mutations import Chosen, Mutation, append, read
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 def f(x: int | None, n: Literal[3]) -> int | None:
     y: Literal[3, 4] = 5
     samples = [S("f32[2]", axis=1)]
+    _ERRORS = [(S("f32[2]", axis=2), "no axis 2")]
 """
     assert {(line, kind) for line, kind, _, _ in _sites(source)} == {(5, "constant")}
 
@@ -62,6 +63,10 @@ def test_the_tests_of_a_line_are_those_of_what_is_around_it() -> None:
     assert list(dict.fromkeys(_around(source, 4))) == [(4, 4), (3, 4), (2, 4), (2, 5), (1, 4), (1, 7)]
 
 
+def test_a_line_is_found_where_it_was_when_the_map_was_made() -> None:
+    assert _lines_before("a\nb\nc\nd\n", "a\nx\ny\nc\nd\n") == {1: 1, 4: 3, 5: 4}
+
+
 def test_an_op_has_the_cases_that_the_suite_makes_of_it() -> None:
     source = '@op("tanh", axes="...")\nclass Tanh(Op):\n    x: Operand\n'
     assert _cases_of_op(source, 3) == [
@@ -80,6 +85,14 @@ def test_chosen_tests_run_in_the_order_they_are_named() -> None:
         def __init__(self, nodeid: str) -> None:
             self.nodeid = nodeid
 
-    items = [Item(f"tests/test_a.py::{name}") for name in ("x", "y", "t[add-0]", "t[add_norm-0]", "z")]
-    Chosen(["tests/test_a.py::z", "tests/test_a.py::x", "tests/test_a.py::t[add-"]).pytest_collection_modifyitems(items)
-    assert [item.nodeid.partition("::")[2] for item in items] == ["z", "x", "t[add-0]"]
+    items = [Item(f"tests/test_a.py::{name}") for name in ("x", "y", "t[add-0]", "t[add_norm-0]", "u[1]", "z")]
+    names = ["tests/test_a.py::z", "tests/test_a.py::x", "tests/test_a.py::u[", "tests/test_a.py::t[add-"]
+    chosen = Chosen(names, most=10)
+    chosen.pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    assert [item.nodeid.partition("::")[2] for item in items] == ["z", "x", "u[1]", "t[add-0]"]
+    for item in items[1:3]:
+        chosen.pytest_runtest_setup(item)  # type: ignore[arg-type]
+    chosen.until -= 20
+    chosen.pytest_runtest_setup(items[0])  # type: ignore[arg-type]
+    with pytest.raises(pytest.skip.Exception):
+        chosen.pytest_runtest_setup(items[3])  # type: ignore[arg-type]
