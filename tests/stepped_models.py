@@ -230,6 +230,63 @@ def summed_ones(tokens: Tokens) -> t.Tensor:
 
 
 @t.model
+def summed_positions(tokens: Tokens) -> t.Tensor:
+    x = t.embed(tokens, 11, 12, name="wte")
+    places = t.cumsum(t.cast(t.iota(size=tokens.shape[1]), to="f32"), axis=0)
+    return t.linear(x * t.rearrange(places, pattern="s -> s 1"), 11, name="head")
+
+
+@t.model
+def tokens_first(tokens: Tokens) -> t.Tensor:
+    x = t.rearrange(t.embed(tokens, 11, 12, name="wte"), pattern="b s d -> s b d")
+    x = t.cumsum(x, axis=0)
+    return t.linear(t.rearrange(x, pattern="s b d -> b s d"), 11, name="head")
+
+
+@t.model
+def projected_positions(tokens: Tokens) -> t.Tensor:
+    angles = t.rearrange(t.cast(t.iota(size=tokens.shape[1]), to="f32"), pattern="s -> s 1") * t.constant([1.0, 0.5])
+    waves = t.einsum(angles, t.parameter("waves", 2, 12), equation="s k, k d -> s d")
+    return t.linear(t.embed(tokens, 11, 12, name="wte") + waves, 11, name="head")
+
+
+@t.model
+def positions_before_rows(tokens: Tokens) -> t.Tensor:
+    x = t.rearrange(t.embed(tokens, 11, 12, name="wte"), pattern="b s d -> s b d")
+    i = t.cast(t.iota(size=tokens.shape[1]), to="f32")
+    x = x * t.rearrange(t.exp(i * -0.1), pattern="s -> s 1 1")
+    return t.linear(t.rearrange(x, pattern="s b d -> b s d"), 11, name="head")
+
+
+@t.model
+def rows_of_pictures_last(tokens: Tokens, picture: Picture) -> t.Tensor:
+    seen = t.rearrange(t.linear(picture, 12, name="seen"), pattern="b d -> d b")
+    x = t.einsum(t.embed(tokens, 11, 12, name="wte"), seen, equation="b s d, d b -> b s d")
+    return t.linear(x, 11, name="head")
+
+
+@t.model
+def mean_of_source(tokens: Tokens, source: Annotated[t.Tensor, t.f32["B M"]]) -> t.Tensor:
+    x = t.einsum(t.embed(tokens, 11, 12, name="wte"), source, equation="b s d, b m -> b s d")
+    return t.linear(x, 11, name="head")
+
+
+@t.model
+def pairs_of_sources(
+    tokens: Tokens, one: Annotated[t.Tensor, t.f32["B M"]], other: Annotated[t.Tensor, t.f32["B N"]]
+) -> t.Tensor:
+    pairs = t.einsum(one, other, equation="b m, b n -> b m n")
+    x = t.einsum(t.embed(tokens, 11, 12, name="wte"), pairs, equation="b s d, b m n -> b s d")
+    return t.linear(x, 11, name="head")
+
+
+@t.model
+def two_texts(tokens: Tokens, answers: Annotated[t.Tensor, t.i64["B T"]]) -> dict[str, t.Tensor]:
+    embedded = {"text": t.embed(tokens, 11, 12, name="wte"), "answer": t.embed(answers, 11, 12, name="other")}
+    return {name: t.self_attention(x, 3, mask=t.causal, name=name) for name, x in embedded.items()}
+
+
+@t.model
 def mean_of_rows(tokens: Tokens) -> t.Tensor:
     x = t.embed(tokens, 11, 12, name="wte")
     return t.linear(x - t.reduce_mean(x, axes=(0,), keep=True), 11, name="head")
@@ -261,3 +318,45 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
     "a number that is the length": (by_length, "size", "t.size("),
 }
 """Models without a step: the op that stands against it, and what the line says that is named."""
+
+AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
+    "a sum of ones": (summed_ones, "cumsum carries along what is the same in all rows", "f32[S]", "t.cumsum("),
+    "a sum of positions": (summed_positions, "cumsum mixes what depends on where tokens stand", "f32[S]", "t.cumsum("),
+    "tokens before rows": (
+        tokens_first,
+        "cumsum mixes tokens of rows that are not its first dimension",
+        "f32[S, B, 12]",
+        "t.cumsum(",
+    ),
+    "a product of positions": (
+        projected_positions,
+        "einsum reads where tokens stand, and has no form in which each row counts for itself",
+        "f32[S, 2], f32[2, 12]",
+        "t.einsum(",
+    ),
+    "positions before rows": (
+        positions_before_rows,
+        "mul meets where tokens stand in dimensions before those of its rows",
+        "f32[S, B, 12], f32[S, 1, 1]",
+        "x * t.rearrange(",
+    ),
+    "rows last in what is kept": (
+        rows_of_pictures_last,
+        "what it would keep has no rows as its first dimension",
+        "rearrange: f32[12, B]",
+        "t.rearrange(",
+    ),
+    "a source of any length": (
+        mean_of_source,
+        "einsum reads source at every step, whose size is known only when a row begins",
+        "f32[B, S, 12], f32[B, M]",
+        "t.einsum(",
+    ),
+    "sources of two lengths": (
+        pairs_of_sources,
+        "what it would keep has two dimensions that are known at a call only",
+        "einsum: f32[B, M, N]",
+        "t.einsum(",
+    ),
+}
+"""Models that may be stepped by how their ops mix, and yet have no step: why, of what, and what the line says."""

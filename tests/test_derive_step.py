@@ -12,6 +12,7 @@ import pytest
 
 from tests.random_steps import drawn_model
 from tests.stepped_models import (
+    AS_IT_IS_BUILT,
     MODELS,
     REFUSED,
     Graph,
@@ -22,7 +23,7 @@ from tests.stepped_models import (
     row_numbers,
     rows_last,
     shifted,
-    summed_ones,
+    two_texts,
 )
 from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret, interpret_entry
@@ -174,10 +175,15 @@ def test_what_mixes_tokens_otherwise_is_refused_by_name_and_line(name: str) -> N
     model, op, words = REFUSED[name]
     with pytest.raises(PassError) as caught:
         derive_step(optimized(model), "S")
-    text = str(caught.value)
-    assert op in text
-    number = int(text.partition("stepped_models.py:")[2].split(",")[0].split(")")[0].split()[0])
-    assert words in linecache.getline("tests/stepped_models.py", number)
+    assert op in str(caught.value)
+    assert words in linecache.getline("tests/stepped_models.py", line_of(caught.value))
+
+
+def line_of(error: PassError) -> int:
+    """The line of the models that an error names."""
+    found = re.search(r"stepped_models\.py:([0-9]+)", str(error))
+    assert found
+    return int(found[1])
 
 
 @pytest.mark.parametrize(
@@ -194,9 +200,27 @@ def test_rows_that_read_each_other_are_refused(model: Model, what: str) -> None:
     assert what in str(caught.value)
 
 
-def test_a_sum_of_what_is_the_same_in_all_rows_is_refused() -> None:
-    with pytest.raises(PassError, match="cumsum carries along what is the same in all rows"):
-        derive_step(optimized(summed_ones))
+@pytest.mark.parametrize("name", AS_IT_IS_BUILT)
+def test_what_a_step_cannot_hold_is_refused_as_it_is_built(name: str) -> None:
+    model, why, received, words = AS_IT_IS_BUILT[name]
+    with pytest.raises(PassError) as caught:
+        derive_step(optimized(model))
+    assert caught.value.what == f"no step can be derived: {why}"
+    assert caught.value.received == received
+    assert words in linecache.getline("tests/stepped_models.py", line_of(caught.value))
+
+
+def test_a_model_of_two_texts_needs_to_be_told_the_axis() -> None:
+    with pytest.raises(PassError, match="two_texts may be stepped along several axes") as caught:
+        derive_step(optimized(two_texts))
+    assert caught.value.hint == "name one of S, T"
+
+
+def test_a_derived_graph_has_no_step_of_its_own() -> None:
+    derived = derive_step(optimized(MODELS["windows"])).graph
+    with pytest.raises(PassError, match="a graph with one entry, and no states") as caught:
+        derive_step(derived)
+    assert caught.value.received == repr(derived)
 
 
 @pytest.mark.parametrize("symbol", ["R", "C", "C_3"])
