@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 import treadle
-from tests.fuzz.artifacts import Parts, judge, mutations, put
+from tests.fuzz.artifacts import Parts, judge, mutations, put, sealed
+from tests.fuzz.safetensors_files import header_and_data, split
 from tests.op_checks import BACKENDS
 from tests.test_models import ZOO
 from treadle.artifacts import ArtifactLimits, load, open_artifact
@@ -241,7 +243,59 @@ def unknown_field(parts: Parts) -> None:
     parts.metadata["hook"] = "os.system"
 
 
+def drop_log(parts: Parts) -> None:
+    del parts.sections["log"]
+
+
+def drop_field(parts: Parts) -> None:
+    del parts.metadata["seed"]
+
+
+def seeded(seed: str) -> Any:
+    return lambda parts: parts.metadata.update(seed=seed)
+
+
+def everywhere(name: str, old: str, new: str) -> Any:
+    """A name of a graph changed wherever it stands."""
+    return lambda parts: put(parts, name, parts.sections[name][2].replace(old.encode(), new.encode()))
+
+
+def logged(change: Callable[[list[Any]], object]) -> Any:
+    """Another list of passes."""
+
+    def changed(parts: Parts) -> None:
+        log = json.loads(parts.sections["log"][2])
+        change(log["passes"])
+        put(parts, "log", json.dumps(log).encode())
+
+    return changed
+
+
+def fewer_than_no_ops(passes: list[Any]) -> None:
+    passes[0]["ops"]["changes"] = {"tanh": -1, "exp": 1}
+
+
+def counts_that_disagree(passes: list[Any]) -> None:
+    passes[0]["ops"]["after"] += 1
+
+
 HOSTILE: list[tuple[Any, str, str]] = [
+    (drop_log, "a section is missing", "section log"),
+    (drop_field, "a field is missing", "__metadata__, seed"),
+    *((seeded(seed), "the seed must be digits or nothing", "__metadata__, seed") for seed in ("-1", "²", "9" * 40)),
+    (everywhere("declared", "tokens", "ids"), "has other inputs than the declared one", "section graph, inputs of main"),
+    (everywhere("declared", "logits", "y"), "has other outputs than the declared one", "section graph, outputs of main"),
+    (everywhere("declared", "wte.weight", "w"), "a weight that was not declared", "section graph, $wte.weight"),
+    (logged(list.clear), "the pass log ends at other ops than the optimized graph has", "section log"),
+    *(
+        (logged(change), "the pass log is not as it is written", "section log, pass 0")
+        for change in (
+            fewer_than_no_ops,
+            counts_that_disagree,
+            lambda passes: passes[0].update({"pass": 3}),
+            lambda passes: passes[0].update(notes=[None]),
+        )
+    ),
     (drop_weight, "a weight is missing", "section weight/wte.weight"),
     (extra_weight, "a weight that the graph does not take", "section weight/more"),
     (other_weight, "the weight must be f32[11, 12]", "section weight/wte.weight"),
@@ -250,7 +304,7 @@ HOSTILE: list[tuple[Any, str, str]] = [
     (unknown_field, "the format has no such field", "__metadata__, hook"),
     (replace("graph", "attention(", "attenshun("), "unknown op", "section graph, line"),
     (replace("declared", "main(", "main[("), "expected '('", "section declared, line"),
-    (replace("graph", "main(tokens:", "main(ids:"), "", "section graph"),
+    (replace("graph", "main(tokens:", "main(ids:"), "tokens", "section graph, line"),
     (replace("log", '"passes"', '"pass"'), "the pass log has no list of passes", "section log"),
     (replace("log", '"changes":0', '"changes":null'), "the pass log is not as it is written", "section log, pass"),
     (replace("log", '"rule":', '"given":"x","rule":'), "the pass log is not as it is written", "section log, pass"),
@@ -268,6 +322,79 @@ def test_a_hostile_file_is_refused_with_its_place(change: Any, what: str, place:
     assert what in caught.value.what
     assert place in (caught.value.within or "")
     assert str(path) in (caught.value.within or "")
+
+
+def rename(old: str, new: str) -> Any:
+    def change(header: dict[str, Any], data: bytearray) -> None:
+        header[new] = header.pop(old)
+
+    return change
+
+
+def forget_a_hash(header: dict[str, Any], data: bytearray) -> None:
+    del header["__metadata__"]["sha256:log"]
+
+
+def first_padding(header: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = next(entry for name, entry in header.items() if name.startswith("padding/"))
+    return entry
+
+
+def write_into_padding(header: dict[str, Any], data: bytearray) -> None:
+    data[first_padding(header)["data_offsets"][0]] = 1
+
+
+def pad_by_bools(header: dict[str, Any], data: bytearray) -> None:
+    first_padding(header)["dtype"] = "BOOL"
+
+
+def pad_by_64(header: dict[str, Any], data: bytearray) -> None:
+    """More of it before the seal."""
+    begin, end = header["seal"]["data_offsets"]
+    header["padding/more"] = {"dtype": "U8", "shape": [64], "data_offsets": [begin, begin + 64]}
+    header["seal"]["data_offsets"] = [begin + 64, end + 64]
+    data[begin:begin] = bytes(64)
+
+
+def begin_later(header: dict[str, Any], data: bytearray) -> None:
+    """The log one byte further on, its hash right, and as much less of padding after it."""
+    begin, end = header["log"]["data_offsets"]
+    after = next(entry for entry in header.values() if entry.get("data_offsets", [0])[0] == end)
+    text = bytes(data[begin:end])
+    data[begin : end + 1] = b"\0" + text
+    header["padding/one"] = {"dtype": "U8", "shape": [1], "data_offsets": [begin, begin + 1]}
+    header["log"]["data_offsets"] = [begin + 1, end + 1]
+    after["shape"], after["data_offsets"] = [after["shape"][0] - 1], [end + 1, after["data_offsets"][1]]
+
+
+PADDING = "padding must be fewer than 64 bytes, all zero"
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "place"),
+    [
+        (rename("seal", "padding/seal"), "the artifact has no seal", "header"),
+        (forget_a_hash, "a section has no hash", ", section log"),
+        (rename("log", "weight/log"), "a section has no hash", ", section weight/log"),
+        (begin_later, "a section must begin at a multiple of 64", ", section log"),
+        (write_into_padding, PADDING, ", section padding/"),
+        (pad_by_bools, PADDING, ", section padding/"),
+        (pad_by_64, PADDING, ", section padding/more"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_another_layout_of_sections_is_refused(change: Any, what: str, place: str, tmp_path: Path) -> None:
+    save_small(tmp_path / "x.treadle")
+    header, data = split((tmp_path / "x.treadle").read_bytes())
+    held = bytearray(data)
+    change(header, held)
+    path = tmp_path / "edited.treadle"
+    path.write_bytes(sealed(header_and_data(header, bytes(held), pad=1)))
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert caught.value.what == what
+    assert place in (caught.value.within or "")
+    assert (caught.value.hint or "").startswith("make the file again")
 
 
 def test_foreign_and_truncated_files(tmp_path: Path) -> None:
