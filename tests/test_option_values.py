@@ -1,0 +1,215 @@
+"""Values of command line options: JSON, words of the DSL and texts, sizes and limits, numbers, sentences."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle.frontends.language as t
+from treadle import option_values
+from treadle.ir.builder import Builder
+from treadle.ir.errors import FrontendError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.sizing.size_bounds import Bounds
+from treadle.option_values import (
+    choose_sizes,
+    input_names,
+    parse_config,
+    parse_inputs,
+    parse_limits,
+    parse_sizes,
+    read_sentences,
+)
+
+
+def refusal(call: Callable[[], Any]) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("layers=2", 2),
+        (" layers = 2 ", 2),
+        ("eps=1e-5", 1e-5),
+        ("tied=true", True),
+        ("mask=null", None),
+        ("shape=[1, 2]", [1, 2]),
+        ("act=t.relu", t.relu),
+        ("head=masked_lm", "masked_lm"),
+        ("act=t.relu()", "t.relu()"),
+        ("name=a=b", "a=b"),
+        ("deep=" + "[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_a_value_is_json_or_a_word_or_else_a_text(assignment: str, value: object) -> None:
+    name = assignment.partition("=")[0].strip()
+    assert parse_config([assignment]) == {name: value}
+
+
+def test_limits_become_an_argument_where_there_are_any() -> None:
+    assert parse_config(["layers=2"], ["nodes=7", "work=10"]) == {"layers": 2, "limits": {"nodes": 7, "work": 10}}
+    assert "limits" not in parse_config(["layers=2"])
+    assert parse_limits([]) is None
+    for value in ("0", "-1", "1.5", "x", "1" * 19):
+        error = refusal(lambda: parse_limits([f"nodes={value}"]))  # noqa: B023
+        assert (error.what, error.received) == ("the limit nodes must be a positive integer", value)
+
+
+@pytest.mark.parametrize("name", ["backend", "weights", "widen"])
+def test_an_option_of_the_command_is_none_of_the_model(name: str) -> None:
+    error = refusal(lambda: parse_config([f"{name}=x"]))
+    assert error.what == f"--set {name}= is no option of a model"
+    assert "--backend" in (error.hint or "")
+
+
+def test_an_unknown_word_names_no_line_of_a_file() -> None:
+    with pytest.raises(FrontendError, match="the DSL has no 'relo'") as caught:
+        parse_config(["act=t.relo"])
+    assert caught.value.source is None
+
+
+@pytest.mark.parametrize(("text", "received"), [("layers", "layers"), ("=2", "=2"), ("layers=", "layers="), ("", "nothing")])
+def test_an_assignment_has_two_sides(text: str, received: str) -> None:
+    error = refusal(lambda: input_names([text]))
+    assert (error.what, error.received) == ("an option must be NAME=VALUE", received)
+    assert error.hint == "--input tokens=ids.npy"
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_positive_integers() -> None:
+    assert parse_sizes("B=1, S=128") == {"B": 1, "S": 128}
+    assert parse_sizes(None) == parse_sizes("") == {}
+    for value in ("0", "-3", "x", "1" * 13):
+        error = refusal(lambda: parse_sizes(f"S={value}"))  # noqa: B023
+        assert (error.what, error.received) == ("the size of S must be a positive integer", value)
+
+
+def sized(**bounds: Bounds) -> Graph:
+    b = Builder(Graph("sized"))
+    b.outputs(y=b.input("x", "f32[B, S]") + b.input("z", "f32[S]"))
+    for symbol, bound in bounds.items():
+        b.graph.bound(symbol, bound)
+    return b.graph
+
+
+def test_a_size_that_is_not_asked_for_lies_within_bounds() -> None:
+    """A leading axis counts 1, another 128; both lead here in some input, and B alone in no other place."""
+    assert choose_sizes(sized(), {}) == {"B": 1, "S": 1}
+    assert choose_sizes(sized(), {"S": 5}) == {"B": 1, "S": 5}
+    assert choose_sizes(sized(B=Bounds(3, 8)), {}) == {"B": 3, "S": 1}
+    b = Builder(Graph("g"))
+    b.outputs(y=-b.input("x", "f32[B, S]"))
+    assert choose_sizes(b.graph, {}) == {"B": 1, "S": 128}
+    b.graph.bound("S", Bounds(1, 40))
+    assert choose_sizes(b.graph, {}) == {"B": 1, "S": 40}
+    b.graph.bound("S", Bounds(20, 40))
+    for size in (19, 41):
+        error = refusal(lambda: choose_sizes(b.graph, {"S": size}))  # noqa: B023
+        assert (error.what, error.within, error.hint) == (f"S cannot be {size}", "g", "20 <= S <= 40")
+
+
+def test_a_symbol_that_there_is_not() -> None:
+    error = refusal(lambda: choose_sizes(sized(), {"B": 1, "Q": 2, "R": 3}))
+    assert (error.what, error.hint) == ("sized has no symbolic axis Q, R", "one of B, S")
+    b = Builder(Graph("fixed"))
+    b.outputs(y=-b.input("x", "f32[2]"))
+    assert refusal(lambda: choose_sizes(b.graph, {"Q": 2})).hint == "all of its sizes are fixed"
+
+
+# -- numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "rank", "value"),
+    [
+        ("1,2,3", 1, [1, 2, 3]),
+        ("1,2,3", 2, [[1, 2, 3]]),
+        ("7", 3, [[[7]]]),
+        ("7", 0, 7),
+        ("0.5,-1e3", 2, [[0.5, -1000.0]]),
+        ("[1, 2]", 2, [1, 2]),
+        ("[[1, 2], [3, 4]]", 2, [[1, 2], [3, 4]]),
+    ],
+)
+def test_numbers_without_brackets_are_a_row(text: str, rank: int, value: object) -> None:
+    assert parse_inputs([f"x={text}"], {"x": rank}) == {"x": value}
+
+
+def test_an_input_of_unknown_rank_has_one_axis() -> None:
+    assert parse_inputs(["x=1,2"], {}) == {"x": [1, 2]}
+
+
+def test_a_file_of_numbers(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(6).reshape(2, 3))
+    made = parse_inputs([f"x={tmp_path / 'x.npy'}", "y=1"], {"x": 2, "y": 1})
+    assert made["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert made["y"] == [1]
+
+
+@pytest.mark.parametrize("text", ["1,x", "[1,", "[" * 100_000, "1," * 2**19 + "1"], ids=["word", "open", "deep", "long"])
+def test_what_are_no_numbers_is_shown_in_part(text: str) -> None:
+    error = refusal(lambda: parse_inputs([f"x={text}"], {"x": 1}))
+    assert error.what == "input x is neither a .npy file nor numbers"
+    assert error.hint == "x=ids.npy, x=1,2,3 or x=[[1,2],[3,4]]"
+    assert len(str(error)) < 500
+
+
+# -- sentences -----------------------------------------------------------------------------------------------------
+
+
+class Input(io.StringIO):
+    """Standard input: a terminal, or bytes that are piped."""
+
+    def __init__(self, data: bytes | None) -> None:
+        super().__init__()
+        self.data = data
+
+    def isatty(self) -> bool:
+        return self.data is None
+
+    @property
+    def buffer(self) -> io.BytesIO:
+        return io.BytesIO(self.data or b"")
+
+
+def test_sentences_are_given_or_are_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "s.txt"
+    file.write_bytes("eins \n\n  zwölf\r\n".encode())
+    assert read_sentences(["one", " two "], None) == ["one", " two "]
+    assert read_sentences([], str(file)) == ["eins", "zwölf"]
+    monkeypatch.setattr(sys, "stdin", Input(b"a\n b \n"))
+    assert read_sentences([], None) == read_sentences([], "-") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "received"),
+    [
+        (b"", "there is no sentence to embed", "no line of text"),
+        (b" \n\n", "there is no sentence to embed", "no line of text"),
+        (b"a\xff", "the text is not UTF-8", "byte 1"),
+        (b"a" * 11, "the text is longer than the limit", "limit 10 bytes"),
+    ],
+)
+def test_what_are_no_sentences(data: bytes, what: str, received: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(option_values, "_TEXT_BYTES", 10)
+    monkeypatch.setattr(sys, "stdin", Input(data))
+    error = refusal(lambda: read_sentences([], None))
+    assert (error.what, error.received, error.within) == (what, received, "standard input")
+
+
+def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Input(None))
+    error = refusal(lambda: read_sentences([], None))
+    assert (error.what, error.hint) == ("there is no sentence to embed", 'treadle embed minilm "A sentence."')
+    assert refusal(lambda: read_sentences(["a"], "f")).received == "1 and --file f"
