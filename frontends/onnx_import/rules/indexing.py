@@ -205,10 +205,10 @@ def _trilu(site: OnnxSite) -> Made:
     rows = b.rearrange(b.iota(size=x.shape[-2]), pattern="n -> n 1")
     columns = b.iota(size=x.shape[-1])
     if site.has(1):
+        if product(site.shape(1)) != ONE:
+            site.malformed("k must be a scalar")
         content = site.value(1).content
         edge = rows if content is not None and content.dtype != object and not content.any() else rows + site.x(1)
-        if content is None and site.value(1).rank > 1:
-            site.malformed("k must be a scalar")
     else:
         edge = rows
     keep = columns >= edge if upper else columns <= edge

@@ -53,12 +53,13 @@ def _split(site: OnnxSite) -> Made:
             parts = [each] * count
     if len(parts) != len(site.node.output):
         site.malformed(f"{len(parts)} parts for {len(site.node.output)} outputs")
+    whole = sum(parts, ZERO)
+    if whole != size:
+        site.mismatched(f"parts of {whole} in all, of an axis of size {size}", whole, size)
     made, start = [], ZERO
     for part in parts:
         made.append(b.slice(x, axis=axis, start=start, stop=start + part))
         start = start + part
-    if start != size:
-        site.mismatched(f"parts of {start} in all, of an axis of size {size}", start, size)
     return made
 
 

@@ -1,0 +1,94 @@
+"""Nodes that break their operator's specification, or are a case of it that is not taken, are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from tests.onnx_models import model
+from treadle.frontends.onnx_import.importer import UnsupportedOnnx, import_onnx
+from treadle.ir.errors import FrontendError
+
+X = "float[2,3,4] x"
+MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, what breaks the specification
+    (X, "s = Constant<value_ints = [-1, -1]>() y = Reshape(x, s)", "more than one -1 in the shape"),
+    (X, "s = Constant<value_ints = [2, 3, 4, 0]>() y = Reshape(x, s)", "0 at 3, where the operand has rank 3"),
+    (X, "s = Constant<value_ints = [-2, 12]>() y = Reshape(x, s)", "a size of -2"),
+    (X, "y = Flatten<axis = 4>(x)", "there is no axis 4 in a tensor of rank 3"),
+    (X, "s = Constant<value_ints = [1]>() y = Squeeze(x, s)", "dimension 1 is 3, not 1"),
+    (X, "s = Constant<value_ints = [3]>() y = Squeeze(x, s)", "there is no axis 3 in a tensor of rank 3"),
+    (X, "s = Constant<value_ints = [1, -4]>() y = Unsqueeze(x, s)", "an axis is named twice in (1, -4)"),
+    (X, "y = Transpose<perm = [0, 1, 1]>(x)", "perm [0, 1, 1] is no order of 3 axes"),
+    (X, "s = Constant<value_ints = [2, 2]>() y = Tile(x, s)", "2 repeats for rank 3"),
+    (X, "y, z = Split<num_outputs = 3>(x)", "3 parts for 2 outputs"),
+    (X, "s = Constant<value_ints = [1, 1]>() y = Split(x, s)", "2 parts for 1 outputs"),
+    (X, "s = Constant<value_ints = [1, 2]>() y, z = Split(x, s)", "parts of 3 in all, of an axis of size 2"),
+    (X, "s = Constant<value_ints = [1, 0]>() y, z = Split(x, s)", "parts of 1 in all, of an axis of size 2"),
+    (
+        X,
+        "s = Constant<value_ints = [0, 0]>() e = Constant<value_ints = [1]>() y = Slice(x, s, e)",
+        "starts, ends, axes and steps are not equally many",
+    ),
+    (
+        X,
+        "s = Constant<value_ints = [0]>() e = Constant<value_ints = [1]>() y = Slice(x, s, e, s, s)",
+        "a step of 0",
+    ),
+    (X, "p = Constant<value_ints = [1, 1]>() y = Pad(x, p)", "2 pads for 3 axes"),
+    (X, 'p = Constant<value_ints = [0, 0, 1, 0, 0, 1]>() y = Pad<mode = "mirror">(x, p)', "mode is 'mirror'"),
+    (X, "y = Gemm(x, x)", "the operands must have rank 2"),
+    (X, 'y = Einsum<equation = "abc,abc->a">(x)', "the equation 'abc,abc->a' does not fit 1 operands"),
+    ("float[2,3] x", 'y = Einsum<equation = "aa->a">(x)', "the axes of a diagonal differ in size"),
+    ("float[4] x", "y = Trilu(x)", "the operand must have rank 2 or more"),
+    ("float[3,3] x, int64[2] k", "y = Trilu(x, k)", "k must be a scalar"),
+    ("float[3,3] x", "k = Constant<value_ints = [0, 1, 2]>() y = Trilu(x, k)", "k must be a scalar"),
+    ("float[4] x", "y = GlobalMaxPool(x)", "x must be [b, c, ...], has rank 1"),
+    ("float[1,2,8] x", "y = LpPool<kernel_shape = [2], p = 0>(x)", "p is 0"),
+    ("float[4] x", "y = EyeLike(x)", "the operand must have rank 2"),
+    (X, "y = Concat<axis = 3>(x, x)", "there is no axis 3 in a tensor of rank 3"),
+    ("float[2,3] x, uint8[3] z", "s = Constant<value_floats = [1.0, 2.0]>() y = QuantizeLinear(x, s)", "2 scales along an axis of 3"),
+    (
+        "float[2,4] x, float[2,1] s",
+        "y = QuantizeLinear(x, s)",
+        "scales of shape [2, 1], with blocks of 0",
+    ),
+]
+NOT_TAKEN: list[tuple[str, str, str]] = [  # inputs, body, which case
+    ("int64[2,3] x", "y = ReduceMean<keepdims = 0>(x)", "of integers"),
+    ("float[65] x", "y = ReduceProd(x)", "over an axis of more than 64"),
+    ("float x", "y = Softmax(x)", "of a scalar"),
+    (X, "y = LpNormalization<p = 3>(x)", "of order 3"),
+    ("int32[2,3] x, int32[3,2] z", "y = Gemm<alpha = 2.0>(x, z)", "of integers with alpha or beta"),
+    (X, 'y = Einsum<equation = "...a->a">(x)', "an equation that sums over `...`"),
+    ("float[N,3] x", "s = Constant<value_ints = [4, -1]>() y = Reshape(x, s)", "cannot tell what -1 stands for in [4, -1], of 3*N elements"),
+    ("float[N,3] x", "s = Constant<value_ints = [0]>() y = Squeeze(x, s)", "dimension 0 is N, and must be 1"),
+    ("float[N] x", "y, z = Split(x)", "an axis of size N into 2 equal parts"),
+    ("float[0,2] x", 'p = Constant<value_ints = [1, 0, 0, 0]>() y = Pad<mode = "edge">(x, p)', "of an axis of no size"),
+]
+
+
+def refused(inputs: str, body: str) -> FrontendError:
+    proto = model(f"({inputs}) => (float y)", body)
+    with pytest.raises(FrontendError) as caught:
+        import_onnx(proto)
+    return caught.value
+
+
+@pytest.mark.parametrize(("inputs", "body", "why"), MALFORMED, ids=[body for _, body, _ in MALFORMED])
+def test_a_node_that_breaks_its_specification(inputs: str, body: str, why: str) -> None:
+    error = refused(inputs, body)
+    assert not isinstance(error, UnsupportedOnnx)
+    assert why in error.what
+    assert "opset 18, test" in (error.within or "")
+
+
+@pytest.mark.parametrize(("inputs", "body", "why"), NOT_TAKEN, ids=[body for _, body, _ in NOT_TAKEN])
+def test_a_case_that_is_not_taken(inputs: str, body: str, why: str) -> None:
+    error = refused(inputs, body)
+    assert isinstance(error, UnsupportedOnnx)
+    assert error.what.endswith(why)
+    assert error.op in body
+    if " N" in why:
+        assert "dims={'N': 8} of import_onnx" in str(error.hint)
