@@ -92,7 +92,7 @@ def run(mutation: Mutation, text: str, place: Path, most: float) -> Mutation:
     file.write_text(text)
     try:
         for part in filter(None, (names[:FIRST], names[FIRST:])):
-            limit = 60 + 10 * (most + sum(map(known.seconds, part)))  # the machine may be busy: no survivor is timed out
+            limit = 60 + 10 * (most + sum(map(known.seconds, part)))  # so long: the machine may be busy
             outcome, by, more = _outcome(tree, mutation, part, most, limit)
             ran += more
             if outcome != "survived":

@@ -283,8 +283,16 @@ HOSTILE: list[tuple[Any, str, str]] = [
     (drop_log, "a section is missing", "section log"),
     (drop_field, "a field is missing", "__metadata__, seed"),
     *((seeded(seed), "the seed must be digits or nothing", "__metadata__, seed") for seed in ("-1", "²", "9" * 40)),
-    (everywhere("declared", "tokens", "ids"), "has other inputs than the declared one", "section graph, inputs of main"),
-    (everywhere("declared", "logits", "y"), "has other outputs than the declared one", "section graph, outputs of main"),
+    (
+        everywhere("declared", "tokens", "ids"),
+        "has other inputs than the declared one",
+        "section graph, inputs of main",
+    ),
+    (
+        everywhere("declared", "logits", "y"),
+        "has other outputs than the declared one",
+        "section graph, outputs of main",
+    ),
     (everywhere("declared", "wte.weight", "w"), "a weight that was not declared", "section graph, $wte.weight"),
     (logged(list.clear), "the pass log ends at other ops than the optimized graph has", "section log"),
     *(

@@ -191,7 +191,9 @@ def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
     assert export_onnx(graph, weights, target, external_above=100).external_bytes == 8000
     monkeypatch.setattr(exporter, "_LARGEST_MESSAGE", target.stat().st_size - 1)
-    assert f"{target.stat().st_size:,} bytes" in message(lambda: export_onnx(graph, weights, target, external_above=100))
+    assert f"{target.stat().st_size:,} bytes" in message(
+        lambda: export_onnx(graph, weights, target, external_above=100)
+    )
 
 
 def test_a_primitive_without_a_form_is_named(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_an_unknown_word_names_no_line_of_a_file() -> None:
     assert caught.value.source is None
 
 
-@pytest.mark.parametrize(("text", "received"), [("layers", "layers"), ("=2", "=2"), ("layers=", "layers="), ("", "nothing")])
+@pytest.mark.parametrize(
+    ("text", "received"), [("layers", "layers"), ("=2", "=2"), ("layers=", "layers="), ("", "nothing")]
+)
 def test_an_assignment_has_two_sides(text: str, received: str) -> None:
     error = refusal(lambda: input_names([text]))
     assert (error.what, error.received) == ("an option must be NAME=VALUE", received)
@@ -157,7 +159,9 @@ def test_a_file_of_numbers(tmp_path: Path) -> None:
     assert made["y"] == [1]
 
 
-@pytest.mark.parametrize("text", ["1,x", "[1,", "[" * 100_000, "1," * 2**19 + "1"], ids=["word", "open", "deep", "long"])
+@pytest.mark.parametrize(
+    "text", ["1,x", "[1,", "[" * 100_000, "1," * 2**19 + "1"], ids=["word", "open", "deep", "long"]
+)
 def test_what_are_no_numbers_is_shown_in_part(text: str) -> None:
     error = refusal(lambda: parse_inputs([f"x={text}"], {"x": 1}))
     assert error.what == "input x is neither a .npy file nor numbers"
