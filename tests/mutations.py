@@ -40,8 +40,8 @@ FIRST = 20  # tests that are tried before all others
 class Chosen:
     """A pytest plugin that keeps the tests named, in the order named, and remembers which failed first.
 
-    A name that ends in `[` or `[op-`, or a module's, stands for all tests that begin so. They come after the others, and
-    none begins `most` seconds after the first of them.
+    A name that ends in `[` or `[op-`, or a module's, stands for all tests that begin so. They come after the others,
+    and none begins `most` seconds after the first of them.
     """
 
     def __init__(self, names: list[str], most: float) -> None:
