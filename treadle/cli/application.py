@@ -91,7 +91,10 @@ def _errors_told(as_json: bool) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+    except typer.Exit:
+        sys.stdout.flush()  # while it is known whether the exit code is an answer that its reader does not get
+        raise
+    except (typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except TreadleError as error:
         from treadle.reports import console, error_facts, error_text

@@ -1,0 +1,105 @@
+"""What the exit code of a command says, also where the reader of its output has left."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+import treadle.cli
+from treadle.cli.application import LEFT
+
+MODEL = """
+import treadle as t
+
+@t.model
+def small(x: t.f32["B 4"]):
+    return t.relu(x)
+
+@t.model
+def failing(x: t.f32["B 4"]):
+    return t.no_such_word(x)
+"""
+
+
+def left() -> TextIO:
+    """A pipe whose reader has left."""
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w", encoding="utf-8")  # noqa: SIM115
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(MODEL)
+    yield
+
+
+def code_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["treadle", *words])
+    with pytest.raises(SystemExit) as ended:
+        treadle.cli.main()
+    return ended.value.code
+
+
+CODES: list[tuple[list[str], int, int]] = [  # the code, and the code where the reader left
+    (["inspect", "m.py:small"], 0, 0),
+    (["inspect", "m.py:small", "--json"], 0, 0),
+    (["explain", "m.py:small", "fusion"], 0, 0),
+    (["explain", "m.py:small", "fusion", "--expect", "attention=0"], 0, LEFT),
+    (["explain", "m.py:small", "fusion", "--expect", "attention=1"], 1, LEFT),
+    (["verify", "m.py:small", "--backend", "numpy"], 0, LEFT),
+    (["inspect", "m.py:failing"], 2, 2),
+    (["inspect", "m.py:failing", "--json"], 2, 2),
+    (["inspect"], 2, 2),
+    (["inspect", "--json"], 2, 2),
+    (["inspect", "--no-such-option", "x", "--json"], 2, 2),
+    (["--help"], 0, 0),
+    (["inspect", "--help"], 0, 0),
+    (["--version"], 0, 0),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "alone"), CODES, ids=[" ".join(words) for words, _, _ in CODES])
+def test_a_reader_that_left_changes_the_code_of_an_answer_alone(
+    words: list[str], code: int, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert code_of(words, monkeypatch) == code
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, left())
+    assert code_of(words, monkeypatch) == alone
+
+
+def test_a_fault_of_our_own_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*given: object, **more: object) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr("treadle.resolving.resolve", broken)
+    for more in ([], ["--json"]):
+        assert code_of(["inspect", "m.py:small", *more], monkeypatch) == 1
+    said = capsys.readouterr()
+    assert "Treadle has failed, which is its own fault: KeyError: 'a fault'" in said.err
+    assert json.loads(said.out)["error"]["kind"] == "InternalError"
+    monkeypatch.setattr(sys, "stderr", left())
+    assert code_of(["inspect", "m.py:small"], monkeypatch) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["inspect", "a", "b"], ["run", "m.py:small", "--seed", "x"], ["nosuch"]]
+)
+def test_wrong_usage_is_one_object_of_json(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of([*words, "--json"], monkeypatch) == 2
+    said = capsys.readouterr()
+    error = json.loads(said.out)["error"]
+    assert error["kind"] == "UsageError"
+    named = f" {words[0]}" if words[0] in treadle.cli.COMMANDS else ""
+    assert error["try"] == f"treadle{named} --help"
+    assert said.err == ""
