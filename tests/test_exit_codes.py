@@ -30,7 +30,7 @@ def left() -> TextIO:
     """A pipe whose reader has left."""
     read, write = os.pipe()
     os.close(read)
-    return open(write, "w", encoding="utf-8")  # noqa: SIM115
+    return open(write, "w", encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
