@@ -91,6 +91,19 @@ def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
         np.testing.assert_array_equal(exe(x=x[-rows:])["y"], every[-rows:], f"{rows} rows")
 
 
+@each_isa
+def test_nothing_at_all(isa: str) -> None:
+    """No row, no column, or nothing to sum, which is 0 and not what lay there."""
+    for k, n in ((40, 70), (40, 0), (0, 70), (0, 0)):
+        graph = graph_of(
+            lambda b: b.linear(b.slice(b.input("x", f32["M", k]), axis=0, start=1), b.parameter("w", f32[n, k]))
+        )  # noqa: B023
+        x, w = normal(41, k), normal(n, k, seed=1)
+        exe = compiled(graph, {"w": w}, isa)
+        for rows in (1, 6, 41, 1):
+            assert_sums(exe(x=x[:rows])["y"], exact(x[1:rows], w), k)
+
+
 @pytest.mark.skipif(host_isa().name not in HERE[:2], reason="no instructions for bf16")
 def test_threads_do_not_change_bits() -> None:
     x, w = normal(70, 200), normal(1500, 200, seed=1)

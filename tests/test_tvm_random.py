@@ -7,6 +7,7 @@ they are read from next. Whatever is combined, the numbers are those of the inte
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from tests.op_checks import EPSILON, held
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.lowering.chains import CHAINS
 from treadle.ir.builder import Builder, Expr
@@ -22,7 +24,7 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.target import Target
-from treadle.ir.types import Type, f32, i64
+from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
 PROGRAMS = 40
 SIZES = (3, 0, 1, 18)
@@ -30,8 +32,10 @@ SIZES = (3, 0, 1, 18)
 TOLERANCE = 1000 * 2.0**-23
 
 
-def random_program(seed: int) -> Graph:
-    """A graph of views and products; in every second one blocks are called, with weights of the caller's or values."""
+def random_program(seed: int, dtype: DType = f32) -> Graph:
+    """A graph of views and products of one dtype; in every second one blocks are called, with weights of the caller's
+    or values.
+    """
     r = Random(seed)
     graph = Graph("random")
     graph.symbols["S"] = Bounds(0)
@@ -39,22 +43,22 @@ def random_program(seed: int) -> Graph:
     for number in range(seed % 2 * 2):
         block = Function(f"block{number}")
         graph.add_function(block)
-        fill(Builder(graph, block), r, 5, blocks[:number])
+        fill(Builder(graph, block), r, 5, blocks[:number], dtype)
         blocks.append(block)
-    fill(Builder(graph), r, 12, blocks)
+    fill(Builder(graph), r, 12, blocks, dtype)
     return graph
 
 
-def fill(b: Builder, r: Random, count: int, blocks: list[Function]) -> None:
+def fill(b: Builder, r: Random, count: int, blocks: list[Function], dtype: DType) -> None:
     """Inputs, steps and outputs; an output may be an input, a weight, a constant or another output as well."""
-    pool = [b.input("x", "f32[S, 6]"), b.input("y", "f32[2, S, 3]"), b.constant([[0.5, -0.25, 1.0]], f32)]
+    pool = [b.input("x", dtype["S", 6]), b.input("y", dtype[2, "S", 3]), b.constant([[0.5, -0.25, 1.0]], dtype)]
     b.input("i", "i64[S]")
     while len(b.function.nodes) < count:
         try:
             made = call(b, r, pool, r.choice(blocks)) if blocks and r.random() < 0.2 else [step(b, r, pool)]
         except TreadleError:  # which do not go together
             continue
-        pool += [x for x in made if x.dtype is f32 and 1 <= x.rank <= 4]
+        pool += [x for x in made if x.dtype is dtype and 1 <= x.rank <= 4]
     chosen = [r.choice(pool[-5:]) for _ in range(r.randint(1, 3))] + [r.choice(pool), pool[-1]]
     weights = [b.expr(v) for v in b.function.parameters.values()]
     chosen += [r.choice(weights)] if weights and r.random() < 0.3 else []
@@ -82,13 +86,13 @@ def fitting(b: Builder, r: Random, pool: list[Expr], type: Type) -> Expr:
     found = [x for x in pool if x.type == type]
     if found and r.random() < 0.7:
         return r.choice(found)
-    fill = b.expand(b.constant(0.125, f32), shape=type.shape)
+    fill = b.expand(b.constant(0.125, type.dtype), shape=type.shape)
     return b.tanh(fill) if r.random() < 0.5 else fill
 
 
-def weight(b: Builder, r: Random, *sizes: int) -> Expr:
+def weight(b: Builder, r: Random, dtype: DType, *sizes: int) -> Expr:
     """A parameter; the same one now and then."""
-    return b.parameter(f"w{r.randrange(2)}_" + "_".join(map(str, sizes)), f32[sizes])
+    return b.parameter(f"w{r.randrange(2)}_" + "_".join(map(str, sizes)), dtype[sizes])
 
 
 def step(b: Builder, r: Random, pool: list[Expr]) -> Expr:
@@ -96,6 +100,7 @@ def step(b: Builder, r: Random, pool: list[Expr]) -> Expr:
     axis = r.randrange(x.rank)
     last = x.shape[-1].constant or 1
     kind = r.randrange(18)
+    made = partial(weight, b, r, x.dtype)
     if kind < 2:
         return b.tanh(x + y)
     if kind == 2:
@@ -109,9 +114,9 @@ def step(b: Builder, r: Random, pool: list[Expr]) -> Expr:
     if kind == 8:
         return b.concat(x, y, x, axis=axis)
     if kind == 9:
-        return b.linear(x, weight(b, r, r.choice((1, 3, 6)), last), *[weight(b, r, 6)] * r.randrange(2)) * 0.25
+        return b.linear(x, made(r.choice((1, 3, 6)), last), *[made(6)] * r.randrange(2)) * 0.25
     if kind == 10:
-        return b.matmul(x, weight(b, r, last, r.choice((1, 3, 6)))) * 0.25
+        return b.matmul(x, made(last, r.choice((1, 3, 6)))) * 0.25
     if kind == 11:
         return b.matmul(x, b.rearrange(y, pattern=swapped(y.rank))) * 0.125
     if kind == 12:
@@ -122,9 +127,9 @@ def step(b: Builder, r: Random, pool: list[Expr]) -> Expr:
     if kind == 14:
         return b.cumsum(x, axis=axis) * 0.125
     if kind == 15:
-        return b.rms_norm(x, weight(b, r, last), eps=0.1)
+        return b.rms_norm(x, made(last), eps=0.1)
     if kind == 16:
-        return b.gather(weight(b, r, 4, 6), b.expr(b.function.inputs[2]), axis=0)
+        return b.gather(made(4, 6), b.expr(b.function.inputs[2]), axis=0)
     return b.tanh(x * y) + x
 
 
@@ -150,7 +155,7 @@ def swapped(rank: int) -> str:
 
 def drawn(type: Type, size: int, rng: np.random.Generator) -> np.ndarray:
     shape = type.evaluate({"S": size})
-    return rng.integers(0, 4, shape) if type.dtype is i64 else rng.uniform(-1, 1, shape).astype(np.float32)
+    return rng.integers(0, 4, shape) if type.dtype is i64 else held(rng.uniform(-1, 1, shape), type.dtype)
 
 
 @pytest.mark.parametrize("start", range(0, PROGRAMS, 10))

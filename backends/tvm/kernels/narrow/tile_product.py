@@ -86,9 +86,10 @@ class TileProduct(Kernel):
             views["c"] = k.view(finished[-1], [blocks, panels, 2, ROWS, PAIR_STEP])
         views["a"] = k.view(given[0], [blocks, steps, 2, ROWS * PAIR_STEP])
         views["w"] = k.view(given[1], [panels, steps, 2, ROWS * PAIR_STEP])
-        most = k.greatest(k.floor_divide(k.index(PART_BYTES), steps * _STEP_BYTES), k.index(1))
-        part = k.opaque(k.least(blocks, most), "part")
-        run = k.opaque(k.floor_divide(panels + (TASKS - 1), TASKS), "run")
+        one = k.index(1)  # at least, of what divides: m, n and k may be 0
+        most = k.floor_divide(k.index(PART_BYTES), k.greatest(steps, one) * _STEP_BYTES)
+        part = k.opaque(k.greatest(k.least(blocks, most), one), "part")
+        run = k.opaque(k.greatest(k.floor_divide(panels + (TASKS - 1), TASKS), one), "run")
         runs = k.opaque(k.floor_divide(panels + run - 1, run), "runs")
         parts = k.floor_divide(blocks + part - 1, part)
         with k.parallel(parts * runs, "task") as task:
@@ -121,8 +122,10 @@ class TileProduct(Kernel):
         with k.loop(k.floor_divide(last - first + (GROUP - 1), GROUP), "group") as group:
             before = k.opaque(first + group * GROUP, "before")
             here = k.opaque(k.least(last - before, k.index(GROUP)), "here")
-            size = k.opaque(k.either(here > k.index(1), k.index(CHUNK), steps), "size")
-            with k.loop(k.floor_divide(steps + size - 1, size), "chunk") as chunk:
+            size = k.opaque(k.greatest(k.either(here > k.index(1), k.index(CHUNK), steps), k.index(1)), "size")
+            # One even where there is nothing to sum: it clears the sums.
+            chunks = k.greatest(k.floor_divide(steps + size - 1, size), k.index(1))
+            with k.loop(chunks, "chunk") as chunk:
                 done = k.opaque(chunk * size, "done")
                 count = k.opaque(k.least(steps - done, size), "count")
                 with k.loop(here, "b") as b:
