@@ -27,7 +27,7 @@ from treadle.compiling import compile
 from treadle.fetch import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_tokenizer import build_gguf_tokenizer
-from treadle.ir.transforms.encoded_weights import decoded_weights
+from treadle.ir.transforms.encoded_weights import decode_weights
 from treadle.runtime.generation import generate
 
 Array = np.ndarray[Any, Any]
@@ -153,7 +153,7 @@ def main() -> int:
         return 0
     started = time.perf_counter()
     model, tokenizer = open_smollm2(path, options.backend)
-    reference = hugging_face(decoded_weights(model.graph, model.weights))
+    reference = hugging_face(decode_weights(model.graph, model.weights))
     print(f"loaded in {time.perf_counter() - started:.1f} s, backend {options.backend}")
     prompts = [tokenizer.encode(text).ids for text in PROMPTS[: options.prompts]]
     started = time.perf_counter()

@@ -18,7 +18,7 @@ from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
-from treadle.ir.transforms.encoded_weights import decode_parameters, decoded_weights, encode_parameters
+from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights, encode_parameters
 from treadle.ir.verifier import verify
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
@@ -335,7 +335,7 @@ def test_decoding_parameters_is_the_way_back(name: str) -> None:
     verify(again)
     assert again == graph
     held, meant = drawn_weights(encoded)
-    for weight, array in decoded_weights(encoded, held).items():
+    for weight, array in decode_weights(encoded, held).items():
         np.testing.assert_array_equal(array, meant[weight])
 
 

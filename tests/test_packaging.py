@@ -334,6 +334,7 @@ CHANGING = {
     "passes/fusion/attention/roles.py": {"Reading"},
     "passes/fusion/fuse_embedding_sum.py": {"_Tree"},
     "passes/lowering/grouping.py": {"_Group"},
+    "passes/quantization/planning.py": {"_Readers"},
     "passes/sites/product_sites.py": {"_Origin"},
     "backends/onnx/spelled_line.py": {"Tensor", "OnnxNode"},
     "backends/python/emission.py": {"_Text"},

@@ -31,7 +31,17 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("dsl", "architecture", "cli", "generation", "kernels", "onnx", "onnx-export", "torch-import")
+        for name in (
+            "dsl",
+            "architecture",
+            "cli",
+            "generation",
+            "kernels",
+            "onnx",
+            "onnx-export",
+            "quantization",
+            "torch-import",
+        )
     ),
     *(f"docs/adding-{name}.md" for name in ("an-op", "a-pass", "a-backend")),
 )

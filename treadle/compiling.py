@@ -23,6 +23,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
+from treadle.ir.transforms.encoded_weights import encode_weights
 from treadle.passes.framework.manager import Pass, PassManager, debug_level
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import Resolved, StaticInputNeeded, resolve
@@ -42,6 +43,7 @@ def compile(
     seed: int = 0,
     certify: bool | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     **config: Any,
@@ -63,6 +65,8 @@ def compile(
     certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
     dtype    "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
              (docs/decisions/0013-products-in-bf16.md). "f32": everything is. None: as the model is declared
+    quantize "int8-weights": weights that products multiply are held in 8 bits, with a scale a row; "int4": in 4 bits,
+             with a scale for 32 neighbours (docs/quantization.md). None: as the model has them
     widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights too. "blocks": weights that a GGUF
              file holds in blocks are decoded to f32 as they are read; without it they are kept (docs/quantization.md)
     limits   what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
@@ -77,7 +81,7 @@ def compile(
     (GraphError, RuleError, SizeError).
     """
     where = target if isinstance(target, Target) else Target(target)
-    run, widen = computing_in(dtype, checked_passes(passes), widen)
+    run, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
     manager = PassManager(run, certify=certify, target=where)
     chosen = find_backend(backend)
 
@@ -87,6 +91,7 @@ def compile(
             _refuse_unknown(weights, resolved.graph.parameters)
         given = weights if weights is not None else resolved.weights
         bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
+        bound = encode_weights(optimized.graph, bound)
         executable, lowered = build(chosen, optimized.graph, where, bound, certify=certify)
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:

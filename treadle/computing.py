@@ -1,4 +1,4 @@
-"""In which dtype a model computes: what `dtype=` means for the passes, and for what a checkpoint holds."""
+"""In which dtype a model computes, and in how many bits its weights are: what `dtype=` and `quantize=` mean."""
 
 from __future__ import annotations
 
@@ -9,19 +9,34 @@ from treadle.ir.transforms.widening import WIDENED
 from treadle.ir.types import bf16
 from treadle.passes.framework.manager import Pass
 from treadle.passes.products.narrow_products import NarrowProducts
+from treadle.passes.quantization.planning import SCHEMES
+from treadle.passes.quantization.quantize import QuantizeWeights
 
 COMPUTED = ("f32", "bf16")
 """The values of `dtype=`."""
 
+QUANTIZED = tuple(SCHEMES)
+"""The values of `quantize=`."""
+
 Widen = str | Iterable[str]
 
 
-def computing_in(dtype: str | None, passes: Sequence[Pass], widen: Widen) -> tuple[tuple[Pass, ...], Widen]:
-    """The passes and the dtypes to widen with which a model computes in `dtype`.
+def computing_in(
+    dtype: str | None, passes: Sequence[Pass], widen: Widen, quantize: str | None = None
+) -> tuple[tuple[Pass, ...], Widen]:
+    """The passes and the dtypes to widen with which a model computes in `dtype`, its weights quantized.
 
-    None: as it is declared. "f32": bf16 and f16 values are f32. "bf16": so as well, and then products with weights are
-    of bf16 numbers, summed in f32. Raises UsageError for another name.
+    dtype     None: as it is declared. "f32": bf16 and f16 values are f32. "bf16": so as well, and then products with
+              weights are of bf16 numbers, summed in f32
+    quantize  a scheme of `QUANTIZED`, or None
+
+    Raises UsageError for another name.
     """
+    if quantize is not None:
+        if quantize not in QUANTIZED:
+            hint = "quantize " + " or ".join(QUANTIZED)
+            raise UsageError(f"weights are not quantized in {str(quantize)[:40]!r}", hint=hint)
+        passes = (*passes, QuantizeWeights(quantize))
     if dtype is None:
         return tuple(passes), widen
     if dtype not in COMPUTED:

@@ -21,6 +21,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.ir.transforms.encoded_weights import encode_weights
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
@@ -92,19 +93,21 @@ def open_stepped(
     backend: str = "numpy",
     target: str | Target = "cpu",
     dtype: str | None = None,
+    quantize: str | None = None,
     limits: Mapping[str, int] | None = None,
     cache: str | None = None,
     **config: Any,
 ) -> SteppedModel:
     """The step of what MODEL names, which must have weights. Raises what `compile` does; PassError for no step.
 
-    dtype   as `compile` takes it
-    cache   the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
+    dtype, quantize   as `compile` takes them
+    cache             the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
     """
-    passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()))
+    passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()), quantize)
     resolved = resolve(model, limits=limits, widen=widen, **config)
     if resolved.weights is None:
         raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
     graph = PassManager(passes).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
-    return step_of(resolved.name, graph, backend, where, {n: resolved.weights[n] for n in graph.parameters}, cache)
+    weights = encode_weights(graph, {n: resolved.weights[n] for n in graph.parameters})
+    return step_of(resolved.name, graph, backend, where, weights, cache)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike
 from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
@@ -40,6 +42,7 @@ def verify_model(
     sizes: Sequence[Mapping[str, int]] | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    quantize: str | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     told: Callable[[str], None] = lambda line: None,
@@ -59,20 +62,24 @@ def verify_model(
     """
     where = target if isinstance(target, Target) else Target(target)
     if is_artifact(model):
-        if config or inputs or weights is not None or widen or dtype:
-            raise UsageError("an artifact takes no configuration, inputs, weights, dtype or widen", received=str(model))
+        if config or inputs or weights is not None or widen or dtype or quantize:
+            what = "an artifact takes no configuration, inputs, weights, dtype, quantize or widen"
+            raise UsageError(what, received=str(model))
         held = open_artifact(str(model), limits=limits)
         optimized, given = held.optimized, dict(held.weights)
         for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
             given.setdefault(name, np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy or np.float32))
     else:
-        passes, widen = computing_in(dtype, passes, widen)
+        passes, widen = computing_in(dtype, passes, widen, quantize)
         resolved = resolve(
             model, inputs=None if inputs is None else tuple(inputs), widen=widen, limits=limits, **config
         )
         optimized = PassManager(passes).run(resolved.graph)
         found = weights if weights is not None else resolved.weights
         given = initial_weights(optimized.source, seed) if found is None else dict(found)
+        if quantize is not None:  # what is held in blocks is compared with what the blocks mean
+            source = quantized_alike(optimized.source, optimized.graph)
+            optimized, given = replace(optimized, source=source), encode_weights(source, given)
     if sizes is not None:
         symbols = set(optimized.source.symbols)
         least = small_sizes(optimized.source)[-1] if any(symbols - set(each) for each in sizes) else {}

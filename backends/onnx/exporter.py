@@ -27,7 +27,7 @@ from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.literals import Literal
 from treadle.ir.sizing.size_bounds import Bounds
-from treadle.ir.transforms.encoded_weights import decode_parameters, decoded_weights
+from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type, bf16
 from treadle.passes.framework.manager import Pass, PassManager
@@ -129,7 +129,7 @@ def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mappin
         return graph, weights
     for name in encoded.keys() & weights.keys():
         refuse_misfit(name, encoded[name], weights[name])
-    return decode_parameters(graph), decoded_weights(graph, weights)
+    return decode_parameters(graph), decode_weights(graph, weights)
 
 
 def _refuse_states(graph: Graph) -> None:

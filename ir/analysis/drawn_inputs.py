@@ -180,7 +180,9 @@ def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> 
 
 
 def held(array: Array, value: Value) -> Array:
-    """Numbers rounded to a value's dtype, in an array that backends take for it: bf16 as float32."""
+    """Numbers rounded to a value's dtype, in an array that backends take for it: bf16 as float32. Blocks stay."""
     dtype = value.type.dtype
+    if value.type.encoding is not None:
+        return array
     with np.errstate(over="ignore"):
         return Literal.of(array, bf16).array if dtype is bf16 else array.astype(dtype.numpy)

@@ -45,6 +45,15 @@ def encode_parameters(graph: Graph, encodings: Encodings) -> Graph:
     return copy
 
 
+def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
+    """A copy of a graph whose parameters are encoded as those of another one of the same names are."""
+    held = graph.parameters
+    found = {name: v.type.encoding for name, v in encoded.parameters.items() if name in held}
+    return encode_parameters(
+        graph, {name: e for name, e in found.items() if e is not None and held[name].type.encoding is None}
+    )
+
+
 def decode_parameters(graph: Graph) -> Graph:
     """The way back: a copy of a graph whose parameters, and constants, are the numbers that their blocks mean.
 
@@ -70,13 +79,35 @@ def decode_parameters(graph: Graph) -> Graph:
     return copy
 
 
-def decoded_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
+def decode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of weights of a graph: those that are held in blocks, decoded; the others as they are."""
     encodings = {name: value.type.encoding for name, value in graph.parameters.items()}
     return {
         name: array if (encoding := encodings.get(name)) is None else encoding.decode(np.asarray(array))
         for name, array in weights.items()
     }
+
+
+def encode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights as a graph holds them: numbers of a parameter that is encoded, in blocks; all others as they are.
+
+    Numbers of a form that is not written are left as well. Raises GraphError for a number that has no place in it.
+    """
+    return {name: _in_blocks(graph.parameters.get(name), array) for name, array in weights.items()}
+
+
+def _in_blocks(value: Value | None, array: Any) -> Any:
+    encoding = None if value is None else value.type.encoding
+    held = np.asarray(array) if encoding is not None else None
+    if value is None or encoding is None or held is None or held.shape != value.type.static_shape:
+        return array  # a misfit is told by whoever takes it
+    if held.dtype.kind != "f" or not encoding.block.encodes:
+        return array
+    try:
+        return encoding.encode(held)
+    except GraphError as error:
+        error.within = error.within or f"weight {value.name}: {value.type}"
+        raise
 
 
 def _number(value: Value) -> Value:

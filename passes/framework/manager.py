@@ -48,6 +48,9 @@ class Pass:
     """Whether it changes what is computed, so that certificates have something to show, where they are asked for. Of a
     pass that changes only when and where, the manager compares all outputs as expressions, always."""
 
+    changes_numbers: ClassVar[bool] = False
+    """Whether what it changes is meant to give other numbers: weights in fewer bits. There is nothing to certify."""
+
     @property
     def name(self) -> str:
         """The class's name in lower case: `fuse-gelu`."""
@@ -175,7 +178,7 @@ class PassManager:
         is_verified = True  # the graph as it is now, and all of it
         plan: StoragePlan | None = None
         for each in self.passes:
-            certify = self.certify and each.rewrites
+            certify = self.certify and each.rewrites and not each.changes_numbers
             record = PassRecord(
                 *(each.name, each.options, before),
                 certifying=certify,

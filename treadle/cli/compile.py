@@ -20,6 +20,7 @@ from treadle.cli.options import (
     Limit,
     ModelName,
     OptionalInputs,
+    Quantize,
     Seed,
     TargetName,
     Threads,
@@ -43,6 +44,7 @@ def compile_model(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -64,7 +66,7 @@ def compile_model(
     started = time.perf_counter()
     chosen = parse_config(config or (), limit or ())
     chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
-    chosen |= {"dtype": dtype, "widen": names_of(widen) or ()}
+    chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):
         made = treadle.compile(model, inputs=names_of(inputs), **chosen)
     seconds = time.perf_counter() - started

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, TargetName, Threads
+from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
 
 
 @command("embed")
@@ -31,6 +31,7 @@ def embed_sentences(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -51,6 +52,7 @@ def embed_sentences(
             backend=backend,
             target=Target(target, threads),
             dtype=dtype,
+            quantize=quantize,
             **parse_config(config or (), limit or ()),
         )
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):

@@ -1,4 +1,4 @@
-"""`treadle explain`: why an op was fused or not; where weights and values lie; the peak of memory; the step."""
+"""`treadle explain`: what was fused, and why not; where weights and values lie, in how many bits; memory; the step."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from treadle.cli.options import (
     Limit,
     ModelName,
     OptionalInputs,
+    Quantize,
     Widen,
     names_of,
 )
@@ -29,7 +30,10 @@ from treadle.ir.errors import UsageError
 def explain_sites(
     model: ModelName,
     subject: Annotated[
-        str, typer.Argument(metavar="SUBJECT", help="fusion, layouts, storage, memory or step.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="SUBJECT", help="fusion, layouts, storage, memory, quantization or step.", show_default=False
+        ),
     ],
     expect: Annotated[
         list[str] | None,
@@ -39,6 +43,7 @@ def explain_sites(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     cache: CacheName = None,
@@ -66,6 +71,8 @@ def explain_sites(
 
     memory: of a run, how much lives at its peak, what, why, and what would lower it.
 
+    quantization: of every weight, in which encoding it would be held by --quantize, its bytes, and why.
+
     step: of the step of generation that is derived from the model, its states and their bytes, and what ops became.
     """
     from treadle.explaining.fusion import explain_fusion, parse_expected
@@ -73,13 +80,13 @@ def explain_sites(
     from treadle.option_values import parse_config
     from treadle.progress import working
 
-    if subject not in ("fusion", "layouts", "storage", "memory", "step"):
-        known = "fusion, layouts, storage, memory or step"
+    if subject not in ("fusion", "layouts", "storage", "memory", "quantization", "step"):
+        known = "fusion, layouts, storage, memory, quantization or step"
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint=known)
     if cache is not None and subject != "step":
         raise UsageError("--cache is about the step", received=f"explain {model} {subject}")
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
-    chosen |= {"dtype": dtype, "widen": names_of(widen) or ()}
+    chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     if subject != "memory" and (sizes is not None or svg is not None or against is not None):
         raise UsageError("--sizes, --svg and --against are about memory", received=f"explain {model} {subject}")
     if subject != "fusion":
@@ -89,6 +96,8 @@ def explain_sites(
             _memory(model, backend, chosen, sizes, svg, against, as_json)
         elif subject == "step":
             _step(model, chosen | {"cache": cache}, as_json)
+        elif subject == "quantization":
+            _quantization(model, chosen, as_json)
         else:
             _lowered(model, subject, backend, chosen, as_json)
         return
@@ -150,6 +159,19 @@ def _memory(
     if against is not None:
         print(compare_memory(read_memory(against), found.as_dict()))
     elif as_json:
+        print_json(found.as_dict())
+    else:
+        print(fitted(str(found), fit_prose))
+
+
+def _quantization(model: str, chosen: dict[str, Any], as_json: bool) -> None:
+    from treadle.explaining.quantization import explain_quantization
+    from treadle.fitting import fit_prose, fitted
+    from treadle.progress import working
+
+    with working(f"planning the quantization of {model}", shown=not as_json):
+        found = explain_quantization(model, **chosen)
+    if as_json:
         print_json(found.as_dict())
     else:
         print(fitted(str(found), fit_prose))

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, CacheName, Config, Dtype, Limit, ModelName, TargetName, Threads
+from treadle.cli.options import (
+    AsJson,
+    BackendName,
+    CacheName,
+    Config,
+    Dtype,
+    Limit,
+    ModelName,
+    Quantize,
+    TargetName,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from treadle.continuation import Piece, TextWriter
@@ -33,6 +44,7 @@ def continue_texts(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
@@ -53,6 +65,7 @@ def continue_texts(
             backend=backend,
             target=Target(target, threads),
             dtype=dtype,
+            quantize=quantize,
             cache=cache,
             **parse_config(config or (), limit or ()),
         )

@@ -17,6 +17,7 @@ from treadle.cli.options import (
     Limit,
     ModelName,
     OptionalInputs,
+    Quantize,
     Widen,
     names_of,
     refuse_for_artifact,
@@ -56,6 +57,7 @@ def inspect_graph(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     backend: BackendName = "numpy",
@@ -84,12 +86,12 @@ def inspect_graph(
     find_backend(backend)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, widen=widen, after=after)
+            refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize, widen=widen, after=after)
             optimized = open_artifact(model, limits=parse_limits(limit or ())).optimized
             graph = optimized.source if raw else optimized.graph
         else:
             chosen = parse_config(config or (), limit or ())
-            passes, narrow = computing_in(dtype, DEFAULT, names_of(widen) or ())
+            passes, narrow = computing_in(dtype, DEFAULT, names_of(widen) or (), quantize)
             declared = resolve(model, inputs=names_of(inputs), widen=narrow, **chosen).graph
             optimized = PassManager(() if raw else passes).run(declared)
             if after is not None:

@@ -62,6 +62,15 @@ Dtype = Annotated[
         "--dtype", metavar="bf16", help="Compute products with weights in bf16, or in f32.", show_default=False
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="SCHEME",
+        help="Hold weights that products multiply in blocks: int8-weights or int4.",
+        show_default=False,
+    ),
+]
 Widen = Annotated[
     str | None,
     typer.Option(
@@ -96,7 +105,8 @@ def refuse_for_artifact(**options: Any) -> None:
     """An artifact is configured, and its passes have run: options that would change that are refused."""
     given = [name for name, value in options.items() if value]
     if given:
-        told = {"config": "--set", "inputs": "--inputs", "widen": "--widen", "dtype": "--dtype", "after": "--after"}
+        told = {"config": "--set", "inputs": "--inputs", "widen": "--widen", "dtype": "--dtype"}
+        told |= {"quantize": "--quantize", "after": "--after"}
         raise UsageError(
             "an artifact is what was compiled, and takes no " + " or ".join(told[name] for name in given),
             hint="treadle compile MODEL -o FILE.treadle, with other options",

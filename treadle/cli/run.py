@@ -17,6 +17,7 @@ from treadle.cli.options import (
     Dtype,
     Limit,
     ModelName,
+    Quantize,
     Seed,
     Threads,
     Widen,
@@ -43,6 +44,7 @@ def run_model(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     backend: Annotated[
         str | None,
@@ -74,7 +76,7 @@ def run_model(
     assigned, chosen = values or [], parse_config(config or (), limit or ())
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, dtype=dtype)
+            refuse_for_artifact(config=config, dtype=dtype, quantize=quantize)
             where = (
                 None
                 if target is None and threads is None
@@ -90,7 +92,9 @@ def run_model(
         else:
             given = input_names(assigned)
             chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
-            made = treadle.compile(model, inputs=given, seed=seed, dtype=dtype, widen=narrow, **chosen)
+            made = treadle.compile(
+                model, inputs=given, seed=seed, dtype=dtype, quantize=quantize, widen=narrow, **chosen
+            )
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     with working(f"running {made.name}", shown=not as_json):
         started = time.perf_counter()

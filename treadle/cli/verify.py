@@ -14,6 +14,7 @@ from treadle.cli.options import (
     Limit,
     ModelName,
     OptionalInputs,
+    Quantize,
     TargetName,
     Widen,
     names_of,
@@ -37,6 +38,7 @@ def verify_backends(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     target: TargetName = "cpu",
@@ -52,7 +54,7 @@ def verify_backends(
     from treadle.verifying import verify_model
 
     if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, widen=widen)
+        refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize, widen=widen)
     with working(f"verifying {model}", shown=not as_json) as tell:
         report = verify_model(
             model,
@@ -62,6 +64,7 @@ def verify_backends(
             sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
             seed=seed,
             dtype=dtype,
+            quantize=quantize,
             widen=names_of(widen) or (),
             told=(lambda line: None) if as_json else tell,
             **parse_config(config or (), limit or ()),

@@ -125,6 +125,7 @@ def explain_fusion(
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     widen: Widen = (),
     expect: Mapping[str, int] | None = None,
     certify: bool | None = None,
@@ -147,7 +148,7 @@ def explain_fusion(
         raise UsageError(
             "an artifact holds what was compiled, not how", received=str(model), hint="explain the model it is made of"
         )
-    pipeline, widen = computing_in(dtype, checked_passes(passes), widen)
+    pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
     resolved = resolve(model, inputs=inputs, widen=widen, **config)
     optimized = PassManager(pipeline, certify=certify).run(resolved.graph)
     calls = count_calls(optimized.source)

@@ -115,7 +115,8 @@ def explain_layouts(
     inputs: Sequence[str] | None = None,
     **config: Any,
 ) -> Layouts:
-    """Say of every weight of what MODEL names how a backend reads it; `dtype` among the configuration as for `compile`.
+    """Say of every weight of what MODEL names how a backend reads it; `dtype` and `quantize` as for
+    `compile`.
 
     Raises what `compile` does; UsageError for a backend that has no passes of its own.
     """
@@ -142,8 +143,9 @@ def lowered_for(
         held = open_artifact(str(model))
         name, optimized = held.name, held.optimized.graph
     else:
-        others = {name: value for name, value in config.items() if name not in ("dtype", "widen")}
-        pipeline, widen = computing_in(config.get("dtype"), checked_passes(passes), config.get("widen", ()))
+        others = {name: value for name, value in config.items() if name not in ("dtype", "widen", "quantize")}
+        asked = config.get("dtype"), checked_passes(passes), config.get("widen", ()), config.get("quantize")
+        pipeline, widen = computing_in(*asked)
         resolved = resolve(model, inputs=inputs, widen=widen, **others)
         name, optimized = resolved.name, PassManager(pipeline).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)

@@ -134,6 +134,7 @@ def explain_step(
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     widen: Widen = (),
     cache: str | None = None,
     **config: Any,
@@ -146,7 +147,7 @@ def explain_step(
         held = open_artifact(str(model))
         name, graph = held.name, held.optimized.graph
     else:
-        pipeline, widen = computing_in(dtype, checked_passes(passes), widen)
+        pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
         resolved = resolve(model, inputs=inputs, widen=widen, **config)
         name, graph = resolved.name, PassManager(pipeline).run(resolved.graph).graph
     derived = derive_step(graph, cache=cache)
@@ -191,10 +192,12 @@ def _facts(derived: DerivedStep, pattern: str, members: Sequence[tuple[str, Valu
         shown = members[0][0] if len(members) == 1 else ", ".join(name for name, _ in members)
     role = _role(derived, members[0][0], type)
     growing = [s for s in type.shape if s.as_symbol in (CAPACITY, *derived.windows, *derived.memories)]
-    elements = product(size for size in type.shape if size.as_symbol != SLOTS and size not in growing)
+    elements = product(size for size in type.held.shape if size.as_symbol != SLOTS and size not in growing)
     unit = "slot" if not growing else "token" if role == "cache" else "position"
     assert elements.constant is not None, "states have no sizes but slots, capacities and constants"
-    return StateFacts(shown, type.text, len(members), role, elements.constant * type.dtype.bytes * len(members), unit)
+    return StateFacts(
+        shown, type.text, len(members), role, elements.constant * type.held.dtype.bytes * len(members), unit
+    )
 
 
 def _role(derived: DerivedStep, name: str, type: Type) -> str:
