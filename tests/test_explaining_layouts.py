@@ -26,7 +26,15 @@ from treadle.passes.pipelines import DEFAULT
 TARGETS = {"tvm": "x86-64-v4", "torch": "cpu"}
 """A target whose panels are the same on every machine that runs the test."""
 SMALL: dict[str, Any] = {"layers": 2, "dim": 48, "heads": 4, "vocab": 50, "context": 16}
-LOWERING = ["legalize", "decode-last", "assign-layouts", "hoist-weights", "plan-storage"]
+LOWERING = [
+    "legalize",
+    "decode-last",
+    "read-blocks",
+    "assign-layouts",
+    "hoist-weights",
+    "decode-where-read",
+    "plan-storage",
+]
 
 
 def told(*arguments: str) -> str:
@@ -117,7 +125,7 @@ def test_inspect_shows_the_graph_as_hoisting_left_it(compiled: treadle.Compiled,
 
 def test_each_stage_of_a_backend_is_kept(compiled: treadle.Compiled) -> None:
     assert [record.name for record in compiled.log] == [*(each.name for each in DEFAULT), *LOWERING]
-    legal, _, laid, bound, _ = (compiled.optimized.after(name) for name in LOWERING)
+    legal, _, _, laid, bound, _, _ = (compiled.optimized.after(name) for name in LOWERING)
     assert compiled.optimized.after("dead-code") == compiled.graph
     assert ops(legal).isdisjoint({"relayout", "projections", "add_layer_norm"}) and legal.bind is None
     assert "relayout" in ops(laid) and laid.bind is None
@@ -126,11 +134,11 @@ def test_each_stage_of_a_backend_is_kept(compiled: treadle.Compiled) -> None:
 
 
 def test_the_last_rows_of_the_table_are_the_backends(compiled: treadle.Compiled) -> None:
-    rows = compiled.log.table().splitlines()[-5:]
+    rows = compiled.log.table().splitlines()[-7:]
     assert [row.split()[0] for row in rows] == LOWERING
-    assert "+5 relayout" in rows[2]  # the table, and four products of the block
-    assert "+2 call" in rows[3]  # of what the block left to its callers
-    assert [record.changes for record in compiled.log[-3:]] == [5, 1 + 2 * 5, 0]
+    assert "+5 relayout" in rows[3]  # the table, and four products of the block
+    assert "+2 call" in rows[4]  # of what the block left to its callers
+    assert [record.changes for record in compiled.log[-4:]] == [5, 1 + 2 * 5, 0, 0]
 
 
 def ops(graph: Graph) -> set[str]:

@@ -73,8 +73,10 @@ def test_the_plan_is_the_last_row_of_one_table_and_a_stage_to_inspect() -> None:
         *(each.name for each in DEFAULT),
         "legalize",
         "decode-last",
+        "read-blocks",
         "assign-layouts",
         "hoist-weights",
+        "decode-where-read",
         "plan-storage",
     ]
     rows = [line.split()[0] for line in lines if line.strip()]

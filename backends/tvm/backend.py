@@ -23,7 +23,7 @@ from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
-from treadle.backends.tvm.weight_packing import pack_weights, wants
+from treadle.backends.tvm.weight_packing import pack_weights, wants, wants_blocks
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
@@ -33,6 +33,7 @@ from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
+from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks, in_blocks
 from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import StoragePlan
 
@@ -67,7 +68,9 @@ class TvmBackend(StagedBackend):
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
-        return (Legalize(keeps), DecodeLast(), AssignLayouts(wants(isa_of(target))), HoistWeights(), PLAN)
+        isa = isa_of(target)
+        layouts = (ReadBlocks(wants_blocks(isa)), AssignLayouts(wants(isa)))
+        return (Legalize(keeps), DecodeLast(), *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """By the steps of each routine, with what single kernels need beside."""

@@ -23,6 +23,7 @@ import numpy as np
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
 from treadle.backends.refusals import refuse_misfit, refuse_missing
+from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDTH
@@ -31,11 +32,12 @@ from treadle.files.whole_files import replacing, sweep
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, Layout, pairs, panels
-from treadle.ir.ops.indexing import Embedding
+from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type, bf16, f32, f64
 from treadle.passes.lowering.assign_layouts import Reads, Wants
+from treadle.passes.lowering.read_blocks import WantsBlocks, in_blocks
 from treadle.passes.memory.frame_placement import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
@@ -54,6 +56,8 @@ def wants(isa: Isa) -> Wants:
     def read(node: Node, position: int) -> Layout | Reads:
         value = node.operands[position]
         assert value is not None
+        if in_blocks(node, position):
+            return Reads.ROW_MAJOR
         shape = value.type.static_shape
         wide = node.op.attributes.get("to") is f64  # summed element by element
         if shape is None or len(shape) != 2 or wide:
@@ -69,6 +73,30 @@ def wants(isa: Isa) -> Wants:
         if isinstance(node.op, MatMul) and position == 1:
             return panels(panel_width(shape[1], isa), transposed=True)
         return Reads.ROW_MAJOR
+
+    return read
+
+
+def wants_blocks(isa: Isa) -> WantsBlocks:
+    """In which panels kernels for an instruction set read blocks: products, and what picks rows of a table."""
+
+    def read(node: Node, position: int) -> Layout | str:
+        value = node.operands[position]
+        assert value is not None
+        assert value.node is not None
+        encoding, shape = value.node.inputs[0].type.encoding, value.type.static_shape
+        if encoding is None or shape is None or len(shape) != 2:
+            return "it is no matrix"
+        if packed_form(encoding) is None:
+            return f"no kernel reads {encoding.form}"
+        axis = encoding.axis % 2
+        picks_rows = isinstance(node.op, Embedding) or (isinstance(node.op, Gather) and node.op.axis == 0)
+        if picks_rows and position == 0 and axis == 1:
+            return panels(panel_width(shape[0], isa))
+        product = isinstance(node.op, (Linear, MatMul)) and position == 1 and node.results[0].type.dtype is f32
+        if not product or axis != (1 if isinstance(node.op, Linear) else 0):
+            return f"{node.op.name} reads numbers"
+        return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
 
     return read
 
@@ -132,7 +160,7 @@ class _Weights:
         return pack(self.array(name), self.layout(name))
 
     def packed_shape(self, name: str) -> tuple[int, ...]:
-        return _packed_shape(self.parameters[name].type.static_shape or (), self.layout(name))
+        return _packed_shape(self.parameters[name].type.held.static_shape or (), self.layout(name))
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(self.parameters[name].type.held.dtype.numpy or np.uint16)

@@ -2,7 +2,8 @@
 
 Elementwise nodes whose values only others of their group read become one chain, which ends at the group's *root*. If
 the chain reads a product that nobody else reads, it becomes the product's epilogue: bias, activation, residual and
-gating are done while the tile is in registers. What reads a state that is updated before the root stays by itself.
+gating are done while the tile is in registers. What decodes blocks that are laid out is done by the kernel that reads
+them. What reads a state that is updated before the root stays by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,16 @@ from dataclasses import dataclass, field
 from treadle.ir.analysis.state_views import deadlines
 from treadle.ir.graph import Function, Node, Value
 from treadle.passes.memory.storage_plan import Step
+
+
+def _is_unpacked(node: Node) -> bool:
+    """Whether a node decodes blocks as they are laid out for a kernel, which does that in registers."""
+    return node.op.decodes and node.inputs[0].layout is not None
+
+
+def _unpacking(reader: Node) -> tuple[Node, ...]:
+    """What decodes the blocks that a node reads, in whose step it is."""
+    return tuple([v.node for v in reader.inputs if v.node is not None and _is_unpacked(v.node)])
 
 
 def is_number(value: Value) -> bool:
@@ -59,9 +70,10 @@ class Chains:
         for node in function.nodes:
             part = found.get(node)
             if part is None:
-                steps.append(Step((node,)))
+                if not _is_unpacked(node):
+                    steps.append(Step((*_unpacking(node), node)))
             elif part.root is node:
-                before = () if part.product is None else (part.product,)
+                before = () if part.product is None else (*_unpacking(part.product), part.product)
                 steps.append(Step((*before, *part.nodes), part.product))
         return steps
 

@@ -49,8 +49,8 @@ class Step:
 
     @property
     def chain(self) -> tuple[Node, ...]:
-        """The nodes without the product."""
-        return tuple([node for node in self.nodes if node is not self.product])
+        """The nodes without the product, and without what unpacks blocks for one of them."""
+        return tuple([node for node in self.nodes if node is not self.product and not node.op.decodes])
 
     @property
     def inputs(self) -> tuple[Value, ...]:

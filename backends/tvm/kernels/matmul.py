@@ -18,7 +18,7 @@ from treadle.backends.tvm.kernels.finishing import Finishing
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.pointwise import Chain
-from treadle.ir.types import f32
+from treadle.ir.types import DType, f32
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
@@ -68,6 +68,15 @@ class Matmul(Kernel):
     whole: bool = False
 
     @property
+    def held(self) -> DType:
+        """The dtype of what w's panels hold."""
+        return f32
+
+    def held_rows(self, k: Emitter, depth: Expr) -> Expr:
+        """How many rows a panel has, for so many elements of k."""
+        return depth
+
+    @property
     def finishing(self) -> Finishing:
         """What is done with a sum."""
         return Finishing(self.epilogue, self.extras, self.whole)
@@ -83,14 +92,14 @@ class Matmul(Kernel):
 
     def emit(self, k: Emitter) -> None:
         finishing = self.finishing
-        pointers = [k.pointer("a", f32), k.pointer("w", f32), *finishing.pointers(k)]
+        pointers = [k.pointer("a", f32), k.pointer("w", self.held), *finishing.pointers(k)]
         m = k.size("m")
         depth, columns = k.size("k"), k.size("n")
         rows = {"a": k.size("a_stride"), **finishing.strides(k)}
         panels = k.floor_divide(k.index(columns) + (self.width - 1), self.width)
         shapes: dict[str, tuple[list[Expr], list[Expr] | None]] = {
             "a": ([m, depth], [rows["a"], 1]),
-            "w": ([panels, depth, self.width], None),
+            "w": ([panels, self.held_rows(k, depth), self.width], None),
             **finishing.shapes(m, columns, rows),
         }
         if not self.batch:
@@ -106,7 +115,7 @@ class Matmul(Kernel):
         for p in pointers:
             shape, strides = shapes[p.name]
             if strides is None:
-                strides = [depth * self.width, self.width, 1][-len(shape) :] if len(shape) == 3 else [1]
+                strides = [shape[1] * self.width, self.width, 1] if len(shape) == 3 else [1]
             views[p.name] = k.view(p, [b0, b1, *shape], [*batched[p.name], *strides])
         chunk, chunks = self._chunks(k, m, b0 * b1 * panels)
         with k.parallel(b0 * b1 * panels * chunks, "task") as task:

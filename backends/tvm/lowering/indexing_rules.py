@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from treadle.backends.tvm.kernels.arithmetic.conversions import working
+from treadle.backends.tvm.kernels.encoded.take_blocks import TakeBlocks
+from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.backends.tvm.kernels.shaping import Iota
@@ -33,6 +35,9 @@ def _gather(w: RoutineWriter, node: Node) -> None:
 
 def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
     x, indices = node.inputs
+    if (unpacked := x.node) is not None and unpacked.op.decodes:
+        _take_blocks(w, node, unpacked, indices)
+        return
     source, picked = w.view(x), _flat(w, w.view(indices))
 
     def emit(to: View) -> None:
@@ -47,6 +52,22 @@ def _gather_along(w: RoutineWriter, node: Node, axis: int) -> None:
         _take(w, node, _thirds_of(w, source, axis), _shared(picked), to, shared=True)
 
     _write(w, node.result, axis, indices.type.rank, emit, rows=source.panels is not None)
+
+
+def _take_blocks(w: RoutineWriter, node: Node, unpacked: Node, indices: Value) -> None:
+    """Rows of a table that lies in blocks."""
+    source, picked = w.view(unpacked.inputs[0]), _flat(w, w.view(indices))
+    layout, form = source.panels, packed_form(unpacked.op.attributes["of"])
+    assert layout is not None
+    assert form is not None
+    rows, columns = unpacked.result.type.shape
+
+    def emit(to: View) -> None:
+        kernel = TakeBlocks(form, indices.type.dtype.name, layout.width)
+        sizes = [rows, columns, to.shape[1], picked.strides[0], to.strides[1]]
+        w.step(kernel, [source, picked, to, STATUS_WORDS], sizes, node, writes=2)
+
+    _write(w, node.result, 0, indices.type.rank, emit, rows=True)
 
 
 def _take_along_axis(w: RoutineWriter, node: Node) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
+from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
 from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH, PairProduct
@@ -86,6 +88,7 @@ class MatrixProduct:
     """One product of two terms as a step, with the copies that it needs.
 
     packed   whether y is a matrix in panels, or in pairs
+    form     of the blocks in y's panels, or None
     """
 
     def __init__(
@@ -98,7 +101,9 @@ class MatrixProduct:
         to: LetteredView,
         finish: Finish,
         packed: bool = False,
+        form: PackedForm | None = None,
     ) -> None:
+        self.form = form
         self.w, self.node, self.sizes, self.packed = w, node, sizes, packed
         self.chain, self.extras = finish.chain, list(finish.extras)
         self.x, self.y, self.to, self.c = x, y, to, to
@@ -240,7 +245,7 @@ class MatrixProduct:
         def batch(term: LetteredView) -> list[Size]:
             return [ZERO] * (2 - len(groups)) + [joined(term, group) for group in groups]
 
-        paired = self.packed and self.y.view.dtype is not f32
+        paired = self.packed and self.form is None and self.y.view.dtype is not f32
         if self.packed:
             panels, width = self.y.view, WIDTH if paired else panel_width(n.constant, w.isa)
             w_batch = [ZERO, ZERO]
@@ -270,7 +275,8 @@ class MatrixProduct:
             for strides in (batch(self.x), w_batch, *[batch(e) for e in self.extras], batch(self.c)):
                 given += strides
         pointers = [self.x.view, panels, *[e.view for e in self.extras], self.c.view]
-        w.step(Matmul(width, self.chain, tuple(how), bool(groups), whole), pointers, given, self.node)
+        shaped = width, self.chain, tuple(how), bool(groups), whole
+        w.step(Matmul(*shaped) if self.form is None else BlockProduct(*shaped, self.form), pointers, given, self.node)
 
     def _paired(self, how: tuple[str, ...], whole: bool) -> Kernel:
         """The kernel of a product with a weight in pairs."""

@@ -7,8 +7,8 @@ become a matrix product,
 
 by giving each letter its part and joining those of one part: in views, and in copies where strides cannot say it. The
 side that holds the result's innermost letter is y; it is packed in panels, or is a parameter that lies in panels.
-A weight in bf16 pairs is multiplied as it is. Other float16 and bfloat16 operands are widened first; float64 and
-integers are summed element by element.
+A weight in bf16 pairs, or in blocks, is multiplied as it is. Other float16 and bfloat16 operands are widened first;
+float64 and integers are summed element by element.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.contraction import Contraction
+from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH as TILE_WIDTH
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
@@ -161,6 +162,12 @@ def _sum(
         if values[1].layout is not None and values[1].layout.kind == "pairs":
             x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
+            return
+        if (unpacked := values[1].node) is not None and unpacked.op.decodes:
+            x = LetteredView.of(_widened(w, w.view(values[0])), equation.operands[0])
+            y = LetteredView.of(w.view(unpacked.inputs[0]), equation.operands[1])
+            form = packed_form(unpacked.op.attributes["of"])
+            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=form).emit()
             return
         weight = _in_panels(w, node, values[1], equation)
         if weight is not None:

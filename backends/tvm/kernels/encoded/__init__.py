@@ -1,0 +1,1 @@
+"""Kernels that read weights in blocks: numbers are unpacked in registers, and never stored."""

@@ -1,0 +1,73 @@
+"""Rows picked of a table that lies in blocks, decoded as they are written.
+
+y[i, d] = decode(x)[indices[i], d]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
+from treadle.backends.tvm.kernels.gathering import checked
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.types import DTYPES, f32, i64, u8
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+
+@dataclass(frozen=True)
+class TakeBlocks(Kernel):
+    """y[i, d] = decode(x)[indices[i], d]
+
+    form     of x's blocks, which lie along d, in panels of x's rows
+    indices  their dtype by name
+    width    of a panel
+
+    Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
+    y's rows.
+    """
+
+    form: PackedForm
+    indices: str
+    width: int
+
+    @property
+    def title(self) -> str:
+        return f"gather_of_blocks_{self.form.title}"
+
+    def emit(self, k: Emitter) -> None:
+        form = self.form
+        pointers = [k.pointer("x", u8), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", f32)]
+        told = k.pointer("status", i64)
+        v, d, i = (k.size(name) for name in "vdi")
+        picked, apart = k.size("indices_i"), k.size("y_i")
+        groups = k.let(k.floor_divide(d, form.group) if form.group else k.index(1), "groups")
+        bytes = k.let(groups * form.bytes if form.group else d + form.header, "bytes")
+        panels = k.floor_divide(v + (self.width - 1), self.width)
+        x = k.view(pointers[0], [panels, bytes, self.width])
+        indices = k.view(pointers[1], [i], [picked])
+        y = k.view(pointers[2], [i, d], [apart, 1])
+        status = k.view(told, [4])
+        with k.parallel(i, "row") as row:
+            index = k.let(k.index(k.load(indices, [row])), "index")
+            checked(k, status, index, v, lambda: self._row(k, x, y, row, index, d, groups))
+
+    def _row(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr, groups: Expr) -> None:
+        """Row `index` of x as row `row` of y."""
+        form = self.form
+        panel = k.let(k.floor_divide(index, self.width), "panel")
+        column = k.let(k.floor_mod(index, self.width), "column")
+
+        def load(at: Expr) -> Expr:
+            return k.load(x, [panel, at, column])
+
+        with k.loop(groups, "group") as group:
+            base = k.let(group * form.bytes if form.group else k.index(0), "base")
+            scale, least = form.scales(k, load, base, 1)
+            count = k.index(form.group * form.bits // 8) if form.group else d
+            with k.loop(count, "b") as b:
+                for half, element in enumerate(form.elements(k, load(base + form.header + b), 1)):
+                    value = element * scale if least is None else element * scale + least
+                    k.store(y, [row, group * form.group + b + half * (form.group // 2)], value)

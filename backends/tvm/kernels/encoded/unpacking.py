@@ -1,0 +1,98 @@
+"""Numbers out of blocks, in registers: which forms kernels read, and how.
+
+Blocks lie in panels: byte j of so many neighbouring lines side by side, so that a vector holds one byte of each line,
+and what is read of it is one element of each.
+
+    y = d q + c      for a block's scale d, and c = 0, its least value, or -8 d
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.types import DTYPES, f16, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+Load = Callable[["Expr"], "Expr"]
+"""A vector of the bytes at a place of a block, u8."""
+
+_i32, _i16, _i8 = (DTYPES[name] for name in ("i32", "i16", "i8"))
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """A form as kernels read it.
+
+    bits   of an element: 8, signed, or 4
+    group  elements of a block; 0: a line is one block
+    scale  bytes of a block's scale, with which it begins: 2 or 4
+    least  whether a block's least value follows the scale, in 2 bytes
+    zero   what is taken from an element: 8, or 0
+    """
+
+    bits: int
+    group: int
+    scale: int = 2
+    least: bool = False
+    zero: int = 0
+
+    @property
+    def header(self) -> int:
+        """Bytes of a block before its elements."""
+        return self.scale + 2 * self.least
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a block, of a form with groups."""
+        return self.header + self.group * self.bits // 8
+
+    @property
+    def title(self) -> str:
+        """For a kernel's name."""
+        return f"{self.bits}_bits" + (f"_by_{self.group}" if self.group else "") + "_with_least" * self.least
+
+    def scales(self, k: Emitter, load: Load, base: Expr, lanes: int) -> tuple[Expr, Expr | None]:
+        """d and c of the blocks that begin at `base`; None for a c of 0."""
+        d = k.let(_float(k, [load(base + i) for i in range(self.scale)], lanes), "d")
+        if self.least:
+            return d, k.let(_float(k, [load(base + self.scale + i) for i in range(2)], lanes), "c")
+        return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
+
+    def elements(self, k: Emitter, byte: Expr, lanes: int) -> list[Expr]:
+        """The elements in a byte, as float32: one, or the one of the block's first half and the one of its second."""
+        if self.bits == 8:
+            return [k.cast(k.cast(k.bits(byte, _i8, lanes), _i32, lanes), f32, lanes)]
+        wide = k.let(k.cast(byte, _i32, lanes), "byte")
+        low = wide & k.number(15, _i32, lanes)
+        return [k.cast(low, f32, lanes), k.cast(wide >> k.number(4, _i32, lanes), f32, lanes)]
+
+
+def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
+    """A float16 of two bytes, or a float32 of four, the lowest first; as float32."""
+    made = k.cast(bytes[0], _i32, lanes)
+    for place, byte in enumerate(bytes[1:], start=1):
+        made = made | k.shift_left(k.cast(byte, _i32, lanes), k.number(8 * place, _i32, lanes))
+    if len(bytes) == 4:
+        return k.bits(made, f32, lanes)
+    return k.cast(k.bits(k.cast(made, _i16, lanes), f16, lanes), f32, lanes)
+
+
+INT8_ROWS = PackedForm(8, 0, scale=4)
+"""Rows of 8 bits, each with one float32 scale."""
+
+
+def packed_form(encoding: Encoding) -> PackedForm | None:
+    """How kernels read an encoding; None: they do not."""
+    if encoding.form == "int4_groups":
+        return PackedForm(4, encoding.group, zero=8)
+    return {
+        "int8_rows": INT8_ROWS,
+        "q8_0": PackedForm(8, 32),
+        "q4_0": PackedForm(4, 32, zero=8),
+        "q4_1": PackedForm(4, 32, least=True),
+    }.get(encoding.form)

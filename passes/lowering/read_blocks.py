@@ -1,0 +1,134 @@
+"""Weights that kernels read in blocks: their blocks are laid out, and decoded where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from treadle.ir.analysis.weight_only import values_of_weights
+from treadle.ir.builder import describe_source
+from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
+from treadle.ir.layouts import Layout
+from treadle.ir.ops.layout import Relayout
+from treadle.ir.transforms.clone import clone_node
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+WantsBlocks = Callable[[Node, int], Layout | str]
+"""In which layout a node reads the blocks of the operand that is decoded at a position, or why it reads numbers."""
+
+
+def in_blocks(node: Node, position: int) -> bool:
+    """Whether a node reads an operand in blocks: what decodes it reads blocks that are laid out."""
+    value = node.operands[position]
+    made = None if value is None else value.node
+    return made is not None and made.op.decodes and made.inputs[0].layout is not None
+
+
+@dataclass(frozen=True)
+class ReadBlocks(Pass):
+    """linear(x, decode(w))   -->   linear(x, decode(relayout(w, to=panels(32))))     where weights alone decide w
+
+    wants  how a node of the backend reads blocks
+
+    `HoistWeights` lays the blocks out once.
+    Refuses: a decode of which some reader takes numbers, or another layout: blocks and numbers of one weight would be
+    there twice.
+    """
+
+    rewrites: ClassVar[bool] = False
+    wants: WantsBlocks = field(repr=False)
+
+    @property
+    def options(self) -> str:
+        return ""
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        log.touched = set()
+        if not any(node.op.decodes for _, node in graph.walk()):
+            return 0
+        fixed = values_of_weights(graph)
+        for function in graph.functions.values():
+            if self._read(function, fixed, log):
+                log.touched.add(function.name)
+        return len(log.touched)
+
+    def _read(self, function: Function, fixed: set[Value], log: PassRecord) -> bool:
+        uses, nodes = function.uses(), list[Node]()
+        laid: dict[tuple[Value, Layout], Node] = {}
+        for node in function.nodes:
+            layout = self._layout(node, uses.get(node.result, ()), function, log) if node.op.decodes else None
+            if layout is not None and node.inputs[0] in fixed:
+                (blocks,) = node.inputs
+                if (blocks, layout) not in laid:
+                    name = f"{blocks.name.rpartition('.')[2]}_{layout.kind}"
+                    made = Node(Relayout(to=layout), [blocks], [blocks.type], name, node.scope, node.source)
+                    laid[blocks, layout] = made
+                    nodes.append(made)
+                node.operands = (laid[blocks, layout].result,)
+                what = f"{blocks.name} is read in {blocks.type.encoding} blocks, {layout}"
+                log.notes.append(f"{what}: {_told(uses, node)}")
+            nodes.append(node)
+        function.nodes = nodes
+        return bool(laid)
+
+    def _layout(
+        self, node: Node, readers: Sequence[tuple[Node, int]], function: Function, log: PassRecord
+    ) -> Layout | None:
+        """The one layout in which all readers want the blocks; None, and a note, where there is none."""
+        wanted = [self.wants(reader, at) for reader, at in readers]
+        layouts = {each for each in wanted if isinstance(each, Layout)}
+        whys = [each for each in wanted if isinstance(each, str)]
+        if node.result in function.results:
+            whys.append("it is an output")
+        if not whys and len(layouts) == 1:
+            (layout,) = layouts
+            return layout
+        if not whys and layouts:
+            whys.append(f"it is read in {' and '.join(sorted(map(str, layouts)))}")
+        if whys:
+            place = describe_source(node.source, node.scope) or function.name
+            told = "; ".join(dict.fromkeys(whys))
+            log.notes.append(f"{node.inputs[0].name} is not read in blocks: {told}, {place}")
+        return None
+
+
+@dataclass(frozen=True)
+class DecodeWhereRead(Pass):
+    """w = decode(b); y = linear(x, w); z = gather(w, i)   -->   y = linear(x, decode(b)); z = gather(decode(b), i)
+
+    for blocks that are laid out: each reader's kernel unpacks them in registers. It is the last pass before storage is
+    planned: common subexpressions would be one again.
+    """
+
+    rewrites: ClassVar[bool] = False
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        log.touched = set()
+        for function in graph.functions.values():
+            if self._split(function):
+                log.touched.add(function.name)
+        return len(log.touched)
+
+    def _split(self, function: Function) -> int:
+        nodes: list[Node] = []
+        split = 0
+        for node in function.nodes:
+            operands = list(node.operands)
+            for at, value in enumerate(operands):
+                if value is not None and value.node is not None and in_blocks(node, at):
+                    (blocks,) = value.node.inputs
+                    copy = clone_node(value.node, {blocks: blocks}, function)
+                    nodes.append(copy)
+                    operands[at] = copy.result
+                    split += 1
+            node.operands = tuple(operands)
+            nodes.append(node)
+        function.nodes = needed_nodes(nodes, function.results)
+        return split
+
+
+def _told(uses: dict[Value, list[tuple[Node, int]]], node: Node) -> str:
+    names = ", ".join(dict.fromkeys(reader.op.name for reader, _ in uses[node.result]))
+    return f"{names}, {describe_source(node.source, node.scope) or 'of main'}"
