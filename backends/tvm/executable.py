@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,9 @@ class KernelExecutable(EntryExecutable):
         self.notes = find_leftovers(program, graph.symbols)
         self.compiled = cache.compiled
         self.machine = _Machine(graph.name, program, cache, weights, threads, entries)
-        self.called |= {f.name: _KernelEntry(self.machine, self.state_kinds, graph, f) for f in graph.later_entries}
+        made = {f.name: _KernelEntry(self.machine, self.state_kinds, graph, f) for f in graph.later_entries}
+        self.called |= made
+        self.timed = made[graph.main.name].timed
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -87,6 +90,11 @@ class KernelExecutable(EntryExecutable):
     def source(self) -> str:
         """The program as a listing of its steps, then every distinct kernel as TVMScript."""
         return list_program(self.name, self.program, self.cache.isa, self._prepared)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights as they are laid out, and of the arena of the largest run so far."""
+        return self.machine.nbytes
 
     def assembly(self, title: str) -> str:
         """The assembly of a kernel, by its name in `source`. Raises BackendError where there is none of that name."""
@@ -115,6 +123,17 @@ class _KernelEntry:
         made = self._machine.run(self._name, sizes, arrays, held, self._stored)
         tensors = any(_is_tensor(value) for value in given.values())
         return Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
+
+    def timed(self, given: Mapping[str, Any], runs: int) -> tuple[Plan, dict[str, int], list[list[float]]]:
+        """Run it so often on arrays by name, call by call: its plan, the symbols' sizes, and each call's seconds.
+
+        For measuring; see `treadle.backends.tvm.profiling`. Raises BackendError as a call does.
+        """
+        held = self._kinds.check(None)
+        taken, sizes = self.signature.bind_sized(given, take, held.sizes)
+        arrays = dict(zip(self._program.inputs, taken, strict=True))
+        plan, seconds = self._machine.timed(self._name, sizes, arrays, held, self._stored, runs)
+        return plan, sizes, seconds
 
     def __repr__(self) -> str:
         takes, gives = (", ".join(map(str, p)) for p in (self.inputs, self.outputs))
@@ -145,6 +164,11 @@ class _Machine:
         self._lock = threading.Lock()
         self._runner = _TableRunner(entries[Runner()]) if Runner() in entries else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, each once, and of the arena."""
+        return sum({id(array): array.nbytes for array in self.weights.values()}.values()) + self._arena.nbytes
+
     def run(
         self,
         entry: str,
@@ -159,8 +183,38 @@ class _Machine:
         with self._lock:
             plan = self._plan(entry, sizes)
             made = {name: _allocated(plan.shapes[name], dtype) for name, dtype in outputs.items()}
-            self._run(plan, given, states, made)
+            table = self._place(plan, given, states, made)
+            assert self._runner is not None
+            failed = run_poisoned(plan, table, self._arena, self._runner) if poisons() else self._runner(table)
+            self._check(plan, failed)
         return made
+
+    def timed(
+        self,
+        entry: str,
+        sizes: Mapping[str, int],
+        given: Mapping[str, Array],
+        states: States,
+        outputs: Mapping[str, np.dtype[Any]],
+        runs: int,
+    ) -> tuple[Plan, list[list[float]]]:
+        """Run an entry so often, call by call; the seconds of each call of its plan."""
+        if self._runner is None:
+            self.cache.refuse_other_machine()
+        with self._lock:
+            plan = self._plan(entry, sizes)
+            made = {name: _allocated(plan.shapes[name], dtype) for name, dtype in outputs.items()}
+            table = self._place(plan, given, states, made)
+            assert self._runner is not None
+            calls = [table[i : i + 1] for i in range(len(table))]
+            seconds: list[list[float]] = [[] for _ in calls]
+            for _ in range(runs):
+                for number, (call, found) in enumerate(zip(calls, seconds, strict=True)):
+                    started = time.perf_counter()
+                    failed = self._runner(call)
+                    found.append(time.perf_counter() - started)
+                    self._check(plan, -1 if failed < 0 else number)
+        return plan, seconds
 
     def _plan(self, entry: str, sizes: Mapping[str, int]) -> Plan:
         key = entry, tuple(sorted(sizes.items()))
@@ -177,7 +231,8 @@ class _Machine:
             self.plans.popitem(last=False)
         return plan
 
-    def _run(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> None:
+    def _place(self, plan: Plan, given: Mapping[str, Array], states: States, made: Mapping[str, Array]) -> Array:
+        """Tell a plan where everything lies; returns its table."""
         if self._arena.nbytes < plan.arena + ALIGNMENT:
             self._arena = _allocated((plan.arena + ALIGNMENT,), np.dtype(np.uint8))
         plan.put(Arena(), aligned(address(self._arena), ALIGNMENT))
@@ -190,12 +245,14 @@ class _Machine:
                 plan.put(State(name), address(array))
             plan.states = weakref.ref(states)
         tvm_runtime.set_threads(self.threads)
-        assert self._runner is not None
         table = plan.table
         if tvm_runtime.pool_is_lost():
             table = table.copy()
             table[:, -1] = True
-        failed = run_poisoned(plan, table, self._arena, self._runner) if poisons() else self._runner(table)
+        return table
+
+    def _check(self, plan: Plan, failed: int) -> None:
+        """Raise BackendError for the call of that number, which failed, or for what one told of."""
         if failed >= 0:
             plan.status[:] = 0  # of the kernels before
             step = plan.steps[failed]

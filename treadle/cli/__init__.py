@@ -16,7 +16,10 @@ from typing import Any
 from treadle.cli.application import app as app
 from treadle.cli.application import forget_output, print_json, saying
 
-COMMANDS = ("inspect", "compile", "explain", "run", "verify", "export", "bench", "embed", "generate", "models", "fetch")
+COMMANDS = (
+    *("inspect", "compile", "explain", "run", "verify", "export", "bench", "roofline", "embed", "generate", "models"),
+    "fetch",
+)
 """In the order of `--help`."""
 
 for _name in COMMANDS:

@@ -1,0 +1,241 @@
+"""`measure_roofline`: each distinct kernel of a run beside what the machine allows (Williams et al. 2009).
+
+    found = measure_roofline(t.compile("bert", backend="tvm"), {"B": 1, "S": 128})
+    print(found)
+
+A kernel's operations are those of the nodes that it computes, its bytes those of the operands and results that it is
+given, each once. The least time that it could take is the longer of operations over the machine's rate for their dtype,
+and bytes over what a plain read has of as many bytes as the model's weights and arena take. What an earlier kernel has
+left in a near cache may go below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.lowering.listing import unique_titles
+from treadle.backends.tvm.lowering.program import KernelStep
+from treadle.backends.tvm.profiling import TimedCall, time_calls
+from treadle.benching.serving import measured_limits
+from treadle.compiled import Compiled
+from treadle.compiling import compile as compiled
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.builder import Builder, describe_source
+from treadle.ir.errors import Hint, UsageError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.storage.views import StorageKind
+from treadle.ir.target import Target
+from treadle.ir.types import bf16, f32
+from treadle.passes.products.narrow_products import NarrowProducts
+from treadle.reports import human, sizes_text
+
+_LARGE = 1536  # rows, columns and terms of the product that is measured for a dtype's rate
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """A kernel at its sizes.
+
+    calls     in a run
+    seconds   of one call, the median
+    flops     of one call
+    bytes     of one call
+    dtype     in which it multiplies: f32 or bf16
+    least     the seconds that one call could take at the machine's rates
+    source    the user's line of the node that it computes last
+    """
+
+    kernel: str
+    what: str
+    calls: int
+    seconds: float
+    flops: int
+    bytes: int
+    dtype: str
+    least: float
+    source: str
+
+    @property
+    def total(self) -> float:
+        """Seconds of all its calls."""
+        return self.calls * self.seconds
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """All kernels of a run, the longest first.
+
+    rates  floating-point operations a second of each dtype: what the best of a large product and these kernels reaches
+    read   bytes a second that a plain read has, of as many as the model holds
+    held   bytes of its weights and its arena
+    """
+
+    model: str
+    target: str
+    threads: int
+    sizes: Mapping[str, int]
+    rows: tuple[KernelRow, ...]
+    rates: Mapping[str, float]
+    read: float
+    held: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        names = ("kernel", "what", "calls", "seconds", "flops", "bytes", "dtype", "least", "source")
+        return {
+            "model": self.model,
+            "target": self.target,
+            "threads": self.threads,
+            "sizes": dict(self.sizes),
+            "rates": dict(self.rates),
+            "read": self.read,
+            "held": self.held,
+            "kernels": [{name: getattr(row, name) for name in names} for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        total = sum(row.total for row in self.rows)
+        at = f" at {sizes_text(self.sizes)}" if self.sizes else ""
+        plural = "s" * (self.threads != 1)
+        yield f"{self.model}{at} on {self.target}, {self.threads} thread{plural}: {total * 1e3:.3g} ms in kernels"
+        told = [f"{human(rate, 'FLOP')}/s in {dtype}" for dtype, rate in self.rates.items()]
+        reads = f"a plain read of the {human(self.held, 'B')} that it holds {human(self.read, 'B')}/s"
+        yield f"products reach {' and '.join(told)} here, {reads}"
+        yield ""
+        head = ("share", "calls", "us", "FLOP", "bytes", "FLOP/s", "B/s", "of least", "kernel")
+        cells = [head, *(self._cells(row, total) for row in self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head) - 1)]
+        sources = ["", *(f"{row.what}  {row.source}".rstrip() for row in self.rows)]
+        for row, source in zip(cells, sources, strict=True):
+            numbers = [text.rjust(width) for text, width in zip(row, widths, strict=False)]
+            yield "  ".join([*numbers, row[-1], source]).rstrip()
+        least = sum(row.calls * row.least for row in self.rows)
+        yield ""
+        yield f"at these rates the same calls would take {least * 1e3:.3g} ms, {least / total:.0%}"
+
+    def _cells(self, row: KernelRow, total: float) -> tuple[str, ...]:
+        return (
+            f"{row.total / total:.1%}",
+            str(row.calls),
+            f"{row.seconds * 1e6:.1f}",
+            human(row.flops),
+            human(row.bytes),
+            human(row.flops / row.seconds),
+            human(row.bytes / row.seconds),
+            f"{row.least / row.seconds:.0%}",
+            row.kernel,
+        )
+
+
+def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int = 9, seed: int = 0) -> Roofline:
+    """Run a model of the TVM backend call by call, at sizes for its symbols, on drawn inputs.
+
+    Raises UsageError for another backend, and for a model with states.
+    """
+    exe = model.executable
+    if not isinstance(exe, KernelExecutable):
+        raise UsageError(
+            f"a roofline is one of kernels, and the {model.backend} backend calls a library's",
+            hint=Hint('backend="tvm"', "--backend tvm"),
+        )
+    if model.graph.states:
+        raise UsageError(f"{model.name} has states, and a roofline runs a model without any")
+    calls = time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds)
+    held = exe.nbytes
+    limits = measured_limits(held)
+    rows = list(_rows(model, calls))
+    rates = {"f32": max(limits["flops"], _rate("f32", model.target, rounds))}
+    if any(row.dtype == "bf16" for row in rows):
+        rates["bf16"] = _rate("bf16", model.target, rounds)
+    for row in rows:
+        rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
+    read = limits["read"]
+    told = [replace(row, least=max(row.flops / rates[row.dtype], row.bytes / read)) for row in rows]
+    return Roofline(model.name, str(model.target), exe.threads, dict(sizes), tuple(told), rates, read, held)
+
+
+def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
+    """A row for each kernel at its sizes, without the least time."""
+    lowered = model.optimized.lowered
+    assert lowered is not None
+    assert lowered.plan is not None
+    groups = {step.root: step.nodes for plan in lowered.plan.functions.values() for step in plan.steps}
+    exe = model.executable
+    assert isinstance(exe, KernelExecutable)
+    titles = unique_titles(exe.kernels)
+    alike: dict[tuple[str, tuple[int, ...], Node | None], list[TimedCall]] = {}
+    for call in calls:
+        sizes = tuple([size.evaluate(call.sizes) for size in call.step.sizes])
+        alike.setdefault((titles[call.step.kernel], sizes, call.step.node), []).append(call)
+    longest: dict[Node, float] = {}
+    for (_, _, node), found in alike.items():
+        if node is not None:
+            longest[node] = max(longest.get(node, 0.0), _middle(found))
+    rows: dict[tuple[str, str, int, int], KernelRow] = {}
+    for (title, _, node), found in alike.items():
+        step, at = found[0].step, found[0].sizes
+        seconds = _middle(found)
+        nodes = groups.get(node, ()) if node is not None and seconds == longest[node] else ()
+        flops = sum(node_cost(each, at).flops for each in nodes)
+        moved, dtype = _bytes(step, at), _dtype(step)
+        if nodes:  # of a table that is gathered from some rows are read
+            moved = min(moved, sum(node_cost(each, at).bytes for each in nodes))
+        what = "+".join(dict.fromkeys(n.op.name for n in nodes)) or (node.op.name if node is not None else "")
+        source = describe_source(node.source, "") or "" if node is not None else ""
+        row = KernelRow(title, what, len(found), seconds, flops, moved, dtype, 0.0, source)
+        key = (title, what, flops, moved)
+        rows[key] = _joined(rows.get(key), row)
+    return iter(sorted(rows.values(), key=lambda row: -row.total))
+
+
+def _joined(other: KernelRow | None, row: KernelRow) -> KernelRow:
+    """The same kernel at the same sizes in another place of the model, counted together."""
+    if other is None:
+        return row
+    calls = row.calls + other.calls
+    return replace(other, calls=calls, seconds=(row.total + other.total) / calls, source=other.source or row.source)
+
+
+def _middle(calls: list[TimedCall]) -> float:
+    return float(np.median([call.seconds for call in calls]))
+
+
+def _bytes(step: KernelStep, sizes: Mapping[str, int]) -> int:
+    """Of what its pointers show, each storage once, the largest view of it."""
+    found: dict[int, int] = {}
+    for view in step.pointers:
+        if view.storage.kind is not StorageKind.STATUS:
+            held = view.storage.elements.evaluate(sizes)
+            shown = held
+            if view.panels is None:
+                shown = min(held, int(np.prod([n.evaluate(sizes) for n in view.shape], dtype=np.int64)))
+            taken = shown * view.dtype.bytes
+            found[id(view.storage)] = max(found.get(id(view.storage), 0), taken)
+    return sum(found.values())
+
+
+def _dtype(step: KernelStep) -> str:
+    """In what a step multiplies: bf16 where it reads weights that lie in pairs."""
+    return "bf16" if any(v.panels is not None and v.panels.kind == "pairs" for v in step.pointers) else "f32"
+
+
+def _rate(dtype: str, target: Target, rounds: int) -> float:
+    """The operations a second of a large product, by our own kernels."""
+    b = Builder(Graph("product"))
+    b.outputs(y=b.linear(b.input("x", f32[_LARGE, _LARGE]), b.parameter("w", f32[_LARGE, _LARGE])))
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal((_LARGE, _LARGE), np.float32) for _ in range(2))
+    passes = [NarrowProducts()] if dtype == bf16.name else []
+    made = compiled(b.graph, backend="tvm", target=target, weights={"w": w}, passes=passes)
+    assert isinstance(made.executable, KernelExecutable)
+    times = time_calls(made.executable, {"x": x}, rounds)
+    return 2 * _LARGE**3 / max(call.seconds for call in times)
