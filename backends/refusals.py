@@ -53,7 +53,11 @@ def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
 def refuse_nodes(
     graph: Graph, backend: str, supports: Callable[[Node], str | None], *, hint: str | None = None
 ) -> None:
-    """Raise one BackendError that lists every node which a backend does not support, with its source."""
+    """Raise one BackendError that lists every node which a backend does not support, with its source; or for a state
+    that is held in blocks, which none of ours has."""
+    if encoded := [f"%{name}: {v.type}" for name, v in graph.states.items() if v.type.encoding is not None]:
+        what = f"the {backend} backend holds no states in blocks"
+        raise BackendError(what, received="\n".join(encoded[:20]), hint="states of numbers")
     refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
     if not refused:
         return

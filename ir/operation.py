@@ -32,10 +32,11 @@ from treadle.ir.axes import Application, AxisDim, Role, Rule
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.rules.axis_rule_text import parse_rule
+from treadle.ir.rules.block_rules import encoded_type, moved_encoding, unread_blocks
 from treadle.ir.rules.dtype_rules import infer_dtypes
 from treadle.ir.samples import Sample
 from treadle.ir.sizing.sizes import Size, SizeLike
-from treadle.ir.types import Dim, DType, Type, f64
+from treadle.ir.types import DType, Type, f64
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder, Expr
@@ -133,8 +134,14 @@ class Op:
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
         """The encodings of its results, whose axes `found` tells. Raises RuleError for an encoded operand that it does
         not take."""
-        encoded = [i for i, t in enumerate(types) if t is not None and t.encoding is not None]
-        return block_encodings(self, types, found, encoded) if encoded else (None,) * len(found.shapes)
+        if all(t is None or t.encoding is None for t in types):
+            return (None,) * len(found.shapes)
+        names = self.operand_names(len(types))
+        if not self.moves_blocks:
+            raise unread_blocks(self.name, names, types)
+        moved = [i for i, n in enumerate(names) if types[i] is not None and names_operand(self.moved, n)]
+        given = self.rule([None if t is None else t.rank for t in types]).given
+        return [moved_encoding(self.name, names, types, found, moved, given)]
 
     def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
         """Its result as a view of where its one operand lies; None where no strides say it, or the op is no view."""
@@ -307,7 +314,7 @@ class Op:
             dtypes = infer_dtypes(self.dtypes(), [None if t is None else t.dtype for t in types], names)
             found = self.apply(types)
             encodings = self.encodings(types, found)
-            made = [_typed(d, s, e) for d, s, e in zip(dtypes, found.shapes, encodings, strict=True)]
+            made = [encoded_type(d, s, e) for d, s, e in zip(dtypes, found.shapes, encodings, strict=True)]
         except RuleError as error:
             received = ", ".join(
                 f"{n}: {t}" for n, t in zip(self.operand_names(len(types)), types, strict=True) if t is not None
@@ -431,45 +438,6 @@ class Composite(Op):
         from treadle.ir.transforms.differentiate import body_gradient
 
         return body_gradient(self, b, grads, inputs)
-
-
-def _typed(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None) -> Type:
-    if encoding is None:
-        return Type(dtype, dims)
-    try:
-        return Type(dtype, dims, encoding)
-    except GraphError as error:  # a line that is no whole number of blocks
-        raise RuleError(error.what, received=error.received, hint=error.hint) from None
-
-
-def block_encodings(
-    op: Op, types: Sequence[Type | None], found: Application, encoded: Sequence[int]
-) -> Sequence[Encoding | None]:
-    """The encoding of the one result of an op that moves blocks of some operands. Raises RuleError where it cannot."""
-    names = op.operand_names(len(types))
-    first = types[encoded[0]]
-    assert first is not None
-    assert first.encoding is not None
-    what = f"{names[encoded[0]]} is encoded as {first.encoding}"
-    if not op.moves_blocks or len(found.results) != 1:
-        raise RuleError(f"{what}, and {op.name} reads numbers", hint="decode it first")
-    moved = [i for i, name in enumerate(names) if types[i] is not None and names_operand(op.moved, name)]
-    given = op.rule([None if t is None else t.rank for t in types]).given
-    places = set()
-    for i in moved:
-        type, dims = types[i], found.operands[i]
-        assert type is not None
-        assert dims is not None
-        if type.encoding is None or type.encoding.along(-1) != first.encoding.along(-1):
-            raise RuleError(f"{what}, {names[i]} as {type.encoding or 'nothing'}", hint="decode both first")
-        axis = dims[type.encoding.axis]
-        alone = axis.size is None and len(axis.factors) == 1 and axis.factors[0] not in given
-        whole = alone and found.factors[axis.factors[0]].role is Role.MAPPED
-        places.add(found.results[0].index(axis) if whole and axis in found.results[0] else None)
-    if len(places) != 1 or None in places:
-        raise RuleError(f"{what}, and {op.name} takes its blocks apart", hint="decode it first")
-    (place,) = places
-    return [first.encoding.along(place if place is not None else -1)]
 
 
 @lru_cache(maxsize=256)

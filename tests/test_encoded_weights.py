@@ -278,6 +278,24 @@ def test_a_weight_that_is_not_its_blocks_is_refused(backend: str) -> None:
         assert "weight a must be f32[4, 64] as q8_0, held in u8[4, 68]" in str(error.value)
 
 
+@pytest.mark.parametrize("backend", backend_names())
+def test_states_in_blocks_are_refused(backend: str) -> None:
+    if (reason := find_backend(backend).available()) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    graph = parse_graph("""graph g {
+      symbols B
+      states { cache: f32[3, 9, 64] as int8_rows }
+      prefill(x: f32[B, 1, 64], i: i64[B]) -> (y: f32[B, 1, 64]) {
+        held = encode(x, to=int8_rows)
+        %cache = append(%cache, held, i, i, axis=1)
+        return y = x
+      }
+    }""")
+    with pytest.raises(BackendError, match="holds no states in blocks") as error:
+        treadle.compile(graph, backend=backend)
+    assert "%cache: f32[3, 9, 64] as int8_rows" in str(error.value)
+
+
 def test_many_bits_out_of_few_are_not_too_many_to_hoist() -> None:
     """Two and a half bits become 32, which is more than eight times the bytes that the file has."""
     graph = parse_graph("""graph g {

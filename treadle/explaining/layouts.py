@@ -204,8 +204,12 @@ def _lying(
     recipe = made.get(name)
     told = recipe.told(within=scope) if recipe is not None and recipe.nodes else ""
     readers = []
-    for node, _ in function.uses().get(value, ()):
+    uses = function.uses()
+    decoded = [(node, uses.get(node.result, ())) for node, _ in uses.get(value, ()) if node.op.decodes]
+    blocks = {reader for _, readers in decoded for reader, _ in readers}  # which unpack them
+    for node, _ in [use for use in uses.get(value, ()) if not use[0].op.decodes] + [u for _, us in decoded for u in us]:
         reader = node.op.name if node.op.callee is None else f"call of {node.op.callee}"
+        reader += " in blocks" * (node in blocks)
         readers.append(f"{reader}  {describe_source(node.source, node.scope) or ''}".rstrip())
     if value in function.outputs.values():
         readers.append("an output")

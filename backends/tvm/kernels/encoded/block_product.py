@@ -60,6 +60,7 @@ class BlockProduct(Matmul):
     ) -> None:
         form, w, lanes = self.form, views["w"], k.isa.lanes()
         vectors = self.width // lanes
+        ahead = k.isa.ahead // self.width if brings else 0  # bytes of a line, of which a panel has `width`
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
@@ -74,10 +75,14 @@ class BlockProduct(Matmul):
                 start = k.let(group * form.group, "start")
                 with k.loop(form.group * form.bits // 8, "b") as b:
                     place = k.let(base + (b + form.header), "place")
+                    if ahead:
+                        k.prefetch(w, [*batch, panel, place + ahead, 0])
                     self._products(k, views, panel, first, rows, place, acc, batch, held, start + b)
         else:
             with k.loop(depth, "k") as step:
                 place = k.let(step + form.header, "place")
+                if ahead:
+                    k.prefetch(w, [*batch, panel, place + ahead, 0])
                 self._products(k, views, panel, first, rows, place, acc, batch, None, step)
         tile = k.registers(rows * self.width, f32, "tile")
         for j in range(vectors):
