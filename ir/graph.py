@@ -216,11 +216,11 @@ def _is_empty(function: Function) -> bool:
 
 
 def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
-    """Those of the nodes, which are in program order, that values are computed by."""
+    """Those of the nodes, which are in program order, that values are computed by, or in which ranks meet."""
     needed = set(values)
     found: list[Node] = []
     for node in reversed(nodes):
-        if any(v in needed for v in node.results):
+        if node.op.meets_ranks or any(v in needed for v in node.results):
             needed.update(node.inputs)
             found.append(node)
     return found[::-1]

@@ -92,6 +92,9 @@ class Op:
     decodes: ClassVar[bool] = False
     """Whether its result is what its encoded operand means: of a weight, it is the weight to every pass."""
     callee: str | None = None
+    meets_ranks: bool = False
+    """Whether ranks of a mesh meet in it: each counts on all others to come, as often and in the same order. So it is
+    never dropped, joined with another, or done once for all calls."""
     is_word: ClassVar[bool] = True
     """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
     samples: ClassVar[Sequence[Sample]] = ()

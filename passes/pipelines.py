@@ -31,7 +31,7 @@ class Pipeline(tuple[Pass, ...]):
         return f"<pipeline of {len(self)} passes>"
 
 
-DEFAULT = Pipeline(
+RECOGNITION = Pipeline(
     (
         # one spelling for everything, no work done twice, and none that nobody reads: it would keep others from fusing
         FoldConstants(),
@@ -47,6 +47,13 @@ DEFAULT = Pipeline(
         FuseGelu(),
         FuseLinear(),
         FoldScale(),
+    )
+)
+"""What says in ops what a graph means. Where it is split over a mesh, this comes before (docs/sharding.md)."""
+
+MERGING = Pipeline(
+    (
+        # several ops as one, which a kernel computes at once
         FuseGatedLinear(),
         FuseActivatedLinear(),
         FuseEmbeddingSum(),
@@ -57,4 +64,7 @@ DEFAULT = Pipeline(
         DeadCode(),
     )
 )
+"""What puts ops together that run as one."""
+
+DEFAULT = Pipeline((*RECOGNITION, *MERGING))
 """For every graph and every backend."""

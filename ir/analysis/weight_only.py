@@ -12,7 +12,8 @@ def weight_only_nodes(function: Function, calls: Callable[[Node], bool] | None =
     """The nodes that read weights and constants and nothing else, in program order.
 
     What is made of constants alone belongs to them only as far as they read it: folding is there for the rest. Calls
-    do not, but for those that `calls` takes, nor does what depends on a size that is known only at the call.
+    do not, but for those that `calls` takes, nor does what depends on a size that is known only at the call, nor what
+    other ranks take part in.
     """
     fixed: set[Value] = set(function.parameters.values())
     weighty = set(fixed)
@@ -67,6 +68,8 @@ def is_made_of_weights(value: Value) -> bool:
 
 def _is_fixed(node: Node, fixed: set[Value], calls: Callable[[Node], bool] | None) -> bool:
     if node.op.callee is not None and (calls is None or not calls(node)):
+        return False
+    if node.op.meets_ranks:
         return False
     if attribute_symbols(node.op) or any(v.type.symbols for v in node.results):
         return False

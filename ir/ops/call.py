@@ -33,6 +33,8 @@ class Call(Primitive):
     """The layouts of what it takes and gives; empty where all is row-major."""
     updated: tuple[int, ...] = ()
     """The positions of the operands that its last results update."""
+    meets_ranks: bool = False
+    """Whether ranks meet in the function, or in one that it calls."""
 
     @staticmethod
     def of(function: Function) -> Call:
@@ -44,6 +46,7 @@ class Call(Primitive):
             gives=tuple([v.type for v in function.results]),
             takes_in=_layouts(function.arguments),
             gives_in=_layouts(function.results),
+            meets_ranks=any(node.op.meets_ranks for node in function.nodes),
             updated=tuple([first + at for at, name in enumerate(function.states) if name in function.updated]),
         )
 

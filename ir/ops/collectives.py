@@ -51,6 +51,7 @@ class Collective(Primitive):
     """
 
     is_word = False
+    meets_ranks = True
     over: str
     ways: int
     because: str = ""

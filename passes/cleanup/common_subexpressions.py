@@ -17,8 +17,8 @@ class CommonSubexpressions(Pass):
 
     Two nodes are one if op, attributes and operands agree; operands agree if they are one value or constants
     of equal dtype, shape and bits. The first keeps its place, scope and source line. Calls of one function on
-    the same values are merged as well. What updates a state is never merged. Works within a function, not across
-    functions.
+    the same values are merged as well. What updates a state is never merged, nor is that in which ranks meet. Works
+    within a function, not across functions.
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
@@ -29,7 +29,7 @@ class CommonSubexpressions(Pass):
             if merged and any(v in merged for v in node.inputs):
                 node.operands = tuple(v if v is None else merged.get(v, v) for v in node.operands)
             key = (op_key(node.op), *[v if v is None or v.literal is None else v.literal for v in node.operands])
-            first = node if node.op.updates else known.setdefault(key, node)
+            first = node if node.op.updates or node.op.meets_ranks else known.setdefault(key, node)
             if first is node:
                 kept.append(node)
             else:

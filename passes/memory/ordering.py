@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from treadle.ir.analysis.state_views import deadlines
 from treadle.ir.errors import SizeError
@@ -139,11 +140,15 @@ class _Making:
 
 
 def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
-    """For each step those that must come before it: what makes what it reads, and who reads a state that it updates."""
+    """For each step those that must come before it: what makes what it reads, who reads a state that it updates, and of
+    two in which ranks meet the first."""
     at = {node: i for i, step in enumerate(steps) for node in step.nodes}
     found: list[set[int]] = [set() for _ in steps]
     for i, step in enumerate(steps):
         found[i].update(at[v.node] for v in step.inputs if v.node is not None)
     for node, updated in deadlines(function).items():
         found[at[function.nodes[updated]]].add(at[node])
+    meetings = [i for i, step in enumerate(steps) if any(node.op.meets_ranks for node in step.nodes)]
+    for first, second in pairwise(meetings):
+        found[second].add(first)
     return tuple([tuple(sorted(before - {i})) for i, before in enumerate(found)])

@@ -1,0 +1,75 @@
+"""What passes may not do to an op in which ranks meet: each rank counts on all others to come, as often, in order."""
+
+from __future__ import annotations
+
+from treadle.ir.analysis.weight_only import weight_only_nodes
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph
+from treadle.ir.text.parser import parse_graph
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.memory.ordering import must_precede
+from treadle.passes.memory.plan_storage import PlanStorage
+from treadle.passes.pipelines import MERGING
+
+
+def reduced(b: Builder, x: Expr) -> Expr:
+    made: Expr = b.apply("all_reduce", x, over="tp", ways=2, because="it is tried")
+    return made
+
+
+def count(graph: Graph) -> int:
+    return str(graph).count("= all_reduce(")
+
+
+def test_nobody_reads_it_and_it_stays() -> None:
+    b = Builder(Graph("unread"))
+    x = b.input("x", "f32[8]")
+    reduced(b, x)
+    b.outputs(y=x * 2.0)
+    assert count(PassManager(MERGING).run(b.graph).graph) == 1
+
+
+def test_a_call_of_what_holds_it_stays() -> None:
+    graph = Graph("unread")
+    inner = Builder(graph, Function("block"))
+    inner.outputs(z=reduced(inner, inner.input("y", "f32[8]")))
+    graph.add_function(inner.function)
+    b = Builder(graph)
+    x = b.input("x", "f32[8]")
+    b.call(inner.function, [x])
+    b.outputs(y=x * 2.0)
+    assert graph.main.nodes[0].op.meets_ranks
+    left = PassManager(MERGING).run(graph).graph
+    assert "block(x)" in str(left)
+    assert count(left) == 1
+    assert parse_graph(str(left)) == left
+
+
+def test_two_alike_stay_two() -> None:
+    b = Builder(Graph("twice"))
+    x = b.input("x", "f32[8]")
+    b.outputs(y=reduced(b, x) + reduced(b, x))
+    assert count(PassManager(MERGING).run(b.graph).graph) == 2
+
+
+def test_a_weight_that_is_gathered_is_not_gathered_once_for_all_calls() -> None:
+    b = Builder(Graph("gathered"))
+    x = b.input("x", "f32[B, 8]")
+    w = b.apply("all_gather", b.parameter("w", "f32[2, 8]"), over="dp", ways=4, axis=0, size=8)
+    b.outputs(y=b.linear(x, b.tanh(w)))
+    assert not weight_only_nodes(b.graph.main)
+    assert PassManager([HoistWeights()]).run(b.graph).graph.bind is None
+
+
+def test_steps_keep_their_order() -> None:
+    b = Builder(Graph("order"))
+    x = b.input("x", "f32[64]")
+    first, second = reduced(b, b.tanh(x)), reduced(b, b.exp(x))
+    b.outputs(y=second, z=b.reduce_sum(first, axes=(0,)))
+    plan = PassManager([PlanStorage()]).run(b.graph).plan
+    assert plan is not None
+    steps = plan.functions["main"].steps
+    meetings = [i for i, step in enumerate(steps) if step.nodes[0].op.meets_ranks]
+    assert len(meetings) == 2
+    assert meetings[0] in must_precede(plan.functions["main"].function, steps)[meetings[1]]
