@@ -297,6 +297,51 @@ def test_models_lists_the_zoo_and_what_can_be_fetched(
     assert "treadle fetch minilm" in treadle_command("models").out
 
 
+# -- shard -----------------------------------------------------------------------------------------------------
+
+
+def test_shard_tells_where_ranks_meet_and_tries_it(treadle_command: Treadle) -> None:
+    said = treadle_command("shard", SMALL, "--mesh", "tp=2,dp=2", "--recipe", "megatron", "--lab")
+    assert said.code == 0
+    assert "2 x all_reduce over tp: the split of ffn is summed" in said.out
+    assert "(model.py:11, h.*.mlp.down)" in said.out
+    assert said.out.rstrip().endswith("equal")
+
+
+def test_shard_by_hand_prints_the_program_of_a_rank(treadle_command: Treadle) -> None:
+    options = ("--mesh", "tp=2", "--axis", "ffn=tp", "--axis", "vocab=tp")
+    said = treadle_command("shard", SMALL, *options, "--rank", "1")
+    assert said.code == 0
+    assert 'all_reduce(down, over="tp", ways=2, because="the split of ffn is summed")' in said.out
+    assert parse_graph(said.out).parameters["wte.weight"].type.static_shape == (5, 8)
+
+
+def test_shard_as_json(treadle_command: Treadle) -> None:
+    said = treadle_command("shard", SMALL, "--mesh", "dp=2", "--recipe", "dp", "--lab", "--json")
+    assert said.json["mesh"] == "dp=2"
+    assert said.json["collectives"] == []
+    assert said.json["lab"]["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--mesh", "tp"), "not a mesh: 'tp'"),
+        (("--mesh", "tp=2"), "nothing says how to split the model"),
+        (("--mesh", "tp=2", "--recipe", "dp"), "the mesh has not"),
+        (("--mesh", "tp=2", "--axis", "heads"), "--axis heads=tp"),
+        (("--mesh", "tp=2", "--axis", "experts=tp"), "has no axis 'experts'"),
+        (("--mesh", "tp=2", "--axis", "heads=ep"), "has no axis 'ep'"),
+        (("--mesh", "tp=2", "--recipe", "megatron", "--rank", "2"), "has no rank 2"),
+        (("--mesh", "tp=2", "--recipe", "megatron", "--sizes", "Q=2"), "no symbolic axis Q"),
+    ],
+)
+def test_shard_refuses_what_it_cannot_do(treadle_command: Treadle, options: tuple[str, ...], told: str) -> None:
+    said = treadle_command("shard", SMALL, *options)
+    assert said.code == 2
+    assert told in said.err
+
+
 # -- what bad input gets ---------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,11 @@ def parse_sizes(text: str | None) -> dict[str, int]:
     return sizes
 
 
+def parse_axes(assignments: Iterable[str]) -> dict[str, str]:
+    """`heads=tp`, `batch=dp tp`: axes of a model, each with the mesh axes that split it."""
+    return dict(_assignment(each, "--axis heads=tp") for each in assignments)
+
+
 def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
     """A size for every symbol: as asked, else 1 for a leading axis of the inputs and 128 for others, within bounds.
 

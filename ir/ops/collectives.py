@@ -144,6 +144,7 @@ class _Along(Collective):
 class AllGather(_Along):
     """y = [x_0, x_1, ...] along a dimension, on every rank"""
 
+    moves_blocks = True
     x = Operand()
 
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:

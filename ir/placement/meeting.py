@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
-from treadle.ir.errors import GraphError
+from treadle.ir.errors import GraphError, Hint
 
 if TYPE_CHECKING:
     from treadle.ir.ops.collectives import Collective
@@ -45,6 +45,6 @@ def exchanged(op: Collective, part: Any) -> Any:
     if meeting is None:
         raise GraphError(
             f"{op.name} is among {op.ways} ranks, and this program runs alone",
-            hint="treadle shard MODEL --mesh ... --lab runs the programs of all ranks",
+            hint=Hint("run_lab(plan, inputs, weights)", "treadle shard MODEL --mesh tp=2 --recipe megatron --lab"),
         )
     return meeting.exchange(op, part)

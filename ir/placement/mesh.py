@@ -10,7 +10,7 @@ part of tp that lies outermost and has 4 positions, `tp:(4)2` the part below the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -106,14 +106,19 @@ class Mesh:
                 joined.append(part)
         return " ".join(p.axis if p.size == sizes[p.axis] else f"{p.axis}:({p.outer}){p.size}" for p in joined)
 
+    @cached_property
+    def strides(self) -> Mapping[SubAxis, int]:
+        """For each part of an axis how far apart two ranks are that are neighbours along it."""
+        found, stride = {}, 1
+        for name, size in self.axes:
+            own = [part for part in self.parts if part.axis == name]
+            found.update({part: stride * (size // (part.outer * part.size)) for part in own})
+            stride *= size
+        return found
+
     def coordinate(self, rank: int, part: SubAxis) -> int:
         """Where a rank stands along a part of an axis, from 0."""
-        stride = 1
-        for name, size in self.axes:
-            if name == part.axis:
-                return rank // stride % size // (size // (part.outer * part.size)) % part.size
-            stride *= size
-        raise UsageError(f"the mesh {self} has no axis {part.axis!r}")
+        return rank // self.strides[part] % part.size
 
     def index(self, rank: int, parts: Sequence[SubAxis]) -> int:
         """Where a rank stands along parts in turn: which of `ways(parts)` pieces is its own."""
@@ -124,10 +129,10 @@ class Mesh:
 
     def group(self, rank: int, parts: Sequence[SubAxis]) -> tuple[int, ...]:
         """The ranks that differ from a rank along these parts alone, in the order of `index`; itself among them."""
-        others = [p for p in self.parts if p not in parts]
-        mine = self.index(rank, others)
-        held = [r for r in range(self.ranks) if self.index(r, others) == mine]
-        return tuple(sorted(held, key=lambda r: self.index(r, parts)))
+        found = [rank - sum(self.coordinate(rank, part) * self.strides[part] for part in parts)]
+        for part in parts:
+            found = [first + at * self.strides[part] for first in found for at in range(part.size)]
+        return tuple(found)
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.axes)

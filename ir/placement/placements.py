@@ -125,15 +125,21 @@ def local_type(type: Type, placement: MeshPlacement, mesh: Mesh, rank: int) -> T
             dims.append(Dim([Factor(left, outermost.label), *others]))
         else:
             dims.append(Dim([Factor(size, outermost.label if not others else None)]))
-    return Type(type.dtype, tuple(dims))
+    return Type(type.dtype, tuple(dims), type.encoding)
 
 
 def taken_part(
     array: Array, shape: Sequence[Size], placement: MeshPlacement, mesh: Mesh, rank: int, sizes: Mapping[str, int]
 ) -> Array:
-    """The part of an array, which is a whole value of this shape, that a rank holds: a view of it."""
+    """The part of an array, which is a whole value of this shape, that a rank holds: a view of it.
+
+    Along a dimension that is not split the array may be of another size: of a value in blocks it counts bytes there.
+    """
     where = []
     for size, split in zip(shape, placement.dims, strict=True):
+        if split is None:
+            where.append(slice(None))
+            continue
         start, length = (n.evaluate(sizes) for n in span(size, split, mesh, rank))
         where.append(slice(start, start + length))
     part: Array = array[tuple(where)]

@@ -1,4 +1,4 @@
-"""The command line: `treadle inspect | compile | explain | run | verify | export | bench | embed | generate | ...`.
+"""The command line: `treadle inspect | compile | explain | run | verify | shard | export | bench | embed | ...`.
 
 docs/cli.md describes each command; each has a file of its name here.
 
@@ -17,8 +17,8 @@ from treadle.cli.application import app as app
 from treadle.cli.application import forget_output, print_json, saying
 
 COMMANDS = (
-    *("inspect", "compile", "explain", "run", "verify", "export", "bench", "roofline", "embed", "generate", "models"),
-    "fetch",
+    *("inspect", "compile", "explain", "run", "verify", "shard", "export"),
+    *("bench", "roofline", "embed", "generate", "models", "fetch"),
 )
 """In the order of `--help`."""
 

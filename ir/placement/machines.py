@@ -1,0 +1,63 @@
+"""Machines that a plan may be made for: rates, memory and links, by name. Orders of magnitude, to compare plans with.
+
+Figures of GPUs are the vendors' (NVIDIA data sheets of A100 80GB and H100 SXM); a link's is what one device sends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from treadle.ir.errors import UsageError
+from treadle.ir.placement.mesh import Mesh, SubAxes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device of a mesh, and what joins them.
+
+    flops      floating-point operations a second
+    bandwidth  bytes of its memory a second
+    memory     bytes of its memory
+    node       how many devices a fast link joins
+    fast       bytes a second that a device sends within its node
+    slow       bytes a second that a device sends out of its node
+    latency    seconds a message takes at least
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float
+    node: int
+    fast: float
+    slow: float
+    latency: float
+
+    def seconds(self, flops: float, bytes: float) -> float:
+        """How long so many operations on so many bytes take at least (the roofline of Williams et al. 2009)."""
+        return max(flops / self.flops, bytes / self.bandwidth)
+
+    def link(self, mesh: Mesh, over: SubAxes) -> float:
+        """Bytes a second along parts of a mesh: those of the slow link where a group reaches beyond its node."""
+        reach, stride = 1, 1
+        for name, size in mesh.axes:
+            for part in over:
+                if part.axis == name:
+                    reach = max(reach, stride * (size // part.outer))
+            stride *= size
+        return self.fast if reach <= self.node else self.slow
+
+
+MACHINES: dict[str, Machine] = {
+    "cpu": Machine(60e9, 20e9, 16e9, 1, 5e9, 5e9, 30e-6),
+    "a100": Machine(156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
+    "h100": Machine(495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
+}
+"""By name. Whoever plans for another adds a row."""
+
+
+def find_machine(name: str) -> Machine:
+    """The machine of that name. Raises UsageError for an unknown one."""
+    found = MACHINES.get(name)
+    if found is None:
+        raise UsageError(f"unknown device {name!r}", hint="one of " + ", ".join(MACHINES))
+    return found

@@ -1,0 +1,1 @@
+"""Sharding: a model split over a mesh of devices, by the axis rules of its ops."""

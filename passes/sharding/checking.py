@@ -1,0 +1,377 @@
+"""Checks a sharding plan, by nothing that made it.
+
+Placements are read as what they say: which positions of every dimension each rank holds, as numbers, at some sizes of
+the symbols. From there an op's axis rule alone says whether what ranks compute from their positions is their part of
+the result:
+
+- along a mapped factor all operands and results of a rank have the same positions; along one that the op needs whole,
+  or reads positions of, each rank has all
+- along a reduced factor ranks may have other positions; together, without any twice, they have all, and the result is
+  terms, by the factor's monoid, along the mesh axes where they differ
+- terms of a sum are read only by operands in which the op is linear, by all of that group and no others, and make terms
+- a step between two placements gives each rank positions that its group had before; terms are combined by the monoid by
+  which they are terms
+- what leaves a function is no terms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+from treadle.ir.axes import Application, AxisDim, Role
+from treadle.ir.composites import body_of
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Value
+from treadle.ir.operation import Composite, names_operand
+from treadle.ir.placement.mesh import Mesh, SubAxis
+from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.sizing.sizes import Size
+from treadle.passes.sharding.conversions import PlacementStep, StepKind
+from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
+
+Interval = tuple[int, int]
+"""From a position up to another one, which is not in it."""
+Terms = frozenset[SubAxis]
+_SPLITTING = (StepKind.TAKE, StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL)
+
+
+def check_sharding(plan: ShardingPlan) -> None:
+    """Raise PassError, with the function and the node, where a plan is wrong."""
+    for extra in (1, 6):
+        known = {s: 2 * plan.mesh.ranks + extra + i for i, s in enumerate(sorted(plan.graph.symbols))}
+        check = _Check(plan, known)
+        seen: dict[str, PlannedFunction] = {}
+        for planned in plan.functions:
+            check.function(planned, seen)
+            seen[planned.name] = planned
+        if plan.main.function is not plan.graph.main:
+            raise PassError("the plan is of another graph", received=plan.main.function.name)
+
+
+class _Check:
+    """The work for one draw of sizes."""
+
+    def __init__(self, plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
+        self.plan, self.mesh, self.sizes = plan, plan.mesh, sizes
+        self.where = ""
+        self.bounds: dict[tuple[Size, Split | None], list[Interval]] = {}
+
+    def fail(self, what: str, received: str | None = None) -> PassError:
+        return PassError(f"sharding plan: {what}", received=received, within=self.where)
+
+    # -- functions ---------------------------------------------------------------------------------------------
+
+    def function(self, planned: PlannedFunction, seen: Mapping[str, PlannedFunction], *, is_body: bool = False) -> None:
+        self.where = planned.name
+        if not is_body and self.plan.graph.functions.get(planned.function.name) is not planned.function:
+            raise self.fail("a function that the graph has not", planned.name)
+        have: dict[Value, set[MeshPlacement]] = {}
+        for value, placed in zip(planned.function.arguments, planned.takes, strict=True):
+            self.holds(value, placed)
+            if placed.partial and not is_body:
+                raise self.fail(f"{value.name} comes as terms", placed.text(self.mesh))
+            have[value] = {placed}
+        if [n.node for n in planned.nodes] != planned.function.nodes:
+            raise self.fail("its nodes are not those of the function")
+        for node in planned.nodes:
+            self.where = f"{planned.name}, {node.node.op.name} {node.node.scope}"
+            for move in node.moves:
+                self.move(move, have)
+            self.node(node, have, seen)
+        self.where = planned.name
+        for move in planned.moves:
+            self.move(move, have)
+        for value, placed in zip(planned.function.results, planned.gives, strict=True):
+            if placed not in self.had(value, have):
+                raise self.fail(f"{value.name} is not had in {placed.text(self.mesh)}")
+            if placed.partial and not is_body:
+                raise self.fail(f"{value.name} leaves as terms", placed.text(self.mesh))
+
+    def had(self, value: Value, have: Mapping[Value, set[MeshPlacement]]) -> set[MeshPlacement]:
+        whole = {MeshPlacement((None,) * value.type.rank)} if value.literal is not None else set()
+        return have.get(value, set()) | whole
+
+    def holds(self, value: Value, placed: MeshPlacement) -> None:
+        """Refuse a placement that says nothing, or what cannot be."""
+        used = [p for d in placed.dims if d is not None for p in d.over] + list(placed.partial)
+        if len(placed.dims) != value.type.rank or len(set(used)) != len(used):
+            raise self.fail(f"{value.name}: {value.type} cannot lie so", placed.text(self.mesh))
+        if not set(used) <= set(self.mesh.parts):
+            raise self.fail(f"{value.name} lies along an axis that the mesh has not")
+        for size, split in zip(value.type.shape, placed.dims, strict=True):
+            if split is not None:
+                parts = {self.interval(size, split, rank) for rank in _ranks(self.mesh, frozenset(split.over))}
+                if any(first >= last for first, last in parts):
+                    raise self.fail(f"{value.name}: a rank has no part of {size}", placed.text(self.mesh))
+
+    def interval(self, size: Size, split: Split | None, rank: int) -> Interval:
+        """The positions that a rank holds of a dimension."""
+        known = self.bounds.get((size, split))
+        if known is None:
+            known = self.bounds[size, split] = self.intervals(size, split)
+        return known[0 if split is None else _index(self.mesh, rank, split.over)]
+
+    def intervals(self, size: Size, split: Split | None) -> list[Interval]:
+        """The positions that each part of a split has."""
+        count = size.evaluate(self.sizes)
+        if split is None:
+            return [(0, count)]
+        grain = split.grain.evaluate(self.sizes)
+        units, rest = divmod(count, grain)
+        if rest:
+            raise self.fail(f"{size} is no multiple of {split.grain}")
+        ways = prod(part.size for part in split.over)
+        return [(at * units // ways * grain, (at + 1) * units // ways * grain) for at in range(ways)]
+
+    # -- moves -------------------------------------------------------------------------------------------------
+
+    def move(self, move: Move, have: dict[Value, set[MeshPlacement]]) -> None:
+        if move.source not in self.had(move.value, have):
+            raise self.fail(f"{move.value.name} is not had in {move.source.text(self.mesh)}")
+        now = move.source
+        for step in move.steps:
+            if step.before != now:
+                raise self.fail(f"a step of {move.value.name} begins elsewhere", step.before.text(self.mesh))
+            self.holds(move.value, step.after)
+            self.step(move.value, step)
+            now = step.after
+        if now != move.target:
+            raise self.fail(f"steps of {move.value.name} end elsewhere", now.text(self.mesh))
+        if len(move.because) != sum(step.sends for step in move.steps):
+            raise self.fail(f"{move.value.name}: not every step that sends has a reason")
+        have.setdefault(move.value, set()).add(move.target)
+
+    def step(self, value: Value, step: PlacementStep) -> None:
+        before, after, over = step.before, step.after, frozenset(step.over)
+        none: Terms = frozenset()
+        had, has = frozenset(before.partial), frozenset(after.partial)
+        expected = {
+            StepKind.ALL_REDUCE: (over, none),
+            StepKind.REDUCE_SCATTER: (over, none),
+            StepKind.KEEP_FIRST: (none, over),
+        }.get(step.kind, (none, none))
+        if not over or (had - has, has - had) != expected:
+            raise self.fail(f"{step.kind.word} of {value.name} makes other terms of terms", _told(step, self.mesh))
+        if step.kind is StepKind.REDUCE_SCATTER and before.monoid != "sum":
+            raise self.fail(f"{step.kind.word} of terms by {before.monoid}")
+        if before.partial and after.partial and before.monoid != after.monoid:
+            raise self.fail(f"terms by {before.monoid} become terms by {after.monoid}")
+        if step.kind is StepKind.KEEP_FIRST and over & frozenset(p for d in before.dims if d for p in d.over):
+            raise self.fail(f"{value.name} is split along what it becomes terms of")
+        for d, size in enumerate(value.type.shape):
+            self.dimension(value, step, d, size)
+
+    def dimension(self, value: Value, step: PlacementStep, d: int, size: Size) -> None:
+        """What a rank gets of a dimension is what a step of this kind gives it."""
+        along = {p for q in (step.before, step.after) for s in q.dims if s is not None for p in s.over}
+        for rank in _ranks(self.mesh, frozenset(along - set(step.over))):
+            group = _group(self.mesh, rank, step.over)
+            had = [self.interval(size, step.before.dims[d], other) for other in group]
+            gets = [self.interval(size, step.after.dims[d], other) for other in group]
+            if d == (step.onto if step.kind is StepKind.ALL_TO_ALL else step.dim) and step.kind in _SPLITTING:
+                fits = _covers(gets, had[0]) and len(set(had)) == 1
+            elif d == step.dim and step.kind in (StepKind.ALL_GATHER, StepKind.ALL_TO_ALL):
+                fits = _covers(had, gets[0]) and len(set(gets)) == 1
+            else:
+                fits = had == gets and len(set(had)) == 1
+            if not fits:
+                raise self.fail(
+                    f"{step.kind.word} does not give each of ranks {group[0]} to {group[-1]} its part of {value.name}",
+                    _told(step, self.mesh),
+                )
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def node(
+        self, planned: PlannedNode, have: dict[Value, set[MeshPlacement]], seen: Mapping[str, PlannedFunction]
+    ) -> None:
+        node = planned.node
+        present = [v for v in node.operands if v is not None] if planned.callee is not None else node.operands
+        for value, placed in zip(present, planned.reads, strict=True):
+            if value is not None and (placed is None or placed not in self.had(value, have)):
+                told = "nowhere" if placed is None else placed.text(self.mesh)
+                raise self.fail(f"{value.name} is not had as it is read", told)
+        for value, placed in zip(node.results, planned.gives, strict=True):
+            self.holds(value, placed)
+        reads = [p for p in planned.reads if p is not None]
+        inner = planned.callee or planned.body
+        if planned.callee is not None:
+            if seen.get(planned.callee.name) is not planned.callee or node.op.callee != planned.callee.function.name:
+                raise self.fail("it calls another function", planned.callee.name)
+        elif planned.body is not None:
+            types = [None if v is None else v.type for v in node.operands]
+            if not isinstance(node.op, Composite) or planned.body.function is not body_of(node.op, types):
+                raise self.fail("what stands for it is not its body")
+            where = self.where
+            self.function(planned.body, seen, is_body=True)
+            self.where = where
+        else:
+            self.rule(planned)
+        if inner is not None and (inner.takes, inner.gives) != (tuple(reads), planned.gives):
+            raise self.fail("arguments or results do not lie as the function takes and gives them")
+        for value, placed in zip(node.results, planned.gives, strict=True):
+            have.setdefault(value, set()).add(placed)
+
+    def rule(self, planned: PlannedNode) -> None:
+        """Whether ranks compute their parts of the results, by the op's axis rule."""
+        node = planned.node
+        types = [None if v is None else v.type for v in node.operands]
+        application = node.op.apply(types)
+        slots = [
+            (v, dims, placed)
+            for v, dims, placed in zip(node.operands, application.operands, planned.reads, strict=True)
+            if v is not None and dims is not None and placed is not None
+        ]
+        slots += [*zip(node.results, application.results, planned.gives, strict=True)]
+        parts: dict[str, dict[int, Interval]] = {}
+        used = frozenset(p for _, _, placed in slots for p in placed.used)
+        for rank in _ranks(self.mesh, used):
+            found: dict[str, Interval] = {}
+            for value, dims, placed in slots:
+                for dim, size, split in zip(dims, value.type.shape, placed.dims, strict=True):
+                    for name, own in self.factor_parts(application, dim, self.interval(size, split, rank)).items():
+                        if found.setdefault(name, own) != own:
+                            raise self.fail(f"rank {rank} has other parts of {name} in {value.name}", str(own))
+            for name, own in found.items():
+                parts.setdefault(name, {})[rank] = own
+        combined = self.combined(planned, application, parts)
+        self.terms(planned, application, combined)
+
+    def factor_parts(self, application: Application, dim: AxisDim, own: Interval) -> dict[str, Interval]:
+        """The positions of each factor of a dimension, of which a rank has these."""
+        first, last = own
+        sizes = [application.dims[name].size.evaluate(self.sizes) for name in dim.factors]
+        found: dict[str, Interval] = {}
+        for i, name in enumerate(dim.factors):
+            inner = 1
+            for size in sizes[i + 1 :]:
+                inner *= size
+            if first % inner == 0 and last % inner == 0:
+                found[name] = first // inner, last // inner
+                first, last = 0, inner
+            elif (last - 1) // inner == first // inner:
+                at = first // inner
+                found[name] = at, at + 1
+                first, last = first - at * inner, last - at * inner
+            else:
+                raise self.fail(f"a part cuts through factor {name}", f"{own} of {sizes}")
+        return found
+
+    def combined(
+        self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]
+    ) -> dict[str, Terms]:
+        """The factors that results lack and of which ranks have other parts, with the axes along which they differ."""
+        op, found = planned.node.op, {}
+        for name, own in parts.items():
+            full = (0, application.dims[name].size.evaluate(self.sizes))
+            if all(each == full for each in own.values()):
+                continue
+            role = application.factors[name].role
+            if role is Role.MAPPED and name not in op.positional:
+                continue
+            kept = any(name in d.factors for dims in application.results for d in dims)
+            looked_up = role is Role.INDEXED and not kept and not isinstance(op, Composite)
+            if role is not Role.REDUCED and not looked_up:
+                raise self.fail(
+                    f"it needs all of {name}, and ranks have parts",
+                    f"{role.value}, {next(iter(own.values()))} of {full}",
+                )
+            differ = frozenset(
+                part
+                for part in self.mesh.parts
+                if any(own[r] != own.get(s, own[r]) for r in own for s in _group(self.mesh, r, (part,)))
+            )
+            over = tuple(part for part in self.mesh.parts if part in differ)
+            for group in {_group(self.mesh, rank, over) for rank in own}:
+                if not _covers(sorted(own[other] for other in group), full):
+                    raise self.fail(f"ranks have parts of {name} twice, or not all of it")
+            found[name] = differ
+        return found
+
+    def terms(self, planned: PlannedNode, application: Application, combined: Mapping[str, Terms]) -> None:
+        """Whether terms come from split factors, or pass through operands in which the op is linear."""
+        op = planned.node.op
+        names = op.operand_names(len(planned.reads))
+        reads = {i: p for i, p in enumerate(planned.reads) if p is not None}
+        summed = {part: name for name, along in combined.items() for part in along}
+        given = {part for p in planned.gives for part in p.partial}
+        for part in {*summed, *given, *[q for p in reads.values() for q in p.partial]}:
+            if any(part not in p.partial for p in planned.gives):
+                raise self.fail(f"terms along {part.axis} are given as a whole")
+            have = {i for i, p in reads.items() if part in p.partial}
+            if any(reads[i].monoid != "sum" for i in have):
+                raise self.fail("an op reads terms that are no sum's")
+            groups = [{i for i in reads if names_operand(group, names[i])} for group in op.linear]
+            name = summed.get(part)
+            if name is None:
+                if have not in groups:
+                    raise self.fail(f"terms along {part.axis} pass an op that is not linear in just them")
+                monoid = "sum"
+            else:
+                factor = application.factors[name]
+                monoid = (factor.monoid or "sum") if factor.role is Role.REDUCED else "sum"
+                holding = {i for i in reads if _holds(application.operands[i], name)}
+                beside = {i for group in groups if group & holding for i in group - holding}
+                if factor.role is Role.REDUCED and monoid == "sum" and have != beside:
+                    raise self.fail(f"what is added to the sum over {name} is added other than once")
+                if (monoid != "sum" or factor.role is Role.INDEXED) and have:
+                    raise self.fail(f"terms are read where {name} is combined")
+            if any(p.monoid != monoid for p in planned.gives):
+                raise self.fail(f"terms by {monoid} are given as terms by {planned.gives[0].monoid}")
+
+
+def _holds(dims: Sequence[AxisDim] | None, name: str) -> bool:
+    return any(name in dim.factors for dim in dims or ())
+
+
+def _told(step: PlacementStep, mesh: Mesh) -> str:
+    return f"{step.before.text(mesh)} -> {step.after.text(mesh)} over {mesh.text_of(step.over)}"
+
+
+def _covers(parts: Sequence[Interval], whole: Interval) -> bool:
+    """Whether parts lie end to end, in this order, from the start of the whole to its end."""
+    at = whole[0]
+    for first, last in parts:
+        if first != at:
+            return False
+        at = last
+    return at == whole[1]
+
+
+@lru_cache(maxsize=256)
+def _strides(mesh: Mesh) -> dict[SubAxis, int]:
+    """How far apart neighbours along each part of an axis are: ranks count through the first axis fastest."""
+    found, below = {}, 1
+    for name, size in mesh.axes:
+        for part in mesh.parts:
+            if part.axis == name:
+                found[part] = below * (size // part.outer // part.size)
+        below *= size
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _ranks(mesh: Mesh, along: Terms) -> tuple[int, ...]:
+    """Ranks of every position along these parts, and the first along all others, where all ranks have the same."""
+    return _group(mesh, 0, tuple(part for part in mesh.parts if part in along))
+
+
+@lru_cache(maxsize=65536)
+def _index(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> int:
+    """Which part a rank has of what is split over these in turn."""
+    found = 0
+    for part in over:
+        found = found * part.size + rank // _strides(mesh)[part] % part.size
+    return found
+
+
+@lru_cache(maxsize=65536)
+def _group(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> tuple[int, ...]:
+    """The ranks that differ from a rank along these parts alone, the last part fastest."""
+    strides = _strides(mesh)
+    first = rank - sum(rank // strides[p] % p.size * strides[p] for p in over)
+    places = product(*[range(part.size) for part in over])
+    return tuple(first + sum(at * strides[p] for at, p in zip(place, over, strict=True)) for place in places)

@@ -1,0 +1,219 @@
+"""A sharding plan as text for people, and as JSON for programs.
+
+block h(x [dp, -, -]) -> (x [dp, -, -])
+  out = linear: k over tp                                   [dp, -, -] sum(tp)
+    all_reduce of out over tp: the split of heads is summed, 0.79 MB  (gpt2.py:39, attn.out)
+  x_2 = add                                                 [dp, -, -]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.placement.placements import MeshPlacement
+from treadle.ir.text.printer import value_names
+from treadle.passes.sharding.conversions import payload_of
+from treadle.passes.sharding.plan import Move, PlannedCollective, PlannedFunction, PlannedNode, ShardingPlan
+
+_COLUMN = 58
+
+
+def plan_text(plan: ShardingPlan) -> str:
+    """The whole plan: what was asked, where weights lie, every function, and the collectives by reason."""
+    asked = ", ".join(f"{name} over {over}" for name, over in plan.axes.items())
+    lines = [f"sharding of {plan.graph.name} over {plan.mesh}, {plan.mesh.ranks} ranks, {plan.recipe}: {asked}"]
+    if plan.stored:
+        lines.append(f"weights are stored in parts over {plan.stored}, and gathered for use")
+    lines += [f"note: {note}" for note in plan.notes]
+    lines += ["", "weights", *_weight_lines(plan)]
+    for planned in plan.functions:
+        lines += ["", *_function_lines(plan, planned)]
+    return "\n".join([*lines, "", *collective_lines(plan), ""])
+
+
+def collective_lines(plan: ShardingPlan) -> list[str]:
+    """The collectives of one run, those of one reason together."""
+    found = grouped_collectives(plan)
+    sizes = ", ".join(f"{s}={n}" for s, n in sorted(plan.sizes.items()))
+    if not found:
+        return [f"no collectives at {sizes}" if sizes else "no collectives"]
+    lines = [f"collectives of one run{f' at {sizes}' if sizes else ''}, bytes that a rank sends"]
+    for each in found:
+        place = ", ".join(part for part in (each.line, each.scope) if part)
+        lines.append(
+            f"  {each.times:3} x {each.op} over {each.over}: {each.because}, {_megabytes(each.sent)}  ({place})"
+        )
+    sent, seconds = (sum(n) for n in zip(*((c.times * c.sent, c.times * c.seconds) for c in found), strict=True))
+    return [*lines, f"  in all {_megabytes(sent)} sent a rank, {seconds * 1e3:.3f} ms at least"]
+
+
+def grouped_collectives(plan: ShardingPlan) -> list[PlannedCollective]:
+    """Collectives of one reason at one line as one, its scope with `*` for the numbers of repeated blocks."""
+    groups: dict[PlannedCollective, int] = {}
+    for each in plan.collectives():
+        alike = replace(each, scope=re.sub(r"\.\d+(?=\.|$)", ".*", each.scope))
+        groups[alike] = groups.get(alike, 0) + 1
+    return [replace(each, times=count) for each, count in groups.items()]
+
+
+def plan_json(plan: ShardingPlan) -> dict[str, Any]:
+    """The plan as JSON: placements as `parse_placement` reads them, values by their names in the graph's text."""
+    return {
+        "graph": plan.graph.name,
+        "mesh": str(plan.mesh),
+        "recipe": plan.recipe,
+        "axes": dict(plan.axes),
+        "stored": plan.stored,
+        "notes": list(plan.notes),
+        "sizes": dict(plan.sizes),
+        "weights": {name: placed.text(plan.mesh) for name, placed in plan.weights.items()},
+        "functions": [_function_json(plan, planned) for planned in plan.functions],
+        "collectives": [
+            {
+                "op": c.op,
+                "over": c.over,
+                "ways": c.ways,
+                "because": c.because,
+                "scope": c.scope,
+                "line": c.line,
+                "times": c.times,
+                "payload": c.payload,
+                "sent": c.sent,
+                "seconds": c.seconds,
+            }
+            for c in grouped_collectives(plan)
+        ],
+        "weight_bytes": plan.weight_bytes(),
+    }
+
+
+def plan_hash(plan: ShardingPlan) -> str:
+    """What tells two plans apart, which ranks compare: a hash of `plan_json`."""
+    return sha256(json.dumps(plan_json(plan), sort_keys=True).encode()).hexdigest()
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+
+
+def _megabytes(bytes: float) -> str:
+    return f"{bytes / 1e6:.3g} MB"
+
+
+def _weight_lines(plan: ShardingPlan) -> list[str]:
+    counts: dict[str, int] = {}
+    for name, placed in plan.weights.items():
+        folded = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        text = f"{folded}: {plan.graph.parameters[name].type}".ljust(_COLUMN) + f"  {placed.text(plan.mesh)}"
+        counts[text] = counts.get(text, 0) + 1
+    return [f"  {text}" + (f"  x {count}" if count > 1 else "") for text, count in counts.items()]
+
+
+def _function_lines(plan: ShardingPlan, planned: PlannedFunction) -> Iterator[str]:
+    names = dict(value_names(plan.graph, planned.function))
+    function = planned.function
+    taken = dict(zip(function.arguments, planned.takes, strict=True))
+    inputs = ", ".join(f"{v.name} {taken[v].text(plan.mesh)}" for v in function.inputs)
+    outputs = ", ".join(
+        f"{n} {p.text(plan.mesh)}"
+        for n, p in zip(function.outputs, planned.gives[: len(function.outputs)], strict=True)
+    )
+    kind = "" if planned is plan.main else "block "
+    yield f"{kind}{planned.name}({inputs}) -> ({outputs})"
+    for node in planned.nodes:
+        yield from _node_lines(plan, node, names, "  ")
+    yield from _move_lines(plan, planned.moves, names, "  ")
+
+
+def _node_lines(
+    plan: ShardingPlan, planned: PlannedNode, names: Mapping[Value, str], indent: str, within: Node | None = None
+) -> Iterator[str]:
+    yield from _move_lines(plan, planned.moves, names, indent, within)
+    node, mesh = planned.node, plan.mesh
+    split = ", ".join(f"{name} over {mesh.text_of(share.over)}" for name, share in planned.shares.items())
+    told = planned.callee.name if planned.callee is not None else node.op.name
+    if planned.body is not None:
+        told += ", by its body"
+    left = f"{', '.join(_name(v, names) for v in node.results)} = {told}" + (f": {split}" if split else "")
+    yield f"{indent}{left}".ljust(_COLUMN + 2) + "  " + ", ".join(p.text(mesh) for p in planned.gives)
+    if planned.body is not None:
+        for inner in planned.body.nodes:
+            yield from _node_lines(plan, inner, names, indent + "  ", within or node)
+        yield from _move_lines(plan, planned.body.moves, names, indent + "  ", within or node)
+
+
+def _move_lines(
+    plan: ShardingPlan, moves: Sequence[Move], names: Mapping[Value, str], indent: str, within: Node | None = None
+) -> Iterator[str]:
+    """Moves; those in a body stand at the composite's line."""
+    for move in moves:
+        at = within or move.at
+        reasons = iter(move.because)
+        for step in move.steps:
+            if step.sends:
+                place = ", ".join(str(part) for part in (at.source, at.scope) if part)
+                yield (
+                    f"{indent}  {step.kind.word} of {_name(move.value, names)} over {plan.mesh.text_of(step.over)}: "
+                    f"{next(reasons)}, {_megabytes(payload_of(move.value.type, step, plan.sizes))}  ({place})"
+                )
+            else:
+                yield f"{indent}  {_name(move.value, names)}: {step.kind.word}, {step.after.text(plan.mesh)}"
+
+
+def _name(value: Value, names: Mapping[Value, str]) -> str:
+    return names.get(value, value.name)
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _function_json(plan: ShardingPlan, planned: PlannedFunction) -> dict[str, Any]:
+    names = value_names(plan.graph, planned.function)
+
+    def texts(placements: Sequence[MeshPlacement | None]) -> list[str | None]:
+        return [None if p is None else p.text(plan.mesh) for p in placements]
+
+    def moves(made: Sequence[Move]) -> list[dict[str, Any]]:
+        return [
+            {
+                "value": _name(move.value, names),
+                "source": move.source.text(plan.mesh),
+                "target": move.target.text(plan.mesh),
+                "steps": [
+                    {"kind": s.kind.word, "over": plan.mesh.text_of(s.over), "dim": s.dim, "onto": s.onto}
+                    for s in move.steps
+                ],
+                "because": list(move.because),
+            }
+            for move in made
+        ]
+
+    def node(each: PlannedNode) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "op": each.node.op.name,
+            "scope": each.node.scope,
+            "results": [_name(v, names) for v in each.node.results],
+            "shares": {n: plan.mesh.text_of(s.over) for n, s in each.shares.items()},
+            "moves": moves(each.moves),
+            "reads": texts(each.reads),
+            "gives": texts(each.gives),
+        }
+        if each.callee is not None:
+            found["callee"] = each.callee.name
+        if each.body is not None:
+            found["body"] = {"nodes": [node(n) for n in each.body.nodes], "moves": moves(each.body.moves)}
+        return found
+
+    return {
+        "name": planned.name,
+        "of": planned.function.name,
+        "takes": texts(planned.takes),
+        "nodes": [node(each) for each in planned.nodes],
+        "moves": moves(planned.moves),
+        "gives": texts(planned.gives),
+    }

@@ -1,0 +1,402 @@
+"""Makes a sharding plan: walks a graph once, and takes for each node the way of splitting it that costs least.
+
+The ways are not listed by op. Operands that are split already, and wishes for operands and results, suggest factors of
+the node's axis rule; each part of the mesh takes one of those suggested, or none, or passes terms of a sum through.
+What that needs and gives is `transfer.requirement`. Its cost in seconds is the work of the node on one device, the
+steps that bring operands to their placements, and for terms of a sum the all-reduce to come. So where two suggestions
+contend for one mesh axis, bytes decide and not the order.
+
+A value may be had in several placements: whatever it was brought to before costs nothing the next time. Terms of a sum
+are combined before they are read, unless it costs less to pass them on. A function is planned once for each way in
+which its arguments lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.axes import Application, Role
+from treadle.ir.composites import body_of
+from treadle.ir.errors import PassError, SizeError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.operation import Composite, names_operand
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh, SubAxes, ways
+from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.types import Type
+from treadle.passes.sharding.conversions import PlacementStep, conversion, is_possible, seconds_of
+from treadle.passes.sharding.factors import Share, factor_shares
+from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
+from treadle.passes.sharding.reasons import TermsOrigin, dim_name, reason_for, split_names
+from treadle.passes.sharding.suggestions import Suggestion, choices
+from treadle.passes.sharding.transfer import Requirement, may_split, requirement
+from treadle.passes.sharding.wanted import Wanted
+
+GATHERED_WEIGHT = 1e6
+"""Seconds that it counts to gather a weight that was asked to be split: no other cost outweighs it."""
+MOST_WAYS = 4096
+"""How many ways of splitting one node are compared; the rest are not looked at."""
+
+
+@dataclass(frozen=True)
+class HeldArgument:
+    """How an argument of a function comes.
+
+    placement  where it lies
+    stored     the parts of mesh axes along which it is stored in parts and gathered for use
+    is_weight  whether it is a weight, which stays where it lies otherwise
+    """
+
+    placement: MeshPlacement
+    stored: SubAxes = ()
+    is_weight: bool = False
+
+    @property
+    def used(self) -> MeshPlacement:
+        """The placement without what it is gathered along."""
+        dims = []
+        for split in self.placement.dims:
+            over = tuple(p for p in split.over if p not in self.stored) if split is not None else ()
+            dims.append(Split(over, split.grain) if split is not None and over else None)
+        return MeshPlacement(tuple(dims), self.placement.partial, self.placement.monoid)
+
+
+def plan_sharding(
+    graph: Graph,
+    mesh: Mesh,
+    wanted: Wanted,
+    machine: Machine,
+    sizes: Mapping[str, int],
+    *,
+    recipe: str = "",
+    axes: Mapping[str, str] | None = None,
+    stored: SubAxes = (),
+) -> ShardingPlan:
+    """Plan a graph whose only entry is `main`.
+
+    wanted  the placements of weights, and wishes for other values
+    stored  parts of the mesh along which weights are stored in parts and gathered for use
+    sizes   of the symbols, for which costs are compared
+
+    Raises PassError for a graph with states or several entries, SizeError for a symbol without a size.
+    """
+    if len(graph.entry_names) > 1 or graph.states:
+        raise PassError("what is sharded is a graph with one entry and no states", received=repr(graph))
+    missing = sorted(set(graph.symbols) - set(sizes))
+    if missing:
+        raise SizeError(f"costs need a size for {', '.join(missing)}", hint=f"{missing[0]}=128")
+    planner = _Planner(graph, mesh, wanted, machine, sizes)
+    takes = [HeldArgument(MeshPlacement.whole(v.type.rank)) for v in graph.main.inputs]
+    takes += [HeldArgument(wanted.weights[name], stored, is_weight=True) for name in graph.main.parameters]
+    planner.function(graph.main, tuple(takes))
+    return ShardingPlan(
+        graph,
+        mesh,
+        recipe,
+        dict(axes or {}),
+        mesh.text_of(stored),
+        dict(wanted.weights),
+        tuple(planner.made.values()),
+        (*wanted.notes, *dict.fromkeys(planner.notes)),
+        dict(sizes),
+        machine,
+    )
+
+
+_Conversion = tuple[Value, MeshPlacement, MeshPlacement, tuple[PlacementStep, ...]]
+"""A value, where it lies, where it is to lie, and the steps between."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to compute a node, and what it costs in seconds."""
+
+    seconds: float
+    shares: dict[str, Share]
+    needed: Requirement
+    moves: list[_Conversion]
+    body: PlannedFunction | None = None
+
+
+class _Planner:
+    """Plans functions, each once for a way of calling it."""
+
+    def __init__(self, graph: Graph, mesh: Mesh, wanted: Wanted, machine: Machine, sizes: Mapping[str, int]) -> None:
+        self.graph, self.mesh, self.wanted, self.machine, self.sizes = graph, mesh, wanted, machine, sizes
+        self.made: dict[object, PlannedFunction] = {}
+        self.notes: list[str] = []
+
+    def function(self, function: Function, takes: tuple[HeldArgument, ...]) -> PlannedFunction:
+        """The plan of a function of the graph whose arguments come so."""
+        key = (function.name, takes)
+        if key not in self.made:
+            name, number = function.name, 1
+            while any(planned.name == name for planned in self.made.values()):
+                number += 1
+                name = f"{function.name}_{number}"
+            made = _Body(self, function, takes, self.wanted).planned(name)
+            self.made[key] = made
+        return self.made[key]
+
+    def seconds(self, type: Type, steps: Sequence[PlacementStep]) -> float:
+        """What the steps cost."""
+        return sum(seconds_of(type, step, self.sizes, self.mesh, self.machine) for step in steps)
+
+
+class _Body:
+    """A function while it is planned.
+
+    had      the placements in which each value can be had, in the order in which it got there
+    held     how arguments come
+    origins  of values that are terms of a sum: who made them so
+    """
+
+    def __init__(self, planner: _Planner, function: Function, takes: tuple[HeldArgument, ...], wanted: Wanted) -> None:
+        self.planner, self.function, self.takes, self.wanted = planner, function, takes, wanted
+        self.had: dict[Value, list[MeshPlacement]] = {}
+        self.held: dict[Value, HeldArgument] = {}
+        self.origins: dict[Value, TermsOrigin] = {}
+
+    def planned(self, name: str, *, terms_allowed: bool = False) -> PlannedFunction:
+        """Plan all nodes, then the results: no caller takes terms of a sum but that of a body."""
+        for value, held in zip(self.function.arguments, self.takes, strict=True):
+            self.had[value], self.held[value] = [held.placement], held
+        nodes = [self._call(n) if n.op.callee is not None else self._node(n) for n in self.function.nodes]
+        last = self.function.nodes[-1] if self.function.nodes else None
+        moves: list[Move] = []
+        gives: list[MeshPlacement] = []
+        for value in self.function.results:
+            placed = self.versions(value)[0]
+            if placed.partial and not terms_allowed and last is not None:
+                target = self._combined(value)
+                moves += self._moves([self._conversion(value, target)], last)
+                placed = target
+            gives.append(placed)
+        takes = tuple(held.placement for held in self.takes)
+        return PlannedFunction(name, self.function, takes, tuple(nodes), tuple(moves), tuple(gives))
+
+    # -- values ------------------------------------------------------------------------------------------------
+
+    def versions(self, value: Value) -> list[MeshPlacement]:
+        """The placements in which a value can be had; a constant is everywhere whole."""
+        return self.had.setdefault(value, [MeshPlacement.whole(value.type.rank)])
+
+    def _conversion(self, value: Value, target: MeshPlacement) -> _Conversion:
+        """The cheapest way to a placement."""
+        found: list[tuple[float, int, MeshPlacement, tuple[PlacementStep, ...]]] = []
+        for source in self.versions(value):
+            steps = conversion(value.type.shape, source, target)
+            cost = self._steps_cost(value, steps) if is_possible(steps) else float("inf")
+            found.append((cost, len(found), source, steps))
+        _, _, source, steps = min(found, key=lambda f: f[:2])
+        return value, source, target, steps
+
+    def _steps_cost(self, value: Value, steps: Sequence[PlacementStep]) -> float:
+        cost = self.planner.seconds(value.type, steps)
+        held = self.held.get(value)
+        if held is not None and held.is_weight:
+            gathered = [s for s in steps if s.sends and not set(s.over) <= set(held.stored)]
+            cost += GATHERED_WEIGHT * len(gathered)
+        return cost
+
+    def _combined(self, value: Value) -> MeshPlacement:
+        """Where terms of a sum go when they must be combined: split as wished, or whole."""
+        now = self.versions(value)[0]
+        targets = [MeshPlacement(now.dims)]
+        for wish in self.wanted.of(value):
+            if now.dims[wish.dim] is None and not set(wish.split.over).intersection(MeshPlacement(now.dims).used):
+                targets.append(MeshPlacement((*now.dims[: wish.dim], wish.split, *now.dims[wish.dim + 1 :])))
+        costs = [self._steps_cost(value, self._conversion(value, t)[3]) for t in targets]
+        return targets[costs.index(min(costs))]
+
+    def _moves(self, wanted: Sequence[_Conversion], reader: Node) -> Iterator[Move]:
+        """Do conversions: each is said once, and what it gives can be had from then on."""
+        for value, source, target, steps in wanted:
+            if target in self.versions(value):
+                continue
+            self.versions(value).append(target)
+            reasons, at = [], reader
+            for step in steps:
+                if step.sends:
+                    because, by = reason_for(step, value, reader, self.origins.get(value), self.wanted, self.held)
+                    reasons.append(because)
+                    at = by
+            yield Move(value, source, target, steps, tuple(reasons), at)
+
+    # -- calls -------------------------------------------------------------------------------------------------
+
+    def _call(self, node: Node) -> PlannedNode:
+        callee = self.planner.graph.callee(node)
+        assert callee is not None
+        takes: list[HeldArgument] = []
+        moves: list[Move] = []
+        for value in node.inputs:
+            held = self.held.get(value)
+            if held is not None and held.is_weight:
+                takes.append(held)
+                continue
+            whole = [p for p in self.versions(value) if not p.partial]
+            if not whole:
+                target = self._combined(value)
+                moves += self._moves([self._conversion(value, target)], node)
+                whole = [target]
+            takes.append(HeldArgument(max(whole, key=lambda p: ways(p.used))))
+        planned = self.planner.function(callee, tuple(takes))
+        for value, placed in zip(node.results, planned.gives, strict=True):
+            self.had[value] = [placed]
+        reads = tuple(h.placement for h in takes)
+        return PlannedNode(node, {}, tuple(moves), reads, planned.gives, callee=planned)
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def _node(self, node: Node) -> PlannedNode:
+        types = [None if v is None else v.type for v in node.operands]
+        application = node.op.apply(types)
+        suggestions = list(dict.fromkeys(self._suggested(node, application)))
+        usable = [s for s in suggestions if may_split(node.op, application, s.factor, types)]
+        best: _Way | None = None
+        for shares, carried, through in self._ways(node, usable):
+            needed = requirement(node.op, application, types, shares, carried, through)
+            way = None if needed is None else self._costed(node, shares, needed)
+            if way is not None and (best is None or way.seconds < best.seconds * (1 - 1e-9)):
+                best = way
+        assert best is not None  # nothing split is always a way
+        if isinstance(node.op, Composite) and any(_needs_whole(node, application, s) for s in suggestions):
+            opened = self._opened(node)
+            if opened.seconds < best.seconds * (1 - 1e-9):
+                best = opened
+        moves = tuple(self._moves(best.moves, node))
+        for value, placed in zip(node.results, best.needed.results, strict=True):
+            self.had[value] = [placed]
+            if placed.partial:
+                self.origins[value] = self._origin(node, value, application, best)
+        return PlannedNode(node, best.shares, moves, best.needed.operands, best.needed.results, best.body)
+
+    def _origin(self, node: Node, value: Value, application: Application, way: _Way) -> TermsOrigin:
+        names: list[str] = []
+        for name in way.shares:
+            if application.factors[name].role in (Role.REDUCED, Role.INDEXED):
+                names += split_names(node, application, name, self.wanted)
+        if way.body is not None:
+            names += self._split_by(node, way)
+        if names:
+            return TermsOrigin(node, tuple(dict.fromkeys(names)))
+        earlier = [self.origins[v] for v in node.inputs if v in self.origins]
+        return earlier[0] if earlier else TermsOrigin(node, ("an axis",))
+
+    def _split_by(self, node: Node, way: _Way) -> Iterator[str]:
+        """The axes of operands that are split by what results are terms along."""
+        terms = {p for placed in way.needed.results for p in placed.partial}
+        for value, placed in zip(node.operands, way.needed.operands, strict=True):
+            for d, split in enumerate(placed.dims if placed is not None else ()):
+                if value is not None and split is not None and terms.intersection(split.over):
+                    yield dim_name(value, d, self.wanted)
+
+    def _suggested(self, node: Node, application: Application) -> Iterator[Suggestion]:
+        """Factors to split: those that split operands are split in, and those that wishes are for."""
+        slots = [(v, d) for v, d in zip(node.operands, application.operands, strict=True) if v is not None]
+        slots += [*zip(node.results, application.results, strict=True)]
+        for value, dims in slots:
+            splits = [(wish.dim, wish.split) for wish in self.wanted.of(value)]
+            if value.node is not node:
+                held = self.held.get(value)
+                placements = [held.used] if held is not None and held.is_weight else self.versions(value)
+                splits += [(d, s) for p in placements for d, s in enumerate(p.dims) if s is not None]
+            for d, split in splits:
+                shares = factor_shares(application, dims[d], split) if dims is not None else None
+                for name, share in (shares or {}).items():
+                    yield Suggestion(name, share)
+
+    def _ways(
+        self, node: Node, suggestions: Sequence[Suggestion]
+    ) -> Iterator[tuple[dict[str, Share], SubAxes, frozenset[str]]]:
+        """Ways to split a node: see `choices`."""
+        names = node.op.operand_names(len(node.operands))
+        carried: list[tuple[SubAxes, frozenset[str]]] = []
+        for name, value in zip(names, node.operands, strict=True):
+            for placed in self.versions(value) if value is not None else ():
+                if placed.partial and placed.monoid == "sum":
+                    carried += [(placed.partial, group) for group in node.op.linear if names_operand(group, name)]
+        found = choices(self.planner.mesh, suggestions, list(dict.fromkeys(carried)))
+        yield from islice(found, MOST_WAYS)
+        if next(found, None) is not None:
+            where = f"{node.op.name} {node.scope}".strip()
+            self.planner.notes.append(f"{where}: of more than {MOST_WAYS} ways to split it the first were compared")
+
+    def _costed(self, node: Node, shares: dict[str, Share], needed: Requirement) -> _Way | None:
+        moves: list[_Conversion] = []
+        seconds = self._work(node) / ways(p for s in shares.values() for p in s.over)
+        counted: set[tuple[Value, MeshPlacement]] = set()
+        for value, target in zip(node.operands, needed.operands, strict=True):
+            if value is None or target is None or (value, target) in counted:
+                continue
+            counted.add((value, target))
+            if target in self.versions(value):
+                continue
+            move = self._conversion(value, target)
+            if not is_possible(move[3]):
+                return None
+            seconds += self._steps_cost(value, move[3])
+            moves.append(move)
+        for value, placed in zip(node.results, needed.results, strict=True):
+            seconds += self._to_come(value, placed)
+        return _Way(seconds, shares, needed, moves)
+
+    def _to_come(self, value: Value, placed: MeshPlacement) -> float:
+        """What it will cost to combine terms."""
+        if not placed.partial:
+            return 0.0
+        steps = conversion(value.type.shape, placed, MeshPlacement(placed.dims))
+        return self.planner.seconds(value.type, steps)
+
+    def _work(self, node: Node) -> float:
+        cost = node_cost(node, self.planner.sizes)
+        return self.planner.machine.seconds(cost.flops, cost.bytes)
+
+    def _opened(self, node: Node) -> _Way:
+        """A composite by its body, whose nodes are planned one by one from where operands lie."""
+        assert isinstance(node.op, Composite)
+        function = body_of(node.op, [None if v is None else v.type for v in node.operands])
+        moves: list[_Conversion] = []
+        takes: list[HeldArgument] = []
+        reads: list[MeshPlacement | None] = []
+        seconds = 0.0
+        for value in node.operands:
+            if value is None:
+                reads.append(None)
+                continue
+            held = self.held.get(value)
+            whole = [p for p in self.versions(value) if not p.partial]
+            placed = max(whole, key=lambda p: ways(p.used)) if whole else self._combined(value)
+            if not whole:
+                moves.append(self._conversion(value, placed))
+                seconds += self._steps_cost(value, moves[-1][3])
+            takes.append(
+                HeldArgument(placed, held.stored, held.is_weight) if held is not None else HeldArgument(placed)
+            )
+            reads.append(placed)
+        outer = [*zip(function.arguments, node.inputs, strict=True), *zip(function.results, node.results, strict=True)]
+        wishes = {inner: self.wanted.of(value) for inner, value in outer}
+        body = _Body(self.planner, function, tuple(takes), Wanted(wishes))
+        planned = body.planned(node.op.name, terms_allowed=True)
+        for inner in planned.nodes:
+            split = ways(p for s in inner.shares.values() for p in s.over)
+            seconds += body._work(inner.node) / split
+            seconds += sum(body._steps_cost(m.value, m.steps) for m in inner.moves)
+            if inner.body is not None:  # its moves count for it
+                seconds += sum(body._steps_cost(m.value, m.steps) for n in inner.body.nodes for m in n.moves)
+        seconds += sum(self._to_come(v, p) for v, p in zip(node.results, planned.gives, strict=True))
+        return _Way(seconds, {}, Requirement(tuple(reads), planned.gives), moves, planned)
+
+
+def _needs_whole(node: Node, application: Application, suggestion: Suggestion) -> bool:
+    """Whether a composite's body may be split in a factor that the composite itself needs whole.
+
+    Not where pairs of positions are along it: parts of queries or keys need to know where they stand.
+    """
+    role = application.factors[suggestion.factor].role
+    paired = node.op.pairs is not None and suggestion.factor in node.op.pairs
+    return role in (Role.WHOLE, Role.INDEXED) and not paired

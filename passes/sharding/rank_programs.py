@@ -1,0 +1,250 @@
+"""Applies a sharding plan: the program of one rank, a graph like any other.
+
+    out = linear(merged, $w, $bias)   -->   out = linear(merged, $w, $bias)              # of the rank's parts
+                                            out_2 = all_reduce(out, over="tp", ways=2, because="the split of ...")
+
+Every op is applied again, by its own rule, to parts of its operands. Inputs come whole, and a rank takes its part of
+them; so the symbols mean what they mean in the model, and sizes of parts are expressions of them (`B//2`). Weights come
+as parts: see `rank_weights`. A function that is called in several ways is one for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.axes import Application, Role
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.operation import Op
+from treadle.ir.ops.shapes import zeros
+from treadle.ir.placement.mesh import ways
+from treadle.ir.placement.placements import IDEMPOTENT, MeshPlacement, Split, local_type, span, taken_part
+from treadle.ir.sizing.sizes import Size
+from treadle.ir.types import Type
+from treadle.ir.verifier import verify
+from treadle.passes.sharding.conversions import COLLECTIVES, PlacementStep, StepKind
+from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
+from treadle.passes.sharding.transfer import looked_up_by
+
+Array = np.ndarray[Any, Any]
+
+
+def rank_program(plan: ShardingPlan, rank: int) -> Graph:
+    """The program of a rank. Raises PassError for one that the mesh has not, or a plan that does not fit its graph."""
+    if not 0 <= rank < plan.mesh.ranks:
+        raise PassError(f"the mesh {plan.mesh} has no rank {rank}", hint=f"0 to {plan.mesh.ranks - 1}")
+    made = Graph(plan.graph.name)
+    made.symbols, made.initial = dict(plan.graph.symbols), dict(plan.graph.initial)
+    functions: dict[str, Function] = {}
+    for planned in plan.functions:
+        is_main = planned is plan.main
+        function = made.main if is_main else Function(planned.name)
+        _Program(plan, rank, made, function, functions).build(planned)
+        functions[planned.name] = function
+        if not is_main:
+            made.add_function(function)
+    verify(made)
+    return made
+
+
+def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """The parts of the weights that a rank's program takes: views of the whole."""
+    values = plan.graph.parameters
+    return {
+        name: taken_part(np.asarray(weights[name]), values[name].type.shape, placed, plan.mesh, rank, {})
+        for name, placed in plan.weights.items()
+    }
+
+
+def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
+    """Raise PassError where symbols have sizes that leave a rank without a part of some value."""
+    for planned in plan.functions:
+        for each in planned.nodes:
+            for value, placed in zip(each.node.results, each.gives, strict=True):
+                for size, split in zip(value.type.shape, placed.dims, strict=True):
+                    if split is None or not size.symbols <= sizes.keys():
+                        continue
+                    units = size.evaluate(sizes) // split.grain.evaluate(sizes)
+                    if units < ways(split.over):
+                        raise PassError(
+                            f"{value.name}: {units} along {size} do not give each of {ways(split.over)} ranks a part",
+                            received=", ".join(f"{name}={n}" for name, n in sizes.items()),
+                            source=str(each.node.source or "") or None,
+                            hint=f"{size} of {ways(split.over)} or more, or a smaller mesh",
+                        )
+
+
+class _Program:
+    """One function of a rank's program while it is built."""
+
+    def __init__(
+        self, plan: ShardingPlan, rank: int, graph: Graph, function: Function, functions: Mapping[str, Function]
+    ) -> None:
+        self.plan, self.rank, self.mesh, self.functions = plan, rank, plan.mesh, functions
+        self.b = Builder(graph, function)
+        self.exprs: dict[tuple[Value, MeshPlacement], Expr] = {}
+        self.inside = 0
+        """In how many composites, whose bodies stand at their place."""
+
+    def build(self, planned: PlannedFunction) -> None:
+        inputs = set(planned.function.inputs)
+        for value, placed in zip(planned.function.arguments, planned.takes, strict=True):
+            declare = self.b.input if value in inputs else self.b.parameter
+            self.exprs[value, placed] = declare(value.name, self.local(value.type, placed))
+        self.nodes(planned)
+        self.b.function.outputs = {
+            name: self.read(value, placed).value
+            for (name, value), placed in zip(planned.function.outputs.items(), planned.gives, strict=True)
+        }
+
+    def nodes(self, planned: PlannedFunction) -> None:
+        for each in planned.nodes:
+            for move in each.moves:
+                self.move(move)
+            self.node(each)
+        for move in planned.moves:
+            self.move(move)
+
+    def local(self, type: Type, placed: MeshPlacement) -> Type:
+        return local_type(type, placed, self.mesh, self.rank)
+
+    def read(self, value: Value, placed: MeshPlacement) -> Expr:
+        """A value in a placement in which the plan has it."""
+        found = self.exprs.get((value, placed))
+        if found is None and value.literal is not None and placed == MeshPlacement.whole(value.type.rank):
+            return self.b.expr(Value.constant(value.literal))
+        if found is None:
+            raise PassError(f"the plan has no {value.name} in {placed.text(self.mesh)}", within=self.b.function.name)
+        return found
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def node(self, each: PlannedNode) -> None:
+        node = each.node
+        with self.placed_as(node):
+            operands = [
+                None if v is None or p is None else self.read(v, p)
+                for v, p in zip(node.operands, self._reads(each), strict=True)
+            ]
+            if each.callee is not None:
+                made = list(self.b.call(self.functions[each.callee.name], [x for x in operands if x is not None]))
+            elif each.body is not None:
+                made = self.opened(each.body, operands)
+            else:
+                made = self.applied(each, operands)
+        for value, placed, expr in zip(node.results, each.gives, made, strict=True):
+            if expr.type != self.local(value.type, placed):
+                raise PassError(
+                    f"{node.op.name}: {value.name} does not lie as planned",
+                    received=f"{expr.type}, {self.local(value.type, placed)} in {placed.text(self.mesh)}",
+                )
+            if each.body is None:
+                expr.value.name = value.name
+            self.exprs[value, placed] = expr
+
+    def _reads(self, each: PlannedNode) -> Sequence[MeshPlacement | None]:
+        """For each operand; a call's are those that are present."""
+        given = iter(each.reads)
+        return [None if v is None else next(given) for v in each.node.operands] if each.callee else each.reads
+
+    def opened(self, body: PlannedFunction, operands: Sequence[Expr | None]) -> list[Expr]:
+        """A composite by its body, in its place."""
+        outer, self.exprs = self.exprs, {}
+        try:
+            given = [x for x in operands if x is not None]
+            self.exprs.update(zip(zip(body.function.arguments, body.takes, strict=True), given, strict=True))
+            self.inside += 1
+            self.nodes(body)
+            return [self.read(v, p) for v, p in zip(body.function.results, body.gives, strict=True)]
+        finally:
+            self.exprs = outer
+            self.inside -= 1
+
+    def applied(self, each: PlannedNode, operands: list[Expr | None]) -> list[Expr]:
+        """The op on parts."""
+        node, types = each.node, [None if v is None else v.type for v in each.node.operands]
+        application = node.op.apply(types)
+        sizes = {name: self.part(application, each, name)[1] for name in each.shares}
+        op = node.op.resized(sizes, types) if sizes else node.op
+        if op is None:
+            raise PassError(f"{node.op.name} has no form for a part of {', '.join(sizes)}")
+        looked_up = [n for n in each.shares if application.factors[n].role is Role.INDEXED]
+        if looked_up:
+            return [self.lookup(op, application, each, looked_up[0], operands)]
+        made = self.b.emit(op, [None if x is None else x.value for x in operands])
+        return [self.b.expr(v) for v in made.results]
+
+    def part(self, application: Application, each: PlannedNode, name: str) -> tuple[Size, Size]:
+        """Where this rank's part of a factor starts, and its size."""
+        share = each.shares[name]
+        return span(application.dims[name].size, Split(share.over, share.grain), self.mesh, self.rank)
+
+    def lookup(
+        self, op: Op, application: Application, each: PlannedNode, name: str, operands: list[Expr | None]
+    ) -> Expr:
+        """y = where(the index is in this part, op(table, index - start), 0)"""
+        b = self.b
+        at = looked_up_by(op, application, name, [None if v is None else v.type for v in each.node.operands])
+        assert at is not None
+        indices: Any = operands[at]
+        start, size = self.part(application, each, name)
+        inside = indices - start
+        kept = b.logical_and(inside >= 0, inside < size)
+        operands[at] = b.where(kept, inside, b.constant(0, indices.dtype))
+        y = b.expr(b.emit(op, [None if x is None else x.value for x in operands]).result)
+        index_dims = [dim.factors for dim in application.operands[at] or ()]
+        letters = [f"x{n}" for n in range(len(index_dims))]
+        right = [
+            letters[index_dims.index(d.factors)] if d.factors in index_dims else "1" for d in application.results[0]
+        ]
+        kept = b.rearrange(kept, pattern=f"{' '.join(letters)} -> {' '.join(right)}")
+        found: Expr = b.where(kept, y, b.constant(0, y.dtype))
+        return found
+
+    # -- moves -------------------------------------------------------------------------------------------------
+
+    def move(self, move: Move) -> None:
+        made = self.read(move.value, move.source)
+        reasons = iter(move.because)
+        with self.placed_as(move.at):
+            for step in move.steps:
+                made = self.step(step, made, move.value, next(reasons) if step.sends else "")
+        self.exprs[move.value, move.target] = made
+
+    def placed_as(self, node: Node) -> AbstractContextManager[None]:
+        """At a node's place; in a composite's body at the composite's."""
+        return nullcontext() if self.inside else self.b.placed_as(node)
+
+    def step(self, step: PlacementStep, x: Expr, value: Value, because: str) -> Expr:
+        b = self.b
+        met = {"over": self.mesh.text_of(step.over), "ways": ways(step.over), "because": because}
+        made: Expr
+        if step.kind is StepKind.KEEP_FIRST:
+            if step.after.monoid in IDEMPOTENT or self.mesh.index(self.rank, step.over) == 0:
+                return x
+            return zeros(b, x.type)
+        if step.kind is StepKind.ALL_REDUCE:
+            made = b.apply(COLLECTIVES[step.kind], x, **met, monoid=step.before.monoid, name=value.name)
+            return made
+        dim = step.dim
+        assert dim is not None
+        size = value.type.shape[dim]
+        start, length = span(size, step.after.dims[dim], self.mesh, self.rank)
+        if step.kind is StepKind.TAKE:
+            before, _ = span(size, step.before.dims[dim], self.mesh, self.rank)
+            made = b.slice(x, axis=dim, start=start - before, stop=start - before + length, name=value.name)
+        elif step.kind is StepKind.ALL_TO_ALL:
+            onto = step.onto
+            assert onto is not None
+            _, part = span(value.type.shape[onto], step.after.dims[onto], self.mesh, self.rank)
+            made = b.apply(
+                COLLECTIVES[step.kind], x, **met, axis=onto, size=part, onto=dim, whole=length, name=value.name
+            )
+        else:
+            made = b.apply(COLLECTIVES[step.kind], x, **met, axis=dim, size=length, name=value.name)
+        return made

@@ -1,0 +1,64 @@
+"""Why ranks meet: the reason of a collective in words, and the node in the model that is it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.ir.axes import Application
+from treadle.ir.graph import Node, Value
+from treadle.passes.sharding.conversions import PlacementStep, StepKind
+from treadle.passes.sharding.wanted import Wanted
+
+
+@dataclass(frozen=True)
+class TermsOrigin:
+    """Who made a value terms of a sum, and the names of the axes that it summed over."""
+
+    node: Node
+    axes: tuple[str, ...]
+
+
+def reason_for(
+    step: PlacementStep,
+    value: Value,
+    reader: Node,
+    origin: TermsOrigin | None,
+    wanted: Wanted,
+    held: Mapping[Value, Any],
+) -> tuple[str, Node]:
+    """The reason of a step that sends, and the node that it lies with."""
+    if step.kind in (StepKind.ALL_REDUCE, StepKind.REDUCE_SCATTER) and origin is not None:
+        done = "summed" if step.before.monoid == "sum" else f"combined by {step.before.monoid}"
+        summed = f"the split of {' and '.join(origin.axes)} is {done}"
+        if step.kind is StepKind.REDUCE_SCATTER and step.dim is not None:
+            return f"{summed}, then split by {dim_name(value, step.dim, wanted)}", origin.node
+        return summed, origin.node
+    assert step.dim is not None
+    name = dim_name(value, step.dim, wanted)
+    known = held.get(value)
+    if known is not None and known.is_weight and set(step.over) <= set(known.stored):
+        return f"{value.name} is stored in parts and gathered for use", reader
+    if step.kind is StepKind.ALL_TO_ALL and step.onto is not None:
+        return f"{reader.op.name} is split by {dim_name(value, step.onto, wanted)} and not by {name}", reader
+    return f"{reader.op.name} needs all of {name}", reader
+
+
+def dim_name(value: Value, dim: int, wanted: Wanted) -> str:
+    """What people call the axis in a dimension: the name it was asked by, its label, its symbol, or its number."""
+    wished = [wish.axis for wish in wanted.of(value) if wish.dim == dim]
+    labels = [f.label for f in value.type.dims[dim].factors if f.label is not None]
+    symbol = value.type.shape[dim].as_symbol
+    return next(iter([*wished, *labels, *([symbol] if symbol else [])]), f"dimension {dim}")
+
+
+def split_names(node: Node, application: Application, factor: str, wanted: Wanted) -> Iterable[str]:
+    """What people call a factor of a node's rule, by the dimensions that it is in."""
+    for value, dims in zip(node.operands, application.operands, strict=True):
+        for d, dim in enumerate(dims or ()):
+            if value is not None and factor in dim.factors:
+                name = dim_name(value, d, wanted)
+                if not name.startswith("dimension "):
+                    return [name]
+    return [f"axis {factor}"]

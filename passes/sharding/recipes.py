@@ -1,0 +1,135 @@
+"""Recipes: splits that have a name, for any model.
+
+    megatron   heads, the hidden axis of feed-forward networks and the vocabulary over tp: two all-reduces a layer
+               (Shoeybi et al. 2019)
+    sequence   the same, and tokens over tp between them: an all-gather and a reduce-scatter for each all-reduce, of the
+               same bytes, and norms and residuals in parts (Korthikanti et al. 2022)
+    dp         the batch over dp
+    fsdp       the batch over dp, and every weight stored in parts over dp, gathered where it is used (ZeRO 3,
+               Rajbhandari et al. 2020)
+    megatron-fsdp    both: what megatron leaves of each weight is stored in parts over dp
+
+A mesh may have more axes than a recipe splits by tp or dp: `megatron` takes the batch over dp if the mesh has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from treadle.ir.errors import Hint, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.placement.machines import Machine, find_machine
+from treadle.ir.placement.mesh import Mesh, SubAxes, ways
+from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.types import Type
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.planning import plan_sharding
+from treadle.passes.sharding.wanted import blocked_dim, has_axis, wanted_splits
+
+
+@dataclass(frozen=True)
+class SplitRecipe:
+    """Axes by name, each with the mesh axis that splits it where the model and the mesh have both.
+
+    needs   mesh axes without which the recipe splits nothing
+    stored  the mesh axis over which weights are stored in parts and gathered for use
+    """
+
+    axes: Mapping[str, str]
+    needs: tuple[str, ...]
+    stored: str = ""
+
+
+_TENSOR = {"heads": "tp", "ffn": "tp", "vocab": "tp", "batch": "dp"}
+RECIPES: dict[str, SplitRecipe] = {
+    "megatron": SplitRecipe(_TENSOR, ("tp",)),
+    "sequence": SplitRecipe({**_TENSOR, "sequence": "tp"}, ("tp",)),
+    "dp": SplitRecipe({"batch": "dp"}, ("dp",)),
+    "fsdp": SplitRecipe({"batch": "dp"}, ("dp",), stored="dp"),
+    "megatron-fsdp": SplitRecipe(_TENSOR, ("tp", "dp"), stored="dp"),
+}
+
+
+def shard(
+    graph: Graph,
+    mesh: Mesh | str,
+    *,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+) -> ShardingPlan:
+    """Plan a graph over a mesh by a recipe, by axes by name, or both: axes go before those of the recipe.
+
+    sizes   of the symbols, for which costs are compared; by default 128, of a batch as many as it has parts
+    device  what each rank is, a name of `treadle.ir.placement.machines` or a row of its own
+
+    Raises UsageError for an unknown recipe, axis, mesh axis or device; PassError for a graph with several entries.
+    """
+    mesh = Mesh.of(mesh) if isinstance(mesh, str) else mesh
+    machine = find_machine(device) if isinstance(device, str) else device
+    chosen = dict(axes or {})
+    stored: SubAxes = ()
+    if recipe is not None:
+        known = _find(recipe, mesh)
+        names = {name for name, _ in mesh.axes}
+        for axis, over in known.axes.items():
+            if axis not in chosen and over in names and has_axis(graph, axis):
+                chosen[axis] = over
+        stored = mesh.parts_of(known.stored) if known.stored else ()
+    elif not chosen:
+        told = " or ".join(RECIPES)
+        raise UsageError("nothing says how to split the model", hint=Hint(f"recipe={told}", f"--recipe {told}"))
+    wanted = wanted_splits(graph, mesh, chosen)
+    if stored:
+        types = {name: value.type for name, value in graph.parameters.items()}
+        weights = {name: _stored(types[name], placed, stored) for name, placed in wanted.weights.items()}
+        wanted = replace(wanted, weights=weights)
+    batch = mesh.parts_of(chosen.get("batch", ""))
+    given = (
+        dict.fromkeys(graph.symbols, 128) | {s: max(ways(batch), 1) for s in _batch_symbols(graph)} | dict(sizes or {})
+    )
+    told = recipe or "by hand"
+    return plan_sharding(graph, mesh, wanted, machine, given, recipe=told, axes=chosen, stored=stored)
+
+
+def _find(name: str, mesh: Mesh) -> SplitRecipe:
+    found = RECIPES.get(name)
+    if found is None:
+        raise UsageError(f"unknown recipe {name!r}", hint="one of " + ", ".join(RECIPES))
+    missing = [axis for axis in found.needs if axis not in dict(mesh.axes)]
+    if missing:
+        raise UsageError(
+            f"recipe {name} splits over a mesh axis {missing[0]}, which the mesh has not",
+            received=str(mesh),
+            hint=f"{missing[0]}={mesh.ranks}",
+        )
+    return found
+
+
+def _batch_symbols(graph: Graph) -> set[str]:
+    return {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
+
+
+def _stored(type: Type, placed: MeshPlacement, over: SubAxes) -> MeshPlacement:
+    """A weight's placement, further split over parts of the mesh: along the dimension that leaves the most even parts.
+
+    A weight with no dimension that is long enough is stored whole.
+    """
+    over = tuple(p for p in over if p not in placed.used)
+    best: tuple[tuple[bool, int], int, Split] | None = None
+    for d, size in enumerate(type.shape):
+        now = placed.dims[d]
+        split = Split(over) if now is None else Split((*now.over, *over), now.grain)
+        units = size.divide(split.grain)
+        count = None if units is None else units.constant
+        if not over or count is None or count < ways(split.over) or d == blocked_dim(type):
+            continue
+        quality = (count % ways(split.over) == 0, count)
+        if best is None or quality > best[0]:
+            best = quality, d, split.normal(size)
+    if best is None:
+        return placed
+    _, d, split = best
+    return MeshPlacement((*placed.dims[:d], split, *placed.dims[d + 1 :]))

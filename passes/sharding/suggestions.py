@@ -1,0 +1,61 @@
+"""Which ways there are to split a node: each part of the mesh takes one of the factors suggested for it, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from treadle.ir.placement.mesh import Mesh, SubAxes, SubAxis
+from treadle.passes.sharding.factors import Share
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """That a factor be split over these parts of the mesh."""
+
+    factor: str
+    share: Share
+
+
+def choices(
+    mesh: Mesh, suggestions: Sequence[Suggestion], carried: Sequence[tuple[SubAxes, frozenset[str]]]
+) -> Iterator[tuple[dict[str, Share], SubAxes, frozenset[str]]]:
+    """Every way: the factors that are split, and the parts along which terms of a sum pass, through which operands.
+
+    carried  along which parts operands are terms, and the group of operands that they are of, in which the op is linear
+
+    Parts of the mesh that the same suggestions name are chosen for together. The first way splits nothing.
+    """
+    sets = [s.share.over for s in suggestions] + [over for over, _ in carried]
+    bundles: dict[tuple[bool, ...], list[SubAxis]] = {}
+    for part in mesh.parts:
+        named = tuple(part in over for over in sets)
+        if any(named):
+            bundles.setdefault(named, []).append(part)
+    options: list[list[int | None]] = [[None, *[i for i, is_named in enumerate(n) if is_named]] for n in bundles]
+    for choice in product(*options):
+        taken: dict[int, set[SubAxis]] = {}
+        for parts, index in zip(bundles.values(), choice, strict=True):
+            if index is not None:
+                taken.setdefault(index, set()).update(parts)
+        passing = {i: own for i, own in taken.items() if i >= len(suggestions)}
+        through = {carried[i - len(suggestions)][1] for i in passing}
+        if len(through) <= 1:
+            shares = _shares([(suggestions[i], own) for i, own in taken.items() if i < len(suggestions)])
+            passed = tuple(p for i, own in passing.items() for p in sets[i] if p in own)
+            yield shares, passed, next(iter(through), frozenset())
+
+
+def _shares(taken: Sequence[tuple[Suggestion, set[SubAxis]]]) -> dict[str, Share]:
+    """The factors that are split; one that two suggestions split is split by both, in the coarser units."""
+    shares: dict[str, Share] = {}
+    for suggestion, own in taken:
+        over = tuple(p for p in suggestion.share.over if p in own)
+        share = Share(over, suggestion.share.grain)
+        known = shares.get(suggestion.factor)
+        if known is not None:
+            grain = max((known.grain, share.grain), key=lambda g: (g.constant or 0, str(g)))
+            share = Share((*known.over, *over), grain)
+        shares[suggestion.factor] = share
+    return shares

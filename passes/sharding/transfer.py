@@ -1,0 +1,138 @@
+"""What an op needs and gives where some factors of its axis rule are split: one function for every op.
+
+    mapped              the op works on parts, each result is split alike
+    reduced by a monoid  each rank has a term of the result
+    indexed             a lookup in a part of the table: what lies elsewhere counts as zero, so terms of a sum
+    all others          the op needs the axis whole (a composite's body may need less)
+
+An op takes terms of a sum in operands in which it is linear, where all operands of that group are terms. So where a
+summed factor is split, an operand of the group that lacks it (a bias) must be terms, too: the whole on one rank and
+zeros elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.ir.axes import Application, AxisDim, Role
+from treadle.ir.operation import Composite, Op, names_operand
+from treadle.ir.placement.mesh import SubAxes, ways
+from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.sizing.sizes import ONE
+from treadle.ir.types import Type
+from treadle.passes.sharding.factors import Shares, dim_split, locate
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """How operands must lie (None: absent), and how results then do."""
+
+    operands: tuple[MeshPlacement | None, ...]
+    results: tuple[MeshPlacement, ...]
+
+
+def may_split(op: Op, application: Application, name: str, types: Sequence[Type | None]) -> bool:
+    """Whether an op works on parts of a factor, without a look into its body."""
+    if op.resized({name: ONE}, types) is None:
+        return False
+    match application.factors[name].role:
+        case Role.MAPPED:
+            return name not in op.positional
+        case Role.REDUCED:
+            return True
+        case Role.INDEXED:
+            return looked_up_by(op, application, name, types) is not None
+        case _:
+            return False
+
+
+def looked_up_by(op: Op, application: Application, name: str, types: Sequence[Type | None]) -> int | None:
+    """The position of the operand whose elements index a factor, in an op that works on a part of it.
+
+    That is a primitive that reads one table along it, in which it is linear, by its one operand of integers, and of
+    which no result has the factor.
+    """
+    tables = [i for i, dims in enumerate(application.operands) if locate(dims, name)]
+    names = op.operand_names(len(types))
+    others = [i for i in range(len(types)) if i not in tables]
+    if isinstance(op, Composite) or len(tables) != 1 or len(others) != 1 or len(application.results) != 1:
+        return None
+    indices = types[others[0]]
+    linear = any(names_operand(group, names[tables[0]]) for group in op.linear)
+    fits = linear and indices is not None and indices.dtype.is_int and not locate(application.results[0], name)
+    return others[0] if fits else None
+
+
+def requirement(
+    op: Op,
+    application: Application,
+    types: Sequence[Type | None],
+    shares: Shares,
+    carried: SubAxes = (),
+    through: frozenset[str] = frozenset(),
+) -> Requirement | None:
+    """What an op needs and gives where factors are split so.
+
+    carried  parts of mesh axes along which operands of the linear group `through` are terms of sums
+
+    None where there is no such way.
+    """
+    names = op.operand_names(len(types))
+    terms: dict[int, list[SubAxes]] = {i: [] for i in range(len(types))}
+    partial: SubAxes = ()
+    monoids: set[str] = set()
+    for name, share in shares.items():
+        units = application.dims[name].size.divide(share.grain)
+        if units is None or (units.constant is not None and units.constant < ways(share.over)):
+            return None  # a rank would have none
+        if not may_split(op, application, name, types):
+            return None
+        factor = application.factors[name]
+        if factor.role is Role.MAPPED:
+            continue
+        partial += share.over
+        monoids.add(factor.monoid or "sum")
+        if (factor.monoid or "sum") != "sum":
+            continue
+        for group in op.linear:
+            held = [i for i, n in enumerate(names) if types[i] is not None and names_operand(group, n)]
+            if any(locate(application.operands[i], name) for i in held):
+                for i in held:
+                    if not locate(application.operands[i], name) and factor.role is Role.REDUCED:
+                        terms[i].append(share.over)
+    if carried:
+        partial += carried
+        monoids.add("sum")
+        for i, n in enumerate(names):
+            if types[i] is not None and names_operand(through, n):
+                terms[i].append(carried)
+    if len(monoids) > 1:
+        return None
+    monoid = next(iter(monoids), "sum")
+    operands: list[MeshPlacement | None] = []
+    for i, dims in enumerate(application.operands):
+        if dims is None:
+            operands.append(None)
+            continue
+        placed = _placed(application, dims, shares, tuple(dict.fromkeys(p for over in terms[i] for p in over)), "sum")
+        if placed is None:
+            return None
+        operands.append(placed)
+    results = [_placed(application, dims, shares, partial, monoid) for dims in application.results]
+    if any(r is None for r in results):
+        return None
+    return Requirement(tuple(operands), tuple(r for r in results if r is not None))
+
+
+def _placed(
+    application: Application, dims: Sequence[AxisDim], shares: Shares, partial: SubAxes, monoid: str
+) -> MeshPlacement | None:
+    splits: list[Split | None] = []
+    for dim in dims:
+        split = dim_split(application, dim, shares)
+        if isinstance(split, bool):
+            return None
+        splits.append(split)
+    placed = MeshPlacement(tuple(splits), partial, monoid if partial else "sum")
+    return placed if len(set(placed.used)) == len(placed.used) else None

@@ -1,0 +1,216 @@
+"""What a user wants split: axes by name, and where they lie in every value of a graph.
+
+    {"heads": "tp", "ffn": "tp", "vocab": "tp", "batch": "dp"}
+
+A name is a label ("heads"), a symbol ("S"), a dimension of a weight or an input ("wte.weight[0]", where `*` stands for
+any text), or one of these:
+
+    batch      the symbols of inputs' first dimensions
+    sequence   the symbols of their other dimensions
+    heads      the labels heads and kv_heads
+    vocab      the rows of the largest table that an input looks up, and the dimension of outputs with as many
+
+`follow` carries each through the graph. What comes out are wishes: a value that holds the axis would be split along it.
+Weights are placed by them; what becomes of other values, costs decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from treadle.ir.analysis.axis_places import Place
+from treadle.ir.analysis.axis_tracing import Tracer, ordered_values
+from treadle.ir.axes import Role
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph, Value
+from treadle.ir.placement.mesh import Mesh, SubAxes, ways
+from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.sizing.sizes import ONE, Size
+from treadle.ir.types import Type
+
+
+@dataclass(frozen=True)
+class Wish:
+    """That a dimension of a value be split, because it holds an axis of this name."""
+
+    dim: int
+    split: Split
+    axis: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Wishes for the values of a graph, and where its weights lie because of them.
+
+    notes   what could not be split as asked, in words
+    """
+
+    wishes: Mapping[Value, Sequence[Wish]] = field(default_factory=dict)
+    weights: Mapping[str, MeshPlacement] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def of(self, value: Value) -> Sequence[Wish]:
+        """The wishes for a value."""
+        return self.wishes.get(value, ())
+
+
+def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str]) -> Wanted:
+    """Wishes for a graph: axes by name, each with the mesh axes that split it, such as "tp" or "dp tp".
+
+    Raises UsageError for a name that is no axis of the graph, and for a mesh axis that there is not.
+    """
+    wishes: dict[Value, list[Wish]] = {}
+    notes: list[str] = []
+    for name, over in axes.items():
+        parts = mesh.parts_of(over)
+        if not parts:
+            continue
+        places = list(_places(graph, name))
+        if not any(p.size != ONE for p in places):
+            raise UsageError(f"{graph.name} has no axis {name!r} to split", hint=_known_axes(graph))
+        notes += _wish(wishes, mesh, name, parts, places)
+    weights = {name: _placed(wishes.get(v, ()), v.type.rank) for name, v in graph.parameters.items()}
+    return Wanted(wishes, weights, tuple(notes))
+
+
+def has_axis(graph: Graph, name: str) -> bool:
+    """Whether a graph has an axis of this name that can be split."""
+    return any(place.size != ONE for place in _places(graph, name))
+
+
+def _wish(wishes: dict[Value, list[Wish]], mesh: Mesh, name: str, parts: SubAxes, places: Sequence[Place]) -> list[str]:
+    """Add wishes for all places of an axis. The least of them says in which units it is split, so that all are alike.
+
+    Returns what could not be split as asked, in words.
+    """
+    notes = []
+    places = [p for p in places if p.size != ONE and p.inner * p.size == p.value.type.shape[p.dim]]
+    sizes = [p.size.constant for p in places]
+    least = min([n for n in sizes if n is not None], default=None)
+    taken = parts
+    while least is not None and ways(taken) > least:
+        taken = taken[:-1]
+    if ways(taken) < ways(parts):
+        left = mesh.text_of(parts[len(taken) :])
+        notes.append(
+            f"{name}: {least} are split over {mesh.text_of(taken) or 'no part'} of {mesh.text_of(parts)}; "
+            f"{left} holds copies, or splits what shares them"
+        )
+    for place in places:
+        if place.dim == blocked_dim(place.value.type):
+            notes.append(f"{name}: {place.value.name} is held in blocks along dimension {place.dim}, and whole there")
+            continue
+        split = _split(place, taken, parts, least)
+        if split is not None:
+            known = wishes.setdefault(place.value, [])
+            wish = Wish(place.dim, split.normal(place.value.type.shape[place.dim]), name)
+            if wish not in known:
+                known.append(wish)
+    return notes
+
+
+def blocked_dim(type: Type) -> int | None:
+    """The dimension along which a value is held in blocks, which are not cut; None where it is not in blocks."""
+    return None if type.encoding is None else type.encoding.axis % type.rank
+
+
+def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None) -> Split | None:
+    count = place.size.constant
+    shared = None if least is None else place.size.divide(Size.of(least))
+    grain = place.inner if shared is None else place.inner * shared
+    if least is not None and least == ways(taken) and count is not None and shared is not None:
+        # each part has one step of the least place; what lies in it may be split further
+        more, rest = parts[len(taken) :], count // least
+        while ways(more) > rest:
+            more = more[:-1]
+        if more:
+            return Split((*taken, *more), place.inner)
+    return Split(taken, grain) if taken else None
+
+
+def _placed(wishes: Sequence[Wish], rank: int) -> MeshPlacement:
+    """A placement by wishes, the first before others: no part of an axis is used twice."""
+    dims: list[Split | None] = [None] * rank
+    used: set[object] = set()
+    for wish in wishes:
+        if not used.intersection(wish.split.over) and dims[wish.dim] is None:
+            dims[wish.dim] = wish.split
+            used.update(wish.split.over)
+    return MeshPlacement(tuple(dims))
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def _places(graph: Graph, name: str) -> Iterator[Place]:
+    """Every place of an axis, in functions too, once."""
+    seen: dict[Place, None] = {}
+    for axis in _axes_named(graph, name):
+        tracer = Tracer(graph, axis)
+        tracer.close(graph.main, frozenset(tracer.seeds()))
+        for closure in tracer.memo.values():
+            seen.update(dict.fromkeys(sorted(closure.places, key=_place_key)))
+    yield from seen
+
+
+def _place_key(place: Place) -> tuple[str, int, str]:
+    return place.value.name, place.dim, str(place.inner)
+
+
+def _axes_named(graph: Graph, name: str) -> list[str]:
+    """What `follow` calls the axes of a name."""
+    shapes = [v.type.shape for v in graph.main.inputs]
+    if name == "batch":
+        return sorted({s for shape in shapes for s in (shape[0].symbols if shape else ())})
+    if name == "sequence":
+        batch = {s for shape in shapes for s in (shape[0].symbols if shape else ())}
+        return sorted({s for shape in shapes for size in shape[1:] for s in size.symbols} - batch)
+    if name == "heads":
+        return [label for label in ("heads", "kv_heads") if label in _labels(graph)]
+    if name == "vocab":
+        return vocabulary(graph)
+    pattern = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    if pattern is not None:
+        values = [v for v in graph.main.arguments if int(pattern[2]) < v.type.rank]
+        return [f"{v.name}[{pattern[2]}]" for v in values if fnmatchcase(v.name, pattern[1])]
+    return [name] if name in graph.symbols or name in _labels(graph) else []
+
+
+def _labels(graph: Graph) -> set[str]:
+    values = (v for function in graph.functions.values() for v in ordered_values(function))
+    return {f.label for v in values for d in v.type.dims for f in d.factors if f.label is not None}
+
+
+def _known_axes(graph: Graph) -> str:
+    named = [n for n in ("batch", "sequence", "heads", "vocab") if _axes_named(graph, n)]
+    return "one of " + ", ".join(dict.fromkeys([*named, *sorted(graph.symbols), *sorted(_labels(graph))]))
+
+
+def vocabulary(graph: Graph) -> list[str]:
+    """The dimensions of weights that are the vocabulary: rows of the largest table that an input looks up, and of
+    those that make a last dimension of as many in an output."""
+    inputs = set(graph.main.inputs)
+    tables: dict[Value, int] = {}
+    for node in graph.main.nodes:
+        if node.op.callee is not None or not inputs.intersection(node.inputs):
+            continue
+        application = node.op.apply([None if v is None else v.type for v in node.operands])
+        for value, dims in zip(node.operands, application.operands, strict=True):
+            for d, dim in enumerate(dims or ()):
+                indexed = any(application.factors[n].role is Role.INDEXED for n in dim.factors)
+                if indexed and value is not None and value.weight is not None:
+                    tables[value.weight] = d
+    rows = {v: v.type.shape[d].constant for v, d in tables.items()}
+    most = max((n for n in rows.values() if n is not None), default=None)
+    if most is None:
+        return []
+    found = [f"{v.name}[{tables[v]}]" for v, n in rows.items() if n == most]
+    ends = {v.node for v in graph.main.outputs.values() if v.type.rank and v.type.shape[-1].constant == most}
+    for value in [v for node in ends if node is not None and node.op.callee is None for v in node.inputs]:
+        if value.weight is not None:
+            long = [d for d, size in enumerate(value.type.shape) if size.constant == most]
+            found += [f"{value.weight.name}[{d}]" for d in long[:1]]
+    return list(dict.fromkeys(found))

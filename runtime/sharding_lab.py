@@ -1,0 +1,182 @@
+"""The lab: the programs of all ranks of a sharded model, run in lockstep in one process in NumPy.
+
+No device is needed. Every rank runs its own program by the references of its ops; where they meet, what each gets is
+what the collective's meaning makes of what all brought. Ranks that meet in different collectives, and ranks that wait
+for others that will not come, are told by name and place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import GraphError, TreadleError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret, solve_sizes
+from treadle.ir.ops.collectives import Collective
+from treadle.ir.placement.meeting import meeting_at
+from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import taken_part
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.rank_programs import rank_program, rank_weights, refuse_small_sizes
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class LabResult:
+    """What the ranks computed together.
+
+    outputs   whole, put together from the parts of all ranks
+    meetings  for each meeting its op and the elements that its group was about, as the first rank of it saw it
+    """
+
+    outputs: dict[str, Array]
+    meetings: tuple[tuple[Collective, int], ...]
+
+
+def run_lab(
+    plan: ShardingPlan,
+    inputs: Mapping[str, Any],
+    weights: Mapping[str, Array],
+    *,
+    programs: Sequence[Graph] | None = None,
+    float64: bool = True,
+) -> LabResult:
+    """Run a plan on whole inputs and weights.
+
+    programs  of the ranks, if other than `rank_program` makes
+
+    Raises GraphError where ranks do not meet, or hold different copies of one part of an output; what a rank raised.
+    """
+    mesh = plan.mesh
+    sizes: dict[str, int] = {}
+    for value in plan.graph.main.inputs:
+        solve_sizes(value.type, np.shape(inputs[value.name]), sizes)
+    refuse_small_sizes(plan, sizes)
+    programs = programs or [rank_program(plan, rank) for rank in range(mesh.ranks)]
+    room = _Room(mesh)
+    found: list[dict[str, Array]] = [{}] * mesh.ranks
+
+    def run(rank: int) -> None:
+        try:
+            with meeting_at(_Door(room, rank)):
+                parts = rank_weights(plan, rank, weights)
+                mine = {name: parts[name] for name in programs[rank].parameters}
+                found[rank] = interpret(programs[rank], inputs, mine, float64=float64)
+            room.leave(rank)
+        except BaseException as error:
+            room.fail(error)
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(mesh.ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if room.failure is not None:
+        raise room.failure
+    return LabResult(_assembled(plan, found, sizes), tuple(room.meetings))
+
+
+def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Outputs put together. Raises GraphError where two ranks hold other numbers of one part."""
+    outputs: dict[str, Array] = {}
+    for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.main.gives, strict=True):
+        whole = np.zeros(value.type.evaluate(sizes), found[0][name].dtype)
+        known = np.zeros(whole.shape, bool)
+        for rank, own in enumerate(found):
+            part, seen = (taken_part(a, value.type.shape, placed, plan.mesh, rank, sizes) for a in (whole, known))
+            if part.shape != own[name].shape:
+                raise GraphError(f"rank {rank} gives {name} of {list(own[name].shape)}, not {list(part.shape)}")
+            if not np.array_equal(part[seen], own[name][seen], equal_nan=part.dtype.kind == "f"):
+                raise GraphError(f"rank {rank} holds another {name} than the ranks before it")
+            part[...], seen[...] = own[name], True
+        outputs[name] = whole
+    return outputs
+
+
+class _Room:
+    """Where threads of ranks meet: the last of a group to come computes what each gets."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.condition = threading.Condition()
+        self.counts: dict[tuple[int, tuple[int, ...]], int] = {}
+        self.brought: dict[tuple[tuple[int, ...], int], dict[int, tuple[Collective, Any]]] = {}
+        self.results: dict[tuple[tuple[int, ...], int], dict[int, Any]] = {}
+        self.waiting: dict[int, Collective] = {}
+        self.left: set[int] = set()
+        self.failure: BaseException | None = None
+        self.meetings: list[tuple[Collective, int]] = []
+
+    def exchange(self, rank: int, op: Collective, part: Any) -> Any:
+        group = self.mesh.group(rank, self.mesh.parts_of(op.over))
+        with self.condition:
+            number = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
+            key = group, number
+            brought = self.brought.setdefault(key, {})
+            brought[rank] = op, part
+            if len(brought) == len(group):
+                try:
+                    self.results[key] = self._combined(group, brought)
+                except TreadleError as error:
+                    self.failure = error
+                for other in group:
+                    self.waiting.pop(other, None)
+                self.condition.notify_all()
+            else:
+                self.waiting[rank] = op
+                self._look_for_deadlock()
+            while self.failure is None and key not in self.results:
+                self.condition.wait()
+            if self.failure is not None:
+                raise GraphError("another rank failed")
+            return self.results[key][rank]
+
+    def _combined(self, group: Sequence[int], brought: Mapping[int, tuple[Collective, Any]]) -> dict[int, Any]:
+        ops = [brought[rank][0] for rank in group]
+        parts = [brought[rank][1] for rank in group]
+        first = ops[0]
+        for rank, op in zip(group, ops, strict=True):
+            if op.meeting != first.meeting:
+                raise GraphError(
+                    f"ranks {group[0]} and {rank} meet in different collectives",
+                    received=f"{first.meeting} and {op.meeting}",
+                )
+        if first.ways != len(group):
+            raise GraphError(f"{first.name} is among {first.ways} ranks, and {len(group)} meet over {first.over}")
+        found = first.combined(ops, parts)
+        self.meetings.append((first, first.payload(parts[0].size, found[0].size)))
+        return dict(zip(group, found, strict=True))
+
+    def _look_for_deadlock(self) -> None:
+        if len(self.waiting) + len(self.left) == self.mesh.ranks:
+            told = ", ".join(f"rank {r} in {op.name} over {op.over}" for r, op in sorted(self.waiting.items()))
+            self.failure = GraphError("ranks wait for others that do not come", received=told)
+            self.condition.notify_all()
+
+    def leave(self, rank: int) -> None:
+        with self.condition:
+            self.left.add(rank)
+            if self.waiting:
+                self._look_for_deadlock()
+
+    def fail(self, error: BaseException) -> None:
+        with self.condition:
+            self.failure = self.failure or error
+            self.condition.notify_all()
+
+
+@dataclass(frozen=True)
+class _Door:
+    """How one rank gets into the room."""
+
+    room: _Room
+    rank: int
+
+    def exchange(self, op: Collective, part: Any) -> Any:
+        return self.room.exchange(self.rank, op, part)

@@ -1,0 +1,242 @@
+"""Random graphs, meshes and axes to split, and what the lab makes of them: for tests that hold for any sharding.
+
+The same seed gives the same case. Sizes are such that some divide the mesh and others do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.attention.attention_terms import Causal
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.graph import Function, Graph
+from treadle.ir.interpreter import interpret
+from treadle.passes.sharding.checking import check_sharding
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.recipes import shard
+from treadle.runtime.sharding_lab import run_lab
+from treadle.sharding import rank_graph
+
+MESHES = ("tp=2", "tp=4", "tp=8", "tp=2,dp=2", "tp=3", "dp=2,tp=4", "tp=6", "a=2,b=2,c=2")
+SIZES = {"B": 9, "S": 11}
+WIDTHS = (8, 9, 12, 16)
+
+Array = np.ndarray[Any, Any]
+Write = Callable[[Builder, Random, Expr], Expr | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, how it is to be split, and numbers for it."""
+
+    graph: Graph
+    mesh: str
+    axes: dict[str, str]
+    inputs: dict[str, Array]
+    weights: dict[str, Array]
+
+    def plan(self) -> ShardingPlan:
+        """The plan, which its checker takes."""
+        made = shard(self.graph, self.mesh, axes=self.axes, sizes=SIZES)
+        check_sharding(made)
+        return made
+
+
+def weight(b: Builder, *sizes: Any) -> Expr:
+    name = f"w{len(b.function.parameters)}"
+    return b.parameter(name, f"f64[{', '.join(map(str, sizes))}]")
+
+
+def linear(b: Builder, r: Random, x: Expr) -> Expr:
+    n = r.choice(WIDTHS)
+    return b.linear(x, weight(b, n, x.shape[-1]), weight(b, n) if r.random() < 0.6 else None)
+
+
+def matmul(b: Builder, r: Random, x: Expr) -> Expr:
+    return b.matmul(x, weight(b, x.shape[-1], r.choice(WIDTHS)))
+
+
+def elementwise(b: Builder, r: Random, x: Expr) -> Expr:
+    return r.choice([b.gelu, b.tanh, b.neg, b.abs])(x)
+
+
+def scaled(b: Builder, r: Random, x: Expr) -> Expr:
+    return x * weight(b, x.shape[-1]) if r.random() < 0.5 else x * 0.5
+
+
+def shifted(b: Builder, r: Random, x: Expr) -> Expr:
+    return x + weight(b, x.shape[-1]) if r.random() < 0.7 else x - 0.25
+
+
+def norm(b: Builder, r: Random, x: Expr) -> Expr:
+    if r.random() < 0.5:
+        return b.rms_norm(x, weight(b, x.shape[-1]))
+    return b.layer_norm(x, weight(b, x.shape[-1]), weight(b, x.shape[-1]))
+
+
+def softmax(b: Builder, r: Random, x: Expr) -> Expr:
+    kind = r.choice([b.softmax, b.log_softmax])
+    return kind(x, axis=r.randrange(x.rank))
+
+
+def reduced(b: Builder, r: Random, x: Expr) -> Expr:
+    kind = r.choice([b.reduce_sum, b.reduce_max, b.reduce_mean, b.reduce_min])
+    return kind(x, axes=(r.randrange(x.rank),), keep=True) + x * 0.1
+
+
+def transposed(b: Builder, r: Random, x: Expr) -> Expr:
+    names = [f"a{i}" for i in range(x.rank)]
+    mixed = r.sample(names, len(names))
+    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(mixed)}")
+
+
+def split_and_merged(b: Builder, r: Random, x: Expr) -> Expr | None:
+    """[..., (h d)] -> [..., (d h)] or back to [..., (h d)] in two ops"""
+    width = x.shape[-1].constant
+    if width is None or width % 4:
+        return None
+    rest = [f"a{i}" for i in range(x.rank - 1)]
+    y = b.rearrange(x, pattern=f"{' '.join(rest)} (h=4 d) -> {' '.join(rest)} h d")
+    y = b.gelu(y) if r.random() < 0.5 else y
+    order = r.choice(["(h d)", "(d h)"])
+    return b.rearrange(y, pattern=f"{' '.join(rest)} h d -> {' '.join(rest)} {order}")
+
+
+def attention(b: Builder, r: Random, x: Expr) -> Expr | None:
+    if x.rank != 3 or x.shape[1].constant is not None:
+        return None
+    (groups, repeats), d = r.choice([(2, 1), (4, 2), (3, 2), (4, 1), (8, 1)]), 4
+    made = []
+    for heads in (groups * repeats, groups, groups):
+        y = b.linear(x, weight(b, heads * d, x.shape[-1]))
+        made.append(b.rearrange(y, pattern=f"b s (heads={heads} d) -> b heads s d"))
+    y = b.attention(*made, terms=(Causal(),) if r.random() < 0.5 else ())
+    return b.linear(b.rearrange(y, pattern="b heads s d -> b s (heads d)"), weight(b, 12, groups * repeats * d))
+
+
+def sliced(b: Builder, r: Random, x: Expr) -> Expr:
+    return b.slice(x, axis=r.randrange(x.rank), start=1)
+
+
+def joined(b: Builder, r: Random, x: Expr) -> Expr:
+    return b.concat(x, x * 2.0, axis=r.randrange(x.rank))
+
+
+def scanned(b: Builder, r: Random, x: Expr) -> Expr:
+    return b.cumsum(x, axis=r.randrange(x.rank)) * 0.1
+
+
+def looked_up(b: Builder, r: Random, x: Expr) -> Expr:
+    indices, rows = b.argmax(x, axis=-1), x.shape[-1]
+    if r.random() < 0.5:
+        return b.embedding(weight(b, rows, 12), indices)
+    return b.rearrange(b.gather(weight(b, 5, rows), indices, axis=1), pattern="e ... -> ... e")
+
+
+def expanded(b: Builder, r: Random, x: Expr) -> Expr:
+    top = b.reduce_max(x, axes=(x.rank - 1,), keep=True)
+    return b.expand(top, shape=(*x.shape[:-1], 9)) if r.random() < 0.5 else b.expand(top, shape=x.shape) + x
+
+
+def twice(b: Builder, r: Random, x: Expr) -> Expr:
+    """Two products whose terms may be added before they are combined"""
+    n = r.choice(WIDTHS)
+    return b.linear(x, weight(b, n, x.shape[-1])) + b.linear(b.gelu(x), weight(b, n, x.shape[-1]), weight(b, n))
+
+
+WITH_WEIGHTS: tuple[Write, ...] = (
+    linear,
+    linear,
+    matmul,
+    scaled,
+    shifted,
+    norm,
+    looked_up,
+    twice,
+    attention,
+    attention,
+)
+OTHERS: tuple[Write, ...] = (
+    elementwise,
+    softmax,
+    reduced,
+    transposed,
+    split_and_merged,
+    sliced,
+    joined,
+    scanned,
+    expanded,
+)
+
+
+def random_case(seed: int, most: int = 7) -> Case:
+    """A case for a seed."""
+    r = Random(seed)
+    graph = Graph("random")
+    b = Builder(graph)
+    width = r.choice(WIDTHS)
+    x = b.input("x", r.choice([f"f64[B, S, {width}]", f"f64[B, S, {width}]", f"f64[B, {width}]", f"f64[12, {width}]"]))
+    if r.random() < 0.3:
+        x = in_a_block(b, r, x, width)
+    kept = [x]
+    for _ in range(r.randint(1, most)):
+        y = r.choice(OTHERS if x.shape[-1].constant is None else (*WITH_WEIGHTS, *OTHERS))(b, r, x)
+        if y is not None:
+            kept.append(y)
+            same = [z for z in kept[:-1] if z.type == y.type]
+            x = y + r.choice(same) if same and r.random() < 0.4 else y
+    outputs = {"y": x} | ({"z": r.choice(kept[1:])} if len(kept) > 1 and r.random() < 0.4 else {})
+    b.outputs(**outputs)
+    rng = np.random.default_rng(seed)
+    inputs = {v.name: rng.normal(size=v.type.evaluate(SIZES)) for v in graph.main.inputs}
+    weights = {n: rng.normal(size=v.type.evaluate({})) * 0.3 for n, v in graph.parameters.items()}
+    mesh = r.choice(MESHES)
+    return Case(graph, mesh, random_axes(r, graph, mesh), inputs, weights)
+
+
+def in_a_block(b: Builder, r: Random, x: Expr, width: int) -> Expr:
+    """A function that is called twice."""
+    block = Function("block")
+    inner = Builder(b.graph, block)
+    y = inner.input("y", x.type)
+    hidden = r.choice(WIDTHS)
+    z = inner.gelu(inner.linear(y, inner.parameter("up", f"f64[{hidden}, {width}]")))
+    z = inner.linear(z, inner.parameter("down", f"f64[{width}, {hidden}]"), inner.parameter("bias", f"f64[{width}]"))
+    inner.outputs(z=y + z)
+    b.graph.add_function(block)
+    for i in range(2):
+        shapes = (("up", f"{hidden}, {width}"), ("down", f"{width}, {hidden}"), ("bias", f"{width}"))
+        held = [b.parameter(f"h{i}.{name}", f"f64[{shape}]") for name, shape in shapes]
+        (x,) = b.call(block, [x, *held])
+    return x
+
+
+def random_axes(r: Random, graph: Graph, mesh: str) -> dict[str, str]:
+    """One to four dimensions of inputs and weights, each with one or two parts of the mesh."""
+    dims = [f"{v.name}[{d}]" for v in graph.main.arguments for d in range(v.type.rank)]
+    names = [axis.partition("=")[0] for axis in mesh.split(",")]
+    names += [f"{n}:(1)2" for n, size in (axis.split("=") for axis in mesh.split(",")) if size in ("4", "8")]
+    found: dict[str, str] = {}
+    for dim in r.sample(dims, min(len(dims), r.randint(1, 4))):
+        chosen = [r.choice(names)]
+        other = r.choice(names)
+        if r.random() < 0.2 and other.partition(":")[0] != chosen[0].partition(":")[0]:
+            chosen.append(other)
+        found[dim] = " ".join(chosen)
+    return found
+
+
+def difference(case: Case, plan: ShardingPlan, *, merged: bool = False) -> float:
+    """How far the lab's outputs are from those of the graph as it is, at most, beside the greatest of them.
+
+    merged  of programs after the rest of the pipeline
+    """
+    wanted = interpret(case.graph, case.inputs, case.weights, float64=True)
+    programs = [rank_graph(plan, rank) for rank in range(plan.mesh.ranks)] if merged else None
+    found = run_lab(plan, case.inputs, case.weights, programs=programs).outputs
+    return max(float(np.max(np.abs(found[n] - w)) / max(1.0, np.max(np.abs(w)))) for n, w in wanted.items())

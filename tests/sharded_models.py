@@ -1,0 +1,63 @@
+"""Small models of every family of the zoo, with weights and inputs, to be split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from treadle.compiling import initial_weights
+from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.models.registry import family_names, find_family
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import RECOGNITION
+
+FAMILIES = family_names()
+Array = np.ndarray[Any, Any]
+
+_SMALL = {"layers": 2, "dim": 32, "heads": 8, "vocab": 37, "hidden": 40, "context": 16, "kv_heads": 4, "head_dim": 4}
+"""Options by the end of their name. No mesh divides 37, and some have more ranks than there are key heads."""
+
+
+def small_options(family: str) -> dict[str, Any]:
+    """Options that make a family's model small."""
+    found: dict[str, Any] = {}
+    for name, default in find_family(family).model.defaults.items():
+        for end, value in _SMALL.items():
+            if (name == end or name.endswith(f"_{end}")) and (
+                isinstance(default, int) or (family, name) == ("llama", "kv_heads")
+            ):
+                found[name] = value
+    return {**found, **SPECIAL.get(family, {})}
+
+
+_TOWER = {"dim": 32, "heads": 8, "layers": 2, "hidden": 40}
+SPECIAL: Mapping[str, dict[str, Any]] = {
+    "clip": {
+        **{"height": 16, "width": 16, "projection": 24},
+        "text": {**_TOWER, "vocab": 37, "context": 16},
+        "vision": {**_TOWER, "patch": 8, "height": 16, "width": 16},
+    },
+    "vit": {"height": 16, "width": 16, "patch": 8},
+}
+
+
+@cache
+def recognized(family: str) -> Graph:
+    """The graph that is split."""
+    return PassManager(RECOGNITION).run(find_family(family).model.configure(**small_options(family)).graph()).graph
+
+
+@cache
+def numbers(family: str) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """Weights, none of which is zero or one throughout, inputs, and what the whole model makes of them in float64."""
+    graph = recognized(family)
+    rng = np.random.default_rng(0)
+    weights = {n: a + 0.05 * rng.standard_normal(a.shape) for n, a in initial_weights(graph).items()}
+    sizes = {s: min(11, bounds.upper or 11) for s, bounds in graph.symbols.items()}
+    inputs = draw_inputs(graph, sizes, [0])
+    return weights, inputs, interpret(graph, inputs, weights, float64=True)

@@ -1,0 +1,382 @@
+"""Sharding: plans by recipe and by hand, the programs of ranks, and the lab that holds them against the whole model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import wrong_shardings as wrong
+from tests.random_shardings import difference, random_case
+from tests.sharded_models import FAMILIES, numbers, recognized
+from tests.test_encoded_weights import MODELS, drawn_inputs, drawn_weights, matrices
+from treadle.ir.builder import Builder
+from treadle.ir.errors import GraphError, PassError, TreadleError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import parse_placement
+from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import RECOGNITION
+from treadle.passes.sharding.checking import check_sharding
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.plan_printing import plan_hash, plan_json
+from treadle.passes.sharding.rank_programs import rank_program, rank_weights
+from treadle.passes.sharding.recipes import RECIPES, shard
+from treadle.runtime.sharding_lab import run_lab
+from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
+
+LARGE = ("megatron", "megatron-fsdp")
+NEAR = 1e-11
+"""Sums of some hundred float64 numbers near 1, in another order."""
+EXACT = 1e-7
+"""What a wrong plan is off by at least; numbers of weights are near 0.05."""
+
+MESHES = ("tp=2", "tp=4", "tp=8", "dp=2", "dp=4", "dp=8", "tp=2,dp=2", "dp=2,tp=4")
+CASES = [
+    (family, mesh, recipe)
+    for family in FAMILIES
+    for recipe, known in RECIPES.items()
+    for mesh in MESHES
+    if all(f"{axis}=" in mesh for axis in known.needs)
+]
+
+
+def apart(family: str, plan: ShardingPlan, programs: list[Graph] | None = None) -> float:
+    """How far the lab is from the whole model."""
+    weights, inputs, wanted = numbers(family)
+    found = run_lab(plan, inputs, weights, programs=programs).outputs
+    return max(float(np.max(np.abs(found[n] - w) / max(1.0, np.max(np.abs(w))))) for n, w in wanted.items())
+
+
+# -- every model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "mesh", "recipe"), CASES, ids=["-".join(case) for case in CASES])
+def test_ranks_together_compute_what_the_model_does(family: str, mesh: str, recipe: str) -> None:
+    plan = shard(recognized(family), mesh, recipe=recipe)
+    check_sharding(plan)
+    assert apart(family, plan) < NEAR
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize(("mesh", "recipe"), [("tp=2,dp=2", "megatron"), ("tp=4", "sequence"), ("dp=2", "fsdp")])
+def test_programs_go_through_the_rest_of_the_pipeline(family: str, mesh: str, recipe: str) -> None:
+    plan = shard(recognized(family), mesh, recipe=recipe)
+    programs = [rank_graph(plan, rank) for rank in range(plan.mesh.ranks)]
+    assert ("projections(" in str(programs[-1])) == (recipe != "fsdp")  # what is gathered for use is no weight
+    assert apart(family, plan, programs) < NEAR
+
+
+def test_a_linear_graph_is_computed_exactly() -> None:
+    """Whole numbers have no rounding, in whatever order they are added."""
+    b = Builder(Graph("linear"))
+    x = b.input("x", "f32[B, 12]")
+    y = b.linear(x, b.parameter("up", "f32[18, 12]"), b.parameter("bias", "f32[18]"))
+    y = b.linear(y, b.parameter("down", "f32[7, 18]"), b.parameter("last", "f32[7]"))
+    b.outputs(y=b.reduce_sum(y, axes=(0,)))
+    rng = np.random.default_rng(0)
+    weights = {n: rng.integers(-9, 9, v.type.evaluate({})).astype(float) for n, v in b.graph.parameters.items()}
+    inputs = {"x": rng.integers(-9, 9, (7, 12)).astype(float)}
+    whole = inputs["x"] @ weights["up"].T + weights["bias"]
+    wanted = (whole @ weights["down"].T + weights["last"]).sum(0)
+    for axes in ({"up[0]": "tp"}, {"up[1]": "tp"}, {"batch": "tp"}, {"up[0]": "dp", "batch": "tp"}):
+        plan = shard(b.graph, "tp=4,dp=2", axes=axes)
+        check_sharding(plan)
+        assert np.array_equal(run_lab(plan, inputs, weights).outputs["y"], wanted), axes
+
+
+# -- what recipes promise ----------------------------------------------------------------------------------------------
+
+
+def block_text(plan: ShardingPlan, name: str) -> str:
+    text = str(rank_program(plan, 0))
+    return text[text.index(f"block {name}(") : text.index("  main(")]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"= (all_reduce|all_gather|reduce_scatter|all_to_all)\(", text)
+
+
+@pytest.mark.parametrize(("family", "block"), [("gpt2", "h"), ("llama", "layer")])
+def test_megatron_has_two_all_reduces_a_layer(family: str, block: str) -> None:
+    plan = shard(recognized(family), "tp=4", recipe="megatron")
+    text = block_text(plan, block)
+    assert words(text) == ["all_reduce", "all_reduce"]
+    assert 'over="tp", ways=4, because="the split of heads is summed"' in text
+    assert 'over="tp", ways=4, because="the split of ffn is summed"' in text
+
+
+def test_megatron_gathers_no_logits() -> None:
+    plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
+    text = str(rank_program(plan, 1))
+    main = text[text.index("  main(") :]
+    assert words(main) == ["all_reduce"]
+    assert 'because="the split of vocab is summed"' in main
+    assert "logits: f32[B, S, 19]" in main  # 37 over 2
+    assert plan.main.gives[0].text(plan.mesh) == "[-, -, tp]"
+
+
+@pytest.mark.parametrize(("family", "block"), [("gpt2", "h"), ("llama", "layer")])
+def test_sequence_gathers_and_scatters_the_bytes_that_megatron_reduces(family: str, block: str) -> None:
+    graph = recognized(family)
+    sizes = {"B": 4, "S": 16}
+    reduced = shard(graph, "tp=4", recipe="megatron", sizes=sizes)
+    gathered = shard(graph, "tp=4", recipe="sequence", sizes=sizes)
+    assert words(block_text(gathered, block)) == ["all_gather", "reduce_scatter"] * 2
+    sent = [sum(c.sent for c in plan.collectives()) for plan in (reduced, gathered)]
+    assert sent[0] == sent[1]
+    norm = next(n for n in gathered.functions[0].nodes if n.node.op.name.endswith("norm"))
+    assert norm.gives[0].text(gathered.mesh) == "[-, tp, -]"
+
+
+def test_fewer_key_heads_than_ranks_take_a_part_of_the_axis() -> None:
+    plan = shard(recognized("llama"), "tp=8", recipe="megatron")
+    assert plan.weights["layer.0.attn.q.weight"].text(plan.mesh) == "[tp, -]"
+    assert plan.weights["layer.0.attn.k.weight"].text(plan.mesh) == "[tp:(1)4, -]"
+    text = block_text(plan, "layer")
+    assert "f32[B, heads=1, S, 4]" in text
+    assert "f32[B, kv_heads=1, S, 4]" in text
+    assert words(text) == ["all_reduce", "all_reduce"]
+    assert any("4 are split over tp:(1)4 of tp" in note for note in plan.notes)
+
+
+def test_heads_that_do_not_divide_are_split_by_whole_heads() -> None:
+    plan = shard(recognized("gpt2"), "tp=3", axes={"heads": "tp"})
+    assert plan.weights["h.0.attn.q.weight"].text(plan.mesh) == "[tp*4, -]"
+    sizes = [rank_weights(plan, r, numbers("gpt2")[0])["h.0.attn.q.weight"].shape[0] for r in range(3)]
+    assert sizes == [8, 12, 12]
+    assert apart("gpt2", plan) < NEAR
+
+
+def test_dp_needs_no_collective_and_fsdp_gathers_each_weight_where_it_is_used() -> None:
+    graph = recognized("gpt2")
+    assert shard(graph, "dp=4", recipe="dp").collectives() == []
+    plan = shard(graph, "dp=4", recipe="fsdp")
+    text = block_text(plan, "h")
+    assert set(words(text)) == {"all_gather"}
+    assert 'because="mlp.up.weight is stored in parts and gathered for use"' in text
+    assert plan.weight_bytes() == pytest.approx(shard(graph, "dp=4", recipe="dp").weight_bytes() / 4, rel=0.05)
+
+
+def test_a_bias_is_added_once() -> None:
+    plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
+    first, second = (str(rank_program(plan, rank)) for rank in range(2))
+    assert "linear(merged, $attn.out.weight, $attn.out.bias)" in first
+    assert "linear(merged, $attn.out.weight, $attn.out.bias)" not in second
+
+
+def test_terms_are_added_before_they_are_combined() -> None:
+    """Two products over a split axis meet in an addition: one all-reduce."""
+    b = Builder(Graph("parallel"))
+    x = b.input("x", "f32[B, 16]")
+    y = b.linear(x, b.parameter("w", "f32[8, 16]")) + b.linear(b.gelu(x), b.parameter("v", "f32[8, 16]"))
+    b.outputs(y=b.tanh(y))
+    plan = shard(b.graph, "tp=4", axes={"x[1]": "tp", "w[1]": "tp", "v[1]": "tp"}, sizes={"B": 64})
+    check_sharding(plan)
+    assert [c.op for c in plan.collectives()] == ["all_reduce"]
+
+
+def test_a_softmax_over_a_split_axis_reduces_a_maximum_and_a_sum() -> None:
+    b = Builder(Graph("loss"))
+    x = b.input("x", "f32[B, 64]")
+    b.outputs(y=b.log_softmax(b.linear(x, b.parameter("w", "f32[1000, 64]"))))
+    plan = shard(b.graph, "tp=4", axes={"w[0]": "tp"}, sizes={"B": 65536})
+    check_sharding(plan)
+    text = str(rank_program(plan, 0))
+    assert words(text) == ["all_reduce", "all_reduce"]
+    assert 'monoid="max"' in text
+    assert plan.main.gives[0].text(plan.mesh) == "[-, tp]"
+
+
+def test_costs_decide_between_two_axes_that_want_one_mesh_axis() -> None:
+    """Many rows: a small weight is not split but the rows are; few rows: the other way."""
+    b = Builder(Graph("two"))
+    x = b.input("x", "f32[B, 64]")
+    w = b.parameter("w", "f32[64, 64]")
+    b.outputs(y=b.linear(b.gelu(b.linear(x, w)), b.parameter("v", "f32[64, 64]")))
+    for axes in ({"batch": "tp", "x[1]": "tp"}, {"x[1]": "tp", "batch": "tp"}):
+        plan = shard(b.graph, "tp=4", axes=axes, sizes={"B": 4096})
+        assert plan.main.gives[0].dims[0] is not None, axes
+
+
+@pytest.mark.parametrize("recipe", ["megatron", "fsdp"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_weights_in_blocks_are_split_between_their_blocks(name: str, recipe: str) -> None:
+    declared = MODELS[name].graph()
+    graph = PassManager(RECOGNITION).run(encode_parameters(declared, matrices(declared, "q8_0"))).graph
+    held, _ = drawn_weights(graph)
+    inputs = drawn_inputs(graph)
+    wanted = interpret(graph, inputs, held, float64=True)["logits"]
+    plan = shard(graph, "tp=2,dp=2", recipe=recipe)
+    check_sharding(plan)
+    programs = [rank_graph(plan, rank) for rank in range(4)]
+    found = run_lab(plan, inputs, held, programs=programs).outputs["logits"]
+    assert float(np.max(np.abs(found - wanted))) < NEAR * float(np.max(np.abs(wanted)))
+    layer = "h" if name == "gpt2" else "layer"
+    parts = programs[0].parameters
+    assert str(parts[f"{layer}.0.attn.q.weight"].type) == "f32[32, 64] as q8_0"
+    down = plan.weights[f"{layer}.0.mlp.down.weight"].text(plan.mesh)
+    assert down == ("[-, -]" if recipe == "megatron" else "[dp, -]")  # its columns lie in blocks
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_prints_with_reasons_bytes_and_lines() -> None:
+    plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron", sizes={"B": 4, "S": 8})
+    text = str(plan)
+    assert "sharding of gpt2 over tp=2,dp=2, 4 ranks, megatron: heads over tp, ffn over tp" in text
+    assert re.search(r"h\.\*\.attn\.q\.weight: f32\[32, 32\] +\[tp, -\]  x 2", text)
+    assert re.search(r"out = linear: k over tp, \.\.\.2 over dp +\[dp, -, -\] sum\(tp\)", text)
+    assert re.search(
+        r"all_reduce of out over tp: the split of heads is summed, .* MB  \(models/gpt2\.py:\d+, attn\.out\)", text
+    )
+    assert re.search(r"2 x all_reduce over tp: the split of ffn is summed, .*h\.\*\.mlp\.down\)", text)
+
+
+def test_predicted_bytes_are_those_of_what_ranks_bring() -> None:
+    """Equal parts: what the plan says each collective is about is what ranks meet with, in elements of float32."""
+    weights, inputs, _ = numbers("gpt2")
+    graph = recognized("gpt2")
+    rows, tokens = inputs["tokens"][:8].shape
+    for recipe in ("megatron", "sequence"):
+        plan = shard(graph, "tp=4", recipe=recipe, sizes={"B": rows, "S": 8})
+        found = run_lab(plan, {"tokens": inputs["tokens"][:8, :8]}, weights)
+        assert sorted(4 * n for _, n in found.meetings) == sorted(c.payload for c in plan.collectives())
+    assert tokens > 8
+
+
+def test_json_holds_placements_that_read_back_and_a_hash_tells_plans_apart() -> None:
+    graph = recognized("llama")
+    plan = shard(graph, "tp=8", recipe="sequence")
+    told = plan_json(plan)
+    placements = [text for f in told["functions"] for n in f["nodes"] for text in n["gives"]]
+    assert len(placements) > 20
+    assert all(parse_placement(text, plan.mesh).text(plan.mesh) == text for text in placements)
+    assert plan_hash(plan) == plan_hash(shard(graph, "tp=8", recipe="sequence"))
+    assert plan_hash(plan) != plan_hash(shard(graph, "tp=8", recipe="megatron"))
+
+
+def test_a_large_shape_is_planned_without_weights() -> None:
+    shape: dict[str, Any] = {"dim": 16384, "heads": 128, "kv_heads": 8, "layers": 126, "hidden": 53248, "vocab": 128256}
+    plan = shard_model("llama", "tp=8,dp=16", recipe="megatron", **shape)
+    assert len(plan.collectives()) == 2 * 126 + 1
+    assert plan.weight_bytes() == pytest.approx(4 * 405.8e9 / 8, rel=0.01)
+
+
+def test_a_device_holds_what_its_program_needs() -> None:
+    shape: dict[str, Any] = {"dim": 16384, "heads": 128, "kv_heads": 8, "layers": 126, "hidden": 53248, "vocab": 128256}
+    sizes = {"B": 16, "S": 4096}
+    needs = [device_needs(shard_model("llama", "tp=8,dp=16", recipe=r, sizes=sizes, **shape)) for r in LARGE]
+    assert [each.fits for each in needs] == [False, True]
+    assert needs[0].weights == pytest.approx(16 * needs[1].weights, rel=0.01)
+    assert "it does NOT fit" in str(needs[0])
+    assert "memory limits" in str(needs[0])
+    longest = needs[1].time.longest
+    assert longest is not None
+    assert "is stored in parts and gathered for use" in longest.because
+    # in units of the residual stream of one row of tokens in float32
+    stream = 4 * 4096 * 16384
+    assert stream < needs[0].values < 8 * stream
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "nothing says how to split"),
+        ({"recipe": "zero"}, "unknown recipe 'zero'"),
+        ({"recipe": "dp"}, "recipe dp splits over a mesh axis dp, which the mesh has not"),
+        ({"axes": {"experts": "tp"}}, "gpt2 has no axis 'experts' to split"),
+        ({"axes": {"heads": "ep"}}, "the mesh tp=2 has no axis 'ep'"),
+        ({"axes": {"wte.bias[0]": "tp"}}, "no axis 'wte.bias"),
+        ({"recipe": "megatron", "device": "tpu"}, "unknown device 'tpu'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        shard(recognized("gpt2"), "tp=2", **options)
+
+
+def test_a_rank_that_there_is_not_is_refused() -> None:
+    plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
+    with pytest.raises(PassError, match="the mesh tp=2 has no rank 2"):
+        rank_program(plan, 2)
+
+
+# -- wrong plans -------------------------------------------------------------------------------------------------------
+
+CHANGES = {
+    "without terms combined": wrong.without_terms,
+    "along another axis": wrong.along_another_axis(Mesh.of("tp=2,dp=2").parts_of("dp")),
+    "by another monoid": wrong.by_another_monoid,
+    "a bias added everywhere": wrong.added_everywhere,
+    "not gathered": wrong.not_gathered,
+    "gathered along another dimension": wrong.gathered_along_another_dimension,
+    "scattered without a sum": wrong.scattered_without_a_sum,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None:
+    found = 0
+    for recipe in ("megatron", "sequence"):
+        plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe=recipe)
+        for bad in wrong.wrong_plans(plan, CHANGES[name]):
+            found += 1
+            with pytest.raises(PassError, match="sharding plan"):
+                check_sharding(bad)
+            try:
+                far = apart("gpt2", bad)
+            except TreadleError:
+                continue  # ranks that do not meet, or parts that do not fit
+            assert far > EXACT
+    assert found
+
+
+def meeting(rank: int, **attributes: Any) -> Graph:
+    b = Builder(Graph("alone"))
+    x = b.input("tokens", "f32[B, 4]")
+    name = attributes.pop("name", "all_reduce")
+    b.outputs(y=b.apply(name, x, over="tp", ways=2, **attributes) if name else x)
+    return b.graph
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"name": "all_gather", "axis": 1, "size": 8}, "ranks 0 and 1 meet in different collectives"),
+        ({"monoid": "max"}, "ranks 0 and 1 meet in different collectives"),
+        ({"name": ""}, "ranks wait for others that do not come"),
+    ],
+)
+def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any], told: str) -> None:
+    b = Builder(Graph("alone"))
+    b.outputs(y=b.tanh(b.input("tokens", "f32[B, 4]")))
+    plan = shard(b.graph, "tp=2", axes={"tokens[0]": "tp"})
+    with pytest.raises(GraphError, match=told):
+        run_lab(plan, {"tokens": np.ones((2, 4))}, {}, programs=[meeting(0), meeting(1, **other)])
+
+
+# -- any graph ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_graph_split_in_any_way_computes_the_same(seed: int) -> None:
+    """tests/fuzz/fuzz_shardings.py runs as many as one likes."""
+    case = random_case(seed)
+    assert difference(case, case.plan(), merged=seed % 2 == 0) < 1e-10
+
+
+def test_the_front_door_tries_a_plan_in_the_lab() -> None:
+    plan = shard_model("bert", "tp=2", recipe="megatron", layers=1, dim=16, heads=2, vocab=40)
+    tried = try_in_lab(plan, seed=1)
+    assert tried.passed
+    assert tried.meetings == 3
+    assert "equal" in str(tried)

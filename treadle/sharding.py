@@ -1,0 +1,203 @@
+"""`shard_model`: a model split over a mesh, planned and checked; and tried in the lab, without any device.
+
+    plan = shard_model("gpt2", "tp=2,dp=2", recipe="megatron")
+    print(plan)                                     # where everything lies, where ranks meet, and why
+    plan = shard_model(model, "tp=4", axes={"heads": "tp", "vocab": "tp"})
+
+What is split is the graph in which everything is recognized and nothing is merged (`treadle.passes.pipelines`); the
+programs of ranks go through the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.compiling import initial_weights
+from treadle.explaining.memory import explain_memory
+from treadle.frontends.declarations import Model
+from treadle.ir.analysis.cost import parameter_bytes
+from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh
+from treadle.option_values import choose_sizes
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import MERGING, RECOGNITION
+from treadle.passes.sharding.checking import check_sharding
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.plan_costs import StepTime, step_time
+from treadle.passes.sharding.rank_programs import rank_program
+from treadle.passes.sharding.recipes import shard
+from treadle.reports import human
+from treadle.resolving import resolve
+from treadle.runtime.sharding_lab import run_lab
+
+Array = np.ndarray[Any, Any]
+
+NEAR = 1e-11
+"""How far the lab's outputs may be from the whole model's, beside the greatest: sums of float64 in another order."""
+
+
+def shard_model(
+    model: Model | Graph | str | Path,
+    mesh: Mesh | str,
+    *,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+    inputs: Sequence[str] | None = None,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    **config: Any,
+) -> ShardingPlan:
+    """Plan a model over a mesh, and check the plan. No weight is read or drawn.
+
+    model   as `treadle.compile` takes it
+    mesh    axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
+    recipe  "megatron", "sequence", "dp", "fsdp" or "megatron-fsdp"
+    axes    axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}
+    sizes   of symbols, for which costs are compared
+    device  what each rank is: "h100", "a100", "cpu", or a `Machine`
+    config  of the declaration
+
+    Raises UsageError for a mesh, recipe, axis or device that there is not, and what `resolve` does.
+    """
+    resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
+    graph = PassManager(RECOGNITION).run(resolved.graph).graph
+    if unknown := set(sizes or {}) - set(graph.symbols):
+        raise UsageError(f"{graph.name} has no symbolic axis {', '.join(sorted(unknown))}")
+    plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
+    check_sharding(plan)
+    return plan
+
+
+def rank_graph(plan: ShardingPlan, rank: int) -> Graph:
+    """The program of a rank after the rest of the pipeline."""
+    return PassManager(MERGING).run(rank_program(plan, rank)).graph
+
+
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """What rank 0 needs, at the plan's sizes.
+
+    weights  bytes of its parts of the weights
+    values   bytes of values that live at once at the peak, by the storage plan of its program for the NumPy backend
+    memory   bytes that the device has
+    time     how long a run takes at least
+    """
+
+    weights: int
+    values: int
+    memory: float
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds it."""
+        return self.weights + self.values <= self.memory
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        time = {"work_seconds": self.time.work, "collective_seconds": self.time.collectives}
+        return {"weights": self.weights, "values": self.values, "memory": self.memory, "fits": self.fits, **time}
+
+    def __str__(self) -> str:
+        held = f"{human(self.weights, 'B')} of weights, {human(self.values, 'B')} of values at the peak"
+        room = f"{human(int(self.memory), 'B')}{'' if self.fits else ': it does NOT fit'}"
+        lines = [f"a device holds {held}, and has {room}", f"a run takes {self.time}"]
+        over = self.weights + self.values - self.memory
+        if not self.fits:
+            lines.append(f"memory limits: {human(int(over), 'B')} too much, {self._most} of it weights")
+        else:
+            limits = "collectives" if self.time.collectives > self.time.work else "work"
+            lines.append(f"{limits} limits")
+        return "\n".join(lines)
+
+    @property
+    def _most(self) -> str:
+        return f"{self.weights / (self.weights + self.values):.0%}"
+
+
+def device_needs(plan: ShardingPlan) -> DeviceNeeds:
+    """What one device of the mesh needs. No weight is read or drawn."""
+    program = rank_graph(plan, 0)
+    told = explain_memory(program, backend="numpy", passes=[], sizes=plan.sizes)
+    return DeviceNeeds(parameter_bytes(program), told.peak, plan.machine.memory, step_time(plan))
+
+
+@dataclass(frozen=True)
+class LabTrial:
+    """How near the ranks together came to the whole model.
+
+    differences  by output: the greatest difference, beside the greatest element
+    sizes        of the symbols
+    meetings     how many times a group of ranks met
+    """
+
+    differences: Mapping[str, float]
+    sizes: Mapping[str, int]
+    meetings: int
+    ranks: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is as near as float64 lets it be."""
+        return all(difference <= NEAR for difference in self.differences.values())
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        told = {"differences": dict(self.differences), "sizes": dict(self.sizes), "meetings": self.meetings}
+        return {"passed": self.passed, "ranks": self.ranks, **told}
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
+        head = (
+            f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} meetings of groups"
+        )
+        lines = [f"  {name}: {difference:.1e} from the whole model" for name, difference in self.differences.items()]
+        return "\n".join([head, *lines, "  equal" if self.passed else "  NOT equal"])
+
+
+def try_in_lab(
+    plan: ShardingPlan,
+    *,
+    weights: Mapping[str, Array] | None = None,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> LabTrial:
+    """Run the programs of all ranks in lockstep, and the whole model, in float64 on drawn inputs.
+
+    weights  by name; without, initial values, and a little of noise in each, so that no bias is zero
+    sizes    of the symbols; by default such that they are uneven over the mesh
+
+    Raises GraphError where ranks do not meet as they should.
+    """
+    graph = plan.graph
+    uneven = {s: plan.mesh.ranks + 3 for s, bounds in graph.symbols.items() if plan.mesh.ranks + 3 in bounds}
+    chosen = choose_sizes(graph, {**uneven, **dict(sizes or {})})
+    if weights is None:
+        rng = np.random.default_rng(seed)
+        drawn = initial_weights(graph, seed)
+        weights = {name: array + 0.02 * rng.standard_normal(array.shape) for name, array in drawn.items()}
+    given = draw_inputs(graph, chosen, [seed])
+    whole = interpret(graph, given, weights, float64=True)
+    programs = [rank_graph(plan, rank) for rank in range(plan.mesh.ranks)]
+    found = run_lab(plan, given, weights, programs=programs)
+    differences = {name: _difference(found.outputs[name], wanted) for name, wanted in whole.items()}
+    return LabTrial(differences, chosen, len(found.meetings), plan.mesh.ranks)
+
+
+def _difference(found: Array, wanted: Array) -> float:
+    """The greatest difference beside the greatest element, or beside 1."""
+    if not wanted.size:
+        return 0.0
+    apart = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))
+    return float(np.max(apart) / max(1.0, float(np.max(np.abs(wanted)))))
