@@ -52,7 +52,7 @@ def main() -> int:
         leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
         lowered = TvmBackend().lower(graph, target)
         assert lowered.plan is not None
-        program = lower(lowered.graph, lowered.plan, isa_of(target), RULES).entries["main"]
+        program = lower(lowered.graph, lowered.plan, isa_of(target), RULES, target.cores()).entries["main"]
         frames = {routine.name: routine.frame for routine in program.routines}
         for first, other in SIZES:
             sizes = {}

@@ -74,7 +74,7 @@ class TvmBackend(StagedBackend):
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """By the steps of each routine, with what single kernels need beside."""
-        program = lower(graph, plan, isa_of(target), RULES)
+        program = lower(graph, plan, isa_of(target), RULES, target.cores())
         return {routine.name: routine.frame for routine in program.routines}
 
     def emit(
@@ -92,7 +92,7 @@ class TvmBackend(StagedBackend):
         """
         isa = isa_of(target)
         made = recipes_of(graph)
-        program = lower(graph, needed_plan(plan, self.name), isa, RULES)
+        program = lower(graph, needed_plan(plan, self.name), isa, RULES, target.cores())
         cache = KernelCache(isa)
         threads = target.cores() or 1
         kernels = [Runner(), *kernels_of(program)] if runs_here(isa) else []

@@ -52,7 +52,7 @@ from treadle.ir.types import Type, bf16, f16, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
 ROWS = 256  # about as many rows, queries of the heads that share keys, are a task
-SLOTS = 32  # tasks that may run at once, each in memory of its own
+SLOTS = 32  # shares of tasks, each in memory of its own: one a thread, or as many where threads are not known
 _FAR = 2**40  # a distance that no query and key have
 
 
@@ -105,20 +105,21 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     rows = shared * most
     # One query a row: each span of the keys of a row has memory of its own for its part.
     parts = t // SPAN + (2 if ring else 1)
-    held = b * g * parts if at_once else Size.of(SLOTS)
+    slots = SLOTS if cached or w.threads is None else min(w.threads, SLOTS)
+    held = b * g * parts if at_once else Size.of(slots)
     work = [
         w.scratch(f32, shape, f"attention_{name}")
         for name, shape in (
-            ("keys", (Size.of(SLOTS), Size.of(part.keys))),
-            ("values", (Size.of(SLOTS), Size.of(part.values))),
-            ("queries", (Size.of(SLOTS), Size.of(part.queries))),
-            ("scores", (Size.of(SLOTS), Size.of(part.scores))),
+            ("keys", (Size.of(slots), Size.of(part.keys))),
+            ("values", (Size.of(slots), Size.of(part.values))),
+            ("queries", (Size.of(slots), Size.of(part.queries))),
+            ("scores", (Size.of(slots), Size.of(part.scores))),
             ("sums", (held, rows, Size.of(part.sums))),
             ("rows", (held, rows, Size.of(part.rows))),
         )
     ]
     sizes: list[Size | int] = [b, g, shared, s, t, *([k.shape[0]] if cached else [])]
-    sizes += [-_FAR if low is None else low, _FAR if high is None else high, most, SLOTS, *([parts] if at_once else [])]
+    sizes += [-_FAR if low is None else low, _FAR if high is None else high, most, slots, *([parts] if at_once else [])]
     sizes += [stride for view in (q, k, v, out) for stride in view.strides[:3]]
     written = [out, *work, *([STATUS_WORDS] if cached else [])]
     pointers = [q, k, v, *own, *terms.lengths, *terms.read, *written]

@@ -39,11 +39,16 @@ Keeps = Callable[[Op, Sequence[Type | None]], bool]
 """Whether a rule covers a composite on operands of these types; else its body is lowered."""
 
 
-def lower(graph: Graph, plan: StoragePlan, isa: Isa, rules: Mapping[str, Rule]) -> KernelProgram:
-    """A legalized graph as kernels. Raises BackendError for an op that no rule is there for."""
+def lower(
+    graph: Graph, plan: StoragePlan, isa: Isa, rules: Mapping[str, Rule], threads: int | None = None
+) -> KernelProgram:
+    """A legalized graph as kernels, for so many threads (None: any number).
+
+    Raises BackendError for an op that no rule is there for.
+    """
     routines: dict[str, RoutineWriter] = {}
     for name, planned in plan.functions.items():
-        writer = RoutineWriter(planned, isa, rules, routines)
+        writer = RoutineWriter(planned, isa, rules, routines, threads)
         writer.write()
         routines[name] = writer
     entries = {}
@@ -72,6 +77,7 @@ class RoutineWriter:
     groups   for the last node of a step what is computed with it
     uses     who reads a value
     rounded  where the elements of storages are that exist only as bf16 products read them; None until they are made
+    threads  how many may work at once; None: any number
     """
 
     def __init__(
@@ -80,8 +86,9 @@ class RoutineWriter:
         isa: Isa,
         rules: Mapping[str, Rule],
         routines: Mapping[str, RoutineWriter],
+        threads: int | None = None,
     ) -> None:
-        self.plan, self.isa, self.rules, self.routines = plan, isa, rules, routines
+        self.plan, self.isa, self.rules, self.routines, self.threads = plan, isa, rules, routines, threads
         self.routine = Routine(plan.function.name, [], list(plan.results.values()))
         self.groups = {step.root: step for step in plan.steps}
         self.uses = plan.function.uses()
