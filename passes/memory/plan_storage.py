@@ -13,6 +13,7 @@ from treadle.ir.sizing.sizes import ONE, Size, product
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
+from treadle.passes.memory.argument_reuse import reused_arguments
 from treadle.passes.memory.frames import frame_of, peak_of
 from treadle.passes.memory.ordering import choices, needs_less
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
@@ -49,7 +50,7 @@ class PlanStorage(Pass):
       that of x, where op is a view of it and strides can say so
       the caller's, where y is an output
       z's, where the one reader z of y would only move y to where it lies by then: a part of a concat, what is padded
-      that of an operand which dies at this step, where the backend writes over it
+      that of an operand which dies at this step, where the backend writes over it; of a call, where its callee may
       of its own, in the order in which the one reader wants it: "b s (h d) -> b h s d" is then a view
 
     strided  kernels read and write by strides, as the plan says. Otherwise a library chooses strides, and allocates
@@ -80,11 +81,13 @@ class PlanStorage(Pass):
         functions: dict[str, FunctionPlan] = {}
         peaks: dict[str, tuple[Size, ...]] = {}
         for function in graph.needed_by(*graph.later_entries):
-            planner = _Planner(self, function, functions)
-            plan = planner.plan(self.grouped(function), self.over)
+            planner, over = _Planner(self, function, functions), self._over(functions)
+            plan = planner.plan(self.grouped(function), over)
             peak = peak_of(frame_of(plan, functions, self.strided), peaks, graph.symbols)
             if self.ordered:
-                plan, peak = self._reordered(plan, peak, planner, peaks, graph.symbols)
+                plan, peak = self._reordered(plan, peak, planner, over, peaks, graph.symbols)
+            if self.strided and function not in graph.entries:
+                plan = replace(plan, reuses=reused_arguments(plan, functions))
             functions[function.name], peaks[function.name] = plan, peak
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
@@ -93,19 +96,33 @@ class PlanStorage(Pass):
         log.touched = set()
         return 0
 
+    def _over(self, callees: Mapping[str, FunctionPlan]) -> Over:
+        """Over what a step may write; of a call, what its callee may write over."""
+
+        def over(step: Step) -> Sequence[Value]:
+            callee = callees.get(step.root.op.callee or "")
+            if callee is None:
+                return self.over(step)
+            given = step.root.operands
+            operands = zip(callee.function.arguments, given, strict=True)
+            return [v for formal, v in operands if v is not None and formal in callee.reuses and given.count(v) == 1]
+
+        return over
+
     def _reordered(
         self,
         plan: FunctionPlan,
         peak: tuple[Size, ...],
         planner: _Planner,
+        over: Over,
         peaks: Mapping[str, tuple[Size, ...]],
         symbols: Mapping[str, Bounds],
     ) -> tuple[FunctionPlan, tuple[Size, ...]]:
         """The plan in the first order that needs less, and its peak; else the plan as it is."""
         apart = planner.plan(plan.steps, over_nothing) if self.strided else plan
         frame = frame_of(apart, planner.callees, self.strided)
-        for choice in choices(apart, frame, self.over, peaks, symbols):
-            other = planner.plan(choice.steps, self.over)
+        for choice in choices(apart, frame, over, peaks, symbols):
+            other = planner.plan(choice.steps, over)
             reached = peak_of(frame_of(other, planner.callees, self.strided), peaks, symbols)
             saved = needs_less(peak, reached, choice, symbols)
             if saved is not None:

@@ -54,7 +54,7 @@ def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
         _Order(function, planned, StateViews(graph).bases(function)).check()
         _Lives(function, planned).check()
         for sizes, small in drawn:
-            notes += StridesCheck(function, planned, sizes).check(small)
+            notes += StridesCheck(function, planned, sizes, plan.functions).check(small)
         if not plan.strided:
             _Shared(function, planned, plan).check()
     return notes

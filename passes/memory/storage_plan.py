@@ -144,6 +144,8 @@ class FunctionPlan:
     copied     outputs that no step writes, by name: arguments, constants, outputs under a second name. They are copied
                after the last step
     reordered  what it saves that steps do not run in program order; None where they do
+    reuses     for kernels that write by strides: the arguments of which the caller may give the storage for the one
+               output, where they die at the call
     """
 
     function: Function
@@ -154,6 +156,7 @@ class FunctionPlan:
     results: Mapping[str, Storage]
     copied: tuple[str, ...] = ()
     reordered: BetterOrder | None = None
+    reuses: tuple[Value, ...] = ()
 
     @property
     def end(self) -> int:
@@ -197,6 +200,8 @@ class FunctionPlan:
         lines = [f"{self.function.name}: {len(self.steps)} steps, {_locals(self)}"]
         if self.reordered is not None:
             lines[0] += f"; {self.reordered}"
+        if self.reuses:
+            lines[0] += f"; its result may lie over {' or '.join(names[v] for v in self.reuses)}"
         for (*row, told), value in zip(aligned(cells), shown, strict=True):
             node = value.node
             source = (describe_source(node.source, node.scope) or "") if node is not None else ""

@@ -36,10 +36,19 @@ def _some(count: int) -> Array:
 
 
 class StridesCheck:
-    """Places at one set of sizes."""
+    """Places at one set of sizes.
 
-    def __init__(self, function: Function, plan: FunctionPlan, sizes: Mapping[str, int]) -> None:
-        self.function, self.plan, self.sizes = function, plan, sizes
+    callees  plans that were checked before: what they say of reuse holds
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        plan: FunctionPlan,
+        sizes: Mapping[str, int],
+        callees: Mapping[str, FunctionPlan] | None = None,
+    ) -> None:
+        self.function, self.plan, self.sizes, self.callees = function, plan, sizes, callees or {}
 
     def check(self, small: bool) -> list[str]:
         """Lines on what is too large to be gone through; at small sizes elements are looked at one by one."""
@@ -199,6 +208,14 @@ class StridesCheck:
         large = {s for s in shared if self._number(s.elements) > MOST_CELLS}
         if shared - large:
             _Run(self, shared - large).run()
+        for reused in self.plan.reuses:
+            argument, (result,) = self.plan.places[reused].storage, self.plan.results.values()
+            if argument is None or argument.kind is not StorageKind.ARGUMENT or argument.elements != result.elements:
+                raise wrong_plan("its result does not fit where an argument lies", self.plan, reused)
+            if self._number(argument.elements) > MOST_CELLS:
+                large.add(argument)
+            else:
+                _Run(self, shared - large, (argument, result)).run()
         return [f"{self.plan.function.name}: {s.name} is too large to be gone through" for s in shared if s in large]
 
 
@@ -209,18 +226,22 @@ class _Run:
     holds   what the elements of a value are
     """
 
-    def __init__(self, at: StridesCheck, shared: set[Storage]) -> None:
+    def __init__(self, at: StridesCheck, shared: set[Storage], one: tuple[Storage, Storage] | None = None) -> None:
+        """one: an argument and a result that lie in one place."""
         self.at, self.plan = at, at.plan
-        self.cells = {s: np.full(at._number(s.elements), -1, np.int64) for s in shared}
+        self.cells = {s: np.full(at._number(s.elements), -1, np.int64) for s in {*shared, *(one or ())}}
+        if one is not None:
+            self.cells[one[1]] = self.cells[one[0]]
         self.holds: dict[Value, Array] = {}
         self.count = 0
 
     def run(self) -> None:
         end = len(self.plan.steps)
-        for value in filter(self._is_shared, self.at.function.states.values()):
+        for value in filter(self._is_shared, self.at.function.arguments):
             self._write(value)
         for number, step in enumerate(self.plan.steps):
-            for value in step.inputs:
+            reads = any(self.plan.places[v].written for v in step.root.results)  # a view does not
+            for value in step.inputs if reads else ():
                 self._read(value, f"step {number}, {step.root.op.name}, reads")
             for value in step.root.results:
                 if not self._is_shared(value):
@@ -263,7 +284,7 @@ class _Run:
         """A step that writes where it reads does so element by element, or finds a part where it belongs."""
         mine, read = self.plan.places[value], self.plan.places[x]
         view = read.view
-        if view is None or read.storage is not mine.storage:
+        if view is None or self.cells.get(view.storage) is not self.cells[self._storage(value)]:
             return
         (_, written), (_, there) = self._lies(value), self._lies(x)
         is_written = np.zeros(len(self.cells[view.storage]), bool)
@@ -272,9 +293,25 @@ class _Run:
             return
         if read.how is How.INTO and read.of is value:
             return
-        over = mine.how is How.OVER and mine.of is x and written.shape == there.shape and (written == there).all()
-        if not (over and self._by_element(x, nodes)):
+        alike = written.shape == there.shape and bool((written == there).all())
+        over = alike and mine.how is How.OVER and mine.of is x and self._by_element(x, nodes)
+        if not over and not (alike and self._is_reused(x, nodes[-1])):
             raise wrong_plan(f"its step writes over {x.name}, which it reads", self.plan, value)
+
+    def _storage(self, value: Value) -> Storage:
+        storage = self.plan.places[value].storage
+        assert storage is not None
+        return storage
+
+    def _is_reused(self, x: Value, node: Node) -> bool:
+        """Whether a callee, as it was checked, may write its result over this operand, which it is passed once."""
+        callee = self.at.callees.get(node.op.callee or "")
+        formals = (
+            []
+            if callee is None
+            else [f for f, v in zip(callee.function.arguments, node.operands, strict=True) if v is x]
+        )
+        return callee is not None and len(node.results) == len(formals) == 1 and formals[0] in callee.reuses
 
     def _by_element(self, x: Value, nodes: Sequence[Node]) -> bool:
         """Whether the last of these nodes reads, by way of the others, each element of x for its own place alone."""

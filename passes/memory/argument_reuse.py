@@ -1,0 +1,79 @@
+"""Over which arguments of a function its result may be written, where such an argument dies at the call.
+
+    plan.reuses = reused_arguments(plan, plans of callees)
+
+A caller that reads the argument for the last time at the call has one storage for both: a residual stream through a
+stack of blocks is one buffer. No kernel may be given two pointers to one place, so all reads of the argument come
+before the first write of the result; or the result is written in parts, each by a call that reads the same part of the
+argument and may itself write it over that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.parts import Concat
+from treadle.ir.storage.views import Storage
+from treadle.passes.memory.storage_plan import FunctionPlan, How
+
+
+def reused_arguments(plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) -> tuple[Value, ...]:
+    """The arguments over each of which the one output of a function may be written."""
+    if len(plan.function.results) != 1 or plan.copied or len(plan.results) != 1:
+        return ()
+    (result,) = plan.results.values()
+    (output,) = plan.function.results
+    found = []
+    for argument in plan.function.inputs:
+        storage = plan.places[argument].storage
+        alike = argument.type.dtype is output.type.dtype and argument.type.shape == output.type.shape
+        if alike and storage is not None and _may_be_one(storage, result, plan, callees):
+            found.append(argument)
+    return tuple(found)
+
+
+def _may_be_one(argument: Storage, result: Storage, plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) -> bool:
+    places = plan.places
+    written = [v for v, place in places.items() if place.storage is result and place.written]
+    first = min((places[v].first for v in written), default=plan.end)
+    late = False
+    for at, step in enumerate(plan.steps):
+        if at < first or all(places[v].storage is not argument for v in step.inputs):
+            continue
+        if all(not places[v].written for v in step.root.results):
+            continue  # a view
+        if not _writes_what_it_reads(step.root, argument, result, plan, callees):
+            return False
+        late = True
+    return not late or _are_parts(written, plan)
+
+
+def _writes_what_it_reads(
+    node: Node, argument: Storage, result: Storage, plan: FunctionPlan, callees: Mapping[str, FunctionPlan]
+) -> bool:
+    """Whether a step is a call that writes a part of the result over the same part of the argument."""
+    callee = callees.get(node.op.callee or "")
+    if callee is None or len(node.results) != 1:
+        return False
+    taken = [i for i, v in enumerate(node.operands) if v is not None and plan.places[v].storage is argument]
+    if len(taken) != 1 or callee.function.arguments[taken[0]] not in callee.reuses:
+        return False
+    operand = node.operands[taken[0]]
+    assert operand is not None
+    read, made = plan.places[operand].view, plan.places[node.result].view
+    if read is None or made is None or made.storage is not result:
+        return False
+    return read.is_contiguous and made.lies_as(replace(read, storage=result))
+
+
+def _are_parts(written: list[Value], plan: FunctionPlan) -> bool:
+    """Whether values are what one concat joins, and what it gives: no two of them share an element."""
+    joined = {plan.places[v].of for v in written if plan.places[v].how is How.INTO and plan.places[v].of in written}
+    if len(joined) != 1:
+        return False
+    (whole,) = joined
+    if not isinstance(whole, Value) or whole.node is None or not isinstance(whole.node.op, Concat):
+        return False
+    return {*written} == {whole, *whole.node.inputs} and len(whole.node.inputs) == len({*whole.node.inputs})

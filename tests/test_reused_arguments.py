@@ -1,0 +1,136 @@
+"""Arguments that die at a call: the callee writes over them where it may, and the checker finds where it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Function, Graph
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.memory.frames import frames_of, peaks_of
+from treadle.passes.memory.plan_storage import PlanStorage
+from treadle.passes.memory.storage_checking import check_storage
+from treadle.passes.memory.storage_plan import How
+
+Body = Callable[[Builder, Expr], Expr]
+
+
+def residual(b: Builder, x: Expr) -> Expr:
+    """x is read before the result is written."""
+    y = b.add(x, b.tanh(x), name="y")
+    return b.softmax(y, name="z")
+
+
+def stacked(body: Body, calls: int = 3, *, kept: bool = False, twice: bool = False) -> Graph:
+    """A block that is called on what it gave before."""
+    graph = Graph("stacked")
+    block = Function("block")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    x = b.input("x", "f32[S, 8]")
+    other = b.input("other", "f32[S, 8]")
+    b.outputs(x=body(b, x) if not twice else b.softmax(b.softmax(x + 1.0) + b.softmax(other), name="z"))
+    main = Builder(graph)
+    given = main.input("given", "f32[S, 8]")
+    first = value = main.softmax(given, name="first")
+    for _ in range(calls):
+        (value,) = main.call(block, [value, value if twice else given])
+    main.outputs(y=main.softmax(value + first if kept else value))
+    return graph
+
+
+def plan_of(graph: Graph) -> Optimized:
+    return PassManager((PlanStorage(strided=True),)).run(graph)
+
+
+def test_a_stream_through_blocks_is_one_buffer() -> None:
+    made = plan_of(stacked(residual))
+    assert made.plan is not None
+    block, main = made.plan.functions["block"], made.plan.functions["main"]
+    assert block.reuses == tuple(made.graph.functions["block"].inputs)
+    assert "its result may lie over x or other" in str(block)
+    calls = [main.places[step.root.result] for step in main.steps if step.root.op.callee]
+    assert [place.how for place in calls] == [How.OVER] * 3
+    assert len({place.storage for place in calls}) == 1
+    assert len(made.plan.functions["main"].results) == 1
+    peaks = peaks_of(frames_of(made.plan), made.graph.symbols)
+    assert [str(size) for size in peaks["main"]] == ["96*S"]  # the stream, and two values of the block: 32 bytes a row
+
+
+def test_what_is_read_after_the_call_is_kept() -> None:
+    made = plan_of(stacked(residual, kept=True))
+    assert made.plan is not None
+    main = made.plan.functions["main"]
+    calls = [main.places[step.root.result] for step in main.steps if step.root.op.callee]
+    assert [place.how for place in calls] == [How.OWN, How.OVER, How.OVER]
+
+
+@pytest.mark.parametrize(
+    ("body", "reused"),
+    [
+        (lambda b, x: b.softmax(b.exp(x) + x, name="z"), True),  # exp and add come before softmax
+        (lambda b, x: b.add(b.exp(x), b.softmax(x), name="z"), True),  # the last step reads what others made of x
+        (lambda b, x: b.add(b.exp(x), x, name="z"), False),  # the last step reads x and writes the result
+        (lambda b, x: b.add(b.exp(x), b.rearrange(x, pattern="s d -> s d"), name="z"), False),  # by way of a view
+    ],
+)
+def test_a_callee_that_reads_late_does_not_write_over(body: Body, reused: bool) -> None:
+    made = plan_of(stacked(body))
+    assert made.plan is not None
+    assert (made.graph.functions["block"].inputs[0] in made.plan.functions["block"].reuses) is reused
+
+
+def test_what_is_passed_twice_is_not_written_over() -> None:
+    made = plan_of(stacked(residual, twice=True))
+    assert made.plan is not None
+    main = made.plan.functions["main"]
+    assert made.plan.functions["block"].reuses
+    calls = [main.places[step.root.result].how for step in main.steps if step.root.op.callee]
+    assert calls == [How.OWN] * 3
+
+
+def test_a_caller_s_own_array_is_never_written() -> None:
+    graph = Graph("given")
+    block = Function("block")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    b.outputs(x=residual(b, b.input("x", "f32[S, 8]")))
+    main = Builder(graph)
+    (y,) = main.call(block, [main.input("given", "f32[S, 8]")])
+    main.outputs(y=main.softmax(y))
+    made = plan_of(graph)
+    assert made.plan is not None
+    plan = made.plan.functions["main"]
+    assert plan.places[plan.steps[0].root.result].how is How.OWN
+
+
+def test_a_false_claim_of_reuse_is_found() -> None:
+    made = plan_of(stacked(lambda b, x: b.add(b.exp(x), x, name="z")))
+    assert made.plan is not None
+    block = made.plan.functions["block"]
+    claimed = replace(block, reuses=(made.graph.functions["block"].inputs[0],))
+    plan = replace(made.plan, functions={**made.plan.functions, "block": claimed})
+    with pytest.raises(PassError, match="writes over x, which it reads"):
+        check_storage(made.graph, plan)
+
+
+def test_a_result_that_does_not_fit_an_argument_is_found() -> None:
+    graph = Graph("narrow")
+    block = Function("block")
+    graph.add_function(block)
+    b = Builder(graph, block)
+    x = b.input("x", "f32[S, 8]")
+    b.outputs(y=b.softmax(b.slice(b.exp(x), axis=1, stop=4)))
+    main = Builder(graph)
+    (y,) = main.call(block, [main.input("given", "f32[S, 8]")])
+    main.outputs(y=y)
+    made = plan_of(graph)
+    assert made.plan is not None
+    claimed = replace(made.plan.functions["block"], reuses=(made.graph.functions["block"].inputs[0],))
+    plan = replace(made.plan, functions={**made.plan.functions, "block": claimed})
+    with pytest.raises(PassError, match="does not fit where an argument lies"):
+        check_storage(made.graph, plan)
