@@ -190,6 +190,7 @@ def attention(
     terms: Sequence[Term | str] = (),
     scale: float | None = None,
     softcap: float | None = None,
+    start: SizeLike = 0,
     name: str | None = None,
 ) -> Tensor:
     """out[b, h, i] = sum_j p[b, h, i, j] v[b, h, j],   p = softmax over the keys j that i may see of
@@ -203,6 +204,7 @@ def attention(
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    start    the position of the first query, to which terms by position look: 0, unless they are a part of others
     """
 
 def attention_parts(
@@ -237,6 +239,7 @@ def attention_with_probabilities(
     terms: Sequence[Term | str] = (),
     scale: float | None = None,
     softcap: float | None = None,
+    start: SizeLike = 0,
     name: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out, p = attention(q, k, v) and the probabilities p that it weights the values with

@@ -66,6 +66,7 @@ class OpMethods:
         terms: Sequence[Term | str] = (),
         scale: float | None = None,
         softcap: float | None = None,
+        start: SizeLike = 0,
         name: str | None = None,
     ) -> Expr: ...
     def attention_parts(
@@ -91,6 +92,7 @@ class OpMethods:
         terms: Sequence[Term | str] = (),
         scale: float | None = None,
         softcap: float | None = None,
+        start: SizeLike = 0,
         name: str | None = None,
     ) -> tuple[Expr, Expr]: ...
     def average_pool(

@@ -221,6 +221,13 @@ class Op:
         """
         return None
 
+    def on_part(self, factor: str, start: Size) -> Op | None:
+        """The op on a part of a mapped factor that begins at `start`, where it reads positions along that factor.
+
+        None: it has no such form, as by default.
+        """
+        return None
+
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
         """Floating-point operations on operands of these types where each symbol has a value.
 

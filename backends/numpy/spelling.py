@@ -274,4 +274,4 @@ NUMPY = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    return op.name in SPELLINGS and (not isinstance(op, Attending) or op.has_standard_terms)
+    return op.name in SPELLINGS and (not isinstance(op, Attending) or (op.has_standard_terms and not op.begins_later))

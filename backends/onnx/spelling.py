@@ -135,14 +135,19 @@ def _not_f64(op: Any, types: Sequence[Type | None]) -> bool:
     return types[0] is not None and types[0].dtype is not f64
 
 
+def _from_the_first(op: Any, types: Sequence[Type | None]) -> bool:
+    """The operator counts queries from 0."""
+    return not op.begins_later
+
+
 FORMS: dict[str, Form] = {
     "softmax": Form(),
     "log_softmax": Form(),
     "reduce_mean": Form(),
     "embedding": Form(),
     "conv": Form(fits=_not_f64),
-    "attention": Form(),
-    "attention_with_probabilities": Form(),
+    "attention": Form(fits=_from_the_first),
+    "attention_with_probabilities": Form(fits=_from_the_first),
     "layer_norm": Form(17, _of_known_width),
     "gelu": Form(20, _not_f64),
     "gelu_tanh": Form(20, _not_f64),

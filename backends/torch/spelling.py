@@ -403,7 +403,7 @@ TORCH = Dialect(
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
-    if isinstance(op, Attending) and not op.has_standard_terms:
+    if isinstance(op, Attending) and not (op.has_standard_terms and not op.begins_later):
         return False
     if isinstance(op, Conv):
         return types[0] is not None and types[0].rank <= 5  # PyTorch convolves over up to three axes

@@ -33,7 +33,7 @@ from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, ParseError
 from treadle.ir.operation import Array
-from treadle.ir.sizing.sizes import Size
+from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.source_lines import user_line
 from treadle.ir.types import i64
 
@@ -135,12 +135,15 @@ class Grid:
     j   i64[t], or i64[b, 1, 1, 1, t]
     """
 
-    def __init__(self, b: Builder, groups: Size, queries: Size, keys: Size) -> None:
+    def __init__(self, b: Builder, groups: Size, queries: Size, keys: Size, first: Size = ZERO) -> None:
         self.b, self.groups, self.queries, self.keys = b, groups, queries, keys
+        self.first = first
+        """The position of the first query."""
 
     @cached_property
     def i(self) -> Expr:
-        return self.b.rearrange(self.b.iota(size=self.queries, dtype=i64), pattern="s -> s 1")
+        counted = self.b.rearrange(self.b.iota(size=self.queries, dtype=i64), pattern="s -> s 1")
+        return counted if self.first == ZERO else counted + self.first
 
     @cached_property
     def j(self) -> Expr:
@@ -408,13 +411,13 @@ def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size) -> bool:
     return masks <= {Causal} or (masks <= {Causal, Window} and queries == keys)
 
 
-def live_pairs(terms: Iterable[Term], queries: int, keys: int) -> int:
-    """How many of the queries x keys pairs no mask rules out by position alone.
+def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -> int:
+    """How many of the queries x keys pairs no mask rules out by position alone; the first query stands at `start`.
 
     What depends on values (padding, segments, a boolean mask) counts as kept: an upper bound.
     """
     low, high = reach_of(terms)
-    i = np.arange(queries)
+    i = start + np.arange(queries)
     first = np.zeros_like(i) if low is None else np.maximum(i + low, 0)
     last = np.full_like(i, keys - 1) if high is None else np.minimum(i + high, keys - 1)
     return int(np.maximum(last - first + 1, 0).sum())

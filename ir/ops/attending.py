@@ -103,6 +103,11 @@ class Attending(Composite):
         between = 5 + 3 * (self.softcap is not None) + sum(isinstance(t, BiasTerm) for t in self.terms)
         return 2 * (d + e) + between
 
+    @property
+    def begins_later(self) -> bool:
+        """Whether its queries are a part of others, and their positions do not begin at 0."""
+        return False
+
     # -- meaning ---------------------------------------------------------------------------------------------
 
     def _attended(

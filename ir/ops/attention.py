@@ -26,11 +26,12 @@ from treadle.ir.attention.attention_terms import (
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Demand, Grads, Operand
+from treadle.ir.operation import Demand, Grads, Op, Operand
 from treadle.ir.ops.along_axes import not_empty
 from treadle.ir.ops.attending import Attending, grouped, heads_merged, masked, masked_softmax, weighted
 from treadle.ir.ops.attention_steps import stepped_attention
 from treadle.ir.samples import S
+from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.transforms.differentiate import backward, operand_gradients
 from treadle.ir.types import Type, f32, f64
@@ -40,6 +41,8 @@ from treadle.ir.types import Type, f32, f64
 class _OverSequence(Attending):
     """Attention whose queries and keys stand at their indices, with one result and with two."""
 
+    start: Size = ZERO
+    """The position of the first query: the others follow it."""
     pairs = ("s", "t")
 
     # -- rules -----------------------------------------------------------------------------------------------
@@ -47,12 +50,16 @@ class _OverSequence(Attending):
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """A query that sees no key after its own position reads t only up to s."""
         furthest = reach_of(self.terms)[1]
-        t = "[t<=s]" if furthest is not None and furthest <= 0 else "[t]"
+        t = "[t<=s]" if furthest is not None and furthest <= 0 and self.start == ZERO else "[t]"
         operands = ["b (g r) s [d]", f"b g {t} [d]", f"b g {t} e", *self._term_rules()]
         return f"{', '.join(operands)} -> b (g r) s e"
 
     def dtypes(self) -> str:
         return f"{', '.join(['f', 'f', 'f', *self._term_dtypes()])} -> f"
+
+    @property
+    def begins_later(self) -> bool:
+        return self.start != ZERO
 
     # -- meaning ---------------------------------------------------------------------------------------------
 
@@ -60,11 +67,12 @@ class _OverSequence(Attending):
         return self._whole(q, k, v, given)[0]
 
     def _whole(self, q: Any, k: Any, v: Any, given: Sequence[Any]) -> tuple[Any, Any]:
-        return self._attended(q, k, v, np.arange(q.shape[2])[:, None], np.arange(k.shape[2]), given)
+        first = self.start.evaluate({})
+        return self._attended(q, k, v, first + np.arange(q.shape[2])[:, None], np.arange(k.shape[2]), given)
 
     def _scores(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr], *, scaled_last: bool = False) -> Expr:
         """[b, g, r, s, t], with -inf where a mask says no."""
-        grid = Grid(b, k.shape[1], q.shape[2], k.shape[2])
+        grid = Grid(b, k.shape[1], q.shape[2], k.shape[2], self.start)
         scores = self._scored(grid, q, k, given, scaled_last=scaled_last)
         return masked(b, scores, self._kept(grid, given))
 
@@ -107,12 +115,17 @@ class _OverSequence(Attending):
 
     def live_pairs(self, queries: int, keys: int) -> int:
         """How many pairs of a query and a key have a score, in one head of one row; see `attention_terms`."""
-        return live_pairs(self.terms, queries, keys)
+        return live_pairs(self.terms, queries, keys, self.start.evaluate({}))
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
         """Of live pairs alone."""
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
-        return q[0] * q[1] * self.live_pairs(q[2], k[2]) * self.pair_flops(q[3], v[3])
+        pairs = live_pairs(self.terms, q[2], k[2], self.start.evaluate(values))
+        return q[0] * q[1] * pairs * self.pair_flops(q[3], v[3])
+
+    def on_part(self, factor: str, start: Size) -> Op | None:
+        """On a part of the queries, which stand at their own positions still."""
+        return dataclasses.replace(self, start=self.start + start) if factor == "s" else None
 
 
 # -- the ops -----------------------------------------------------------------------------------------------
@@ -138,6 +151,8 @@ _SAMPLES = [
     S(*_CROSS, "f32[6,2]", terms=(T5Relative(6, 5), Causal())),
     S(*_GROUPED, "f32[4]", terms=(Causal(), Alibi())),
     S(*_GROUPED, "i64[2] < 6", "f32[4]", terms=(Causal(), Window(3), Padding(), Alibi()), softcap=3.0),
+    S(*_CROSS, terms=(Causal(), Window(3)), start=2),
+    S(*_CROSS, "f32[6,2]", "f32[2]", terms=(T5Relative(6, 5), Alibi(), Causal()), start=3),
 ]
 _ERRORS = [
     (S("f32[2,6,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]"), "dimension 1 of q is 6, not a multiple of 4"),
@@ -172,6 +187,7 @@ class Attention(_OverSequence):
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
+    start    the position of the first query, to which terms by position look: 0, unless they are a part of others
     """
 
     reads_slots = frozenset({"k", "v"})
@@ -190,7 +206,7 @@ class Attention(_OverSequence):
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
         """Attention over the slots of a cache; see `treadle.ir.ops.attention_steps`."""
-        return stepped_attention(self, step, operands, held)
+        return None if self.begins_later else stepped_attention(self, step, operands, held)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         return self._gradient(b, grads[0], None, inputs, outputs)

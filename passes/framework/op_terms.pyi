@@ -60,6 +60,7 @@ class OpTerms:
         terms: Any = (),
         scale: Any = None,
         softcap: Any = None,
+        start: Any = 0,
     ) -> PatternTerm: ...
     def attention_parts(
         self,
@@ -83,6 +84,7 @@ class OpTerms:
         terms: Any = (),
         scale: Any = None,
         softcap: Any = None,
+        start: Any = 0,
     ) -> tuple[PatternTerm, PatternTerm]: ...
     def average_pool(
         self,

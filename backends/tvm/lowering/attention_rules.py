@@ -54,15 +54,20 @@ WIDEST = 512  # heads: a block of keys and one of values stay in the second-leve
 ROWS = 256  # about as many rows, queries of the heads that share keys, are a task
 SLOTS = 32  # shares of tasks, each in memory of its own: one a thread, or as many where threads are not known
 _FAR = 2**40  # a distance that no query and key have
+_SHIFTED = (Causal, Window, Padding, Segments, BooleanMask, TensorBias)
+"""Terms that distances and operands tell, wherever the first query stands."""
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
     """Float32, widths that are known and not too large, and terms that the kernel knows. A cache may be of 16 bits.
+    Of a part of the queries, terms by distance alone.
 
     In a ring keys that follow each other lie apart where it wraps around, so what has an element for each of them is
     not read a vector at a time.
     """
     if not isinstance(op, Attention | CachedAttention) or not op.has_standard_terms:
+        return False
+    if isinstance(op, Attention) and op.start != ZERO and not all(isinstance(t, _SHIFTED) for t in op.terms):
         return False
     held = (f32, bf16, f16) if isinstance(op, CachedAttention) else (f32,)
     for n, t in enumerate(types):
@@ -90,7 +95,8 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     terms = _KernelTerms(w, q.shape[1], s, t, cached=cached)
     for term, given in op.with_operands(operands[len(op.first) :]):
         term.accept(terms, *given)
-    low, high = reach_of(op.terms)
+    first = op.start if isinstance(op, Attention) else ZERO
+    low, high = (None if each is None else each + first for each in reach_of(op.terms))
     to = w.view(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
     most, at_once, ring = _queries_a_task(shared.constant), 0, False
