@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from treadle.backends.fitted_pipeline import Budget, pipeline_within
 from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
+from treadle.ir.transforms.fixing import bounded
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
 from treadle.passes.memory.frames import Frame, frames_of
@@ -84,10 +86,19 @@ class StagedBackend(ABC):
         """
         return frames_of(plan)
 
-    def lower(self, graph: Graph, target: Target, *, certify: bool | None = None) -> Optimized:
-        """Take an optimized graph through the pipeline. Raises BackendError as `refuse` does."""
+    def lower(
+        self, graph: Graph, target: Target, *, certify: bool | None = None, budget: Budget | None = None
+    ) -> Optimized:
+        """Take an optimized graph through the pipeline, so that it fits into a budget where one is given.
+
+        Raises BackendError as `refuse` does, and where nothing fits.
+        """
         self.refuse(graph, target)
-        return PassManager(self.pipeline(target), certify=certify, target=target).run(graph)
+        if budget is not None:
+            graph, passes = pipeline_within(self, graph, target, budget)
+        else:
+            passes = self.pipeline(target)
+        return PassManager(passes, certify=certify, target=target).run(graph)
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         """Lower a graph, and spell it with its weights by name. Raises BackendError as `refuse` and `emit` do."""
@@ -119,15 +130,27 @@ def needed_plan(plan: StoragePlan | None, backend: str) -> StoragePlan:
 
 
 def build(
-    backend: Backend, graph: Graph, target: Target, weights: Mapping[str, Any], *, certify: bool | None = None
+    backend: Backend,
+    graph: Graph,
+    target: Target,
+    weights: Mapping[str, Any],
+    *,
+    certify: bool | None = None,
+    budget: Budget | None = None,
 ) -> tuple[Executable, Optimized]:
     """An executable of an optimized graph, and what the backend's passes made of the graph on the way.
+
+    Within a budget it serves the budget's sizes and smaller ones.
 
     What the backend says of the result, lines on what it runs slowly and why, is the last record of the log. One that
     does all in `compile` has no passes. Raises BackendError as the backend does.
     """
+    if budget is not None:
+        if not isinstance(backend, StagedBackend):
+            raise BackendError(f"backend {backend.name} plans no memory", hint="numpy, torch or tvm")
+        graph = bounded(graph, budget.sizes)
     if isinstance(backend, StagedBackend):
-        lowered = backend.lower(graph, target, certify=certify)
+        lowered = backend.lower(graph, target, certify=certify, budget=budget)
         executable = backend.emit(lowered.graph, target, weights, graph, lowered.plan)
     else:
         lowered = Optimized(graph, graph, PassLog(()))

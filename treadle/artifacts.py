@@ -41,6 +41,7 @@ from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
 from treadle.models.registry import family_names
+from treadle.option_values import budget_of
 from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
@@ -171,6 +172,8 @@ def load(
     limits: ArtifactLimits | Mapping[str, int] | None = None,
     check: bool = True,
     widen: str | Iterable[str] = (),
+    memory: int | str | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Compiled:
     """Load a compiled model from a file that `save` wrote.
 
@@ -178,6 +181,7 @@ def load(
     widen            "bf16", "f16", or both: values of these dtypes are f32 instead, as in `compile`
     limits           what the file may ask for: `ArtifactLimits`, or those that differ by name
     check            compare every weight with its hash, which reads the whole file once
+    memory, sizes    what a run may take, and up to which sizes, as in `compile`
 
     No pass is run and no code of the file's: the backend lowers the optimized graph. Raises CheckpointError,
     ParseError or VerifyError, with section and place, for a file that is damaged, foreign or past a limit;
@@ -187,8 +191,9 @@ def load(
     where = target if isinstance(target, Target) else Target(held.target if target is None else target)
     chosen = held.backend if backend is None else backend
     found = find_backend(chosen)
+    budget = budget_of(memory, sizes, held.optimized.graph)
     try:
-        executable, lowered = build(found, held.optimized.graph, where, held.weights)
+        executable, lowered = build(found, held.optimized.graph, where, held.weights, budget=budget)
     except TreadleError:
         raise
     except Exception as error:  # a graph that no frontend of ours would make: the backend's own error is no answer

@@ -14,11 +14,12 @@ from treadle.artifact_writing import save
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.files.shown_names import printable
 from treadle.held_weights import HeldWeights
-from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
+from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
 from treadle.runtime.session import CHUNK, Full, Session
@@ -82,6 +83,12 @@ class Compiled:
         return self.executable.source
 
     @property
+    def memory(self) -> MemoryFit | None:
+        """How a run fits into the memory that `compile(memory=...)` gave it: what is computed in parts, and at what
+        price; None where it was given none."""
+        return next((record.fit for record in self.optimized.stages if record.fit is not None), None)
+
+    @property
     def static(self) -> tuple[str, ...]:
         """The inputs whose values determine shapes, so that it is compiled for each; mostly none."""
         return ()
@@ -140,7 +147,16 @@ class Compiled:
         return self._stepped_with(cache).session(rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory)
 
     def save(self, path: str | Path) -> str:
-        """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`."""
+        """Write it to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`.
+
+        Raises UsageError where it keeps to a budget for memory: that is of a backend, which a file has none of.
+        """
+        if self.memory is not None:
+            raise UsageError(
+                "a file holds no budget for memory",
+                received=f"{self.name} within {self.memory.budget:,} bytes",
+                hint=Hint("compile without memory=, save that, and give memory= to load", "leave out --memory"),
+            )
         return save(self, path)
 
     def __repr__(self) -> str:

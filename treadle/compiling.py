@@ -24,6 +24,7 @@ from treadle.ir.initial_values import Init
 from treadle.ir.source_lines import user_line
 from treadle.ir.target import Target
 from treadle.ir.transforms.encoded_weights import encode_weights
+from treadle.option_values import budget_of, parse_bytes
 from treadle.passes.framework.manager import Pass, PassManager, debug_level
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import Resolved, StaticInputNeeded, resolve
@@ -46,6 +47,8 @@ def compile(
     quantize: str | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
+    memory: int | str | None = None,
+    sizes: Mapping[str, int] | None = None,
     **config: Any,
 ) -> Compiled:
     """Compile a model for a backend and a target; what it gives is called with arrays by name.
@@ -69,6 +72,9 @@ def compile(
              with a scale for 32 neighbours (docs/quantization.md). None: as the model has them
     widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights too. "blocks": weights that a GGUF
              file holds in blocks are decoded to f32 as they are read; without it they are kept (docs/quantization.md)
+    memory   bytes, or text such as "300MB", that a run may take beside weights, inputs and outputs (docs/memory.md)
+    sizes    of symbolic axes, up to which it does, and which the result serves; 1 for a batch and 128 for others that
+             are not named
     limits   what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
     config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 
@@ -77,13 +83,14 @@ def compile(
 
     Raises UsageError for an argument that names nothing, FrontendError for a model that cannot be read or traced,
     CheckpointError for a damaged file or one that does not fit, PassError for a pass that fails, BackendError for a
-    backend that is not available or refuses the graph. All are TreadleError, and so are those of a model's own lines
-    (GraphError, RuleError, SizeError).
+    backend that is not available or refuses the graph, and where no plan keeps to `memory`. All are TreadleError, and
+    so are those of a model's own lines (GraphError, RuleError, SizeError).
     """
     where = target if isinstance(target, Target) else Target(target)
     run, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
     manager = PassManager(run, certify=certify, target=where)
     chosen = find_backend(backend)
+    parse_bytes(memory)  # before anything is read
 
     def make(resolved: Resolved) -> Compiled:
         optimized = manager.run(resolved.graph)
@@ -92,7 +99,8 @@ def compile(
         given = weights if weights is not None else resolved.weights
         bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
         bound = encode_weights(optimized.graph, bound)
-        executable, lowered = build(chosen, optimized.graph, where, bound, certify=certify)
+        budget = budget_of(memory, sizes, optimized.graph)
+        executable, lowered = build(chosen, optimized.graph, where, bound, certify=certify, budget=budget)
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:
             print(executable.source, file=sys.stderr)

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from treadle.backends.fitted_pipeline import Budget
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
-from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.npy_files import read_npy
 
@@ -25,7 +26,8 @@ _TEXT_BYTES = 256 << 20  # of sentences to embed
 
 
 _ARGUMENTS = frozenset(
-    {"backend", "certify", "dtype", "inputs", "limits", "model", "passes", "seed", "target", "weights", "widen"}
+    {"backend", "certify", "dtype", "inputs", "limits", "memory", "model", "passes", "seed", "sizes", "target"}
+    | {"weights", "widen"}
 )
 """What `treadle.compile` takes beside the configuration."""
 
@@ -72,6 +74,47 @@ def parse_sizes(text: str | None) -> dict[str, int]:
 def parse_axes(assignments: Iterable[str]) -> dict[str, str]:
     """`heads=tp`, `batch=dp tp`: axes of a model, each with the mesh axes that split it."""
     return dict(_assignment(each, "--axis heads=tp") for each in assignments)
+
+
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(memory: int | str | None) -> int | None:
+    """`300MB`, `1.5 GiB`, or a number of bytes. Raises UsageError for anything else, and for less than one."""
+    if memory is None:
+        return None
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        found = memory
+    else:
+        text = memory if isinstance(memory, str) else ""
+        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([A-Za-z]*)\s*", text)
+        unit = None if match is None else _UNITS.get(match[2] or "B")
+        found = 0 if match is None or unit is None else int(float(match[1]) * unit)
+    if found < 1:
+        units = ", ".join(_UNITS)
+        raise UsageError(
+            "memory is a number of bytes",
+            received=printable(repr(memory))[:80],
+            hint=Hint(f'memory="300MB"; units are {units}', f"--memory 300MB; units are {units}"),
+        )
+    return found
+
+
+def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: Graph) -> Budget | None:
+    """What a run of a graph may take, and up to which sizes: as `choose_sizes` has them. None where memory is None.
+
+    Raises UsageError as `parse_bytes` and `choose_sizes` do, and for sizes without memory.
+    """
+    most = parse_bytes(memory)
+    if most is None:
+        if sizes:
+            raise UsageError(
+                "sizes are those up to which a run keeps to a budget, and there is none",
+                received=", ".join(f"{name}={size}" for name, size in sizes.items()),
+                hint=Hint('memory="300MB", or no sizes', "--memory 300MB, or no --sizes"),
+            )
+        return None
+    return Budget(most, choose_sizes(graph, sizes or {}))
 
 
 def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:

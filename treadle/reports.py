@@ -199,6 +199,7 @@ def compiled_facts(compiled: Compiled, seconds: float) -> Facts:
         "weights": weights_text(compiled),
         "unused": list(compiled.unused),
         "ops": dict(ops.most_common()),
+        **({} if compiled.memory is None else {"memory": compiled.memory.as_dict()}),
         **compiled.log.as_dict(times=True),
     }
 

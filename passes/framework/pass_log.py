@@ -13,6 +13,7 @@ from typing import Any
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.ir.wording.notebook_html import html_code, html_table
+from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify
 from treadle.passes.certificates.regions import Claim
@@ -92,6 +93,7 @@ class PassRecord:
     notes    lines of the pass's own: weights removed, folds skipped
     certificates  of the distinct rewrites, where they were asked for
     plan     what a pass that plans found, which has a text of its own
+    fit      how a run fits into a budget, where a pass saw to it
 
     certifying, shown, target and lineage are for the pass while it runs: whether each rewrite is tried before it is
     kept, what stands for what by a rewrite that was, what the graph is compiled for, and which nodes of the graph as it
@@ -112,6 +114,7 @@ class PassRecord:
     certificates: list[Certificate] = field(default_factory=list)
     graph: Graph | None = None
     plan: StoragePlan | None = None
+    fit: MemoryFit | None = None
     certifying: bool = field(default=False, repr=False, compare=False)
     shown: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)

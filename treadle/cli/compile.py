@@ -18,6 +18,7 @@ from treadle.cli.options import (
     Config,
     Dtype,
     Limit,
+    Memory,
     ModelName,
     OptionalInputs,
     Quantize,
@@ -51,13 +52,18 @@ def compile_model(
     target: TargetName = "cpu",
     threads: Threads = None,
     seed: Seed = 0,
+    memory: Memory = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option("--sizes", metavar="B=1,S=128", help="With --memory: the largest sizes.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile a model and tell what every pass did, how long it took, and what runs where."""
     from treadle.artifacts import SUFFIX, is_artifact
     from treadle.fitting import fit_prose, fitted
     from treadle.ir.target import Target
-    from treadle.option_values import parse_config
+    from treadle.option_values import parse_config, parse_sizes
     from treadle.progress import working
     from treadle.reports import compiled_facts, compiled_lines, console, human, pass_table
 
@@ -67,6 +73,7 @@ def compile_model(
     chosen = parse_config(config or (), limit or ())
     chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
     chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
+    chosen |= {"memory": memory, "sizes": parse_sizes(sizes) or None}
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):
         made = treadle.compile(model, inputs=names_of(inputs), **chosen)
     seconds = time.perf_counter() - started
@@ -88,5 +95,7 @@ def compile_model(
     if certify:
         print("\n" + fitted(made.log.certified() or NOTHING_CERTIFIED, fit_prose))
     print("", fitted("\n".join(compiled_lines(made, seconds)), fit_prose), sep="\n")
+    if made.memory is not None:
+        print("", fitted(str(made.memory), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")

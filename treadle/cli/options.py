@@ -95,6 +95,15 @@ Limit = Annotated[
         "--limit", metavar="NAME=N", help="Let a file ask for more than it may, as its error says. Repeatable."
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="300MB",
+        help="What a run may take beside weights, inputs and outputs, at --sizes and below.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", min=0, help="Draws the weights where no checkpoint gives them.")
 ]

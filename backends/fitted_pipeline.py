@@ -1,0 +1,81 @@
+"""A backend's pipeline for a run that must fit into so many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from treadle.ir.errors import BackendError, Hint
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.transforms.fixing import fix_single_sizes
+from treadle.passes.budget.computing_again import compute_again
+from treadle.passes.budget.fit_memory import FitMemory
+from treadle.passes.budget.fitting import Fitting, Variant
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.lowering.legalize import Legalize
+from treadle.passes.memory.plan_storage import PlanStorage
+
+if TYPE_CHECKING:
+    from treadle.backends.staged import StagedBackend  # whose pipeline it is
+
+_APART = Decompose(("projections",))
+"""Products of one value, one by one."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The bytes that a run may take beside weights, states, inputs and outputs, and the sizes up to which it does."""
+
+    bytes: int
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+        return f"{self.bytes:,} bytes" + (f" at {where}" if where else "")
+
+
+def pipeline_within(
+    backend: StagedBackend, graph: Graph, target: Target, budget: Budget
+) -> tuple[Graph, Sequence[Pass]]:
+    """The graph, whose symbols are bounded by the budget's sizes, and the passes after which it fits into the budget.
+
+    Raises BackendError where nothing does, with what was reached, and what no plan goes below.
+    """
+    *before, plan = backend.pipeline(target)
+    if not isinstance(plan, PlanStorage):
+        raise BackendError(f"backend {backend.name} plans no memory", hint="PlanStorage as the last pass")
+    if graph.states or len(graph.later_entries) > 1:
+        raise BackendError("a budget is for a graph with one entry and no states", received=graph.name)
+    after = [each for each in before if isinstance(each, Legalize)]
+
+    def lowered(of: Graph) -> Graph:
+        made = PassManager(before, certify=False, target=target).run(of).graph
+        fix_single_sizes(made)
+        return made
+
+    sources, variants = [graph], [Variant(lowered(graph))]
+    apart = PassManager((_APART,), certify=False).run(graph)
+    if apart.log[-1].changes:
+        sources.append(apart.graph)
+        variants.append(Variant(lowered(apart.graph), apart=True))
+    again = clone_graph(variants[-1].graph)
+    compute_again(again, budget.sizes)
+    sources.append(sources[-1])
+    variants.append(Variant(again, apart=variants[-1].apart, again=True))
+    search = Fitting(variants, plan, after, lambda g, p: backend.frames(g, target, p), target, budget.sizes)
+    fit = search.fit(budget.bytes)
+    if fit is None:
+        least = search.least
+        raise BackendError(
+            "a run does not fit into the memory that it may take",
+            received=f"{budget}, beside weights, inputs and outputs",
+            within=f"{graph.name}: {search.whole:,} bytes without a budget; the least that was reached is {least:,}; "
+            f"no plan of this kind needs less than {min(search.bound, least):,}",
+            hint=Hint(f"memory={least}, or smaller sizes", f"--memory {least}, or smaller --sizes"),
+        )
+    chosen = next(i for i, each in enumerate(variants) if (each.apart, each.again) == (fit.apart, fit.again))
+    return sources[chosen], (*before, FitMemory(fit), *after, plan)

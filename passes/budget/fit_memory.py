@@ -1,0 +1,44 @@
+"""`FitMemory`: a graph computed in parts, as a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Graph
+from treadle.ir.transforms.fixing import fix_single_sizes
+from treadle.passes.budget.computing_again import compute_again
+from treadle.passes.budget.fitting import apply_chunks
+from treadle.passes.budget.memory_fit import MemoryFit
+from treadle.passes.budget.part_checking import check_parts
+from treadle.passes.budget.parts import NoPart
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+
+@dataclass(frozen=True)
+class FitMemory(Pass):
+    """y = f(x)   -->   y = concat(f_part(x[0:c]), f_part(x[c:2 c]), ...)
+
+    fit  what is computed in parts, of how many; `treadle.passes.budget.fitting` chooses it
+
+    A symbol that can be nothing but 1 becomes a number. The parts are checked against what they stand for, always.
+    """
+
+    fit: MemoryFit = field(repr=False)
+
+    @property
+    def options(self) -> str:
+        return f"{self.fit.budget} bytes"
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        fix_single_sizes(graph)
+        if self.fit.again:
+            compute_again(graph, self.fit.sizes)
+        try:
+            made = apply_chunks(graph, self.fit.chunks, check_parts)
+        except NoPart as error:
+            raise PassError("what the plan has in parts has no form on a part", received=str(self.fit)) from error
+        log.notes += str(self.fit).splitlines()
+        log.fit = self.fit
+        return 1 + made

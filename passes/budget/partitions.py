@@ -1,0 +1,313 @@
+"""A function cut into runs of steps, some of them computed in parts: what that needs in memory, and how long it takes.
+
+    table = FunctionTable(graph, plan, sizes, target, inner)
+    table.fastest(most)      the fastest partition in which nothing needs more than `most` bytes
+    table.least()            the one that needs the fewest
+    table.bound(...)         no partition needs fewer, however many the parts are
+
+What a partition needs is told from the plan of the function as it is: what lives at each step; in a run that is
+computed in parts, of what lives only there and is cut, the part. Where each value then lies is planned anew, so this is
+an estimate. The bound is none: it counts what lives between two runs, wherever that lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from treadle.ir.analysis.axis_tracing import Tracer
+from treadle.ir.builder import describe_source
+from treadle.ir.graph import Function, Graph, Node
+from treadle.ir.sizing.sizes import ONE
+from treadle.ir.storage.views import Storage, StorageKind
+from treadle.ir.target import Target
+from treadle.passes.budget.memory_fit import Chunk
+from treadle.passes.budget.regions import CutRegion, find_region, given_values
+from treadle.passes.budget.step_costs import StepCost, step_cost
+from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.passes.memory.frames import aligned, bytes_of
+from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How
+
+PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""How many parts are tried."""
+_MOST_RUN = 64  # steps of a run that is computed in parts
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steps of a function, from the first to the last, in so many parts."""
+
+    first: int
+    last: int
+    parts: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Runs of all steps in order."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def bytes(self) -> int:
+        return max((run.bytes for run in self.runs), default=0)
+
+    @property
+    def seconds(self) -> float:
+        return sum(run.seconds for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What a callee needs, as it is partitioned, and how long it takes, also in parts of what it is passed."""
+
+    bytes: int
+    whole: float
+    costs: tuple[StepCost, ...]
+
+    def seconds(self, target: Target, parts: int) -> float:
+        return self.whole if parts == 1 else sum(cost.seconds(target, parts) for cost in self.costs)
+
+
+class FunctionTable:
+    """One function; `inner` tells of callees, by name.
+
+    calls    whether runs may hold calls
+    regions  those of the function that are known, by their first and last step; more are added
+    tracer   one of the graph
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: FunctionPlan,
+        sizes: Mapping[str, int],
+        target: Target,
+        inner: Mapping[str, Inner],
+        *,
+        calls: bool,
+        regions: dict[tuple[int, int], CutRegion | None],
+        tracer: Tracer,
+    ) -> None:
+        self.graph, self.plan, self.sizes, self.target, self.inner, self.calls = (
+            graph,
+            plan,
+            sizes,
+            target,
+            inner,
+            calls,
+        )
+        self.function: Function = plan.function
+        self.costs = [
+            StepCost(0, {}) if step.root.op.callee is not None else step_cost(step, plan, sizes) for step in plan.steps
+        ]
+        self.at = {node: i for i, node in enumerate(self.function.nodes)}
+        self._regions, self._tracer = regions, tracer
+        self._runs: dict[tuple[int, int, int], Run | None] = {}
+
+    # -- what lives ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def lives(self) -> list[tuple[Storage, int, int, int]]:
+        """The function's own storages, with their first and last step and their bytes."""
+        return [
+            (life.storage, life.first, life.last, self._bytes(life.storage))
+            for life in self.plan.lives
+            if life.storage.kind is StorageKind.LOCAL
+        ]
+
+    def _bytes(self, storage: Storage) -> int:
+        return aligned(bytes_of(storage).evaluate(self.sizes), ALIGNMENT)
+
+    @cached_property
+    def live(self) -> list[int]:
+        """The bytes of the function's own that live at each step."""
+        return [
+            sum(n for _, first, last, n in self.lives if first <= at <= last) for at in range(len(self.plan.steps) + 1)
+        ]
+
+    def _inner(self, at: int) -> Inner | None:
+        return self.inner.get(self.plan.steps[at].root.op.callee or "")
+
+    # -- runs ------------------------------------------------------------------------------------------------
+
+    def region(self, first: int, last: int) -> CutRegion | None:
+        """The nodes of these steps as a region along the outermost axis of what they give."""
+        if not (self.calls or all(step.root.op.callee is None for step in self.plan.steps[first : last + 1])):
+            return None
+        key = first, last
+        if key not in self._regions:
+            self._regions[key] = self._region(first, last)
+        return self._regions[key]
+
+    def _region(self, first: int, last: int) -> CutRegion | None:
+        steps = self.plan.steps[first : last + 1]
+        if last - first >= _MOST_RUN:
+            return None
+        if all(not self.plan.places[v].written for step in steps for v in step.root.results):
+            return None
+        nodes = sorted((node for step in steps for node in step.nodes), key=self.at.__getitem__)
+        if self.at[nodes[-1]] - self.at[nodes[0]] != len(nodes) - 1:
+            return None
+        given = given_values(self.function, set(nodes), nodes)
+        shape = given[0].type.shape if given else ()
+        dim = next((i for i, size in enumerate(shape) if size != ONE), None)
+        return None if dim is None else find_region(self.graph, self.function, nodes, dim, self._tracer)
+
+    def run(self, first: int, last: int, parts: int) -> Run | None:
+        """Steps in so many parts; None where they cannot be."""
+        key = first, last, parts
+        if key not in self._runs:
+            self._runs[key] = self._run(first, last, parts)
+        return self._runs[key]
+
+    def _run(self, first: int, last: int, parts: int) -> Run | None:
+        if parts == 1:
+            inner = self._inner(first)
+            seconds = self.costs[first].seconds(self.target) if inner is None else inner.seconds(self.target, 1)
+            return Run(first, last, 1, self.live[first] + (0 if inner is None else inner.bytes), seconds)
+        region = self.region(first, last)
+        if region is None or parts > region.size.evaluate(self.sizes):
+            return None
+        whole, in_part = 0, [0] * (last - first + 1)
+        cut = {place.storage for v, place in self.plan.places.items() if v in region.dims}
+        for storage, begin, end, count in self.lives:
+            if begin >= first and end <= last and storage in cut:
+                for at in range(begin, end + 1):
+                    in_part[at - first] += count
+            elif begin <= last and end >= first:
+                whole += count
+        for v in region.outputs:
+            if self.plan.places[v].how is How.OVER:
+                whole += v.type.bytes_at(self.sizes)
+        seconds = 0.0
+        for at in range(first, last + 1):
+            inner = self._inner(at)
+            if inner is not None:
+                in_part[at - first] += inner.bytes
+                seconds += inner.seconds(self.target, parts)
+            else:
+                seconds += self.costs[at].seconds(self.target, parts, region.dims)
+        return Run(first, last, parts, whole + -(-max(in_part) // parts), seconds)
+
+    # -- partitions ------------------------------------------------------------------------------------------
+
+    def fastest(self, most: int) -> Partition | None:
+        """The fastest partition in which no run needs more than so many bytes; None where there is none."""
+        found: list[tuple[float, tuple[Run, ...]] | None] = [(0.0, ())]
+        for end in range(1, len(self.plan.steps) + 1):
+            best: tuple[float, tuple[Run, ...]] | None = None
+            for begin in range(end):
+                before = found[begin]
+                run = None if before is None else self._cheapest(begin, end - 1, most)
+                if before is None or run is None:
+                    continue
+                seconds = before[0] + run.seconds
+                if best is None or seconds < best[0]:
+                    best = seconds, (*before[1], run)
+            found.append(best)
+        last = found[-1]
+        return None if last is None else Partition(last[1])
+
+    def _cheapest(self, first: int, last: int, most: int) -> Run | None:
+        """The run of these steps in the fewest parts that need no more than so many bytes."""
+        for parts in (1, *PARTS) if first == last else PARTS:
+            run = self.run(first, last, parts)
+            if run is None and parts > 1:
+                return None
+            if run is not None and run.bytes <= most:
+                return run
+        return None
+
+    def least(self) -> Partition:
+        """The partition that needs the fewest bytes, and of these the fastest."""
+        needs = sorted(
+            {
+                run.bytes
+                for first in range(len(self.plan.steps))
+                for last in range(first, len(self.plan.steps))
+                for parts in ((1, *PARTS) if first == last else PARTS)
+                if (run := self.run(first, last, parts)) is not None
+            }
+        )
+        low, high = 0, len(needs) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.fastest(needs[middle]) is None:
+                low = middle + 1
+            else:
+                high = middle
+        found = self.fastest(needs[low]) if needs else Partition(())
+        assert found is not None
+        return found
+
+    def chunks(self, partition: Partition) -> list[Chunk]:
+        """What is computed in parts, the last run first: so the nodes before it keep their numbers."""
+        made = []
+        for run in reversed(partition.runs):
+            if run.parts > 1:
+                region = self.region(run.first, run.last)
+                assert region is not None
+                nodes: Sequence[Node] = region.nodes
+                first, last = self.at[nodes[0]], self.at[nodes[-1]]
+                told = nodes[0].op.name if first == last else f"{nodes[0].op.name} to {nodes[-1].op.name}"
+                dim = region.dims[region.outputs[0]]
+                source = describe_source(nodes[-1].source, nodes[-1].scope) or ""
+                made.append(Chunk(self.function.name, first, last, dim, run.parts, told, str(region.size), source))
+        return made
+
+    # -- the bound -------------------------------------------------------------------------------------------
+
+    def bound(self, counted: frozenset[int], callee: Callable[[str, frozenset[int]], int]) -> int:
+        """No partition needs fewer bytes, however many the parts are, wherever values lie: what lives between two runs.
+
+        counted  the positions of arguments that are the caller's own, and dead after the call
+        callee   the same of a callee
+        """
+        steps = len(self.plan.steps)
+        between = [self._between(at, counted) for at in range(steps + 1)]
+        best = [between[0]]
+        for end in range(1, steps + 1):
+            least = None
+            for begin in range(end):
+                inside = 0
+                if begin == end - 1:
+                    inside = self._inside(begin, callee)
+                elif self.region(begin, end - 1) is None:
+                    continue
+                need = max(best[begin], inside)
+                least = need if least is None else min(least, need)
+            assert least is not None
+            best.append(max(least, between[end]))
+        return best[-1]
+
+    def _between(self, at: int, counted: frozenset[int]) -> int:
+        """The bytes that live before a step: made by then, and read at it or later."""
+        held: dict[Storage, int] = {}
+        arguments = {self.plan.places[v].storage for i, v in enumerate(self.function.arguments) if i in counted}
+        is_entry = self.function in self.graph.entries
+        for place in self.plan.places.values():
+            storage = place.storage
+            if storage is None or not place.first < at <= place.last:
+                continue
+            own = storage.kind is StorageKind.LOCAL or (storage.kind is StorageKind.RESULT and not is_entry)
+            if own or (storage in arguments and place.first == BEFORE):
+                held[storage] = self._bytes(storage)
+        return sum(held.values())
+
+    def _inside(self, at: int, callee: Callable[[str, frozenset[int]], int]) -> int:
+        """What lives while a step runs, if it is a call: what is kept around it, and what the callee needs."""
+        node = self.plan.steps[at].root
+        if node.op.callee is None:
+            return 0
+        kept, passed = 0, {self.plan.places[v].storage: i for i, v in enumerate(node.operands) if v is not None}
+        dying = set()
+        for storage, first, last, count in self.lives:
+            if first < at < last:
+                kept += count
+            elif first < at == last and storage in passed:
+                dying.add(passed[storage])
+        return kept + callee(node.op.callee, frozenset(dying))

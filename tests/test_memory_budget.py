@@ -1,0 +1,157 @@
+"""Runs that keep to a budget for memory: numbers stay, smaller sizes fit as well, and what is said where none fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
+from treadle.compiled import Compiled
+from treadle.explaining.memory import explain_memory
+from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.target import Target
+from treadle.option_values import parse_bytes
+from treadle.passes.memory.frame_placement import place_frames
+
+pytest.importorskip("tvm")
+
+ALONE = Target("cpu", 1)
+SMALL = {"layers": 2, "dim": 64, "heads": 4, "vocab": 50}
+CASES = {"bert": {"B": 8, "S": 24}, "gpt2": {"B": 1, "S": 256}}
+
+
+def peak_of(family: str) -> int:
+    return explain_memory(family, backend="tvm", target=ALONE, sizes=CASES[family], **SMALL).peak
+
+
+def within(family: str, memory: int | str, **more: Any) -> Compiled:
+    return t.compile(family, backend="tvm", target=ALONE, memory=memory, sizes=CASES[family], **(SMALL | more))
+
+
+def arena(exe: Compiled, **sizes: int) -> int:
+    """What a run takes at some sizes, as the backend places it."""
+    backend, lowered = find_backend("tvm"), exe.optimized.lowered
+    assert isinstance(backend, StagedBackend) and lowered is not None and lowered.plan is not None
+    frames = backend.frames(lowered.graph, exe.target, lowered.plan)
+    return place_frames(frames, sizes)[lowered.graph.main.name].size
+
+
+def tokens(**sizes: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 50, (sizes["B"], sizes["S"]))
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6])
+@pytest.mark.parametrize("family", CASES)
+def test_a_run_keeps_to_its_budget_with_the_same_bits(family: str, share: float) -> None:
+    budget, most = int(peak_of(family) * share), CASES[family]
+    free, kept = t.compile(family, backend="tvm", target=ALONE, **SMALL), within(family, budget)
+    assert kept.memory is not None and kept.memory.chunks
+    assert kept.memory.peak == arena(kept, **most) <= budget
+    others = [most, {n: max(1, size - 3) for n, size in most.items()}, {"B": 1, "S": 5}, {"B": 1, "S": 1}]
+    for sizes in others:
+        given = tokens(**sizes)
+        wanted, made = free(tokens=given), kept(tokens=given)
+        assert all(np.array_equal(wanted[name], made[name]) for name in wanted)
+    assert kept.executable.machine.plans  # type: ignore[attr-defined]
+    placed = [plan.arena for plan in kept.executable.machine.plans.values()]  # type: ignore[attr-defined]
+    assert max(placed) == kept.memory.peak  # what runs is what was planned
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_every_smaller_size_fits_as_well(family: str) -> None:
+    budget, most = int(peak_of(family) * 0.6), CASES[family]
+    kept = within(family, budget)
+    for b in range(1, most["B"] + 1):
+        for s in sorted({*range(1, most["S"] + 1, 9), most["S"] - 1, most["S"]}):
+            assert arena(kept, B=b, S=s) <= budget, (b, s)
+
+
+def test_what_is_larger_than_the_budgets_sizes_is_refused() -> None:
+    kept = within("bert", peak_of("bert"))
+    with pytest.raises(BackendError, match="B"):
+        kept(tokens=tokens(B=9, S=24))
+    assert kept(tokens=tokens(B=2, S=24))  # and it works again
+
+
+def test_less_memory_never_takes_less_time_nor_more_memory_more() -> None:
+    peak, told = peak_of("gpt2"), []
+    for share in (1.2, 1.0, 0.9, 0.8, 0.7, 0.6):
+        fit = within("gpt2", int(peak * share)).memory
+        assert fit is not None and fit.peak <= fit.budget
+        told.append(fit.ratio)
+    assert told == sorted(told)
+    assert told[0] == 1.0 < told[-1]
+
+
+def test_what_does_not_fit_says_how_far_it_came() -> None:
+    peak = peak_of("gpt2")
+    with pytest.raises(BackendError, match="does not fit") as refused:
+        within("gpt2", peak // 5)
+    error = refused.value
+    least = int(str(error.hint).partition("memory=")[2].partition(",")[0])
+    bound = int(str(error.within).rpartition("than ")[2].replace(",", ""))
+    assert f"{peak:,}" in str(error.within) and f"{peak // 5:,}" in str(error.received)
+    assert peak // 5 < bound <= least < peak
+    kept = within("gpt2", least)  # what it says would do does
+    assert kept.memory is not None and kept.memory.peak <= least
+    with pytest.raises(BackendError, match="does not fit"):
+        within("gpt2", least - 1)
+
+
+def test_the_plan_says_what_is_computed_in_parts_and_its_price() -> None:
+    kept = within("gpt2", int(peak_of("gpt2") * 0.6))
+    assert kept.memory is not None
+    text = str(kept.memory)
+    assert "B=1, S=256 and below" in text and "parts of S  models/gpt2.py" in text and "times as long" in text
+    record = next(r for r in kept.log if r.name == "fit-memory")
+    assert record.notes == text.splitlines()
+    assert kept.memory.as_dict()["chunks"][0]["parts"] >= 2
+    assert t.compile("gpt2", backend="numpy", **SMALL).memory is None
+
+
+def test_a_budget_on_numpy() -> None:
+    free = t.compile("bert", backend="numpy", **SMALL)
+    peak = explain_memory("bert", backend="numpy", sizes={"B": 8, "S": 64}, **SMALL).peak
+    kept = t.compile("bert", backend="numpy", memory=int(peak * 0.6), sizes={"B": 8, "S": 64}, **SMALL)
+    for sizes in ({"B": 8, "S": 64}, {"B": 3, "S": 7}):
+        given = tokens(**sizes)
+        wanted, made = free(tokens=given), kept(tokens=given)
+        assert all(np.allclose(wanted[name], made[name], atol=1e-5) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("300MB", 300_000_000), ("1.5 GiB", 3 << 29), ("64kB", 64_000), ("12", 12), (7, 7), (None, None)],
+)
+def test_sizes_of_memory(text: int | str | None, count: int | None) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "3XB", "1e9", "0", 0, -1, 2.5, True, "3 MB MB", "9" * 40])
+def test_what_is_no_size_of_memory(text: Any) -> None:
+    with pytest.raises(UsageError, match="memory is a number of bytes"):
+        t.compile("gpt2", memory=text, **SMALL)
+
+
+def test_sizes_without_memory_and_unknown_ones() -> None:
+    with pytest.raises(UsageError, match="there is none"):
+        t.compile("gpt2", sizes={"S": 3}, **SMALL)
+    with pytest.raises(UsageError, match="no symbolic axis Q"):
+        t.compile("gpt2", backend="tvm", memory="3MB", sizes={"Q": 3}, **SMALL)
+
+
+def test_a_file_holds_no_budget_and_load_takes_one(tmp_path: Path) -> None:
+    budget = int(peak_of("gpt2") * 0.6)
+    kept = within("gpt2", budget)
+    with pytest.raises(UsageError, match="a file holds no budget"):
+        kept.save(tmp_path / "kept.treadle")
+    t.compile("gpt2", backend="tvm", **SMALL).save(tmp_path / "free.treadle")
+    loaded = t.load(tmp_path / "free.treadle", target=ALONE, memory=budget, sizes=CASES["gpt2"])
+    assert loaded.memory == kept.memory
+    given = tokens(B=1, S=100)
+    assert np.array_equal(loaded(tokens=given)["logits"], kept(tokens=given)["logits"])

@@ -1,0 +1,169 @@
+"""Runs of nodes computed in parts: which may be, that numbers stay, and that a wrong part is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import numpy as np
+import pytest
+
+import treadle as t
+from tests.random_programs import random_program
+from treadle.ir.errors import PassError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.interpreter import interpret
+from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.parts import Slice
+from treadle.ir.transforms.clone import clone_graph
+from treadle.ir.verifier import verify
+from treadle.passes.budget.computing_again import compute_again
+from treadle.passes.budget.part_checking import check_parts
+from treadle.passes.budget.parts import NoPart, Parted, compute_in_parts
+from treadle.passes.budget.regions import CutRegion, find_region
+
+
+def inputs_of(graph: Graph, sizes: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # type: ignore[type-arg]
+    rng = np.random.default_rng(0)
+    given = {v.name: rng.standard_normal(v.type.evaluate(sizes)) for v in graph.main.inputs}
+    weights = {name: rng.standard_normal(v.type.evaluate({})) for name, v in graph.parameters.items()}
+    return given, weights
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_parts_give_what_the_whole_gives(seed: int) -> None:
+    graph = random_program(seed)
+    count = len(graph.main.nodes)
+    runs = [(i, j, d) for i in range(count) for j in range(i, min(i + 6, count)) for d in (0, 1)]
+    given, weights = inputs_of(graph, {"B": 3, "S": 5})
+    wanted = interpret(graph, given, weights)["y"]
+    found = 0
+    for first, last, dim in runs[seed % 5 :: 5]:
+        made = clone_graph(graph)
+        region = find_region(made, made.main, made.main.nodes[first : last + 1], dim)
+        if region is None:
+            continue
+        try:
+            parted = compute_in_parts(made, region, 2 + seed % 3)
+        except NoPart:
+            continue
+        found += 1
+        check_parts(made, parted)
+        verify(made)
+        got = interpret(made, given, weights)["y"]
+        assert np.allclose(got, wanted, rtol=1e-9, atol=1e-9, equal_nan=True), (first, last, dim)
+    assert found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_computed_again_changes_no_number(seed: int) -> None:
+    graph = random_program(seed)
+    given, weights = inputs_of(graph, {"B": 2, "S": 4})
+    wanted = interpret(graph, given, weights)["y"]
+    compute_again(graph, {"B": 2, "S": 4})
+    verify(graph)
+    assert np.array_equal(interpret(graph, given, weights)["y"], wanted, equal_nan=True)
+
+
+@t.model
+def attends(x: Annotated[t.Tensor, t.f32["S 16"]]) -> t.Tensor:
+    q, k, v = (t.rearrange(t.linear(x, 16, name=n), pattern="s (h=2 d) -> 1 h s d") for n in "qkv")
+    return t.rearrange(t.attention(q, k, v, mask=t.causal), pattern="1 h s d -> s (h d)")
+
+
+@t.model
+def sums(x: Annotated[t.Tensor, t.f32["S 8"]]) -> t.Tensor:
+    return t.softmax(x * 2.0, axis=0) + t.cumsum(x, axis=0)
+
+
+def traced(model: object) -> Graph:
+    return t.compile(model, passes=[]).graph  # type: ignore[arg-type]
+
+
+def region_of(graph: Graph, ops: tuple[str, str], dim: int) -> CutRegion | None:
+    nodes = graph.main.nodes
+    first = next(i for i, n in enumerate(nodes) if n.op.name == ops[0])
+    last = next(i for i, n in enumerate(nodes) if n.op.name == ops[1] and i >= first)
+    return find_region(graph, graph.main, nodes[first : last + 1], dim)
+
+
+def test_queries_are_cut_and_keys_are_not() -> None:
+    graph = traced(attends)
+    region = region_of(graph, ("attention", "attention"), 2)
+    assert region is not None
+    q, k, v = region.inputs
+    assert (region.dims.get(q), region.dims.get(k), region.dims.get(v)) == (2, None, None)
+    parted = compute_in_parts(graph, region, 3)
+    starts = [str(graph.callee(p.call).nodes[0].op.start) for p in parted.parts]  # type: ignore[union-attr]
+    assert starts == ["0", "S//3", "(2*S)//3"]
+    assert find_region(graph, graph.main, graph.main.nodes, 0) is None  # keys and values need all tokens
+
+
+@pytest.mark.parametrize("op", ["softmax", "cumsum"])
+def test_an_axis_that_an_op_needs_whole_or_scans_is_not_cut(op: str) -> None:
+    graph = traced(sums)
+    assert region_of(graph, (op, op), 0) is None
+    assert region_of(graph, (op, op), 1) is not None
+
+
+# -- the checker -----------------------------------------------------------------------------------------------------
+
+
+def parted_attention() -> tuple[Graph, Parted]:
+    graph = traced(attends)
+    region = region_of(graph, ("attention", "rearrange"), 0)
+    assert region is not None
+    parted = compute_in_parts(graph, region, 3)
+    check_parts(graph, parted)
+    return graph, parted
+
+
+def test_a_part_at_the_wrong_position_is_found() -> None:
+    graph, parted = parted_attention()
+    callee = graph.callee(parted.parts[1].call)
+    assert callee is not None
+    node = next(n for n in callee.nodes if isinstance(n.op, Attention))
+    node.op = replace(node.op, start=0)  # type: ignore[type-var]
+    with pytest.raises(PassError, match="part 1 of attention is not what the part gives"):
+        check_parts(graph, parted)
+
+
+def test_a_gap_between_parts_is_found() -> None:
+    graph, parted = parted_attention()
+    for node in parted.parts[1].slices.values():
+        assert isinstance(node.op, Slice)
+        node.op = replace(node.op, start=node.op.start + 1)
+    with pytest.raises(PassError, match="do not lie end to end"):
+        check_parts(graph, parted)
+
+
+def test_parts_in_another_order_are_found() -> None:
+    graph, parted = parted_attention()
+    (joined,) = parted.joined.values()
+    joined.operands = joined.operands[::-1]
+    with pytest.raises(PassError, match="not joined in order"):
+        check_parts(graph, parted)
+
+
+def test_a_part_that_reads_another_value_is_found() -> None:
+    graph, parted = parted_attention()
+    call = parted.parts[0].call
+    q, k, v = call.operands
+    call.operands = (q, v, k)
+    with pytest.raises(PassError, match="reads something else"):
+        check_parts(graph, parted)
+
+
+def test_another_op_in_a_part_is_found() -> None:
+    graph = traced(sums)
+    region = region_of(graph, ("mul", "mul"), 0)
+    assert region is not None
+    parted = compute_in_parts(graph, region, 2)
+    callee = graph.callee(parted.parts[0].call)
+    assert callee is not None
+    old: Node = callee.nodes[0]
+    from treadle.ir.ops.arithmetic import Add
+
+    old.op = Add()
+    with pytest.raises(PassError, match="is not what the part gives"):
+        check_parts(graph, parted)
