@@ -1,10 +1,14 @@
 """Whether the order of steps that is found needs as little memory as the optimum of an integer program.
 
     python benchmarks/order.py [--small 200] [--large 50] [--seconds 120] [--budget 3600] [--seed 0] [--json]
+    python benchmarks/order.py --results order.jsonl --processes 2 --nice 10 --budget 36000
 
 Random graphs of up to 25 steps, and of 26 to 40, are ordered by `treadle.passes.memory.order`, and once more by HiGHS
 (`scipy.optimize.milp`), with so many seconds for each. Where that does not finish, ours must lie between its bound and
 the best that it found. After `--budget` seconds no further graph is begun; how many were compared is printed.
+
+`--results` appends a row to a file as soon as it is known, and goes on where an earlier run stopped: what the file has
+for these seeds and seconds is not compared again.
 
 Exit status 1 if ours is ever worse.
 """
@@ -14,9 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -139,6 +147,56 @@ def solve(problem: OrderProblem, seconds: float) -> tuple[float, float]:
     return math.ceil(bound - 1e-6), math.inf if found.fun is None else round(found.fun)
 
 
+def compare(seed: int, least: int, most: int, seconds: float) -> dict[str, Any]:
+    """A row: our order of a random graph beside that of the integer program."""
+    problem = random_problem(seed, Random(seed).randint(least, most))
+    begun = time.perf_counter()
+    ours = find_order(problem, MOST_SETS)
+    took = time.perf_counter() - begun
+    bound, reached = solve(problem, seconds)
+    if not bound <= ours.peak <= reached:
+        verdict = "wrong" if ours.peak < bound else "worse"
+    else:
+        verdict = "equal" if bound == reached else "between"
+    program = problem.peak(range(len(problem.before)))
+    row = {"seed": seed, "steps": len(problem.before), "program": program, "peak": ours.peak, "bound": ours.bound}
+    row |= {"ilp_bound": bound, "ilp": None if math.isinf(reached) else reached, "verdict": verdict}
+    return row | {"seconds": round(took, 4), "allowed": seconds, "range": [least, most]}
+
+
+def known_rows(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file of results; the last line may have been cut off."""
+    rows = []
+    for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows, as they become known; those of the file first."""
+    started = time.perf_counter()
+    ranges = [(5, 25)] * given.small + [(26, 40)] * given.large
+    asked = {(given.seed + i, least, most) for i, (least, most) in enumerate(ranges)}
+    known = {(row["seed"], *row["range"]): row for row in known_rows(given.results) if row["allowed"] == given.seconds}
+    yield from (row for key, row in sorted(known.items()) if key in asked)
+    left = iter(sorted(asked - known.keys()))
+    with ProcessPoolExecutor(given.processes, initializer=os.nice, initargs=(given.nice,)) as pool:
+        running = {pool.submit(compare, *each, given.seconds) for each in islice(left, given.processes)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for each in done:
+                row = each.result()
+                if given.results is not None:
+                    with given.results.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                yield row
+                if time.perf_counter() - started <= given.budget:
+                    running |= {pool.submit(compare, *following, given.seconds) for following in islice(left, 1)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", type=int, default=200, help="graphs of 5 to 25 steps (200)")
@@ -146,30 +204,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="for HiGHS and one graph (120)")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which no graph is begun (3600)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, metavar="FILE", help="rows as JSON lines, known ones kept")
+    parser.add_argument("--processes", type=int, default=1, help="how many graphs at once (1)")
+    parser.add_argument("--nice", type=int, default=0, help="by how much these give way to others (0)")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     given = parser.parse_args()
-    started = time.perf_counter()
     rows = []
-    sizes = [(5, 25)] * given.small + [(26, 40)] * given.large
-    for i, (least, most) in enumerate(sizes):
-        if time.perf_counter() - started > given.budget:
-            break
-        seed = given.seed + i
-        problem = random_problem(seed, Random(seed).randint(least, most))
-        begun = time.perf_counter()
-        ours = find_order(problem, MOST_SETS)
-        took = time.perf_counter() - begun
-        bound, reached = solve(problem, given.seconds)
-        if not bound <= ours.peak <= reached:
-            verdict = "wrong" if ours.peak < bound else "worse"
-        else:
-            verdict = "equal" if bound == reached else "between"
-        program = problem.peak(range(len(problem.before)))
-        row = {"seed": seed, "steps": len(problem.before), "program": program, "peak": ours.peak, "bound": ours.bound}
-        row |= {"ilp_bound": bound, "ilp": None if math.isinf(reached) else reached, "verdict": verdict}
-        rows.append(row | {"seconds": round(took, 4)})
+    for row in rows_of(given):
+        rows.append(row)
         if not given.json:
-            print(" ".join(f"{name}={told}" for name, told in rows[-1].items()), flush=True)
+            print(" ".join(f"{name}={told}" for name, told in row.items()), flush=True)
     if given.json:
         print(json.dumps(rows, indent=1))
     else:
