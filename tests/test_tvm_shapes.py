@@ -15,8 +15,9 @@ from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.gathering import ScatterAdd, Take
 from treadle.backends.tvm.kernels.isa import ISAS
+from treadle.backends.tvm.kernels.pointwise import Pointwise
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
-from treadle.backends.tvm.lowering.program import RoutineStep
+from treadle.backends.tvm.lowering.program import KernelStep, RoutineStep
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.interpreter import interpret
@@ -76,6 +77,28 @@ def test_views_are_read_in_place(build: Callable[[Builder, Expr], Expr], taken: 
     for batch, length in ((2, 5), (1, 2)):
         x = normal(batch, length, 12)
         np.testing.assert_array_equal(exe(x=x)["y"], reference(x=x)["y"])
+
+
+@pytest.mark.parametrize(
+    ("build", "loops"),
+    [
+        (lambda b, x: b.tanh(x) + x, 1),
+        (lambda b, x: x * b.rearrange(b.input("y", "f32[B, 1, S, 4, 8]"), pattern="b 1 s h d -> b s h d"), 1),
+        (lambda b, x: x + b.input("y", "f32[8]"), 2),
+        (lambda b, x: x + b.input("y", "f32[B, S, 1, 1]"), 2),
+        (lambda b, x: x + b.input("y", "f32[B, 1, 4, 1]"), 4),
+        (lambda b, x: b.slice(x, axis=1, start=1) * 2.0, 2),
+        (lambda b, x: b.rearrange(x, pattern="b s h d -> b s (h d)") * 2.0, 1),
+        (lambda b, x: b.rearrange(x, pattern="b s h d -> b h s d") * 2.0, 4),
+        (lambda b, x: b.rearrange(x, pattern="b s h d -> (h d) b s") * 2.0, 2),
+    ],
+)
+def test_a_kernel_has_no_more_loops_than_strides_ask_for(build: Callable[[Builder, Expr], Expr], loops: int) -> None:
+    exe = compiled(graph_of(lambda b: build(b, b.input("x", "f32[B, S, 4, 8]"))))
+    (step,) = exe.program.main.steps
+    assert isinstance(step, KernelStep)
+    assert isinstance(step.kernel, Pointwise)
+    assert step.kernel.rank == loops
 
 
 @pytest.mark.parametrize("after", ["b h s d -> b h d s", "b h s d -> b s h d", "b h s d -> s (d b h)"])
