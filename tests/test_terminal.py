@@ -130,6 +130,24 @@ def test_tables_keep_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert path in said.get()
 
 
+def test_a_row_of_items_goes_on_between_two_of_them() -> None:
+    from rich.console import Console
+
+    from treadle.reports import Items
+
+    def rows(width: int, *items: str) -> list[str]:
+        out = Console(width=width)
+        with out.capture() as said:
+            out.print(Items(items))
+        return said.get().split("\n")[:-1]
+
+    items = ("layers=12", "dim=768", "x=1", "y=2", "z=3", "last=4")
+    assert rows(80, *items) == [", ".join(items)]
+    assert rows(20, *items) == ["layers=12, dim=768,", "x=1, y=2, z=3,", "last=4"]
+    assert rows(19, *items) == ["layers=12,", "dim=768, x=1, y=2,", "z=3, last=4"]
+    assert rows(20) == [""]
+
+
 def test_models_fits_80_columns_but_for_paths() -> None:
     code, said = on_terminal("-m", "treadle", "models")
     rows = [row for row in seen(said) if "/" not in row or "treadle fetch" in row]
