@@ -144,7 +144,7 @@ def test_a_row_of_items_goes_on_between_two_of_them() -> None:
     items = ("layers=12", "dim=768", "x=1", "y=2", "z=3", "last=4")
     assert rows(80, *items) == [", ".join(items)]
     assert rows(20, *items) == ["layers=12, dim=768,", "x=1, y=2, z=3,", "last=4"]
-    assert rows(19, *items) == ["layers=12,", "dim=768, x=1, y=2,", "z=3, last=4"]
+    assert rows(18, *items) == ["layers=12,", "dim=768, x=1, y=2,", "z=3, last=4"]
     assert rows(20) == [""]
 
 
