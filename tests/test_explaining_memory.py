@@ -13,7 +13,7 @@ import treadle
 from tests.backend_checks import needs_tvm
 from tests.test_explaining_layouts import SMALL, told
 from treadle.explaining.memory import MemoryTold, compare_memory, explain_memory, read_memory
-from treadle.explaining.memory_drawing import draw_memory
+from treadle.explaining.memory_drawing import HEIGHT, WIDTH, draw_memory
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.sizing.sizes import Size
 
@@ -81,6 +81,10 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
     ]
     calls = {"main": 1, "h": SMALL["layers"]}
     assert len(boxes) == sum(calls[name] * len(frame.lives) for name, frame in found.frames.items())
+    assert min(x for x, _, _, _ in boxes) == 84
+    assert max(x + w for x, _, w, _ in boxes) == pytest.approx(WIDTH - 24, abs=0.02)
+    assert max(y + h for _, y, _, h in boxes) == pytest.approx(HEIGHT - 96, abs=0.02), "the arena's first byte"
+    assert min(y for _, y, _, _ in boxes) == pytest.approx(64, abs=0.02), "and its last one"
     for i, (x, y, w, h) in enumerate(boxes):
         for x2, y2, w2, h2 in boxes[:i]:
             apart = x + w <= x2 + 0.02 or x2 + w2 <= x + 0.02 or y + h <= y2 + 0.02 or y2 + h2 <= y + 0.02
