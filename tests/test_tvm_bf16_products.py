@@ -91,13 +91,17 @@ def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
         np.testing.assert_array_equal(exe(x=x[-rows:])["y"], every[-rows:], f"{rows} rows")
 
 
+def without_the_first_row(k: int, n: int) -> Graph:
+    return graph_of(
+        lambda b: b.linear(b.slice(b.input("x", f32["M", k]), axis=0, start=1), b.parameter("w", f32[n, k]))
+    )
+
+
 @each_isa
 def test_nothing_at_all(isa: str) -> None:
     """No row, no column, or nothing to sum, which is 0 and not what lay there."""
     for k, n in ((40, 70), (40, 0), (0, 70), (0, 0)):
-        graph = graph_of(
-            lambda b: b.linear(b.slice(b.input("x", f32["M", k]), axis=0, start=1), b.parameter("w", f32[n, k]))
-        )  # noqa: B023
+        graph = without_the_first_row(k, n)
         x, w = normal(41, k), normal(n, k, seed=1)
         exe = compiled(graph, {"w": w}, isa)
         for rows in (1, 6, 41, 1):
