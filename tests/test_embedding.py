@@ -124,9 +124,10 @@ def text(name: str, content: str) -> Change:
 )
 def test_a_folder_is_pooled_as_it_says(folder: Path, change: Change, backend: str) -> None:
     change(folder)
-    vectors = embedder(folder, backend).embed(TEXTS, batch_size=4)
+    made = embedder(folder, backend)
+    vectors = made.embed(TEXTS, batch_size=4)
     wanted = theirs(folder, TEXTS)
-    assert vectors.shape == wanted.shape
+    assert vectors.shape == wanted.shape == (len(TEXTS), made.width)
     assert cosine_distances(vectors, wanted).max() < TOLERANCE
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), np.linalg.norm(wanted, axis=1), rtol=1e-5)
 

@@ -138,6 +138,17 @@ def test_parts_are_written_where_they_belong() -> None:
     assert "x" in refused
 
 
+@pytest.mark.parametrize("shape", [(15, 4), (60,), (5, 12), (2, 30)])
+def test_a_reshape_that_no_strides_say_is_one_copy(shape: tuple[int, ...]) -> None:
+    """Where it is written lies so that strides say it from there."""
+    graph = graph_of(
+        lambda b: b.reshape(b.rearrange(b.input("x", "f32[3, 4, 5]"), pattern="a b c -> c b a"), shape=shape)
+    )
+    exe, x = compiled(graph), normal(3, 4, 5)
+    np.testing.assert_array_equal(exe(x=x)["y"], x.transpose(2, 1, 0).reshape(shape))
+    assert len(steps(exe)) == 1
+
+
 def test_reshapes_that_strides_can_say() -> None:
     """Joined where neighbours allow it, split anywhere, with symbols as with numbers."""
     b, s = Size.symbol("B"), Size.symbol("S")
