@@ -177,6 +177,21 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
         assert Path(file).is_relative_to(tmp_path / "site")
 
 
+def test_a_checkout_works_without_being_installed(tmp_path: Path) -> None:
+    """With its root on the path, and nothing of an editable install that finds its folders."""
+    program = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f'{f.__module__} {f}'.lower()]\n"
+        "import treadle.ir.graph, treadle.files\n"
+        "print(treadle.ir.graph.__file__, treadle.files.__file__, sep='\\n')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(ROOT / "ir/graph.py"), str(ROOT / "files/__init__.py")]
+
+
 def test_console_scripts_exist() -> None:
     for target in pyproject()["project"]["scripts"].values():
         module, function = target.split(":")
