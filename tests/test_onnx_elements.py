@@ -13,6 +13,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 from onnx import TensorProto, helper, numpy_helper
 
 from treadle.frontends.onnx_import.file import OnnxFile, OnnxLimits
+from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.rules.elements import carried, element, named, restored
 from treadle.frontends.onnx_import.values import as_sizes, tidied
 from treadle.ir.errors import FrontendError
@@ -148,3 +149,25 @@ def test_known_sizes_are_numbers_where_all_are() -> None:
     sizes = tidied([Size.of("S"), 3], (2,))
     assert sizes.dtype == object
     assert as_sizes(sizes) == [Size.of("S"), Size.of(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        ("FLOAT", np.array([0x80000000, 1, 0x7FC12345, 0xFF800000, 0x3EAAAAAB], "<u4")),
+        ("FLOAT16", np.array([0x8000, 1, 0x7E05, 0xFC00, 0x3555], "<u2")),
+        ("BFLOAT16", np.array([0x8000, 1, 0x7FC0, 0xFF80, 0x3EAB], "<u2")),
+        ("DOUBLE", np.array([1 << 63, 1, 0x7FF8000012345678, 0xFFF << 52, 0x3FD5555555555555], "<u8")),
+    ],
+)
+def test_a_constant_keeps_every_bit(kind: str, bits: np.ndarray[Any, Any]) -> None:
+    """Minus zero, the least number, a NaN (with more to it, but for bf16), minus infinity, a third."""
+    number = TensorProto.DataType.Value(kind)
+    tensor = TensorProto(data_type=number, dims=[5], raw_data=bits.tobytes())
+    node = helper.make_node("Constant", [], ["y"], value=tensor)
+    y = helper.make_tensor_value_info("y", number, [5])
+    graph = helper.make_graph([node], "g", [], [y])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    literal = import_onnx(proto).graph.main.outputs["y"].literal
+    assert literal is not None
+    assert literal.data == bits.tobytes()
