@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import pty
 import re
@@ -20,6 +21,7 @@ from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.progress import working
 from treadle.resolving import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +212,20 @@ def test_nothing_of_it_goes_to_a_pipe_or_where_json_is_asked() -> None:
     assert (done.stdout, done.stderr) == ("a line\ndone\n", "")
     code, said = on_terminal("-c", SLOW, "--json")
     assert (code, said) == (0, "a line\ndone\n")
+
+
+def test_a_line_that_is_told_is_out_before_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Piped(io.StringIO):
+        out = ""
+
+        def flush(self) -> None:
+            self.out = self.getvalue()
+
+    stream = Piped()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with working("thinking") as tell:
+        tell("a line")
+        assert stream.out == "a line\n"
 
 
 def test_compiling_says_so(tmp_path: Path) -> None:
