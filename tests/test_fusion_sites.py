@@ -175,6 +175,14 @@ SITES: dict[str, tuple[Build, list[str]]] = {
     "an activation of a part": (lambda b: b.relu(b.slice(b.linear(x_of(b), w_of(b)), axis=2, stop=4)), []),
     "an activation of two": (lambda b: b.relu(b.linear(x_of(b), w_of(b)) + b.linear(x_of(b, "y"), w_of(b, "u"))), []),
     "a gate": (lambda b: gated(b, b.silu), ["gate: mul silu linear linear"]),
+    "a gate, the activation last": (
+        lambda b: b.linear(x := x_of(b), w_of(b, "u")) * b.silu(b.linear(x, w_of(b))),
+        ["gate: mul silu linear linear"],
+    ),
+    "a scaled gate": (
+        lambda b: b.linear(x := x_of(b), w_of(b, "u")) * b.sigmoid(b.linear(x, w_of(b)) * 1.7),
+        ["scale: mul linear", "gate: mul sigmoid mul linear linear"],
+    ),
     "a gate of two values": (lambda b: gated(b, b.relu, "y"), ["gate: mul relu linear linear"]),
     "a bilinear gate": (lambda b: gated(b, lambda y: y), ["gate: mul linear linear"]),
     "a product of products of two": (lambda b: gated(b, lambda y: y, "y"), []),
