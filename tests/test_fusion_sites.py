@@ -185,6 +185,14 @@ SITES: dict[str, tuple[Build, list[str]]] = {
     ),
     "a gate of two values": (lambda b: gated(b, b.relu, "y"), ["gate: mul relu linear linear"]),
     "a bilinear gate": (lambda b: gated(b, lambda y: y), ["gate: mul linear linear"]),
+    "a bilinear gate with a bias": (
+        lambda b: gated(b, lambda y: y + w_of(b, "bias", "f32[8]")),
+        ["gate: mul add linear linear"],
+    ),
+    "a scaled product times another": (
+        lambda b: gated(b, lambda y: y * 0.5),
+        ["projection: linear linear", "scale: mul linear"],
+    ),
     "a product of products of two": (lambda b: gated(b, lambda y: y, "y"), []),
     "a gate of halves": (lambda b: halves(b, 4), ["gate: mul silu slice slice linear"]),
     "a gate of one half": (lambda b: halves(b, 0), []),
@@ -226,7 +234,7 @@ SITES: dict[str, tuple[Build, list[str]]] = {
     ),
     "a scale for each column": (lambda b: b.linear(x_of(b), w_of(b)) * w_of(b, "c", "f32[8]"), []),
     "a scale that is computed": (lambda b: b.linear(x_of(b), w_of(b)) * b.exp(x_of(b, "c", "f32[]")), []),
-    "a scaled product of inputs": (lambda b: scores(b) * 0.5, []),
+    "a scaled product of inputs": (lambda b: b.matmul(x_of(b), x_of(b, "y", "f32[8, 8]")) * 0.5, []),
 }
 
 
