@@ -185,9 +185,12 @@ SITES: dict[str, tuple[Build, list[str]]] = {
     ),
     "a gate of two values": (lambda b: gated(b, b.relu, "y"), ["gate: mul relu linear linear"]),
     "a bilinear gate": (lambda b: gated(b, lambda y: y), ["gate: mul linear linear"]),
-    "a bilinear gate with a bias": (
-        lambda b: gated(b, lambda y: y + w_of(b, "bias", "f32[8]")),
-        ["gate: mul add linear linear"],
+    "a bilinear gate with biases": (
+        lambda b: (
+            (b.linear(x := x_of(b), w_of(b)) + w_of(b, "c", "f32[8]"))
+            * (b.linear(x, w_of(b, "u")) + w_of(b, "d", "f32[8]"))
+        ),
+        ["gate: mul add add linear linear"],
     ),
     "a scaled product times another": (
         lambda b: gated(b, lambda y: y * 0.5),
