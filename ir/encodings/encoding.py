@@ -187,7 +187,7 @@ def parse_encoding(text: str) -> Encoding:
     """An encoding from its text. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is no encoding", received=text[:40], hint="q4_0, int8_rows(axis=0), int4_groups(32)")
+        raise GraphError("this is no encoding", received=text[:40], hint="q4_0, int8_rows or int4_groups(32)")
     found = {"group": 0, "axis": -1}
     given: set[str] = set()
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
