@@ -1,13 +1,14 @@
-"""Generation in float32, beside llama.cpp, CTranslate2 and Hugging Face: tokens a second, prefill, batches of 8.
+"""Generation, beside llama.cpp, CTranslate2 and Hugging Face: tokens a second, prefill, batches of 8.
 
     treadle fetch smollm2
-    python benchmarks/generate.py [--model smollm2|gpt2] [--threads 1] [--rounds 5] [--peers python] [--json]
+    python benchmarks/generate.py [--model smollm2|gpt2] [--form f32] [--threads 1] [--rounds 5] [--peers python]
 
-SmolLM2-135M comes from its GGUF file, widened to float32 (Hugging Face has one of its shape), GPT-2 small has drawn
-weights: times do not depend on them. Each side runs in a process of its own, and all take turns, so that a busy machine
-slows each alike. A figure is a median over rounds, beside what a plain read of as many bytes as the weights have takes
-in the same process. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with transformers, which it
-converts from); a package that is missing is told.
+SmolLM2-135M comes from its GGUF file, with the matrices in float32 or in the blocks that `--form` names: q4_1, as the
+file is shipped, q4_0 or q8_0 (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small
+has drawn weights in float32: times do not depend on them. Each side runs in a process of its own, and all take turns,
+so that a busy machine slows each alike. A figure is a median over rounds, beside what a plain read of as many bytes as
+the weights have takes in the same process. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with
+transformers, which it converts from); a package that is missing is told.
 
     decode     a token of one row, after 256 others
     batch      a token of each of 8 rows
@@ -46,6 +47,7 @@ SIDES = ("treadle", "llama.cpp", "ctranslate2", "huggingface")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("smollm2", "gpt2"), default="smollm2")
+    parser.add_argument("--form", choices=("f32", "q4_1", "q4_0", "q8_0"), default="f32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default=sys.executable)
@@ -57,7 +59,7 @@ def main() -> int:
     if options.side:
         return serve(options.side, options.model, Path(options.folder), options.threads)
     with tempfile.TemporaryDirectory() as place:
-        prepare(options.model, Path(place))
+        prepare(options.model, options.form, Path(place))
         found, missing = compare(options, Path(place))
     report(options, found, missing)
     return 0
@@ -73,7 +75,7 @@ def serve(side: str, model: str, folder: Path, threads: int) -> int:
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         return 0
-    read = np.full(WEIGHT_BYTES[model] // 4, 0.5, np.float32)  # in memory of its own: zeros are one page
+    read = np.full(weight_bytes(model, folder) // 4, 0.5, np.float32)  # in memory of its own: zeros are one page
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         kind = line.strip()
@@ -130,7 +132,7 @@ def llama_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[],
     from llama_cpp import Llama
 
     sizes = {"n_ctx": TOKENS + 512, "n_batch": 512, "n_threads": threads, "n_threads_batch": threads}
-    llm = Llama(str(folder / "f32.gguf"), verbose=False, **sizes)
+    llm = Llama(str(folder / GGUF), verbose=False, **sizes)
     ids = prompt_ids(TOKENS)
 
     def decode() -> float:
@@ -171,6 +173,8 @@ def ctranslate2_side(model: str, folder: Path, threads: int) -> dict[str, Callab
 
 
 def huggingface_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[], float]]:
+    if not (folder / "hf").exists():
+        return {}
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -208,7 +212,12 @@ MAKERS: Mapping[str, Callable[[str, Path, int], dict[str, Callable[[], float]]]]
     "ctranslate2": ctranslate2_side,
     "huggingface": huggingface_side,
 }
-WEIGHT_BYTES = {"smollm2": 134_515_008 * 4, "gpt2": 124_439_808 * 4}
+GGUF = "model.gguf"
+
+
+def weight_bytes(model: str, folder: Path) -> int:
+    """What a token reads: all weights, once."""
+    return (folder / GGUF).stat().st_size if model == "smollm2" else 124_439_808 * 4
 
 
 def prompt_ids(count: int) -> list[int]:
@@ -216,14 +225,14 @@ def prompt_ids(count: int) -> list[int]:
 
 
 def weights_of(model: str, folder: Path) -> str:
-    return "smollm2" if model == "smollm2" else str(folder / "hf")
+    return str(folder / GGUF) if model == "smollm2" else str(folder / "hf")
 
 
 # -- what they read --------------------------------------------------------------------------------------------
 
 
-def prepare(model: str, folder: Path) -> None:
-    """Write the model's float32 weights in each side's format."""
+def prepare(model: str, form: str, folder: Path) -> None:
+    """Write the model's weights in each side's format."""
     import tokenizers
     import torch
     import transformers
@@ -244,7 +253,9 @@ def prepare(model: str, folder: Path) -> None:
 
     fetched = fetch_model("smollm2")
     source = fetched if fetched.suffix == ".gguf" else next(fetched.glob("*.gguf"))
-    widen_gguf(source, folder / "f32.gguf")
+    write_gguf(source, form, folder / GGUF)
+    if form != "f32":
+        return
     config = transformers.LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -257,8 +268,8 @@ def prepare(model: str, folder: Path) -> None:
     transformers.LlamaForCausalLM(config).eval().save_pretrained(folder / "hf")  # of its shape, with drawn weights
 
 
-def widen_gguf(source: Path, to: Path) -> None:
-    """A GGUF file with every tensor in float32."""
+def write_gguf(source: Path, form: str, to: Path) -> None:
+    """A GGUF file with every tensor in float32, or with what was in blocks in blocks of this form."""
     import gguf
 
     read = gguf.GGUFReader(str(source))
@@ -269,10 +280,16 @@ def widen_gguf(source: Path, to: Path) -> None:
             continue
         kind = each.types[0]
         written.add_key_value(name, each.contents(), kind, sub_type=each.types[-1] if len(each.types) > 1 else None)
-    written.add_file_type(gguf.LlamaFileType.ALL_F32)
+    types = {"f32": "ALL_F32", "q4_1": "MOSTLY_Q4_1", "q4_0": "MOSTLY_Q4_0", "q8_0": "MOSTLY_Q8_0"}
+    written.add_file_type(gguf.LlamaFileType[types[form]])
     for tensor in read.tensors:
-        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        written.add_tensor(tensor.name, array)
+        held = tensor.tensor_type
+        wanted = gguf.GGMLQuantizationType[form.upper() if held.name.startswith("Q") else "F32"]
+        data = tensor.data
+        if held != wanted:
+            data = gguf.quants.dequantize(data, held).astype(np.float32)
+            data = data if wanted.name == "F32" else gguf.quants.quantize(data, wanted)
+        written.add_tensor(tensor.name, data, raw_dtype=wanted)
     written.write_header_to_file()
     written.write_kv_data_to_file()
     written.write_tensors_to_file()
@@ -357,6 +374,7 @@ def rows_of(options: argparse.Namespace, found: Found) -> Iterator[dict[str, Any
             paired = [a["seconds"] / b["seconds"] for a, b in zip(kinds[kind], ours.get(kind, []), strict=False)]
             yield {
                 "model": options.model,
+                "form": options.form,
                 "threads": options.threads,
                 "kind": kind,
                 "side": side,
@@ -372,7 +390,7 @@ def report(options: argparse.Namespace, found: Any, missing: Mapping[str, str]) 
     if options.json:
         print(json.dumps({"rows": rows, "missing": missing}))
         return
-    print(f"{options.model}, float32, {options.threads} thread{'s' * (options.threads > 1)}")
+    print(f"{options.model}, {options.form}, {options.threads} thread{'s' * (options.threads > 1)}")
     for row in rows:
         ratio = "" if row["times_ours"] is None else f"  {row['times_ours']:5.2f} times ours"
         floor = f"  {row['of_a_plain_read']:4.0%} of a plain read" if row["kind"] in ("decode", "batch") else ""
