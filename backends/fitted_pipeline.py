@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph
+from treadle.ir.ops.merged_products import Projections
 from treadle.ir.target import Target
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.fixing import fix_single_sizes
@@ -22,7 +23,7 @@ from treadle.passes.memory.plan_storage import PlanStorage
 if TYPE_CHECKING:
     from treadle.backends.staged import StagedBackend  # whose pipeline it is
 
-_APART = Decompose(("projections",))
+_APART = Decompose((Projections.name,))
 """Products of one value, one by one."""
 
 

@@ -23,7 +23,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Grads = Sequence[Any]
 """One entry an operand or result: an Expr, or None where it is absent or has no gradient."""
+X = TypeVar("X")
 Demand = tuple[Size, str]
 """A size that must not be negative, and what is wrong where it is."""
 
@@ -99,6 +100,10 @@ class Op:
     """Whether a model may say it; calls and relayouts are put into graphs by tracing and by passes."""
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
+
+    def called_in(self, functions: Mapping[str, X]) -> X | None:
+        """What a mapping by name has for the function that it calls; None where it calls none, or one not there."""
+        return None if self.callee is None else functions.get(self.callee)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]

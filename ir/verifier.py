@@ -202,7 +202,7 @@ class _FunctionCheck:
             self.defined.add(value)
             if value.layout is not None:
                 self.laid.add(value)
-        callee = self.earlier.get(node.op.callee or "")
+        callee = node.op.called_in(self.earlier)
         if self.function.states or (callee is not None and callee.states):
             self.versions(node, index, callee)
             self.views.add(node, self.bases)
@@ -235,7 +235,7 @@ class _FunctionCheck:
                 )
         if node.op in self.checked_calls:  # the other calls of a block
             return
-        callee = self.earlier.get(node.op.callee or "")
+        callee = node.op.called_in(self.earlier)
         if callee is not None and callee in self.graph.entries:
             raise self.error(f"{self.function.name} calls {callee.name!r}, which is an entry", index)
         if callee is None:

@@ -380,7 +380,7 @@ def test_an_encoded_constant_is_its_blocks() -> None:
 def test_ops_say_which_encodings_they_move() -> None:
     """Its rule decides: the blocked axis must be one axis of the result, as it is."""
     moving = {name for name, cls in OPS.items() if cls.moves_blocks}
-    assert moving == {"append", "concat", "embedding", "gather", "rearrange", "relayout", "slice"}
+    assert moving == {"all_gather", "append", "concat", "embedding", "gather", "rearrange", "relayout", "slice"}
     table, indices = parse_type("f32[5, 64] as q8_0"), parse_type("i64[3, 2]")
     (made,) = OPS["embedding"]().infer([table, indices])
     assert made == parse_type("f32[3, 2, 64] as q8_0")

@@ -56,27 +56,27 @@ def compile(
         exe = t.compile(tiny_gpt, backend="tvm", layers=6)
         logits = exe(tokens=np.array([[11, 7, 42]]))["logits"]
 
-    model    a declaration, a graph, a module that `from_torch` imported, or a name: a folder with a checkpoint, an
-             ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
-    backend  "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
-    target   what to compile for: "cpu"
-    weights  arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; without either,
-             initial values drawn from `seed`. They are not copied, so the caller must not write into them afterwards
-    passes   the pipeline, a flat list; []: the graph as it is declared
-    inputs   optional inputs of the declaration to include, such as ("lengths",)
-    seed     an integer, 0 or more
-    certify  try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
-    dtype    "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
-             (docs/decisions/0013-products-in-bf16.md). "f32": everything is. None: as the model is declared
-    quantize "int8-weights": weights that products multiply are held in 8 bits, with a scale a row; "int4": in 4 bits,
-             with a scale for 32 neighbours (docs/quantization.md). None: as the model has them
-    widen    "bf16", "f16", or both: values of these dtypes are f32 instead, weights too. "blocks": weights that a GGUF
-             file holds in blocks are decoded to f32 as they are read; without it they are kept (docs/quantization.md)
-    memory   bytes, or text such as "300MB", that a run may take beside weights, inputs and outputs (docs/memory.md)
-    sizes    of symbolic axes, up to which it does, and which the result serves; 1 for a batch and 128 for others that
-             are not named
-    limits   what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
-    config   configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
+    model     a declaration, a graph, a module that `from_torch` imported, or a name: a folder with a checkpoint, an
+              ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
+    backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
+    target    what to compile for: "cpu"
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; without either,
+              initial values drawn from `seed`. They are not copied, so the caller must not write into them afterwards
+    passes    the pipeline, a flat list; []: the graph as it is declared
+    inputs    optional inputs of the declaration to include, such as ("lengths",)
+    seed      an integer, 0 or more
+    certify   try every rewrite on drawn values before it is kept (docs/passes.md); None: as TREADLE_CERTIFY says
+    dtype     "bf16": products with weights are of bf16 numbers and summed in f32, everything else is f32
+              (docs/decisions/0013-products-in-bf16.md). "f32": everything is. None: as the model is declared
+    quantize  "int8-weights": weights that products multiply are held in 8 bits, with a scale a row; "int4": in 4 bits,
+              with a scale for 32 neighbours (docs/quantization.md). None: as the model has them
+    widen     "bf16", "f16", or both: values of these dtypes are f32 instead, weights too. "blocks": weights that a GGUF
+              file holds in blocks are decoded to f32 as they are read; without it they are kept (docs/quantization.md)
+    memory    bytes, or text such as "300MB", that a run may take beside weights, inputs and outputs (docs/memory.md)
+    sizes     of symbolic axes, up to which it does, and which the result serves; 1 for a batch and 128 for others that
+              are not named
+    limits    what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
+    config    configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 
     An ONNX file with an input that determines shapes, and of which config has no value, is compiled when it is called,
     for each value: `treadle.specializing`.

@@ -271,7 +271,7 @@ class _Candidates:
     def _inner(self, table: FunctionTable, partition: Partition) -> Inner:
         costs = []
         for at, cost in enumerate(table.costs):
-            callee = table.inner.get(table.plan.steps[at].root.op.callee or "")
+            callee = table.plan.steps[at].root.op.called_in(table.inner)
             costs += [cost] if callee is None else [*callee.costs]
         return Inner(partition.bytes, partition.seconds, tuple(costs))
 

@@ -130,7 +130,7 @@ class FunctionTable:
         ]
 
     def _inner(self, at: int) -> Inner | None:
-        return self.inner.get(self.plan.steps[at].root.op.callee or "")
+        return self.plan.steps[at].root.op.called_in(self.inner)
 
     # -- runs ------------------------------------------------------------------------------------------------
 

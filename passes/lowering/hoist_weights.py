@@ -104,7 +104,7 @@ class _Hoisting:
         nodes: list[Node] = []
         calls: dict[str, tuple[Call, Call]] = {}  # the calls of a block are one op, whose keys are found once
         for node in function.nodes:
-            moved = self.moved.get(node.op.callee or "")
+            moved = node.op.called_in(self.moved)
             if moved is None:
                 nodes.append(node)
                 continue

@@ -54,7 +54,7 @@ def _writes_what_it_reads(
     node: Node, argument: Storage, result: Storage, plan: FunctionPlan, callees: Mapping[str, FunctionPlan]
 ) -> bool:
     """Whether a step is a call that writes a part of the result over the same part of the argument."""
-    callee = callees.get(node.op.callee or "")
+    callee = node.op.called_in(callees)
     if callee is None or len(node.results) != 1:
         return False
     taken = [i for i, v in enumerate(node.operands) if v is not None and plan.places[v].storage is argument]

@@ -100,7 +100,7 @@ class PlanStorage(Pass):
         """Over what a step may write; of a call, what its callee may write over."""
 
         def over(step: Step) -> Sequence[Value]:
-            callee = callees.get(step.root.op.callee or "")
+            callee = step.root.op.called_in(callees)
             if callee is None:
                 return self.over(step)
             given = step.root.operands

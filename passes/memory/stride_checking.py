@@ -305,7 +305,7 @@ class _Run:
 
     def _is_reused(self, x: Value, node: Node) -> bool:
         """Whether a callee, as it was checked, may write its result over this operand, which it is passed once."""
-        callee = self.at.callees.get(node.op.callee or "")
+        callee = node.op.called_in(self.at.callees)
         formals = (
             []
             if callee is None
