@@ -13,9 +13,10 @@ import treadle
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.registry import backend_names, find_backend
 from treadle.frontends.declarations import Model
+from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import BackendError, GraphError
-from treadle.ir.graph import Graph, Node
+from treadle.ir.graph import Function, Graph, Node
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights, encode_parameters
@@ -93,6 +94,43 @@ def test_layers_with_other_encodings_are_other_functions() -> None:
     alone = encode_parameters(graph, {"layer.2.attn.q.weight": Encoding("q8_0")})
     assert [n.op.callee for n in alone.main.nodes if n.op.callee] == ["layer", "layer", "layer_2"]
     assert [sum(n.op.decodes for n in f.nodes) for f in alone.functions.values()] == [0, 1, 0]
+
+
+def called_twice() -> Graph:
+    """y = h(h_2(h(x, a), b), c): two functions, the second of which has the name that a copy of the first would get."""
+    graph = Graph("named")
+    for name, activation in (("h", "relu"), ("h_2", "tanh")):
+        function = Function(name)
+        b = Builder(graph, function)
+        y = b.linear(b.input("x", "f32[2, 32]"), b.parameter("w", "f32[32, 32]"))
+        function.outputs = {"y": b.apply(activation, y).value}
+        graph.add_function(function)
+    b = Builder(graph)
+    y = b.input("x", "f32[2, 32]")
+    for weight, name in zip("abc", ("h", "h_2", "h"), strict=True):
+        (y,) = b.call(graph.functions[name], [y, b.parameter(weight, "f32[32, 32]")])
+    b.outputs(y=y)
+    return graph
+
+
+def test_a_copy_of_a_function_takes_no_other_functions_name() -> None:
+    graph = called_twice()
+    encoded = encode_parameters(graph, {"a": Encoding("q8_0")})
+    verify(encoded)
+    assert list(encoded.functions) == ["h", "h_2", "h_3", "main"]
+    held, meant = drawn_weights(encoded)
+    x = {"x": np.random.default_rng(1).standard_normal((2, 32)).astype(np.float32)}
+    np.testing.assert_array_equal(interpret(encoded, x, held)["y"], interpret(graph, x, meant)["y"])
+
+
+def test_what_is_encoded_is_told_by_the_graphs_names() -> None:
+    """Not by the names that blocks have for what they are called with."""
+    once = encode_parameters(called_twice(), {"a": Encoding("q8_0")})
+    with pytest.raises(GraphError, match="parameter a is encoded already"):
+        encode_parameters(once, {"a": Encoding("int8_rows")})
+    b = Builder(once)
+    b.outputs(y=b.linear(b.expr(once.main.outputs["y"]), b.parameter("w", "f32[32, 32]")))
+    assert str(encode_parameters(once, {"w": Encoding("q4_0")}).parameters["w"].type) == "f32[32, 32] as q4_0"
 
 
 def test_a_parameter_that_cannot_be_encoded_is_refused() -> None:

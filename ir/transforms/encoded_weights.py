@@ -35,9 +35,9 @@ def encode_parameters(graph: Graph, encodings: Encodings) -> Graph:
         raise GraphError(f"there is no parameter {unknown[0]!r} to encode")
     if not encodings:
         return copy
-    for _, node in copy.walk():
-        if isinstance(node.op, Decode) and (held := node.inputs[0].weight) is not None and held.name in encodings:
-            raise GraphError(f"parameter {held.name} is encoded already", received=str(held.type))
+    for name in encodings:
+        if copy.parameters[name].type.encoding is not None:
+            raise GraphError(f"parameter {name} is encoded already", received=str(copy.parameters[name].type))
     work = _Encoding(copy)
     for entry in copy.entries:
         work.encode(entry, {n: e for n, e in encodings.items() if n in entry.parameters})
@@ -147,7 +147,7 @@ class _Encoding:
         """The function of that name with these encodings."""
         key = (name, tuple(encodings.items()))
         if key not in self._made:
-            taken = {*self.graph.functions, *self.functions} if encodings else set()
+            taken = {*self.graph.functions, *(made.name for made in self._made.values())}
             first = all(known != name for known, _ in self._made)
             made = clone_function(self.graph.functions[name], name if first else _free_name(name, taken))
             self._made[key] = made
