@@ -26,6 +26,19 @@ from treadle.passes.sharding.rank_programs import rank_program, rank_weights, re
 
 Array = np.ndarray[Any, Any]
 
+MOST_RANKS = 256
+"""How many ranks run here: each is a thread, and has a program of its own."""
+
+
+def refuse_many_ranks(mesh: Mesh) -> None:
+    """Raise GraphError for a mesh of more ranks than run in one process."""
+    if mesh.ranks > MOST_RANKS:
+        raise GraphError(
+            f"the lab runs up to {MOST_RANKS} ranks, each in a thread",
+            received=f"{mesh}: {mesh.ranks} ranks",
+            hint="a smaller mesh with the same axes: the plan is made in the same way",
+        )
+
 
 @dataclass(frozen=True)
 class LabResult:
@@ -51,9 +64,11 @@ def run_lab(
 
     programs  of the ranks, if other than `rank_program` makes
 
-    Raises GraphError where ranks do not meet, or hold different copies of one part of an output; what a rank raised.
+    Raises GraphError where ranks do not meet, or hold different copies of one part of an output, and for too many
+    ranks; what a rank raised.
     """
     mesh = plan.mesh
+    refuse_many_ranks(mesh)
     sizes: dict[str, int] = {}
     for value in plan.graph.main.inputs:
         solve_sizes(value.type, np.shape(inputs[value.name]), sizes)
@@ -72,9 +87,14 @@ def run_lab(
         except BaseException as error:
             room.fail(error)
 
-    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(mesh.ranks)]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
+    try:
+        for rank in range(mesh.ranks):
+            thread = threading.Thread(target=run, args=(rank,), name=f"rank {rank}")
+            thread.start()
+            threads.append(thread)
+    except RuntimeError as error:  # no thread is left: those that run would wait for the others
+        room.fail(GraphError("the system starts no more threads", received=f"{mesh.ranks} ranks: {error}"))
     for thread in threads:
         thread.join()
     if room.failure is not None:

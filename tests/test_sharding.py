@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -338,6 +340,62 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
                 continue  # ranks that do not meet, or parts that do not fit
             assert far > EXACT
     assert found
+
+
+def changed_node(plan: ShardingPlan, function: int, at: int, **changes: Any) -> ShardingPlan:
+    """A plan in which one node of a function that nothing calls is another."""
+    functions = list(plan.functions)
+    nodes = list(functions[function].nodes)
+    nodes[at] = replace(nodes[at], **changes)
+    functions[function] = replace(functions[function], nodes=tuple(nodes))
+    return replace(plan, functions=tuple(functions))
+
+
+def test_factors_that_are_not_split_as_values_lie_are_refused() -> None:
+    """Programs of ranks are made by them: a look-up in a part of a table as if it were whole gives other rows."""
+    plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron")
+    main = len(plan.functions) - 1
+    split = [i for i, node in enumerate(plan.main.nodes) if node.shares]
+    assert any(plan.main.nodes[i].node.op.name == "embedding" for i in split)
+    for at in split:
+        shares = plan.main.nodes[at].shares
+        beside = {name: replace(share, over=plan.mesh.parts_of("dp tp")) for name, share in shares.items()}
+        for other in ({}, beside, {**shares, "nothing": next(iter(shares.values()))}):
+            with pytest.raises(PassError, match=r"rank \d+ works on|a factor that nothing of it has"):
+                check_sharding(changed_node(plan, main, at, shares=other))
+    whole = [i for i, node in enumerate(plan.main.nodes) if node.callee is not None]
+    shares = plan.main.nodes[split[0]].shares
+    with pytest.raises(PassError, match="has no factors of its own"):
+        check_sharding(changed_node(plan, main, whole[0], shares=shares))
+
+
+def test_weights_that_are_stored_in_another_way_than_they_are_taken_are_refused() -> None:
+    plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
+    name = "h.0.attn.q.weight"
+    turned = {**plan.weights, name: parse_placement("[-, tp]", plan.mesh)}
+    missing = {n: placed for n, placed in plan.weights.items() if n != name}
+    for weights in (turned, missing, {**plan.weights, "other": plan.weights[name]}):
+        with pytest.raises(PassError, match=r"weight (h\.0\.attn\.q\.weight|other) is not stored as it is taken"):
+            check_sharding(replace(plan, weights=weights))
+
+
+def test_the_lab_refuses_more_ranks_than_it_has_threads_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = shard(recognized("gpt2"), "dp=257", recipe="dp")
+    with pytest.raises(GraphError, match="the lab runs up to 256 ranks") as error:
+        try_in_lab(plan)
+    assert error.value.received == "dp=257: 257 ranks"
+    started, start = [], threading.Thread.start
+
+    def only_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", only_one)
+    with pytest.raises(GraphError, match="the system starts no more threads"):
+        apart("gpt2", shard(recognized("gpt2"), "tp=2", recipe="megatron"))
+    assert not started[0].is_alive()
 
 
 def meeting(rank: int, **attributes: Any) -> Graph:

@@ -37,7 +37,7 @@ from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.sharding.recipes import shard
 from treadle.reports import human
 from treadle.resolving import resolve
-from treadle.runtime.sharding_lab import run_lab
+from treadle.runtime.sharding_lab import refuse_many_ranks, run_lab
 
 Array = np.ndarray[Any, Any]
 
@@ -178,8 +178,9 @@ def try_in_lab(
     weights  by name; without, initial values, and a little of noise in each, so that no bias is zero
     sizes    of the symbols; by default such that they are uneven over the mesh
 
-    Raises GraphError where ranks do not meet as they should.
+    Raises GraphError where ranks do not meet as they should, and for more ranks than the lab runs.
     """
+    refuse_many_ranks(plan.mesh)
     graph = plan.graph
     uneven = {s: plan.mesh.ranks + 3 for s, bounds in graph.symbols.items() if plan.mesh.ranks + 3 in bounds}
     chosen = choose_sizes(graph, {**uneven, **dict(sizes or {})})

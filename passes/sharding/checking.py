@@ -12,6 +12,7 @@ the result:
 - a step between two placements gives each rank positions that its group had before; terms are combined by the monoid by
   which they are terms
 - what leaves a function is no terms
+- the factors that an op is said to split, and where weights are said to be stored, are what placements say
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def check_sharding(plan: ShardingPlan) -> None:
             seen[planned.name] = planned
         if plan.main.function is not plan.graph.main:
             raise PassError("the plan is of another graph", received=plan.main.function.name)
+        check.weights()
 
 
 class _Check:
@@ -63,6 +65,17 @@ class _Check:
         return PassError(f"sharding plan: {what}", received=received, within=self.where)
 
     # -- functions ---------------------------------------------------------------------------------------------
+
+    def weights(self) -> None:
+        """Whether weights are stored as `main` takes them."""
+        self.where, main = self.plan.main.name, self.plan.main
+        taken = dict(zip(main.function.arguments, main.takes, strict=True))
+        names = main.function.parameters
+        wrong = [
+            n for n in {**names, **self.plan.weights} if n not in names or self.plan.weights.get(n) != taken[names[n]]
+        ]
+        if wrong:
+            raise self.fail(f"weight {wrong[0]} is not stored as it is taken")
 
     def function(self, planned: PlannedFunction, seen: Mapping[str, PlannedFunction], *, is_body: bool = False) -> None:
         self.where = planned.name
@@ -198,6 +211,8 @@ class _Check:
             self.holds(value, placed)
         reads = [p for p in planned.reads if p is not None]
         inner = planned.callee or planned.body
+        if inner is not None and planned.shares:
+            raise self.fail("what is done by a function has no factors of its own", ", ".join(planned.shares))
         if planned.callee is not None:
             if seen.get(planned.callee.name) is not planned.callee or node.op.callee != planned.callee.function.name:
                 raise self.fail("it calls another function", planned.callee.name)
@@ -237,8 +252,23 @@ class _Check:
                             raise self.fail(f"rank {rank} has other parts of {name} in {value.name}", str(own))
             for name, own in found.items():
                 parts.setdefault(name, {})[rank] = own
+        self.shares(planned, application, parts)
         combined = self.combined(planned, application, parts)
         self.terms(planned, application, combined)
+
+    def shares(
+        self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]
+    ) -> None:
+        """Whether the factors that the node is said to split are those of which ranks have parts, and these parts."""
+        if unknown := planned.shares.keys() - parts.keys():
+            raise self.fail("it splits a factor that nothing of it has", ", ".join(sorted(unknown)))
+        for name, own in parts.items():
+            share, size = planned.shares.get(name), application.dims[name].size
+            split = None if share is None else Split(share.over, share.grain)
+            for rank, part in own.items():
+                if self.interval(size, split, rank) != part:
+                    told = "all" if split is None else str(self.interval(size, split, rank))
+                    raise self.fail(f"rank {rank} works on {told} of {name}, and has {part}")
 
     def factor_parts(self, application: Application, dim: AxisDim, own: Interval) -> dict[str, Interval]:
         """The positions of each factor of a dimension, of which a rank has these."""
