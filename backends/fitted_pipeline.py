@@ -14,9 +14,9 @@ from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.fixing import fix_single_sizes
 from treadle.passes.budget.computing_again import compute_again
 from treadle.passes.budget.fit_memory import FitMemory
-from treadle.passes.budget.fitting import Fitting, Variant
+from treadle.passes.budget.fitting import Fitting, Variant, reached_peak
 from treadle.passes.cleanup.decompose import Decompose
-from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.memory.plan_storage import PlanStorage
 
@@ -37,6 +37,20 @@ class Budget:
     def __str__(self) -> str:
         where = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
         return f"{self.bytes:,} bytes" + (f" at {where}" if where else "")
+
+
+def check_budget(backend: StagedBackend, lowered: Optimized, target: Target, budget: Budget) -> None:
+    """Raises BackendError where what was made takes more than the budget, whatever was foretold."""
+    plan = lowered.plan
+    assert plan is not None  # pipeline_within refuses a backend without one
+    frames = backend.frames(lowered.graph, target, plan)
+    peak = reached_peak(frames, plan, lowered.graph.main.name, budget.sizes)
+    if peak > budget.bytes:
+        raise BackendError(
+            "a run takes more memory than was foretold when it was fitted into its budget",
+            received=f"{peak:,} bytes, and the budget is {budget}",
+            hint=Hint("certify=False: passes then leave the graph that was fitted", "leave out --certify"),
+        )
 
 
 def pipeline_within(

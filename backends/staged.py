@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from treadle.backends.fitted_pipeline import Budget, pipeline_within
+from treadle.backends.fitted_pipeline import Budget, check_budget, pipeline_within
 from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
 from treadle.ir.errors import BackendError
@@ -98,7 +98,10 @@ class StagedBackend(ABC):
             graph, passes = pipeline_within(self, graph, target, budget)
         else:
             passes = self.pipeline(target)
-        return PassManager(passes, certify=certify, target=target).run(graph)
+        lowered = PassManager(passes, certify=certify, target=target).run(graph)
+        if budget is not None:
+            check_budget(self, lowered, target, budget)
+        return lowered
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         """Lower a graph, and spell it with its weights by name. Raises BackendError as `refuse` and `emit` do."""

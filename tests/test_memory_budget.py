@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 
 import treadle as t
+from treadle.backends.fitted_pipeline import Budget, check_budget
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
@@ -43,6 +44,27 @@ def arena(exe: Compiled, **sizes: int) -> int:
 
 def tokens(**sizes: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 50, (sizes["B"], sizes["S"]))
+
+
+def test_a_run_that_needs_nothing_fits_at_once() -> None:
+    @t.model
+    def doubled(x: Annotated[t.Tensor, t.f32["B 8"]]) -> t.Tensor:
+        return x + x
+
+    exe = t.compile(doubled, backend="tvm", target=ALONE, memory=1, sizes={"B": 4})
+    assert exe.memory is not None and exe.memory.peak == 0 and not exe.memory.chunks
+    (made,) = exe(x=np.ones((3, 8), np.float32)).values()
+    assert np.array_equal(made, np.full((3, 8), 2))
+
+
+def test_what_was_made_is_held_against_the_budget() -> None:
+    """Not what was foretold: passes that run again may leave another graph."""
+    exe, backend = within("bert", peak_of("bert")), find_backend("tvm")
+    assert isinstance(backend, StagedBackend) and exe.optimized.lowered is not None
+    peak = arena(exe, **CASES["bert"])
+    check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak, CASES["bert"]))
+    with pytest.raises(BackendError, match="more memory than was foretold"):
+        check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak - 1, CASES["bert"]))
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6])

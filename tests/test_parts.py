@@ -10,6 +10,7 @@ import pytest
 
 import treadle as t
 from tests.random_programs import random_program
+from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.interpreter import interpret
@@ -53,6 +54,19 @@ def test_parts_give_what_the_whole_gives(seed: int) -> None:
         got = interpret(made, given, weights)["y"]
         assert np.allclose(got, wanted, rtol=1e-9, atol=1e-9, equal_nan=True), (first, last, dim)
     assert found
+
+
+def test_where_ranks_meet_is_neither_in_parts_nor_again() -> None:
+    """Other ranks come as often as their own programs say."""
+    b = Builder(Graph("met"))
+    x = b.apply("all_reduce", b.input("x", "f32[B, 8]"), over="tp", ways=2)
+    b.outputs(y=b.relu(x) + b.tanh(x))
+    graph = b.graph
+    for count in range(1, len(graph.main.nodes) + 1):
+        assert find_region(graph, graph.main, graph.main.nodes[:count], 0) is None
+    assert find_region(graph, graph.main, graph.main.nodes[1:], 0) is not None
+    compute_again(graph, {"B": 4})
+    assert [node.op.name for node in graph.main.nodes].count("all_reduce") == 1
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -52,7 +52,9 @@ def _repeat_cheap(function: Function, sizes: Mapping[str, int]) -> None:
 
 
 def _is_cheap(node: Node, sizes: Mapping[str, int]) -> bool:
-    if node.op.callee is not None or node.op.updates or node.op.is_view or len(node.results) != 1:
+    if node.op.callee is not None or node.op.updates or node.op.meets_ranks:
+        return False
+    if node.op.is_view or len(node.results) != 1:
         return False
     return node_cost(node, sizes).intensity <= MOST_INTENSE
 

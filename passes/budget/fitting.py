@@ -149,11 +149,7 @@ class Fitting:
         for each in self.after:
             each.run_graph(graph, PassRecord(each.name, "", count_ops(graph)))
         plan = self._planned(graph, self.plan)
-        entry = graph.main.name
-        frames = self.frames(graph, plan)
-        if plan.strided:
-            return place_frames(frames, self.sizes)[entry].size
-        return max((n for _, n in live_at(frames, entry, self.sizes, 1)), default=0)
+        return reached_peak(self.frames(graph, plan), plan, graph.main.name, self.sizes)
 
     def _planned(self, graph: Graph, plan: PlanStorage) -> StoragePlan:
         record = PassRecord(plan.name, "", count_ops(graph))
@@ -197,14 +193,12 @@ class _Candidates:
             peak, chunks, seconds = limited(None)
             yield Candidate(self.variant, chunks, peak, seconds)
             limit, seen = float(peak), chunks
-            while True:
+            while 0 < peak <= limit:
                 limit *= _FACTOR
                 peak, chunks, seconds = limited(int(limit))
                 if chunks != seen:
                     yield Candidate(self.variant, chunks, peak, seconds)
                     seen = chunks
-                if peak > limit:
-                    break
 
     def _inside_blocks(self, limit: int | None) -> tuple[int, tuple[Chunk, ...], float]:
         """Runs of each function are computed in parts, none that holds a call."""
@@ -286,6 +280,13 @@ class _Candidates:
             return known[name, counted]
 
         return bound(self.entry, frozenset())
+
+
+def reached_peak(frames: Mapping[str, Frame], plan: StoragePlan, entry: str, sizes: Mapping[str, int]) -> int:
+    """The bytes that a run of an entry takes at these sizes, as planned and placed."""
+    if plan.strided:
+        return place_frames(frames, sizes)[entry].size
+    return max((n for _, n in live_at(frames, entry, sizes, 1)), default=0)
 
 
 def _whole(table: FunctionTable) -> Partition:

@@ -200,7 +200,7 @@ class FunctionTable:
         found: list[tuple[float, tuple[Run, ...]] | None] = [(0.0, ())]
         for end in range(1, len(self.plan.steps) + 1):
             best: tuple[float, tuple[Run, ...]] | None = None
-            for begin in range(end):
+            for begin in range(max(0, end - _MOST_RUN), end):
                 before = found[begin]
                 run = None if before is None else self._cheapest(begin, end - 1, most)
                 if before is None or run is None:
@@ -228,7 +228,7 @@ class FunctionTable:
             {
                 run.bytes
                 for first in range(len(self.plan.steps))
-                for last in range(first, len(self.plan.steps))
+                for last in range(first, min(first + _MOST_RUN, len(self.plan.steps)))
                 for parts in ((1, *PARTS) if first == last else PARTS)
                 if (run := self.run(first, last, parts)) is not None
             }
@@ -272,7 +272,7 @@ class FunctionTable:
         best = [between[0]]
         for end in range(1, steps + 1):
             least = None
-            for begin in range(end):
+            for begin in range(max(0, end - _MOST_RUN), end):
                 inside = 0
                 if begin == end - 1:
                     inside = self._inside(begin, callee)

@@ -50,6 +50,8 @@ def find_region(
     outputs = given_values(function, inside, nodes)
     if not outputs or any(node.op.updates or any(v.kind == "state" for v in node.inputs) for node in nodes):
         return None
+    if any(node.op.meets_ranks for node in nodes):  # once a part would be more often than other ranks come
+        return None
     first = outputs[0]
     if dim >= first.type.rank or first.type.shape[dim] == ONE:
         return None
