@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from treadle.backends.registry import find_backend
@@ -85,6 +86,28 @@ def test_outputs_are_matched_by_name_or_by_shape(theirs: dict[str, object], off:
     save_arrays(tmp_path / "ours.npz", {"y": [1.0, 4.0]})
     save_arrays(tmp_path / "theirs.npz", theirs)
     assert difference(tmp_path / "ours.npz", tmp_path / "theirs.npz") == off
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "off"),
+    [
+        ([1.0, np.nan], [1.0, np.nan], 0.0),
+        ([4.0, np.inf], [3.0, np.inf], 0.25),
+        ([1.0, 4.0], [1.0, np.nan], np.inf),
+        ([1.0, np.nan], [1.0, 4.0], np.inf),
+        ([1.0, -np.inf], [1.0, np.inf], np.inf),
+    ],
+)
+def test_what_is_no_number_is_alike_or_endlessly_far(ours: object, theirs: object, off: float, tmp_path: Path) -> None:
+    save_arrays(tmp_path / "ours.npz", {"y": ours})
+    save_arrays(tmp_path / "theirs.npz", {"y": theirs})
+    assert difference(tmp_path / "ours.npz", tmp_path / "theirs.npz") == off
+
+
+def test_a_python_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match="'/nowhere/python' is no Python that runs: No such file") as error:
+        Side({"side": "openvino", "threads": 1}, "/nowhere/python")
+    assert sys.executable in str(error.value.hint)
 
 
 def test_an_unknown_peer_is_refused() -> None:

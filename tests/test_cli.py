@@ -490,6 +490,7 @@ def test_verify_widens_as_compile_does(treadle_command: Treadle) -> None:
     refused(treadle_command("verify", SMALL, "--widen", "f8"), "no dtype that is widened")
     assert treadle_command("compile", SMALL, "-o", "small.treadle").code == 0
     refused(treadle_command("verify", "small.treadle", "--widen", "bf16"), "takes no --widen")
+    refused(treadle_command("bench", "small.treadle", "--dtype", "bf16"), "takes no --dtype")
 
 
 def test_numbers_of_float32_are_told_in_its_own_digits(treadle_command: Treadle) -> None:

@@ -8,6 +8,7 @@ A busy machine slows whoever runs, so sides run in turns, and a ratio is the med
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
@@ -40,7 +41,8 @@ class BenchRow:
     seconds     the median of its runs
     ratio       how many times ours it takes: the median over turns; 1 for ours
     between     the quartiles of these ratios
-    difference  of its outputs from ours, the largest, as a part of ours' largest; None where none has ours' shape
+    difference  of its outputs from ours, the largest, as a part of ours' largest; infinite where one is NaN or infinite
+                and the other is not; None where none has ours' shape
     opened      seconds until it had run once
     peak        bytes that its process had resident at most
     """
@@ -94,7 +96,7 @@ class Benchmark:
                     "seconds": row.seconds,
                     "times_ours": row.ratio,
                     "times_ours_between": list(row.between),
-                    "difference": row.difference,
+                    "difference": "inf" if row.difference == math.inf else row.difference,
                     "opened_seconds": row.opened,
                     "peak_bytes": row.peak,
                 }
@@ -134,6 +136,8 @@ def bench_model(
             spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
         limits = Side({**spec, "side": "limits"})
         limits.close()
+        if "missing" in limits.answer:
+            raise UsageError("the machine's limits were not measured", received=limits.answer["missing"])
         sides: dict[str, Side] = {}
         missing: dict[str, str] = {}
         try:
@@ -217,6 +221,14 @@ def difference(ours: Path, theirs: Path) -> float | None:
         alike = [x for x in given.values() if x.shape == array.shape]
         other = given.get(name, alike[0] if len(alike) == 1 else None)
         if other is not None and other.shape == array.shape and array.size:
-            largest = max(float(np.abs(array).max()), 1e-30)
-            found.append(float(np.abs(array.astype(np.float64) - other).max()) / largest)
+            found.append(_apart(array.astype(np.float64), other.astype(np.float64)))
     return max(found, default=None)
+
+
+def _apart(ours: Array, theirs: Array) -> float:
+    """The largest difference as a part of ours' largest number. NaN is equal to NaN, and endlessly far from numbers."""
+    alike = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    finite = np.abs(ours[np.isfinite(ours)])
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(ours - theirs)[~alike]
+    return float(np.where(np.isnan(gap), np.inf, gap).max(initial=0.0)) / max(float(finite.max(initial=0.0)), 1e-30)

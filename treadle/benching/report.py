@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich.table import Table
@@ -28,7 +29,9 @@ def report_lines(found: Benchmark) -> Iterator[str | Table]:
     yield f"{work_done}: in float32 {floor * 1e3:.3g} ms at the {rates} that NumPy reaches here"
     for row in found.rows:
         yield f"{row.side} is {row.note}"
-        if row.difference is not None and row.difference > ALIKE:
+        if row.difference == math.inf:
+            yield f"{row.side} gives other numbers: NaN or infinity on one side alone"
+        elif row.difference is not None and row.difference > ALIKE:
             yield f"{row.side} gives other numbers: off by {row.difference:.1%} of the largest"
         if row.difference is None and row.side != "treadle":
             yield f"{row.side} gives nothing of the shape of our outputs, so nothing was compared"

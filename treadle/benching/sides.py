@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 
 SERVING = Path(__file__).with_name("serving.py")
 
@@ -52,17 +52,26 @@ class Side:
     """A process that serves one side."""
 
     def __init__(self, spec: Mapping[str, Any], python: str = sys.executable) -> None:
-        """Start it, and wait until the model is open, or cannot be: `answer` says which."""
+        """Start it, and wait until the model is open, or cannot be: `answer` says which.
+
+        Raises UsageError for a Python that cannot be started.
+        """
         threads = str(spec["threads"])
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        self._process = subprocess.Popen(
-            [python, str(SERVING), json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **dict.fromkeys(names, threads)},
-        )
+        try:
+            self._process = subprocess.Popen(
+                [python, str(SERVING), json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, **dict.fromkeys(names, threads)},
+            )
+        except OSError as error:
+            raise UsageError(
+                f"{python!r} is no Python that runs: {error.strerror or error}",
+                hint=Hint(f"python={sys.executable!r}", f"--python {sys.executable}"),
+            ) from error
         self.answer = self._read()
 
     def run(self, count: int = 1) -> list[float]:

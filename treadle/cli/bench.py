@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, OptionalInputs, Seed, Widen, names_of
+from treadle.cli.options import (
+    AsJson,
+    Config,
+    Dtype,
+    Limit,
+    ModelName,
+    OptionalInputs,
+    Seed,
+    Widen,
+    names_of,
+    refuse_for_artifact,
+)
 
 
 @command("bench")
@@ -49,6 +60,7 @@ def bench_beside(
     as_json: AsJson = False,
 ) -> None:
     """Run a model beside other tools, each in a process of its own, in turns."""
+    from treadle.artifacts import is_artifact
     from treadle.benching.benchmark import bench_model
     from treadle.benching.report import report_lines
     from treadle.benching.workload import Workload
@@ -56,6 +68,8 @@ def bench_beside(
     from treadle.progress import working
     from treadle.reports import console
 
+    if is_artifact(model):
+        refuse_for_artifact(config=config, inputs=inputs, dtype=dtype)
     workload = Workload(
         model, backend, threads, names_of(inputs), config or (), limit or (), dtype, names_of(widen) or (), seed
     )
