@@ -399,16 +399,17 @@ def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
     return max(least, default=None), min(greatest, default=None)
 
 
-def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size) -> bool:
+def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size, first: Size = ZERO) -> bool:
     """Whether every query sees a key whatever the operands hold: key 0 if only causal, its own where there is one.
 
+    The first query stands at `first`, which is 0 or more: queries that begin later may have no key of their own.
     A learned table or a slope is a finite number; a tensor that is added may hold -inf.
     """
     kinds = {type(term) for term in terms}
     masks = {kind for kind in kinds if issubclass(kind, MaskTerm)}
     if TensorBias in kinds:
         return False
-    return masks <= {Causal} or (masks <= {Causal, Window} and queries == keys)
+    return masks <= {Causal} or (masks <= {Causal, Window} and queries == keys and first == ZERO)
 
 
 def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -> int:

@@ -25,6 +25,7 @@ from treadle.ir.attention.attention_terms import (
     reach_of,
 )
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Demand, Grads, Op, Operand
 from treadle.ir.ops.along_axes import not_empty
@@ -46,6 +47,11 @@ class _OverSequence(Attending):
     pairs = ("s", "t")
 
     # -- rules -----------------------------------------------------------------------------------------------
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        super().check(types)
+        if (self.start.constant or 0) < 0:
+            raise RuleError(f"the first query stands at 0 or later, not at {self.start}")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         """A query that sees no key after its own position reads t only up to s."""
@@ -153,6 +159,7 @@ _SAMPLES = [
     S(*_GROUPED, "i64[2] < 6", "f32[4]", terms=(Causal(), Window(3), Padding(), Alibi()), softcap=3.0),
     S(*_CROSS, terms=(Causal(), Window(3)), start=2),
     S(*_CROSS, "f32[6,2]", "f32[2]", terms=(T5Relative(6, 5), Alibi(), Causal()), start=3),
+    S(*_SELF, terms=(Causal(), Window(2)), start=5),
 ]
 _ERRORS = [
     (S("f32[2,6,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]"), "dimension 1 of q is 6, not a multiple of 4"),
@@ -171,6 +178,7 @@ _ERRORS = [
     (S(*_SELF, "f32[2,3]", terms=(TensorBias("b t"),)), "axis t sizes disagree: 5 in k, 3 in bias"),
     (S(*_SELF, "f32[16,4]", terms=(T5Relative(),)), "must have 32 buckets, has 16"),
     (S(*_SELF, "f32[6]", terms=(Alibi(),)), "dimension 0 of slopes is 6"),
+    (S(*_SELF, terms=(Causal(),), start=-1), "the first query stands at 0 or later, not at -1"),
 ]
 
 
@@ -257,7 +265,7 @@ class AttentionWithProbabilities(_OverSequence):
         return self._out(b, p, k, v), p
 
     def _leaves_a_key(self, q: Expr, k: Expr) -> bool:
-        return leave_a_key(self.terms, q.shape[2], k.shape[2])
+        return leave_a_key(self.terms, q.shape[2], k.shape[2], self.start)
 
     def _out(self, b: Builder, p: Expr, k: Expr, v: Expr) -> Expr:
         alone = p.shape[1] == k.shape[1]
