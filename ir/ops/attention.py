@@ -159,7 +159,7 @@ _SAMPLES = [
     S(*_GROUPED, "i64[2] < 6", "f32[4]", terms=(Causal(), Window(3), Padding(), Alibi()), softcap=3.0),
     S(*_CROSS, terms=(Causal(), Window(3)), start=2),
     S(*_CROSS, "f32[6,2]", "f32[2]", terms=(T5Relative(6, 5), Alibi(), Causal()), start=3),
-    S(*_SELF, terms=(Causal(), Window(2)), start=5),
+    S(*_SELF, terms=(Causal(), Window(2)), start=4),
 ]
 _ERRORS = [
     (S("f32[2,6,5,3]", "f32[2,4,5,3]", "f32[2,4,5,3]"), "dimension 1 of q is 6, not a multiple of 4"),

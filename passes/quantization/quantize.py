@@ -20,7 +20,8 @@ class QuantizeWeights(Pass):
     scheme  "int8-weights": 8 bits and a scale a row. "int4": 4 bits and a scale for 32 neighbours, 8 bits where the
             product is an output
 
-    The numbers change, by at most half a step of their scale, so that no certificate is asked for. The plan tells what
+    The numbers change, by at most half a step of their scale (of 4 bits by at most a whole one: the largest of a group
+    is -8 steps, and one as large of the other sign is 7), so that no certificate is asked for. The plan tells what
     becomes of every weight, and a checker that did not make it looks at it before it is applied. It comes last, so that
     what fuses in the float model fuses here. Whoever has the weights encodes them (`treadle.compiling`).
 
