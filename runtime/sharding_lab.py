@@ -155,7 +155,10 @@ class _Room:
                 self.condition.wait()
             if self.failure is not None:
                 raise GraphError("another rank failed")
-            return self.results[key][rank]
+            found = self.results[key].pop(rank)
+            if not self.results[key]:  # all have theirs
+                del self.results[key], self.brought[key]
+            return found
 
     def _combined(self, group: Sequence[int], brought: Mapping[int, tuple[Collective, Any]]) -> dict[int, Any]:
         ops = [brought[rank][0] for rank in group]

@@ -83,6 +83,18 @@ def test_a_placement_reads_back(text: str) -> None:
 def test_text_that_is_no_placement_is_refused() -> None:
     with pytest.raises(ParseError, match="not a placement"):
         parse_placement("dp, tp", Mesh.of("dp=2,tp=2"))
+    with pytest.raises(ParseError, match="there is no monoid 'mean'"):
+        parse_placement("[-] mean(tp)", Mesh.of("tp=2"))
+    with pytest.raises(ParseError, match="not a placement"):  # at once: each digit is read in one way
+        parse_placement("[-] sum(" + "(1)" + "1" * 10 + "(1)1111111111" * 40 + "!", Mesh.of("tp=2"))
+
+
+@pytest.mark.parametrize(
+    "part", ["tp:(2)1", "tp:(9)1", "tp:(1)3", "tp:(0)2", f"tp:({'9' * 5000})2", f"tp:(1){'9' * 5000}"]
+)
+def test_a_part_that_an_axis_has_not_is_refused(part: str) -> None:
+    with pytest.raises(UsageError, match=r"has no (part|axis)"):
+        Mesh.of("tp=8").parts_of(part)
 
 
 def test_uneven_parts_differ_by_one_unit() -> None:

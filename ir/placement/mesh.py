@@ -81,13 +81,13 @@ class Mesh:
         """Read axes and parts of axes: `dp tp:(1)4`. Raises UsageError for an axis or a part that there is not."""
         found: list[SubAxis] = []
         for word in text.split():
-            match = re.fullmatch(r"(\w+)(?::\((\d+)\)(\d+))?", word)
+            match = re.fullmatch(r"(\w+)(?::\((\d{1,7})\)(\d{1,7}))?", word)
             size = dict(self.axes).get(match[1]) if match is not None else None
             if match is None or size is None:
                 raise UsageError(f"the mesh {self} has no axis {word!r}", hint=", ".join(n for n, _ in self.axes))
             outer, wanted = (1, size) if match[2] is None else (int(match[2]), int(match[3]))
             held = [p for p in self.parts if p.axis == match[1] and outer <= p.outer < outer * wanted]
-            if ways(held) != wanted or (held and held[0].outer != outer):
+            if ways(held) != wanted or (held and held[0].outer != outer) or (match[2] and not held):
                 raise UsageError(
                     f"axis {match[1]} of {self} has no part {word}", hint=f"{match[1]}:(1)2, if it is even"
                 )

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.ir.axes import MONOIDS
 from treadle.ir.errors import ParseError
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.sizing.size_text import parse_size
@@ -87,10 +88,17 @@ def _grain_text(grain: Size) -> str:
 
 
 def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
-    """Read what `MeshPlacement.text` writes. Raises ParseError, or UsageError for an axis that the mesh has not."""
-    match = re.fullmatch(r"\s*\[(.*)\]\s*(?:(\w+)\(([^()]*(?:\(\d+\)\d+[^()]*)*)\))?\s*", text)
+    """Read what `MeshPlacement.text` writes.
+
+    Raises ParseError, also for terms by what combines nothing; UsageError for an axis that the mesh has not.
+    """
+    match = re.fullmatch(r"\s*\[(.*)\]\s*(?:(\w+)\(((?:[^()]|\(\d{1,7}\)\d)*)\))?\s*", text)
     if match is None:
-        raise ParseError(f"not a placement: {text!r}", hint="[dp, -, tp] sum(ep)")
+        raise ParseError(f"not a placement: {text[:80]!r}", hint="[dp, -, tp] sum(ep)")
+    if match[2] is not None and match[2] not in MONOIDS:
+        raise ParseError(
+            f"there is no monoid {match[2][:40]!r}", received=text[:80], hint="one of " + ", ".join(MONOIDS)
+        )
     dims: list[Split | None] = []
     for part in match[1].split(",") if match[1].strip() else ():
         over, _, grain = part.partition("*")
