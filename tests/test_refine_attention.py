@@ -48,6 +48,19 @@ def terms_of(node: Node) -> str:
     return ", ".join(term.text for term in node.op.terms)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_queries_that_begin_later_are_left_alone(start: int) -> None:
+    b = Builder(Graph("later"))
+    q, k, v = b.input("q", "f32[1, 2, 3, 4]"), b.input("k", "f32[1, 2, 6, 4]"), b.input("v", "f32[1, 2, 6, 4]")
+    mask = b.iota(size=6) <= b.rearrange(b.iota(size=3), pattern="s -> s 1")
+    b.outputs(y=b.attention(q, k, v, mask, terms=(BooleanMask("s t"), Window(2)), start=start))
+    done = PassManager([RefineAttention()], certify=False).run(b.graph)
+    assert terms_of(attention_of(done.graph)) == ("mask(s t), window(2)" if start else "window(2), causal")
+    reasons = [refusal.reason for refusal in done.log[0].refusals]
+    assert reasons == ["its queries are a part of others, and begin later"] * (start != 0)
+    assert_equal_everywhere(b.graph, done.graph, ROUNDING)
+
+
 # -- what is read ------------------------------------------------------------------------------------------------------
 
 
