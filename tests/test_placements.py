@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.ir.errors import ParseError, UsageError
+from treadle.ir.errors import ParseError, PassError, UsageError
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import MeshPlacement, Split, local_type, parse_placement, span, taken_part
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import f32, parse_type
+from treadle.passes.sharding.conversions import conversion
 
 MESHES = ("tp=2", "tp=8", "tp=2,dp=2", "tp=4,dp=3", "a=6,b=1,c=5")
 
@@ -108,6 +109,14 @@ def test_equal_parts_need_no_grain() -> None:
     mesh = Mesh.of("tp=4")
     assert Split(mesh.parts, Size.of(64)).normal(Size.of(768)) == Split(mesh.parts)
     assert Split(mesh.parts, Size.of(64)).normal(Size.of(640)) == Split(mesh.parts, Size.of(64))
+
+
+def test_a_grain_that_could_be_less_has_no_way_to_it() -> None:
+    mesh = Mesh.of("tp=2")
+    now, target = (MeshPlacement((Split(mesh.parts, Size.of(grain)),)) for grain in (1, 2))
+    with pytest.raises(PassError, match="no step leads to a placement whose grain could be less"):
+        conversion([Size.of(8)], now, target)
+    assert conversion([Size.of(6)], now, target)  # 2 and 4 elements, not 3 and 3
 
 
 def test_the_type_of_a_part_keeps_labels_and_says_sizes_in_the_symbols_of_the_whole() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from treadle.ir.errors import PassError
 from treadle.ir.ops.collectives import AllGather, AllReduce, AllToAll, Collective, ReduceScatter
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, SubAxis, ways
@@ -78,7 +79,8 @@ def conversion(shape: Sequence[Size], source: MeshPlacement, target: MeshPlaceme
     """The steps from one placement of a value of this shape to another.
 
     Terms of a maximum cannot be made of the whole but by leaving it so; terms by one monoid become terms by another by
-    way of the whole.
+    way of the whole. Raises PassError for a target that no steps lead to, since its splits are not said in the normal
+    way (`Split.normal`).
     """
     return tuple(_steps(shape, source, target))
 
@@ -88,6 +90,8 @@ def _steps(shape: Sequence[Size], now: MeshPlacement, target: MeshPlacement) -> 
         made = _next_step(shape, now, target)
         if made is None:
             return
+        if made.after == now:
+            raise PassError("no step leads to a placement whose grain could be less", received=str(target))
         yield made
         now = made.after
 
