@@ -350,6 +350,19 @@ def test_live_pairs_counts_what_the_masks_keep(terms: tuple[Term, ...], queries:
     assert live_pairs(terms, queries, keys) == keep.sum()
 
 
+def test_live_pairs_of_a_later_part_are_those_of_its_rows() -> None:
+    for terms in ((), (Causal(),), (Causal(), Window(3))):
+        for start, count in ((0, 2), (2, 4), (5, 1), (5, 9)):
+            rows = [live_pairs(terms, start + i + 1, 6) - live_pairs(terms, start + i, 6) for i in range(count)]
+            assert live_pairs(terms, count, 6, start) == sum(rows)
+
+
+def test_live_pairs_of_endless_text_are_counted_at_once() -> None:
+    size = 10**12
+    assert live_pairs((Causal(),), size, size) == size * (size + 1) // 2
+    assert live_pairs((Causal(), Window(4)), size, size) == 4 * size - 6
+
+
 def test_flops_count_live_pairs() -> None:
     """Two products of 2 d and 2 e a pair, and five between; the soft-cap's three; one a bias."""
     types = [parse_type(t) for t in ("f32[B,4,S,8]", "f32[B,2,S,8]", "f32[B,2,S,6]")]

@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -418,10 +419,17 @@ def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -
     What depends on values (padding, segments, a boolean mask) counts as kept: an upper bound.
     """
     low, high = reach_of(terms)
-    i = start + np.arange(queries)
-    first = np.zeros_like(i) if low is None else np.maximum(i + low, 0)
-    last = np.full_like(i, keys - 1) if high is None else np.minimum(i + high, keys - 1)
-    return int(np.maximum(last - first + 1, 0).sum())
+
+    def seen(i: int) -> int:
+        first = 0 if low is None else max(i + low, 0)
+        last = keys - 1 if high is None else min(i + high, keys - 1)
+        return max(last - first + 1, 0)
+
+    turns = {start, start + queries}  # between two of them each query sees as many more, or fewer, than the one before
+    turns |= set() if low is None else {-low, keys - low}
+    turns |= set() if high is None else {-high - 1, keys - 1 - high}
+    inside = sorted(i for i in turns if start <= i <= start + queries)
+    return sum((seen(a) + seen(b - 1)) * (b - a) // 2 for a, b in pairwise(inside))
 
 
 # -- text ----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class RefineAttention(SiteRewrite["_Refined"]):
     is a tensor. What tensors say is read as FuseAttention reads it. The op keeps its dtype and its other terms.
 
     Refuses, and tells: a triangle or a band that is no term; a large negative number that is added where a row may be
-    without keys, which is an average over all of them; what may be inf in an addend; queries that begin later than at 0.
+    without keys, which is an average over all of them; what may be inf in an addend; queries that begin later than 0.
     A mask that is made of anything else is a near miss; one that comes from outside is what it is.
 
     zero_empty_rows   a row without keys may give zeros, whatever it gave; then every mask is a mask, and none an addend
