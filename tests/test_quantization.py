@@ -328,6 +328,12 @@ def test_verify_holds_backends_against_the_rounded_model() -> None:
     assert report.passed
 
 
+def test_verify_takes_an_artifact_with_blocks(tmp_path: Path) -> None:
+    treadle.compile(MODELS["gpt2"], quantize="int4", backend="numpy").save(tmp_path / "model.treadle")
+    report = verify_model(tmp_path / "model.treadle", backends=["numpy"])
+    assert report.passed and report.rewrites.exceeds is False
+
+
 # -- told ----------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +372,8 @@ def test_a_file_that_is_quantized_already_is_told_as_it_is(tmp_path: Path) -> No
         "held as int8_rows already",
     }
     assert plan.encodings == {}
+    head = str(plan).splitlines()[0]
+    assert head.startswith("llama, int8-weights: 22 of 29 weights in blocks, 22 of them before, 70,528 bytes")
     made.save(tmp_path / "model.treadle")
     with pytest.raises(UsageError, match="an artifact holds what was compiled"):
         explain_quantization(tmp_path / "model.treadle")

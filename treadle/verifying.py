@@ -66,7 +66,8 @@ def verify_model(
             what = "an artifact takes no configuration, inputs, weights, dtype, quantize or widen"
             raise UsageError(what, received=str(model))
         held = open_artifact(str(model), limits=limits)
-        optimized, given = held.optimized, dict(held.weights)
+        source = quantized_alike(held.optimized.source, held.optimized.graph)  # the file has the blocks alone
+        optimized, given = replace(held.optimized, source=source), dict(held.weights)
         for name, value in optimized.source.parameters.items():  # those that no output needs are not in the file
             given.setdefault(name, np.zeros(value.type.held.evaluate({}), value.type.held.dtype.numpy or np.float32))
     else:

@@ -81,10 +81,11 @@ class QuantizationPlan:
         return {**told, "weights": [w.as_dict() for w in self.weights]}
 
     def __str__(self) -> str:
-        encoded = len(self.encodings)
+        before = sum(w.type.encoding is not None for w in self.weights)
+        encoded = len(self.encodings) + before
         head = (
-            f"{self.model}, {self.scheme}: {encoded} of {len(self.weights)} weights in blocks, "
-            f"{self.bytes:,} bytes of {self.bytes_before:,}"
+            f"{self.model}, {self.scheme}: {encoded} of {len(self.weights)} weights in blocks"
+            f"{f', {before} of them before' if before else ''}, {self.bytes:,} bytes of {self.bytes_before:,}"
         )
         rows: list[tuple[str, ...]] = [("weight", "type", "encoding", "bytes", "was", "why")]
         rows += [_row(group) for group in _folded(self.weights)]
