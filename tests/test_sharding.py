@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import treadle
 from tests import wrong_shardings as wrong
 from tests.random_shardings import difference, random_case
 from tests.sharded_models import FAMILIES, numbers, recognized
 from tests.test_encoded_weights import MODELS, drawn_inputs, drawn_weights, matrices
 from treadle.ir.builder import Builder
+from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import GraphError, PassError, TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
@@ -438,3 +440,36 @@ def test_the_front_door_tries_a_plan_in_the_lab() -> None:
     assert tried.passed
     assert tried.meetings == 3
     assert "equal" in str(tried)
+
+
+def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
+    declared = treadle.compile("gpt2", quantize="int4", layers=2, dim=64, heads=4, vocab=96).graph
+    plan = shard_model(declared, "tp=2", recipe="megatron")
+    assert try_in_lab(plan).passed
+    assert [note for note in plan.notes if "in blocks" in note] == [
+        "heads: h.*.attn.out.weight is held in blocks along dimension 1, and whole there",
+        "ffn: h.*.mlp.down.weight is held in blocks along dimension 1, and whole there",
+    ]
+    graph = recognized("llama")
+    read = encode_parameters(graph, {"embed.weight": parse_encoding("q8_0")})
+    with pytest.raises(UsageError, match="the lab draws no blocks of q8_0") as error:
+        try_in_lab(shard(read, "dp=2", recipe="dp"))
+    assert "widen=" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "sizes", "what"),
+    [
+        (2, None, None, "a mesh is a text or a Mesh"),
+        ({"tp": 2}, None, None, "a mesh is a text or a Mesh"),
+        ("tp=2", "heads=tp", None, "axes are a mapping"),
+        ("tp=0", None, None, "a mesh has 1 to 1,048,576 ranks"),
+        ("tp=2,tp=2", None, None, "the mesh has two axes tp"),
+        ("tp=2", None, {"S": 5000}, "S cannot be 5000"),
+        ("tp=2", None, {"Q": 5}, "gpt2 has no symbolic axis Q"),
+    ],
+)
+def test_a_wrong_argument_has_a_way_out(mesh: Any, axes: Any, sizes: Any, what: str) -> None:
+    with pytest.raises(UsageError, match=what) as error:
+        shard_model("gpt2", mesh, recipe="megatron", axes=axes, sizes=sizes, layers=1)
+    assert error.value.hint

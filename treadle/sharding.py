@@ -19,6 +19,7 @@ import numpy as np
 
 from treadle.compiling import initial_weights
 from treadle.explaining.memory import explain_memory
+from treadle.files.errors import Hint
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.analysis.drawn_inputs import draw_inputs
@@ -27,6 +28,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
+from treadle.ir.transforms.encoded_weights import encode_weights
 from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import MERGING, RECOGNITION
@@ -72,8 +74,7 @@ def shard_model(
     """
     resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
     graph = PassManager(RECOGNITION).run(resolved.graph).graph
-    if unknown := set(sizes or {}) - set(graph.symbols):
-        raise UsageError(f"{graph.name} has no symbolic axis {', '.join(sorted(unknown))}")
+    choose_sizes(graph, sizes or {})  # which refuses what no size of the graph can be
     plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
     check_sharding(plan)
     return plan
@@ -178,7 +179,8 @@ def try_in_lab(
     weights  by name; without, initial values, and a little of noise in each, so that no bias is zero
     sizes    of the symbols; by default such that they are uneven over the mesh
 
-    Raises GraphError where ranks do not meet as they should, and for more ranks than the lab runs.
+    Raises GraphError where ranks do not meet as they should, and for more ranks than the lab runs; UsageError for
+    weights in blocks that are not written.
     """
     refuse_many_ranks(plan.mesh)
     graph = plan.graph
@@ -187,7 +189,12 @@ def try_in_lab(
     if weights is None:
         rng = np.random.default_rng(seed)
         drawn = initial_weights(graph, seed)
-        weights = {name: array + 0.02 * rng.standard_normal(array.shape) for name, array in drawn.items()}
+        noisy = {name: array + 0.02 * rng.standard_normal(array.shape) for name, array in drawn.items()}
+        weights = encode_weights(graph, noisy)
+        for name, value in graph.parameters.items():
+            if value.type.encoding is not None and weights[name] is noisy[name]:
+                hint = Hint('weights=, or widen="blocks" when the model is planned', "--widen blocks")
+                raise UsageError(f"the lab draws no blocks of {value.type.encoding}", received=name, hint=hint)
     given = draw_inputs(graph, chosen, [seed])
     whole = interpret(graph, given, weights, float64=True)
     programs = [rank_graph(plan, rank) for rank in range(plan.mesh.ranks)]

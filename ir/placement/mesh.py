@@ -56,9 +56,11 @@ class Mesh:
         mesh = Mesh(tuple(axes))
         twice = next((name for name, _ in axes if [n for n, _ in axes].count(name) > 1), None)
         if twice is not None:
-            raise UsageError(f"the mesh has two axes {twice}", received=text[:80])
+            raise UsageError(f"the mesh has two axes {twice}", received=text[:80], hint="tp=2,dp=2")
         if any(size < 1 for _, size in axes) or mesh.ranks > MOST_RANKS:
-            raise UsageError(f"a mesh has 1 to {MOST_RANKS} ranks, and axes of 1 or more", received=text[:80])
+            raise UsageError(
+                f"a mesh has 1 to {MOST_RANKS:,} ranks, and axes of 1 or more", received=text[:80], hint="tp=2,dp=2"
+            )
         return mesh
 
     @property

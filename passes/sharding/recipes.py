@@ -67,6 +67,10 @@ def shard(
 
     Raises UsageError for an unknown recipe, axis, mesh axis or device; PassError for a graph with several entries.
     """
+    if not isinstance(mesh, Mesh | str):
+        raise UsageError("a mesh is a text or a Mesh", received=repr(mesh)[:80], hint='"tp=2,dp=2"')
+    if axes is not None and not isinstance(axes, Mapping):
+        raise UsageError("axes are a mapping", received=repr(axes)[:80], hint='axes={"heads": "tp"}')
     mesh = Mesh.of(mesh) if isinstance(mesh, str) else mesh
     machine = find_machine(device) if isinstance(device, str) else device
     chosen = dict(axes or {})

@@ -64,6 +64,7 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str]) -> Wanted:
     """
     wishes: dict[Value, list[Wish]] = {}
     notes: list[str] = []
+    weights_of_graph = set(graph.parameters.values())
     for name, over in axes.items():
         parts = mesh.parts_of(over)
         if not parts:
@@ -72,8 +73,14 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str]) -> Wanted:
         if not any(p.size != ONE for p in places):
             raise UsageError(f"{graph.name} has no axis {name!r} to split", hint=_known_axes(graph))
         notes += _wish(wishes, mesh, name, parts, places)
+        notes += [
+            f"{name}: {re.sub(r'[.][0-9]+(?=[.])', '.*', p.value.name)} is held in blocks along dimension {p.dim}, and "
+            "whole there"
+            for p in places
+            if p.value in weights_of_graph and p.size != ONE and p.dim == blocked_dim(p.value.type)
+        ]
     weights = {name: _placed(wishes.get(v, ()), v.type.rank) for name, v in graph.parameters.items()}
-    return Wanted(wishes, weights, tuple(notes))
+    return Wanted(wishes, weights, tuple(dict.fromkeys(notes)))
 
 
 def has_axis(graph: Graph, name: str) -> bool:
@@ -101,7 +108,6 @@ def _wish(wishes: dict[Value, list[Wish]], mesh: Mesh, name: str, parts: SubAxes
         )
     for place in places:
         if place.dim == blocked_dim(place.value.type):
-            notes.append(f"{name}: {place.value.name} is held in blocks along dimension {place.dim}, and whole there")
             continue
         split = _split(place, taken, parts, least)
         if split is not None:

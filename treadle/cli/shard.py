@@ -51,6 +51,7 @@ def shard_command(
     as_json: AsJson = False,
 ) -> None:
     """Split a model over a mesh, and tell where everything lies, where ranks meet, and why."""
+    from treadle.fitting import fit_graph, fit_prose, fitted
     from treadle.option_values import parse_axes, parse_config, parse_sizes
     from treadle.passes.sharding.plan_printing import plan_json
     from treadle.progress import working
@@ -71,7 +72,8 @@ def shard_command(
     program = None if rank is None else rank_graph(plan, rank)
     needs = device_needs(plan)
     if not as_json:
-        print(plan if program is None else program, end="" if program is not None else f"{needs}\n")
+        shown = fitted(f"{plan}{needs}", fit_prose) if program is None else fitted(str(program).rstrip("\n"), fit_graph)
+        print(shown)
     tried = None
     if lab:
         with working(f"running {plan.mesh.ranks} ranks", shown=not as_json):
