@@ -13,7 +13,7 @@ import treadle
 from tests.backend_checks import needs_tvm
 from tests.test_explaining_layouts import SMALL, told
 from treadle.explaining.memory import MemoryTold, compare_memory, explain_memory, read_memory
-from treadle.explaining.memory_drawing import HEIGHT, WIDTH, draw_memory
+from treadle.explaining.memory_drawing import HEIGHT, WIDTH, draw_memory, write_drawing
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.sizing.sizes import Size
 
@@ -74,6 +74,9 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     told("explain", "gpt2", "memory", "--backend", "tvm", *settings, "--sizes", "B=2,S=13", "--svg", str(file))
     assert file.read_text(encoding="utf-8") == draw_memory(found)
+    with pytest.raises(UsageError, match="the drawing cannot be written") as error:
+        write_drawing(tmp_path / "no" / "gpt2.svg", draw_memory(found))
+    assert error.value.received == "No such file or directory" and error.value.hint
     boxes = [
         tuple(float(r.attrib[name]) for name in ("x", "y", "width", "height"))
         for r in ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}rect")

@@ -20,6 +20,7 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.option_values import (
     choose_sizes,
     input_names,
+    parse_bytes,
     parse_config,
     parse_inputs,
     parse_limits,
@@ -217,3 +218,22 @@ def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     error = refusal(lambda: read_sentences([], None))
     assert (error.what, error.hint) == ("there is no sentence to embed", 'treadle embed minilm "A sentence."')
     assert refusal(lambda: read_sentences(["a"], "f")).received == "1 and --file f"
+
+
+@pytest.mark.parametrize(
+    ("memory", "hint"),
+    [("300KB", "300kB"), ("300 mb", "300MB"), ("1.5gib", "1.5GiB"), ("3tons", "3MB"), ("lots", "300MB"), (0, "300MB")],
+)
+def test_a_refused_memory_names_the_unit_that_was_meant(memory: int | str, hint: str) -> None:
+    error = refusal(lambda: parse_bytes(memory))
+    assert error.hint is not None and error.hint.startswith(f'memory="{hint}"; units are')
+    assert parse_bytes(hint)
+
+
+def test_sizes_of_another_kind_are_refused() -> None:
+    b = Builder(Graph("small"))
+    b.outputs(y=b.relu(b.input("x", t.f32["B", 4])))
+    assert choose_sizes(b.graph, {"B": np.int64(3)}) == {"B": 3}  # type: ignore[dict-item]
+    assert refusal(lambda: choose_sizes(b.graph, {"B": "3"})).received == "'B': '3'"  # type: ignore[dict-item]
+    assert refusal(lambda: choose_sizes(b.graph, {"B": True})).received == "'B': True"
+    assert refusal(lambda: choose_sizes(b.graph, [("B", 3)])).received == "[('B', 3)]"  # type: ignore[arg-type]

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from treadle.backends.fitted_pipeline import Budget
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
@@ -66,7 +68,8 @@ def parse_sizes(text: str | None) -> dict[str, int]:
     for part in (text or "").split(",") if text else []:
         name, value = _assignment(part, "--sizes B=1,S=128")
         if not re.fullmatch(r"[1-9][0-9]{0,11}", value):
-            raise UsageError(f"the size of {name} must be a positive integer", received=printable(value))
+            what = f"the size of {name} must be a positive integer"
+            raise UsageError(what, received=printable(value), hint=f"--sizes {name}=8")
         sizes[name] = int(value)
     return sizes
 
@@ -83,6 +86,7 @@ def parse_bytes(memory: int | str | None) -> int | None:
     """`300MB`, `1.5 GiB`, or a number of bytes. Raises UsageError for anything else, and for less than one."""
     if memory is None:
         return None
+    asked = "300MB"
     if isinstance(memory, int) and not isinstance(memory, bool):
         found = memory
     else:
@@ -90,12 +94,15 @@ def parse_bytes(memory: int | str | None) -> int | None:
         match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([A-Za-z]*)\s*", text)
         unit = None if match is None else _UNITS.get(match[2] or "B")
         found = 0 if match is None or unit is None else int(float(match[1]) * unit)
+        if match is not None and unit is None:
+            near = next((u for u in _UNITS if u.lower() == match[2].lower()), "MB")
+            asked = f"{match[1]}{near}"
     if found < 1:
         units = ", ".join(_UNITS)
         raise UsageError(
             "memory is a number of bytes",
             received=printable(repr(memory))[:80],
-            hint=Hint(f'memory="300MB"; units are {units}', f"--memory 300MB; units are {units}"),
+            hint=Hint(f'memory="{asked}"; units are {units}', f"--memory {asked}; units are {units}"),
         )
     return found
 
@@ -122,6 +129,13 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
 
     Raises UsageError for a symbol that the graph does not have, and for a size outside its bounds.
     """
+    if not isinstance(asked, Mapping):
+        raise UsageError("sizes are a mapping", received=printable(repr(asked))[:80], hint='sizes={"B": 8, "S": 128}')
+    given: Mapping[Any, Any] = asked
+    for named, size in given.items():
+        if not isinstance(named, str) or not isinstance(size, int | np.integer) or isinstance(size, bool):
+            told = printable(f"{named!r}: {size!r}")[:80]
+            raise UsageError("a size is an integer", received=told, hint='sizes={"B": 8, "S": 128}')
     unknown = [name for name in asked if name not in graph.symbols]
     if unknown:
         raise UsageError(

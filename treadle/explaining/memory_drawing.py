@@ -37,7 +37,8 @@ def write_drawing(path: Path, text: str) -> None:
         with replacing(path) as file:
             file.write(text.encode())
     except OSError as error:
-        raise UsageError("the drawing cannot be written", received=str(error), within=shown_path(path)) from error
+        told, hint = error.strerror or str(error), "a file in a folder that exists and may be written"
+        raise UsageError("the drawing cannot be written", received=told, within=shown_path(path), hint=hint) from error
 
 
 @dataclass(frozen=True)
