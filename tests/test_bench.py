@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import treadle
 from treadle.backends.registry import find_backend
 from treadle.benching.benchmark import bench_model, difference
 from treadle.benching.report import report_lines
 from treadle.benching.serving import save_arrays
 from treadle.benching.sides import PEERS, Side
 from treadle.benching.workload import Workload
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import TreadleError, UsageError
 from treadle.reports import console
 
 SMALL = ("layers=1", "dim=32", "heads=2", "hidden=64", "vocab=100")
@@ -124,3 +125,35 @@ def test_the_command() -> None:
     )
     told = json.loads(done.stdout)
     assert [row["side"] for row in told["rows"]] == ["treadle", "onnxruntime"] and told["sizes"]["S"] == 5
+
+
+@pytest.mark.parametrize(
+    ("workload", "python", "what"),
+    [
+        (Workload("bert", "tvmm"), sys.executable, "there is no backend 'tvmm'"),
+        (Workload("bert", dtype="f16"), sys.executable, "a model does not compute in 'f16'"),
+        (Workload("bert", quantize="int5"), sys.executable, "weights are not quantized in 'int5'"),
+        (Workload("bert"), "/no/python", "there is no such Python"),
+    ],
+)
+def test_what_there_is_not_is_refused_before_a_side_starts(workload: Workload, python: str, what: str) -> None:
+    with pytest.raises(TreadleError, match=what) as error:
+        bench_model(workload, ["eager"], python=python)
+    assert error.value.hint
+
+
+def test_rounded_weights_are_told_and_differ() -> None:
+    sizes = {"B": 1, "S": 5}
+    found = bench_model(Workload("bert", "numpy", config=SMALL, quantize="int4"), [], sizes=sizes, rounds=1)
+    assert found.rows[0].note == "the numpy backend, weights in int4"
+    assert found.as_dict()["quantize"] == "int4"
+
+
+def test_an_artifact_with_blocks_is_given_to_peers_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    small = {"layers": 1, "dim": 64, "heads": 4, "vocab": 96}
+    treadle.compile("gpt2", quantize="int4", **small).save(tmp_path / "model.treadle")
+    workload = Workload(str(tmp_path / "model.treadle"), "numpy")
+    found = bench_model(workload, ["eager"], sizes={"B": 1, "S": 5}, rounds=1)
+    assert not found.missing
+    assert found.rows[1].difference is not None and found.rows[1].difference < 1e-4

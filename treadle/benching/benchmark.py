@@ -9,6 +9,7 @@ A busy machine slows whoever runs, so sides run in turns, and a ratio is the med
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 import sys
 import tempfile
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.onnx.exporter import export_onnx
+from treadle.backends.registry import find_backend
 from treadle.benching.serving import read_arrays, save_arrays
 from treadle.benching.sides import PEERS, Side, peers_of
 from treadle.benching.workload import Workload, opened
+from treadle.computing import computing_in
 from treadle.ir.analysis.cost import Cost, graph_cost
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
@@ -83,6 +86,7 @@ class Benchmark:
             "model": self.graph.name,
             "backend": self.workload.backend,
             "dtype": self.workload.dtype or "as declared",
+            "quantize": self.workload.quantize,
             "threads": self.workload.threads,
             "sizes": dict(self.sizes),
             "rounds": self.rounds,
@@ -123,10 +127,14 @@ def bench_model(
     python   the Python that has the peers which read ONNX, where this one has not
     told     is given a line as each side is opened
 
-    Raises UsageError for an unknown peer or size, or where ours does not run, and what `treadle.compile` does for the
-    model.
+    Raises UsageError for a peer, dtype, scheme, Python or size that there is not, or where ours does not run, and what
+    `treadle.compile` does for the model and the backend.
     """
     names = peers_of(list(against))
+    find_backend(workload.backend)
+    computing_in(workload.dtype, (), workload.widen, workload.quantize)  # which refuses unknown ones
+    if shutil.which(python) is None:
+        raise UsageError("there is no such Python", received=python, hint="--python $(command -v python3)")
     graph, weights = opened(workload)
     chosen = choose_sizes(graph, sizes or {})
     with tempfile.TemporaryDirectory() as place:
@@ -176,6 +184,7 @@ def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Pat
         "config": list(workload.config),
         "limit": list(workload.limit),
         "dtype": workload.dtype,
+        "quantize": workload.quantize,
         "widen": list(workload.widen),
         "seed": workload.seed,
         "inputs": str(place / "inputs.npz"),

@@ -113,10 +113,12 @@ def open_treadle(spec: Spec) -> Opened:
             inputs=spec["chosen"],
             seed=spec["seed"],
             dtype=spec["dtype"],
+            quantize=spec["quantize"],
             widen=spec["widen"],
             **parse_config(spec["config"], spec["limit"]),
         )
-    return lambda: exe(**inputs), f"{exe.backend} backend"
+    ways = [spec["dtype"], spec["quantize"] and f"weights in {spec['quantize']}"]
+    return lambda: exe(**inputs), ", ".join([f"the {exe.backend} backend", *filter(None, ways)])
 
 
 def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda call: call) -> Opened:

@@ -11,6 +11,7 @@ import numpy as np
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import initial_weights
 from treadle.ir.graph import Graph
+from treadle.ir.transforms.encoded_weights import quantized_alike
 from treadle.option_values import parse_config, parse_limits
 from treadle.resolving import resolve
 
@@ -26,7 +27,7 @@ class Workload:
     chosen   optional inputs to include
     config   NAME=VALUE
     limit    NAME=N
-    dtype, widen, seed  as for `treadle.compile`
+    dtype, widen, seed, quantize  as for `treadle.compile`
     """
 
     model: str
@@ -38,13 +39,14 @@ class Workload:
     dtype: str | None = None
     widen: Sequence[str] = ()
     seed: int = 0
+    quantize: str | None = None
 
 
 def opened(workload: Workload) -> tuple[Graph, Mapping[str, Array]]:
     """The graph as it is declared, and its weights."""
     if is_artifact(workload.model):
         held = open_artifact(workload.model, limits=parse_limits(workload.limit))
-        return held.optimized.source, held.weights
+        return quantized_alike(held.optimized.source, held.optimized.graph), held.weights
     resolved = resolve(
         workload.model,
         inputs=None if workload.chosen is None else tuple(workload.chosen),

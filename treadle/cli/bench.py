@@ -15,6 +15,7 @@ from treadle.cli.options import (
     Limit,
     ModelName,
     OptionalInputs,
+    Quantize,
     Seed,
     Widen,
     names_of,
@@ -54,6 +55,7 @@ def bench_beside(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     seed: Seed = 0,
@@ -69,9 +71,18 @@ def bench_beside(
     from treadle.reports import console
 
     if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs, dtype=dtype)
+        refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize)
     workload = Workload(
-        model, backend, threads, names_of(inputs), config or (), limit or (), dtype, names_of(widen) or (), seed
+        model,
+        backend,
+        threads,
+        names_of(inputs),
+        config or (),
+        limit or (),
+        dtype,
+        names_of(widen) or (),
+        seed,
+        quantize,
     )
     with working(f"benchmarking {model}", shown=not as_json) as tell:
         found = bench_model(

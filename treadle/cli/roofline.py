@@ -16,6 +16,7 @@ from treadle.cli.options import (
     Limit,
     ModelName,
     OptionalInputs,
+    Quantize,
     Seed,
     Threads,
     Widen,
@@ -39,6 +40,7 @@ def show_roofline(
     config: Config = None,
     limit: Limit = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     seed: Seed = 0,
@@ -49,6 +51,7 @@ def show_roofline(
     from treadle.benching.roofline import measure_roofline
     from treadle.benching.roofline_drawing import draw_roofline
     from treadle.explaining.memory_drawing import write_drawing
+    from treadle.fitting import fit_prose, fitted
     from treadle.ir.target import Target
     from treadle.option_values import choose_sizes, parse_config, parse_limits, parse_sizes
     from treadle.progress import working
@@ -56,7 +59,7 @@ def show_roofline(
     target = Target("cpu", threads)
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, inputs=inputs, dtype=dtype)
+            refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize)
             made = load(
                 model, backend="tvm", target=target, limits=parse_limits(limit or ()), widen=names_of(widen) or ()
             )
@@ -68,6 +71,7 @@ def show_roofline(
                 inputs=names_of(inputs),
                 seed=seed,
                 dtype=dtype,
+                quantize=quantize,
                 widen=names_of(widen) or (),
                 **parse_config(config or (), limit or ()),
             )
@@ -78,6 +82,6 @@ def show_roofline(
     if as_json:
         print_json({**found.as_dict(), "drawing": None if svg is None else str(svg)})
         return
-    print(found)
+    print(fitted(str(found), fit_prose))
     if svg is not None:
         print(f"wrote {svg}")
