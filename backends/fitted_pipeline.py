@@ -85,11 +85,12 @@ def pipeline_within(
     fit = search.fit(budget.bytes)
     if fit is None:
         least = search.least
+        bound = min(search.bound, least)
         raise BackendError(
             "a run does not fit into the memory that it may take",
             received=f"{budget}, beside weights, inputs and outputs",
-            within=f"{graph.name}: {search.whole:,} bytes without a budget; the least that was reached is {least:,}; "
-            f"no plan of this kind needs less than {min(search.bound, least):,}",
+            within=f"{graph.name}: {search.whole:,} bytes without a budget; the least that was reached is {least:,}"
+            + (f"; no plan of this kind needs less than {bound:,}" if bound else ""),
             hint=Hint(f"memory={least}, or smaller sizes", f"--memory {least}, or smaller --sizes"),
         )
     chosen = next(i for i, each in enumerate(variants) if (each.apart, each.again) == (fit.apart, fit.again))

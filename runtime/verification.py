@@ -158,7 +158,9 @@ def _verify_backend(
     try:
         executable = backend.compile(graph, target, weights)
     except BackendError as error:
-        return BackendReport(name, refused=error.what + (f": {error.received}" if error.received else ""))
+        first, *others = (error.received or "").splitlines() or [""]
+        told = first + (f", and {len(others)} more" if others else "")
+        return BackendReport(name, refused=error.what + (f": {told}" if told else ""))
     difference, failure = Difference(), None
     for run in runs:
         try:

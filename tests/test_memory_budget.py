@@ -125,6 +125,14 @@ def test_what_does_not_fit_says_how_far_it_came() -> None:
         within("gpt2", least - 1)
 
 
+def test_a_bound_of_nothing_is_not_told() -> None:
+    small = {"layers": 2, "dim": 64, "heads": 4, "kv_heads": 2, "hidden": 128, "vocab": 100}
+    with pytest.raises(BackendError, match="does not fit") as refused:
+        t.compile("llama", backend="tvm", memory=1, sizes={"B": 2, "S": 40}, **small)
+    assert "the least that was reached is" in str(refused.value.within)
+    assert "no plan" not in str(refused.value.within)
+
+
 def test_the_plan_says_what_is_computed_in_parts_and_its_price() -> None:
     kept = within("gpt2", int(peak_of("gpt2") * 0.6))
     assert kept.memory is not None

@@ -168,6 +168,12 @@ def test_a_refusal_is_not_a_fault() -> None:
     assert not report.passed  # nothing ran, so nothing was shown
 
 
+def test_a_refusal_of_many_ops_is_one_line() -> None:
+    report = verify_model("gpt2", backends=["numpy"], dtype="bf16", layers=1, dim=32, heads=2, vocab=50)
+    refused = report.backends[0].refused or ""
+    assert "NumPy has no bf16" in refused and refused.endswith(" more") and "\n" not in refused
+
+
 # -- differences -----------------------------------------------------------------------------------------------------
 
 

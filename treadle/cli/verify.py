@@ -49,6 +49,7 @@ def verify_backends(
 ) -> None:
     """Hold every backend against the float64 meaning of a model, whole and op by op. Exit code 1 if one is wrong."""
     from treadle.artifacts import is_artifact
+    from treadle.fitting import fit_prose, fitted
     from treadle.option_values import parse_config, parse_sizes
     from treadle.progress import working
     from treadle.verifying import verify_model
@@ -66,7 +67,7 @@ def verify_backends(
             dtype=dtype,
             quantize=quantize,
             widen=names_of(widen) or (),
-            told=(lambda line: None) if as_json else tell,
+            told=lambda line: None if as_json else tell(fitted(line, fit_prose)),
             **parse_config(config or (), limit or ()),
         )
     if as_json:
