@@ -110,9 +110,24 @@ class Recipe:
 
 
 def is_decoded_once(node: Node) -> bool:
-    """Whether a node decodes blocks of weights, or joins and cuts such: `bind` does that, which needs no kernel."""
+    """Whether a node decodes blocks of weights, or joins and cuts such: `bind` does that, which needs no kernel.
+
+    Of constants it is not: nothing hoists these.
+    """
     encoded = any(v.type.encoding is not None for v in (*node.inputs, *node.results))
-    return encoded and all(map(is_made_of_weights, node.inputs))
+    return encoded and all(map(is_made_of_weights, node.inputs)) and any(v.kind == "parameter" for v in _sources(node))
+
+
+def _sources(node: Node) -> set[Value]:
+    """What a node is made of in the end: what no node of its function makes."""
+    seen: set[Value] = set()
+    waiting = list(node.inputs)
+    while waiting:
+        each = waiting.pop()
+        if each not in seen:
+            seen.add(each)
+            waiting += each.node.inputs if each.node is not None else ()
+    return {value for value in seen if value.node is None}
 
 
 def recipes_of(graph: Graph) -> dict[str, Recipe]:

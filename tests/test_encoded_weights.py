@@ -16,10 +16,13 @@ from treadle.frontends.declarations import Model
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import BackendError, GraphError
-from treadle.ir.graph import Function, Graph, Node
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.interpreter import interpret
+from treadle.ir.literals import Literal
+from treadle.ir.ops.blocks import Decode
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights, encode_parameters
+from treadle.ir.types import f32, parse_type
 from treadle.ir.verifier import verify
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
@@ -417,3 +420,18 @@ def test_onnx_is_written_with_numbers(tmp_path: Any) -> None:
     assert (tmp_path / "blocks.onnx").read_bytes() == (tmp_path / "numbers.onnx").read_bytes()
     with pytest.raises(BackendError, match="held in u8"):
         export_onnx(encoded, meant, tmp_path / "wrong.onnx")
+
+
+@pytest.mark.parametrize("backend", ["torch", "tvm"])
+def test_blocks_of_a_constant_are_refused_where_nothing_decodes_them(backend: str) -> None:
+    """Nobody hoists a constant, and these backends have no kernel that decodes."""
+    if reason := find_backend(backend).available():
+        pytest.skip(reason)
+    type = parse_type("f32[2, 64] as q8_0")
+    held = np.zeros((2, 68), np.uint8)
+    b = Builder(Graph("g"))
+    assert type.encoding is not None
+    decoded = b.emit(Decode(of=type.encoding), [Value.constant(Literal.of_blocks(held, type))]).result
+    b.outputs(y=b.input("x", f32[2, 64]) + b.expr(decoded))
+    with pytest.raises(BackendError, match=f"the {backend} backend cannot run g"):
+        treadle.compile(b.graph, backend=backend, passes=[])
