@@ -16,7 +16,7 @@ from treadle.ir.types import Type
 def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
     """Raise BackendError for a weight of another shape or dtype; one of bf16 may be a tensor, or float32 numbers."""
     dtype, shape = wanted.held.dtype.numpy, wanted.held.static_shape
-    if dtype is not None and type(value) is np.ndarray and value.dtype == dtype and value.shape == shape:
+    if dtype is not None and isinstance(value, np.ndarray) and value.dtype == dtype and value.shape == shape:
         return  # as nearly all are; a dtype's name takes its time
     array = value if hasattr(value, "detach") else np.asarray(value)
     found = str(array.dtype).removeprefix("torch.")
