@@ -134,7 +134,7 @@ def bench_model(
     find_backend(workload.backend)
     computing_in(workload.dtype, (), workload.widen, workload.quantize)  # which refuses unknown ones
     if shutil.which(python) is None:
-        raise UsageError("there is no such Python", received=python, hint="--python $(command -v python3)")
+        raise UsageError("there is no such Python", received=python, hint="the path of one that runs, such as python3")
     graph, weights = opened(workload)
     chosen = choose_sizes(graph, sizes or {})
     with tempfile.TemporaryDirectory() as place:
