@@ -178,14 +178,9 @@ class _Machine:
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
         """Run an entry on its inputs and states, the latter in place; returns new arrays of these dtypes."""
-        if self._runner is None:
-            self.cache.refuse_other_machine()
         with self._lock:
-            plan = self._plan(entry, sizes)
-            made = {name: _allocated(plan.shapes[name], dtype) for name, dtype in outputs.items()}
-            table = self._place(plan, given, states, made)
-            assert self._runner is not None
-            failed = run_poisoned(plan, table, self._arena, self._runner) if poisons() else self._runner(table)
+            runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
+            failed = run_poisoned(plan, table, self._arena, runner) if poisons() else runner(table)
             self._check(plan, failed)
         return made
 
@@ -199,22 +194,34 @@ class _Machine:
         runs: int,
     ) -> tuple[Plan, list[list[float]]]:
         """Run an entry so often, call by call; the seconds of each call of its plan."""
-        if self._runner is None:
-            self.cache.refuse_other_machine()
         with self._lock:
-            plan = self._plan(entry, sizes)
-            made = {name: _allocated(plan.shapes[name], dtype) for name, dtype in outputs.items()}
-            table = self._place(plan, given, states, made)
-            assert self._runner is not None
+            runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
             calls = [table[i : i + 1] for i in range(len(table))]
             seconds: list[list[float]] = [[] for _ in calls]
             for _ in range(runs):
                 for number, (call, found) in enumerate(zip(calls, seconds, strict=True)):
                     started = time.perf_counter()
-                    failed = self._runner(call)
+                    failed = runner(call)
                     found.append(time.perf_counter() - started)
                     self._check(plan, -1 if failed < 0 else number)
+        del made  # whose memory the calls wrote to
         return plan, seconds
+
+    def _ready(
+        self,
+        entry: str,
+        sizes: Mapping[str, int],
+        given: Mapping[str, Array],
+        states: States,
+        outputs: Mapping[str, np.dtype[Any]],
+    ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
+        """What runs a table, an entry's plan, its table with all addresses in place, and new arrays for outputs."""
+        if self._runner is None:
+            self.cache.refuse_other_machine()
+        assert self._runner is not None
+        plan = self._plan(entry, sizes)
+        made = {name: _allocated(plan.shapes[name], dtype) for name, dtype in outputs.items()}
+        return self._runner, plan, self._place(plan, given, states, made), made
 
     def _plan(self, entry: str, sizes: Mapping[str, int]) -> Plan:
         key = entry, tuple(sorted(sizes.items()))

@@ -27,12 +27,14 @@ def report_lines(found: Benchmark) -> Iterator[str | Table]:
     work_done = f"{human(found.cost.flops, 'FLOPs')} and {human(found.cost.bytes, 'B')}"
     rates = f"{human(found.flops, 'FLOPs')} a second and {human(found.read, 'B')} a second"
     yield f"{work_done}: in float32 {floor * 1e3:.3g} ms at the {rates} that NumPy reaches here"
+    ours = " and ".join(filter(None, (work.dtype if work.dtype != "f32" else None, work.quantize)))
+    rounded = f" (ours is in {ours})" if ours else ""
     for row in found.rows:
         yield f"{row.side} is {row.note}"
         if row.difference == math.inf:
-            yield f"{row.side} gives other numbers: NaN or infinity on one side alone"
+            yield f"{row.side} and ours give other numbers: NaN or infinity on one side alone"
         elif row.difference is not None and row.difference > ALIKE:
-            yield f"{row.side} gives other numbers: off by {row.difference:.1%} of the largest"
+            yield f"{row.side} and ours give other numbers{rounded}: {row.difference:.1%} of the largest apart"
         if row.difference is None and row.side != "treadle":
             yield f"{row.side} gives nothing of the shape of our outputs, so nothing was compared"
     for name, why in found.missing.items():

@@ -17,6 +17,7 @@ from treadle.cli.options import (
     OptionalInputs,
     Quantize,
     Seed,
+    Sizes,
     Widen,
     names_of,
     refuse_for_artifact,
@@ -34,10 +35,7 @@ def bench_beside(
             help="eager, compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16; several with commas.",
         ),
     ] = "eager,onnxruntime",
-    sizes: Annotated[
-        str | None,
-        typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes; small ones, if not said."),
-    ] = None,
+    sizes: Sizes = None,
     backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="Of ours: tvm, torch or numpy.")] = "tvm",
     threads: Annotated[
         int, typer.Option("--threads", metavar="N", min=1, help="How many threads every side may use.")

@@ -89,6 +89,10 @@ CacheName = Annotated[
         show_default=False,
     ),
 ]
+Sizes = Annotated[
+    str | None,
+    typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes; small ones, if not said."),
+]
 Limit = Annotated[
     list[str] | None,
     typer.Option(

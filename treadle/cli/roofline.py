@@ -18,6 +18,7 @@ from treadle.cli.options import (
     OptionalInputs,
     Quantize,
     Seed,
+    Sizes,
     Threads,
     Widen,
     names_of,
@@ -28,10 +29,7 @@ from treadle.cli.options import (
 @command("roofline")
 def show_roofline(
     model: ModelName,
-    sizes: Annotated[
-        str | None,
-        typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes; small ones, if not said."),
-    ] = None,
+    sizes: Sizes = None,
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw it as an SVG file.", show_default=False)
     ] = None,
