@@ -70,6 +70,9 @@ class PythonExecutable(EntryExecutable):
         self.source = program.text
         module = _Module(graph.name, program, weights, namespace, arrays)
         self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f) for f in graph.later_entries}
+        self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]
+        """The last entry as the text has it: it takes the inputs in order, as the backend's arrays, then `weights`."""
+        self.weights = module.weights
 
 
 class _Module:

@@ -121,17 +121,20 @@ def open_treadle(spec: Spec) -> Opened:
     return lambda: exe(**inputs), ", ".join([f"the {exe.backend} backend", *filter(None, ways)])
 
 
-def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda call: call) -> Opened:
-    """PyTorch, call by call: Hugging Face's own module of a folder with one, else the graph as it is declared."""
+def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda function: function) -> Opened:
+    """PyTorch, call by call: Hugging Face's own module of a folder with one, else the graph as it is declared.
+
+    around  what is made of the module or the function, before it is called
+    """
     import torch
 
     torch.set_num_threads(spec["threads"])
-    made = _own_module(spec) or _declared(spec)
-    call, note = around(made[0]), made[1]
+    function, call, note = _own_module(spec) or _declared(spec)
+    function = around(function)
 
     def run() -> Mapping[str, Array]:
         with torch.inference_mode():
-            found = call()
+            found = call(function)
         return {name: x.float().numpy() for name, x in found.items() if isinstance(x, torch.Tensor)}
 
     return run, note
@@ -148,7 +151,11 @@ def open_compiled(spec: Spec) -> Opened:
     return run, f"torch.compile, frozen; {note}"
 
 
-def _own_module(spec: Spec) -> tuple[Callable[[], Any], str] | None:
+Called = tuple[Any, Callable[[Any], Any], str]
+"""A module or a function of PyTorch, how it is called on the inputs, and a line on what it is."""
+
+
+def _own_module(spec: Spec) -> Called | None:
     """Hugging Face's module, where the model is a folder of theirs that takes tokens alone."""
     from treadle.fetch import fetched_model
     from treadle.wheels.pinned_models import PINNED
@@ -166,13 +173,17 @@ def _own_module(spec: Spec) -> tuple[Callable[[], Any], str] | None:
     kind = getattr(transformers, names[0], transformers.AutoModel)
     module = kind.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.from_numpy(inputs[0])
-    return lambda: module(input_ids=tokens), f"{kind.__name__} of transformers"
+    return module, lambda function: function(input_ids=tokens), f"{kind.__name__} of transformers"
 
 
-def _declared(spec: Spec) -> tuple[Callable[[], Any], str]:
-    """A function of PyTorch calls, one for each op that the model's own text says, on weights as they are."""
+def _declared(spec: Spec) -> Called:
+    """A function of PyTorch calls, one for each op that the model's own text says, on weights as they are.
+
+    It is called itself, not through an executable, whose checks of arguments torch.compile would have to follow.
+    """
     import torch
 
+    from treadle.backends.python.executable import PythonExecutable
     from treadle.backends.staged import build
     from treadle.backends.torch.backend import PlainTorch
     from treadle.benching.workload import Workload, opened
@@ -181,8 +192,11 @@ def _declared(spec: Spec) -> tuple[Callable[[], Any], str]:
     names = ("model", "backend", "threads", "chosen", "config", "limit", "dtype", "widen", "seed")
     graph, weights = opened(Workload(**{name: spec[name] for name in names}))
     exe, _ = build(PlainTorch(), graph, Target("cpu", spec["threads"]), weights)
-    tensors = {name: torch.from_numpy(array) for name, array in inputs_of(spec).items()}
-    return lambda: exe(**tensors), "the graph as it is declared, op by op"
+    assert isinstance(exe, PythonExecutable)
+    arrays = inputs_of(spec)
+    tensors = [torch.from_numpy(arrays[port.name]) for port in exe.inputs]
+    held = exe.weights
+    return exe.function, lambda function: function(*tensors, held), "the graph as it is declared, op by op"
 
 
 # -- peers that read ONNX ----------------------------------------------------------------------------------------
