@@ -6,9 +6,10 @@
 SmolLM2-135M comes from its GGUF file, with the matrices in float32 or in the blocks that `--form` names: q4_1, as the
 file is shipped, q4_0 or q8_0 (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small
 has drawn weights in float32: times do not depend on them. Each side runs in a process of its own, and all take turns,
-so that a busy machine slows each alike. A figure is a median over rounds, beside what a plain read of as many bytes as
-the weights have takes in the same process. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with
-transformers, which it converts from); a package that is missing is told.
+so that a busy machine slows each alike. A figure is a median over rounds, beside what a plain read takes in the same
+process of as many bytes as a token reads at least: the weights, and the keys and values of 256 tokens. `--peers` names
+the Python that has llama-cpp-python and ctranslate2 (with transformers, which it converts from); a package that is
+missing is told.
 
     decode     a token of one row, after 256 others
     batch      a token of each of 8 rows
@@ -69,13 +70,13 @@ def main() -> int:
 
 
 def serve(side: str, model: str, folder: Path, threads: int) -> int:
-    """Answer each kind that is read with a line: the seconds that it took, and those of a plain read of the weights."""
+    """Answer each kind that comes in with a line: the seconds that it took, and those of a token's bytes, read."""
     try:
         kinds = MAKERS[side](model, folder, threads)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         return 0
-    read = np.full(weight_bytes(model, folder) // 4, 0.5, np.float32)  # in memory of its own: zeros are one page
+    read = np.full(token_bytes(model, folder) // 4, 0.5, np.float32)  # in memory of its own: zeros are one page
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         kind = line.strip()
@@ -215,9 +216,11 @@ MAKERS: Mapping[str, Callable[[str, Path, int], dict[str, Callable[[], float]]]]
 GGUF = "model.gguf"
 
 
-def weight_bytes(model: str, folder: Path) -> int:
-    """What a token reads: all weights, once."""
-    return (folder / GGUF).stat().st_size if model == "smollm2" else 124_439_808 * 4
+def token_bytes(model: str, folder: Path) -> int:
+    """What a token reads at least: all weights, and the float32 keys and values of the tokens before it, once."""
+    if model == "smollm2":
+        return (folder / GGUF).stat().st_size + TOKENS * 30 * 2 * 192 * 4
+    return 124_439_808 * 4 + TOKENS * 12 * 2 * 768 * 4
 
 
 def prompt_ids(count: int) -> list[int]:

@@ -306,7 +306,7 @@ def test_panels_of_a_prepared_weight_come_from_the_file_of_the_first_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tvm")
-    from treadle.backends.tvm import weight_packing
+    from treadle.backends.tvm import panel_memory, weight_packing
 
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
     graph = Graph("g")
@@ -319,7 +319,7 @@ def test_panels_of_a_prepared_weight_come_from_the_file_of_the_first_time(
         weights[name] = np.memmap(tmp_path / name, np.float32, "r", shape=(320, 512))
     x_array = np.ones((2, 512), np.float32)
     first = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
-    weight_packing.finish_writing()
+    panel_memory.finish_writing()
     monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
     second = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
     np.testing.assert_array_equal(first, second)

@@ -13,7 +13,8 @@ from treadle.backends.made_weights import recipes_of
 from treadle.backends.tvm import weight_packing
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.matmul import panel_width
-from treadle.backends.tvm.weight_packing import finish_writing, is_mapped, pack, pack_weights, wants
+from treadle.backends.tvm.panel_memory import LARGE_PAGE, finish_writing
+from treadle.backends.tvm.weight_packing import is_mapped, pack, pack_weights, wants
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
@@ -21,6 +22,7 @@ from treadle.ir.layouts import panels
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
+from treadle.passes.memory.frame_placement import ALIGNMENT
 
 ISA = ISAS["x86-64-v4"]
 SHAPE = (530, 500)  # a megabyte, and the last panel not full
@@ -95,6 +97,42 @@ def test_weights_in_memory_make_no_file(tmp_path: Path) -> None:
     weights = {"w": np.ones(SHAPE, np.float32)}
     assert not is_mapped(packed(graph, weights, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_panels_in_memory_share_an_array_that_begins_with_a_large_page(tmp_path: Path) -> None:
+    b = Builder(Graph("two"))
+    x, names = b.input("x", f"f32[N, {SHAPE[1]}]"), ("v", "w", "z")
+    b.outputs(**{n: b.linear(x, b.parameter(n, f"f32[{SHAPE[0] + i}, {SHAPE[1]}]")) for i, n in enumerate(names)})
+    graph = PassManager((AssignLayouts(wants(ISA)), HoistWeights())).run(b.graph).graph
+    weights = {n: np.full((SHAPE[0] + i, SHAPE[1]), i + 1, np.float32) for i, n in enumerate(names)}
+    made = pack_weights(graph, recipes_of(graph), weights, folder=tmp_path)
+    starts = sorted(array.ctypes.data for array in made.values())
+    assert starts[0] % LARGE_PAGE == 0
+    assert all(start % ALIGNMENT == 0 for start in starts)
+    assert starts[-1] - starts[0] < sum(array.nbytes for array in made.values())
+    assert sorted({float(array.max()) for array in made.values()}) == [1, 2, 3]
+
+
+def test_a_turned_view_of_a_file_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.random.default_rng(0).standard_normal(SHAPE[::-1], np.float32).tofile(tmp_path / "weights.bin")
+    turned = {"w": np.memmap(tmp_path / "weights.bin", np.float32, "r", shape=SHAPE[::-1]).T}
+    graph = linear_graph()
+    first = packed(graph, turned, tmp_path / "cache")
+    np.testing.assert_array_equal(first, pack(np.asarray(turned["w"]), panels(panel_width(SHAPE[0], ISA))))
+    monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
+    assert is_mapped(packed(graph, turned, tmp_path / "cache"))
+
+
+def test_a_matrix_and_its_transpose_are_no_one_file(tmp_path: Path) -> None:
+    square = (600, 600)
+    np.random.default_rng(0).standard_normal(square, np.float32).tofile(tmp_path / "weights.bin")
+    matrix = np.memmap(tmp_path / "weights.bin", np.float32, "r", shape=square)
+    b = Builder(Graph("one"))
+    b.outputs(y=b.linear(b.input("x", "f32[N, 600]"), b.parameter("w", "f32[600, 600]")))
+    graph = PassManager((AssignLayouts(wants(ISA)), HoistWeights())).run(b.graph).graph
+    one, other = (packed(graph, {"w": each}, tmp_path / "cache") for each in (matrix, matrix.T))
+    np.testing.assert_array_equal(one, pack(matrix, panels(panel_width(600, ISA))))
+    np.testing.assert_array_equal(other, pack(matrix.T, panels(panel_width(600, ISA))))
 
 
 def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path: Path) -> None:

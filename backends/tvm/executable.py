@@ -314,7 +314,12 @@ def _allocated(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def _zeros(shape: tuple[int, ...], dtype: DType) -> Array:
-    return np.zeros(shape, stored(dtype))
+    """A new state, from the start of a cache line on: vectors of its rows lie in one line each."""
+    kind = stored(dtype)
+    size = math.prod(shape) * kind.itemsize
+    data = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -address(data) % ALIGNMENT
+    return data[start : start + size].view(kind).reshape(shape)
 
 
 def stored(dtype: DType) -> np.dtype[Any]:

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
-import re
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +24,7 @@ from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDTH
-from treadle.files.user_cache import cache_folder, forget_unused, is_private, mark_used
-from treadle.files.whole_files import replacing, sweep
-from treadle.ir.errors import UsageError
+from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, Layout, pairs, panels
 from treadle.ir.ops.indexing import Embedding, Gather
@@ -38,13 +33,8 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type, bf16, f32, f64
 from treadle.passes.lowering.assign_layouts import Reads, Wants
 from treadle.passes.lowering.read_blocks import WantsBlocks, in_blocks
-from treadle.passes.memory.frame_placement import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
-
-_FORMAT = "treadle panels 3"
-_FILES = re.compile(r"[0-9a-f]{32}\.panels")
-SMALLEST = 1 << 20  # bytes of panels that are worth a file
 
 
 def wants(isa: Isa) -> Wants:
@@ -117,15 +107,15 @@ def pack_weights(
     Raises BackendError for a missing weight or a misfit.
     """
     held = _Weights(graph, made, weights)
-    found = {name: held.array(name) for name, value in graph.entry_parameters.items() if value.layout is None}
+    found = {name: held.row_major(name) for name, value in graph.entry_parameters.items() if value.layout is None}
     packed = [name for name, value in graph.entry_parameters.items() if value.layout is not None]
     first: dict[Any, str] = {}  # of those that are the same of the same weights
     same = {name: first.setdefault(held.identity(name), name) for name in packed}
     from_file = [name for name in first.values() if held.is_mapped(name)]
-    in_memory = [name for name in first.values() if name not in set(from_file)]
+    computed = [name for name in first.values() if name not in set(from_file)]
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        made_now = dict(zip(in_memory, pool.map(held.packed, in_memory), strict=True))
-        made_now |= _through_file(from_file, held, pool, folder)
+        made_now = in_memory(held.panels(computed), pool)
+        made_now |= through_file(held.panels(from_file), lambda: held.contents(from_file, pool), pool, folder)
     return found | {name: made_now[other] for name, other in same.items()}
 
 
@@ -140,9 +130,9 @@ class _Weights:
         read |= {n: v.type for recipe in made.values() for n, v in recipe.sources.items()}
         self.given = {name: _taken(name, wanted, weights[name]) for name, wanted in read.items()}
         self._weights = weights
-        self._content: dict[str, str] = {}
 
     def array(self, name: str) -> Array:
+        """It as it is given, strides included, or as it is made."""
         recipe = self.made.get(name)
         if recipe is None:
             return self.given[name]
@@ -151,19 +141,21 @@ class _Weights:
             return self.given[source]
         return _taken(name, self.parameters[name].type, recipe.make(self._weights))
 
+    def row_major(self, name: str) -> Array:
+        array = self.array(name)
+        return np.ascontiguousarray(array).reshape(array.shape)
+
     def layout(self, name: str) -> Layout:
         layout = self.parameters[name].layout
         assert layout is not None
         return layout
 
-    def packed(self, name: str) -> Array:
-        return pack(self.array(name), self.layout(name))
-
-    def packed_shape(self, name: str) -> tuple[int, ...]:
-        return _packed_shape(self.parameters[name].type.held.static_shape or (), self.layout(name))
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        return np.dtype(self.parameters[name].type.held.dtype.numpy or np.uint16)
+    def panels(self, names: Iterable[str]) -> Panels:
+        """These in their layouts."""
+        return Panels(
+            {name: (self._packed_shape(name), self._dtype(name)) for name in names},
+            lambda name, made: _fill(made, self.array(name), self.layout(name)),
+        )
 
     def is_mapped(self, name: str) -> bool:
         """Whether it lies in a mapped file, or what it is made of does."""
@@ -173,12 +165,23 @@ class _Weights:
         """What two parameters share exactly if they are made of the same weights in the same way, in one layout."""
         return (*self._sources(name), self._key(name), self.layout(name))
 
-    def content(self, name: str, pool: ThreadPoolExecutor) -> str:
-        """What tells its elements from others: hashes of what it is made of, and how."""
-        sources = self._sources(name)
-        new = [n for n in sources if n not in self._content]
-        self._content |= zip(new, pool.map(_hashed, [self.given[n] for n in new]), strict=True)
-        return " ".join([*(self._content[n] for n in sources), *filter(None, [self._key(name)])])
+    def contents(self, names: Iterable[str], pool: ThreadPoolExecutor) -> list[str]:
+        """What tells each one's elements and layout from others: hashes of what it is made of, and how."""
+        sources = list(dict.fromkeys(source for name in names for source in self._sources(name)))
+        hashes = dict(zip(sources, pool.map(_hashed, [self.given[n] for n in sources]), strict=True))
+
+        def told(name: str) -> str:
+            return " ".join(
+                filter(None, [*map(hashes.get, self._sources(name)), self._key(name), str(self.layout(name))])
+            )
+
+        return [told(name) for name in names]
+
+    def _packed_shape(self, name: str) -> tuple[int, ...]:
+        return _packed_shape(self.parameters[name].type.held.static_shape or (), self.layout(name))
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(self.parameters[name].type.held.dtype.numpy or np.uint16)
 
     def _key(self, name: str) -> str:
         recipe = self.made.get(name)
@@ -190,7 +193,11 @@ class _Weights:
 
 
 def _hashed(array: Array) -> str:
-    return f"{hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()} {array.shape} {array.dtype.str}"
+    """What tells an array's elements from others; a transposed one is read as it lies."""
+    lies = array if array.flags.c_contiguous or not array.flags.f_contiguous else array.T
+    turned = "" if lies is array else " transposed"
+    data = np.ascontiguousarray(lies).reshape(-1).view(np.uint8).data
+    return f"{hashlib.sha256(data).hexdigest()} {array.shape} {array.dtype.str}{turned}"
 
 
 def pack(array: Array, layout: Layout) -> Array:
@@ -244,120 +251,4 @@ def _packed_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
 def _taken(name: str, wanted: Type, value: Any) -> Array:
     refuse_misfit(name, wanted, value)
     array = as_numpy_weight(value)
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    return rounded(array) if wanted.dtype.numpy is None else array
-
-
-# -- files of panels -----------------------------------------------------------------------------------------
-
-
-def _through_file(
-    names: Sequence[str], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None
-) -> dict[str, Array]:
-    """Panels mapped from the file that holds them, which is made where it is not there."""
-    shapes = [held.packed_shape(name) for name in names]
-    sizes = [int(np.prod(shape)) * held.dtype(n).itemsize for n, shape in zip(names, shapes, strict=True)]
-    offsets = [0]
-    for size in sizes:
-        offsets.append(-(-(offsets[-1] + size) // ALIGNMENT) * ALIGNMENT)
-    path = _path(names, held, pool, folder) if offsets[-1] >= SMALLEST else None
-    data = None if path is None else _mapped_file(path, offsets[-1])
-    if path is not None and data is None:
-        data = _written(path, names, shapes, offsets, held, pool)
-    if data is None:
-        return dict(zip(names, pool.map(held.packed, names), strict=True))
-    return {
-        name: data[at : at + size].view(held.dtype(name)).reshape(shape)
-        for name, at, size, shape in zip(names, offsets[:-1], sizes, shapes, strict=True)
-    }
-
-
-def _path(names: Sequence[str], held: _Weights, pool: ThreadPoolExecutor, folder: Path | None) -> Path | None:
-    """Named by content: every matrix's bytes, shape and dtype, and its layout."""
-    try:
-        folder = cache_folder() / "panels" if folder is None else folder
-    except UsageError:
-        return None
-    digest = hashlib.sha256(_FORMAT.encode())
-    for name in names:
-        digest.update(f"{held.content(name, pool)} {held.layout(name)}\n".encode())
-    return folder / f"{digest.hexdigest()[:32]}.panels"
-
-
-def _mapped_file(path: Path, size: int) -> Array | None:
-    """The file's bytes, if it is there and as long as it should be; it was written whole or not at all.
-
-    Nobody else's: one who can write it can cut it, which kills whoever reads it then.
-    """
-    try:
-        if path.stat().st_size != size or not is_private(path.parent):
-            return None
-        mapped = np.memmap(path, np.uint8, "r")
-    except OSError:
-        return None
-    mark_used(path)
-    return mapped
-
-
-def _written(
-    path: Path,
-    names: Sequence[str],
-    shapes: Sequence[tuple[int, ...]],
-    offsets: Sequence[int],
-    held: _Weights,
-    pool: ThreadPoolExecutor,
-) -> Array | None:
-    """Fill a new file and map it; None where the folder cannot be written.
-
-    The panels can be used as soon as they are there. That they are on the disk, and the file gets its name, which takes
-    as long again, is left to a thread.
-    """
-    filled: Future[Array] = Future()
-
-    def write() -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not is_private(path.parent):
-                raise PermissionError(f"others can write {path.parent}")
-            sweep(path.parent)
-            forget_unused(path.parent, _FILES)
-            with replacing(path) as file:
-                _allocate(file, offsets[-1])
-                data = np.memmap(file.name, np.uint8, "r+")
-                list(pool.map(lambda i: fill(data, i), range(len(names))))
-                read = data.view()
-                read.flags.writeable = False
-                filled.set_result(read)
-        except Exception as error:
-            if not filled.done():  # else the file alone is lost
-                filled.set_exception(error)
-
-    def fill(data: Array, i: int) -> None:
-        array = held.array(names[i])
-        size = int(np.prod(shapes[i])) * array.itemsize
-        _fill(data[offsets[i] : offsets[i] + size].view(array.dtype).reshape(shapes[i]), array, held.layout(names[i]))
-
-    writer = threading.Thread(target=write, name=f"write {path.name}")
-    writer.start()
-    _writers.append(writer)
-    try:
-        return filled.result()
-    except OSError:
-        return None
-
-
-def _allocate(file: IO[bytes], size: int) -> None:
-    """Make a new file that long. Raises OSError on a full disk, where a write to its mapping would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)
-
-
-_writers: list[threading.Thread] = []
-
-
-def finish_writing() -> None:
-    """Wait until files that are being written have their names; the end of the process waits as well."""
-    while _writers:
-        _writers.pop().join()
+    return rounded(array).reshape(array.shape) if wanted.dtype.numpy is None else array
