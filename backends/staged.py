@@ -87,18 +87,27 @@ class StagedBackend(ABC):
         return frames_of(plan)
 
     def lower(
-        self, graph: Graph, target: Target, *, certify: bool | None = None, budget: Budget | None = None
+        self,
+        graph: Graph,
+        target: Target,
+        *,
+        certify: bool | None = None,
+        budget: Budget | None = None,
+        verified: bool = False,
     ) -> Optimized:
         """Take an optimized graph through the pipeline, so that it fits into a budget where one is given.
+
+        verified  it is as a pass manager left it
 
         Raises BackendError as `refuse` does, and where nothing fits.
         """
         self.refuse(graph, target)
         if budget is not None:
             graph, passes = pipeline_within(self, graph, target, budget)
+            verified = False
         else:
             passes = self.pipeline(target)
-        lowered = PassManager(passes, certify=certify, target=target).run(graph)
+        lowered = PassManager(passes, certify=certify, target=target).run(graph, verified=verified)
         if budget is not None:
             check_budget(self, lowered, target, budget)
         return lowered
@@ -140,8 +149,11 @@ def build(
     *,
     certify: bool | None = None,
     budget: Budget | None = None,
+    verified: bool = False,
 ) -> tuple[Executable, Optimized]:
     """An executable of an optimized graph, and what the backend's passes made of the graph on the way.
+
+    verified  it is as a pass manager left it
 
     Within a budget it serves the budget's sizes and smaller ones.
 
@@ -151,9 +163,9 @@ def build(
     if budget is not None:
         if not isinstance(backend, StagedBackend):
             raise BackendError(f"backend {backend.name} plans no memory", hint="numpy, torch or tvm")
-        graph = bounded(graph, budget.sizes)
+        graph, verified = bounded(graph, budget.sizes), False
     if isinstance(backend, StagedBackend):
-        lowered = backend.lower(graph, target, certify=certify, budget=budget)
+        lowered = backend.lower(graph, target, certify=certify, budget=budget, verified=verified)
         executable = backend.emit(lowered.graph, target, weights, graph, lowered.plan)
     else:
         lowered = Optimized(graph, graph, PassLog(()))

@@ -88,6 +88,8 @@ def _verify_bind(bind: Function) -> None:
 
 def _verify_shared(graph: Graph) -> None:
     """That entries agree on the parameters and states that they share."""
+    if len(graph.entry_names) == 1:
+        return
     known: dict[str, tuple[str, Value]] = {name: ("bind", value) for name, value in graph.made.items()}
     for entry in graph.entries:
         for name, value in {**entry.parameters, **entry.states}.items():
@@ -109,10 +111,12 @@ def _lying(value: Value) -> str:
 class _FunctionCheck:
     def __init__(self, graph: Graph, function: Function, earlier: dict[str, Function], views: StateViews) -> None:
         self.graph, self.function, self.earlier, self.views = graph, function, earlier, views
+        self.declared = frozenset(graph.symbols)
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.laid: set[Value | None] = set()
         """Those of them that are not row-major: few, where any."""
-        self.checked_types: set[Type] = set()
+        self.checked_types: set[int] = set()
+        """Their identities: a function's values share types, and hashing one takes longer than checking it."""
         self.checked_calls: set[Op] = set()
         self.updated: dict[Value, Value] = {}
         """For each version of a state that was updated, what came of it."""
@@ -182,7 +186,8 @@ class _FunctionCheck:
                     index,
                     received=repr(value),
                 )
-        self.arity(node, index)
+        if len(node.operands) != node.op.arity[1] or None in node.operands:
+            self.arity(node, index)
         if node.op.callee is not None:
             self.call(node, index)
         inferred = self.inferred(node, index)
@@ -198,7 +203,8 @@ class _FunctionCheck:
                 raise self.error(f"result {position} of {node.op.name} does not point back at it", index)
             if value in self.defined:
                 raise self.error(f"result {position} of {node.op.name} is defined twice", index)
-            self.symbols(value.type, index)
+            if id(value.type) not in self.checked_types:
+                self.symbols(value.type, index)
             self.defined.add(value)
             if value.layout is not None:
                 self.laid.add(value)
@@ -206,7 +212,8 @@ class _FunctionCheck:
         if self.function.states or (callee is not None and callee.states):
             self.versions(node, index, callee)
             self.views.add(node, self.bases)
-        if undeclared := attribute_symbols(node.op) - self.graph.symbols.keys():
+        if not attribute_symbols(node.op) <= self.declared:
+            undeclared = attribute_symbols(node.op) - self.declared
             raise self.error(f"{node.op.name}: symbol {min(undeclared)} is not declared", index)
 
     def arity(self, node: Node, index: int) -> None:
@@ -318,13 +325,11 @@ class _FunctionCheck:
             )
 
     def symbols(self, type: Type, index: int | None) -> None:
-        if not type.symbols or type in self.checked_types:
-            return
-        if undeclared := type.symbols - self.graph.symbols.keys():
+        if undeclared := type.symbols - self.declared:
             raise self.error(
                 f"symbol {min(undeclared)} is not declared", index, received=str(type), hint="Graph.bound declares it"
             )
-        self.checked_types.add(type)
+        self.checked_types.add(id(type))
 
     def error(
         self, what: str, index: int | None = None, *, received: str | None = None, hint: str | None = None

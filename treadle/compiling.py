@@ -100,7 +100,9 @@ def compile(
         bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
         bound = encode_weights(optimized.graph, bound)
         budget = budget_of(memory, sizes, optimized.graph)
-        executable, lowered = build(chosen, optimized.graph, where, bound, certify=certify, budget=budget)
+        executable, lowered = build(
+            chosen, optimized.graph, where, bound, certify=certify, budget=budget, verified=True
+        )
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:
             print(executable.source, file=sys.stderr)

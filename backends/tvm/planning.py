@@ -24,7 +24,6 @@ from treadle.backends.tvm.spaces import Arena, Held, Input, Moving, Output, Poin
 from treadle.ir.sizing.sizes import product
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
-from treadle.passes.memory.frames import bytes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -177,7 +176,7 @@ class Planner:
         if routine.name not in self._known_dying:
             found: dict[int, list[tuple[int, int]]] = {}
             for life in routine.lives:
-                count = bytes_of(life.storage).evaluate(self.sizes)
+                count = life.storage.nbytes.evaluate(self.sizes)
                 found.setdefault(life.last, []).append((self.frames[routine.name].offsets[life.storage], count))
             self._known_dying[routine.name] = found
         return self._known_dying[routine.name]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from itertools import pairwise
 
 from treadle.ir.layouts import Layout
@@ -50,6 +51,11 @@ class Storage:
     kind: StorageKind
     layout: Layout | None = None
     literal: Literal | None = None
+
+    @cached_property
+    def nbytes(self) -> Size:
+        """What it takes, in bytes."""
+        return self.elements * self.dtype.bytes
 
     def __repr__(self) -> str:
         return f"<{self.kind.value} {self.name}: {self.dtype}[{self.elements}]>"

@@ -157,18 +157,21 @@ class PassManager:
         self.certify = os.environ.get("TREADLE_CERTIFY", "") not in ("", "0") if certify is None else certify
         self.target = target or Target("cpu")
 
-    def run(self, graph: Graph) -> Optimized:
+    def run(self, graph: Graph, *, verified: bool = False) -> Optimized:
         """Optimize a copy of the graph.
+
+        verified  it is as another manager left it, which looked at all of it: it is not looked at once more
 
         Raises VerifyError where the graph given is broken already, BrokenPassError (a PassError) where a pass
         fails.
         """
         with collection_paused():
-            return self._run(graph)
+            return self._run(graph, verified)
 
-    def _run(self, graph: Graph) -> Optimized:
+    def _run(self, graph: Graph, verified: bool) -> Optimized:
         debug = debug_level()
-        verify(graph)
+        if not verified:
+            verify(graph)
         snapshot, working = graph, clone_graph(graph)
         before = count_ops(working)
         records: list[PassRecord] = []

@@ -236,7 +236,8 @@ class _Hoisting:
         self.changes += len(bind.names)
         bind.finish(graph.add_entry("bind"))
         for entry in entries:
-            entry.parameters |= {v.name: v for old, v in replaced.items() if old.node in entry.nodes}
+            left_in = {*entry.nodes}
+            entry.parameters |= {v.name: v for old, v in replaced.items() if old.node in left_in}
             _replace(entry, replaced)
             entry.nodes = needed_nodes(entry.nodes, entry.results)
         used = {v for entry in graph.entries for node in entry.nodes for v in node.inputs}
@@ -325,7 +326,7 @@ def _free_name(base: str, taken: Collection[str]) -> str:
 
 def _replace(function: Function, values: Mapping[Value, Value]) -> None:
     for node in function.nodes:
-        if any(v in values for v in node.inputs):
+        if not values.keys().isdisjoint(node.operands):
             node.operands = tuple([None if v is None else values.get(v, v) for v in node.operands])
     function.replace_results(lambda v: values.get(v, v))
 

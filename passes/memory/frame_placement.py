@@ -13,7 +13,7 @@ import numpy as np
 
 from treadle.ir.storage.views import Storage
 from treadle.passes.memory.checking import check_placement
-from treadle.passes.memory.frames import Frame, bytes_of
+from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.greedy import live_bytes, place_greedily
 from treadle.passes.memory.instances import Lifetime
 
@@ -44,9 +44,7 @@ def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[
     """
     placed: dict[str, PlacedFrame] = {}
     for name, frame in frames.items():
-        lives = [
-            Lifetime(x.storage.name, x.first, x.last + 1, bytes_of(x.storage).evaluate(sizes)) for x in frame.lives
-        ]
+        lives = [Lifetime(x.storage.name, x.first, x.last + 1, x.storage.nbytes.evaluate(sizes)) for x in frame.lives]
         calls = [
             (at, placed[call.callee], Lifetime(f"{call.callee} at {at}", at, at + 1, placed[call.callee].size))
             for at, call in frame.calls.items()

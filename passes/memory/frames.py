@@ -77,11 +77,6 @@ def _made(node: Node, plan: FunctionPlan, callee: FunctionPlan) -> tuple[Storage
     return tuple(dict.fromkeys(found))
 
 
-def bytes_of(storage: Storage) -> Size:
-    """What a storage takes, in bytes."""
-    return storage.elements * storage.dtype.bytes
-
-
 # -- at all sizes --------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +92,7 @@ def peak_of(frame: Frame, callees: Mapping[str, Sequence[Size]], symbols: Mappin
     """The sizes of which the largest is the peak of one function."""
     sizes: dict[Size, None] = {}
     for at in range(len(frame.steps) + 1):
-        live = sum((bytes_of(x.storage) for x in frame.alive(at)), ZERO)
+        live = sum((x.storage.nbytes for x in frame.alive(at)), ZERO)
         inner = callees[frame.calls[at].callee] if at in frame.calls else (ZERO,)
         sizes |= dict.fromkeys(live + each for each in inner)
     return largest(sizes, symbols)
@@ -138,7 +133,7 @@ def live_at(
         if name in known:
             return known[name]
         frame, found = frames[name], []
-        taken = {x.storage: aligned(bytes_of(x.storage).evaluate(sizes), alignment) for x in frame.lives}
+        taken = {x.storage: aligned(x.storage.nbytes.evaluate(sizes), alignment) for x in frame.lives}
         if without is not None:
             taken[without] = 0
         for at in range(len(frame.steps) + 1):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 MOST_SETS = 2_000
@@ -101,15 +102,7 @@ def lower_bound(problem: OrderProblem) -> int:
     that must come after it.
     """
     count = len(problem.before)
-    earlier = [0] * count
-    later = [0] * count
-    for step in _sorted(problem):
-        for other in problem.before[step]:
-            earlier[step] |= earlier[other] | 1 << other
-    for step in range(count):
-        for other in range(count):
-            if earlier[step] >> other & 1:
-                later[other] |= 1 << step
+    earlier, later = _around(problem.before)
     masks = [sum(1 << step for step in b.steps) for b in problem.buffers]
     found = sum(b.size for b in problem.buffers if b.kept)
     for step in range(count):
@@ -127,11 +120,26 @@ def lower_bound(problem: OrderProblem) -> int:
     return found
 
 
-def _sorted(problem: OrderProblem) -> Iterator[int]:
+@lru_cache(maxsize=64)  # a function's order is looked for at several sizes
+def _around(edges: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each step all that must come before it, and all that must come after it, as bits."""
+    earlier, later = [0] * len(edges), [0] * len(edges)
+    for step in _sorted(edges):
+        for other in edges[step]:
+            earlier[step] |= earlier[other] | 1 << other
+    for step, before in enumerate(earlier):
+        while before:
+            bit = before & -before
+            later[bit.bit_length() - 1] |= 1 << step
+            before ^= bit
+    return tuple(earlier), tuple(later)
+
+
+def _sorted(edges: Sequence[Sequence[int]]) -> Iterator[int]:
     """The steps, each after those before it."""
-    waiting = [len(set(before)) for before in problem.before]
+    waiting = [len(set(before)) for before in edges]
     after: list[list[int]] = [[] for _ in waiting]
-    for step, before in enumerate(problem.before):
+    for step, before in enumerate(edges):
         for other in set(before):
             after[other].append(step)
     ready = [step for step, count in enumerate(waiting) if not count]

@@ -19,7 +19,7 @@ from treadle.ir.errors import SizeError
 from treadle.ir.graph import Function, Value
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
-from treadle.passes.memory.frames import Frame, bytes_of, covers
+from treadle.passes.memory.frames import Frame, covers
 from treadle.passes.memory.order import Buffer, OrderProblem, find_order
 from treadle.passes.memory.storage_plan import BetterOrder, FunctionPlan, How, Step
 
@@ -93,7 +93,7 @@ class _Making:
     def __init__(self, plan: FunctionPlan, frame: Frame, over: Callable[[Step], Sequence[Value]]) -> None:
         self.plan, self.frame = plan, frame
         self.storages = [life.storage for life in frame.lives]
-        self.sizes = [bytes_of(storage) for storage in self.storages]
+        self.sizes = [storage.nbytes for storage in self.storages]
         self.number = {storage: i for i, storage in enumerate(self.storages)}
         touched: list[set[int]] = [set() for _ in self.storages]
         for place in plan.places.values():
@@ -131,7 +131,7 @@ class _Making:
         extra = [0] * len(self.plan.steps)
         for at, call in self.frame.calls.items():
             inner = max((size.evaluate(sizes) for size in callees[call.callee]), default=0)
-            extra[at] = inner - sum(bytes_of(storage).evaluate(sizes) for storage in call.made)
+            extra[at] = inner - sum(storage.nbytes.evaluate(sizes) for storage in call.made)
         buffers = [
             Buffer(size.evaluate(sizes), steps, kept)
             for size, steps, kept in zip(self.sizes, self.touched, self.kept, strict=True)

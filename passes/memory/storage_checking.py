@@ -144,10 +144,12 @@ class _Lives:
         for at, step in enumerate(plan.steps):
             for value in step.inputs:
                 self._touched(value, at)
-                self._expect(at <= self._place(value).last, f"step {at} reads what is dead by then", value)
+                if at > self._place(value).last:
+                    raise wrong_plan(f"step {at} reads what is dead by then", plan, value)
             for value in step.root.results:
                 self._touched(value, at)
-                self._expect(self._place(value).first == at, f"it is made at step {at}, and not told so", value)
+                if self._place(value).first != at:
+                    raise wrong_plan(f"it is made at step {at}, and not told so", plan, value)
             for node in step.nodes[:-1]:
                 for value in node.results:
                     self._expect(self._place(value).storage is None, "what is in registers has a storage", value)
@@ -155,10 +157,11 @@ class _Lives:
             self._touched(value, end)
             self._expect(self._place(value).last >= end, f"output {name} is dead when it is handed out", value)
         for value, place in plan.places.items():
-            kind = None if place.storage is None else place.storage.kind
-            given = kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT)
-            self._expect(not (given and place.written), f"a step writes into {place.storage}", value)
-            self._expect(value.node is not None or not place.written, "no step makes what is given", value)
+            if not place.written:
+                continue
+            if place.storage is not None and place.storage.kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT):
+                raise wrong_plan(f"a step writes into {place.storage}", plan, value)
+            self._expect(value.node is not None, "no step makes what is given", value)
 
     def _place(self, value: Value) -> ValuePlace:
         place = self.plan.places.get(value)

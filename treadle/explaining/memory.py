@@ -28,7 +28,7 @@ from treadle.ir.target import Target
 from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import Pass
 from treadle.passes.memory.frame_placement import ALIGNMENT, PlacedFrame, place_frames
-from treadle.passes.memory.frames import Frame, aligned, bytes_of, live_at, peaks_of
+from treadle.passes.memory.frames import Frame, aligned, live_at, peaks_of
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 from treadle.passes.memory.storage_plan import aligned as columns
 from treadle.passes.pipelines import DEFAULT
@@ -181,11 +181,11 @@ def _told(
     alive = []
     for name, step in at:
         for life in frames[name].alive(step):
-            count = aligned(bytes_of(life.storage).evaluate(sizes), unit)
+            count = aligned(life.storage.nbytes.evaluate(sizes), unit)
             without = max((n for _, n in live_at(frames, entry, sizes, unit, life.storage)), default=0)
             why, node = _why(life.storage, plan.functions[name], frames[name])
             line = "" if node is None else describe_source(node.source, node.scope) or ""
-            size = str(bytes_of(life.storage))
+            size = str(life.storage.nbytes)
             alive.append(Alive(name, life.storage.name, count, size, why, line, peak - without))
     placed = place_frames(frames, sizes) if plan.strided else None
     return MemoryTold(
@@ -201,7 +201,7 @@ def _told(
         tuple(sorted((each for each in alive if each.bytes), key=lambda each: -each.bytes)),
         _apart(graph, sizes),
         {
-            f"{name}.{life.storage.name}": bytes_of(life.storage).evaluate(sizes)
+            f"{name}.{life.storage.name}": life.storage.nbytes.evaluate(sizes)
             for name, frame in frames.items()
             for life in frame.lives
         },

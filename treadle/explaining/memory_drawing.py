@@ -18,7 +18,7 @@ from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
-from treadle.passes.memory.frames import Frame, bytes_of, live_at
+from treadle.passes.memory.frames import Frame, live_at
 from treadle.reports import human, sizes_text
 
 WIDTH, HEIGHT = 1200, 560
@@ -95,7 +95,7 @@ def _boxes(told: MemoryTold, name: str, begin: int, base: int) -> Iterator[_Box]
     assert told.placed is not None
     frame, placed, starts = told.frames[name], told.placed[name], _starts(told, name, begin)
     for life in frame.lives:
-        count = bytes_of(life.storage).evaluate(told.sizes)
+        count = life.storage.nbytes.evaluate(told.sizes)
         if count:
             op, line = _maker(frame, life.first)
             text = f"{life.storage.name} of {name}: {human(count, 'B')} ({count:,} bytes), for {op}  {line}".rstrip()
