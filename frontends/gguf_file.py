@@ -182,9 +182,26 @@ class GGUFFile(MappedTensors[GGUFTensor]):
     def held(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's blocks as a read-only view of the file, u8[..., bytes of a row]; see `treadle.ir.encodings`.
 
-        Raises CheckpointError if there is no such tensor.
+        Raises CheckpointError if there is no such tensor, it is in no blocks of an encoding, or the scale of one is
+        infinite or NaN: a product would give NaN for every text.
         """
-        return self.raw(name).reshape(*self.record(name).shape[:-1], -1)
+        record = self.record(name)
+        if record.encoding is None:
+            raise CheckpointError(
+                f"tensor {printable(name)} is in no blocks of an encoding", received=str(record), within=self.path
+            )
+        held = self.raw(name).reshape(*record.shape[:-1], -1)
+        damaged = record.encoding.first_not_finite(held)
+        if damaged is not None:
+            number, scale = damaged
+            at = record.begin + number * record.encoding.bytes(record.encoding.elements(record.shape[-1]))
+            raise CheckpointError(
+                "a block's scale is no finite number",
+                received=scale,
+                within=f"{self.path}: byte {at}, block {number} of {record.blocks}, tensor {printable(name)}",
+                hint=DAMAGED,
+            )
+        return held
 
     def __repr__(self) -> str:
         return f"GGUFFile({self.path!r}, {len(self._values)} keys, {len(self)} tensors)"

@@ -155,6 +155,26 @@ def test_blocks_are_kept_as_the_file_has_them(small: Path, runner: str) -> None:
     np.testing.assert_allclose(runs[0], runs[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("form", "field"), [("q4_1", "d"), ("q4_1", "m"), ("q8_0", "d"), ("q6_k", "d")])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_block_whose_scale_is_no_number_is_named(tmp_path: Path, form: str, field: str, wrong: float) -> None:
+    sizes = Sizes(layers=1, dim=256, hidden=512)
+    blocks = {
+        n: w if w.ndim < 2 else Encoding(form).sample(np.random.default_rng(0), w.shape)
+        for n, w in tensors(sizes).items()
+    }
+    record = Encoding(form).block.record(Encoding(form).elements(256))
+    name = "blk.0.attn_q.weight"
+    blocks[name].reshape(-1).view(record)[field][7] = wrong
+    path = tmp_path / "model.gguf"
+    write_model(path, sizes, blocks, held={n: form for n, b in blocks.items() if b.dtype == np.uint8})
+    at = GGUFFile.open(path).record(name).begin + 7 * record.itemsize
+    with pytest.raises(
+        CheckpointError, match=f"scale is no finite number(.|\n)*byte {at}, block 7 of {form}, tensor {name}"
+    ):
+        resolve(path)
+
+
 def test_k_quants_of_several_kinds_in_one_file(tmp_path: Path) -> None:
     """As llama.cpp mixes them: layers whose v is held in more bits are functions of their own."""
     sizes = Sizes(layers=2, dim=256, hidden=512)

@@ -150,9 +150,30 @@ class Encoding:
                 made[start : start + step] = self.block.decode(blocks[start : start + step])
         return np.moveaxis(made.reshape(*lines.shape[:-1], size), -1, self.axis)
 
+    def first_not_finite(self, held: Array) -> tuple[int, str] | None:
+        """Which block of an array held along its last axis is the first with a scale that is infinite or NaN, and that
+        scale by name; None where every number is finite."""
+        record = self.block.record(self.elements(self.size(held.shape[-1])))
+        blocks = held.reshape(-1).view(record)
+        found: list[tuple[int, str]] = []
+        for name in record.names or ():
+            kind = record[name].base
+            if kind.kind != "f":
+                continue
+            exponent = {2: 0x7C00, 4: 0x7F800000}[kind.itemsize]  # all ones: compared as integers, with no copy
+            words = blocks[name].view(f"<u{kind.itemsize}")
+            for start in range(0, len(words), _AT_ONCE):
+                beyond = (words[start : start + _AT_ONCE] & exponent) == exponent
+                if beyond.any():
+                    at = start + int(beyond.reshape(len(beyond), -1).any(axis=-1).argmax())
+                    found.append((at, f"{name} = {blocks[name][at]}"))
+                    break
+        return min(found, default=None)
+
     def encode(self, values: Array) -> Array:
         """The held array whose decoded elements are near to these. Raises GraphError where a value has no place."""
-        wide = np.asarray(values, np.float32)
+        with np.errstate(over="ignore"):  # what is too large is told
+            wide = np.asarray(values, np.float32)
         if not np.isfinite(wide).all():
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(wide))[0])
             raise GraphError(f"{self.form} holds finite values", received=f"{wide[index]} at {list(index)}")
