@@ -2,7 +2,7 @@
 
 With TREADLE_POISON=1, whoever reads memory after its life ends, or before anything was written there, computes with NaN
 (with -1 in whole numbers, with true in booleans). A run that gives the same numbers as without it has read nothing that
-the plan has dead. NumPy reads the variable when it compiles, TVM at each call. PyTorch has no such mode.
+the plan has dead. NumPy and PyTorch read the variable when they compile, TVM at each call.
 """
 
 from __future__ import annotations

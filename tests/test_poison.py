@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 import treadle
-from tests.backend_checks import block_model, compiled, graph_of, needs_tvm
+from tests.backend_checks import block_model, compiled, each_backend, graph_of, needs_torch, needs_tvm, python_backends
 from tests.test_models import ZOO
-from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.calling import address
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
+from treadle.ir.storage.views import StorageKind
 from treadle.ir.target import Target
 from treadle.passes.memory.frame_placement import ALIGNMENT
 from treadle.passes.memory.frames import aligned
@@ -38,7 +39,7 @@ def run(graph: Graph, backend: str, given: dict[str, Array], poison: bool) -> di
         return bits(executable(**given))  # the second time, memory holds what the first left
 
 
-@pytest.mark.parametrize("backend", ["numpy", pytest.param("tvm", marks=needs_tvm)])
+@each_backend
 @pytest.mark.parametrize("name", ZOO)
 def test_no_model_of_the_zoo_reads_what_is_dead(name: str, backend: str) -> None:
     graph = ZOO[name][0].graph()
@@ -65,11 +66,13 @@ def test_a_kernel_that_reads_what_is_dead_computes_with_nan(monkeypatch: pytest.
     assert np.isnan(executable(**given)["y"]).all()
 
 
-def test_a_line_that_reads_what_is_dead_computes_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+@python_backends
+def test_a_line_that_reads_what_is_dead_computes_with_nan(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The life of a storage ends before a view of it is read."""
     monkeypatch.setenv("TREADLE_POISON", "1")
-    backend, target = NumpyBackend(), Target("cpu")
-    lowered = backend.lower(
+    chosen, target = find_backend(backend), Target("cpu")
+    assert isinstance(chosen, StagedBackend)
+    lowered = chosen.lower(
         graph_of(
             lambda b: b.softmax(b.rearrange(b.softmax(b.input("x", "f32[S, 4]"), name="kept"), pattern="s d -> d s"))
         ),
@@ -82,11 +85,34 @@ def test_a_line_that_reads_what_is_dead_computes_with_nan(monkeypatch: pytest.Mo
     wrong = replace(plan, functions={"main": replace(main, lives=lives)})
     given = {"x": np.ones((3, 4), np.float32)}
     for each, is_right in ((plan, True), (wrong, False)):
+        made = chosen.emit(lowered.graph, target, {}, lowered.graph, each)(**given)["y"]
+        assert np.isfinite(made).all() == is_right
+
+
+@needs_torch
+def test_what_a_library_allocated_is_filled_when_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm, of which PyTorch has no form that writes where it is told to."""
+    monkeypatch.setenv("TREADLE_POISON", "1")
+    backend, target = find_backend("torch"), Target("cpu")
+    assert isinstance(backend, StagedBackend)
+
+    def normed(b: Builder) -> Expr:
+        kept = b.layer_norm(b.input("x", "f32[S, 4]"), None, None, name="kept")
+        return b.softmax(b.softmax(b.rearrange(kept, pattern="s d -> d s")))
+
+    lowered = backend.lower(graph_of(normed), target)
+    assert lowered.plan is not None
+    main = lowered.plan.functions["main"]
+    lives = tuple(replace(life, last=1) if life.storage.name == "kept" else life for life in main.lives)
+    assert lives != main.lives and any(life.storage.kind is StorageKind.FOREIGN for life in lives)
+    wrong = replace(lowered.plan, functions={"main": replace(main, lives=lives)})
+    given = {"x": np.arange(12, dtype=np.float32).reshape(3, 4)}
+    for each, is_right in ((lowered.plan, True), (wrong, False)):
         made = backend.emit(lowered.graph, target, {}, lowered.graph, each)(**given)["y"]
         assert np.isfinite(made).all() == is_right
 
 
-@pytest.mark.parametrize("backend", ["numpy", pytest.param("tvm", marks=needs_tvm)])
+@each_backend
 def test_what_the_caller_gave_stays_as_it_is(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREADLE_POISON", "1")
     graph, weights = block_model()

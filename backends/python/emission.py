@@ -8,11 +8,13 @@
         B, S, _ = x.shape
         ln_1 = F.layer_norm(x, (768,), ln_1_weight, ln_1_bias, 1e-05)   # f32[B, S, 768]  ln_1
         ...
+        x_1 = torch.add(x, attn, out=memory.x_1)                        # f32[B, S, 768]
 
 What a node looks like is the dialect's business: a table from op names to Python expressions. Everything else
 is done here, once: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their
 weights and states, and `del` of what no later line reads, so that memory falls as the program runs. A state is one
-array under one name, whatever version of it is meant: what updates it writes in place.
+array under one name, whatever version of it is meant: what updates it writes in place. What the plan places lies in
+`memory.x_1` (`treadle.backends.python.arena`), and a call is given the memory of its callee.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ class Program:
     bundles     for each `weights["scope.*"]`, the names of the weights in it, in the callee's order
     references  for each `reference.name(...)`, the node whose NumPy reference it is
     nodes       the node that a line number of the text is about
+    destinations  by function what its `memory` holds: for each name the value that is written there
+    frames      by function what else: for each name the step whose callee it is the memory of
     """
 
     text: str
@@ -58,6 +62,8 @@ class Program:
     bundles: Mapping[str, tuple[str, ...]]
     references: Mapping[str, Node]
     nodes: Mapping[int, Node]
+    destinations: Mapping[str, Mapping[str, Value]]
+    frames: Mapping[str, Mapping[str, int]]
 
 
 def emit(
@@ -65,7 +71,7 @@ def emit(
 ) -> Program:
     """Write a graph as a Python module, with lines in its head on how weights were prepared.
 
-    plan    of the graph's storage, which says when nobody reads a value any longer
+    plan    of the graph's storage, which says where values lie and when nobody reads them any longer
     poison  call `poison` on what lies in a storage when its life ends (`treadle.backends.poison`)
 
     Raises BackendError where a needed symbol is no input's dimension.
@@ -122,6 +128,8 @@ class _ProgramWriter:
         symbols = _Names({*names.taken, "_"})
         self.symbols = {s: symbols.new(s) for s in sorted(_all_symbols(graph, self.functions))}
         self.needs: dict[str, list[str]] = {}
+        self.destinations: dict[str, dict[str, Value]] = {}
+        self.frames: dict[str, dict[str, int]] = {}
 
     def program(self) -> Program:
         bodies = [FunctionWriter(self, function).write() for function in self.functions]
@@ -135,6 +143,8 @@ class _ProgramWriter:
             bundles=self.bundles,
             references=self.references,
             nodes={at: node for at, (_, node) in enumerate(lines, 1) if node is not None},
+            destinations=self.destinations,
+            frames=self.frames,
         )
 
     def _header(self) -> list[str]:
@@ -148,6 +158,10 @@ class _ProgramWriter:
             f"reference.{name}: the NumPy reference of {_op_text(node.op)}" for name, node in self.references.items()
         ]
         return [title, *self.dialect.imports, *([""] if notes else []), *(f"# {on_one_line(n)}" for n in notes)]
+
+    def has_memory(self, function: str) -> bool:
+        """Whether a function that is written already is given where to write values."""
+        return bool(self.destinations[function] or self.frames[function])
 
     def constant(self, literal: Literal) -> str:
         return f"constants[{self.constants.setdefault(literal, len(self.constants))}]"
@@ -210,6 +224,8 @@ class FunctionWriter:
     def write(self) -> _Text:
         body = _Text()
         plan = self.program.plan.functions[self.function.name]
+        destinations = self.program.destinations[self.function.name] = {}
+        frames = self.program.frames[self.function.name] = {}
         poisoned = _owners_dead_after(plan) if self.program.poison else {}
         dead = {at: list(values) for at, values in plan.dead_after().items()}
         for at, owners in poisoned.items():  # which have their names until their storage dies
@@ -217,12 +233,19 @@ class FunctionWriter:
             dead[at] = [*dead.get(at, ()), *owners]
         for at, step in enumerate(plan.steps):
             node = step.root
-            expression = self._call(node) if node.op.callee is not None else self._spelled(node)
             made = [r for r in node.results if r.state is None]
             self.text |= {r: self.read(r.before) for r in node.results if r.before is not None and r not in made}
-            for result in made:
-                self.text[result] = self.names.new(result.name)
-            target = ", ".join(self.text[r] for r in made)
+            names = [self.names.new(result.name) for result in made]
+            if node.op.callee is None:
+                expression = self._spelled(node, self._destination(plan, made, names, destinations))
+            elif self.program.has_memory(node.op.callee):
+                frame = names[0] if names else self.names.new(node.op.callee)
+                frames[frame] = at
+                expression = self._call(node, f"memory.{frame}")
+            else:
+                expression = self._call(node)
+            self.text |= dict(zip(made, names, strict=True))
+            target = ", ".join(names)
             types = ", ".join(str(r.type) for r in node.named_results) or "()"
             code = f"{target} = {expression}" if target else expression
             body.add(f"    {code}", f"{types}  {node.scope}".rstrip(), node)
@@ -243,13 +266,28 @@ class FunctionWriter:
                 head.add("    states,")
         for symbol in self.program.needs[self.function.name]:
             head.add(f"    {self.program.symbols[symbol]},")
+        if destinations or frames:
+            head.add("    memory,")
         head.add("):")
         for line in bindings:
             head.add(f"    {line}")
         return _Text([*_aligned(head), *_aligned(body)])
 
-    def _spelled(self, node: Node) -> str:
-        line, dialect = Line(self, node), self.program.dialect
+    def _destination(
+        self, plan: FunctionPlan, made: Sequence[Value], names: Sequence[str], destinations: dict[str, Value]
+    ) -> str | None:
+        """Where a node writes its result, as text; None where it allocates what it gives, or gives a view."""
+        for value, name in zip(made, names, strict=True):
+            place = plan.places[value]
+            if isinstance(place.of, Value) and place.how is How.OVER:
+                return self.text[place.of]
+            if place.how is How.OWN and place.storage is not None and place.storage.kind is StorageKind.LOCAL:
+                destinations[name] = value
+                return f"memory.{name}"
+        return None
+
+    def _spelled(self, node: Node, out: str | None) -> str:
+        line, dialect = Line(self, node, out), self.program.dialect
         text = dialect.spell(line)
         if not line.updates_state or node.op.name in dialect.spellings:
             return text
@@ -263,7 +301,7 @@ class FunctionWriter:
             return "{" + ", ".join(f'"{_escaped(name)}": {text}' for name, text in outputs.items()) + "}"
         return ", ".join(outputs.values())
 
-    def _call(self, node: Node) -> str:
+    def _call(self, node: Node, memory: str | None = None) -> str:
         callee = self.program.graph.callee(node)
         assert callee is not None
         first, end = len(callee.inputs), len(callee.inputs) + len(callee.parameters)
@@ -272,6 +310,7 @@ class FunctionWriter:
         arguments += [self.read(v) for v in node.inputs[end:]]
         needed = self.program.needs[callee.name]
         arguments += [f"{self.program.symbols[s]}={self.size(Size.symbol(s))}" for s in needed]
+        arguments += [f"memory={memory}"] if memory is not None else []
         return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
 
     def _bundle(self, node: Node, callee: Function) -> list[str] | None:
@@ -332,7 +371,7 @@ class FunctionWriter:
 
 def _owners_dead_after(plan: FunctionPlan) -> dict[int, list[Value]]:
     """By step: the values for which a storage of the function's own was made whose life ends there."""
-    last = {life.storage: life.last for life in plan.lives if life.storage.kind is StorageKind.LOCAL}
+    last = {life.storage: life.last for life in plan.lives if life.storage.kind.is_own}
     dead: dict[int, list[Value]] = {}
     for value, place in plan.places.items():
         if place.how is How.OWN and place.storage in last and last[place.storage] < plan.end:

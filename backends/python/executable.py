@@ -6,7 +6,7 @@ import hashlib
 import linecache
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from treadle.backends.entries import EntryExecutable
 from treadle.backends.made_weights import Recipe
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
+from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import Program
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.signature import Signature
@@ -64,15 +65,20 @@ class PythonExecutable(EntryExecutable):
         namespace: Mapping[str, Any],
         arrays: Arrays,
         backend: str,
+        arena: PythonArena | None = None,
     ) -> None:
-        """weights are in the backend's own arrays; namespace holds what the text refers to beside its imports."""
+        """weights are in the backend's own arrays; namespace holds what the text refers to beside its imports.
+
+        arena  where lines write what the plan places; None where it places nothing
+        """
         super().__init__(graph, backend, arrays.zeros)
         self.source = program.text
-        module = _Module(graph.name, program, weights, namespace, arrays)
+        module = _Module(graph.name, program, weights, namespace, arrays, arena)
         self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f) for f in graph.later_entries}
         self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]
-        """The last entry as the text has it: it takes the inputs in order, as the backend's arrays, then `weights`."""
-        self.weights = module.weights
+        """The last entry as the text has it: it takes the inputs in order, as the backend's arrays, then `weights`, and
+        `memory` where the plan places values."""
+        self.weights, self.arena = module.weights, arena
 
 
 class _Module:
@@ -85,8 +91,9 @@ class _Module:
         weights: Mapping[str, Any],
         namespace: Mapping[str, Any],
         arrays: Arrays,
+        arena: PythonArena | None,
     ) -> None:
-        self.name, self.program, self.arrays = name, program, arrays
+        self.name, self.program, self.arrays, self.arena = name, program, arrays, arena
         self.weights = {
             **weights,
             **{key: tuple(weights[n] for n in names) for key, names in program.bundles.items()},
@@ -94,6 +101,10 @@ class _Module:
         self.held = frozenset(map(arrays.storage, (*weights.values(), *namespace["constants"])))
         self.file, self.scope = _load(name, program.text, namespace)
         weakref.finalize(self, linecache.cache.pop, self.file, None)
+
+    def memory(self, entry: str, sizes: Mapping[str, int]) -> AbstractContextManager[tuple[Any, ...]]:
+        """What an entry takes as `memory`, if it does."""
+        return nullcontext(()) if self.arena is None else self.arena.running(entry, sizes)
 
     def explained(self, error: Exception) -> TreadleError:
         """The error of a node, with its line of the emitted source and of the user's."""
@@ -129,11 +140,11 @@ class _PythonEntry:
     def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
         module, arrays = self._module, self._module.arrays
         held = self._kinds.check(states)
-        arguments = self.signature.bind(given, arrays.take, held.sizes)
+        arguments, sizes = self.signature.bind_sized(given, arrays.take, held.sizes)
         kept = (held,) if self._has_states else ()
-        with arrays.running():
+        with arrays.running(), module.memory(self._name, sizes) as places:
             try:
-                results = self._run(*arguments, module.weights, *kept)
+                results = self._run(*arguments, module.weights, *kept, *places)
             except Exception as error:
                 raise module.explained(error) from error
             taken = set(module.held.union(map(arrays.storage, (*arguments, *held.values()))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class Dialect:
                  operand does so in place: of a value that is no state, the operand is a copy
     copied       a template of an array's copy, such as `{}.copy()`
     otherwise    the spelling of any other primitive op, which leaves its operands as they are; None: there is none
+    into         op name -> an expression that writes the result to the array `{out}` and gives it, for ops that the
+                 storage plan places; where `{out}` is None, in a new one
     """
 
     name: str
@@ -36,6 +38,7 @@ class Dialect:
     spellings: Mapping[str, Spelling]
     copied: str
     otherwise: Callable[[Line], str] | None = None
+    into: Mapping[str, Spelling] = field(default_factory=dict)
 
     @property
     def names(self) -> frozenset[str]:
@@ -47,11 +50,13 @@ class Dialect:
             "states",
             "device",
             "poison",
+            "memory",
         }
 
     def spell(self, line: Line) -> str:
         """The expression of a node. Raises BackendError for an op that the dialect cannot say."""
-        spelling = self.spellings.get(line.op.name, self.otherwise)
+        known = self.spellings if line.out is None else self.into
+        spelling = known.get(line.op.name, self.otherwise)
         if spelling is None:
             raise BackendError(f"the {self.name} backend has no spelling of op {line.op.name!r}")
         return spelling.format_map(line) if isinstance(spelling, str) else spelling(line)
@@ -62,10 +67,12 @@ class Line:
 
     A scalar constant stands as a number, but only beside an operand of the same dtype, so that it cannot change
     the result's dtype.
+
+    out  where the plan has the result written, as text; None where the expression gives what a library allocates
     """
 
-    def __init__(self, writer: FunctionWriter, node: Node) -> None:
-        self._writer = writer
+    def __init__(self, writer: FunctionWriter, node: Node, out: str | None = None) -> None:
+        self._writer, self.out = writer, out
         self.node = node
         self.op: Any = node.op
         self.names = node.op.operand_names(len(node.operands))
@@ -76,6 +83,8 @@ class Line:
         self._copied = {node.operands[at]: dialect.copied for at in in_place.values() if not self.updates_state}
 
     def __getitem__(self, name: str) -> str:
+        if name == "out" and self.out is not None:
+            return self.out
         value = self._values[name]
         return "None" if value is None else self._text(value)
 
@@ -86,7 +95,7 @@ class Line:
 
     def as_read_by(self, kind: type[Line]) -> Line:
         """The same node as another kind of line sees it."""
-        return kind(self._writer, self.node)
+        return kind(self._writer, self.node, self.out)
 
     def _text(self, value: Value) -> str:
         if value.literal is not None and value.literal.shape == () and value.type.dtype in self._dtypes:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
+from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Port
+from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
 from treadle.backends.refusals import misfit, refuse_nodes, shape_fits
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend, needed_plan
+from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
 from treadle.ir.errors import BackendError, Hint
@@ -103,7 +107,8 @@ class TorchBackend(StagedBackend):
         long
         each tensor lives."""
         layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
-        return (Legalize(keeps), DecodeLast(), *layouts, HoistWeights(), PlanStorage())
+        plan = PlanStorage(placed=is_placed, over=written_over)
+        return (Legalize(keeps), DecodeLast(), *layouts, HoistWeights(), plan)
 
     def emit(
         self,
@@ -119,17 +124,17 @@ class TorchBackend(StagedBackend):
         import torch
 
         device = torch.device(target.kind)
-        made = recipes_of(graph)
-        program = emit(graph, PACKED, needed_plan(plan, self.name), tuple(notes_on(made)))
+        made, plan, poison = recipes_of(graph), needed_plan(plan, self.name), poisons()
+        program = emit(graph, PACKED, plan, tuple(notes_on(made)), poison)
         arrays = _TorchArrays(device, target.threads)
-        namespace = {
-            "constants": tuple(map(arrays.constant, program.constants)),
-            "device": device,
-        }
+        constants = tuple(map(arrays.constant, program.constants))
         tensors = collect_weights(graph, made, weights, arrays.weight)
         laid = {name: v.layout for name, v in graph.entry_parameters.items()}
         tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
-        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name)
+        held = frozenset(map(arrays.storage, (*tensors.values(), *constants)))
+        arena = PythonArena(plan, program, arrays, _fill if poison else None)
+        namespace = {"constants": constants, "device": device, "poison": partial(_poison, arena, held)}
+        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena)
 
 
 class PlainTorch(TorchBackend):
@@ -139,8 +144,22 @@ class PlainTorch(TorchBackend):
         return (Legalize(keeps), HoistWeights(), PlanStorage())
 
 
+def _fill(array: torch.Tensor) -> None:
+    """Fill what lies in a tensor: with NaN, -1, true."""
+    array.fill_(math.nan if array.is_floating_point() else -1 if array.dtype.is_signed else BYTE)
+
+
+def _poison(arena: PythonArena, held: frozenset[int], array: torch.Tensor) -> None:
+    """Fill a tensor, and if a library call allocated it all of its memory; weights and constants stay as they are."""
+    memory = array.untyped_storage()
+    if arena.array is not None and memory.data_ptr() == arena.array.data_ptr():
+        _fill(array)
+    elif memory.data_ptr() not in held:
+        memory.fill_(BYTE)  # type: ignore[attr-defined]
+
+
 class _TorchArrays:
-    """Tensors on one device; see `treadle.backends.python.executable.Arrays`."""
+    """Tensors on one device; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`."""
 
     def __init__(self, device: torch.device, threads: int | None) -> None:
         import torch
@@ -207,6 +226,16 @@ class _TorchArrays:
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
         return self.torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)
+
+    def allocated(self, count: int) -> torch.Tensor:
+        try:
+            return self.torch.empty(count, dtype=self.torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for a run") from error
+
+    def laid(self, arena: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
+        count = math.prod(shape) * dtype.bytes
+        return arena[offset : offset + count].view(self._dtype(dtype)).view(shape)
 
     def give(self, array: torch.Tensor, given: Sequence[Any], shared: bool) -> Any:
         array = array.clone() if shared else array

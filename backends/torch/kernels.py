@@ -77,9 +77,13 @@ def _within(indices: Tensor, size: int) -> Tensor:
     return indices
 
 
-def embedding(indices: Tensor, table: Tensor) -> Tensor:
+def embedding(indices: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows of a table."""
-    return F.embedding(_within(indices, table.shape[0]), table)
+    within = _within(indices, table.shape[0])
+    if out is None:
+        return F.embedding(within, table)
+    torch.index_select(table, 0, within.reshape(-1), out=out.view(-1, table.shape[1]))
+    return out
 
 
 def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:

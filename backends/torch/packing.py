@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from treadle.backends.python.spelled_line import Line
+from treadle.backends.torch.destinations import DESTINATIONS
 from treadle.backends.torch.spelling import SPELLINGS, TORCH, activated, dtype_text
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import Layout
@@ -110,5 +111,5 @@ def _relayout(line: Line) -> str:
 
 _SPELLED = {name: _packed_or(SPELLINGS[name]) for name in ("linear", "matmul", "activated_linear")}
 
-PACKED = replace(TORCH, spellings=ChainMap({**_SPELLED, "relayout": _relayout}, SPELLINGS))
+PACKED = replace(TORCH, spellings=ChainMap({**_SPELLED, "relayout": _relayout}, SPELLINGS), into=DESTINATIONS)
 """PyTorch's dialect, in which products with packed weights are spelled by oneDNN's call."""

@@ -122,7 +122,8 @@ def dtype_text(dtype: DType) -> str:
 
 @_spells("cast")
 def _cast(line: Line) -> str:
-    return f"{line.array('x')}.to({dtype_text(line.op.to)})"
+    again = ", copy=True" if line.op.to is line.type("x").dtype else ""  # else it is the same tensor
+    return f"{line.array('x')}.to({dtype_text(line.op.to)}{again})"
 
 
 @_spells("sign")
@@ -172,6 +173,7 @@ def _einsum(line: Line) -> str:
         operands = ", ".join(f"{line.array(name)}.float()" for name in line.names)
         return f'torch.einsum("{equation}", {operands}).to({dtype_text(dtype)})'
     told = "" if dtype.is_float else f".to({dtype_text(dtype)})"  # sums of small integers are int64 in PyTorch
+    told += ".clone()" if len(line.names) == 1 else ""  # of which PyTorch may give a view, and memory is used again
     return f'torch.einsum("{equation}", {line.arrays}){told}'
 
 
@@ -239,17 +241,17 @@ def _conv(line: Line) -> str:
 
 @_spells("embedding")
 def _embedding(line: Line) -> str:
-    return f"kernels.embedding({_index(line, 'indices', 'i32')}, {line.array('table')})"
+    return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')})"
 
 
 @_spells("gather")
 def _gather(line: Line) -> str:
-    return f"kernels.take({line.array('x')}, {_index(line, 'indices', 'i32')}, {line.op.axis})"
+    return f"kernels.take({line.array('x')}, {index_text(line, 'indices', 'i32')}, {line.op.axis})"
 
 
 @_spells("index_add")
 def _index_add(line: Line) -> str:
-    operands = f"{line.array('target')}, {_index(line, 'indices', 'i32')}, {line.array('added')}"
+    operands = f"{line.array('target')}, {index_text(line, 'indices', 'i32')}, {line.array('added')}"
     return f"kernels.index_add({operands}, {line.op.axis})"
 
 
@@ -261,16 +263,16 @@ def _append(line: Line) -> str:
 
 @_spells("take_along_axis")
 def _take_along_axis(line: Line) -> str:
-    return f"kernels.take_along_axis({line.array('x')}, {_index(line, 'indices')}, {line.op.axis})"
+    return f"kernels.take_along_axis({line.array('x')}, {index_text(line, 'indices')}, {line.op.axis})"
 
 
 @_spells("scatter_add")
 def _scatter_add(line: Line) -> str:
-    indices = _index(line, "indices")
+    indices = index_text(line, "indices")
     return f"kernels.scatter_add({line.array('target')}, {indices}, {line.array('added')}, {line.op.axis})"
 
 
-def _index(line: Line, name: str, also: str = "i64") -> str:
+def index_text(line: Line, name: str, also: str = "i64") -> str:
     """Indices in a dtype that PyTorch indexes with: i64, and in some functions another."""
     text = line.array(name)
     return text if line.type(name).dtype.name in ("i64", also) else f"{text}.long()"
@@ -289,7 +291,7 @@ def _size(line: Line) -> str:
 def _reduction(function: str) -> Callable[[Line], str]:
     def spelling(line: Line) -> str:
         if not line.op.axes:  # which PyTorch would take for all of them
-            return line.array("x")
+            return f"{line.array('x')}.clone()"
         # PyTorch adds small integers up in int64 unless it is told not to.
         dtype = line.result.dtype
         told = f", dtype={dtype_text(dtype)}" if function == "sum" and dtype.is_int else ""

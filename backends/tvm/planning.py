@@ -225,7 +225,7 @@ class Planner:
     ) -> Pointer:
         """A storage's byte `at`."""
         match storage.kind:
-            case StorageKind.LOCAL:
+            case StorageKind.LOCAL | StorageKind.FOREIGN:
                 return Pointer(Arena(), base + frame.offsets[storage] + at)
             case StorageKind.STATUS:
                 return Pointer(Status(), at)

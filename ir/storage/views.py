@@ -26,7 +26,8 @@ class StorageKind(Enum):
     """Whose memory a storage is.
 
     The caller's are arguments, results and states, which outlive the call and are written in place. The program's are
-    constants, the function's own locals. A status is words in which kernels tell what went wrong.
+    constants, the function's own locals. What is foreign a library allocates for what a call of it gives. A status is
+    words in which kernels tell what went wrong.
     """
 
     ARGUMENT = "argument"
@@ -34,7 +35,13 @@ class StorageKind(Enum):
     STATE = "state"
     CONSTANT = "constant"
     LOCAL = "local"
+    FOREIGN = "foreign"
     STATUS = "status"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a function needs it for itself, and only while it runs."""
+        return self in (StorageKind.LOCAL, StorageKind.FOREIGN)
 
 
 @dataclass(frozen=True, eq=False)

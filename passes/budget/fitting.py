@@ -26,7 +26,7 @@ from treadle.passes.budget.regions import CutRegion, find_region
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord, count_ops
 from treadle.passes.memory.frame_placement import place_frames
-from treadle.passes.memory.frames import Frame, live_at
+from treadle.passes.memory.frames import Frame, live_at, parts_of
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 
@@ -284,9 +284,8 @@ class _Candidates:
 
 def reached_peak(frames: Mapping[str, Frame], plan: StoragePlan, entry: str, sizes: Mapping[str, int]) -> int:
     """The bytes that a run of an entry takes at these sizes, as planned and placed."""
-    if plan.strided:
-        return place_frames(frames, sizes)[entry].size
-    return max((n for _, n in live_at(frames, entry, sizes, 1)), default=0)
+    inside, beside = parts_of(frames)
+    return place_frames(inside, sizes)[entry].size + max((n for _, n in live_at(beside, entry, sizes, 1)), default=0)
 
 
 def _whole(table: FunctionTable) -> Partition:

@@ -116,7 +116,7 @@ class FunctionTable:
         return [
             (life.storage, life.first, life.last, self._bytes(life.storage))
             for life in self.plan.lives
-            if life.storage.kind is StorageKind.LOCAL
+            if life.storage.kind.is_own
         ]
 
     def _bytes(self, storage: Storage) -> int:
@@ -293,7 +293,7 @@ class FunctionTable:
             storage = place.storage
             if storage is None or not place.first < at <= place.last:
                 continue
-            own = storage.kind is StorageKind.LOCAL or (storage.kind is StorageKind.RESULT and not is_entry)
+            own = storage.kind.is_own or (storage.kind is StorageKind.RESULT and not is_entry)
             if own or (storage in arguments and place.first == BEFORE):
                 held[storage] = self._bytes(storage)
         return sum(held.values())

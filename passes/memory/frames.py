@@ -11,7 +11,7 @@ need. While a call runs, the frame of its callee lives beside what lives in the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treadle.ir.graph import Node
 from treadle.ir.sizing.size_bounds import Bounds
@@ -57,8 +57,9 @@ def frames_of(plan: StoragePlan) -> dict[str, Frame]:
 
 
 def frame_of(plan: FunctionPlan, callees: Mapping[str, FunctionPlan], strided: bool) -> Frame:
-    """The frame of one function."""
-    lives = tuple([life for life in plan.lives if life.storage.kind is StorageKind.LOCAL])
+    """The frame of one function. What it hands out lies in its caller's, unless a library allocates it."""
+    own = [life for life in plan.lives if life.storage.kind.is_own]
+    lives = tuple([life for life in own if strided or life.last < plan.end or life.storage.kind is StorageKind.FOREIGN])
     calls = {}
     for at, step in enumerate(plan.steps):
         if step.root.op.callee is not None:
@@ -72,9 +73,21 @@ def _made(node: Node, plan: FunctionPlan, callee: FunctionPlan) -> tuple[Storage
     found = []
     for output, result in zip(callee.function.outputs.values(), node.results, strict=False):
         theirs, ours = callee.places[output].storage, plan.places[result].storage
-        if theirs is not None and ours is not None and theirs.kind is StorageKind.LOCAL:
+        if theirs is not None and ours is not None and theirs.kind is StorageKind.FOREIGN:
             found.append(ours)
     return tuple(dict.fromkeys(found))
+
+
+def parts_of(frames: Mapping[str, Frame]) -> tuple[dict[str, Frame], dict[str, Frame]]:
+    """Frames of what lies in an arena, and of what a library allocates beside it."""
+
+    def part(frame: Frame, foreign: bool) -> Frame:
+        lives = [life for life in frame.lives if (life.storage.kind is StorageKind.FOREIGN) is foreign]
+        calls = frame.calls if foreign else {at: FrameCall(call.callee) for at, call in frame.calls.items()}
+        return replace(frame, lives=tuple(lives), calls=calls)
+
+    inside, beside = ({name: part(frame, foreign) for name, frame in frames.items()} for foreign in (False, True))
+    return inside, beside
 
 
 # -- at all sizes --------------------------------------------------------------------------------------------------

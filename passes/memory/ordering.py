@@ -19,6 +19,7 @@ from treadle.ir.errors import SizeError
 from treadle.ir.graph import Function, Value
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.storage.views import StorageKind
 from treadle.passes.memory.frames import Frame, covers
 from treadle.passes.memory.order import Buffer, OrderProblem, find_order
 from treadle.passes.memory.storage_plan import BetterOrder, FunctionPlan, How, Step
@@ -123,8 +124,10 @@ class _Making:
 
     def _fills(self, value: Value, other: Value) -> bool:
         place = self.plan.places[value]
-        whole = place.view is not None and place.storage is not None and place.view.is_contiguous
-        return whole and place.storage is not None and place.storage.elements == other.type.held.elements
+        if place.storage is None or place.storage.kind is not StorageKind.LOCAL:
+            return False
+        whole = place.written if place.view is None else place.view.is_contiguous
+        return whole and place.storage.elements == other.type.held.elements
 
     def problem(self, sizes: Mapping[str, int], callees: Mapping[str, Sequence[Size]]) -> OrderProblem:
         """The problem at numbers."""

@@ -36,6 +36,11 @@ def every_part(step: Step, view: View) -> bool:
     return True
 
 
+def allocates(node: Node) -> bool:
+    """A library allocates what each node gives."""
+    return False
+
+
 def over_nothing(step: Step) -> Sequence[Value]:
     """No step writes over what it reads."""
     return ()
@@ -54,10 +59,11 @@ class PlanStorage(Pass):
       of its own, in the order in which the one reader wants it: "b s (h d) -> b h s d" is then a view
 
     strided  kernels read and write by strides, as the plan says. Otherwise a library chooses strides, and allocates
-             what it gives: all that is no view has a storage of its own
+             what it gives: all that is no view has a storage of its own, or that of an operand which dies
     grouped  which nodes the backend computes together, so that only the last of them needs a storage
     parts    whether a step writes its result where it is a part of another
     over     the operands over which a step may write its result, element by element
+    placed   where a library allocates: of which nodes it writes the result where it is told to
     ordered  steps run in the order that needs the least memory, where it is proven to need no more than program order
              at any sizes, and less at some
 
@@ -70,6 +76,7 @@ class PlanStorage(Pass):
     grouped: Grouping = field(default=each_alone, repr=False)
     parts: Parts = field(default=every_part, repr=False)
     over: Over = field(default=over_nothing, repr=False)
+    placed: Callable[[Node], bool] = field(default=allocates, repr=False)
     ordered: bool = True
 
     @property
@@ -81,7 +88,8 @@ class PlanStorage(Pass):
         functions: dict[str, FunctionPlan] = {}
         peaks: dict[str, tuple[Size, ...]] = {}
         for function in graph.needed_by(*graph.later_entries):
-            planner, over = _Planner(self, function, functions), self._over(functions)
+            planner = _Planner(self, function, functions, function in graph.entries)
+            over = self._over(functions)
             plan = planner.plan(self.grouped(function), over)
             peak = peak_of(frame_of(plan, functions, self.strided), peaks, graph.symbols)
             if self.ordered:
@@ -119,7 +127,7 @@ class PlanStorage(Pass):
         symbols: Mapping[str, Bounds],
     ) -> tuple[FunctionPlan, tuple[Size, ...]]:
         """The plan in the first order that needs less, and its peak; else the plan as it is."""
-        apart = planner.plan(plan.steps, over_nothing) if self.strided else plan
+        apart = planner.plan(plan.steps, over_nothing) if self.over is not over_nothing or self.strided else plan
         frame = frame_of(apart, planner.callees, self.strided)
         for choice in choices(apart, frame, over, peaks, symbols):
             other = planner.plan(choice.steps, over)
@@ -136,8 +144,10 @@ class _Planner:
     given  what its arguments fill, which is the same in all of them
     """
 
-    def __init__(self, options: PlanStorage, function: Function, callees: Mapping[str, FunctionPlan]) -> None:
-        self.options, self.function, self.callees = options, function, callees
+    def __init__(
+        self, options: PlanStorage, function: Function, callees: Mapping[str, FunctionPlan], is_entry: bool
+    ) -> None:
+        self.options, self.function, self.callees, self.is_entry = options, function, callees, is_entry
         self.uses, self.results = function.uses(), frozenset(function.results)
         self.given: dict[Value, View | Storage] = {}
 
@@ -145,7 +155,7 @@ class _Planner:
         """The plan of these steps in this order."""
         if self.options.strided:
             return _Strided(self, steps, self.options.parts, over).plan()
-        return _Allocated(self, steps).plan()
+        return _Allocated(self, steps, over).plan()
 
 
 class _Planning(ABC):
@@ -263,10 +273,29 @@ class _Planning(ABC):
 
 
 class _Allocated(_Planning):
-    """What a library allocates: whatever is no view has a storage of its own.
+    """What a library allocates, or writes where it is told to, whole: whatever is no view has a storage of its own, or
+    that of an operand.
 
     A view is one of memory, or a copy where the library cannot help it: its operand's storage is counted as alive.
     """
+
+    def __init__(self, planner: _Planner, steps: Sequence[Step], over: Over) -> None:
+        super().__init__(planner, steps)
+        self.over = over
+        outputs = self.function.outputs.values() if planner.is_entry else ()
+        self.handed_out = frozenset(self._owner(v) for v in outputs)
+
+    def _owner(self, value: Value) -> Value:
+        """In whose storage a value lies."""
+        node = value.node
+        while node is not None and value.state is None:
+            shared = self._shared(value, node) if node.op.callee is not None else None
+            if node.op.callee is None and node.op.is_view:
+                (shared,) = node.inputs
+            if shared is None:
+                break
+            value, node = shared, shared.node
+        return value
 
     def _place(self, value: Value, node: Node) -> None:
         if node.op.callee is not None:
@@ -274,30 +303,56 @@ class _Allocated(_Planning):
         elif node.op.is_view:
             (x,) = node.inputs
             self._view(value, x)
+        elif not self.planner.options.placed(node) or value in self.handed_out:
+            self._put(value, self._whole(value, StorageKind.FOREIGN), How.OWN, written=True)
         else:
-            self._put(value, self._whole(value, StorageKind.LOCAL), How.OWN, written=True)
+            step = self.steps[self.at[node]]
+            dying = next((x for x in self.over(step) if self._dies_in(x, step, value)), None)
+            storage = None if dying is None else self.places[dying].storage
+            if dying is None or storage is None:
+                self._put(value, self._whole(value, StorageKind.LOCAL), How.OWN, written=True)
+            else:
+                self._put(value, storage, How.OVER, dying, written=True)
+
+    def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
+        """Whether a value may take the storage of x: that is x's alone and as large, and is read for the last time."""
+        place = self.places[x]
+        if place.storage is None or place.storage.kind is not StorageKind.LOCAL or not place.written:
+            return False
+        alike = x.type.dtype is value.type.dtype and x.type.shape == value.type.shape
+        alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
+        return alike and alone and self.last_reads[place.storage] <= self.at[step.root]
 
     def _view(self, value: Value, of: Value) -> None:
         storage = self.places[of].storage
         assert storage is not None
         self._put(value, storage, How.VIEW, of)
 
-    def _place_result(self, value: Value, node: Node) -> None:
-        """A callee may give what it was given, a view of it, or one storage twice."""
+    def _shared(self, value: Value, node: Node) -> Value | None:
+        """What a callee may give that the caller has already: what it was given, a view of it, or one storage twice."""
         callee = self.callees[str(node.op.callee)]
         gives = [callee.places[output].storage for output in callee.function.outputs.values()]
-        made = gives[value.index]
-        earlier = gives.index(made)
         for argument, operand in zip(callee.function.arguments, node.inputs, strict=True):
-            if callee.places[argument].storage is made:
-                self._view(value, operand)
-                return
-        if earlier < value.index:
-            self._view(value, node.results[earlier])
+            if callee.places[argument].storage is gives[value.index]:
+                return operand
+        earlier = gives.index(gives[value.index])
+        return node.results[earlier] if earlier < value.index else None
+
+    def _place_result(self, value: Value, node: Node) -> None:
+        shared = self._shared(value, node)
+        callee = self.callees[str(node.op.callee)]
+        made = callee.places[[*callee.function.outputs.values()][value.index]].storage
+        if shared is not None:
+            self._view(value, shared)
         elif made is not None and made.kind is StorageKind.CONSTANT:
             self._put(value, made, How.CONSTANT)
         else:
-            self._put(value, self._whole(value, StorageKind.LOCAL), How.OWN, written=True)
+            lies = self._whole(value, StorageKind.LOCAL)
+            assert made is not None
+            assert isinstance(lies, Storage)
+            alike = (made.kind, made.dtype, made.elements) == (lies.kind, lies.dtype, lies.elements)
+            told = alike and value not in self.handed_out
+            self._put(value, lies if told else replace(lies, kind=StorageKind.FOREIGN), How.OWN, written=True)
 
 
 class _Strided(_Planning):

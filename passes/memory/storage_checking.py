@@ -201,12 +201,30 @@ class _Shared:
             if place.storage is None or place.storage.kind is StorageKind.CONSTANT:
                 continue
             shares = self._shares(value)
-            if shares is None:
+            if place.how is How.OVER:
+                self._check_over(value, place)
+            elif shares is None:
                 other = owners.setdefault(place.storage, value)
                 if other is not value:
                     raise wrong_plan("two values have one storage, and neither is a view", self.plan, value, other.name)
             elif self.plan.places[shares].storage is not place.storage:
                 raise wrong_plan(f"it is a view of {shares.name}, and has another storage", self.plan, value)
+
+    def _check_over(self, value: Value, place: ValuePlace) -> None:
+        """An elementwise step writes over an operand of its shape that the run made, and that nobody reads again."""
+        x, node, plan = place.of, value.node, self.plan
+        if not isinstance(x, Value) or node is None or x not in node.inputs or not node.is_elementwise:
+            raise wrong_plan("a step writes over what it does not read element by element", plan, value)
+        lies = plan.places[x]
+        mine = lies.storage is place.storage and lies.written
+        mine = mine and place.storage is not None and place.storage.kind is StorageKind.LOCAL
+        if not mine or x.type.shape != value.type.shape or x.type.dtype is not value.type.dtype:
+            raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
+        at = plan.places[value].first
+        for other, held in plan.places.items():
+            earlier = held.storage is place.storage and held.first < at
+            if earlier and (held.last > at or (other is not x and other in node.inputs)):
+                raise wrong_plan(f"it is written over {other.name}, which is read then or later", plan, value)
 
     def _shares(self, value: Value) -> Value | None:
         """A value whose storage it must have."""

@@ -27,7 +27,7 @@ from typing import Any
 
 from treadle.ir.builder import describe_source
 from treadle.ir.graph import Function, Node, Value
-from treadle.ir.storage.views import Storage, StorageKind, View
+from treadle.ir.storage.views import Storage, View
 
 BEFORE = -1
 """The step at which what is given lies there: before the first one."""
@@ -229,7 +229,7 @@ class StoragePlan:
         """What the plan came to, on a line."""
         places = [place for each in self.functions.values() for _, place in each.rows() if place.first != BEFORE]
         counts = [(how, sum(place.how is how for place in places)) for how in _COUNTED]
-        own = sum(life.storage.kind is StorageKind.LOCAL for each in self.functions.values() for life in each.lives)
+        own = sum(life.storage.kind.is_own for each in self.functions.values() for life in each.lives)
         told = [f"{count} {_COUNTED[how]}" for how, count in counts if count]
         return f"{len(places)} values in {own} storages: " + ", ".join(told)
 
@@ -251,7 +251,7 @@ _COUNTED = {
 
 
 def _locals(plan: FunctionPlan) -> str:
-    count = sum(life.storage.kind is StorageKind.LOCAL for life in plan.lives)
+    count = sum(life.storage.kind.is_own for life in plan.lives)
     return f"{count} storage{'s' * (count != 1)} of its own"
 
 

@@ -28,7 +28,7 @@ from treadle.ir.target import Target
 from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import Pass
 from treadle.passes.memory.frame_placement import ALIGNMENT, PlacedFrame, place_frames
-from treadle.passes.memory.frames import Frame, aligned, live_at, peaks_of
+from treadle.passes.memory.frames import Frame, aligned, live_at, parts_of, peaks_of
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 from treadle.passes.memory.storage_plan import aligned as columns
 from treadle.passes.pipelines import DEFAULT
@@ -65,7 +65,8 @@ class MemoryTold:
     """What a run of a model takes at some sizes.
 
     peak      the most bytes that live at once, each storage in units of `unit` bytes
-    arena     where all of it lies in one arena: how large that is. None where a library allocates
+    arena     how large the arena is in which it lies, all or in part. None where a library allocates everything
+    foreign   the most bytes that live at once of what a library allocates beside the arena
     at        where the peak is: functions and steps that lead there
     step      what runs then, with the user's line
     formula   sizes in bytes, of which the largest is the peak, before they are rounded to units
@@ -82,6 +83,7 @@ class MemoryTold:
     unit: int
     peak: int
     arena: int | None
+    foreign: int
     at: tuple[tuple[str, int], ...]
     step: str
     formula: tuple[str, ...]
@@ -99,6 +101,7 @@ class MemoryTold:
             "sizes": dict(self.sizes),
             "peak": self.peak,
             "arena": self.arena,
+            "foreign": self.foreign,
             "lower_bound": self.peak,
             "at": [list(each) for each in self.at],
             "step": self.step,
@@ -114,6 +117,10 @@ class MemoryTold:
         lines = [f"{self.model} for {self.backend}{where}: {human(self.peak, 'B')} at the peak ({self.peak:,} bytes)"]
         if self.arena is None:
             lines.append(f"{self.backend} allocates each array by itself: as much as lives at once, and what it caches")
+        elif self.foreign:
+            lines.append(f"one arena of {self.arena:,} bytes for what is written where it is placed")
+            theirs = f"{self.foreign:,} bytes at once"
+            lines.append(f"foreign to it, since calls of {self.backend} allocate what they give: at most {theirs}")
         else:
             over = (
                 "as small as can be" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above the bound"
@@ -187,7 +194,8 @@ def _told(
             line = "" if node is None else describe_source(node.source, node.scope) or ""
             size = str(life.storage.nbytes)
             alive.append(Alive(name, life.storage.name, count, size, why, line, peak - without))
-    placed = place_frames(frames, sizes) if plan.strided else None
+    inside, beside = parts_of(frames)
+    placed = place_frames(inside, sizes) if plan.strided or any(frame.lives for frame in inside.values()) else None
     return MemoryTold(
         model,
         backend,
@@ -195,6 +203,7 @@ def _told(
         unit,
         peak,
         None if placed is None else placed[entry].size,
+        max((count for _, count in live_at(beside, entry, sizes, 1)), default=0),
         at,
         _step(frames[at[-1][0]], at[-1][1]),
         tuple(str(size) for size in _largest_first(peaks_of(frames, graph.symbols)[entry], sizes)),

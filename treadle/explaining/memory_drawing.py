@@ -9,7 +9,7 @@ the step of the peak is marked. Names, bytes and the user's lines appear under t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
-from treadle.passes.memory.frames import Frame, live_at
+from treadle.passes.memory.frames import Frame, live_at, parts_of
 from treadle.reports import human, sizes_text
 
 WIDTH, HEIGHT = 1200, 560
@@ -64,12 +64,16 @@ class _Band:
 
 
 def draw_memory(told: MemoryTold) -> str:
-    """The drawing as the text of an SVG file. Raises UsageError for a backend that has no arena."""
+    """The drawing as the text of an SVG file: of what lies in the arena alone.
+
+    Raises UsageError for a backend that has none.
+    """
     if told.placed is None or told.arena is None:
         raise UsageError(
             f"backend {told.backend} allocates arrays by itself, so there is no arena to draw",
             hint=Hint('backend="tvm"', "--backend tvm"),
         )
+    told = replace(told, frames=parts_of(told.frames)[0])
     boxes = list(_boxes(told, told.at[0][0], 0, 0))
     live = live_at(told.frames, told.at[0][0], told.sizes, told.unit)
     bands = list(_bands(told, told.at[0][0], 0, 0))

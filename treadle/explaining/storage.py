@@ -148,7 +148,7 @@ def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> Stor
     for each in plan.functions.values():
         passing = _only_passed(each.function)
         values = tuple(_stored(each, v, place, made, passed, passing) for v, place in each.rows())
-        own = sum(life.storage.kind.value == "local" for life in each.lives)
+        own = sum(life.storage.kind.is_own for life in each.lives)
         steps = tuple("+".join(node.op.name for node in step.nodes) for step in each.steps)
         functions.append(StoredFunction(each.function.name, calls[each.function.name], steps, values, own))
     return StorageTold(name, backend, plan.note, plan.strided, tuple(functions))

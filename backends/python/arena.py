@@ -1,0 +1,148 @@
+"""The arena of an emitted module: where its lines write what the storage plan places, chosen when sizes are first seen.
+
+    memory.x_1    the array into which a line writes x_1; None where it makes a new one, since the caller hands it out
+    memory.h_1    the memory of the call that gives h_1
+
+What a library call gives lies outside: it is allocated when the line runs, and is foreign to the plan.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from treadle.backends.python.emission import Program
+from treadle.ir.errors import BackendError
+from treadle.ir.storage.views import Storage, StorageKind
+from treadle.ir.types import DType
+from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
+from treadle.passes.memory.frames import frames_of, parts_of
+from treadle.passes.memory.storage_plan import How, StoragePlan
+
+PLANS = 32  # sets of sizes that are kept
+
+
+class ArenaArrays(Protocol):
+    """What an arena needs to know of a backend's arrays."""
+
+    def allocated(self, count: int) -> Any:
+        """A new array of so many bytes, which begins at a multiple of 64. Raises BackendError without such memory."""
+        ...
+
+    def laid(self, arena: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+        """The array that begins at a byte of another one, row-major."""
+        ...
+
+
+class PythonArena:
+    """One array for all entries of a module, as large as the largest run so far; arrays in it for each set of sizes.
+
+    array   the memory; None before the first run
+    nbytes  its size: what the run with the largest plan needs
+    poison  fills an array with NaN, which is done to all of it before a run; None: that is left out
+    """
+
+    def __init__(
+        self, plan: StoragePlan, program: Program, arrays: ArenaArrays, poison: Callable[[Any], None] | None = None
+    ) -> None:
+        self.plan, self.program, self.arrays, self.poison = plan, program, arrays, poison
+        self.frames, _ = parts_of(frames_of(plan))
+        self.array: Any = None
+        self.nbytes = 0
+        self._lock = threading.Lock()
+        self._memories: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], SimpleNamespace] = OrderedDict()
+
+    @contextmanager
+    def running(self, entry: str, sizes: Mapping[str, int]) -> Iterator[tuple[SimpleNamespace, ...]]:
+        """What an entry's function takes at these sizes as `memory`, if it takes it. One run is on at a time.
+
+        Raises BackendError where there is not so much memory.
+        """
+        if not self.program.destinations[entry] and not self.program.frames[entry]:
+            yield ()
+            return
+        with self._lock:
+            try:
+                memory = self._memory(entry, sizes)
+            except OverflowError as error:  # of 64 bits
+                told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+                raise BackendError("no memory is as large as these sizes take", received=told) from error
+            if self.poison is not None:
+                self.poison(self.array)
+            yield (memory,)
+
+    def _memory(self, entry: str, sizes: Mapping[str, int]) -> SimpleNamespace:
+        key = entry, tuple(sorted(sizes.items()))
+        if key in self._memories:
+            self._memories.move_to_end(key)
+            return self._memories[key]
+        needed = self._called_by(entry)
+        placed = place_frames({name: frame for name, frame in self.frames.items() if name in needed}, sizes)
+        if placed[entry].size > self.nbytes:
+            self._memories.clear()  # which lie in the old one
+            self.array, self.nbytes = None, 0
+            self.array, self.nbytes = self.arrays.allocated(placed[entry].size), placed[entry].size
+        made = _Laying(self, placed, sizes).memory(entry, 0, ())
+        self._memories[key] = made
+        if len(self._memories) > PLANS:
+            self._memories.popitem(last=False)
+        return made
+
+    def _called_by(self, entry: str) -> set[str]:
+        """The functions that an entry runs, itself included. Another entry's may have sizes that it does not know."""
+        found, waiting = {entry}, [entry]
+        while waiting:
+            new = {call.callee for call in self.frames[waiting.pop()].calls.values()} - found
+            found |= new
+            waiting += new
+        return found
+
+
+class _Laying:
+    """Makes the arrays of one set of sizes; calls whose frames and results lie alike have them in common."""
+
+    def __init__(self, arena: PythonArena, placed: Mapping[str, PlacedFrame], sizes: Mapping[str, int]) -> None:
+        self.arena, self.placed, self.sizes = arena, placed, sizes
+        self._known: dict[tuple[str, int, tuple[int | None, ...]], SimpleNamespace] = {}
+
+    def memory(self, name: str, base: int, given: Sequence[int | None]) -> SimpleNamespace:
+        """The memory of a function whose frame begins there, and whose outputs the caller has at these bytes."""
+        key = name, base, tuple(given)
+        if key not in self._known:
+            plan, program = self.arena.plan.functions[name], self.arena.program
+            offsets = {storage: base + offset for storage, offset in self.placed[name].offsets.items()}
+            for output, at in zip(plan.function.outputs.values(), given, strict=False):
+                storage = plan.places[output].storage
+                if storage is not None and at is not None:
+                    offsets.setdefault(storage, at)
+            made = SimpleNamespace()
+            for attribute, value in program.destinations[name].items():
+                storage = plan.places[value].storage
+                assert storage is not None
+                shape = tuple(size.evaluate(self.sizes) for size in value.type.held.shape)
+                setattr(made, attribute, self._laid(storage, offsets.get(storage), shape))
+            for attribute, at in program.frames[name].items():
+                setattr(made, attribute, self._called(name, at, base, offsets))
+            self._known[key] = made
+        return self._known[key]
+
+    def _laid(self, storage: Storage, offset: int | None, shape: tuple[int, ...]) -> Any:
+        if offset is None:
+            return None
+        assert storage.nbytes.evaluate(self.sizes) + offset <= self.arena.nbytes
+        return self.arena.arrays.laid(self.arena.array, offset, shape, storage.dtype)
+
+    def _called(self, name: str, at: int, base: int, offsets: Mapping[Storage, int]) -> SimpleNamespace:
+        """The memory of the function that a step calls."""
+        plan = self.arena.plan.functions[name]
+        node = plan.steps[at].root
+        given: list[int | None] = []
+        for result in node.results:
+            place = plan.places[result]
+            told = place.how is How.OWN and place.storage is not None and place.storage.kind is StorageKind.LOCAL
+            given.append(offsets.get(place.storage) if told and place.storage is not None else None)
+        return self.memory(str(node.op.callee), base + self.placed[name].callees[at], given)
