@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from treadle.backends.donation import check_names
 from treadle.backends.fitted_pipeline import Budget, check_budget, pipeline_within
 from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
@@ -28,6 +29,7 @@ from treadle.ir.transforms.fixing import bounded
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
 from treadle.passes.memory.frames import Frame, frames_of
+from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 
 
@@ -93,10 +95,12 @@ class StagedBackend(ABC):
         *,
         certify: bool | None = None,
         budget: Budget | None = None,
+        donate: Sequence[str] = (),
         verified: bool = False,
     ) -> Optimized:
         """Take an optimized graph through the pipeline, so that it fits into a budget where one is given.
 
+        donate    inputs of the last entry that callers give away
         verified  it is as a pass manager left it
 
         Raises BackendError as `refuse` does, and where nothing fits.
@@ -107,6 +111,11 @@ class StagedBackend(ABC):
             verified = False
         else:
             passes = self.pipeline(target)
+        if donate:
+            *before, plan = passes
+            if not isinstance(plan, PlanStorage):
+                raise BackendError(f"backend {self.name} plans no storage, so no input can be donated")
+            passes = (*before, replace(plan, donated=check_names(graph, donate)))
         lowered = PassManager(passes, certify=certify, target=target).run(graph, verified=verified)
         if budget is not None:
             check_budget(self, lowered, target, budget)
@@ -149,13 +158,14 @@ def build(
     *,
     certify: bool | None = None,
     budget: Budget | None = None,
+    donate: Sequence[str] = (),
     verified: bool = False,
 ) -> tuple[Executable, Optimized]:
     """An executable of an optimized graph, and what the backend's passes made of the graph on the way.
 
     verified  it is as a pass manager left it
 
-    Within a budget it serves the budget's sizes and smaller ones.
+    Within a budget it serves the budget's sizes and smaller ones. `donate` names inputs that callers give away.
 
     What the backend says of the result, lines on what it runs slowly and why, is the last record of the log. One that
     does all in `compile` has no passes. Raises BackendError as the backend does.
@@ -165,9 +175,11 @@ def build(
             raise BackendError(f"backend {backend.name} plans no memory", hint="numpy, torch or tvm")
         graph, verified = bounded(graph, budget.sizes), False
     if isinstance(backend, StagedBackend):
-        lowered = backend.lower(graph, target, certify=certify, budget=budget, verified=verified)
+        lowered = backend.lower(graph, target, certify=certify, budget=budget, donate=donate, verified=verified)
         executable = backend.emit(lowered.graph, target, weights, graph, lowered.plan)
     else:
+        if donate:
+            raise BackendError(f"backend {backend.name} plans no storage, so no input can be donated")
         lowered = Optimized(graph, graph, PassLog(()))
         executable = backend.compile(graph, target, weights)
     _refuse_without_entries(executable, graph, backend.name)

@@ -37,6 +37,7 @@ PAGES = (
             "cli",
             "generation",
             "kernels",
+            "memory",
             "onnx",
             "onnx-export",
             "quantization",

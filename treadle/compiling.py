@@ -49,6 +49,7 @@ def compile(
     limits: Mapping[str, int] | None = None,
     memory: int | str | None = None,
     sizes: Mapping[str, int] | None = None,
+    donate: Sequence[str] = (),
     **config: Any,
 ) -> Compiled:
     """Compile a model for a backend and a target; what it gives is called with arrays by name.
@@ -75,6 +76,8 @@ def compile(
     memory    bytes, or text such as "300MB", that a run may take beside weights, inputs and outputs (docs/memory.md)
     sizes     of symbolic axes, up to which it does, and which the result serves; 1 for a batch and 128 for others that
               are not named
+    donate    inputs by name that a caller gives away with each call: a run may write over them, and give them back as
+              outputs (docs/memory.md). What is passed for one must be a contiguous, writable array of its dtype
     limits    what a file may ask for before it is refused, by name, such as {"tensors": 1_000_000}; errors say which
     config    configuration of the declaration; for an ONNX file, sizes of axes, values of inputs that determine shapes
 
@@ -101,7 +104,14 @@ def compile(
         bound = encode_weights(optimized.graph, bound)
         budget = budget_of(memory, sizes, optimized.graph)
         executable, lowered = build(
-            chosen, optimized.graph, where, bound, certify=certify, budget=budget, verified=True
+            chosen,
+            optimized.graph,
+            where,
+            bound,
+            certify=certify,
+            budget=budget,
+            donate=donate,
+            verified=True,
         )
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:

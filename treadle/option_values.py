@@ -28,7 +28,20 @@ _TEXT_BYTES = 256 << 20  # of sentences to embed
 
 
 _ARGUMENTS = frozenset(
-    {"backend", "certify", "dtype", "inputs", "limits", "memory", "model", "passes", "seed", "sizes", "target"}
+    {
+        "backend",
+        "certify",
+        "donate",
+        "dtype",
+        "inputs",
+        "limits",
+        "memory",
+        "model",
+        "passes",
+        "seed",
+        "sizes",
+        "target",
+    }
     | {"weights", "widen"}
 )
 """What `treadle.compile` takes beside the configuration."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.made_weights import as_numpy_weight, notes_on, recipes_of
-from treadle.backends.numpy.spelling import NUMPY, keeps
+from treadle.backends.numpy.spelling import NUMPY, keeps, written_over
 from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.emission import emit
@@ -76,7 +76,7 @@ class NumpyBackend(StagedBackend):
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What is spelled as it is, what is done once, and how long each array lives."""
-        return (Legalize(keeps), DecodeLast(), HoistWeights(), PlanStorage())
+        return (Legalize(keeps), DecodeLast(), HoistWeights(), PlanStorage(over=written_over))
 
     def emit(
         self,
@@ -89,7 +89,8 @@ class NumpyBackend(StagedBackend):
         """Write the module. Raises BackendError for a missing weight."""
         made = recipes_of(graph)
         poison = poisons()
-        program = emit(graph, NUMPY, needed_plan(plan, self.name), tuple(notes_on(made)), poison)
+        plan = needed_plan(plan, self.name)
+        program = emit(graph, NUMPY, plan, tuple(notes_on(made)), poison)
         references = {name: _Reference(node) for name, node in program.references.items()}
         namespace = {
             "constants": tuple(literal.array for literal in program.constants),
@@ -99,7 +100,10 @@ class NumpyBackend(StagedBackend):
         arrays = collect_weights(graph, made, weights, _weight)
         if poison:
             arrays = {name: _read_only(array) for name, array in arrays.items()}
-        return PythonExecutable(declared, program, arrays, namespace, _NumpyArrays(poison), self.name)
+        donated = frozenset(value.name for each in plan.functions.values() for value in each.donated)
+        return PythonExecutable(
+            declared, program, arrays, namespace, _NumpyArrays(poison, donated), self.name, None, plan
+        )
 
 
 class _Reference:
@@ -132,15 +136,16 @@ def _poison(array: Any) -> None:
 class _NumpyArrays:
     """NumPy arrays; see `treadle.backends.python.executable.Arrays`.
 
-    kept  what a caller gave is read-only during the run
+    kept     what a caller gave is read-only during the run
+    donated  but for these inputs, which the caller gave away
     """
 
-    def __init__(self, kept: bool) -> None:
-        self._kept = kept
+    def __init__(self, kept: bool, donated: frozenset[str]) -> None:
+        self._kept, self._donated = kept, donated
 
     def take(self, port: Port, value: Any) -> Array:
         array = numpy_taken(port, value)
-        return _read_only(array) if self._kept else array
+        return _read_only(array) if self._kept and port.name not in self._donated else array
 
     def running(self) -> AbstractContextManager[Any]:
         return np.errstate(all="ignore")

@@ -18,6 +18,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.attending import Attending
 from treadle.ir.ops.axis_names import place
 from treadle.ir.types import DType, Type, f16
+from treadle.passes.memory.storage_plan import Step
 
 # -- 16 bits ---------------------------------------------------------------------------------------------------
 
@@ -263,13 +264,34 @@ def _rms_norm(line: Line) -> str:
 _SUMMING = [n for n in SPELLINGS if find_op(n).accumulates is not None and not issubclass(find_op(n), Attending)]
 SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
 
+_OVER = {
+    **{"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "maximum": "maximum", "minimum": "minimum"},
+    **{name: name for name in ("exp", "log", "sqrt", "tanh", "sin", "cos")},
+    **{"neg": "negative", "abs": "absolute"},
+}
+"""Ops by name, and functions of NumPy's that give the same numbers when they write over an operand."""
+
+
+def _into(function: str) -> Callable[[Line], str]:
+    return lambda line: f"np.{function}({', '.join(line[name] for name in line.names)}, out={line.out})"
+
+
 NUMPY = Dialect(
     name="numpy",
     imports=("import numpy as np", "import treadle.backends.numpy.kernels as kernels"),
     spellings=SPELLINGS,
     copied="{}.copy()",
     otherwise=Line.by_reference,
+    into={name: _into(function) for name, function in _OVER.items()},
 )
+
+
+def written_over(step: Step) -> Sequence[Value]:
+    """The operands over which a step may write, where they are donated: NumPy's functions take one as `out`."""
+    node = step.root
+    if node.op.name not in _OVER or node.result.type.dtype is f16:  # which is computed in float32
+        return ()
+    return [v for v in node.inputs if v.literal is None and v.type == node.result.type]
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Protocol
 
+from treadle.backends.donation import Donated
 from treadle.backends.entries import EntryExecutable
 from treadle.backends.made_weights import Recipe
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
@@ -24,6 +25,7 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.types import DType, Type
+from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class Arrays(Protocol):
@@ -66,15 +68,17 @@ class PythonExecutable(EntryExecutable):
         arrays: Arrays,
         backend: str,
         arena: PythonArena | None = None,
+        plan: StoragePlan | None = None,
     ) -> None:
         """weights are in the backend's own arrays; namespace holds what the text refers to beside its imports.
 
         arena  where lines write what the plan places; None where it places nothing
+        plan   says which inputs are donated; None: none is
         """
         super().__init__(graph, backend, arrays.zeros)
         self.source = program.text
         module = _Module(graph.name, program, weights, namespace, arrays, arena)
-        self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f) for f in graph.later_entries}
+        self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f, plan) for f in graph.later_entries}
         self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]
         """The last entry as the text has it: it takes the inputs in order, as the backend's arrays, then `weights`, and
         `memory` where the plan places values."""
@@ -98,7 +102,8 @@ class _Module:
             **weights,
             **{key: tuple(weights[n] for n in names) for key, names in program.bundles.items()},
         }
-        self.held = frozenset(map(arrays.storage, (*weights.values(), *namespace["constants"])))
+        self.arrays_held = (*weights.values(), *namespace["constants"])
+        self.held = frozenset(map(arrays.storage, self.arrays_held))
         self.file, self.scope = _load(name, program.text, namespace)
         weakref.finalize(self, linecache.cache.pop, self.file, None)
 
@@ -128,26 +133,32 @@ class _Module:
 class _PythonEntry:
     """An entry as a function of the module. See `treadle.backends.protocol.Entry`."""
 
-    def __init__(self, module: _Module, kinds: StateKinds, graph: Graph, function: Function) -> None:
+    def __init__(
+        self, module: _Module, kinds: StateKinds, graph: Graph, function: Function, plan: StoragePlan | None
+    ) -> None:
         self._module, self._kinds, self._name = module, kinds, function.name
         self._run = module.scope[module.program.entries[function.name]]
         self.signature = Signature(graph, function)
         self.inputs = self.signature.ports
         self.outputs = ports(function.outputs)
         self._has_states = bool(function.states)
+        self._donated = Donated(plan, function)
         self._makers = {name: value.node for name, value in function.outputs.items()}
 
     def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
         module, arrays = self._module, self._module.arrays
         held = self._kinds.check(states)
         arguments, sizes = self.signature.bind_sized(given, arrays.take, held.sizes)
+        self._donated.check(self.inputs, given, arguments, (*module.arrays_held, *held.values()))
         kept = (held,) if self._has_states else ()
         with arrays.running(), module.memory(self._name, sizes) as places:
             try:
                 results = self._run(*arguments, module.weights, *kept, *places)
             except Exception as error:
                 raise module.explained(error) from error
-            taken = set(module.held.union(map(arrays.storage, (*arguments, *held.values()))))
+            named = zip(self.inputs, arguments, strict=True)
+            lent = [array for port, array in named if port.name not in self._donated.names]
+            taken = set(module.held.union(map(arrays.storage, (*lent, *held.values()))))
             outputs = Outputs()
             for name, array in results.items():
                 memory = arrays.storage(array)

@@ -134,7 +134,7 @@ class TorchBackend(StagedBackend):
         held = frozenset(map(arrays.storage, (*tensors.values(), *constants)))
         arena = PythonArena(plan, program, arrays, _fill if poison else None)
         namespace = {"constants": constants, "device": device, "poison": partial(_poison, arena, held)}
-        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena)
+        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan)
 
 
 class PlainTorch(TorchBackend):

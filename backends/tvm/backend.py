@@ -100,7 +100,7 @@ class TvmBackend(StagedBackend):
             entries = pool.submit(cache.entries, kernels) if kernels else None
             packed = pack_weights(graph, made, weights, threads=threads)
             found = entries.result() if entries is not None else {}
-        executable = KernelExecutable(declared, program, cache, packed, threads, found, tuple(notes_on(made)))
+        executable = KernelExecutable(declared, program, cache, packed, threads, found, tuple(notes_on(made)), plan)
         refused = refused_here(isa)
         if refused is not None:
             executable.notes = (refused, *executable.notes)

@@ -12,12 +12,13 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from treadle.backends.bfloat16 import bf16_given, bf16_taken
+from treadle.backends.donation import Donated
 from treadle.backends.entries import EntryExecutable
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.poison import poisons
@@ -42,6 +43,7 @@ from treadle.ir.storage.views import Storage
 from treadle.ir.types import DType
 from treadle.passes.memory.frame_placement import ALIGNMENT
 from treadle.passes.memory.frames import aligned
+from treadle.passes.memory.storage_plan import StoragePlan
 
 Array = np.ndarray[Any, Any]
 
@@ -65,11 +67,13 @@ class KernelExecutable(EntryExecutable):
         threads: int,
         entries: Mapping[Kernel, Entry],
         prepared: Sequence[str] = (),
+        plan: StoragePlan | None = None,
     ) -> None:
         """Parameters of entries by name, in their layouts, and kernels.
 
         entries   where the kernels' code is, and the runner's; none where this machine cannot run it
         prepared  what was computed from weights when they were bound, a line each
+        plan      says which inputs are donated; None: none is
         """
         super().__init__(graph, "tvm", _zeros)
         self._prepared = prepared
@@ -77,7 +81,8 @@ class KernelExecutable(EntryExecutable):
         self.notes = find_leftovers(program, graph.symbols)
         self.compiled = cache.compiled
         self.machine = _Machine(graph.name, program, cache, weights, threads, entries)
-        made = {f.name: _KernelEntry(self.machine, self.state_kinds, graph, f) for f in graph.later_entries}
+        entry = partial(_KernelEntry, self.machine, self.state_kinds, graph, plan)
+        made = {f.name: entry(f) for f in graph.later_entries}
         self.called |= made
         self.timed = made[graph.main.name].timed
 
@@ -107,7 +112,10 @@ class KernelExecutable(EntryExecutable):
 class _KernelEntry:
     """An entry as a routine. See `treadle.backends.protocol.Entry`."""
 
-    def __init__(self, machine: _Machine, kinds: StateKinds, graph: Graph, function: Function) -> None:
+    def __init__(
+        self, machine: _Machine, kinds: StateKinds, graph: Graph, plan: StoragePlan | None, function: Function
+    ) -> None:
+        self._donated = Donated(plan, function)
         self._machine, self._kinds, self._name = machine, kinds, function.name
         self._program = machine.program.entries[function.name]
         self.signature = Signature(graph, function)
@@ -119,6 +127,7 @@ class _KernelEntry:
     def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
         held = self._kinds.check(states)
         taken, sizes = self.signature.bind_sized(given, take, held.sizes)
+        self._donated.check(self.inputs, given, taken, (*self._machine.weights.values(), *held.values()))
         arrays = dict(zip(self._program.inputs, taken, strict=True))
         made = self._machine.run(self._name, sizes, arrays, held, self._stored)
         tensors = any(_is_tensor(value) for value in given.values())
@@ -220,7 +229,11 @@ class _Machine:
             self.cache.refuse_other_machine()
         assert self._runner is not None
         plan = self._plan(entry, sizes)
-        made = {name: _allocated(plan.shapes[name], dtype) for name, dtype in outputs.items()}
+        over = self.program.entries[entry].over
+        made = {
+            name: given[over[name]] if name in over else _allocated(plan.shapes[name], dtype)
+            for name, dtype in outputs.items()
+        }
         return self._runner, plan, self._place(plan, given, states, made), made
 
     def _plan(self, entry: str, sizes: Mapping[str, int]) -> Plan:

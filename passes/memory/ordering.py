@@ -22,7 +22,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.storage.views import StorageKind
 from treadle.passes.memory.frames import Frame, covers
 from treadle.passes.memory.order import Buffer, OrderProblem, find_order
-from treadle.passes.memory.storage_plan import BetterOrder, FunctionPlan, How, Step
+from treadle.passes.memory.storage_plan import BEFORE, BetterOrder, FunctionPlan, How, Step
 
 _DRAWN = (128, 16, 1009)
 """Sizes at which orders are looked for, where bounds allow them."""
@@ -93,12 +93,15 @@ class _Making:
 
     def __init__(self, plan: FunctionPlan, frame: Frame, over: Callable[[Step], Sequence[Value]]) -> None:
         self.plan, self.frame = plan, frame
-        self.storages = [life.storage for life in frame.lives]
+        own = [life.storage for life in frame.lives]
+        # What is donated counts as if the run had made it, so that a step which may lie there is put after its readers.
+        donated = [plan.places[v].storage for v in plan.donated]
+        self.storages = [*own, *(storage for storage in donated if storage is not None)]
         self.sizes = [storage.nbytes for storage in self.storages]
         self.number = {storage: i for i, storage in enumerate(self.storages)}
         touched: list[set[int]] = [set() for _ in self.storages]
         for place in plan.places.values():
-            if place.storage in self.number:
+            if place.storage in self.number and place.first != BEFORE:
                 touched[self.number[place.storage]].add(place.first)
         for at, step in enumerate(plan.steps):
             for value in step.inputs:
@@ -106,7 +109,7 @@ class _Making:
                 if storage in self.number:
                     touched[self.number[storage]].add(at)
         self.touched = [tuple(sorted(steps)) for steps in touched]
-        self.kept = [life.last >= plan.end for life in frame.lives]
+        self.kept = [life.last >= plan.end for life in frame.lives] + [False] * (len(self.storages) - len(own))
         self.before = must_precede(plan.function, plan.steps)
         self.over = tuple([tuple(self._over(step, over(step))) for step in plan.steps])
 
@@ -124,9 +127,9 @@ class _Making:
 
     def _fills(self, value: Value, other: Value) -> bool:
         place = self.plan.places[value]
-        if place.storage is None or place.storage.kind is not StorageKind.LOCAL:
+        if place.storage is None or place.storage.kind not in (StorageKind.LOCAL, StorageKind.ARGUMENT):
             return False
-        whole = place.written if place.view is None else place.view.is_contiguous
+        whole = place.how is not How.VIEW if place.view is None else place.view.is_contiguous
         return whole and place.storage.elements == other.type.held.elements
 
     def problem(self, sizes: Mapping[str, int], callees: Mapping[str, Sequence[Size]]) -> OrderProblem:

@@ -64,6 +64,8 @@ class PlanStorage(Pass):
     parts    whether a step writes its result where it is a part of another
     over     the operands over which a step may write its result, element by element
     placed   where a library allocates: of which nodes it writes the result where it is told to
+    donated  inputs of the last entry, by name, that the caller gives away: a step may write over them as over a value
+             that the run made, and kernels that write by strides the one output
     ordered  steps run in the order that needs the least memory, where it is proven to need no more than program order
              at any sizes, and less at some
 
@@ -77,25 +79,30 @@ class PlanStorage(Pass):
     parts: Parts = field(default=every_part, repr=False)
     over: Over = field(default=over_nothing, repr=False)
     placed: Callable[[Node], bool] = field(default=allocates, repr=False)
+    donated: tuple[str, ...] = ()
     ordered: bool = True
 
     @property
     def options(self) -> str:
         said = (("strided", self.strided), ("in program order", not self.ordered))
-        return ", ".join(word for word, holds in said if holds)
+        words = [word for word, holds in said if holds]
+        return ", ".join([*words, *(f"{name} donated" for name in self.donated)])
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         functions: dict[str, FunctionPlan] = {}
         peaks: dict[str, tuple[Size, ...]] = {}
         for function in graph.needed_by(*graph.later_entries):
-            planner = _Planner(self, function, functions, function in graph.entries)
+            given_away = self.donated if function is graph.main else ()
+            planner = _Planner(self, function, functions, function in graph.entries, given_away)
             over = self._over(functions)
             plan = planner.plan(self.grouped(function), over)
             peak = peak_of(frame_of(plan, functions, self.strided), peaks, graph.symbols)
             if self.ordered:
                 plan, peak = self._reordered(plan, peak, planner, over, peaks, graph.symbols)
-            if self.strided and function not in graph.entries:
-                plan = replace(plan, reuses=reused_arguments(plan, functions))
+            if self.strided:
+                reuses = reused_arguments(plan, functions)
+                own = plan.donated if function in graph.entries else reuses
+                plan = replace(plan, reuses=tuple([v for v in reuses if v in own and not plan.given_back]))
             functions[function.name], peaks[function.name] = plan, peak
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
@@ -127,7 +134,7 @@ class PlanStorage(Pass):
         symbols: Mapping[str, Bounds],
     ) -> tuple[FunctionPlan, tuple[Size, ...]]:
         """The plan in the first order that needs less, and its peak; else the plan as it is."""
-        apart = planner.plan(plan.steps, over_nothing) if self.over is not over_nothing or self.strided else plan
+        apart = planner.plan(plan.steps, over_nothing) if self.strided or self.placed is not allocates else plan
         frame = frame_of(apart, planner.callees, self.strided)
         for choice in choices(apart, frame, over, peaks, symbols):
             other = planner.plan(choice.steps, over)
@@ -145,9 +152,15 @@ class _Planner:
     """
 
     def __init__(
-        self, options: PlanStorage, function: Function, callees: Mapping[str, FunctionPlan], is_entry: bool
+        self,
+        options: PlanStorage,
+        function: Function,
+        callees: Mapping[str, FunctionPlan],
+        is_entry: bool,
+        donated: Sequence[str],
     ) -> None:
         self.options, self.function, self.callees, self.is_entry = options, function, callees, is_entry
+        self.donated = tuple([value for value in function.inputs if value.name in donated])
         self.uses, self.results = function.uses(), frozenset(function.results)
         self.given: dict[Value, View | Storage] = {}
 
@@ -168,6 +181,7 @@ class _Planning(ABC):
         self.places: dict[Value, ValuePlace] = {}
         self.results: dict[str, Storage] = {}
         self.copied: tuple[str, ...] = ()
+        self.given_back: dict[str, Value] = {}
         self.names: dict[Value, str] = {}
         self.last_reads: dict[Storage, int] = {}
         self._counts: dict[str, int] = {}
@@ -196,7 +210,18 @@ class _Planning(ABC):
             if value.literal is not None and value not in self.places:
                 self._constant(value)
         lives = tuple(self._lives())
-        return FunctionPlan(self.function, self.steps, self.places, self.names, lives, self.results, self.copied)
+        donated = self.planner.donated
+        return FunctionPlan(
+            self.function,
+            self.steps,
+            self.places,
+            self.names,
+            lives,
+            self.results,
+            self.copied,
+            donated=donated,
+            given_back=self.given_back,
+        )
 
     def _add_results(self) -> None:  # noqa: B027 - a library needs none
         """What the caller has ready for outputs."""
@@ -255,6 +280,11 @@ class _Planning(ABC):
         self._taken.add(name)
         return name
 
+    def _may_be_written(self, storage: Storage) -> bool:
+        """Whether a step may write over what dies there: what the run made, or was given away with the call."""
+        donated = (self.places[v].storage for v in self.planner.donated)
+        return storage.kind is StorageKind.LOCAL or any(storage is each for each in donated)
+
     # -- lives -----------------------------------------------------------------------------------------------
 
     def _lives(self) -> list[Life]:
@@ -303,22 +333,24 @@ class _Allocated(_Planning):
         elif node.op.is_view:
             (x,) = node.inputs
             self._view(value, x)
-        elif not self.planner.options.placed(node) or value in self.handed_out:
-            self._put(value, self._whole(value, StorageKind.FOREIGN), How.OWN, written=True)
         else:
             step = self.steps[self.at[node]]
             dying = next((x for x in self.over(step) if self._dies_in(x, step, value)), None)
             storage = None if dying is None else self.places[dying].storage
+            placed = self.planner.options.placed(node) and value not in self.handed_out
             if dying is None or storage is None:
-                self._put(value, self._whole(value, StorageKind.LOCAL), How.OWN, written=True)
+                kind = StorageKind.LOCAL if placed else StorageKind.FOREIGN
+                self._put(value, self._whole(value, kind), How.OWN, written=True)
             else:
                 self._put(value, storage, How.OVER, dying, written=True)
 
     def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
         """Whether a value may take the storage of x: that is x's alone and as large, and is read for the last time."""
         place = self.places[x]
-        if place.storage is None or place.storage.kind is not StorageKind.LOCAL or not place.written:
+        if place.storage is None or not self._may_be_written(place.storage) or place.how is How.VIEW:
             return False
+        if value in self.handed_out and place.storage.kind is StorageKind.LOCAL:
+            return False  # which the caller shall not have
         alike = x.type.dtype is value.type.dtype and x.type.shape == value.type.shape
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
         return alike and alone and self.last_reads[place.storage] <= self.at[step.root]
@@ -408,19 +440,30 @@ class _Strided(_Planning):
             return self._repeated(value, alike), How.OWN, ""
         step = self.steps[self.at[node]]
         found = self._wanted(value, step)
+        dying = next((x for x in self.over(step) if self._dies_in(x, step, value)), None)
+        lies = None if dying is None else self.places[dying].view
+        if found is not None and dying is not None and lies is not None and self._is_given_back(value, found[1], lies):
+            return lies, How.OVER, dying
         if found is None:
-            dying = next((x for x in self.over(step) if self._dies_in(x, step, value)), None)
-            lies = None if dying is None else self.places[dying].view
             if dying is not None and lies is not None:
                 return lies, How.OVER, dying
             return self._whole(value, StorageKind.LOCAL), How.OWN, ""
         view, of = found
         return view, How.OWN if of is value else How.INTO, of
 
+    def _is_given_back(self, value: Value, of: Value | str, lies: View) -> bool:
+        """Note that an output lies where a donated argument does, if it is one and that is so."""
+        if not isinstance(of, str) or self.function.outputs.get(of) is not value:
+            return False
+        argument = next((v for v in self.planner.donated if self.places[v].storage is lies.storage), None)
+        if argument is not None:
+            self.given_back[of] = argument
+        return argument is not None
+
     def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
         """Whether a value may take the storage of x: it fills it, and all that lies there is read for the last time."""
         place = self.places[x]
-        if place.storage is None or place.view is None or place.storage.kind is not StorageKind.LOCAL:
+        if place.storage is None or place.view is None or not self._may_be_written(place.storage):
             return False
         fills = place.view.is_contiguous and place.storage.elements == value.type.held.elements
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)

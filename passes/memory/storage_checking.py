@@ -52,7 +52,7 @@ def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
     for function in needed:
         planned = plan.functions[function.name]
         _Order(function, planned, StateViews(graph).bases(function)).check()
-        _Lives(function, planned).check()
+        _Lives(function, planned, function in graph.entries).check()
         for sizes, small in drawn:
             notes += StridesCheck(function, planned, sizes, plan.functions).check(small)
         if not plan.strided:
@@ -131,8 +131,8 @@ class _Order:
 class _Lives:
     """Values and storages live as long as they are read."""
 
-    def __init__(self, function: Function, plan: FunctionPlan) -> None:
-        self.function, self.plan = function, plan
+    def __init__(self, function: Function, plan: FunctionPlan, is_entry: bool) -> None:
+        self.function, self.plan, self.is_entry = function, plan, is_entry
         self.lives = {life.storage: life for life in plan.lives}
 
     def check(self) -> None:
@@ -156,10 +156,15 @@ class _Lives:
         for name, value in self.function.outputs.items():
             self._touched(value, end)
             self._expect(self._place(value).last >= end, f"output {name} is dead when it is handed out", value)
+        donated = [plan.places[value].storage for value in plan.donated]
+        self._expect(not donated or self.is_entry, "only the caller of an entry gives away what it passes", None)
+        kept = {*plan.reuses} - {*plan.donated}
+        self._expect(not kept or not self.is_entry, "its result lies over an input that is not donated", None)
         for value, place in plan.places.items():
             if not place.written:
                 continue
-            if place.storage is not None and place.storage.kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT):
+            kind = None if place.storage is None else place.storage.kind
+            if kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT) and place.storage not in donated:
                 raise wrong_plan(f"a step writes into {place.storage}", plan, value)
             self._expect(value.node is not None, "no step makes what is given", value)
 
@@ -180,7 +185,7 @@ class _Lives:
                 f"step {at} needs a storage that is dead", self.plan, value, f"{place.storage} lives {told}"
             )
 
-    def _expect(self, holds: bool, otherwise: str, value: Value) -> None:
+    def _expect(self, holds: bool, otherwise: str, value: Value | None) -> None:
         if not holds:
             raise wrong_plan(otherwise, self.plan, value)
 
@@ -216,8 +221,8 @@ class _Shared:
         if not isinstance(x, Value) or node is None or x not in node.inputs or not node.is_elementwise:
             raise wrong_plan("a step writes over what it does not read element by element", plan, value)
         lies = plan.places[x]
-        mine = lies.storage is place.storage and lies.written
-        mine = mine and place.storage is not None and place.storage.kind is StorageKind.LOCAL
+        ours = place.storage is not None and place.storage.kind is StorageKind.LOCAL and lies.written
+        mine = lies.storage is place.storage and (ours or x in plan.donated or lies.how is How.OVER)
         if not mine or x.type.shape != value.type.shape or x.type.dtype is not value.type.dtype:
             raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
         at = plan.places[value].first

@@ -145,7 +145,9 @@ class FunctionPlan:
                after the last step
     reordered  what it saves that steps do not run in program order; None where they do
     reuses     for kernels that write by strides: the arguments of which the caller may give the storage for the one
-               output, where they die at the call
+               output, where they die at the call; of an entry, only those that are donated
+    donated    arguments that the caller gives away: steps may write over them
+    given_back  outputs by name that lie in a donated argument: the caller has that as the result
     """
 
     function: Function
@@ -157,6 +159,8 @@ class FunctionPlan:
     copied: tuple[str, ...] = ()
     reordered: BetterOrder | None = None
     reuses: tuple[Value, ...] = ()
+    donated: tuple[Value, ...] = ()
+    given_back: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -202,6 +206,9 @@ class FunctionPlan:
             lines[0] += f"; {self.reordered}"
         if self.reuses:
             lines[0] += f"; its result may lie over {' or '.join(names[v] for v in self.reuses)}"
+        if self.donated:
+            lines[0] += f"; {' and '.join(names[v] for v in self.donated)} donated"
+        lines[0] += "".join(f", given back as {name}" for name in self.given_back)
         for (*row, told), value in zip(aligned(cells), shown, strict=True):
             node = value.node
             source = (describe_source(node.source, node.scope) or "") if node is not None else ""

@@ -117,6 +117,13 @@ class StridesCheck:
             if storage.kind is not StorageKind.RESULT or self._number(storage.elements) < self._elements(value):
                 raise wrong_plan(f"a destination is too small for output {name}", self.plan, value)
             view = self.plan.places[value].view
+            argument = self.plan.given_back.get(name)
+            if argument is not None:
+                if argument not in self.plan.donated:
+                    raise wrong_plan(f"output {name} lies in what is not donated", self.plan, value)
+                storage = view.storage if view is not None else storage
+                if self.plan.places[argument].storage is not storage or storage.elements != value.type.held.elements:
+                    raise wrong_plan(f"output {name} does not lie where {argument.name} does", self.plan, value)
             whole = view is not None and view.storage is storage and (view.is_contiguous or value.layout is not None)
             if name not in self.plan.copied and not (whole and view is not None and view.offset == 0):
                 raise wrong_plan(f"nothing writes output {name}", self.plan, value)
@@ -202,7 +209,7 @@ class StridesCheck:
         """Go through the steps with numbers for elements, in storages that more than one of them writes."""
         writers: dict[Storage, int] = {}
         for place in self.plan.places.values():
-            if (place.written or place.how is How.STATE) and place.storage is not None:
+            if (place.written or place.how in (How.STATE, How.GIVEN)) and place.storage is not None:
                 writers[place.storage] = writers.get(place.storage, 0) + 1
         shared = {s for s, n in writers.items() if n > 1}
         large = {s for s in shared if self._number(s.elements) > MOST_CELLS}

@@ -52,6 +52,10 @@ def explain_sites(
         str | None,
         typer.Option(metavar="B=1,S=128", help="memory: the sizes of symbolic axes.", show_default=False),
     ] = None,
+    donate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT", help="memory: an input that callers give away. Repeatable.", show_default=False),
+    ] = None,
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="memory: draw the arena over time.", show_default=False)
     ] = None,
@@ -87,13 +91,14 @@ def explain_sites(
         raise UsageError("--cache is about the step", received=f"explain {model} {subject}")
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
     chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
-    if subject != "memory" and (sizes is not None or svg is not None or against is not None):
-        raise UsageError("--sizes, --svg and --against are about memory", received=f"explain {model} {subject}")
+    if subject != "memory" and (sizes is not None or donate or svg is not None or against is not None):
+        what = "--sizes, --donate, --svg and --against are about memory"
+        raise UsageError(what, received=f"explain {model} {subject}")
     if subject != "fusion":
         if expect or certify:
             raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")
         if subject == "memory":
-            _memory(model, backend, chosen, sizes, svg, against, as_json)
+            _memory(model, backend, chosen | {"donate": donate or ()}, sizes, svg, against, as_json)
         elif subject == "step":
             _step(model, chosen | {"cache": cache}, as_json)
         elif subject == "quantization":

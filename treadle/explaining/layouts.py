@@ -131,8 +131,9 @@ def lowered_for(
     passes: Sequence[Pass],
     inputs: Sequence[str] | None,
     config: Mapping[str, Any],
+    donate: Sequence[str] = (),
 ) -> tuple[str, Optimized]:
-    """The name of what MODEL names, and what a backend's passes make of its optimized graph.
+    """The name of what MODEL names, and what a backend's passes make of its optimized graph; inputs may be donated.
 
     Raises what `compile` does; UsageError for a backend that has no passes of its own.
     """
@@ -149,7 +150,7 @@ def lowered_for(
         resolved = resolve(model, inputs=inputs, widen=widen, **others)
         name, optimized = resolved.name, PassManager(pipeline).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
-    return name, chosen.lower(optimized, where)
+    return name, chosen.lower(optimized, where, donate=donate)
 
 
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:

@@ -8,7 +8,7 @@ and outputs are counted apart: they outlive the run, or are the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class MemoryTold:
     alive     what lives then, the largest first
     apart     bytes of weights, states, inputs and outputs
     storages  the bytes of every storage, by function and name
+    donated   what lies in each donated input after it
     reorders  what other orders than that of the program save
     frames    what they follow from, with places where there is an arena
     """
@@ -90,6 +91,7 @@ class MemoryTold:
     alive: tuple[Alive, ...]
     apart: Mapping[str, int]
     storages: Mapping[str, int]
+    donated: tuple[str, ...]
     reorders: tuple[str, ...]
     frames: Mapping[str, Frame]
     placed: Mapping[str, PlacedFrame] | None
@@ -109,6 +111,7 @@ class MemoryTold:
             "alive": [each.as_dict() for each in self.alive],
             "apart": dict(self.apart),
             "storages": dict(self.storages),
+            "donated": list(self.donated),
             "reordered": list(self.reorders),
         }
 
@@ -130,7 +133,7 @@ class MemoryTold:
         lines.append("apart from it: " + ", ".join(told))
         several = "the largest of " if len(self.formula) > 1 else ""
         lines.append(f"at any sizes the peak is {several}{', '.join(self.formula)} bytes")
-        lines += self.reorders
+        lines += [*self.donated, *self.reorders]
         steps = ", ".join(f"step {at} of {name}" for name, at in self.at)
         lines += ["", f"alive at {steps}: {self.step}"]
         head = ("storage", "of", "bytes", "share", "without it the peak is lower by", "why")
@@ -158,13 +161,16 @@ def explain_memory(
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
     sizes: Mapping[str, int] | None = None,
+    donate: Sequence[str] = (),
     **config: Any,
 ) -> MemoryTold:
     """Say what a run of what MODEL names takes at some sizes: as asked, else 1 for a batch and 128 for other axes.
 
+    donate  inputs that callers give away, as in `compile`
+
     Raises what `compile` does; UsageError for a backend that plans no storage, and for sizes outside their bounds.
     """
-    name, lowered = lowered_for(model, backend, target, passes, inputs, config)
+    name, lowered = lowered_for(model, backend, target, passes, inputs, config, donate)
     chosen = find_backend(backend)
     if lowered.plan is None or not isinstance(chosen, StagedBackend):
         raise UsageError(f"backend {backend} plans no storage", hint="numpy, torch or tvm")
@@ -214,6 +220,7 @@ def _told(
             for name, frame in frames.items()
             for life in frame.lives
         },
+        tuple(_donated(plan.functions[entry])),
         tuple(f"{name}: {each.reordered}" for name, each in plan.functions.items() if each.reordered is not None),
         frames,
         placed,
@@ -237,6 +244,22 @@ def _apart(graph: Graph, sizes: Mapping[str, int]) -> dict[str, int]:
         "inputs": total(main.inputs),
         "outputs": total(list(main.outputs.values())),
     }
+
+
+def _donated(plan: FunctionPlan) -> Iterator[str]:
+    """Of each donated input, what is written over it."""
+    for value in plan.donated:
+        storage = plan.places[value].storage
+        over = [plan.names[v] for v, place in plan.places.items() if place.storage is storage and place.written]
+        back = [name for name, given in plan.given_back.items() if given is value]
+        back += list(plan.results) if value in plan.reuses[:1] else []
+        told = "; ".join(
+            [
+                f"{' and '.join(over)} written over it" if over else "nothing is written over it",
+                *(f"it is given back as output {name}" for name in back),
+            ]
+        )
+        yield f"input {plan.names[value]} is donated: {told}"
 
 
 def _step(frame: Frame, at: int) -> str:

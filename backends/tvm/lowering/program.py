@@ -100,6 +100,7 @@ class ProgramEntry:
     weights    the arguments that are parameters
     states     the arguments that are states, which are read and written
     outputs    the results, by name
+    over       outputs that lie where a donated input does, by the names of both
     """
 
     routines: tuple[Routine, ...]
@@ -107,6 +108,7 @@ class ProgramEntry:
     weights: dict[str, Storage]
     states: dict[str, Storage]
     outputs: dict[str, View]
+    over: dict[str, str] = field(default_factory=dict)
 
     @property
     def routine(self) -> Routine:

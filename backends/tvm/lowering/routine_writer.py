@@ -64,8 +64,15 @@ def lower(
             {name: own.view(value).storage for name, value in entry.parameters.items()},
             {name: own.view(value).storage for name, value in entry.states.items()},
             outputs,
+            _given_back(plan.functions[entry.name]),
         )
     return KernelProgram(tuple(w.routine for w in routines.values()), entries)
+
+
+def _given_back(plan: FunctionPlan) -> dict[str, str]:
+    """Outputs that lie where a donated input does, by the names of both."""
+    found = {name: value.name for name, value in plan.given_back.items()}
+    return found | {name: value.name for value in plan.reuses[:1] for name in plan.results}
 
 
 # -- a function ----------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""Donated inputs: arrays that a caller gives away with a call, so that the run may write over them.
+
+    exe = treadle.compile(model, donate=("x",))
+    x = exe(x=x)["y"]                 # y may lie where x did; nobody may rely on what the old x holds now
+
+What is donated must be memory that the run can take as it is. Otherwise it would write over a copy, or over something
+that was not donated, so it is refused, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.protocol import Port
+from treadle.ir.errors import BackendError, Hint
+from treadle.ir.graph import Function, Graph
+from treadle.passes.memory.storage_plan import StoragePlan
+
+Span = tuple[int, int]
+"""The address of the first byte, and of the one after the last."""
+
+
+def check_names(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once. Raises BackendError for one that is no input of the graph's last entry."""
+    known = [value.name for value in graph.main.inputs]
+    unknown = [name for name in names if name not in known]
+    if isinstance(names, str) or unknown:
+        raise BackendError(
+            "what is donated are inputs, by name",
+            received=repr(names) if isinstance(names, str) else ", ".join(map(repr, unknown)),
+            within=f"{graph.name}({', '.join(known)})",
+            hint=Hint(f"donate=({known[0]!r},)", f"--donate {known[0]}") if known else None,
+        )
+    return tuple(dict.fromkeys(names))
+
+
+class Donated:
+    """The donated inputs of an entry.
+
+    names  of these inputs
+    """
+
+    def __init__(self, plan: StoragePlan | None, entry: Function) -> None:
+        planned = None if plan is None else plan.functions[entry.name]
+        self.names = frozenset(value.name for value in planned.donated) if planned is not None else frozenset()
+
+    def check(self, ports: Sequence[Port], given: Mapping[str, Any], taken: Sequence[Any], held: Iterable[Any]) -> None:
+        """Raise BackendError where a donated array is not what the run would write over.
+
+        given  what the caller passed, by name
+        taken  what the run reads, in the order of the ports
+        held   arrays that outlive the call: weights and states
+        """
+        if not self.names:
+            return
+        spans = {port.name: span_of(given[port.name]) for port in ports}
+        for port, array in zip(ports, taken, strict=True):
+            if port.name not in self.names:
+                continue
+            value, span = given[port.name], spans[port.name]
+            why = _unfit(value)
+            if span is None or why is not None:
+                raise _refused(port, value, why or "it is no array")
+            if span_of(array) != span:
+                raise _refused(port, value, "it would be converted, so that only a copy would be written over")
+            for name, other in spans.items():
+                if name != port.name and _meet(span, other):
+                    raise _refused(port, value, f"it shares memory with input {name}")
+            if any(_meet(span, span_of(each)) for each in held):
+                raise _refused(port, value, "it shares memory with a weight or a state")
+
+
+def _unfit(value: Any) -> str | None:
+    """Why nobody may write over an array as it lies."""
+    if isinstance(value, np.ndarray):
+        if not value.flags.writeable:
+            return "it is read-only"
+        return None if value.flags.c_contiguous else "it is not contiguous"
+    if hasattr(value, "data_ptr"):
+        if value.requires_grad:
+            return "it needs a gradient"
+        return None if value.is_contiguous() else "it is not contiguous"
+    return None
+
+
+def span_of(value: Any) -> Span | None:
+    """The memory in which an array or a tensor lies; None for anything else, and for layouts of a library's own."""
+    if isinstance(value, np.ndarray):
+        begin, strides, item = value.__array_interface__["data"][0], value.strides, value.itemsize
+    elif hasattr(value, "data_ptr") and not value.is_mkldnn:
+        item = value.element_size()
+        begin, strides = value.data_ptr(), tuple(s * item for s in value.stride())
+    else:
+        return None
+    if 0 in value.shape:
+        return begin, begin
+    moves = [(n - 1) * s for n, s in zip(value.shape, strides, strict=True)]
+    return begin + sum(min(0, m) for m in moves), begin + sum(max(0, m) for m in moves) + item
+
+
+def _meet(one: Span | None, other: Span | None) -> bool:
+    return one is not None and other is not None and max(one[0], other[0]) < min(one[1], other[1])
+
+
+def _refused(port: Port, value: Any, why: str) -> BackendError:
+    kind = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+    return BackendError(
+        f"input {port.name} is donated, and cannot be written over: {why}",
+        received=f"{port.name}: {kind}",
+        within=str(port),
+        hint=Hint(
+            f"a contiguous array of {port.dtype} that nothing else uses, or compile without donate=",
+            "leave out --donate",
+        ),
+    )
