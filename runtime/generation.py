@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
@@ -17,10 +17,13 @@ import numpy as np
 from treadle.ir.errors import UsageError
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
+from treadle.runtime.token_rules import TokenRules, log_probabilities
 
 Array = np.ndarray[Any, Any]
-Ending = Literal["end", "context", "count"]
-"""Why a row ends: a token that ends a text, a full context, or as many tokens as were asked for."""
+Ending = Literal["end", "stop", "context", "count"]
+"""Why a row ends: a token that ends a text, the caller's word, a full context, or as many tokens as were asked for."""
+Until = Callable[[int, int], bool]
+"""Whether a row ends with a token, by its prompt's number and the token's id. It is asked once of each token, in order."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,61 @@ class Token:
     id       of the vocabulary
     ending   why the row ends with it, None where it goes on
     logprob  the natural logarithm of the probability that the model gave it, before it was chosen
+    likely   the likeliest tokens in its place, likeliest first, each with its own logarithm; as many as were asked for
     """
 
     row: int
     id: int
     ending: Ending | None = None
     logprob: float = 0.0
+    likely: tuple[tuple[int, float], ...] = ()
 
     @property
     def last(self) -> bool:
         """Whether the row ends with it."""
         return self.ending is not None
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How the next token of a row is chosen, and when the row ends.
+
+    most      the most tokens that are made
+    sampling  greedy, where it is not said
+    rules     what is asked of tokens before
+    stop      ids that end a text
+    until     what else ends a row
+    likely    how many of the likeliest tokens are told beside each
+    """
+
+    most: int
+    sampling: Sampling = Sampling()
+    rules: TokenRules | None = None
+    stop: frozenset[int] = frozenset()
+    until: Until | None = None
+    likely: int = 0
+
+    def choose(self, logits: Array, number: int, prompt: Sequence[int], made: Sequence[int]) -> int:
+        """The id that follows, of logits [vocab] after the tokens made. Raises UsageError where none can be chosen."""
+        if self.rules is None:
+            return self.sampling.choose(logits, row=number, step=len(made))
+        is_last = len(made) + 1 == self.most
+        scores = self.rules.apply(logits, prompt=prompt, made=made, end=tuple(self.stop), is_last=is_last)
+        return self.sampling.choose(scores, row=number, step=len(made))
+
+    def token(self, logits: Array, number: int, made: Sequence[int], is_full: bool) -> Token:
+        """The last of the tokens made as it is told, with why the row ends: is_full where it has room for no more."""
+        chosen = made[-1]
+        scores = log_probabilities(logits)
+        best = np.argsort(-scores, kind="stable")[: self.likely] if self.likely else ()
+        ending: Ending | None = "end" if chosen in self.stop else None
+        if self.until is not None and self.until(number, chosen):
+            ending = ending or "stop"
+        if ending is None and is_full:
+            ending = "context"
+        if ending is None and len(made) == self.most:
+            ending = "count"
+        return Token(number, chosen, ending, float(scores[chosen]), tuple((int(i), float(scores[i])) for i in best))
 
 
 @dataclass
@@ -51,7 +98,7 @@ class _Running:
     number: int
     row: int
     logits: Array
-    made: int = 0
+    made: list[int] = field(default_factory=list)
 
 
 def generate(
@@ -60,20 +107,37 @@ def generate(
     *,
     most: int,
     sampling: Sampling | None = None,
+    rules: TokenRules | None = None,
     stop: Sequence[int] = (),
+    until: Until | None = None,
+    likely: int = 0,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[Token]:
     """Continue each prompt by up to `most` tokens, a step at a time, prompts in order within a step.
 
-    A prompt ends after an id in `stop` (which is given, too), when its row is full, or after `most` tokens. More
-    prompts than the session has free rows wait for one; one that joins depends on nothing of the others.
+    A prompt ends after an id in `stop` (which is given, too), where `until` says so, when its row is full, or after
+    `most` tokens. More prompts than the session has free rows wait for one; one that joins depends on nothing of the
+    others.
 
+    rules    what is asked of the next token, by those before it
+    until    asked of each token whether its row ends with it
+    likely   how many of the likeliest tokens are told beside each one
     inputs   for each prompt what the model takes beside tokens; see `Session.open`
 
     Raises UsageError at once, before a token is asked for, for an empty prompt, one that leaves no room, or a session
     without a free row.
     """
-    most = _count(most)
+    choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
+    rows, given = checked_prompts(session, prompts, inputs)
+    if rows and not session.free:
+        raise no_free_row()
+    return _generated(session, rows, choosing, given)
+
+
+def checked_prompts(
+    session: Session, prompts: Sequence[Sequence[int]], inputs: Sequence[dict[str, Any]] | None
+) -> tuple[list[list[int]], Sequence[dict[str, Any]]]:
+    """Prompts, and what each brings beside tokens. Raises UsageError for one without tokens, or with too many."""
     rows = [list(p) for p in prompts]
     for i, ids in enumerate(rows, 1):
         if not ids:
@@ -83,40 +147,32 @@ def generate(
                 f"prompt {i} of {len(rows)} has {len(ids)} tokens, {session.who_takes} takes {session.capacity}",
                 hint="a shorter prompt",
             )
-    if rows and not session.free:
-        raise _no_free_row()
     if inputs is not None and len(inputs) != len(rows):
         raise UsageError(f"inputs for {len(inputs)} prompts, of {len(rows)}")
-    return _generated(session, rows, most, sampling or Sampling(), frozenset(stop), inputs or [{}] * len(rows))
+    return rows, inputs if inputs is not None else [{}] * len(rows)
 
 
 def _generated(
-    session: Session,
-    prompts: list[list[int]],
-    most: int,
-    sampling: Sampling,
-    stop: frozenset[int],
-    inputs: Sequence[dict[str, Any]],
+    session: Session, prompts: list[list[int]], choosing: Choosing, inputs: Sequence[dict[str, Any]]
 ) -> Iterator[Token]:
-    waiting = deque(range(len(prompts))) if most > 0 else deque[int]()
+    waiting = deque(range(len(prompts))) if choosing.most > 0 else deque[int]()
     running: list[_Running] = []
     try:
         while waiting or running:
             running += _joined(session, prompts, inputs, waiting)
             if not running:
-                raise _no_free_row()
+                raise no_free_row()
             going: dict[int, int] = {}
             for each in list(running):
-                token = sampling.choose(each.logits, row=each.number, step=each.made)
-                each.made += 1
-                ending = _ending(session, each, token in stop, each.made == most)
-                logprob = _logprob(each.logits, token)
-                if ending is not None:
+                chosen = choosing.choose(each.logits, each.number, prompts[each.number], each.made)
+                each.made.append(chosen)
+                token = choosing.token(each.logits, each.number, each.made, is_full(session, each.row))
+                if token.last:
                     running.remove(each)
                     session.close(each.row)
                 else:
-                    going[each.row] = token
-                yield Token(each.number, token, ending, logprob)
+                    going[each.row] = chosen
+                yield token
             if going:
                 found = session.step(going)
                 for each in running:
@@ -143,25 +199,18 @@ def _joined(
     return [_Running(number, row, logits[row]) for row, number in rows.items()]
 
 
-def _count(most: object) -> int:
+def count_of(most: object) -> int:
+    """A number of tokens. Raises UsageError for what is none."""
     if isinstance(most, bool) or not isinstance(most, SupportsIndex) or (count := operator.index(most)) < 0:
         raise UsageError("most must be a number of tokens, 0 or more", received=repr(most))
     return count
 
 
-def _no_free_row() -> UsageError:
+def no_free_row() -> UsageError:
+    """What is said where a session has no row to give."""
     return UsageError("the session has no free row", hint="close one, or a session with more rows")
 
 
-def _ending(session: Session, each: _Running, is_end: bool, is_all: bool) -> Ending | None:
-    if is_end:
-        return "end"
-    if session.full == "error" and session.length(each.row) + 1 > session.capacity:
-        return "context"
-    return "count" if is_all else None
-
-
-def _logprob(logits: Array, token: int) -> float:
-    scores = logits.astype(np.float64)
-    top = scores.max()
-    return float(scores[token] - top - np.log(np.exp(scores - top).sum()))
+def is_full(session: Session, row: int) -> bool:
+    """Whether a row has room for no token more, and does not slide."""
+    return session.full == "error" and session.length(row) + 1 > session.capacity

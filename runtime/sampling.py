@@ -1,7 +1,8 @@
 """Sampling: which token comes next, given the logits of a row.
 
 Greedy takes the largest logit, the lowest id of equals. Otherwise a token is drawn from softmax(logits / temperature),
-cut to the k likeliest (top-k) and to the smallest set whose probability reaches p (top-p, Holtzman et al. 2020).
+cut to the k likeliest (top-k), to the smallest set whose probability reaches p (top-p, Holtzman et al. 2020), and to
+those that are at least so likely as a share of the likeliest (min-p, Nguyen et al. 2024).
 Everything is computed in float64, and a draw depends on the seed, the row and the step alone, so that a run can be
 repeated and a row's text does not depend on its neighbours.
 """
@@ -26,6 +27,7 @@ class Sampling:
     top_k        keep the k likeliest tokens (0: all)
     top_p        keep the likeliest tokens until their probabilities reach p (1: all)
     seed         of the draws
+    min_p        keep tokens whose probability is at least this share of the likeliest one's (0: all)
 
     Raises UsageError for a value out of range.
     """
@@ -34,6 +36,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not (0 <= self.temperature < float("inf")):
@@ -42,6 +45,8 @@ class Sampling:
             raise UsageError("top_k must be 0 or more", received=repr(self.top_k))
         if not 0 < self.top_p <= 1:
             raise UsageError("top_p must lie between 0 and 1", received=repr(self.top_p))
+        if not 0 <= self.min_p <= 1:
+            raise UsageError("min_p must lie between 0 and 1", received=repr(self.min_p))
         if self.seed < 0:
             raise UsageError("a seed must be 0 or more", received=repr(self.seed))
 
@@ -68,5 +73,6 @@ class Sampling:
         probabilities = weights / weights.sum()
         before = np.cumsum(probabilities) - probabilities
         kept = before < self.top_p
+        kept &= probabilities >= self.min_p * probabilities[0]
         kept[0] = True
         return order[kept], probabilities[kept] / probabilities[kept].sum()

@@ -1,0 +1,260 @@
+"""Beam search: of each prompt the continuations that are likeliest as a whole, over rows of a session.
+
+    (best,) = beam_search(session, [[0]], most=40, beams=Beams(4), stop=[1], inputs=[{"tokens": source}])[0]
+
+At each step every row's continuations are ranked together and the best `count` go on, each in a row of its own: a row
+that goes on twice is forked, one that does not is closed. A finished text is ranked by its summed logarithms of
+probabilities over a power of its length, as Wu et al. 2016, section 7, and Hugging Face do: the same texts come out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from treadle.ir.errors import UsageError
+from treadle.runtime.generation import Ending, checked_prompts, count_of
+from treadle.runtime.session import Session
+from treadle.runtime.token_rules import TokenRules, log_probabilities
+
+Array = np.ndarray[Any, Any]
+Early = bool | Literal["never"]
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How beams are searched.
+
+    count           how many go on at each step, each in a row
+    length_penalty  the power of its length by which a finished text's sum is divided: above 0 favours long texts
+    best            how many of each prompt's texts are given, at most `count`
+    early           True: the search ends with the `count`-th finished text. False: it goes on while a beam, were it to
+                    end now, could come before one of these. "never": while it could at any length
+
+    Raises UsageError for a value out of range.
+    """
+
+    count: int = 4
+    length_penalty: float = 1.0
+    best: int = 1
+    early: Early = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError("a search has 1 beam or more", received=repr(self.count))
+        if not 1 <= self.best <= self.count:
+            raise UsageError(f"of {self.count} beams, 1 to {self.count} texts can be given", received=repr(self.best))
+        if not -100 < self.length_penalty < 100:
+            raise UsageError("length_penalty must lie between -100 and 100", received=repr(self.length_penalty))
+        if self.early not in (True, False, "never"):
+            raise UsageError("early must be True, False or 'never'", received=repr(self.early))
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished text.
+
+    tokens   that were made, the one that ends it included
+    score    by which texts of a prompt are ranked
+    logprob  the sum of its tokens' logarithms of probabilities, after rules
+    ending   why it ends
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+    logprob: float
+    ending: Ending
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """A continuation that goes on: its row, the tokens made in it, and the sum of their logarithms."""
+
+    row: int
+    made: tuple[int, ...]
+    total: float
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all searches of a call share."""
+
+    session: Session
+    beams: Beams
+    rules: TokenRules
+    stop: frozenset[int]
+
+
+def beam_search(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    *,
+    most: int,
+    beams: Beams | None = None,
+    rules: TokenRules | None = None,
+    stop: Sequence[int] = (),
+    inputs: Sequence[dict[str, Any]] | None = None,
+) -> Iterator[list[Hypothesis]]:
+    """The best continuations of each prompt by up to `most` tokens, best first; prompts in their order.
+
+    Prompts for whose beams the session has rows are searched together; the others wait.
+
+    rules    what is asked of the next token; applied to logarithms of probabilities
+    stop     ids that end a text
+    inputs   for each prompt what the model takes beside tokens; see `Session.open`
+
+    Raises UsageError at once for a prompt that `generate` refuses, or a session with fewer free rows than beams.
+    """
+    task = _Task(session, beams or Beams(), rules or TokenRules(), frozenset(stop))
+    rows, given = checked_prompts(session, prompts, inputs)
+    if rows and session.free < task.beams.count:
+        raise UsageError(
+            f"{task.beams.count} beams need as many rows, of which {session.free} are free",
+            hint=f"a session of rows={task.beams.count}, or fewer beams",
+        )
+    return _searched(task, rows, count_of(most), given)
+
+
+def _searched(
+    task: _Task, prompts: list[list[int]], most: int, inputs: Sequence[dict[str, Any]]
+) -> Iterator[list[Hypothesis]]:
+    session, count = task.session, task.beams.count
+    waiting = deque(range(len(prompts)))
+    running: dict[int, _Search] = {}
+    done: dict[int, list[Hypothesis]] = {}
+    told = 0
+    if not most:
+        yield from ([] for _ in prompts)
+        return
+    try:
+        while told < len(prompts):
+            joining: dict[int, int] = {}
+            while waiting and session.free - sum(count - len(s.going) for s in running.values()) >= count:
+                number = waiting.popleft()
+                joining[number] = session.open(**inputs[number])
+                running[number] = _Search(task, prompts[number], most, joining[number])
+            logits = session.prefill({row: prompts[number] for number, row in joining.items()}) if joining else {}
+            chosen: dict[int, int] = {}
+            for number, search in list(running.items()):
+                if number in joining:
+                    search.logits = {joining[number]: logits[joining[number]]}
+                following = search.advance()
+                if following:
+                    chosen |= following
+                else:
+                    done[number] = running.pop(number).best()
+            if chosen:
+                found = session.step(chosen)
+                for search in running.values():
+                    search.logits = {beam.row: found[beam.row] for beam in search.going}
+            while told in done:
+                yield done.pop(told)
+                told += 1
+    finally:
+        for search in running.values():
+            search.close()
+
+
+class _Search:
+    """The search of one prompt: its beams, the logits after each, and the texts that are finished, best first."""
+
+    def __init__(self, task: _Task, prompt: list[int], most: int, row: int) -> None:
+        self.task, self.prompt = task, prompt
+        room = task.session.capacity - len(prompt) + 1 if task.session.full == "error" else most
+        self.most = min(most, room)
+        self.ending: Ending = "count" if most <= room else "context"
+        self.going = [_Beam(row, (), 0.0)]
+        self.logits: dict[int, Array] = {}
+        self.finished: list[Hypothesis] = []
+
+    def advance(self) -> dict[int, int]:
+        """Take a step: the token that each row goes on with, or none where the search is over and all rows closed."""
+        task, made = self.task, len(self.going[0].made) + 1
+        running: list[tuple[_Beam, int, float]] = []
+        for rank, (beam, token, total) in enumerate(self._candidates()):
+            if token not in task.stop and made < self.most:
+                running.append((beam, token, total))
+            elif rank < task.beams.count:
+                self._finish(beam, token, total)
+        running = running[: task.beams.count]
+        if not running or self._is_over(running[0][2], made):
+            self.close()
+            return {}
+        self._go_on(running)
+        return {beam.row: beam.made[-1] for beam in self.going}
+
+    def close(self) -> None:
+        """Give all rows back."""
+        for beam in self.going:
+            self.task.session.close(beam.row)
+        self.going = []
+
+    def best(self) -> list[Hypothesis]:
+        """The best texts, best first."""
+        return self.finished[: self.task.beams.best]
+
+    def _candidates(self) -> list[tuple[_Beam, int, float]]:
+        """The likeliest continuations of all beams by one token, likeliest first.
+
+        There are so many that `count` are left to go on with where every beam has each of the ends among them.
+        """
+        end, count = tuple(self.task.stop), max(2, 1 + len(self.task.stop)) * self.task.beams.count
+        totals = []
+        for beam in self.going:
+            scores = self.task.rules.apply(
+                log_probabilities(self.logits[beam.row]),
+                prompt=self.prompt,
+                made=beam.made,
+                end=end,
+                is_last=len(beam.made) + 1 == self.most,
+            )
+            totals.append(scores + beam.total)
+        flat = np.concatenate(totals)
+        if np.isnan(flat).any():
+            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify finds the op")
+        vocabulary = len(totals[0])
+        order = np.argsort(-flat, kind="stable")[:count]
+        return [
+            (self.going[i // vocabulary], int(i % vocabulary), float(flat[i])) for i in order if flat[i] > -np.inf
+        ]
+
+    def _finish(self, beam: _Beam, token: int, total: float) -> None:
+        made = (*beam.made, token)
+        ending: Ending = "end" if token in self.task.stop else self.ending
+        score = total / len(made) ** self.task.beams.length_penalty
+        self.finished.append(Hypothesis(made, score, total, ending))
+        self.finished.sort(key=lambda text: -text.score)
+        del self.finished[self.task.beams.count :]
+
+    def _is_over(self, best_total: float, made: int) -> bool:
+        """Whether no beam is to go on, the best of which has this sum."""
+        beams = self.task.beams
+        if len(self.finished) < beams.count:
+            return False
+        if beams.early is True:
+            return True
+        length = self.most if beams.early == "never" and beams.length_penalty > 0 else made
+        return best_total / length**beams.length_penalty <= self.finished[-1].score
+
+    def _go_on(self, running: list[tuple[_Beam, int, float]]) -> None:
+        """Give each continuation a row: its beam's own for the first, copies of it for the others."""
+        session, kept = self.task.session, {beam.row for beam, _, _ in running}
+        for beam in self.going:
+            if beam.row not in kept:
+                session.close(beam.row)
+        rows = dict.fromkeys(kept)
+        self.going = [_Beam(row, (), 0.0) for row in rows]  # what is open, should a fork fail
+        taken: list[_Beam] = []
+        for beam, token, total in running:
+            row = beam.row
+            if row in rows:
+                del rows[row]
+            else:
+                row = session.fork(row)
+                self.going.append(_Beam(row, (), 0.0))
+            taken.append(_Beam(row, (*beam.made, token), total))
+        self.going = taken

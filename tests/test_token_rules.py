@@ -1,0 +1,155 @@
+"""Rules of which tokens may come next, as Hugging Face's logits processors apply them; and what may be drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from treadle.ir.errors import UsageError
+from treadle.runtime.sampling import Sampling
+from treadle.runtime.stop_strings import StopStrings
+from treadle.runtime.token_rules import TokenRules, log_probabilities
+
+VOCAB = 12
+
+
+def test_what_each_rule_does() -> None:
+    logits = np.array([2.0, -2.0, 1.0, 0.0, 3.0])
+    found = TokenRules(repetition_penalty=2.0).apply(logits, prompt=[0, 1, 0], made=[])
+    np.testing.assert_array_equal(found, [1, -4, 1, 0, 3])
+    found = TokenRules(presence_penalty=0.5).apply(logits, prompt=[0], made=[4, 4, 2])
+    np.testing.assert_array_equal(found, [2, -2, 0.5, 0, 2.5])
+    found = TokenRules(no_repeat_ngram=2).apply(logits, prompt=[1, 2, 1], made=[3, 1])
+    np.testing.assert_array_equal(np.isneginf(found), [False, False, True, True, False])
+    found = TokenRules(no_repeat_ngram=1).apply(logits, prompt=[1], made=[3])
+    np.testing.assert_array_equal(np.isneginf(found), [False, True, False, True, False])
+    assert np.isneginf(TokenRules(fewest=2).apply(logits, prompt=[], made=[1], end=[4])).sum() == 1
+    assert not np.isneginf(TokenRules(fewest=2).apply(logits, prompt=[], made=[1, 1], end=[4])).any()
+    rules = TokenRules(first=3, last=0, banned=(2,), banned_first=(1,))
+    assert rules.apply(logits, prompt=[4], made=[]).argmax() == 3
+    assert np.isneginf(rules.apply(logits, prompt=[4], made=[3])).nonzero()[0].tolist() == [1, 2]
+    assert np.isneginf(rules.apply(logits, prompt=[4], made=[3, 3])).nonzero()[0].tolist() == [2]
+    assert rules.apply(logits, prompt=[4], made=[3, 3], is_last=True).argmax() == 0
+    np.testing.assert_array_equal(logits, [2, -2, 1, 0, 3])
+
+
+def test_rules_that_leave_nothing_and_values_out_of_range() -> None:
+    with pytest.raises(UsageError, match="leave no token"):
+        TokenRules(banned=(0, 1)).apply(np.zeros(2), prompt=[], made=[])
+    with pytest.raises(UsageError, match="token 7 is not in the vocabulary"):
+        TokenRules(first=7).apply(np.zeros(2), prompt=[], made=[])
+    wrong: list[dict[str, Any]] = [
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("nan")},
+        {"presence_penalty": float("inf")},
+        {"no_repeat_ngram": -1},
+        {"fewest": -1},
+    ]
+    for options in wrong:
+        with pytest.raises(UsageError):
+            TokenRules(**options)
+
+
+def test_rules_are_those_of_hugging_face() -> None:
+    """All of them at once, over drawn rows: the same scores to float32's last bits."""
+    torch = pytest.importorskip("torch")
+    made_by = pytest.importorskip("transformers.generation.logits_process")
+    draw = np.random.default_rng(0)
+    rules = TokenRules(
+        repetition_penalty=1.3, no_repeat_ngram=2, banned=(5,), fewest=3, first=2, last=1, banned_first=(4,)
+    )
+    most, start = 7, [0]
+    theirs = made_by.LogitsProcessorList(
+        [
+            made_by.RepetitionPenaltyLogitsProcessor(1.3),
+            made_by.NoRepeatNGramLogitsProcessor(2),
+            made_by.NoBadWordsLogitsProcessor([[5]], eos_token_id=None),
+            made_by.MinNewTokensLengthLogitsProcessor(len(start), 3, torch.tensor([1]), device="cpu"),
+            made_by.ForcedBOSTokenLogitsProcessor(2),
+            made_by.ForcedEOSTokenLogitsProcessor(len(start) + most, 1, device="cpu"),
+            made_by.SuppressTokensAtBeginLogitsProcessor([4], len(start) + 1, device="cpu"),
+        ]
+    )
+    for count in range(most):
+        for _ in range(20):
+            made = [int(i) for i in draw.integers(0, VOCAB, count)]
+            logits = draw.normal(size=VOCAB).astype(np.float32)
+            ours = rules.apply(logits, prompt=start, made=made, end=[1], is_last=count + 1 == most)
+            wanted = theirs(torch.tensor([[*start, *made]]), torch.from_numpy(logits.copy())[None])[0].numpy()
+            np.testing.assert_allclose(ours, wanted, rtol=1e-6)
+
+
+def test_sampling_matches_the_distribution_by_chi_square() -> None:
+    """10,000 draws, cut by each of the ways: the statistic stays under its value at one in ten thousand."""
+    scipy = pytest.importorskip("scipy.stats")
+    logits = np.random.default_rng(5).normal(size=50) * 2
+    for sampling in (
+        Sampling(temperature=1.0, seed=1),
+        Sampling(temperature=0.7, min_p=0.05, seed=2),
+        Sampling(temperature=1.5, top_k=20, top_p=0.9, seed=3),
+    ):
+        ids, expected = sampling.distribution(logits)
+        drawn = np.bincount([sampling.choose(logits, step=i) for i in range(10_000)], minlength=50)
+        assert drawn[ids].sum() == 10_000
+        rare = expected * 10_000 < 5  # too few for the statistic, which takes them together
+        counts, wanted = drawn[ids], expected * 10_000
+        counts = np.append(counts[~rare], counts[rare].sum())
+        wanted = np.append(wanted[~rare], wanted[rare].sum())
+        keep = wanted > 0
+        assert scipy.chisquare(counts[keep], wanted[keep]).pvalue > 1e-4
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:
+    logits = np.log(np.array([0.5, 0.26, 0.14, 0.1]))
+    ids, shares = Sampling(temperature=1.0, min_p=0.27).distribution(logits)
+    assert ids.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(shares, np.array([0.5, 0.26, 0.14]) / 0.9)
+    assert Sampling(temperature=1.0, min_p=1.0).distribution(logits)[0].tolist() == [0]
+    with pytest.raises(UsageError, match="min_p must lie between 0 and 1"):
+        Sampling(min_p=1.1)
+
+
+def test_log_probabilities() -> None:
+    np.testing.assert_allclose(np.exp(log_probabilities(np.array([1e4, 1e4], np.float32))), [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("strings", "text", "certain", "ends"),
+    [
+        (["User:"], "Hello. Us", "Hello. ", False),
+        (["User:"], "Hello. Use it", "Hello. Use it", False),
+        (["User:"], "Hello. User: what", "Hello. ", True),
+        (["aab"], "xaaa", "xa", False),
+        (["b", "ab"], "xab", "x", True),
+        (["abca", "b"], "xabca", "xa", True),
+        (["ab", "b"], "xa", "x", False),
+        ([], "anything", "anything", False),
+    ],
+)
+def test_stop_strings_hold_back_what_may_be_one(strings: list[str], text: str, certain: str, ends: bool) -> None:
+    assert StopStrings(strings).split(text) == (certain, ends)
+
+
+def test_what_was_told_is_never_taken_back() -> None:
+    """Of drawn texts, character by character: what is certain only grows, and ends where a stop string is complete."""
+    draw = np.random.default_rng(1)
+    for _ in range(300):
+        text = "".join(draw.choice(list("ab"), 12))
+        watch = StopStrings(["".join(draw.choice(list("ab"), draw.integers(1, 5))) for _ in range(2)])
+        told = ""
+        for at in range(1, len(text) + 1):
+            certain, ends = watch.split(text[:at])
+            assert certain.startswith(told)
+            told = certain
+            if ends:
+                break
+        assert watch.split(text)[0] == told, "it does not matter in which pieces a text comes"
+        assert ends == any(stop in text for stop in watch.strings)
+
+
+@pytest.mark.parametrize("strings", [[""], "ab", [3]])
+def test_stop_strings_that_are_none(strings: Any) -> None:
+    with pytest.raises(UsageError, match="stop strings are texts"):
+        StopStrings(strings)
