@@ -123,6 +123,16 @@ class TextTokenizer:
             row[: len(e.ids)] = e.ids
         return TokenBatch(ids, lengths, np.array([bool(e.overflowing) for e in encoded]))
 
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens, by name."""
+        return dict(self._tokenizer.get_vocab())
+
+    def token(self, number: int) -> str:
+        """What an id stands for, as it is written in a text; a special token's name."""
+        name = self._tokenizer.id_to_token(number)
+        added = self._tokenizer.get_added_tokens_decoder()
+        return str(name) if name is None or number in added else self._tokenizer.decode([number])
+
     def special_tokens(self) -> list[str]:
         """The special tokens by name, which a text may hold as they are written."""
         added = self._tokenizer.get_added_tokens_decoder()

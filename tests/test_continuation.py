@@ -205,3 +205,103 @@ def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(tmp_p
     assert "transformers" in first
     exec("\n".join(program), {})
     assert TextTokenizer.open(tmp_path).batch(["cat sat"]).ids.tolist() == [[2, 5, 6, 3]]
+
+
+# -- choosing tokens -----------------------------------------------------------------------------------------------
+
+
+def test_a_stop_string_ends_a_text_and_is_held_back_while_it_may_come(folder: Path) -> None:
+    writer = TextWriter.open(folder)
+    (whole,) = ["".join(p.text for p in writer.continued(["the cat"], most=20))]
+    assert len(whole) > 6
+    for stop in (whole[3:6], whole[2:5], whole[4]):
+        pieces = list(writer.continued(["the cat", "a"], most=20, stop=["\0", stop]))
+        first = [p for p in pieces if p.row == 0]
+        assert "".join(p.text for p in first) == whole[: whole.index(stop)]
+        assert first[-1].ending == "stop"
+        told = ""
+        for piece in first:
+            told += piece.text
+            assert whole[: whole.index(stop)].startswith(told)
+    alone = [p.text for p in writer.continued(["a"], most=20)]
+    assert "".join(alone) == "".join(
+        p.text for p in writer.continued(["the cat", "a"], most=20, stop=[whole[3:6] + "\0"]) if p.row == 1
+    )
+
+
+def test_probabilities_are_those_of_the_whole_text(folder: Path) -> None:
+    done = json.loads(generated(str(folder), "the cat", "--tokens", "4", "--logprobs", "3", "--json").stdout)
+    (text,) = done["texts"]
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    writer = TextWriter.open(folder)
+    (prompt,) = writer.tokens(["the cat"])
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + text["tokens"]])).logits[0, len(prompt) - 1 : -1]
+    wanted = torch.log_softmax(logits, -1)
+    assert len(text["logprobs"]) == 4
+    for told, row, token in zip(text["logprobs"], wanted, text["tokens"], strict=True):
+        assert told["token"] == token
+        assert told["logprob"] == pytest.approx(float(row[token]), abs=1e-4)
+        best = torch.topk(row, 3)
+        assert [each["token"] for each in told["likely"]] == best.indices.tolist()
+        assert [each["logprob"] for each in told["likely"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+    shown = generated(str(folder), "the cat", "--tokens", "4", "--logprobs", "1").stdout.splitlines()
+    assert f"{text['logprobs'][0]['logprob']:.4f}" in shown[-5]
+
+
+def test_beams_of_the_command_are_those_of_hugging_face(folder: Path) -> None:
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    words = ["the cat", "--tokens", "8", "--beams", "4", "--best", "3", "--length-penalty", "0.5"]
+    (text,) = json.loads(generated(str(folder), *words, "--json").stdout)["texts"]
+    (prompt,) = TextWriter.open(folder).tokens(["the cat"])
+    ids = torch.tensor([prompt])
+    wanted = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        num_beams=4,
+        num_return_sequences=3,
+        length_penalty=0.5,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    for found, row in zip(text["found"], wanted[:, len(prompt) :].tolist(), strict=True):
+        assert found["tokens"] == row[: len(found["tokens"])]
+        assert set(row[len(found["tokens"]) :]) <= {0}
+    assert "score" in generated(str(folder), *words).stderr
+    assert "takes no --stop" in generated(str(folder), *words, "--stop", "x").stderr
+
+
+def test_speculation_gives_the_same_text_and_says_what_was_right(folder: Path) -> None:
+    prompt = "the cat sat on the mat and the cat sat on"
+    plain = json.loads(generated(str(folder), prompt, "--tokens", "20", "--json").stdout)
+    for words in (["--speculate"], ["--draft", str(folder)]):
+        told = json.loads(generated(str(folder), prompt, "--tokens", "20", "--json", *words).stdout)
+        assert told["texts"] == plain["texts"]
+        assert told["speculation"]["accepted"] <= told["speculation"]["guessed"]
+        assert told["speculation"]["made"] == len(told["texts"][0]["tokens"])
+        assert "of the model" in generated(str(folder), prompt, "--tokens", "20", *words).stderr
+    assert told["speculation"]["accepted_length"] > 1, "a model that drafts for itself is right"
+
+
+def test_a_draft_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["vocab"]["strange"] = data["model"]["vocab"].pop("!")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert "must have the same vocabulary" in generated(str(folder), "the", "--draft", str(tmp_path)).stderr
+
+
+def test_penalties_of_the_command_are_those_of_hugging_face(folder: Path) -> None:
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    (prompt,) = TextWriter.open(folder).tokens(["the cat"])
+    ids = torch.tensor([prompt])
+    wanted = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, repetition_penalty=1.4, do_sample=False, pad_token_id=0
+    )
+    words = ["the cat", "--tokens", "12", "--repetition-penalty", "1.4", "--json"]
+    (text,) = json.loads(generated(str(folder), *words).stdout)["texts"]
+    assert text["tokens"] == wanted[0, len(prompt) :].tolist()
+    plain = json.loads(generated(str(folder), "the cat", "--tokens", "12", "--json").stdout)
+    assert plain["texts"][0]["tokens"] != text["tokens"]

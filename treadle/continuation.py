@@ -23,8 +23,13 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
 from treadle.models.registry import family_of, read_gguf
 from treadle.resolving import GGUF_SUFFIX, find_folder
+from treadle.runtime.beam_search import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
 from treadle.runtime.sampling import Sampling
+from treadle.runtime.session import Session
+from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, speculate
+from treadle.runtime.stop_strings import StopStrings
+from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
 
 _CONFIG_BYTES = 4 << 20
@@ -37,20 +42,65 @@ class Piece:
     """A part of one row's continuation, as soon as it is known.
 
     row     the prompt's number
-    text    what is new of the text: none where a character's bytes are not complete
+    text    what is new of the text: none where a character's bytes are not complete, or a stop string may have begun
     id      the token
-    ending  why the row ends with it: "end", "context" or "count"; None where it goes on
+    ending  why the row ends with it: "end", "stop" (a stop string), "context" or "count"; None where it goes on
+    logprob the natural logarithm of the probability that the model gave the token
+    likely  the likeliest tokens in its place with theirs, as many as were asked for
     """
 
     row: int
     text: str
     id: int
     ending: Ending | None
+    logprob: float = 0.0
+    likely: tuple[tuple[int, float], ...] = ()
 
     @property
     def last(self) -> bool:
         """Whether the row ends with it."""
         return self.ending is not None
+
+
+@dataclass(frozen=True)
+class FoundText:
+    """A continuation that a beam search found.
+
+    text    without the token that ends it
+    tokens  the ids, that one included
+    score   by which a prompt's continuations are ranked
+    ending  why it ends
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    score: float
+    ending: Ending
+
+
+class _Growing:
+    """The text of a row, as far as it is certain."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: StopStrings) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids: list[int] = []
+        self.whole = self.told = ""
+
+    def add(self, token: int) -> bool:
+        """Whether a stop string ends the text with this token."""
+        self.ids.append(token)
+        self.whole = self.tokenizer.text(self.ids)
+        return self.stop.split(self.whole)[1]
+
+    def tell(self, is_last: bool) -> str:
+        """What is new and certain; all, up to a stop string, where the row has ended."""
+        certain, ends = self.stop.split(self.whole)
+        if is_last and not ends:
+            certain = self.whole
+        elif not ends:
+            certain = certain.rstrip("\N{REPLACEMENT CHARACTER}")
+        new, self.told = certain[len(self.told) :], certain
+        return new
 
 
 @dataclass(frozen=True)
@@ -97,32 +147,86 @@ class TextWriter:
             )
         return cls(made, tokenizer, end, template)
 
-    def continued(self, prompts: Sequence[str], *, most: int, sampling: Sampling | None = None) -> Iterator[Piece]:
-        """Continue each prompt by up to `most` tokens, or to the model's end of text. Raises UsageError at once for an
-        empty prompt, or one that leaves no room."""
+    def continued(
+        self,
+        prompts: Sequence[str],
+        *,
+        most: int,
+        sampling: Sampling | None = None,
+        rules: TokenRules | None = None,
+        stop: Sequence[str] = (),
+        likely: int = 0,
+        guess: Guess | None = None,
+        tally: SpeculationTally | None = None,
+    ) -> Iterator[Piece]:
+        """Continue each prompt by up to `most` tokens, to the model's end of text, or to a stop string.
+
+        rules   what is asked of the next token, by those before it
+        stop    strings that end a text, and are no part of it
+        likely  how many of the likeliest tokens are told beside each one
+        guess   what guesses tokens that the model then checks, prompt after prompt; `tally` counts what came of it
+
+        Raises UsageError at once for an empty prompt, or one that leaves no room.
+        """
+        watch, rows = StopStrings(stop), self.tokens(prompts)
+        growing = [_Growing(self.tokenizer, watch) for _ in rows]
+
+        def until(row: int, token: int) -> bool:
+            return growing[row].add(token)
+
+        options: dict[str, Any] = {"most": most, "sampling": sampling, "rules": rules, "stop": self.end}
+        options |= {"until": until, "likely": likely}
+        if guess is None:
+            tokens = generate(self._session(rows, most, min(len(rows), MOST_ROWS)), rows, **options)
+        else:
+            tokens = speculate(self._session(rows, most, 1), rows, guess=guess, tally=tally, **options)
+        return self._pieces(tokens, growing)
+
+    def searched(
+        self, prompts: Sequence[str], *, most: int, beams: Beams, rules: TokenRules | None = None
+    ) -> list[list[FoundText]]:
+        """The best continuations of each prompt that a beam search finds, best first. Raises as `continued` does."""
+        rows = self.tokens(prompts)
+        session = self._session(rows, most, beams.count)
+        return [
+            [FoundText(self.tokenizer.text(each.tokens), each.tokens, each.score, each.ending) for each in found]
+            for found in beam_search(session, rows, most=most, beams=beams, rules=rules, stop=self.end)
+        ]
+
+    def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The ids of each prompt."""
         batch = self.tokenizer.batch(prompts)
-        rows = [[int(i) for i in ids[:length]] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
-        longest = max(map(len, rows), default=0)
+        return [[int(i) for i in ids[:length]] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
+
+    def draft_for(self, other: TextWriter, *, count: int = 4) -> DraftModel:
+        """This model as the one that guesses `count` tokens at a time for a larger one.
+
+        Raises UsageError where the two have other vocabularies, or this one's rows cannot take tokens back.
+        """
+        if self.tokenizer.vocabulary() != other.tokenizer.vocabulary():
+            raise UsageError(
+                "a draft model must have the same vocabulary as the model that checks its tokens",
+                received=f"{self.model.name} and {other.model.name} have different ones",
+            )
+        context, most = self.model.derived.context, other.model.derived.context
+        return DraftModel(self.model.session(rows=1, capacity=context or most or 4096), count=count)
+
+    def _session(self, prompts: Sequence[Sequence[int]], most: int, rows: int) -> Session:
+        longest = max(map(len, prompts), default=0)
         context = self.model.derived.context
         capacity = longest + most if context is None else min(longest + most, context)
-        session = self.model.session(rows=max(1, min(len(rows), MOST_ROWS)), capacity=max(1, capacity))
-        tokens = generate(session, rows, most=most, sampling=sampling, stop=self.end)
-        return self._pieces(tokens, len(rows))
+        return self.model.session(rows=max(1, rows), capacity=max(1, capacity))
 
     @property
     def marks(self) -> list[str]:
         """The special tokens that the chat template writes around what is said, such as <|im_start|>."""
         return [token for token in self.tokenizer.special_tokens() if self.template and token in self.template]
 
-    def _pieces(self, tokens: Iterator[Token], count: int) -> Iterator[Piece]:
-        written: list[list[int]] = [[] for _ in range(count)]
-        shown = [""] * count
+    @staticmethod
+    def _pieces(tokens: Iterator[Token], growing: Sequence[_Growing]) -> Iterator[Piece]:
         for token in tokens:
-            written[token.row].append(token.id)
-            text = self.tokenizer.text(written[token.row])
-            whole = text if token.last else text.rstrip("\N{REPLACEMENT CHARACTER}")
-            new, shown[token.row] = whole[len(shown[token.row]) :], whole
-            yield Piece(token.row, new, token.id, token.ending)
+            text = growing[token.row].tell(token.last)
+            yield Piece(token.row, text, token.id, token.ending, token.logprob, token.likely)
 
 
 def _folder_end_tokens(folder: Path) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ from treadle.cli.options import (
 
 if TYPE_CHECKING:
     from treadle.continuation import Piece, TextWriter
+    from treadle.runtime.speculation import SpeculationTally
 
 
 @command("generate")
@@ -39,7 +41,40 @@ def continue_texts(
     top_p: Annotated[
         float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
     ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from tokens at least this share as likely as the likeliest.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same text.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1, tokens that a text has already are less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from the logits of tokens that were generated already.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End where this text appears. Repeatable.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=100, help="Tell each token's log-probability, and the N likeliest.", show_default=False
+        ),
+    ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=512, help="Search with so many beams for the likeliest text.", show_default=False),
+    ] = None,
+    length_penalty: Annotated[
+        float, typer.Option(metavar="X", help="With --beams: above 0 favours long texts.")
+    ] = 1.0,
+    best: Annotated[int, typer.Option(metavar="N", min=1, help="With --beams: how many texts to give.")] = 1,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Guess tokens from the text so far; the same text, sooner.")
+    ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Guess tokens by a smaller model of the same vocabulary.", show_default=False),
+    ] = None,
     cache: CacheName = None,
     config: Config = None,
     limit: Limit = None,
@@ -56,22 +91,59 @@ def continue_texts(
     from treadle.option_values import parse_config
     from treadle.progress import working
     from treadle.reports import counted
+    from treadle.runtime.beam_search import Beams
     from treadle.runtime.sampling import Sampling
+    from treadle.runtime.speculation import PromptLookup, SpeculationTally
+    from treadle.runtime.token_rules import TokenRules
 
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed, min_p)
+    rules = TokenRules(repetition_penalty=repetition_penalty, presence_penalty=presence_penalty)
+    search = None if beams is None else Beams(beams, length_penalty, best)
+    if search is not None:
+        _refuse_with_beams(temperature=temperature, stop=stop, logprobs=logprobs, speculate=speculate, draft=draft)
+    where = Target(target, threads)
     with working(f"compiling {model}", shown=not as_json):
         writer = TextWriter.open(
             model,
             backend=backend,
-            target=Target(target, threads),
+            target=where,
             dtype=dtype,
             quantize=quantize,
             cache=cache,
             **parse_config(config or (), limit or ()),
         )
+        guess = None
+        if draft is not None:
+            guess = TextWriter.open(draft, backend=backend, target=where, cache=cache).draft_for(writer)
+    facts: dict[str, Any] = {"model": writer.model.name, "backend": backend}
+    chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    chosen |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+    if search is not None:
+        with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
+            found = writer.searched(prompts, most=most, beams=search, rules=rules)
+        if as_json:
+            beaming = {"count": search.count, "length_penalty": length_penalty, "best": best}
+            texts = [{"prompt": p, "found": list(map(asdict, each))} for p, each in zip(prompts, found, strict=True)]
+            print_json({**facts, "beams": beaming, "texts": texts})
+            return
+        for prompt, each in zip(prompts, found, strict=True):
+            for text in each:
+                print(f"{prompt}{text.text}\n")
+                print(f"score {text.score:.4f}, {counted(len(text.tokens), 'token')}", file=sys.stderr)
+        return
+    tally = SpeculationTally() if speculate or draft is not None else None
     written = [Written(prompt) for prompt in prompts]
     pace = Pace()
-    pieces = writer.continued(prompts, most=most, sampling=sampling)
+    pieces = writer.continued(
+        prompts,
+        most=most,
+        sampling=sampling,
+        rules=rules,
+        stop=stop or (),
+        likely=logprobs or 0,
+        guess=guess or (PromptLookup() if speculate else None),
+        tally=tally,
+    )
     stream = len(prompts) == 1 and not as_json
     if stream:
         print(prompts[0], end="", flush=True)
@@ -86,25 +158,40 @@ def continue_texts(
         if stream:
             print(flush=True)  # also before an error
     if as_json:
-        print_json(
-            {
-                "model": writer.model.name,
-                "backend": backend,
-                "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
-                "chat_template": writer.template is not None,
-                **pace.facts(),
-                "texts": [each.facts() for each in written],
-            }
-        )
+        facts |= {"sampling": chosen, "chat_template": writer.template is not None, **pace.facts()}
+        if tally is not None:
+            facts["speculation"] = _tally_facts(tally)
+        print_json({**facts, "texts": [each.facts(writer, logprobs is not None) for each in written]})
         return
     for each in written if not stream else []:
         print(f"{each.prompt}{each.text}\n")
+    for each in written if logprobs is not None else []:
+        print("\n".join(each.probabilities(writer)) + "\n")
     sys.stdout.flush()
     for number, each in enumerate(written, 1):
         which = f"text {number}: " if len(written) > 1 else ""
         print(which + each.reason(writer), file=sys.stderr)
     if told := pace.told():
         print(told, file=sys.stderr)
+    if tally is not None:
+        guesses = counted(tally.guessed, "guessed token")
+        print(
+            f"{tally.accepted} of {guesses} were right, {tally.accepted_length:.2f} a call of the model", file=sys.stderr
+        )
+
+
+def _refuse_with_beams(**options: Any) -> None:
+    from treadle.ir.errors import UsageError
+
+    given = [name for name, value in options.items() if value is not None and value]
+    if given:
+        raise UsageError("a beam search takes no " + " or ".join(f"--{name}" for name in given), hint="leave it out")
+
+
+def _tally_facts(tally: SpeculationTally) -> dict[str, Any]:
+    """What guessing came to; `margin` is null where no token was the likeliest."""
+    margin = tally.margin if math.isfinite(tally.margin) else None
+    return {**asdict(tally), "margin": margin, "accepted_length": tally.accepted_length}
 
 
 class Pace:
@@ -144,28 +231,55 @@ class Written:
 
     prompt: str
     text: str = ""
-    ids: list[int] = field(default_factory=list)
-    ending: str | None = None
+    pieces: list[Piece] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
-        self.ids.append(piece.id)
-        self.ending = piece.ending
+        self.pieces.append(piece)
 
-    def facts(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "text": self.text, "tokens": self.ids, "ending": self.ending}
+    @property
+    def ending(self) -> str | None:
+        """Why it ended, if it did."""
+        return self.pieces[-1].ending if self.pieces else None
+
+    def facts(self, writer: TextWriter, with_logprobs: bool) -> dict[str, Any]:
+        ids = [piece.id for piece in self.pieces]
+        facts: dict[str, Any] = {"prompt": self.prompt, "text": self.text, "tokens": ids, "ending": self.ending}
+        if with_logprobs:
+            facts["logprobs"] = [
+                {
+                    **_priced(writer, piece.id, piece.logprob),
+                    "likely": [_priced(writer, number, logprob) for number, logprob in piece.likely],
+                }
+                for piece in self.pieces
+            ]
+        return facts
+
+    def probabilities(self, writer: TextWriter) -> list[str]:
+        """A line a token: its log-probability, itself, and the likeliest in its place."""
+        lines = []
+        for piece in self.pieces:
+            others = "  ".join(f"{writer.tokenizer.token(i)!r} {logprob:.4f}" for i, logprob in piece.likely)
+            lines.append(f"{piece.logprob:9.4f}  {writer.tokenizer.token(piece.id)!r:20} {others}".rstrip())
+        return lines
 
     def reason(self, writer: TextWriter) -> str:
         """Why it stopped, in words."""
         from treadle.reports import counted
 
-        tokens = counted(len(self.ids), "token")
+        tokens = counted(len(self.pieces), "token")
         if self.ending == "context":
             return f"stopped after {tokens}: the model's context is full"
         if self.ending == "count":
             return f"stopped after {tokens}, as many as --tokens allows"
+        if self.ending == "stop":
+            return f"stopped after {tokens}: --stop appeared"
         told = f"stopped after {tokens}: the model ended the text"
         if self.text.strip() or writer.template is None:
             return told
         marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
         return f"{told} at once. It was made for chat: write the prompt as its chat template does{marks}"
+
+
+def _priced(writer: TextWriter, number: int, logprob: float) -> dict[str, Any]:
+    return {"token": number, "text": writer.tokenizer.token(number), "logprob": logprob}
