@@ -1,4 +1,4 @@
-"""Text as token ids: the tokenizer.json of a model's folder, run by the tokenizers library.
+"""Text as token ids: the vocabulary of a model's folder, run by the tokenizers library.
 
     tokenizer = TextTokenizer.open(folder)
     batch = tokenizer.batch(["a cat", "a longer sentence"])
@@ -12,8 +12,9 @@ that it asks for is replaced by ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,8 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike, read_regular
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
-from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+from treadle.frontends.older_vocabularies import build_older_tokenizer, read_special_tokens
+from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _OLDER = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
@@ -47,12 +49,53 @@ class TokenBatch:
     cut: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class EncodedText:
+    """A text, or a pair of texts, as ids; every field has an entry for each.
+
+    ids      of the vocabulary
+    types    0 for what belongs to the first text, 1 for the second, as the model was trained
+    offsets  where each stands in its text: characters from, up to
+    parts    which text each is of, 0 or 1; None for a special token
+    words    the number of its word in its text; None for a special token
+    cut      whether the text lost its end, or, where it was cut into windows, whether more follow
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    parts: tuple[int | None, ...]
+    words: tuple[int | None, ...]
+    cut: bool
+
+    @classmethod
+    def of(cls, encoding: Any) -> EncodedText:
+        """Of the library's encoding."""
+        return cls(
+            tuple(encoding.ids),
+            tuple(encoding.type_ids),
+            tuple(encoding.offsets),
+            tuple(encoding.sequence_ids),
+            tuple(encoding.word_ids),
+            bool(encoding.overflowing),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 class TextTokenizer:
     """The tokenizer of a model's folder."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int | None) -> None:
-        """`tokenizer` is a `tokenizers.Tokenizer` without padding; texts are cut to `max_tokens` ids."""
+    def __init__(
+        self, tokenizer: Any, max_tokens: int | None, special: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """`tokenizer` is a `tokenizers.Tokenizer` without padding; texts are cut to `max_tokens` ids.
+
+        special  the names of special tokens by their roles, such as mask_token, as far as the folder says them
+        """
         self._tokenizer = tokenizer
+        self._special = special
         self.max_tokens = max_tokens
 
     @classmethod
@@ -65,7 +108,7 @@ class TextTokenizer:
         cut: bool = True,
         limit_bytes: int = _FILE_BYTES,
     ) -> TextTokenizer:
-        """Read tokenizer.json of a model's folder, or of its place in a hub cache.
+        """Read tokenizer.json of a model's folder, or of its place in a hub cache; else one of the older forms.
 
         max_tokens   what texts are cut to, special tokens included; without it, what tokenizer_config.json says
                      (model_max_length), else tokenizer.json (truncation)
@@ -88,16 +131,24 @@ class TextTokenizer:
         shown = place.show(_FILE)
         older = [name for name in _OLDER if place.has(name)]
         if older and not place.has(_FILE):
-            raise CheckpointError(
-                f"the folder has no {_FILE}, which holds the vocabulary and how text is cut",
-                received=", ".join(older),
-                within=place.shown,
-                hint="make it with transformers, in Python:\n"
-                f"from transformers import AutoTokenizer\n"
-                f"AutoTokenizer.from_pretrained({place.shown!r}).save_pretrained({place.shown!r})",
+            settings = _settings(place, limit_bytes)
+            made = _guarded(
+                lambda: build_older_tokenizer(place, settings, limit_bytes),
+                "the vocabulary is damaged",
+                place.show(older[0]),
             )
-        data = read_regular(place.file(_FILE), limit_bytes, shown, "limit_bytes=")
-        made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
+            if made is None:
+                raise CheckpointError(
+                    f"the folder has no {_FILE}, which holds the vocabulary and how text is cut",
+                    received=", ".join(older),
+                    within=place.shown,
+                    hint="make it with transformers, in Python:\n"
+                    f"from transformers import AutoTokenizer\n"
+                    f"AutoTokenizer.from_pretrained({place.shown!r}).save_pretrained({place.shown!r})",
+                )
+        else:
+            data = read_regular(place.file(_FILE), limit_bytes, shown, "limit_bytes=")
+            made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
         made.no_padding()
         asked = max_tokens if max_tokens is not None else _longest_input(place, limit_bytes)
         if asked is None and made.truncation is not None:
@@ -107,7 +158,7 @@ class TextTokenizer:
             made.no_truncation()
         else:
             _guarded(lambda: made.enable_truncation(most), f"texts cannot be cut to {most} tokens", shown)
-        return cls(made, most)
+        return cls(made, most, read_special_tokens(_settings(place, limit_bytes)))
 
     def batch(self, texts: Sequence[str]) -> TokenBatch:
         """Texts as one padded array. Raises UsageError for no texts, and for one that is not valid Unicode."""
@@ -122,6 +173,75 @@ class TextTokenizer:
         for row, e in zip(ids, encoded, strict=True):
             row[: len(e.ids)] = e.ids
         return TokenBatch(ids, lengths, np.array([bool(e.overflowing) for e in encoded]))
+
+    def encode(
+        self, texts: Sequence[str | tuple[str, str]], *, windows: tuple[int, int] | None = None, special: bool = True
+    ) -> list[list[EncodedText]]:
+        """Each text, or pair, as ids with their places; one that is too long loses its end, a pair its longer text's.
+
+        windows  (most, step): instead, the second text of a pair is cut into windows, so that each, with the first text
+                 and special tokens, has at most so many ids, and overlaps the next by `step`: all of them are given
+        special  whether special tokens are put around
+
+        Raises UsageError for a text that is not valid Unicode, and where windows leave the second text no room.
+        """
+        for text in texts:
+            for part in (text,) if isinstance(text, str) else text:
+                if not part.isascii():
+                    _refuse_surrogates(part)
+        kept = self._tokenizer.truncation
+        if windows is not None:
+            most, step = windows
+
+            def cut() -> None:
+                self._tokenizer.enable_truncation(most, stride=step, strategy="only_second")
+
+            _guarded(cut, f"texts cannot be cut to {most} tokens", _FILE)
+        try:
+            encoded = _guarded(
+                lambda: self._tokenizer.encode_batch(list(texts), add_special_tokens=special),
+                "the tokenizer failed on a text",
+                _FILE,
+            )
+        finally:
+            if windows is not None:
+                self._tokenizer.no_truncation()
+                if kept is not None:
+                    self._tokenizer.enable_truncation(**kept)
+        if windows is None:
+            return [[EncodedText.of(e)] for e in encoded]
+        return [[EncodedText.of(e), *map(EncodedText.of, e.overflowing)] for e in encoded]
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a token by its name in the vocabulary; None where there is none."""
+        found = self._tokenizer.token_to_id(name)
+        return None if found is None else int(found)
+
+    def name_of(self, number: int) -> str:
+        """An id's name in the vocabulary, such as ##ing."""
+        return str(self._tokenizer.id_to_token(number))
+
+    @property
+    def unknown(self) -> int | None:
+        """The id that stands for what the vocabulary does not have; None where there is none."""
+        name = self._special.get("unk_token") or getattr(self._tokenizer.model, "unk_token", None)
+        return self.id_of(name) if isinstance(name, str) else None
+
+    @property
+    def mask(self) -> str | None:
+        """The name of the token that stands for what is to be filled in; None where there is none."""
+        named = [self._special.get("mask_token"), "[MASK]", "<mask>"]
+        return next((name for name in named if name is not None and self.id_of(name) is not None), None)
+
+    @property
+    def word_prefix(self) -> str | None:
+        """What the names of pieces begin with that continue a word, such as ##; None where nothing says so."""
+        return getattr(self._tokenizer.model, "continuing_subword_prefix", None) or None
+
+    def join(self, names: Sequence[str]) -> str:
+        """Names of tokens as text."""
+        decoder = self._tokenizer.decoder
+        return str(decoder.decode(list(names))) if decoder is not None else " ".join(names)
 
     def vocabulary(self) -> dict[str, int]:
         """The ids of all tokens, by name."""
@@ -138,10 +258,10 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return [token.content for _, token in sorted(added.items()) if token.special]
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Ids as text, special ones left out; bytes that are no whole character come as U+FFFD."""
+    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Ids as text, special ones left out unless asked for; bytes that are no whole character come as U+FFFD."""
         decoded = _guarded(
-            lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True), "ids are no text", _FILE
+            lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special), "ids are no text", _FILE
         )
         return str(decoded)
 
@@ -193,6 +313,8 @@ def _guarded(action: Callable[[], T], what: str, shown: str) -> T:
     """What the library answers; its failures, of which a hostile file can bring about some, as CheckpointError."""
     try:
         return action()
+    except TreadleError:
+        raise
     except BaseException as error:
         # A panic of the library's Rust is a BaseException of a class that cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

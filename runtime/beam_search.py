@@ -218,9 +218,7 @@ class _Search:
             raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify finds the op")
         vocabulary = len(totals[0])
         order = np.argsort(-flat, kind="stable")[:count]
-        return [
-            (self.going[i // vocabulary], int(i % vocabulary), float(flat[i])) for i in order if flat[i] > -np.inf
-        ]
+        return [(self.going[i // vocabulary], int(i % vocabulary), float(flat[i])) for i in order if flat[i] > -np.inf]
 
     def _finish(self, beam: _Beam, token: int, total: float) -> None:
         made = (*beam.made, token)

@@ -197,11 +197,19 @@ def _speculated(
 
 
 def _continued(
-    session: Session, row: int, number: int, prompt: list[int], choosing: Choosing, guess: Guess, tally: SpeculationTally
+    session: Session,
+    row: int,
+    number: int,
+    prompt: list[int],
+    choosing: Choosing,
+    guess: Guess,
+    tally: SpeculationTally,
 ) -> Iterator[Token]:
     made: list[int] = []
     guessed: list[int] = []
-    found = session.prefill({row: prompt})[row][None]  # logits [n, vocab] after what the row holds, and after each guess
+    found = session.prefill({row: prompt})[row][
+        None
+    ]  # logits [n, vocab] after what the row holds, and after each guess
     while True:
         head, right = made[-1:], 0
         for logits in found:

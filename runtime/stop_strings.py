@@ -1,7 +1,7 @@
 """Stop strings: a text that grows ends where one of them appears, and what may be the beginning of one is held back.
 
-    watch = StopStrings(["\\n\\n", "User:"])
-    watch.split("Hello. Us")       # ("Hello. ", False): " Us" may go on as a stop string
+watch = StopStrings(["\\n\\n", "User:"])
+watch.split("Hello. Us")       # ("Hello. ", False): " Us" may go on as a stop string
 """
 
 from __future__ import annotations

@@ -194,7 +194,10 @@ def test_what_no_family_reads_is_told_before_its_tokenizer(folder: Path, tmp_pat
     assert "general.architecture is not supported" in generated(str(tmp_path / "m.gguf"), "the cat").stderr
 
 
-def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(tmp_path: Path) -> None:
+def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)  # as of a kind not known here
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "sat"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     transformers.BertConfig(vocab_size=len(words)).save_pretrained(tmp_path)
@@ -298,7 +301,12 @@ def test_penalties_of_the_command_are_those_of_hugging_face(folder: Path) -> Non
     (prompt,) = TextWriter.open(folder).tokens(["the cat"])
     ids = torch.tensor([prompt])
     wanted = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, repetition_penalty=1.4, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        repetition_penalty=1.4,
+        do_sample=False,
+        pad_token_id=0,
     )
     words = ["the cat", "--tokens", "12", "--repetition-penalty", "1.4", "--json"]
     (text,) = json.loads(generated(str(folder), *words).stdout)["texts"]

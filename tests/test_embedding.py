@@ -266,7 +266,7 @@ def test_the_command_reads_lines(folder: Path, embed_command: Run, tmp_path: Pat
     assert "not UTF-8" in err
     code, _, err = embed_command(str(folder), stdin=b"\n")
     assert code == 2
-    assert "no sentence to embed" in err
+    assert "there is no sentence" in err
 
 
 def test_the_command_as_json_and_to_a_file(folder: Path, embed_command: Run, tmp_path: Path) -> None:

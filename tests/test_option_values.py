@@ -200,8 +200,8 @@ def test_sentences_are_given_or_are_lines(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("data", "what", "received"),
     [
-        (b"", "there is no sentence to embed", "no line of text"),
-        (b" \n\n", "there is no sentence to embed", "no line of text"),
+        (b"", "there is no sentence", "no line of text"),
+        (b" \n\n", "there is no sentence", "no line of text"),
         (b"a\xff", "the text is not UTF-8", "byte 1"),
         (b"a" * 11, "the text is longer than the limit", "limit 10 bytes"),
     ],
@@ -216,7 +216,7 @@ def test_what_are_no_sentences(data: bytes, what: str, received: str, monkeypatc
 def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Input(None))
     error = refusal(lambda: read_sentences([], None))
-    assert (error.what, error.hint) == ("there is no sentence to embed", 'treadle embed minilm "A sentence."')
+    assert (error.what, error.hint) == ("there is no sentence", 'treadle embed minilm "A sentence."')
     assert refusal(lambda: read_sentences(["a"], "f")).received == "1 and --file f"
 
 

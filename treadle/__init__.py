@@ -40,7 +40,6 @@ from treadle.ir.errors import UsageError as UsageError  # noqa: E402
 from treadle.ir.errors import VerifyError as VerifyError  # noqa: E402
 
 if TYPE_CHECKING:
-    from treadle.artifacts import load as load
     from treadle.artifacts import save as save
     from treadle.compiled import Compiled as Compiled
     from treadle.compiling import compile as compile
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from treadle.ir.analysis.following import follow as follow
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
+    from treadle.loading import load as load
     from treadle.specializing import Specializing as Specializing
 
 _LAZY = {
@@ -60,7 +60,7 @@ _LAZY = {
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.analysis.following",
     "from_torch": "treadle.frontends.torch_export.importer",
-    "load": "treadle.artifacts",
+    "load": "treadle.loading",
     "save": "treadle.artifacts",
 }
 

@@ -11,7 +11,7 @@ missing, the mean is taken and scaled to length one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
 from treadle.resolving import find_folder
+from treadle.tasks.batching import batches_by_length
 
 Vectors = npt.NDArray[np.float32]
 
@@ -121,9 +122,10 @@ class SentenceEmbedder:
         """The same, with how many tokens each sentence has and which lost their end. Raises UsageError as `embed`."""
         if not sentences:
             raise UsageError("there is no sentence to embed")
-        order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
+        order: list[int] = []
         parts, counts, cut = [], [0] * len(sentences), []
-        for chosen in _batches(order, sentences, batch_size):
+        for chosen in batches_by_length([len(sentence) for sentence in sentences], batch_size):
+            order += chosen
             batch = self.tokenizer.batch([sentences[i] for i in chosen])
             hidden = np.asarray(self.model(tokens=batch.ids, lengths=batch.lengths)["hidden"])
             parts.append(self.pooling(hidden, batch.lengths))
@@ -131,18 +133,6 @@ class SentenceEmbedder:
                 counts[i] = int(length)
                 cut += [i] if was_cut else []
         return Embedded(np.concatenate(parts)[np.argsort(order)], tuple(counts), tuple(sorted(cut)))
-
-
-def _batches(order: Sequence[int], sentences: Sequence[str], size: int) -> Iterator[Sequence[int]]:
-    """Runs of an order from long to short, of at most `size` sentences, none under half as long as another: padding
-    costs as much as words.
-    """
-    start = 0
-    for at in range(1, len(order) + 1):
-        longest = len(sentences[order[start]])
-        if at == len(order) or at - start == size or 2 * len(sentences[order[at]]) < longest:
-            yield order[start:at]
-            start = at
 
 
 def read_pooling(place: ModelFolder) -> Pooling:

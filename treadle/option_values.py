@@ -233,8 +233,10 @@ def _numbers(name: str, text: str) -> Any:
     return value
 
 
-def read_sentences(given: Sequence[str], file: str | None) -> list[str]:
+def read_sentences(given: Sequence[str], file: str | None, command: str = "embed minilm") -> list[str]:
     """Sentences from the command line, or lines of a file or of standard input, blank ones left out.
+
+    command  what is asked of them, for the hint of an error
 
     Raises UsageError where there is none, or it is too much or not UTF-8.
     """
@@ -243,7 +245,7 @@ def read_sentences(given: Sequence[str], file: str | None) -> list[str]:
     if given:
         return list(given)
     if file is None and sys.stdin.isatty():
-        raise UsageError("there is no sentence to embed", hint='treadle embed minilm "A sentence."')
+        raise UsageError("there is no sentence", hint=f'treadle {command} "A sentence."')
     piped = file in (None, "-")
     shown = "standard input" if piped else str(file)
     data = sys.stdin.buffer.read(_TEXT_BYTES + 1) if piped else read_regular(str(file), _TEXT_BYTES)
@@ -255,5 +257,5 @@ def read_sentences(given: Sequence[str], file: str | None) -> list[str]:
         raise UsageError("the text is not UTF-8", received=f"byte {error.start}", within=shown) from None
     found = [line for line in lines if line]
     if not found:
-        raise UsageError("there is no sentence to embed", received="no line of text", within=shown)
+        raise UsageError("there is no sentence", received="no line of text", within=shown)
     return found

@@ -77,6 +77,21 @@ def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callabl
         yield lambda count: progress.update(task, completed=min(count, size))
 
 
+@contextmanager
+def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar of how many of some things are done; gives what to call with their number. A single one has none."""
+    if not shown or total < 2 or not _is_watched():
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
+    progress = _progress(*columns)
+    task = progress.add_task(what, total=total)
+    with progress:
+        yield lambda count: progress.update(task, completed=min(count, total))
+
+
 def _is_watched() -> bool:
     """Whether someone sees standard error, and TREADLE_DEBUG writes nothing else to it meanwhile."""
     return sys.stderr.isatty() and os.environ.get("TREADLE_DEBUG", "") in ("", "0")

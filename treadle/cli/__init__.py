@@ -1,6 +1,7 @@
 """The command line: `treadle inspect | compile | explain | run | verify | shard | export | bench | embed | ...`.
 
-docs/cli.md describes each command; each has a file of its name here.
+docs/cli.md describes each command; each has a file of its name here, or, if it asks a model for something that people
+ask, in `tasks/`.
 
 An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, as do wrong options;
 anything else is a fault of Treadle's, told so, with exit code 1. With `--json` stdout holds one object and nothing
@@ -20,10 +21,13 @@ COMMANDS = (
     *("inspect", "compile", "explain", "run", "verify", "shard", "export"),
     *("bench", "roofline", "embed", "generate", "models", "fetch"),
 )
+TASKS = ("classify", "answer", "tag", "fill", "label", "match", "translate", "summarize")
 """In the order of `--help`."""
 
 for _name in COMMANDS:
     import_module(f"{__name__}.{_name}")
+for _name in TASKS:
+    import_module(f"{__name__}.tasks.{_name}")
 
 
 def main() -> None:
@@ -57,7 +61,7 @@ def _run_as_json(words: list[str]) -> int:
         error: Any = raised
         if not _is_of_usage(error):
             raise
-        named = [word for word in words[:1] if word in COMMANDS]
+        named = [word for word in words[:1] if word in (*COMMANDS, *TASKS)]
         what, hint = error.format_message(), " ".join(["treadle", *named, "--help"])
         with saying():
             print_json({"error": {"kind": "UsageError", "what": what, "try": hint}})

@@ -57,23 +57,29 @@ def continue_texts(
     logprobs: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=0, max=100, help="Tell each token's log-probability, and the N likeliest.", show_default=False
+            metavar="N",
+            min=0,
+            max=100,
+            help="Tell each token's log-probability, and the N likeliest.",
+            show_default=False,
         ),
     ] = None,
     beams: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=512, help="Search with so many beams for the likeliest text.", show_default=False),
+        typer.Option(
+            metavar="N", min=1, max=512, help="Search with so many beams for the likeliest text.", show_default=False
+        ),
     ] = None,
-    length_penalty: Annotated[
-        float, typer.Option(metavar="X", help="With --beams: above 0 favours long texts.")
-    ] = 1.0,
+    length_penalty: Annotated[float, typer.Option(metavar="X", help="With --beams: above 0 favours long texts.")] = 1.0,
     best: Annotated[int, typer.Option(metavar="N", min=1, help="With --beams: how many texts to give.")] = 1,
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Guess tokens from the text so far; the same text, sooner.")
     ] = False,
     draft: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Guess tokens by a smaller model of the same vocabulary.", show_default=False),
+        typer.Option(
+            metavar="MODEL", help="Guess tokens by a smaller model of the same vocabulary.", show_default=False
+        ),
     ] = None,
     cache: CacheName = None,
     config: Config = None,
@@ -176,7 +182,8 @@ def continue_texts(
     if tally is not None:
         guesses = counted(tally.guessed, "guessed token")
         print(
-            f"{tally.accepted} of {guesses} were right, {tally.accepted_length:.2f} a call of the model", file=sys.stderr
+            f"{tally.accepted} of {guesses} were right, {tally.accepted_length:.2f} a call of the model",
+            file=sys.stderr,
         )
 
 

@@ -1,0 +1,240 @@
+"""Vocabularies in the files that were there before tokenizer.json, built as the tokenizers library builds them.
+
+    vocab.txt                     WordPiece, a token a line: BERT, DistilBERT, ELECTRA
+    vocab.json and merges.txt     byte-level BPE: GPT-2, RoBERTa, BART; CLIP, whose words end in </w>
+
+config.json's model_type, or tokenizer_config.json's tokenizer_class, says whose way of cutting text it is. Sources: the
+classes of these names in Hugging Face transformers, which build the same parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.files.contained_files import read_regular
+from treadle.files.shown_names import printable
+from treadle.files.strict_json import read_json_object
+from treadle.frontends.huggingface import ModelFolder
+from treadle.ir.errors import CheckpointError
+
+_WORDS, _TOKENS, _MERGES = "vocab.txt", "vocab.json", "merges.txt"
+_CONFIG_BYTES = 4 << 20
+_MOST_TOKENS = 4_000_000
+
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How vocabularies of a kind are built.
+
+    build    the tokenizer of a vocabulary, merges, the names of special tokens and tokenizer_config.json
+    special  the names of special tokens, where the folder does not say others
+    """
+
+    build: Callable[[Any, dict[str, int], list[tuple[str, str]], Mapping[str, str], Mapping[str, Any]], Any]
+    special: Mapping[str, str]
+
+
+def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
+    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has no such files, or of a kind not built here.
+
+    settings  tokenizer_config.json
+
+    Raises CheckpointError where a file is damaged or too long.
+    """
+    import tokenizers
+
+    names = _kind_names(place, settings)
+    if place.has(_WORDS):
+        kind = next((_WORDPIECE[name] for name in names if name in _WORDPIECE), None)
+        vocabulary, merges = _read_words(place, limit_bytes) if kind else {}, []
+        shown = place.show(_WORDS)
+    elif place.has(_TOKENS) and place.has(_MERGES):
+        kind = next((_BYTE_LEVEL[name] for name in names if name in _BYTE_LEVEL), None)
+        vocabulary, merges = _read_tokens(place, limit_bytes) if kind else ({}, [])
+        shown = place.show(_TOKENS)
+    else:
+        return None
+    if kind is None:
+        return None
+    named = read_special_tokens(settings)
+    special = {role: named.get(role, name) for role, name in kind.special.items()}
+    missing = [name for name in special.values() if name not in vocabulary and name != special.get("mask_token")]
+    if missing:
+        raise CheckpointError("the vocabulary lacks a special token", received=printable(missing[0]), within=shown)
+    made = kind.build(tokenizers, vocabulary, merges, special, settings)
+    known = [name for name in dict.fromkeys(special.values()) if name in vocabulary]
+    # What stands before a mask belongs to it, as RoBERTa was trained.
+    made.add_special_tokens(
+        [
+            tokenizers.AddedToken(name, normalized=False, lstrip=merges != [] and name == special.get("mask_token"))
+            for name in known
+        ]
+    )
+    return made
+
+
+def _wordpiece(
+    tokenizers: Any,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    special: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> Any:
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token=special["unk_token"]))
+    lower, accents = settings.get("do_lower_case", True), settings.get("strip_accents")
+    made.normalizer = tokenizers.normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True) is not False,
+        strip_accents=accents if isinstance(accents, bool) else None,
+        lowercase=lower is not False,
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece(prefix="##")
+    first, last = special["cls_token"], special["sep_token"]
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{first}:0 $A:0 {last}:0",
+        pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
+        special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+    )
+    return made
+
+
+def _byte_level(
+    tokenizers: Any,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    special: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> Any:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False))
+    prefix = settings.get("add_prefix_space") is True
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    if "cls_token" in special:
+        first, last = special["cls_token"], special["sep_token"]
+        made.post_processor = tokenizers.processors.RobertaProcessing(
+            (last, vocabulary[last]),
+            (first, vocabulary[first]),
+            trim_offsets=settings.get("trim_offsets", True) is not False,
+            add_prefix_space=prefix,
+        )
+    return made
+
+
+def _clip(
+    tokenizers: Any,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    special: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> Any:
+    model = tokenizers.models.BPE(
+        vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", fuse_unk=False, unk_token=special["unk_token"]
+    )
+    made = tokenizers.Tokenizer(model)
+    normalize, pre = tokenizers.normalizers, tokenizers.pre_tokenizers
+    made.normalizer = normalize.Sequence(
+        [normalize.NFC(), normalize.Replace(tokenizers.Regex(r"\s+"), " "), normalize.Lowercase()]
+    )
+    words = pre.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    made.pre_tokenizer = pre.Sequence([words, pre.ByteLevel(add_prefix_space=False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    first, last = special["bos_token"], special["eos_token"]
+    made.post_processor = tokenizers.processors.RobertaProcessing(
+        (last, vocabulary[last]), (first, vocabulary[first]), trim_offsets=False, add_prefix_space=False
+    )
+    return made
+
+
+_BERT = _Kind(
+    _wordpiece,
+    {
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    },
+)
+_ROBERTA = _Kind(
+    _byte_level,
+    {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"},
+)
+_GPT2 = _Kind(_byte_level, {"eos_token": "<|endoftext|>"})
+_CLIP = _Kind(_clip, {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"})
+
+_WORDPIECE = dict.fromkeys(("bert", "distilbert", "electra"), _BERT)
+_BYTE_LEVEL = {"gpt2": _GPT2, "roberta": _ROBERTA, "bart": _ROBERTA, "clip": _CLIP, "clip_text_model": _CLIP}
+
+
+def _kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
+    """What the folder says its tokenizer is: the class of tokenizer_config.json first, then config.json's model_type."""
+    names = []
+    named = settings.get("tokenizer_class")
+    if isinstance(named, str):
+        names.append(named.removesuffix("Fast").removesuffix("Tokenizer").lower())
+    if place.has("config.json"):
+        shown = place.show("config.json")
+        data = read_regular(place.file("config.json"), _CONFIG_BYTES, shown)
+        names.append(str(read_json_object(data, shown, nesting=32, values=200_000).get("model_type")))
+    return names
+
+
+def read_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The names of special tokens by their roles in tokenizer_config.json: texts, or the `content` of objects."""
+    found = {}
+    for role, name in settings.items():
+        content = name.get("content") if isinstance(name, Mapping) else name
+        if role.endswith("_token") and isinstance(content, str) and content:
+            found[role] = content
+    return found
+
+
+def _read_words(place: ModelFolder, limit_bytes: int) -> dict[str, int]:
+    shown = place.show(_WORDS)
+    lines = _read_text(place, _WORDS, limit_bytes).split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines)}
+    if len(vocabulary) != len(lines):
+        raise CheckpointError(
+            "the vocabulary holds a token twice", received=f"{len(lines)} lines, {len(vocabulary)} tokens", within=shown
+        )
+    return vocabulary
+
+
+def _read_tokens(place: ModelFolder, limit_bytes: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    shown = place.show(_TOKENS)
+    data = read_regular(place.file(_TOKENS), limit_bytes, shown, "limit_bytes=")
+    vocabulary = read_json_object(data, shown, nesting=2, values=_MOST_TOKENS)
+    numbers = list(vocabulary.values())
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in numbers):
+        raise CheckpointError("the vocabulary must give each token a number, 0 or more", within=shown)
+    if len(set(numbers)) != len(numbers):
+        raise CheckpointError("two tokens of the vocabulary have one number", within=shown)
+    merges = []
+    for number, line in enumerate(_read_text(place, _MERGES, limit_bytes).split("\n")):
+        if not line.strip() or (number == 0 and line.startswith("#version")):
+            continue
+        left, _, right = line.rstrip("\r").partition(" ")
+        if not left or not right or " " in right or not {left, right, left + right} <= vocabulary.keys():
+            raise CheckpointError(
+                "a merge must be two tokens, parted by a space, that make a third",
+                received=printable(line, 80),
+                within=f"{place.show(_MERGES)}, line {number + 1}",
+            )
+        merges.append((left, right))
+    return vocabulary, merges
+
+
+def _read_text(place: ModelFolder, name: str, limit_bytes: int) -> str:
+    shown = place.show(name)
+    data = read_regular(place.file(name), limit_bytes, shown, "limit_bytes=")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError("the file is not UTF-8", received=f"byte {error.start}", within=shown) from None

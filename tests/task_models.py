@@ -1,0 +1,68 @@
+"""Small random folders of Hugging Face's classes with tokenizers, for tests of tasks, and texts to ask them about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+WORDS = (
+    "the a cat dog house tree river stone bird sky blue green runs sits sings under over near old new café naïve Zürich "
+    "London Paris Ada Grace lived wrote code moved walked quickly unhappy playing played player"
+).split()
+PIECES = ["##s", "##ing", "##ed", "##er", "##ly", "un", "happy", "play", "walk", "quick", ".", ",", "?", "!", "'"]
+
+
+def texts(count: int, seed: int = 0, longest: int = 14) -> list[str]:
+    """Drawn sentences: known words, words of pieces, unknown words, accents and marks."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        words = list(draw.choice([*WORDS, "walking", "happyer", "qqq", "Œuvre", "don't"], draw.integers(1, longest)))
+        made.append(" ".join(words) + str(draw.choice(["", ".", "?", " !"])))
+    return made
+
+
+def wordpiece() -> Any:
+    """A BERT tokenizer of a small vocabulary."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    lower = [transformers.BertTokenizer().backend_tokenizer.normalizer.normalize_str(word) for word in WORDS]
+    names = list(dict.fromkeys([*special, *lower, *PIECES, *letters, *("##" + letter for letter in letters)]))
+    return transformers.BertTokenizer(vocab={name: i for i, name in enumerate(names)}, model_max_length=40)
+
+
+def byte_level() -> Any:
+    """A RoBERTa tokenizer, trained on the texts."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(texts(300, 7), vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    data = __import__("json").loads(made.to_str())["model"]
+    merges = [tuple(merge) for merge in data["merges"]]
+    return transformers.RobertaTokenizer(vocab=data["vocab"], merges=merges, model_max_length=40)
+
+
+def save(place: Path, architecture: str, tokenizer: Any, scale: float = 3.0, **config: Any) -> Any:
+    """A random model of a class with this tokenizer as a folder; returns the model."""
+    cls = getattr(transformers, architecture)
+    vocabulary = len(tokenizer)
+    pad = tokenizer.pad_token_id
+    sizes = {"vocab_size": vocabulary, "max_position_embeddings": 48 + pad, "pad_token_id": pad}
+    if "DistilBert" in architecture:
+        sizes |= {"dim": 24, "n_heads": 4, "n_layers": 2, "hidden_dim": 40}
+    else:
+        sizes |= {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40}
+    if "Albert" in architecture:
+        sizes["embedding_size"] = 12
+    torch.manual_seed(1)
+    model = cls(cls.config_class(**{**sizes, **config})).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name.lower():
+                weight.mul_(scale)  # far from uniform, so that there is something to tell
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return model

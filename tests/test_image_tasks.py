@@ -1,0 +1,214 @@
+"""Tasks on image files: pixels, labels and matches as Hugging Face's pipelines give them over Pillow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+image_module = pytest.importorskip("PIL.Image")
+
+import treadle as t
+from treadle.backends.registry import find_backend
+from treadle.cli import app
+from treadle.frontends.huggingface import ModelFolder
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.tasks.images import ImageReader
+
+SIZES = {
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {
+    "vocab_size": 0,
+    "hidden_size": 20,
+    "num_attention_heads": 5,
+    "num_hidden_layers": 2,
+    "intermediate_size": 30,
+    "max_position_embeddings": 24,
+}
+
+
+@pytest.fixture(params=("numpy", "torch", "tvm"))
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := find_backend(request.param).available():
+        pytest.skip(f"backend {request.param}: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """50 drawn images: colours, grey, with transparency, of a palette, turned by their camera, small and wide."""
+    place, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    paths = []
+    for number in range(50):
+        height, width = (int(side) for side in draw.integers(20, 90, 2))
+        ramp = np.add.outer(np.linspace(0, 1, height), np.linspace(0, 1, width))[..., None] * draw.uniform(0, 127, 3)
+        pixels = np.clip(ramp + draw.normal(0, 20, ramp.shape), 0, 255).astype(np.uint8)
+        image = image_module.fromarray(pixels)
+        mode = ("RGB", "L", "RGBA", "P", "RGB")[number % 5]
+        suffix = "jpg" if mode == "RGB" and number % 2 else "png"
+        path = place / f"{number}.{suffix}"
+        exif = image_module.Exif()
+        exif[0x0112] = 6 if number % 5 == 4 else 1
+        image.convert(mode).save(path, exif=exif)
+        paths.append(str(path))
+    return paths
+
+
+def spread(model: Any, scale: float) -> Any:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name.lower() and name != "logit_scale":
+                weight.mul_(scale)
+    return model
+
+
+def labelled(place: Path, kind: str, **reading: Any) -> None:
+    """A random classifier of images as a folder that says so of how they are read."""
+    torch.manual_seed(2)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, num_labels=5)
+    spread(getattr(transformers, f"{kind}ForImageClassification")(config), 3.0).save_pretrained(place)
+    processor = {"image_processor_type": f"{kind}ImageProcessor", **reading}
+    (place / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+READINGS = [
+    ("ViT", {"size": {"height": 32, "width": 32}}),
+    ("ViT", {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "do_rescale": False}),
+    ("DeiT", {"size": {"height": 40, "width": 36}, "crop_size": {"height": 32, "width": 32}}),
+    ("DeiT", {"size": {"height": 24, "width": 40}, "crop_size": {"height": 32, "width": 32}, "do_normalize": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "reading"), READINGS)
+def test_labels_as_hugging_face(
+    kind: str, reading: dict[str, Any], backend: str, images: list[str], tmp_path: Path
+) -> None:
+    labelled(tmp_path, kind, **reading)
+    theirs = transformers.pipeline("image-classification", model=str(tmp_path), device="cpu", top_k=5)
+    for ours, wanted in zip(t.load(tmp_path, backend=backend).label(images), theirs(images), strict=True):
+        assert [each.label for each in ours] == [each["label"] for each in wanted]
+        np.testing.assert_allclose([each.score for each in ours], [each["score"] for each in wanted], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 32}, {"shortest_edge": 20}])
+def test_pixels_of_the_shorter_side_are_those_of_hugging_face(
+    size: dict[str, int], images: list[str], tmp_path: Path
+) -> None:
+    reading = {"size": size, "crop_size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(reading))
+    ours = ImageReader.open(ModelFolder.find(tmp_path), "clip", sides=(32, 32)).read(images)
+    theirs = transformers.CLIPImageProcessor(**reading)
+    turned = [pytest.importorskip("PIL.ImageOps").exif_transpose(image_module.open(p)).convert("RGB") for p in images]
+    wanted = np.stack(theirs(turned)["pixel_values"])
+    np.testing.assert_allclose(ours, wanted, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP, with its vocabulary in the two files of before tokenizer.json."""
+    place = tmp_path_factory.mktemp("clip")
+    made = pytest.importorskip("tokenizers").CharBPETokenizer(suffix="</w>", lowercase=True)
+    captions = ["a photo of a cat", "a drawing of the sky, blue", "two dogs 2 play in the park"] * 3
+    made.train_from_iterator(captions, vocab_size=120, suffix="</w>", special_tokens=[])
+    model = json.loads(made.to_str())["model"]
+    letters = [*map(chr, range(33, 127)), *(chr(c) + "</w>" for c in range(33, 127))]
+    names = list(dict.fromkeys([*letters, *model["vocab"], "<|startoftext|>", "<|endoftext|>"]))
+    (place / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    end = len(names) - 1
+    text = {**TEXT, "vocab_size": len(names), "eos_token_id": end, "bos_token_id": end - 1}
+    torch.manual_seed(4)
+    config = transformers.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=16)
+    spread(transformers.CLIPModel(config), 2.0).save_pretrained(place)
+    reading = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    (place / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "CLIPImageProcessor", **reading})
+    )
+    (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    return place
+
+
+def test_matches_as_hugging_face(clip: Path, backend: str, images: list[str]) -> None:
+    labels = ["a photo of a cat", "Blue  sky", "two dogs play in the 3rd park!", "a"]
+    theirs = transformers.pipeline("zero-shot-image-classification", model=str(clip), device="cpu")
+    wanted = theirs(images, candidate_labels=labels, hypothesis_template="{}")
+    for ours, each in zip(t.load(clip, backend=backend).match(images, labels), wanted, strict=True):
+        assert [scored.label for scored in ours.scores] == [row["label"] for row in each]
+        np.testing.assert_allclose([s.score for s in ours.scores], [row["score"] for row in each], atol=1e-5)
+
+
+def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
+    labelled(tmp_path, "ViT", size={"height": 32, "width": 32})
+    run = CliRunner()
+    told = json.loads(run.invoke(app, ["label", str(tmp_path), *images[:2], "--top", "2", "--json"]).stdout)
+    assert [len(each["labels"]) for each in told["images"]] == [2, 2]
+    best = told["images"][0]["labels"][0]
+    shown = run.invoke(app, ["label", str(tmp_path), images[0], "--top", "1"]).stdout
+    assert shown == f"{images[0]}: {best['label']} {best['score']:.4f}\n"
+    words = ["match", str(clip), images[0], "--text", "a cat", "--text", "a dog"]
+    told = json.loads(run.invoke(app, [*words, "--json"]).stdout)
+    assert sum(each["score"] for each in told["images"][0]["texts"]) == pytest.approx(1)
+    assert "a cat" in run.invoke(app, words).stdout
+
+
+# -- what is no image --------------------------------------------------------------------------------------------------
+
+
+def test_damaged_and_hostile_files(tmp_path: Path, images: list[str]) -> None:
+    labelled(tmp_path, "ViT", size={"height": 32, "width": 32})
+    model, draw = t.load(tmp_path), np.random.default_rng(5)
+    whole = Path(images[0]).read_bytes()
+    bad = tmp_path / "bad.png"
+    for number in range(60):
+        data = bytearray(whole[: int(draw.integers(0, len(whole)))] if number % 2 else whole)
+        for at in draw.integers(0, max(1, len(data)), 8):
+            data[at : at + 1] = bytes([int(draw.integers(256))])
+        bad.write_bytes(bytes(data))
+        try:
+            model.label(str(bad))
+        except UsageError as error:
+            assert "bad.png" in str(error)
+    bomb = image_module.new("1", (60_000, 60_000))
+    bomb.save(bad)
+    with pytest.raises(UsageError, match=r"more pixels than the limit|no image that can be read"):
+        model.label(str(bad))
+    bad.write_text("P1 not an image")
+    with pytest.raises(UsageError, match="no image that can be read"):
+        model.label(str(bad))
+    image_module.new("RGB", (20_000, 1)).save(bad)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": 32})
+    )
+    with pytest.raises(UsageError, match="too long and narrow"):
+        t.load(tmp_path).label(str(bad))
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        {"size": {"height": 48, "width": 32}},
+        {"size": "large"},
+        {"size": {"height": -1, "width": 3}},
+        {"size": {"height": 32, "width": 32}, "image_mean": [1, 2]},
+        {"size": {"height": 32, "width": 32}, "resample": 9},
+        {"size": {"height": 32, "width": 32}, "rescale_factor": "x"},
+    ],
+)
+def test_a_preprocessor_that_does_not_fit(reading: dict[str, Any], tmp_path: Path, images: list[str]) -> None:
+    labelled(tmp_path, "ViT", **reading)
+    with pytest.raises(CheckpointError, match=r"how images are read|images must become 32 x 32"):
+        t.load(tmp_path).label(images[0])

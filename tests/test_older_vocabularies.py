@@ -1,0 +1,101 @@
+"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids that Hugging Face's tokenizers give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("torch")
+
+from tests.task_models import byte_level, texts, wordpiece
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import CheckpointError
+
+HARD = [
+    "",
+    "  spaces \t and\nlines ",
+    "ÀÉÎ œuvre 中文 字",
+    "naïve—dash… “quotes”",
+    "🙂 emoji",
+    "[MASK] and <mask> </s>",
+    "1234 5.6",
+]
+
+
+def older(place: Path, kind: str, **settings: Any) -> None:
+    """The older files of a kind of tokenizer, with its config.json."""
+    if kind == "bert":
+        vocabulary = wordpiece().get_vocab()
+        names = sorted(vocabulary, key=vocabulary.__getitem__)
+        (place / "vocab.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    else:
+        model = json.loads(byte_level().backend_tokenizer.to_str())["model"]
+        vocabulary = {**model["vocab"], "<|endoftext|>": len(model["vocab"])} if kind == "gpt2" else model["vocab"]
+        (place / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        merges = "\n".join(" ".join(merge) for merge in model["merges"])
+        (place / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    (place / "config.json").write_text(json.dumps({"model_type": kind}))
+    if settings:
+        (place / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("bert", {}),
+        ("bert", {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}),
+        ("bert", {"strip_accents": False}),
+        ("roberta", {}),
+        ("roberta", {"add_prefix_space": True}),
+        ("bart", {"mask_token": {"content": "<mask>", "lstrip": True}}),
+        ("gpt2", {}),
+    ],
+)
+def test_ids_are_those_of_hugging_face(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    older(tmp_path, kind, **settings)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = TextTokenizer.open(tmp_path, cut=False)
+    given = [*texts(60), *HARD]
+    for text, (found,) in zip(given, ours.encode(given), strict=True):
+        assert list(found.ids) == theirs(text)["input_ids"], text
+        assert ours.text(found.ids) == theirs.decode(
+            found.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    for first, second in zip(given, reversed(given), strict=True):
+        ((found,),) = ours.encode([(first, second)])
+        wanted = theirs(first, second)
+        assert list(found.ids) == wanted["input_ids"]
+        if kind == "bert":
+            assert list(found.types) == wanted["token_type_ids"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "what"),
+    [
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n", "holds a token twice"),
+        ("vocab.txt", "[PAD]\n[UNK]\na\n", "lacks a special token"),
+        ("vocab.txt", "[PAD]\n\xff", "not UTF-8"),
+        ("vocab.json", '{"<s>": 0, "a": 0}', "two tokens of the vocabulary have one number"),
+        ("vocab.json", '{"<s>": "first"}', "must give each token a number"),
+        ("merges.txt", "a\n", "a merge must be two tokens"),
+        ("merges.txt", "zz yy\n", "a merge must be two tokens"),
+    ],
+)
+def test_damaged_files(file: str, content: str, what: str, tmp_path: Path) -> None:
+    older(tmp_path, "bert" if file == "vocab.txt" else "roberta")
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=what):
+        TextTokenizer.open(tmp_path)
+
+
+def test_a_kind_that_is_not_built_says_how_to_make_tokenizer_json(tmp_path: Path) -> None:
+    older(tmp_path, "roberta")
+    (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json") as refused:
+        TextTokenizer.open(tmp_path)
+    assert "transformers" in str(refused.value.hint)

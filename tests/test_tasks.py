@@ -1,0 +1,295 @@
+"""Tasks on encoders with heads: labels, scores, spans and offsets as Hugging Face's pipelines give them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+import treadle as t
+from tests.task_models import byte_level, save, texts, wordpiece
+from treadle.backends.registry import find_backend
+from treadle.cli import app
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.tagging import GROUPINGS, TokenTagger
+
+BACKENDS = ("numpy", "torch", "tvm")
+NAMES = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := find_backend(request.param).available():
+        pytest.skip(f"backend {request.param}: {reason}")
+    return str(request.param)
+
+
+def pipeline(task: str, place: Path, **options: Any) -> Any:
+    return transformers.pipeline(task, model=str(place), device="cpu", **options)
+
+
+def invoked(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+# -- classify --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokenizer", "config"),
+    [
+        ("BertForSequenceClassification", wordpiece, {"id2label": {0: "bad", 1: "fair", 2: "good"}}),
+        ("BertForSequenceClassification", wordpiece, {"num_labels": 4, "problem_type": "multi_label_classification"}),
+        ("DistilBertForSequenceClassification", wordpiece, {"num_labels": 1, "problem_type": "regression"}),
+        ("RobertaForSequenceClassification", byte_level, {"num_labels": 3}),
+        ("AlbertForSequenceClassification", wordpiece, {"num_labels": 1}),
+    ],
+)
+def test_classifies_as_hugging_face(
+    architecture: str, tokenizer: Any, config: dict[str, Any], backend: str, tmp_path: Path
+) -> None:
+    save(tmp_path, architecture, tokenizer(), **config)
+    first, second = texts(50), texts(50, seed=1)
+    model = t.load(tmp_path, backend=backend)
+    theirs = pipeline("text-classification", tmp_path, top_k=None)
+    for ours, wanted in zip(model.classify(first), theirs(first), strict=True):
+        assert [each.label for each in ours.scores] == [each["label"] for each in wanted]
+        np.testing.assert_allclose([each.score for each in ours.scores], [each["score"] for each in wanted], atol=1e-5)
+    pairs = [{"text": a, "text_pair": b} for a, b in zip(first, second, strict=True)]
+    for ours, wanted in zip(model.classify(list(zip(first, second, strict=True))), theirs(pairs), strict=True):
+        assert [each.label for each in ours.scores] == [each["label"] for each in wanted]
+        np.testing.assert_allclose([each.score for each in ours.scores], [each["score"] for each in wanted], atol=1e-5)
+    assert model.classify(first[0]).label == model.classify(first)[0].label
+
+
+def test_a_text_that_is_too_long_loses_its_end(tmp_path: Path) -> None:
+    save(tmp_path, "BertForSequenceClassification", wordpiece())
+    model = t.load(tmp_path)
+    long, short = model.classify(["the cat " * 40, "the cat"])
+    assert (long.cut, long.tokens, short.cut) == (True, 40, False)
+    assert model.classify("the cat " * 80).scores == pytest.approx(long.scores)
+
+
+# -- tag -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokenizer"),
+    [("BertForTokenClassification", wordpiece), ("RobertaForTokenClassification", byte_level)],
+)
+def test_tags_as_hugging_face(architecture: str, tokenizer: Any, backend: str, tmp_path: Path) -> None:
+    save(tmp_path, architecture, tokenizer(), id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
+    given = texts(50)
+    tagger = TokenTagger.open(ModelOptions(tmp_path, backend))
+    for grouping in GROUPINGS:
+        theirs = pipeline("token-classification", tmp_path, aggregation_strategy=grouping)
+        for text, ours, wanted in zip(given, tagger.tag(given, grouping=grouping), theirs(given), strict=True):
+            named = [each.get("entity", each.get("entity_group")) for each in wanted]
+            assert [(span.label, span.start, span.end) for span in ours] == [
+                (name, each["start"], each["end"]) for name, each in zip(named, wanted, strict=True)
+            ], (grouping, text)
+            assert [span.text for span in ours] == [each["word"] for each in wanted], (grouping, text)
+            np.testing.assert_allclose([s.score for s in ours], [each["score"] for each in wanted], atol=1e-5)
+
+
+# -- fill ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokenizer", "mask"),
+    [
+        ("BertForMaskedLM", wordpiece, "[MASK]"),
+        ("RobertaForMaskedLM", byte_level, "<mask>"),
+        ("AlbertForMaskedLM", wordpiece, "[MASK]"),
+        ("DistilBertForMaskedLM", wordpiece, "[MASK]"),
+    ],
+)
+def test_fills_as_hugging_face(architecture: str, tokenizer: Any, mask: str, backend: str, tmp_path: Path) -> None:
+    save(tmp_path, architecture, tokenizer())
+    draw = np.random.default_rng(3)
+    given = []
+    for number, text in enumerate(texts(50)):
+        words = text.split(" ")
+        for place in draw.choice(len(words), min(len(words), 1 + number % 2), replace=False):
+            words[place] = mask
+        given.append(" ".join(words))
+    found = t.load(tmp_path, backend=backend).fill(given, top=4)
+    theirs = pipeline("fill-mask", tmp_path, top_k=4)
+    for text, ours, wanted in zip(given, found, [theirs(text) for text in given], strict=True):
+        rows = wanted if isinstance(wanted[0], list) else [wanted]
+        assert len(ours.masks) == len(rows) == text.count(mask)
+        for mine, row in zip(ours.masks, rows, strict=True):
+            assert [f.id for f in mine] == [each["token"] for each in row], text
+            assert [f.token for f in mine] == [each["token_str"] for each in row]
+            assert [f.text for f in mine] == [each["sequence"] for each in row]
+            np.testing.assert_allclose([f.score for f in mine], [each["score"] for each in row], atol=1e-5)
+
+
+def test_among_some_tokens(tmp_path: Path) -> None:
+    save(tmp_path, "BertForMaskedLM", wordpiece())
+    words = ["cat", "dog", "house"]
+    told = json.loads(
+        invoked(
+            "fill", str(tmp_path), "the [MASK] runs", *(w for word in words for w in ("--among", word)), "--json"
+        ).stdout
+    )
+    wanted = pipeline("fill-mask", tmp_path)("the [MASK] runs", targets=words)
+    assert [each["id"] for each in told["texts"][0]["masks"][0]] == [each["token"] for each in wanted]
+    assert [each["score"] for each in told["texts"][0]["masks"][0]] == pytest.approx(
+        [each["score"] for each in wanted], abs=1e-5
+    )
+    assert "must be tokens of the vocabulary" in invoked("fill", str(tmp_path), "a [MASK]", "--among", "zebra").stderr
+    assert "a text has no [MASK]" in invoked("fill", str(tmp_path), "a cat").stderr
+
+
+# -- answer ----------------------------------------------------------------------------------------------------
+
+
+def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longest: int) -> tuple[float, int, int]:
+    """The best span by the definition, tried one after another, over windows that the library's own tokenizer makes."""
+    best = (-1.0, 0, 0)
+    encoded = tokenizer(
+        question,
+        text,
+        truncation="only_second",
+        max_length=40,
+        stride=20,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    for n, ids in enumerate(encoded["input_ids"]):
+        encoding = encoded.encodings[n]
+        given = {"input_ids": torch.tensor([ids])}
+        if "token_type_ids" in encoded:
+            given["token_type_ids"] = torch.tensor([encoded["token_type_ids"][n]])
+        with torch.no_grad():
+            out = model(**given)
+        of_text = [part == 1 for part in encoding.sequence_ids]
+        known = torch.tensor([first or i == 0 for i, first in enumerate(of_text)])
+        start, end = (
+            torch.softmax(logits[0].double().masked_fill(~known, -torch.inf), -1)
+            for logits in (out.start_logits, out.end_logits)
+        )
+        for i in range(len(ids)):
+            for j in range(i, min(i + longest, len(ids))):
+                score = float(start[i] * end[j])
+                if of_text[i] and of_text[j] and score > best[0]:
+                    first, last = (encoding.word_to_chars(encoding.word_ids[k], 1) for k in (i, j))
+                    best = (score, first[0], last[1])
+    return best
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokenizer"),
+    [
+        ("BertForQuestionAnswering", wordpiece),
+        ("DistilBertForQuestionAnswering", wordpiece),
+        ("RobertaForQuestionAnswering", byte_level),
+    ],
+)
+def test_answers_by_the_best_span(architecture: str, tokenizer: Any, backend: str, tmp_path: Path) -> None:
+    """transformers 5 has no such pipeline: held to the definition of the one that transformers 4 had."""
+    made = tokenizer()
+    theirs = save(tmp_path, architecture, made)
+    questions, given = texts(50, longest=5), texts(50, seed=2, longest=60)
+    model = t.load(tmp_path, backend=backend)
+    windows = 0
+    for question, text, ours in zip(
+        questions, given, model.answer(list(zip(questions, given, strict=True))), strict=True
+    ):
+        score, start, end = reference_answer(theirs, made, question, text, 15)
+        assert ours.score == pytest.approx(score, abs=1e-5)
+        assert (ours.start, ours.end, ours.text) == (start, end, text[start:end]), (question, text)
+        windows += len(made(question, text)["input_ids"]) > 40
+    assert windows > 5, "some texts are read in several windows"
+    several = model.answerer.answer([(questions[0], given[0])], top=3)[0]
+    assert [each.score for each in several] == sorted((each.score for each in several), reverse=True)
+    assert len({(each.start, each.end) for each in several}) == len(several)
+
+
+def test_a_question_that_leaves_no_room(tmp_path: Path) -> None:
+    save(tmp_path, "BertForQuestionAnswering", wordpiece())
+    model = t.load(tmp_path)
+    with pytest.raises(UsageError, match="leaves the text no room in the 40 tokens"):
+        model.answer("cat " * 60, "the cat sits")
+    with pytest.raises(UsageError, match="takes a question and a text"):
+        model.answer("", "the cat sits")
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_the_task_has_no_use_for(tmp_path: Path) -> None:
+    save(tmp_path, "BertForMaskedLM", wordpiece())
+    model = t.load(tmp_path)
+    with pytest.raises(UsageError, match="has no head to classify texts") as refused:
+        model.classify("the cat")
+    assert refused.value.received == "BertForMaskedLM"
+    assert "ends in ForSequenceClassification" in str(refused.value.hint)
+    for words in (["answer", "what"], ["tag"], ["translate"], ["summarize"]):
+        done = invoked(words[0], str(tmp_path), *words[1:], "the cat")
+        assert done.exit_code == 2
+        assert "has no head to" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "labels", [{"0": "a", "2": "b"}, {"0": "a", "1": 3}, {"x": "a"}, {"0": "a", "1": "b", "2": "c", "3": "d"}]
+)
+def test_labels_that_do_not_fit_the_head(labels: dict[str, Any], tmp_path: Path) -> None:
+    save(tmp_path, "BertForSequenceClassification", wordpiece(), num_labels=2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": labels}))
+    with pytest.raises(CheckpointError):
+        t.load(tmp_path).classify("the cat")
+
+
+def test_options_of_the_other_kind(tmp_path: Path) -> None:
+    save(tmp_path, "BertForMaskedLM", wordpiece())
+    with pytest.raises(UsageError, match="takes no memory"):
+        t.load(tmp_path, memory="1MB")
+    with pytest.raises(UsageError, match="an artifact, which is compiled already, takes no quantize"):
+        t.load("there-is-none.treadle", quantize="int4")
+    for wrong, what in ((["--grouping", "some"], "there is no grouping 'some'"),):
+        save(tmp_path / "tags", "BertForTokenClassification", wordpiece())
+        assert what in invoked("tag", str(tmp_path / "tags"), "the cat", *wrong).stderr
+
+
+def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
+    save(tmp_path / "c", "BertForSequenceClassification", wordpiece(), id2label={0: "bad", 1: "good"})
+    file = tmp_path / "texts.txt"
+    file.write_text("the cat sits\n\nthe dog runs\n", encoding="utf-8")
+    told = json.loads(invoked("classify", str(tmp_path / "c"), "--file", str(file), "--json", "--top", "2").stdout)
+    model = t.load(tmp_path / "c")
+    for each, ours in zip(told["texts"], model.classify(["the cat sits", "the dog runs"]), strict=True):
+        assert each["labels"] == [{"label": s.label, "score": s.score} for s in ours.scores]
+    shown = invoked("classify", str(tmp_path / "c"), "the cat sits").stdout
+    assert shown == f"{model.classify('the cat sits').label} {model.classify('the cat sits').score:.4f}  the cat sits\n"
+    paired = invoked("classify", str(tmp_path / "c"), "the cat sits", "--pair", "a dog", "--json")
+    assert json.loads(paired.stdout)["texts"][0]["pair"] == "a dog"
+    assert (
+        "2 second texts for 1 texts"
+        in invoked("classify", str(tmp_path / "c"), "x", "--pair", "a", "--pair", "b").stderr
+    )
+
+    save(tmp_path / "q", "BertForQuestionAnswering", wordpiece())
+    told = json.loads(invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.", "--json").stdout)
+    (answer,) = told["texts"][0]["answers"]
+    assert answer["text"] == "Ada lived in London."[answer["start"] : answer["end"]]
+    assert (
+        f"{answer['text']}  ({answer['score']:.4f}"
+        in invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.").stdout
+    )
+
+    save(tmp_path / "t", "BertForTokenClassification", wordpiece(), id2label=NAMES)
+    told = json.loads(invoked("tag", str(tmp_path / "t"), "Ada lived in London", "--json").stdout)
+    for span in told["texts"][0]["spans"]:
+        assert span["label"] in invoked("tag", str(tmp_path / "t"), "Ada lived in London").stdout

@@ -1,0 +1,76 @@
+"""`treadle classify`: labels of texts, or of pairs of texts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
+from treadle.cli.tasks.asking import File, Top, model_options, scored_facts, scored_text
+
+
+@command("classify")
+def classify_texts(
+    model: ModelName,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TEXTS", help="Texts to classify; without any, the lines of --file or of standard input."
+        ),
+    ] = None,
+    file: File = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="The second text of each text, in their order. Repeatable."),
+    ] = None,
+    top: Top = 1,
+    config: Config = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell the labels of texts, by a folder whose class ends in ForSequenceClassification."""
+    from treadle.ir.errors import UsageError
+    from treadle.option_values import read_sentences
+    from treadle.tasks.classifying import Text, TextClassifier
+    from treadle.progress import counting, working
+
+    options = model_options(
+        model,
+        backend=backend,
+        target=target,
+        threads=threads,
+        dtype=dtype,
+        quantize=quantize,
+        config=config,
+        limit=limit,
+    )
+    given = read_sentences(texts or [], file, f"classify {model}")
+    if pair and len(pair) != len(given):
+        raise UsageError(f"{len(pair)} second texts for {len(given)} texts", hint="--pair for each text")
+    asked: list[Text] = [*zip(given, pair, strict=True)] if pair else [*given]
+    with working(f"compiling {model}", shown=not as_json):
+        classifier = TextClassifier.open(options)
+    with counting("classifying", len(asked), shown=not as_json) as progress:
+        found = classifier.classify(asked, progress=progress)
+    if as_json:
+        told = [
+            {
+                "text": each,
+                **({"pair": pair[number]} if pair else {}),
+                "labels": scored_facts(found[number].scores[:top]),
+                "tokens": found[number].tokens,
+                "cut": found[number].cut,
+            }
+            for number, each in enumerate(given)
+        ]
+        print_json({"model": classifier.opened.name, "backend": backend, "texts": told})
+        return
+    for text, each in zip(given, found, strict=True):
+        print(f"{scored_text(each.scores[:top])}  {text}{' (cut)' if each.cut else ''}")

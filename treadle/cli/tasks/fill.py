@@ -1,0 +1,72 @@
+"""`treadle fill`: what may stand behind masks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
+from treadle.cli.tasks.asking import File, Top, model_options
+
+
+@command("fill")
+def fill_masks(
+    model: ModelName,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TEXTS",
+            help="Texts with a mask, such as [MASK]; without any, the lines of --file or of standard input.",
+        ),
+    ] = None,
+    file: File = None,
+    top: Top = 5,
+    among: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN", help="Look at this token of the vocabulary, and others so named, alone. Repeatable."
+        ),
+    ] = None,
+    config: Config = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell the likeliest tokens behind the masks of texts, by a folder whose class ends in ForMaskedLM."""
+    from treadle.option_values import read_sentences
+    from treadle.tasks.filling import MaskFiller
+    from treadle.progress import counting, working
+
+    options = model_options(
+        model,
+        backend=backend,
+        target=target,
+        threads=threads,
+        dtype=dtype,
+        quantize=quantize,
+        config=config,
+        limit=limit,
+    )
+    given = read_sentences(texts or [], file, f"fill {model}")
+    with working(f"compiling {model}", shown=not as_json):
+        filler = MaskFiller.open(options)
+    with counting("filling", len(given), shown=not as_json) as progress:
+        found = filler.fill(given, top=top, among=among or None, progress=progress)
+    if as_json:
+        told = [
+            {"text": text, "masks": [list(map(asdict, fillings)) for fillings in each.masks]}
+            for text, each in zip(given, found, strict=True)
+        ]
+        print_json({"model": filler.opened.name, "backend": backend, "mask": filler.mask, "texts": told})
+        return
+    for text, each in zip(given, found, strict=True):
+        print(text)
+        for fillings in each.masks:
+            print("  " + ", ".join(f"{filling.token.strip()} {filling.score:.4f}" for filling in fillings))

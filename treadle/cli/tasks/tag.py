@@ -1,0 +1,63 @@
+"""`treadle tag`: spans of texts with their labels, such as names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
+from treadle.cli.tasks.asking import File, model_options
+
+
+@command("tag")
+def tag_texts(
+    model: ModelName,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TEXTS", help="Texts to tag; without any, the lines of --file or of standard input."),
+    ] = None,
+    file: File = None,
+    grouping: Annotated[
+        str,
+        typer.Option(metavar="HOW", help="How tokens become spans: none, simple, first, average or max."),
+    ] = "simple",
+    config: Config = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell the spans of texts that have labels, by a folder whose class ends in ForTokenClassification."""
+    from treadle.option_values import read_sentences
+    from treadle.tasks.tagging import TokenTagger
+    from treadle.progress import counting, working
+
+    options = model_options(
+        model,
+        backend=backend,
+        target=target,
+        threads=threads,
+        dtype=dtype,
+        quantize=quantize,
+        config=config,
+        limit=limit,
+    )
+    given = read_sentences(texts or [], file, f"tag {model}")
+    with working(f"compiling {model}", shown=not as_json):
+        tagger = TokenTagger.open(options)
+    with counting("tagging", len(given), shown=not as_json) as progress:
+        found = tagger.tag(given, grouping=grouping, progress=progress)
+    if as_json:
+        told = [{"text": text, "spans": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
+        print_json({"model": tagger.opened.name, "backend": backend, "texts": told})
+        return
+    for text, each in zip(given, found, strict=True):
+        print(text)
+        for span in each:
+            print(f"  {span.label:10} {span.score:.4f}  {span.text}  (characters {span.start} to {span.end})")

@@ -1,0 +1,75 @@
+"""`treadle.load`: an artifact, or a model that is asked for tasks.
+
+treadle.load("gpt2.treadle")(tokens=ids)
+treadle.load("folder").classify("I like it.").label
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from treadle import artifacts
+from treadle.files.contained_files import PathLike
+from treadle.ir.errors import UsageError
+from treadle.ir.target import Target
+from treadle.resolving import GGUF_SUFFIX
+from treadle.tasks.loaded import LoadedModel
+from treadle.tasks.options import ModelOptions
+from treadle.wheels.pinned_models import PINNED
+
+
+def load(
+    model: PathLike,
+    *,
+    backend: str | None = None,
+    target: str | Target | None = None,
+    limits: artifacts.ArtifactLimits | Mapping[str, int] | None = None,
+    check: bool = True,
+    widen: str | Iterable[str] = (),
+    memory: int | str | None = None,
+    sizes: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    cache: str | None = None,
+    **config: Any,
+) -> Any:
+    """What a `.treadle` file holds, as the `treadle.Compiled` that was saved; else a `treadle.tasks.loaded.LoadedModel`,
+    which classifies, answers, translates, ..., of a folder with a checkpoint and its tokenizer, a GGUF file, or a fetched
+    model's name.
+
+    backend, target         what runs it; of an artifact, in place of those that it was compiled for
+    limits                  what the file may ask for before it is refused
+    widen                   as in `compile`
+    check, memory, sizes    of an artifact; see `treadle.artifacts.load`
+    dtype, quantize, cache  of a model, as `compile` and sessions take them
+    config                  of a model: configuration that overrides the folder's
+
+    A model is compiled when it is first asked for something. Raises what `treadle.artifacts.load` does, and UsageError for
+    an option of the other kind.
+    """
+    name = os.fspath(model)
+    is_model = os.path.isdir(name) or Path(name).suffix == GGUF_SUFFIX or (name in PINNED and not os.path.exists(name))
+    artifact: dict[str, Any] = {"memory": memory, "sizes": sizes}
+    of_model: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "cache": cache, **config}
+    wrong = artifact if is_model else of_model
+    given = [option for option, value in wrong.items() if value is not None]
+    if not check and is_model:
+        given.append("check")
+    if given:
+        kind = "a model that is loaded for tasks" if is_model else "an artifact, which is compiled already,"
+        raise UsageError(f"{kind} takes no {given[0]}", received=name, hint=f"treadle.compile({name!r}, ...)")
+    if not is_model:
+        return artifacts.load(
+            model, backend=backend, target=target, limits=limits, check=check, widen=widen, memory=memory, sizes=sizes
+        )
+    if isinstance(limits, artifacts.ArtifactLimits):
+        raise UsageError(
+            "limits of a model are given by name", received="ArtifactLimits", hint='{"tensors": 1_000_000}'
+        )
+    more = {**config, "widen": widen} if widen else config
+    chosen = backend if backend is not None else "numpy"
+    where = target if target is not None else "cpu"
+    return LoadedModel(ModelOptions(name, chosen, where, dtype, quantize, limits, cache, more))

@@ -1,0 +1,144 @@
+"""Answering a question by a span of a text (Devlin et al. 2019, section 4.2).
+
+    reader = QuestionAnswerer.open(ModelOptions("folder"))
+    (best,) = reader.answer([("Where did Ada live?", "Ada lived in London.")])[0]
+    best.text, best.start, best.end
+
+A text that is too long for the model is read in windows that overlap; a span's score is the probability of its first
+token times the probability of its last, each among the text's tokens in its window and the first token of all, which
+stands for no answer: as in Hugging Face's pipeline of transformers 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.text import EncodedText
+from treadle.ir.errors import UsageError
+from treadle.tasks.classifying import Progress
+from treadle.tasks.opening import Head, OpenedModel
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.scoring import softmax
+
+Array = np.ndarray[Any, Any]
+
+HEAD = Head("answer questions", ("ForQuestionAnswering",))
+WINDOW, OVERLAP = 384, 128
+"""Tokens of a window, question included, and how many of them it shares with the next."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A span of the text.
+
+    text        as it stands in the text, from the beginning of its first word to the end of its last
+    score       how likely it is
+    start, end  where it stands, in characters
+    """
+
+    text: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class QuestionAnswerer:
+    """A model that finds where an answer starts and ends."""
+
+    opened: OpenedModel
+
+    @classmethod
+    def open(cls, options: ModelOptions) -> QuestionAnswerer:
+        """Raises as `OpenedModel.open` does, and UsageError where the head has other outputs than two."""
+        opened = OpenedModel.open(options, HEAD)
+        (logits,) = (port for port in opened.model.outputs if port.name == "logits")
+        if logits.type.shape[-1].constant != 2:
+            raise UsageError("an answer has a start and an end", received=f"a head of {logits.type.shape[-1]} labels")
+        return cls(opened)
+
+    def answer(
+        self,
+        asked: Sequence[tuple[str, str]],
+        *,
+        top: int = 1,
+        longest: int = 15,
+        progress: Progress | None = None,
+    ) -> list[list[Answer]]:
+        """The best answers to each (question, text), best first.
+
+        top      how many are given, no two of one place
+        longest  tokens of an answer, at most
+
+        Raises UsageError for no question, an empty one or an empty text, or a question that leaves its text no room.
+        """
+        if not asked or not all(question.strip() and text.strip() for question, text in asked):
+            raise UsageError("an answer takes a question and a text that holds it")
+        if top < 1 or longest < 1:
+            raise UsageError("top and longest must be 1 or more", received=f"top={top}, longest={longest}")
+        windows: list[EncodedText] = []
+        owner: list[int] = []
+        for number, pair in enumerate(asked):
+            (found,) = self._windows(pair)
+            windows += found
+            owner += [number] * len(found)
+        answers: list[dict[tuple[int, int], Answer]] = [{} for _ in asked]
+        for done, (number, logits) in enumerate(self.opened.run(windows), 1):
+            known = answers[owner[number]]
+            for each in _best_spans(asked[owner[number]][1], windows[number], logits, top, longest):
+                held = known.get((each.start, each.end))
+                if held is None or held.score < each.score:
+                    known[each.start, each.end] = each
+            if progress is not None:
+                progress(done)
+        return [sorted(found.values(), key=lambda each: (-each.score, each.start))[:top] for found in answers]
+
+    def _windows(self, pair: tuple[str, str]) -> list[list[EncodedText]]:
+        tokenizer = self.opened.tokenizer
+        most = WINDOW if tokenizer.max_tokens is None else min(WINDOW, tokenizer.max_tokens)
+        ((question,),) = tokenizer.encode([pair[0]])
+        room = most - len(question) - 2  # of the special tokens that a pair has beside those of its first text
+        if room < 1:
+            raise UsageError(
+                f"the question leaves the text no room in the {most} tokens that the model takes",
+                received=f"{len(question)} tokens",
+                hint="a shorter question",
+            )
+        return tokenizer.encode([pair], windows=(most, min(OVERLAP, most // 2, room - 1)))
+
+
+def _best_spans(text: str, window: EncodedText, logits: Array, top: int, longest: int) -> list[Answer]:
+    """The best spans of a window, of logits [S, 2] of where an answer starts and ends."""
+    of_text = np.array([part == 1 for part in window.parts])
+    if not of_text.any():
+        return []
+    known = of_text.copy()
+    known[0] = True  # the first token, which is special, stands for no answer, and has its share
+    start, end = (np.where(of_text, softmax(np.where(known, logits[:, i], -np.inf)), 0) for i in (0, 1))
+    scores = np.triu(np.outer(start, end))
+    scores = np.tril(scores, longest - 1)
+    found: list[Answer] = []
+    seen: set[tuple[int, int]] = set()
+    for flat in np.argsort(-scores, axis=None, kind="stable"):
+        first, last = divmod(int(flat), len(window))
+        if len(found) == top or scores[first, last] <= 0:
+            break
+        place = _word_bounds(window, first)[0], _word_bounds(window, last)[1]
+        if place not in seen:
+            seen.add(place)
+            found.append(Answer(text[place[0] : place[1]], float(scores[first, last]), *place))
+    return found
+
+
+def _word_bounds(window: EncodedText, token: int) -> tuple[int, int]:
+    """Where the word of a token of the text stands."""
+    same = [
+        place
+        for place, part, word in zip(window.offsets, window.parts, window.words, strict=True)
+        if part == 1 and word == window.words[token]
+    ]
+    return same[0][0], same[-1][1]

@@ -1,0 +1,72 @@
+"""Classifying texts, or pairs of texts, by a head over the whole: sentiment, topic, entailment.
+
+classifier = TextClassifier.open(ModelOptions("folder"))
+classifier.classify(["I like it.", ("A man sleeps.", "A man is awake.")])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.errors import UsageError
+from treadle.tasks.opening import Head, OpenedModel, read_labels
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.scoring import Scored, best_first, label_scores
+
+Text = str | tuple[str, str]
+Progress = Callable[[int], None]
+"""Called with how many inputs are done."""
+
+HEAD = Head("classify texts", ("ForSequenceClassification",))
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A text's labels.
+
+    scores  every label, best first
+    tokens  how many tokens of the text were read, special ones included
+    cut     whether it was too long, and lost its end
+    """
+
+    scores: tuple[Scored, ...]
+    tokens: int
+    cut: bool
+
+    @property
+    def label(self) -> str:
+        """The best label."""
+        return self.scores[0].label
+
+    @property
+    def score(self) -> float:
+        """The best label's score."""
+        return self.scores[0].score
+
+
+@dataclass(frozen=True)
+class TextClassifier:
+    """A model that classifies texts."""
+
+    opened: OpenedModel
+    labels: tuple[str, ...]
+
+    @classmethod
+    def open(cls, options: ModelOptions) -> TextClassifier:
+        """Raises as `OpenedModel.open` does."""
+        opened = OpenedModel.open(options, HEAD)
+        return cls(opened, read_labels(opened.config))
+
+    def classify(self, texts: Sequence[Text], *, progress: Progress | None = None) -> list[Classified]:
+        """Each text's labels, or each pair's. Raises UsageError for no text."""
+        if not texts:
+            raise UsageError("there is no text to classify")
+        encoded = [windows[0] for windows in self.opened.tokenizer.encode(texts)]
+        found: dict[int, Classified] = {}
+        for number, logits in self.opened.run(encoded):
+            scores = best_first(label_scores(logits, self.opened.config), self.labels)
+            found[number] = Classified(scores, len(encoded[number]), encoded[number].cut)
+            if progress is not None:
+                progress(len(found))
+        return [found[number] for number in range(len(texts))]

@@ -1,0 +1,131 @@
+"""Filling: which tokens may stand behind a text's masks.
+
+filler = MaskFiller.open(ModelOptions("folder"))
+filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.text import EncodedText
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.tasks.classifying import Progress
+from treadle.tasks.opening import Head, OpenedModel
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.scoring import softmax
+
+Array = np.ndarray[Any, Any]
+
+HEAD = Head("fill masks", ("ForMaskedLM",))
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A token behind a mask.
+
+    token  as text
+    id     of the vocabulary
+    score  its probability
+    text   the whole text with it in the mask's place; other masks are left as they are
+    """
+
+    token: str
+    id: int
+    score: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A text's masks, in its order; of each the likeliest tokens, best first."""
+
+    masks: tuple[tuple[Filling, ...], ...]
+
+    @property
+    def best(self) -> Filling:
+        """The first mask's likeliest token."""
+        return self.masks[0][0]
+
+
+@dataclass(frozen=True)
+class MaskFiller:
+    """A masked language model.
+
+    mask  the token that stands for what is to be filled in
+    """
+
+    opened: OpenedModel
+    mask: str
+
+    @classmethod
+    def open(cls, options: ModelOptions) -> MaskFiller:
+        """Raises as `OpenedModel.open` does, and CheckpointError where the vocabulary has no mask."""
+        opened = OpenedModel.open(options, HEAD)
+        mask = opened.tokenizer.mask
+        if mask is None:
+            raise CheckpointError(
+                "the folder's vocabulary has no token for a mask",
+                hint='"mask_token": "[MASK]" in tokenizer_config.json',
+            )
+        return cls(opened, mask)
+
+    def fill(
+        self,
+        texts: Sequence[str],
+        *,
+        top: int = 5,
+        among: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Filled]:
+        """The likeliest tokens behind each text's masks.
+
+        top    how many are given
+        among  names of the vocabulary's that alone are looked at, with the probabilities that they have among all
+
+        Raises UsageError for no text, for one without a mask, and for a name that is not in the vocabulary.
+        """
+        if not texts:
+            raise UsageError("there is no text to fill")
+        if top < 1:
+            raise UsageError("top must be 1 or more", received=repr(top))
+        encoded = [windows[0] for windows in self.opened.tokenizer.encode(texts)]
+        number = self.opened.tokenizer.id_of(self.mask)
+        for text, each in zip(texts, encoded, strict=True):
+            if number not in each.ids:
+                raise UsageError(f"a text has no {self.mask}", received=text[:200], hint=f"The sky is {self.mask}.")
+        allowed = None if among is None else self._ids(among)
+        found: dict[int, Filled] = {}
+        for row, logits in self.opened.run(encoded):
+            found[row] = self._filled(encoded[row], logits, top, allowed)
+            if progress is not None:
+                progress(len(found))
+        return [found[row] for row in range(len(texts))]
+
+    def _ids(self, names: Sequence[str]) -> list[int]:
+        ids = {name: self.opened.tokenizer.id_of(name) for name in names}
+        unknown = [name for name, number in ids.items() if number is None]
+        if unknown or not ids:
+            received = unknown[0] if unknown else "no name"
+            raise UsageError("what is looked at must be tokens of the vocabulary", received=received)
+        return [number for number in ids.values() if number is not None]
+
+    def _filled(self, encoded: EncodedText, logits: Array, top: int, allowed: list[int] | None) -> Filled:
+        tokenizer = self.opened.tokenizer
+        places = [i for i, number in enumerate(encoded.ids) if number == tokenizer.id_of(self.mask)]
+        masks = []
+        for place in places:
+            scores = softmax(logits[place])
+            ids = np.arange(len(scores)) if allowed is None else np.array(allowed)
+            best = ids[np.argsort(-scores[ids], kind="stable")[:top]]
+            fillings = []
+            for number in map(int, best):
+                whole = [*encoded.ids[:place], number, *encoded.ids[place + 1 :]]
+                text = tokenizer.text(whole, special=len(places) > 1)
+                fillings.append(Filling(tokenizer.text([number], special=True), number, float(scores[number]), text))
+            masks.append(tuple(fillings))
+        return Filled(tuple(masks))

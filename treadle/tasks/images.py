@@ -1,0 +1,212 @@
+"""Image files as what a model takes: read by Pillow, resized, cut and normalized as preprocessor_config.json says.
+
+    reader = ImageReader.open(folder, "vit", sides=(224, 224))
+    pixels = reader.read(["cat.jpg"])            # f32[1, 3, 224, 224]
+
+Sources: the image processors of Hugging Face transformers over Pillow; their defaults by the kind of model.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.files.contained_files import PathLike, read_regular
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.strict_json import read_json_object
+from treadle.frontends.huggingface import ModelFolder
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+
+Pixels = npt.NDArray[np.float32]
+
+_FILE = "preprocessor_config.json"
+_CONFIG_BYTES = 1 << 20
+_IMAGE_BYTES = 256 << 20
+_IMAGE_PIXELS = 100_000_000
+_MOST_SIDE = 1 << 14
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_HALF = (0.5, 0.5, 0.5)
+_BILINEAR, _BICUBIC = 2, 3  # of Pillow's filters
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "vit": {"size": 224, "resample": _BILINEAR, "do_center_crop": False, "image_mean": _HALF, "image_std": _HALF},
+    "deit": {
+        "size": 256,
+        "resample": _BICUBIC,
+        "do_center_crop": True,
+        "crop_size": 224,
+        "image_mean": (0.485, 0.456, 0.406),
+        "image_std": (0.229, 0.224, 0.225),
+    },
+    "clip": {
+        "size": {"shortest_edge": 224},
+        "resample": _BICUBIC,
+        "do_center_crop": True,
+        "crop_size": 224,
+        "image_mean": (0.48145466, 0.4578275, 0.40821073),
+        "image_std": (0.26862954, 0.26130258, 0.27577711),
+    },
+}
+"""What a preprocessor_config.json leaves out, by config.json's model_type."""
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """How images become pixels.
+
+    size       (height, width), or the length of the shorter side; None: as it is
+    resample   the number of Pillow's filter
+    crop       (height, width) of the middle that is kept; None: all
+    scale      pixels of 0 to 255 are multiplied by it
+    mean, std  of the three channels, subtracted and divided by; None: not
+    """
+
+    size: tuple[int, int] | int | None
+    resample: int
+    crop: tuple[int, int] | None
+    scale: float
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+    @classmethod
+    def open(cls, place: ModelFolder, kind: str, *, sides: tuple[int, int]) -> ImageReader:
+        """What a folder says, and its kind of model where it says nothing.
+
+        sides  the (height, width) that the model takes, to which images must come
+
+        Raises CheckpointError where the file is damaged, or says something else than the model takes, and FrontendError
+        where Pillow is not installed.
+        """
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise FrontendError(
+                "reading images needs the package pillow", received=str(error), hint="pip install 'treadle[images]'"
+            ) from error
+        shown = place.show(_FILE)
+        given: Mapping[str, Any] = {}
+        if place.has(_FILE):
+            given = read_json_object(
+                read_regular(place.file(_FILE), _CONFIG_BYTES, shown), shown, nesting=8, values=1000
+            )
+        said = {**DEFAULTS[kind], **{name: value for name, value in given.items() if value is not None}}
+        try:
+            made = cls(
+                _size(said["size"]) if said.get("do_resize", True) else None,
+                _number(said["resample"], 0, 5),
+                _pair(said.get("crop_size")) if said["do_center_crop"] else None,
+                float(said.get("rescale_factor", 1 / 255)) if said.get("do_rescale", True) else 1.0,
+                _channels(said["image_mean"]) if said.get("do_normalize", True) else None,
+                _channels(said["image_std"]) if said.get("do_normalize", True) else None,
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                "the file does not say how images are read", received=printable(str(error), 200), within=shown
+            ) from None
+        comes = made.crop or made.size
+        if comes != sides:
+            raise CheckpointError(
+                f"images must become {sides[0]} x {sides[1]} pixels, as the model takes",
+                received=repr(comes),
+                within=shown,
+            )
+        return made
+
+    def read(self, paths: Sequence[PathLike]) -> Pixels:
+        """Images as pixels [N, 3, height, width]. Raises UsageError for a file that is no image, or too large."""
+        return np.stack([self._pixels(path) for path in paths])
+
+    def _pixels(self, path: PathLike) -> Pixels:
+        image = _read_image(path)
+        if self.size is not None:
+            width, height = image.size
+            if isinstance(self.size, int):
+                longer = int(self.size * max(width, height) / min(width, height))
+                if longer > _MOST_SIDE:
+                    raise UsageError("the image is too long and narrow", received=f"{width} x {height} pixels")
+                wanted = (self.size, longer) if width <= height else (longer, self.size)
+            else:
+                wanted = self.size[::-1]
+            image = image.resize(wanted, resample=self.resample)
+        pixels = np.moveaxis(np.asarray(image), -1, 0).astype(np.float64)
+        if self.crop is not None:
+            pixels = _middle(pixels, self.crop)
+        pixels = (pixels * self.scale).astype(np.float32)
+        if self.mean is not None and self.std is not None:
+            mean, std = (np.array(x, np.float32)[:, None, None] for x in (self.mean, self.std))
+            pixels = (pixels - mean) / std
+        found: Pixels = pixels
+        return found
+
+
+def _read_image(path: PathLike) -> Any:
+    """A file's image in three colours, turned as its camera was held."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    shown = shown_path(path)
+    data = read_regular(path, _IMAGE_BYTES, shown)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+            if image.width * image.height > _IMAGE_PIXELS:
+                raise UsageError(
+                    "the image has more pixels than the limit",
+                    received=f"{image.width} x {image.height}, limit {_IMAGE_PIXELS}",
+                    within=shown,
+                )
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except UsageError:
+        raise
+    except Exception as error:  # Pillow's readers raise what they like
+        raise UsageError(
+            "the file is no image that can be read",
+            received=printable(f"{type(error).__name__}: {error}".replace(repr(io.BytesIO), ""), 200),
+            within=shown,
+            hint="a file of " + ", ".join(_FORMATS),
+        ) from None
+
+
+def _middle(pixels: npt.NDArray[Any], crop: tuple[int, int]) -> npt.NDArray[Any]:
+    """The middle of an image [3, H, W]; where it is too small, in the middle of black."""
+    for axis, side in zip((1, 2), crop, strict=True):
+        have = pixels.shape[axis]
+        if have < side:
+            before = -(-(side - have) // 2)
+            pad = [(0, 0)] * 3
+            pad[axis] = (before, side - have - before)
+            pixels = np.pad(pixels, pad)
+        else:
+            start = (have - side) // 2
+            pixels = pixels.take(np.arange(start, start + side), axis=axis)
+    return pixels
+
+
+def _size(value: Any) -> tuple[int, int] | int:
+    if isinstance(value, Mapping) and "shortest_edge" in value:
+        return _number(value["shortest_edge"], 1, _MOST_SIDE)
+    return _pair(value)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, Mapping):
+        return _number(value["height"], 1, _MOST_SIDE), _number(value["width"], 1, _MOST_SIDE)
+    return _number(value, 1, _MOST_SIDE), _number(value, 1, _MOST_SIDE)
+
+
+def _number(value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{value!r} is not an integer from {least} to {most}")
+    return value
+
+
+def _channels(value: Any) -> tuple[float, float, float]:
+    first, second, third = (float(each) for each in value)
+    return first, second, third

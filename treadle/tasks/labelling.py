@@ -1,0 +1,67 @@
+"""Labelling images: which of the labels that a model was trained on an image file shows.
+
+labeller = ImageLabeller.open(ModelOptions("folder"))
+labeller.label(["cat.jpg"])[0][0].label
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treadle.compiled import Compiled
+from treadle.files.contained_files import PathLike
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.tasks.classifying import Progress
+from treadle.tasks.images import DEFAULTS, ImageReader
+from treadle.tasks.opening import Head, checked_folder, read_labels
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.scoring import Scored, best_first, label_scores
+
+HEAD = Head("label images", ("ForImageClassification", "ForImageClassificationWithTeacher"))
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class ImageLabeller:
+    """A model that labels images."""
+
+    model: Compiled
+    images: ImageReader
+    labels: tuple[str, ...]
+    config: dict[str, object]
+
+    @classmethod
+    def open(cls, options: ModelOptions) -> ImageLabeller:
+        """Raises UsageError where the folder has no such head, CheckpointError for a damaged file, and as `compile`."""
+        place, config = checked_folder(options, HEAD)
+        made = options.compile()
+        reader = ImageReader.open(place, image_kind(config), sides=image_sides(made))
+        return cls(made, reader, read_labels(config), config)
+
+    def label(self, paths: Sequence[PathLike], *, progress: Progress | None = None) -> list[tuple[Scored, ...]]:
+        """Every label of each image, best first. Raises UsageError for no file, or one that is no image."""
+        if not paths:
+            raise UsageError("there is no image to label")
+        found: list[tuple[Scored, ...]] = []
+        for at in range(0, len(paths), _BATCH):
+            logits = self.model(pixels=self.images.read(paths[at : at + _BATCH]))["logits"]
+            found += [best_first(label_scores(row, self.config), self.labels) for row in logits]
+            if progress is not None:
+                progress(len(found))
+        return found
+
+
+def image_sides(model: Compiled) -> tuple[int, int]:
+    """The (height, width) of the images that a model takes. Raises CheckpointError where they have not three colours."""
+    pixels = next(port for port in model.inputs if port.name == "pixels")
+    channels, height, width = (size.constant for size in pixels.type.shape[1:])
+    if channels != 3 or height is None or width is None:
+        raise CheckpointError("image files have three colours", received=f"the model takes {pixels}")
+    return height, width
+
+
+def image_kind(config: dict[str, object]) -> str:
+    """By which defaults a folder's images are read."""
+    kind = str(config.get("model_type"))
+    return kind if kind in DEFAULTS else "vit"

@@ -1,0 +1,240 @@
+"""A model that is asked for tasks: `t.load(MODEL)`, with a method for each thing that people ask.
+
+    model = t.load("folder", backend="tvm")
+    model.classify("I like it.").label
+    model.answer("Where did Ada live?", "Ada lived in London.").text
+
+A method takes one input or a list of them, and gives one result or a list. What a task needs is compiled when it is
+first asked for, and kept. Each is a class of its own file in `treadle.tasks`, for those who want it by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+from treadle.files.contained_files import PathLike
+from treadle.tasks.options import ModelOptions
+
+if TYPE_CHECKING:
+    from treadle.continuation import Piece, TextWriter
+    from treadle.embedding import SentenceEmbedder, Vectors
+    from treadle.runtime.beam_search import Beams
+    from treadle.runtime.sampling import Sampling
+    from treadle.runtime.token_rules import TokenRules
+    from treadle.tasks.answering import Answer, QuestionAnswerer
+    from treadle.tasks.classifying import Classified, Text, TextClassifier
+    from treadle.tasks.filling import Filled, MaskFiller
+    from treadle.tasks.labelling import ImageLabeller
+    from treadle.tasks.matching import ImageMatcher, Matched
+    from treadle.tasks.rewriting import Rewritten, TextRewriter
+    from treadle.tasks.scoring import Scored
+    from treadle.tasks.tagging import Span, TokenTagger
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What MODEL names, and how it is compiled; see the module.
+
+    A method raises UsageError where the model has no such head, with the class that it has; CheckpointError where a file
+    that the task needs is missing or damaged; and what `treadle.compile` raises.
+    """
+
+    options: ModelOptions
+
+    # -- texts -------------------------------------------------------------------------------------------------
+
+    @overload
+    def classify(self, texts: Text) -> Classified: ...
+    @overload
+    def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
+    def classify(self, texts: Any) -> Any:
+        """The labels of a text or of a pair (text, text), best first; of each of a list."""
+        return self.classifier.classify(texts) if _many(texts) else self.classifier.classify([texts])[0]
+
+    @overload
+    def answer(self, question: str, text: str) -> Answer | None: ...
+    @overload
+    def answer(self, question: list[tuple[str, str]]) -> list[Answer | None]: ...
+    def answer(self, question: Any, text: Any = None) -> Any:
+        """The span of the text that answers the question best, None where none does; of each (question, text) of a list."""
+        asked = question if text is None else [(question, text)]
+        found = [spans[0] if spans else None for spans in self.answerer.answer(asked)]
+        return found if text is None else found[0]
+
+    @overload
+    def tag(self, texts: str, *, grouping: str = "simple") -> list[Span]: ...
+    @overload
+    def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[Span]]: ...
+    def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
+        """The spans of a text that have a label, such as names; `grouping` as in `treadle.tasks.tagging`."""
+        found = self.tagger.tag(_listed(texts), grouping=grouping)
+        return found if _many(texts) else found[0]
+
+    @overload
+    def fill(self, texts: str, *, top: int = 5) -> Filled: ...
+    @overload
+    def fill(self, texts: list[str], *, top: int = 5) -> list[Filled]: ...
+    def fill(self, texts: Any, *, top: int = 5) -> Any:
+        """The `top` likeliest tokens behind each mask of a text."""
+        found = self.filler.fill(_listed(texts), top=top)
+        return found if _many(texts) else found[0]
+
+    def embed(self, sentences: str | list[str]) -> Vectors:
+        """A sentence as a vector [D]; several as [N, D]."""
+        found = self.embedder.embed(_listed(sentences))
+        return found if _many(sentences) else found[0]
+
+    @overload
+    def translate(self, texts: str, *, source: str | None = None, target: str | None = None) -> str: ...
+    @overload
+    def translate(self, texts: list[str], *, source: str | None = None, target: str | None = None) -> list[str]: ...
+    def translate(self, texts: Any, *, source: str | None = None, target: str | None = None) -> Any:
+        """A text in another language; source and target are said where the model translates between several."""
+        found = self.rewriter.translate(_listed(texts), source=source, target=target)
+        return _texts(found, texts)
+
+    @overload
+    def summarize(self, texts: str, *, most: int | None = None) -> str: ...
+    @overload
+    def summarize(self, texts: list[str], *, most: int | None = None) -> list[str]: ...
+    def summarize(self, texts: Any, *, most: int | None = None) -> Any:
+        """A summary of a text, of up to `most` tokens."""
+        return _texts(self.rewriter.summarize(_listed(texts), most=most), texts)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        most: int = 128,
+        sampling: Sampling | None = None,
+        rules: TokenRules | None = None,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """What follows a prompt, up to `most` tokens, the end of the text, or a string in `stop`."""
+        return "".join(
+            piece.text for piece in self.stream(prompt, most=most, sampling=sampling, rules=rules, stop=stop)
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        most: int = 128,
+        sampling: Sampling | None = None,
+        rules: TokenRules | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """The same piece by piece."""
+        return self.writer.continued([prompt], most=most, sampling=sampling, rules=rules, stop=stop)
+
+    def search(self, prompt: str, *, most: int = 128, beams: Beams) -> list[str]:
+        """The continuations of a prompt that a beam search finds, best first."""
+        (found,) = self.writer.searched([prompt], most=most, beams=beams)
+        return [each.text for each in found]
+
+    # -- images ------------------------------------------------------------------------------------------------
+
+    @overload
+    def label(self, images: PathLike) -> tuple[Scored, ...]: ...
+    @overload
+    def label(self, images: list[PathLike] | list[str]) -> list[tuple[Scored, ...]]: ...
+    def label(self, images: Any) -> Any:
+        """The labels of an image file, best first."""
+        found = self.labeller.label(_listed(images))
+        return found if _many(images) else found[0]
+
+    @overload
+    def match(self, images: PathLike, texts: Sequence[str]) -> Matched: ...
+    @overload
+    def match(self, images: list[PathLike] | list[str], texts: Sequence[str]) -> list[Matched]: ...
+    def match(self, images: Any, texts: Sequence[str]) -> Any:
+        """Which of the texts says best what an image file shows."""
+        found = self.matcher.match(_listed(images), texts)
+        return found if _many(images) else found[0]
+
+    # -- what the methods ask, compiled when first asked for ---------------------------------------------------
+
+    @cached_property
+    def classifier(self) -> TextClassifier:
+        """See `treadle.tasks.classifying`."""
+        from treadle.tasks.classifying import TextClassifier
+
+        return TextClassifier.open(self.options)
+
+    @cached_property
+    def answerer(self) -> QuestionAnswerer:
+        """See `treadle.tasks.answering`."""
+        from treadle.tasks.answering import QuestionAnswerer
+
+        return QuestionAnswerer.open(self.options)
+
+    @cached_property
+    def tagger(self) -> TokenTagger:
+        """See `treadle.tasks.tagging`."""
+        from treadle.tasks.tagging import TokenTagger
+
+        return TokenTagger.open(self.options)
+
+    @cached_property
+    def filler(self) -> MaskFiller:
+        """See `treadle.tasks.filling`."""
+        from treadle.tasks.filling import MaskFiller
+
+        return MaskFiller.open(self.options)
+
+    @cached_property
+    def labeller(self) -> ImageLabeller:
+        """See `treadle.tasks.labelling`."""
+        from treadle.tasks.labelling import ImageLabeller
+
+        return ImageLabeller.open(self.options)
+
+    @cached_property
+    def matcher(self) -> ImageMatcher:
+        """See `treadle.tasks.matching`."""
+        from treadle.tasks.matching import ImageMatcher
+
+        return ImageMatcher.open(self.options)
+
+    @cached_property
+    def rewriter(self) -> TextRewriter:
+        """See `treadle.tasks.rewriting`."""
+        from treadle.tasks.rewriting import TextRewriter
+
+        return TextRewriter.open(self.options)
+
+    @cached_property
+    def embedder(self) -> SentenceEmbedder:
+        """See `treadle.embedding`."""
+        from treadle.embedding import SentenceEmbedder
+
+        o = self.options
+        how: dict[str, Any] = {"dtype": o.dtype, "quantize": o.quantize, "limits": o.limits, **o.config}
+        return SentenceEmbedder.open(o.model, backend=o.backend, target=o.target, **how)
+
+    @cached_property
+    def writer(self) -> TextWriter:
+        """See `treadle.continuation`."""
+        from treadle.continuation import TextWriter
+
+        o = self.options
+        how: dict[str, Any] = {"dtype": o.dtype, "quantize": o.quantize, "limits": o.limits, **o.config}
+        return TextWriter.open(o.model, backend=o.backend, target=o.target, cache=o.cache, **how)
+
+    def __repr__(self) -> str:
+        return f"<model {self.options.model} for tasks, on {self.options.backend}>"
+
+
+def _many(given: object) -> bool:
+    return isinstance(given, list)
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _texts(found: Sequence[Rewritten], given: Any) -> Any:
+    return [each.text for each in found] if _many(given) else found[0].text

@@ -1,0 +1,136 @@
+"""How a task opens its model: the folder's class must have the head, and config.json says the labels.
+
+opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm")
+for row, logits in enumerate(opened.run(opened.tokenizer.encode(texts))): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.compiled import Compiled
+from treadle.files.shown_names import printable
+from treadle.frontends.huggingface import ModelFolder, open_checkpoint
+from treadle.frontends.text import EncodedText, TextTokenizer
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.models.registry import family_of
+from treadle.resolving import find_folder
+from treadle.tasks.batching import batches_by_length
+from treadle.tasks.options import ModelOptions
+
+Floats = npt.NDArray[np.float32]
+
+BATCH = 32
+"""Rows that are computed together, at most."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a task needs of a model.
+
+    does   what the task does, in a word of an error: "classify texts"
+    ends   how the name of Hugging Face's class ends whose weights have such a head; several, where several do
+    """
+
+    does: str
+    ends: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A compiled encoder with its tokenizer.
+
+    name       the model's
+    config     config.json
+    model      takes tokens and lengths, and token_types where the model tells segments apart
+    tokenizer  cuts texts to what the model takes
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    model: Compiled
+    tokenizer: TextTokenizer
+
+    @classmethod
+    def open(cls, options: ModelOptions, head: Head) -> OpenedModel:
+        """Compile the model of a folder, or a fetched one.
+
+        Raises UsageError where it has no such head, CheckpointError where a file is missing or damaged, and what
+        `compile` raises.
+        """
+        folder, config = checked_folder(options, head)
+        declared = family_of(config).from_config(config)
+        optional = {given.name for given in declared.declared_inputs if given.optional}
+        inputs = ["lengths"]
+        if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
+            inputs.append("token_types")
+        made = options.compile(inputs)
+        return cls(made.name, config, made, TextTokenizer.open(folder.path, context=_positions(made)))
+
+    def run(self, texts: Sequence[EncodedText], *, output: str = "logits") -> Iterator[tuple[int, Floats]]:
+        """An output's rows, each with its text's number, in no order; of [B, S, ...], a row ends with its text."""
+        takes = {port.name for port in self.model.inputs}
+        for chosen in batches_by_length([len(text) for text in texts], BATCH):
+            lengths = np.array([len(texts[i]) for i in chosen], np.int64)
+            tokens = np.zeros((len(chosen), int(lengths.max())), np.int64)
+            types = np.zeros_like(tokens)
+            for row, number in enumerate(chosen):
+                tokens[row, : lengths[row]] = texts[number].ids
+                types[row, : lengths[row]] = texts[number].types
+            given = {"tokens": tokens, "lengths": lengths, "token_types": types}
+            out = np.asarray(self.model(**{name: x for name, x in given.items() if name in takes})[output])
+            for row, number in enumerate(chosen):
+                yield number, out[row, : lengths[row]] if out.ndim == 3 else out[row]
+
+
+def checked_folder(options: ModelOptions, head: Head) -> tuple[ModelFolder, dict[str, Any]]:
+    """The folder that MODEL names, and its config.json. Raises UsageError where its class has not the head."""
+    place = find_folder(options.model)
+    if not place.is_dir():
+        raise UsageError(
+            f"to {head.does} takes a folder with config.json", received=place.name, hint=f"a class {_named(head)}"
+        )
+    checkpoint = open_checkpoint(place, options.limits)
+    config = checkpoint.config
+    named = config.get("architectures")
+    classes = [str(name) for name in named] if isinstance(named, list) else []
+    if not any(name.endswith(head.ends) for name in classes):
+        raise UsageError(
+            f"{printable(str(options.model))} has no head to {head.does}",
+            received=", ".join(map(printable, classes)) or "config.json names no class",
+            hint=f"a folder of a class {_named(head)}",
+        )
+    return checkpoint.folder, config
+
+
+def _named(head: Head) -> str:
+    return "whose name ends in " + " or ".join(head.ends)
+
+
+def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a head's labels, by number: config.json's id2label.
+
+    Raises CheckpointError where it is no object of names by the numbers from 0 on.
+    """
+    found = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(found))
+    if sorted(found) != sorted(map(str, range(len(found)))):
+        raise CheckpointError("config.json: id2label must name the labels from 0 on", received=_shown(list(found)))
+    return tuple(found[str(number)] for number in range(len(found)))
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value), 200)
+
+
+def _positions(model: Compiled) -> int | None:
+    """How many tokens of a row the model takes: the bound of its second axis."""
+    tokens = next(port for port in model.inputs if port.name == "tokens")
+    symbol = tokens.type.shape[-1].as_symbol
+    return None if symbol is None else model.graph.symbols[symbol].upper

@@ -1,0 +1,47 @@
+"""What every task's `open` takes: MODEL, and how it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treadle.compiled import Compiled
+from treadle.compiling import compile
+from treadle.ir.target import Target
+from treadle.stepped import SteppedModel, open_stepped
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model's name and how it is compiled.
+
+    model             a folder, a GGUF file, or a fetched model's name
+    backend, target   as `compile` takes them
+    dtype, quantize   as `compile` takes them
+    limits            what a file may ask for before it is refused
+    cache             the dtype of keys and values, where text is generated
+    config            configuration that overrides the folder's
+    """
+
+    model: str | Path
+    backend: str = "numpy"
+    target: str | Target = "cpu"
+    dtype: str | None = None
+    quantize: str | None = None
+    limits: Mapping[str, int] | None = None
+    cache: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def compile(self, inputs: Sequence[str] = ()) -> Compiled:
+        """The model as it is declared, with these optional inputs. Raises what `treadle.compile` does."""
+        return compile(self.model, backend=self.backend, inputs=inputs, **self._shared())
+
+    def stepped(self) -> SteppedModel:
+        """The step of generation. Raises what `treadle.stepped.open_stepped` does."""
+        return open_stepped(self.model, backend=self.backend, cache=self.cache, **self._shared())
+
+    def _shared(self) -> dict[str, Any]:
+        how = {"target": self.target, "dtype": self.dtype, "quantize": self.quantize, "limits": self.limits}
+        return {**how, **self.config}

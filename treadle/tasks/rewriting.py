@@ -1,0 +1,194 @@
+"""Rewriting texts with an encoder and a decoder: translating and summarizing (T5, BART, Marian).
+
+    rewriter = TextRewriter.open(ModelOptions("folder"))
+    rewriter.rewrite(["translate English to German: The house is small."])[0].text
+
+How tokens are chosen, the folder says (`treadle.tasks.generation_settings`), and what stands before a text of a task
+(T5's "summarize: ") says config.json's task_specific_params.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.runtime.beam_search import Beams, beam_search
+from treadle.runtime.generation import generate
+from treadle.stepped import SteppedModel
+from treadle.tasks.batching import batches_by_length
+from treadle.tasks.classifying import Progress
+from treadle.tasks.generation_settings import GenerationSettings
+from treadle.tasks.opening import Head, checked_folder
+from treadle.tasks.options import ModelOptions
+
+HEAD = Head("rewrite texts", ("ForConditionalGeneration", "WithLMHeadModel", "MTModel"))
+_ROWS = 8
+_MOST = 128
+"""Tokens of a text, where nothing says how many."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What a text became.
+
+    text    without special tokens
+    tokens  the ids that were made, the one that ends it included
+    ending  why it ends: "end", "count" or "context"
+    cut     whether the source was too long for the model, and lost its end
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ending: str
+    cut: bool
+
+
+@dataclass(frozen=True)
+class TextRewriter:
+    """An encoder-decoder model with its tokenizer."""
+
+    model: SteppedModel
+    tokenizer: TextTokenizer
+    place: ModelFolder
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, options: ModelOptions) -> TextRewriter:
+        """Raises UsageError where the folder has no such model, CheckpointError for a damaged file, and as `compile`."""
+        place, config = checked_folder(options, HEAD)
+        made = options.stepped()
+        if made.derived.prologue != ("tokens",):
+            raise UsageError(
+                f"{made.name} does not rewrite texts",
+                received=f"a row begins with {', '.join(made.derived.prologue) or 'nothing'}",
+                hint="a model of an encoder and a decoder of tokens",
+            )
+        symbol = made.derived.memories[0] if made.derived.memories else None
+        context = None if symbol is None else made.derived.graph.symbols[symbol].upper
+        return cls(made, TextTokenizer.open(place.path, context=context), place, config)
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        most: int | None = None,
+        beams: Beams | None = None,
+        progress: Progress | None = None,
+    ) -> list[Rewritten]:
+        """Texts in another language.
+
+        source, target  the languages, such as "en" and "de", of a model that translates between several
+
+        Raises UsageError where the model must be told the languages, or does not know these.
+        """
+        known = [name for name in self._tasks if name.startswith("translation_")]
+        name = f"translation_{source}_to_{target}"
+        if name not in known and (known or source is not None or target is not None):
+            pairs = ", ".join(name.removeprefix("translation_").replace("_to_", " to ") for name in known)
+            raise UsageError(
+                f"{self.model.name} translates {pairs or 'between two languages, which need not be said'}",
+                received=f"{source or 'no language'} to {target or 'no language'}",
+            )
+        return self.rewrite(texts, task=name if known else None, most=most, beams=beams, progress=progress)
+
+    def summarize(
+        self,
+        texts: Sequence[str],
+        *,
+        most: int | None = None,
+        beams: Beams | None = None,
+        progress: Progress | None = None,
+    ) -> list[Rewritten]:
+        """Summaries of texts. Raises as `rewrite` does."""
+        task = "summarization" if "summarization" in self._tasks else None
+        return self.rewrite(texts, task=task, most=most, beams=beams, progress=progress)
+
+    def rewrite(
+        self,
+        texts: Sequence[str],
+        *,
+        task: str | None = None,
+        most: int | None = None,
+        beams: Beams | None = None,
+        progress: Progress | None = None,
+    ) -> list[Rewritten]:
+        """What the model makes of texts.
+
+        task   what config.json's task_specific_params says of it goes before, and its prefix before each text
+        most   tokens that are made at most; None: as the folder says
+        beams  of a search; None: as the folder says
+
+        Raises UsageError for no text, or an empty one, and CheckpointError where the folder does not say how a text begins.
+        """
+        if not texts or not all(text.strip() for text in texts):
+            raise UsageError("there is no text to rewrite")
+        said = self._tasks.get(task or "", {})
+        settings = GenerationSettings.read(self.place, self.config, said)
+        if settings.start is None:
+            raise CheckpointError(
+                "the folder does not say with which token a decoder begins",
+                within=self.place.shown,
+                hint="decoder_start_token_id in config.json",
+            )
+        prefix = said.get("prefix", self.config.get("prefix"))
+        batch = self.tokenizer.batch([(prefix if isinstance(prefix, str) else "") + text for text in texts])
+        sources = [ids[:length] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
+        chosen = beams or settings.beams
+        count = _most_tokens(most, settings, self.model)
+        rules = replace(settings.rules, fewest=min(settings.rules.fewest, count))
+        found: dict[int, Rewritten] = {}
+        for numbers in batches_by_length([len(source) for source in sources], _ROWS):
+            given = [{"tokens": sources[number]} for number in numbers]
+            width = 1 if chosen is None else chosen.count
+            session = self.model.session(
+                rows=max(width, min(_ROWS, width * len(numbers))),
+                capacity=self._capacity(count),
+                memory=self._memory(given),
+            )
+            prompts = [[settings.start]] * len(numbers)
+            if chosen is not None:
+                searched = beam_search(
+                    session, prompts, most=count, beams=chosen, rules=rules, stop=settings.end, inputs=given
+                )
+                made = [(texts[0].tokens, str(texts[0].ending)) for texts in searched]
+            else:
+                rows: list[list[int]] = [[] for _ in numbers]
+                endings = [""] * len(numbers)
+                for token in generate(session, prompts, most=count, rules=rules, stop=settings.end, inputs=given):
+                    rows[token.row].append(token.id)
+                    endings[token.row] = str(token.ending)
+                made = [(tuple(row), ending) for row, ending in zip(rows, endings, strict=True)]
+            for number, (tokens, ending) in zip(numbers, made, strict=True):
+                found[number] = Rewritten(self.tokenizer.text(tokens), tokens, ending, bool(batch.cut[number]))
+            if progress is not None:
+                progress(len(found))
+        return [found[number] for number in range(len(texts))]
+
+    @property
+    def _tasks(self) -> Mapping[str, Mapping[str, Any]]:
+        """What config.json says of tasks."""
+        found = self.config.get("task_specific_params")
+        if not isinstance(found, Mapping):
+            return {}
+        return {name: said for name, said in found.items() if isinstance(said, Mapping)}
+
+    def _capacity(self, count: int) -> int:
+        context = self.model.derived.context
+        return 1 + count if context is None else min(1 + count, context)
+
+    def _memory(self, given: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        longest = max(len(each["tokens"]) for each in given)
+        return {symbol.removeprefix("C_"): longest for symbol in self.model.derived.memories}
+
+
+def _most_tokens(most: int | None, settings: GenerationSettings, model: SteppedModel) -> int:
+    if most is not None and most < 1:
+        raise UsageError("a text has 1 token or more", received=repr(most))
+    wanted = most or settings.most or _MOST
+    return wanted if model.derived.context is None else min(wanted, model.derived.context)

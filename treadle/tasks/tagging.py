@@ -1,0 +1,162 @@
+"""Tagging: a label for each token, such as the kind of name that it is of, and runs of them as spans of the text.
+
+    tagger = TokenTagger.open(ModelOptions("folder"))
+    for span in tagger.tag(["Ada Lovelace lived in London."])[0]:
+        print(span.label, span.text, span.start, span.end)
+
+Ways to make spans, as Hugging Face's pipeline names them: "none", every token by itself; "simple", neighbours whose
+labels continue each other (B-, I-); "first", "average" and "max", where the tokens of a word agree before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.text import EncodedText
+from treadle.ir.errors import UsageError
+from treadle.tasks.classifying import Progress
+from treadle.tasks.opening import Head, OpenedModel, read_labels
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.scoring import softmax
+
+Array = np.ndarray[Any, Any]
+
+HEAD = Head("tag tokens", ("ForTokenClassification",))
+GROUPINGS = ("none", "simple", "first", "average", "max")
+OUTSIDE = "O"
+"""The label of what is no part of any span."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a text with a label.
+
+    label       without B- or I-, where tokens were grouped
+    score       its probability, the mean over what was grouped
+    text        as its tokens join, which is not always how it stands in the text
+    start, end  where it stands, in characters
+    """
+
+    label: str
+    score: float
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A token of a text: its name, its label's probabilities, its place, and whether it continues a word."""
+
+    name: str
+    scores: Array
+    start: int
+    end: int
+    continues: bool
+
+
+@dataclass(frozen=True)
+class TokenTagger:
+    """A model that labels tokens."""
+
+    opened: OpenedModel
+    labels: tuple[str, ...]
+
+    @classmethod
+    def open(cls, options: ModelOptions) -> TokenTagger:
+        """Raises as `OpenedModel.open` does."""
+        opened = OpenedModel.open(options, HEAD)
+        return cls(opened, read_labels(opened.config))
+
+    def tag(
+        self,
+        texts: Sequence[str],
+        *,
+        grouping: str = "simple",
+        ignore: Sequence[str] = (OUTSIDE,),
+        progress: Progress | None = None,
+    ) -> list[list[Span]]:
+        """The spans of each text, in the text's order; those with a label in `ignore` are left out.
+
+        Raises UsageError for no text, and for an unknown grouping.
+        """
+        if grouping not in GROUPINGS:
+            raise UsageError(f"there is no grouping {grouping!r}", hint="one of " + ", ".join(GROUPINGS))
+        if not texts:
+            raise UsageError("there is no text to tag")
+        encoded = [windows[0] for windows in self.opened.tokenizer.encode(texts)]
+        found: dict[int, list[Span]] = {}
+        for number, logits in self.opened.run(encoded):
+            pieces = list(self._pieces(texts[number], encoded[number], softmax(logits)))
+            spans = self._grouped(pieces, grouping)
+            found[number] = [span for span in spans if span.label not in ignore]
+            if progress is not None:
+                progress(len(found))
+        return [found[number] for number in range(len(texts))]
+
+    def _pieces(self, text: str, encoded: EncodedText, scores: Array) -> Iterator[_Piece]:
+        tokenizer = self.opened.tokenizer
+        unknown = tokenizer.unknown
+        for number, part, (start, end), row in zip(encoded.ids, encoded.parts, encoded.offsets, scores, strict=True):
+            if part is None:
+                continue
+            name = tokenizer.name_of(number)
+            if number == unknown:
+                yield _Piece(text[start:end], row, start, end, False)
+            elif tokenizer.word_prefix is not None:
+                yield _Piece(name, row, start, end, len(name) != end - start)
+            else:
+                yield _Piece(name, row, start, end, start > 0 and " " not in text[start - 1 : start + 1])
+
+    def _grouped(self, pieces: Sequence[_Piece], grouping: str) -> list[Span]:
+        if grouping in ("none", "simple"):
+            single = [self._span([piece], piece.scores) for piece in pieces]
+            return single if grouping == "none" else list(self._joined(single))
+        words: list[list[_Piece]] = []
+        for piece in pieces:
+            if piece.continues and words:
+                words[-1].append(piece)
+            else:
+                words.append([piece])
+        spans = []
+        for word in words:
+            match grouping:
+                case "first":
+                    scores = word[0].scores
+                case "max":
+                    scores = max((piece.scores for piece in word), key=np.max)
+                case _:
+                    scores = np.mean([piece.scores for piece in word], axis=0)
+            text = self.opened.tokenizer.join([piece.name for piece in word])
+            spans.append(self._span(word, scores, text))
+        return list(self._joined(spans))
+
+    def _span(self, pieces: Sequence[_Piece], scores: Array, text: str | None = None) -> Span:
+        best = int(scores.argmax())
+        named = pieces[0].name if text is None else text
+        return Span(self.labels[best], float(scores[best]), named, pieces[0].start, pieces[-1].end)
+
+    def _joined(self, spans: Sequence[Span]) -> Iterator[Span]:
+        """Neighbours of one label, of which none but the first begins a span by B-, as one."""
+        group: list[Span] = []
+        for span in spans:
+            if group and (_kind(span.label) != _kind(group[-1].label) or span.label.startswith("B-")):
+                yield self._one(group)
+                group = []
+            group.append(span)
+        if group:
+            yield self._one(group)
+
+    def _one(self, group: Sequence[Span]) -> Span:
+        text = self.opened.tokenizer.join([span.text for span in group])
+        score = float(np.mean([span.score for span in group]))
+        return Span(group[0].label.split("-", 1)[-1], score, text, group[0].start, group[-1].end)
+
+
+def _kind(label: str) -> str:
+    """A label without the prefix that says whether a span begins with it or goes on."""
+    return label[2:] if label.startswith(("B-", "I-")) else label
