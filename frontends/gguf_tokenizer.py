@@ -93,7 +93,11 @@ def gguf_text_tokenizer(file: GGUFFile, *, max_tokens: int | None = None) -> Tex
     made = build_gguf_tokenizer(file)
     if max_tokens is not None:
         made.enable_truncation(max_tokens)
-    return TextTokenizer(made, max_tokens)
+    tokens = file.texts(_TOKENS)
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    keys = {f"{ours}_token": f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in roles.items()}
+    special = {role: tokens[_token_id(file, key, len(tokens))] for role, key in keys.items() if file.has(key)}
+    return TextTokenizer(made, max_tokens, special)
 
 
 def gguf_end_tokens(file: GGUFFile) -> tuple[int, ...]:

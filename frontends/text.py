@@ -95,7 +95,7 @@ class TextTokenizer:
         special  the names of special tokens by their roles, such as mask_token, as far as the folder says them
         """
         self._tokenizer = tokenizer
-        self._special = special
+        self.special_names = special
         self.max_tokens = max_tokens
 
     @classmethod
@@ -224,13 +224,13 @@ class TextTokenizer:
     @property
     def unknown(self) -> int | None:
         """The id that stands for what the vocabulary does not have; None where there is none."""
-        name = self._special.get("unk_token") or getattr(self._tokenizer.model, "unk_token", None)
+        name = self.special_names.get("unk_token") or getattr(self._tokenizer.model, "unk_token", None)
         return self.id_of(name) if isinstance(name, str) else None
 
     @property
     def mask(self) -> str | None:
         """The name of the token that stands for what is to be filled in; None where there is none."""
-        named = [self._special.get("mask_token"), "[MASK]", "<mask>"]
+        named = [self.special_names.get("mask_token"), "[MASK]", "<mask>"]
         return next((name for name in named if name is not None and self.id_of(name) is not None), None)
 
     @property

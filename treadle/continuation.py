@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treadle.files.contained_files import read_regular
 from treadle.files.strict_json import read_json_object
@@ -31,6 +31,9 @@ from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, spe
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel, open_stepped
+
+if TYPE_CHECKING:
+    from treadle.chatting.templates import ChatTemplate
 
 _CONFIG_BYTES = 4 << 20
 MOST_ROWS = 8
@@ -78,7 +81,7 @@ class FoundText:
     ending: Ending
 
 
-class _Growing:
+class GrowingText:
     """The text of a row, as far as it is certain."""
 
     def __init__(self, tokenizer: TextTokenizer, stop: StopStrings) -> None:
@@ -158,6 +161,7 @@ class TextWriter:
         likely: int = 0,
         guess: Guess | None = None,
         tally: SpeculationTally | None = None,
+        special: bool = True,
     ) -> Iterator[Piece]:
         """Continue each prompt by up to `most` tokens, to the model's end of text, or to a stop string.
 
@@ -165,11 +169,12 @@ class TextWriter:
         stop    strings that end a text, and are no part of it
         likely  how many of the likeliest tokens are told beside each one
         guess   what guesses tokens that the model then checks, prompt after prompt; `tally` counts what came of it
+        special whether the tokenizer puts its special tokens around a prompt, as it does not around a chat template's
 
         Raises UsageError at once for an empty prompt, or one that leaves no room.
         """
-        watch, rows = StopStrings(stop), self.tokens(prompts)
-        growing = [_Growing(self.tokenizer, watch) for _ in rows]
+        watch, rows = StopStrings(stop), self.tokens(prompts, special=special)
+        growing = [GrowingText(self.tokenizer, watch) for _ in rows]
 
         def until(row: int, token: int) -> bool:
             return growing[row].add(token)
@@ -183,20 +188,38 @@ class TextWriter:
         return self._pieces(tokens, growing)
 
     def searched(
-        self, prompts: Sequence[str], *, most: int, beams: Beams, rules: TokenRules | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        most: int,
+        beams: Beams,
+        rules: TokenRules | None = None,
+        special: bool = True,
     ) -> list[list[FoundText]]:
         """The best continuations of each prompt that a beam search finds, best first. Raises as `continued` does."""
-        rows = self.tokens(prompts)
+        rows = self.tokens(prompts, special=special)
         session = self._session(rows, most, beams.count)
         return [
             [FoundText(self.tokenizer.text(each.tokens), each.tokens, each.score, each.ending) for each in found]
             for found in beam_search(session, rows, most=most, beams=beams, rules=rules, stop=self.end)
         ]
 
-    def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The ids of each prompt."""
-        batch = self.tokenizer.batch(prompts)
-        return [[int(i) for i in ids[:length]] for ids, length in zip(batch.ids, batch.lengths, strict=True)]
+    def tokens(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """The ids of each prompt. Raises UsageError for no prompt, or one that is not valid Unicode."""
+        if not prompts:
+            raise UsageError("there is no text")
+        return [list(windows[0].ids) for windows in self.tokenizer.encode(prompts, special=special)]
+
+    def chat_template(self) -> ChatTemplate:
+        """The template in which the model expects a conversation. Raises UsageError where it was not trained for one."""
+        from treadle.chatting.templates import ChatTemplate
+
+        if self.template is None:
+            raise UsageError(
+                f"{self.model.name} has no chat template: it was not made for conversations",
+                hint="a model that was, or a prompt to continue",
+            )
+        return ChatTemplate(self.template, self.tokenizer.special_names)
 
     def draft_for(self, other: TextWriter, *, count: int = 4) -> DraftModel:
         """This model as the one that guesses `count` tokens at a time for a larger one.
@@ -223,7 +246,7 @@ class TextWriter:
         return [token for token in self.tokenizer.special_tokens() if self.template and token in self.template]
 
     @staticmethod
-    def _pieces(tokens: Iterator[Token], growing: Sequence[_Growing]) -> Iterator[Piece]:
+    def _pieces(tokens: Iterator[Token], growing: Sequence[GrowingText]) -> Iterator[Piece]:
         for token in tokens:
             text = growing[token.row].tell(token.last)
             yield Piece(token.row, text, token.id, token.ending, token.logprob, token.likely)

@@ -72,6 +72,13 @@ def continue_texts(
     ] = None,
     length_penalty: Annotated[float, typer.Option(metavar="X", help="With --beams: above 0 favours long texts.")] = 1.0,
     best: Annotated[int, typer.Option(metavar="N", min=1, help="With --beams: how many texts to give.")] = 1,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each text as a question, as the model's chat template writes it.")
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="With --chat: what the model is told before.", show_default=False),
+    ] = None,
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Guess tokens from the text so far; the same text, sooner.")
     ] = False,
@@ -121,24 +128,29 @@ def continue_texts(
         guess = None
         if draft is not None:
             guess = TextWriter.open(draft, backend=backend, target=where, cache=cache).draft_for(writer)
+    asked = prompts
+    if chat:
+        template = writer.chat_template()
+        told = [] if system is None else [{"role": "system", "content": system}]
+        prompts = [template.render([*told, {"role": "user", "content": text}]) for text in asked]
     facts: dict[str, Any] = {"model": writer.model.name, "backend": backend}
     chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     chosen |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
     if search is not None:
         with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
-            found = writer.searched(prompts, most=most, beams=search, rules=rules)
+            found = writer.searched(prompts, most=most, beams=search, rules=rules, special=not chat)
         if as_json:
             beaming = {"count": search.count, "length_penalty": length_penalty, "best": best}
-            texts = [{"prompt": p, "found": list(map(asdict, each))} for p, each in zip(prompts, found, strict=True)]
+            texts = [{"prompt": p, "found": list(map(asdict, each))} for p, each in zip(asked, found, strict=True)]
             print_json({**facts, "beams": beaming, "texts": texts})
             return
-        for prompt, each in zip(prompts, found, strict=True):
+        for prompt, each in zip(asked, found, strict=True):
             for text in each:
-                print(f"{prompt}{text.text}\n")
+                print(f"{'' if chat else prompt}{text.text}\n")
                 print(f"score {text.score:.4f}, {counted(len(text.tokens), 'token')}", file=sys.stderr)
         return
     tally = SpeculationTally() if speculate or draft is not None else None
-    written = [Written(prompt) for prompt in prompts]
+    written = [Written(prompt) for prompt in asked]
     pace = Pace()
     pieces = writer.continued(
         prompts,
@@ -149,9 +161,10 @@ def continue_texts(
         likely=logprobs or 0,
         guess=guess or (PromptLookup() if speculate else None),
         tally=tally,
+        special=not chat,
     )
     stream = len(prompts) == 1 and not as_json
-    if stream:
+    if stream and not chat:
         print(prompts[0], end="", flush=True)
     try:
         with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json and not stream):
@@ -170,15 +183,15 @@ def continue_texts(
         print_json({**facts, "texts": [each.facts(writer, logprobs is not None) for each in written]})
         return
     for each in written if not stream else []:
-        print(f"{each.prompt}{each.text}\n")
+        print(f"{'' if chat else each.prompt}{each.text}\n")
     for each in written if logprobs is not None else []:
         print("\n".join(each.probabilities(writer)) + "\n")
     sys.stdout.flush()
     for number, each in enumerate(written, 1):
         which = f"text {number}: " if len(written) > 1 else ""
         print(which + each.reason(writer), file=sys.stderr)
-    if told := pace.told():
-        print(told, file=sys.stderr)
+    if pace.told():
+        print(pace.told(), file=sys.stderr)
     if tally is not None:
         guesses = counted(tally.guessed, "guessed token")
         print(
@@ -285,7 +298,7 @@ class Written:
         if self.text.strip() or writer.template is None:
             return told
         marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
-        return f"{told} at once. It was made for chat: write the prompt as its chat template does{marks}"
+        return f"{told} at once. It was made for chat: --chat puts the prompt as its chat template does{marks}"
 
 
 def _priced(writer: TextWriter, number: int, logprob: float) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class GenerationSettings:
             found = read_json_object(data, shown, nesting=32, values=200_000)
             said = {name: value for name, value in said.items() if name in _SPECIAL}
             said |= {name: value for name, value in found.items() if value is not None}
+        if task and "max_length" in task:
+            said.pop("max_new_tokens", None)
         said |= task or {}
         read = _Reader(said, shown)
         count = read.integer("num_beams", 1, least=1, most=_MOST_BEAMS)

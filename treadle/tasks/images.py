@@ -41,8 +41,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "resample": _BICUBIC,
         "do_center_crop": True,
         "crop_size": 224,
-        "image_mean": (0.485, 0.456, 0.406),
-        "image_std": (0.229, 0.224, 0.225),
+        "image_mean": _HALF,
+        "image_std": _HALF,
     },
     "clip": {
         "size": {"shortest_edge": 224},

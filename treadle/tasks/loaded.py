@@ -19,6 +19,7 @@ from treadle.files.contained_files import PathLike
 from treadle.tasks.options import ModelOptions
 
 if TYPE_CHECKING:
+    from treadle.chatting.conversation import Conversation
     from treadle.continuation import Piece, TextWriter
     from treadle.embedding import SentenceEmbedder, Vectors
     from treadle.runtime.beam_search import Beams
@@ -134,6 +135,12 @@ class LoadedModel:
         """The continuations of a prompt that a beam search finds, best first."""
         (found,) = self.writer.searched([prompt], most=most, beams=beams)
         return [each.text for each in found]
+
+    def chat(self, *, system: str | None = None) -> Conversation:
+        """A conversation with a model that was trained for it: `chat().say("Hello")` gives the reply piece by piece."""
+        from treadle.chatting.conversation import Conversation
+
+        return Conversation.open(self.writer, system=system)
 
     # -- images ------------------------------------------------------------------------------------------------
 

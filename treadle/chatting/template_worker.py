@@ -1,0 +1,127 @@
+"""The process in which chat templates are rendered: Jinja's sandbox, within limits of memory, files and processes.
+
+It is run by its path, apart from the package: `python -I template_worker.py JINJA'S_FOLDER MEMORY`. It reads requests and
+writes answers, each a line of JSON, until its input ends. `treadle.chatting.templates` is who asks, and who ends it where
+it takes too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from datetime import datetime
+from typing import Any
+
+TEXT = frozenset(
+    "capitalize count endswith find index isalpha isdigit isspace join lower lstrip removeprefix removesuffix replace rfind "
+    "rsplit rstrip split splitlines startswith strip title upper".split()
+)
+MAPPING = frozenset({"get", "items", "keys", "values"})
+SEQUENCE = frozenset({"count", "index"})
+"""The methods that templates may call, of texts, objects and lists."""
+
+
+def environment() -> Any:
+    """The sandbox: what Hugging Face gives to templates, and no attribute beyond what they need."""
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext, Macro, Undefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Cycler, Joiner, Namespace
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}: what the assistant says, told apart in training alone."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            for kind, known in ((str, TEXT), (dict, MAPPING), ((list, tuple), SEQUENCE)):
+                if isinstance(obj, kind):
+                    return attr in known
+            kinds = (LoopContext, Namespace, Macro, Cycler, Joiner, Undefined)
+            return isinstance(obj, kinds) and not attr.startswith("_")
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            if isinstance(obj, dict) and attribute in obj:  # an entry that has the name of a method
+                return obj[attribute]
+            raise SecurityError(f"it reaches for {attribute} of {type(obj).__name__}")
+
+        def wrap_str_format(self, value: Any) -> None:
+            """Formatting by a text's own method, which takes any width, is no method that templates need."""
+
+    def refuse(message: object) -> None:
+        raise TemplateError(str(message))
+
+    def as_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = as_json
+    made.globals.pop("lipsum", None)
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(str(form))
+    return made
+
+
+def render(made: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The text of a template, or what is wrong with it: where it is the template that says so, `refused`."""
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    most = request["most"]
+    try:
+        parts: list[str] = []
+        for part in made.from_string(request["template"]).generate(**request["values"]):
+            parts.append(part)
+            most -= len(part)
+            if most < 0:
+                return {"error": f"it writes more than {request['most']} characters"}
+        return {"text": "".join(parts)}
+    except TemplateSyntaxError as error:
+        return {"error": f"{error.message}, line {error.lineno}"}
+    except TemplateError as error:
+        kind = {"refused": True} if type(error) is TemplateError else {}
+        return {"error": str(error.message), **kind}
+    except MemoryError:
+        return {"error": "it takes more memory than it may"}
+    except RecursionError:
+        return {"error": "it is nested too deeply"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def confine(memory: int) -> None:
+    """Take away what rendering does not need, as far as the system can: memory, files, processes."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limits = {"RLIMIT_AS": memory, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}
+        for name, limit in limits.items():
+            with contextlib.suppress(AttributeError, ValueError, OSError):
+                resource.setrlimit(getattr(resource, name), (limit, limit))
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    sys.path.append(sys.argv[1])
+    made = environment()
+    made.from_string("{{ 'a' | trim }}").render()
+    confine(int(sys.argv[2]))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            answer = json.dumps(render(made, json.loads(line)))
+        except MemoryError:
+            answer = json.dumps({"error": "it takes more memory than it may"})
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Chat templates: a conversation as the text that a model was trained to go on with.
+
+    template = ChatTemplate("{% for m in messages %}...{% endfor %}", {"bos_token": "<s>"})
+    template.render([{"role": "user", "content": "Hello"}])
+
+A template is a program in Jinja's language that came with a model's file. It runs in Jinja's sandbox, and the sandbox in a
+process of its own, which has so much memory, writes no file, starts no process, and is ended where it takes too long.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import queue
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from treadle.files.shown_names import printable
+from treadle.ir.errors import CheckpointError, FrontendError, UsageError
+
+Message = Mapping[str, Any]
+"""Who says what: "role" ("system", "user" or "assistant") and "content", and what else a template knows."""
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_START_SECONDS = 60.0
+_SECONDS = 2.0
+_MEMORY = 512 << 20
+_CHARACTERS = 4 << 20
+_TEMPLATE_CHARACTERS = 1 << 20
+
+
+class ChatTemplate:
+    """A template and the special tokens that it may name."""
+
+    def __init__(
+        self,
+        template: str,
+        special: Mapping[str, str] | None = None,
+        *,
+        seconds: float = _SECONDS,
+        memory: int = _MEMORY,
+        characters: int = _CHARACTERS,
+    ) -> None:
+        """No process starts before a conversation is rendered.
+
+        special     the names of special tokens by their roles, such as bos_token
+        seconds     how long a rendering may take
+        memory      bytes that the process may have, where the system keeps to it
+        characters  the longest text that it may write
+
+        Raises CheckpointError for a template that is too long, and FrontendError where jinja2 is not installed.
+        """
+        found = importlib.util.find_spec("jinja2")
+        if found is None or found.origin is None:
+            raise FrontendError("chat templates need the package jinja2", hint="pip install 'treadle[chat]'")
+        if len(template) > _TEMPLATE_CHARACTERS:
+            raise CheckpointError(
+                "the chat template is longer than the limit",
+                received=f"{len(template)} characters, limit {_TEMPLATE_CHARACTERS}",
+            )
+        self.template, self.special = template, dict(special or {})
+        self.seconds, self.memory, self.characters = seconds, memory, characters
+        self._folder = str(Path(found.origin).parent.parent)
+        self._worker: _Worker | None = None
+        self._turn = threading.Lock()
+
+    def render(self, messages: Sequence[Message], *, reply: bool = True, **values: Any) -> str:
+        """The text of a conversation.
+
+        reply   whether it ends with what begins a reply
+        values  what else the template knows, such as tools=[...]
+
+        Raises UsageError where the template refuses the conversation, and CheckpointError where it fails, or goes beyond
+        its limits.
+        """
+        try:
+            request = json.dumps(
+                {
+                    "template": self.template,
+                    "values": {
+                        **self.special,
+                        "tools": None,
+                        "documents": None,
+                        **values,
+                        "messages": list(map(dict, messages)),
+                        "add_generation_prompt": reply,
+                    },
+                    "most": self.characters,
+                }
+            )
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                "a conversation is made of texts, numbers and lists of them", received=str(error)
+            ) from None
+        with self._turn:
+            answer = self._ask(request)
+        if "text" in answer:
+            return str(answer["text"])
+        what = printable(str(answer["error"]), 400)
+        if answer.get("refused"):
+            raise UsageError("the model's chat template refuses the conversation", received=what)
+        raise CheckpointError("the model's chat template cannot be rendered", received=what, within="chat template")
+
+    def close(self) -> None:
+        """End the process; another starts with the next conversation."""
+        with self._turn:
+            self._end()
+
+    def _ask(self, request: str) -> dict[str, Any]:
+        if self._worker is None:
+            self._worker = _Worker(self._folder, self.memory)
+            started = self._worker.answer(_START_SECONDS)
+            if started != "ready":
+                self._end()
+                raise FrontendError("the process that renders chat templates did not start", received=str(started))
+        line = self._worker.ask(request, self.seconds)
+        if line:
+            return dict(json.loads(line))
+        self._end()
+        too_long = f"it takes longer than {self.seconds:g} s"
+        return {"error": too_long if line is None else "it takes more memory than it may"}
+
+    def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+
+class _Worker:
+    """A process that answers a line with a line."""
+
+    def __init__(self, folder: str, memory: int) -> None:
+        command = [sys.executable, "-I", str(_WORKER), folder, str(memory)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", env={}
+        )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=_pass_on, args=(self.process.stdout, self._lines), daemon=True).start()
+        self._end = weakref.finalize(self, _end_process, self.process)
+
+    def ask(self, request: str, seconds: float) -> str | None:
+        """The answer's line: empty where the process has ended, None where it takes too long."""
+        stream = self.process.stdin
+        assert stream is not None
+        try:
+            stream.write(request + "\n")
+            stream.flush()
+        except OSError:
+            return ""
+        return self.answer(seconds)
+
+    def answer(self, seconds: float) -> str | None:
+        """The next line."""
+        try:
+            return self._lines.get(timeout=seconds).strip()
+        except queue.Empty:
+            return None
+
+    def end(self) -> None:
+        """End the process at once."""
+        self._end()
+
+
+def _pass_on(stream: Any, lines: queue.SimpleQueue[str]) -> None:
+    """Put a process's lines into a queue; an empty one where there are no more."""
+    for line in stream:
+        lines.put(line)
+    lines.put("")
+
+
+def _end_process(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            try:
+                stream.close()
+            except OSError:
+                continue

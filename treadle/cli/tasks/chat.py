@@ -1,0 +1,107 @@
+"""`treadle chat`: a conversation with a model that was trained for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import (
+    AsJson,
+    BackendName,
+    CacheName,
+    Config,
+    Dtype,
+    Limit,
+    ModelName,
+    Quantize,
+    TargetName,
+    Threads,
+)
+
+_NEW, _BYE = "/new", "/bye"
+
+
+@command("chat")
+def chat(
+    model: ModelName,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told before.", show_default=False)
+    ] = None,
+    most: Annotated[int, typer.Option("--tokens", metavar="N", help="The most tokens of a reply.", min=1)] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="The most tokens of the whole conversation.", min=2, show_default=False),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; higher values vary more.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from tokens at least this share as likely as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1, tokens that the conversation has already are less likely.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same replies.")] = 0,
+    cache: CacheName = None,
+    config: Config = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with a model: a line is a message, /new begins again, /bye or the end of input ends it."""
+    from treadle.chatting.conversation import Conversation
+    from treadle.continuation import TextWriter
+    from treadle.ir.target import Target
+    from treadle.option_values import parse_config
+    from treadle.progress import working
+    from treadle.runtime.sampling import Sampling
+    from treadle.runtime.token_rules import TokenRules
+
+    sampling = Sampling(temperature, 0, top_p, seed, min_p)
+    rules = TokenRules(repetition_penalty=repetition_penalty)
+    with working(f"compiling {model}", shown=not as_json):
+        writer = TextWriter.open(
+            model,
+            backend=backend,
+            target=Target(target, threads),
+            dtype=dtype,
+            quantize=quantize,
+            cache=cache,
+            **parse_config(config or (), limit or ()),
+        )
+        talk = Conversation.open(writer, system=system, capacity=context)
+    for line in _lines(shown=not as_json):
+        if line == _NEW:
+            talk.forget()
+            continue
+        for piece in talk.say(line, most=most, sampling=sampling, rules=rules):
+            if not as_json:
+                print(piece.text, end="", flush=True)
+        if not as_json:
+            print(flush=True)
+    if as_json:
+        print_json({"model": writer.model.name, "backend": backend, "messages": list(map(dict, talk.messages))})
+
+
+def _lines(*, shown: bool) -> Iterator[str]:
+    """What is typed, or piped, a message a line, up to /bye."""
+    asks = shown and sys.stdin.isatty()
+    while True:
+        if asks:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == _BYE:
+            return
+        if line.strip():
+            yield line.strip()
