@@ -21,7 +21,7 @@ COMMANDS = (
     *("inspect", "compile", "explain", "run", "verify", "shard", "export"),
     *("bench", "roofline", "embed", "generate", "models", "fetch"),
 )
-TASKS = ("classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "chat")
+TASKS = ("classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe", "chat")
 """In the order of `--help`."""
 
 for _name in COMMANDS:

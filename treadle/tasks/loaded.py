@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from treadle.tasks.rewriting import Rewritten, TextRewriter
     from treadle.tasks.scoring import Scored
     from treadle.tasks.tagging import Span, TokenTagger
+    from treadle.tasks.transcribing import Transcriber
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,12 @@ class LoadedModel:
 
         return Conversation.open(self.writer, system=system)
 
+    # -- sound -------------------------------------------------------------------------------------------------
+
+    def transcribe(self, recording: PathLike, *, language: str | None = None) -> str:
+        """What is said in a WAV file; the language as the model hears it, where it is not said."""
+        return self.transcriber.transcribe(recording, language=language).text
+
     # -- images ------------------------------------------------------------------------------------------------
 
     @overload
@@ -205,6 +212,13 @@ class LoadedModel:
         from treadle.tasks.matching import ImageMatcher
 
         return ImageMatcher.open(self.options)
+
+    @cached_property
+    def transcriber(self) -> Transcriber:
+        """See `treadle.tasks.transcribing`."""
+        from treadle.tasks.transcribing import Transcriber
+
+        return Transcriber.open(self.options)
 
     @cached_property
     def rewriter(self) -> TextRewriter:

@@ -1,0 +1,209 @@
+"""Transcribing: what is said in a recording, as text, by Whisper.
+
+    transcriber = Transcriber.open(ModelOptions("whisper-tiny", backend="torch"))
+    transcriber.transcribe("talk.wav").text
+
+A recording of more than 30 s is read in pieces; each ends at the quietest moment of its last 5 s, so that no word is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.files.contained_files import PathLike, read_regular
+from treadle.files.strict_json import read_json_object
+from treadle.frontends.ctranslate2_file import find_ctranslate2
+from treadle.frontends.huggingface import ModelFolder
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.resolving import find_folder
+from treadle.runtime.generation import generate
+from treadle.runtime.token_rules import TokenRules
+from treadle.stepped import SteppedModel
+from treadle.tasks.classifying import Progress
+from treadle.tasks.generation_settings import GenerationSettings
+from treadle.tasks.opening import Head, checked_folder
+from treadle.tasks.options import ModelOptions
+from treadle.tasks.sound import read_sound
+from treadle.tasks.spectrogram import HOP, RATE, log_mel
+
+HEAD = Head("transcribe speech", ("WhisperForConditionalGeneration",))
+_CONFIG_BYTES = 4 << 20
+_QUIET_SECONDS = 5
+_MULTILINGUAL = 51_865
+"""Tokens of OpenAI's models of several languages, at least."""
+_LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a recording.
+
+    text        what is said in it
+    start, end  in seconds
+    tokens      the ids that were made, the one that ends them included
+    language    None where the model knows but one
+    """
+
+    text: str
+    start: float
+    end: float
+    tokens: tuple[int, ...]
+    language: str | None
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a recording, piece by piece."""
+
+    passages: tuple[Passage, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(passage.text for passage in self.passages).strip()
+
+
+@dataclass(frozen=True)
+class Transcriber:
+    """A model of speech.
+
+    languages  the token of each language by its name; empty where the model knows but one
+    """
+
+    model: SteppedModel
+    tokenizer: TextTokenizer
+    rules: TokenRules
+    context: int
+    languages: Mapping[str, int]
+
+    @classmethod
+    def open(cls, options: ModelOptions) -> Transcriber:
+        """Raises UsageError where MODEL is no model of speech, CheckpointError for a damaged file, and as `compile`."""
+        folder = find_folder(options.model)
+        if folder.is_dir() and find_ctranslate2(folder, options.limits) is not None:
+            place = ModelFolder.find(folder)
+            rules = _converted_rules(place)
+        else:
+            place, config = checked_folder(options, HEAD)
+            found = GenerationSettings.read(place, config).rules
+            rules = TokenRules(banned=found.banned, banned_first=found.banned_first)
+        made = options.stepped()
+        if made.derived.prologue != ("mel",):
+            raise UsageError(f"{made.name} does not transcribe speech", hint="a folder of Whisper's")
+        positions = made.derived.graph.parameters["encoder.positions.weight"].type.shape[0].constant
+        tokenizer = TextTokenizer.open(place.path, cut=False)
+        if positions is None:
+            raise CheckpointError("the model does not say how long a recording it hears", within=place.shown)
+        vocabulary = made.derived.graph.parameters["decoder.tokens.weight"].type.shape[0].constant or 0
+        several = _knows_several(place, vocabulary)
+        return cls(made, tokenizer, rules, positions, _languages(tokenizer) if several else {})
+
+    def transcribe(
+        self, path: PathLike, *, language: str | None = None, most: int | None = None, progress: Progress | None = None
+    ) -> Transcript:
+        """What is said in a WAV file.
+
+        language  such as "en"; None: as the model hears it
+        most      tokens of a piece, at most
+
+        Raises UsageError for a file that is no sound, or a language that the model does not know.
+        """
+        if language is not None and language not in self.languages:
+            known = ", ".join(self.languages) or "its own language alone, which need not be said"
+            raise UsageError(f"the model does not know the language {language!r}", hint=known)
+        samples = read_sound(path, rate=RATE)
+        passages = []
+        for start, end in _pieces(samples, 2 * self.context * HOP):
+            passages.append(self._passage(samples[start:end], start, end, language, most))
+            if progress is not None:
+                progress(len(passages))
+        return Transcript(tuple(passages))
+
+    def _passage(
+        self, samples: npt.NDArray[np.float64], start: int, end: int, language: str | None, most: int | None
+    ) -> Passage:
+        mel = log_mel(samples, frames=2 * self.context)
+        begin, plain, last = (self._special(name) for name in ("startoftranscript", "notimestamps", "endoftext"))
+        session = self.model.session(rows=1, memory={"memory": self.context})
+        prompt = [begin]
+        if self.languages:
+            language = language or self._heard(mel, begin)
+            prompt += [self.languages[language], self._special("transcribe")]
+        prompt.append(plain)
+        room = session.capacity - len(prompt)
+        count = min(room, self.context) if most is None else min(room, most)
+        stop, given = [last], [{"mel": mel}]
+        tokens = [k.id for k in generate(session, [prompt], most=count, rules=self.rules, stop=stop, inputs=given)]
+        return Passage(self.tokenizer.text(tokens), start / RATE, end / RATE, tuple(tokens), language)
+
+    def _heard(self, mel: npt.NDArray[np.float32], begin: int) -> str:
+        """The likeliest language."""
+        session = self.model.session(rows=1, memory={"memory": self.context})
+        row = session.open(mel=mel)
+        logits = session.prefill({row: [begin]})[row]
+        return max(self.languages, key=lambda name: float(logits[self.languages[name]]))
+
+    def _special(self, name: str) -> int:
+        found = self.tokenizer.id_of(f"<|{name}|>")
+        if found is None:
+            raise CheckpointError(f"the folder's vocabulary has no token <|{name}|>")
+        return found
+
+
+def _pieces(samples: npt.NDArray[np.float64], longest: int) -> Iterator[tuple[int, int]]:
+    """From where to where a recording is read at a time: at most `longest` samples, to the quietest tenth of a second."""
+    start = 0
+    while len(samples) - start > longest:
+        last = samples[start + longest - min(_QUIET_SECONDS * RATE, longest // 2) : start + longest]
+        width = min(RATE // 10, len(last))
+        loud = np.convolve(last**2, np.ones(width), mode="valid")
+        end = start + longest - len(last) + int(loud.argmin()) + width // 2
+        yield start, end
+        start = end
+    yield start, len(samples)
+
+
+def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
+    """Whether a model knows several languages: vocabularies of models of English have the others' tokens, too, and are one
+    shorter. A generation_config.json may say so itself."""
+    name = "generation_config.json"
+    if place.has(name):
+        shown = place.show(name)
+        data = read_regular(place.file(name), _CONFIG_BYTES, shown)
+        said = read_json_object(data, shown, nesting=32, values=200_000).get("is_multilingual")
+        if isinstance(said, bool):
+            return said
+    return vocabulary >= _MULTILINGUAL
+
+
+def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
+    """The tokens of languages: between those of the beginning and of translating."""
+    first, translate = tokenizer.id_of("<|startoftranscript|>"), tokenizer.id_of("<|translate|>")
+    found: dict[str, int] = {}
+    for name in tokenizer.special_tokens():
+        match = _LANGUAGE.fullmatch(name)
+        number = tokenizer.id_of(name)
+        if match and first is not None and translate is not None and number is not None and first < number < translate:
+            found[match[1]] = number
+    return found
+
+
+def _converted_rules(place: ModelFolder) -> TokenRules:
+    """Which tokens never come, or not first, as the config.json beside a model.bin of CTranslate2 says."""
+    shown = place.show("config.json")
+    data = read_regular(place.file("config.json"), _CONFIG_BYTES, shown)
+    said = read_json_object(data, shown, nesting=8, values=100_000)
+    found: dict[str, Any] = {}
+    for name, theirs in (("banned", "suppress_ids"), ("banned_first", "suppress_ids_begin")):
+        ids = said.get(theirs, [])
+        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
+            raise CheckpointError(f"{theirs} must be a list of ids", within=shown)
+        found[name] = tuple(ids)
+    return TokenRules(**found)
