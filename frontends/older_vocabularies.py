@@ -39,7 +39,8 @@ class _Kind:
 
 
 def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has no such files, or of a kind not built here.
+    """The folder's vocabulary as a `tokenizers.Tokenizer`; None where it has no such files, or of a kind not built
+    here.
 
     settings  tokenizer_config.json
 
@@ -48,13 +49,16 @@ def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit
     import tokenizers
 
     names = _kind_names(place, settings)
+    vocabulary: dict[str, int] = {}
+    merges: list[tuple[str, str]] = []
     if place.has(_WORDS):
         kind = next((_WORDPIECE[name] for name in names if name in _WORDPIECE), None)
-        vocabulary, merges = _read_words(place, limit_bytes) if kind else {}, []
+        vocabulary = _read_words(place, limit_bytes) if kind else {}
         shown = place.show(_WORDS)
     elif place.has(_TOKENS) and place.has(_MERGES):
         kind = next((_BYTE_LEVEL[name] for name in names if name in _BYTE_LEVEL), None)
-        vocabulary, merges = _read_tokens(place, limit_bytes) if kind else ({}, [])
+        if kind:
+            vocabulary, merges = _read_tokens(place, limit_bytes)
         shown = place.show(_TOKENS)
     else:
         return None
@@ -172,7 +176,9 @@ _BYTE_LEVEL = {"gpt2": _GPT2, "roberta": _ROBERTA, "bart": _ROBERTA, "clip": _CL
 
 
 def _kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
-    """What the folder says its tokenizer is: the class of tokenizer_config.json first, then config.json's model_type."""
+    """What the folder says its tokenizer is: the class of tokenizer_config.json first, then config.json's
+    model_type.
+    """
     names = []
     named = settings.get("tokenizer_class")
     if isinstance(named, str):

@@ -223,7 +223,7 @@ class _Search:
     def _finish(self, beam: _Beam, token: int, total: float) -> None:
         made = (*beam.made, token)
         ending: Ending = "end" if token in self.task.stop else self.ending
-        score = total / len(made) ** self.task.beams.length_penalty
+        score = total / float(len(made)) ** self.task.beams.length_penalty
         self.finished.append(Hypothesis(made, score, total, ending))
         self.finished.sort(key=lambda text: -text.score)
         del self.finished[self.task.beams.count :]
@@ -236,7 +236,8 @@ class _Search:
         if beams.early is True:
             return True
         length = self.most if beams.early == "never" and beams.length_penalty > 0 else made
-        return best_total / length**beams.length_penalty <= self.finished[-1].score
+        possible = best_total / float(length) ** beams.length_penalty
+        return possible <= self.finished[-1].score
 
     def _go_on(self, running: list[tuple[_Beam, int, float]]) -> None:
         """Give each continuation a row: its beam's own for the first, copies of it for the others."""

@@ -23,7 +23,9 @@ Array = np.ndarray[Any, Any]
 Ending = Literal["end", "stop", "context", "count"]
 """Why a row ends: a token that ends a text, the caller's word, a full context, or as many tokens as were asked for."""
 Until = Callable[[int, int], bool]
-"""Whether a row ends with a token, by its prompt's number and the token's id. It is asked once of each token, in order."""
+"""Whether a row ends with a token, by its prompt's number and the token's id; asked once of each token, in order."""
+
+_GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Choosing:
     """
 
     most: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = _GREEDY
     rules: TokenRules | None = None
     stop: frozenset[int] = frozenset()
     until: Until | None = None

@@ -43,7 +43,8 @@ class Guess(Protocol):
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """What followed where the last tokens stood before (Saxena 2023): for texts that quote, edit or go on as they began.
+    """What followed where the last tokens stood before (Saxena 2023): for texts that quote, edit or go on as they
+    began.
 
     longest  how many of the last tokens are looked for, at most; then fewer, down to 1
     count    how many tokens are guessed
@@ -232,10 +233,8 @@ def _continued(
         room = min(session.capacity - session.length(row) - 1, session.chunk - 1, choosing.most - len(made) - 1)
         guessed = guess.follow([*prompt, *made], room)[:room] if room > 0 else []
         tally.guessed += len(guessed)
-        if guessed:
-            found = session.verify(row, [made[-1], *guessed])
-        else:
-            found = session.step({row: made[-1]})[row][None]
+        new = made[-1]
+        found = session.verify(row, [new, *guessed]) if guessed else session.step({row: new})[row][None]
 
 
 def _margin(logits: Array, chosen: int) -> float:

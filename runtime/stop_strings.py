@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from treadle.ir.errors import UsageError
 
@@ -18,7 +19,7 @@ class StopStrings:
 
     strings: tuple[str, ...] = ()
 
-    def __init__(self, strings: Sequence[str] = ()) -> None:
+    def __init__(self, strings: Sequence[Any] = ()) -> None:
         if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
             raise UsageError("stop strings are texts of a character or more, in a list", received=repr(strings))
         object.__setattr__(self, "strings", tuple(strings))

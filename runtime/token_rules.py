@@ -1,4 +1,5 @@
-"""Rules of which tokens may come next: what changes the logits of a row by the tokens that it has, before one is chosen.
+"""Rules of which tokens may come next: what changes the logits of a row by the tokens that it has, before one is
+chosen.
 
     rules = TokenRules(repetition_penalty=1.2, no_repeat_ngram=3)
     scores = rules.apply(logits, prompt=[464, 3139], made=[286])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,45 @@ import tokenizers
 import torch
 import transformers
 
-WORDS = (
-    "the a cat dog house tree river stone bird sky blue green runs sits sings under over near old new café naïve Zürich "
-    "London Paris Ada Grace lived wrote code moved walked quickly unhappy playing played player"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "river",
+    "stone",
+    "bird",
+    "sky",
+    "blue",
+    "green",
+    "runs",
+    "sits",
+    "sings",
+    "under",
+    "over",
+    "near",
+    "old",
+    "new",
+]
+WORDS += [
+    "café",
+    "naïve",
+    "Zürich",
+    "London",
+    "Paris",
+    "Ada",
+    "Grace",
+    "lived",
+    "wrote",
+    "code",
+    "moved",
+    "walked",
+    "quickly",
+    "unhappy",
+]
+WORDS += ["playing", "played", "player"]
 PIECES = ["##s", "##ing", "##ed", "##er", "##ly", "un", "happy", "play", "walk", "quick", ".", ",", "?", "!", "'"]
 
 
@@ -40,7 +76,7 @@ def byte_level() -> Any:
     """A RoBERTa tokenizer, trained on the texts."""
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(300, 7), vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    data = __import__("json").loads(made.to_str())["model"]
+    data = json.loads(made.to_str())["model"]
     merges = [tuple(merge) for merge in data["merges"]]
     return transformers.RobertaTokenizer(vocab=data["vocab"], merges=merges, model_max_length=40)
 

@@ -70,7 +70,7 @@ HOSTILE = [
     "{{ 'x' * 10000000000 }}",
     "{{ 9 ** (9 ** (9 ** 9)) }}",
     "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | sum }}",
     "{{ '%10000000000d' % 1 }}",
     "{{ 'x' | center(10000000000) }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",

@@ -211,7 +211,9 @@ class TextWriter:
         return [list(windows[0].ids) for windows in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:
-        """The template in which the model expects a conversation. Raises UsageError where it was not trained for one."""
+        """The template in which the model expects a conversation. Raises UsageError where it was not trained for
+        one.
+        """
         from treadle.chatting.templates import ChatTemplate
 
         if self.template is None:

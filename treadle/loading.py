@@ -36,9 +36,9 @@ def load(
     cache: str | None = None,
     **config: Any,
 ) -> Any:
-    """What a `.treadle` file holds, as the `treadle.Compiled` that was saved; else a `treadle.tasks.loaded.LoadedModel`,
-    which classifies, answers, translates, ..., of a folder with a checkpoint and its tokenizer, a GGUF file, or a fetched
-    model's name.
+    """What a `.treadle` file holds, as the `treadle.Compiled` that was saved; else a
+    `treadle.tasks.loaded.LoadedModel`, which classifies, answers, translates, ..., of a folder with a checkpoint and
+    its tokenizer, a GGUF file, or a fetched model's name.
 
     backend, target         what runs it; of an artifact, in place of those that it was compiled for
     limits                  what the file may ask for before it is refused
@@ -47,8 +47,8 @@ def load(
     dtype, quantize, cache  of a model, as `compile` and sessions take them
     config                  of a model: configuration that overrides the folder's
 
-    A model is compiled when it is first asked for something. Raises what `treadle.artifacts.load` does, and UsageError for
-    an option of the other kind.
+    A model is compiled when it is first asked for something. Raises what `treadle.artifacts.load` does, and
+    UsageError for an option of the other kind.
     """
     name = os.fspath(model)
     is_model = os.path.isdir(name) or Path(name).suffix == GGUF_SUFFIX or (name in PINNED and not os.path.exists(name))

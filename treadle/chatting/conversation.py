@@ -4,14 +4,17 @@
     for piece in chat.say("What is the capital of France?", most=64):
         print(piece.text, end="")
 
-The whole conversation is written anew by the model's chat template at every turn. As far as its tokens are those that the
-row holds, they are not computed again.
+The whole conversation is written anew by the model's chat template at every turn. As far as its tokens are those that
+the row holds, they are not computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from treadle.chatting.templates import ChatTemplate, Message
 from treadle.continuation import GrowingText, Piece, TextWriter
@@ -21,6 +24,8 @@ from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
+
+Array = np.ndarray[Any, Any]
 
 CAPACITY = 4096
 """Tokens of a conversation, where the model has no limit of its own or a larger one."""
@@ -97,7 +102,7 @@ class Conversation:
         """Begin again, with what the model was told before."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
-    def _read(self, ids: list[int]) -> object:
+    def _read(self, ids: list[int]) -> Array:
         """The logits after all of these tokens, of which the row may hold the first."""
         held = self.session.tokens(self._row) if self._row is not None else ()
         if self._row is None or len(held) >= len(ids) or list(held) != ids[: len(held)]:

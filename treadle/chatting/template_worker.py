@@ -1,8 +1,8 @@
 """The process in which chat templates are rendered: Jinja's sandbox, within limits of memory, files and processes.
 
-It is run by its path, apart from the package: `python -I template_worker.py JINJA'S_FOLDER MEMORY`. It reads requests and
-writes answers, each a line of JSON, until its input ends. `treadle.chatting.templates` is who asks, and who ends it where
-it takes too long.
+It is run by its path, apart from the package: `python -I template_worker.py JINJA'S_FOLDER MEMORY`. It reads requests
+and writes answers, each a line of JSON, until its input ends. `treadle.chatting.templates` is who asks, and who ends
+it where it takes too long.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from datetime import datetime
 from typing import Any
 
 TEXT = frozenset(
-    "capitalize count endswith find index isalpha isdigit isspace join lower lstrip removeprefix removesuffix replace rfind "
-    "rsplit rstrip split splitlines startswith strip title upper".split()
+    ["capitalize", "count", "endswith", "find", "index", "join", "lower", "lstrip", "removeprefix", "removesuffix"]
 )
+TEXT |= frozenset(
+    ["replace", "rfind", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper"]
+)
+TEXT |= {"isalpha", "isdigit", "isspace"}
 MAPPING = frozenset({"get", "items", "keys", "values"})
 SEQUENCE = frozenset({"count", "index"})
 """The methods that templates may call, of texts, objects and lists."""

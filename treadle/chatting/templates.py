@@ -3,8 +3,9 @@
     template = ChatTemplate("{% for m in messages %}...{% endfor %}", {"bos_token": "<s>"})
     template.render([{"role": "user", "content": "Hello"}])
 
-A template is a program in Jinja's language that came with a model's file. It runs in Jinja's sandbox, and the sandbox in a
-process of its own, which has so much memory, writes no file, starts no process, and is ended where it takes too long.
+A template is a program in Jinja's language that came with a model's file. It runs in Jinja's sandbox, and the sandbox
+in a process of its own, which has so much memory, writes no file, starts no process, and is ended where it takes too
+long.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class ChatTemplate:
         reply   whether it ends with what begins a reply
         values  what else the template knows, such as tools=[...]
 
-        Raises UsageError where the template refuses the conversation, and CheckpointError where it fails, or goes beyond
-        its limits.
+        Raises UsageError where the template refuses the conversation, and CheckpointError where it fails, or goes
+        beyond its limits.
         """
         try:
             request = json.dumps(

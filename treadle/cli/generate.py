@@ -138,14 +138,14 @@ def continue_texts(
     chosen |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
     if search is not None:
         with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
-            found = writer.searched(prompts, most=most, beams=search, rules=rules, special=not chat)
+            searched = writer.searched(prompts, most=most, beams=search, rules=rules, special=not chat)
         if as_json:
             beaming = {"count": search.count, "length_penalty": length_penalty, "best": best}
-            texts = [{"prompt": p, "found": list(map(asdict, each))} for p, each in zip(asked, found, strict=True)]
+            texts = [{"prompt": p, "found": list(map(asdict, each))} for p, each in zip(asked, searched, strict=True)]
             print_json({**facts, "beams": beaming, "texts": texts})
             return
-        for prompt, each in zip(asked, found, strict=True):
-            for text in each:
+        for prompt, found in zip(asked, searched, strict=True):
+            for text in found:
                 print(f"{'' if chat else prompt}{text.text}\n")
                 print(f"score {text.score:.4f}, {counted(len(text.tokens), 'token')}", file=sys.stderr)
         return

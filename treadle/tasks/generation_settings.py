@@ -1,4 +1,5 @@
-"""What a folder says of how its text is generated: generation_config.json, else config.json, as Hugging Face reads them.
+"""What a folder says of how its text is generated: generation_config.json, else config.json, as Hugging Face reads
+them.
 
 settings = GenerationSettings.read(folder, config)
 settings.start, settings.end, settings.rules, settings.beams, settings.most
@@ -50,7 +51,8 @@ class GenerationSettings:
 
         task  what config.json says of one task (task_specific_params), which goes before
 
-        Raises CheckpointError where an option is not what it must be, or asks for tokens to be drawn from several at once.
+        Raises CheckpointError where an option is not what it must be, or asks for tokens to be drawn from several at
+        once.
         """
         said: dict[str, Any] = {name: value for name, value in config.items() if value is not None}
         shown = place.show("config.json")

@@ -134,15 +134,14 @@ class ImageReader:
             else:
                 wanted = self.size[::-1]
             image = image.resize(wanted, resample=self.resample)
-        pixels = np.moveaxis(np.asarray(image), -1, 0).astype(np.float64)
+        pixels: npt.NDArray[Any] = np.moveaxis(np.asarray(image), -1, 0).astype(np.float64)
         if self.crop is not None:
             pixels = _middle(pixels, self.crop)
-        pixels = (pixels * self.scale).astype(np.float32)
+        made: Pixels = (pixels * self.scale).astype(np.float32)
         if self.mean is not None and self.std is not None:
             mean, std = (np.array(x, np.float32)[:, None, None] for x in (self.mean, self.std))
-            pixels = (pixels - mean) / std
-        found: Pixels = pixels
-        return found
+            made = (made - mean) / std
+        return made
 
 
 def _read_image(path: PathLike) -> Any:

@@ -53,7 +53,9 @@ class ImageLabeller:
 
 
 def image_sides(model: Compiled) -> tuple[int, int]:
-    """The (height, width) of the images that a model takes. Raises CheckpointError where they have not three colours."""
+    """The (height, width) of the images that a model takes. Raises CheckpointError where they have not three
+    colours.
+    """
     pixels = next(port for port in model.inputs if port.name == "pixels")
     channels, height, width = (size.constant for size in pixels.type.shape[1:])
     if channels != 3 or height is None or width is None:

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 class LoadedModel:
     """What MODEL names, and how it is compiled; see the module.
 
-    A method raises UsageError where the model has no such head, with the class that it has; CheckpointError where a file
-    that the task needs is missing or damaged; and what `treadle.compile` raises.
+    A method raises UsageError where the model has no such head, with the class that it has; CheckpointError where a
+    file that the task needs is missing or damaged; and what `treadle.compile` raises.
     """
 
     options: ModelOptions
@@ -61,7 +61,9 @@ class LoadedModel:
     @overload
     def answer(self, question: list[tuple[str, str]]) -> list[Answer | None]: ...
     def answer(self, question: Any, text: Any = None) -> Any:
-        """The span of the text that answers the question best, None where none does; of each (question, text) of a list."""
+        """The span of the text that answers the question best, None where none does; of each (question, text) of a
+        list.
+        """
         asked = question if text is None else [(question, text)]
         found = [spans[0] if spans else None for spans in self.answerer.answer(asked)]
         return found if text is None else found[0]

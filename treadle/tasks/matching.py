@@ -53,7 +53,9 @@ class ImageMatcher:
 
     @classmethod
     def open(cls, options: ModelOptions) -> ImageMatcher:
-        """Raises UsageError where the folder has no such model, CheckpointError for a damaged file, and as `compile`."""
+        """Raises UsageError where the folder has no such model, CheckpointError for a damaged file, and as
+        `compile`.
+        """
         place, _ = checked_folder(options, HEAD)
         made = options.compile(["lengths"])
         reader = ImageReader.open(place, "clip", sides=image_sides(made))

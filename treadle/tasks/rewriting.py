@@ -58,7 +58,9 @@ class TextRewriter:
 
     @classmethod
     def open(cls, options: ModelOptions) -> TextRewriter:
-        """Raises UsageError where the folder has no such model, CheckpointError for a damaged file, and as `compile`."""
+        """Raises UsageError where the folder has no such model, CheckpointError for a damaged file, and as
+        `compile`.
+        """
         place, config = checked_folder(options, HEAD)
         made = options.stepped()
         if made.derived.prologue != ("tokens",):
@@ -124,7 +126,8 @@ class TextRewriter:
         most   tokens that are made at most; None: as the folder says
         beams  of a search; None: as the folder says
 
-        Raises UsageError for no text, or an empty one, and CheckpointError where the folder does not say how a text begins.
+        Raises UsageError for no text, or an empty one, and CheckpointError where the folder does not say how a text
+        begins.
         """
         if not texts or not all(text.strip() for text in texts):
             raise UsageError("there is no text to rewrite")

@@ -29,8 +29,8 @@ def softmax(logits: Array) -> Array:
 def label_scores(logits: Array, config: Mapping[str, Any]) -> Array:
     """Scores [labels] of logits [labels].
 
-    config.json's problem_type decides: the logits themselves for a regression, a sigmoid each where labels do not exclude
-    each other or there is one alone, else softmax.
+    config.json's problem_type decides: the logits themselves for a regression, a sigmoid each where labels do not
+    exclude each other or there is one alone, else softmax.
     """
     kind = config.get("problem_type")
     if kind == "regression":

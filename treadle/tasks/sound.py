@@ -28,7 +28,9 @@ _PIECE = 1 << 16
 
 
 def read_sound(path: PathLike, *, rate: int) -> Floats:
-    """The mean of a WAV file's channels, at `rate` samples a second. Raises UsageError for another file, or a damaged."""
+    """The mean of a WAV file's channels, at `rate` samples a second. Raises UsageError for another file, or a
+    damaged.
+    """
     shown = shown_path(path)
     data = read_regular(path, _BYTES, shown)
     try:
@@ -68,7 +70,8 @@ def _numbers(data: bytes, width: int) -> Floats:
 
 
 def resample(samples: Floats, given: int, wanted: int) -> Floats:
-    """Samples at another rate: at each new time the sound that they stand for, without what is too high for either rate.
+    """Samples at another rate: at each new time the sound that they stand for, without what is too high for either
+    rate.
 
     A sinc under a Kaiser window, 32 zeros on either side (Smith, "Digital Audio Resampling", 2002).
     """

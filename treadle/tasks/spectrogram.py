@@ -1,21 +1,22 @@
-"""Whisper's view of a sound: how loud each of some bands of frequency is, every 10 ms (Radford et al. 2023, section 2.2).
+"""Whisper's view of a sound: how loud each of some bands of frequency is, every 10 ms (Radford et al. 2023, section
+2.2).
 
     mel = log_mel(samples, frames=3000)          # f32[80, 3000] of 30 s at 16 kHz
 
-Windows of 25 ms, Hann's, 10 ms apart, each centred on its frame, the ends mirrored; the power of their Fourier transform;
-triangular bands on Slaney's mel scale, each of area 1; the decimal logarithm, at most 8 below the loudest, brought to a
-range about -1 to 1. Sources: OpenAI's `whisper/audio.py`; Slaney 1998, "Auditory Toolbox", for the scale.
+Windows of 25 ms, Hann's, 10 ms apart, each centred on its frame, the ends mirrored; the power of their Fourier
+transform; triangular bands on Slaney's mel scale, each of area 1; the decimal logarithm, at most 8 below the loudest,
+brought to a range about -1 to 1. Sources: OpenAI's `whisper/audio.py`; Slaney 1998, "Auditory Toolbox", for the scale.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.floating[Any]]
+Floats = npt.NDArray[np.float64]
 
 RATE = 16_000
 """Samples a second."""
@@ -24,8 +25,8 @@ HOP, WINDOW = 160, 400
 
 
 def log_mel(samples: Floats, *, frames: int, bands: int = 80) -> npt.NDArray[np.float32]:
-    """The spectrogram f32[bands, frames] of samples [N] at RATE, between -1 and 1; silence follows what is too short, and
-    what is too long loses its end."""
+    """The spectrogram f32[bands, frames] of samples [N] at RATE, between -1 and 1; silence follows what is too short,
+    and what is too long loses its end."""
     whole = np.zeros(frames * HOP, np.float64)
     kept = samples[: len(whole)]
     whole[: len(kept)] = kept
@@ -35,14 +36,15 @@ def log_mel(samples: Floats, *, frames: int, bands: int = 80) -> npt.NDArray[np.
     power = np.abs(np.fft.rfft(windows * hann, axis=1)) ** 2
     loudness = np.log10(np.maximum(power @ mel_bands(bands), 1e-10)).T
     loudness = np.maximum(loudness, loudness.max() - 8.0)
-    return ((loudness + 4.0) / 4.0).astype(np.float32)
+    found: npt.NDArray[np.float32] = ((loudness + 4.0) / 4.0).astype(np.float32)
+    return found
 
 
 @cache
 def mel_bands(bands: int) -> Floats:
-    """How much of each frequency of a window a band takes, f64[WINDOW // 2 + 1, bands]: triangles from one band's middle to
-    the next one's, evenly spaced in mel from 0 Hz to half of RATE."""
-    middles = _hertz(np.linspace(_mel(np.float64(0)), _mel(np.float64(RATE / 2)), bands + 2))
+    """How much of each frequency of a window a band takes, f64[WINDOW // 2 + 1, bands]: triangles from one band's
+    middle to the next one's, evenly spaced in mel from 0 Hz to half of RATE."""
+    middles = _hertz(np.linspace(_mel(0.0), _mel(RATE / 2), bands + 2))
     frequencies = np.arange(WINDOW // 2 + 1) * RATE / WINDOW
     low, middle, high = middles[:-2], middles[1:-1], middles[2:]
     rising = (frequencies[:, None] - low) / (middle - low)
@@ -53,11 +55,13 @@ def mel_bands(bands: int) -> Floats:
 
 _LINEAR = 200 / 3  # hertz a mel, below
 _BREAK = 1000.0  # hertz, from which on mels are logarithmic
-_STEP = np.log(6.4) / 27  # the logarithm of hertz a mel, above
+_STEP = math.log(6.4) / 27  # the logarithm of hertz a mel, above
 
 
-def _mel(hertz: Floats) -> Floats:
-    return np.where(hertz < _BREAK, hertz / _LINEAR, _BREAK / _LINEAR + np.log(np.maximum(hertz, 1) / _BREAK) / _STEP)
+def _mel(hertz: float) -> float:
+    if hertz < _BREAK:
+        return hertz / _LINEAR
+    return _BREAK / _LINEAR + math.log(hertz / _BREAK) / _STEP
 
 
 def _hertz(mel: Floats) -> Floats:

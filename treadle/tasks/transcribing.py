@@ -3,7 +3,8 @@
     transcriber = Transcriber.open(ModelOptions("whisper-tiny", backend="torch"))
     transcriber.transcribe("talk.wav").text
 
-A recording of more than 30 s is read in pieces; each ends at the quietest moment of its last 5 s, so that no word is cut.
+A recording of more than 30 s is read in pieces; each ends at the quietest moment of its last 5 s, so that no word is
+cut.
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ class Transcriber:
 
 
 def _pieces(samples: npt.NDArray[np.float64], longest: int) -> Iterator[tuple[int, int]]:
-    """From where to where a recording is read at a time: at most `longest` samples, to the quietest tenth of a second."""
+    """From where to where a recording is read at a time: at most `longest` samples, to the quietest tenth of a
+    second.
+    """
     start = 0
     while len(samples) - start > longest:
         last = samples[start + longest - min(_QUIET_SECONDS * RATE, longest // 2) : start + longest]
@@ -171,8 +174,8 @@ def _pieces(samples: npt.NDArray[np.float64], longest: int) -> Iterator[tuple[in
 
 
 def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
-    """Whether a model knows several languages: vocabularies of models of English have the others' tokens, too, and are one
-    shorter. A generation_config.json may say so itself."""
+    """Whether a model knows several languages: vocabularies of models of English have the others' tokens, too, and
+    are one shorter. A generation_config.json may say so itself."""
     name = "generation_config.json"
     if place.has(name):
         shown = place.show(name)

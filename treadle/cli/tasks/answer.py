@@ -34,8 +34,8 @@ def answer_questions(
 ) -> None:
     """Answer a question by a span of a text, by a folder whose class ends in ForQuestionAnswering."""
     from treadle.option_values import read_sentences
-    from treadle.tasks.answering import QuestionAnswerer
     from treadle.progress import counting, working
+    from treadle.tasks.answering import QuestionAnswerer
 
     options = model_options(
         model,

@@ -38,8 +38,8 @@ def classify_texts(
     """Tell the labels of texts, by a folder whose class ends in ForSequenceClassification."""
     from treadle.ir.errors import UsageError
     from treadle.option_values import read_sentences
-    from treadle.tasks.classifying import Text, TextClassifier
     from treadle.progress import counting, working
+    from treadle.tasks.classifying import Text, TextClassifier
 
     options = model_options(
         model,

@@ -41,8 +41,8 @@ def fill_masks(
 ) -> None:
     """Tell the likeliest tokens behind the masks of texts, by a folder whose class ends in ForMaskedLM."""
     from treadle.option_values import read_sentences
-    from treadle.tasks.filling import MaskFiller
     from treadle.progress import counting, working
+    from treadle.tasks.filling import MaskFiller
 
     options = model_options(
         model,

@@ -26,8 +26,8 @@ def label_images(
     as_json: AsJson = False,
 ) -> None:
     """Tell what image files show, by a folder whose class ends in ForImageClassification."""
-    from treadle.tasks.labelling import ImageLabeller
     from treadle.progress import counting, working
+    from treadle.tasks.labelling import ImageLabeller
 
     options = model_options(
         model,

@@ -28,8 +28,8 @@ def match_images(
     as_json: AsJson = False,
 ) -> None:
     """Tell which of some texts says best what image files show, by a folder of CLIPModel."""
-    from treadle.tasks.matching import ImageMatcher
     from treadle.progress import counting, working
+    from treadle.tasks.matching import ImageMatcher
 
     options = model_options(
         model,

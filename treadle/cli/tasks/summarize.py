@@ -54,9 +54,9 @@ def summarize_texts(
 ) -> None:
     """Summarize texts with an encoder-decoder model, such as BART's or T5's."""
     from treadle.option_values import read_sentences
+    from treadle.progress import counting, working
     from treadle.runtime.beam_search import Beams
     from treadle.tasks.rewriting import TextRewriter
-    from treadle.progress import counting, working
 
     options = model_options(
         model,

@@ -35,8 +35,8 @@ def tag_texts(
 ) -> None:
     """Tell the spans of texts that have labels, by a folder whose class ends in ForTokenClassification."""
     from treadle.option_values import read_sentences
-    from treadle.tasks.tagging import TokenTagger
     from treadle.progress import counting, working
+    from treadle.tasks.tagging import TokenTagger
 
     options = model_options(
         model,

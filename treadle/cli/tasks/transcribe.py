@@ -30,8 +30,8 @@ def transcribe_recordings(
     as_json: AsJson = False,
 ) -> None:
     """Write down what is said in recordings, by Whisper, such as the fetched whisper-tiny."""
-    from treadle.tasks.transcribing import Transcriber
     from treadle.progress import counting, working
+    from treadle.tasks.transcribing import Transcriber
 
     options = model_options(
         model,

@@ -66,9 +66,9 @@ def translate_texts(
 ) -> None:
     """Translate texts with an encoder-decoder model, such as Marian's or T5's."""
     from treadle.option_values import read_sentences
+    from treadle.progress import counting, working
     from treadle.runtime.beam_search import Beams
     from treadle.tasks.rewriting import TextRewriter
-    from treadle.progress import counting, working
 
     options = model_options(
         model,
