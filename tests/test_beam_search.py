@@ -12,7 +12,7 @@ import pytest
 import treadle as t
 from treadle.backends.registry import find_backend
 from treadle.ir.errors import UsageError
-from treadle.runtime.beam_search import Beams, beam_search
+from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import generate
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 

@@ -357,6 +357,8 @@ CHANGING = {
     "backends/tvm/lowering/program.py": {"KernelStep", "RoutineStep", "Routine"},
     "runtime/generation.py": {"_Running"},
     "runtime/session.py": {"_Row"},
+    "runtime/speculation.py": {"SpeculationTally"},
+    "treadle/chatting/conversation.py": {"Conversation"},
     "treadle/cli/generate.py": {"Written"},
 }
 """Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""

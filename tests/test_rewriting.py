@@ -18,7 +18,7 @@ from tests.task_models import byte_level, texts
 from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.runtime.beam_search import Beams
+from treadle.runtime.beams import Beams
 
 T5 = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_heads": 4, "num_layers": 2}
 BART = {

@@ -220,7 +220,7 @@ def _refuse_model(path: PathLike) -> None:
     else:
         return
     raise CheckpointError(
-        f"not an artifact, a {SUFFIX} file: treadle.load reads nothing else",
+        f"not an artifact, a {SUFFIX} file",
         received=kind,
         within=shown_path(path),
         hint=f"treadle.compile({text!r})",

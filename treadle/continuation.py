@@ -23,7 +23,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.target import Target
 from treadle.models.registry import family_of, read_gguf
 from treadle.resolving import GGUF_SUFFIX, find_folder
-from treadle.runtime.beam_search import Beams, beam_search
+from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session

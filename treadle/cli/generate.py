@@ -104,7 +104,7 @@ def continue_texts(
     from treadle.option_values import parse_config
     from treadle.progress import working
     from treadle.reports import counted
-    from treadle.runtime.beam_search import Beams
+    from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.speculation import PromptLookup, SpeculationTally
     from treadle.runtime.token_rules import TokenRules

@@ -16,7 +16,7 @@ from treadle.files.shown_names import printable
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError
-from treadle.runtime.beam_search import Beams
+from treadle.runtime.beams import Beams
 from treadle.runtime.token_rules import TokenRules
 
 _FILE = "generation_config.json"

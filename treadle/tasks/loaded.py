@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from treadle.chatting.conversation import Conversation
     from treadle.continuation import Piece, TextWriter
     from treadle.embedding import SentenceEmbedder, Vectors
-    from treadle.runtime.beam_search import Beams
+    from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.token_rules import TokenRules
     from treadle.tasks.answering import Answer, QuestionAnswerer
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from treadle.tasks.matching import ImageMatcher, Matched
     from treadle.tasks.rewriting import Rewritten, TextRewriter
     from treadle.tasks.scoring import Scored
-    from treadle.tasks.tagging import Span, TokenTagger
+    from treadle.tasks.tagging import TaggedSpan, TokenTagger
     from treadle.tasks.transcribing import Transcriber
 
 
@@ -69,9 +69,9 @@ class LoadedModel:
         return found if text is None else found[0]
 
     @overload
-    def tag(self, texts: str, *, grouping: str = "simple") -> list[Span]: ...
+    def tag(self, texts: str, *, grouping: str = "simple") -> list[TaggedSpan]: ...
     @overload
-    def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[Span]]: ...
+    def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[TaggedSpan]]: ...
     def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
         """The spans of a text that have a label, such as names; `grouping` as in `treadle.tasks.tagging`."""
         found = self.tagger.tag(_listed(texts), grouping=grouping)

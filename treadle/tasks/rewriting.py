@@ -16,7 +16,7 @@ from typing import Any
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.runtime.beam_search import Beams, beam_search
+from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import generate
 from treadle.stepped import SteppedModel
 from treadle.tasks.batching import batches_by_length

@@ -32,7 +32,7 @@ OUTSIDE = "O"
 
 
 @dataclass(frozen=True)
-class Span:
+class TaggedSpan:
     """A part of a text with a label.
 
     label       without B- or I-, where tokens were grouped
@@ -79,7 +79,7 @@ class TokenTagger:
         grouping: str = "simple",
         ignore: Sequence[str] = (OUTSIDE,),
         progress: Progress | None = None,
-    ) -> list[list[Span]]:
+    ) -> list[list[TaggedSpan]]:
         """The spans of each text, in the text's order; those with a label in `ignore` are left out.
 
         Raises UsageError for no text, and for an unknown grouping.
@@ -89,7 +89,7 @@ class TokenTagger:
         if not texts:
             raise UsageError("there is no text to tag")
         encoded = [windows[0] for windows in self.opened.tokenizer.encode(texts)]
-        found: dict[int, list[Span]] = {}
+        found: dict[int, list[TaggedSpan]] = {}
         for number, logits in self.opened.run(encoded):
             pieces = list(self._pieces(texts[number], encoded[number], softmax(logits)))
             spans = self._grouped(pieces, grouping)
@@ -112,7 +112,7 @@ class TokenTagger:
             else:
                 yield _Piece(name, row, start, end, start > 0 and " " not in text[start - 1 : start + 1])
 
-    def _grouped(self, pieces: Sequence[_Piece], grouping: str) -> list[Span]:
+    def _grouped(self, pieces: Sequence[_Piece], grouping: str) -> list[TaggedSpan]:
         if grouping in ("none", "simple"):
             single = [self._span([piece], piece.scores) for piece in pieces]
             return single if grouping == "none" else list(self._joined(single))
@@ -135,14 +135,14 @@ class TokenTagger:
             spans.append(self._span(word, scores, text))
         return list(self._joined(spans))
 
-    def _span(self, pieces: Sequence[_Piece], scores: Array, text: str | None = None) -> Span:
+    def _span(self, pieces: Sequence[_Piece], scores: Array, text: str | None = None) -> TaggedSpan:
         best = int(scores.argmax())
         named = pieces[0].name if text is None else text
-        return Span(self.labels[best], float(scores[best]), named, pieces[0].start, pieces[-1].end)
+        return TaggedSpan(self.labels[best], float(scores[best]), named, pieces[0].start, pieces[-1].end)
 
-    def _joined(self, spans: Sequence[Span]) -> Iterator[Span]:
+    def _joined(self, spans: Sequence[TaggedSpan]) -> Iterator[TaggedSpan]:
         """Neighbours of one label, of which none but the first begins a span by B-, as one."""
-        group: list[Span] = []
+        group: list[TaggedSpan] = []
         for span in spans:
             if group and (_kind(span.label) != _kind(group[-1].label) or span.label.startswith("B-")):
                 yield self._one(group)
@@ -151,10 +151,10 @@ class TokenTagger:
         if group:
             yield self._one(group)
 
-    def _one(self, group: Sequence[Span]) -> Span:
+    def _one(self, group: Sequence[TaggedSpan]) -> TaggedSpan:
         text = self.opened.tokenizer.join([span.text for span in group])
         score = float(np.mean([span.score for span in group]))
-        return Span(group[0].label.split("-", 1)[-1], score, text, group[0].start, group[-1].end)
+        return TaggedSpan(group[0].label.split("-", 1)[-1], score, text, group[0].start, group[-1].end)
 
 
 def _kind(label: str) -> str:

@@ -26,7 +26,7 @@ _NEW, _BYE = "/new", "/bye"
 
 
 @command("chat")
-def chat(
+def talk_with_model(
     model: ModelName,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the model is told before.", show_default=False)

@@ -55,7 +55,7 @@ def summarize_texts(
     """Summarize texts with an encoder-decoder model, such as BART's or T5's."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
-    from treadle.runtime.beam_search import Beams
+    from treadle.runtime.beams import Beams
     from treadle.tasks.rewriting import TextRewriter
 
     options = model_options(

@@ -67,7 +67,7 @@ def translate_texts(
     """Translate texts with an encoder-decoder model, such as Marian's or T5's."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
-    from treadle.runtime.beam_search import Beams
+    from treadle.runtime.beams import Beams
     from treadle.tasks.rewriting import TextRewriter
 
     options = model_options(

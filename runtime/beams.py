@@ -236,7 +236,7 @@ class _Search:
         if beams.early is True:
             return True
         length = self.most if beams.early == "never" and beams.length_penalty > 0 else made
-        possible = best_total / float(length) ** beams.length_penalty
+        possible: float = best_total / float(length) ** beams.length_penalty
         return possible <= self.finished[-1].score
 
     def _go_on(self, running: list[tuple[_Beam, int, float]]) -> None:
