@@ -23,7 +23,7 @@ FOLDERS := backends files frontends ir models passes runtime
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
 
-demo: .venv/ready-torch,text,gguf,tvm ## see a model declared, compiled, inspected and run on real weights
+demo: .venv/ready-torch,text,chat,gguf,tvm ## see a model declared, compiled, inspected and run on real weights
 	@$(VENV_PYTHON) -m treadle.demo $(ARGS)
 
 test: .venv/ready-test ## run all tests

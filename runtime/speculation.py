@@ -208,9 +208,8 @@ def _continued(
 ) -> Iterator[Token]:
     made: list[int] = []
     guessed: list[int] = []
-    found = session.prefill({row: prompt})[row][
-        None
-    ]  # logits [n, vocab] after what the row holds, and after each guess
+    # Logits [n, vocab]: after what the row holds, and after each guess.
+    found = session.prefill({row: prompt})[row][None]
     while True:
         head, right = made[-1:], 0
         for logits in found:

@@ -272,6 +272,8 @@ def test_beams_of_the_command_are_those_of_hugging_face(folder: Path) -> None:
         assert found["tokens"] == row[: len(found["tokens"])]
         assert set(row[len(found["tokens"]) :]) <= {0}
     assert "score" in generated(str(folder), *words).stderr
+    assert "without --beams there is no --best" in generated(str(folder), "the", "--best", "2").stderr
+    assert "without --chat there is no --system" in generated(str(folder), "the", "--system", "x").stderr
     assert "takes no --stop" in generated(str(folder), *words, "--stop", "x").stderr
 
 

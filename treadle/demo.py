@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from rich.syntax import Syntax
 
 import treadle as t
 from treadle.backends.registry import find_backend
+from treadle.chatting.conversation import Conversation
 from treadle.cli.generate import Pace
 from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder, Vectors
@@ -108,7 +109,8 @@ def demonstrate(out: Console) -> None:
 
     _step(out, 7, "A text continued")
     _bring(out, "smollm2")
-    _continue(out, "The sun rises in the east and", most=24)
+    writer = _continue(out, "The sun rises in the east and", most=24)
+    _talk(out, writer, ["What is the capital of France?", "And of Italy? Answer in one word."])
 
     _step(out, 8, "Where to look next")
     _say(out, NEXT)
@@ -122,6 +124,8 @@ treadle inspect gpt2 --follow S       may its sequence axis be stepped, packed,
 treadle explain gpt2 step             the step that was derived for generation
 treadle embed minilm "One." "Two." --similarity
 treadle generate smollm2 "Once upon a time" --temperature 0.8 --backend tvm
+treadle chat smollm2 --backend tvm    a conversation; docs/text.md has what else
+                                      people ask of models
 treadle models                        the zoo, and what else can be fetched
 docs/kernels.md                       our kernels: to read one, to write one
 docs/dsl.md                           to write a model of your own
@@ -146,8 +150,8 @@ def _bring(out: Console, name: str) -> None:
     out.print(fetch_model(name), soft_wrap=True)
 
 
-def _continue(out: Console, prompt: str, most: int) -> None:
-    """Print a continuation as it is made, on the fastest backend that is installed."""
+def _continue(out: Console, prompt: str, most: int) -> TextWriter:
+    """Print a continuation as it is made, on the fastest backend that is installed; gives what writes it."""
     backend = next(name for name in ("tvm", "torch", "numpy") if find_backend(name).available() is None)
     with working(f"compiling smollm2 for {backend}"):
         started = time.perf_counter()
@@ -163,6 +167,18 @@ def _continue(out: Console, prompt: str, most: int) -> None:
     derived = writer.model.derived
     size = sum(v.type.substitute({SLOTS: 1, CAPACITY: 1}).bytes_at({}) for v in derived.graph.states.values())
     _say(out, f"the step was derived from the model: {human(size, 'B')} of keys and values a token")
+    return writer
+
+
+def _talk(out: Console, writer: TextWriter, questions: Sequence[str]) -> None:
+    """Print a conversation as it goes, written by the model's own chat template."""
+    talk = Conversation.open(writer, capacity=512)
+    _say(out, "\na conversation, as the model's own chat template writes it:\n")
+    for question in questions:
+        out.print(f"[bold]> {question}[/]", markup=True)
+        for piece in talk.say(question, most=48):
+            out.print(piece.text, end="", soft_wrap=True)
+        out.print()
 
 
 def _say(out: Console, text: str) -> None:

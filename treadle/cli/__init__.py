@@ -17,16 +17,17 @@ from typing import Any
 from treadle.cli.application import app as app
 from treadle.cli.application import forget_output, print_json, saying
 
-COMMANDS = (
+_OWN = (
     *("inspect", "compile", "explain", "run", "verify", "shard", "export"),
     *("bench", "roofline", "embed", "generate", "models", "fetch"),
 )
-TASKS = ("classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe", "chat")
+_TASKS = ("chat", "classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe")
+COMMANDS = (*_OWN, *_TASKS)
 """In the order of `--help`."""
 
-for _name in COMMANDS:
+for _name in _OWN:
     import_module(f"{__name__}.{_name}")
-for _name in TASKS:
+for _name in _TASKS:
     import_module(f"{__name__}.tasks.{_name}")
 
 
@@ -61,7 +62,7 @@ def _run_as_json(words: list[str]) -> int:
         error: Any = raised
         if not _is_of_usage(error):
             raise
-        named = [word for word in words[:1] if word in (*COMMANDS, *TASKS)]
+        named = [word for word in words[:1] if word in COMMANDS]
         what, hint = error.format_message(), " ".join(["treadle", *named, "--help"])
         with saying():
             print_json({"error": {"kind": "UsageError", "what": what, "try": hint}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ from treadle.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from treadle.continuation import Piece, TextWriter
+    from treadle.continuation import FoundText, Piece, TextWriter
     from treadle.runtime.speculation import SpeculationTally
 
 
@@ -113,7 +114,13 @@ def continue_texts(
     rules = TokenRules(repetition_penalty=repetition_penalty, presence_penalty=presence_penalty)
     search = None if beams is None else Beams(beams, length_penalty, best)
     if search is not None:
-        _refuse_with_beams(temperature=temperature, stop=stop, logprobs=logprobs, speculate=speculate, draft=draft)
+        drawing = {"temperature": temperature, "top-k": top_k, "top-p": top_p != 1, "min-p": min_p, "stop": stop}
+        guessing = {"logprobs": logprobs is not None, "speculate": speculate, "draft": draft}
+        _refuse("a beam search takes no", **drawing, **guessing)
+    else:
+        _refuse("without --beams there is no", **{"best": best != 1, "length-penalty": length_penalty != 1})
+    if not chat:
+        _refuse("without --chat there is no", system=system)
     where = Target(target, threads)
     with working(f"compiling {model}", shown=not as_json):
         writer = TextWriter.open(
@@ -140,14 +147,10 @@ def continue_texts(
         with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
             searched = writer.searched(prompts, most=most, beams=search, rules=rules, special=not chat)
         if as_json:
-            beaming = {"count": search.count, "length_penalty": length_penalty, "best": best}
             texts = [{"prompt": p, "found": list(map(asdict, each))} for p, each in zip(asked, searched, strict=True)]
-            print_json({**facts, "beams": beaming, "texts": texts})
-            return
-        for prompt, found in zip(asked, searched, strict=True):
-            for text in found:
-                print(f"{'' if chat else prompt}{text.text}\n")
-                print(f"score {text.score:.4f}, {counted(len(text.tokens), 'token')}", file=sys.stderr)
+            print_json({**facts, "beams": asdict(search), "texts": texts})
+        else:
+            _tell_searched([""] * len(asked) if chat else asked, searched)
         return
     tally = SpeculationTally() if speculate or draft is not None else None
     written = [Written(prompt) for prompt in asked]
@@ -182,30 +185,45 @@ def continue_texts(
             facts["speculation"] = _tally_facts(tally)
         print_json({**facts, "texts": [each.facts(writer, logprobs is not None) for each in written]})
         return
-    for each in written if not stream else []:
-        print(f"{'' if chat else each.prompt}{each.text}\n")
-    for each in written if logprobs is not None else []:
+    _tell_written(writer, written, shown=stream, without_prompt=chat, with_logprobs=logprobs is not None)
+    if pace.told():
+        print(pace.told(), file=sys.stderr)
+    if tally is not None:
+        right = f"{tally.accepted} of {counted(tally.guessed, 'guessed token')} were right"
+        print(f"{right}, {tally.accepted_length:.2f} a call of the model", file=sys.stderr)
+
+
+def _tell_searched(prompts: Sequence[str], searched: Sequence[Sequence[FoundText]]) -> None:
+    """Print what a beam search found of each prompt; scores go to standard error."""
+    from treadle.reports import counted
+
+    for prompt, found in zip(prompts, searched, strict=True):
+        for text in found:
+            print(f"{prompt}{text.text}\n", flush=True)
+            print(f"score {text.score:.4f}, {counted(len(text.tokens), 'token')}", file=sys.stderr)
+
+
+def _tell_written(
+    writer: TextWriter, written: Sequence[Written], *, shown: bool, without_prompt: bool, with_logprobs: bool
+) -> None:
+    """Print texts, if they were not shown as they grew, their tokens' probabilities, and why they stopped."""
+    for each in written if not shown else []:
+        print(f"{'' if without_prompt else each.prompt}{each.text}\n")
+    for each in written if with_logprobs else []:
         print("\n".join(each.probabilities(writer)) + "\n")
     sys.stdout.flush()
     for number, each in enumerate(written, 1):
         which = f"text {number}: " if len(written) > 1 else ""
         print(which + each.reason(writer), file=sys.stderr)
-    if pace.told():
-        print(pace.told(), file=sys.stderr)
-    if tally is not None:
-        guesses = counted(tally.guessed, "guessed token")
-        print(
-            f"{tally.accepted} of {guesses} were right, {tally.accepted_length:.2f} a call of the model",
-            file=sys.stderr,
-        )
 
 
-def _refuse_with_beams(**options: Any) -> None:
+def _refuse(what: str, **options: Any) -> None:
+    """Raises UsageError where one of these options was given."""
     from treadle.ir.errors import UsageError
 
-    given = [name for name, value in options.items() if value is not None and value]
+    given = [name for name, value in options.items() if value]
     if given:
-        raise UsageError("a beam search takes no " + " or ".join(f"--{name}" for name in given), hint="leave it out")
+        raise UsageError(f"{what} " + " or ".join(f"--{name}" for name in given), hint="leave it out")
 
 
 def _tally_facts(tally: SpeculationTally) -> dict[str, Any]:

@@ -51,8 +51,7 @@ class GenerationSettings:
 
         task  what config.json says of one task (task_specific_params), which goes before
 
-        Raises CheckpointError where an option is not what it must be, or asks for tokens to be drawn from several at
-        once.
+        Raises CheckpointError where an option is not what it must be.
         """
         said: dict[str, Any] = {name: value for name, value in config.items() if value is not None}
         shown = place.show("config.json")

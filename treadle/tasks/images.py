@@ -167,7 +167,7 @@ def _read_image(path: PathLike) -> Any:
     except Exception as error:  # Pillow's readers raise what they like
         raise UsageError(
             "the file is no image that can be read",
-            received=printable(f"{type(error).__name__}: {error}".replace(repr(io.BytesIO), ""), 200),
+            received=type(error).__name__ if "BytesIO" in str(error) else printable(str(error), 200),
             within=shown,
             hint="a file of " + ", ".join(_FORMATS),
         ) from None

@@ -53,6 +53,7 @@ def summarize_texts(
     as_json: AsJson = False,
 ) -> None:
     """Summarize texts with an encoder-decoder model, such as BART's or T5's."""
+    from treadle.ir.errors import UsageError
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.runtime.beams import Beams
@@ -69,6 +70,8 @@ def summarize_texts(
         limit=limit,
     )
     given = read_sentences(texts or [], file, f"summarize {model}")
+    if beams is None and length_penalty != 1:
+        raise UsageError("without --beams there is no --length-penalty", hint="--beams 4 as well")
     search = None if beams is None else Beams(beams, length_penalty)
     with working(f"compiling {model}", shown=not as_json):
         rewriter = TextRewriter.open(options)

@@ -65,6 +65,7 @@ def translate_texts(
     as_json: AsJson = False,
 ) -> None:
     """Translate texts with an encoder-decoder model, such as Marian's or T5's."""
+    from treadle.ir.errors import UsageError
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.runtime.beams import Beams
@@ -81,6 +82,8 @@ def translate_texts(
         limit=limit,
     )
     given = read_sentences(texts or [], file, f"translate {model}")
+    if beams is None and length_penalty != 1:
+        raise UsageError("without --beams there is no --length-penalty", hint="--beams 4 as well")
     search = None if beams is None else Beams(beams, length_penalty)
     with working(f"compiling {model}", shown=not as_json):
         rewriter = TextRewriter.open(options)
