@@ -223,6 +223,8 @@ def test_a_question_that_leaves_no_room(tmp_path: Path) -> None:
         model.answer("cat " * 60, "the cat sits")
     with pytest.raises(UsageError, match="takes a question and a text"):
         model.answer("", "the cat sits")
+    with pytest.raises(UsageError, match="takes a question and a text"):
+        model.answer("where?")  # type: ignore[call-overload]
 
 
 # -- what is refused -------------------------------------------------------------------------------------------

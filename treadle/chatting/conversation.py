@@ -19,7 +19,7 @@ import numpy as np
 from treadle.chatting.templates import ChatTemplate, Message
 from treadle.continuation import GrowingText, Piece, TextWriter
 from treadle.ir.errors import UsageError
-from treadle.runtime.generation import Choosing, is_full
+from treadle.runtime.generation import Choosing, count_of, is_full
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.stop_strings import StopStrings
@@ -70,6 +70,8 @@ class Conversation:
         A reply that is not taken to its end leaves the conversation as it was. Raises UsageError where the conversation
         has become too long for the model.
         """
+        if count_of(most) < 1:
+            raise UsageError("a reply has 1 token or more", received=repr(most))
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self.writer.tokens([self.template.render(asked)], special=False)[0]
         if len(ids) > self.session.capacity:
@@ -81,13 +83,11 @@ class Conversation:
         choosing = Choosing(
             most, sampling or Sampling(), rules, frozenset(self.writer.end), lambda _, token: growing.add(token)
         )
-        logits, made, reply = self._read(ids), list[int](), ""
+        (row, logits), made, reply = self._read(ids), list[int](), ""
         turn = len(asked)  # draws differ from turn to turn
         while True:
             chosen = choosing.choose(logits, turn, ids, made)
             made.append(chosen)
-            row = self._row
-            assert row is not None
             token = choosing.token(logits, turn, made, is_full(self.session, row))
             new = growing.tell(token.last)
             reply += new
@@ -102,11 +102,12 @@ class Conversation:
         """Begin again, with what the model was told before."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
-    def _read(self, ids: list[int]) -> Array:
-        """The logits after all of these tokens, of which the row may hold the first."""
-        held = self.session.tokens(self._row) if self._row is not None else ()
-        if self._row is None or len(held) >= len(ids) or list(held) != ids[: len(held)]:
-            if self._row is not None:
-                self.session.close(self._row)
-            self._row, held = self.session.open(), ()
-        return self.session.prefill({self._row: ids[len(held) :]})[self._row]
+    def _read(self, ids: list[int]) -> tuple[int, Array]:
+        """The row that holds these tokens, of which it may have held the first, and the logits after them."""
+        held = list(self.session.tokens(self._row)) if self._row is not None else []
+        if self._row is not None and (len(held) >= len(ids) or held != ids[: len(held)]):
+            self.session.close(self._row)
+            self._row, held = None, []
+        if self._row is None:
+            self._row = self.session.open()
+        return self._row, self.session.prefill({self._row: ids[len(held) :]})[self._row]

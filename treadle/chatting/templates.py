@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -137,9 +138,10 @@ class _Worker:
 
     def __init__(self, folder: str, memory: int) -> None:
         command = [sys.executable, "-I", str(_WORKER), folder, str(memory)]
-        pipe = subprocess.PIPE
+        pipe, needed = subprocess.PIPE, ("SYSTEMROOT",)  # without which Windows starts no Python
+        environment = {name: os.environ[name] for name in needed if name in os.environ}
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", env={}
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", env=environment
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(self.process.stdout, self._lines), daemon=True).start()

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from treadle.files.contained_files import PathLike
+from treadle.ir.errors import UsageError
 from treadle.tasks.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class LoadedModel:
         """The span of the text that answers the question best, None where none does; of each (question, text) of a
         list.
         """
+        if text is None and not _many(question):
+            raise UsageError("an answer takes a question and a text that holds it", hint="answer(question, text)")
         asked = question if text is None else [(question, text)]
         found = [spans[0] if spans else None for spans in self.answerer.answer(asked)]
         return found if text is None else found[0]

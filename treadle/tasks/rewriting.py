@@ -159,7 +159,7 @@ class TextRewriter:
                 searched = beam_search(
                     session, prompts, most=count, beams=chosen, rules=rules, stop=settings.end, inputs=given
                 )
-                made = [(texts[0].tokens, str(texts[0].ending)) for texts in searched]
+                made = [(best.tokens, str(best.ending)) for best, *_ in searched]
             else:
                 rows: list[list[int]] = [[] for _ in numbers]
                 endings = [""] * len(numbers)
