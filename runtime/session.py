@@ -133,6 +133,11 @@ class Session:
         return self.states.nbytes
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many ids there are; None where no table says."""
+        return self._ports.vocabulary
+
+    @property
     def who_takes(self) -> str:
         """What says how many tokens a row may have: the model, or the session."""
         return "the model" if self.capacity == self.derived.context else "a row of the session"

@@ -19,7 +19,7 @@ from treadle.cli.application import forget_output, print_json, saying
 
 _OWN = (
     *("inspect", "compile", "explain", "run", "verify", "shard", "export"),
-    *("bench", "roofline", "embed", "generate", "models", "fetch"),
+    *("bench", "roofline", "embed", "generate", "serve", "models", "fetch"),
 )
 _TASKS = ("chat", "classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe")
 COMMANDS = (*_OWN, *_TASKS)

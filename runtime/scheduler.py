@@ -1,0 +1,345 @@
+"""A scheduler: many callers' texts in one session. Rows join and leave between steps, in a thread of its own.
+
+    scheduler = Scheduler(session)
+    scheduler.start()
+    ticket = scheduler.submit(Order(prompt=(464, 3139), choosing=Choosing(most=32)), tell)
+    ...                                   tell(token), for each token, and last tell(ended), on the scheduler's thread
+    ticket.cancel()                       whoever asked has gone: its row is free before the next step
+    scheduler.close()
+
+Between two steps, rows of those who went away are closed, those that wait take free rows, and a piece of each new
+prompt is prefilled, so that a long prompt holds the others up by one piece at a time. What a row is told depends on
+nothing of the others: a step's bits do not depend on which rows are in it (docs/generation.md).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.runtime.generation import Choosing, Token, is_full
+from treadle.runtime.session import Session
+
+Array = np.ndarray[Any, Any]
+
+
+class Cut(Enum):
+    """Why an order was given up before its text ended."""
+
+    CANCELLED = "it was cancelled"
+    LATE = "its time is over"
+    CLOSED = "the scheduler was closed"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last that an order is told, after its tokens.
+
+    why   None: its text ended, as the last token says. Else it was cut, or what failed
+    """
+
+    why: Cut | TreadleError | None = None
+
+
+Tell = Callable[[Token | Ended], None]
+"""What is done with each token of an order, and with its end. It is called on the scheduler's thread, and returns at
+once; where it raises, the order is given up."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A text to be continued.
+
+    prompt    ids of tokens
+    choosing  how tokens are chosen, and when the text ends
+    number    of the text among its caller's, which draws depend on
+    until     the time.monotonic() by which it must have ended; None: no such time
+    """
+
+    prompt: tuple[int, ...]
+    choosing: Choosing
+    number: int = 0
+    until: float | None = None
+
+
+@dataclass
+class Load:
+    """What a scheduler does, and has done.
+
+    running   rows that are open
+    waiting   orders that have no row yet
+    steps     how many were made
+    prefilled, generated   tokens so far
+    """
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    prefilled: int = 0
+    generated: int = 0
+
+
+class QueueFull(UsageError):
+    """As many orders wait as may."""
+
+
+class Ticket:
+    """What who submitted an order holds of it."""
+
+    def __init__(self, order: Order, tell: Tell) -> None:
+        self.order, self._tell = order, tell
+        self._is_cancelled = threading.Event()
+        self._has_ended = False
+
+    def cancel(self) -> None:
+        """Give it up. It is told so before long; one that has ended stays as it is. May be called on any thread."""
+        self._is_cancelled.set()
+
+    @property
+    def cut(self) -> Cut | None:
+        """Why it is to be given up now, if it is."""
+        if self._is_cancelled.is_set():
+            return Cut.CANCELLED
+        late = self.order.until is not None and time.monotonic() > self.order.until
+        return Cut.LATE if late else None
+
+    def tell(self, token: Token) -> None:
+        """Hand a token out. What the receiver raises gives the order up, and nothing else."""
+        try:
+            self._tell(token)
+        except Exception:
+            self.cancel()
+
+    def end(self, why: Cut | TreadleError | None = None) -> None:
+        """Hand the end out, once."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        try:
+            self._tell(Ended(why))
+        except Exception:  # who would be told of it is who raised it
+            return
+
+
+@dataclass
+class _Row:
+    """An order that has a row.
+
+    left    of its prompt, what is not prefilled
+    logits  after its last token, where the prompt is whole
+    """
+
+    ticket: Ticket
+    row: int
+    left: list[int]
+    logits: Array | None = None
+    made: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    """One session's rows, for as many callers as there are.
+
+    queue   the most orders that wait for a row
+    piece   the most tokens of a prompt that are prefilled between two steps
+    """
+
+    def __init__(self, session: Session, *, queue: int = 256, piece: int | None = None) -> None:
+        self.session, self.queue = session, queue
+        self.piece = min(piece or session.chunk, session.chunk)
+        self._waiting: deque[Ticket] = deque()
+        self._rows: list[_Row] = []
+        self._changed = threading.Condition()
+        self._closing: Cut | None = None
+        self._drains = False
+        self._thread: threading.Thread | None = None
+        self._load = Load()
+
+    # -- what callers do ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to work. A scheduler is started once."""
+        self._thread = threading.Thread(target=self._run, name="treadle scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, order: Order, tell: Tell) -> Ticket:
+        """Have an order done as soon as a row is free, in the order in which they come.
+
+        Raises UsageError for a prompt without tokens, of an id out of the vocabulary, or longer than a row; QueueFull
+        where too many wait; UsageError where the scheduler is closed.
+        """
+        self.check(order.prompt)
+        ticket = Ticket(order, tell)
+        with self._changed:
+            if self._closing is not None or self._drains:
+                raise UsageError("the scheduler is closed")
+            if len(self._waiting) >= self.queue:
+                raise QueueFull(f"{len(self._waiting)} texts wait already", hint="ask again later")
+            self._waiting.append(ticket)
+            self._load.waiting = len(self._waiting)
+            self._changed.notify()
+        return ticket
+
+    def check(self, prompt: tuple[int, ...]) -> None:
+        """Raises UsageError for a prompt that no row takes."""
+        if not prompt:
+            raise UsageError("the prompt has no tokens", hint="a prompt with a word in it")
+        if len(prompt) > self.session.capacity:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, {self.session.who_takes} takes {self.session.capacity}",
+                hint="a shorter prompt",
+            )
+        most = self.session.vocabulary
+        wrong = next((i for i in prompt if i < 0 or (most is not None and i >= most)), None)
+        if wrong is not None:
+            known = "0 or more" if most is None else f"0 to {most - 1}"
+            raise UsageError(f"token {wrong} is not in the vocabulary", received=f"ids are {known}")
+
+    def load(self) -> Load:
+        """What it does now, and has done."""
+        with self._changed:
+            return Load(**vars(self._load))
+
+    def close(self, *, drain: float = 0.0) -> None:
+        """Stop: what has a row or waits may end within `drain` seconds, no more is taken; the rest is told CLOSED."""
+        with self._changed:
+            self._drains = True
+            self._changed.notify()
+        if self._thread is None:
+            self._give_up(Cut.CLOSED)
+            return
+        self._thread.join(drain)
+        with self._changed:
+            self._closing = Cut.CLOSED
+            self._changed.notify()
+        self._thread.join()
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._has_work():
+            try:
+                self._drop()
+                self._join()
+                self._prefill()
+                self._choose_and_step()
+            except Exception as error:  # of one call for several rows: none of them can go on
+                self._fail(error)
+            with self._changed:
+                self._load.running = len(self._rows)
+        self._give_up(self._closing or Cut.CLOSED)
+
+    def _has_work(self) -> bool:
+        """Wait until there is something to do; False where it should stop."""
+        with self._changed:
+            while not (self._rows or self._waiting or self._closing or self._drains):
+                self._changed.wait()
+            return self._closing is None and bool(self._rows or self._waiting)
+
+    def _drop(self) -> None:
+        """Close the rows of what was given up, and take it out of the queue."""
+        for each in list(self._rows):
+            if (why := each.ticket.cut) is not None:
+                self._leave(each, why)
+        with self._changed:
+            gone = [(ticket, why) for ticket in self._waiting if (why := ticket.cut) is not None]
+            for ticket, _ in gone:
+                self._waiting.remove(ticket)
+        for ticket, why in gone:
+            ticket.end(why)
+
+    def _join(self) -> None:
+        while self.session.free:
+            with self._changed:
+                if not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+                self._load.waiting = len(self._waiting)
+            if ticket.order.choosing.most == 0:
+                ticket.end()
+                continue
+            self._rows.append(_Row(ticket, self.session.open(), list(ticket.order.prompt)))
+
+    def _prefill(self) -> None:
+        """A piece of each prompt that is not whole."""
+        pieces = {each.row: each.left[: self.piece] for each in self._rows if each.left}
+        if not pieces:
+            return
+        logits = self.session.prefill(pieces)
+        for each in self._rows:
+            if each.row not in pieces:
+                continue
+            each.left = each.left[self.piece :]
+            if not each.left:
+                each.logits = logits[each.row]
+        with self._changed:
+            self._load.prefilled += sum(map(len, pieces.values()))
+
+    def _choose_and_step(self) -> None:
+        going: dict[int, int] = {}
+        chosen = 0
+        for each in list(self._rows):
+            if each.logits is None:
+                continue
+            token = self._chosen(each)
+            if token is None:
+                continue
+            chosen += 1
+            each.ticket.tell(token)
+            if token.last:
+                self._leave(each, None)
+            else:
+                going[each.row] = token.id
+        if going:
+            found = self.session.step(going)
+            for each in self._rows:
+                if each.row in going:
+                    each.logits = found[each.row]
+        with self._changed:
+            self._load.generated += chosen
+            self._load.steps += bool(going)
+
+    def _chosen(self, each: _Row) -> Token | None:
+        """The next token of a row; None where none can be chosen, which ends the row alone."""
+        order, logits = each.ticket.order, each.logits
+        assert logits is not None
+        try:
+            each.made.append(order.choosing.choose(logits, order.number, order.prompt, each.made))
+            return order.choosing.token(logits, order.number, each.made, is_full(self.session, each.row))
+        except TreadleError as error:
+            self._leave(each, error)
+        except Exception as error:
+            self._leave(each, _unforeseen(error))
+        return None
+
+    def _leave(self, each: _Row, why: Cut | TreadleError | None) -> None:
+        self._rows.remove(each)
+        self.session.close(each.row)
+        each.ticket.end(why)
+
+    def _fail(self, error: Exception) -> None:
+        told = error if isinstance(error, TreadleError) else _unforeseen(error)
+        for each in list(self._rows):
+            self._leave(each, told)
+
+    def _give_up(self, why: Cut) -> None:
+        for each in list(self._rows):
+            self._leave(each, why)
+        with self._changed:
+            self._closing = why
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._load.running = self._load.waiting = 0
+        for ticket in left:
+            ticket.end(why)
+
+
+def _unforeseen(error: Exception) -> TreadleError:
+    return TreadleError("a step failed", received=f"{type(error).__name__}: {error}"[:300])

@@ -1,0 +1,232 @@
+"""A scheduler: many callers' texts in one session, each as it is alone."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import treadle as t
+from treadle.compiled import Compiled
+from treadle.ir.errors import UsageError
+from treadle.runtime.generation import Choosing, Token, generate
+from treadle.runtime.sampling import Sampling
+from treadle.runtime.scheduler import Cut, Ended, Order, QueueFull, Scheduler, Ticket
+from treadle.runtime.session import Session
+from treadle.runtime.token_rules import TokenRules
+
+VOCABULARY, CAPACITY = 61, 48
+SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def model() -> Compiled:
+    return t.compile("gpt2", seed=3, vocab=VOCABULARY, dim=32, heads=4, layers=2, context=64)
+
+
+@pytest.fixture
+def session(model: Compiled) -> Session:
+    return model.session(rows=3, capacity=CAPACITY, chunk=8)
+
+
+@pytest.fixture
+def scheduler(session: Session) -> Iterator[Scheduler]:
+    made = Scheduler(session, queue=40)
+    made.start()
+    yield made
+    made.close()
+    assert session.rows == ()
+
+
+class Heard:
+    """What one order was told."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Token] = []
+        self.ends: list[Ended] = []
+        self._over = threading.Event()
+
+    def __call__(self, told: Token | Ended) -> None:
+        if isinstance(told, Token):
+            self.tokens.append(told)
+        else:
+            self.ends.append(told)
+            self._over.set()
+
+    def wait(self) -> list[int]:
+        """The ids, once it has ended."""
+        assert self._over.wait(SECONDS)
+        return [token.id for token in self.tokens]
+
+
+def alone(model: Compiled, prompt: tuple[int, ...], choosing: Choosing) -> list[int]:
+    session = model.session(rows=1, capacity=CAPACITY, chunk=8)
+    options = {"most": choosing.most, "sampling": choosing.sampling, "rules": choosing.rules}
+    return [token.id for token in generate(session, [prompt], stop=tuple(choosing.stop), **options)]
+
+
+def test_each_text_is_the_one_alone(model: Compiled, scheduler: Scheduler) -> None:
+    rng = np.random.default_rng(0)
+    orders = []
+    for i in range(24):
+        prompt = tuple(int(x) for x in rng.integers(0, VOCABULARY, rng.integers(1, 30)))
+        sampling = Sampling(temperature=float(i % 3), seed=i, top_k=i % 5)
+        rules = TokenRules(presence_penalty=0.5) if i % 4 == 0 else None
+        orders.append(Order(prompt, Choosing(int(rng.integers(1, 20)), sampling, rules, frozenset({7}))))
+    heard = [Heard() for _ in orders]
+    for order, each in zip(orders, heard, strict=True):
+        scheduler.submit(order, each)
+    for order, each in zip(orders, heard, strict=True):
+        assert each.wait() == alone(model, order.prompt, order.choosing)
+        assert [end.why for end in each.ends] == [None]
+        assert each.tokens[-1].last
+        assert not any(token.last for token in each.tokens[:-1])
+    load = scheduler.load()
+    assert load.generated == sum(len(each.tokens) for each in heard)
+    assert load.prefilled == sum(len(order.prompt) for order in orders)
+    assert load.waiting == 0
+
+
+def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Scheduler) -> None:
+    long = Choosing(40)
+    first = [Heard() for _ in range(3)]
+    started = threading.Event()
+
+    def begin(told: Token | Ended) -> None:
+        first[0](told)
+        started.set()
+
+    tickets = [scheduler.submit(Order((1, 2), long), begin if i == 0 else first[i]) for i in range(3)]
+    waiting, next_one = Heard(), Heard()
+    gone = scheduler.submit(Order((3,), long), waiting)
+    scheduler.submit(Order((4, 5), Choosing(5)), next_one)
+    assert started.wait(SECONDS)
+    gone.cancel()  # before it has a row
+    tickets[0].cancel()
+    assert next_one.wait() == alone(model, (4, 5), Choosing(5))
+    assert waiting.wait() == []
+    assert [end.why for end in waiting.ends] == [Cut.CANCELLED]
+    first[0].wait()
+    assert [end.why for end in first[0].ends] == [Cut.CANCELLED]
+    for each in first[1:]:
+        assert each.wait() == alone(model, (1, 2), long)
+
+
+def test_what_a_receiver_raises_ends_its_own_text_alone(model: Compiled, scheduler: Scheduler) -> None:
+    def fail(told: Token | Ended) -> None:
+        raise RuntimeError("the receiver is broken")
+
+    scheduler.submit(Order((1, 2, 3), Choosing(30)), fail)
+    other = Heard()
+    scheduler.submit(Order((1, 2, 3), Choosing(6)), other)
+    assert other.wait() == alone(model, (1, 2, 3), Choosing(6))
+
+
+def test_a_text_of_which_no_token_can_be_chosen_ends_alone(model: Compiled, scheduler: Scheduler) -> None:
+    banned, other = Heard(), Heard()
+    rules = TokenRules(banned=tuple(range(VOCABULARY)))
+    scheduler.submit(Order((5,), Choosing(4, rules=rules)), banned)
+    scheduler.submit(Order((5,), Choosing(4)), other)
+    assert other.wait() == alone(model, (5,), Choosing(4))
+    assert banned.wait() == []
+    (end,) = banned.ends
+    assert isinstance(end.why, UsageError)
+    assert "no token" in end.why.what
+
+
+def test_a_step_that_fails_ends_its_rows_and_no_others(model: Compiled, session: Session) -> None:
+    scheduler, heard = Scheduler(session), Heard()
+    step = session.step
+
+    def broken(tokens: dict[int, int]) -> dict[int, object]:
+        raise MemoryError("no memory")
+
+    session.step = broken  # type: ignore[method-assign, assignment]
+    scheduler.start()
+    scheduler.submit(Order((1,), Choosing(4)), heard)
+    assert len(heard.wait()) == 1
+    assert "no memory" in str(heard.ends[0].why)
+    session.step = step  # type: ignore[method-assign]
+    again = Heard()
+    scheduler.submit(Order((1,), Choosing(4)), again)
+    assert again.wait() == alone(model, (1,), Choosing(4))
+    scheduler.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [((), "no tokens"), ((VOCABULARY,), "not in the vocabulary"), ((-1,), "not in the"), ((1,) * 49, "49 tokens")],
+)
+def test_a_prompt_that_no_row_takes_is_refused_at_once(
+    scheduler: Scheduler, prompt: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        scheduler.submit(Order(prompt, Choosing(1)), Heard())
+    assert scheduler.load().waiting == 0
+
+
+def test_no_more_wait_than_may(session: Session) -> None:
+    scheduler = Scheduler(session, queue=2)  # not started: nobody leaves the queue
+    for _ in range(2):
+        scheduler.submit(Order((1,), Choosing(1)), Heard())
+    with pytest.raises(QueueFull, match="2 texts wait already"):
+        scheduler.submit(Order((1,), Choosing(1)), Heard())
+    scheduler.start()
+    scheduler.close(drain=SECONDS)
+    assert scheduler.load().generated == 2
+
+
+def test_a_text_ends_when_its_time_is_over(scheduler: Scheduler) -> None:
+    late = Heard()
+    scheduler.submit(Order((1, 2), Choosing(40), until=time.monotonic() - 1), late)
+    assert late.wait() == []
+    assert [end.why for end in late.ends] == [Cut.LATE]
+
+
+def test_closing_drains_or_cuts_and_takes_no_more(model: Compiled, session: Session) -> None:
+    scheduler, heard = Scheduler(session), [Heard() for _ in range(5)]
+    scheduler.start()
+    for each in heard:
+        scheduler.submit(Order((2, 3), Choosing(9)), each)
+    scheduler.close(drain=SECONDS)
+    for each in heard:
+        assert each.wait() == alone(model, (2, 3), Choosing(9))
+    with pytest.raises(UsageError, match="closed"):
+        scheduler.submit(Order((1,), Choosing(1)), Heard())
+
+    slow = Scheduler(session)
+    slow.start()
+    told: queue.SimpleQueue[Token | Ended] = queue.SimpleQueue()
+    ticket = slow.submit(Order((2, 3), Choosing(40)), told.put)
+    assert isinstance(told.get(timeout=SECONDS), Token)
+    slow.close()
+    assert isinstance(ticket, Ticket)
+    while not isinstance(last := told.get(timeout=SECONDS), Ended):
+        pass
+    assert last.why in (Cut.CLOSED, None)
+    assert session.rows == ()
+
+
+def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, scheduler: Scheduler) -> None:
+    """Between two pieces of a prompt of 40 tokens, a text that is under way goes on."""
+    order: list[str] = []
+    short, long = Heard(), Heard()
+
+    def first(told: Token | Ended) -> None:
+        order.append("short")
+        if len(order) == 2:
+            scheduler.submit(Order((1,) * 40, Choosing(1)), second)
+        short(told)
+
+    def second(told: Token | Ended) -> None:
+        order.append("long")
+        long(told)
+
+    scheduler.submit(Order((2,), Choosing(30)), first)
+    assert short.wait() == alone(model, (2,), Choosing(30))
+    assert long.wait() == alone(model, (1,) * 40, Choosing(1))
+    assert order.index("long") >= 2 + 40 // 8 - 1

@@ -1,0 +1,368 @@
+"""The server, over HTTP: what OpenAI's client asks and gets, and what becomes of those who ask what cannot be."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+openai = pytest.importorskip("openai")
+
+from tests.task_models import byte_level
+from treadle.continuation import TextWriter
+from treadle.runtime.sampling import Sampling
+from treadle.runtime.token_rules import TokenRules
+
+TEMPLATE = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no such talk') }}{% endif %}"
+TEMPLATE += "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+KEY = "a-key"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 with a byte-level tokenizer and a chat template."""
+    place = tmp_path_factory.mktemp("served") / "tiny"
+    tokenizer = byte_level()
+    torch.manual_seed(4)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=96, n_embd=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4)  # far from uniform logits, so that a continuation says something
+    model.save_pretrained(place)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("served") / "encoder"
+    tokenizer = byte_level()
+    torch.manual_seed(5)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
+    transformers.BertModel(config).eval().save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+class Running:
+    """A server in a process of its own."""
+
+    def __init__(self, *words: str) -> None:
+        command = [sys.executable, "-m", "treadle", "serve", *words, "--port", "0", "--json"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        said = "".join(iter(self.process.stdout.readline, "}\n")) + "}"
+        self.facts: dict[str, Any] = json.loads(said)
+        self.address = self.facts["address"]
+        self.place = urlsplit(self.address)
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Its exit code, and what it wrote to standard error."""
+        self.process.send_signal(number)
+        _, error = self.process.communicate(timeout=60)
+        return self.process.returncode, error
+
+    def post(self, path: str, body: bytes | object, **headers: str) -> tuple[int, dict[str, Any]]:
+        """Status and body of an answer."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.ask("POST", path, data, **{"content-type": "application/json", **headers})
+
+    def ask(self, method: str, path: str, data: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection(self.place.netloc, timeout=60)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, f"/v1{path}", data, named)
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        return response.status, json.loads(text) if text else {}
+
+    def client(self, **options: Any) -> Any:
+        return openai.OpenAI(base_url=self.address, api_key=options.pop("api_key", "none"), max_retries=0, **options)
+
+    def metrics(self) -> str:
+        connection = http.client.HTTPConnection(self.place.netloc, timeout=60)
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, encoder: Path) -> Iterator[Running]:
+    made = Running(
+        str(folder), f"vectors={encoder}", "--rows", "4", "--context", "64", "--body", "20000", "--queue", "40"
+    )
+    yield made
+    code, error = made.end()
+    assert (code, error) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def writer(folder: Path) -> TextWriter:
+    return TextWriter.open(folder)
+
+
+def said(writer: TextWriter, prompt: str, most: int, **options: Any) -> str:
+    return "".join(piece.text for piece in writer.continued([prompt], most=most, **options))
+
+
+def test_completions_are_the_ones_alone(server: Running, writer: TextWriter) -> None:
+    client = server.client()
+    prompts = [f"the cat {i} sat" for i in range(24)]
+
+    def ask(number: int) -> Any:
+        return client.completions.create(model="tiny", prompt=prompts[number], max_tokens=4 + number, temperature=0)
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(len(prompts))))
+    for number, each in enumerate(found):
+        (choice,) = each.choices
+        assert choice.text == said(writer, prompts[number], 4 + number)
+        assert choice.finish_reason in ("length", "stop")
+        assert each.usage.prompt_tokens == len(writer.tokens([prompts[number]])[0])
+        assert each.usage.completion_tokens <= 4 + number
+        assert each.model == "tiny"
+
+
+def test_a_stream_gives_the_same_text_in_pieces(server: Running, writer: TextWriter) -> None:
+    options = {"model": "tiny", "prompt": "the dog", "max_tokens": 12, "temperature": 0.8, "seed": 5}
+    pieces = list(server.client().completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    text = "".join(each.choices[0].text for each in pieces if each.choices)
+    assert text == server.client().completions.create(**options).choices[0].text
+    assert text == said(writer, "the dog", 12, sampling=Sampling(temperature=0.8, seed=5))
+    assert pieces[-1].usage.completion_tokens <= 12
+    assert [each.choices[0].finish_reason for each in pieces if each.choices][-1] in ("length", "stop")
+    assert len({each.id for each in pieces}) == 1
+
+
+def test_several_prompts_and_choices_are_told_apart(server: Running, writer: TextWriter) -> None:
+    found = server.client().completions.create(
+        model="tiny", prompt=["the cat", "a dog"], n=2, max_tokens=6, temperature=1, seed=3
+    )
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    first = said(writer, "a dog", 6, sampling=Sampling(temperature=1.0, seed=3))
+    assert found.choices[2].text == first
+    assert found.choices[0].text != found.choices[1].text
+    ids = writer.tokens(["a dog"])[0]
+    again = server.client().completions.create(model="tiny", prompt=ids, max_tokens=6, temperature=1, seed=3)
+    assert again.choices[0].text == first
+
+
+def test_penalties_stops_and_logarithms(server: Running, writer: TextWriter) -> None:
+    whole = said(writer, "the log", 10, rules=TokenRules(presence_penalty=1.5, repetition_penalty=1.2))
+    options: dict[str, Any] = {"model": "tiny", "prompt": "the log", "max_tokens": 10, "temperature": 0}
+    options |= {"presence_penalty": 1.5, "extra_body": {"repetition_penalty": 1.2}}
+    found = server.client().completions.create(**options, logprobs=2).choices[0]
+    assert found.text == whole
+    told = found.logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset)
+    assert all(p <= 0 for p in told.token_logprobs)
+    assert all(len(each) <= 2 for each in told.top_logprobs)
+    stop = whole[4:6]
+    cut = server.client().completions.create(**options, stop=[stop]).choices[0]
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_chat_renders_the_folders_template(server: Running, writer: TextWriter) -> None:
+    talk = [
+        {"role": "developer", "content": "be kind"},
+        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]},
+    ]
+    wanted = said(writer, "system: be kind\nuser: the cat\nassistant:", 8, special=False)
+    options: dict[str, Any] = {"model": "tiny", "messages": talk, "max_completion_tokens": 8, "temperature": 0}
+    found = server.client().chat.completions.create(**options, logprobs=True, top_logprobs=3).choices[0]
+    assert found.message.content == wanted
+    assert found.message.role == "assistant"
+    assert all(len(each.top_logprobs) == 3 for each in found.logprobs.content)
+    assert found.logprobs.content[0].logprob == found.logprobs.content[0].top_logprobs[0].logprob
+    pieces = list(server.client().chat.completions.create(**options, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(each.choices[0].delta.content or "" for each in pieces) == wanted
+
+
+def test_embeddings_are_those_of_the_embedder(server: Running, encoder: Path) -> None:
+    from treadle.embedding import SentenceEmbedder
+
+    texts = ["the cat sat", "a dog"]
+    wanted = SentenceEmbedder.open(encoder).embed(texts)
+    found = server.client().embeddings.create(model="vectors", input=texts)  # as base64, which the client reads
+    np.testing.assert_allclose([each.embedding for each in found.data], wanted, rtol=0, atol=1e-6)
+    status, plain = server.post("/embeddings", {"model": "vectors", "input": texts})
+    assert status == 200
+    np.testing.assert_allclose([each["embedding"] for each in plain["data"]], wanted, rtol=0, atol=1e-6)
+    _, packed = server.post("/embeddings", {"model": "vectors", "input": texts, "encoding_format": "base64"})
+    vector = np.frombuffer(base64.b64decode(packed["data"][1]["embedding"]), "<f4")
+    np.testing.assert_allclose(vector, wanted[1], rtol=0, atol=1e-6)
+
+
+def test_models_are_listed(server: Running) -> None:
+    assert [each.id for each in server.client().models.list()] == ["tiny", "vectors"]
+    assert server.client().models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no model 'other' is served"):
+        server.client().models.retrieve("other")
+    assert server.facts["models"] == [{"name": "tiny", "writes": True}, {"name": "vectors", "writes": False}]
+
+
+COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "a"}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
+EMBEDDING: dict[str, Any] = {"model": "vectors", "input": "a"}
+WRONG: list[tuple[str, Any, int, str]] = [
+    ("/completions", b"", 400, "no JSON object"),
+    ("/completions", b"[1]", 400, "no JSON object"),
+    ("/completions", b'{"model": "tiny"', 400, "no JSON object"),
+    ("/completions", b"\xff\xfe", 400, "UTF-8"),
+    ("/completions", b'{"a":' * 40 + b"1" + b"}" * 40, 400, "no JSON object"),
+    ("/completions", {"prompt": "a"}, 400, "model must be the name"),
+    ("/completions", {**COMPLETION, "model": "other"}, 404, "no model 'other'"),
+    ("/completions", {**COMPLETION, "model": "vectors"}, 400, "embeds, and writes nothing"),
+    ("/completions", {**COMPLETION, "max_token": 3}, 400, "did you mean max_tokens"),
+    ("/completions", {**COMPLETION, "max_tokens": -1}, 400, "max_tokens must be a whole number"),
+    ("/completions", {**COMPLETION, "max_tokens": True}, 400, "max_tokens must be a whole number"),
+    ("/completions", {**COMPLETION, "temperature": 3}, 400, "temperature must be a number from 0 to 2"),
+    ("/completions", b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature must be a number"),
+    ("/completions", {**COMPLETION, "top_p": "1"}, 400, "top_p must be a number"),
+    ("/completions", {**COMPLETION, "prompt": [[]]}, 400, "prompt must be a text"),
+    ("/completions", {**COMPLETION, "prompt": []}, 400, "prompt must be a text"),
+    ("/completions", {**COMPLETION, "prompt": ["a", 1]}, 400, "prompt must be a text"),
+    ("/completions", {**COMPLETION, "prompt": [99999]}, 400, "not in the vocabulary"),
+    ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "a row of the session takes 64"),
+    ("/completions", {**COMPLETION, "n": 1000}, 400, "n must be a whole number"),
+    ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "asks for 200 texts"),
+    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 429, "texts wait already"),
+    ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of chooses among"),
+    ("/completions", {**COMPLETION, "echo": True}, 400, "echo repeats the prompt"),
+    ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias changes"),
+    ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "none of them empty"),
+    ("/completions", {**COMPLETION, "stream": 1}, 400, "stream must be true or false"),
+    ("/completions", {**COMPLETION, "stream_options": {}}, 400, "where stream is true"),
+    ("/completions", {**COMPLETION, "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x is no field"),
+    ("/chat/completions", {"model": "tiny", "messages": []}, 400, "messages must be a list"),
+    ("/chat/completions", {**CHAT, "messages": [{"role": "cat", "content": "a"}]}, 400, "messages[0].role must be"),
+    ("/chat/completions", {**CHAT, "messages": [{"role": "user"}]}, 400, "messages[0].content must be a text"),
+    (
+        "/chat/completions",
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages[0].content[0] must be of type text",
+    ),
+    ("/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "bad"}]}, 400, "no such talk"),
+    ("/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools has the model call functions"),
+    ("/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format must be text"),
+    ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "needs logprobs"),
+    ("/embeddings", {"model": "vectors"}, 400, "input must be a text"),
+    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input must be a text"),
+    ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "writes, and embeds nothing"),
+    ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions asks for shorter"),
+    ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "float or base64"),
+    ("/completions", {**COMPLETION, "prompt": "a" * 30000}, 413, "more than 20000 bytes"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "told"), WRONG)
+def test_what_cannot_be_is_told_with_the_field(server: Running, path: str, body: Any, status: int, told: str) -> None:
+    found, answer = server.post(path, body)
+    assert found == status, answer
+    assert told in answer["error"]["message"]
+    assert answer["error"]["type"] in ("invalid_request_error", "not_found_error", "rate_limit_error")
+    assert server.post("/completions", {**COMPLETION, "max_tokens": 1})[0] == 200
+
+
+def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None:
+    assert server.ask("GET", "/nothing")[0] == 404
+    status, answer = server.ask("GET", "/completions")
+    assert (status, answer["error"]["message"]) == (405, "this address takes another method")
+    status, answer = server.post("/completions", COMPLETION, **{"content-type": "text/plain"})
+    assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_who_goes_away_is_given_up(server: Running) -> None:
+    """The row of a stream that is left is free before its text would have ended."""
+
+    def generated() -> float:
+        line = next(x for x in server.metrics().splitlines() if x.startswith('treadle_tokens_total{kind="generated"'))
+        return float(line.split()[-1])
+
+    def rows() -> float:
+        return next(float(x.split()[-1]) for x in server.metrics().splitlines() if x.startswith("treadle_rows{"))
+
+    for stream in (True, False):
+        data = json.dumps({**COMPLETION, "max_tokens": 60, "stream": stream, "prompt": ["a"] * 4, "n": 8}).encode()
+        connection = socket.create_connection((server.place.hostname, server.place.port))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        before = generated()
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        while generated() == before:
+            time.sleep(0.002)
+        connection.close()
+        until = time.monotonic() + 30
+        while rows() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert rows() == 0
+        assert generated() - before < 32 * 60
+
+
+def test_a_key_is_asked_for_and_a_late_answer_is_cut(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    server = Running(str(folder), "--key-file", str(tmp_path / "key"), "--seconds", "0.1", "--rows", "1")
+    with pytest.raises(openai.AuthenticationError, match="wants a key"):
+        server.client(api_key="another").models.list()
+    assert server.ask("GET", "/models")[0] == 401
+    client = server.client(api_key=KEY)
+    assert client.models.list().data[0].id == "tiny"
+    with pytest.raises(openai.APIStatusError, match="longer than a request may") as caught:
+        client.completions.create(model="tiny", prompt=["a"] * 100, max_tokens=90)
+    assert caught.value.status_code == 408
+    assert server.end(signal.SIGINT)[0] == 0
+
+
+def test_a_shutdown_lets_answers_end(folder: Path) -> None:
+    server = Running(str(folder))
+    pieces = server.client().completions.create(
+        model="tiny", prompt="the cat", max_tokens=80, temperature=1, stream=True
+    )
+    next(iter(pieces))
+    server.process.send_signal(signal.SIGTERM)
+    last = [each.choices[0].finish_reason for each in pieces][-1]
+    assert last in ("length", "stop")
+    assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{folder}", "{folder}"], "two models would be served as tiny"),
+        (["={folder}"], "a model needs a name"),
+        (["{folder}", "--host", "256.1.1.1"], "cannot listen at 256.1.1.1"),
+        (["{folder}", "--key-file", "{empty}"], "holds no key"),
+        (["nothing-here"], "nothing-here"),
+    ],
+)
+def test_what_cannot_be_served_is_told(folder: Path, tmp_path: Path, words: list[str], told: str) -> None:
+    (tmp_path / "empty").write_text("\n")
+    given = [word.format(folder=folder, empty=tmp_path / "empty") for word in words]
+    command = [sys.executable, "-m", "treadle", "serve", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert told in done.stderr

@@ -1,0 +1,102 @@
+"""`treadle serve`: models behind the HTTP interface that OpenAI's clients speak."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import BackendName, CacheName, Config, Dtype, Limit, Quantize, TargetName, Threads, Widen
+
+
+@command("serve")
+def serve_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Models that write, or embed: each as MODEL, or as NAME=MODEL.", show_default=False
+        ),
+    ],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="The port; 0 is one that is free.", min=0, max=65535)] = 8000,
+    rows: Annotated[int, typer.Option(metavar="N", help="Texts that are written at a time.", min=1)] = 16,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="The most tokens of a text, prompt included.", min=1)
+    ] = 2048,
+    queue: Annotated[int, typer.Option(metavar="N", help="Texts that may wait; more are told 429.", min=1)] = 256,
+    seconds: Annotated[float, typer.Option(metavar="S", help="How long an answer may take.", min=0.1)] = 600.0,
+    body: Annotated[int, typer.Option(metavar="BYTES", help="How large a request may be.", min=1)] = 1 << 20,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file with the key that callers must show.", show_default=False),
+    ] = None,
+    cache: CacheName = None,
+    config: Config = None,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    widen: Widen = None,
+    backend: BackendName = "numpy",
+    target: TargetName = "cpu",
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object once it serves.")] = False,
+) -> None:
+    """Serve completions, chats and embeddings to OpenAI's clients, until it is interrupted."""
+    from treadle.ir.errors import FrontendError, UsageError
+    from treadle.ir.target import Target
+    from treadle.option_values import parse_config
+    from treadle.progress import working
+
+    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise FrontendError(f"serving needs the package {missing[0]}", hint="pip install 'treadle[serve]'")
+    from treadle.serving.application import Limits
+    from treadle.serving.models import Opening, ServedWriter
+    from treadle.serving.running import serve
+
+    key = None if key_file is None else _read_key(key_file)
+    opening = Opening(backend, Target(target, threads), rows, context, queue, cache)
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, **parse_config(config or (), limit or ())}
+    if widen is not None:
+        options["widen"] = widen
+    served = []
+    for model in models:
+        with working(f"compiling {model}", shown=not as_json):
+            served.append(opening.open(model, **options))
+    names = [each.name for each in served]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two models would be served as {twice}", hint="NAME=MODEL gives one another name")
+
+    def ready(address: str) -> None:
+        if as_json:
+            models = [{"name": each.name, "writes": isinstance(each, ServedWriter)} for each in served]
+            print_json({"address": address, "models": models})
+            sys.stdout.flush()
+            return
+        for each in served:
+            print(f"{each.name}: {each.told}", file=sys.stderr)
+        if key is None and host not in ("127.0.0.1", "::1", "localhost"):
+            print("whoever reaches this address may ask: --key-file names a key", file=sys.stderr)
+        print(f"serving at {address}", file=sys.stderr, flush=True)
+
+    serve(served, host=host, port=port, limits=Limits(body=body, seconds=seconds), key=key, ready=ready)
+
+
+def _read_key(path: Path) -> str:
+    """The key in a file's first line. Raises UsageError where there is none."""
+    from treadle.files.contained_files import read_regular
+    from treadle.ir.errors import UsageError
+
+    data = read_regular(path, 1 << 16, str(path))
+    try:
+        key = data.decode("ascii").strip()
+    except UnicodeDecodeError:
+        key = ""
+    if not key or len(key.split()) != 1:
+        raise UsageError(f"{path} holds no key", hint="one word, of ASCII characters")
+    return key

@@ -1,0 +1,101 @@
+"""A request's texts: submitted to a scheduler, whose thread tells of them, and read on the server's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from treadle.continuation import GrowingText
+from treadle.files.errors import TreadleError
+from treadle.runtime.generation import Choosing, Token
+from treadle.runtime.scheduler import Cut, Ended, Order, QueueFull, Ticket
+from treadle.runtime.stop_strings import StopStrings
+from treadle.serving.models import ServedWriter, queue_full
+from treadle.serving.refusals import Refusal, refused
+from treadle.serving.requests import Wanted
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is new: a token of a choice, and the text that is certain with it."""
+
+    index: int
+    token: Token
+    text: str
+
+
+class Answering:
+    """The texts of one request: as many for each prompt as it asks for, all at once.
+
+    answering = Answering(served, prompts, how, seconds=600)
+    async for told in answering: ...
+    answering.cancel()                       wherever it is left early
+    """
+
+    def __init__(
+        self, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: Wanted, *, seconds: float
+    ) -> None:
+        """Submit them, all or none. Raises Refusal."""
+        self._loop, self._told = asyncio.get_running_loop(), asyncio.Queue[Told | Ended]()
+        self._left = len(prompts) * how.choices
+        self._tickets: list[Ticket] = []
+        until = time.monotonic() + seconds
+        try:
+            for number, prompt in enumerate(prompts):
+                for draw in range(how.choices):
+                    self._submit(served, number * how.choices + draw, prompt, how, draw, until)
+        except TreadleError as error:
+            self.cancel()
+            if isinstance(error, QueueFull):
+                raise queue_full(error.what) from error
+            raise refused(error, status=503) from error
+
+    def cancel(self) -> None:
+        """Give all of them up."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Told]:
+        """What is told, in order within a choice. Raises Refusal where one of them is given up."""
+        while self._left:
+            told = await self._told.get()
+            if isinstance(told, Told):
+                yield told
+                continue
+            self._left -= 1
+            if told.why is not None:
+                self.cancel()
+                raise _given_up(told.why)
+
+    def _submit(
+        self, served: ServedWriter, index: int, prompt: tuple[int, ...], how: Wanted, draw: int, until: float
+    ) -> None:
+        growing = GrowingText(served.writer.tokenizer, StopStrings(how.stop))
+        room = served.scheduler.session.capacity - len(prompt) + 1
+        choosing = Choosing(
+            most=room if how.most is None else how.most,
+            sampling=how.sampling,
+            rules=how.rules,
+            stop=frozenset(served.writer.end),
+            until=lambda _, token: growing.add(token),
+            likely=how.likely or 0,
+        )
+
+        def tell(what: Token | Ended) -> None:
+            told = what if isinstance(what, Ended) else Told(index, what, growing.tell(what.last))
+            with contextlib.suppress(RuntimeError):  # the server is gone, and all who asked
+                self._loop.call_soon_threadsafe(self._told.put_nowait, told)
+
+        order = Order(prompt, choosing, number=draw, until=until)
+        self._tickets.append(served.scheduler.submit(order, tell))
+
+
+def _given_up(why: Cut | TreadleError) -> Refusal:
+    if isinstance(why, TreadleError):
+        return refused(why, status=500)
+    if why is Cut.LATE:
+        return Refusal(408, "the answer took longer than a request may", code="timeout")
+    return Refusal(503, "the server is being shut down", code="shutting_down")

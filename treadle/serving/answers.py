@@ -1,0 +1,143 @@
+"""The bodies of answers, as OpenAI's API reference describes them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from treadle.runtime.generation import Ending, Token
+
+Array = np.ndarray[Any, Any]
+Shown = Callable[[int], str]
+"""The text of one token."""
+
+_REASONS = {"end": "stop", "stop": "stop", "context": "length", "count": "length", None: None}
+
+
+@dataclass
+class Choice:
+    """One text of an answer as it grows: what was told of it so far."""
+
+    index: int
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    ending: Ending | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What all bodies of one answer share.
+
+    chat    whether it answers messages, or continues prompts
+    likely  how many of the likeliest tokens are told; None: no logarithms
+    shown   the text of a token
+    """
+
+    model: str
+    chat: bool
+    likely: int | None
+    shown: Shown
+    made: int = field(default_factory=lambda: int(time.time()))
+    name: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    def whole(self, choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+        """The answer at once."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {
+            **self._head(kind),
+            "choices": [self._choice(c) for c in choices],
+            "usage": usage(choices, prompt_tokens),
+        }
+
+    def begin(self, index: int) -> dict[str, Any]:
+        """The first piece of a chat's choice, which says whose text it is."""
+        delta = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return {**self._head("chat.completion.chunk"), "choices": [delta]}
+
+    def piece(self, choice: Choice, text: str, token: Token) -> dict[str, Any]:
+        """What a token brings to a choice, which has it already."""
+        before = sum(len(self.shown(t.id)) for t in choice.tokens[:-1]) if self.likely is not None else 0
+        told, index, ending = self._logprobs([token], before), choice.index, token.ending
+        choice: dict[str, Any] = {"index": index, "logprobs": told, "finish_reason": _REASONS[ending]}
+        choice |= {"delta": {"content": text} if text or ending is None else {}} if self.chat else {"text": text}
+        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [choice]}
+
+    def counts(self, choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+        """The last piece of a stream that was asked for it."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": [], "usage": usage(choices, prompt_tokens)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{prefix}-{self.name}", "object": kind, "created": self.made, "model": self.model}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        told = self._logprobs(choice.tokens, 0)
+        made: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": _REASONS[choice.ending]}
+        if self.chat:
+            return {**made, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        return {**made, "text": choice.text}
+
+    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+        if self.likely is None:
+            return None
+        if self.chat:
+            return {"content": [self._in_chat(token) for token in tokens], "refusal": None}
+        texts = [self.shown(token.id) for token in tokens]
+        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [_told(token.logprob) for token in tokens],
+            "top_logprobs": [{self.shown(i): _told(p) for i, p in token.likely} for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _in_chat(self, token: Token) -> dict[str, Any]:
+        likely = [self._one(i, p) for i, p in token.likely]
+        return {**self._one(token.id, token.logprob), "top_logprobs": likely}
+
+    def _one(self, id: int, logprob: float) -> dict[str, Any]:
+        text = self.shown(id)
+        return {"token": text, "logprob": _told(logprob), "bytes": list(text.encode())}
+
+
+def _told(logprob: float) -> float:
+    """A logarithm that JSON can say: that of nothing is -9999."""
+    return max(logprob, -9999.0)
+
+
+def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, int]:
+    """How many tokens came and went."""
+    made = sum(len(choice.tokens) for choice in choices)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
+
+
+def embeddings(model: str, vectors: Array, tokens: int, as_bytes: bool) -> dict[str, Any]:
+    """Vectors f32[N, D] as an answer."""
+
+    def told(vector: Array) -> str | list[float]:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.astype(float).tolist()
+
+    data = [{"object": "embedding", "index": i, "embedding": told(vector)} for i, vector in enumerate(vectors)]
+    used = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model, "usage": used}
+
+
+def text_of(body: object) -> bytes:
+    """A body as bytes."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def event(body: object) -> bytes:
+    """A body as one of a stream's events (server-sent events, HTML standard, section 9.2)."""
+    return b"data: " + text_of(body) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"

@@ -1,0 +1,285 @@
+"""The server: routes, limits, keys and metrics, on Starlette.
+
+    POST /v1/completions, /v1/chat/completions, /v1/embeddings
+    GET  /v1/models, /v1/models/NAME, /metrics (Prometheus's text form), /health
+
+Every answer that is no answer is an error object with a status of 4xx, or 5xx where the server could not do it. A
+request whose caller has gone is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from treadle.serving import requests
+from treadle.serving.answering import Answering, Told
+from treadle.serving.answers import DONE, Answer, Choice, embeddings, event, text_of
+from treadle.serving.fields import Fields
+from treadle.serving.metrics import Metrics
+from treadle.serving.models import Served, ServedEmbedder, ServedWriter
+from treadle.serving.refusals import Refusal
+from treadle.serving.requests import Wanted
+
+JSON = "application/json"
+GONE = 499
+"""The status in metrics of a request whose caller has gone, as nginx counts them."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    body     bytes of it
+    arrival  seconds in which it must have come
+    seconds  in which its answer must have ended
+    """
+
+    body: int = 1 << 20
+    arrival: float = 30.0
+    seconds: float = 600.0
+
+
+class Server:
+    """The application's state: models by name, limits, and the key that callers must show; None: any may ask."""
+
+    def __init__(self, served: Sequence[Served], *, limits: Limits | None = None, key: str | None = None) -> None:
+        self.served = {each.name: each for each in served}
+        self.limits, self.key = limits or Limits(), key
+        self.started = int(time.time())
+        self.metrics = Metrics([each for each in served if isinstance(each, ServedWriter)])
+
+    def application(self, *, drain: float = 0.0) -> Starlette:
+        """An ASGI application. It starts the schedulers, and closes them within `drain` seconds of its end."""
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            writers = [each for each in self.served.values() if isinstance(each, ServedWriter)]
+            for each in writers:
+                each.scheduler.start()
+            try:
+                yield
+            finally:
+                for each in writers:
+                    await asyncio.to_thread(each.close, drain=drain)
+
+        routes = [
+            self._route("/v1/completions", "POST", self.complete),
+            self._route("/v1/chat/completions", "POST", self.chat),
+            self._route("/v1/embeddings", "POST", self.embed),
+            self._route("/v1/models", "GET", self.models),
+            self._route("/v1/models/{name:path}", "GET", self.model),
+            self._route("/metrics", "GET", self.scrape),
+            self._route("/health", "GET", self.health),
+        ]
+        handlers: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {HTTPException: _unrouted}
+        return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+    # -- routes ------------------------------------------------------------------------------------------------
+
+    async def complete(self, request: Request) -> Response:
+        """Continue prompts."""
+        wanted = requests.read_completions(await self._fields(request))
+        served = self._writer(wanted.how.model)
+        prompts = [served.prompt_ids(prompt) for prompt in wanted.prompts]
+        return await self._answered(request, served, prompts, wanted.how, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer messages."""
+        wanted = requests.read_chat(await self._fields(request))
+        served = self._writer(wanted.how.model)
+        prompt = await asyncio.to_thread(served.chat_ids, wanted.messages)
+        return await self._answered(request, served, [prompt], wanted.how, chat=True)
+
+    async def embed(self, request: Request) -> Response:
+        """Texts as vectors."""
+        wanted = requests.read_embeddings(await self._fields(request))
+        served = self._named(wanted.model)
+        if not isinstance(served, ServedEmbedder):
+            raise Refusal(400, f"{served.name} writes, and embeds nothing", field="model")
+        found = await asyncio.to_thread(served.embed, wanted.texts)
+        return _json(embeddings(served.name, found.vectors, sum(found.tokens), wanted.as_bytes))
+
+    async def models(self, request: Request) -> Response:
+        """What is served."""
+        return _json({"object": "list", "data": [self._told(each) for each in self.served.values()]})
+
+    async def model(self, request: Request) -> Response:
+        """One of what is served."""
+        return _json(self._told(self._named(request.path_params["name"])))
+
+    async def scrape(self, request: Request) -> Response:
+        """The metrics."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def health(self, request: Request) -> Response:
+        """That it is there."""
+        return _json({"status": "ok"})
+
+    # -- what they share ---------------------------------------------------------------------------------------
+
+    def _route(self, path: str, method: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
+        async def answered(request: Request) -> Response:
+            started = time.monotonic()
+            try:
+                if path != "/health":
+                    self._check_key(request)
+                response = await answer(request)
+            except Refusal as refusal:
+                response = _json(refusal.body, refusal.status, refusal.headers)
+            except ClientDisconnect:
+                response = Response(status_code=GONE)  # which nobody reads
+            except Exception as error:
+                print(f"{method} {path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                response = _json(Refusal(500, "the server failed to answer this", code="internal").body, 500)
+            self.metrics.count(path, response.status_code, time.monotonic() - started)
+            return response
+
+        return Route(path, answered, methods=[method])
+
+    def _check_key(self, request: Request) -> None:
+        if self.key is None:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+            raise Refusal(
+                401, "this server wants a key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
+
+    async def _fields(self, request: Request) -> Fields:
+        """The body's members, which must be JSON, not too large, and come in time."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != JSON:
+            raise Refusal(415, f"the body must be of the type {JSON}", code="unsupported_media_type")
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.arrival):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.limits.body:
+                        raise Refusal(413, f"the body has more than {self.limits.body} bytes", code="body_too_large")
+                    parts.append(part)
+        except TimeoutError:
+            raise Refusal(408, "the body did not come in time", code="timeout") from None
+        return requests.read_body(b"".join(parts))
+
+    def _named(self, name: str) -> Served:
+        found = self.served.get(name)
+        if found is None:
+            known = ", ".join(self.served)
+            raise Refusal(404, f"no model {name[:80]!r} is served; {known}", field="model", code="model_not_found")
+        return found
+
+    def _writer(self, name: str) -> ServedWriter:
+        found = self._named(name)
+        if not isinstance(found, ServedWriter):
+            raise Refusal(400, f"{found.name} embeds, and writes nothing", field="model")
+        return found
+
+    def _told(self, served: Served) -> dict[str, Any]:
+        return {"id": served.name, "object": "model", "created": self.started, "owned_by": "treadle"}
+
+    async def _answered(
+        self, request: Request, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: Wanted, *, chat: bool
+    ) -> Response:
+        answer = Answer(served.name, chat, how.likely, served.shown)
+        choices = [Choice(i) for i in range(len(prompts) * how.choices)]
+        count = sum(map(len, prompts))
+        answering = Answering(served, prompts, how, seconds=self.limits.seconds)
+        told = self._timed(answering, served)
+        if how.streams:
+            first = asyncio.ensure_future(anext(told, None))  # what is wrong at once has a status of its own
+            await asyncio.wait([first])
+            if (error := first.exception()) is not None:
+                raise error
+            events = _events(answer, answering, first.result(), told, choices, count if how.usage else None)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        gone = asyncio.ensure_future(_gone(request))
+        whole = asyncio.ensure_future(_collected(told, choices))
+        try:
+            await asyncio.wait([gone, whole], return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                raise ClientDisconnect
+            whole.result()
+        finally:
+            gone.cancel()
+            whole.cancel()
+            answering.cancel()
+        return _json(answer.whole(choices, count))
+
+    async def _timed(self, answering: Answering, served: ServedWriter) -> AsyncIterator[Told]:
+        """What is told; the metrics learn when the first of it came."""
+        started, is_first = time.monotonic(), True
+        async for told in answering:
+            if is_first:
+                self.metrics.first(served.name, time.monotonic() - started)
+                is_first = False
+            yield told
+
+
+async def _collected(told: AsyncIterator[Told], choices: Sequence[Choice]) -> None:
+    async for each in told:
+        _add(choices, each)
+
+
+def _add(choices: Sequence[Choice], told: Told) -> Choice:
+    choice = choices[told.index]
+    choice.text += told.text
+    choice.tokens.append(told.token)
+    choice.ending = told.token.ending
+    return choice
+
+
+async def _events(
+    answer: Answer,
+    answering: Answering,
+    first: Told | None,
+    told: AsyncIterator[Told],
+    choices: Sequence[Choice],
+    counted: int | None,
+) -> AsyncIterator[bytes]:
+    """A stream's events. An error after the first token is one of them, since the status has been sent."""
+    try:
+        if answer.chat:
+            for choice in choices:
+                yield event(answer.begin(choice.index))
+        if first is not None:
+            yield event(answer.piece(_add(choices, first), first.text, first.token))
+        async for each in told:
+            yield event(answer.piece(_add(choices, each), each.text, each.token))
+        if counted is not None:
+            yield event(answer.counts(choices, counted))
+        yield DONE
+    except Refusal as refusal:
+        yield event(refusal.body)
+    finally:
+        answering.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the caller has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unrouted(request: Request, error: HTTPException) -> Response:
+    """No such route, or not with this method."""
+    what = {404: "there is nothing at this address", 405: "this address takes another method"}
+    said = what.get(error.status_code, str(error.detail))
+    return _json(Refusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
+
+
+def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(text_of(body), status, headers, media_type=JSON)

@@ -1,0 +1,140 @@
+"""What is served: a model that writes, whose rows a scheduler shares out, or one that embeds sentences."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.chatting.templates import ChatTemplate
+from treadle.continuation import TextWriter
+from treadle.embedding import Embedded, SentenceEmbedder
+from treadle.files.errors import TreadleError
+from treadle.ir.errors import UsageError
+from treadle.ir.target import Target
+from treadle.runtime.scheduler import Scheduler
+from treadle.serving.refusals import Refusal, refused
+from treadle.serving.requests import Prompt
+
+ROWS, CAPACITY, QUEUE = 16, 2048, 256
+
+
+class ServedWriter:
+    """A language model under a name: its tokenizer, and its rows."""
+
+    def __init__(self, name: str, writer: TextWriter, *, rows: int, capacity: int, queue: int) -> None:
+        """Allocate the rows. Raises as `SteppedModel.session` does."""
+        self.name, self.writer = name, writer
+        context = writer.model.derived.context
+        most = capacity if context is None else min(capacity, context)
+        self.scheduler = Scheduler(writer.model.session(rows=rows, capacity=most), queue=queue)
+        self._template: ChatTemplate | None = None
+
+    @property
+    def told(self) -> str:
+        """What it has, in a few words."""
+        session = self.scheduler.session
+        rows = len(session.rows) + session.free
+        return f"{rows} rows of {session.capacity} tokens, {session.nbytes / 1e6:.0f} MB of caches"
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids of a prompt. Raises Refusal for one that no row takes."""
+        try:
+            ids = prompt.ids if prompt.text is None else tuple(self.writer.tokens([prompt.text])[0])
+            self.scheduler.check(ids)
+        except TreadleError as error:
+            raise refused(error, field="prompt") from error
+        return ids
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The ids of a conversation, up to where the assistant's answer begins. Raises Refusal."""
+        try:
+            if self._template is None:
+                self._template = self.writer.chat_template()
+            ids = tuple(self.writer.tokens([self._template.render(messages)], special=False)[0])
+            self.scheduler.check(ids)
+        except TreadleError as error:
+            raise refused(error, field="messages") from error
+        return ids
+
+    def close(self, *, drain: float) -> None:
+        """Write no more; see `Scheduler.close`."""
+        self.scheduler.close(drain=drain)
+        if self._template is not None:
+            self._template.close()
+
+    def shown(self, token: int) -> str:
+        """A token's text by itself."""
+        return self.writer.tokenizer.text([token])
+
+
+class ServedEmbedder:
+    """A sentence encoder under a name. One request is computed at a time; so many wait."""
+
+    def __init__(self, name: str, embedder: SentenceEmbedder, *, queue: int) -> None:
+        self.name, self.embedder, self.queue = name, embedder, queue
+        self._turn = threading.Lock()
+        self._waiting = 0
+        self._count = threading.Lock()
+
+    @property
+    def told(self) -> str:
+        """What it has, in a few words."""
+        return f"embeddings of {self.embedder.width} numbers"
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Vectors of texts; blocks until its turn. Raises Refusal where too many wait, or a text cannot be embedded."""
+        with self._count:
+            if self._waiting >= self.queue:
+                raise queue_full(f"{self._waiting} requests wait already")
+            self._waiting += 1
+        try:
+            with self._turn:
+                return self.embedder.embed_reporting(texts)
+        except TreadleError as error:
+            raise refused(error, field="input") from error
+        finally:
+            with self._count:
+                self._waiting -= 1
+
+
+Served = ServedWriter | ServedEmbedder
+
+
+def queue_full(why: str) -> Refusal:
+    """What is told whom no more can be taken from just now."""
+    return Refusal(429, f"{why}; ask again later", code="queue_full", headers={"Retry-After": "1"})
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How models are opened: see `treadle serve`."""
+
+    backend: str
+    target: Target
+    rows: int = ROWS
+    capacity: int = CAPACITY
+    queue: int = QUEUE
+    cache: str | None = None
+
+    def open(self, model: str, **config: Any) -> Served:
+        """Compile a model, given as NAME=MODEL or MODEL, to write or, where it writes nothing, to embed.
+
+        Raises, where it does neither, why it does not write.
+        """
+        name, is_named, place = model.partition("=")
+        if not is_named:
+            name, place = model.rstrip("/").rpartition("/")[2], model
+        if not name:
+            raise UsageError("a model needs a name to be served under", received=model, hint="NAME=MODEL")
+        options: dict[str, Any] = {"backend": self.backend, "target": self.target, **config}
+        try:
+            writer = TextWriter.open(place, cache=self.cache, **options)
+        except TreadleError as writes_not:
+            try:
+                embedder = SentenceEmbedder.open(place, **options)
+            except TreadleError:
+                raise writes_not from None
+            return ServedEmbedder(name, embedder, queue=self.queue)
+        return ServedWriter(name, writer, rows=self.rows, capacity=self.capacity, queue=self.queue)

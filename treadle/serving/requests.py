@@ -1,0 +1,234 @@
+"""The bodies of requests, read: completions, chat completions and embeddings, as OpenAI's API reference describes them.
+
+What changes an answer and is not done here is refused by name, and so is what nobody knows. Beside the fields of the
+reference: top_k, min_p, repetition_penalty.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.files.errors import CheckpointError
+from treadle.files.strict_json import read_json_object
+from treadle.runtime.sampling import Sampling
+from treadle.runtime.token_rules import TokenRules
+from treadle.serving.fields import Fields
+from treadle.serving.refusals import Refusal
+
+MOST_TEXTS = 128
+"""Continuations that one request may ask for, prompts times choices."""
+MOST_INPUTS = 2048
+"""Texts that one request may have embedded."""
+MOST_MESSAGES = 1024
+MOST_LIKELY = 20
+ROLES = ("system", "developer", "user", "assistant")
+_NESTING, _VALUES = 16, 200_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is continued: a text, or ids of tokens."""
+
+    text: str | None = None
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Continuations that a request asks for.
+
+    model     by name
+    choices   of each prompt
+    most      tokens of each; None: as many as there is room for
+    sampling, rules, stop   see `treadle.runtime`
+    likely    the likeliest tokens told beside each one; None: no logarithms of probabilities are told
+    streams   told piece by piece
+    usage     whether a stream ends with the counts of tokens
+    """
+
+    model: str
+    choices: int
+    most: int | None
+    sampling: Sampling
+    rules: TokenRules | None
+    stop: tuple[str, ...]
+    likely: int | None
+    streams: bool
+    usage: bool
+
+
+@dataclass(frozen=True)
+class WantedCompletions:
+    """A request for completions: prompts, and how they are continued."""
+
+    prompts: tuple[Prompt, ...]
+    how: Wanted
+
+
+@dataclass(frozen=True)
+class WantedChat:
+    """A request for a chat completion: messages of a role and a content each, and how they are answered."""
+
+    messages: tuple[Mapping[str, str], ...]
+    how: Wanted
+
+
+@dataclass(frozen=True)
+class WantedEmbeddings:
+    """A request for embeddings.
+
+    as_bytes   vectors as base64 of their float32 numbers, little-endian, in place of numbers
+    """
+
+    model: str
+    texts: tuple[str, ...]
+    as_bytes: bool
+
+
+def read_body(data: bytes) -> Fields:
+    """A body's members. Raises Refusal where it is no JSON object."""
+    try:
+        return Fields(read_json_object(data, "the body", nesting=_NESTING, values=_VALUES))
+    except CheckpointError as error:
+        place = f", at {error.within}" if error.within else ""
+        raise Refusal(400, f"the body is no JSON object: {error.what}{place}", code="invalid_json") from None
+
+
+def read_completions(fields: Fields) -> WantedCompletions:
+    """Raises Refusal."""
+    prompts = _prompts(fields)
+    likely = fields.whole("logprobs", most=MOST_LIKELY)
+    fields.only("echo", (False,), "repeats the prompt, which is not done here")
+    fields.only("suffix", ("",), "asks for a text before it, which is not done here")
+    most = fields.whole("max_tokens")
+    choices = _choices(fields, len(prompts))
+    fields.only("best_of", (1, choices), "chooses among more texts than n, which is not done here")
+    how = _how(fields, choices, 16 if most is None else most, likely)
+    return WantedCompletions(prompts, how)
+
+
+def read_chat(fields: Fields) -> WantedChat:
+    """Raises Refusal."""
+    messages = tuple([_message(each) for each in fields.objects("messages", most=MOST_MESSAGES)])
+    told, likely = fields.truth("logprobs"), fields.whole("top_logprobs", most=MOST_LIKELY)
+    if likely is not None and not told:
+        raise fields.refuse("top_logprobs", "needs logprobs to be true")
+    first, second = fields.whole("max_completion_tokens"), fields.whole("max_tokens")
+    for name in ("tools", "functions"):
+        fields.only(name, ([],), "has the model call functions, which is not done here")
+    fields.only("tool_choice", ("none", "auto"), "has the model call functions, which is not done here")
+    fields.only("function_call", ("none", "auto"), "has the model call functions, which is not done here")
+    fields.only("response_format", ({"type": "text"},), "must be text: no grammar is kept to here")
+    fields.only("modalities", (["text"],), "must be text")
+    fields.ignored("parallel_tool_calls", "store", "metadata", "service_tier")
+    how = _how(fields, _choices(fields, 1), first if first is not None else second, (likely or 0) if told else None)
+    return WantedChat(messages, how)
+
+
+def read_embeddings(fields: Fields) -> WantedEmbeddings:
+    """Raises Refusal."""
+    model = _model(fields)
+    texts = fields.texts("input", most=MOST_INPUTS)
+    if not texts:
+        raise fields.refuse("input", "must be a text, or a list of texts")
+    form = fields.text("encoding_format") or "float"
+    if form not in ("float", "base64"):
+        raise fields.refuse("encoding_format", "must be float or base64")
+    fields.only("dimensions", (), "asks for shorter vectors, which no model here was trained for")
+    fields.ignored("user")
+    fields.end()
+    return WantedEmbeddings(model, tuple(texts), form == "base64")
+
+
+def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> Wanted:
+    """What completions and chats have alike, and the end of the body."""
+    temperature = fields.number("temperature", least=0, most=2)
+    top_p = fields.number("top_p", least=0, most=1)
+    seed = fields.whole("seed", most=2**63 - 1)
+    sampling = Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=fields.whole("top_k") or 0,
+        top_p=1.0 if top_p is None else max(top_p, 1e-9),  # 0 is the likeliest alone
+        min_p=fields.number("min_p", least=0, most=1) or 0.0,
+        seed=secrets.randbits(62) if seed is None else seed,
+    )
+    presence = fields.number("presence_penalty", least=-2, most=2) or 0.0
+    repetition = fields.number("repetition_penalty", least=0.01, most=100)
+    fields.only(
+        "frequency_penalty", (0, 0.0), "counts how often tokens came, which is not done here; presence_penalty is"
+    )
+    fields.only("logit_bias", ({},), "changes single logits, which is not done here")
+    has_rules = bool(presence) or repetition not in (None, 1.0)
+    rules = TokenRules(presence_penalty=presence, repetition_penalty=repetition or 1.0) if has_rules else None
+    stop = tuple(fields.texts("stop", most=16, longest=1000))
+    streams = fields.truth("stream")
+    options = fields.take("stream_options")
+    usage = False
+    if options is not None:
+        if not streams or not isinstance(options, dict):
+            raise fields.refuse("stream_options", "must be an object, where stream is true")
+        inside = Fields(options, "stream_options")
+        usage = inside.truth("include_usage")
+        inside.ignored("include_obfuscation")
+        inside.end()
+    fields.ignored("user")
+    model = _model(fields)
+    fields.end()
+    return Wanted(model, choices, most, sampling, rules, stop, likely, streams, usage)
+
+
+def _model(fields: Fields) -> str:
+    found = fields.text("model", longest=1000)
+    if not found:
+        raise fields.refuse("model", "must be the name of a model that is served")
+    return found
+
+
+def _choices(fields: Fields, prompts: int) -> int:
+    found = fields.whole("n", least=1, most=MOST_TEXTS) or 1
+    if found * prompts > MOST_TEXTS:
+        raise fields.refuse(
+            "n", f"asks for {found * prompts} texts with the prompts; a request has at most {MOST_TEXTS}"
+        )
+    return found
+
+
+def _prompts(fields: Fields) -> tuple[Prompt, ...]:
+    found = fields.take("prompt")
+    if isinstance(found, str) or (isinstance(found, list) and found and all(_is_id(x) for x in found)):
+        found = [found]
+    if isinstance(found, list) and 1 <= len(found) <= MOST_TEXTS:
+        if all(isinstance(x, str) for x in found):
+            return tuple([Prompt(text=x) for x in found])
+        if all(isinstance(x, list) and x and all(_is_id(i) for i in x) for x in found):
+            return tuple([Prompt(ids=tuple(x)) for x in found])
+    raise fields.refuse("prompt", f"must be a text, ids of tokens, or a list of 1 to {MOST_TEXTS} of them")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _message(fields: Fields) -> Mapping[str, str]:
+    role = fields.text("role")
+    if role not in ROLES:
+        raise fields.refuse("role", "must be " + ", ".join(ROLES[:-1]) + f" or {ROLES[-1]}")
+    content = fields.take("content")
+    if isinstance(content, list):
+        content = "".join(_part(fields, i, part) for i, part in enumerate(content))
+    if not isinstance(content, str):
+        raise fields.refuse("content", "must be a text, or a list of parts of type text")
+    fields.ignored("name", "refusal")
+    for name in ("tool_calls", "function_call", "audio"):
+        fields.only(name, ([],), "is not understood here")
+    fields.end()
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _part(fields: Fields, number: int, part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise fields.refuse(f"content[{number}]", "must be of type text: nothing else is understood here")
+    return str(part["text"])

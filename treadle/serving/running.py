@@ -1,0 +1,84 @@
+"""The server as a process: an address to listen at, and a clean end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import uvicorn
+
+from treadle.ir.errors import UsageError
+from treadle.serving.application import Limits, Server
+from treadle.serving.models import Served
+
+_BACKLOG = 2048
+CONNECTIONS = 1024
+"""Connections at a time; more are told 503."""
+
+
+def serve(
+    served: Sequence[Served],
+    *,
+    host: str,
+    port: int,
+    limits: Limits,
+    key: str | None = None,
+    drain: float = 30.0,
+    ready: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; then what is being answered may end within `drain` seconds.
+
+    port    0: one that is free
+    ready   told the address, once it is listened at
+
+    Raises UsageError for an address that cannot be listened at.
+    """
+    server = Server(served, limits=limits, key=key)
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        server.application(drain=drain),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+    ready(f"http://{shown}:{listening.getsockname()[1]}/v1")
+    with _ended_by_signals():
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            listening.close()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """The server ends by itself at a signal, and raises it again when it has: that it has ended is no failure."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise UsageError(
+            f"the server cannot listen at {host}, port {port}", received=str(error), hint="another --port, or --host"
+        ) from error
+    return made
