@@ -82,10 +82,8 @@ def main() -> int:
 def drawn(options: argparse.Namespace) -> list[Asked]:
     rng = np.random.default_rng(0)
     least = min(20, options.tokens)
-    return [
-        Asked(i, PROMPTS[i % len(PROMPTS)] + " " * (i // len(PROMPTS) % 2), int(rng.integers(least, options.tokens + 1)))
-        for i in range(options.requests)
-    ]
+    counts = rng.integers(least, options.tokens + 1, options.requests)
+    return [Asked(i, PROMPTS[i % len(PROMPTS)], int(count)) for i, count in enumerate(counts)]
 
 
 async def load(address: str, options: argparse.Namespace, pid: int) -> dict[str, Any]:
@@ -164,11 +162,11 @@ def report(found: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(found))
         return
     print(f"{found['model']}: {found['requests']} requests, {found['flight']} in flight, {found['left']} left early")
-    print(f"  {found['tokens_per_second']:.0f} tokens a second", end="")
+    print(f"  {found['tokens_per_second']:.0f} tokens a second")
     if found["times_alone"] is not None:
         met = "met" if found["times_alone"] >= TARGET else "missed"
-        print(f", {found['times_alone']:.2f} times one at a time ({found['tokens_per_second_alone']:.0f}); {met}", end="")
-    print(f"\n  {found['compared']} answers compared with those alone, {len(found['wrong'])} differ")
+        print(f"  {found['times_alone']:.2f} times {found['tokens_per_second_alone']:.0f}, one at a time: {met}")
+    print(f"  {found['compared']} answers compared with those alone, {len(found['wrong'])} differ")
     print(f"  {len(found['failed'])} failed{': ' + found['failed'][0] if found['failed'] else ''}")
     first, *_, last = [found["resident_mb"][0], *found["resident_mb"]]
     print(f"  memory {first:.0f} MB at first, {max(found['resident_mb']):.0f} at most, {last:.0f} in the end")

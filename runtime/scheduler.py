@@ -2,7 +2,7 @@
 
     scheduler = Scheduler(session)
     scheduler.start()
-    ticket = scheduler.submit(Order(prompt=(464, 3139), choosing=Choosing(most=32)), tell)
+    (ticket,) = scheduler.submit([(Order(prompt=(464, 3139), choosing=Choosing(most=32)), tell)])
     ...                                   tell(token), for each token, and last tell(ended), on the scheduler's thread
     ticket.cancel()                       whoever asked has gone: its row is free before the next step
     scheduler.close()
@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -89,6 +89,10 @@ class Load:
 
 class QueueFull(UsageError):
     """As many orders wait as may."""
+
+
+class Closed(UsageError):
+    """The scheduler takes no orders any longer."""
 
 
 class Ticket:
@@ -169,23 +173,26 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="treadle scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, order: Order, tell: Tell) -> Ticket:
-        """Have an order done as soon as a row is free, in the order in which they come.
+    def submit(self, orders: Sequence[tuple[Order, Tell]]) -> list[Ticket]:
+        """Have orders done as soon as rows are free, in the order in which they come; all of them are taken, or none.
 
-        Raises UsageError for a prompt without tokens, of an id out of the vocabulary, or longer than a row; QueueFull
-        where too many wait; UsageError where the scheduler is closed.
+        Raises UsageError for a prompt without tokens, of an id out of the vocabulary, or longer than a row, and for
+        more orders than may ever wait; QueueFull where too many wait now; Closed.
         """
-        self.check(order.prompt)
-        ticket = Ticket(order, tell)
+        for order, _ in orders:
+            self.check(order.prompt)
+        if len(orders) > self.queue:
+            raise UsageError(f"{len(orders)} texts at once, where at most {self.queue} may wait")
+        tickets = [Ticket(order, tell) for order, tell in orders]
         with self._changed:
             if self._closing is not None or self._drains:
-                raise UsageError("the scheduler is closed")
-            if len(self._waiting) >= self.queue:
+                raise Closed("the scheduler is closed")
+            if len(self._waiting) + len(orders) > self.queue:
                 raise QueueFull(f"{len(self._waiting)} texts wait already", hint="ask again later")
-            self._waiting.append(ticket)
+            self._waiting.extend(tickets)
             self._load.waiting = len(self._waiting)
             self._changed.notify()
-        return ticket
+        return tickets
 
     def check(self, prompt: tuple[int, ...]) -> None:
         """Raises UsageError for a prompt that no row takes."""

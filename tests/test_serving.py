@@ -250,7 +250,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "a row of the session takes 64"),
     ("/completions", {**COMPLETION, "n": 1000}, 400, "n must be a whole number"),
     ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "asks for 200 texts"),
-    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 429, "texts wait already"),
+    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, "60 texts at once, where at most 40 may wait"),
     ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of chooses among"),
     ("/completions", {**COMPLETION, "echo": True}, 400, "echo repeats the prompt"),
     ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias changes"),
@@ -295,6 +295,16 @@ def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None
     assert (status, answer["error"]["message"]) == (405, "this address takes another method")
     status, answer = server.post("/completions", COMPLETION, **{"content-type": "text/plain"})
     assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running) -> None:
+    options = {**COMPLETION, "prompt": ["a"] * 40, "max_tokens": 60, "temperature": 1}
+    first = server.client().completions.create(**options, stream=True)
+    next(iter(first))  # so that it waits
+    with pytest.raises(openai.RateLimitError, match="texts wait already; ask again later") as caught:
+        server.client().completions.create(**options)
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert len({each.choices[0].index for each in first}) == 40
 
 
 def test_who_goes_away_is_given_up(server: Running) -> None:
@@ -366,3 +376,15 @@ def test_what_cannot_be_served_is_told(folder: Path, tmp_path: Path, words: list
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert told in done.stderr
+
+
+def test_changed_requests_are_answered_or_refused() -> None:
+    """The short form of tests/fuzz/requests.py."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.requests", "--count", "300"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from treadle.continuation import GrowingText
 from treadle.files.errors import TreadleError
 from treadle.runtime.generation import Choosing, Token
-from treadle.runtime.scheduler import Cut, Ended, Order, QueueFull, Ticket
+from treadle.runtime.scheduler import Closed, Cut, Ended, Order, QueueFull, Tell
 from treadle.runtime.stop_strings import StopStrings
 from treadle.serving.models import ServedWriter, queue_full
 from treadle.serving.refusals import Refusal, refused
@@ -41,17 +41,17 @@ class Answering:
         """Submit them, all or none. Raises Refusal."""
         self._loop, self._told = asyncio.get_running_loop(), asyncio.Queue[Told | Ended]()
         self._left = len(prompts) * how.choices
-        self._tickets: list[Ticket] = []
         until = time.monotonic() + seconds
+        drawn = [(prompt, draw) for prompt in prompts for draw in range(how.choices)]
+        orders = [self._order(served, i, prompt, how, draw, until) for i, (prompt, draw) in enumerate(drawn)]
         try:
-            for number, prompt in enumerate(prompts):
-                for draw in range(how.choices):
-                    self._submit(served, number * how.choices + draw, prompt, how, draw, until)
+            self._tickets = served.scheduler.submit(orders)
+        except QueueFull as error:
+            raise queue_full(error.what) from error
+        except Closed as error:
+            raise _given_up(Cut.CLOSED) from error
         except TreadleError as error:
-            self.cancel()
-            if isinstance(error, QueueFull):
-                raise queue_full(error.what) from error
-            raise refused(error, status=503) from error
+            raise refused(error) from error
 
     def cancel(self) -> None:
         """Give all of them up."""
@@ -70,9 +70,9 @@ class Answering:
                 self.cancel()
                 raise _given_up(told.why)
 
-    def _submit(
+    def _order(
         self, served: ServedWriter, index: int, prompt: tuple[int, ...], how: Wanted, draw: int, until: float
-    ) -> None:
+    ) -> tuple[Order, Tell]:
         growing = GrowingText(served.writer.tokenizer, StopStrings(how.stop))
         room = served.scheduler.session.capacity - len(prompt) + 1
         choosing = Choosing(
@@ -89,8 +89,7 @@ class Answering:
             with contextlib.suppress(RuntimeError):  # the server is gone, and all who asked
                 self._loop.call_soon_threadsafe(self._told.put_nowait, told)
 
-        order = Order(prompt, choosing, number=draw, until=until)
-        self._tickets.append(served.scheduler.submit(order, tell))
+        return Order(prompt, choosing, number=draw, until=until), tell
 
 
 def _given_up(why: Cut | TreadleError) -> Refusal:

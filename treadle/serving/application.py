@@ -85,7 +85,9 @@ class Server:
             self._route("/health", "GET", self.health),
         ]
         handlers: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {HTTPException: _unrouted}
-        return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+        made = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+        made.router.redirect_slashes = False
+        return made
 
     # -- routes ------------------------------------------------------------------------------------------------
 
