@@ -114,7 +114,7 @@ async def load(address: str, options: argparse.Namespace, pid: int) -> dict[str,
         tokens += count
     rate_alone = tokens / (time.perf_counter() - started) if options.alone else None
 
-    turns, wrong, failed, memory = asyncio.Semaphore(options.flight), list[int](), list[str](), [resident(pid)]
+    turns, wrong, failed, memory = asyncio.Semaphore(options.flight), list[int](), list[str](), list[float]()
     total = 0
     started = time.perf_counter()
 
@@ -133,6 +133,7 @@ async def load(address: str, options: argparse.Namespace, pid: int) -> dict[str,
                 memory.append(resident(pid))
 
     await asyncio.gather(*[one(asked) for asked in requests])
+    memory.append(resident(pid))
     rate = total / (time.perf_counter() - started)
     return {
         "model": options.model,
@@ -168,8 +169,8 @@ def report(found: dict[str, Any], as_json: bool) -> None:
         print(f"  {found['times_alone']:.2f} times {found['tokens_per_second_alone']:.0f}, one at a time: {met}")
     print(f"  {found['compared']} answers compared with those alone, {len(found['wrong'])} differ")
     print(f"  {len(found['failed'])} failed{': ' + found['failed'][0] if found['failed'] else ''}")
-    first, *_, last = [found["resident_mb"][0], *found["resident_mb"]]
-    print(f"  memory {first:.0f} MB at first, {max(found['resident_mb']):.0f} at most, {last:.0f} in the end")
+    memory = found["resident_mb"]
+    print(f"  memory {memory[0]:.0f} MB after 100, {max(memory):.0f} at most, {memory[-1]:.0f} in the end")
 
 
 if __name__ == "__main__":
