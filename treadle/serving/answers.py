@@ -64,10 +64,13 @@ class Answer:
     def piece(self, choice: Choice, text: str, token: Token) -> dict[str, Any]:
         """What a token brings to a choice, which has it already."""
         before = sum(len(self.shown(t.id)) for t in choice.tokens[:-1]) if self.likely is not None else 0
-        told, index, ending = self._logprobs([token], before), choice.index, token.ending
-        choice: dict[str, Any] = {"index": index, "logprobs": told, "finish_reason": _REASONS[ending]}
-        choice |= {"delta": {"content": text} if text or ending is None else {}} if self.chat else {"text": text}
-        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [choice]}
+        told = self._logprobs([token], before)
+        new: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": _REASONS[token.ending]}
+        if self.chat:
+            new["delta"] = {"content": text} if text or not token.last else {}
+        else:
+            new["text"] = text
+        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [new]}
 
     def counts(self, choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
         """The last piece of a stream that was asked for it."""

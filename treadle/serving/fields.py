@@ -39,9 +39,12 @@ class Fields:
 
     def text(self, name: str, *, longest: int = 1 << 20) -> str | None:
         """A string of up to so many characters."""
-        return self._checked(
-            name, lambda x: isinstance(x, str) and len(x) <= longest, f"must be a text of at most {longest} characters"
-        )
+
+        def holds(x: Any) -> bool:
+            return isinstance(x, str) and len(x) <= longest
+
+        found: str | None = self._checked(name, holds, f"must be a text of at most {longest} characters")
+        return found
 
     def truth(self, name: str, otherwise: bool = False) -> bool:
         """True or false."""
@@ -54,7 +57,8 @@ class Fields:
         def holds(x: Any) -> bool:
             return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
-        return self._checked(name, holds, f"must be a whole number from {least} to {most}")
+        found: int | None = self._checked(name, holds, f"must be a whole number from {least} to {most}")
+        return found
 
     def number(self, name: str, *, least: float, most: float) -> float | None:
         """A finite number."""
