@@ -2,7 +2,7 @@
 
     scheduler = Scheduler(session)
     scheduler.start()
-    (ticket,) = scheduler.submit([(Order(prompt=(464, 3139), choosing=Choosing(most=32)), tell)])
+    (ticket,) = scheduler.submit([(TextOrder(prompt=(464, 3139), choosing=Choosing(most=32)), tell)])
     ...                                   tell(token), for each token, and last tell(ended), on the scheduler's thread
     ticket.cancel()                       whoever asked has gone: its row is free before the next step
     scheduler.close()
@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -55,7 +55,7 @@ once; where it raises, the order is given up."""
 
 
 @dataclass(frozen=True)
-class Order:
+class TextOrder:
     """A text to be continued.
 
     prompt    ids of tokens
@@ -70,7 +70,7 @@ class Order:
     until: float | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Load:
     """What a scheduler does, and has done.
 
@@ -98,7 +98,7 @@ class Closed(UsageError):
 class Ticket:
     """What who submitted an order holds of it."""
 
-    def __init__(self, order: Order, tell: Tell) -> None:
+    def __init__(self, order: TextOrder, tell: Tell) -> None:
         self.order, self._tell = order, tell
         self._is_cancelled = threading.Event()
         self._has_ended = False
@@ -173,7 +173,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="treadle scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, orders: Sequence[tuple[Order, Tell]]) -> list[Ticket]:
+    def submit(self, orders: Sequence[tuple[TextOrder, Tell]]) -> list[Ticket]:
         """Have orders done as soon as rows are free, in the order in which they come; all of them are taken, or none.
 
         Raises UsageError for a prompt without tokens, of an id out of the vocabulary, or longer than a row, and for
@@ -190,7 +190,7 @@ class Scheduler:
             if len(self._waiting) + len(orders) > self.queue:
                 raise QueueFull(f"{len(self._waiting)} texts wait already", hint="ask again later")
             self._waiting.extend(tickets)
-            self._load.waiting = len(self._waiting)
+            self._load = replace(self._load, waiting=len(self._waiting))
             self._changed.notify()
         return tickets
 
@@ -212,7 +212,7 @@ class Scheduler:
     def load(self) -> Load:
         """What it does now, and has done."""
         with self._changed:
-            return Load(**vars(self._load))
+            return self._load
 
     def close(self, *, drain: float = 0.0) -> None:
         """Stop: what has a row or waits may end within `drain` seconds, no more is taken; the rest is told CLOSED."""
@@ -240,7 +240,7 @@ class Scheduler:
             except Exception as error:  # of one call for several rows: none of them can go on
                 self._fail(error)
             with self._changed:
-                self._load.running = len(self._rows)
+                self._load = replace(self._load, running=len(self._rows))
         self._give_up(self._closing or Cut.CLOSED)
 
     def _has_work(self) -> bool:
@@ -268,7 +268,7 @@ class Scheduler:
                 if not self._waiting:
                     return
                 ticket = self._waiting.popleft()
-                self._load.waiting = len(self._waiting)
+                self._load = replace(self._load, waiting=len(self._waiting))
             if ticket.order.choosing.most == 0:
                 ticket.end()
                 continue
@@ -287,7 +287,7 @@ class Scheduler:
             if not each.left:
                 each.logits = logits[each.row]
         with self._changed:
-            self._load.prefilled += sum(map(len, pieces.values()))
+            self._load = replace(self._load, prefilled=self._load.prefilled + sum(map(len, pieces.values())))
 
     def _choose_and_step(self) -> None:
         going: dict[int, int] = {}
@@ -310,8 +310,8 @@ class Scheduler:
                 if each.row in going:
                     each.logits = found[each.row]
         with self._changed:
-            self._load.generated += chosen
-            self._load.steps += bool(going)
+            load = self._load
+            self._load = replace(load, generated=load.generated + chosen, steps=load.steps + bool(going))
 
     def _chosen(self, each: _Row) -> Token | None:
         """The next token of a row; None where none can be chosen, which ends the row alone."""
@@ -343,7 +343,7 @@ class Scheduler:
             self._closing = why
             left = list(self._waiting)
             self._waiting.clear()
-            self._load.running = self._load.waiting = 0
+            self._load = replace(self._load, running=0, waiting=0)
         for ticket in left:
             ticket.end(why)
 

@@ -356,10 +356,12 @@ CHANGING = {
     "backends/tvm/planning.py": {"Relocation", "Plan"},
     "backends/tvm/lowering/program.py": {"KernelStep", "RoutineStep", "Routine"},
     "runtime/generation.py": {"_Running"},
+    "runtime/scheduler.py": {"_Row"},
     "runtime/session.py": {"_Row"},
     "runtime/speculation.py": {"SpeculationTally"},
     "treadle/chatting/conversation.py": {"Conversation"},
     "treadle/cli/generate.py": {"Written"},
+    "treadle/serving/answers.py": {"GrowingChoice"},
 }
 """Dataclasses that change while something is made of them. All others are values: frozen, and so good as keys."""
 

@@ -15,7 +15,7 @@ from treadle.compiled import Compiled
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Choosing, Token, generate
 from treadle.runtime.sampling import Sampling
-from treadle.runtime.scheduler import Closed, Cut, Ended, Order, QueueFull, Scheduler, Ticket
+from treadle.runtime.scheduler import Closed, Cut, Ended, QueueFull, Scheduler, TextOrder, Ticket
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules
 
@@ -76,7 +76,7 @@ def test_each_text_is_the_one_alone(model: Compiled, scheduler: Scheduler) -> No
         prompt = tuple(int(x) for x in rng.integers(0, VOCABULARY, rng.integers(1, 30)))
         sampling = Sampling(temperature=float(i % 3), seed=i, top_k=i % 5)
         rules = TokenRules(presence_penalty=0.5) if i % 4 == 0 else None
-        orders.append(Order(prompt, Choosing(int(rng.integers(1, 20)), sampling, rules, frozenset({7}))))
+        orders.append(TextOrder(prompt, Choosing(int(rng.integers(1, 20)), sampling, rules, frozenset({7}))))
     heard = [Heard() for _ in orders]
     for order, each in zip(orders, heard, strict=True):
         scheduler.submit([(order, each)])
@@ -94,19 +94,21 @@ def test_each_text_is_the_one_alone(model: Compiled, scheduler: Scheduler) -> No
 def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Scheduler) -> None:
     long = Choosing(40)
     first = [Heard() for _ in range(3)]
-    started = threading.Event()
+    started, cancelled = threading.Event(), threading.Event()
 
     def begin(told: Token | Ended) -> None:
         first[0](told)
         started.set()
+        assert cancelled.wait(SECONDS)  # so that nobody is done before
 
-    tickets = scheduler.submit([(Order((1, 2), long), begin if i == 0 else first[i]) for i in range(3)])
+    tickets = scheduler.submit([(TextOrder((1, 2), long), begin if i == 0 else first[i]) for i in range(3)])
     waiting, next_one = Heard(), Heard()
-    (gone,) = scheduler.submit([(Order((3,), long), waiting)])
-    scheduler.submit([(Order((4, 5), Choosing(5)), next_one)])
+    (gone,) = scheduler.submit([(TextOrder((3,), long), waiting)])
+    scheduler.submit([(TextOrder((4, 5), Choosing(5)), next_one)])
     assert started.wait(SECONDS)
     gone.cancel()  # before it has a row
     tickets[0].cancel()
+    cancelled.set()
     assert next_one.wait() == alone(model, (4, 5), Choosing(5))
     assert waiting.wait() == []
     assert [end.why for end in waiting.ends] == [Cut.CANCELLED]
@@ -120,17 +122,17 @@ def test_what_a_receiver_raises_ends_its_own_text_alone(model: Compiled, schedul
     def fail(told: Token | Ended) -> None:
         raise RuntimeError("the receiver is broken")
 
-    scheduler.submit([(Order((1, 2, 3), Choosing(30)), fail)])
+    scheduler.submit([(TextOrder((1, 2, 3), Choosing(30)), fail)])
     other = Heard()
-    scheduler.submit([(Order((1, 2, 3), Choosing(6)), other)])
+    scheduler.submit([(TextOrder((1, 2, 3), Choosing(6)), other)])
     assert other.wait() == alone(model, (1, 2, 3), Choosing(6))
 
 
 def test_a_text_of_which_no_token_can_be_chosen_ends_alone(model: Compiled, scheduler: Scheduler) -> None:
     banned, other = Heard(), Heard()
     rules = TokenRules(banned=tuple(range(VOCABULARY)))
-    scheduler.submit([(Order((5,), Choosing(4, rules=rules)), banned)])
-    scheduler.submit([(Order((5,), Choosing(4)), other)])
+    scheduler.submit([(TextOrder((5,), Choosing(4, rules=rules)), banned)])
+    scheduler.submit([(TextOrder((5,), Choosing(4)), other)])
     assert other.wait() == alone(model, (5,), Choosing(4))
     assert banned.wait() == []
     (end,) = banned.ends
@@ -147,12 +149,12 @@ def test_a_step_that_fails_ends_its_rows_and_no_others(model: Compiled, session:
 
     session.step = broken  # type: ignore[method-assign, assignment]
     scheduler.start()
-    scheduler.submit([(Order((1,), Choosing(4)), heard)])
+    scheduler.submit([(TextOrder((1,), Choosing(4)), heard)])
     assert len(heard.wait()) == 1
     assert "no memory" in str(heard.ends[0].why)
     session.step = step  # type: ignore[method-assign]
     again = Heard()
-    scheduler.submit([(Order((1,), Choosing(4)), again)])
+    scheduler.submit([(TextOrder((1,), Choosing(4)), again)])
     assert again.wait() == alone(model, (1,), Choosing(4))
     scheduler.close()
 
@@ -165,18 +167,18 @@ def test_a_prompt_that_no_row_takes_is_refused_at_once(
     scheduler: Scheduler, prompt: tuple[int, ...], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        scheduler.submit([(Order(prompt, Choosing(1)), Heard())])
+        scheduler.submit([(TextOrder(prompt, Choosing(1)), Heard())])
     assert scheduler.load().waiting == 0
 
 
 def test_no_more_wait_than_may(session: Session) -> None:
     scheduler = Scheduler(session, queue=2)  # not started: nobody leaves the queue
     for _ in range(2):
-        scheduler.submit([(Order((1,), Choosing(1)), Heard())])
+        scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
     with pytest.raises(UsageError, match="3 texts at once, where at most 2 may wait"):
-        scheduler.submit([(Order((1,), Choosing(1)), Heard())] * 3)
+        scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())] * 3)
     with pytest.raises(QueueFull, match="2 texts wait already"):
-        scheduler.submit([(Order((1,), Choosing(1)), Heard())])
+        scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
     scheduler.start()
     scheduler.close(drain=SECONDS)
     assert scheduler.load().generated == 2
@@ -184,7 +186,7 @@ def test_no_more_wait_than_may(session: Session) -> None:
 
 def test_a_text_ends_when_its_time_is_over(scheduler: Scheduler) -> None:
     late = Heard()
-    scheduler.submit([(Order((1, 2), Choosing(40), until=time.monotonic() - 1), late)])
+    scheduler.submit([(TextOrder((1, 2), Choosing(40), until=time.monotonic() - 1), late)])
     assert late.wait() == []
     assert [end.why for end in late.ends] == [Cut.LATE]
 
@@ -193,17 +195,17 @@ def test_closing_drains_or_cuts_and_takes_no_more(model: Compiled, session: Sess
     scheduler, heard = Scheduler(session), [Heard() for _ in range(5)]
     scheduler.start()
     for each in heard:
-        scheduler.submit([(Order((2, 3), Choosing(9)), each)])
+        scheduler.submit([(TextOrder((2, 3), Choosing(9)), each)])
     scheduler.close(drain=SECONDS)
     for each in heard:
         assert each.wait() == alone(model, (2, 3), Choosing(9))
     with pytest.raises(Closed):
-        scheduler.submit([(Order((1,), Choosing(1)), Heard())])
+        scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
 
     slow = Scheduler(session)
     slow.start()
     told: queue.SimpleQueue[Token | Ended] = queue.SimpleQueue()
-    (ticket,) = slow.submit([(Order((2, 3), Choosing(40)), told.put)])
+    (ticket,) = slow.submit([(TextOrder((2, 3), Choosing(40)), told.put)])
     assert isinstance(told.get(timeout=SECONDS), Token)
     slow.close()
     assert isinstance(ticket, Ticket)
@@ -221,14 +223,14 @@ def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, sch
     def first(told: Token | Ended) -> None:
         order.append("short")
         if len(order) == 2:
-            scheduler.submit([(Order((1,) * 40, Choosing(1)), second)])
+            scheduler.submit([(TextOrder((1,) * 40, Choosing(1)), second)])
         short(told)
 
     def second(told: Token | Ended) -> None:
         order.append("long")
         long(told)
 
-    scheduler.submit([(Order((2,), Choosing(30)), first)])
+    scheduler.submit([(TextOrder((2,), Choosing(30)), first)])
     assert short.wait() == alone(model, (2,), Choosing(30))
     assert long.wait() == alone(model, (1,) * 40, Choosing(1))
     assert order.index("long") >= 2 + 40 // 8 - 1

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from treadle.continuation import GrowingText
 from treadle.files.errors import TreadleError
 from treadle.runtime.generation import Choosing, Token
-from treadle.runtime.scheduler import Closed, Cut, Ended, Order, QueueFull, Tell
+from treadle.runtime.scheduler import Closed, Cut, Ended, QueueFull, Tell, TextOrder
 from treadle.runtime.stop_strings import StopStrings
 from treadle.serving.models import ServedWriter, queue_full
-from treadle.serving.refusals import Refusal, refused
-from treadle.serving.requests import Wanted
+from treadle.serving.refusals import RequestRefusal, refused
+from treadle.serving.requests import WantedTexts
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Answering:
     """
 
     def __init__(
-        self, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: Wanted, *, seconds: float
+        self, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: WantedTexts, *, seconds: float
     ) -> None:
-        """Submit them, all or none. Raises Refusal."""
+        """Submit them, all or none. Raises RequestRefusal."""
         self._loop, self._told = asyncio.get_running_loop(), asyncio.Queue[Told | Ended]()
         self._left = len(prompts) * how.choices
         until = time.monotonic() + seconds
@@ -59,7 +59,7 @@ class Answering:
             ticket.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Told]:
-        """What is told, in order within a choice. Raises Refusal where one of them is given up."""
+        """What is told, in order within a choice. Raises RequestRefusal where one of them is given up."""
         while self._left:
             told = await self._told.get()
             if isinstance(told, Told):
@@ -71,8 +71,8 @@ class Answering:
                 raise _given_up(told.why)
 
     def _order(
-        self, served: ServedWriter, index: int, prompt: tuple[int, ...], how: Wanted, draw: int, until: float
-    ) -> tuple[Order, Tell]:
+        self, served: ServedWriter, index: int, prompt: tuple[int, ...], how: WantedTexts, draw: int, until: float
+    ) -> tuple[TextOrder, Tell]:
         growing = GrowingText(served.writer.tokenizer, StopStrings(how.stop))
         room = served.scheduler.session.capacity - len(prompt) + 1
         choosing = Choosing(
@@ -89,12 +89,12 @@ class Answering:
             with contextlib.suppress(RuntimeError):  # the server is gone, and all who asked
                 self._loop.call_soon_threadsafe(self._told.put_nowait, told)
 
-        return Order(prompt, choosing, number=draw, until=until), tell
+        return TextOrder(prompt, choosing, number=draw, until=until), tell
 
 
-def _given_up(why: Cut | TreadleError) -> Refusal:
+def _given_up(why: Cut | TreadleError) -> RequestRefusal:
     if isinstance(why, TreadleError):
         return refused(why, status=500)
     if why is Cut.LATE:
-        return Refusal(408, "the answer took longer than a request may", code="timeout")
-    return Refusal(503, "the server is being shut down", code="shutting_down")
+        return RequestRefusal(408, "the answer took longer than a request may", code="timeout")
+    return RequestRefusal(503, "the server is being shut down", code="shutting_down")

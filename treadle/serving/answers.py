@@ -22,7 +22,7 @@ _REASONS = {"end": "stop", "stop": "stop", "context": "length", "count": "length
 
 
 @dataclass
-class Choice:
+class GrowingChoice:
     """One text of an answer as it grows: what was told of it so far."""
 
     index: int
@@ -32,7 +32,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerForm:
     """What all bodies of one answer share.
 
     chat    whether it answers messages, or continues prompts
@@ -47,7 +47,7 @@ class Answer:
     made: int = field(default_factory=lambda: int(time.time()))
     name: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def whole(self, choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: Sequence[GrowingChoice], prompt_tokens: int) -> dict[str, Any]:
         """The answer at once."""
         kind = "chat.completion" if self.chat else "text_completion"
         return {
@@ -61,7 +61,7 @@ class Answer:
         delta = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return {**self._head("chat.completion.chunk"), "choices": [delta]}
 
-    def piece(self, choice: Choice, text: str, token: Token) -> dict[str, Any]:
+    def piece(self, choice: GrowingChoice, text: str, token: Token) -> dict[str, Any]:
         """What a token brings to a choice, which has it already."""
         before = sum(len(self.shown(t.id)) for t in choice.tokens[:-1]) if self.likely is not None else 0
         told = self._logprobs([token], before)
@@ -72,7 +72,7 @@ class Answer:
             new["text"] = text
         return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [new]}
 
-    def counts(self, choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+    def counts(self, choices: Sequence[GrowingChoice], prompt_tokens: int) -> dict[str, Any]:
         """The last piece of a stream that was asked for it."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head(kind), "choices": [], "usage": usage(choices, prompt_tokens)}
@@ -81,7 +81,7 @@ class Answer:
         prefix = "chatcmpl" if self.chat else "cmpl"
         return {"id": f"{prefix}-{self.name}", "object": kind, "created": self.made, "model": self.model}
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, choice: GrowingChoice) -> dict[str, Any]:
         told = self._logprobs(choice.tokens, 0)
         made: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": _REASONS[choice.ending]}
         if self.chat:
@@ -116,7 +116,7 @@ def _told(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, int]:
+def usage(choices: Sequence[GrowingChoice], prompt_tokens: int) -> dict[str, int]:
     """How many tokens came and went."""
     made = sum(len(choice.tokens) for choice in choices)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}

@@ -26,12 +26,12 @@ from starlette.routing import Route
 
 from treadle.serving import requests
 from treadle.serving.answering import Answering, Told
-from treadle.serving.answers import DONE, Answer, Choice, embeddings, event, text_of
+from treadle.serving.answers import DONE, AnswerForm, GrowingChoice, embeddings, event, text_of
 from treadle.serving.fields import Fields
 from treadle.serving.metrics import Metrics
 from treadle.serving.models import Served, ServedEmbedder, ServedWriter
-from treadle.serving.refusals import Refusal
-from treadle.serving.requests import Wanted
+from treadle.serving.refusals import RequestRefusal
+from treadle.serving.requests import WantedTexts
 
 JSON = "application/json"
 GONE = 499
@@ -99,7 +99,7 @@ class Server:
         return await self._answered(request, served, prompts, wanted.how, chat=False)
 
     async def chat(self, request: Request) -> Response:
-        """Answer messages."""
+        """AnswerForm messages."""
         wanted = requests.read_chat(await self._fields(request))
         served = self._writer(wanted.how.model)
         prompt = await asyncio.to_thread(served.chat_ids, wanted.messages)
@@ -110,7 +110,7 @@ class Server:
         wanted = requests.read_embeddings(await self._fields(request))
         served = self._named(wanted.model)
         if not isinstance(served, ServedEmbedder):
-            raise Refusal(400, f"{served.name} writes, and embeds nothing", field="model")
+            raise RequestRefusal(400, f"{served.name} writes, and embeds nothing", field="model")
         found = await asyncio.to_thread(served.embed, wanted.texts)
         return _json(embeddings(served.name, found.vectors, sum(found.tokens), wanted.as_bytes))
 
@@ -139,13 +139,13 @@ class Server:
                 if path != "/health":
                     self._check_key(request)
                 response = await answer(request)
-            except Refusal as refusal:
+            except RequestRefusal as refusal:
                 response = _json(refusal.body, refusal.status, refusal.headers)
             except ClientDisconnect:
                 response = Response(status_code=GONE)  # which nobody reads
             except Exception as error:
                 print(f"{method} {path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                response = _json(Refusal(500, "the server failed to answer this", code="internal").body, 500)
+                response = _json(RequestRefusal(500, "the server failed to answer this", code="internal").body, 500)
             self.metrics.count(path, response.status_code, time.monotonic() - started)
             return response
 
@@ -156,7 +156,7 @@ class Server:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
-            raise Refusal(
+            raise RequestRefusal(
                 401, "this server wants a key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
 
@@ -164,40 +164,50 @@ class Server:
         """The body's members, which must be JSON, not too large, and come in time."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
-            raise Refusal(415, f"the body must be of the type {JSON}", code="unsupported_media_type")
+            raise RequestRefusal(415, f"the body must be of the type {JSON}", code="unsupported_media_type")
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.arrival):
                 async for part in request.stream():
                     size += len(part)
                     if size > self.limits.body:
-                        raise Refusal(413, f"the body has more than {self.limits.body} bytes", code="body_too_large")
+                        raise RequestRefusal(
+                            413, f"the body has more than {self.limits.body} bytes", code="body_too_large"
+                        )
                     parts.append(part)
         except TimeoutError:
-            raise Refusal(408, "the body did not come in time", code="timeout") from None
+            raise RequestRefusal(408, "the body did not come in time", code="timeout") from None
         return requests.read_body(b"".join(parts))
 
     def _named(self, name: str) -> Served:
         found = self.served.get(name)
         if found is None:
             known = ", ".join(self.served)
-            raise Refusal(404, f"no model {name[:80]!r} is served; {known}", field="model", code="model_not_found")
+            raise RequestRefusal(
+                404, f"no model {name[:80]!r} is served; {known}", field="model", code="model_not_found"
+            )
         return found
 
     def _writer(self, name: str) -> ServedWriter:
         found = self._named(name)
         if not isinstance(found, ServedWriter):
-            raise Refusal(400, f"{found.name} embeds, and writes nothing", field="model")
+            raise RequestRefusal(400, f"{found.name} embeds, and writes nothing", field="model")
         return found
 
     def _told(self, served: Served) -> dict[str, Any]:
         return {"id": served.name, "object": "model", "created": self.started, "owned_by": "treadle"}
 
     async def _answered(
-        self, request: Request, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: Wanted, *, chat: bool
+        self,
+        request: Request,
+        served: ServedWriter,
+        prompts: Sequence[tuple[int, ...]],
+        how: WantedTexts,
+        *,
+        chat: bool,
     ) -> Response:
-        answer = Answer(served.name, chat, how.likely, served.shown)
-        choices = [Choice(i) for i in range(len(prompts) * how.choices)]
+        answer = AnswerForm(served.name, chat, how.likely, served.shown)
+        choices = [GrowingChoice(i) for i in range(len(prompts) * how.choices)]
         count = sum(map(len, prompts))
         answering = Answering(served, prompts, how, seconds=self.limits.seconds)
         told = self._timed(answering, served)
@@ -231,12 +241,12 @@ class Server:
             yield told
 
 
-async def _collected(told: AsyncIterator[Told], choices: Sequence[Choice]) -> None:
+async def _collected(told: AsyncIterator[Told], choices: Sequence[GrowingChoice]) -> None:
     async for each in told:
         _add(choices, each)
 
 
-def _add(choices: Sequence[Choice], told: Told) -> Choice:
+def _add(choices: Sequence[GrowingChoice], told: Told) -> GrowingChoice:
     choice = choices[told.index]
     choice.text += told.text
     choice.tokens.append(told.token)
@@ -245,11 +255,11 @@ def _add(choices: Sequence[Choice], told: Told) -> Choice:
 
 
 async def _events(
-    answer: Answer,
+    answer: AnswerForm,
     answering: Answering,
     first: Told | None,
     told: AsyncIterator[Told],
-    choices: Sequence[Choice],
+    choices: Sequence[GrowingChoice],
     counted: int | None,
 ) -> AsyncIterator[bytes]:
     """A stream's events. An error after the first token is one of them, since the status has been sent."""
@@ -264,7 +274,7 @@ async def _events(
         if counted is not None:
             yield event(answer.counts(choices, counted))
         yield DONE
-    except Refusal as refusal:
+    except RequestRefusal as refusal:
         yield event(refusal.body)
     finally:
         answering.cancel()
@@ -280,7 +290,7 @@ async def _unrouted(request: Request, error: HTTPException) -> Response:
     """No such route, or not with this method."""
     what = {404: "there is nothing at this address", 405: "this address takes another method"}
     said = what.get(error.status_code, str(error.detail))
-    return _json(Refusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
+    return _json(RequestRefusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
 
 
 def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from treadle.files.nearest_names import NearestNames
-from treadle.serving.refusals import Refusal
+from treadle.serving.refusals import RequestRefusal
 
 X = TypeVar("X")
 
@@ -27,10 +27,10 @@ class Fields:
         self._left = {name: value for name, value in members.items() if value is not None}
         self._known: set[str] = set()
 
-    def refuse(self, name: str, message: str) -> Refusal:
+    def refuse(self, name: str, message: str) -> RequestRefusal:
         """What is told of a field."""
         place = f"{self.within}.{name}" if self.within else name
-        return Refusal(400, f"{place} {message}", field=place)
+        return RequestRefusal(400, f"{place} {message}", field=place)
 
     def take(self, name: str) -> Any:
         """A member as it is; None where it is not there."""

@@ -14,7 +14,7 @@ from treadle.files.errors import TreadleError
 from treadle.ir.errors import UsageError
 from treadle.ir.target import Target
 from treadle.runtime.scheduler import Scheduler
-from treadle.serving.refusals import Refusal, refused
+from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt
 
 ROWS, CAPACITY, QUEUE = 16, 2048, 256
@@ -39,7 +39,7 @@ class ServedWriter:
         return f"{rows} rows of {session.capacity} tokens, {session.nbytes / 1e6:.0f} MB of caches"
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids of a prompt. Raises Refusal for one that no row takes."""
+        """The ids of a prompt. Raises RequestRefusal for one that no row takes."""
         try:
             ids = prompt.ids if prompt.text is None else tuple(self.writer.tokens([prompt.text])[0])
             self.scheduler.check(ids)
@@ -48,7 +48,7 @@ class ServedWriter:
         return ids
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The ids of a conversation, up to where the assistant's answer begins. Raises Refusal."""
+        """The ids of a conversation, up to where the assistant's answer begins. Raises RequestRefusal."""
         try:
             if self._template is None:
                 self._template = self.writer.chat_template()
@@ -84,7 +84,10 @@ class ServedEmbedder:
         return f"embeddings of {self.embedder.width} numbers"
 
     def embed(self, texts: Sequence[str]) -> Embedded:
-        """Vectors of texts; blocks until its turn. Raises Refusal where too many wait, or a text cannot be embedded."""
+        """Vectors of texts; blocks until its turn.
+
+        Raises RequestRefusal where too many wait, or a text cannot be embedded.
+        """
         with self._count:
             if self._waiting >= self.queue:
                 raise queue_full(f"{self._waiting} requests wait already")
@@ -102,9 +105,9 @@ class ServedEmbedder:
 Served = ServedWriter | ServedEmbedder
 
 
-def queue_full(why: str) -> Refusal:
+def queue_full(why: str) -> RequestRefusal:
     """What is told whom no more can be taken from just now."""
-    return Refusal(429, f"{why}; ask again later", code="queue_full", headers={"Retry-After": "1"})
+    return RequestRefusal(429, f"{why}; ask again later", code="queue_full", headers={"Retry-After": "1"})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from treadle.files.errors import TreadleError
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class Refusal(Exception):
+class RequestRefusal(Exception):
     """An answer that is no answer.
 
     status   of HTTP: 4xx where the caller can do something about it
@@ -39,11 +39,13 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
 
 
-def refused(error: TreadleError, *, status: int = 400, field: str | None = None, code: str | None = None) -> Refusal:
+def refused(
+    error: TreadleError, *, status: int = 400, field: str | None = None, code: str | None = None
+) -> RequestRefusal:
     """An error of ours as an answer: what is wrong, what was received, what to do."""
     said = [error.what]
     if error.received:
         said.append(f"received {error.received}")
     if error.hint:
         said.append(str(error.hint))
-    return Refusal(status, "; ".join(" ".join(part.split()) for part in said), field=field, code=code)
+    return RequestRefusal(status, "; ".join(" ".join(part.split()) for part in said), field=field, code=code)

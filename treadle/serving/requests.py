@@ -16,7 +16,7 @@ from treadle.files.strict_json import read_json_object
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.token_rules import TokenRules
 from treadle.serving.fields import Fields
-from treadle.serving.refusals import Refusal
+from treadle.serving.refusals import RequestRefusal
 
 MOST_TEXTS = 128
 """Continuations that one request may ask for, prompts times choices."""
@@ -37,7 +37,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedTexts:
     """Continuations that a request asks for.
 
     model     by name
@@ -65,7 +65,7 @@ class WantedCompletions:
     """A request for completions: prompts, and how they are continued."""
 
     prompts: tuple[Prompt, ...]
-    how: Wanted
+    how: WantedTexts
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class WantedChat:
     """A request for a chat completion: messages of a role and a content each, and how they are answered."""
 
     messages: tuple[Mapping[str, str], ...]
-    how: Wanted
+    how: WantedTexts
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,16 @@ class WantedEmbeddings:
 
 
 def read_body(data: bytes) -> Fields:
-    """A body's members. Raises Refusal where it is no JSON object."""
+    """A body's members. Raises RequestRefusal where it is no JSON object."""
     try:
         return Fields(read_json_object(data, "the body", nesting=_NESTING, values=_VALUES))
     except CheckpointError as error:
         place = f", at {error.within}" if error.within else ""
-        raise Refusal(400, f"the body is no JSON object: {error.what}{place}", code="invalid_json") from None
+        raise RequestRefusal(400, f"the body is no JSON object: {error.what}{place}", code="invalid_json") from None
 
 
 def read_completions(fields: Fields) -> WantedCompletions:
-    """Raises Refusal."""
+    """Raises RequestRefusal."""
     prompts = _prompts(fields)
     likely = fields.whole("logprobs", most=MOST_LIKELY)
     fields.only("echo", (False,), "repeats the prompt, which is not done here")
@@ -111,7 +111,7 @@ def read_completions(fields: Fields) -> WantedCompletions:
 
 
 def read_chat(fields: Fields) -> WantedChat:
-    """Raises Refusal."""
+    """Raises RequestRefusal."""
     messages = tuple([_message(each) for each in fields.objects("messages", most=MOST_MESSAGES)])
     told, likely = fields.truth("logprobs"), fields.whole("top_logprobs", most=MOST_LIKELY)
     if likely is not None and not told:
@@ -129,7 +129,7 @@ def read_chat(fields: Fields) -> WantedChat:
 
 
 def read_embeddings(fields: Fields) -> WantedEmbeddings:
-    """Raises Refusal."""
+    """Raises RequestRefusal."""
     model = _model(fields)
     texts = fields.texts("input", most=MOST_INPUTS)
     if not texts:
@@ -143,7 +143,7 @@ def read_embeddings(fields: Fields) -> WantedEmbeddings:
     return WantedEmbeddings(model, tuple(texts), form == "base64")
 
 
-def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> Wanted:
+def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> WantedTexts:
     """What completions and chats have alike, and the end of the body."""
     temperature = fields.number("temperature", least=0, most=2)
     top_p = fields.number("top_p", least=0, most=1)
@@ -177,7 +177,7 @@ def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> 
     fields.ignored("user")
     model = _model(fields)
     fields.end()
-    return Wanted(model, choices, most, sampling, rules, stop, likely, streams, usage)
+    return WantedTexts(model, choices, most, sampling, rules, stop, likely, streams, usage)
 
 
 def _model(fields: Fields) -> str:
