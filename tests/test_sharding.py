@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import treadle
 from tests import wrong_shardings as wrong
 from tests.random_shardings import difference, random_case
 from tests.sharded_models import FAMILIES, numbers, recognized
 from tests.test_encoded_weights import MODELS, drawn_inputs, drawn_weights, matrices
+from treadle.cli.application import app
 from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import GraphError, PassError, TreadleError, UsageError
@@ -227,6 +229,37 @@ def test_weights_in_blocks_are_split_between_their_blocks(name: str, recipe: str
     assert down == ("[-, -]" if recipe == "megatron" else "[dp, -]")  # its columns lie in blocks
 
 
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bf16"}, {"quantize": "int8-weights"}, {"dtype": "bf16", "quantize": "int4"}]
+)
+@pytest.mark.parametrize(
+    ("mesh", "recipe"), [("tp=2", "megatron"), ("tp=2", "sequence"), ("tp=2,dp=2", "megatron-fsdp")]
+)
+def test_models_in_fewer_bits_are_split_as_others_are(options: dict[str, str], mesh: str, recipe: str) -> None:
+    plan = shard_model("gpt2", mesh, recipe=recipe, layers=2, dim=64, heads=4, vocab=96, context=32, **options)
+    assert try_in_lab(plan).passed
+    assert device_needs(plan).weights < device_needs(shard_model("gpt2", mesh, recipe=recipe, layers=2)).weights / 2
+
+
+def test_what_is_made_of_a_weight_stays_split_as_the_weight_and_is_gathered_in_fewer_bits() -> None:
+    """Weights in bf16 are cast in parts: megatron gathers none of them, and fsdp sends half as much."""
+    small: dict[str, Any] = {"layers": 2, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
+    reduced = shard_model("gpt2", "tp=2", recipe="megatron", dtype="bf16", **small)
+    assert words(block_text(reduced, "h")) == ["all_reduce", "all_reduce"]
+    sent = {}
+    for dtype in ("f32", "bf16"):
+        plan = shard_model("gpt2", "dp=2", recipe="fsdp", dtype=dtype, **small)
+        because = "mlp.up.weight is stored in parts and gathered for use"
+        sent[dtype] = [c.sent for c in plan.collectives() if c.because == because]
+    assert [2 * count for count in sent["bf16"]] == sent["f32"] != []
+
+
+def test_sizes_keep_to_their_bounds() -> None:
+    plan = shard_model("gpt2", "tp=2", recipe="megatron", layers=1, dim=16, heads=2, vocab=40, context=12)
+    assert plan.sizes == {"B": 1, "S": 12}
+    assert device_needs(plan).fits
+
+
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
@@ -280,8 +313,7 @@ def test_a_device_holds_what_its_program_needs() -> None:
     assert needs[0].weights == pytest.approx(16 * needs[1].weights, rel=0.01)
     assert "it does NOT fit" in str(needs[0])
     assert "memory limits" in str(needs[0])
-    longest = needs[1].time.longest
-    assert longest is not None
+    longest = needs[1].times.causes()[0]
     assert "is stored in parts and gathered for use" in longest.because
     # in units of the residual stream of one row of tokens in float32
     stream = 4 * 4096 * 16384
@@ -432,6 +464,24 @@ def test_any_graph_split_in_any_way_computes_the_same(seed: int) -> None:
     """tests/fuzz/fuzz_shardings.py runs as many as one likes."""
     case = random_case(seed)
     assert difference(case, case.plan(), merged=seed % 2 == 0) < 1e-10
+
+
+def test_the_command_takes_dtypes_and_quantization() -> None:
+    words = [
+        "--set=layers=1",
+        "--set=dim=64",
+        "--set=heads=4",
+        "--set=vocab=96",
+        "--dtype",
+        "bf16",
+        "--quantize",
+        "int4",
+    ]
+    result = CliRunner().invoke(app, ["shard", "gpt2", "--mesh", "tp=2", "--recipe", "megatron", "--lab", *words])
+    assert result.exit_code == 0, result.output
+    assert "f32[64, 64] as int4_groups(32)" in result.output
+    assert "cast: ...1 over tp" in result.output
+    assert "equal" in result.output
 
 
 def test_the_front_door_tries_a_plan_in_the_lab() -> None:

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
 from treadle.compiling import initial_weights
-from treadle.explaining.memory import explain_memory
+from treadle.computing import computing_in
 from treadle.files.errors import Hint
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.cost import parameter_bytes
@@ -28,15 +30,17 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
+from treadle.ir.target import Target
 from treadle.ir.transforms.encoded_weights import encode_weights
 from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import PassManager
+from treadle.passes.memory.frames import frames_of, live_at
 from treadle.passes.pipelines import MERGING, RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan
-from treadle.passes.sharding.plan_costs import StepTime, step_time
 from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.sharding.recipes import shard
+from treadle.passes.sharding.timetable import Timetable, timetable_of
 from treadle.reports import human
 from treadle.resolving import resolve
 from treadle.runtime.sharding_lab import refuse_many_ranks, run_lab
@@ -56,24 +60,29 @@ def shard_model(
     sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
     inputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     **config: Any,
 ) -> ShardingPlan:
     """Plan a model over a mesh, and check the plan. No weight is read or drawn.
 
-    model   as `treadle.compile` takes it
-    mesh    axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
-    recipe  "megatron", "sequence", "dp", "fsdp" or "megatron-fsdp"
-    axes    axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}
-    sizes   of symbols, for which costs are compared
-    device  what each rank is: "h100", "a100", "cpu", or a `Machine`
-    config  of the declaration
+    model            as `treadle.compile` takes it
+    mesh             axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
+    recipe           "megatron", "sequence", "dp", "fsdp" or "megatron-fsdp"
+    axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
+                     leaves one whole that the recipe splits
+    sizes            of symbols, for which costs are compared
+    device           what each rank is: "h100", "a100", "cpu", or a `Machine`
+    dtype, quantize  in what the model computes, and in how many bits its weights are, as `treadle.compile` takes them
+    config           of the declaration
 
     Raises UsageError for a mesh, recipe, axis or device that there is not, and what `resolve` does.
     """
+    passes, widen = computing_in(dtype, RECOGNITION, widen, quantize)
     resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
-    graph = PassManager(RECOGNITION).run(resolved.graph).graph
+    graph = PassManager(passes).run(resolved.graph).graph
     choose_sizes(graph, sizes or {})  # which refuses what no size of the graph can be
     plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
     check_sharding(plan)
@@ -87,51 +96,116 @@ def rank_graph(plan: ShardingPlan, rank: int) -> Graph:
 
 @dataclass(frozen=True)
 class DeviceNeeds:
-    """What rank 0 needs, at the plan's sizes.
+    """What the last rank needs, of which no part is smaller than another rank's, at the plan's sizes.
 
     weights  bytes of its parts of the weights
     values   bytes of values that live at once at the peak, by the storage plan of its program for the NumPy backend
+    ports    bytes of the inputs, which come whole, and of its parts of the outputs
     memory   bytes that the device has
-    time     how long a run takes at least
+    times    when it works, and when it meets others
     """
 
     weights: int
     values: int
+    ports: int
     memory: float
-    time: StepTime
+    times: Timetable
+
+    @property
+    def held(self) -> int:
+        """Bytes of all that it holds."""
+        return self.weights + self.values + self.ports
 
     @property
     def fits(self) -> bool:
         """Whether the device holds it."""
-        return self.weights + self.values <= self.memory
+        return self.held <= self.memory
+
+    @property
+    def limit(self) -> str:
+        """What limits a run: "memory" where it does not fit, else what most of its time is spent on, one of LIMITS."""
+        times = self.times.by_limit()
+        return max(times, key=lambda name: times[name]) if self.fits else "memory"
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""
-        time = {"work_seconds": self.time.work, "collective_seconds": self.time.collectives}
-        return {"weights": self.weights, "values": self.values, "memory": self.memory, "fits": self.fits, **time}
+        return {
+            "weights": self.weights,
+            "values": self.values,
+            "ports": self.ports,
+            "memory": self.memory,
+            "fits": self.fits,
+            "limit": self.limit,
+            "seconds": self.times.seconds,
+            "work_seconds": self.times.work,
+            "collective_seconds": self.times.collectives,
+            "seconds_by_limit": self.times.by_limit(),
+        }
 
     def __str__(self) -> str:
         held = f"{human(self.weights, 'B')} of weights, {human(self.values, 'B')} of values at the peak"
+        ports = f"{human(self.ports, 'B')} of inputs and outputs"
         room = f"{human(int(self.memory), 'B')}{'' if self.fits else ': it does NOT fit'}"
-        lines = [f"a device holds {held}, and has {room}", f"a run takes {self.time}"]
-        over = self.weights + self.values - self.memory
-        if not self.fits:
-            lines.append(f"memory limits: {human(int(over), 'B')} too much, {self._most} of it weights")
-        else:
-            limits = "collectives" if self.time.collectives > self.time.work else "work"
-            lines.append(f"{limits} limits")
-        return "\n".join(lines)
+        lines = [f"a device holds {held}, {ports}, and has {room}", self.run_line()]
+        for each in self.times.causes()[:1]:
+            took = milliseconds(each.seconds)
+            lines.append(f"the longest: {each.times} x {each.op} over {each.over}, {each.because}, {took}")
+        return "\n".join([*lines, self.limit_line()])
 
-    @property
-    def _most(self) -> str:
-        return f"{self.weights / (self.weights + self.values):.0%}"
+    def run_line(self) -> str:
+        """How long a run takes at least, and of what."""
+        times = self.times
+        if not times.collectives:
+            return f"a run takes at least {milliseconds(times.seconds)} of work, and no collectives"
+        return (
+            f"a run takes at least {milliseconds(times.seconds)}: {milliseconds(times.work)} of work, "
+            f"{milliseconds(times.collectives)} of collectives{self._hidden()}"
+        )
+
+    def _hidden(self) -> str:
+        """How much of that runs beside the rest."""
+        hidden = self.times.work + self.times.collectives - self.times.seconds
+        return f",\n  {milliseconds(hidden)} of these beside others" if hidden > 0.01 * self.times.seconds else ""
+
+    def limit_line(self) -> str:
+        """What limits it."""
+        if not self.fits:
+            over = human(int(self.held - self.memory), "B")
+            return f"memory limits: {over} too much, {self.weights / self.held:.0%} of it weights"
+        share = self.times.by_limit()[self.limit] / max(sum(self.times.by_limit().values()), 1e-30)
+        return f"{self.limit} limits, {share:.0%} of all times"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in three digits: `0.0826 ms`, `4,170 ms`."""
+    count = seconds * 1e3
+    return f"{count:,.0f} ms" if count >= 1000 else f"{count:.3g} ms"
 
 
 def device_needs(plan: ShardingPlan) -> DeviceNeeds:
     """What one device of the mesh needs. No weight is read or drawn."""
-    program = rank_graph(plan, 0)
-    told = explain_memory(program, backend="numpy", passes=[], sizes=plan.sizes)
-    return DeviceNeeds(parameter_bytes(program), told.peak, plan.machine.memory, step_time(plan))
+    program = rank_graph(plan, plan.mesh.ranks - 1)
+    sizes = choose_sizes(program, plan.sizes)
+    ports = [*program.main.inputs, *program.main.outputs.values()]
+    return DeviceNeeds(
+        parameter_bytes(program),
+        _peak(program, sizes),
+        sum(v.type.bytes_at(sizes) for v in ports),
+        plan.machine.memory,
+        timetable_of(program, plan.mesh, plan.machine, sizes),
+    )
+
+
+def _peak(program: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes of values that live at once at the peak, by the storage plan that the NumPy backend makes.
+
+    The backend itself is not asked whether it could run the program: it has no bf16, and plans it all the same.
+    """
+    numpy, target = find_backend("numpy"), Target("cpu")
+    assert isinstance(numpy, StagedBackend)
+    lowered = PassManager(numpy.pipeline(target), target=target).run(program)
+    assert lowered.plan is not None
+    return max((n for _, n in live_at(frames_of(lowered.plan), lowered.graph.main.name, sizes)), default=0)
 
 
 @dataclass(frozen=True)

@@ -165,8 +165,10 @@ class ShardingPlan:
 
         return plan_text(self)
 
+    def weight_part(self, name: str) -> float:
+        """Bytes of a rank's part of a weight, on average."""
+        return self.graph.parameters[name].type.bytes_at({}) / ways(self.weights[name].used)
+
     def weight_bytes(self) -> float:
         """Bytes of weights that one device holds, on average."""
-        values = self.graph.parameters
-        split = {n: [p for d in placed.dims if d for p in d.over] for n, placed in self.weights.items()}
-        return sum(values[n].type.bytes_at({}) / ways(parts) for n, parts in split.items())
+        return sum(map(self.weight_part, self.weights))

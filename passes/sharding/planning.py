@@ -150,7 +150,8 @@ class _Body:
     """A function while it is planned.
 
     had      the placements in which each value can be had, in the order in which it got there
-    held     how arguments come
+    held     how arguments come, and what is made of one weight alone, which is held as it is
+    called   of what is made of a weight, and of a body's weights: what the weight is called
     origins  of values that are terms of a sum: who made them so
     """
 
@@ -158,6 +159,7 @@ class _Body:
         self.planner, self.function, self.takes, self.wanted = planner, function, takes, wanted
         self.had: dict[Value, list[MeshPlacement]] = {}
         self.held: dict[Value, HeldArgument] = {}
+        self.called: dict[Value, str] = {}
         self.origins: dict[Value, TermsOrigin] = {}
 
     def planned(self, name: str, *, terms_allowed: bool = False) -> PlannedFunction:
@@ -221,9 +223,9 @@ class _Body:
             reasons, at = [], reader
             for step in steps:
                 if step.sends:
-                    because, by = reason_for(step, value, reader, self.origins.get(value), self.wanted, self.held)
+                    origin = self.origins.get(value)
+                    because, at = reason_for(step, value, reader, origin, self.wanted, self.held, self.called)
                     reasons.append(because)
-                    at = by
             yield Move(value, source, target, steps, tuple(reasons), at)
 
     # -- calls -------------------------------------------------------------------------------------------------
@@ -269,8 +271,13 @@ class _Body:
             if opened.seconds < best.seconds * (1 - 1e-9):
                 best = opened
         moves = tuple(self._moves(best.moves, node))
+        weight = self._weight_of(node)
         for value, placed in zip(node.results, best.needed.results, strict=True):
             self.had[value] = [placed]
+            if weight is not None:
+                stored = self.held[weight].stored if self._is_narrowing(node) else ()
+                self.held[value] = HeldArgument(placed, stored, is_weight=True)
+                self.called[value] = self.called.get(weight, weight.name)
             if placed.partial:
                 self.origins[value] = self._origin(node, value, application, best)
         return PlannedNode(node, best.shares, moves, best.needed.operands, best.needed.results, best.body)
@@ -303,12 +310,25 @@ class _Body:
             splits = [(wish.dim, wish.split) for wish in self.wanted.of(value)]
             if value.node is not node:
                 held = self.held.get(value)
-                placements = [held.used] if held is not None and held.is_weight else self.versions(value)
+                placements = self.versions(value)
+                if held is not None and held.is_weight:
+                    placements = [held.placement if self._is_narrowing(node) else held.used]
                 splits += [(d, s) for p in placements for d, s in enumerate(p.dims) if s is not None]
             for d, split in splits:
                 shares = factor_shares(application, dims[d], split) if dims is not None else None
                 for name, share in (shares or {}).items():
                     yield Suggestion(name, share)
+
+    def _weight_of(self, node: Node) -> Value | None:
+        """The weight that a node reads and nothing else."""
+        held = self.held.get(node.inputs[0]) if len(node.inputs) == 1 else None
+        return node.inputs[0] if held is not None and held.is_weight else None
+
+    def _is_narrowing(self, node: Node) -> bool:
+        """Whether a node makes fewer bytes of one weight, so that it does that with parts before they are gathered."""
+        weight = self._weight_of(node)
+        made = sum(v.type.bytes_at(self.planner.sizes) for v in node.results)
+        return weight is not None and made < weight.type.bytes_at(self.planner.sizes)
 
     def _ways(
         self, node: Node, suggestions: Sequence[Suggestion]
@@ -381,6 +401,7 @@ class _Body:
         outer = [*zip(function.arguments, node.inputs, strict=True), *zip(function.results, node.results, strict=True)]
         wishes = {inner: self.wanted.of(value) for inner, value in outer}
         body = _Body(self.planner, function, tuple(takes), Wanted(wishes))
+        body.called = {i: self.called.get(v, v.name) for i, v in outer if v in self.held}
         planned = body.planned(node.op.name, terms_allowed=True)
         for inner in planned.nodes:
             split = ways(p for s in inner.shares.values() for p in s.over)

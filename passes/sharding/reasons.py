@@ -27,6 +27,7 @@ def reason_for(
     origin: TermsOrigin | None,
     wanted: Wanted,
     held: Mapping[Value, Any],
+    called: Mapping[Value, str],
 ) -> tuple[str, Node]:
     """The reason of a step that sends, and the node that it lies with."""
     if step.kind in (StepKind.ALL_REDUCE, StepKind.REDUCE_SCATTER) and origin is not None:
@@ -39,7 +40,7 @@ def reason_for(
     name = dim_name(value, step.dim, wanted)
     known = held.get(value)
     if known is not None and known.is_weight and set(step.over) <= set(known.stored):
-        return f"{value.name} is stored in parts and gathered for use", reader
+        return f"{called.get(value, value.name)} is stored in parts and gathered for use", reader
     if step.kind is StepKind.ALL_TO_ALL and step.onto is not None:
         return f"{reader.op.name} is split by {dim_name(value, step.onto, wanted)} and not by {name}", reader
     return f"{reader.op.name} needs all of {name}", reader

@@ -62,6 +62,7 @@ def shard(
 ) -> ShardingPlan:
     """Plan a graph over a mesh by a recipe, by axes by name, or both: axes go before those of the recipe.
 
+    axes    by name the mesh axes that split them, or "-": the axis stays whole, whatever the recipe says
     sizes   of the symbols, for which costs are compared; by default 128, of a batch as many as it has parts
     device  what each rank is, a name of `treadle.ir.placement.machines` or a row of its own
 
@@ -85,15 +86,13 @@ def shard(
     elif not chosen:
         told = " or ".join(RECIPES)
         raise UsageError("nothing says how to split the model", hint=Hint(f"recipe={told}", f"--recipe {told}"))
+    chosen = {axis: over for axis, over in chosen.items() if over != "-"}
     wanted = wanted_splits(graph, mesh, chosen)
     if stored:
         types = {name: value.type for name, value in graph.parameters.items()}
         weights = {name: _stored(types[name], placed, stored) for name, placed in wanted.weights.items()}
         wanted = replace(wanted, weights=weights)
-    batch = mesh.parts_of(chosen.get("batch", ""))
-    given = (
-        dict.fromkeys(graph.symbols, 128) | {s: max(ways(batch), 1) for s in _batch_symbols(graph)} | dict(sizes or {})
-    )
+    given = _default_sizes(graph, ways(mesh.parts_of(chosen.get("batch", "")))) | dict(sizes or {})
     told = recipe or "by hand"
     return plan_sharding(graph, mesh, wanted, machine, given, recipe=told, axes=chosen, stored=stored)
 
@@ -112,8 +111,14 @@ def _find(name: str, mesh: Mesh) -> SplitRecipe:
     return found
 
 
-def _batch_symbols(graph: Graph) -> set[str]:
-    return {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
+def _default_sizes(graph: Graph, batch: int) -> dict[str, int]:
+    """128 for every symbol, of the first dimensions of inputs as many as the batch has parts; within their bounds."""
+    leading = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
+    found = {}
+    for symbol, bounds in graph.symbols.items():
+        size = max(bounds.lower, max(batch, 1) if symbol in leading else 128)
+        found[symbol] = size if bounds.upper is None else min(size, bounds.upper)
+    return found
 
 
 def _stored(type: Type, placed: MeshPlacement, over: SubAxes) -> MeshPlacement:

@@ -1,4 +1,4 @@
-"""`treadle explain`: what was fused, and why not; where weights and values lie, in how many bits; memory; the step."""
+"""`treadle explain`: what was fused, and why not; where weights and values lie, in how many bits, on which devices."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from treadle.cli.options import (
     CacheName,
     Certify,
     Config,
+    Device,
     Dtype,
     Limit,
     ModelName,
     OptionalInputs,
     Quantize,
+    Recipe,
+    SplitAxes,
     Widen,
     names_of,
 )
@@ -32,7 +35,9 @@ def explain_sites(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="SUBJECT", help="fusion, layouts, storage, memory, quantization or step.", show_default=False
+            metavar="SUBJECT",
+            help="fusion, layouts, storage, memory, quantization, sharding or step.",
+            show_default=False,
         ),
     ],
     expect: Annotated[
@@ -50,19 +55,31 @@ def explain_sites(
     backend: BackendName = "numpy",
     sizes: Annotated[
         str | None,
-        typer.Option(metavar="B=1,S=128", help="memory: the sizes of symbolic axes.", show_default=False),
+        typer.Option(metavar="B=1,S=128", help="memory, sharding: the sizes of symbolic axes.", show_default=False),
     ] = None,
     donate: Annotated[
         list[str] | None,
         typer.Option(metavar="INPUT", help="memory: an input that callers give away. Repeatable.", show_default=False),
     ] = None,
     svg: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="memory: draw the arena over time.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="memory: draw the arena over time; sharding: the mesh and the timetable.",
+            show_default=False,
+        ),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="memory: what grew since --json wrote FILE.", show_default=False),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="AXES", help="sharding: the mesh of devices, such as tp=2,dp=2.", show_default=False),
+    ] = None,
+    recipe: Recipe = None,
+    axis: SplitAxes = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what the compiler did, and why.
@@ -77,28 +94,37 @@ def explain_sites(
 
     quantization: of every weight, in which encoding it would be held by --quantize, its bytes, and why.
 
+    sharding: of a model split over --mesh, why ranks meet, what a device holds, what limits, and what would save most.
+
     step: of the step of generation that is derived from the model, its states and their bytes, and what ops became.
     """
     from treadle.explaining.fusion import explain_fusion, parse_expected
     from treadle.fitting import fit_prose, fitted
-    from treadle.option_values import parse_config
+    from treadle.option_values import parse_axes, parse_config
     from treadle.progress import working
 
-    if subject not in ("fusion", "layouts", "storage", "memory", "quantization", "step"):
-        known = "fusion, layouts, storage, memory, quantization or step"
+    if subject not in ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step"):
+        known = "fusion, layouts, storage, memory, quantization, sharding or step"
         raise UsageError("there is nothing to explain of that name", received=repr(subject), hint=known)
     if cache is not None and subject != "step":
         raise UsageError("--cache is about the step", received=f"explain {model} {subject}")
     chosen = parse_config(config or (), limit or ()) | {"inputs": names_of(inputs)}
     chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
-    if subject != "memory" and (sizes is not None or donate or svg is not None or against is not None):
-        what = "--sizes, --donate, --svg and --against are about memory"
-        raise UsageError(what, received=f"explain {model} {subject}")
+    if subject not in ("memory", "sharding") and (sizes is not None or svg is not None):
+        raise UsageError("--sizes and --svg are about memory and sharding", received=f"explain {model} {subject}")
+    if subject != "memory" and (donate or against is not None):
+        raise UsageError("--donate and --against are about memory", received=f"explain {model} {subject}")
+    split = {"mesh": mesh, "recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
+    if subject != "sharding" and any(value is not None for value in split.values()):
+        told = "--mesh, --recipe, --axis and --device are about sharding"
+        raise UsageError(told, received=f"explain {model} {subject}")
     if subject != "fusion":
         if expect or certify:
             raise UsageError("--expect and --certify are about fusion", received=f"explain {model} {subject}")
         if subject == "memory":
             _memory(model, backend, chosen | {"donate": donate or ()}, sizes, svg, against, as_json)
+        elif subject == "sharding":
+            _sharding(model, chosen, split, sizes, svg, as_json)
         elif subject == "step":
             _step(model, chosen | {"cache": cache}, as_json)
         elif subject == "quantization":
@@ -164,6 +190,35 @@ def _memory(
     if against is not None:
         print(compare_memory(read_memory(against), found.as_dict()))
     elif as_json:
+        print_json(found.as_dict())
+    else:
+        print(fitted(str(found), fit_prose))
+
+
+def _sharding(
+    model: str,
+    chosen: dict[str, Any],
+    split: dict[str, Any],
+    sizes: str | None,
+    svg: Path | None,
+    as_json: bool,
+) -> None:
+    from treadle.explaining.memory_drawing import write_drawing
+    from treadle.explaining.sharding import explain_sharding
+    from treadle.explaining.sharding_drawing import draw_sharding
+    from treadle.fitting import fit_prose, fitted
+    from treadle.option_values import parse_sizes
+    from treadle.progress import working
+
+    if split["mesh"] is None:
+        raise UsageError("sharding is over a mesh", received=f"explain {model} sharding", hint="--mesh tp=2,dp=2")
+    asked = {name: value for name, value in split.items() if value is not None}
+    chosen["widen"] = chosen["widen"] or ()
+    with working(f"planning {model}", shown=not as_json):
+        found = explain_sharding(model, sizes=parse_sizes(sizes), **asked, **chosen)
+    if svg is not None:
+        write_drawing(svg, draw_sharding(found))
+    if as_json:
         print_json(found.as_dict())
     else:
         print(fitted(str(found), fit_prose))

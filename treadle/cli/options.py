@@ -108,6 +108,29 @@ Memory = Annotated[
         show_default=False,
     ),
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="megatron, sequence, dp, fsdp or megatron-fsdp (see docs/sharding.md).",
+        show_default=False,
+    ),
+]
+SplitAxes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--axis",
+        metavar="NAME=AXES",
+        help="Split an axis of the model over the mesh, such as heads=tp; vocab=- leaves it whole. Repeatable.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="What each rank is: h100, a100 or cpu. By default h100.", show_default=False
+    ),
+]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", min=0, help="Draws the weights where no checkpoint gives them.")
 ]

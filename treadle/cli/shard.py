@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Config, Limit, ModelName, OptionalInputs, Seed, Widen, names_of
+from treadle.cli.options import (
+    AsJson,
+    Config,
+    Device,
+    Dtype,
+    Limit,
+    ModelName,
+    OptionalInputs,
+    Quantize,
+    Recipe,
+    Seed,
+    SplitAxes,
+    Widen,
+    names_of,
+)
 
 
 @command("shard", judges=lambda options: options["lab"])
@@ -17,22 +31,9 @@ def shard_command(
         str,
         typer.Option("--mesh", metavar="AXES", help="The mesh of devices, such as tp=2,dp=2.", show_default=False),
     ],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            metavar="NAME",
-            help="megatron, sequence, dp, fsdp or megatron-fsdp (see docs/sharding.md).",
-            show_default=False,
-        ),
-    ] = None,
-    axis: Annotated[
-        list[str] | None,
-        typer.Option("--axis", metavar="NAME=AXES", help="Split an axis of the model, such as heads=tp. Repeatable."),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="What each rank is: h100, a100 or cpu.")
-    ] = "h100",
+    recipe: Recipe = None,
+    axis: SplitAxes = None,
+    device: Device = None,
     sizes: Annotated[
         str | None,
         typer.Option("--sizes", metavar="B=8,S=128", help="Sizes to compare costs at.", show_default=False),
@@ -46,6 +47,8 @@ def shard_command(
     config: Config = None,
     limit: Limit = None,
     inputs: OptionalInputs = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -64,8 +67,10 @@ def shard_command(
             recipe=recipe,
             axes=parse_axes(axis or ()),
             sizes=parse_sizes(sizes),
-            device=device,
+            device="h100" if device is None else device,
             inputs=names_of(inputs),
+            dtype=dtype,
+            quantize=quantize,
             widen=names_of(widen) or (),
             **parse_config(config or (), limit or ()),
         )

@@ -1,0 +1,211 @@
+"""The timetable of a step: when one rank works, and when it meets others, of its program.
+
+Every node takes the time of its roofline on the rank's parts; every collective, of a ring. A device works and sends at
+once, and sends over one mesh axis while it sends over another: each does its own in the order of the program, and
+begins when what it reads is there. So weights that are stored in parts are gathered ahead of their use, one call of a
+block ahead at most, since what is gathered takes memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from treadle.ir.analysis.axis_tracing import joined_scope
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.analysis.weight_only import weight_only_nodes
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.collectives import Collective
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh
+
+LIMITS = ("compute", "memory bandwidth", "links", "latency")
+"""What a time may be limited by."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A node while it runs, in seconds from the start of the step.
+
+    over     the mesh axes over which ranks meet; "" of work
+    because  why they do
+    sent     bytes that the rank sends
+    limit    one of LIMITS
+    call     which call of `main` it is in, counted from 0; -1 outside of calls
+    """
+
+    op: str
+    over: str
+    because: str
+    scope: str
+    line: str
+    start: float
+    seconds: float
+    sent: float
+    limit: str
+    call: int
+
+    @property
+    def end(self) -> float:
+        """When it is done."""
+        return self.start + self.seconds
+
+
+@dataclass(frozen=True)
+class Cause:
+    """All collectives of a step that are there for one reason at one line.
+
+    scope    with `*` for the numbers of repeated blocks
+    sent     bytes that the rank sends, seconds that they take: of all of them together
+    """
+
+    op: str
+    over: str
+    because: str
+    scope: str
+    line: str
+    times: int
+    sent: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """What a rank does in a step, in the order of its program.
+
+    calls  the scopes of the calls of `main`
+    """
+
+    busy: tuple[Busy, ...]
+    calls: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """How long the step takes, where gathers run ahead."""
+        return max((each.end for each in self.busy), default=0.0)
+
+    @property
+    def work(self) -> float:
+        """Seconds of work."""
+        return sum(each.seconds for each in self.busy if not each.over)
+
+    @property
+    def collectives(self) -> float:
+        """Seconds of collectives, hidden or not."""
+        return sum(each.seconds for each in self.busy if each.over)
+
+    def causes(self) -> list[Cause]:
+        """Why ranks meet, what takes the longest first."""
+        groups: dict[tuple[str, str, str, str, str], list[Busy]] = {}
+        for each in self.busy:
+            if each.over:
+                scope = re.sub(r"\.\d+(?=\.|$)", ".*", each.scope)
+                groups.setdefault((each.op, each.over, each.because, scope, each.line), []).append(each)
+        found = [
+            Cause(*key, len(each), sum(e.sent for e in each), sum(e.seconds for e in each))
+            for key, each in groups.items()
+        ]
+        return sorted(found, key=lambda cause: -cause.seconds)
+
+    def by_limit(self) -> dict[str, float]:
+        """Seconds by what limits them; where gathers run ahead they are more than the step takes."""
+        found = dict.fromkeys(LIMITS, 0.0)
+        for each in self.busy:
+            found[each.limit] += each.seconds
+        return found
+
+
+def timetable_of(program: Graph, mesh: Mesh, machine: Machine, sizes: Mapping[str, int]) -> Timetable:
+    """The timetable of a rank's program, where symbols have these sizes."""
+    made = _Walk(program, mesh, machine, sizes)
+    main = program.main
+    made.function(main, dict.fromkeys(main.arguments, 0.0), "", -1)
+    return Timetable(tuple(made.busy), tuple(made.calls))
+
+
+@dataclass(frozen=True)
+class _Takes:
+    """What a node takes, wherever it is called."""
+
+    seconds: float
+    limit: str
+    over: str = ""
+    because: str = ""
+    sent: float = 0.0
+
+
+class _Walk:
+    """The program, call by call.
+
+    free    when the device is free to work (""), or to send over axes
+    begins  when each call of `main` began
+    """
+
+    def __init__(self, program: Graph, mesh: Mesh, machine: Machine, sizes: Mapping[str, int]) -> None:
+        self.program, self.mesh, self.machine, self.sizes = program, mesh, machine, sizes
+        self.busy: list[Busy] = []
+        self.calls: list[str] = []
+        self.begins: list[float] = []
+        self.free: dict[str, float] = {}
+        self.known: dict[str, list[tuple[Node, _Takes | None]]] = {}
+
+    def function(self, function: Function, ready: dict[Value, float], scope: str, call: int) -> list[float]:
+        """Run it; `ready` says when its arguments are there. Returns when its results are."""
+        if function.name not in self.known:
+            self.known[function.name] = list(self.taken(function))
+        for node, takes in self.known[function.name]:
+            there = max((ready.get(v, 0.0) for v in node.inputs), default=0.0)
+            if node.op.callee is not None:
+                callee = self.program.functions[node.op.callee]
+                inside = call
+                if not scope and call < 0:
+                    inside = len(self.calls)
+                    self.calls.append(node.scope)
+                    self.begins.append(max(there, self.free.get("", 0.0)))
+                given = {a: ready.get(v, 0.0) for a, v in zip(callee.arguments, node.inputs, strict=True)}
+                ends = self.function(callee, given, joined_scope(scope, node.scope), inside)
+                ready.update(zip(node.results, ends, strict=True))
+            elif takes is None:
+                ready.update(dict.fromkeys(node.results, there))
+            else:
+                last = len(self.calls) - 1 if call < 0 else call - 1
+                floor = self.begins[last] if takes.over and last >= 0 else 0.0
+                start = max(there, self.free.get(takes.over, 0.0), floor)
+                ready.update(dict.fromkeys(node.results, start + takes.seconds))
+                self.free[takes.over] = start + takes.seconds
+                self.busy.append(
+                    Busy(
+                        node.op.name,
+                        takes.over,
+                        takes.because,
+                        joined_scope(scope, node.scope),
+                        str(node.source or ""),
+                        start,
+                        takes.seconds,
+                        takes.sent,
+                        takes.limit,
+                        call,
+                    )
+                )
+        return [ready.get(v, 0.0) for v in function.results]
+
+    def taken(self, function: Function) -> Iterator[tuple[Node, _Takes | None]]:
+        """What each node takes; None for a call, and for what is done once, when weights are bound."""
+        once = weight_only_nodes(function)
+        for node in function.nodes:
+            if node.op.callee is not None or node in once:
+                yield node, None
+            elif isinstance(node.op, Collective):
+                yield node, self.meeting(node, node.op)
+            else:
+                cost = node_cost(node, self.sizes)
+                computed, moved = cost.flops / self.machine.flops, cost.bytes / self.machine.bandwidth
+                yield node, _Takes(max(computed, moved), LIMITS[0 if computed > moved else 1])
+
+    def meeting(self, node: Node, op: Collective) -> _Takes:
+        taken, given = (v.type.bytes_at(self.sizes) for v in (node.inputs[0], node.results[0]))
+        sent = op.payload(taken, given) * op.rounds / op.ways
+        on_links = sent / self.machine.link(self.mesh, self.mesh.parts_of(op.over))
+        waits = op.rounds * self.machine.latency
+        return _Takes(on_links + waits, LIMITS[2 if on_links > waits else 3], op.over, op.because, sent)

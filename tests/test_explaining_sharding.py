@@ -1,0 +1,179 @@
+"""`treadle explain MODEL sharding`: its times, bytes and reasons are those of ranks' programs, and it draws them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.golden import Golden
+from tests.test_explaining_layouts import SMALL, told, without_lines
+from treadle.cli.application import app
+from treadle.explaining.sharding import ShardingTold, explain_sharding
+from treadle.explaining.sharding_drawing import WIDTH, draw_sharding
+from treadle.passes.sharding.timetable import Busy
+from treadle.sharding import device_needs, shard_model, try_in_lab
+
+SIZES = {"B": 8, "S": 16}
+SETTINGS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+SHAPE: dict[str, Any] = {"dim": 16384, "heads": 128, "kv_heads": 8, "layers": 126, "hidden": 53248, "vocab": 128256}
+
+
+@cache
+def plain(recipe: str = "megatron") -> ShardingTold:
+    return gpt2(recipe=recipe)
+
+
+def gpt2(mesh: str = "tp=2,dp=2", recipe: str = "megatron", **options: Any) -> ShardingTold:
+    return explain_sharding("gpt2", mesh=mesh, recipe=recipe, **{**SMALL, "sizes": SIZES, **options})
+
+
+def test_the_text(golden: Golden) -> None:
+    text = without_lines(str(plain()))
+    golden("explain/sharding_gpt2.txt", text)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_text_of_a_large_shape_holds_80_columns_and_says_what_limits() -> None:
+    found = explain_sharding(
+        "llama", mesh="tp=8,dp=16", recipe="megatron-fsdp", sizes={"B": 16, "S": 4096}, **{**SHAPE, "layers": 8}
+    )
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "links limits, 82% of all times" in lines
+    assert "of these beside others" in str(found)
+    assert "    embed.weight is stored in parts and gathered for use" in lines
+    full = explain_sharding("llama", mesh="tp=8,dp=16", recipe="megatron", sizes={"B": 16, "S": 4096}, **SHAPE)
+    assert any(line.startswith("memory limits: ") for line in str(full).splitlines())
+    assert full.best is not None and full.best.told == "recipe megatron-fsdp" and full.best.fits
+
+
+def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
+    words = ("explain", "gpt2", "sharding", "--mesh", "tp=2,dp=2", "--recipe", "megatron", "--sizes", "B=8,S=16")
+    found, file = plain(), tmp_path / "gpt2.svg"
+    assert told(*words, *SETTINGS, "--svg", str(file)).split() == str(found).split()
+    assert json.loads(told(*words, *SETTINGS, "--json")) == json.loads(json.dumps(found.as_dict()))
+    assert file.read_text(encoding="utf-8") == draw_sharding(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("sharding",), "sharding is over a mesh"),
+        (("sharding", "--mesh", "tp=2"), "nothing says how to split"),
+        (("sharding", "--mesh", "tp=2", "--recipe", "megatron", "--against", "x"), "--donate and --against are about memory"),
+        (("memory", "--mesh", "tp=2"), "--mesh, --recipe, --axis and --device are about sharding"),
+        (("fusion", "--sizes", "B=2"), "--sizes and --svg are about memory and sharding"),
+        (("sharding", "--mesh", "tp=2", "--recipe", "dp"), "recipe dp splits over a mesh axis dp"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(words: tuple[str, ...], what: str) -> None:
+    result = CliRunner().invoke(app, ["explain", "gpt2", *words, *SETTINGS])
+    assert result.exit_code == 2
+    assert what in " ".join(result.output.split())
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["megatron", "sequence", "megatron-fsdp"])
+def test_collectives_by_cause_are_those_of_the_plan(recipe: str) -> None:
+    """At sizes that the mesh divides all ranks send what the plan predicts on average."""
+    found = plain(recipe)
+    times, planned = found.needs.times, found.plan.collectives()
+    assert sum(c.times for c in times.causes()) == len(planned) > 0
+    assert {(c.op, c.over, c.because) for c in times.causes()} == {(c.op, c.over, c.because) for c in planned}
+    assert sum(c.sent for c in times.causes()) == pytest.approx(sum(c.sent for c in planned))
+    assert times.collectives == pytest.approx(sum(c.seconds for c in planned))
+    assert sum(times.by_limit().values()) == pytest.approx(times.work + times.collectives)
+
+
+def test_bytes_of_a_device_are_those_of_its_parts() -> None:
+    found = plain()
+    unread = 2 * 2 * SMALL["dim"] * 4  # biases of sums: the first rank of a row adds them, and the last holds none
+    assert sum(found.weights.values()) == found.needs.weights + unread
+    assert set(found.weights) == {"tp", ""}
+    inputs, outputs = 8 * 16 * 8, 4 * 16 * SMALL["vocab"] // 2 * 4
+    assert found.needs.ports == inputs + outputs
+    assert found.needs.held == found.needs.weights + found.needs.values + found.needs.ports
+
+
+def by_lane(found: ShardingTold) -> dict[str, list[Busy]]:
+    lanes: dict[str, list[Busy]] = {}
+    for each in found.needs.times.busy:
+        lanes.setdefault(each.over, []).append(each)
+    return lanes
+
+
+@pytest.mark.parametrize("recipe", ["megatron", "megatron-fsdp"])
+def test_a_lane_does_one_thing_at_a_time_in_the_order_of_the_program(recipe: str) -> None:
+    for lane in by_lane(plain(recipe)).values():
+        assert all(a.end <= b.start * (1 + 1e-12) for a, b in pairwise(lane))
+
+
+def test_weights_are_gathered_ahead_by_one_call_and_what_is_summed_is_waited_for() -> None:
+    found = gpt2(recipe="megatron-fsdp", sizes={"B": 64, "S": 16}, layers=4)
+    work, gathered = by_lane(found)[""], by_lane(found)["dp"]
+    begins = [min(each.start for each in work if each.call == call) for call in range(4)]
+    first = [next(each for each in gathered if each.call == call) for call in range(4)]
+    assert all(each.start < begins[each.call] for each in first)
+    assert all(each.start >= begins[each.call - 1] for each in first[1:])
+    assert found.needs.times.seconds < found.needs.times.work + found.needs.times.collectives
+    alone = plain().needs.times
+    last = max(each.end for each in alone.busy if each.over)
+    assert any(each.start >= last for each in alone.busy if not each.over)
+
+
+def test_a_change_is_the_plan_that_it_names() -> None:
+    found = plain()
+    best = found.best
+    assert best is not None
+    kind, _, name = best.told.partition(" ")
+    options = {"mesh": name} if kind == "mesh" else {"recipe": name}
+    needs = device_needs(
+        shard_model("gpt2", **{"mesh": "tp=2,dp=2", "recipe": "megatron", **options}, sizes=SIZES, **SMALL)
+    )
+    assert (needs.times.seconds, needs.held) == (best.seconds, best.held)
+    assert best.seconds < found.needs.times.seconds
+    assert all(best.seconds <= change.seconds for change in found.changes)
+
+
+def test_one_axis_alone_is_whole() -> None:
+    plan = shard_model("gpt2", "tp=2", recipe="megatron", axes={"vocab": "-"}, **SMALL)
+    assert plan.weights["wte.weight"].text(plan.mesh) == "[-, -]"
+    assert plan.weights["h.0.mlp.up.weight"].text(plan.mesh) == "[tp, -]"
+    assert "vocab" not in plan.axes
+    assert try_in_lab(plan).passed
+
+
+# -- the drawing -------------------------------------------------------------------------------------------------------
+
+RECT = "{http://www.w3.org/2000/svg}rect"
+
+
+def test_the_drawing_shows_ranks_and_the_timetable() -> None:
+    found = plain()
+    root = ElementTree.fromstring(draw_sharding(found))
+    bars = [(r, (r.find("{*}title"))) for r in root.iter(RECT)]
+    words = [title.text or "" for _, title in bars if title is not None]
+    assert sum(w.startswith("rank ") for w in words) == 4
+    drawn = [r for r, title in bars if title is not None and "limited by" in (title.text or "")]
+    sides = [(float(r.attrib["x"]), float(r.attrib["x"]) + float(r.attrib["width"])) for r in drawn]
+    assert min(left for left, _ in sides) == 96
+    assert max(right for _, right in sides) == pytest.approx(WIDTH - 24, abs=0.31)
+    assert any("the split of ffn is summed" in w and "models/gpt2.py" in w for w in words)
+    block = [w for w in words if w.startswith("all_reduce") and "h.1." in w]
+    assert len(block) >= 2
+
+
+def test_a_mesh_with_more_ranks_than_there_is_room_for_is_drawn_in_part() -> None:
+    found = gpt2(mesh="dp=512", recipe="dp", sizes={"B": 512, "S": 16})
+    text = draw_sharding(found)
+    assert "40 x 1 of 512 ranks are drawn" in text
+    assert text.count("<title>rank ") == 40

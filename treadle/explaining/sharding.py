@@ -1,0 +1,201 @@
+"""`explain_sharding`: what a model split over a mesh takes, why ranks meet, what limits it, and what would save most.
+
+    print(explain_sharding("gpt2", mesh="tp=2,dp=2", recipe="megatron", sizes={"B": 8, "S": 512}))
+
+All of it follows from the plan and the program of the last rank. No weight is read, and no device is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treadle.explaining.sharding_changes import Change, changes_of
+from treadle.frontends.declarations import Model
+from treadle.ir.graph import Graph
+from treadle.ir.placement.machines import MACHINES, Machine
+from treadle.ir.placement.mesh import Mesh
+from treadle.passes.memory.storage_plan import aligned
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.timetable import Cause
+from treadle.reports import human, sizes_text
+from treadle.sharding import DeviceNeeds, device_needs, milliseconds, shard_model
+
+SHOWN = 3
+"""How many changes are told."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardingTold:
+    """What a run of a sharded model takes.
+
+    needs    of the last rank
+    weights  bytes of its parts of the weights, by the mesh axes that they are split over: "tp dp", "" of whole ones
+    changes  of one thing, the best first
+    """
+
+    plan: ShardingPlan
+    needs: DeviceNeeds
+    weights: Mapping[str, float]
+    changes: tuple[Change, ...] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self.plan.graph.name
+
+    @property
+    def device(self) -> str:
+        """What each rank is."""
+        return next((name for name, machine in MACHINES.items() if machine == self.plan.machine), "device")
+
+    @property
+    def title(self) -> str:
+        """What is told of, in one line."""
+        where = f", at {sizes_text(self.plan.sizes)}" if self.plan.sizes else ""
+        ranks = f"{self.plan.mesh.ranks} ranks of {self.device}"
+        return f"{self.name} over {self.plan.mesh}: {self.plan.recipe}, {ranks}{where}"
+
+    @property
+    def best(self) -> Change | None:
+        """The change that saves the most: one that fits where the plan does not, else the fastest, if it is faster."""
+        return next((each for each in self.changes[:1] if self._helps(each)), None)
+
+    def _helps(self, change: Change) -> bool:
+        if change.fits != self.needs.fits:
+            return change.fits
+        return change.seconds < self.needs.times.seconds * 0.995
+
+    def as_dict(self) -> dict[str, Any]:
+        best = self.best
+        return {
+            "model": self.name,
+            "mesh": str(self.plan.mesh),
+            "ranks": self.plan.mesh.ranks,
+            "device_name": self.device,
+            "recipe": self.plan.recipe,
+            "axes": dict(self.plan.axes),
+            "stored": self.plan.stored,
+            "sizes": dict(self.plan.sizes),
+            "notes": list(self.plan.notes),
+            "device": self.needs.facts(),
+            "weights": dict(self.weights),
+            "collectives": [dict(cause.__dict__) for cause in self.needs.times.causes()],
+            "changes": [change.as_dict() for change in self.changes],
+            "best": None if best is None else best.told,
+        }
+
+    def __str__(self) -> str:
+        blocks = [self._head(), self._times(), self._collectives(), self._memory(), self._changes()]
+        return "\n\n".join("\n".join(lines) for lines in blocks)
+
+    def _head(self) -> list[str]:
+        asked = ", ".join(f"{name} over {over}" for name, over in self.plan.axes.items())
+        stored = f"weights are stored in parts over {self.plan.stored}, and gathered for use"
+        notes = [f"note: {note}" for note in self.plan.notes]
+        return [self.title, f"splits {asked}", *([stored] if self.plan.stored else []), *notes]
+
+    def _times(self) -> list[str]:
+        limits = self.needs.times.by_limit()
+        total = max(sum(limits.values()), 1e-30)
+        rows = [(name, milliseconds(took), f"{took / total:.0%}") for name, took in limits.items()]
+        return [self.needs.run_line(), self.needs.limit_line(), *_table(rows)]
+
+    def _collectives(self) -> list[str]:
+        causes = self.needs.times.causes()
+        if not causes:
+            return ["ranks do not meet"]
+        total = sum(cause.seconds for cause in causes)
+        rows = [("collectives", "over", "sent", "time", "share")]
+        rows += [
+            (f"{c.times} x {c.op}", c.over, human(c.sent, "B"), milliseconds(c.seconds), f"{c.seconds / total:.0%}")
+            for c in causes
+        ]
+        head, *lines = _table(rows, indent="")
+        return [head, *[line for row, cause in zip(lines, causes, strict=True) for line in (row, *_because(cause))]]
+
+    def _memory(self) -> list[str]:
+        needs = self.needs
+        room = human(needs.memory, "B")
+        lines = [f"a device holds {human(needs.held, 'B')} of {room}{'' if needs.fits else ': it does NOT fit'}"]
+        rows = [
+            (human(count, "B"), "weights split over " + over if over else "weights that every rank has whole")
+            for over, count in sorted(self.weights.items(), key=lambda each: -each[1])
+        ]
+        rows.append((human(needs.values, "B"), "values at the peak, by the storage plan"))
+        rows.append((human(needs.ports, "B"), "inputs, and parts of the outputs"))
+        return [*lines, *_table(rows)]
+
+    def _changes(self) -> list[str]:
+        if not self.changes:
+            return ["no other recipe, axis or mesh can be planned at these sizes"]
+        best = self.best
+        if best is None:
+            told = f"none of {len(self.changes)} changes of recipe, axis or mesh saves time"
+            head = told if self.needs.fits else told.replace("saves time", "makes it fit")
+        else:
+            head = f"what would save the most, of {len(self.changes)} changes: {best.told}"
+        rows: list[tuple[str, ...]] = [("change", "time", "", "memory", "")]
+        rows += [self._row(change) for change in self.changes[:SHOWN]]
+        return [head, *_table(rows)]
+
+    def _row(self, change: Change) -> tuple[str, ...]:
+        now, held = self.needs.times.seconds, self.needs.held
+        less = f"{change.seconds / max(now, 1e-30) - 1:+.0%}"
+        fits = "" if change.fits else "does NOT fit"
+        return change.told, milliseconds(change.seconds), less, human(change.held, "B"), fits or _percent(change, held)
+
+
+def _percent(change: Change, held: int) -> str:
+    return f"{change.held / max(held, 1) - 1:+.0%}"
+
+
+def _because(cause: Cause) -> list[str]:
+    """Why ranks meet, and where, below the row that says how often."""
+    place = ", ".join(part for part in (cause.line, cause.scope) if part)
+    return [f"    {cause.because}", *([f"    {place}"] if place else [])]
+
+
+def _table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> list[str]:
+    return [f"{indent}{'  '.join(row)}".rstrip() for row in aligned(rows)]
+
+
+def explain_sharding(
+    model: Model | Graph | str | Path,
+    *,
+    mesh: Mesh | str,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+    inputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    **config: Any,
+) -> ShardingTold:
+    """Say what a model takes that is split as `shard_model` splits it, and what one change would save.
+
+    Raises what `shard_model` does.
+    """
+    asked: dict[str, Any] = {"inputs": inputs, "dtype": dtype, "quantize": quantize, "widen": widen, "limits": limits}
+    plan = shard_model(model, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, **asked, **config)
+    return told_of(plan, dict(axes or {}))
+
+
+def told_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingTold:
+    """The same of a plan; `axes` are those that were asked by name, beside its recipe."""
+    return ShardingTold(plan, device_needs(plan), _weights_by_split(plan), tuple(changes_of(plan, axes)))
+
+
+def _weights_by_split(plan: ShardingPlan) -> dict[str, float]:
+    """Bytes of the parts of weights, on average, by the mesh axes that they are split over."""
+    found: dict[str, float] = {}
+    for name in plan.weights:
+        used = {part.axis for part in plan.weights[name].used}
+        over = " ".join(axis for axis, _ in plan.mesh.axes if axis in used)
+        found[over] = found.get(over, 0.0) + plan.weight_part(name)
+    return found

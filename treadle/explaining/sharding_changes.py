@@ -1,0 +1,95 @@
+"""What would save the most: a sharding plan beside those that one change of it gives.
+
+A change is another recipe, an axis of the model that stays whole, a mesh of as many ranks in another shape or order.
+None of them changes what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from treadle.ir.errors import PassError, UsageError
+from treadle.ir.placement.mesh import Mesh
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.rank_programs import refuse_small_sizes
+from treadle.passes.sharding.recipes import RECIPES, shard
+from treadle.sharding import device_needs
+
+
+@dataclass(frozen=True)
+class Change:
+    """A plan that differs in one thing.
+
+    told     what: "recipe sequence"
+    seconds  that a run takes at least
+    held     bytes that a device holds
+    fits     whether it has as many
+    """
+
+    told: str
+    seconds: float
+    held: int
+    fits: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
+    """All changes that can be planned at the plan's sizes: those that fit first, and of these the fastest.
+
+    axes  those that were asked by name, beside the recipe
+    """
+    found: list[Change] = []
+    known = {_identity(plan)}
+    for told, mesh, recipe, asked in _asked(plan, axes):
+        try:
+            made = shard(plan.graph, mesh, recipe=recipe, axes=asked, sizes=plan.sizes, device=plan.machine)
+            refuse_small_sizes(made, plan.sizes)
+        except (PassError, UsageError):
+            continue  # a rank would have no part, or nothing is split
+        if _identity(made) in known:
+            continue
+        known.add(_identity(made))
+        needs = device_needs(made)
+        found.append(Change(told, needs.times.seconds, needs.held, needs.fits))
+    return sorted(found, key=lambda change: (not change.fits, change.seconds, change.held))
+
+
+def _identity(plan: ShardingPlan) -> tuple[Any, ...]:
+    """What two ways to ask for one plan agree in."""
+    weights = tuple(placed.text(plan.mesh) for placed in plan.weights.values())
+    return str(plan.mesh), weights, tuple(sorted(plan.axes.items())), plan.stored
+
+
+_Asked = tuple[str, Mesh, str | None, Mapping[str, str]]
+
+
+def _asked(plan: ShardingPlan, axes: Mapping[str, str]) -> Iterator[_Asked]:
+    recipe = plan.recipe if plan.recipe in RECIPES else None
+    for other in RECIPES:
+        if other != recipe:
+            yield f"recipe {other}", plan.mesh, other, axes
+    for axis in plan.axes:
+        yield f"{axis} whole", plan.mesh, recipe, {**axes, axis: "-"}
+    for mesh in _meshes(plan.mesh, plan.machine.node):
+        yield f"mesh {mesh}", mesh, recipe, axes
+
+
+def _meshes(mesh: Mesh, node: int) -> Iterator[Mesh]:
+    """The mesh with the least factor of an axis moved to another one; with two neighbours in the other order."""
+    sizes = dict(mesh.axes)
+    for axis in RECIPES["megatron-fsdp"].needs:
+        sizes.setdefault(axis, 1)
+    for name, size in sizes.items():
+        least = next((part.size for part in mesh.parts if part.axis == name), None)
+        for other in sizes if least is not None else ():
+            if other != name and least is not None:
+                moved = {**sizes, name: size // least, other: sizes[other] * least}
+                yield Mesh(tuple((n, k) for n, k in moved.items() if k > 1 or n in dict(mesh.axes)))
+    if mesh.ranks > node:
+        for at, (first, second) in enumerate(zip(mesh.axes, mesh.axes[1:], strict=False)):
+            if first[1] > 1 and second[1] > 1:
+                yield Mesh((*mesh.axes[:at], second, first, *mesh.axes[at + 2 :]))
