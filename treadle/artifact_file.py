@@ -43,6 +43,7 @@ _SEAL = "seal"
 _PADDING = "padding/"
 _WEIGHT = "weight/"
 _TEXTS = ("declared", "graph", "log")
+_OPTIONAL = ("sharding",)
 _DAMAGED = "make the file again, or fetch it again: it was changed after it was written"
 
 
@@ -166,6 +167,10 @@ class SectionFile:
         except UnicodeDecodeError as error:
             self.fail("the section is not UTF-8", f"section {name}, byte {error.start} of it", _DAMAGED)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the file has a section of this name."""
+        return name in self._file
+
     @property
     def weights(self) -> dict[str, TensorRecord]:
         """What the file says of each weight, by the weight's name."""
@@ -199,7 +204,7 @@ class SectionFile:
                 if record.dtype != "u8" or len(data) >= ALIGNMENT or data.any():
                     self.fail("padding must be fewer than 64 bytes, all zero", _place(record), _DAMAGED)
                 continue
-            if record.name not in _TEXTS and not record.name.startswith(_WEIGHT):
+            if record.name not in (*_TEXTS, *_OPTIONAL) and not record.name.startswith(_WEIGHT):
                 self.fail("the format has no such section", _place(record), f"this Treadle reads version {VERSION}")
             if record.begin % ALIGNMENT:
                 self.fail(f"a section must begin at a multiple of {ALIGNMENT}", _place(record), _DAMAGED)

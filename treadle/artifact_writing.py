@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from treadle.artifact_file import write_sections
 from treadle.files.contained_files import PathLike
 from treadle.ir.text.printer import print_graph
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.plan_printing import plan_record
 
 if TYPE_CHECKING:
     from treadle.compiled import Compiled  # which saves itself
@@ -20,18 +24,42 @@ def save(compiled: Compiled, path: PathLike) -> str:
     Equal models, options and weights give equal bytes: no times, no paths of this machine. A file of that name is
     replaced in one step. Raises UsageError where the file cannot be written.
     """
-    graph, log = compiled.optimized.graph, compiled.optimized.log.as_dict()
-    texts = {
-        "graph": print_graph(graph).encode(),
-        "declared": print_graph(compiled.optimized.source).encode(),
-        "log": json.dumps(log, ensure_ascii=False, separators=(",", ":")).encode(errors="replace"),
-    }
-    weights = {name: (value.type.held.dtype, compiled.weights[name]) for name, value in graph.parameters.items()}
+    return write_artifact(
+        path, compiled.name, compiled.backend, str(compiled.target), compiled.optimized, compiled.weights, compiled.seed
+    )
+
+
+def write_artifact(
+    path: PathLike,
+    name: str,
+    backend: str,
+    target: str,
+    optimized: Optimized,
+    weights: Mapping[str, Any],
+    seed: int | None,
+    plan: ShardingPlan | None = None,
+) -> str:
+    """Write what an artifact holds (`treadle.artifacts.Artifact`); returns the file's seal.
+
+    plan  how the optimized graph is split over a mesh
+
+    Raises UsageError where the file cannot be written.
+    """
+    graph, log = optimized.graph, optimized.log
+    texts = {"graph": print_graph(graph).encode(), "declared": print_graph(optimized.source).encode()}
+    texts["log"] = _json(log.as_dict())
+    if plan is not None:
+        texts["sharding"] = _json(plan_record(plan))
+    sections = {n: (value.type.held.dtype, weights[n]) for n, value in graph.parameters.items()}
     metadata = {
-        "name": compiled.name,
-        "backend": compiled.backend,
-        "target": str(compiled.target),
-        "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in compiled.optimized.log),
-        "seed": "" if compiled.seed is None else str(compiled.seed),
+        "name": name,
+        "backend": backend,
+        "target": target,
+        "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in log),
+        "seed": "" if seed is None else str(seed),
     }
-    return write_sections(Path(path), texts, weights, metadata)
+    return write_sections(Path(path), texts, sections, metadata)
+
+
+def _json(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(facts, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")

@@ -29,10 +29,10 @@ from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
 from treadle.files.limits import MORE, check_limits, limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.strict_json import JsonReader
+from treadle.files.strict_json import JsonReader, read_json_object
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.collector_pause import collection_paused
-from treadle.ir.errors import CheckpointError, TreadleError
+from treadle.ir.errors import CheckpointError, PassError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
@@ -45,10 +45,14 @@ from treadle.option_values import budget_of
 from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.plan_reading import read_plan
 from treadle.resolving import GGUF_SUFFIX, ONNX_SUFFIX
 from treadle.wheels.pinned_models import PINNED
 
 SUFFIX = ".treadle"
+SHARDING = "sharding"
+"""The section that holds a sharding plan, where there is one."""
 
 HEADER_LIMITS = HeaderLimits(header_bytes=4 * 2**20, tensors=10_000, values=10_000)
 GRAPH_LIMITS = TextLimits(
@@ -81,12 +85,18 @@ class ArtifactLimits:
     graph       of each of the two graphs: characters, nodes, operands, parameters, ...
     log_bytes   length of the pass log
     log_values  values in it, and counts of ops that are carried from pass to pass
+    plan_bytes  length of a sharding plan
+    plan_values values in it
+    plan_ranks  ranks of its mesh
     """
 
     header: HeaderLimits = field(default_factory=lambda: HEADER_LIMITS)
     graph: TextLimits = field(default_factory=lambda: GRAPH_LIMITS)
     log_bytes: int = 4 * 2**20
     log_values: int = 50_000
+    plan_bytes: int = 4 * 2**20
+    plan_values: int = 200_000
+    plan_ranks: int = 16_384
 
     @classmethod
     def of(cls, given: ArtifactLimits | Mapping[str, int] | None) -> ArtifactLimits:
@@ -113,6 +123,7 @@ class Artifact:
     optimized                            the graph as declared and as optimized, and the log, without times
     weights                              by name, memory-mapped
     seal                                 names the content, 64 hexadecimal digits
+    sharding                             how the optimized graph is split over a mesh, checked; None where it is not
     """
 
     name: str
@@ -123,6 +134,7 @@ class Artifact:
     optimized: Optimized
     weights: Mapping[str, Any] = field(repr=False)
     seal: str
+    sharding: ShardingPlan | None = None
 
 
 @collection_paused()
@@ -160,6 +172,7 @@ def open_artifact(
         optimized=Optimized(declared, graph, log),
         weights=_read_weights(file, graph),
         seal=file.seal,
+        sharding=_read_sharding(file, graph, known) if SHARDING in file else None,
     )
 
 
@@ -246,6 +259,17 @@ def _read_graph(file: SectionFile, section: str, limits: TextLimits) -> Graph:
         error.within = f"{file.path}: section {section}" + (f", {error.within}" if error.within else "")
         raise
     return graph
+
+
+def _read_sharding(file: SectionFile, graph: Graph, limits: ArtifactLimits) -> ShardingPlan:
+    text = file.text(SHARDING, limits.plan_bytes, "plan_bytes")
+    within = f"{file.path}: section {SHARDING}"
+    record = read_json_object(text.encode(), within, nesting=32, values=limits.plan_values)
+    try:
+        return read_plan(record, graph, most_ranks=limits.plan_ranks)
+    except PassError as error:
+        error.within = within + (f", {error.within}" if error.within else "")
+        raise
 
 
 def _check_pair(file: SectionFile, declared: Graph, graph: Graph) -> None:

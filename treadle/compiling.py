@@ -97,11 +97,7 @@ def compile(
 
     def make(resolved: Resolved) -> Compiled:
         optimized = manager.run(resolved.graph)
-        if weights is not None:
-            _refuse_unknown(weights, resolved.graph.parameters)
-        given = weights if weights is not None else resolved.weights
-        bound = initial_weights(optimized.graph, seed) if given is None else _chosen(optimized.graph, given)
-        bound = encode_weights(optimized.graph, bound)
+        bound, drawn = weights_of(resolved, optimized.graph, weights, seed)
         budget = budget_of(memory, sizes, optimized.graph)
         executable, lowered = build(
             chosen,
@@ -116,7 +112,6 @@ def compile(
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:
             print(executable.source, file=sys.stderr)
-        drawn = seed if given is None else None
         return Compiled(resolved.name, optimized, executable, backend, where, bound, resolved.unused, drawn)
 
     if isinstance(model, Model):
@@ -126,6 +121,20 @@ def compile(
     except StaticInputNeeded as needed:
         return Specializing(needed.opened, needed.argument, make, backend=backend, target=where)
     return make(resolved)
+
+
+def weights_of(
+    resolved: Resolved, graph: Graph, weights: Mapping[str, Array] | None, seed: int
+) -> tuple[dict[str, Array], int | None]:
+    """What an optimized graph takes, and the seed that drew it: weights that were given, the model's, or drawn ones.
+
+    Raises UsageError for weights that do not fit, as `compile` does.
+    """
+    if weights is not None:
+        _refuse_unknown(weights, resolved.graph.parameters)
+    given = weights if weights is not None else resolved.weights
+    bound = initial_weights(graph, seed) if given is None else _chosen(graph, given)
+    return encode_weights(graph, bound), seed if given is None else None
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:

@@ -33,7 +33,7 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.ir.target import Target
 from treadle.ir.transforms.encoded_weights import encode_weights
 from treadle.option_values import choose_sizes
-from treadle.passes.framework.manager import PassManager
+from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.memory.frames import frames_of, live_at
 from treadle.passes.pipelines import MERGING, RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
@@ -42,7 +42,7 @@ from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.sharding.recipes import shard
 from treadle.passes.sharding.timetable import Timetable, timetable_of
 from treadle.reports import human
-from treadle.resolving import resolve
+from treadle.resolving import Resolved, resolve
 from treadle.runtime.sharding_lab import refuse_many_ranks, run_lab
 
 Array = np.ndarray[Any, Any]
@@ -80,9 +80,35 @@ def shard_model(
 
     Raises UsageError for a mesh, recipe, axis or device that there is not, and what `resolve` does.
     """
+    _, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config)
+    return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
+
+
+def recognized(
+    model: Model | Graph | str | Path,
+    inputs: Sequence[str] | None,
+    dtype: str | None,
+    quantize: str | None,
+    widen: str | Iterable[str],
+    limits: Mapping[str, int] | None,
+    config: Mapping[str, Any],
+) -> tuple[Resolved, Optimized]:
+    """What MODEL names, and its graph in which everything is recognized, computes in `dtype` and is held in blocks."""
     passes, widen = computing_in(dtype, RECOGNITION, widen, quantize)
     resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
-    graph = PassManager(passes).run(resolved.graph).graph
+    return resolved, PassManager(passes).run(resolved.graph)
+
+
+def plan_graph(
+    graph: Graph,
+    mesh: Mesh | str,
+    *,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+) -> ShardingPlan:
+    """Plan a graph in which everything is recognized, and check the plan: see `shard_model`."""
     choose_sizes(graph, sizes or {})  # which refuses what no size of the graph can be
     plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
     check_sharding(plan)

@@ -48,6 +48,10 @@ class Split:
         even = units is not None and units.constant is not None and units.constant % ways(self.over) == 0
         return Split(self.over) if even else self
 
+    def text(self, mesh: Mesh) -> str:
+        """`tp*64`, as it stands in a placement."""
+        return mesh.text_of(self.over) + _grain_text(self.grain)
+
 
 @dataclass(frozen=True)
 class MeshPlacement:
@@ -78,7 +82,7 @@ class MeshPlacement:
 
     def text(self, mesh: Mesh) -> str:
         """`[dp, -, tp*64] sum(ep)`; `parse_placement` reads it."""
-        dims = ", ".join("-" if d is None else mesh.text_of(d.over) + _grain_text(d.grain) for d in self.dims)
+        dims = ", ".join("-" if d is None else d.text(mesh) for d in self.dims)
         return f"[{dims}]" + (f" {self.monoid}({mesh.text_of(self.partial)})" if self.partial else "")
 
 
@@ -102,9 +106,10 @@ def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
     dims: list[Split | None] = []
     for part in match[1].split(",") if match[1].strip() else ():
         over, _, grain = part.partition("*")
-        dims.append(
-            None if over.strip() == "-" else Split(mesh.parts_of(over), parse_size(grain) if grain.strip() else ONE)
-        )
+        parts = mesh.parts_of(over) if over.strip() != "-" else ()
+        if not over.strip():
+            raise ParseError(f"a dimension is split over nothing: {text[:80]!r}", hint="-, where it is whole")
+        dims.append(Split(parts, parse_size(grain) if grain.strip() else ONE) if parts else None)
     return MeshPlacement(tuple(dims), mesh.parts_of(match[3] or ""), match[2] or "sum")
 
 

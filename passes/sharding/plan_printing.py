@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
-from treadle.ir.graph import Node, Value
-from treadle.ir.placement.placements import MeshPlacement
+from treadle.ir.graph import Function, Node, Value
+from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.ir.text.printer import value_names
 from treadle.passes.sharding.conversions import payload_of
 from treadle.passes.sharding.plan import Move, PlannedCollective, PlannedFunction, PlannedNode, ShardingPlan
@@ -63,17 +63,9 @@ def grouped_collectives(plan: ShardingPlan) -> list[PlannedCollective]:
 
 
 def plan_json(plan: ShardingPlan) -> dict[str, Any]:
-    """The plan as JSON: placements as `parse_placement` reads them, values by their names in the graph's text."""
+    """The plan as JSON: its record, and what follows from it."""
     return {
-        "graph": plan.graph.name,
-        "mesh": str(plan.mesh),
-        "recipe": plan.recipe,
-        "axes": dict(plan.axes),
-        "stored": plan.stored,
-        "notes": list(plan.notes),
-        "sizes": dict(plan.sizes),
-        "weights": {name: placed.text(plan.mesh) for name, placed in plan.weights.items()},
-        "functions": [_function_json(plan, planned) for planned in plan.functions],
+        **plan_record(plan),
         "collectives": [
             {
                 "op": c.op,
@@ -90,6 +82,26 @@ def plan_json(plan: ShardingPlan) -> dict[str, Any]:
             for c in grouped_collectives(plan)
         ],
         "weight_bytes": plan.weight_bytes(),
+    }
+
+
+def plan_record(plan: ShardingPlan) -> dict[str, Any]:
+    """All that a plan says of its graph, which `plan_reading` reads: placements as `parse_placement` takes them.
+
+    Values have the names of the graph's text; a value that moves is also told as an operand of the node that it moves
+    for, or as a result of the function. `at` is a node of the function, by its number.
+    """
+    return {
+        "graph": plan.graph.name,
+        "mesh": str(plan.mesh),
+        "recipe": plan.recipe,
+        "axes": dict(plan.axes),
+        "stored": plan.stored,
+        "notes": list(plan.notes),
+        "sizes": dict(plan.sizes),
+        "machine": asdict(plan.machine),
+        "weights": {name: placed.text(plan.mesh) for name, placed in plan.weights.items()},
+        "functions": [_function_json(plan, planned) for planned in plan.functions],
     }
 
 
@@ -173,47 +185,64 @@ def _name(value: Value, names: Mapping[Value, str]) -> str:
 
 
 def _function_json(plan: ShardingPlan, planned: PlannedFunction) -> dict[str, Any]:
-    names = value_names(plan.graph, planned.function)
+    writer = _FactsOf(plan, value_names(plan.graph, planned.function), planned.function)
+    return {
+        "name": planned.name,
+        "of": planned.function.name,
+        "takes": writer.texts(planned.takes),
+        **writer.content(planned),
+        "gives": writer.texts(planned.gives),
+    }
 
-    def texts(placements: Sequence[MeshPlacement | None]) -> list[str | None]:
-        return [None if p is None else p.text(plan.mesh) for p in placements]
 
-    def moves(made: Sequence[Move]) -> list[dict[str, Any]]:
+class _FactsOf:
+    """One function, or a composite's body."""
+
+    def __init__(self, plan: ShardingPlan, names: Mapping[Value, str], function: Function) -> None:
+        self.plan, self.names = plan, names
+        self.numbers = {node: number for number, node in enumerate(function.nodes)}
+
+    def texts(self, placements: Sequence[MeshPlacement | None]) -> list[str | None]:
+        return [None if p is None else p.text(self.plan.mesh) for p in placements]
+
+    def content(self, planned: PlannedFunction) -> dict[str, Any]:
+        """Its nodes, and what is done at its end."""
+        return {
+            "nodes": [self.node(each) for each in planned.nodes],
+            "moves": self.moves(planned.moves, planned.function.results),
+        }
+
+    def moves(self, made: Sequence[Move], among: Sequence[Value | None]) -> list[dict[str, Any]]:
+        mesh = self.plan.mesh
         return [
             {
-                "value": _name(move.value, names),
-                "source": move.source.text(plan.mesh),
-                "target": move.target.text(plan.mesh),
+                "value": _name(move.value, self.names),
+                "operand": among.index(move.value),
+                "source": move.source.text(mesh),
+                "target": move.target.text(mesh),
                 "steps": [
-                    {"kind": s.kind.word, "over": plan.mesh.text_of(s.over), "dim": s.dim, "onto": s.onto}
+                    {"kind": s.kind.word, "over": mesh.text_of(s.over), "dim": s.dim, "onto": s.onto}
                     for s in move.steps
                 ],
                 "because": list(move.because),
+                "at": self.numbers[move.at],
             }
             for move in made
         ]
 
-    def node(each: PlannedNode) -> dict[str, Any]:
+    def node(self, each: PlannedNode) -> dict[str, Any]:
+        node, mesh = each.node, self.plan.mesh
         found: dict[str, Any] = {
-            "op": each.node.op.name,
-            "scope": each.node.scope,
-            "results": [_name(v, names) for v in each.node.results],
-            "shares": {n: plan.mesh.text_of(s.over) for n, s in each.shares.items()},
-            "moves": moves(each.moves),
-            "reads": texts(each.reads),
-            "gives": texts(each.gives),
+            "op": node.op.name,
+            "scope": node.scope,
+            "results": [_name(v, self.names) for v in node.results],
+            "shares": {n: Split(s.over, s.grain).text(mesh) for n, s in each.shares.items()},
+            "moves": self.moves(each.moves, node.operands),
+            "reads": self.texts(each.reads),
+            "gives": self.texts(each.gives),
         }
         if each.callee is not None:
             found["callee"] = each.callee.name
         if each.body is not None:
-            found["body"] = {"nodes": [node(n) for n in each.body.nodes], "moves": moves(each.body.moves)}
+            found["body"] = _FactsOf(self.plan, self.names, each.body.function).content(each.body)
         return found
-
-    return {
-        "name": planned.name,
-        "of": planned.function.name,
-        "takes": texts(planned.takes),
-        "nodes": [node(each) for each in planned.nodes],
-        "moves": moves(planned.moves),
-        "gives": texts(planned.gives),
-    }

@@ -11,6 +11,7 @@ from treadle.cli.application import command, print_json
 from treadle.cli.options import (
     NOTHING_CERTIFIED,
     AsJson,
+    Axis,
     BackendName,
     CacheName,
     Certify,
@@ -22,7 +23,6 @@ from treadle.cli.options import (
     OptionalInputs,
     Quantize,
     Recipe,
-    SplitAxes,
     Widen,
     names_of,
 )
@@ -78,7 +78,7 @@ def explain_sites(
         typer.Option(metavar="AXES", help="sharding: the mesh of devices, such as tp=2,dp=2.", show_default=False),
     ] = None,
     recipe: Recipe = None,
-    axis: SplitAxes = None,
+    axis: Axis = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

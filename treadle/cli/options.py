@@ -117,7 +117,7 @@ Recipe = Annotated[
         show_default=False,
     ),
 ]
-SplitAxes = Annotated[
+Axis = Annotated[
     list[str] | None,
     typer.Option(
         "--axis",
@@ -141,10 +141,9 @@ def refuse_for_artifact(**options: Any) -> None:
     """An artifact is configured, and its passes have run: options that would change that are refused."""
     given = [name for name, value in options.items() if value]
     if given:
-        told = {"config": "--set", "inputs": "--inputs", "widen": "--widen", "dtype": "--dtype"}
-        told |= {"quantize": "--quantize", "after": "--after"}
+        told = [{"config": "--set"}.get(name, f"--{name}") for name in given]
         raise UsageError(
-            "an artifact is what was compiled, and takes no " + " or ".join(told[name] for name in given),
+            "an artifact is what was compiled, and takes no " + " or ".join(told),
             hint="treadle compile MODEL -o FILE.treadle, with other options",
         )
 

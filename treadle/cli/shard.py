@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.options import (
     AsJson,
+    Axis,
     Config,
     Device,
     Dtype,
@@ -18,21 +20,22 @@ from treadle.cli.options import (
     Quantize,
     Recipe,
     Seed,
-    SplitAxes,
     Widen,
     names_of,
+    refuse_for_artifact,
 )
+from treadle.ir.errors import UsageError
 
 
 @command("shard", judges=lambda options: options["lab"])
 def shard_command(
     model: ModelName,
     mesh: Annotated[
-        str,
+        str | None,
         typer.Option("--mesh", metavar="AXES", help="The mesh of devices, such as tp=2,dp=2.", show_default=False),
-    ],
+    ] = None,
     recipe: Recipe = None,
-    axis: SplitAxes = None,
+    axis: Axis = None,
     device: Device = None,
     sizes: Annotated[
         str | None,
@@ -44,6 +47,12 @@ def shard_command(
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="N", min=0, help="Print the program of a rank.", show_default=False)
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write plan and weights to a .treadle file.", show_default=False
+        ),
+    ] = None,
     config: Config = None,
     limit: Limit = None,
     inputs: OptionalInputs = None,
@@ -53,36 +62,70 @@ def shard_command(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Split a model over a mesh, and tell where everything lies, where ranks meet, and why."""
+    """Split a model over a mesh, and tell where everything lies, where ranks meet, and why.
+
+    Of a .treadle file that -o wrote it tells the plan that it holds.
+    """
+    from treadle.artifacts import SUFFIX, is_artifact
     from treadle.fitting import fit_graph, fit_prose, fitted
-    from treadle.option_values import parse_axes, parse_config, parse_sizes
+    from treadle.option_values import parse_axes, parse_config, parse_limits, parse_sizes
     from treadle.passes.sharding.plan_printing import plan_json
     from treadle.progress import working
+    from treadle.reports import human
+    from treadle.sharded_models import ShardedModel, load_sharded, sharded
     from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
 
-    with working(f"planning {model}", shown=not as_json):
-        plan = shard_model(
-            model,
-            mesh,
+    made: ShardedModel | None = None
+    if output is not None and not is_artifact(output):
+        raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
+    if is_artifact(model):
+        refuse_for_artifact(
+            mesh=mesh,
             recipe=recipe,
-            axes=parse_axes(axis or ()),
-            sizes=parse_sizes(sizes),
-            device="h100" if device is None else device,
-            inputs=names_of(inputs),
+            axis=axis,
+            device=device,
+            sizes=sizes,
+            output=output,
+            config=config,
+            inputs=inputs,
             dtype=dtype,
             quantize=quantize,
-            widen=names_of(widen) or (),
-            **parse_config(config or (), limit or ()),
+            widen=widen,
         )
+        made = load_sharded(model, limits=parse_limits(limit or ()))
+        plan = made.plan
+    else:
+        if mesh is None:
+            raise UsageError("a model is split over a mesh", received=f"shard {model}", hint="--mesh tp=2,dp=2")
+        asked: dict[str, Any] = {
+            "recipe": recipe,
+            "axes": parse_axes(axis or ()),
+            "sizes": parse_sizes(sizes),
+            "device": "h100" if device is None else device,
+            "inputs": names_of(inputs),
+            "dtype": dtype,
+            "quantize": quantize,
+            "widen": names_of(widen) or (),
+            **parse_config(config or (), limit or ()),
+        }
+        with working(f"planning {model}", shown=not as_json):
+            if output is None:
+                plan = shard_model(model, mesh, **asked)
+            else:
+                made = sharded(model, mesh, seed=seed, **asked)
+                plan = made.plan
+                made.save(output)
     program = None if rank is None else rank_graph(plan, rank)
     needs = device_needs(plan)
     if not as_json:
         shown = fitted(f"{plan}{needs}", fit_prose) if program is None else fitted(str(program).rstrip("\n"), fit_graph)
         print(shown)
+    if output is not None and not as_json:
+        print(f"wrote {output}, {human(output.stat().st_size, 'B')}")
     tried = None
     if lab:
         with working(f"running {plan.mesh.ranks} ranks", shown=not as_json):
-            tried = try_in_lab(plan, seed=seed)
+            tried = try_in_lab(plan, weights=None if made is None else made.weights, seed=seed)
     if as_json:
         facts = {
             **plan_json(plan),

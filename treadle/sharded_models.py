@@ -1,0 +1,113 @@
+"""A model split over a mesh with its weights, in one `.treadle` file: the plan is saved, programs of ranks are derived.
+
+made = sharded("gpt2", "tp=2", recipe="megatron")
+made.save("gpt2.treadle")
+again = load_sharded("gpt2.treadle")
+again.program(1), again.parts(1)        # what rank 1 runs, and its parts of the weights: views of the mapped file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.artifact_writing import write_artifact
+from treadle.artifacts import ArtifactLimits, open_artifact
+from treadle.compiling import weights_of
+from treadle.files.contained_files import PathLike
+from treadle.files.shown_names import shown_path
+from treadle.frontends.declarations import Model
+from treadle.ir.errors import Hint, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.rank_programs import rank_weights
+from treadle.sharding import plan_graph, rank_graph, recognized
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model and how it is split.
+
+    name       the model's
+    plan       of the graph in which everything is recognized
+    optimized  the graph as declared, that graph, and the log between them
+    weights    whole, by name
+    seed       that drew them; None where they were given
+    """
+
+    name: str
+    plan: ShardingPlan
+    optimized: Optimized = field(repr=False)
+    weights: Mapping[str, Array] = field(repr=False)
+    seed: int | None = None
+
+    def program(self, rank: int) -> Graph:
+        """The program of a rank, after the rest of the pipeline. Raises PassError for a rank that there is not."""
+        return rank_graph(self.plan, rank)
+
+    def parts(self, rank: int) -> dict[str, Array]:
+        """The parts of the weights that a rank's program takes: views of the whole."""
+        return rank_weights(self.plan, rank, self.weights)
+
+    def save(self, path: PathLike) -> str:
+        """Write plan, graph and weights to one `.treadle` file; returns its seal. Equal models give equal bytes.
+
+        `treadle.load` takes such a file for the whole model. Raises UsageError where it cannot be written.
+        """
+        return write_artifact(path, self.name, "numpy", "cpu", self.optimized, self.weights, self.seed, self.plan)
+
+
+def sharded(
+    model: Model | Graph | str | Path,
+    mesh: Mesh | str,
+    *,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+    weights: Mapping[str, Array] | None = None,
+    seed: int = 0,
+    inputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    **config: Any,
+) -> ShardedModel:
+    """Split a model as `treadle.sharding.shard_model` does, with the weights that `treadle.compile` would take.
+
+    Raises what both do.
+    """
+    resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config)
+    plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
+    bound, drawn = weights_of(resolved, optimized.graph, weights, seed)
+    for name, value in optimized.graph.parameters.items():
+        if np.shape(bound[name]) != value.type.held.static_shape:
+            raise UsageError(f"weight {name} must be {value.type.held}", received=str(list(np.shape(bound[name]))))
+    return ShardedModel(resolved.name, plan, optimized, bound, drawn)
+
+
+def load_sharded(
+    path: PathLike, *, limits: ArtifactLimits | Mapping[str, int] | None = None, check: bool = True
+) -> ShardedModel:
+    """Load what `ShardedModel.save` wrote; weights are mapped, and read when they are used.
+
+    check  compare every weight with its hash, which reads the whole file once
+
+    The plan is checked, whoever made it. Raises what `treadle.artifacts.open_artifact` does, PassError for a plan that
+    is wrong, and UsageError for a file without one.
+    """
+    held = open_artifact(path, limits=limits, check=check)
+    if held.sharding is None:
+        hint = Hint('sharded(model, "tp=2", recipe="megatron").save(path)', "treadle shard MODEL --mesh tp=2 -o FILE")
+        raise UsageError("the file holds a model that is not split", received=shown_path(path), hint=hint)
+    return ShardedModel(held.name, held.sharding, held.optimized, held.weights, held.seed)
