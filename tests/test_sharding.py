@@ -513,7 +513,7 @@ def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
         (2, None, None, "a mesh is a text or a Mesh"),
         ({"tp": 2}, None, None, "a mesh is a text or a Mesh"),
         ("tp=2", "heads=tp", None, "axes are a mapping"),
-        ("tp=0", None, None, "a mesh has 1 to 1,048,576 ranks"),
+        ("tp=0", None, None, "a mesh has 1 to 131,072 ranks"),
         ("tp=2,tp=2", None, None, "the mesh has two axes tp"),
         ("tp=2", None, {"S": 5000}, "S cannot be 5000"),
         ("tp=2", None, {"Q": 5}, "gpt2 has no symbolic axis Q"),
@@ -523,3 +523,17 @@ def test_a_wrong_argument_has_a_way_out(mesh: Any, axes: Any, sizes: Any, what: 
     with pytest.raises(UsageError, match=what) as error:
         shard_model("gpt2", mesh, recipe="megatron", axes=axes, sizes=sizes, layers=1)
     assert error.value.hint
+
+
+def test_plans_over_many_ranks_are_checked_without_a_look_at_each_rank() -> None:
+    """A mapped axis that is split alike everywhere is so for any number of ranks."""
+    small: dict[str, Any] = {"layers": 1, "dim": 32, "heads": 8, "vocab": 37}
+    plan = shard_model("gpt2", "tp=8,dp=16384", recipe="megatron-fsdp", **small)
+    assert plan.mesh.ranks == 131_072
+    rebuilt = plan.main.nodes[-1]
+    wrong_way = replace(rebuilt, gives=(parse_placement("[tp, -, dp]", plan.mesh),))
+    functions = (*plan.functions[:-1], replace(plan.main, nodes=(*plan.main.nodes[:-1], wrong_way)))
+    with pytest.raises(PassError, match="sharding plan"):
+        check_sharding(replace(plan, functions=functions))
+    with pytest.raises(UsageError, match="1 to 131,072 ranks"):
+        shard_model("gpt2", "tp=8,dp=16385", recipe="megatron-fsdp", **small)

@@ -17,7 +17,8 @@ from math import prod
 
 from treadle.ir.errors import UsageError
 
-MOST_RANKS = 1 << 20
+MOST_RANKS = 1 << 17
+"""How many ranks a mesh may have: what it takes to check a plan grows with the longest of its axes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,6 @@ the result:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from itertools import product
 from math import prod
 
 from treadle.ir.axes import Application, AxisDim, Role
@@ -32,10 +30,13 @@ from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.ir.sizing.sizes import Size
 from treadle.passes.sharding.conversions import PlacementStep, StepKind
 from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
+from treadle.passes.sharding.rank_groups import group_of, index_of, ranks_along
 
 Interval = tuple[int, int]
 """From a position up to another one, which is not in it."""
 Terms = frozenset[SubAxis]
+_Held = tuple[Value, AxisDim, Size, Split | None]
+"""A dimension that has a factor: of which value, its size, and how it is split."""
 _SPLITTING = (StepKind.TAKE, StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL)
 
 
@@ -115,29 +116,30 @@ class _Check:
         if not set(used) <= set(self.mesh.parts):
             raise self.fail(f"{value.name} lies along an axis that the mesh has not")
         for size, split in zip(value.type.shape, placed.dims, strict=True):
-            if split is not None:
-                parts = {self.interval(size, split, rank) for rank in _ranks(self.mesh, frozenset(split.over))}
-                if any(first >= last for first, last in parts):
-                    raise self.fail(f"{value.name}: a rank has no part of {size}", placed.text(self.mesh))
+            if split is not None and self.units(size, split) < prod(part.size for part in split.over):
+                raise self.fail(f"{value.name}: a rank has no part of {size}", placed.text(self.mesh))
 
     def interval(self, size: Size, split: Split | None, rank: int) -> Interval:
         """The positions that a rank holds of a dimension."""
         known = self.bounds.get((size, split))
         if known is None:
             known = self.bounds[size, split] = self.intervals(size, split)
-        return known[0 if split is None else _index(self.mesh, rank, split.over)]
+        return known[0 if split is None else index_of(self.mesh, rank, split.over)]
 
     def intervals(self, size: Size, split: Split | None) -> list[Interval]:
         """The positions that each part of a split has."""
-        count = size.evaluate(self.sizes)
         if split is None:
-            return [(0, count)]
-        grain = split.grain.evaluate(self.sizes)
-        units, rest = divmod(count, grain)
-        if rest:
-            raise self.fail(f"{size} is no multiple of {split.grain}")
+            return [(0, size.evaluate(self.sizes))]
+        units, grain = self.units(size, split), split.grain.evaluate(self.sizes)
         ways = prod(part.size for part in split.over)
         return [(at * units // ways * grain, (at + 1) * units // ways * grain) for at in range(ways)]
+
+    def units(self, size: Size, split: Split) -> int:
+        """How many units a dimension has that is split."""
+        units, rest = divmod(size.evaluate(self.sizes), split.grain.evaluate(self.sizes))
+        if rest:
+            raise self.fail(f"{size} is no multiple of {split.grain}")
+        return units
 
     # -- moves -------------------------------------------------------------------------------------------------
 
@@ -179,9 +181,12 @@ class _Check:
 
     def dimension(self, value: Value, step: PlacementStep, d: int, size: Size) -> None:
         """What a rank gets of a dimension is what a step of this kind gives it."""
-        along = {p for q in (step.before, step.after) for s in q.dims if s is not None for p in s.over}
-        for rank in _ranks(self.mesh, frozenset(along - set(step.over))):
-            group = _group(self.mesh, rank, step.over)
+        splits = step.before.dims[d], step.after.dims[d]
+        along = {p for split in splits if split is not None for p in split.over}
+        if d not in (step.dim, step.onto) and splits[0] == splits[1] and not along.intersection(step.over):
+            return  # it stays as it is, and ranks that meet have the same
+        for rank in ranks_along(self.mesh, frozenset(along - set(step.over))):
+            group = group_of(self.mesh, rank, step.over)
             had = [self.interval(size, step.before.dims[d], other) for other in group]
             gets = [self.interval(size, step.after.dims[d], other) for other in group]
             if d == (step.onto if step.kind is StepKind.ALL_TO_ALL else step.dim) and step.kind in _SPLITTING:
@@ -241,34 +246,49 @@ class _Check:
             if v is not None and dims is not None and placed is not None
         ]
         slots += [*zip(node.results, application.results, planned.gives, strict=True)]
+        held: dict[str, list[_Held]] = {name: [] for name in planned.shares}
+        for value, dims, placed in slots:
+            for dim, size, split in zip(dims, value.type.shape, placed.dims, strict=True):
+                for name in dim.factors:
+                    held.setdefault(name, []).append((value, dim, size, split))
+        if unknown := [name for name, own in held.items() if not own]:
+            raise self.fail("it splits a factor that nothing of it has", ", ".join(sorted(unknown)))
         parts: dict[str, dict[int, Interval]] = {}
-        used = frozenset(p for _, _, placed in slots for p in placed.used)
-        for rank in _ranks(self.mesh, used):
-            found: dict[str, Interval] = {}
-            for value, dims, placed in slots:
-                for dim, size, split in zip(dims, value.type.shape, placed.dims, strict=True):
-                    for name, own in self.factor_parts(application, dim, self.interval(size, split, rank)).items():
-                        if found.setdefault(name, own) != own:
-                            raise self.fail(f"rank {rank} has other parts of {name} in {value.name}", str(own))
-            for name, own in found.items():
-                parts.setdefault(name, {})[rank] = own
-        self.shares(planned, application, parts)
+        for name, own in held.items():
+            if not self.is_alike(planned, application, name, own):
+                parts[name] = self.parts_of(planned, application, name, own)
         combined = self.combined(planned, application, parts)
         self.terms(planned, application, combined)
 
-    def shares(
-        self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]
-    ) -> None:
-        """Whether the factors that the node is said to split are those of which ranks have parts, and these parts."""
-        if unknown := planned.shares.keys() - parts.keys():
-            raise self.fail("it splits a factor that nothing of it has", ", ".join(sorted(unknown)))
-        for name, own in parts.items():
-            share, size = planned.shares.get(name), application.dims[name].size
-            split = None if share is None else Split(share.over, share.grain)
-            for rank, part in own.items():
-                if self.interval(size, split, rank) != part:
-                    told = "all" if split is None else str(self.interval(size, split, rank))
-                    raise self.fail(f"rank {rank} works on {told} of {name}, and has {part}")
+    def is_alike(self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]) -> bool:
+        """Whether a factor is a mapped one that is all of every dimension with it, each split as the node says it is.
+
+        Then ranks have the same positions of it everywhere, whatever these are.
+        """
+        share = planned.shares.get(name)
+        split = None if share is None else Split(share.over, share.grain)
+        alike = all(dim.factors == (name,) and size == held[0][2] and own == split for _, dim, size, own in held)
+        return alike and application.factors[name].role is Role.MAPPED and name not in planned.node.op.positional
+
+    def parts_of(
+        self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]
+    ) -> dict[int, Interval]:
+        """The positions of a factor by ranks, which are the same in all dimensions that have it, and those told."""
+        share, size = planned.shares.get(name), application.dims[name].size
+        told = None if share is None else Split(share.over, share.grain)
+        splits = [told, *[split for _, _, _, split in held]]
+        found: dict[int, Interval] = {}
+        for rank in ranks_along(
+            self.mesh, frozenset(part for split in splits if split is not None for part in split.over)
+        ):
+            for value, dim, whole, split in held:
+                own = self.factor_parts(application, dim, self.interval(whole, split, rank))[name]
+                if found.setdefault(rank, own) != own:
+                    raise self.fail(f"rank {rank} has other parts of {name} in {value.name}", str(own))
+            if self.interval(size, told, rank) != found[rank]:
+                wanted = "all" if told is None else str(self.interval(size, told, rank))
+                raise self.fail(f"rank {rank} works on {wanted} of {name}, and has {found[rank]}")
+        return found
 
     def factor_parts(self, application: Application, dim: AxisDim, own: Interval) -> dict[str, Interval]:
         """The positions of each factor of a dimension, of which a rank has these."""
@@ -312,10 +332,10 @@ class _Check:
             differ = frozenset(
                 part
                 for part in self.mesh.parts
-                if any(own[r] != own.get(s, own[r]) for r in own for s in _group(self.mesh, r, (part,)))
+                if any(own[r] != own.get(s, own[r]) for r in own for s in group_of(self.mesh, r, (part,)))
             )
             over = tuple(part for part in self.mesh.parts if part in differ)
-            for group in {_group(self.mesh, rank, over) for rank in own}:
+            for group in {group_of(self.mesh, rank, over) for rank in own}:
                 if not _covers(sorted(own[other] for other in group), full):
                     raise self.fail(f"ranks have parts of {name} twice, or not all of it")
             found[name] = differ
@@ -369,39 +389,3 @@ def _covers(parts: Sequence[Interval], whole: Interval) -> bool:
             return False
         at = last
     return at == whole[1]
-
-
-@lru_cache(maxsize=256)
-def _strides(mesh: Mesh) -> dict[SubAxis, int]:
-    """How far apart neighbours along each part of an axis are: ranks count through the first axis fastest."""
-    found, below = {}, 1
-    for name, size in mesh.axes:
-        for part in mesh.parts:
-            if part.axis == name:
-                found[part] = below * (size // part.outer // part.size)
-        below *= size
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _ranks(mesh: Mesh, along: Terms) -> tuple[int, ...]:
-    """Ranks of every position along these parts, and the first along all others, where all ranks have the same."""
-    return _group(mesh, 0, tuple(part for part in mesh.parts if part in along))
-
-
-@lru_cache(maxsize=65536)
-def _index(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> int:
-    """Which part a rank has of what is split over these in turn."""
-    found = 0
-    for part in over:
-        found = found * part.size + rank // _strides(mesh)[part] % part.size
-    return found
-
-
-@lru_cache(maxsize=65536)
-def _group(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> tuple[int, ...]:
-    """The ranks that differ from a rank along these parts alone, the last part fastest."""
-    strides = _strides(mesh)
-    first = rank - sum(rank // strides[p] % p.size * strides[p] for p in over)
-    places = product(*[range(part.size) for part in over])
-    return tuple(first + sum(at * strides[p] for at, p in zip(place, over, strict=True)) for place in places)

@@ -1,0 +1,44 @@
+"""Which ranks of a mesh meet, as the checker counts them: by nothing that plans are made with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+
+from treadle.ir.placement.mesh import Mesh, SubAxis
+
+
+@lru_cache(maxsize=256)
+def _strides(mesh: Mesh) -> dict[SubAxis, int]:
+    """How far apart neighbours along each part of an axis are: ranks count through the first axis fastest."""
+    found, below = {}, 1
+    for name, size in mesh.axes:
+        for part in mesh.parts:
+            if part.axis == name:
+                found[part] = below * (size // part.outer // part.size)
+        below *= size
+    return found
+
+
+@lru_cache(maxsize=4096)
+def ranks_along(mesh: Mesh, along: frozenset[SubAxis]) -> tuple[int, ...]:
+    """Ranks of every position along these parts, and the first along all others, where all ranks have the same."""
+    return group_of(mesh, 0, tuple(part for part in mesh.parts if part in along))
+
+
+@lru_cache(maxsize=65536)
+def index_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> int:
+    """Which part a rank has of what is split over these in turn."""
+    found = 0
+    for part in over:
+        found = found * part.size + rank // _strides(mesh)[part] % part.size
+    return found
+
+
+@lru_cache(maxsize=65536)
+def group_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> tuple[int, ...]:
+    """The ranks that differ from a rank along these parts alone, the last part fastest."""
+    strides = _strides(mesh)
+    first = rank - sum(rank // strides[p] % p.size * strides[p] for p in over)
+    places = product(*[range(part.size) for part in over])
+    return tuple(first + sum(at * strides[p] for at, p in zip(place, over, strict=True)) for place in places)
