@@ -190,7 +190,9 @@ class _Run:
         def read(value: Value | None) -> Array | None:
             if value is None:
                 return None
-            return self.widen(value.literal.array) if value.literal is not None else values[value]
+            if value.literal is None:
+                return values[value]
+            return value.literal.wide if self.float64 else value.literal.array
 
         for node in function.nodes:
             operands = [read(v) for v in node.operands]

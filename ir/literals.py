@@ -90,6 +90,17 @@ class Literal:
         return self.array.item() if self.shape == () else None
 
     @property
+    def wide(self) -> np.ndarray[Any, Any]:
+        """Its elements in float64 where they are floats: of one number in f32 the shortest that rounds to it.
+
+        That is the number as it was written: 1e-05, and not 9.999999747e-06, so that an op's body in float64 means the
+        same as the op, whose attributes are Python's numbers.
+        """
+        if self.dtype is f32 and self.shape == () and self.encoding is None:
+            return np.array(float(str(self.array[()])))
+        return self.array.astype(np.float64) if self.array.dtype.kind == "f" else self.array
+
+    @property
     def type(self) -> Type:
         found = self.dtype[self.shape] if self.shape else Type(self.dtype)
         return found if self.encoding is None else found.as_encoded(self.encoding)

@@ -126,6 +126,11 @@ class Op:
             raise GraphError(f"op {self.name} has no axis rule")
         return self.rule_text
 
+    def multiples(self, types: Sequence[Type | None], found: Application) -> Mapping[str, int]:
+        """Factors that it needs whole by its rule, and of which it works on parts that lie between blocks: of how many
+        elements a block is."""
+        return {}
+
     def dtypes(self) -> str:
         """The dtype rule, such as `"f, i -> f"`; see `treadle.ir.rules.dtype_rules`."""
         if self.dtype_text is None:

@@ -24,7 +24,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import parse_placement
-from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weights
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
@@ -168,6 +168,26 @@ def test_dp_needs_no_collective_and_fsdp_gathers_each_weight_where_it_is_used() 
     assert plan.weight_bytes() == pytest.approx(shard(graph, "dp=4", recipe="dp").weight_bytes() / 4, rel=0.05)
 
 
+def test_two_readers_of_a_weight_gather_it_once() -> None:
+    """The table of tokens, which the logits read too; the first of them is a composite that gathers it in its body."""
+    plan = shard(recognized("gpt2"), "dp=2", recipe="fsdp")
+    gathered = [c for c in plan.collectives() if "wte.weight is stored in parts" in c.because]
+    assert [(c.op, c.scope) for c in gathered] == [("all_gather", "wte")]
+    assert apart("gpt2", plan) < NEAR
+
+
+@pytest.mark.parametrize(("family", "block"), [("t5", "decoder_block"), ("bart", "decoder_layer")])
+def test_what_all_layers_read_is_gathered_once_before_them(family: str, block: str) -> None:
+    """An encoder's states, which lie in parts of their tokens and every decoder layer needs whole."""
+    plan = shard(recognized(family), "tp=2", recipe="sequence")
+    check_sharding(plan)
+    before = [c for c in plan.collectives() if c.because == f"{block} needs all of sequence"]
+    assert len(before) == 1
+    assert words(block_text(plan, block)) == ["all_gather", "reduce_scatter"] * 3
+    assert [f.name for f in plan.functions] == [*dict.fromkeys(f.function.name for f in plan.functions)]
+    assert apart(family, plan) < NEAR
+
+
 def test_a_bias_is_added_once() -> None:
     plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
     first, second = (str(rank_program(plan, rank)) for rank in range(2))
@@ -198,6 +218,17 @@ def test_a_softmax_over_a_split_axis_reduces_a_maximum_and_a_sum() -> None:
     assert plan.main.gives[0].text(plan.mesh) == "[-, tp]"
 
 
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_a_norm_over_a_split_axis_has_the_eps_that_was_written(norm: str) -> None:
+    """Its body holds eps in float32: 1e-3 is 1.000000047e-3 there, which float64 would tell apart."""
+    b = Builder(Graph("norm"))
+    y = b.linear(b.input("x", "f32[B, 64]"), b.parameter("w", "f32[256, 64]")) * 1e-2
+    b.outputs(y=getattr(b, norm)(y, b.parameter("g", "f32[256]"), eps=1e-3))
+    plan = shard_model(b.graph, "tp=4", axes={"w[0]": "tp", "g[0]": "tp"}, sizes={"B": 65536})
+    assert plan.main.gives[0].text(plan.mesh) == "[-, tp]"
+    assert try_in_lab(plan).passed
+
+
 def test_costs_decide_between_two_axes_that_want_one_mesh_axis() -> None:
     """Many rows: a small weight is not split but the rows are; few rows: the other way."""
     b = Builder(Graph("two"))
@@ -226,7 +257,28 @@ def test_weights_in_blocks_are_split_between_their_blocks(name: str, recipe: str
     parts = programs[0].parameters
     assert str(parts[f"{layer}.0.attn.q.weight"].type) == "f32[32, 64] as q8_0"
     down = plan.weights[f"{layer}.0.mlp.down.weight"].text(plan.mesh)
-    assert down == ("[-, -]" if recipe == "megatron" else "[dp, -]")  # its columns lie in blocks
+    assert down == ("[-, tp]" if recipe == "megatron" else "[dp, -]")  # its columns lie in blocks, which are not cut
+    assert not [note for note in plan.notes if "in blocks" in note]
+
+
+def test_parts_lie_between_blocks() -> None:
+    """96 columns in blocks of 32 over 2 ranks are 32 and 64, and so are the rows that make what they multiply."""
+    b = Builder(Graph("blocks"))
+    up, down = b.parameter("up", "f32[96, 64]"), b.parameter("down", "f32[64, 96]")
+    b.outputs(y=b.linear(b.gelu(b.linear(b.input("x", "f32[B, 64]"), up)), down))
+    graph = encode_parameters(b.graph, {"down": parse_encoding("int4_groups(32)")})
+    plan = shard_model(graph, "tp=2", axes={"down[1]": "tp"})
+    placed = [plan.weights[name].text(plan.mesh) for name in ("up", "down")]
+    assert placed == ["[tp*32, -]", "[-, tp*32]"]
+    assert [c.op for c in plan.collectives()] == ["all_reduce"]
+    weights = encode_weights(graph, {n: np.random.default_rng(0).normal(size=s) for n, s in SHAPES.items()})
+    parts = [rank_weights(plan, rank, weights)["down"].shape for rank in range(2)]
+    assert parts == [(64, 18), (64, 36)]  # bytes
+    assert try_in_lab(plan, weights=weights).passed
+    cut = replace(plan, weights={**plan.weights, "down": parse_placement("[-, tp]", plan.mesh)})
+    main = replace(plan.main, takes=(plan.main.takes[0], plan.main.takes[1], cut.weights["down"]))
+    with pytest.raises(PassError, match=r"cuts through a block"):
+        check_sharding(replace(cut, functions=(*plan.functions[:-1], main)))
 
 
 @pytest.mark.parametrize(
@@ -432,6 +484,9 @@ def test_the_lab_refuses_more_ranks_than_it_has_threads_for(monkeypatch: pytest.
     assert not started[0].is_alive()
 
 
+SHAPES = {"up": (96, 64), "down": (64, 96)}
+
+
 def meeting(rank: int, **attributes: Any) -> Graph:
     b = Builder(Graph("alone"))
     x = b.input("tokens", "f32[B, 4]")
@@ -495,6 +550,12 @@ def test_the_front_door_tries_a_plan_in_the_lab() -> None:
 def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
     declared = treadle.compile("gpt2", quantize="int4", layers=2, dim=64, heads=4, vocab=96).graph
     plan = shard_model(declared, "tp=2", recipe="megatron")
+    assert try_in_lab(plan).passed
+    assert not [note for note in plan.notes if "in blocks" in note]
+    split = shard_model("gpt2", "tp=2", recipe="megatron", quantize="int4", layers=2, dim=64, heads=4, vocab=96)
+    assert words(block_text(split, "h")) == ["all_reduce", "all_reduce"]
+    declared = treadle.compile("gpt2", quantize="int8-weights", layers=2, dim=64, heads=4, vocab=96).graph
+    plan = shard_model(declared, "tp=2", recipe="megatron")  # a block is a whole row
     assert try_in_lab(plan).passed
     assert [note for note in plan.notes if "in blocks" in note] == [
         "heads: h.*.attn.out.weight is held in blocks along dimension 1, and whole there",

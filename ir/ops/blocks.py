@@ -8,7 +8,7 @@ Their references take and give held arrays (`treadle.ir.encodings`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treadle.ir.attribute_values import attribute_codec
@@ -60,6 +60,11 @@ class Decode(Primitive):
         if x.encoding is None or x.as_encoded(self.of).encoding != x.encoding:
             raise RuleError(f"x is not encoded as {self.of}", received=str(x))
         return [None]
+
+    def multiples(self, types: Sequence[Type | None], found: Application) -> Mapping[str, int]:
+        """Blocks are decoded one by one; a form whose block is a whole line has no parts."""
+        (dims,), elements = found.operands, self.of.block.elements
+        return {} if elements is None or dims is None else dict.fromkeys(dims[self.of.axis].factors, elements)
 
     def reference(self, x: Any) -> Any:
         return self.of.decode(x)

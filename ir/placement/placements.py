@@ -113,6 +113,29 @@ def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
     return MeshPlacement(tuple(dims), mesh.parts_of(match[3] or ""), match[2] or "sum")
 
 
+def lies_between_blocks(size: Size, split: Split, elements: int) -> bool:
+    """Whether no part of a dimension that is split cuts through one of its blocks of so many elements."""
+    units, grain = size.divide(split.grain), split.grain.constant
+    if units is None or units.constant is None or grain is None:
+        return False
+    count = ways(split.over)
+    return all(at * units.constant // count * grain % elements == 0 for at in range(count))
+
+
+def held_placement(type: Type, placement: MeshPlacement) -> MeshPlacement:
+    """Where parts of what holds a value in blocks lie: of `type.held`, which counts bytes where `type` has elements."""
+    if type.encoding is None:
+        return placement
+    axis = type.encoding.axis % type.rank
+    split, size = placement.dims[axis], type.shape[axis].constant
+    if split is None or size is None or split.grain == ONE:
+        return placement
+    assert split.grain.constant is not None
+    held = Split(split.over, Size.of(type.encoding.bytes(split.grain.constant)))
+    dims = (*placement.dims[:axis], held, *placement.dims[axis + 1 :])
+    return MeshPlacement(dims, placement.partial, placement.monoid)
+
+
 def span(size: Size, split: Split | None, mesh: Mesh, rank: int) -> tuple[Size, Size]:
     """Where the part of a rank starts in a dimension of this size, and how long it is."""
     if split is None:
@@ -146,7 +169,7 @@ def taken_part(
 ) -> Array:
     """The part of an array, which is a whole value of this shape, that a rank holds: a view of it.
 
-    Along a dimension that is not split the array may be of another size: of a value in blocks it counts bytes there.
+    Of a value in blocks the array and the shape count bytes along their axis, and so does `held_placement`.
     """
     where = []
     for size, split in zip(shape, placement.dims, strict=True):

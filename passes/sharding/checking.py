@@ -6,6 +6,7 @@ the result:
 
 - along a mapped factor all operands and results of a rank have the same positions; along one that the op needs whole,
   or reads positions of, each rank has all
+- where an op works on blocks of a factor that it needs whole, each rank has whole blocks
 - along a reduced factor ranks may have other positions; together, without any twice, they have all, and the result is
   terms, by the factor's monoid, along the mesh axes where they differ
 - terms of a sum are read only by operands in which the op is linear, by all of that group and no others, and make terms
@@ -118,6 +119,13 @@ class _Check:
         for size, split in zip(value.type.shape, placed.dims, strict=True):
             if split is not None and self.units(size, split) < prod(part.size for part in split.over):
                 raise self.fail(f"{value.name}: a rank has no part of {size}", placed.text(self.mesh))
+        encoding = value.type.encoding
+        split = None if encoding is None else placed.dims[encoding.axis]
+        if encoding is not None and split is not None:
+            block = encoding.block.elements
+            bounds = [n for part in self.intervals(value.type.shape[encoding.axis], split) for n in part]
+            if block is None or any(bound % block for bound in bounds):
+                raise self.fail(f"{value.name}: a part cuts through a block of {encoding}", placed.text(self.mesh))
 
     def interval(self, size: Size, split: Split | None, rank: int) -> Interval:
         """The positions that a rank holds of a dimension."""
@@ -321,6 +329,9 @@ class _Check:
                 continue
             role = application.factors[name].role
             if role is Role.MAPPED and name not in op.positional:
+                continue
+            block = op.multiples([None if v is None else v.type for v in planned.node.operands], application).get(name)
+            if block is not None and all(first % block == last % block == 0 for first, last in own.values()):
                 continue
             kept = any(name in d.factors for dims in application.results for d in dims)
             looked_up = role is Role.INDEXED and not kept and not isinstance(op, Composite)

@@ -178,8 +178,12 @@ def _without_terms(now: MeshPlacement, over: SubAxes) -> MeshPlacement:
     return MeshPlacement(now.dims, kept, now.monoid if kept else "sum")
 
 
-def is_possible(steps: Sequence[PlacementStep]) -> bool:
-    """Whether terms are made of a whole only where that is right: of sums, and where x by x is x."""
+def is_possible(type: Type, steps: Sequence[PlacementStep]) -> bool:
+    """Whether terms are made of a whole only where that is right: of sums, and where x by x is x; and whether blocks
+    stay where they lie, along their axis."""
+    blocked = None if type.encoding is None else type.encoding.axis % type.rank
+    if blocked is not None and any(blocked in (s.dim, s.onto) for s in steps):
+        return False
     return all(s.kind is not StepKind.KEEP_FIRST or s.after.monoid in ("sum", *IDEMPOTENT) for s in steps)
 
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from treadle.ir.analysis.cost import node_cost
 from treadle.ir.axes import Application, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import PassError, SizeError
@@ -25,13 +24,13 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite, names_operand
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
-from treadle.ir.placement.placements import MeshPlacement, Split
-from treadle.ir.types import Type
-from treadle.passes.sharding.conversions import PlacementStep, conversion, is_possible, seconds_of
-from treadle.passes.sharding.factors import Share, factor_shares
+from treadle.ir.placement.placements import MeshPlacement
+from treadle.passes.sharding.conversions import PlacementStep, conversion, is_possible
+from treadle.passes.sharding.costs import Costs, HeldArgument
+from treadle.passes.sharding.factors import Share
 from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
-from treadle.passes.sharding.reasons import TermsOrigin, dim_name, reason_for, split_names
-from treadle.passes.sharding.suggestions import Suggestion, choices
+from treadle.passes.sharding.reasons import TermsOrigin, origin_of, reason_for
+from treadle.passes.sharding.suggestions import Suggestion, choices, suggested
 from treadle.passes.sharding.transfer import Requirement, may_split, requirement
 from treadle.passes.sharding.wanted import Wanted
 
@@ -39,29 +38,6 @@ GATHERED_WEIGHT = 1e6
 """Seconds that it counts to gather a weight that was asked to be split: no other cost outweighs it."""
 MOST_WAYS = 4096
 """How many ways of splitting one node are compared; the rest are not looked at."""
-
-
-@dataclass(frozen=True)
-class HeldArgument:
-    """How an argument of a function comes.
-
-    placement  where it lies
-    stored     the parts of mesh axes along which it is stored in parts and gathered for use
-    is_weight  whether it is a weight, which stays where it lies otherwise
-    """
-
-    placement: MeshPlacement
-    stored: SubAxes = ()
-    is_weight: bool = False
-
-    @property
-    def used(self) -> MeshPlacement:
-        """The placement without what it is gathered along."""
-        dims = []
-        for split in self.placement.dims:
-            over = tuple(p for p in split.over if p not in self.stored) if split is not None else ()
-            dims.append(Split(over, split.grain) if split is not None and over else None)
-        return MeshPlacement(tuple(dims), self.placement.partial, self.placement.monoid)
 
 
 def plan_sharding(
@@ -125,7 +101,8 @@ class _Planner:
     """Plans functions, each once for a way of calling it."""
 
     def __init__(self, graph: Graph, mesh: Mesh, wanted: Wanted, machine: Machine, sizes: Mapping[str, int]) -> None:
-        self.graph, self.mesh, self.wanted, self.machine, self.sizes = graph, mesh, wanted, machine, sizes
+        self.graph, self.mesh, self.wanted, self.sizes = graph, mesh, wanted, sizes
+        self.costs = Costs(mesh, machine, sizes)
         self.made: dict[object, PlannedFunction] = {}
         self.notes: list[str] = []
 
@@ -140,10 +117,6 @@ class _Planner:
             made = _Body(self, function, takes, self.wanted).planned(name)
             self.made[key] = made
         return self.made[key]
-
-    def seconds(self, type: Type, steps: Sequence[PlacementStep]) -> float:
-        """What the steps cost."""
-        return sum(seconds_of(type, step, self.sizes, self.mesh, self.machine) for step in steps)
 
 
 class _Body:
@@ -191,13 +164,13 @@ class _Body:
         found: list[tuple[float, int, MeshPlacement, tuple[PlacementStep, ...]]] = []
         for source in self.versions(value):
             steps = conversion(value.type.shape, source, target)
-            cost = self._steps_cost(value, steps) if is_possible(steps) else float("inf")
+            cost = self._steps_cost(value, steps) if is_possible(value.type, steps) else float("inf")
             found.append((cost, len(found), source, steps))
         _, _, source, steps = min(found, key=lambda f: f[:2])
         return value, source, target, steps
 
     def _steps_cost(self, value: Value, steps: Sequence[PlacementStep]) -> float:
-        cost = self.planner.seconds(value.type, steps)
+        cost = self.planner.costs.seconds(value.type, steps)
         held = self.held.get(value)
         if held is not None and held.is_weight:
             gathered = [s for s in steps if s.sends and not set(s.over) <= set(held.stored)]
@@ -246,11 +219,53 @@ class _Body:
                 moves += self._moves([self._conversion(value, target)], node)
                 whole = [target]
             takes.append(HeldArgument(max(whole, key=lambda p: ways(p.used))))
+        before = dict(self.planner.made)
         planned = self.planner.function(callee, tuple(takes))
+        for at, value in enumerate(node.inputs):
+            if not takes[at].is_weight:
+                planned, taken = self._gathered_before(node, at, takes, planned, before)
+                moves += self._moves([self._conversion(value, taken.placement)], node)
+                takes[at] = taken
         for value, placed in zip(node.results, planned.gives, strict=True):
             self.had[value] = [placed]
         reads = tuple(h.placement for h in takes)
         return PlannedNode(node, {}, tuple(moves), reads, planned.gives, callee=planned)
+
+    def _gathered_before(
+        self,
+        node: Node,
+        at: int,
+        takes: Sequence[HeldArgument],
+        planned: PlannedFunction,
+        before: Mapping[object, PlannedFunction],
+    ) -> tuple[PlannedFunction, HeldArgument]:
+        """The function and one argument of a call: as it comes, or brought before to where the function needs it.
+
+        That is better where several calls read the value: an encoder's states, which every decoder layer needs whole.
+
+        before  the functions that were planned before this call was; of those planned for it, one is kept
+        """
+        value, formal, callee = node.inputs[at], planned.function.arguments[at], planned.function
+        calls = sum(value in other.inputs for other in self.function.nodes if other.op.callee == node.op.callee)
+        found = planned, takes[at]
+        if calls < 2:
+            return found
+        wanted = [
+            m.target for n in planned.nodes for m in n.moves if m.value is formal and any(s.sends for s in m.steps)
+        ]
+        wanted += [placed for placed in self.versions(value) if not placed.partial]
+        least = calls * self.planner.costs.of(planned)
+        for target in dict.fromkeys(wanted):
+            if target == takes[at].placement or target.partial:
+                continue
+            known, self.planner.made = self.planner.made, dict(before)
+            trial = self.planner.function(callee, (*takes[:at], HeldArgument(target), *takes[at + 1 :]))
+            cost = calls * self.planner.costs.of(trial) + self._steps_cost(value, self._conversion(value, target)[3])
+            if cost < least * (1 - 1e-9):
+                least, found = cost, (trial, HeldArgument(target))
+            else:
+                self.planner.made = known
+        return found
 
     # -- nodes -------------------------------------------------------------------------------------------------
 
@@ -279,34 +294,16 @@ class _Body:
                 self.held[value] = HeldArgument(placed, stored, is_weight=True)
                 self.called[value] = self.called.get(weight, weight.name)
             if placed.partial:
-                self.origins[value] = self._origin(node, value, application, best)
+                by_body = best.body is not None
+                self.origins[value] = origin_of(
+                    node, application, best.shares, best.needed, by_body, self.wanted, self.origins
+                )
         return PlannedNode(node, best.shares, moves, best.needed.operands, best.needed.results, best.body)
-
-    def _origin(self, node: Node, value: Value, application: Application, way: _Way) -> TermsOrigin:
-        names: list[str] = []
-        for name in way.shares:
-            if application.factors[name].role in (Role.REDUCED, Role.INDEXED):
-                names += split_names(node, application, name, self.wanted)
-        if way.body is not None:
-            names += self._split_by(node, way)
-        if names:
-            return TermsOrigin(node, tuple(dict.fromkeys(names)))
-        earlier = [self.origins[v] for v in node.inputs if v in self.origins]
-        return earlier[0] if earlier else TermsOrigin(node, ("an axis",))
-
-    def _split_by(self, node: Node, way: _Way) -> Iterator[str]:
-        """The axes of operands that are split by what results are terms along."""
-        terms = {p for placed in way.needed.results for p in placed.partial}
-        for value, placed in zip(node.operands, way.needed.operands, strict=True):
-            for d, split in enumerate(placed.dims if placed is not None else ()):
-                if value is not None and split is not None and terms.intersection(split.over):
-                    yield dim_name(value, d, self.wanted)
 
     def _suggested(self, node: Node, application: Application) -> Iterator[Suggestion]:
         """Factors to split: those that split operands are split in, and those that wishes are for."""
         slots = [(v, d) for v, d in zip(node.operands, application.operands, strict=True) if v is not None]
-        slots += [*zip(node.results, application.results, strict=True)]
-        for value, dims in slots:
+        for value, dims in [*slots, *zip(node.results, application.results, strict=True)]:
             splits = [(wish.dim, wish.split) for wish in self.wanted.of(value)]
             if value.node is not node:
                 held = self.held.get(value)
@@ -314,10 +311,7 @@ class _Body:
                 if held is not None and held.is_weight:
                     placements = [held.placement if self._is_narrowing(node) else held.used]
                 splits += [(d, s) for p in placements for d, s in enumerate(p.dims) if s is not None]
-            for d, split in splits:
-                shares = factor_shares(application, dims[d], split) if dims is not None else None
-                for name, share in (shares or {}).items():
-                    yield Suggestion(name, share)
+            yield from suggested(application, dims, splits)
 
     def _weight_of(self, node: Node) -> Value | None:
         """The weight that a node reads and nothing else."""
@@ -348,7 +342,7 @@ class _Body:
 
     def _costed(self, node: Node, shares: dict[str, Share], needed: Requirement) -> _Way | None:
         moves: list[_Conversion] = []
-        seconds = self._work(node) / ways(p for s in shares.values() for p in s.over)
+        seconds = self.planner.costs.work(node) / ways(p for s in shares.values() for p in s.over)
         counted: set[tuple[Value, MeshPlacement]] = set()
         for value, target in zip(node.operands, needed.operands, strict=True):
             if value is None or target is None or (value, target) in counted:
@@ -357,7 +351,7 @@ class _Body:
             if target in self.versions(value):
                 continue
             move = self._conversion(value, target)
-            if not is_possible(move[3]):
+            if not is_possible(value.type, move[3]):
                 return None
             seconds += self._steps_cost(value, move[3])
             moves.append(move)
@@ -370,11 +364,7 @@ class _Body:
         if not placed.partial:
             return 0.0
         steps = conversion(value.type.shape, placed, MeshPlacement(placed.dims))
-        return self.planner.seconds(value.type, steps)
-
-    def _work(self, node: Node) -> float:
-        cost = node_cost(node, self.planner.sizes)
-        return self.planner.machine.seconds(cost.flops, cost.bytes)
+        return self.planner.costs.seconds(value.type, steps)
 
     def _opened(self, node: Node) -> _Way:
         """A composite by its body, whose nodes are planned one by one from where operands lie."""
@@ -383,7 +373,6 @@ class _Body:
         moves: list[_Conversion] = []
         takes: list[HeldArgument] = []
         reads: list[MeshPlacement | None] = []
-        seconds = 0.0
         for value in node.operands:
             if value is None:
                 reads.append(None)
@@ -393,24 +382,32 @@ class _Body:
             placed = max(whole, key=lambda p: ways(p.used)) if whole else self._combined(value)
             if not whole:
                 moves.append(self._conversion(value, placed))
-                seconds += self._steps_cost(value, moves[-1][3])
             takes.append(
                 HeldArgument(placed, held.stored, held.is_weight) if held is not None else HeldArgument(placed)
             )
             reads.append(placed)
         outer = [*zip(function.arguments, node.inputs, strict=True), *zip(function.results, node.results, strict=True)]
-        wishes = {inner: self.wanted.of(value) for inner, value in outer}
-        body = _Body(self.planner, function, tuple(takes), Wanted(wishes))
-        body.called = {i: self.called.get(v, v.name) for i, v in outer if v in self.held}
-        planned = body.planned(node.op.name, terms_allowed=True)
-        for inner in planned.nodes:
-            split = ways(p for s in inner.shares.values() for p in s.over)
-            seconds += body._work(inner.node) / split
-            seconds += sum(body._steps_cost(m.value, m.steps) for m in inner.moves)
-            if inner.body is not None:  # its moves count for it
-                seconds += sum(body._steps_cost(m.value, m.steps) for n in inner.body.nodes for m in n.moves)
+        planned = self._body(node, function, takes, outer)
+        for at, (formal, value) in enumerate(zip(function.arguments, node.inputs, strict=True)):
+            # what the body gathers of a weight is had by all who read it afterwards
+            gathered = [m.target for n in planned.nodes for m in n.moves if m.value is formal and takes[at].stored]
+            if gathered:
+                moves.append(self._conversion(value, gathered[0]))
+                takes[at] = HeldArgument(gathered[0], is_weight=True)
+                reads[node.operands.index(value)] = gathered[0]
+                planned = self._body(node, function, takes, outer)
+        seconds = self.planner.costs.of(planned)
+        seconds += sum(self._steps_cost(value, steps) for value, _, _, steps in moves)
         seconds += sum(self._to_come(v, p) for v, p in zip(node.results, planned.gives, strict=True))
         return _Way(seconds, {}, Requirement(tuple(reads), planned.gives), moves, planned)
+
+    def _body(
+        self, node: Node, function: Function, takes: Sequence[HeldArgument], outer: Sequence[tuple[Value, Value]]
+    ) -> PlannedFunction:
+        """A composite's body, planned; `outer` says which of its values are which of ours."""
+        body = _Body(self.planner, function, tuple(takes), Wanted({inner: self.wanted.of(v) for inner, v in outer}))
+        body.called = {inner: self.called.get(v, v.name) for inner, v in outer if v in self.held}
+        return body.planned(node.op.name, terms_allowed=True)
 
 
 def _needs_whole(node: Node, application: Application, suggestion: Suggestion) -> bool:

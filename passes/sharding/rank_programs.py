@@ -23,7 +23,15 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.placement.mesh import ways
-from treadle.ir.placement.placements import IDEMPOTENT, MeshPlacement, Split, local_type, span, taken_part
+from treadle.ir.placement.placements import (
+    IDEMPOTENT,
+    MeshPlacement,
+    Split,
+    held_placement,
+    local_type,
+    span,
+    taken_part,
+)
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
@@ -54,10 +62,10 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
 
 def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:
     """The parts of the weights that a rank's program takes: views of the whole."""
-    values = plan.graph.parameters
+    types = [plan.graph.parameters[name].type for name in plan.weights]
     return {
-        name: taken_part(np.asarray(weights[name]), values[name].type.shape, placed, plan.mesh, rank, {})
-        for name, placed in plan.weights.items()
+        name: taken_part(np.asarray(weights[name]), type.held.shape, held_placement(type, placed), plan.mesh, rank, {})
+        for (name, placed), type in zip(plan.weights.items(), types, strict=True)
     }
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from treadle.ir.axes import Application
+from treadle.ir.axes import Application, Role
 from treadle.ir.graph import Node, Value
 from treadle.passes.sharding.conversions import PlacementStep, StepKind
+from treadle.passes.sharding.factors import Shares
+from treadle.passes.sharding.transfer import Requirement
 from treadle.passes.sharding.wanted import Wanted
 
 
@@ -18,6 +20,35 @@ class TermsOrigin:
 
     node: Node
     axes: tuple[str, ...]
+
+
+def origin_of(
+    node: Node,
+    application: Application,
+    shares: Shares,
+    needed: Requirement,
+    by_body: bool,
+    wanted: Wanted,
+    origins: Mapping[Value, TermsOrigin],
+) -> TermsOrigin:
+    """Who made results of a node terms: the node itself, where it sums over what is split, or who made its operands so.
+
+    by_body  whether it is done by its body, whose factors it does not tell
+    origins  of values before it
+    """
+    names: list[str] = []
+    for name in shares:
+        if application.factors[name].role in (Role.REDUCED, Role.INDEXED):
+            names += split_names(node, application, name, wanted)
+    terms = {p for placed in needed.results for p in placed.partial}
+    for value, placed in zip(node.operands, needed.operands, strict=True) if by_body else ():
+        for d, split in enumerate(placed.dims if placed is not None else ()):
+            if value is not None and split is not None and terms.intersection(split.over):
+                names.append(dim_name(value, d, wanted))
+    if names:
+        return TermsOrigin(node, tuple(dict.fromkeys(names)))
+    earlier = [origins[v] for v in node.inputs if v in origins]
+    return earlier[0] if earlier else TermsOrigin(node, ("an axis",))
 
 
 def reason_for(
@@ -37,13 +68,14 @@ def reason_for(
             return f"{summed}, then split by {dim_name(value, step.dim, wanted)}", origin.node
         return summed, origin.node
     assert step.dim is not None
+    who = reader.op.callee or reader.op.name
     name = dim_name(value, step.dim, wanted)
     known = held.get(value)
     if known is not None and known.is_weight and set(step.over) <= set(known.stored):
         return f"{called.get(value, value.name)} is stored in parts and gathered for use", reader
     if step.kind is StepKind.ALL_TO_ALL and step.onto is not None:
-        return f"{reader.op.name} is split by {dim_name(value, step.onto, wanted)} and not by {name}", reader
-    return f"{reader.op.name} needs all of {name}", reader
+        return f"{who} is split by {dim_name(value, step.onto, wanted)} and not by {name}", reader
+    return f"{who} needs all of {name}", reader
 
 
 def dim_name(value: Value, dim: int, wanted: Wanted) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from treadle.ir.axes import Application, AxisDim
 from treadle.ir.placement.mesh import Mesh, SubAxes, SubAxis
-from treadle.passes.sharding.factors import Share
+from treadle.ir.placement.placements import Split
+from treadle.passes.sharding.factors import Share, factor_shares
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,16 @@ class Suggestion:
 
     factor: str
     share: Share
+
+
+def suggested(
+    application: Application, dims: Sequence[AxisDim] | None, splits: Sequence[tuple[int, Split]]
+) -> Iterator[Suggestion]:
+    """The factors that splits of some dimensions of one operand or result split."""
+    for d, split in splits:
+        shares = factor_shares(application, dims[d], split) if dims is not None else None
+        for name, share in (shares or {}).items():
+            yield Suggestion(name, share)
 
 
 def choices(

@@ -1,6 +1,7 @@
 """What an op needs and gives where some factors of its axis rule are split: one function for every op.
 
     mapped              the op works on parts, each result is split alike
+    whole, in blocks    so it does on parts that lie between blocks, where it says what a block is (`Op.multiples`)
     reduced by a monoid  each rank has a term of the result
     indexed             a lookup in a part of the table: what lies elsewhere counts as zero, so terms of a sum
     all others          the op needs the axis whole (a composite's body may need less)
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from treadle.ir.axes import Application, AxisDim, Role
 from treadle.ir.operation import Composite, Op, names_operand
 from treadle.ir.placement.mesh import SubAxes, ways
-from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.placement.placements import MeshPlacement, Split, lies_between_blocks
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.types import Type
 from treadle.passes.sharding.factors import Shares, dim_split, locate
@@ -41,6 +42,8 @@ def may_split(op: Op, application: Application, name: str, types: Sequence[Type 
             return name not in op.positional
         case Role.REDUCED:
             return True
+        case Role.WHOLE:
+            return name in op.multiples(types, application)
         case Role.INDEXED:
             return looked_up_by(op, application, name, types) is not None
         case _:
@@ -89,7 +92,11 @@ def requirement(
         if not may_split(op, application, name, types):
             return None
         factor = application.factors[name]
-        if factor.role is Role.MAPPED:
+        if factor.role is Role.WHOLE:
+            split = Split(share.over, share.grain)
+            if not lies_between_blocks(application.dims[name].size, split, op.multiples(types, application)[name]):
+                return None
+        if factor.role in (Role.MAPPED, Role.WHOLE):
             continue
         partial += share.over
         monoids.add(factor.monoid or "sum")

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import gcd, lcm
 
 from treadle.ir.analysis.axis_places import Place
 from treadle.ir.analysis.axis_tracing import Tracer, ordered_values
@@ -27,7 +28,7 @@ from treadle.ir.axes import Role
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
-from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.placement.placements import MeshPlacement, Split, lies_between_blocks
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.types import Type
 
@@ -64,7 +65,7 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str]) -> Wanted:
     """
     wishes: dict[Value, list[Wish]] = {}
     notes: list[str] = []
-    weights_of_graph = set(graph.parameters.values())
+    held = set(graph.parameters.values())
     for name, over in axes.items():
         parts = mesh.parts_of(over)
         if not parts:
@@ -72,13 +73,7 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str]) -> Wanted:
         places = list(_places(graph, name))
         if not any(p.size != ONE for p in places):
             raise UsageError(f"{graph.name} has no axis {name!r} to split", hint=_known_axes(graph))
-        notes += _wish(wishes, mesh, name, parts, places)
-        notes += [
-            f"{name}: {re.sub(r'[.][0-9]+(?=[.])', '.*', p.value.name)} is held in blocks along dimension {p.dim}, and "
-            "whole there"
-            for p in places
-            if p.value in weights_of_graph and p.size != ONE and p.dim == blocked_dim(p.value.type)
-        ]
+        notes += _wish(wishes, mesh, name, parts, places, held)
     weights = {name: _placed(wishes.get(v, ()), v.type.rank) for name, v in graph.parameters.items()}
     return Wanted(wishes, weights, tuple(dict.fromkeys(notes)))
 
@@ -88,7 +83,14 @@ def has_axis(graph: Graph, name: str) -> bool:
     return any(place.size != ONE for place in _places(graph, name))
 
 
-def _wish(wishes: dict[Value, list[Wish]], mesh: Mesh, name: str, parts: SubAxes, places: Sequence[Place]) -> list[str]:
+def _wish(
+    wishes: dict[Value, list[Wish]],
+    mesh: Mesh,
+    name: str,
+    parts: SubAxes,
+    places: Sequence[Place],
+    weights: set[Value],
+) -> list[str]:
     """Add wishes for all places of an axis. The least of them says in which units it is split, so that all are alike.
 
     Returns what could not be split as asked, in words.
@@ -97,6 +99,7 @@ def _wish(wishes: dict[Value, list[Wish]], mesh: Mesh, name: str, parts: SubAxes
     places = [p for p in places if p.size != ONE and p.inner * p.size == p.value.type.shape[p.dim]]
     sizes = [p.size.constant for p in places]
     least = min([n for n in sizes if n is not None], default=None)
+    step = _whole_blocks(places, least, ways(parts))
     taken = parts
     while least is not None and ways(taken) > least:
         taken = taken[:-1]
@@ -107,15 +110,43 @@ def _wish(wishes: dict[Value, list[Wish]], mesh: Mesh, name: str, parts: SubAxes
             f"{left} holds copies, or splits what shares them"
         )
     for place in places:
-        if place.dim == blocked_dim(place.value.type):
+        type = place.value.type
+        split = _split(place, taken, parts, least, step)
+        blocked = place.dim == blocked_dim(type)
+        if split is not None and blocked and not _fits_blocks(type, split):
+            if place.value in weights:
+                told = re.sub(r"[.][0-9]+(?=[.])", ".*", place.value.name)
+                notes.append(f"{name}: {told} is held in blocks along dimension {place.dim}, and whole there")
             continue
-        split = _split(place, taken, parts, least)
         if split is not None:
             known = wishes.setdefault(place.value, [])
-            wish = Wish(place.dim, split.normal(place.value.type.shape[place.dim]), name)
+            wish = Wish(place.dim, split.normal(type.shape[place.dim]), name)
             if wish not in known:
                 known.append(wish)
     return notes
+
+
+def _whole_blocks(places: Sequence[Place], least: int | None, count: int) -> int:
+    """In how many steps at once an axis is split, so that no weight's blocks along it are cut; 1 where that cannot be.
+
+    All places of the axis are split alike, so it is not done where some rank would get nothing by it.
+    """
+    step = 1
+    for place in places:
+        type, inner = place.value.type, place.inner.constant
+        if place.dim == blocked_dim(type) and type.encoding is not None and inner is not None:
+            elements = type.encoding.block.elements
+            more = step if elements is None else lcm(step, elements // gcd(elements, inner))
+            if least is not None and place.size.constant == least and least % more == 0 and least // more >= count:
+                step = more
+    return step
+
+
+def _fits_blocks(type: Type, split: Split) -> bool:
+    """Whether a weight's blocks are not cut."""
+    dim = blocked_dim(type)
+    elements = None if type.encoding is None else type.encoding.block.elements
+    return dim is not None and elements is not None and lies_between_blocks(type.shape[dim], split, elements)
 
 
 def blocked_dim(type: Type) -> int | None:
@@ -123,7 +154,7 @@ def blocked_dim(type: Type) -> int | None:
     return None if type.encoding is None else type.encoding.axis % type.rank
 
 
-def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None) -> Split | None:
+def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None, step: int) -> Split | None:
     count = place.size.constant
     shared = None if least is None else place.size.divide(Size.of(least))
     grain = place.inner if shared is None else place.inner * shared
@@ -134,7 +165,7 @@ def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None) -> S
             more = more[:-1]
         if more:
             return Split((*taken, *more), place.inner)
-    return Split(taken, grain) if taken else None
+    return Split(taken, grain * Size.of(step)) if taken else None
 
 
 def _placed(wishes: Sequence[Wish], rank: int) -> MeshPlacement:
@@ -195,6 +226,16 @@ def _known_axes(graph: Graph) -> str:
     return "one of " + ", ".join(dict.fromkeys([*named, *sorted(graph.symbols), *sorted(_labels(graph))]))
 
 
+def _weight_behind(value: Value) -> Value | None:
+    """The weight that a value is, or is made of one by one: decoded, or cast."""
+    while value.weight is None and value.node is not None and len(value.node.inputs) == 1:
+        (before,) = value.node.inputs
+        if before.type.shape != value.type.shape:
+            return None
+        value = before
+    return value.weight
+
+
 def vocabulary(graph: Graph) -> list[str]:
     """The dimensions of weights that are the vocabulary: rows of the largest table that an input looks up, and of
     those that make a last dimension of as many in an output."""
@@ -207,8 +248,9 @@ def vocabulary(graph: Graph) -> list[str]:
         for value, dims in zip(node.operands, application.operands, strict=True):
             for d, dim in enumerate(dims or ()):
                 indexed = any(application.factors[n].role is Role.INDEXED for n in dim.factors)
-                if indexed and value is not None and value.weight is not None:
-                    tables[value.weight] = d
+                weight = None if value is None else _weight_behind(value)
+                if indexed and weight is not None:
+                    tables[weight] = d
     rows = {v: v.type.shape[d].constant for v, d in tables.items()}
     most = max((n for n in rows.values() if n is not None), default=None)
     if most is None:
@@ -216,7 +258,8 @@ def vocabulary(graph: Graph) -> list[str]:
     found = [f"{v.name}[{tables[v]}]" for v, n in rows.items() if n == most]
     ends = {v.node for v in graph.main.outputs.values() if v.type.rank and v.type.shape[-1].constant == most}
     for value in [v for node in ends if node is not None and node.op.callee is None for v in node.inputs]:
-        if value.weight is not None:
+        weight = _weight_behind(value)
+        if weight is not None:
             long = [d for d, size in enumerate(value.type.shape) if size.constant == most]
-            found += [f"{value.weight.name}[{d}]" for d in long[:1]]
+            found += [f"{weight.name}[{d}]" for d in long[:1]]
     return list(dict.fromkeys(found))

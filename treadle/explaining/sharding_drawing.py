@@ -15,6 +15,7 @@ from itertools import islice, product
 from math import prod
 
 from treadle.explaining.sharding import ShardingTold
+from treadle.passes.sharding.conversions import COLLECTIVES
 from treadle.passes.sharding.timetable import LIMITS, Busy
 from treadle.reports import human
 from treadle.sharding import milliseconds
@@ -22,7 +23,9 @@ from treadle.sharding import milliseconds
 WIDTH = 1200
 _LEFT, _RIGHT = 96, 24
 _WORK = {LIMITS[0]: "#2f5d8c", LIMITS[1]: "#7fa8d1"}
-_MEETING = {"all_reduce": "#e07b39", "all_gather": "#59a14f", "reduce_scatter": "#b07aa1", "all_to_all": "#c94f5d"}
+_MEETING = dict(
+    zip([op.name for op in COLLECTIVES.values()], ("#e07b39", "#59a14f", "#b07aa1", "#c94f5d"), strict=False)
+)
 _OTHER = "#8a7f72"
 _LIMIT_COLOURS = (*_WORK.values(), "#e07b39", "#edc948")
 _HELD = ("#2f5d8c", "#4e79a7", "#7fa8d1", "#a9c4de", "#59a14f", "#edc948")

@@ -1,0 +1,66 @@
+"""What plans cost in seconds, and how the arguments of a function come that is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.graph import Node
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh, SubAxes, ways
+from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.types import Type
+from treadle.passes.sharding.conversions import PlacementStep, seconds_of
+from treadle.passes.sharding.plan import PlannedFunction
+
+
+@dataclass(frozen=True)
+class HeldArgument:
+    """How an argument of a function comes.
+
+    placement  where it lies
+    stored     the parts of mesh axes along which it is stored in parts and gathered for use
+    is_weight  whether it is a weight, which stays where it lies otherwise
+    """
+
+    placement: MeshPlacement
+    stored: SubAxes = ()
+    is_weight: bool = False
+
+    @property
+    def used(self) -> MeshPlacement:
+        """The placement without what it is gathered along."""
+        dims = []
+        for split in self.placement.dims:
+            over = tuple(p for p in split.over if p not in self.stored) if split is not None else ()
+            dims.append(Split(over, split.grain) if split is not None and over else None)
+        return MeshPlacement(tuple(dims), self.placement.partial, self.placement.monoid)
+
+
+class Costs:
+    """Seconds at a plan's sizes, on its machine."""
+
+    def __init__(self, mesh: Mesh, machine: Machine, sizes: Mapping[str, int]) -> None:
+        self.mesh, self.machine, self.sizes = mesh, machine, sizes
+
+    def of(self, planned: PlannedFunction) -> float:
+        """Seconds of one call: of work, and of what moves."""
+        total = 0.0
+        for each in planned.nodes:
+            inner = each.callee or each.body
+            if inner is not None:
+                total += self.of(inner)
+            else:
+                total += self.work(each.node) / ways(p for s in each.shares.values() for p in s.over)
+            total += sum(self.seconds(m.value.type, m.steps) for m in each.moves)
+        return total + sum(self.seconds(m.value.type, m.steps) for m in planned.moves)
+
+    def work(self, node: Node) -> float:
+        """Seconds that a node takes on one device."""
+        cost = node_cost(node, self.sizes)
+        return self.machine.seconds(cost.flops, cost.bytes)
+
+    def seconds(self, type: Type, steps: Sequence[PlacementStep]) -> float:
+        """What the steps cost."""
+        return sum(seconds_of(type, step, self.sizes, self.mesh, self.machine) for step in steps)
