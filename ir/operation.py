@@ -126,6 +126,12 @@ class Op:
             raise GraphError(f"op {self.name} has no axis rule")
         return self.rule_text
 
+    @property
+    def keys_in_parts(self) -> tuple[str, str] | None:
+        """Factors of queries and of keys, of an op that may be computed for parts of the keys one after the other
+        (`on_keys`): ranks then have parts of both, and pass those of the keys around."""
+        return None
+
     def multiples(self, types: Sequence[Type | None], found: Application) -> Mapping[str, int]:
         """Factors that it needs whole by its rule, and of which it works on parts that lie between blocks: of how many
         elements a block is."""

@@ -56,6 +56,16 @@ def test_all_to_all_changes_which_dimension_is_split() -> None:
     assert np.array_equal(got[1], whole[:, 2:])
 
 
+def test_pass_on_gives_each_rank_the_part_of_the_one_before() -> None:
+    parts = [np.arange(1), np.arange(2), np.arange(3)]
+    got = combined("pass_on", [{"axis": 0, "size": n} for n in (3, 1, 2)], parts)
+    assert [len(x) for x in got] == [3, 1, 2]
+    back = combined("pass_on", [{"axis": 0, "size": n, "steps": -1} for n in (1, 2, 3)], got)
+    assert [len(x) for x in back] == [1, 2, 3]
+    (op,) = ops("pass_on", [{"axis": 0, "size": 3}])
+    assert op.payload(40, 60) * op.rounds / op.ways == 40, "all of its own part"
+
+
 def test_parts_that_are_not_the_whole_are_refused() -> None:
     with pytest.raises(GraphError, match="parts of 4 elements together, of a dimension of 5"):
         combined("reduce_scatter", [{"axis": 0, "size": 2}] * 2, [np.arange(5)] * 2)
@@ -74,6 +84,7 @@ CASES = [
     ("all_gather", {"axis": 0, "size": 4}),
     ("reduce_scatter", {"axis": -1, "size": 6}),
     ("all_to_all", {"axis": 1, "size": 6, "onto": 0, "whole": 4}),
+    ("pass_on", {"axis": 1, "size": 6}),
 ]
 
 

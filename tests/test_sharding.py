@@ -41,7 +41,7 @@ NEAR = 1e-11
 EXACT = 1e-7
 """What a wrong plan is off by at least; numbers of weights are near 0.05."""
 
-MESHES = ("tp=2", "tp=4", "tp=8", "dp=2", "dp=4", "dp=8", "tp=2,dp=2", "dp=2,tp=4")
+MESHES = ("tp=2", "tp=4", "tp=8", "dp=2", "dp=4", "dp=8", "tp=2,dp=2", "dp=2,tp=4", "cp=2", "cp=4", "cp=8", "tp=2,cp=2")
 CASES = [
     (family, mesh, recipe)
     for family in FAMILIES
@@ -99,7 +99,11 @@ def test_a_linear_graph_is_computed_exactly() -> None:
 
 
 def block_text(plan: ShardingPlan, name: str) -> str:
-    text = str(rank_program(plan, 0))
+    return block_text_of(plan, 0, name)
+
+
+def block_text_of(plan: ShardingPlan, rank: int, name: str) -> str:
+    text = str(rank_program(plan, rank))
     return text[text.index(f"block {name}(") : text.index("  main(")]
 
 
@@ -137,6 +141,43 @@ def test_sequence_gathers_and_scatters_the_bytes_that_megatron_reduces(family: s
     assert sent[0] == sent[1]
     norm = next(n for n in gathered.functions[0].nodes if n.node.op.name.endswith("norm"))
     assert norm.gives[0].text(gathered.mesh) == "[-, tp, -]"
+
+
+def test_context_passes_keys_around_and_gathers_nothing() -> None:
+    """Ring attention: rank 0 of 4 sees its own tokens alone, rank 3 those of all."""
+    plan = shard(recognized("gpt2"), "cp=4", recipe="context", sizes={"B": 2, "S": 16})
+    check_sharding(plan)
+    made = plan.collectives()
+    assert [c.op for c in made] == ["pass_on"] * (2 * 3 * 2), "keys and values, thrice, in two layers"
+    assert {c.sent for c in made} == {2 * 4 * 32 * 4}
+    first, last = (block_text_of(plan, rank, "h") for rank in (0, 3))
+    assert [text.count("= attention_parts(") for text in (first, last)] == [1, 4]
+    assert [text.count("= pass_on(") for text in (first, last)] == [6, 6]
+    assert "attention, keys pass around: " in str(plan)
+    assert plan.main.gives[0].text(plan.mesh) == "[-, cp, -]"
+    programs = [rank_graph(plan, rank) for rank in range(4)]
+    assert apart("gpt2", plan, programs) < NEAR
+    needs = device_needs(plan)
+    assert sum(c.sent for c in needs.times.causes()) == sum(c.sent for c in made)
+
+
+def test_a_ring_that_is_wrong_is_refused() -> None:
+    plan = shard(recognized("gpt2"), "cp=2,dp=2", recipe="context")
+    at = next(i for i, n in enumerate(plan.functions[0].nodes) if n.ring)
+
+    def with_ring(axes: str) -> ShardingPlan:
+        changed = changed_node(plan, 0, at, ring=plan.mesh.parts_of(axes))
+        main = plan.main
+        nodes = [replace(n, callee=changed.functions[0]) if n.callee is not None else n for n in main.nodes]
+        return replace(changed, functions=(changed.functions[0], replace(main, nodes=tuple(nodes))))
+
+    check_sharding(with_ring("cp"))
+    for axes, told in (("", "needs all of"), ("dp", "not all of t"), ("cp dp", "not all of t")):
+        with pytest.raises(PassError, match=told):
+            check_sharding(with_ring(axes))
+    norm = next(i for i, n in enumerate(plan.functions[0].nodes) if n.node.op.name == "layer_norm")
+    with pytest.raises(PassError, match="no keys of layer_norm pass around"):
+        check_sharding(changed_node(plan, 0, norm, ring=plan.mesh.parts_of("cp")))
 
 
 def test_fewer_key_heads_than_ranks_take_a_part_of_the_axis() -> None:

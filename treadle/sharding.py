@@ -70,7 +70,7 @@ def shard_model(
 
     model            as `treadle.compile` takes it
     mesh             axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
-    recipe           "megatron", "sequence", "dp", "fsdp" or "megatron-fsdp"
+    recipe           "megatron", "sequence", "context", "dp", "fsdp" or "megatron-fsdp"
     axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
                      leaves one whole that the recipe splits
     sizes            of symbols, for which costs are compared

@@ -63,10 +63,12 @@ class Term:
 
     name        how it is written, its fields following in parentheses
     positional  the axes, of s and t, along which it reads the position itself
+    relative    whether of positions it reads how far they are apart, and of operands no axis of them
     """
 
     name: ClassVar[str]
     positional: ClassVar[frozenset[str]] = frozenset()
+    relative: ClassVar[bool] = False
 
     @property
     def operands(self) -> tuple[TermOperand, ...]:
@@ -178,6 +180,7 @@ class Causal(MaskTerm):
 
     name = "causal"
     positional = frozenset({"s", "t"})
+    relative = True
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
@@ -201,6 +204,7 @@ class Window(MaskTerm):
 
     name = "window"
     positional = frozenset({"s", "t"})
+    relative = True
 
     def __post_init__(self) -> None:
         _require(1 <= self.size < 2**31, "window: size must be 1 or more, and below 2^31", self)
@@ -329,6 +333,7 @@ class T5Relative(BiasTerm):
 
     name = "t5_relative"
     positional = frozenset({"s", "t"})
+    relative = True
 
     def __post_init__(self) -> None:
         least = 4 if self.bidirectional else 2
@@ -371,6 +376,7 @@ class Alibi(BiasTerm):
 
     name = "alibi"
     positional = frozenset({"s", "t"})
+    relative = True
 
     @property
     def operands(self) -> tuple[TermOperand, ...]:

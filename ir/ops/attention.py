@@ -35,7 +35,7 @@ from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.transforms.differentiate import backward, operand_gradients
-from treadle.ir.types import Type, f32, f64
+from treadle.ir.types import Type, f32, f64, i64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,27 @@ class Attention(_OverSequence):
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, to which terms by position look: 0, unless they are a part of others
     """
+
+    @property
+    def keys_in_parts(self) -> tuple[str, str] | None:
+        """Where terms read how far a query and a key are apart, and nothing else of where they stand."""
+        return ("s", "t") if all(term.relative for term in self.terms) and self.start == ZERO else None
+
+    def on_keys(self, b: Builder, operands: Sequence[Expr], ahead: Size) -> list[Expr]:
+        """out, max, sum for some of the queries and some of the keys: parts, which `merge_parts` merges.
+
+        ahead  where the first of the keys stands, from the first of the queries
+        """
+        q, k, v, *given = operands
+        offset = b.expand(b.constant(0, i64), shape=(q.shape[0],)) + ahead
+        terms, scale, softcap = self.terms, self.scale, self.softcap
+        return list(b.attention_parts(q, k, v, offset, *given, terms=terms, scale=scale, softcap=softcap))
+
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether a query may see keys that stand after it."""
+        furthest = reach_of(self.terms)[1]
+        return furthest is None or furthest > 0
 
     reads_slots = frozenset({"k", "v"})
     step = "appends its keys and values to caches, and reads the slots of its rows"

@@ -8,6 +8,7 @@ ranks of the group bring (`combined`); among one rank it is the identity.
     all_gather        every rank gets all parts side by side along a dimension
     reduce_scatter    every rank gets its part of the sum
     all_to_all        parts along one dimension become parts along another
+    pass_on           every rank sends its part to the next one, and receives the part of the one before
 
 Bytes are of a ring, in which each rank sends to the next (Patarasuk & Yuan 2009): what each rank sends.
 """
@@ -86,6 +87,11 @@ class Collective(Primitive):
     def rounds(self) -> float:
         """How often a rank sends its share of the payload, 1/ways of it: once to each other rank."""
         return self.ways - 1
+
+    @property
+    def messages(self) -> float:
+        """How many messages it waits for, one after the other."""
+        return self.rounds
 
 
 @op("all_reduce", axes="... -> ...", dtypes="t -> t")
@@ -199,6 +205,40 @@ class AllToAll(_Along):
         (g,), (x,) = grads, inputs
         axis, onto = place(self.axis, x.rank), place(self.onto, x.rank)
         return [b.apply("all_to_all", g, **self.group, axis=onto, size=x.shape[onto], onto=axis, whole=x.shape[axis])]
+
+
+@op("pass_on", dtypes="t -> t", linear="x", flops=0)
+class PassOn(_Along):
+    """y = x of the rank `steps` before, in a ring: each rank sends to one, and receives from one
+
+    size  how long the dimension is in what it receives, where parts are uneven
+    """
+
+    x = Operand()
+    steps: int = 1
+
+    def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        return [parts[(n - self.steps) % len(parts)] for n in range(len(parts))]
+
+    def payload(self, taken: int, given: int) -> int:
+        """What a rank sends."""
+        return taken
+
+    @property
+    def rounds(self) -> float:
+        """The whole of its part is sent, which is `ways` shares of it."""
+        return self.ways
+
+    @property
+    def messages(self) -> float:
+        """One."""
+        return 1
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        """Gradients go the other way around."""
+        (g,), (x,) = grads, inputs
+        size = x.shape[place(self.axis, x.rank)]
+        return [b.apply("pass_on", g, **self.group, axis=self.axis, size=size, steps=-self.steps)]
 
 
 def _parted(whole: Any, ops: Sequence[Any], axis: int) -> list[Any]:

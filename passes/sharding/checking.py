@@ -7,6 +7,7 @@ the result:
 - along a mapped factor all operands and results of a rank have the same positions; along one that the op needs whole,
   or reads positions of, each rank has all
 - where an op works on blocks of a factor that it needs whole, each rank has whole blocks
+- where keys pass around ranks, these have all of them, each once and in turn
 - along a reduced factor ranks may have other positions; together, without any twice, they have all, and the result is
   terms, by the factor's monoid, along the mesh axes where they differ
 - terms of a sum are read only by operands in which the op is linear, by all of that group and no others, and make terms
@@ -265,6 +266,8 @@ class _Check:
         for name, own in held.items():
             if not self.is_alike(planned, application, name, own):
                 parts[name] = self.parts_of(planned, application, name, own)
+        if planned.ring:
+            self.ring(planned, application, parts)
         combined = self.combined(planned, application, parts)
         self.terms(planned, application, combined)
 
@@ -318,6 +321,16 @@ class _Check:
                 raise self.fail(f"a part cuts through factor {name}", f"{own} of {sizes}")
         return found
 
+    def ring(self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]) -> None:
+        """Whether each rank has seen all keys, once, when they have passed around."""
+        op, over = planned.node.op, planned.ring
+        if op.keys_in_parts is None or len(set(over)) != len(over) or not set(over) <= set(self.mesh.parts):
+            raise self.fail(f"no keys of {op.name} pass around {self.mesh.text_of(over)}")
+        full, own = (0, application.dims[op.keys_in_parts[1]].size.evaluate(self.sizes)), parts[op.keys_in_parts[1]]
+        for rank in own:
+            if not _covers([own.get(other, own[rank]) for other in group_of(self.mesh, rank, over)], full):
+                raise self.fail(f"keys that pass around are not all of {op.keys_in_parts[1]}, once", str(own[rank]))
+
     def combined(
         self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]
     ) -> dict[str, Terms]:
@@ -328,6 +341,8 @@ class _Check:
             if all(each == full for each in own.values()):
                 continue
             role = application.factors[name].role
+            if planned.ring and op.keys_in_parts is not None and name in op.keys_in_parts:
+                continue
             if role is Role.MAPPED and name not in op.positional:
                 continue
             block = op.multiples([None if v is None else v.type for v in planned.node.operands], application).get(name)

@@ -215,3 +215,10 @@ def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: 
         return written / machine.bandwidth
     rounds = (2 if step.kind is StepKind.ALL_REDUCE else 1) * (ways(step.over) - 1)
     return sent_by(type, step, sizes) / machine.link(mesh, step.over) + rounds * machine.latency
+
+
+def seconds_to_pass(
+    type: Type, placed: MeshPlacement, sizes: Mapping[str, int], over: SubAxes, mesh: Mesh, machine: Machine
+) -> float:
+    """How long it takes to send a part to the next rank."""
+    return bytes_of(type, placed, sizes) / machine.link(mesh, over) + machine.latency

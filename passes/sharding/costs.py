@@ -11,7 +11,7 @@ from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.ir.types import Type
-from treadle.passes.sharding.conversions import PlacementStep, seconds_of
+from treadle.passes.sharding.conversions import PlacementStep, seconds_of, seconds_to_pass
 from treadle.passes.sharding.plan import PlannedFunction
 
 
@@ -52,7 +52,9 @@ class Costs:
             if inner is not None:
                 total += self.of(inner)
             else:
-                total += self.work(each.node) / ways(p for s in each.shares.values() for p in s.over)
+                total += self.work(each.node) / ways({p for s in each.shares.values() for p in s.over})
+            if each.ring:
+                total += self.ring(each.node, each.reads, each.ring)
             total += sum(self.seconds(m.value.type, m.steps) for m in each.moves)
         return total + sum(self.seconds(m.value.type, m.steps) for m in planned.moves)
 
@@ -60,6 +62,15 @@ class Costs:
         """Seconds that a node takes on one device."""
         cost = node_cost(node, self.sizes)
         return self.machine.seconds(cost.flops, cost.bytes)
+
+    def ring(self, node: Node, reads: Sequence[MeshPlacement | None], over: SubAxes) -> float:
+        """Seconds in which keys and values pass around, if nothing is done meanwhile."""
+        found = 0.0
+        for value, placed in zip(node.operands[1:3], reads[1:3], strict=True):
+            if value is not None and placed is not None:
+                once = seconds_to_pass(value.type, placed, self.sizes, over, self.mesh, self.machine)
+                found += (ways(over) - 1) * once
+        return found
 
     def seconds(self, type: Type, steps: Sequence[PlacementStep]) -> float:
         """What the steps cost."""

@@ -16,10 +16,18 @@ from dataclasses import dataclass, field
 
 from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.collectives import PassOn
 from treadle.ir.placement.machines import Machine
-from treadle.ir.placement.mesh import Mesh, ways
+from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement
-from treadle.passes.sharding.conversions import PlacementStep, payload_of, seconds_of, sent_by
+from treadle.passes.sharding.conversions import (
+    PlacementStep,
+    bytes_of,
+    payload_of,
+    seconds_of,
+    seconds_to_pass,
+    sent_by,
+)
 from treadle.passes.sharding.factors import Share
 
 
@@ -39,6 +47,11 @@ class Move:
     at: Node
 
 
+def ring_reason(node: Node) -> str:
+    """Why keys and values pass around."""
+    return f"{node.op.name} sees all keys, which ranks have in parts"
+
+
 @dataclass(frozen=True)
 class PlannedNode:
     """One node.
@@ -47,6 +60,7 @@ class PlannedNode:
     moves   what is done before it
     reads   how each operand lies that it reads; None where it is absent
     gives   how each result lies
+    ring    parts of mesh axes around which keys pass, of attention whose queries and keys are split over them
     body    of a composite that works on parts of an axis which it needs whole: its body, planned
     callee  of a call: its function, planned
     """
@@ -58,6 +72,7 @@ class PlannedNode:
     gives: tuple[MeshPlacement, ...]
     body: PlannedFunction | None = None
     callee: PlannedFunction | None = None
+    ring: SubAxes = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,8 @@ class ShardingPlan:
         """Those of a function; of a body they are the composite's."""
         for node in planned.nodes:
             yield from self._moved(node.moves, scope, within)
+            if node.ring:
+                yield from self._passed(node, scope, within or node.node)
             if node.body is not None:
                 yield from self._run(node.body, scope, within or node.node)
             elif node.callee is not None:
@@ -159,6 +176,27 @@ class ShardingPlan:
                         sent_by(*told),
                         seconds_of(*told, self.mesh, self.machine),
                     )
+
+    def _passed(self, planned: PlannedNode, scope: str, at: Node) -> Iterator[PlannedCollective]:
+        """Keys and values, which each rank passes to the next until all have had all."""
+        node, count = planned.node, ways(planned.ring)
+        for value, placed in zip(node.operands[1:3], planned.reads[1:3], strict=True):
+            assert value is not None
+            assert placed is not None
+            sent = bytes_of(value.type, placed, self.sizes)
+            each = PlannedCollective(
+                PassOn.name,
+                self.mesh.text_of(planned.ring),
+                count,
+                ring_reason(node),
+                joined_scope(scope, at.scope),
+                str(at.source or ""),
+                value.name,
+                sent,
+                sent,
+                seconds_to_pass(value.type, placed, self.sizes, planned.ring, self.mesh, self.machine),
+            )
+            yield from [each] * (count - 1)
 
     def __str__(self) -> str:
         from treadle.passes.sharding.plan_printing import plan_text

@@ -151,6 +151,8 @@ def _node_lines(
     told = planned.callee.name if planned.callee is not None else node.op.name
     if planned.body is not None:
         told += ", by its body"
+    if planned.ring:
+        told += ", keys pass around"
     left = f"{', '.join(_name(v, names) for v in node.results)} = {told}" + (f": {split}" if split else "")
     yield f"{indent}{left}".ljust(_COLUMN + 2) + "  " + ", ".join(p.text(mesh) for p in planned.gives)
     if planned.body is not None:
@@ -241,6 +243,8 @@ class _FactsOf:
             "reads": self.texts(each.reads),
             "gives": self.texts(each.gives),
         }
+        if each.ring:
+            found["ring"] = mesh.text_of(each.ring)
         if each.callee is not None:
             found["callee"] = each.callee.name
         if each.body is not None:

@@ -143,6 +143,7 @@ class _Reader:
                 raise ValueError(f"{node.op.name} has no body")
             inner = body_of(node.op, types)
             body = self.content(said["body"], node.op.name, inner, [p for p in reads if p is not None], gives)
+        ring = self.mesh.parts_of(_text(said.get("ring", "")))
         return PlannedNode(
             node,
             self.shares(said["shares"]),
@@ -151,6 +152,7 @@ class _Reader:
             gives,
             body,
             callee,
+            ring,
         )
 
     def shares(self, said: Mapping[str, Any]) -> dict[str, Share]:

@@ -25,6 +25,7 @@ from treadle.ir.operation import Composite, names_operand
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement
+from treadle.ir.types import Type
 from treadle.passes.sharding.conversions import PlacementStep, conversion, is_possible
 from treadle.passes.sharding.costs import Costs, HeldArgument
 from treadle.passes.sharding.factors import Share
@@ -95,6 +96,7 @@ class _Way:
     needed: Requirement
     moves: list[_Conversion]
     body: PlannedFunction | None = None
+    ring: SubAxes = ()
 
 
 class _Planner:
@@ -274,7 +276,7 @@ class _Body:
         application = node.op.apply(types)
         suggestions = list(dict.fromkeys(self._suggested(node, application)))
         usable = [s for s in suggestions if may_split(node.op, application, s.factor, types)]
-        best: _Way | None = None
+        best = self._around(node, application, types, suggestions, usable)
         for shares, carried, through in self._ways(node, usable):
             needed = requirement(node.op, application, types, shares, carried, through)
             way = None if needed is None else self._costed(node, shares, needed)
@@ -298,7 +300,32 @@ class _Body:
                 self.origins[value] = origin_of(
                     node, application, best.shares, best.needed, by_body, self.wanted, self.origins
                 )
-        return PlannedNode(node, best.shares, moves, best.needed.operands, best.needed.results, best.body)
+        needed = best.needed
+        return PlannedNode(node, best.shares, moves, needed.operands, needed.results, best.body, ring=best.ring)
+
+    def _around(
+        self,
+        node: Node,
+        application: Application,
+        types: Sequence[Type | None],
+        suggestions: Sequence[Suggestion],
+        usable: Sequence[Suggestion],
+    ) -> _Way | None:
+        """The best way in which queries and keys are split alike, and keys pass around; None where there is none."""
+        best: _Way | None = None
+        for suggestion in suggestions if node.op.keys_in_parts is not None else ():
+            queries, keys = node.op.keys_in_parts or ("", "")
+            if suggestion.factor != queries or not suggestion.share.over:
+                continue
+            over = suggestion.share.over
+            others = [s for s in usable if s.factor not in (queries, keys) and not set(s.share.over) & set(over)]
+            for shares, carried, through in self._ways(node, others):
+                split = {**shares, queries: suggestion.share, keys: suggestion.share}
+                needed = requirement(node.op, application, types, split, carried, through, over)
+                way = None if needed is None else self._costed(node, split, needed, over)
+                if way is not None and (best is None or way.seconds < best.seconds * (1 - 1e-9)):
+                    best = way
+        return best
 
     def _suggested(self, node: Node, application: Application) -> Iterator[Suggestion]:
         """Factors to split: those that split operands are split in, and those that wishes are for."""
@@ -340,9 +367,10 @@ class _Body:
             where = f"{node.op.name} {node.scope}".strip()
             self.planner.notes.append(f"{where}: of more than {MOST_WAYS} ways to split it the first were compared")
 
-    def _costed(self, node: Node, shares: dict[str, Share], needed: Requirement) -> _Way | None:
+    def _costed(self, node: Node, shares: dict[str, Share], needed: Requirement, ring: SubAxes = ()) -> _Way | None:
         moves: list[_Conversion] = []
-        seconds = self.planner.costs.work(node) / ways(p for s in shares.values() for p in s.over)
+        seconds = self.planner.costs.work(node) / ways({p for s in shares.values() for p in s.over})
+        seconds += self.planner.costs.ring(node, needed.operands, ring) if ring else 0.0
         counted: set[tuple[Value, MeshPlacement]] = set()
         for value, target in zip(node.operands, needed.operands, strict=True):
             if value is None or target is None or (value, target) in counted:
@@ -357,7 +385,7 @@ class _Body:
             moves.append(move)
         for value, placed in zip(node.results, needed.results, strict=True):
             seconds += self._to_come(value, placed)
-        return _Way(seconds, shares, needed, moves)
+        return _Way(seconds, shares, needed, moves, ring=ring)
 
     def _to_come(self, value: Value, placed: MeshPlacement) -> float:
         """What it will cost to combine terms."""

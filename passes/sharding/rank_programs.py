@@ -21,6 +21,8 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
+from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.collectives import PassOn
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.placement.mesh import ways
 from treadle.ir.placement.placements import (
@@ -36,7 +38,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 from treadle.ir.verifier import verify
 from treadle.passes.sharding.conversions import COLLECTIVES, PlacementStep, StepKind
-from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
+from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan, ring_reason
 from treadle.passes.sharding.transfer import looked_up_by
 
 Array = np.ndarray[Any, Any]
@@ -143,6 +145,8 @@ class _Program:
                 made = list(self.b.call(self.functions[each.callee.name], [x for x in operands if x is not None]))
             elif each.body is not None:
                 made = self.opened(each.body, operands)
+            elif each.ring:
+                made = [self.around(each, operands)]
             else:
                 made = self.applied(each, operands)
         for value, placed, expr in zip(node.results, each.gives, made, strict=True):
@@ -186,6 +190,39 @@ class _Program:
             return [self.lookup(op, application, each, looked_up[0], operands)]
         made = self.b.emit(op, [None if x is None else x.value for x in operands])
         return [self.b.expr(v) for v in made.results]
+
+    def around(self, each: PlannedNode, operands: list[Expr | None]) -> Expr:
+        """Attention whose keys pass around: of the rank's own keys first, then of those of the ranks before it.
+
+        Keys that no query of the rank sees, since all stand after them, are passed on alone.
+        """
+        b, op, n, mesh = self.b, each.node.op, ways(each.ring), self.mesh
+        assert isinstance(op, Attention)
+        q, k, v, *given = [x for x in operands if x is not None]
+        query, key = each.node.operands[:2]
+        split = [None if placed is None else placed.dims[2] for placed in each.reads[:2]]
+        assert query is not None
+        assert key is not None
+        first, _ = span(query.type.shape[2], split[0], mesh, self.rank)
+        me, group = mesh.index(self.rank, each.ring), mesh.group(self.rank, each.ring)
+        in_order = not op.sees_ahead and split[0] == split[1] and query.type.shape[2] == key.type.shape[2]
+        met: dict[str, Any] = {"over": mesh.text_of(each.ring), "ways": n, "because": ring_reason(each.node), "axis": 2}
+        made: list[Expr] = []
+        for step in range(n):
+            owner = (me - step) % n
+            start, size = span(key.type.shape[2], split[1], mesh, group[owner])
+            if step:
+                k, v = (b.apply(PassOn.name, x, **met, size=size) for x in (k, v))
+            if in_order and owner > me:
+                continue
+            part = op.on_keys(b, [q, k, v, *given], start - first)
+            if made:
+                stacked = [
+                    [b.rearrange(x, pattern="... -> 1 ...") for x in pair] for pair in zip(made, part, strict=True)
+                ]
+                part = list(b.merge_parts(*[b.concat(*pair, axis=0) for pair in stacked]))
+            made = part
+        return made[0]
 
     def part(self, application: Application, each: PlannedNode, name: str) -> tuple[Size, Size]:
         """Where this rank's part of a factor starts, and its size."""

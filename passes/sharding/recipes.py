@@ -7,6 +7,8 @@
     dp         the batch over dp
     fsdp       the batch over dp, and every weight stored in parts over dp, gathered where it is used (ZeRO 3,
                Rajbhandari et al. 2020)
+    context    tokens over cp everywhere: keys and values pass around a ring (Liu et al. 2023); the batch over dp, and
+               heads, ffn and vocab over tp, if the mesh has them
     megatron-fsdp    both: what megatron leaves of each weight is stored in parts over dp
 
 A mesh may have more axes than a recipe splits by tp or dp: `megatron` takes the batch over dp if the mesh has it.
@@ -45,6 +47,7 @@ _TENSOR = {"heads": "tp", "ffn": "tp", "vocab": "tp", "batch": "dp"}
 RECIPES: dict[str, SplitRecipe] = {
     "megatron": SplitRecipe(_TENSOR, ("tp",)),
     "sequence": SplitRecipe({**_TENSOR, "sequence": "tp"}, ("tp",)),
+    "context": SplitRecipe({**_TENSOR, "sequence": "cp"}, ("cp",)),
     "dp": SplitRecipe({"batch": "dp"}, ("dp",)),
     "fsdp": SplitRecipe({"batch": "dp"}, ("dp",), stored="dp"),
     "megatron-fsdp": SplitRecipe(_TENSOR, ("tp", "dp"), stored="dp"),

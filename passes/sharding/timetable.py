@@ -207,5 +207,5 @@ class _Walk:
         taken, given = (v.type.bytes_at(self.sizes) for v in (node.inputs[0], node.results[0]))
         sent = op.payload(taken, given) * op.rounds / op.ways
         on_links = sent / self.machine.link(self.mesh, self.mesh.parts_of(op.over))
-        waits = op.rounds * self.machine.latency
+        waits = op.messages * self.machine.latency
         return _Takes(on_links + waits, LIMITS[2 if on_links > waits else 3], op.over, op.because, sent)

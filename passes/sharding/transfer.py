@@ -74,13 +74,17 @@ def requirement(
     shares: Shares,
     carried: SubAxes = (),
     through: frozenset[str] = frozenset(),
+    ring: SubAxes = (),
 ) -> Requirement | None:
     """What an op needs and gives where factors are split so.
 
     carried  parts of mesh axes along which operands of the linear group `through` are terms of sums
 
+    ring     parts of mesh axes that split queries and keys alike, and around which keys pass
+
     None where there is no such way.
     """
+    passed = op.keys_in_parts if ring and op.keys_in_parts is not None else ()
     names = op.operand_names(len(types))
     terms: dict[int, list[SubAxes]] = {i: [] for i in range(len(types))}
     partial: SubAxes = ()
@@ -89,6 +93,8 @@ def requirement(
         units = application.dims[name].size.divide(share.grain)
         if units is None or (units.constant is not None and units.constant < ways(share.over)):
             return None  # a rank would have none
+        if name in passed:
+            continue
         if not may_split(op, application, name, types):
             return None
         factor = application.factors[name]

@@ -15,6 +15,7 @@ from itertools import islice, product
 from math import prod
 
 from treadle.explaining.sharding import ShardingTold
+from treadle.ir.ops.collectives import PassOn
 from treadle.passes.sharding.conversions import COLLECTIVES
 from treadle.passes.sharding.timetable import LIMITS, Busy
 from treadle.reports import human
@@ -23,9 +24,8 @@ from treadle.sharding import milliseconds
 WIDTH = 1200
 _LEFT, _RIGHT = 96, 24
 _WORK = {LIMITS[0]: "#2f5d8c", LIMITS[1]: "#7fa8d1"}
-_MEETING = dict(
-    zip([op.name for op in COLLECTIVES.values()], ("#e07b39", "#59a14f", "#b07aa1", "#c94f5d"), strict=False)
-)
+_OPS = (*[op.name for op in COLLECTIVES.values()], PassOn.name)
+_MEETING = dict(zip(_OPS, ("#e07b39", "#59a14f", "#b07aa1", "#c94f5d", "#76b7b2"), strict=False))
 _OTHER = "#8a7f72"
 _LIMIT_COLOURS = (*_WORK.values(), "#e07b39", "#edc948")
 _HELD = ("#2f5d8c", "#4e79a7", "#7fa8d1", "#a9c4de", "#59a14f", "#edc948")
