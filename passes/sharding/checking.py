@@ -32,10 +32,8 @@ from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.ir.sizing.sizes import Size
 from treadle.passes.sharding.conversions import PlacementStep, StepKind
 from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
-from treadle.passes.sharding.rank_groups import group_of, index_of, ranks_along
+from treadle.passes.sharding.rank_groups import Interval, covers, group_of, holds_factor, index_of, ranks_along
 
-Interval = tuple[int, int]
-"""From a position up to another one, which is not in it."""
 Terms = frozenset[SubAxis]
 _Held = tuple[Value, AxisDim, Size, Split | None]
 """A dimension that has a factor: of which value, its size, and how it is split."""
@@ -199,9 +197,9 @@ class _Check:
             had = [self.interval(size, step.before.dims[d], other) for other in group]
             gets = [self.interval(size, step.after.dims[d], other) for other in group]
             if d == (step.onto if step.kind is StepKind.ALL_TO_ALL else step.dim) and step.kind in _SPLITTING:
-                fits = _covers(gets, had[0]) and len(set(had)) == 1
+                fits = covers(gets, had[0]) and len(set(had)) == 1
             elif d == step.dim and step.kind in (StepKind.ALL_GATHER, StepKind.ALL_TO_ALL):
-                fits = _covers(had, gets[0]) and len(set(gets)) == 1
+                fits = covers(had, gets[0]) and len(set(gets)) == 1
             else:
                 fits = had == gets and len(set(had)) == 1
             if not fits:
@@ -328,7 +326,7 @@ class _Check:
             raise self.fail(f"no keys of {op.name} pass around {self.mesh.text_of(over)}")
         full, own = (0, application.dims[op.keys_in_parts[1]].size.evaluate(self.sizes)), parts[op.keys_in_parts[1]]
         for rank in own:
-            if not _covers([own.get(other, own[rank]) for other in group_of(self.mesh, rank, over)], full):
+            if not covers([own.get(other, own[rank]) for other in group_of(self.mesh, rank, over)], full):
                 raise self.fail(f"keys that pass around are not all of {op.keys_in_parts[1]}, once", str(own[rank]))
 
     def combined(
@@ -362,7 +360,7 @@ class _Check:
             )
             over = tuple(part for part in self.mesh.parts if part in differ)
             for group in {group_of(self.mesh, rank, over) for rank in own}:
-                if not _covers(sorted(own[other] for other in group), full):
+                if not covers(sorted(own[other] for other in group), full):
                     raise self.fail(f"ranks have parts of {name} twice, or not all of it")
             found[name] = differ
         return found
@@ -389,7 +387,7 @@ class _Check:
             else:
                 factor = application.factors[name]
                 monoid = (factor.monoid or "sum") if factor.role is Role.REDUCED else "sum"
-                holding = {i for i in reads if _holds(application.operands[i], name)}
+                holding = {i for i in reads if holds_factor(application.operands[i], name)}
                 beside = {i for group in groups if group & holding for i in group - holding}
                 if factor.role is Role.REDUCED and monoid == "sum" and have != beside:
                     raise self.fail(f"what is added to the sum over {name} is added other than once")
@@ -399,19 +397,5 @@ class _Check:
                 raise self.fail(f"terms by {monoid} are given as terms by {planned.gives[0].monoid}")
 
 
-def _holds(dims: Sequence[AxisDim] | None, name: str) -> bool:
-    return any(name in dim.factors for dim in dims or ())
-
-
 def _told(step: PlacementStep, mesh: Mesh) -> str:
     return f"{step.before.text(mesh)} -> {step.after.text(mesh)} over {mesh.text_of(step.over)}"
-
-
-def _covers(parts: Sequence[Interval], whole: Interval) -> bool:
-    """Whether parts lie end to end, in this order, from the start of the whole to its end."""
-    at = whole[0]
-    for first, last in parts:
-        if first != at:
-            return False
-        at = last
-    return at == whole[1]

@@ -26,17 +26,16 @@ from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement
 from treadle.ir.types import Type
-from treadle.passes.sharding.conversions import PlacementStep, conversion, is_possible
+from treadle.passes.sharding.conversions import is_possible
 from treadle.passes.sharding.costs import Costs, HeldArgument
 from treadle.passes.sharding.factors import Share
+from treadle.passes.sharding.placed_values import Conversion, PlacedValues
 from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
-from treadle.passes.sharding.reasons import TermsOrigin, origin_of, reason_for
+from treadle.passes.sharding.reasons import origin_of
 from treadle.passes.sharding.suggestions import Suggestion, choices, suggested
 from treadle.passes.sharding.transfer import Requirement, may_split, requirement
 from treadle.passes.sharding.wanted import Wanted
 
-GATHERED_WEIGHT = 1e6
-"""Seconds that it counts to gather a weight that was asked to be split: no other cost outweighs it."""
 MOST_WAYS = 4096
 """How many ways of splitting one node are compared; the rest are not looked at."""
 
@@ -83,10 +82,6 @@ def plan_sharding(
     )
 
 
-_Conversion = tuple[Value, MeshPlacement, MeshPlacement, tuple[PlacementStep, ...]]
-"""A value, where it lies, where it is to lie, and the steps between."""
-
-
 @dataclass(frozen=True)
 class _Way:
     """One way to compute a node, and what it costs in seconds."""
@@ -94,7 +89,7 @@ class _Way:
     seconds: float
     shares: dict[str, Share]
     needed: Requirement
-    moves: list[_Conversion]
+    moves: list[Conversion]
     body: PlannedFunction | None = None
     ring: SubAxes = ()
 
@@ -121,21 +116,12 @@ class _Planner:
         return self.made[key]
 
 
-class _Body:
-    """A function while it is planned.
-
-    had      the placements in which each value can be had, in the order in which it got there
-    held     how arguments come, and what is made of one weight alone, which is held as it is
-    called   of what is made of a weight, and of a body's weights: what the weight is called
-    origins  of values that are terms of a sum: who made them so
-    """
+class _Body(PlacedValues):
+    """A function while it is planned."""
 
     def __init__(self, planner: _Planner, function: Function, takes: tuple[HeldArgument, ...], wanted: Wanted) -> None:
-        self.planner, self.function, self.takes, self.wanted = planner, function, takes, wanted
-        self.had: dict[Value, list[MeshPlacement]] = {}
-        self.held: dict[Value, HeldArgument] = {}
-        self.called: dict[Value, str] = {}
-        self.origins: dict[Value, TermsOrigin] = {}
+        super().__init__(planner.costs, wanted)
+        self.planner, self.function, self.takes = planner, function, takes
 
     def planned(self, name: str, *, terms_allowed: bool = False) -> PlannedFunction:
         """Plan all nodes, then the results: no caller takes terms of a sum but that of a body."""
@@ -148,60 +134,12 @@ class _Body:
         for value in self.function.results:
             placed = self.versions(value)[0]
             if placed.partial and not terms_allowed and last is not None:
-                target = self._combined(value)
-                moves += self._moves([self._conversion(value, target)], last)
+                target = self.combined(value)
+                moves += self.moved([self.conversion_to(value, target)], last)
                 placed = target
             gives.append(placed)
         takes = tuple(held.placement for held in self.takes)
         return PlannedFunction(name, self.function, takes, tuple(nodes), tuple(moves), tuple(gives))
-
-    # -- values ------------------------------------------------------------------------------------------------
-
-    def versions(self, value: Value) -> list[MeshPlacement]:
-        """The placements in which a value can be had; a constant is everywhere whole."""
-        return self.had.setdefault(value, [MeshPlacement.whole(value.type.rank)])
-
-    def _conversion(self, value: Value, target: MeshPlacement) -> _Conversion:
-        """The cheapest way to a placement."""
-        found: list[tuple[float, int, MeshPlacement, tuple[PlacementStep, ...]]] = []
-        for source in self.versions(value):
-            steps = conversion(value.type.shape, source, target)
-            cost = self._steps_cost(value, steps) if is_possible(value.type, steps) else float("inf")
-            found.append((cost, len(found), source, steps))
-        _, _, source, steps = min(found, key=lambda f: f[:2])
-        return value, source, target, steps
-
-    def _steps_cost(self, value: Value, steps: Sequence[PlacementStep]) -> float:
-        cost = self.planner.costs.seconds(value.type, steps)
-        held = self.held.get(value)
-        if held is not None and held.is_weight:
-            gathered = [s for s in steps if s.sends and not set(s.over) <= set(held.stored)]
-            cost += GATHERED_WEIGHT * len(gathered)
-        return cost
-
-    def _combined(self, value: Value) -> MeshPlacement:
-        """Where terms of a sum go when they must be combined: split as wished, or whole."""
-        now = self.versions(value)[0]
-        targets = [MeshPlacement(now.dims)]
-        for wish in self.wanted.of(value):
-            if now.dims[wish.dim] is None and not set(wish.split.over).intersection(MeshPlacement(now.dims).used):
-                targets.append(MeshPlacement((*now.dims[: wish.dim], wish.split, *now.dims[wish.dim + 1 :])))
-        costs = [self._steps_cost(value, self._conversion(value, t)[3]) for t in targets]
-        return targets[costs.index(min(costs))]
-
-    def _moves(self, wanted: Sequence[_Conversion], reader: Node) -> Iterator[Move]:
-        """Do conversions: each is said once, and what it gives can be had from then on."""
-        for value, source, target, steps in wanted:
-            if target in self.versions(value):
-                continue
-            self.versions(value).append(target)
-            reasons, at = [], reader
-            for step in steps:
-                if step.sends:
-                    origin = self.origins.get(value)
-                    because, at = reason_for(step, value, reader, origin, self.wanted, self.held, self.called)
-                    reasons.append(because)
-            yield Move(value, source, target, steps, tuple(reasons), at)
 
     # -- calls -------------------------------------------------------------------------------------------------
 
@@ -217,8 +155,8 @@ class _Body:
                 continue
             whole = [p for p in self.versions(value) if not p.partial]
             if not whole:
-                target = self._combined(value)
-                moves += self._moves([self._conversion(value, target)], node)
+                target = self.combined(value)
+                moves += self.moved([self.conversion_to(value, target)], node)
                 whole = [target]
             takes.append(HeldArgument(max(whole, key=lambda p: ways(p.used))))
         before = dict(self.planner.made)
@@ -226,7 +164,7 @@ class _Body:
         for at, value in enumerate(node.inputs):
             if not takes[at].is_weight:
                 planned, taken = self._gathered_before(node, at, takes, planned, before)
-                moves += self._moves([self._conversion(value, taken.placement)], node)
+                moves += self.moved([self.conversion_to(value, taken.placement)], node)
                 takes[at] = taken
         for value, placed in zip(node.results, planned.gives, strict=True):
             self.had[value] = [placed]
@@ -256,13 +194,13 @@ class _Body:
             m.target for n in planned.nodes for m in n.moves if m.value is formal and any(s.sends for s in m.steps)
         ]
         wanted += [placed for placed in self.versions(value) if not placed.partial]
-        least = calls * self.planner.costs.of(planned)
+        least = calls * self.costs.of(planned)
         for target in dict.fromkeys(wanted):
             if target == takes[at].placement or target.partial:
                 continue
             known, self.planner.made = self.planner.made, dict(before)
             trial = self.planner.function(callee, (*takes[:at], HeldArgument(target), *takes[at + 1 :]))
-            cost = calls * self.planner.costs.of(trial) + self._steps_cost(value, self._conversion(value, target)[3])
+            cost = calls * self.costs.of(trial) + self.steps_cost(value, self.conversion_to(value, target)[3])
             if cost < least * (1 - 1e-9):
                 least, found = cost, (trial, HeldArgument(target))
             else:
@@ -287,12 +225,12 @@ class _Body:
             opened = self._opened(node)
             if opened.seconds < best.seconds * (1 - 1e-9):
                 best = opened
-        moves = tuple(self._moves(best.moves, node))
-        weight = self._weight_of(node)
+        moves = tuple(self.moved(best.moves, node))
+        weight = self.weight_of(node)
         for value, placed in zip(node.results, best.needed.results, strict=True):
             self.had[value] = [placed]
             if weight is not None:
-                stored = self.held[weight].stored if self._is_narrowing(node) else ()
+                stored = self.held[weight].stored if self.is_narrowing(node) else ()
                 self.held[value] = HeldArgument(placed, stored, is_weight=True)
                 self.called[value] = self.called.get(weight, weight.name)
             if placed.partial:
@@ -336,20 +274,9 @@ class _Body:
                 held = self.held.get(value)
                 placements = self.versions(value)
                 if held is not None and held.is_weight:
-                    placements = [held.placement if self._is_narrowing(node) else held.used]
+                    placements = [held.placement if self.is_narrowing(node) else held.used]
                 splits += [(d, s) for p in placements for d, s in enumerate(p.dims) if s is not None]
             yield from suggested(application, dims, splits)
-
-    def _weight_of(self, node: Node) -> Value | None:
-        """The weight that a node reads and nothing else."""
-        held = self.held.get(node.inputs[0]) if len(node.inputs) == 1 else None
-        return node.inputs[0] if held is not None and held.is_weight else None
-
-    def _is_narrowing(self, node: Node) -> bool:
-        """Whether a node makes fewer bytes of one weight, so that it does that with parts before they are gathered."""
-        weight = self._weight_of(node)
-        made = sum(v.type.bytes_at(self.planner.sizes) for v in node.results)
-        return weight is not None and made < weight.type.bytes_at(self.planner.sizes)
 
     def _ways(
         self, node: Node, suggestions: Sequence[Suggestion]
@@ -368,9 +295,9 @@ class _Body:
             self.planner.notes.append(f"{where}: of more than {MOST_WAYS} ways to split it the first were compared")
 
     def _costed(self, node: Node, shares: dict[str, Share], needed: Requirement, ring: SubAxes = ()) -> _Way | None:
-        moves: list[_Conversion] = []
-        seconds = self.planner.costs.work(node) / ways({p for s in shares.values() for p in s.over})
-        seconds += self.planner.costs.ring(node, needed.operands, ring) if ring else 0.0
+        moves: list[Conversion] = []
+        seconds = self.costs.work(node) / ways({p for s in shares.values() for p in s.over})
+        seconds += self.costs.ring(node, needed.operands, ring) if ring else 0.0
         counted: set[tuple[Value, MeshPlacement]] = set()
         for value, target in zip(node.operands, needed.operands, strict=True):
             if value is None or target is None or (value, target) in counted:
@@ -378,27 +305,20 @@ class _Body:
             counted.add((value, target))
             if target in self.versions(value):
                 continue
-            move = self._conversion(value, target)
+            move = self.conversion_to(value, target)
             if not is_possible(value.type, move[3]):
                 return None
-            seconds += self._steps_cost(value, move[3])
+            seconds += self.steps_cost(value, move[3])
             moves.append(move)
         for value, placed in zip(node.results, needed.results, strict=True):
-            seconds += self._to_come(value, placed)
+            seconds += self.to_come(value, placed)
         return _Way(seconds, shares, needed, moves, ring=ring)
-
-    def _to_come(self, value: Value, placed: MeshPlacement) -> float:
-        """What it will cost to combine terms."""
-        if not placed.partial:
-            return 0.0
-        steps = conversion(value.type.shape, placed, MeshPlacement(placed.dims))
-        return self.planner.costs.seconds(value.type, steps)
 
     def _opened(self, node: Node) -> _Way:
         """A composite by its body, whose nodes are planned one by one from where operands lie."""
         assert isinstance(node.op, Composite)
         function = body_of(node.op, [None if v is None else v.type for v in node.operands])
-        moves: list[_Conversion] = []
+        moves: list[Conversion] = []
         takes: list[HeldArgument] = []
         reads: list[MeshPlacement | None] = []
         for value in node.operands:
@@ -407,9 +327,9 @@ class _Body:
                 continue
             held = self.held.get(value)
             whole = [p for p in self.versions(value) if not p.partial]
-            placed = max(whole, key=lambda p: ways(p.used)) if whole else self._combined(value)
+            placed = max(whole, key=lambda p: ways(p.used)) if whole else self.combined(value)
             if not whole:
-                moves.append(self._conversion(value, placed))
+                moves.append(self.conversion_to(value, placed))
             takes.append(
                 HeldArgument(placed, held.stored, held.is_weight) if held is not None else HeldArgument(placed)
             )
@@ -420,13 +340,13 @@ class _Body:
             # what the body gathers of a weight is had by all who read it afterwards
             gathered = [m.target for n in planned.nodes for m in n.moves if m.value is formal and takes[at].stored]
             if gathered:
-                moves.append(self._conversion(value, gathered[0]))
+                moves.append(self.conversion_to(value, gathered[0]))
                 takes[at] = HeldArgument(gathered[0], is_weight=True)
                 reads[node.operands.index(value)] = gathered[0]
                 planned = self._body(node, function, takes, outer)
-        seconds = self.planner.costs.of(planned)
-        seconds += sum(self._steps_cost(value, steps) for value, _, _, steps in moves)
-        seconds += sum(self._to_come(v, p) for v, p in zip(node.results, planned.gives, strict=True))
+        seconds = self.costs.of(planned)
+        seconds += sum(self.steps_cost(value, steps) for value, _, _, steps in moves)
+        seconds += sum(self.to_come(v, p) for v, p in zip(node.results, planned.gives, strict=True))
         return _Way(seconds, {}, Requirement(tuple(reads), planned.gives), moves, planned)
 
     def _body(

@@ -1,11 +1,30 @@
-"""Which ranks of a mesh meet, as the checker counts them: by nothing that plans are made with."""
+"""Which ranks of a mesh meet, and whether parts make a whole, as the checker counts: by nothing that makes plans."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 
+from treadle.ir.axes import AxisDim
 from treadle.ir.placement.mesh import Mesh, SubAxis
+
+Interval = tuple[int, int]
+"""From a position up to another one, which is not in it."""
+
+
+def covers(parts: Sequence[Interval], whole: Interval) -> bool:
+    """Whether parts lie end to end, in this order, from the start of the whole to its end."""
+    at = whole[0]
+    for first, last in parts:
+        if first != at:
+            return False
+        at = last
+    return at == whole[1]
+
+
+def holds_factor(dims: Sequence[AxisDim] | None, name: str) -> bool:
+    return any(name in dim.factors for dim in dims or ())
 
 
 @lru_cache(maxsize=256)
