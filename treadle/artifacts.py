@@ -147,7 +147,7 @@ def open_artifact(
            are used, and the texts alone are compared
 
     Raises CheckpointError, ParseError or VerifyError, with section and place, where the file is damaged, foreign or
-    past a limit.
+    past a limit; PassError for a sharding plan that is wrong.
     """
     known = ArtifactLimits.of(limits)
     _refuse_model(path)
@@ -196,9 +196,9 @@ def load(
     check            compare every weight with its hash, which reads the whole file once
     memory, sizes    what a run may take, and up to which sizes, as in `compile`
 
-    No pass is run and no code of the file's: the backend lowers the optimized graph. Raises CheckpointError,
-    ParseError or VerifyError, with section and place, for a file that is damaged, foreign or past a limit;
-    BackendError as `compile` does.
+    No pass is run and no code of the file's: the backend lowers the optimized graph, whole where a sharding plan is
+    held. Raises CheckpointError, ParseError or VerifyError, with section and place, for a file that is damaged, foreign
+    or past a limit; PassError for a sharding plan that is wrong; BackendError as `compile` does.
     """
     held = _widened(open_artifact(path, limits=limits, check=check), narrow_dtypes(widen))
     where = target if isinstance(target, Target) else Target(held.target if target is None else target)
@@ -247,7 +247,8 @@ def _widened(held: Artifact, narrow: frozenset[DType]) -> Artifact:
     declared, graph = (widen_graph(g, narrow) for g in (held.optimized.source, held.optimized.graph))
     kept = {name: v.type.dtype for name, v in held.optimized.graph.parameters.items()}
     weights = {n: np.asarray(w, np.float32) if kept[n] in narrow else w for n, w in held.weights.items()}
-    return replace(held, optimized=Optimized(declared, graph, held.optimized.log), weights=weights)
+    # a sharding plan is of the graph as it is held
+    return replace(held, optimized=Optimized(declared, graph, held.optimized.log), weights=weights, sharding=None)
 
 
 def _read_graph(file: SectionFile, section: str, limits: TextLimits) -> Graph:
