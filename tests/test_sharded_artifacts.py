@@ -39,7 +39,7 @@ def again(record: Any) -> Any:
 def test_every_plan_reads_back(family: str) -> None:
     graph = recognized(family)
     for recipe in RECIPES:
-        plan = shard(graph, "tp=2,dp=2", recipe=recipe)
+        plan = shard(graph, "tp=2,cp=2,dp=2", recipe=recipe)
         read = read_plan(again(plan_record(plan)), graph)
         assert read.functions == plan.functions
         assert (str(read), plan_hash(read)) == (str(plan), plan_hash(plan))
