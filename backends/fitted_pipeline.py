@@ -14,7 +14,7 @@ from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.fixing import fix_single_sizes
 from treadle.passes.budget.computing_again import compute_again
 from treadle.passes.budget.fit_memory import FitMemory
-from treadle.passes.budget.fitting import Fitting, Variant, reached_peak
+from treadle.passes.budget.fitting import SECONDS, Fitting, Variant, reached_peak
 from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.lowering.legalize import Legalize
@@ -82,15 +82,23 @@ def pipeline_within(
     sources.append(sources[-1])
     variants.append(Variant(again, apart=variants[-1].apart, again=True))
     search = Fitting(variants, plan, after, lambda g, p: backend.frames(g, target, p), target, budget.sizes)
-    fit = search.fit(budget.bytes)
+    try:
+        fit = search.fit(budget.bytes)
+        whole, (least, left) = (search.whole, search.least(SECONDS)) if fit is None else (0, (0, 0))
+    except OverflowError as error:  # of the 64 bits in which places are found
+        where = ", ".join(f"{name}={size}" for name, size in budget.sizes.items())
+        raise BackendError(
+            "no memory is as large as these sizes take", received=where, within=graph.name, hint="smaller sizes"
+        ) from error
     if fit is None:
-        least = search.least
+        cut = f"; {left} other ways to part it were not looked at, since {SECONDS:.0f} s were over" if left else ""
         bound = min(search.bound, least)
         raise BackendError(
             "a run does not fit into the memory that it may take",
             received=f"{budget}, beside weights, inputs and outputs",
-            within=f"{graph.name}: {search.whole:,} bytes without a budget; the least that was reached is {least:,}"
-            + (f"; no plan of this kind needs less than {bound:,}" if bound else ""),
+            within=f"{graph.name}: {whole:,} bytes without a budget; the least that was reached is {least:,}"
+            + (f"; no plan of this kind needs less than {bound:,}" if bound else "")
+            + cut,
             hint=Hint(f"memory={least}, or smaller sizes", f"--memory {least}, or smaller --sizes"),
         )
     chosen = next(i for i, each in enumerate(variants) if (each.apart, each.again) == (fit.apart, fit.again))

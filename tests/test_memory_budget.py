@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import treadle as t
+from treadle.backends import fitted_pipeline
 from treadle.backends.fitted_pipeline import Budget, check_budget
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
@@ -185,3 +186,28 @@ def test_a_file_holds_no_budget_and_load_takes_one(tmp_path: Path) -> None:
     assert loaded.memory == kept.memory
     given = tokens(B=1, S=100)
     assert np.array_equal(loaded(tokens=given)["logits"], kept(tokens=given)["logits"])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "tvm"])
+def test_sizes_that_no_memory_holds_are_told_as_such(backend: str, tmp_path: Path) -> None:
+    """Not as a fault of the file."""
+    path = tmp_path / "small.treadle"
+    t.compile("gpt2", backend="numpy", **SMALL).save(path)
+    with pytest.raises(BackendError) as refused:
+        t.load(path, backend=backend, target=Target("cpu"), memory="1MB", sizes={"B": 10**18, "S": 16})
+    if backend == "tvm":
+        assert refused.value.what == "no memory is as large as these sizes take"
+        assert refused.value.received == f"B={10**18}, S=16"
+    else:  # which places nothing, and so counts as far as one likes
+        assert "does not fit" in refused.value.what and str(10**18) in str(refused.value.received)
+
+
+def test_the_least_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)
+    with pytest.raises(BackendError, match="does not fit") as refused:
+        within("gpt2", 1000)
+    told = str(refused.value.within)
+    assert "other ways to part it were not looked at, since 0 s were over" in told
+    least = int(str(refused.value.hint).partition("memory=")[2].partition(",")[0])
+    kept = within("gpt2", least)  # what it says would do does, though less might
+    assert kept.memory is not None and kept.memory.peak <= least

@@ -10,6 +10,7 @@ smaller budget never gives a faster run, nor a larger one a slower run.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,7 +36,9 @@ _FACTOR = 0.94
 """From one limit to the next."""
 _WRONG = 1.25
 """What is estimated to need more than so many times the budget is not planned: estimates are not so wrong."""
-_ENDLESS = 1 << 62
+_ENDLESS = 1 << 256
+SECONDS = 30.0
+"""For which the smallest budget that would do is looked for, to be told in an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +108,22 @@ class Fitting:
     def _base(self) -> Candidate:
         return next(each for each in self.candidates if each.variant is self.variants[0] and not each.chunks)
 
-    @property
-    def least(self) -> int:
-        """The smallest budget that a candidate keeps to."""
-        least = _ENDLESS
-        for each in sorted(self.candidates, key=self.rough):
-            if self.rough(each) >= least:
+    def least(self, seconds: float) -> tuple[int, int]:
+        """The smallest budget that a candidate keeps to, and how many were not looked at, since so long had passed.
+
+        One is looked at, however long that takes; those first that are estimated to need least.
+        """
+        least, until = _ENDLESS, time.monotonic() + seconds
+        ordered = sorted(self.candidates, key=lambda each: each.bytes)
+        for number, each in enumerate(ordered):
+            fewest = math.ceil(each.bytes / _WRONG)
+            if fewest >= least:
                 break
-            least = min(least, max(self.rough(each), self.peak(each), math.ceil(each.bytes / _WRONG)))
-        return least
+            if least != _ENDLESS and time.monotonic() > until:
+                return least, len(ordered) - number
+            if max(fewest, self.rough(each)) < least:
+                least = min(least, max(fewest, self.rough(each), self.peak(each)))
+        return least, 0
 
     def rough(self, candidate: Candidate) -> int:
         """The peak with all sizes as numbers, which is known sooner: equal parts share a function."""

@@ -67,7 +67,10 @@ def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
 
     The best of the greedy orders of `treadle.passes.memory`, without the search behind them, since a call waits for it.
     Most often the first order, largest first, takes as few bytes as any placement could, and no other one is tried.
+    Raises OverflowError where 64 bits do not hold the bytes of all buffers.
     """
+    if sum(x.size + ALIGNMENT for x in lives) >= 1 << 63:
+        raise OverflowError("64 bits do not hold the bytes of all buffers")
     table = np.array([(x.first, x.end, -(-x.size // ALIGNMENT) * ALIGNMENT) for x in lives], np.int64).reshape(-1, 3)
     solid = table[:, 2] > 0
     first, end, size = table[solid].T

@@ -134,7 +134,8 @@ class PlanStorage(Pass):
         symbols: Mapping[str, Bounds],
     ) -> tuple[FunctionPlan, tuple[Size, ...]]:
         """The plan in the first order that needs less, and its peak; else the plan as it is."""
-        apart = planner.plan(plan.steps, over_nothing) if self.strided or self.placed is not allocates else plan
+        over_some = any(place.how is How.OVER for place in plan.places.values())
+        apart = planner.plan(plan.steps, over_nothing) if over_some else plan
         frame = frame_of(apart, planner.callees, self.strided)
         for choice in choices(apart, frame, over, peaks, symbols):
             other = planner.plan(choice.steps, over)

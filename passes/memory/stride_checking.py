@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from treadle.ir.graph import Function, Node, Value
 from treadle.ir.storage.views import Storage, StorageKind, View
@@ -194,14 +195,22 @@ class StridesCheck:
             found += along * self._number(stride)
         return found
 
-    def _at(self, view: View) -> Array:
-        """The place of each element in its storage."""
-        found = np.full([self._number(n) for n in view.shape], self._number(view.offset), np.int64)
-        for axis, (size, stride) in enumerate(zip(found.shape, view.strides, strict=True)):
-            along = [1] * found.ndim
-            along[axis] = size
-            found += (np.arange(size) * self._number(stride)).reshape(along)
-        return found
+    def _seen(self, cells: Array, view: View) -> Array:
+        """What stands in the cells of a storage, as a view shows it: the same memory. `_fits` was called before."""
+        shape, strides = self._numbers(view.shape), self._numbers(view.strides)
+        begin = 0 if 0 in shape else self._number(view.offset)
+        return as_strided(cells[begin:], shape, [s * cells.itemsize for s in strides])
+
+    def _lie_alike(self, one: View, other: View) -> bool:
+        """Whether each element of one has its place where the other has the same."""
+        shape = self._numbers(one.shape)
+        if shape != self._numbers(other.shape) or self._number(one.offset) != self._number(other.offset):
+            return False
+        strides = zip(shape, self._numbers(one.strides), self._numbers(other.strides), strict=True)
+        return all(n == 1 or s == o for n, s, o in strides)
+
+    def _numbers(self, sizes: Sequence[Any]) -> list[int]:
+        return [self._number(size) for size in sizes]
 
     # -- what is written and read ----------------------------------------------------------------------------
 
@@ -267,40 +276,38 @@ class _Run:
     def _is_shared(self, value: Value) -> bool:
         return self.plan.places[value].storage in self.cells
 
-    def _lies(self, value: Value) -> tuple[Array, Array]:
-        """The cells of its storage, and where its elements are in them."""
-        place = self.plan.places[value]
-        assert place.view is not None
-        return self.cells[place.view.storage], self.at._at(place.view)
+    def _seen(self, value: Value) -> Array:
+        """What stands in the cells where its elements are: the same memory."""
+        view = self.plan.places[value].view
+        assert view is not None
+        return self.at._seen(self.cells[view.storage], view)
 
     def _read(self, value: Value, reader: str) -> None:
         if not self._is_shared(value):
             return
-        cells, at = self._lies(value)
-        if not np.array_equal(cells[at], self.holds[value]):
+        if not np.array_equal(self._seen(value), self.holds[value]):
             raise wrong_plan(f"{reader} what another step has written over", self.plan, value)
 
     def _write(self, value: Value) -> None:
-        cells, at = self._lies(value)
-        made = (np.arange(at.size) + self.count).reshape(at.shape)
-        self.count += at.size
-        cells[at] = made
+        seen = self._seen(value)
+        made = np.arange(self.count, self.count + seen.size).reshape(seen.shape)
+        self.count += seen.size
+        seen[...] = made
         self.holds[value] = made
 
     def _apart(self, value: Value, x: Value, nodes: Sequence[Node]) -> None:
         """A step that writes where it reads does so element by element, or finds a part where it belongs."""
         mine, read = self.plan.places[value], self.plan.places[x]
-        view = read.view
-        if view is None or self.cells.get(view.storage) is not self.cells[self._storage(value)]:
-            return
-        (_, written), (_, there) = self._lies(value), self._lies(x)
-        is_written = np.zeros(len(self.cells[view.storage]), bool)
-        is_written[written] = True
-        if not is_written[there].any():
+        view, to = read.view, mine.view
+        if view is None or to is None or self.cells.get(view.storage) is not self.cells[self._storage(value)]:
             return
         if read.how is How.INTO and read.of is value:
             return
-        alike = written.shape == there.shape and bool((written == there).all())
+        is_written = np.zeros(len(self.cells[view.storage]), bool)
+        self.at._seen(is_written, to)[...] = True
+        if not self.at._seen(is_written, view).any():
+            return
+        alike = self.at._lie_alike(to, view)
         over = alike and mine.how is How.OVER and mine.of is x and self._by_element(x, nodes)
         if not over and not (alike and self._is_reused(x, nodes[-1])):
             raise wrong_plan(f"its step writes over {x.name}, which it reads", self.plan, value)
