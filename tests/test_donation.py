@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,3 +224,11 @@ def test_explain_says_what_is_written_over_it(backend: str) -> None:
         graph_of(lambda b: b.softmax(b.input("x", "f32[S]"))), backend=backend, donate=("x",)
     ).donated
     assert backend == "tvm" or nothing == "input x is donated: nothing is written over it"
+
+
+def test_a_file_is_loaded_with_inputs_to_donate(tmp_path: Path) -> None:
+    path = tmp_path / "residual.treadle"
+    treadle.compile(graph_of(residual)).save(path)
+    x, y = drawn(5, 8), drawn(5, 8, seed=1)
+    assert not np.shares_memory(treadle.load(path)(x=x, y=y)["out"], x)
+    assert np.shares_memory(treadle.load(path, donate=("x",))(x=x, y=y)["out"], x)

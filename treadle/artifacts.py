@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,7 @@ def load(
     widen: str | Iterable[str] = (),
     memory: int | str | None = None,
     sizes: Mapping[str, int] | None = None,
+    donate: Sequence[str] = (),
 ) -> Compiled:
     """Load a compiled model from a file that `save` wrote.
 
@@ -195,6 +196,7 @@ def load(
     limits           what the file may ask for: `ArtifactLimits`, or those that differ by name
     check            compare every weight with its hash, which reads the whole file once
     memory, sizes    what a run may take, and up to which sizes, as in `compile`
+    donate           inputs that callers give away, as in `compile`
 
     No pass is run and no code of the file's: the backend lowers the optimized graph, whole where a sharding plan is
     held. Raises CheckpointError, ParseError or VerifyError, with section and place, for a file that is damaged, foreign
@@ -206,7 +208,7 @@ def load(
     found = find_backend(chosen)
     budget = budget_of(memory, sizes, held.optimized.graph)
     try:
-        executable, lowered = build(found, held.optimized.graph, where, held.weights, budget=budget)
+        executable, lowered = build(found, held.optimized.graph, where, held.weights, budget=budget, donate=donate)
     except TreadleError:
         raise
     except Exception as error:  # a graph that no frontend of ours would make: the backend's own error is no answer
