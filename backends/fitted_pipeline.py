@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from treadle.ir.errors import BackendError, Hint
@@ -63,6 +63,7 @@ def pipeline_within(
     *before, plan = backend.pipeline(target)
     if not isinstance(plan, PlanStorage):
         raise BackendError(f"backend {backend.name} plans no memory", hint="PlanStorage as the last pass")
+    plan = replace(plan, in_results=False)  # smaller sizes must fit as well, at which a result may be too small
     if graph.states or len(graph.later_entries) > 1:
         raise BackendError("a budget is for a graph with one entry and no states", received=graph.name)
     after = [each for each in before if isinstance(each, Legalize)]

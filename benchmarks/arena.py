@@ -3,8 +3,8 @@
     python benchmarks/arena.py [--set layers=2 ...] [--json]
 
 Each family, as it is declared by default, is lowered for TVM on this machine, with the memory that single kernels need;
-nothing is compiled or run. Placement is planned at three sizes. `ratio` is the arena by the most bytes that live at
-once over the whole run, calls followed (what a call is passed lives until it returns), each storage in units of 64
+nothing is compiled or run. Placement is planned at three sizes. `ratio` is the arena by the most bytes that live in it
+at once over the whole run, calls followed (what a call is passed lives until it returns), each storage in units of 64
 bytes.
 `plan` is the time of the pass that plans storage, order and checks included, `place` of the offsets at these sizes.
 `buffers` counts each storage once, `of a run` as often as its function is called; `plan` is told by 1,000 of these too.
@@ -32,8 +32,8 @@ from treadle.ir.target import Target
 from treadle.models.registry import family_names
 from treadle.option_values import parse_config
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.memory.frame_placement import ALIGNMENT, place_frames
-from treadle.passes.memory.frames import Frame, live_at
+from treadle.passes.memory.frame_placement import place_frames
+from treadle.passes.memory.frames import Frame
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
 
@@ -68,7 +68,7 @@ def main() -> int:
             started = time.perf_counter()
             placed = place_frames(frames, sizes)["main"]
             took = time.perf_counter() - started
-            live = max(bytes_ for _, bytes_ in live_at(frames, "main", sizes, ALIGNMENT))
+            live = placed.bound
             row = {"model": name, "sizes": sizes, "arena": placed.size, "live": live, "ratio": placed.size / live}
             row |= {"buffers": sum(len(f.lives) for f in frames.values()), "place_ms": took * 1e3}
             row |= {"buffers_of_a_run": of_a_run(frames, "main")}

@@ -5,8 +5,8 @@
 Each family of the zoo at its own widths, with two layers (a stack's peak is that of one block), at three sizes. Counted
 is what a run allocates beside weights and inputs: outputs, values on the way, and what kernels need beside.
 
-    treadle      the arena that is planned for the TVM backend, one thread, and the outputs; the lower bound is the most
-                 bytes that live at once, and the outputs
+    treadle      the arena that is planned for the TVM backend, one thread, and the outputs, in which lies what dies
+                 before they are written; the lower bound is the most bytes that live in the arena at once, and these
     PyTorch      the graph as it is declared, op by op in PyTorch's own functions, each value freed after its last use:
                  what torch.profiler counts of tensors
     ONNX Runtime on the files that we export, with operators of opset 23, as attention is one, and of 17, where it fuses
@@ -43,7 +43,7 @@ SETTINGS = {
     "clip": ['text={"layers": 2}', 'vision={"layers": 2}'],
     "llama": ["layers=2", "dim=2048", "hidden=5632", "heads=32"],
     **{name: ["encoder_layers=2", "decoder_layers=2"] for name in ("bart", "marian")},
-    **{name: ["layers=2", "decoder_layers=2"] for name in ("t5", "transformer", "whisper")},
+    **{name: ["layers=2", "decoder_layers=2"] for name in ("t5", "whisper")},
 }
 """What is set beside a family's defaults; llama's widths are those of a model of 1.1 billion weights."""
 OTHERS = ("torch", "onnxruntime", "tvm")

@@ -189,7 +189,7 @@ class _Machine:
         """Run an entry on its inputs and states, the latter in place; returns new arrays of these dtypes."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
-            failed = run_poisoned(plan, table, self._arena, runner) if poisons() else runner(table)
+            failed = run_poisoned(plan, table, self._arena, made, runner) if poisons() else runner(table)
             self._check(plan, failed)
         return made
 
@@ -231,7 +231,7 @@ class _Machine:
         plan = self._plan(entry, sizes)
         over = self.program.entries[entry].over
         made = {
-            name: given[over[name]] if name in over else _allocated(plan.shapes[name], dtype)
+            name: given[over[name]] if name in over else _allocated(plan.shapes[name], dtype, name == plan.host)
             for name, dtype in outputs.items()
         }
         return self._runner, plan, self._place(plan, given, states, made), made
@@ -317,9 +317,14 @@ class _TableRunner:
 # -- arrays --------------------------------------------------------------------------------------------------
 
 
-def _allocated(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """New memory. Raises BackendError where there is not so much."""
+def _allocated(shape: tuple[int, ...], dtype: np.dtype[Any], aligned: bool = False) -> Array:
+    """New memory; `aligned` as an arena is. Raises BackendError where there is not so much."""
     try:
+        if aligned:
+            count = math.prod(shape) * dtype.itemsize
+            raw = np.empty(count + ALIGNMENT, np.uint8)
+            begin = -address(raw) % ALIGNMENT
+            return raw[begin : begin + count].view(dtype).reshape(shape)
         return np.empty(shape, dtype)
     except (MemoryError, OverflowError, ValueError) as error:
         gigabytes = math.prod(shape) * dtype.itemsize / 2**30

@@ -60,7 +60,8 @@ class Plan:
     steps      for each record the step that it came from
     status     four words for each record that is given indices, in order; see `program.STATUS`
     tellers    the steps of these records
-    freed      (records, first byte, bytes): after so many records nobody reads these bytes of the arena any longer
+    freed      (records, where, bytes): after so many records nobody reads these bytes any longer
+    host       the output in whose memory lies what dies before that is written; None: nothing does
     """
 
     table: Array
@@ -72,7 +73,8 @@ class Plan:
     steps: Sequence[KernelStep]
     status: Array
     tellers: Sequence[KernelStep]
-    freed: Sequence[tuple[int, int, int]]
+    freed: Sequence[tuple[int, Pointer, int]]
+    host: str | None
     states: weakref.ref[States] | None = None
     """Those of the last call: their addresses are in place."""
     begins: dict[Moving, int] = field(default_factory=dict)
@@ -109,7 +111,7 @@ class Planner:
         self.told = Relocation()
         self.steps: list[KernelStep] = []
         self.tellers: list[KernelStep] = []
-        self.freed: list[tuple[int, int, int]] = []
+        self.freed: list[tuple[int, Pointer, int]] = []
         self.frames = place_frames({routine.name: routine.frame for routine in program.routines}, sizes)
 
     def plan(self) -> Plan:
@@ -117,7 +119,7 @@ class Planner:
         places = {storage: Pointer(Input(name)) for name, storage in program.inputs.items()}
         places |= {storage: Pointer(State(name)) for name, storage in program.states.items()}
         places |= {view.storage: Pointer(Output(name)) for name, view in program.outputs.items()}
-        self._expand(program.routine, places, 0)
+        self._expand(program.routine, places, Pointer(Arena()))
         table = np.zeros((len(self.records), RECORD), np.int64)
         words = np.array(self.words, np.int64).reshape(-1, 2)
         for i, ((function, handle), first, count) in enumerate(self.records):
@@ -140,6 +142,7 @@ class Planner:
             status,
             self.tellers,
             self.freed,
+            next((name for name, view in program.outputs.items() if view.storage is placed.host), None),
         )
 
     def _worth_threads(self, step: KernelStep) -> bool:
@@ -154,14 +157,15 @@ class Planner:
     def _known_worth(self) -> dict[KernelStep, bool]:
         return {}
 
-    def _expand(self, routine: Routine, places: Mapping[Storage, Pointer], base: int) -> None:
+    def _expand(self, routine: Routine, places: Mapping[Storage, Pointer], base: Pointer) -> None:
         """Add the calls of a routine whose frame begins at `base`, with arguments and results at these places."""
         frame, dying = self.frames[routine.name], self._dying(routine)
         for number, (step, views, sizes) in enumerate(self._numbers(routine)):
             pointers = [self._place(storage, at, places, frame, base) for storage, at in views]
             if isinstance(step, RoutineStep):
                 storages = [*step.routine.arguments, *step.routine.results]
-                self._expand(step.routine, dict(zip(storages, pointers, strict=True)), base + frame.callees[number])
+                begin = self._begin(number, places, frame, base).after(frame.callees[number])
+                self._expand(step.routine, dict(zip(storages, pointers, strict=True)), begin)
             else:
                 first = len(self.words)
                 for pointer in pointers:
@@ -169,20 +173,27 @@ class Planner:
                 self.words += [(INTEGER, n) for n in sizes]
                 self.records.append((self.entries[step.kernel], first, len(self.words) - first))
                 self.steps.append(step)
-            self.freed += [(len(self.records), base + at, count) for at, count in dying.get(number, ())]
+            for storage, count in dying.get(number, ()):
+                self.freed.append((len(self.records), self._place(storage, 0, places, frame, base), count))
 
-    def _dying(self, routine: Routine) -> Mapping[int, list[tuple[int, int]]]:
-        """By step of a routine: where in its frame what lies that no later step reads, and its bytes."""
+    def _begin(
+        self, of: Storage | int, places: Mapping[Storage, Pointer], frame: PlacedFrame, base: Pointer
+    ) -> Pointer:
+        """From where the offset counts of a storage of a routine, or of the callee of a step."""
+        return places[frame.host] if frame.host is not None and of in frame.hosted else base
+
+    def _dying(self, routine: Routine) -> Mapping[int, list[tuple[Storage, int]]]:
+        """By step of a routine: the storages that no later step reads, and their bytes."""
         if routine.name not in self._known_dying:
-            found: dict[int, list[tuple[int, int]]] = {}
+            found: dict[int, list[tuple[Storage, int]]] = {}
             for life in routine.lives:
                 count = life.storage.nbytes.evaluate(self.sizes)
-                found.setdefault(life.last, []).append((self.frames[routine.name].offsets[life.storage], count))
+                found.setdefault(life.last, []).append((life.storage, count))
             self._known_dying[routine.name] = found
         return self._known_dying[routine.name]
 
     @cached_property
-    def _known_dying(self) -> dict[str, Mapping[int, list[tuple[int, int]]]]:
+    def _known_dying(self) -> dict[str, Mapping[int, list[tuple[Storage, int]]]]:
         return {}
 
     def _value(self, pointer: Pointer, step: KernelStep) -> int:
@@ -221,12 +232,12 @@ class Planner:
         return view.offset.evaluate(self.sizes) * view.dtype.bytes
 
     def _place(
-        self, storage: Storage, at: int, places: Mapping[Storage, Pointer], frame: PlacedFrame, base: int
+        self, storage: Storage, at: int, places: Mapping[Storage, Pointer], frame: PlacedFrame, base: Pointer
     ) -> Pointer:
         """A storage's byte `at`."""
         match storage.kind:
             case StorageKind.LOCAL | StorageKind.FOREIGN:
-                return Pointer(Arena(), base + frame.offsets[storage] + at)
+                return self._begin(storage, places, frame, base).after(frame.offsets[storage] + at)
             case StorageKind.STATUS:
                 return Pointer(Status(), at)
             case StorageKind.ARGUMENT | StorageKind.RESULT | StorageKind.STATE if storage in places:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,25 +10,31 @@ import numpy as np
 from treadle.backends.poison import BYTE
 from treadle.backends.tvm.kernels.calling import address
 from treadle.backends.tvm.planning import Plan
+from treadle.backends.tvm.spaces import Arena, Output, Pointer, Space
 from treadle.passes.memory.frame_placement import ALIGNMENT
 from treadle.passes.memory.frames import aligned
 
 Array = np.ndarray[Any, Any]
 
 
-def run_poisoned(plan: Plan, table: Array, arena: Array, run: Callable[[Array], int]) -> int:
+def run_poisoned(plan: Plan, table: Array, arena: Array, made: Mapping[str, Array], run: Callable[[Array], int]) -> int:
     """Run a plan's table in parts; -1, or the number of the call that failed.
 
+    made  the outputs, in one of which values may lie before it is written
     run  runs calls that follow each other, and gives -1 or the number of the one that failed
     """
     begin = aligned(address(arena), ALIGNMENT) - address(arena)
     arena[:] = BYTE
+    spaces: dict[Space, Array] = {Arena(): arena[begin:]}
+    if plan.host is not None:
+        spaces[Output(plan.host)] = made[plan.host].reshape(-1).view(np.uint8)
+        spaces[Output(plan.host)][:] = BYTE
     done = 0
-    for records, first, count in [*plan.freed, (len(table), 0, 0)]:
+    for records, (space, first), count in [*plan.freed, (len(table), Pointer(Arena()), 0)]:
         if records > done:
             failed = run(table[done:records])
             if failed >= 0:
                 return done + failed
             done = records
-        arena[begin + first : begin + first + count] = BYTE
+        spaces[space][first : first + count] = BYTE
     return -1

@@ -57,3 +57,7 @@ class Pointer(NamedTuple):
 
     space: Space
     offset: int = 0
+
+    def after(self, count: int) -> Pointer:
+        """So many bytes further on."""
+        return Pointer(self.space, self.offset + count)

@@ -2,6 +2,9 @@
 
 A call is a buffer of the caller's, as large as its callee's frame, that lives while the call runs. So a callee lies in
 what its caller does not need at that step, and each function is placed once, however often it is called.
+
+A result of an entry is memory that a run allocates anyway. Where all that dies before it is written fits into it, it
+lies there: logits over a vocabulary are most often larger than all that leads to them.
 """
 
 from __future__ import annotations
@@ -27,14 +30,18 @@ class PlacedFrame:
 
     offsets  of the function's own storages
     callees  by step, where the frame of its callee begins
-    size     of the frame, callees' included
-    bound    no placement needs less: the most bytes that live at once, in whole units of the alignment
+    size     of the frame, callees' included, beside what lies in the host
+    bound    no placement of that needs less: the most bytes that live at once, in whole units of the alignment
+    host     a result in whose memory lies what dies before that is written; None: nothing does
+    hosted   what lies there: storages, and callees by step. Their offsets count from where the result begins
     """
 
     offsets: Mapping[Storage, int]
     callees: Mapping[int, int]
     size: int
     bound: int
+    host: Storage | None = None
+    hosted: frozenset[Storage | int] = frozenset()
 
 
 def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[str, PlacedFrame]:
@@ -49,17 +56,35 @@ def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[
             (at, placed[call.callee], Lifetime(f"{call.callee} at {at}", at, at + 1, placed[call.callee].size))
             for at, call in frame.calls.items()
         ]
-        buffers = [*lives, *(life for _, _, life in calls)]
-        offsets = plan_arena(buffers)
-        size = check_placement(buffers, offsets, alignment=ALIGNMENT)
-        inner = {at: callee.bound for at, callee, _ in calls}
+        buffers: dict[Storage | int, Lifetime] = {x.storage: life for x, life in zip(frame.lives, lives, strict=True)}
+        buffers |= {at: life for at, _, life in calls}
+        offsets, size = _placed(buffers)
+        host, hosted = None, frozenset[Storage | int]()
+        for result in sorted(frame.handed_out, key=lambda x: -x.storage.nbytes.evaluate(sizes)):
+            early = {key: life for key, life in buffers.items() if life.end <= result.first}
+            inside, taken = _placed(early)
+            outside, left = _placed({key: life for key, life in buffers.items() if key not in early})
+            if taken <= result.storage.nbytes.evaluate(sizes) and left < size:
+                offsets, size, host, hosted = inside | outside, left, result.storage, frozenset(early)
+                break
+        own = [life for key, life in buffers.items() if isinstance(key, Storage) and key not in hosted]
+        inner = {at: callee.bound for at, callee, _ in calls if at not in hosted}
         placed[name] = PlacedFrame(
-            {x.storage: offset for x, offset in zip(frame.lives, offsets, strict=False)},
-            {at: offset for (at, _, _), offset in zip(calls, offsets[len(lives) :], strict=True)},
+            {key: offset for key, offset in offsets.items() if isinstance(key, Storage)},
+            {key: offset for key, offset in offsets.items() if isinstance(key, int)},
             size,
-            _most_alive(lives, inner, len(frame.steps)),
+            _most_alive(own, inner, len(frame.steps)),
+            host,
+            hosted,
         )
     return placed
+
+
+def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | int, int], int]:
+    """Offsets, checked, and the bytes that they reach to."""
+    lives = list(buffers.values())
+    offsets = plan_arena(lives)
+    return dict(zip(buffers, offsets, strict=True)), check_placement(lives, offsets, alignment=ALIGNMENT)
 
 
 def plan_arena(lives: Sequence[Lifetime]) -> list[int]:

@@ -35,15 +35,19 @@ class FrameCall:
 class Frame:
     """What a function holds of its own.
 
-    steps  what each step is of, in the order in which they run; None for a copy of what is handed out
-    lives  each storage, from the first step that needs it to the last; of what is handed out, to the number of steps
-    calls  by step
+    steps       what each step is of, in the order in which they run; None for a copy of what is handed out
+    lives       each storage, from the first step that needs it to the last; of what is handed out, to the number of
+                steps
+    calls       by step
+    handed_out  of an entry: new memory that its caller gets, from the first step that touches it on. What dies before
+                may lie there
     """
 
     name: str
     steps: tuple[Node | None, ...]
     lives: tuple[Life, ...]
     calls: Mapping[int, FrameCall]
+    handed_out: tuple[Life, ...] = ()
 
     def alive(self, at: int) -> list[Life]:
         """What lives at a step, without what a callee makes then."""

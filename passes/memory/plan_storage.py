@@ -66,6 +66,7 @@ class PlanStorage(Pass):
     placed   where a library allocates: of which nodes it writes the result where it is told to
     donated  inputs of the last entry, by name, that the caller gives away: a step may write over them as over a value
              that the run made, and kernels that write by strides the one output
+    in_results  what dies before a result of an entry is written may lie there, where kernels write by strides
     ordered  steps run in the order that needs the least memory, where it is proven to need no more than program order
              at any sizes, and less at some
 
@@ -80,6 +81,7 @@ class PlanStorage(Pass):
     over: Over = field(default=over_nothing, repr=False)
     placed: Callable[[Node], bool] = field(default=allocates, repr=False)
     donated: tuple[str, ...] = ()
+    in_results: bool = False
     ordered: bool = True
 
     @property
@@ -106,7 +108,7 @@ class PlanStorage(Pass):
             functions[function.name], peaks[function.name] = plan, peak
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
-        log.plan = StoragePlan(functions, self.strided)
+        log.plan = StoragePlan(functions, self.strided, self.in_results)
         log.notes.insert(0, log.plan.note)
         log.touched = set()
         return 0

@@ -223,12 +223,14 @@ class FunctionPlan:
 class StoragePlan:
     """The storage of every function that users' entries need, callees first. Prints as text, weights left out.
 
-    strided  whether kernels read and write by strides, as views say; else a library chooses them, and gives what it
-             allocates
+    strided     whether kernels read and write by strides, as views say; else a library chooses them, and gives what it
+                allocates
+    in_results  whether what dies before a result is written may lie where that will
     """
 
     functions: Mapping[str, FunctionPlan]
     strided: bool
+    in_results: bool = False
     name: str = field(default="", compare=False)
 
     @property

@@ -66,6 +66,7 @@ class MemoryTold:
 
     peak      the most bytes that live at once, each storage in units of `unit` bytes
     arena     how large the arena is in which it lies, all or in part. None where a library allocates everything
+    host      the output in whose memory lies what dies before that is written; None: nothing does
     foreign   the most bytes that live at once of what a library allocates beside the arena
     at        where the peak is: functions and steps that lead there
     step      what runs then, with the user's line
@@ -84,6 +85,7 @@ class MemoryTold:
     unit: int
     peak: int
     arena: int | None
+    host: str | None
     foreign: int
     at: tuple[tuple[str, int], ...]
     step: str
@@ -103,8 +105,9 @@ class MemoryTold:
             "sizes": dict(self.sizes),
             "peak": self.peak,
             "arena": self.arena,
+            "host": self.host,
             "foreign": self.foreign,
-            "lower_bound": self.peak,
+            "lower_bound": self.peak if self.host is None or self.placed is None else self.placed[self.at[0][0]].bound,
             "at": [list(each) for each in self.at],
             "step": self.step,
             "formula": list(self.formula),
@@ -124,6 +127,9 @@ class MemoryTold:
             lines.append(f"one arena of {self.arena:,} bytes for what is written where it is placed")
             theirs = f"{self.foreign:,} bytes at once"
             lines.append(f"foreign to it, since calls of {self.backend} allocate what they give: at most {theirs}")
+        elif self.host is not None:
+            lines.append(f"one arena of {self.arena:,} bytes for what lives when {self.host} is written, or later")
+            lines.append(f"what dies before lies in memory of {self.host}, which a run allocates anyway")
         else:
             over = (
                 "as small as can be" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above the bound"
@@ -209,6 +215,7 @@ def _told(
         unit,
         peak,
         None if placed is None else placed[entry].size,
+        None if placed is None else _host(placed[entry], plan.functions[entry]),
         max((count for _, count in live_at(beside, entry, sizes, 1)), default=0),
         at,
         _step(frames[at[-1][0]], at[-1][1]),
@@ -244,6 +251,10 @@ def _apart(graph: Graph, sizes: Mapping[str, int]) -> dict[str, int]:
         "inputs": total(main.inputs),
         "outputs": total(list(main.outputs.values())),
     }
+
+
+def _host(placed: PlacedFrame, plan: FunctionPlan) -> str | None:
+    return next((name for name, storage in plan.results.items() if storage is placed.host), None)
 
 
 def _donated(plan: FunctionPlan) -> Iterator[str]:

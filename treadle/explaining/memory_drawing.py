@@ -64,7 +64,8 @@ class _Band:
 
 
 def draw_memory(told: MemoryTold) -> str:
-    """The drawing as the text of an SVG file: of what lies in the arena alone.
+    """The drawing as the text of an SVG file: of what lies in the arena alone, not of what
+    lies in a result before that is written.
 
     Raises UsageError for a backend that has none.
     """
@@ -100,12 +101,14 @@ def _boxes(told: MemoryTold, name: str, begin: int, base: int) -> Iterator[_Box]
     frame, placed, starts = told.frames[name], told.placed[name], _starts(told, name, begin)
     for life in frame.lives:
         count = life.storage.nbytes.evaluate(told.sizes)
-        if count:
+        if count and life.storage not in placed.hosted:
             op, line = _maker(frame, life.first)
             text = f"{life.storage.name} of {name}: {human(count, 'B')} ({count:,} bytes), for {op}  {line}".rstrip()
             end = starts[min(life.last + 1, len(frame.steps))]
             yield _Box(starts[life.first], end, base + placed.offsets[life.storage], count, op, text)
     for at, call in frame.calls.items():
+        if at in placed.hosted:
+            continue
         yield from _boxes(told, call.callee, starts[at], base + placed.callees[at])
 
 

@@ -43,7 +43,7 @@ def written_over(step: Step) -> list[Value]:
     return [v for v in inputs_of(step) if is_chain and v.type == step.root.result.type]
 
 
-PLAN = PlanStorage(strided=True, grouped=CHAINS, parts=writes_part, over=written_over)
+PLAN = PlanStorage(strided=True, grouped=CHAINS, parts=writes_part, over=written_over, in_results=True)
 """How kernels want storage planned."""
 
 

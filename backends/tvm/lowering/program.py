@@ -72,6 +72,7 @@ class Routine:
     lives   its local storages, those of the plan and what single steps need beside, from the first of its own steps
             that
             may touch each to the last
+    handed_out  of an entry: results for which a run allocates new memory, in which others may lie before
     """
 
     name: str
@@ -79,12 +80,18 @@ class Routine:
     results: list[Storage] = field(default_factory=list)
     steps: list[KernelStep | RoutineStep] = field(default_factory=list)
     lives: list[Life] = field(default_factory=list)
+    handed_out: list[Storage] = field(default_factory=list)
 
     @property
     def frame(self) -> Frame:
         """What it holds of its own, by its own steps."""
         calls = {i: FrameCall(step.routine.name) for i, step in enumerate(self.steps) if isinstance(step, RoutineStep)}
-        return Frame(self.name, tuple([step.node for step in self.steps]), tuple(self.lives), calls)
+        first: dict[Storage, int] = {}
+        for at, step in enumerate(self.steps) if self.handed_out else ():
+            for view in step.views:
+                first.setdefault(view.storage, at)
+        handed_out = tuple([Life(s, first[s], len(self.steps)) for s in self.handed_out if s in first])
+        return Frame(self.name, tuple([step.node for step in self.steps]), tuple(self.lives), calls, handed_out)
 
     def walk(self) -> Iterator[KernelStep]:
         """The steps of this routine, not of those it calls."""

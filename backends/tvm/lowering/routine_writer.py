@@ -58,14 +58,17 @@ def lower(
             name: View.contiguous(storage, value.type.held.shape)
             for (name, value), storage in zip(entry.outputs.items(), own.routine.results, strict=True)
         }
+        over = _given_back(plan.functions[entry.name])
         entries[entry.name] = ProgramEntry(
             tuple(routines[function.name].routine for function in graph.needed_by(entry)),
             {value.name: own.view(value).storage for value in entry.inputs},
             {name: own.view(value).storage for name, value in entry.parameters.items()},
             {name: own.view(value).storage for name, value in entry.states.items()},
             outputs,
-            _given_back(plan.functions[entry.name]),
+            over,
         )
+        if plan.in_results:
+            own.routine.handed_out = [view.storage for name, view in outputs.items() if name not in over]
     return KernelProgram(tuple(w.routine for w in routines.values()), entries)
 
 
