@@ -324,12 +324,14 @@ def test_a_call_has_no_facts() -> None:
 # -- names of ops elsewhere ------------------------------------------------------------------------------------
 
 SPELLERS = (
-    *("backends/numpy/spelling.py", "backends/torch/spelling.py", "backends/onnx", "backends/tvm/kernels"),
+    *("backends/numpy/spelling.py", "backends/torch/spelling.py", "backends/torch/destinations.py"),
+    *("backends/onnx", "backends/tvm/kernels"),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "indexing")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("normalization", "product", "reduction", "shape")),
     *("ir/builder.py", "ir/expressions.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
     "passes/memory/instances.py",  # columns of files
+    *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
 )
 """What says how ops are spelled elsewhere: tables of backends, Python's operators, words of other libraries."""
 

@@ -7,7 +7,7 @@ treadle.load("folder").classify("I like it.").label
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def load(
     widen: str | Iterable[str] = (),
     memory: int | str | None = None,
     sizes: Mapping[str, int] | None = None,
+    donate: Sequence[str] | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
     cache: str | None = None,
@@ -43,7 +44,7 @@ def load(
     backend, target         what runs it; of an artifact, in place of those that it was compiled for
     limits                  what the file may ask for before it is refused
     widen                   as in `compile`
-    check, memory, sizes    of an artifact; see `treadle.artifacts.load`
+    check, memory, sizes, donate    of an artifact; see `treadle.artifacts.load`
     dtype, quantize, cache  of a model, as `compile` and sessions take them
     config                  of a model: configuration that overrides the folder's
 
@@ -52,7 +53,7 @@ def load(
     """
     name = os.fspath(model)
     is_model = os.path.isdir(name) or Path(name).suffix == GGUF_SUFFIX or (name in PINNED and not os.path.exists(name))
-    artifact: dict[str, Any] = {"memory": memory, "sizes": sizes}
+    artifact: dict[str, Any] = {"memory": memory, "sizes": sizes, "donate": donate}
     of_model: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "cache": cache, **config}
     wrong = artifact if is_model else of_model
     given = [option for option, value in wrong.items() if value is not None]
@@ -62,9 +63,8 @@ def load(
         kind = "a model that is loaded for tasks" if is_model else "an artifact, which is compiled already,"
         raise UsageError(f"{kind} takes no {given[0]}", received=name, hint=f"treadle.compile({name!r}, ...)")
     if not is_model:
-        return artifacts.load(
-            model, backend=backend, target=target, limits=limits, check=check, widen=widen, memory=memory, sizes=sizes
-        )
+        planned: dict[str, Any] = {"memory": memory, "sizes": sizes, "donate": donate or ()}
+        return artifacts.load(model, backend=backend, target=target, limits=limits, check=check, widen=widen, **planned)
     if isinstance(limits, artifacts.ArtifactLimits):
         raise UsageError(
             "limits of a model are given by name", received="ArtifactLimits", hint='{"tensors": 1_000_000}'
