@@ -4,10 +4,12 @@ A table maps parameter names to the checkpoint's, both as patterns in which `{i}
 
     "wte.weight":             "embeddings.weight"                             another name
     "h.{i}.attn.q.weight":    Source("h.{i}.attn.c_attn.weight", transpose=True, rows=(0, 768))
+    "layer.{i}.attn.k.weight": Source("layers.{i}.qkv.weight", rows=(64, 128), groups=12)      of each head's rows
     "h.{i}.ln_1.weight":      ("h.{i}.ln_1.weight", "h.{i}.ln_1.gamma")       the first that the file has
     "lm_head.weight":         ("lm_head.weight", "wte.weight")                tied where it is not stored
 
-A parameter that no pattern matches is looked up under its own name. Slices and transposes are views.
+A parameter that no pattern matches is looked up under its own name. Slices and transposes are
+views; rows of several groups are copied.
 """
 
 from __future__ import annotations
@@ -69,12 +71,15 @@ class Source:
     transpose   the stored matrix [m, n] is read as [n, m] (GPT-2 stores its weights input by output)
     rows        [start, stop) of the first axis, after the transpose
     cols        [start, stop) of the second axis, after the transpose
+    groups      into how many equal parts the first axis falls, of each of which `rows` are taken (GPT-NeoX stores the
+                rows of a head's query, key and value after another)
     """
 
     name: str
     transpose: bool = False
     rows: tuple[int, int] | None = None
     cols: tuple[int, int] | None = None
+    groups: int = 1
 
     def shape(self, stored: Shape) -> Shape | None:
         """The shape that a stored one gives; None if it has other axes, or a slice reaches past its end."""
@@ -83,24 +88,31 @@ class Source:
                 return None
             stored = stored[::-1]
         shape = list(stored)
-        for axis, cut in enumerate((self.rows, self.cols)):
+        for axis, (cut, parts) in enumerate(((self.rows, self.groups), (self.cols, 1))):
             if cut is not None:
-                if axis >= len(shape) or not 0 <= cut[0] <= cut[1] <= shape[axis]:
+                if axis >= len(shape) or shape[axis] % parts or not 0 <= cut[0] <= cut[1] <= shape[axis] // parts:
                     return None
-                shape[axis] = cut[1] - cut[0]
+                shape[axis] = (cut[1] - cut[0]) * parts
         return tuple(shape)
 
     def view(self, array: Array) -> Array:
-        """The part of a stored array that this names, without a copy."""
+        """The part of a stored array that this names, without a copy unless there are groups."""
         array = array.T if self.transpose else array
-        if self.rows is not None:
+        if self.rows is not None and self.groups > 1:
+            rest = array.shape[1:]
+            array = array.reshape(self.groups, -1, *rest)[:, slice(*self.rows)].reshape(-1, *rest)
+        elif self.rows is not None:
             array = array[slice(*self.rows)]
         return array if self.cols is None else array[:, slice(*self.cols)]
 
     @property
     def part(self) -> str:
-        """What is read of the tensor, as NumPy would write it: `.T[0:768]`; empty for all of it."""
+        """What is read of the tensor, as NumPy would write it: `.T[0:768]`; empty for all of it.
+
+        Of groups: `[0:64 of each of 12]`.
+        """
         rows, cols = (f"{cut[0]}:{cut[1]}" if cut else ":" for cut in (self.rows, self.cols))
+        rows += f" of each of {self.groups}" if self.groups > 1 else ""
         cut = f"[{rows}, {cols}]" if self.cols else f"[{rows}]" if self.rows else ""
         return (".T" if self.transpose else "") + cut
 

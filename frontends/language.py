@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from treadle.frontends import operations as _operations
+from treadle.frontends.attention_layers import attention as attention
+from treadle.frontends.attention_layers import cross_attention as cross_attention
+from treadle.frontends.attention_layers import merge_heads as merge_heads
+from treadle.frontends.attention_layers import multi_head_attention as multi_head_attention
+from treadle.frontends.attention_layers import self_attention as self_attention
+from treadle.frontends.attention_layers import split_heads as split_heads
 from treadle.frontends.call_errors import unknown_word as _unknown_word
 from treadle.frontends.declarations import Model as Model
 from treadle.frontends.declarations import model as model
@@ -26,20 +32,14 @@ from treadle.frontends.dsl import size_of as size_of
 from treadle.frontends.dsl import stack as stack
 from treadle.frontends.dsl import trace as trace
 from treadle.frontends.layers import Activation as Activation
-from treadle.frontends.layers import attention as attention
 from treadle.frontends.layers import convolution as convolution
-from treadle.frontends.layers import cross_attention as cross_attention
 from treadle.frontends.layers import embed as embed
 from treadle.frontends.layers import gated_mlp as gated_mlp
 from treadle.frontends.layers import layer_norm as layer_norm
 from treadle.frontends.layers import linear as linear
-from treadle.frontends.layers import merge_heads as merge_heads
 from treadle.frontends.layers import mlp as mlp
-from treadle.frontends.layers import multi_head_attention as multi_head_attention
 from treadle.frontends.layers import rms_norm as rms_norm
-from treadle.frontends.layers import self_attention as self_attention
 from treadle.frontends.layers import sinusoidal_positions as sinusoidal_positions
-from treadle.frontends.layers import split_heads as split_heads
 from treadle.frontends.layers import unembed as unembed
 from treadle.frontends.rotary import rotary_frequencies as rotary_frequencies
 from treadle.ir.attention.masking import Biases as Biases

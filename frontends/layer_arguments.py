@@ -192,6 +192,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "bool": _truth,
     "str": _text,
     "Activation": _function,
+    "Normalize": _function,
     "DType": _dtype,
 }
 _CHECKS |= {f"{annotation} | None": check for annotation, check in _CHECKS.items()}

@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 
 from treadle.frontends.dsl import Tensor, Trace, declare, parameter, shared_table, trace
 from treadle.frontends.layer_arguments import layer
-from treadle.ir.attention.masking import Biases, Masks, attend
-from treadle.ir.attention.masking import causal as causal_mask
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import FrontendError
 from treadle.ir.graph import Value
@@ -146,169 +144,6 @@ def gated_mlp(
 
 
 @layer
-def split_heads(x: Tensor, heads: int, *, label: str = "heads", name: str = "heads") -> Tensor:
-    """[B, S, heads * d] -> [B, heads, S, d], the new axis labelled"""
-    _positive(heads=heads)
-    return trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name)
-
-
-@layer
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, heads, S, d] -> [B, S, heads * d]"""
-    return trace().rearrange(x, pattern="b heads s d -> b s (heads d)", name="merged")
-
-
-@layer
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Masks | None = None,
-    bias: Biases | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """softmax(q k^T * scale + bias, masked) v, with q [B, H, S, d], k [B, G, T, d], v [B, G, T, e] -> [B, H, S, e].
-
-    H is a multiple of G (grouped-query heads). `mask` combines terms with &: `t.causal & t.padding(lengths)`;
-    `scale` is 1/sqrt(d) where none is given. A fully masked row gives zeros.
-    """
-    return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
-
-
-@layer
-def multi_head_attention(
-    x: Tensor,
-    context: Tensor,
-    heads: int,
-    *,
-    kv_heads: int | None = None,
-    head_dim: SizeLike | None = None,
-    mask: Masks | None = None,
-    bias: Biases | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    projection_bias: bool = True,
-    key_bias: bool | None = None,
-    output_bias: bool | None = None,
-    rotate: Activation | None = None,
-    name: str = "attn",
-) -> Tensor:
-    """Project, split into heads, attend, merge, project                                (Vaswani et al. 2017, 3.2.2)
-
-    x [B, S, D] gives queries, context [B, T, C] keys and values. Declares q, k, v and out under `name`, with biases
-    where `projection_bias`, or for k alone `key_bias` and for out alone `output_bias`, says so. `rotate` is applied to
-    the queries and keys [B, heads, S, d].
-    """
-    b = trace()
-    width = x.shape[-1]
-    groups = heads if kv_heads is None else kv_heads
-    _positive(heads=heads, kv_heads=groups)
-    if heads % groups:
-        raise FrontendError(
-            f"{heads} heads do not split among kv_heads={groups}",
-            source=describe_source(user_line(), b.scope),
-            hint="kv_heads must divide heads",
-        )
-    per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
-    label, inner = "heads" if groups == heads else "kv_heads", per_head * groups
-    key_bias = projection_bias if key_bias is None else key_bias
-    # All of it comes from one line, unless a function of the user's takes part: asking once is faster.
-    with b.scoped(name, None if rotate else user_line()):
-        q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads, name="q_heads")
-        k = split_heads(linear(context, inner, bias=key_bias, name="k"), groups, label=label, name="k_heads")
-        v = split_heads(linear(context, inner, bias=projection_bias, name="v"), groups, label=label, name="v_heads")
-        if rotate is not None:
-            q, k = rotate(q), rotate(k)
-        y = attend(b, q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap, name=name)
-        with_bias = projection_bias if output_bias is None else output_bias
-        return linear(merge_heads(y), width, bias=with_bias, name="out")
-
-
-@layer
-def self_attention(
-    x: Tensor,
-    heads: int,
-    *,
-    causal: bool = False,
-    kv_heads: int | None = None,
-    head_dim: SizeLike | None = None,
-    mask: Masks | None = None,
-    bias: Biases | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    projection_bias: bool = True,
-    key_bias: bool | None = None,
-    output_bias: bool | None = None,
-    rotate: Activation | None = None,
-    name: str = "attn",
-) -> Tensor:
-    """Multi-head attention of a sequence x [B, S, D] to itself; `causal` lets position i see positions up to i.
-
-    The other options are those of `multi_head_attention`.
-    """
-    if causal:
-        mask = causal_mask if mask is None else causal_mask & mask
-    return multi_head_attention(
-        x,
-        x,
-        heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        projection_bias=projection_bias,
-        key_bias=key_bias,
-        output_bias=output_bias,
-        rotate=rotate,
-        name=name,
-    )
-
-
-@layer
-def cross_attention(
-    x: Tensor,
-    context: Tensor,
-    heads: int,
-    *,
-    kv_heads: int | None = None,
-    head_dim: SizeLike | None = None,
-    mask: Masks | None = None,
-    bias: Biases | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    projection_bias: bool = True,
-    key_bias: bool | None = None,
-    output_bias: bool | None = None,
-    rotate: Activation | None = None,
-    name: str = "attn",
-) -> Tensor:
-    """Multi-head attention of x [B, S, D] to another sequence, context [B, T, C].
-
-    The options are those of `multi_head_attention`, of which this is another name.
-    """
-    return multi_head_attention(
-        x,
-        context,
-        heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        projection_bias=projection_bias,
-        key_bias=key_bias,
-        output_bias=output_bias,
-        rotate=rotate,
-        name=name,
-    )
-
-
-@layer
 def convolution(
     x: Tensor,
     channels: int,
@@ -323,7 +158,7 @@ def convolution(
 ) -> Tensor:
     """A convolution over the trailing axes of x [B, C, *spatial]. `strides`, ... are those of the op `conv`."""
     b = trace()
-    _positive(groups=groups)
+    positive(groups=groups)
     channels_in = _channels(x, len(kernel)) // groups
     with b.scoped(name, b.source or user_line(beyond=1)):
         weight = _weight(b, x, "weight", channels, channels_in, *kernel)
@@ -353,18 +188,8 @@ def _first_position(ids: Value) -> int | None:
     return None
 
 
-def _head_dim(width: Size, heads: int) -> Size:
-    per_head = width.divide(heads)
-    if per_head is None:
-        raise FrontendError(
-            f"a width of {width} does not split into {heads} heads",
-            source=describe_source(user_line(), trace().scope),
-            hint="choose heads that divide it, or give head_dim=",
-        )
-    return per_head
-
-
-def _positive(**counts: int) -> None:
+def positive(**counts: int) -> None:
+    """Raises FrontendError, which names it, for a count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise FrontendError(f"{name} must be 1 or more", received=f"{name}={count}", source=trace().place())

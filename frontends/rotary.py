@@ -84,7 +84,39 @@ class Dynamic:
     context: int
 
 
-Scaling = LinearScaling | Llama3 | Divided | Dynamic
+@dataclass(frozen=True)
+class Yarn:
+    """frequency / factor for what turns seldom within the context, and as it is for what turns often (Peng et al. 2023)
+
+    Pair i of dims / 2 is kept below the i that turns `fast` times in the context, divided past the one that turns
+    `slow` times, and in between it goes from one to the other linearly. `truncate` rounds both i outwards. Scores are
+    multiplied by temperature ** 2, since what is attended to must be as distinct among more keys.
+    """
+
+    factor: float
+    context: int
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+    temperature: float = 1.0
+
+    def apply(self, frequencies: Frequencies) -> Frequencies:
+        """The frequencies, scaled. Raises FrontendError for a single one, which does not tell the base."""
+        half = len(frequencies)
+        if half == 1:
+            raise FrontendError("yarn scaling needs more than one rotary frequency")
+        # frequencies are base ** (-i / half), and a wave of frequency w turns context w / 2 pi times
+        step = -math.log(frequencies[1])
+        low, high = (math.log(self.context / (turns * 2 * math.pi)) / step for turns in (self.fast, self.slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        slowed = np.clip((np.arange(half) - low) / ((high - low) or 1e-3), 0.0, 1.0)
+        scaled: Frequencies = frequencies * (1 - slowed) + frequencies / self.factor * slowed
+        return scaled
+
+
+Scaling = LinearScaling | Llama3 | Divided | Dynamic | Yarn
 
 
 def rotary_frequencies(

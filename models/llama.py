@@ -1,37 +1,29 @@
-"""The Llama kind: a decoder with rotary positions, RMS norms and gated feed-forward networks (Touvron et al. 2023).
+"""The Llama kind: a decoder with rotary positions, norms and gated feed-forward networks (Touvron et al. 2023).
 
-One declaration for what differs by an option: Mistral's window (Jiang et al. 2023), Qwen2's biases (Yang et al. 2024),
-Gemma's norms, scaled embeddings and gelu (Gemma team 2024). SmolLM is Llama by another name.
+One declaration for what differs by an option: Mistral's window (Jiang et al. 2023), Qwen's biases and norms of queries
+and keys (Yang et al. 2024, 2025), Gemma's scaled embeddings, soft-caps, alternating windows and four norms a layer
+(Gemma team 2024, 2025), Phi-3's parts of heads that turn (Abdin et al. 2024), OLMo 2's norms after each part (OLMo team
+2024), StableLM's layer norms (Bellagente et al. 2024), Granite's multipliers (Granite team 2024). SmolLM is Llama by
+another name. What a config.json says of them stands in `treadle.models.llama_config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Table
-from treadle.frontends.rotary import Dynamic, LinearScaling, Llama3, Scaling
-from treadle.ir.errors import CheckpointError, FrontendError
-from treadle.models.family import (
-    Config,
-    Family,
-    choose,
-    choose_architecture,
-    read_flag,
-    read_float,
-    read_int,
-    read_layers,
-    require,
-)
+from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.rotary import Scaling, Yarn
+from treadle.ir.errors import FrontendError
+from treadle.models.family import Config, Family, choose_architecture
+from treadle.models.llama_config import ARCHITECTURES, read_kind, read_options
 
-ACTIVATIONS = {
-    "silu": t.silu,
-    "gelu": t.gelu,
-    "gelu_pytorch_tanh": t.gelu_tanh,
-    "gelu_new": t.gelu_tanh,
-    "relu": t.relu,
-}
+NORM_PLACES = ("before", "after", "both")
+"""Where a part of a layer has its norm: before it, after it (and before it is added), or both."""
+
+QK_NORMS = ("heads", "whole")
+"""What queries and keys are normalized over: each head, or all heads together."""
 
 
 @t.model
@@ -53,11 +45,21 @@ def llama(
     rotary_dims: int | None = None,
     layout: str = "half",
     window: int | None = None,
+    full_layers: tuple[int, ...] = (),
+    window_base: float | None = None,
     qkv_bias: bool = False,
     out_bias: bool = False,
     mlp_bias: bool = False,
-    scaled_embeddings: bool = False,
+    layer_norms: bool = False,
     norm_offset: float = 0.0,
+    norm_place: str = "before",
+    qk_norm: str | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    embedding_scale: float = 1.0,
+    residual_scale: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> dict[str, t.Tensor]:
     """Llama: next-token logits [B, S, vocab] of tokens [B, S].
 
@@ -67,36 +69,85 @@ def llama(
     rotary_dims        how much of a head is turned, from its start; None: all
     layout             which dimensions turn together: "half", or "interleaved" as in GGUF files
     window             how many positions a token sees, its own included; None: all before it
-    scaled_embeddings  embeddings are multiplied by sqrt(dim)
-    norm_offset        what is added to a norm's weight: Gemma stores it less 1
+    full_layers        the layers (from 0) in which it sees all before it, although there is a window
+    window_base        base of the rotary frequencies, unscaled, in layers with a window; None: as in the others
+    layer_norms        norms are layer norms with biases, not RMS norms
+    norm_offset        what is added to an RMS norm's weight: Gemma stores it less 1
+    norm_place         where each part of a layer has its norm, see `NORM_PLACES`
+    qk_norm            what an RMS norm of queries and keys is over, see `QK_NORMS`; None: there is none
+    scale              of the scores; None: 1 / sqrt(head_dim)
+    softcap            scores become c tanh(scores / c)
+    embedding_scale    what embeddings are multiplied by; residual_scale, what a layer adds; logit_scale, logits
+    logit_softcap      logits become c tanh(logits / c)
     """
     if head_dim is None and dim % heads:
         raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="give head_dim=")
+    for name, value, known in (("norm_place", norm_place, NORM_PLACES), ("qk_norm", qk_norm, (None, *QK_NORMS))):
+        if value not in known:
+            raise FrontendError(f"llama has no {name} {value!r}", hint="one of " + ", ".join(map(str, known)))
     size = head_dim or dim // heads
-    positions = t.positions(tokens)
-    frequencies = t.rotary_frequencies(
-        rotary_dims or size, base=base, scaling=scaling, length=t.size_of(tokens, 1)
-    )  # fmt: skip
+    positions, dims = t.positions(tokens), rotary_dims or size
+    frequencies = t.rotary_frequencies(dims, base=base, scaling=scaling, length=t.size_of(tokens, 1))
+    windowed = frequencies if window_base is None else t.rotary_frequencies(dims, base=window_base)
+    warm_scale = scale
+    if isinstance(scaling, Yarn):
+        warm_scale = (size**-0.5 if scale is None else scale) * scaling.temperature**2
     attention: dict[str, Any] = {
         "kv_heads": kv_heads,
         "head_dim": size,
-        "mask": None if window is None else t.window(window),
         "projection_bias": qkv_bias,
         "output_bias": out_bias,
-        "rotate": lambda x: t.rotary(x, positions, frequencies, layout=layout),
+        "softcap": softcap,
+        "normalize": {
+            None: None,
+            "heads": partial(rms_norm, eps=eps, offset=norm_offset),
+            "whole": partial(norm_of_heads, eps=eps),
+        }[qk_norm],
     }
 
+    def turned(x: t.Tensor, by: t.Tensor) -> t.Tensor:
+        return t.rotary(x, positions, by, layout=layout)
+
+    def norm(x: t.Tensor, name: str) -> t.Tensor:
+        if layer_norms:
+            return t.layer_norm(x, eps=eps, name=name)
+        return rms_norm(x, name, eps=eps, offset=norm_offset)
+
+    def normed_before(x: t.Tensor, part: str) -> t.Tensor:
+        return x if norm_place == "after" else norm(x, f"{part}_norm")
+
+    def added(x: t.Tensor, y: t.Tensor, part: str) -> t.Tensor:
+        if norm_place != "before":
+            y = norm(y, f"{part}_post_norm")
+        return x + (y if residual_scale == 1.0 else y * residual_scale)
+
     x = t.embed(tokens, vocab, dim, name="embed")
-    if scaled_embeddings:
-        x *= dim**0.5
-    for _ in t.stack("layer", layers):
-        x += t.self_attention(norm(x, eps, norm_offset, "attn_norm"), heads, causal=True, name="attn", **attention)
-        x += t.gated_mlp(norm(x, eps, norm_offset, "mlp_norm"), hidden, act=act, bias=mlp_bias, name="mlp")
-    x = norm(x, eps, norm_offset, "norm")
-    return {"logits": t.unembed(x, tied="embed") if tied else t.unembed(x, vocab, name="lm_head")}
+    if embedding_scale != 1.0:
+        x *= embedding_scale
+    for i in t.stack("layer", layers):
+        near = window is not None and i not in full_layers
+        frequency = windowed if near else frequencies
+        y = t.self_attention(
+            normed_before(x, "attn"),
+            heads,
+            causal=True,
+            mask=t.window(window) if window is not None and near else None,
+            scale=warm_scale if frequency is frequencies else scale,
+            rotate=partial(turned, by=frequency),
+            name="attn",
+            **attention,
+        )
+        x = added(x, y, "attn")
+        y = t.gated_mlp(normed_before(x, "mlp"), hidden, act=act, bias=mlp_bias, name="mlp")
+        x = added(x, y, "mlp")
+    x = norm(x, "norm")
+    logits = t.unembed(x, tied="embed") if tied else t.unembed(x, vocab, name="lm_head")
+    if logit_scale != 1.0:
+        logits *= logit_scale
+    return {"logits": logits if logit_softcap is None else t.tanh(logits / logit_softcap) * logit_softcap}
 
 
-def norm(x: t.Tensor, eps: float, offset: float, name: str) -> t.Tensor:
+def rms_norm(x: t.Tensor, name: str, *, eps: float, offset: float) -> t.Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + offset)"""
     if not offset:
         return t.rms_norm(x, eps=eps, name=name)
@@ -105,115 +156,59 @@ def norm(x: t.Tensor, eps: float, offset: float, name: str) -> t.Tensor:
         return t.ops.rms_norm(x, weight + offset, eps=eps)
 
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-}
-
-
-# What Hugging Face's classes have where a file does not say. Older files leave out what is so.
-_DEFAULTS: Mapping[str, Config] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32},
-    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
-}
+def norm_of_heads(x: t.Tensor, name: str, *, eps: float) -> t.Tensor:
+    """The RMS norm of x [B, H, S, d] over H and d together."""
+    normed = t.rms_norm(t.merge_heads(x), eps=eps, name=name)
+    return t.rearrange(normed, pattern=f"b s (h={x.shape[1]} d) -> b h s d")
 
 
 def from_config(config: Config) -> t.Model:
-    """Read a Hugging Face LlamaConfig, MistralConfig, Qwen2Config or GemmaConfig."""
-    kind = choose(config, "model_type", {k: k for k in ARCHITECTURES})
-    config = {**_DEFAULTS[kind], **config}
-    choose_architecture(config, {ARCHITECTURES[kind]: llama})
-    bias = read_flag(config, "attention_bias", False)
-    heads = read_int(config, "num_attention_heads")
-    model = llama.configure(
-        vocab=read_int(config, "vocab_size"),
-        dim=read_int(config, "hidden_size"),
-        heads=heads,
-        kv_heads=read_int(config, "num_key_value_heads", heads),
-        head_dim=None if config.get("head_dim") is None else read_int(config, "head_dim"),
-        layers=read_layers(config, "num_hidden_layers"),
-        hidden=read_int(config, "intermediate_size"),
-        eps=read_float(config, "rms_norm_eps", 1e-6),
-        tied=read_flag(config, "tie_word_embeddings", kind == "gemma"),
-        qkv_bias=bias,
-        out_bias=bias,
-        **read_rotary(config),
-    )
-    match kind:
-        case "llama":
-            model = model.configure(mlp_bias=read_flag(config, "mlp_bias", False))
-        case "mistral" if config.get("sliding_window") is not None:
-            model = model.configure(window=read_int(config, "sliding_window"))
-        case "qwen2":
-            require(config, use_sliding_window=False, layer_types=["full_attention"] * model.config["layers"])
-            model = model.configure(qkv_bias=True)
-        case "gemma":
-            if config.get("use_bidirectional_attention"):
-                require(config, use_bidirectional_attention=False)
-            # Files say gelu and mean its approximation by tanh, as Gemma was trained.
-            act = choose(config, "hidden_act", {**ACTIVATIONS, "gelu": t.gelu_tanh}, "gelu_pytorch_tanh")
-            return model.configure(act=act, scaled_embeddings=True, norm_offset=1.0)
-    return model.configure(act=choose(config, "hidden_act", ACTIVATIONS, "silu"))
-
-
-def read_rotary(config: Config) -> dict[str, Any]:
-    """The base and the scaling: in `rope_parameters`, or before transformers 5 in `rope_theta` and `rope_scaling`."""
-    named = next((n for n in ("rope_parameters", "rope_scaling") if config.get(n) is not None), None)
-    options = {} if named is None else config[named]
-    if not isinstance(options, Mapping):
-        raise CheckpointError(f"config.json: {named} must be an object", received=repr(options)[:80])
-    require(options, partial_rotary_factor=1.0)
-    require(config, partial_rotary_factor=1.0)
-    base = read_float(options, "rope_theta", read_float(config, "rope_theta", 10000.0))
-    kinds = {"default": None, "linear": read_linear, "dynamic": read_dynamic, "llama3": read_llama3}
-    key = "rope_type" if "rope_type" in options or "type" not in options else "type"
-    read = choose(options, key, kinds, "default")
-    return {"base": base, "scaling": None if read is None else read(options, config)}
-
-
-def read_linear(options: Config, config: Config) -> Scaling:
-    return LinearScaling(read_factor(options, "factor"))
-
-
-def read_dynamic(options: Config, config: Config) -> Scaling:
-    return Dynamic(read_factor(options, "factor"), read_int(config, "max_position_embeddings"))
-
-
-def read_llama3(options: Config, config: Config) -> Scaling:
-    low, high = (read_factor(options, f"{end}_freq_factor") for end in ("low", "high"))
-    if low >= high:
-        raise CheckpointError(
-            "config.json: low_freq_factor must be less than high_freq_factor", received=f"{low} and {high}"
-        )
-    return Llama3(read_factor(options, "factor"), low, high, read_int(options, "original_max_position_embeddings"))
-
-
-def read_factor(options: Config, name: str) -> float:
-    """A number from 1e-3 to 1e6, which keeps frequencies finite."""
-    value = read_float(options, name, 0.0)
-    if not 1e-3 <= value <= 1e6:
-        raise CheckpointError(f"config.json: {name} must be a number from 0.001 to 1000000", received=str(value))
-    return value
+    """Read the config.json of one of `ARCHITECTURES`."""
+    choose_architecture(config, {ARCHITECTURES[read_kind(config)]: llama})
+    return llama.configure(**read_options(config))
 
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names."""
-    layer = "model.layers.{i}"
+    kind, layer = read_kind(config), "model.layers.{i}"
     modules = {
         "embed": "model.embed_tokens",
-        "layer.{i}.attn_norm": f"{layer}.input_layernorm",
-        "layer.{i}.mlp_norm": f"{layer}.post_attention_layernorm",
         "norm": "model.norm",
         "lm_head": "lm_head",
         **{f"layer.{{i}}.attn.{n}": f"{layer}.self_attn.{n}_proj" for n in "qkv"},
+        **{f"layer.{{i}}.attn.{n}_norm": f"{layer}.self_attn.{n}_norm" for n in "qk"},
         "layer.{i}.attn.out": f"{layer}.self_attn.o_proj",
         **{f"layer.{{i}}.mlp.{n}": f"{layer}.mlp.{n}_proj" for n in ("gate", "up", "down")},
+        "layer.{i}.attn_norm": f"{layer}.input_layernorm",
+        "layer.{i}.mlp_norm": f"{layer}.post_attention_layernorm",
+        # Where a part has a norm after it, its name is no longer that of the norm before the next.
+        "layer.{i}.attn_post_norm": f"{layer}.post_attention_layernorm",
+        "layer.{i}.mlp_post_norm": f"{layer}.post_feedforward_layernorm",
     }
-    return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")}
+    if kind in ("gemma2", "gemma3_text"):
+        modules["layer.{i}.mlp_norm"] = f"{layer}.pre_feedforward_layernorm"
+    table: dict[str, Entry] = {
+        f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")
+    }
+    if kind == "phi3":
+        table |= joined(config, layer)
+    return table
 
 
-FAMILY = Family("llama", llama, ("llama", "mistral", "qwen2", "gemma"), from_config, checkpoint)
+def joined(config: Config, layer: str) -> dict[str, Entry]:
+    """Phi-3's q, k and v in one tensor, and its gate and up in one."""
+    options = read_options(config)
+    size = options["head_dim"] or options["dim"] // options["heads"]
+    queries, keys, hidden = options["heads"] * size, options["kv_heads"] * size, options["hidden"]
+    ends = [0, queries, queries + keys, queries + 2 * keys]
+    table: dict[str, Entry] = {
+        f"layer.{{i}}.attn.{name}.weight": Source(f"{layer}.self_attn.qkv_proj.weight", rows=(ends[n], ends[n + 1]))
+        for n, name in enumerate("qkv")
+    }
+    for n, name in enumerate(("gate", "up")):
+        rows = (n * hidden, (n + 1) * hidden)
+        table[f"layer.{{i}}.mlp.{name}.weight"] = Source(f"{layer}.mlp.gate_up_proj.weight", rows=rows)
+    return table
+
+
+FAMILY = Family("llama", llama, tuple(ARCHITECTURES), from_config, checkpoint)

@@ -53,14 +53,13 @@ _ROBERTA = {
     "max_position_embeddings": VOCAB + 1 + 24,
 }
 _ALBERT = {**_BERT, "embedding_size": 10, "num_hidden_layers": 4}
-_OPT = {
+_BIOGPT = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 24,
     "hidden_size": 24,
-    "word_embed_proj_dim": 24,
     "num_attention_heads": 4,
     "num_hidden_layers": 3,
-    "ffn_dim": 40,
+    "intermediate_size": 40,
 }
 _VIT = {
     "image_size": [12, 8],
@@ -204,7 +203,7 @@ TINY = {
     "clip-text-projected": Tiny("CLIPTextModelWithProjection", {**_CLIP_TEXT, "projection_dim": 16}),
     "clip-vision": Tiny("CLIPVisionModel", {**_CLIP_VISION, "hidden_act": "gelu"}),
     "clip-vision-projected": Tiny("CLIPVisionModelWithProjection", {**_CLIP_VISION, "projection_dim": 16}),
-    "opt": Tiny("OPTForCausalLM", _OPT),  # the example of docs/models.md, no family of ours
+    "biogpt": Tiny("BioGptForCausalLM", _BIOGPT),  # the example of docs/models.md, no family of ours
     "bart": Tiny("BartForConditionalGeneration", _BART),
     "bart-hidden": Tiny("BartModel", {**_BART, "activation_function": "relu", "scale_embedding": True}),
     "marian": Tiny("MarianMTModel", _MARIAN),

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Iterator
 from inspect import Parameter, Signature
 
-import treadle.frontends.layers as layers
 import treadle.ir.ops  # noqa: F401  (registers every op)
+from treadle.frontends import attention_layers, layers
 from treadle.ir.builder import Builder
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Op
@@ -76,7 +76,12 @@ def _methods(spelling: Spelling) -> str:
 
 
 def _functions() -> str:
-    layer_names = {name for name, function in vars(layers).items() if inspect.isfunction(function)}
+    layer_names = {
+        name
+        for module in (layers, attention_layers)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+    }
     exported = "".join(f'    "{cls.name}",\n' for cls in _ops() if cls.name not in layer_names)
     made = [_spelled(cls.name, op_signature(cls, LANGUAGE), doc=inspect.cleandoc(cls.__doc__ or "")) for cls in _ops()]
     return f"__all__ = [\n{exported}]\n\n" + "\n".join(made)

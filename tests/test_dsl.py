@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-import treadle.frontends.layers as layers
 from treadle.compiling import initial_weights
+from treadle.frontends import attention_layers, layers
 from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
 from treadle.ir.initial_values import Init
 from treadle.ir.sizing.size_bounds import Bounds
@@ -387,11 +387,14 @@ def test_mistakes_name_their_line(function: Callable[..., Any], text: str, kind:
 
 
 LAYERS = {
-    name: word for name, word in vars(layers).items() if inspect.isfunction(word) and word.__module__ == layers.__name__
+    name: word
+    for module in (layers, attention_layers)
+    for name, word in vars(module).items()
+    if inspect.isfunction(word) and word.__module__ == module.__name__
 }
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("_")])
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("_") and name != "positive"])
 def test_a_misspelt_option_of_a_layer(name: str) -> None:
     """Each option of each layer, with its second letter left out: the error names it, the layer and the line."""
     signature = inspect.signature(LAYERS[name])

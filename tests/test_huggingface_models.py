@@ -64,7 +64,7 @@ class Saved:
         return resolve(self.folder, inputs=inputs, **TINY[self.name].given)
 
 
-@pytest.fixture(scope="module", params=[name for name in TINY if name != "opt"])
+@pytest.fixture(scope="module", params=[name for name in TINY if name != "biogpt"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     name = request.param
     folder = tmp_path_factory.mktemp(name)
@@ -128,12 +128,12 @@ def test_takes_every_tensor(saved: Saved) -> None:
 
 
 def test_the_family_of_the_documentation(tmp_path: Path) -> None:
-    """The file that docs/models.md shows reads OPT and answers what Hugging Face's does."""
+    """The file that docs/models.md shows reads BioGPT and answers what Hugging Face's does."""
     text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}
-    exec(compile(code, "opt.py", "exec"), names)
-    theirs = save("opt", tmp_path)
+    exec(compile(code, "biogpt.py", "exec"), names)
+    theirs = save("biogpt", tmp_path)
 
     checkpoint, family = open_checkpoint(tmp_path), names["FAMILY"]
     graph = family.from_config(checkpoint.config).graph()
@@ -141,7 +141,7 @@ def test_the_family_of_the_documentation(tmp_path: Path) -> None:
     binding = bind(wanted, family.checkpoint(checkpoint.config), checkpoint, prefixes=family.prefixes)
     assert not binding.unused
     inputs = draw(graph, SIZES[1])
-    assert_close(interpret(graph, inputs, binding.arrays, float64=True), answer(theirs, inputs), "opt")
+    assert_close(interpret(graph, inputs, binding.arrays, float64=True), answer(theirs, inputs), "biogpt")
 
 
 def test_old_names(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
 
 
 @pytest.mark.parametrize(
-    "name", sorted({each.architecture: name for name, each in TINY.items() if name != "opt"}.values())
+    "name", sorted({each.architecture: name for name, each in TINY.items() if name != "biogpt"}.values())
 )
 def test_a_key_that_a_config_leaves_out_has_hugging_faces_default(name: str) -> None:
     """Files are written without what is as the library has it."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle.frontends.rotary import Dynamic
+from treadle.frontends.rotary import Dynamic, Yarn
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.ir.ops.rotary import Rotary
 from treadle.models.llama import llama
@@ -62,6 +62,9 @@ def test_refusals_of_the_declaration() -> None:
     for config, what in (
         ({"head_dim": 5}, "rotary positions turn pairs"),
         ({"base": 0.0}, "rotary positions turn pairs"),
+        ({"head_dim": 2, "scaling": Yarn(2.0, 8)}, "yarn scaling needs more than one rotary frequency"),
+        ({"norm_place": "around"}, "llama has no norm_place 'around'"),
+        ({"qk_norm": "each"}, "llama has no qk_norm 'each'"),
         ({"head_dim": None, "heads": 5}, "a width of 12 does not split into 5 heads"),
     ):
         with pytest.raises(FrontendError, match=what):
@@ -72,7 +75,7 @@ def test_refusals_of_the_declaration() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "what"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor must be a number from 0.001"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import treadle.frontends.language as t
-from treadle.frontends.rotary import Dynamic
+from treadle.frontends.rotary import Dynamic, Yarn
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.ir.text.parser import parse_graph
@@ -20,8 +20,10 @@ from treadle.models.distilbert import HEADS as DISTILBERT_HEADS
 from treadle.models.distilbert import distilbert
 from treadle.models.family import read_float, read_int
 from treadle.models.gpt2 import gpt2
+from treadle.models.gpt_neox import gpt_neox
 from treadle.models.llama import llama
 from treadle.models.marian import marian
+from treadle.models.opt import opt
 from treadle.models.registry import family_names, family_of, find_family
 from treadle.models.roberta import roberta
 from treadle.models.t5 import t5, t5_encoder
@@ -61,6 +63,35 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
         small(llama, head_dim=6, tied=True, window=3, scaling=Dynamic(2.0, 8), rotary_dims=4, norm_offset=1.0),
         {"layer": 4},
     ),
+    "llama, windows beside full layers": (
+        small(
+            llama,
+            head_dim=6,
+            window=3,
+            full_layers=(1, 3),
+            window_base=500.0,
+            norm_place="both",
+            qk_norm="heads",
+            softcap=3.0,
+            logit_softcap=2.0,
+            scale=0.3,
+            embedding_scale=2.0,
+        ),
+        {"layer": 2, "layer_2": 2},
+    ),
+    "llama, norms after": (
+        small(llama, head_dim=6, norm_place="after", qk_norm="whole", scaling=Yarn(2.0, 8, temperature=1.1)),
+        {"layer": 4},
+    ),
+    "llama, layer norms": (small(llama, head_dim=6, layer_norms=True, qkv_bias=True, rotary_dims=4), {"layer": 4}),
+    "gpt_neox": (small(gpt_neox, rotary_dims=2), {"layer": 4}),
+    "gpt_neox, one norm": (
+        small(gpt_neox, rotary_dims=2, kv_heads=1, mlp_norm=False, qk_norm=True, layout="interleaved", head_bias=True),
+        {"layer": 4},
+    ),
+    "gpt_neox, serial": (small(gpt_neox, rotary_dims=None, parallel=False, tied=True), {"layer": 4}),
+    "opt": (small(opt), {"layer": 4}),
+    "opt, norms after": (small(opt, embedding=7, norm_before=False, last_norm=False), {"layer": 4}),
     "t5": (small(t5), {"encoder_block": 4, "decoder_block": 3}),
     "t5 gated": (small(t5, gated=True, tied=False), {"encoder_block": 4, "decoder_block": 3}),
     "t5_encoder": (small(t5_encoder), {"encoder_block": 4}),

@@ -1,0 +1,296 @@
+"""The GPT-NeoX kind: a decoder whose attention and feed-forward network stand side by side (Black et al. 2022).
+
+x + attention(norm(x)) + mlp(norm(x)), with rotary positions and layer norms. One declaration for what differs by an
+option: GPT-J's single norm and pairs of neighbours (Wang & Komatsuzaki 2021), Phi-1, 1.5 and 2 (Gunasekar et al. 2023),
+Falcon's shared keys and values (Almazrouei et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import treadle.frontends.language as t
+from treadle.frontends.binding import Entry, Source, Table
+from treadle.frontends.rotary import Scaling, Yarn
+from treadle.models.family import (
+    Config,
+    Family,
+    choose,
+    choose_architecture,
+    read_flag,
+    read_float,
+    read_int,
+    read_layers,
+    require,
+)
+from treadle.models.rotary_config import read_rotary
+
+ACTIVATIONS = {
+    "gelu": t.gelu,
+    "gelu_new": t.gelu_tanh,
+    "gelu_fast": t.gelu_tanh,
+    "gelu_pytorch_tanh": t.gelu_tanh,
+    "relu": t.relu,
+    "silu": t.silu,
+}
+
+
+@t.model
+def gpt_neox(
+    tokens: Annotated[t.Tensor, t.i64["B S"]],
+    *,
+    vocab: int = 50432,
+    dim: int = 6144,
+    heads: int = 64,
+    kv_heads: int | None = None,
+    layers: int = 44,
+    hidden: int = 24576,
+    act: t.Activation = t.gelu,
+    eps: float = 1e-5,
+    tied: bool = False,
+    head_bias: bool = False,
+    base: float = 10000.0,
+    scaling: Scaling | None = None,
+    rotary_dims: int | None = 24,
+    layout: str = "half",
+    parallel: bool = True,
+    mlp_norm: bool = True,
+    qk_norm: bool = False,
+    attn_bias: bool = True,
+    mlp_bias: bool = True,
+) -> dict[str, t.Tensor]:
+    """GPT-NeoX: next-token logits [B, S, vocab] of tokens [B, S].
+
+    kv_heads       key/value heads that the query heads share; None: one each
+    base, scaling  of the rotary frequencies, see `t.rotary_frequencies`
+    rotary_dims    how much of a head is turned, from its start; None: all
+    layout         which dimensions turn together: "half", or "interleaved"
+    parallel       the feed-forward network reads what attention reads; else it comes after it
+    mlp_norm       it has a norm of its own; else it reads what attention's norm gives
+    qk_norm        queries and keys have layer norms, over each head
+    """
+    size = dim // heads
+    positions = t.positions(tokens)
+    frequencies = t.rotary_frequencies(
+        rotary_dims or size, base=base, scaling=scaling, length=t.size_of(tokens, 1)
+    )  # fmt: skip
+    attention: dict[str, Any] = {
+        "kv_heads": kv_heads,
+        "scale": size**-0.5 * scaling.temperature**2 if isinstance(scaling, Yarn) else None,
+        "projection_bias": attn_bias,
+        "normalize": (lambda x, name: t.layer_norm(x, eps=eps, name=name)) if qk_norm else None,
+        "rotate": lambda x: t.rotary(x, positions, frequencies, layout=layout),
+    }
+
+    x = t.embed(tokens, vocab, dim, name="embed")
+    for _ in t.stack("layer", layers):
+        y = t.layer_norm(x, eps=eps, name="attn_norm")
+        attended = t.self_attention(y, heads, causal=True, name="attn", **attention)
+        if not parallel:
+            x += attended
+        if mlp_norm:
+            y = t.layer_norm(x, eps=eps, name="mlp_norm")
+        if parallel:
+            x += attended
+        x += t.mlp(y, hidden, act=act, bias=mlp_bias, name="mlp")
+    x = t.layer_norm(x, eps=eps, name="norm")
+    head: dict[str, Any] = {"tied": "embed"} if tied else {"vocab": vocab}
+    return {"logits": t.unembed(x, bias=head_bias, name="lm_head", **head)}
+
+
+def read_gpt_neox(config: Config) -> dict[str, Any]:
+    dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
+    rotary = read_rotary(
+        config,
+        dim // heads,
+        base=read_float(config, "rotary_emb_base", 10000.0),
+        part=read_float(config, "rotary_pct", 0.25),
+    )
+    return rotary | {
+        "dim": dim,
+        "heads": heads,
+        "layers": read_layers(config, "num_hidden_layers"),
+        "hidden": read_int(config, "intermediate_size"),
+        "act": choose(config, "hidden_act", ACTIVATIONS, "gelu"),
+        "eps": read_float(config, "layer_norm_eps", 1e-5),
+        "tied": read_flag(config, "tie_word_embeddings", False),
+        "parallel": read_flag(config, "use_parallel_residual", True),
+        "attn_bias": read_flag(config, "attention_bias", True),
+    }
+
+
+def read_gptj(config: Config) -> dict[str, Any]:
+    dim = read_int(config, "n_embd")
+    return {
+        "dim": dim,
+        "heads": read_int(config, "n_head"),
+        "layers": read_layers(config, "n_layer"),
+        "hidden": read_int(config, "n_inner", 4 * dim),
+        "act": choose(config, "activation_function", ACTIVATIONS, "gelu_new"),
+        "eps": read_float(config, "layer_norm_epsilon", 1e-5),
+        "tied": read_flag(config, "tie_word_embeddings", False),
+        "head_bias": True,
+        "rotary_dims": read_int({"rotary_dim": 64, **config}, "rotary_dim"),  # null turns no head that there is
+        "layout": "interleaved",
+        "mlp_norm": False,
+        "attn_bias": False,
+    }
+
+
+def read_phi(config: Config) -> dict[str, Any]:
+    dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
+    require(config, head_dim=None)
+    return read_rotary(config, dim // heads, part=0.5) | {
+        "dim": dim,
+        "heads": heads,
+        "kv_heads": read_int(config, "num_key_value_heads", heads),
+        "layers": read_layers(config, "num_hidden_layers"),
+        "hidden": read_int(config, "intermediate_size"),
+        "act": choose(config, "hidden_act", ACTIVATIONS, "gelu_new"),
+        "eps": read_float(config, "layer_norm_eps", 1e-5),
+        "tied": read_flag(config, "tie_word_embeddings", False),
+        "head_bias": True,
+        "mlp_norm": False,
+        "qk_norm": read_flag(config, "qk_layernorm", False),
+    }
+
+
+def read_falcon(config: Config) -> dict[str, Any]:
+    """Falcon-40B's kind shares keys and values among groups of heads, Falcon-7B's one pair among all."""
+    dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
+    grouped = read_flag(config, "new_decoder_architecture", False)
+    require(config, alibi=False)  # Hugging Face rounds its biases to bf16
+    parallel = read_flag(config, "parallel_attn", True)
+    norms = read_int(config, "num_ln_in_parallel_attn", 2 if grouped else 1, most=2)
+    if grouped:
+        require(config, parallel_attn=True)
+        kv_heads = read_int(config, "num_kv_heads", heads)
+    else:
+        kv_heads = 1 if read_flag(config, "multi_query", True) else heads
+        if parallel and norms != 1:
+            require(config, num_ln_in_parallel_attn=1)
+    bias = read_flag(config, "bias", False)
+    return read_rotary(config, dim // heads) | {
+        "dim": dim,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "layers": read_layers(config, "num_hidden_layers"),
+        "hidden": read_int(config, "ffn_hidden_size", 4 * dim),
+        "act": choose(config, "activation", ACTIVATIONS, "gelu"),
+        "eps": read_float(config, "layer_norm_epsilon", 1e-5),
+        "tied": read_flag(config, "tie_word_embeddings", True),
+        "parallel": parallel,
+        "mlp_norm": norms == 2 or not parallel,
+        "attn_bias": bias,
+        "mlp_bias": bias,
+    }
+
+
+KINDS: Mapping[str, tuple[str, Any]] = {
+    "gpt_neox": ("GPTNeoXForCausalLM", read_gpt_neox),
+    "gptj": ("GPTJForCausalLM", read_gptj),
+    "phi": ("PhiForCausalLM", read_phi),
+    "falcon": ("FalconForCausalLM", read_falcon),
+}
+"""The values of `model_type` that are read, each with Hugging Face's class and what reads its config."""
+
+
+def read_kind(config: Config) -> str:
+    """Its `model_type`, one of `KINDS`."""
+    kind = choose(config, "model_type", {k: k for k in KINDS})
+    assert isinstance(kind, str)
+    return kind
+
+
+def read_options(config: Config) -> dict[str, Any]:
+    """The options of `gpt_neox` that a config says.
+
+    Raises CheckpointError, with the option's name, for what is not supported.
+    """
+    options: dict[str, Any] = KINDS[read_kind(config)][1](config)
+    return {"vocab": read_int(config, "vocab_size"), **options}
+
+
+def from_config(config: Config) -> t.Model:
+    """Read a Hugging Face GPTNeoXConfig, GPTJConfig, PhiConfig or FalconConfig."""
+    choose_architecture(config, {KINDS[read_kind(config)][0]: gpt_neox})
+    return gpt_neox.configure(**read_options(config))
+
+
+def checkpoint(config: Config) -> Table:
+    """Hugging Face's names."""
+    modules: dict[str, Entry] = {}
+    match kind := read_kind(config):
+        case "gpt_neox":
+            layer = "gpt_neox.layers.{i}"
+            modules = {
+                "embed": "gpt_neox.embed_in",
+                "norm": "gpt_neox.final_layer_norm",
+                "layer.{i}.attn_norm": f"{layer}.input_layernorm",
+                "layer.{i}.mlp_norm": f"{layer}.post_attention_layernorm",
+                "layer.{i}.attn.out": f"{layer}.attention.dense",
+                "layer.{i}.mlp.up": f"{layer}.mlp.dense_h_to_4h",
+                "layer.{i}.mlp.down": f"{layer}.mlp.dense_4h_to_h",
+            }
+        case "gptj":
+            layer = "transformer.h.{i}"
+            modules = {
+                "embed": "transformer.wte",
+                "norm": "transformer.ln_f",
+                "layer.{i}.attn_norm": f"{layer}.ln_1",
+                **{f"layer.{{i}}.attn.{n}": f"{layer}.attn.{n}_proj" for n in ("q", "k", "v", "out")},
+                "layer.{i}.mlp.up": f"{layer}.mlp.fc_in",
+                "layer.{i}.mlp.down": f"{layer}.mlp.fc_out",
+            }
+        case "phi":
+            layer = "model.layers.{i}"
+            modules = {
+                "embed": "model.embed_tokens",
+                "norm": "model.final_layernorm",
+                "layer.{i}.attn_norm": f"{layer}.input_layernorm",
+                **{f"layer.{{i}}.attn.{n}": f"{layer}.self_attn.{n}_proj" for n in "qkv"},
+                **{f"layer.{{i}}.attn.{n}_norm": f"{layer}.self_attn.{n}_layernorm" for n in "qk"},
+                "layer.{i}.attn.out": f"{layer}.self_attn.dense",
+                "layer.{i}.mlp.up": f"{layer}.mlp.fc1",
+                "layer.{i}.mlp.down": f"{layer}.mlp.fc2",
+            }
+        case "falcon":
+            layer = "transformer.h.{i}"
+            norms = [f"{layer}.{name}" for name in ("ln_attn", "ln_mlp", "input_layernorm", "post_attention_layernorm")]
+            modules = {
+                "embed": "transformer.word_embeddings",
+                "norm": "transformer.ln_f",
+                "layer.{i}.attn_norm": (norms[0], norms[2]),
+                "layer.{i}.mlp_norm": (norms[1], norms[3]),
+                "layer.{i}.attn.out": f"{layer}.self_attention.dense",
+                "layer.{i}.mlp.up": f"{layer}.mlp.dense_h_to_4h",
+                "layer.{i}.mlp.down": f"{layer}.mlp.dense_4h_to_h",
+            }
+    modules["lm_head"] = ("lm_head", "embed_out")  # as GPT-NeoX's older files call it
+    table: dict[str, Entry] = {}
+    for part in ("weight", "bias"):
+        for ours, theirs in modules.items():
+            names = [theirs] if isinstance(theirs, str) else theirs
+            table[f"{ours}.{part}"] = tuple(f"{name}.{part}" for name in names)
+        if kind in ("gpt_neox", "falcon"):
+            stored = f"{layer}.{'attention' if kind == 'gpt_neox' else 'self_attention'}.query_key_value.{part}"
+            for name, rows, groups in joined(read_options(config)):
+                table[f"layer.{{i}}.attn.{name}.{part}"] = Source(stored, rows=rows, groups=groups)
+    return table
+
+
+def joined(options: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int], int]]:
+    """Which rows of the one tensor are queries, keys and values, and of how many groups of rows.
+
+    A group has the queries of the heads that share a key and a value, and these after them.
+    """
+    size = options["dim"] // options["heads"]
+    groups = options.get("kv_heads") or options["heads"]
+    queries = options["heads"] // groups * size
+    ends = [0, queries, queries + size, queries + 2 * size]
+    for n, name in enumerate("qkv"):
+        yield name, (ends[n], ends[n + 1]), groups
+
+
+FAMILY = Family("gpt_neox", gpt_neox, tuple(KINDS), from_config, checkpoint)

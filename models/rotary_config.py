@@ -1,0 +1,122 @@
+"""Rotary positions as a config.json says them: the base, the scaling, and how much of a head is turned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from treadle.frontends.rotary import Dynamic, LinearScaling, Llama3, Scaling, Yarn
+from treadle.ir.errors import CheckpointError
+from treadle.models.family import Config, choose, read_flag, read_float, read_int, require
+
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
+"""The values of `rope_type` that are read."""
+
+
+def read_rotary(
+    config: Config,
+    head_dim: int,
+    *,
+    base: float = 10000.0,
+    part: float | None = None,
+    kinds: tuple[str, ...] = SCALINGS,
+) -> dict[str, Any]:
+    """`base`, `scaling` and `rotary_dims` of a declaration, from what a config says of heads of `head_dim`.
+
+    It says so in `rope_parameters`, or before transformers 5 in `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`. `base` and `part` are what Hugging Face's class has where the config is silent; a part of
+    None means that the class turns whole heads, whatever is said; `kinds` are the values of `rope_type` that it takes.
+
+    Raises CheckpointError, with the option's name, for what is not supported.
+    """
+    named = next((n for n in ("rope_parameters", "rope_scaling") if config.get(n) is not None), None)
+    options = {} if named is None else config[named]
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"config.json: {named} must be an object", received=repr(options)[:80])
+    base = read_float(options, "rope_theta", read_float(config, "rope_theta", base))
+    readers = dict(zip(SCALINGS, (None, read_linear, read_dynamic, read_llama3, read_yarn), strict=True))
+    key = "rope_type" if "rope_type" in options or "type" not in options else "type"
+    read = choose(options, key, {kind: readers[kind] for kind in kinds}, "default")
+    if part is None:
+        require(options, partial_rotary_factor=1.0)
+        require(config, partial_rotary_factor=1.0)
+    dims = head_dim if part is None else read_part(options, config, head_dim, part)
+    scaling = None if read is None else read(options, config)
+    if isinstance(scaling, Yarn) and dims != head_dim:
+        raise CheckpointError(
+            "config.json: rope_type yarn is not supported with partial_rotary_factor, which leaves a part of each head "
+            "without its temperature",
+            received=f"{dims} of {head_dim} dimensions",
+        )
+    return {
+        "base": base,
+        "scaling": scaling,
+        "rotary_dims": None if dims == head_dim else dims,
+    }
+
+
+def read_part(options: Config, config: Config, head_dim: int, part: float) -> int:
+    """How many of a head's dimensions are turned: an even number of them."""
+    named = "partial_rotary_factor"
+    factor = read_float(options, named, read_float(config, named, part))
+    dims = int(head_dim * min(factor, 2.0))
+    if not 2 <= dims <= head_dim or dims % 2:
+        raise CheckpointError(
+            f"config.json: {named} must leave an even number of a head's dimensions to be turned",
+            received=f"{factor:g} of {head_dim}",
+        )
+    return dims
+
+
+def read_linear(options: Config, config: Config) -> Scaling:
+    return LinearScaling(read_factor(options, "factor"))
+
+
+def read_dynamic(options: Config, config: Config) -> Scaling:
+    return Dynamic(read_factor(options, "factor"), read_int(config, "max_position_embeddings"))
+
+
+def read_llama3(options: Config, config: Config) -> Scaling:
+    low, high = (read_factor(options, f"{end}_freq_factor") for end in ("low", "high"))
+    if low >= high:
+        raise CheckpointError(
+            "config.json: low_freq_factor must be less than high_freq_factor", received=f"{low} and {high}"
+        )
+    return Llama3(read_factor(options, "factor"), low, high, read_int(options, "original_max_position_embeddings"))
+
+
+def read_yarn(options: Config, config: Config) -> Scaling:
+    """Where the temperature is not said, it is 0.1 ln(factor) + 1, or the ratio of two such that the file weighs."""
+    factor = read_factor(options, "factor")
+    context = "original_max_position_embeddings"
+    fast, slow = (read_float(options, f"beta_{end}", 0.0) or usual for end, usual in (("fast", 32.0), ("slow", 1.0)))
+    if slow >= fast:
+        raise CheckpointError("config.json: beta_slow must be less than beta_fast", received=f"{slow:g} and {fast:g}")
+
+    def warmth(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    weights = [0.0 if options.get(n) is None else read_float(options, n, 0.0) for n in ("mscale", "mscale_all_dim")]
+    if options.get("attention_factor") is not None:
+        temperature = read_factor(options, "attention_factor")
+    elif all(weights):
+        temperature = warmth(weights[0]) / warmth(weights[1])
+    else:
+        temperature = warmth(1.0)
+    return Yarn(
+        factor,
+        read_int(options, context, read_int(config, context, read_int(config, "max_position_embeddings", 2048))),
+        fast=fast,
+        slow=slow,
+        truncate=read_flag(options, "truncate", True),
+        temperature=temperature,
+    )
+
+
+def read_factor(options: Config, name: str) -> float:
+    """A number from 1e-3 to 1e6, which keeps frequencies finite."""
+    value = read_float(options, name, 0.0)
+    if not 1e-3 <= value <= 1e6:
+        raise CheckpointError(f"config.json: {name} must be a number from 0.001 to 1000000", received=str(value))
+    return value
