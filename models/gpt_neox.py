@@ -220,7 +220,7 @@ def from_config(config: Config) -> t.Model:
 
 def checkpoint(config: Config) -> Table:
     """Hugging Face's names."""
-    modules: dict[str, Entry] = {}
+    modules: dict[str, str | tuple[str, ...]] = {}
     match kind := read_kind(config):
         case "gpt_neox":
             layer = "gpt_neox.layers.{i}"
@@ -271,7 +271,7 @@ def checkpoint(config: Config) -> Table:
     table: dict[str, Entry] = {}
     for part in ("weight", "bias"):
         for ours, theirs in modules.items():
-            names = [theirs] if isinstance(theirs, str) else theirs
+            names = (theirs,) if isinstance(theirs, str) else theirs
             table[f"{ours}.{part}"] = tuple(f"{name}.{part}" for name in names)
         if kind in ("gpt_neox", "falcon"):
             stored = f"{layer}.{'attention' if kind == 'gpt_neox' else 'self_attention'}.query_key_value.{part}"

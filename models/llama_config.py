@@ -179,11 +179,11 @@ def read_local_rotary(config: Config, head_dim: int) -> dict[str, Any]:
         if not isinstance(near, Mapping):
             raise CheckpointError("config.json: sliding_attention must be an object", received=repr(near)[:80])
         choose(near, "rope_type", {"default": None}, "default")
-        whole = {**config, "rope_parameters": full}
+        config = {**config, "rope_parameters": full}
     else:
-        near, whole = {}, config
+        near = {}
     base = read_float(near, "rope_theta", read_float(config, "rope_local_base_freq", 10000.0))
-    return {**read_rotary(whole, head_dim, base=1e6), "window_base": base}
+    return {**read_rotary(config, head_dim, base=1e6), "window_base": base}
 
 
 def read_layer_types(config: Config, layers: int, full: list[int]) -> tuple[int, ...]:

@@ -2,29 +2,34 @@
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's convert_hf_to_gguf.py for
 what it does to weights. For Llama (and Mistral, which it calls llama) it reorders the rows of q and k, so that pairs
-that turn together lie side by side: weights are taken as they are, and turned in the layout "interleaved". Qwen2's are
-not reordered.
+that turn together lie side by side: weights are taken as they are, and turned in the layout "interleaved". The others'
+are not reordered. It adds 1 to the weights of Gemma's norms, and leaves the scale of their scores to the reader.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 import treadle.frontends.language as t
-from treadle.frontends.binding import Table
+from treadle.frontends.binding import Entry, Source, Table
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.rotary import Divided, LinearScaling, Scaling
 from treadle.ir.errors import CheckpointError
 from treadle.models.family import OTHER_WAYS
 from treadle.models.llama import llama
 
-LAYOUTS = {"llama": "interleaved", "qwen2": "half"}
+LAYOUTS = {"llama": "interleaved", **dict.fromkeys(("qwen2", "qwen3", "gemma2", "gemma3", "phi3"), "half")}
 """The architectures that are read, and how q and k are laid out."""
 
 _LAYERS = 1_000
 _ROTARY_DIMS = 1 << 16
 _FACTORS = "rope_freqs.weight"
-_BLOCK_TENSORS = 9  # without biases
+_BLOCK_TENSORS, _JOINED_BLOCK_TENSORS = 9, 6  # without biases; with q, k and v in one, and gate and up
+_LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
+"""How many layers those have whose scores are scaled by the width of a head as dim / heads, not as it is."""
 
 
 def from_gguf(file: GGUFFile) -> t.Model:
@@ -36,7 +41,7 @@ def from_gguf(file: GGUFFile) -> t.Model:
     if file.integer(f"{kind}.expert_count", 0, least=0):
         file.fail(f"{kind}.expert_count", "is not supported: the feed-forward networks are experts")
     layers = file.integer(f"{kind}.block_count", most=_LAYERS)
-    if layers * _BLOCK_TENSORS > len(file):  # before as many are traced
+    if layers * (_JOINED_BLOCK_TENSORS if is_joined(file) else _BLOCK_TENSORS) > len(file):  # before as many are traced
         file.fail(f"{kind}.block_count", "is more than the file has tensors for", f"{layers}, of {len(file)} tensors")
     embeddings = file.record("token_embd.weight").shape
     dim = file.integer(f"{kind}.embedding_length")
@@ -54,7 +59,7 @@ def from_gguf(file: GGUFFile) -> t.Model:
     if rotary_dims % 2 or rotary_dims > _ROTARY_DIMS:
         file.fail(dimensions, f"must be an even number up to {_ROTARY_DIMS}", f"{rotary_dims}")
     first = "blk.0"
-    return llama.configure(
+    model = llama.configure(
         vocab=embeddings[0],
         dim=dim,
         heads=heads,
@@ -72,6 +77,51 @@ def from_gguf(file: GGUFFile) -> t.Model:
         out_bias=f"{first}.attn_output.bias" in file,
         mlp_bias=f"{first}.ffn_gate.bias" in file,
     )
+    return model.configure(**read_own(file, kind, model.config))
+
+
+def read_own(file: GGUFFile, kind: str, read: Mapping[str, Any]) -> dict[str, Any]:
+    """What one architecture has on top of the others."""
+    layers = range(read["layers"])
+    match kind:
+        case "qwen3":
+            return {"qk_norm": "heads"}
+        case "phi3":
+            for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+                if name in file:
+                    raise CheckpointError(
+                        f"{name} is not supported: rotary frequencies that change with the length of the text",
+                        within=f"{file.path}: byte {file.record(name).begin}, tensor {name}",
+                    )
+            return {"window": file.integer(f"{kind}.attention.sliding_window", 0, least=0) or None}
+        case "gemma2" | "gemma3":
+            period = file.integer(f"{kind}.attention.sliding_window_pattern", 2 if kind == "gemma2" else 6)
+            largest = len(layers) == _LARGEST_GEMMAS[kind]
+            usual = (50.0, 30.0) if kind == "gemma2" else (0.0, 0.0)
+            attention, logits = (
+                file.number(f"{kind}.{part}_logit_softcapping", cap) or None
+                for part, cap in zip(("attn", "final"), usual, strict=True)
+            )
+            return {
+                "act": t.gelu_tanh,
+                "embedding_scale": read["dim"] ** 0.5,
+                "norm_place": "both",
+                "scale": (read["dim"] // read["heads"] if largest else read["head_dim"]) ** -0.5,
+                "softcap": attention,
+                "logit_softcap": logits,
+                "window": file.integer(f"{kind}.attention.sliding_window", 4096),
+                "full_layers": tuple(i for i in layers if (i + 1) % period == 0),
+            } | (
+                {"qk_norm": "heads", "window_base": file.number(f"{kind}.rope.freq_base_swa", 10000.0, least=1.0)}
+                if kind == "gemma3"
+                else {}
+            )
+    return {}
+
+
+def is_joined(file: GGUFFile) -> bool:
+    """Whether q, k and v are one tensor, and gate and up another."""
+    return "blk.0.attn_qkv.weight" in file
 
 
 def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
@@ -95,16 +145,34 @@ def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
     return Divided(tuple(factors.tolist()))
 
 
-def table() -> Table:
-    """The file's names."""
+def table(file: GGUFFile, read: Mapping[str, Any]) -> Table:
+    """The file's names, for a model of that configuration."""
     modules = {
         "embed": "token_embd",
         "norm": "output_norm",
         "lm_head": "output",
-        **{f"layer.{{i}}.attn.{part}": f"blk.{{i}}.attn_{part}" for part in "qkv"},
+        **{f"layer.{{i}}.attn.{part}": f"blk.{{i}}.attn_{part}" for part in ("q", "k", "v", "q_norm", "k_norm")},
         "layer.{i}.attn.out": "blk.{i}.attn_output",
         **{f"layer.{{i}}.mlp.{part}": f"blk.{{i}}.ffn_{part}" for part in ("gate", "up", "down")},
         "layer.{i}.attn_norm": "blk.{i}.attn_norm",
         "layer.{i}.mlp_norm": "blk.{i}.ffn_norm",
+        "layer.{i}.attn_post_norm": "blk.{i}.post_attention_norm",
+        "layer.{i}.mlp_post_norm": "blk.{i}.post_ffw_norm",
     }
-    return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")}
+    named: dict[str, Entry] = {
+        f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")
+    }
+    if is_joined(file):
+        queries, keys = (read[heads] * read["head_dim"] for heads in ("heads", "kv_heads"))
+        hidden = read["hidden"]
+        parts = {
+            "attn_qkv": {"attn.q": queries, "attn.k": keys, "attn.v": keys},
+            "ffn_up": {"mlp.gate": hidden, "mlp.up": hidden},
+        }
+        for tensor, within in parts.items():
+            first = 0
+            for ours, rows in within.items():
+                source = Source(f"blk.{{i}}.{tensor}.weight", rows=(first, first + rows))
+                named[f"layer.{{i}}.{ours}.weight"] = source
+                first += rows
+    return named

@@ -81,4 +81,5 @@ def read_gguf(file: GGUFFile) -> tuple[Model, Table]:
     """
     from treadle.models import llama_gguf  # of which alone there is one so far
 
-    return llama_gguf.from_gguf(file), llama_gguf.table()
+    model = llama_gguf.from_gguf(file)
+    return model, llama_gguf.table(file, model.config)

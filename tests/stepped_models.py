@@ -169,12 +169,7 @@ def optimized(model: Model) -> Graph:
 MODELS: dict[str, Model] = {
     **{name: ZOO[name][0] for name in ("gpt2", "llama", "t5", "t5 gated", "transformer", "bart", "bart hidden")},
     **{name: ZOO[name][0] for name in ("marian", "marian, two vocabularies", "whisper")},
-    **{
-        name: ZOO[name][0] for name in ("llama, windows beside full layers", "llama, norms after", "llama, layer norms")
-    },
-    **{
-        name: ZOO[name][0] for name in ("gpt_neox", "gpt_neox, one norm", "gpt_neox, serial", "opt", "opt, norms after")
-    },
+    **{name: ZOO[name][0] for name in ("llama, windows beside full layers", "gpt_neox", "opt")},
     "llama, windows": small(llama, head_dim=6, kv_heads=1, tied=True, window=3, rotary_dims=4, norm_offset=1.0),
     **{m.name: m for m in (alibi, windows, packed, counted, summed, captioned, across, spread, oddly_named, by_heads)},
 }

@@ -92,10 +92,12 @@ def write_model(
     weights: Mapping[str, Array],
     blocks: str = "F32",
     held: Mapping[str, str] | None = None,
+    keys: Mapping[str, int | float] | None = None,
 ) -> None:
     """A GGUF file with the library's writer: metadata, vocabulary and weights, matrices stored in the type `blocks`.
 
     held  the types of those that are blocks already, u8[rows, bytes], by name
+    keys  what the metadata say beside the sizes, without the architecture before it
     """
     writer = gguf.GGUFWriter(path, sizes.architecture)
     writer.add_name("caf\u00e9")
@@ -107,7 +109,10 @@ def write_model(
     writer.add_head_count_kv(sizes.kv_heads)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(sizes.base)
-    writer.add_rope_dimension_count(sizes.head_dim)
+    writer.add_rope_dimension_count((keys or {}).get("attention.key_length", sizes.head_dim))
+    for key, value in (keys or {}).items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{sizes.architecture}.{key}", value)
     tokens = vocabulary()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
