@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from treadle.backends.registry import backend_names, find_backend
 from treadle.frontends.binding import bind
+from treadle.frontends.declarations import Model
 from treadle.frontends.huggingface import open_checkpoint
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.ir.graph import Graph
@@ -268,6 +269,40 @@ def test_heads_that_do_not_divide_the_width(folder: Path) -> None:
         resolve(folder)
     assert caught.value.source is not None
     assert caught.value.source.startswith("models/bert.py:")
+
+
+# Published models after which families are declared: an architecture, and what differs from the library's own defaults.
+_BASE: dict[str, tuple[str, dict[str, Any]]] = {
+    "albert-base": ("AlbertModel", {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}),
+    "bart-base": ("BartForConditionalGeneration", {
+        "d_model": 768, "encoder_layers": 6, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072,
+        "decoder_layers": 6, "decoder_attention_heads": 12, "decoder_ffn_dim": 3072,
+    }),
+    "bert-base": ("BertModel", {}),
+    "clip-vit-base-patch32's text": ("CLIPTextModel", {"eos_token_id": 2}),
+    "clip-vit-base-patch32's images": ("CLIPVisionModel", {}),
+    "distilbert-base": ("DistilBertModel", {}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "llama-7b": ("LlamaForCausalLM", {}),
+    "opus-mt": ("MarianMTModel", {
+        "d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048,
+        "decoder_layers": 6, "decoder_attention_heads": 8, "decoder_ffn_dim": 2048,
+        "activation_function": "swish", "scale_embedding": True,
+    }),
+    "roberta-base": ("RobertaModel", {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    "t5-small": ("T5ForConditionalGeneration", {}),
+    "t5-small's encoder": ("T5EncoderModel", {}),
+    "vit-base-patch16-224": ("ViTModel", {}),
+    "whisper-tiny.en": ("WhisperForConditionalGeneration", {"vocab_size": 51864}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _BASE)
+def test_a_family_without_options_is_a_model_that_there_is(name: str) -> None:
+    architecture, options = _BASE[name]
+    config = getattr(transformers, architecture).config_class(**options).to_dict() | {"architectures": [architecture]}
+    made = family_of(config).from_config(config)
+    assert made.graph() == Model(made.function, {}, made.given).graph()
 
 
 def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -137,6 +137,13 @@ def test_prints_and_parses(name: str) -> None:
     assert again != ZOO["gpt2" if name != "gpt2" else "t5"][0].graph()
 
 
+@pytest.mark.parametrize("name", [name for name, (model, _) in ZOO.items() if "eps" in model.defaults])
+def test_every_norm_has_the_eps_of_the_model(name: str) -> None:
+    graph = ZOO[name][0].configure(eps=0.125).graph()
+    found = [node.op.attributes["eps"] for _, node in graph.walk() if "eps" in node.op.attributes]
+    assert found and set(found) == {0.125}
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_rows_of_a_head_may_be_packed(head: str) -> None:
     """The pooler's first token is an index into a row, not a cut of the batch."""
