@@ -196,6 +196,15 @@ def test_compile_tells_each_pass_and_what_runs_where(treadle_command: Treadle) -
         assert word in said.out
 
 
+@pytest.mark.parametrize("command", [["compile", SMALL], ["explain", SMALL, "fusion"]], ids=["compile", "explain"])
+def test_certify_asks_no_environment(
+    treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("TREADLE_CERTIFY", "0")
+    assert "largest error" in treadle_command(*command, "--certify").out
+    assert "largest error" not in treadle_command(*command).out
+
+
 def test_compile_as_json(treadle_command: Treadle) -> None:
     told = treadle_command("compile", SMALL, "--seed", "7", "--json").json
     assert told["weights"] == "drawn from seed 7"

@@ -360,6 +360,19 @@ def test_the_demo_shows_each_step(minilm: Path, capsys: pytest.CaptureFixture[st
     assert "type: ignore" not in said
 
 
+def test_the_demo_tells_the_time_of_a_run_that_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    import treadle.demo
+
+    now, lasts = [100.0], [90.0, 80.0, 4.0, 1.0, 70.0, 3.0, 2.0]
+
+    def run() -> None:
+        now[0] += lasts.pop(0)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    assert treadle.demo._warm_seconds(run) == 3.0, "the median of what the last five took"
+    assert not lasts
+
+
 def test_the_demo_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import treadle.demo
 

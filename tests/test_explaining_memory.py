@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -92,6 +93,21 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
         for x2, y2, w2, h2 in boxes[:i]:
             apart = x + w <= x2 + 0.02 or x2 + w2 <= x + 0.02 or y + h <= y2 + 0.02 or y2 + h2 <= y + 0.02
             assert apart
+
+
+@needs_tvm
+def test_the_legend_has_the_colour_of_each_ops_boxes() -> None:
+    drawn = list(ElementTree.fromstring(draw_memory(gpt2("tvm"))))
+    legend = [(r, word) for r, word in pairwise(drawn) if (r.get("width"), r.get("height")) == ("12", "12")]
+    boxes = {(title.text, r.get("fill")) for r in drawn if (title := r.find("{*}title")) is not None}
+    told = {(text.rpartition(", for ")[2].split()[0], fill) for text, fill in boxes if text and "bytes)" in text}
+    assert {(word.text, r.get("fill")) for r, word in legend} == told
+    end = 0.0
+    for square, word in legend:
+        at, text = ([float(each.attrib[axis]) for axis in "xy"] for each in (square, word))
+        assert at[0] > end and text[0] > at[0] + 12
+        assert at[1] + 6 == text[1] - 4, "the square's middle is that of letters 8 high"
+        end = text[0] + 6 * len(word.text or "")
 
 
 def test_a_backend_without_an_arena_has_no_drawing() -> None:

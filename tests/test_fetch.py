@@ -321,6 +321,13 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert cache_folder() == Path.home() / ".cache" / "treadle"
 
 
+def test_a_home_folder_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREADLE_CACHE", "~nobody of this name/cache")
+    with pytest.raises(UsageError, match="the home folder is unknown") as caught:
+        cache_folder()
+    assert "home" in (caught.value.received or "") and caught.value.hint == "TREADLE_CACHE set to a folder"
+
+
 # Names and pins
 
 
