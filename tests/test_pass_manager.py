@@ -223,7 +223,18 @@ def test_dead_code_crosses_functions() -> None:
         "removed function forgotten, which nobody calls",
         "removed unused weights: a.spare, b.spare",
     ]
+    # a function, a result of another and the node that made it, two arguments, a node of main, and three weights
+    assert optimized.log[0].changes == 9
     assert_same_numbers(optimized.source, graph)
+
+
+def test_a_function_that_nobody_calls_is_all_that_changes() -> None:
+    graph, forgotten = Graph("g"), Function("forgotten")
+    for b in (Builder(graph, forgotten), Builder(graph)):
+        b.outputs(y=b.exp(b.input("x", "f32[3]")))
+    graph.add_function(forgotten)
+    record = PassManager([DeadCode()]).run(graph).log[0]
+    assert record.changes == 1 and list(record.graph.functions) == ["main"]
 
 
 @pytest.mark.parametrize(

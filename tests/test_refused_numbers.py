@@ -203,6 +203,19 @@ def test_the_reference_tells_what_it_could_not_make() -> None:
     assert "model.py:7" in str(caught.value)
 
 
+@pytest.mark.parametrize("type", ["f32[3]", "f32[S]"])
+def test_a_reference_that_breaks_its_rule_is_told(type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(b: Builder) -> Expr:
+        x = b.input("x", type)
+        b.source = LINE
+        return b.exp(x)
+
+    monkeypatch.setattr(OPS["exp"], "reference", lambda op, x: x[1:])
+    with pytest.raises(GraphError, match=r"exp: its reference gives shape \[2\], its rule \[3\]") as caught:
+        interpret(graph_of(build), {"x": np.ones(3, np.float32)})
+    assert "model.py:7" in str(caught.value)
+
+
 def test_a_width_with_too_many_digits_is_refused_where_the_graph_is_built() -> None:
     b = Builder(Graph("wide"))
     x: Any = b.input("x", "i8[N]")
