@@ -26,6 +26,7 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
+from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 
@@ -76,7 +77,8 @@ class NumpyBackend(StagedBackend):
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What is spelled as it is, what is done once, and how long each array lives."""
-        return (Legalize(keeps), DecodeLast(), HoistWeights(), PlanStorage(over=written_over))
+        products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
+        return (*products, HoistWeights(), PlanStorage(over=written_over))
 
     def emit(
         self,

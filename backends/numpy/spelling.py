@@ -94,6 +94,7 @@ SPELLINGS: dict[str, Spelling] = {
     # products
     "matmul": lambda line: f"{_factor(line, 'x')} @ {_factor(line, 'y')}",
     "rotary": Line.by_reference,
+    "encoded_linear": Line.by_reference,
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "transpose"),
     "relayout": "{x}",

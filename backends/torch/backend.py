@@ -35,6 +35,7 @@ from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
+from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 
@@ -108,7 +109,8 @@ class TorchBackend(StagedBackend):
         each tensor lives."""
         layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
         plan = PlanStorage(placed=is_placed, over=written_over)
-        return (Legalize(keeps), DecodeLast(), *layouts, HoistWeights(), plan)
+        products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
+        return (*products, *layouts, HoistWeights(), plan)
 
     def emit(
         self,

@@ -37,12 +37,14 @@ class BlockForm(ABC):
     name       in a type's text
     elements   of a block; None: a whole line, whatever its length
     encodes    whether it can be written: all can be read
+    marks      whether a block may be written of numbers of which some are not finite: it then decodes to NaN alone
     grouped    whether its name takes how many elements a block has: int4_groups(32)
     """
 
     name: ClassVar[str]
     elements: int | None
     encodes: ClassVar[bool] = False
+    marks: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
 
     @abstractmethod
@@ -54,7 +56,7 @@ class BlockForm(ABC):
         """f32[n, elements] of n records. Never raises: bytes may be anything, scales NaN or infinite."""
 
     def encode(self, values: Array) -> Array:
-        """n records of finite f32[n, elements]. Raises GraphError where a value has no place."""
+        """n records of f32[n, elements], finite unless the form marks. Raises GraphError where a value has no place."""
         raise GraphError(f"{self.name} is read, and not written")
 
     def sample(self, rng: np.random.Generator, count: int, elements: int) -> Array:
@@ -170,11 +172,15 @@ class Encoding:
                     break
         return min(found, default=None)
 
-    def encode(self, values: Array) -> Array:
-        """The held array whose decoded elements are near to these. Raises GraphError where a value has no place."""
+    def encode(self, values: Array, *, computed: bool = False) -> Array:
+        """The held array whose decoded elements are near to these. Raises GraphError where a value has no place.
+
+        computed  they are no weight, but what a model computes: of a form that can mark a block, a block with a number
+                  that is not finite is marked, and nothing is raised
+        """
         with np.errstate(over="ignore"):  # what is too large is told
             wide = np.asarray(values, np.float32)
-        if not np.isfinite(wide).all():
+        if not (computed and self.block.marks) and not np.isfinite(wide).all():
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(wide))[0])
             raise GraphError(f"{self.form} holds finite values", received=f"{wide[index]} at {list(index)}")
         lines = np.moveaxis(wide, self.axis, -1)
@@ -183,8 +189,9 @@ class Encoding:
         rows = lines.reshape(-1, elements)
         made = np.empty(len(rows), self.block.record(elements))
         step = max(1, _AT_ONCE // elements)
-        for start in range(0, len(rows), step):
-            made[start : start + step] = self.block.encode(np.ascontiguousarray(rows[start : start + step]))
+        with np.errstate(invalid="ignore"):
+            for start in range(0, len(rows), step):
+                made[start : start + step] = self.block.encode(np.ascontiguousarray(rows[start : start + step]))
         return np.moveaxis(made.view(np.uint8).reshape(*lines.shape[:-1], bytes), -1, self.axis)
 
     def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

@@ -12,17 +12,22 @@ from treadle.ir.errors import GraphError
 
 _GROUPS = (16, 32, 64, 128, 256)
 
+SMALLEST_ROW = np.float32(2.0**-119)
+"""A row of int8_rows whose numbers are all of smaller magnitude is one of zeros."""
+
 
 @block_form
 class Int8Rows(BlockForm):
     """y = scale q: q from -127 to 127, one float32 scale for a whole row; a row's largest magnitude is 127 scales
 
-    Symmetric, so that integer products need no correction. A row of zeros has the scale 0.
+    Symmetric, so that integer products need no correction. A row of zeros has the scale 0, and so has one whose numbers
+    are all below 2^-119: 127 / 2^-119 is the largest such factor that float32 has room for.
     """
 
     name = "int8_rows"
     elements = None
     encodes = True
+    marks = True
 
     def __init__(self, group: int = 0) -> None:
         if group:
@@ -37,9 +42,11 @@ class Int8Rows(BlockForm):
 
     def encode(self, values: Array) -> Array:
         made = np.empty(len(values), self.record(values.shape[-1]))
-        made["scale"] = scale = np.abs(values).max(axis=-1) / np.float32(127)
-        divisor = np.where(scale > 0, scale, 1)[:, None]  # a row of zeros, or of subnormals whose scale is 0
-        made["q"] = np.clip(np.rint(values / divisor), -127, 127)
+        largest = np.abs(values).max(axis=-1)
+        finite, seen = np.isfinite(largest), largest >= SMALLEST_ROW
+        made["scale"] = np.where(finite, np.where(seen, largest / np.float32(127), 0), np.nan)
+        factor = np.float32(127) / np.where(finite & seen, largest, 1)
+        made["q"] = np.rint(np.where((finite & seen)[:, None], values, 0) * factor[:, None])
         return made
 
 

@@ -1,7 +1,8 @@
-"""Ops that read and write blocks: from an encoding to the numbers that it means, and back.
+"""Ops that read and write blocks: from an encoding to the numbers that it means, and back, and products of blocks.
 
-    decode       "... [k] -> ... [k]"      k is the axis along which blocks lie
-    encode       "... [k] -> ... [k]"
+    decode           "... [k] -> ... [k]"      k is the axis along which blocks lie
+    encode           "... [k] -> ... [k]"
+    encoded_linear   "... [k], n [k], n -> ... n"
 
 Their references take and give held arrays (`treadle.ir.encodings`).
 """
@@ -11,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.axes import Application
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.op_registry import op
-from treadle.ir.operation import Grads, Operand, Primitive
+from treadle.ir.operation import Composite, Grads, Operand, Primitive
 from treadle.ir.ops.axis_names import axis_letters, place
 from treadle.ir.types import Type
 
@@ -100,7 +103,49 @@ class Encode(Primitive):
         return [self.to]
 
     def reference(self, x: Any) -> Any:
-        return self.to.encode(x)
+        return self.to.encode(x, computed=True)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         raise GraphError(f"rounding to {self.to} has no gradient", hint="a model whose weights are not quantized")
+
+
+ROWS = Encoding("int8_rows")
+"""The encoding of what `encoded_linear` multiplies."""
+
+
+@op("encoded_linear", axes="... [k], n [k], n -> ... n", dtypes="f, f, f -> f")
+class EncodedLinear(Composite):
+    """y[..., n] = (sum_k q[..., k] p[n, k]) (s[...] t[n]) + bias[n]        for x = s q and weight = t p
+
+    x and the weight are rows of 8-bit numbers with a scale each (`int8_rows`). The sum is one of integers, so that it is
+    exact, whatever its order; it is rounded to float32 once, and multiplied by the product of the scales. Backends put
+    it in the place of a linear of what is decoded (`treadle.passes.lowering.multiply_blocks`), which it means.
+    """
+
+    is_word = False
+    x = Operand()
+    weight = Operand()
+    bias = Operand(optional=True)
+
+    def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
+        for name, type in zip(("x", "weight"), types, strict=False):
+            if type is None or type.encoding != ROWS:
+                raise RuleError(f"{name} is not encoded as {ROWS}", received=str(type))
+        return [None]
+
+    def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
+        return b.linear(b.decode(x, of=ROWS), b.decode(weight, of=ROWS), bias)
+
+    def reference(self, x: Any, weight: Any, bias: Any) -> Any:
+        (q, s), (p, t) = _parts(x), _parts(weight)
+        sums = (q.astype(np.float64) @ p.astype(np.float64).T).astype(np.float32)  # exact below 2^53
+        with np.errstate(invalid="ignore"):
+            y = sums * (s[..., None] * t)
+        return y if bias is None else y + bias
+
+
+def _parts(held: Any) -> tuple[Any, Any]:
+    """The 8-bit numbers of held rows, and their scales."""
+    lines = np.ascontiguousarray(held)
+    record = lines.view(ROWS.block.record(ROWS.size(lines.shape[-1])))[..., 0]
+    return record["q"], record["scale"]

@@ -25,7 +25,7 @@ class NarrowProducts(SiteRewrite[Site]):
     What a cast makes of a weight is made once, when weights are bound; values that several products read are cast once.
 
     Refuses: a matrix that is computed or an input, as attention's are; a constant, which would be cast at every call; a
-    stack of matrices.
+    stack of matrices; a product of what a quantizing pass rounds at every call.
     """
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
@@ -38,6 +38,8 @@ class NarrowProducts(SiteRewrite[Site]):
             if not isinstance(op, MixedProduct) or op.to is not None or node.results[0].type.dtype is not f32:
                 continue
             reason = next(filter(None, (_why_not(w, of_weights) for w in _weights(node))), "")
+            if _is_rounded(node.operands[0]):
+                reason = "x is rounded to blocks already"
             if reason:
                 work.refuse(self.name, Refusal(reason, node))
             else:
@@ -52,6 +54,11 @@ class NarrowProducts(SiteRewrite[Site]):
         ]
         op = dataclasses.replace(node.op, to=node.results[0].type.dtype)  # type: ignore[type-var]
         return b.emit(op, [getattr(v, "value", v) for v in operands]).results
+
+
+def _is_rounded(x: Value | None) -> bool:
+    """Whether a value is what blocks decode to, and no weight."""
+    return x is not None and x.node is not None and x.node.op.decodes and x.weight is None
 
 
 def _places(node: Node) -> tuple[int, ...]:

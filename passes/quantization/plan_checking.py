@@ -7,12 +7,14 @@ weight are followed to whatever reads them: a sum of products over the axis of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from treadle.ir.axes import Role
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import PassError, RuleError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.operation import Op
+from treadle.ir.ops.blocks import Encode
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type
@@ -39,6 +41,7 @@ def check_quantization(plan: QuantizationPlan, graph: Graph) -> None:
             raise _wrong(f"{weight.name} has no reason", plan)
         if weight.encoding is not None and (weight.type.encoding is not None or weight.type.rank != 2):
             raise _wrong(f"{weight.name} is {weight.type}, and no matrix of numbers", plan)
+    _check_activations(plan, graph)
     encoded = {weight.name: weight for weight in plan.weights if weight.encoding is not None}
     for entry in legalized(flat, _opens_all).later_entries:
         held: dict[Value, Type] = {}
@@ -51,6 +54,54 @@ def check_quantization(plan: QuantizationPlan, graph: Graph) -> None:
         for node in entry.nodes:
             if any(v in held for v in node.inputs):
                 _follow(node, held, plan)
+
+
+def _check_activations(plan: QuantizationPlan, graph: Graph) -> None:
+    """Every planned value is there, once, with its type and a reason; each product said reads it first, and once."""
+    seen: set[tuple[str, int]] = set()
+    for each in plan.activations:
+        what = f"{each.name} of {each.function}"
+        function = graph.functions.get(each.function)
+        if function is None or not each.products or not each.reason:
+            raise _wrong(f"{what} has no {'function' if function is None else 'products, or no reason'}", plan)
+        for place in each.products:
+            node = function.nodes[place] if 0 <= place < len(function.nodes) else None
+            x = node.operands[0] if node is not None and node.operands else None
+            if x is None or x.name != each.name or x.type != each.type:
+                raise _wrong(f"node {place} of {each.function} does not read {each.name}: {each.type} first", plan)
+            if (each.function, place) in seen:
+                raise _wrong(f"{what} is planned twice for node {place}", plan)
+            seen.add((each.function, place))
+
+
+def check_encoded_products(graph: Graph) -> None:
+    """Raises PassError where what a graph encodes is read by anything but products with encoded weights.
+
+    With every call and every composite opened, an encoded value is decoded, and each reader of that sums products over
+    the axis of its blocks; what it is multiplied with was decoded as well, and moved at most. (That the blocks of
+    weights lie along the axis that is summed over, `check_quantization` saw.)
+    """
+    for entry in legalized(inline_calls(graph), _opens_all).later_entries:
+        encoded = {node.result for node in entry.nodes if isinstance(node.op, Encode)}
+        rounded = {node.result for node in entry.nodes if node.op.decodes and node.inputs[0] in encoded}
+        decoded: set[Value] = set()
+        for node in entry.nodes:
+            if node.op.decodes or (node.op.only_moves and decoded.issuperset(node.inputs)):
+                decoded.update(node.results)
+            if not rounded.isdisjoint(node.inputs):
+                _check_product(node, rounded, decoded)
+        if any(v in rounded or v in encoded for v in entry.results):
+            raise PassError("the quantized graph is wrong: rounded numbers are an output", received=graph.name)
+
+
+def _check_product(node: Node, rounded: AbstractSet[Value], decoded: AbstractSet[Value]) -> None:
+    found = node.op.apply([None if v is None else v.type for v in node.operands])
+    dims, (x, *others) = found.operands[0] or (), node.operands
+    last = {found.factors[name].role for name in dims[-1].factors} if dims else set()
+    if not node.is_contraction or x not in rounded or last != {Role.REDUCED} or others[0] not in decoded:
+        reader = f"{node.op.name}, {describe_source(node.source, node.scope) or 'of main'}"
+        what = "what is rounded at every call is read by what multiplies no encoded weight"
+        raise PassError(f"the quantized graph is wrong: {what}", received=reader)
 
 
 def _opens_all(op: Op, types: Sequence[Type | None]) -> bool:

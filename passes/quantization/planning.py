@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
@@ -12,6 +12,7 @@ from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import MixedProduct
 from treadle.ir.types import Type, f32
+from treadle.passes.quantization.activation_planning import plan_activations
 from treadle.passes.quantization.quantization_plan import QuantizationPlan, WeightPlan
 
 _FOUR_BITS = 32
@@ -26,8 +27,11 @@ def _four(axis: int, is_output: bool) -> Encoding:
     return _eight(axis, is_output) if is_output else Encoding("int4_groups", _FOUR_BITS, axis)
 
 
-SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {"int8-weights": _eight, "int4": _four}
+SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {"int8": _eight, "int8-weights": _eight, "int4": _four}
 """By name: the encoding of a weight whose products sum along an axis, and whether one of them is an output."""
+
+_ROUNDS_ACTIVATIONS = ("int8",)
+"""Schemes in which the values that such weights multiply are rounded as well, at every call."""
 
 
 @dataclass
@@ -61,7 +65,10 @@ def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
         held = {value: (name,) for name, value in entry.parameters.items() if name in found}
         _read(graph, entry.name, held, found)
     weights = [_planned(name, v.type, found[name], SCHEMES[scheme]) for name, v in graph.parameters.items()]
-    return QuantizationPlan(graph.name, scheme, tuple(weights))
+    plan = QuantizationPlan(graph.name, scheme, tuple(weights))
+    if scheme not in _ROUNDS_ACTIVATIONS:
+        return plan
+    return replace(plan, activations=plan_activations(graph, {w.name: w for w in weights}))
 
 
 def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found: Mapping[str, _Readers]) -> None:

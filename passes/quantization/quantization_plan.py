@@ -1,8 +1,11 @@
-"""A quantization plan: for every weight the encoding that it gets, or why it stays as it is.
+"""A quantization plan: for every weight, and every value that weights multiply, its encoding, or why it stays as it is.
 
     weight                       type             encoding        bytes          was  why
     layer.{0..29}.attn.q.weight  f32[576, 576]    int8_rows  10,022,400   39,813,120  multiplied by projections
     embed.weight                 f32[49152, 576]  int8_rows  28,508,160  113,246,208  multiplied by linear, an output
+
+    multiplied value             type             encoding  why
+    mixed, of layer              f32[B, S, 576]   int8_rows  linear multiplies it with int8_rows
 
 A plan is data: `treadle.passes.quantization.planning` makes it, `plan_checking` checks it, `quantize` applies it.
 """
@@ -48,17 +51,45 @@ class WeightPlan:
 
 
 @dataclass(frozen=True)
-class QuantizationPlan:
-    """What becomes of every weight of a graph.
+class ActivationPlan:
+    """What is planned for one value that products multiply with weights.
 
-    model    the graph's name
-    scheme   "int8-weights" or "int4"
-    weights  one for each parameter, in their order
+    function  in which it is
+    name      the value's
+    type      as it is without the plan
+    encoding  in which products read it, made anew at every call; None: it stays as it is
+    products  the places, among the function's nodes, of the products that read it so; all that would, where none does
+    reason    why
+    """
+
+    function: str
+    name: str
+    type: Type
+    encoding: Encoding | None
+    products: tuple[int, ...]
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        encoding = None if self.encoding is None else str(self.encoding)
+        given = {"function": self.function, "name": self.name, "type": str(self.type), "encoding": encoding}
+        return {**given, "products": list(self.products), "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What becomes of every weight of a graph, and of the values that are multiplied with weights.
+
+    model        the graph's name
+    scheme       "int8", "int8-weights" or "int4"
+    weights      one for each parameter, in their order
+    activations  one for each value that a product with weights multiplies, in order; none, of a scheme that leaves them
     """
 
     model: str
     scheme: str
     weights: tuple[WeightPlan, ...]
+    activations: tuple[ActivationPlan, ...] = ()
 
     @property
     def encodings(self) -> Mapping[str, Encoding]:
@@ -78,7 +109,8 @@ class QuantizationPlan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         told = {"model": self.model, "scheme": self.scheme, "bytes": self.bytes, "bytes_before": self.bytes_before}
-        return {**told, "weights": [w.as_dict() for w in self.weights]}
+        told["weights"] = [w.as_dict() for w in self.weights]
+        return {**told, "activations": [a.as_dict() for a in self.activations]} if self.activations else told
 
     def __str__(self) -> str:
         before = sum(w.type.encoding is not None for w in self.weights)
@@ -89,14 +121,30 @@ class QuantizationPlan:
         )
         rows: list[tuple[str, ...]] = [("weight", "type", "encoding", "bytes", "was", "why")]
         rows += [_row(group) for group in _folded(self.weights)]
-        wide = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join([head, "", *(_line(row, wide) for row in rows)])
+        lines = [head, "", *_table(rows)]
+        if self.activations:
+            lines += ["", *_table([("multiplied value", "type", "encoding", "why"), *map(_told, self.activations)])]
+        return "\n".join(lines)
 
 
-def _line(row: Sequence[str], wide: Sequence[int]) -> str:
-    """A row in columns, bytes to the right, and the reason behind."""
-    cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row[:5], wide, strict=True))]
-    return "  ".join([*cells, row[5]]).rstrip()
+_TO_THE_RIGHT = ("bytes", "was")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows below a head, in columns, bytes to the right, and the reason behind."""
+    *heads, _ = rows[0]
+    wide = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = []
+    for row in rows:
+        cells = zip(heads, row, wide, strict=False)
+        told = [c.rjust(w) if head in _TO_THE_RIGHT else c.ljust(w) for head, c, w in cells]
+        lines.append("  ".join([*told, row[-1]]).rstrip())
+    return lines
+
+
+def _told(plan: ActivationPlan) -> tuple[str, ...]:
+    encoding = "stays" if plan.encoding is None else str(plan.encoding)
+    return f"{plan.name}, of {plan.function}", str(plan.type), encoding, plan.reason
 
 
 def _folded(weights: Iterable[WeightPlan]) -> list[list[WeightPlan]]:

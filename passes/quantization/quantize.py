@@ -1,24 +1,29 @@
-"""Quantization: weights that products multiply are held in fewer bits, by a plan."""
+"""Quantization: weights that products multiply are held in fewer bits, and what they multiply is rounded, by a plan."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from treadle.ir.graph import Graph
+from treadle.ir.graph import Graph, Node
+from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
-from treadle.passes.quantization.plan_checking import check_quantization
+from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
 from treadle.passes.quantization.planning import plan_quantization
+from treadle.passes.quantization.quantization_plan import ActivationPlan
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
     """linear(x, w, bias)   -->   linear(x, decode(w), bias)        for a weight w, as int8_rows or int4_groups(32)
 
-    scheme  "int8-weights": 8 bits and a scale a row. "int4": 4 bits and a scale for 32 neighbours, 8 bits where the
-            product is an output
+    and in the scheme "int8" linear(decode(encode(x)), decode(w), bias), x as int8_rows: a scale a token.
+
+    scheme  "int8": 8 bits and a scale a row, for weights and for what they multiply. "int8-weights": for weights alone.
+            "int4": 4 bits and a scale for 32 neighbours, 8 bits where the product is an output
 
     The numbers change, by at most half a step of their scale (of 4 bits by at most a whole one: the largest of a group
     is -8 steps, and one as large of the other sign is 7), so that no certificate is asked for. The plan tells what
@@ -38,6 +43,33 @@ class QuantizeWeights(Pass):
         log.notes += str(plan).splitlines()
         if not plan.encodings:
             return 0
+        encode_activations(graph, plan.activations)
         graph.functions = encode_parameters(graph, plan.encodings).functions
+        check_encoded_products(graph)
         log.touched = None
         return len(plan.encodings)
+
+
+def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
+    """Have planned products of a graph read rounded numbers: of each value those that its blocks decode to."""
+    by_function: dict[str, list[ActivationPlan]] = {}
+    for plan in plans:
+        by_function.setdefault(plan.function, []).append(plan)
+    for name, planned in by_function.items():
+        function = graph.functions[name]
+        before: dict[Node, list[Node]] = {}
+        for plan in planned:
+            if plan.encoding is None:
+                continue
+            readers = [function.nodes[place] for place in plan.products]
+            x, first = readers[0].operands[0], readers[0]
+            assert x is not None
+            short = x.name.rpartition(".")[2]
+            held = Node(Encode(to=plan.encoding), [x], [x.type.as_encoded(plan.encoding)], f"{short}_rows")
+            read = Node(Decode(of=plan.encoding), held.results, [x.type], f"{short}_rounded")
+            for node in (held, read):
+                node.scope, node.source = first.scope, first.source
+            before[first] = [*before.get(first, ()), held, read]
+            for reader in readers:
+                reader.operands = (read.result, *reader.operands[1:])
+        function.nodes = [each for node in function.nodes for each in (*before.get(node, ()), node)]
