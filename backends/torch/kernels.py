@@ -12,6 +12,7 @@ from torch import Tensor
 
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.torch.cached_terms import CachedTerms
+from treadle.backends.torch.encoded_rows import decode_rows, encode_rows, encoded_linear  # noqa: F401  emitted source
 from treadle.ir.attention.attention_terms import Padding, T5Relative, Term, parse_term
 from treadle.ir.attention.cached_positions import live_positions
 from treadle.ir.ops.rounding import FORMATS

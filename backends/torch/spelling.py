@@ -100,6 +100,10 @@ SPELLINGS: dict[str, Spelling] = {
     "where": lambda line: f"torch.where({line.array('condition')}, {line.x}, {line.y})",
     # products
     "matmul": lambda line: _product(line, "y", " @ "),
+    # rows of 8-bit numbers: other encodings of what is no weight the backend refuses
+    "encode": "kernels.encode_rows({x})",
+    "decode": "kernels.decode_rows({x})",
+    "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),
     "slice": sliced,
