@@ -4,6 +4,7 @@
     panels(16, transposed)   the same of a matrix [k, n]
     pairs(32)                panels of 16-bit numbers, in which two neighbours of a row lie side by side
     pairs(32, transposed)    the same of a matrix [k, n]
+    quads(32)                panels of 8-bit rows with their scales, in which four neighbours of a row lie side by side
     onednn                   a matrix [n, k] as oneDNN orders it, which it tells nobody
     onednn(transposed)       the same of a matrix [k, n]
 
@@ -28,14 +29,18 @@ PAIR_SQUARE = 16
 """Rows and columns of a square of pairs."""
 PAIR_STEP = 2 * PAIR_SQUARE
 """Elements of k in a square of pairs."""
+QUAD_STEP = 4 * PAIR_SQUARE
+"""Elements of k in a square of quads, which has the bytes of one of pairs."""
+ROW_HEAD = 4
+"""Bytes of the scale with which a row of 8-bit numbers begins, see `int8_rows`."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """A layout of matrices.
 
-    kind        "panels", "pairs" or "onednn"
-    width       for panels and pairs: how many columns of the product a panel has; for pairs a multiple of 16
+    kind        "panels", "pairs", "quads" or "onednn"
+    width       for all but onednn: how many columns of the product a panel has; for pairs and quads a multiple of 16
     transposed  whether the matrix is [k, n], not [n, k]
 
     In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
@@ -44,7 +49,11 @@ class Layout:
     In pairs, a panel is cut into steps of 32 elements of k, and a step into squares of 16 rows: 16 times 16 pairs.
     Element (n, k) is number k % 2 of the pair at row (k % 32) // 2 and column n % 16 of its square. So a row of a
     square is what an instruction that multiplies pairs takes, and a square a tile of a matrix unit. Panels and steps
-    are filled up with zeros. (Numbers of 8 bits will lie so by fours.)
+    are filled up with zeros.
+
+    Quads are of rows as `int8_rows` holds them, a scale of four bytes and then a byte an element. A panel begins with
+    the scales of its rows. What follows are squares as those of pairs, each of 16 rows and 64 elements of k: 16 times 16
+    times four bytes.
     """
 
     kind: str
@@ -52,19 +61,24 @@ class Layout:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("panels", "pairs", "onednn"):
+        if self.kind not in ("panels", "pairs", "quads", "onednn"):
             raise GraphError(f"unknown layout {self.kind!r}", hint="panels(16), pairs(32), onednn")
         if self.kind == "panels" and not 0 < self.width <= _MOST_WIDE:
             raise GraphError("panels have a width", received=str(self.width), hint=f"panels(16); 1 to {_MOST_WIDE}")
-        if self.kind == "pairs" and (not 0 < self.width <= _MOST_WIDE or self.width % PAIR_SQUARE):
-            raise GraphError("pairs have a width of 16 times n", received=str(self.width), hint="pairs(32)")
+        squares = self.kind in ("pairs", "quads")
+        if squares and (not 0 < self.width <= _MOST_WIDE or self.width % PAIR_SQUARE):
+            hint = f"{self.kind}(32)"
+            raise GraphError(f"{self.kind} have a width of 16 times n", received=str(self.width), hint=hint)
+        if self.kind == "quads" and self.transposed:
+            raise GraphError("quads are of rows, which lie along the last axis", received=str(self))
         if self.kind == "onednn" and self.width:
             raise GraphError("onednn has no width", received=str(self.width))
 
     def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
         """The shape of the array that holds a matrix of this shape.
 
-        For panels [panels, k, width]; for pairs [panels, steps, width // 16, 16, 16, 2].
+        For panels [panels, k, width]; for pairs [panels, steps, width // 16, 16, 16, 2]; for quads [panels, bytes], of
+        held rows.
         """
         if self.kind == "onednn":
             return tuple(shape)
@@ -72,6 +86,9 @@ class Layout:
         count = (n + self.width - 1) // self.width
         if self.kind == "panels":
             return count, k, Size.of(self.width)
+        if self.kind == "quads":
+            steps = (k - ROW_HEAD + QUAD_STEP - 1) // QUAD_STEP
+            return count, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD
         square = Size.of(PAIR_SQUARE)
         return count, (k + PAIR_STEP - 1) // PAIR_STEP, Size.of(self.width // PAIR_SQUARE), square, square, Size.of(2)
 
@@ -93,6 +110,11 @@ def panels(width: int, transposed: bool = False) -> Layout:
 def pairs(width: int, transposed: bool = False) -> Layout:
     """Panels of pairs of so many rows of a matrix [n, k], or of so many columns of a matrix [k, n]."""
     return Layout("pairs", width, transposed)
+
+
+def quads(width: int) -> Layout:
+    """Panels of so many rows of 8-bit numbers, by fours, with their scales."""
+    return Layout("quads", width)
 
 
 def parse_layout(text: str) -> Layout:

@@ -33,6 +33,7 @@ from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
+from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
 from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks, in_blocks
 from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import StoragePlan
@@ -70,7 +71,7 @@ class TvmBackend(StagedBackend):
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         isa = isa_of(target)
         layouts = (ReadBlocks(wants_blocks(isa)), AssignLayouts(wants(isa)))
-        return (Legalize(keeps), DecodeLast(), *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
+        return (Legalize(keeps), DecodeLast(), MultiplyBlocks(), *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """By the steps of each routine, with what single kernels need beside."""

@@ -26,7 +26,8 @@ from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDTH
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
 from treadle.ir.graph import Graph, Node
-from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, Layout, pairs, panels
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD, Layout, pairs, panels, quads
+from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
@@ -54,6 +55,8 @@ def wants(isa: Isa) -> Wants:
             return Reads.ROW_MAJOR
         if value.type.dtype is bf16 and isinstance(node.op, (Linear, MatMul)) and position == 1:
             return pairs(PAIRS_WIDTH, transposed=isinstance(node.op, MatMul))
+        if isinstance(node.op, EncodedLinear) and position == 1:
+            return quads(PAIRS_WIDTH)
         if value.type.dtype is not f32:
             return Reads.ROW_MAJOR
         if isinstance(node.op, Embedding) and position == 0:
@@ -223,6 +226,10 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
         for panel in range(len(made)):
             _fill_pairs(made[panel], matrix[panel * layout.width : (panel + 1) * layout.width])
         return
+    if layout.kind == "quads":
+        for panel in range(len(made)):
+            _fill_quads(made[panel], matrix[panel * layout.width : (panel + 1) * layout.width], layout.width)
+        return
     whole = len(matrix) // layout.width
     for panel in range(whole):
         made[panel] = matrix[panel * layout.width : (panel + 1) * layout.width].T
@@ -242,6 +249,18 @@ def _fill_pairs(made: Array, rows: Array) -> None:
         rows = whole
     pairs_of = np.ascontiguousarray(rows).view(np.uint32).reshape(groups, PAIR_SQUARE, steps, PAIR_SQUARE)
     made.view(np.uint32)[..., 0] = pairs_of.transpose(2, 0, 3, 1)
+
+
+def _fill_quads(made: Array, held: Array, width: int) -> None:
+    """One panel [bytes] of these held rows [at most width, 4 + k]."""
+    head, groups = ROW_HEAD * width, width // PAIR_SQUARE
+    squares = made[head:].reshape(-1, groups, PAIR_SQUARE, PAIR_SQUARE, 4)
+    rows = np.zeros((width, ROW_HEAD + len(squares) * QUAD_STEP), np.uint8)
+    rows[: len(held), : held.shape[1]] = held
+    made[:head] = rows[:, :ROW_HEAD].reshape(-1)
+    fours = np.ascontiguousarray(rows[:, ROW_HEAD:]).view(np.uint32)
+    of_rows = fours.reshape(groups, PAIR_SQUARE, len(squares), PAIR_SQUARE)
+    squares.view(np.uint32)[..., 0] = of_rows.transpose(2, 0, 3, 1)
 
 
 def _packed_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:

@@ -47,13 +47,18 @@ class Isa:
 
     @property
     def multiplies_tiles(self) -> bool:
-        """Whether there is a matrix unit, AMX, for bf16: tiles of 16 rows and 64 bytes (`kernels.narrow.tiles`)."""
+        """Whether there is a matrix unit, AMX, for bf16 and 8 bits: tiles of 16 rows and 64 bytes (`kernels.narrow.tiles`)."""
         return "amx_bf16" in self.needs
 
     @property
     def multiplies_pairs(self) -> bool:
         """Whether one instruction multiplies bf16 pairs and adds to a vector of float32 sums, and one makes bf16."""
         return "avx512_bf16" in self.needs
+
+    @property
+    def multiplies_quads(self) -> bool:
+        """Whether one instruction multiplies four bytes with four bytes and adds to a vector of 32-bit sums: VNNI."""
+        return "avx512_vnni" in self.needs
 
     @property
     def llvm(self) -> dict[str, object]:
@@ -71,16 +76,17 @@ class Isa:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_BF16 = _AVX512 | {"avx512_bf16"}
-_AMX = _BF16 | {"avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"}
+_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}  # every processor that has the first has the second
+_AMX = _BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
 _WIDE = "-prefer-256-bit"  # LLVM would rather split 64-byte vectors; our kernels mean them as they are written
-_TILES = ("+amx-tile", "+amx-bf16", "+amx-int8", "+avx512vnni")
+_DOTS = ("+avx512bf16", "+avx512vnni")
+_TILES = ("+amx-tile", "+amx-bf16", "+amx-int8")
 
 ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("x86-64-amx", "x86_64", 64, 32, True, _AMX, "x86-64-v4", (_WIDE, "+avx512bf16", *_TILES), ahead=8192),
-        Isa("x86-64-v4-bf16", "x86_64", 64, 32, True, _BF16, "x86-64-v4", (_WIDE, "+avx512bf16")),
+        Isa("x86-64-amx", "x86_64", 64, 32, True, _AMX, "x86-64-v4", (_WIDE, *_DOTS, *_TILES), ahead=8192),
+        Isa("x86-64-v4-bf16", "x86_64", 64, 32, True, _BF16, "x86-64-v4", (_WIDE, *_DOTS)),
         Isa("x86-64-v4", "x86_64", 64, 32, True, _AVX512, "x86-64-v4", (_WIDE,)),
         Isa("x86-64-v3", "x86_64", 32, 16, True, _AVX2, "x86-64-v3"),
         Isa("x86-64-v2", "x86_64", 16, 16, False, frozenset({"sse4_2", "popcnt"}), "x86-64-v2"),

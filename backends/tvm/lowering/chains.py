@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction
 from treadle.ir.graph import Node, Value
+from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import Einsum, Linear, MatMul
 from treadle.ir.storage.views import View
@@ -15,7 +16,7 @@ from treadle.passes.lowering.grouping import Chains, is_number
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import Step
 
-_PRODUCTS = (Linear, MatMul, Einsum)
+_PRODUCTS = (Linear, MatMul, Einsum, EncodedLinear)
 
 
 def _is_finished(node: Node) -> bool:

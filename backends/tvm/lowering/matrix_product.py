@@ -14,6 +14,7 @@ from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
+from treadle.backends.tvm.kernels.narrow.byte_product import ByteTileProduct, QuadProduct
 from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH, PairProduct
 from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows, form_for, held_dtype, held_elements
 from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
@@ -89,6 +90,7 @@ class MatrixProduct:
 
     packed   whether y is a matrix in panels, or in pairs
     form     of the blocks in y's panels, or None
+    encoded  for a product of 8-bit rows, x as its kernel reads it, and what that is told of rows
     """
 
     def __init__(
@@ -102,8 +104,9 @@ class MatrixProduct:
         finish: Finish,
         packed: bool = False,
         form: PackedForm | None = None,
+        encoded: tuple[View, View] | None = None,
     ) -> None:
-        self.form = form
+        self.form, self.encoded = form, encoded
         self.w, self.node, self.sizes, self.packed = w, node, sizes, packed
         self.chain, self.extras = finish.chain, list(finish.extras)
         self.x, self.y, self.to, self.c = x, y, to, to
@@ -245,9 +248,10 @@ class MatrixProduct:
         def batch(term: LetteredView) -> list[Size]:
             return [ZERO] * (2 - len(groups)) + [joined(term, group) for group in groups]
 
-        paired = self.packed and self.form is None and self.y.view.dtype is not f32
+        paired = self.packed and self.form is None and self.y.view.dtype is bf16
+        wide = paired or self.encoded is not None
         if self.packed:
-            panels, width = self.y.view, WIDTH if paired else panel_width(n.constant, w.isa)
+            panels, width = self.y.view, WIDTH if wide else panel_width(n.constant, w.isa)
             w_batch = [ZERO, ZERO]
         else:
             width = panel_width(n.constant, w.isa)
@@ -260,6 +264,12 @@ class MatrixProduct:
             rows += [row] if row != ZERO else []
         whole = n.constant is not None and n.constant % width == 0
         given: list[Size] = [m, k, n]
+        if self.encoded is not None:
+            (left, told), tiles = self.encoded, w.isa.multiplies_tiles
+            of_bytes = (ByteTileProduct if tiles else QuadProduct)(self.chain, tuple(how), whole)
+            pointers = [left, panels, told, *[e.view for e in self.extras], self.c.view]
+            w.step(of_bytes, pointers, [*given, *rows, joined(self.c, self.rows)], self.node)
+            return
         if paired:
             left = rounded_rows(w, self.x.view, m, k, joined(self.x, self.rows), self.node)
             given += [*rows, joined(self.c, self.rows)]

@@ -26,7 +26,9 @@ from treadle.backends.tvm.lowering.matrix_product import Finish, LetteredView, M
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
 from treadle.ir.layouts import panels
+from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.elementwise import Cast
+from treadle.ir.ops.products import Linear
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import View
 from treadle.ir.types import DType, bf16, f32
@@ -40,8 +42,9 @@ def _product(w: RoutineWriter, node: Node) -> None:
     made = w.groups[node].product or node
     equation = Equation.of(made)
     dtype = made.result.type.dtype
-    bias = made.operands[2] if made.op.name == "linear" else None
-    factors = [v for v in made.operands[:2] if v is not None] if made.op.name == "linear" else made.inputs
+    with_bias = isinstance(made.op, (Linear, EncodedLinear))
+    bias = made.operands[2] if with_bias else None
+    factors = [v for v in made.operands[:2] if v is not None] if with_bias else made.inputs
     if dtype is f32:
         finish = _finish(w, node, made, equation)
         to = w.view(node.result)
@@ -159,6 +162,10 @@ def _sum(
     """The sum in float32: a matrix product for each operand after the first."""
     sizes = equation.sizes
     if len(values) == 2:
+        if values[0] in w.encoded:
+            x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
+            MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, encoded=w.encoded[values[0]]).emit()
+            return
         if values[1].layout is not None and values[1].layout.kind == "pairs":
             x, y = (LetteredView.of(w.view(v), letters) for v, letters in zip(values, equation.operands, strict=False))
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
@@ -270,5 +277,5 @@ def _in_pairs(node: Node) -> bool:
     return weight is not None and weight.layout is not None and weight.layout.kind == "pairs"
 
 
-RULES: Mapping[str, Rule] = dict.fromkeys(("linear", "matmul", "einsum"), _product)
+RULES: Mapping[str, Rule] = dict.fromkeys(("linear", "matmul", "einsum", "encoded_linear"), _product)
 KEEPS: Mapping[str, Keeps] = {}

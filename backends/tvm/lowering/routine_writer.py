@@ -86,7 +86,8 @@ class RoutineWriter:
 
     groups   for the last node of a step what is computed with it
     uses     who reads a value
-    rounded  where the elements of storages are that exist only as bf16 products read them; None until they are made
+    rounded  where the elements of storages are that exist only as narrow products read them; None until they are made
+    encoded  of values that products of 8-bit rows read: the rows as kernels do, and what is told of them
     threads  how many may work at once; None: any number
     """
 
@@ -103,6 +104,7 @@ class RoutineWriter:
         self.groups = {step.root: step for step in plan.steps}
         self.uses = plan.function.uses()
         self.rounded: dict[Storage, View | None] = {}
+        self.encoded: dict[Value, tuple[View, View]] = {}
         self._made: dict[Storage, dict[Hashable, View]] = {}
         self._names = {life.storage.name for life in plan.lives}
         self._begins: list[int] = []

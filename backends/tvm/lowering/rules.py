@@ -8,6 +8,7 @@ from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
 from treadle.backends.tvm.lowering import (
     attention_rules,
     cache_rules,
+    encoded_rules,
     indexing_rules,
     normalization_rules,
     product_rules,
@@ -23,6 +24,7 @@ from treadle.ir.types import Type
 _MODULES = (
     shape_rules,
     product_rules,
+    encoded_rules,
     attention_rules,
     normalization_rules,
     reduction_rules,

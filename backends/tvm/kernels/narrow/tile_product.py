@@ -22,7 +22,7 @@ from treadle.backends.tvm.kernels.narrow.round_rows import BLOCK, two_rounded
 from treadle.backends.tvm.kernels.narrow.tiles import ROWS
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.layouts import PAIR_STEP
-from treadle.ir.types import bf16, f32
+from treadle.ir.types import DType, bf16, f32
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
@@ -38,7 +38,7 @@ TASKS = 32
 PART_BYTES = 3 << 18
 """Of a's tiles, which every panel reads again: so much stays in the second-level cache beside two panels."""
 _LINES = 32  # of one step of a panel
-_STEP_BYTES = 2 * ROWS * PAIR_STEP * bf16.bytes
+_STEP_BYTES = 2 * ROWS * tiles.ROW_BYTES
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,57 @@ class TileProduct(Kernel):
         m, depth, columns = sizes[:3]
         return 2 * m * depth * columns
 
+    # -- what other numbers than bf16 have otherwise ------------------------------------------------------------
+
+    @property
+    def factors(self) -> DType:
+        """The dtype of what is multiplied, of which a row of a tile holds 64 bytes."""
+        return bf16
+
+    @property
+    def summed(self) -> DType:
+        """The dtype of the sums."""
+        return f32
+
+    def scales(self, k: Emitter) -> list[Any]:
+        """Ask for what sums are multiplied with, a pointer by the name of its view."""
+        return []
+
+    def multiply(self, k: Emitter, sums: int, left: int, right: int) -> None:
+        """sums += left right, of tiles by number."""
+        tiles.multiply(k, sums, left, right)
+
+    def panel(self, steps: Expr) -> list[Expr]:
+        """The shape of a panel of w."""
+        return [steps, 2, ROWS * PAIR_STEP]
+
+    def square(self, step: Expr, number: Expr, element: Expr) -> list[Expr]:
+        """Where in a panel an element of a square of a step lies."""
+        return [step, number, element]
+
+    def float_sums(self, k: Emitter, views: Mapping[str, Any], sums: Sequence[Expr], panel: Expr, row: Expr) -> Any:
+        """The vectors of a row's sums in a panel as float32."""
+        return sums
+
+    # -- the loops -------------------------------------------------------------------------------------------
+
     def emit(self, k: Emitter) -> None:
-        given = [k.pointer("a", bf16), k.pointer("w", bf16)]
+        given = [k.pointer("a", self.factors), k.pointer("w", self.factors)]
+        scales = self.scales(k)
         finished = self.finishing.pointers(k, bf16 if self.tiled else None)
         m, depth, columns = k.size("m"), k.size("k"), k.size("n")
         rows = self.finishing.strides(k)
-        steps = k.let(k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP), "steps")
+        wide = tiles.ROW_BYTES // self.factors.bytes
+        steps = k.let(k.floor_divide(depth + (wide - 1), wide), "steps")
         panels = k.let(k.floor_divide(columns + (WIDTH - 1), WIDTH), "panels")
         blocks = k.let(k.floor_divide(m + (BLOCK - 1), BLOCK), "blocks")
         shapes = self.finishing.shapes(m, columns, rows)
         views = {p.name: k.view(p, *shapes[p.name]) for p in finished if not self.tiled or p.name != "c"}
         if self.tiled:
             views["c"] = k.view(finished[-1], [blocks, panels, 2, ROWS, PAIR_STEP])
-        views["a"] = k.view(given[0], [blocks, steps, 2, ROWS * PAIR_STEP])
-        views["w"] = k.view(given[1], [panels, steps, 2, ROWS * PAIR_STEP])
+        views["a"] = k.view(given[0], [blocks, steps, 2, ROWS * wide])
+        views["w"] = k.view(given[1], [panels, *self.panel(steps)])
+        views |= {p.name: k.view(p, [m, 2]) for p in scales}
         one = k.index(1)  # at least, of what divides: m, n and k may be 0
         most = k.floor_divide(k.index(PART_BYTES), k.greatest(steps, one) * _STEP_BYTES)
         part = k.opaque(k.greatest(k.least(blocks, most), one), "part")
@@ -94,9 +131,9 @@ class TileProduct(Kernel):
         parts = k.floor_divide(blocks + part - 1, part)
         with k.parallel(parts * runs, "task") as task:
             tiles.configure(k)
-            held = k.registers(GROUP * BLOCK * WIDTH, f32, "held")
+            held = k.registers(GROUP * BLOCK * WIDTH, self.summed, "held")
             k.store(
-                held, [k.opaque(0)], k.number(0.0, f32)
+                held, [k.opaque(0)], k.number(0, self.summed)
             )  # all of it is used, of which the code generator sees little
             number = k.opaque(k.floor_divide(task, runs), "number")
             first = k.opaque(number * part, "first")
@@ -139,6 +176,7 @@ class TileProduct(Kernel):
                 row = k.let(block * BLOCK, "row")
                 with k.loop(k.opaque(k.least(m - row, k.index(BLOCK)), "rows"), "i") as i:
                     sums = [k.let(k.load(held, [b * (BLOCK * WIDTH) + i * WIDTH + j * ROWS], ROWS)) for j in range(2)]
+                    sums = self.float_sums(k, views, sums, panel, k.let(row + i, "at"))
                     at = [k.let(panel * WIDTH + j * ROWS, "column") for j in range(2)]
                     if self.tiled:
                         halves = [
@@ -168,7 +206,8 @@ class TileProduct(Kernel):
     ) -> None:
         """So many steps of k for a block of `high` times 16 rows. `brings`: its group reads the panel first."""
         sums = [(i, j, [b * (BLOCK * WIDTH) + i * ROWS * WIDTH + j * ROWS]) for i in range(high) for j in range(2)]
-        apart = WIDTH * f32.bytes
+        apart = WIDTH * self.summed.bytes
+        elements = tiles.ROW_BYTES // self.factors.bytes
         with k.when(done < k.index(1)):
             for i, j, _ in sums:
                 tiles.clear(k, 2 * i + j)
@@ -181,13 +220,13 @@ class TileProduct(Kernel):
                 step = k.let(done + s, "step")
                 for n in range(lines):
                     line = k.let(b * lines + n, "line")
-                    k.prefetch(views["w"], [panel, step + CHUNK, 0, line * (tiles.ROW_BYTES // bf16.bytes)])
+                    k.prefetch(views["w"], [panel, *self.square(step + CHUNK, 0, line * elements)])
                 for j in range(2):
-                    tiles.load(k, 6 + j, views["w"], [panel, step, j, 0])
+                    tiles.load(k, 6 + j, views["w"], [panel, *self.square(step, j, 0)])
                 for i in range(high):
                     tiles.load(k, 4 + i, views["a"], [block, step, i, 0])
                     for j in range(2):
-                        tiles.multiply(k, 2 * i + j, 4 + i, 6 + j)
+                        self.multiply(k, 2 * i + j, 4 + i, 6 + j)
 
         few = k.either(brings, here, k.index(0))
         shared = k.opaque(few, "shared")

@@ -5,6 +5,8 @@
         ...
         release(k)
 
+A tile of 16 times 64 bytes, times a tile of 16 times 16 fours of them, is added to 16 times 16 sums of 32 bits, exactly.
+
 A tile of 16 times 32 bf16 numbers, times a tile of 16 times 16 pairs of them, is added to 16 times 16 float32 sums: of
 each sum one pair after the other, in order. So a row's sums depend on that row alone. Numbers below float32's least
 normal one count as zero.
@@ -75,6 +77,16 @@ def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
     name = "@llvm.x86.tdpbf16ps"
     k.effect(
         f"treadle_multiply_tiles_{sums}_{left}_{right}",
+        f"void {name}(i8 immarg, i8 immarg, i8 immarg)",
+        f"void {name}(i8 {sums}, i8 {left}, i8 {right})",
+    )
+
+
+def multiply_bytes(k: Emitter, sums: int, left: int, right: int) -> None:
+    """sums += left right, of tiles of signed bytes and of their fours."""
+    name = "@llvm.x86.tdpbssd"
+    k.effect(
+        f"treadle_multiply_byte_tiles_{sums}_{left}_{right}",
         f"void {name}(i8 immarg, i8 immarg, i8 immarg)",
         f"void {name}(i8 {sums}, i8 {left}, i8 {right})",
     )

@@ -1,0 +1,282 @@
+"""Products of 8-bit rows: on AMX, by VNNI, and where there is neither by float32 products of whole numbers.
+
+    c[m, n] = epilogue((sum_k a[m, k] w[n, k]) (s[m] t[n]), ...)
+
+a and w hold signed bytes, s and t a scale a row. Sums are exact in 32 bits, up to 2^17 elements of k, so that all of
+these kernels give the same bits, and a row's are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from treadle.backends.tvm.kernels.finishing import Finishing
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.narrow import tiles
+from treadle.backends.tvm.kernels.narrow.encode_rows import form_of_rows, rows_dtype
+from treadle.backends.tvm.kernels.narrow.pair_product import PART, tile_of
+from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH, TileProduct
+from treadle.backends.tvm.kernels.pointwise import Chain
+from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD
+from treadle.ir.types import DTYPES, DType, f32, u8
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+MOST_SUMMED = 1 << 17
+"""Elements of k whose products of bytes fit into 32 bits: 127 127 2^17 < 2^31."""
+_HEAD = ROW_HEAD * WIDTH
+_SQUARE = PAIR_SQUARE * QUAD_STEP
+_EXACT = 16  # steps whose products of bytes float32 sums exactly: 127 127 1024 < 2^24
+_i32 = DTYPES["i32"]
+
+
+def _scaled(k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, total: Expr, lanes: int) -> Expr:
+    """A vector of integer sums as float32, times the row's scale and those of columns of a panel."""
+    held = k.load(w, [panel, ROW_HEAD * column], ROW_HEAD * lanes)
+    scale = k.splat(k.bits(k.load(rows, [row, 0]), f32), lanes) * k.bits(held, f32, lanes)
+    return k.let(k.cast(total, f32, lanes) * scale, "y")
+
+
+@dataclass(frozen=True)
+class ByteTileProduct(TileProduct):
+    """c = epilogue((a @ w) scales), of signed bytes in tiles, with 32-bit sums.
+
+    As `TileProduct`, of which `tiled` is not to be had. Passed: a, as `EncodeRows` lays out tiles; w, in quads(32);
+    what that says of rows; the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
+    """
+
+    @property
+    def title(self) -> str:
+        return f"byte_{super().title}"
+
+    @property
+    def factors(self) -> DType:
+        return u8
+
+    @property
+    def summed(self) -> DType:
+        return _i32
+
+    def scales(self, k: Emitter) -> list[Any]:
+        return [k.pointer("rows", _i32)]
+
+    def multiply(self, k: Emitter, sums: int, left: int, right: int) -> None:
+        tiles.multiply_bytes(k, sums, left, right)
+
+    def panel(self, steps: Expr) -> list[Expr]:
+        return [steps * (2 * _SQUARE) + _HEAD]
+
+    def square(self, step: Expr, number: Expr, element: Expr) -> list[Expr]:
+        return [step * (2 * _SQUARE) + (number * _SQUARE + element + _HEAD)]
+
+    def float_sums(self, k: Emitter, views: Mapping[str, Any], sums: Sequence[Expr], panel: Expr, row: Expr) -> Any:
+        w, rows = views["w"], views["rows"]
+        return [_scaled(k, w, rows, panel, j * PAIR_SQUARE, row, x, PAIR_SQUARE) for j, x in enumerate(sums)]
+
+
+@dataclass(frozen=True)
+class QuadProduct(Kernel):
+    """c = epilogue((a @ w) scales), of signed bytes, by fours.
+
+    VNNI multiplies bytes without sign by bytes with one: w + 128 by a, of which 128 times the row's sum is taken. Without
+    it bytes are widened to float32, in which so many products are summed as are exact.
+
+    epilogue what is done with the sum, the chain's first input; None: it is stored as it is
+    extras   how the chain's other inputs lie: see `Finishing`
+    whole    whether n is a multiple of a panel's width at every call
+
+    Passed: a, as `EncodeRows` lays out the instruction set's form; w, in quads(32); what that says of rows; the extras,
+    c; m, k, n; `m` and `mn` extras' and c's strides of rows.
+    """
+
+    epilogue: Chain | None = None
+    extras: tuple[str, ...] = ()
+    whole: bool = False
+
+    @property
+    def finishing(self) -> Finishing:
+        """What is done with a sum."""
+        return Finishing(self.epilogue, self.extras, self.whole)
+
+    @property
+    def title(self) -> str:
+        return f"quad_product{self.finishing.title}"
+
+    def flops(self, sizes: Sequence[int]) -> int:
+        m, depth, columns = sizes[:3]
+        return 2 * m * depth * columns
+
+    def emit(self, k: Emitter) -> None:
+        form = "quads" if k.isa.multiplies_quads else form_of_rows(k.isa)
+        given = [k.pointer("a", rows_dtype(form)), k.pointer("w", u8), k.pointer("rows", _i32)]
+        finished = self.finishing.pointers(k)
+        m, depth, columns = k.size("m"), k.size("k"), k.size("n")
+        strides = self.finishing.strides(k)
+        steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
+        panels = k.let(k.floor_divide(columns + (WIDTH - 1), WIDTH), "panels")
+        shapes = self.finishing.shapes(m, columns, strides)
+        views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
+        views["a"] = k.view(given[0], [m, steps * QUAD_STEP])
+        views["w"] = k.view(given[1], [panels, steps * (2 * _SQUARE) + _HEAD])
+        views["rows"] = k.view(given[2], [m, 2])
+        high, squares = tile_of(k.isa)
+        part = high * PART
+        parts = k.let(k.floor_divide(m + (part - 1), part), "parts")
+        with k.parallel(panels * parts, "task") as task:
+            panel = k.opaque(k.floor_divide(task, parts), "panel")
+            first = k.opaque((task - panel * parts) * part, "first")
+            count = k.let(k.least(m - first, k.index(part)), "count")
+            for square in range(0, 2, squares):
+                self._rows(k, views, panel, square, squares, first, count, columns, steps)
+
+    def _rows(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        panel: Expr,
+        square: int,
+        squares: int,
+        start: Expr,
+        m: Expr,
+        columns: Expr,
+        steps: Expr,
+    ) -> None:
+        """m rows over some squares of a panel: full tiles, then what is left, in halves."""
+        high, _ = tile_of(k.isa)
+        blocks = k.let(k.floor_divide(m, high), "blocks")
+        rest = k.let(k.floor_mod(m, high), "rest")
+        with k.loop(blocks, "block") as block:
+            self._tile(k, views, panel, square, squares, k.let(start + block * high, "row"), high, columns, steps)
+        for count in (8, 4, 2, 1):
+            if count < high:
+                with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
+                    before = blocks * high + k.floor_divide(rest, 2 * count) * (2 * count)
+                    row = k.let(start + before, "row")
+                    self._tile(k, views, panel, square, squares, row, count, columns, steps)
+
+    def _tile(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        panel: Expr,
+        square: int,
+        squares: int,
+        first: Expr,
+        high: int,
+        columns: Expr,
+        steps: Expr,
+    ) -> None:
+        """So many rows of some squares."""
+        lanes = k.isa.lanes()
+        vectors = squares * PAIR_SQUARE // lanes
+        tile = k.registers(high * vectors * lanes, _i32, "tile")
+        if k.isa.multiplies_quads:
+            acc = k.registers(high * vectors * lanes, _i32)
+            for i in range(high):
+                sign = k.splat(k.load(views["rows"], [first + i, 1]) * k.number(-128, _i32), lanes)
+                for v in range(vectors):
+                    k.store(acc, [(i * vectors + v) * lanes], sign, lanes)
+            with k.loop(steps, "step") as step:
+                self._step(k, views, panel, square, vectors, first, high, step, acc)
+            with k.unroll(high * vectors, "r") as r:
+                k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
+        else:
+            with k.loop(high * vectors, "r") as r:
+                k.store(tile, [r * lanes], k.number(0, _i32, lanes), lanes)
+            with k.loop(k.floor_divide(steps + (_EXACT - 1), _EXACT), "chunk") as chunk:
+                acc = k.registers(high * vectors * lanes, f32)
+                with k.unroll(high * vectors, "r") as r:
+                    k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
+                done = k.let(chunk * _EXACT, "done")
+                with k.loop(k.least(steps - done, k.index(_EXACT)), "s") as s:
+                    self._step(k, views, panel, square, vectors, first, high, k.let(done + s, "step"), acc)
+                with k.unroll(high * vectors, "r") as r:
+                    more = k.cast(k.load(acc, [r * lanes], lanes), _i32, lanes)
+                    k.store(tile, [r * lanes], k.load(tile, [r * lanes], lanes) + more, lanes)
+        with k.loop(high, "i") as i:
+            for v in range(vectors):
+                at = square * PAIR_SQUARE + v * lanes
+                total = k.load(tile, [(i * vectors + v) * lanes], lanes)
+                value = _scaled(k, views["w"], views["rows"], panel, at, first + i, total, lanes)
+                column = k.let(panel * WIDTH + at, "column")
+                self.finishing.store(k, views, [first + i], column, value, columns, lanes)
+
+    def _step(
+        self,
+        k: Emitter,
+        views: Mapping[str, Any],
+        panel: Expr,
+        square: int,
+        vectors: int,
+        first: Expr,
+        high: int,
+        step: Expr,
+        acc: Any,
+    ) -> None:
+        """Add what a step of k gives to the sums, four elements at a time."""
+        lanes = k.isa.lanes()
+        base = k.let(step * (2 * _SQUARE) + _HEAD, "base")
+        ahead = 2 * _SQUARE * (k.isa.ahead // (2 * _SQUARE))
+        with k.loop(PAIR_SQUARE, "quad") as quad:
+            at = k.let(step * QUAD_STEP + quad * 4, "at")
+            held = []
+            for v in range(vectors):
+                lane = v * lanes
+                place = (square + lane // PAIR_SQUARE) * _SQUARE + 4 * (lane % PAIR_SQUARE)
+                index = [panel, base + (quad * (4 * PAIR_SQUARE) + place)]
+                if ahead:
+                    k.prefetch(views["w"], [panel, base + (quad * (4 * PAIR_SQUARE) + place + ahead)])
+                held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
+            if k.isa.multiplies_quads:
+                flipped = [k.let(_flipped(k, w), "w") for w in held]
+                for i in range(high):
+                    four = k.bits(k.load(views["a"], [first + i, at], 4), _i32)
+                    x = k.let(k.splat(four, lanes), "x")
+                    for v, w in enumerate(flipped):
+                        place = [(i * vectors + v) * lanes]
+                        k.store(acc, place, _quads_added(k, k.load(acc, place, lanes), w, x), lanes)
+            for n in range(0 if k.isa.multiplies_quads else 4):
+                wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]
+                for i in range(high):
+                    x = k.let(k.splat(k.load(views["a"], [first + i, at + n]), lanes), "x")
+                    for v, w in enumerate(wide):
+                        place = [(i * vectors + v) * lanes]
+                        k.store(acc, place, k.load(acc, place, lanes) + x * w, lanes)
+
+
+def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:
+    """One of the signed bytes of each four, as float32."""
+    up = k.shift_left(quads, k.number(24 - 8 * number, _i32, lanes)) if number < 3 else quads
+    return k.cast(up >> k.number(24, _i32, lanes), f32, lanes)
+
+
+def _flipped(k: Emitter, quads: Expr) -> Expr:
+    """Signed bytes plus 128, as bytes without sign."""
+
+    def text() -> str:
+        return """
+define <16 x i32> @treadle_flipped(<16 x i32> %w) alwaysinline {
+  %y = xor <16 x i32> %w, splat (i32 -2139062144)
+  ret <16 x i32> %y
+}"""
+
+    return k.llvm("treadle_flipped", text, "int32x16", quads)
+
+
+def _quads_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
+    """sums + left[0] right[0] + ... + left[3] right[3], of four bytes in each lane; those of `left` have no sign."""
+
+    def text() -> str:
+        return """
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+define <16 x i32> @treadle_quads_added(<16 x i32> %s, <16 x i32> %l, <16 x i32> %r) alwaysinline {
+  %a = bitcast <16 x i32> %l to <64 x i8>
+  %b = bitcast <16 x i32> %r to <64 x i8>
+  %y = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %s, <64 x i8> %a, <64 x i8> %b)
+  ret <16 x i32> %y
+}"""
+
+    return k.llvm("treadle_quads_added", text, "int32x16", sums, left, right)
