@@ -37,6 +37,7 @@ PEERS: Mapping[str, Peer] = {
     "onnxruntime-int8": Peer("onnx", "onnxruntime", "ONNX Runtime, its dynamic quantization to int8"),
     "openvino": Peer("onnx", "openvino", "OpenVINO, float32"),
     "openvino-bf16": Peer("onnx", "openvino", "OpenVINO, bf16"),
+    "openvino-int8": Peer("onnx", "openvino nncf", "OpenVINO, quantized to int8 by NNCF, static; the rest in bf16"),
 }
 
 
