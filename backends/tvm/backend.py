@@ -23,7 +23,7 @@ from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
-from treadle.backends.tvm.weight_packing import pack_weights, wants, wants_blocks
+from treadle.backends.tvm.weight_packing import multiplies_rows, pack_weights, wants, wants_blocks
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
@@ -70,7 +70,7 @@ class TvmBackend(StagedBackend):
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         isa = isa_of(target)
-        layouts = (ReadBlocks(wants_blocks(isa)), AssignLayouts(wants(isa)))
+        layouts = (ReadBlocks(wants_blocks(isa), multiplies_rows), AssignLayouts(wants(isa)))
         return (Legalize(keeps), DecodeLast(), MultiplyBlocks(), *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:

@@ -27,7 +27,7 @@ from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDT
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD, Layout, pairs, panels, quads
-from treadle.ir.ops.blocks import EncodedLinear
+from treadle.ir.ops.blocks import ROWS, EncodedLinear
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
@@ -55,8 +55,8 @@ def wants(isa: Isa) -> Wants:
             return Reads.ROW_MAJOR
         if value.type.dtype is bf16 and isinstance(node.op, (Linear, MatMul)) and position == 1:
             return pairs(PAIRS_WIDTH, transposed=isinstance(node.op, MatMul))
-        if isinstance(node.op, EncodedLinear) and position == 1:
-            return quads(PAIRS_WIDTH)
+        if (rows := multiplies_rows(node, position)) is not None:
+            return rows
         if value.type.dtype is not f32:
             return Reads.ROW_MAJOR
         if isinstance(node.op, Embedding) and position == 0:
@@ -71,9 +71,12 @@ def wants(isa: Isa) -> Wants:
 
 
 def wants_blocks(isa: Isa) -> WantsBlocks:
-    """In which panels kernels for an instruction set read blocks: products, and what picks rows of a table."""
+    """In which panels kernels for an instruction set read blocks: products, and what picks rows of a table.
 
-    def read(node: Node, position: int) -> Layout | str:
+    A table whose rows are multiplied as they are is picked from as it lies for that.
+    """
+
+    def read(node: Node, position: int, beside: Layout | None) -> Layout | str:
         value = node.operands[position]
         assert value is not None
         assert value.node is not None
@@ -85,13 +88,18 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
         axis = encoding.axis % 2
         picks_rows = isinstance(node.op, Embedding) or (isinstance(node.op, Gather) and node.op.axis == 0)
         if picks_rows and position == 0 and axis == 1:
-            return panels(panel_width(shape[0], isa))
+            return beside if beside is not None and encoding == ROWS else panels(panel_width(shape[0], isa))
         product = isinstance(node.op, (Linear, MatMul)) and position == 1 and node.results[0].type.dtype is f32
         if not product or axis != (1 if isinstance(node.op, Linear) else 0):
             return f"{node.op.name} reads numbers"
         return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
 
     return read
+
+
+def multiplies_rows(node: Node, position: int) -> Layout | None:
+    """How a product of 8-bit rows reads its weight, on every instruction set."""
+    return quads(PAIRS_WIDTH) if isinstance(node.op, EncodedLinear) and position == 1 else None
 
 
 def pack_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,8 +15,11 @@ from treadle.ir.transforms.clone import clone_node
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
-WantsBlocks = Callable[[Node, int], Layout | str]
-"""In which layout a node reads the blocks of the operand that is decoded at a position, or why it reads numbers."""
+WantsBlocks = Callable[[Node, int, Layout | None], Layout | str]
+"""In which layout a node reads the blocks of the operand that is decoded at a position, or why it reads numbers; given
+the layout in which others read these blocks as they are, if there are such."""
+Multiplies = Callable[[Node, int], Layout | None]
+"""In which layout a node reads an operand that is encoded, as it is."""
 
 
 def in_blocks(node: Node, position: int) -> bool:
@@ -30,7 +33,8 @@ def in_blocks(node: Node, position: int) -> bool:
 class ReadBlocks(Pass):
     """linear(x, decode(w))   -->   linear(x, decode(relayout(w, to=panels(32))))     where weights alone decide w
 
-    wants  how a node of the backend reads blocks
+    wants       how a node of the backend reads blocks
+    multiplies  how it reads encoded operands, which it does not ask to be decoded
 
     `HoistWeights` lays the blocks out once.
     Refuses: a decode of which some reader takes numbers, or another layout: blocks and numbers of one weight would be
@@ -39,6 +43,7 @@ class ReadBlocks(Pass):
 
     rewrites: ClassVar[bool] = False
     wants: WantsBlocks = field(repr=False)
+    multiplies: Multiplies = field(default=lambda node, at: None, repr=False)
 
     @property
     def options(self) -> str:
@@ -58,7 +63,7 @@ class ReadBlocks(Pass):
         uses, nodes = function.uses(), list[Node]()
         laid: dict[tuple[Value, Layout], Node] = {}
         for node in function.nodes:
-            layout = self._layout(node, uses.get(node.result, ()), function, log) if node.op.decodes else None
+            layout = self._layout(node, uses, function, log) if node.op.decodes else None
             if layout is not None and node.inputs[0] in fixed:
                 (blocks,) = node.inputs
                 if (blocks, layout) not in laid:
@@ -74,10 +79,12 @@ class ReadBlocks(Pass):
         return bool(laid)
 
     def _layout(
-        self, node: Node, readers: Sequence[tuple[Node, int]], function: Function, log: PassRecord
+        self, node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function, log: PassRecord
     ) -> Layout | None:
         """The one layout in which all readers want the blocks; None, and a note, where there is none."""
-        wanted = [self.wants(reader, at) for reader, at in readers]
+        direct = [self.multiplies(reader, at) for reader, at in uses.get(node.inputs[0], ()) if reader is not node]
+        beside = next((each for each in direct if each is not None), None)
+        wanted = [self.wants(reader, at, beside) for reader, at in uses.get(node.result, ())]
         layouts = {each for each in wanted if isinstance(each, Layout)}
         whys = [each for each in wanted if isinstance(each, str)]
         if node.result in function.results:

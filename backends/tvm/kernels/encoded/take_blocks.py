@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD
 from treadle.ir.types import DTYPES, f32, i64, u8
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+_SQUARE = PAIR_SQUARE * QUAD_STEP
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class TakeBlocks(Kernel):
     form     of x's blocks, which lie along d, in panels of x's rows
     indices  their dtype by name
     width    of a panel
+    quads    whether x's rows of 8 bits lie by fours, as products of such rows read them
 
     Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
     y's rows.
@@ -32,6 +36,7 @@ class TakeBlocks(Kernel):
     form: PackedForm
     indices: str
     width: int
+    quads: bool = False
 
     @property
     def title(self) -> str:
@@ -46,7 +51,11 @@ class TakeBlocks(Kernel):
         groups = k.let(k.floor_divide(d, form.group) if form.group else k.index(1), "groups")
         bytes = k.let(groups * form.bytes if form.group else d + form.header, "bytes")
         panels = k.floor_divide(v + (self.width - 1), self.width)
-        x = k.view(pointers[0], [panels, bytes, self.width])
+        if self.quads:
+            steps = k.floor_divide(d + (QUAD_STEP - 1), QUAD_STEP)
+            x = k.view(pointers[0], [panels, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD])
+        else:
+            x = k.view(pointers[0], [panels, bytes, self.width])
         indices = k.view(pointers[1], [i], [picked])
         y = k.view(pointers[2], [i, d], [apart, 1])
         status = k.view(told, [4])
@@ -62,6 +71,17 @@ class TakeBlocks(Kernel):
 
         def load(at: Expr) -> Expr:
             return k.load(x, [panel, at, column])
+
+        if self.quads:
+            scale, _ = form.scales(k, lambda at: k.load(x, [panel, column * ROW_HEAD + at]), k.index(0), 1)
+            square = k.let(k.floor_divide(column, PAIR_SQUARE), "square")
+            first = k.let(self.width * ROW_HEAD + square * _SQUARE + k.floor_mod(column, PAIR_SQUARE) * 4, "first")
+            with k.loop(d, "b") as b:
+                step = k.floor_divide(b, QUAD_STEP) * (self.width * QUAD_STEP)
+                four = k.floor_divide(k.floor_mod(b, QUAD_STEP), 4) * (4 * PAIR_SQUARE)
+                (element,) = form.elements(k, k.load(x, [panel, first + step + four + k.floor_mod(b, 4)]), 1)
+                k.store(y, [row, b], element * scale)
+            return
 
         with k.loop(groups, "group") as group:
             base = k.let(group * form.bytes if form.group else k.index(0), "base")
