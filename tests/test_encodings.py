@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from treadle.ir.builder import Builder
+from treadle.ir.encodings.rounded_forms import SMALLEST_ROW
 from treadle.ir.encodings.encoding import FORMS, MOST_IN_LINE, Encoding, parse_encoding
 from treadle.ir.errors import GraphError, ParseError, RuleError, TreadleError, VerifyError
 from treadle.ir.graph import Graph, Value
@@ -116,7 +117,20 @@ def test_rows_at_the_ends_of_float32_are_encoded(scale: float) -> None:
     values = (np.linspace(-1, 1, 64).astype(np.float64) * scale).astype(np.float32)[None]
     again = parse_encoding("int8_rows").decode(parse_encoding("int8_rows").encode(values))
     assert np.isfinite(again).all()
-    assert (np.abs(again - values) <= max(scale / 127, 1e-42)).all()
+    assert (np.abs(again - values) <= (scale / 127 if scale >= SMALLEST_ROW else scale)).all()
+
+
+def test_a_row_that_is_computed_and_not_finite_is_marked_as_a_whole() -> None:
+    rows, values = parse_encoding("int8_rows"), np.linspace(-1, 1, 256, dtype=np.float32).reshape(4, 64)
+    for row, number in enumerate((np.inf, -np.inf, np.nan)):
+        values[row, row] = number
+    again = rows.decode(rows.encode(values, computed=True))
+    assert np.isnan(again[:3]).all()
+    np.testing.assert_array_equal(again[3], rows.decode(rows.encode(values[3])))
+    with pytest.raises(GraphError, match="int8_rows holds finite values"):
+        rows.encode(values)
+    with pytest.raises(GraphError, match="int4_groups holds finite values"):
+        parse_encoding("int4_groups(32)").encode(values, computed=True)
 
 
 @pytest.mark.parametrize("name", list(FORMS))

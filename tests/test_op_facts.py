@@ -326,7 +326,7 @@ def test_a_call_has_no_facts() -> None:
 SPELLERS = (
     *("backends/numpy/spelling.py", "backends/torch/spelling.py", "backends/torch/destinations.py"),
     *("backends/onnx", "backends/tvm/kernels"),
-    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "indexing")),
+    *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "encoded", "indexing")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("normalization", "product", "reduction", "shape")),
     *("ir/builder.py", "ir/expressions.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),

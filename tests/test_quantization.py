@@ -186,7 +186,7 @@ def test_every_matrix_of_a_model_is_planned(name: str, scheme: str) -> None:
 def test_an_unknown_scheme_is_refused(every: Graph) -> None:
     with pytest.raises(PassError, match="there is no quantization 'int3'") as error:
         plan_quantization(every, "int3")
-    assert error.value.hint == "one of int8-weights, int4"
+    assert error.value.hint == "one of int8-weights, int8, int4"
     with pytest.raises(UsageError, match="weights are not quantized in 'int3'"):
         treadle.compile(MODELS["llama"], quantize="int3")
 
@@ -235,7 +235,7 @@ def test_a_plan_that_the_planner_would_not_make_may_be_right(every: Graph) -> No
 # -- applied -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["int8-weights", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_numbers_are_those_of_the_rounded_weights(name: str, scheme: str) -> None:
     made = treadle.compile(MODELS[name], quantize=scheme, seed=4, certify=True)
@@ -255,7 +255,7 @@ def test_the_numbers_are_those_of_the_rounded_weights(name: str, scheme: str) ->
 
 
 @pytest.mark.parametrize("backend", backend_names())
-@pytest.mark.parametrize(("scheme", "least"), [("int8-weights", 0.999), ("int4", 0.97)])
+@pytest.mark.parametrize(("scheme", "least"), [("int8-weights", 0.999), ("int8", 0.999), ("int4", 0.97)])
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_stay_near(name: str, scheme: str, least: float, backend: str) -> None:
     if (reason := find_backend(backend).available()) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import inline
@@ -38,9 +39,12 @@ class MultiplyBlocks(SiteRewrite[Site]):
 
     matmul(decode(x), decode(w))   -->   encoded_linear(x, rearrange(w, "k n -> n k"))
 
-    The same up to rounding: products of integers are summed exactly, and multiplied by both scales at the end.
+    The same up to rounding, so that no certificate is asked for: what is decoded is rounded to float32 before it is
+    multiplied, whole numbers are not. Products of these are summed exactly, and multiplied by both scales at the end.
     Refuses: a weight in another encoding, or with blocks along another axis, which is decoded, as is x.
     """
+
+    changes_numbers: ClassVar[bool] = True
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():

@@ -27,7 +27,7 @@ def _four(axis: int, is_output: bool) -> Encoding:
     return _eight(axis, is_output) if is_output else Encoding("int4_groups", _FOUR_BITS, axis)
 
 
-SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {"int8": _eight, "int8-weights": _eight, "int4": _four}
+SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {"int8-weights": _eight, "int8": _eight, "int4": _four}
 """By name: the encoding of a weight whose products sum along an axis, and whether one of them is an output."""
 
 _ROUNDS_ACTIVATIONS = ("int8",)

@@ -163,9 +163,8 @@ class DecodeRows(Kernel):
 
     def emit(self, k: Emitter) -> None:
         pointers = [k.pointer("x", u8), k.pointer("y", f32)]
-        m, depth = k.size("m"), k.size("k")
-        x = k.view(pointers[0], [m, depth + ROW_HEAD], [k.size("x_stride"), 1])
-        y = k.view(pointers[1], [m, depth], [k.size("y_stride"), 1])
+        m, depth, of_x, of_y = (k.size(name) for name in ("m", "k", "x_stride", "y_stride"))
+        x, y = k.view(pointers[0], [m, depth + ROW_HEAD], [of_x, 1]), k.view(pointers[1], [m, depth], [of_y, 1])
         with k.parallel(m, "row") as row:
             bits = k.cast(k.load(x, [row, 0]), _i32)
             for byte in range(1, ROW_HEAD):

@@ -1,0 +1,211 @@
+"""Values that are rounded to 8-bit rows at every call: the plan, its checker, exact products, and who reads what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle
+from tests.backend_checks import graph_of
+from tests.test_quantization import EVERY, MODELS, optimized
+from treadle.backends.numpy.backend import NumpyBackend
+from treadle.backends.registry import backend_names, find_backend
+from treadle.explaining.quantization import explain_quantization
+from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import BackendError, PassError, RuleError
+from treadle.ir.graph import Graph
+from treadle.ir.interpreter import interpret
+from treadle.ir.ops.blocks import ROWS, EncodedLinear
+from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
+from treadle.ir.types import f32
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import DEFAULT
+from treadle.passes.products.narrow_products import NarrowProducts
+from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
+from treadle.passes.quantization.planning import plan_quantization
+from treadle.passes.quantization.quantize import QuantizeWeights
+
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def every() -> Graph:
+    return parse_graph(EVERY)
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+# -- the plan ------------------------------------------------------------------------------------------------------
+
+
+def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
+    plan = plan_quantization(every, "int8")
+    check_quantization(plan, every)
+    told = {(a.function, a.name): (str(a.encoding), a.reason) for a in plan.activations}
+    assert told == {
+        ("twice", "x"): ("int8_rows", "linear multiplies it with int8_rows"),
+        ("twice", "h"): ("None", "linear multiplies it with numbers, as across is held"),
+        ("main", "sum"): ("int8_rows", "linear multiplies it with int8_rows"),
+        ("main", "y"): ("None", "matmul multiplies it with numbers, as across is held"),
+        ("main", "x"): (
+            "None",
+            "linear multiplies it with what mul gives, which is no weight; matmul multiplies it with numbers, as both is"
+            " held; linear multiplies it with what decode gives, which is no weight; linear multiplies it with numbers,"
+            " as returned is held",
+        ),
+        ("main", "m"): ("None", "linear multiplies it with numbers, as both is held"),
+        ("main", "z"): ("int8_rows", "linear multiplies it with int8_rows"),
+        ("main", "three"): ("None", "matmul multiplies it with numbers, as stack is held"),
+        ("main", "n"): (
+            "None",
+            "its numbers are f16, and what is rounded is f32; linear multiplies it with numbers, as half is held",
+        ),
+    }
+    assert plan.encodings == plan_quantization(every, "int8-weights").encodings
+    assert plan_quantization(every, "int8-weights").activations == ()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_product_with_weights_of_a_model_reads_rounded_rows(name: str) -> None:
+    graph = optimized(name)
+    plan = plan_quantization(graph, "int8")
+    check_quantization(plan, graph)
+    assert plan.activations
+    assert all(a.encoding == ROWS for a in plan.activations)
+    shown = str(explain_quantization(MODELS[name], quantize="int8"))
+    for each in plan.activations:
+        assert f"{each.name}, of {each.function}" in shown
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"function": "none"}, "x of none has no function"),
+        ({"products": ()}, "x of twice has no products, or no reason"),
+        ({"reason": ""}, "x of twice has no products, or no reason"),
+        ({"products": (1,)}, "node 1 of twice does not read x: f32[B, S, 64] first"),
+        ({"products": (9,)}, "node 9 of twice does not read x"),
+        ({"type": f32[3, 64]}, "node 0 of twice does not read x: f32[3, 64] first"),
+        ({"products": (0, 0)}, "x of twice is planned twice for node 0"),
+    ],
+)
+def test_a_wrong_plan_is_caught(every: Graph, fields: dict[str, Any], what: str) -> None:
+    plan = plan_quantization(every, "int8")
+    first, *others = plan.activations
+    with pytest.raises(PassError, match="the quantization plan is wrong") as error:
+        check_quantization(replace(plan, activations=(replace(first, **fields), *others)), every)
+    assert what in str(error.value)
+
+
+@pytest.mark.parametrize("reader", ["relu", "computed", "output"])
+def test_rounded_rows_that_no_product_with_encoded_weights_reads_are_caught(reader: str) -> None:
+    def block(b: Builder) -> Expr:
+        x = b.decode(b.encode(b.input("x", f32["M", 64]), to="int8_rows"), of="int8_rows")
+        if reader == "relu":
+            return b.relu(x)
+        return x if reader == "output" else b.linear(x, b.parameter("w", f32[9, 64]))
+
+    with pytest.raises(PassError, match="the quantized graph is wrong"):
+        check_encoded_products(graph_of(block))
+
+
+def test_products_of_rounded_rows_are_left_in_float32() -> None:
+    both = PassManager((*DEFAULT, QuantizeWeights("int8"), NarrowProducts())).run(MODELS["llama"].graph())
+    (record,) = [r for r in both.log if r.name == "narrow-products"]
+    assert record.changes == 0
+    assert {r.reason for r in record.refusals} == {"x is rounded to blocks already"}
+
+
+# -- what it means -------------------------------------------------------------------------------------------------
+
+
+def test_the_product_is_one_of_whole_numbers() -> None:
+    x, w, bias = normal(3, 5, 40), normal(7, 40, seed=1), normal(7)
+    held, weight = ROWS.encode(x), ROWS.encode(w)
+    record = ROWS.block.record(40)
+    (q, s), (p, t) = ((r["q"].astype(int), r["scale"]) for r in (a.view(record)[..., 0] for a in (held, weight)))
+    sums = np.einsum("bsk,nk->bsn", q, p).astype(np.float32)
+    op = EncodedLinear()
+    np.testing.assert_array_equal(op.reference(held, weight, None), sums * (s[..., None] * t))
+    np.testing.assert_array_equal(op.reference(held, weight, bias), sums * (s[..., None] * t) + bias)
+    near = ROWS.decode(held) @ ROWS.decode(weight).T + bias
+    np.testing.assert_allclose(op.reference(held, weight, bias), near, rtol=0, atol=1e-5)
+
+
+def test_other_encodings_are_refused() -> None:
+    b = Builder(Graph("g"))
+    x = b.input("x", f32["M", 64])
+    rows = b.encode(x, to="int8_rows")
+    with pytest.raises(RuleError, match="weight is not encoded as int8_rows"):
+        b.encoded_linear(rows, b.encode(b.parameter("w", f32[32, 64]), to="int4_groups(32)"))
+    with pytest.raises(RuleError, match="x is not encoded as int8_rows"):
+        b.encoded_linear(x, rows)
+
+
+@pytest.mark.parametrize("backend", backend_names())
+@pytest.mark.parametrize("name", MODELS)
+def test_backends_multiply_whole_numbers(name: str, backend: str) -> None:
+    """Near to NumPy's integers: what differs by a bit before it is rounded may be rounded to the next step."""
+    if (reason := find_backend(backend).available()) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    made = treadle.compile(MODELS[name], backend=backend, quantize="int8", seed=4)
+    exact = treadle.compile(MODELS[name], backend="numpy", quantize="int8", seed=4)
+    inputs = {p.name: np.arange(10).reshape(2, 5) % (2 if "type" in p.name else 16) for p in made.inputs}
+    for output, wanted in exact(**inputs).items():
+        np.testing.assert_allclose(made(**inputs)[output], wanted, rtol=0, atol=5e-3 * np.abs(wanted).max())
+        meant = interpret(made.graph, inputs, dict(made.weights))[output]
+        np.testing.assert_allclose(wanted, meant, rtol=0, atol=5e-3 * np.abs(wanted).max())
+
+
+def test_numpy_and_torch_keep_what_they_multiply_in_bytes() -> None:
+    for backend in ("numpy", "torch"):
+        if find_backend(backend).available() is not None:
+            continue
+        made = treadle.compile(MODELS["llama"], backend=backend, quantize="int8", seed=4)
+        assert "encoded_linear" in made.source
+        assert ".linear(" not in made.source.replace("encoded_linear(", "")
+        assert "activated" not in made.source
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_a_row_that_is_not_finite_is_lost_alone(backend: str) -> None:
+    if (reason := find_backend(backend).available()) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    graph = graph_of(lambda b: b.linear(b.input("x", f32["M", 64]), b.parameter("w", f32[9, 64])))
+    rounded = PassManager((*DEFAULT, QuantizeWeights("int8"))).run(graph).graph
+    x, w = normal(6, 64), normal(9, 64, seed=1)
+    exe = find_backend(backend).compile(rounded, Target("cpu"), {"w": ROWS.encode(w)})
+    wanted = np.asarray(exe(x=x)["y"]).copy()
+    wanted[[1, 4]] = np.nan
+    x[1, 5], x[4, 63] = np.inf, np.nan
+    np.testing.assert_array_equal(np.asarray(exe(x=x)["y"]), wanted)
+
+
+def test_other_blocks_of_what_is_computed_have_no_form_in_pytorch() -> None:
+    torch = find_backend("torch")
+    if (reason := torch.available()) is not None:
+        pytest.skip(f"backend torch: {reason}")
+
+    def block(b: Builder) -> Expr:
+        return b.decode(b.encode(b.input("x", f32["M", 64]), to="int4_groups(32)"), of="int4_groups(32)")
+
+    with pytest.raises(BackendError, match="int4_groups"):
+        torch.compile(graph_of(block), Target("cpu"), {})
+    x = normal(3, 64)
+    near = NumpyBackend().compile(graph_of(block), Target("cpu"), {})(x=x)["y"]
+    assert 0 < np.abs(near - x).max() < 0.5
+
+
+def test_a_session_goes_on_as_the_whole_text_says() -> None:
+    made = treadle.compile(MODELS["llama"], quantize="int8", seed=4)
+    session = made.session(rows=1, capacity=8)
+    row = session.open()
+    stepped = session.prefill({row: [3, 1]})[row]
+    whole = made(tokens=np.array([[3, 1]]))["logits"][0, -1]
+    np.testing.assert_allclose(stepped, whole, rtol=0, atol=5e-3 * np.abs(whole).max())
