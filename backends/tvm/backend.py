@@ -30,7 +30,7 @@ from treadle.ir.target import Target
 from treadle.ir.types import Type
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
-from treadle.passes.lowering.decode_last import DecodeLast
+from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
@@ -71,7 +71,7 @@ class TvmBackend(StagedBackend):
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         isa = isa_of(target)
         layouts = (ReadBlocks(wants_blocks(isa), multiplies_rows), AssignLayouts(wants(isa)))
-        return (Legalize(keeps), DecodeLast(), MultiplyBlocks(), *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
+        return (Legalize(keeps), DecodeLast(), DecodeNarrow(), MultiplyBlocks(), *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """By the steps of each routine, with what single kernels need beside."""

@@ -20,7 +20,7 @@ import numpy as np
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
 from treadle.backends.refusals import refuse_misfit, refuse_missing
-from treadle.backends.tvm.kernels.encoded.unpacking import packed_form
+from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDTH
@@ -83,15 +83,20 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
         encoding, shape = value.node.inputs[0].type.encoding, value.type.static_shape
         if encoding is None or shape is None or len(shape) != 2:
             return "it is no matrix"
-        if packed_form(encoding) is None:
+        packed = packed_form(encoding)
+        if packed is None:
             return f"no kernel reads {encoding.form}"
         axis = encoding.axis % 2
         picks_rows = isinstance(node.op, Embedding) or (isinstance(node.op, Gather) and node.op.axis == 0)
         if picks_rows and position == 0 and axis == 1:
-            return beside if beside is not None and encoding == ROWS else panels(panel_width(shape[0], isa))
+            return beside or panels(panel_width(shape[0], isa))
         product = isinstance(node.op, (Linear, MatMul)) and position == 1 and node.results[0].type.dtype is f32
         if not product or axis != (1 if isinstance(node.op, Linear) else 0):
             return f"{node.op.name} reads numbers"
+        if value.type.dtype is not f32:
+            if not (isa.multiplies_tiles and value.type.dtype is bf16 and reads_in_tiles(packed)):
+                return f"no kernel reads {encoding} blocks as {value.type.dtype} numbers"
+            return panels(PAIRS_WIDTH, transposed=axis == 0)
         return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
 
     return read

@@ -19,10 +19,10 @@ from treadle.ir.axes import Application
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
 from treadle.ir.errors import GraphError, RuleError
-from treadle.ir.op_registry import op
+from treadle.ir.op_registry import find_op, op
 from treadle.ir.operation import Composite, Grads, Operand, Primitive
 from treadle.ir.ops.axis_names import axis_letters, place
-from treadle.ir.types import Type
+from treadle.ir.types import DType, Type
 
 
 def _read(value: Encoding | str) -> Encoding:
@@ -39,11 +39,12 @@ def _along_blocks(axis: int, ranks: Sequence[int | None]) -> str:
     return f"{' '.join(names)} -> {' '.join(names)}"
 
 
-@op("decode", dtypes="f -> f")
+@op("decode")
 class Decode(Primitive):
     """y = the numbers that the blocks of x mean
 
     of  the encoding of x (`treadle.ir.encodings`)
+    to  the dtype of y, to which the numbers are rounded; None: that of x
 
     A weight that is decoded is a weight to every pass. A backend whose kernel reads the blocks keeps them; others
     decode once, when weights are bound.
@@ -53,6 +54,10 @@ class Decode(Primitive):
     decodes = True
     x = Operand()
     of: Encoding
+    to: DType | None = None
+
+    def dtypes(self) -> str:
+        return "f -> f" if self.to is None else f"f -> {self.to}"
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         return _along_blocks(self.of.axis, ranks)
@@ -70,7 +75,8 @@ class Decode(Primitive):
         return {} if elements is None or dims is None else dict.fromkeys(dims[self.of.axis].factors, elements)
 
     def reference(self, x: Any) -> Any:
-        return self.of.decode(x)
+        made = self.of.decode(x)
+        return made if self.to is None else find_op("cast").make(to=self.to).reference(made)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         raise GraphError(

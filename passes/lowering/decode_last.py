@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.blocks import Decode
+from treadle.ir.ops.elementwise import Cast
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 
@@ -43,6 +44,26 @@ class DecodeLast(SiteRewrite[Site]):
         encoding = moved.result.type.encoding
         assert encoding is not None
         return b.expr(b.emit(Decode(of=encoding), [moved.result], name).result)
+
+
+@dataclass(frozen=True)
+class DecodeNarrow(SiteRewrite[Site]):
+    """cast(decode(w), to=bf16)   -->   decode(w, to=bf16)        for a weight w
+
+    What reads the result may then read the blocks of w.
+    """
+
+    def sites(self, work: Rewriting) -> Iterator[Site]:
+        for node in work.walk():
+            if isinstance(node.op, Cast) and is_made_of_weights(node.inputs[0]) and node.op.to.is_float:
+                made = node.inputs[0].node
+                if made is not None and isinstance(made.op, Decode) and made.op.to is None:
+                    yield Site(node, (made,))
+
+    def build(self, b: Builder, site: Site) -> Expr:
+        (decoded,) = site.nodes
+        made = b.emit(replace(decoded.op, to=site.root.op.attributes["to"]), decoded.operands, site.root.results[0].name)
+        return b.expr(made.result)
 
 
 def _blocks(value: Value) -> Value | None:

@@ -82,8 +82,7 @@ class ReadBlocks(Pass):
         self, node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function, log: PassRecord
     ) -> Layout | None:
         """The one layout in which all readers want the blocks; None, and a note, where there is none."""
-        direct = [self.multiplies(reader, at) for reader, at in uses.get(node.inputs[0], ()) if reader is not node]
-        beside = next((each for each in direct if each is not None), None)
+        beside = self._beside(node, uses)
         wanted = [self.wants(reader, at, beside) for reader, at in uses.get(node.result, ())]
         layouts = {each for each in wanted if isinstance(each, Layout)}
         whys = [each for each in wanted if isinstance(each, str)]
@@ -99,6 +98,16 @@ class ReadBlocks(Pass):
             told = "; ".join(dict.fromkeys(whys))
             log.notes.append(f"{node.inputs[0].name} is not read in blocks: {told}, {place}")
         return None
+
+    def _beside(self, node: Node, uses: dict[Value, list[tuple[Node, int]]]) -> Layout | None:
+        """The layout in which others multiply the blocks that a node decodes: as they are, or decoded to less."""
+        found: list[Layout | str | None] = []
+        for reader, at in uses.get(node.inputs[0], ()):
+            if reader.op.decodes and reader.results[0].type != node.result.type:
+                found += [self.wants(each, place, None) for each, place in uses.get(reader.result, ())]
+            elif not reader.op.decodes:
+                found.append(self.multiplies(reader, at))
+        return next((each for each in found if isinstance(each, Layout)), None)
 
 
 @dataclass(frozen=True)

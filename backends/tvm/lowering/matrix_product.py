@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from treadle.backends.tvm.kernels.encoded.block_product import BlockProduct
+from treadle.backends.tvm.kernels.encoded.tile_block_product import TileBlockProduct
 from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
@@ -248,7 +249,7 @@ class MatrixProduct:
         def batch(term: LetteredView) -> list[Size]:
             return [ZERO] * (2 - len(groups)) + [joined(term, group) for group in groups]
 
-        paired = self.packed and self.form is None and self.y.view.dtype is bf16
+        paired = self.packed and self.x.view.dtype is bf16
         wide = paired or self.encoded is not None
         if self.packed:
             panels, width = self.y.view, WIDTH if wide else panel_width(n.constant, w.isa)
@@ -289,14 +290,16 @@ class MatrixProduct:
         w.step(Matmul(*shaped) if self.form is None else BlockProduct(*shaped, self.form), pointers, given, self.node)
 
     def _paired(self, how: tuple[str, ...], whole: bool) -> Kernel:
-        """The kernel of a product with a weight in pairs."""
+        """The kernel of a product with a weight in pairs, or in blocks that are multiplied as bf16 numbers."""
         if not self.w.isa.multiplies_tiles:
             return PairProduct(self.chain, how, whole)
-        if self.c.view.storage not in self.w.rounded:
-            return TileProduct(self.chain, how, whole)
-        assert self.chain is not None
-        unrounded = replace(self.chain, instructions=self.chain.instructions[:-1])  # the kernel rounds as it stores
-        return TileProduct(unrounded, how, whole, tiled=True)
+        chain, tiled = self.chain, self.c.view.storage in self.w.rounded
+        if tiled:
+            assert chain is not None
+            chain = replace(chain, instructions=chain.instructions[:-1])  # the kernel rounds as it stores
+        if self.form is not None:
+            return TileBlockProduct(chain, how, whole, tiled, self.form)
+        return TileProduct(chain, how, whole, tiled)
 
     def _pack(
         self, width: int, n: Size, k: Size, counts: list[Size], strides: list[Size], k_stride: Size

@@ -171,7 +171,9 @@ def _sum(
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
             return
         if (unpacked := values[1].node) is not None and unpacked.op.decodes:
-            x = LetteredView.of(_widened(w, w.view(values[0])), equation.operands[0])
+            narrow = unpacked.result.type.dtype is bf16  # which its kernel reads as it is
+            left = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
+            x = LetteredView.of(left, equation.operands[0])
             y = LetteredView.of(w.view(unpacked.inputs[0]), equation.operands[1])
             form = packed_form(unpacked.op.attributes["of"])
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=form).emit()
@@ -272,8 +274,10 @@ def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -
 
 
 def _in_pairs(node: Node) -> bool:
-    """Whether a product reads its right side in pairs, in which only bf16 weights lie."""
+    """Whether a product reads its right side in pairs, in which only bf16 weights lie, or unpacks it to such."""
     weight = node.operands[1] if len(node.operands) > 1 else None
+    if weight is not None and weight.node is not None and weight.node.op.decodes:
+        return weight.type.dtype is bf16
     return weight is not None and weight.layout is not None and weight.layout.kind == "pairs"
 
 

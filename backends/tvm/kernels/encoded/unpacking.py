@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.layouts import PAIR_STEP
 from treadle.ir.types import DTYPES, f16, f32
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
 
 INT8_ROWS = PackedForm(8, 0, scale=4)
 """Rows of 8 bits, each with one float32 scale."""
+
+
+def reads_in_tiles(form: PackedForm) -> bool:
+    """Whether a matrix unit's kernel reads a form: a block has the elements of a row of a tile, or a line is one."""
+    return form.group in (0, PAIR_STEP)
 
 
 def packed_form(encoding: Encoding) -> PackedForm | None:

@@ -11,7 +11,7 @@ speed of memory, and asks for nothing. Each row is summed over k in one order, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,9 @@ PART_BYTES = 3 << 18
 """Of a's tiles, which every panel reads again: so much stays in the second-level cache beside two panels."""
 _LINES = 32  # of one step of a panel
 _STEP_BYTES = 2 * ROWS * tiles.ROW_BYTES
+
+TileAt = Callable[["Expr", int], "tuple[Any, list[Expr]]"]
+"""Of a step of a chunk and a square of it, the view and the index at which its tile begins."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class TileProduct(Kernel):
         return bf16
 
     @property
+    def held(self) -> DType:
+        """The dtype of what w's panels hold."""
+        return self.factors
+
+    @property
     def summed(self) -> DType:
         """The dtype of the sums."""
         return f32
@@ -100,6 +108,28 @@ class TileProduct(Kernel):
         """Where in a panel an element of a square of a step lies."""
         return [step, number, element]
 
+    @property
+    def group(self) -> int:
+        """How many blocks of rows pass over a chunk."""
+        return GROUP
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the lines of w are asked for between products."""
+        return True
+
+    def right(self, k: Emitter, pointer: Any, panels: Expr, steps: Expr, depth: Expr) -> Any:
+        """w, as panels."""
+        return k.view(pointer, [panels, *self.panel(steps)])
+
+    def size(self, k: Emitter, here: Expr, steps: Expr) -> Expr:
+        """How many steps a chunk has, where so many blocks of rows pass over it."""
+        return k.either(here > k.index(1), k.index(CHUNK), steps)
+
+    def tiles_of_chunk(self, k: Emitter, views: Mapping[str, Any], panel: Expr, done: Expr, count: Expr) -> TileAt:
+        """Where the tiles of so many steps of a panel are, after those that are done; who has none ready makes them."""
+        return lambda s, j: (views["w"], [panel, *self.square(done + s, j, 0)])
+
     def float_sums(self, k: Emitter, views: Mapping[str, Any], sums: Sequence[Expr], panel: Expr, row: Expr) -> Any:
         """The vectors of a row's sums in a panel as float32."""
         return sums
@@ -107,7 +137,7 @@ class TileProduct(Kernel):
     # -- the loops -------------------------------------------------------------------------------------------
 
     def emit(self, k: Emitter) -> None:
-        given = [k.pointer("a", self.factors), k.pointer("w", self.factors)]
+        given = [k.pointer("a", self.factors), k.pointer("w", self.held)]
         scales = self.scales(k)
         finished = self.finishing.pointers(k, bf16 if self.tiled else None)
         m, depth, columns = k.size("m"), k.size("k"), k.size("n")
@@ -121,7 +151,7 @@ class TileProduct(Kernel):
         if self.tiled:
             views["c"] = k.view(finished[-1], [blocks, panels, 2, ROWS, PAIR_STEP])
         views["a"] = k.view(given[0], [blocks, steps, 2, ROWS * wide])
-        views["w"] = k.view(given[1], [panels, *self.panel(steps)])
+        views["w"] = self.right(k, given[1], panels, steps, depth)
         views |= {p.name: k.view(p, [m, 2]) for p in scales}
         one = k.index(1)  # at least, of what divides: m, n and k may be 0
         most = k.floor_divide(k.index(PART_BYTES), k.greatest(steps, one) * _STEP_BYTES)
@@ -131,7 +161,7 @@ class TileProduct(Kernel):
         parts = k.floor_divide(blocks + part - 1, part)
         with k.parallel(parts * runs, "task") as task:
             tiles.configure(k)
-            held = k.registers(GROUP * BLOCK * WIDTH, self.summed, "held")
+            held = k.registers(self.group * BLOCK * WIDTH, self.summed, "held")
             k.store(
                 held, [k.opaque(0)], k.number(0, self.summed)
             )  # all of it is used, of which the code generator sees little
@@ -156,21 +186,24 @@ class TileProduct(Kernel):
         steps: Expr,
     ) -> None:
         """The blocks of rows from `first` to below `last`, over one panel."""
-        with k.loop(k.floor_divide(last - first + (GROUP - 1), GROUP), "group") as group:
-            before = k.opaque(first + group * GROUP, "before")
-            here = k.opaque(k.least(last - before, k.index(GROUP)), "here")
-            size = k.opaque(k.greatest(k.either(here > k.index(1), k.index(CHUNK), steps), k.index(1)), "size")
+        most = self.group
+        with k.loop(k.floor_divide(last - first + (most - 1), most), "group") as group:
+            before = k.opaque(first + group * most, "before")
+            here = k.opaque(k.least(last - before, k.index(most)), "here")
+            size = k.opaque(k.greatest(self.size(k, here, steps), k.index(1)), "size")
             # One even where there is nothing to sum: it clears the sums.
             chunks = k.greatest(k.floor_divide(steps + size - 1, size), k.index(1))
             with k.loop(chunks, "chunk") as chunk:
                 done = k.opaque(chunk * size, "done")
                 count = k.opaque(k.least(steps - done, size), "count")
+                at = self.tiles_of_chunk(k, views, panel, done, count)
                 with k.loop(here, "b") as b:
                     block = k.opaque(before + b, "block")
+                    few = k.either(group < k.index(1), here, k.index(0))
                     with k.when(m - block * BLOCK > k.index(ROWS)):
-                        self._chunk(k, views, held, panel, block, b, here, done, count, 2, brings=group < k.index(1))
+                        self._chunk(k, views, held, panel, block, b, few, done, count, at, 2)
                     with k.when(m - block * BLOCK <= k.index(ROWS)):
-                        self._chunk(k, views, held, panel, block, b, here, done, count, 1, brings=group < k.index(1))
+                        self._chunk(k, views, held, panel, block, b, few, done, count, at, 1)
             with k.loop(here, "b") as b:
                 block = k.opaque(before + b, "block")
                 row = k.let(block * BLOCK, "row")
@@ -197,14 +230,13 @@ class TileProduct(Kernel):
         panel: Expr,
         block: Expr,
         b: Expr,
-        here: Expr,
+        few: Expr,
         done: Expr,
         count: Expr,
+        at_tile: TileAt,
         high: int,
-        *,
-        brings: Expr,
     ) -> None:
-        """So many steps of k for a block of `high` times 16 rows. `brings`: its group reads the panel first."""
+        """So many steps of k for a block of `high` times 16 rows. `few`: how many blocks bring the panel in together."""
         sums = [(i, j, [b * (BLOCK * WIDTH) + i * ROWS * WIDTH + j * ROWS]) for i in range(high) for j in range(2)]
         apart = WIDTH * self.summed.bytes
         elements = tiles.ROW_BYTES // self.factors.bytes
@@ -222,20 +254,22 @@ class TileProduct(Kernel):
                     line = k.let(b * lines + n, "line")
                     k.prefetch(views["w"], [panel, *self.square(step + CHUNK, 0, line * elements)])
                 for j in range(2):
-                    tiles.load(k, 6 + j, views["w"], [panel, *self.square(step, j, 0)])
+                    tiles.load(k, 6 + j, *at_tile(s, j))
                 for i in range(high):
                     tiles.load(k, 4 + i, views["a"], [block, step, i, 0])
                     for j in range(2):
                         self.multiply(k, 2 * i + j, 4 + i, 6 + j)
 
-        few = k.either(brings, here, k.index(0))
-        shared = k.opaque(few, "shared")
-        for lines, fits in (
-            (_LINES // GROUP, shared > k.index(2)),
-            (_LINES // 2, k.both(shared > k.index(1), shared <= k.index(2))),
-            (0, shared <= k.index(1)),
-        ):
-            with k.when(fits):
-                products(lines)
+        if self.prefetches:
+            shared = k.opaque(few, "shared")
+            for lines, fits in (
+                (_LINES // GROUP, shared > k.index(2)),
+                (_LINES // 2, k.both(shared > k.index(1), shared <= k.index(2))),
+                (0, shared <= k.index(1)),
+            ):
+                with k.when(fits):
+                    products(lines)
+        else:
+            products(0)
         for i, j, at in sums:
             tiles.store(k, 2 * i + j, held, at, apart)
