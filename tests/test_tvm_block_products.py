@@ -181,14 +181,6 @@ def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
     assert exe.source.count(" = block_product_8_bits_by_32") == 1
 
 
-def test_in_bf16_numbers_are_decoded_once() -> None:
-    model = llama.configure(vocab=96, dim=64, heads=4, layers=1, hidden=128, tied=True)
-    exe = treadle.compile(model, backend="tvm", quantize="int8-weights", dtype="bf16", seed=1)
-    assert "block_product" not in exe.source
-    told = [n for record in exe.log if record.name == "read-blocks" for n in record.notes]
-    assert all("is not read in blocks: " in n and "cast reads numbers" in n for n in told)
-
-
 @pytest.mark.parametrize("scheme", ["int8-weights", "int4"])
 def test_a_quantized_model_runs_on_blocks(scheme: str) -> None:
     model = llama.configure(vocab=96, dim=64, heads=4, kv_heads=2, layers=2, hidden=128, tied=True)

@@ -193,7 +193,7 @@ def test_a_table_that_is_picked_from_and_multiplied_with_is_there_once(isa: str)
     exe = compiled(rounded(graph_of(block)), {"t": table}, isa)
     rows = ROWS.decode(ROWS.encode(table))[picked]
     np.testing.assert_array_equal(exe(i=picked)["y"], exact(rows, table))
-    assert [w.nbytes for w in exe.weights.values()] == [pack(ROWS.encode(table), quads(32)).nbytes]
+    assert [w.nbytes for w in exe.machine.weights.values()] == [pack(ROWS.encode(table), quads(32)).nbytes]
 
 
 @each_isa

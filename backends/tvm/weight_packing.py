@@ -94,7 +94,8 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
         if not product or axis != (1 if isinstance(node.op, Linear) else 0):
             return f"{node.op.name} reads numbers"
         if value.type.dtype is not f32:
-            if not (isa.multiplies_tiles and value.type.dtype is bf16 and reads_in_tiles(packed)):
+            tiles = isa.multiplies_tiles and value.type.dtype is bf16
+            if not (tiles and reads_in_tiles(packed) and shape[axis] % PAIR_STEP == 0):
                 return f"no kernel reads {encoding} blocks as {value.type.dtype} numbers"
             return panels(PAIRS_WIDTH, transposed=axis == 0)
         return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)

@@ -43,7 +43,8 @@ class DecodeLast(SiteRewrite[Site]):
         moved = b.emit(site.root.op, [v if v is None else _blocks(v) or v for v in site.root.operands], name)
         encoding = moved.result.type.encoding
         assert encoding is not None
-        return b.expr(b.emit(Decode(of=encoding), [moved.result], name).result)
+        (decoded, *_) = site.nodes  # what is joined has one dtype
+        return b.expr(b.emit(Decode(of=encoding, to=decoded.op.attributes["to"]), [moved.result], name).result)
 
 
 @dataclass(frozen=True)
