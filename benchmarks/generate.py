@@ -1,15 +1,16 @@
 """Generation, beside llama.cpp, CTranslate2 and Hugging Face: tokens a second, prefill, batches of 8.
 
     treadle fetch smollm2
-    python benchmarks/generate.py [--model smollm2|gpt2] [--form f32] [--threads 1] [--rounds 5] [--peers python]
+    python benchmarks/generate.py [--model smollm2|gpt2] [--form f32] [--dtype f32] [--threads 1] [--peers python]
 
 SmolLM2-135M comes from its GGUF file, with the matrices in float32 or in the blocks that `--form` names: q4_1, as the
 file is shipped, q4_0 or q8_0 (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small
-has drawn weights in float32: times do not depend on them. Each side runs in a process of its own, and all take turns,
-so that a busy machine slows each alike. A figure is a median over rounds, beside what a plain read takes in the same
-process of as many bytes as a token reads at least: the weights, and the keys and values of 256 tokens. `--peers` names
-the Python that has llama-cpp-python and ctranslate2 (with transformers, which it converts from); a package that is
-missing is told.
+has drawn weights in float32: times do not depend on them. `--dtype bf16` has ours multiply bf16 numbers, `--quantize
+int8` rounded ones. Each side runs in a process of its own, and all take turns, so that a busy machine slows each alike;
+on one thread processor time is taken, which a neighbour cannot lengthen. A figure is a median over rounds, beside what a
+plain read takes in the same process of as many bytes as a token reads at least: the weights, and the keys and values of
+256 tokens. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with transformers, which it converts
+from); a package that is missing is told.
 
     decode     a token of one row, after 256 others
     batch      a token of each of 8 rows
@@ -49,6 +50,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("smollm2", "gpt2"), default="smollm2")
     parser.add_argument("--form", choices=("f32", "q4_1", "q4_0", "q8_0"), default="f32")
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    parser.add_argument("--quantize", choices=("int8-weights", "int8", "int4"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default=sys.executable)
@@ -58,7 +61,7 @@ def main() -> int:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        return serve(options.side, options.model, Path(options.folder), options.threads)
+        return serve(options)
     with tempfile.TemporaryDirectory() as place:
         prepare(options.model, options.form, Path(place))
         found, missing = compare(options, Path(place))
@@ -69,10 +72,15 @@ def main() -> int:
 # -- the sides, each in a process of its own -------------------------------------------------------------------
 
 
-def serve(side: str, model: str, folder: Path, threads: int) -> int:
+def serve(options: argparse.Namespace) -> int:
     """Answer each kind that comes in with a line: the seconds that it took, and those of a token's bytes, read."""
+    model, folder, threads = options.model, Path(options.folder), options.threads
+    if threads == 1:
+        global clock
+        clock = time.process_time
+    chosen = {"dtype": options.dtype, "quantize": options.quantize} if options.side == "treadle" else {}
     try:
-        kinds = MAKERS[side](model, folder, threads)
+        kinds = MAKERS[options.side](model, folder, threads, **chosen)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         return 0
@@ -81,23 +89,30 @@ def serve(side: str, model: str, folder: Path, threads: int) -> int:
     for line in sys.stdin:
         kind = line.strip()
         seconds = kinds[kind]() if kind in kinds else None
-        started = time.perf_counter()
+        started = clock()
         read.sum()
-        print(json.dumps({"seconds": seconds, "read": time.perf_counter() - started}), flush=True)
+        print(json.dumps({"seconds": seconds, "read": clock() - started}), flush=True)
     return 0
 
 
+clock = time.perf_counter
+
+
 def timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def treadle_side(model: str, folder: Path, threads: int) -> dict[str, Callable[[], float]]:
+def treadle_side(
+    model: str, folder: Path, threads: int, dtype: str | None = None, quantize: str | None = None
+) -> dict[str, Callable[[], float]]:
     from treadle.ir.target import Target
     from treadle.stepped import open_stepped
 
-    stepped = open_stepped(weights_of(model, folder), backend="tvm", target=Target("cpu", threads))
+    stepped = open_stepped(
+        weights_of(model, folder), backend="tvm", target=Target("cpu", threads), dtype=dtype, quantize=quantize
+    )
     session = stepped.session(rows=ROWS + 1, capacity=TOKENS + 512)
     ids = prompt_ids(TOKENS)
     row = session.open()
@@ -342,6 +357,7 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[Found, dict[str,
 
 def start(side: str, python: str, options: argparse.Namespace, folder: Path) -> subprocess.Popen[str]:
     words = [python, __file__, "--side", side, "--model", options.model, "--threads", str(options.threads)]
+    words += ["--dtype", options.dtype, *(["--quantize", options.quantize] if options.quantize else [])]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     return subprocess.Popen(
         [*words, "--folder", str(folder)],
@@ -378,6 +394,8 @@ def rows_of(options: argparse.Namespace, found: Found) -> Iterator[dict[str, Any
             yield {
                 "model": options.model,
                 "form": options.form,
+                "dtype": options.dtype,
+                "quantize": options.quantize,
                 "threads": options.threads,
                 "kind": kind,
                 "side": side,
@@ -393,7 +411,8 @@ def report(options: argparse.Namespace, found: Any, missing: Mapping[str, str]) 
     if options.json:
         print(json.dumps({"rows": rows, "missing": missing}))
         return
-    print(f"{options.model}, {options.form}, {options.threads} thread{'s' * (options.threads > 1)}")
+    ways = ", ".join([options.model, options.form, *filter(None, [f"ours in {options.dtype}", options.quantize])])
+    print(f"{ways}, {options.threads} thread{'s' * (options.threads > 1)}")
     for row in rows:
         ratio = "" if row["times_ours"] is None else f"  {row['times_ours']:5.2f} times ours"
         floor = f"  {row['of_a_plain_read']:4.0%} of a plain read" if row["kind"] in ("decode", "batch") else ""
