@@ -1,126 +1,95 @@
-"""A forward pass of BERT-base, one sentence of 128 tokens, beside Hugging Face in the same process.
+"""Forward passes beside other tools, as ratios: each side in a process of its own, in turns (`treadle bench`).
 
-    python benchmarks/forward.py [--threads 1] [--tokens 128] [--json]
+    python benchmarks/forward.py [--only bert,minilm] [--threads 1] [--dtype f32|bf16|int8] [--python PATH] [--json]
 
-Weights are drawn. Both sides must give the same numbers first. Then they run in turns, so that a busy machine slows
-both; on one thread the thread's own processor time is taken, which a neighbour cannot lengthen. The target: on one
-thread at most 0.75 of the time of Hugging Face's eager mode with its fused attention.
+`--dtype` is of ours: float32, products in bf16, or weights and what they multiply rounded to 8 bits (`quantize="int8"`).
+The peers are those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights are drawn: times do
+not depend on them, outputs are compared first. On one thread times are the processor's, which a neighbour cannot
+lengthen. `--python` names the Python that has onnxruntime, openvino and nncf. A peer that is missing, or cannot run a row,
+is named.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 
-TARGET = 0.75
-ROUNDS = 15
+class Row(NamedTuple):
+    """A model of the zoo at these sizes."""
+
+    family: str
+    config: tuple[str, ...]
+    sizes: dict[str, int]
 
 
-BACKENDS = ("tvm", "torch")
-"""TVM holds the target; PyTorch shows what fusion and packed weights give without kernels of our own."""
+_MINILM = ("dim=384", "layers=6", "hidden=1536")
+_LLAMA = ("vocab=49152", "dim=576", "heads=9", "kv_heads=3", "layers=30", "hidden=1536", "tied=true")
+
+ROWS = {
+    "bert": Row("bert", (), {"B": 1, "S": 128}),
+    "bert-8": Row("bert", (), {"B": 8, "S": 128}),
+    "minilm": Row("bert", _MINILM, {"B": 32, "S": 64}),
+    "vit": Row("vit", (), {"B": 1}),
+    "gpt2": Row("gpt2", (), {"B": 1, "S": 512}),
+    "t5": Row("t5_encoder", (), {"B": 1, "S": 128}),
+    "llama": Row("llama", _LLAMA, {"B": 1, "S": 256}),
+}
+PEERS = {
+    "f32": ("eager", "onnxruntime", "openvino"),
+    "bf16": ("openvino", "openvino-bf16"),
+    "int8": ("onnxruntime-int8", "openvino-bf16", "openvino-int8"),
+}
+WAYS: dict[str, dict[str, str]] = {"f32": {}, "bf16": {"dtype": "bf16"}, "int8": {"quantize": "int8"}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default=",".join(ROWS), help="rows, with commas")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtype", choices=tuple(PEERS), default="f32")
+    parser.add_argument("--against", help="peers in place of those of the dtype, with commas")
+    parser.add_argument("--backend", default="tvm")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    theirs, ours = both(options.threads, options.tokens, options.layers)
-    clock = time.thread_time if options.threads == 1 else time.perf_counter
-    times = in_turns([theirs, *(side.call for side in ours)], clock)
-    theirs_ms, *ours_ms = (statistics.median(t) * 1e3 for t in times)
-    rows = [
-        {
-            "backend": side.backend,
-            "threads": options.threads,
-            "tokens": options.tokens,
-            "treadle_ms": ms,
-            "huggingface_eager_ms": theirs_ms,
-            "ratio": ms / theirs_ms,
-            "ratio_of_the_best": min(found) / min(times[0]),
-            "difference": side.difference,
-            "compile_s": side.compile_seconds,
-        }
-        for side, ms, found in zip(ours, ours_ms, times[1:], strict=True)
-    ]
+    if unknown := [name for name in options.only.split(",") if name not in ROWS]:
+        parser.error(f"there is no row {unknown[0]!r}: " + ", ".join(ROWS))
+    against = options.against.split(",") if options.against else PEERS[options.dtype]
+    found = []
+    for name in options.only.split(","):
+        measured = measure(options, name, against)
+        found.append(measured)
+        if not options.json:
+            show(options, name, measured)
     if options.json:
-        print(json.dumps(rows))
-    else:
-        print(f"BERT-base, {options.layers} layers, 1 x {options.tokens} tokens, {options.threads} threads, float32")
-        print(f"  Hugging Face, eager     {theirs_ms:8.1f} ms")
-        for row in rows:
-            name = f"treadle, {row['backend']}"
-            ratios = f"ratio of the medians {row['ratio']:.3f}, of the best {row['ratio_of_the_best']:.3f}"
-            print(f"  {name:<22}  {row['treadle_ms']:8.1f} ms    {ratios}", end="")
-            print(f"; compiled in {row['compile_s']:.1f} s; largest difference {row['difference']:.1e}")
-        print(f"  target {TARGET} on one thread, for {BACKENDS[0]}")
-    right = all(side.difference < 2e-5 for side in ours)
-    return 0 if right and (options.threads > 1 or ours_ms[0] <= TARGET * theirs_ms) else 1
+        print(json.dumps(found))
+    return 0
 
 
-class Side(NamedTuple):
-    """One backend of ours: its name, how far its outputs are off, and how long it took to compile."""
+def measure(options: argparse.Namespace, name: str, against: Any) -> dict[str, Any]:
+    """One row, as `treadle bench --json` gives it."""
+    from treadle.benching.benchmark import bench_model
+    from treadle.benching.workload import Workload
 
-    backend: str
-    call: Callable[[], Any]
-    difference: float
-    compile_seconds: float
-
-
-def both(threads: int, tokens: int, layers: int) -> tuple[Callable[[], Any], list[Side]]:
-    """Hugging Face's model and ours, as functions without arguments."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    import treadle
-    from treadle.ir.target import Target
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
-    ids = np.random.default_rng(0).integers(0, 30000, (1, tokens))
-    tensor = torch.from_numpy(ids)
-
-    def theirs() -> Any:
-        with torch.inference_mode():
-            return model(input_ids=tensor).last_hidden_state
-
-    reference = theirs().numpy()
-    ours = []
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        for backend in BACKENDS:
-            started = time.perf_counter()
-            exe = treadle.compile(folder, backend=backend, target=Target("cpu", threads=threads))
-            seconds = time.perf_counter() - started
-            call = partial(exe, **{exe.inputs[0].name: ids})
-            difference = np.abs(call()[exe.outputs[0].name] - reference).max() / np.abs(reference).max()
-            ours.append(Side(backend, call, float(difference), seconds))
-    return theirs, ours
+    row = ROWS[name]
+    workload = Workload(row.family, options.backend, options.threads, config=row.config, **WAYS[options.dtype])
+    made = bench_model(workload, against, sizes=row.sizes, rounds=options.rounds, python=options.python)
+    return {"row": name, **made.as_dict()}
 
 
-def in_turns(calls: list[Callable[[], Any]], clock: Callable[[], float]) -> list[list[float]]:
-    """Times of each, taken in turns."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for call, found in zip(calls, times, strict=True):
-            started = clock()
-            call()
-            found.append(clock() - started)
-    return times
+def show(options: argparse.Namespace, name: str, measured: dict[str, Any]) -> None:
+    sizes = ", ".join(f"{symbol}={size}" for symbol, size in measured["sizes"].items())
+    print(f"{name} ({sizes}), ours in {options.dtype}, {options.threads} thread{'s' * (options.threads > 1)}")
+    for side in measured["rows"]:
+        ratio = f"{1 / side['times_ours']:6.2f} of it is ours" if side["side"] != "treadle" else ""
+        apart = "" if side["difference"] is None else f"   differs by {float(side['difference']):.1e}"
+        print(f"  {side['side']:18} {side['seconds'] * 1e3:8.1f} ms  {ratio:20}{apart}".rstrip())
+    for peer, why in measured["missing"].items():
+        print(f"  {peer} is missing: {why[:150]}")
 
 
 if __name__ == "__main__":
