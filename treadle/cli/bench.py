@@ -32,7 +32,7 @@ def bench_beside(
         typer.Option(
             "--against",
             metavar="NAMES",
-            help="eager, compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16; several with commas.",
+            help="eager, compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16, openvino-int8; several with commas.",
         ),
     ] = "eager,onnxruntime",
     sizes: Sizes = None,

@@ -92,7 +92,8 @@ def explain_sites(
 
     memory: of a run, how much lives at its peak, what, why, and what would lower it.
 
-    quantization: of every weight, in which encoding it would be held by --quantize, its bytes, and why.
+    quantization: of every weight, in which encoding it would be held by --quantize, its bytes, and why; with int8 of
+    what weights multiply as well.
 
     sharding: of a model split over --mesh, why ranks meet, what a device holds, what limits, and what would save most.
 

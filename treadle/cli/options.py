@@ -67,7 +67,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="SCHEME",
-        help="Hold weights that products multiply in blocks: int8-weights or int4.",
+        help="Hold weights that products multiply in blocks: int8-weights, int4; int8: round all they multiply.",
         show_default=False,
     ),
 ]
