@@ -2,11 +2,11 @@
 
     python benchmarks/forward.py [--only bert,minilm] [--threads 1] [--dtype f32|bf16|int8] [--python PATH] [--json]
 
-`--dtype` is of ours: float32, products in bf16, or weights and what they multiply rounded to 8 bits (`quantize="int8"`).
-The peers are those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights are drawn: times do
-not depend on them, outputs are compared first. On one thread times are the processor's, which a neighbour cannot
-lengthen. `--python` names the Python that has onnxruntime, openvino and nncf. A peer that is missing, or cannot run a row,
-is named.
+`--dtype` is of ours: float32, products in bf16, or weights and what they multiply rounded to 8 bits. The peers are
+those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights are drawn, of which times do not
+depend. Outputs are compared first. On one thread times are the processor's, which a neighbour cannot lengthen.
+`--python` names the Python that has onnxruntime, openvino and nncf.
+A peer that is missing, or cannot run a row, is named.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ SmolLM2-135M comes from its GGUF file, with the matrices in float32 or in the bl
 file is shipped, q4_0 or q8_0 (Hugging Face has a float32 model of its shape, and is left out with blocks). GPT-2 small
 has drawn weights in float32: times do not depend on them. `--dtype bf16` has ours multiply bf16 numbers, `--quantize
 int8` rounded ones. Each side runs in a process of its own, and all take turns, so that a busy machine slows each alike;
-on one thread processor time is taken, which a neighbour cannot lengthen. A figure is a median over rounds, beside what a
-plain read takes in the same process of as many bytes as a token reads at least: the weights, and the keys and values of
-256 tokens. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with transformers, which it converts
-from); a package that is missing is told.
+on one thread processor time is taken, which a neighbour cannot lengthen. A figure is a median over rounds, beside what
+a plain read takes in the same process of as many bytes as a token reads at least: the weights, and the keys and values
+of 256 tokens. `--peers` names the Python that has llama-cpp-python and ctranslate2 (with transformers, which it
+converts from); a package that is missing is told.
 
     decode     a token of one row, after 256 others
     batch      a token of each of 8 rows
@@ -200,17 +200,17 @@ def huggingface_side(model: str, folder: Path, threads: int) -> dict[str, Callab
 
     def grown(prompts: torch.Tensor) -> tuple[float, Callable[[], float]]:
         with torch.inference_mode():
-            started = time.perf_counter()
+            started = clock()
             out = llm(prompts, use_cache=True, logits_to_keep=1)
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
 
         def steps() -> float:
             with torch.inference_mode():
                 cache, five = out.past_key_values, torch.full((len(prompts), 1), 5)
-                started = time.perf_counter()
+                started = clock()
                 for _ in range(STEPS):
                     cache = llm(five, past_key_values=cache, use_cache=True).past_key_values
-                return (time.perf_counter() - started) / STEPS
+                return (clock() - started) / STEPS
 
         return seconds, steps
 

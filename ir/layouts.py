@@ -52,8 +52,8 @@ class Layout:
     are filled up with zeros.
 
     Quads are of rows as `int8_rows` holds them, a scale of four bytes and then a byte an element. A panel begins with
-    the scales of its rows. What follows are squares as those of pairs, each of 16 rows and 64 elements of k: 16 times 16
-    times four bytes.
+    the scales of its rows. What follows are squares as those of pairs, each of 16 rows and 64 elements of k: 16 times
+    16 times four bytes.
     """
 
     kind: str

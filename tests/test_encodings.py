@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from treadle.ir.builder import Builder
-from treadle.ir.encodings.rounded_forms import SMALLEST_ROW
 from treadle.ir.encodings.encoding import FORMS, MOST_IN_LINE, Encoding, parse_encoding
+from treadle.ir.encodings.rounded_forms import SMALLEST_ROW
 from treadle.ir.errors import GraphError, ParseError, RuleError, TreadleError, VerifyError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.hashing import structural_hash, type_key

@@ -55,9 +55,9 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
         ("main", "y"): ("None", "matmul multiplies it with numbers, as across is held"),
         ("main", "x"): (
             "None",
-            "linear multiplies it with what mul gives, which is no weight; matmul multiplies it with numbers, as both is"
-            " held; linear multiplies it with what decode gives, which is no weight; linear multiplies it with numbers,"
-            " as returned is held",
+            "linear multiplies it with what mul gives, which is no weight; matmul multiplies it with numbers, as both"
+            " is held; linear multiplies it with what decode gives, which is no weight; linear multiplies it with"
+            " numbers, as returned is held",
         ),
         ("main", "m"): ("None", "linear multiplies it with numbers, as both is held"),
         ("main", "z"): ("int8_rows", "linear multiplies it with int8_rows"),

@@ -200,7 +200,8 @@ def test_a_table_that_is_picked_from_and_multiplied_with_is_there_once(isa: str)
 def test_rounded_rows_that_others_read_are_made_as_they_are_held(isa: str) -> None:
     def block(b: Builder) -> Expr:
         x = b.encode(b.input("x", f32["M", 70]), to="int8_rows")
-        return b.concat(b.decode(x, of="int8_rows"), b.linear(b.decode(x, of="int8_rows"), b.parameter("w", f32[9, 70])))
+        near = b.decode(x, of="int8_rows")
+        return b.concat(near, b.linear(near, b.parameter("w", f32[9, 70])))
 
     x, w = normal(21, 70), normal(9, 70, seed=1)
     x[4] = 0

@@ -1,4 +1,4 @@
-"""Weights in blocks that products in bf16 unpack into tiles of the matrix unit: forms, sizes, rows, bits, what is told."""
+"""Weights in blocks that products in bf16 unpack into tiles of the matrix unit: forms, sizes, bits, what is told."""
 
 from __future__ import annotations
 

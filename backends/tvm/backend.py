@@ -71,7 +71,8 @@ class TvmBackend(StagedBackend):
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         isa = isa_of(target)
         layouts = (ReadBlocks(wants_blocks(isa), multiplies_rows), AssignLayouts(wants(isa)))
-        return (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(), *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
+        products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks())
+        return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """By the steps of each routine, with what single kernels need beside."""

@@ -27,7 +27,7 @@ from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDT
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD, Layout, pairs, panels, quads
-from treadle.ir.ops.blocks import ROWS, EncodedLinear
+from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size

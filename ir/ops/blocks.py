@@ -123,7 +123,7 @@ ROWS = Encoding("int8_rows")
 class EncodedLinear(Composite):
     """y[..., n] = (sum_k q[..., k] p[n, k]) (s[...] t[n]) + bias[n]        for x = s q and weight = t p
 
-    x and the weight are rows of 8-bit numbers with a scale each (`int8_rows`). The sum is one of integers, so that it is
+    x and the weight are rows of 8-bit numbers with a scale each (`int8_rows`). The sum is one of integers, and so is
     exact, whatever its order; it is rounded to float32 once, and multiplied by the product of the scales. Backends put
     it in the place of a linear of what is decoded (`treadle.passes.lowering.multiply_blocks`), which it means.
     """
@@ -140,7 +140,7 @@ class EncodedLinear(Composite):
         return [None]
 
     def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        return b.linear(b.decode(x, of=ROWS), b.decode(weight, of=ROWS), bias)
+        return b.linear(b.apply(Decode, x, of=ROWS), b.apply(Decode, weight, of=ROWS), bias)
 
     def reference(self, x: Any, weight: Any, bias: Any) -> Any:
         (q, s), (p, t) = _parts(x), _parts(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.builder import Builder, Expr
@@ -63,8 +63,8 @@ class DecodeNarrow(SiteRewrite[Site]):
 
     def build(self, b: Builder, site: Site) -> Expr:
         (decoded,) = site.nodes
-        made = b.emit(replace(decoded.op, to=site.root.op.attributes["to"]), decoded.operands, site.root.results[0].name)
-        return b.expr(made.result)
+        op = Decode(of=decoded.op.attributes["of"], to=site.root.op.attributes["to"])
+        return b.expr(b.emit(op, decoded.operands, site.root.results[0].name).result)
 
 
 def _blocks(value: Value) -> Value | None:

@@ -10,7 +10,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import inline
 from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite
-from treadle.ir.ops.blocks import ROWS, Encode
+from treadle.ir.ops.blocks import ROWS, Encode, EncodedLinear
 from treadle.ir.ops.products import Linear, MatMul, MixedProduct
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
@@ -65,9 +65,8 @@ class MultiplyBlocks(SiteRewrite[Site]):
         rows = b.expr(w)
         if isinstance(site.root.op, MatMul):
             rows = b.rearrange(rows, pattern="k n -> n k")
-        made: Expr = b.encoded_linear(
-            b.expr(x), rows, None if bias is None else b.expr(bias), name=site.root.results[0].name
-        )
+        operands = (b.expr(x), rows, None if bias is None else b.expr(bias))
+        made: Expr = b.apply(EncodedLinear, *operands, name=site.root.results[0].name)
         return made
 
 

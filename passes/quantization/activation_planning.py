@@ -1,4 +1,4 @@
-"""Plans which of the values that weights multiply are rounded at every call: those whose weights are all in 8-bit rows."""
+"""Plans which values that weights multiply are rounded at every call: those whose weights are all in 8-bit rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plan_activations(graph: Graph, weights: Weights) -> tuple[ActivationPlan, ..
     for entry in graph.later_entries:
         held = {value: (name,) for name, value in entry.parameters.items() if name in weights}
         _read(graph, entry, held, weights, found)
-    made = []
+    made: list[ActivationPlan] = []
     for name, function in graph.functions.items():
         made += _planned(function, found.get(name, {}))
     return tuple(made)

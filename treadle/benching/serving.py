@@ -3,8 +3,8 @@
     python serving.py '{"side": "onnxruntime", "threads": 1, "inputs": "inputs.npz", "outputs": "out.npz", ...}'
 
 Once the model is open it prints a line of JSON, and writes what the model gives. Then it answers each line that it
-reads: to a number, the seconds of so many runs (on one thread the processor's); to an empty one, the most memory that it had. Only Treadle's sides and
-PyTorch's need Treadle: any Python that has one of the others runs this file.
+reads: to a number, the seconds of so many runs (on one thread the processor's); to an empty one, the most memory that
+it had. Only Treadle's sides and PyTorch's need Treadle: any Python that has one of the others runs this file.
 """
 
 from __future__ import annotations

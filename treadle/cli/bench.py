@@ -32,7 +32,7 @@ def bench_beside(
         typer.Option(
             "--against",
             metavar="NAMES",
-            help="eager, compile, onnxruntime, onnxruntime-int8, openvino, openvino-bf16, openvino-int8; several with commas.",
+            help="eager, compile, onnxruntime, openvino, each of the last two with -int8, openvino-bf16; with commas.",
         ),
     ] = "eager,onnxruntime",
     sizes: Sizes = None,

@@ -47,7 +47,7 @@ class Isa:
 
     @property
     def multiplies_tiles(self) -> bool:
-        """Whether there is a matrix unit, AMX, for bf16 and 8 bits: tiles of 16 rows and 64 bytes (`kernels.narrow.tiles`)."""
+        """Whether there is a matrix unit, AMX, for bf16 and bytes: tiles of 16 rows of 64 (`kernels.narrow.tiles`)."""
         return "amx_bf16" in self.needs
 
     @property

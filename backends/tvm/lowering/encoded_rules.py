@@ -50,7 +50,7 @@ def _encode(w: RoutineWriter, node: Node) -> None:
 
 
 def _decode(w: RoutineWriter, node: Node) -> None:
-    x, m, bytes = _rows(w, w.view(node.inputs[0]))
+    x, m, _ = _rows(w, w.view(node.inputs[0]))
     to = w.view(node.result)
     made = to if to.is_contiguous else w.scratch(to.dtype, to.shape)
     k = node.result.type.shape[-1]
@@ -65,7 +65,8 @@ def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
     if rows is None or (rows.strides[1] != ONE and rows.shape[1] != ONE):
         rows = w.copied(x).merged(0, x.rank - 1)
     assert rows is not None
-    return rows, *rows.shape
+    m, k = rows.shape
+    return rows, m, k
 
 
 def _encodes(op: Op, types: Sequence[Type | None]) -> bool:

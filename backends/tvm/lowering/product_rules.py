@@ -172,8 +172,8 @@ def _sum(
             return
         if (unpacked := values[1].node) is not None and unpacked.op.decodes:
             narrow = unpacked.result.type.dtype is bf16  # which its kernel reads as it is
-            left = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
-            x = LetteredView.of(left, equation.operands[0])
+            held = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
+            x = LetteredView.of(held, equation.operands[0])
             y = LetteredView.of(w.view(unpacked.inputs[0]), equation.operands[1])
             form = packed_form(unpacked.op.attributes["of"])
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, form=form).emit()

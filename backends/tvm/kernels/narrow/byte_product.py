@@ -81,8 +81,8 @@ class ByteTileProduct(TileProduct):
 class QuadProduct(Kernel):
     """c = epilogue((a @ w) scales), of signed bytes, by fours.
 
-    VNNI multiplies bytes without sign by bytes with one: w + 128 by a, of which 128 times the row's sum is taken. Without
-    it bytes are widened to float32, in which so many products are summed as are exact.
+    VNNI multiplies bytes without sign by bytes with one: w + 128 by a, of which 128 times the row's sum is taken.
+    Without it bytes are widened to float32, in which so many products are summed as are exact.
 
     epilogue what is done with the sum, the chain's first input; None: it is stored as it is
     extras   how the chain's other inputs lie: see `Finishing`
@@ -236,15 +236,16 @@ class QuadProduct(Kernel):
                     four = k.bits(k.load(views["a"], [first + i, at], 4), _i32)
                     x = k.let(k.splat(four, lanes), "x")
                     for v, w in enumerate(flipped):
-                        place = [(i * vectors + v) * lanes]
-                        k.store(acc, place, _quads_added(k, k.load(acc, place, lanes), w, x), lanes)
-            for n in range(0 if k.isa.multiplies_quads else 4):
+                        sums = [(i * vectors + v) * lanes]
+                        k.store(acc, sums, _quads_added(k, k.load(acc, sums, lanes), w, x), lanes)
+                return
+            for n in range(4):
                 wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]
                 for i in range(high):
                     x = k.let(k.splat(k.load(views["a"], [first + i, at + n]), lanes), "x")
                     for v, w in enumerate(wide):
-                        place = [(i * vectors + v) * lanes]
-                        k.store(acc, place, k.load(acc, place, lanes) + x * w, lanes)
+                        sums = [(i * vectors + v) * lanes]
+                        k.store(acc, sums, k.load(acc, sums, lanes) + x * w, lanes)
 
 
 def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:

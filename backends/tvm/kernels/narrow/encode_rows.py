@@ -1,4 +1,4 @@
-"""Rows rounded to 8 bits, a scale a row, to the bits of `int8_rows`: as a product's kernel reads them, or as they are held."""
+"""Rows rounded to 8 bits, a scale a row, to the bits of `int8_rows`: as products' kernels read them, or as held."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows_elements(form: str, rows: Size, depth: Size) -> Size:
 
 @dataclass(frozen=True)
 class EncodeRows(Kernel):
-    """y = x[m, k] as 8-bit rows, k filled up to a multiple of 64 with zeros; rows[m, 2] = the scales' bits, and the sums
+    """y = x[m, k] as 8-bit rows, k filled up to a multiple of 64 with zeros; rows[m, 2] = scales' bits, and sums
 
     form   how y lies: "tiles", [m // 32, k // 64, 2, 16, 64], as AMX reads them, where rows past m are whatever they
            are; "quads", row-major bytes; "wide", row-major in f32; "held", as `int8_rows` is held, not filled up

@@ -196,14 +196,14 @@ class TileProduct(Kernel):
             with k.loop(chunks, "chunk") as chunk:
                 done = k.opaque(chunk * size, "done")
                 count = k.opaque(k.least(steps - done, size), "count")
-                at = self.tiles_of_chunk(k, views, panel, done, count)
+                tile_at = self.tiles_of_chunk(k, views, panel, done, count)
                 with k.loop(here, "b") as b:
                     block = k.opaque(before + b, "block")
                     few = k.either(group < k.index(1), here, k.index(0))
                     with k.when(m - block * BLOCK > k.index(ROWS)):
-                        self._chunk(k, views, held, panel, block, b, few, done, count, at, 2)
+                        self._chunk(k, views, held, panel, block, b, few, done, count, tile_at, 2)
                     with k.when(m - block * BLOCK <= k.index(ROWS)):
-                        self._chunk(k, views, held, panel, block, b, few, done, count, at, 1)
+                        self._chunk(k, views, held, panel, block, b, few, done, count, tile_at, 1)
             with k.loop(here, "b") as b:
                 block = k.opaque(before + b, "block")
                 row = k.let(block * BLOCK, "row")
@@ -233,10 +233,10 @@ class TileProduct(Kernel):
         few: Expr,
         done: Expr,
         count: Expr,
-        at_tile: TileAt,
+        tile_at: TileAt,
         high: int,
     ) -> None:
-        """So many steps of k for a block of `high` times 16 rows. `few`: how many blocks bring the panel in together."""
+        """So many steps of k for a block of `high` times 16 rows. `few` blocks bring the panel in together."""
         sums = [(i, j, [b * (BLOCK * WIDTH) + i * ROWS * WIDTH + j * ROWS]) for i in range(high) for j in range(2)]
         apart = WIDTH * self.summed.bytes
         elements = tiles.ROW_BYTES // self.factors.bytes
@@ -254,7 +254,7 @@ class TileProduct(Kernel):
                     line = k.let(b * lines + n, "line")
                     k.prefetch(views["w"], [panel, *self.square(step + CHUNK, 0, line * elements)])
                 for j in range(2):
-                    tiles.load(k, 6 + j, *at_tile(s, j))
+                    tiles.load(k, 6 + j, *tile_at(s, j))
                 for i in range(high):
                     tiles.load(k, 4 + i, views["a"], [block, step, i, 0])
                     for j in range(2):

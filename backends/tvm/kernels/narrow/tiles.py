@@ -5,7 +5,7 @@
         ...
         release(k)
 
-A tile of 16 times 64 bytes, times a tile of 16 times 16 fours of them, is added to 16 times 16 sums of 32 bits, exactly.
+A tile of 16 times 64 bytes, times a tile of 16 times 16 fours of them, is added to 16 times 16 sums of 32 bits: exact.
 
 A tile of 16 times 32 bf16 numbers, times a tile of 16 times 16 pairs of them, is added to 16 times 16 float32 sums: of
 each sum one pair after the other, in order. So a row's sums depend on that row alone. Numbers below float32's least
