@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.test_quantization import EVERY, MODELS, optimized
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.registry import backend_names, find_backend
 from treadle.explaining.quantization import explain_quantization
+from treadle.ir.analysis.tolerances import coarsest_spacing
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import BackendError, PassError, RuleError
 from treadle.ir.graph import Graph
@@ -28,6 +30,7 @@ from treadle.passes.products.narrow_products import NarrowProducts
 from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantize import QuantizeWeights
+from treadle.verifying import verify_model
 
 Array = np.ndarray[Any, Any]
 
@@ -209,3 +212,21 @@ def test_a_session_goes_on_as_the_whole_text_says() -> None:
     stepped = session.prefill({row: [3, 1]})[row]
     whole = made(tokens=np.array([[3, 1]]))["logits"][0, -1]
     np.testing.assert_allclose(stepped, whole, rtol=0, atol=5e-3 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verify_allows_for_a_step_of_a_row_and_no_more(name: str) -> None:
+    """Rounding to 127 steps is counted as a dtype of such a spacing is."""
+    report = verify_model(MODELS[name], quantize="int8", backends=["numpy"])
+    assert report.passed
+    graph = treadle.compile(MODELS[name], quantize="int8", seed=4).graph
+    assert coarsest_spacing(graph) == 1 / 127
+    assert coarsest_spacing(treadle.compile(MODELS[name], quantize="int8-weights", seed=4).graph) == 2.0**-23
+
+
+def test_an_artifact_rounds_as_the_model_does(tmp_path: Path) -> None:
+    made = treadle.compile(MODELS["llama"], quantize="int8", seed=4)
+    made.save(tmp_path / "small.treadle")
+    again, tokens = treadle.load(tmp_path / "small.treadle"), np.array([[3, 1, 4]])
+    assert str(again.graph) == str(made.graph)
+    np.testing.assert_array_equal(again(tokens=tokens)["logits"], made(tokens=tokens)["logits"])

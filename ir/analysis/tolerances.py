@@ -1,6 +1,7 @@
 """How far apart two ways of computing one thing may be, since every op rounds.
 
-Numbers of a dtype lie a relative **spacing** apart (2^-23 for f32). No way to compute f can be nearer than what a
+Numbers of a dtype lie a relative **spacing** apart (2^-23 for f32; 1/127 of a row's largest, where rows are rounded to
+8 bits at every call). No way to compute f can be nearer than what a
 change of last bits makes of it: `moved` is the largest change of a result when what goes into it changes by a spacing,
 up or down. A sum of n terms adds n roundings of either sign, which **grow** as their square root. So a result may be
 off by
@@ -25,7 +26,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from treadle.ir.graph import Graph
+from treadle.ir.analysis.weight_only import is_made_of_weights
+from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.graph import Graph, Node
+from treadle.ir.ops.blocks import Encode
 from treadle.ir.types import DType
 
 Array = np.ndarray[Any, Any]
@@ -41,9 +45,16 @@ def spacing_of(dtype: DType) -> float:
 
 
 def coarsest_spacing(graph: Graph) -> float:
-    """The spacing of the coarsest float dtype in a graph; 0 where there is no float."""
+    """The spacing of the coarsest float dtype in a graph, or of the blocks to which it rounds what it computes; 0 where
+    there is no float."""
     values = [v for _, node in graph.walk() for v in (*node.inputs, *node.results)]
-    return max((spacing_of(v.type.dtype) for v in values), default=0.0)
+    rounded = [e.block.spacing for _, node in graph.walk() for e in _made_blocks(node)]
+    return max([*(spacing_of(v.type.dtype) for v in values), *rounded], default=0.0)
+
+
+def _made_blocks(node: Node) -> list[Encoding]:
+    """The encoding to which a node rounds what is no weight."""
+    return [node.op.to] if isinstance(node.op, Encode) and not is_made_of_weights(node.inputs[0]) else []
 
 
 def room(spacing: float, size: Numbers, moved: Numbers, growth: float = 1.0) -> Numbers:

@@ -37,6 +37,7 @@ class BlockForm(ABC):
     name       in a type's text
     elements   of a block; None: a whole line, whatever its length
     encodes    whether it can be written: all can be read
+    spacing    of a form that is written, how far apart a block's numbers are, as a part of its largest
     marks      whether a block may be written of numbers of which some are not finite: it then decodes to NaN alone
     grouped    whether its name takes how many elements a block has: int4_groups(32)
     """
@@ -44,6 +45,7 @@ class BlockForm(ABC):
     name: ClassVar[str]
     elements: int | None
     encodes: ClassVar[bool] = False
+    spacing: ClassVar[float] = 0.0
     marks: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
 

@@ -27,6 +27,7 @@ class Int8Rows(BlockForm):
     name = "int8_rows"
     elements = None
     encodes = True
+    spacing = 1 / 127
     marks = True
 
     def __init__(self, group: int = 0) -> None:
@@ -59,6 +60,7 @@ class Int4Groups(BlockForm):
 
     name = "int4_groups"
     encodes = True
+    spacing = 1 / 8
     grouped = True
 
     def __init__(self, group: int = 0) -> None:
