@@ -349,6 +349,7 @@ CHANGING = {
     "passes/fusion/attention/roles.py": {"Reading"},
     "passes/fusion/fuse_embedding_sum.py": {"_Tree"},
     "passes/lowering/grouping.py": {"_Group"},
+    "passes/quantization/activation_planning.py": {"_Product"},
     "passes/quantization/planning.py": {"_Readers"},
     "passes/sites/product_sites.py": {"_Origin"},
     "backends/onnx/spelled_line.py": {"Tensor", "OnnxNode"},

@@ -20,6 +20,7 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD, quads
 from treadle.ir.ops.blocks import ROWS
 from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, i64
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
@@ -245,3 +246,40 @@ def test_forms_of_rows() -> None:
     assert forms["x86-64-amx"] == "tiles"
     assert forms["x86-64-v4-bf16"] == "quads"
     assert {forms[n] for n in ISAS if n not in ("x86-64-amx", "x86-64-v4-bf16")} == {"wide"}
+
+
+# -- what is no weight, or comes from elsewhere --------------------------------------------------------------------
+
+
+@each_isa
+def test_two_sides_that_are_computed_are_laid_out_at_the_call(isa: str) -> None:
+    def block(b: Builder) -> Expr:
+        x, y = (b.encode(b.input(name, f32[rows, 70]), to="int8_rows") for name, rows in (("x", "M"), ("y", "N")))
+        return b.encoded_linear(x, y)
+
+    exe = find_backend("tvm").compile(graph_of(block), Target(isa), {})
+    for m, n in ((3, 40), (33, 5), (1, 64)):
+        x, y = normal(m, 70), normal(n, 70, seed=1)
+        np.testing.assert_array_equal(exe(x=x, y=y)["y"], exact(x, y))
+
+
+@each_isa
+def test_rows_that_a_block_is_given_as_they_are_held(isa: str) -> None:
+    graph = parse_graph("""graph g {
+      symbols M
+      parameters { w: f32[9, 70] as int8_rows }
+      block h(rows: f32[M, 70] as int8_rows) -> (y: f32[M, 9])
+        weights w: f32[9, 70] as int8_rows
+      {
+        y = encoded_linear(rows, $w)
+        return y = y
+      }
+      main(x: f32[M, 70]) -> (y: f32[M, 9]) {
+        rows = encode(x, to=int8_rows)
+        y = h(rows) with {w: $w}
+        return y = y
+      }
+    }""")
+    x, w = normal(21, 70), normal(9, 70, seed=1)
+    made = compiled(graph, {"w": w}, isa)(x=x)["y"]
+    np.testing.assert_allclose(made, exact(x, w), rtol=1e-6, atol=0)

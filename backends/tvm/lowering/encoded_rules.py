@@ -7,6 +7,7 @@ are held.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from treadle.backends.tvm.kernels.narrow.byte_product import MOST_SUMMED
 from treadle.backends.tvm.kernels.narrow.encode_rows import (
@@ -16,14 +17,18 @@ from treadle.backends.tvm.kernels.narrow.encode_rows import (
     rows_dtype,
     rows_elements,
 )
+from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
-from treadle.ir.graph import Node
+from treadle.ir.graph import Node, Value
+from treadle.ir.layouts import quads
 from treadle.ir.operation import Op
 from treadle.ir.ops.blocks import ROWS, EncodedLinear
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import View
 from treadle.ir.types import DTYPES, Type, f32
 from treadle.passes.memory.storage_plan import How
+
+_QUADS = quads(WIDTH)
 
 
 def _encode(w: RoutineWriter, node: Node) -> None:
@@ -33,20 +38,49 @@ def _encode(w: RoutineWriter, node: Node) -> None:
     products = [at == 0 and isinstance(reader.op, EncodedLinear) for reader, at in uses]
     to = w.view(y)
     if any(products):
-        form = form_of_rows(w.isa)
-        made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{to.storage.name}_{form}")
-        told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
-        w.step(EncodeRows(form), [x, made, told], [m, k, x.strides[0]], node, writes=2)
-        w.encoded[y] = made, told
+        w.encoded[y] = _as_read(w, node, x, to.storage.name)
         own = w.place(y).how is How.OWN and y not in w.plan.function.outputs.values()
         if all(products) and own:
-            w.rounded[to.storage] = made
+            w.rounded[to.storage] = w.encoded[y][0]
             return
     told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
     target = w.scratch(to.dtype, to.shape) if not to.is_contiguous else to
     w.step(EncodeRows("held"), [x, target, told], [m, k, x.strides[0]], node, writes=2)
     if target is not to:
         w.copy(target, to, node)
+
+
+def rows_of(w: RoutineWriter, node: Node, value: Value) -> tuple[View, View]:
+    """8-bit rows as products' kernels read them, and what these are told; of rows that are held, made of their numbers.
+
+    So the bits of what is held are kept, but for the last of a scale.
+    """
+    if value in w.encoded:
+        return w.encoded[value]
+    held, m, _ = _rows(w, w.view(value))
+    k = value.type.shape[-1]
+    numbers = w.scratch(f32, (m, k))
+    w.step(DecodeRows(), [held, numbers], [m, k, held.strides[0], k], node)
+    return _as_read(w, node, numbers, held.storage.name)
+
+
+def in_quads(w: RoutineWriter, value: Value) -> View:
+    """A right side of 8-bit rows as kernels read it; what is no weight is laid out now."""
+    view = w.view(value)
+    if value.layout == _QUADS:
+        return view
+    made = w.scratch(view.dtype, (_QUADS.elements(view.shape),), f"{view.storage.name}_quads")
+    w.pack(view, made, _QUADS)
+    return replace(made, shape=view.shape, strides=view.strides)
+
+
+def _as_read(w: RoutineWriter, node: Node, x: View, name: str) -> tuple[View, View]:
+    """Rows [m, k], rounded, in the form in which the instruction set's product reads them."""
+    (m, k), form = x.shape, form_of_rows(w.isa)
+    made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{name}_{form}")
+    told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{name}_scales")
+    w.step(EncodeRows(form), [x, made, told], [m, k, x.strides[0]], node, writes=2)
+    return made, told
 
 
 def _decode(w: RoutineWriter, node: Node) -> None:

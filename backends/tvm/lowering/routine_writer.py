@@ -284,17 +284,18 @@ class RoutineWriter:
         self.routine.steps.append(RoutineStep(callee.routine, tuple(arguments), tuple(results), node))
         self._forget(results)
 
-    def pack(self, view: View, to: View) -> None:
-        """Add a step that lays a matrix out in panels or pairs."""
+    def pack(self, view: View, to: View, layout: Layout | None = None) -> None:
+        """Add a step that lays a matrix out in panels, pairs or quads: as the storage of `to` says, if nothing does."""
         from treadle.backends.tvm.kernels.matmul import Pack
-        from treadle.backends.tvm.kernels.narrow.packing import PackPairs
+        from treadle.backends.tvm.kernels.narrow.packing import PackPairs, PackQuads
 
-        layout = to.panels
+        layout = layout or to.panels
         assert layout is not None
         n, k = (1, 0) if layout.transposed else (0, 1)
         sizes: list[Size | int] = [view.shape[n], view.shape[k], view.strides[n], view.strides[k]]
-        if layout.kind == "pairs":
-            self.step(PackPairs(layout.width), [view, to], sizes, None)
+        if layout.kind in ("pairs", "quads"):
+            kernel = (PackPairs if layout.kind == "pairs" else PackQuads)(layout.width)
+            self.step(kernel, [view, to], sizes, None)
         else:
             self.step(Pack(layout.width), [view, to], [*sizes, 1, 1, 0, 0], None)
 

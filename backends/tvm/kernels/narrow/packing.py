@@ -1,4 +1,4 @@
-"""A right side in bf16 that is computed, in pairs: weights are laid out when they are bound, by NumPy."""
+"""A right side that is computed, in pairs or quads: weights are laid out when they are bound, by NumPy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
-from treadle.ir.types import bf16
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD
+from treadle.ir.types import bf16, u8
 
 if TYPE_CHECKING:
-    from treadle.backends.tvm.kernels.emitter import Emitter
+    from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,43 @@ class PackPairs(Kernel):
                 k.store(w, at, k.number(0, bf16))
                 with k.when(k.both(row < n, step * PAIR_STEP + j < depth)):
                     k.store(w, at, k.load(x, [row, step * PAIR_STEP + j]))
+
+
+@dataclass(frozen=True)
+class PackQuads(Kernel):
+    """w = x[n, 4 + k], rows as `int8_rows` holds them, in quads(width): see `treadle.ir.layouts`. Filled up with zeros.
+
+    Passed: x, w; n, 4 + k; x's strides over both. w is contiguous.
+    """
+
+    width: int
+
+    @property
+    def generic(self) -> bool:
+        return True
+
+    def emit(self, k: Emitter) -> None:
+        px, pw = k.pointer("x", u8), k.pointer("w", u8)
+        n, bytes = k.size("n"), k.size("bytes")
+        x = k.view(px, [n, bytes], [k.size("x_n"), k.size("x_k")])
+        depth = k.let(bytes - ROW_HEAD, "depth")
+        steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
+        panels = k.floor_divide(n + (self.width - 1), self.width)
+        w = k.view(pw, [panels, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD])
+        with k.parallel(panels, "panel") as panel, k.loop(self.width, "i") as i:
+            row = k.let(panel * self.width + i, "row")
+
+            def put(at: Expr, byte: Expr, inside: Expr) -> None:
+                k.store(w, [panel, at], k.number(0, u8))
+                with k.when(inside):
+                    k.store(w, [panel, at], k.load(x, [row, byte]))
+
+            with k.loop(ROW_HEAD, "j") as j:
+                put(i * ROW_HEAD + j, j, row < n)
+            square, column = k.let(k.floor_divide(i, PAIR_SQUARE)), k.let(k.floor_mod(i, PAIR_SQUARE))
+            first = k.let(self.width * ROW_HEAD + square * (PAIR_SQUARE * QUAD_STEP) + column * 4, "first")
+            with k.loop(steps, "step") as step, k.loop(QUAD_STEP, "j") as j:
+                four = k.floor_divide(j, 4) * (4 * PAIR_SQUARE) + k.floor_mod(j, 4)
+                at = first + step * (self.width * QUAD_STEP) + four
+                element = step * QUAD_STEP + j
+                put(at, element + ROW_HEAD, k.both(row < n, element < depth))
