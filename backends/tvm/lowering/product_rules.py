@@ -164,10 +164,10 @@ def _sum(
     sizes = equation.sizes
     if len(values) == 2:
         if values[0].type.encoding is not None:
-            rows, weight = rows_of(w, node, values[0]), in_quads(w, values[1])
+            rows, laid = rows_of(w, node, values[0]), in_quads(w, values[1])
             x, y = (
                 LetteredView.of(v, letters)
-                for v, letters in zip((w.view(values[0]), weight), equation.operands, strict=False)
+                for v, letters in zip((w.view(values[0]), laid), equation.operands, strict=False)
             )
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True, encoded=rows).emit()
             return
