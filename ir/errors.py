@@ -16,6 +16,7 @@ __all__ = [
     "Hint",
     "ParseError",
     "PassError",
+    "RankError",
     "RuleError",
     "SizeError",
     "TreadleError",
@@ -50,3 +51,12 @@ class PassError(TreadleError):
 
 class BackendError(TreadleError):
     """A backend is not available, or refuses a graph, or was called with the wrong inputs."""
+
+
+class RankError(TreadleError):
+    """A rank of a sharded run has failed, has died or does not come; every other rank ends with this.
+
+    told  whether another rank tells the user, so that this one says nothing
+    """
+
+    told = False

@@ -162,3 +162,15 @@ def close(graph: Graph, inputs: dict[str, Array]) -> None:
     made = find_backend("torch").compile(graph, Target("cpu"), weights)(**inputs)
     for name, wanted in bounded(inline_calls(graph), inputs, weights).items():
         assert_within(made[name], wanted, name)
+
+
+def test_a_bias_that_is_one_number_for_all_rows_is_read_as_such() -> None:
+    """oneDNN reads a bias as contiguous, and an expanded one has one element in memory."""
+    b, x = graph_of()
+    weight = b.parameter("w", f32[N, K])
+    b.outputs(y=b.linear(x, weight, b.expand(b.constant(0.5, f32), shape=(N,))))
+    assert names(b.graph) == {"w": "n k"}
+    rng = np.random.default_rng(0)
+    w, given = (rng.standard_normal(shape).astype(np.float32) for shape in ((N, K), (2, 3, K)))
+    found = find_backend("torch").compile(b.graph, Target("cpu"), {"w": w})(x=given)["y"]
+    assert np.max(np.abs(found - (given @ w.T + 0.5))) < 1e-4

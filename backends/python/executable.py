@@ -22,7 +22,7 @@ from treadle.backends.signature import Signature
 from treadle.backends.states import StateKinds, States
 from treadle.files.shown_names import on_one_line
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import BackendError, TreadleError
+from treadle.ir.errors import BackendError, RankError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.types import DType, Type
 from treadle.passes.memory.storage_plan import StoragePlan
@@ -119,6 +119,8 @@ class _Module:
                 line = trace.tb_lineno
             trace = trace.tb_next
         node = self.program.nodes.get(line)
+        if isinstance(error, RankError):  # which is of all ranks, and of no line
+            return error
         if isinstance(error, (OutsideAxis, NoRoom)):
             return error.located(node, self.name)
         text = error.what if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"

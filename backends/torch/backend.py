@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.literals import Literal
+from treadle.ir.operation import Op
 from treadle.ir.ops.blocks import ROWS
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
@@ -72,7 +74,7 @@ class TorchBackend(StagedBackend):
         for encoding in [v.type.encoding for v in (*node.inputs, *node.results) if v.type.encoding not in (None, ROWS)]:
             return f"{encoding} blocks of what is no weight have no form in PyTorch"
         for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
-            if op.name not in SPELLINGS:
+            if op.name not in SPELLINGS and not op.meets_ranks:
                 inside = "" if op is node.op else f", which is in the body of {node.op.name}"
                 return f"{op.name} has no form in PyTorch{inside}"
         return None
@@ -138,7 +140,9 @@ class TorchBackend(StagedBackend):
         tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
         held = frozenset(map(arrays.storage, (*tensors.values(), *constants)))
         arena = PythonArena(plan, program, arrays, _fill if poison else None)
-        namespace = {"constants": constants, "device": device, "poison": partial(_poison, arena, held)}
+        met = {name: _Met(node.op) for name, node in program.references.items()}
+        namespace = {"constants": constants, "device": device, "reference": SimpleNamespace(**met)}
+        namespace["poison"] = partial(_poison, arena, held)
         return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan)
 
 
@@ -161,6 +165,17 @@ def _poison(arena: PythonArena, held: frozenset[int], array: torch.Tensor) -> No
         _fill(array)
     elif memory.data_ptr() not in held:
         memory.fill_(BYTE)  # type: ignore[attr-defined]
+
+
+class _Met:
+    """A collective, which is met with tensors."""
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+
+    def __call__(self, x: torch.Tensor, **sizes: int) -> torch.Tensor:
+        made: torch.Tensor = self.op.at(sizes).reference(x)
+        return made
 
 
 class _TorchArrays:

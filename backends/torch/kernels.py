@@ -40,7 +40,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = "") -> Tensor:
     """x times a weight that `treadle.backends.torch.packing` packed, transposed, with what oneDNN does at once."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    row = None if bias is None else bias.contiguous()  # it is read as such, whatever its strides are
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, row, activation, [], algorithm)
     return y
 
 

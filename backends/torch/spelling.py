@@ -10,6 +10,7 @@ from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_
 from treadle.backends.torch.term_spelling import spelled_term
 from treadle.ir.attention.attention_terms import Causal
 from treadle.ir.axes import Role
+from treadle.ir.errors import BackendError
 from treadle.ir.graph import Value
 from treadle.ir.operation import Op
 from treadle.ir.ops.attending import Attending
@@ -395,6 +396,13 @@ def _cached_attention(line: Line) -> str:
     return f"kernels.cached_attention({', '.join(arguments)})"
 
 
+def _met(line: Line) -> str:
+    """An op in which ranks meet, by its meaning: whoever runs the program meets them, with tensors."""
+    if not line.op.meets_ranks:
+        raise BackendError(f"the torch backend has no spelling of op {line.op.name!r}")
+    return line.by_reference()
+
+
 TORCH = Dialect(
     name="torch",
     imports=(
@@ -404,6 +412,7 @@ TORCH = Dialect(
     ),
     spellings=SPELLINGS,
     copied="{}.clone()",
+    otherwise=_met,
 )
 
 

@@ -15,9 +15,11 @@ from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
 from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
+from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.program import kernels_of
@@ -97,12 +99,15 @@ class TvmBackend(StagedBackend):
         program = lower(graph, needed_plan(plan, self.name), isa, RULES, target.cores())
         cache = KernelCache(isa)
         threads = target.cores() or 1
-        kernels = [Runner(), *kernels_of(program)] if runs_here(isa) else []
+        needed = kernels_of(program)
+        kernels = [Runner(), *[k for k in needed if not k.on_host]] if runs_here(isa) else []
+        calls = {k: HostCall(k) for k in needed if isinstance(k, Meet)}
         with ThreadPoolExecutor(max_workers=1) as pool:  # weights are laid out while kernels are compiled
             entries = pool.submit(cache.entries, kernels) if kernels else None
             packed = pack_weights(graph, made, weights, threads=threads)
             found = entries.result() if entries is not None else {}
-        executable = KernelExecutable(declared, program, cache, packed, threads, found, tuple(notes_on(made)), plan)
+        notes = tuple(notes_on(made))
+        executable = KernelExecutable(declared, program, cache, packed, threads, found, notes, plan, calls)
         refused = refused_here(isa)
         if refused is not None:
             executable.notes = (refused, *executable.notes)

@@ -25,6 +25,7 @@ from treadle.backends.poison import poisons
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
 from treadle.backends.states import StateKinds, States
+from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import Entry, KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address, function_of
@@ -68,19 +69,21 @@ class KernelExecutable(EntryExecutable):
         entries: Mapping[Kernel, Entry],
         prepared: Sequence[str] = (),
         plan: StoragePlan | None = None,
+        host: Mapping[Kernel, HostCall] | None = None,
     ) -> None:
         """Parameters of entries by name, in their layouts, and kernels.
 
         entries   where the kernels' code is, and the runner's; none where this machine cannot run it
         prepared  what was computed from weights when they were bound, a line each
         plan      says which inputs are donated; None: none is
+        host      what this process does itself between kernels
         """
         super().__init__(graph, "tvm", _zeros)
         self._prepared = prepared
         self.program, self.cache, self.threads = program, cache, threads
         self.notes = find_leftovers(program, graph.symbols)
         self.compiled = cache.compiled
-        self.machine = _Machine(graph.name, program, cache, weights, threads, entries)
+        self.machine = _Machine(graph.name, program, cache, weights, threads, entries, host or {})
         entry = partial(_KernelEntry, self.machine, self.state_kinds, graph, plan)
         made = {f.name: entry(f) for f in graph.later_entries}
         self.called |= made
@@ -103,7 +106,7 @@ class KernelExecutable(EntryExecutable):
 
     def assembly(self, title: str) -> str:
         """The assembly of a kernel, by its name in `source`. Raises BackendError where there is none of that name."""
-        titles = {name: kernel for kernel, name in unique_titles(self.kernels).items()}
+        titles = {name: kernel for kernel, name in unique_titles(self.kernels).items() if not kernel.on_host}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
         return assembly(titles[title], self.cache.isa)
@@ -163,9 +166,11 @@ class _Machine:
         weights: Mapping[str, Array],
         threads: int,
         entries: Mapping[Kernel, Entry],
+        host: Mapping[Kernel, HostCall],
     ) -> None:
         self.name, self.program, self.cache, self.threads = name, program, cache, threads
-        self._entries = entries
+        self._host = host
+        self._entries = {**entries, **{kernel: call.entry for kernel, call in host.items()}}
         self.weights = {storage: weights[n] for e in program.entries.values() for n, storage in e.weights.items()}
         self.constants: dict[Storage, Array] = {}
         self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], Plan] = OrderedDict()
@@ -277,6 +282,8 @@ class _Machine:
             plan.status[:] = 0  # of the kernels before
             step = plan.steps[failed]
             source = describe_source(step.node.source, step.node.scope) if step.node is not None else None
+            if step.kernel in self._host:
+                self._host[step.kernel].raise_failure(source)
             raise BackendError(f"kernel {step.kernel.title}: failed while running", source=source)
         if plan.status.size and plan.status.any():
             raise _outside(plan)

@@ -21,7 +21,10 @@ class Meeting(Protocol):
     """How one rank meets the others."""
 
     def exchange(self, op: Collective, part: Any) -> Any:
-        """Give this rank's part; returns what `op.combined` makes of the parts of its group for this rank."""
+        """Give this rank's part; returns what `op.combined` makes of the parts of its group for this rank.
+
+        part  an array or a tensor, which stays as it is; the result is a new one of the same kind
+        """
 
 
 _CURRENT: ContextVar[Meeting | None] = ContextVar("meeting", default=None)
@@ -40,7 +43,7 @@ def meeting_at(meeting: Meeting) -> Iterator[None]:
 def exchanged(op: Collective, part: Any) -> Any:
     """A collective's result for this rank. Raises GraphError where no other ranks are there to meet."""
     if op.ways == 1:
-        return op.combined([op], [part])[0]
+        return part
     meeting = _CURRENT.get()
     if meeting is None:
         raise GraphError(

@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 POINTER, INTEGER = 4, 1
 """Type indices of arguments in TVM's interface; each argument is such an index and eight bytes."""
 
-_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
+PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
 
 
 def address(array: Array) -> int:
@@ -31,7 +31,7 @@ def function_of(entry: Entry) -> Callable[[int, int, int], int]:
 
     Only for arguments that are right: nothing is checked.
     """
-    call, handle = _PROTOTYPE(entry[0]), entry[1]
+    call, handle = PROTOTYPE(entry[0]), entry[1]
     return lambda arguments, count, result: call(handle, arguments, count, result)
 
 

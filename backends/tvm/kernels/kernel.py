@@ -54,6 +54,11 @@ class Kernel:
         """Whether it computes element by element: right for every case, and named in the log as slow."""
         return False
 
+    @property
+    def on_host(self) -> bool:
+        """Whether a function of this process computes it, so that there is no code to compile."""
+        return False
+
     def emit(self, k: Emitter) -> None:
         """Write the kernel: ask for pointers and sizes, then emit loops."""
         raise NotImplementedError

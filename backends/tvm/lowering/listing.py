@@ -24,7 +24,9 @@ def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence
             ["# Computed once, when weights are bound:", *(f"#   {on_one_line(line)}" for line in prepared), ""]
         )
     parts += [_routine(routine, titles) for routine in program.routines]
-    parts += [f"# {kernel.key}\n{tvm_script(kernel, isa, titles[kernel])}" for kernel in kernels]
+    parts += [
+        f"# {kernel.key}\n" + ("" if kernel.on_host else tvm_script(kernel, isa, titles[kernel])) for kernel in kernels
+    ]
     return "\n\n".join(parts)
 
 

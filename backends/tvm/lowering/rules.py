@@ -8,6 +8,7 @@ from treadle.backends.tvm.kernels.arithmetic.vector_math import is_pointwise
 from treadle.backends.tvm.lowering import (
     attention_rules,
     cache_rules,
+    collective_rules,
     encoded_rules,
     indexing_rules,
     normalization_rules,
@@ -30,6 +31,7 @@ _MODULES = (
     reduction_rules,
     indexing_rules,
     cache_rules,
+    collective_rules,
 )
 
 

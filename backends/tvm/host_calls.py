@@ -1,0 +1,82 @@
+"""Host calls: what a table of kernel calls lets this process do itself, which is to meet other ranks.
+
+A record of the table names a function by its address. That of a collective is a function of Python's behind a C
+signature: it sees the arguments where kernels see theirs, and works on the memory that they point to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.tvm.kernels.cache import Entry
+from treadle.backends.tvm.kernels.calling import PROTOTYPE
+from treadle.backends.tvm.kernels.meeting import Meet
+from treadle.ir.errors import BackendError, TreadleError
+from treadle.ir.types import DType
+
+Array = np.ndarray[Any, Any]
+
+
+class HostCall:
+    """A collective as kernels are called. One call runs at a time.
+
+    entry  how it is called: an address, and what stands before the arguments
+    """
+
+    def __init__(self, kernel: Meet) -> None:
+        self.kernel = kernel
+        self._failure: BaseException | None = None
+        self._function = PROTOTYPE(self._called)
+
+    @cached_property
+    def entry(self) -> Entry:
+        return ctypes.cast(self._function, ctypes.c_void_p).value or 0, 0
+
+    def _called(self, handle: int, arguments: int, count: int, result: int) -> int:
+        """0, or -1 where it failed: nothing may be raised through what called it."""
+        try:
+            self._meet([w for _, w in _words(arguments, count)])
+        except BaseException as error:
+            self._failure = error
+            return -1
+        return 0
+
+    def _meet(self, words: list[int]) -> None:
+        kernel, (x, y, *sizes) = self.kernel, words
+        rank = kernel.rank
+        told = dict(zip(kernel.symbols, sizes[2 * rank :], strict=True))
+        given, to = (_memory(at, sizes[i * rank : (i + 1) * rank], kernel.dtype) for i, at in enumerate((x, y)))
+        made = kernel.op.at(told).reference(given)
+        if tuple(made.shape) != tuple(to.shape):
+            raise BackendError(f"{kernel.op.name} gave {list(made.shape)}, and not {list(to.shape)}")
+        to[...] = made
+
+    def raise_failure(self, source: str | None) -> None:
+        """Raise what the last call failed with, at the user's line."""
+        error, self._failure = self._failure, None
+        if isinstance(error, TreadleError) or (error is not None and not isinstance(error, Exception)):
+            raise error
+        if error is not None:
+            what = f"{self.kernel.op.name}: failed while running"
+            raise BackendError(what, received=f"{type(error).__name__}: {error}", source=source) from error
+
+
+def _words(at: int, count: int) -> list[tuple[int, int]]:
+    """Arguments where they lie, each a type index and a value."""
+    flat = (ctypes.c_int64 * (2 * count)).from_address(at)
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _memory(at: int, shape: list[int], dtype: DType) -> Any:
+    """The memory of a value as an array; of bf16, which NumPy lacks, as a tensor."""
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.bytes
+    raw = np.frombuffer((ctypes.c_uint8 * count).from_address(at), np.uint8) if count else np.empty(0, np.uint8)
+    if dtype.numpy is not None:
+        return raw.view(dtype.numpy).reshape(shape)
+    import torch
+
+    return torch.from_numpy(raw).view(torch.bfloat16).reshape(shape)

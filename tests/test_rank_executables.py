@@ -1,0 +1,110 @@
+"""A rank's program on a backend: what compiles it runs kernels between collectives, which the process meets itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.rank_threads import run_ranks
+from tests.sharded_models import numbers, recognized
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import build
+from treadle.ir.builder import Builder
+from treadle.ir.errors import BackendError, GraphError
+from treadle.ir.graph import Graph
+from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import taken_part
+from treadle.ir.target import Target
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.rank_programs import rank_weights
+from treadle.passes.sharding.recipes import shard
+from treadle.sharding import rank_graph
+
+BACKENDS = ("numpy", "torch", "tvm")
+
+
+def compiled(backend: str, graph: Graph, weights: dict[str, Any] | None = None) -> Any:
+    chosen = find_backend(backend)
+    if chosen.available() is not None:
+        pytest.skip(chosen.available())
+    return build(chosen, graph, Target("cpu"), weights or {})[0]
+
+
+def apart(backend: str, family: str, plan: ShardingPlan) -> tuple[float, set[str]]:
+    """How far the parts that ranks give are from those of the whole model's outputs; in what they met."""
+    graph = recognized(family)
+    drawn, inputs, wanted = numbers(family)
+    weights = {n: a.astype(np.float32) for n, a in drawn.items()}
+    calls = []
+    for rank in range(plan.mesh.ranks):
+        exe = compiled(backend, rank_graph(plan, rank), rank_weights(plan, rank, weights))
+        calls.append(lambda exe=exe: exe(**inputs))
+    found, room = run_ranks(plan.mesh, calls)
+    sizes = {s: min(11, bounds.upper or 11) for s, bounds in graph.symbols.items()}
+    far = 0.0
+    for (name, value), placed in zip(graph.main.outputs.items(), plan.main.gives, strict=True):
+        for rank, own in enumerate(found):
+            part = taken_part(wanted[name], value.type.shape, placed, plan.mesh, rank, sizes)
+            assert own[name].shape == part.shape
+            far = max(far, float(np.max(np.abs(own[name] - part))))
+    return far, room.kinds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("family", "mesh", "recipe"),
+    [
+        ("gpt2", "tp=2,dp=2", "megatron"),
+        ("llama", "tp=4", "sequence"),
+        ("t5", "tp=2", "megatron"),
+        ("vit", "dp=2", "fsdp"),
+    ],
+)
+def test_ranks_on_a_backend_compute_their_parts(backend: str, family: str, mesh: str, recipe: str) -> None:
+    far, kinds = apart(backend, family, shard(recognized(family), mesh, recipe=recipe))
+    assert far < 2e-4  # float32; outputs are near 1
+    assert kinds == {"Tensor" if backend == "torch" else "ndarray"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["f32", "i64", "bool"])
+def test_parts_of_any_dtype_and_of_uneven_sizes_meet(backend: str, dtype: str) -> None:
+    """An all-to-all of strided operands, whose sizes are expressions of a symbol."""
+    mesh, rows = Mesh.of("tp=2"), 5
+    whole = (np.arange(rows * 3).reshape(rows, 3) % (2 if dtype == "bool" else 99)).astype(
+        {"f32": np.float32, "i64": np.int64, "bool": bool}[dtype]
+    )
+    calls = []
+    for rank in range(2):
+        b = Builder(Graph("parts"))
+        x = b.input("x", f"{dtype}[B, 3]")
+        size = x.shape[0]
+        part = [size // 2, size - size // 2][rank]
+        cut = b.slice(x, axis=1, start=[0, 1][rank], stop=[1, 3][rank])
+        y = b.apply("all_to_all", cut, over="tp", ways=2, axis=0, size=part, onto=1, whole=3)
+        b.outputs(y=y)
+        exe = compiled(backend, b.graph)
+        calls.append(lambda exe=exe: exe(x=whole)["y"])
+    found, _ = run_ranks(mesh, calls)
+    assert np.array_equal(np.concatenate(found), whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_program_that_runs_alone_is_told_so(backend: str) -> None:
+    b = Builder(Graph("alone"))
+    b.outputs(y=b.apply("all_reduce", b.input("x", "f32[B, 4]"), over="tp", ways=2))
+    exe = compiled(backend, b.graph)
+    with pytest.raises((GraphError, BackendError)) as error:
+        exe(x=np.ones((2, 4), np.float32))
+    assert "is among 2 ranks, and this program runs alone" in f"{error.value.what} {error.value.received}"
+
+
+def test_a_listing_names_what_the_process_does_itself() -> None:
+    plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
+    weights = {n: a.astype(np.float32) for n, a in numbers("gpt2")[0].items()}
+    exe = compiled("tvm", rank_graph(plan, 0), rank_weights(plan, 0, weights))
+    assert " = all_reduce(" in exe.source
+    with pytest.raises(BackendError, match="there is no kernel 'all_reduce'"):
+        exe.assembly("all_reduce")
