@@ -26,7 +26,11 @@ class TreadleError(Exception):
     within    the place in a graph (function, op, neighbours) or in a file (field, byte offset)
     source    the user's own line and scope
     hint      what to do about it
+
+    told_elsewhere  whether another process tells the user of it, so that this one says nothing
     """
+
+    told_elsewhere = False
 
     def __init__(
         self,

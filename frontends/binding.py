@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
+from treadle.frontends.deferred_arrays import DeferredArray, widened_bits
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
@@ -55,6 +56,9 @@ class TensorStore(Protocol):
 
     def array(self, name: str, /) -> Array:
         """A tensor, read-only."""
+
+    def bits(self, name: str, /) -> npt.NDArray[np.uint16]:
+        """The bits of a bf16 tensor, read-only."""
 
 
 class BlockStore(TensorStore, Protocol):
@@ -128,14 +132,15 @@ Table = Mapping[str, Entry]
 class Binding:
     """A model's parameters as a checkpoint gives them.
 
-    arrays      each parameter's array, read-only; a view of the file where dtypes agree
+    arrays      each parameter's array, read-only; a view of the file where dtypes agree. Where they were asked to be
+                deferred, those of others are `DeferredArray`
     sources     where each came from, with the name as the file has it
     converted   the parameters whose dtype is not the file's: (the file's, theirs)
     unused      the file's tensors that no parameter took, in the file's order
     encodings   the parameters whose arrays hold blocks, as the file does
     """
 
-    arrays: dict[str, Array]
+    arrays: dict[str, Any]
     sources: dict[str, Source]
     converted: dict[str, tuple[str, str]]
     unused: tuple[str, ...]
@@ -150,6 +155,7 @@ def bind(
     prefixes: Sequence[str] = ("",),
     ignore: Iterable[str] = (),
     blocks: BlockStore | None = None,
+    deferred: bool = False,
 ) -> Binding:
     """Find every parameter in a checkpoint.
 
@@ -159,6 +165,8 @@ def bind(
     prefixes     what may stand before the table's names in the file, in order of preference: ("", "bert.")
     ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
     blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay so: they are not decoded
+
+    deferred     whether tensors are converted only where a part of them is taken, if NumPy's elements are the file's
 
     A floating-point tensor is converted to the parameter's dtype, an integer one where every value of its
     dtype fits; a bf16 parameter is held as float32, since NumPy has no bf16.
@@ -192,7 +200,7 @@ def bind(
     if missing or misfits:
         raise _mismatch(missing, misfits, len(parameters), unused, checkpoint)
 
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Any] = {}
     converted: dict[str, tuple[str, str]] = {}
     stored: dict[str, Array] = {}  # so that three slices of one bf16 tensor widen it once
     encodings: dict[str, Encoding] = {}
@@ -202,12 +210,16 @@ def bind(
         if blocks is not None and encoding is not None and not source.part and len(shape) == 2 and str(dtype) == "f32":
             arrays[name], encodings[name] = blocks.held(source.name), encoding
             continue
-        if source.name not in stored:
-            stored[source.name] = checkpoint.array(source.name)
-        arrays[name] = source.view(stored[source.name])
         held, needed = checkpoint.record(source.name).dtype, str(parameters[name][1])
         if held != needed:
             converted[name] = held, needed
+        if deferred and (held == "bf16" or held != needed):
+            arrays[name] = _deferred(name, held, needed, source, checkpoint)
+            continue
+        if source.name not in stored:
+            stored[source.name] = checkpoint.array(source.name)
+        arrays[name] = source.view(stored[source.name])
+        if held != needed:
             arrays[name] = _convert(name, arrays[name], needed, source, checkpoint)
     return Binding(arrays, sources, converted, unused, encodings)
 
@@ -315,6 +327,18 @@ def _convertible(held: str, needed: str) -> bool:
 
 
 _INTEGERS = {f"{kind}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)}
+
+
+def _deferred(name: str, held: str, needed: str, source: Source, checkpoint: TensorStore) -> DeferredArray:
+    """A tensor that is converted where a part of it is taken; `_convert` says what is refused then."""
+    dtype = DTYPES[needed].numpy or np.dtype(np.float32)
+    is_bf16 = held == "bf16"
+    stored = source.view(checkpoint.bits(source.name) if is_bf16 else checkpoint.array(source.name))
+
+    def convert(part: Array) -> Array:
+        return _convert(name, widened_bits(part) if is_bf16 else part, needed, source, checkpoint)
+
+    return DeferredArray(stored, convert, dtype)
 
 
 def _convert(name: str, array: Array, needed: str, source: Source, checkpoint: TensorStore) -> Array:

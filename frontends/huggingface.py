@@ -177,6 +177,10 @@ class Checkpoint:
         """
         return self._holder(name).array(name)
 
+    def bits(self, name: str) -> npt.NDArray[np.uint16]:
+        """The bits of a bf16 tensor: see `SafetensorsFile.bits`. Raises CheckpointError as `record`."""
+        return self._holder(name).bits(name)
+
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes in its file, a view u8[nbytes]. Raises CheckpointError as `record`."""
         return self._holder(name).raw(name)

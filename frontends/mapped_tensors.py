@@ -109,3 +109,10 @@ class MappedTensors(Generic[Record]):
                 within=self.path,
             )
         return np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
+
+    def bits(self, name: str, /) -> npt.NDArray[np.uint16]:
+        """The bits of a bf16 tensor, u16 of its shape, read-only: a view of the file, where it lies on an even byte."""
+        record, raw = self.record(name), self.raw(name)
+        bits = (raw if record.begin % 2 == 0 else raw.copy()).view("<u2").reshape(record.shape)
+        bits.flags.writeable = False
+        return bits

@@ -30,6 +30,7 @@ from treadle.files.contained_files import PathLike, open_regular
 from treadle.files.limits import MORE, limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.strict_json import JsonReader
+from treadle.frontends.deferred_arrays import widened_bits
 from treadle.frontends.mapped_tensors import MappedTensors, TensorRecord
 from treadle.ir.errors import CheckpointError, UsageError
 
@@ -149,10 +150,7 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
         """
         record, raw = self[name], self.raw(name)
         if record.dtype == "bf16":
-            wide = raw.view("<u2") if record.begin % 2 == 0 else raw.copy().view("<u2")
-            bits = wide.astype(np.uint32)
-            bits <<= np.uint32(16)
-            array: npt.NDArray[Any] = bits.view(np.float32)
+            array: npt.NDArray[Any] = widened_bits(self.bits(name))
         else:
             dtype = _NUMPY.get(record.dtype)
             if dtype is None:

@@ -54,9 +54,4 @@ class BackendError(TreadleError):
 
 
 class RankError(TreadleError):
-    """A rank of a sharded run has failed, has died or does not come; every other rank ends with this.
-
-    told  whether another rank tells the user, so that this one says nothing
-    """
-
-    told = False
+    """A rank of a sharded run has failed, has died or does not come; every other rank ends with this."""

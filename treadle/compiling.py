@@ -145,18 +145,21 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     """
     if seed < 0:
         raise UsageError(f"a seed is 0 or more, not {seed}")
-    drawn = {}
-    for name, value in graph.parameters.items():
-        shape = value.type.static_shape
-        if shape is None or value.type.dtype.numpy is None:
-            narrow = shape is not None
-            hint = Hint(
-                "weights=" + ', or widen="bf16"' * narrow, "--widen bf16" if narrow else "a checkpoint with its weights"
-            )
-            raise UsageError(f"parameter {name}: {value.type} cannot be drawn", hint=hint)
-        rng = np.random.default_rng([seed, *name.encode()])
-        drawn[name] = graph.initial.get(name, Init("normal", 0.02)).draw(shape, value.type.dtype, rng)
-    return drawn
+    return {name: initial_weight(graph, name, seed) for name in graph.parameters}
+
+
+def initial_weight(graph: Graph, name: str, seed: int = 0) -> Array:
+    """The initial value of one weight. Raises UsageError for one that cannot be drawn."""
+    value = graph.parameters[name]
+    shape = value.type.static_shape
+    if shape is None or value.type.dtype.numpy is None:
+        narrow = shape is not None
+        hint = Hint(
+            "weights=" + ', or widen="bf16"' * narrow, "--widen bf16" if narrow else "a checkpoint with its weights"
+        )
+        raise UsageError(f"parameter {name}: {value.type} cannot be drawn", hint=hint)
+    rng = np.random.default_rng([seed, *name.encode()])
+    return graph.initial.get(name, Init("normal", 0.02)).draw(shape, value.type.dtype, rng)
 
 
 def checked_passes(passes: object) -> tuple[Pass, ...]:

@@ -27,6 +27,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.binding import bind
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.declarations import Model
+from treadle.frontends.deferred_arrays import DeferredArray
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, open_checkpoint
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
@@ -122,6 +123,7 @@ def resolve(
     inputs: Sequence[str] | None = None,
     widen: str | Iterable[str] = (),
     limits: Limits = None,
+    deferred: bool = False,
     **config: Any,
 ) -> Resolved:
     """Trace what MODEL names.
@@ -130,6 +132,7 @@ def resolve(
     widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
              weights that a GGUF file holds in blocks are decoded to f32 as they are read
     limits   what a file may ask for before it is refused: {"tensors": 1_000_000}
+    deferred whether weights of a safetensors or GGUF file are converted only where a part of them is taken
     config   configuration that overrides the declaration's or the checkpoint's
 
     Raises UsageError where there is no such model, FrontendError or CheckpointError where it cannot be read,
@@ -138,7 +141,7 @@ def resolve(
     names = [widen] if isinstance(widen, str) else list(widen)
     narrow = narrow_dtypes(name for name in names if name != BLOCKS)
     try:
-        return _widened(_resolve(model, inputs, config, limits, BLOCKS not in names), narrow)
+        return _widened(_resolve(model, inputs, config, limits, BLOCKS not in names, deferred), narrow)
     except StaticInputNeeded as needed:
         needed.opened = replace(needed.opened, narrow=narrow)
         raise
@@ -153,8 +156,10 @@ def _widened(resolved: Resolved, narrow: frozenset[DType]) -> Resolved:
     return replace(resolved, graph=widen_graph(resolved.graph, narrow), weights=weights) if narrow else resolved
 
 
-def _as_f32(array: Any) -> Array:
+def _as_f32(array: Any) -> Any:
     """A weight's numbers in float32, as which bf16 ones come already."""
+    if isinstance(array, DeferredArray):
+        return array.then(lambda part: np.asarray(part, np.float32), np.dtype(np.float32))
     return np.asarray(array, np.float32)
 
 
@@ -164,6 +169,7 @@ def _resolve(
     config: Mapping[str, Any],
     limits: Limits,
     keep_blocks: bool,
+    deferred: bool,
 ) -> Resolved:
     text = str(model) if isinstance(model, str | Path) else ""
     path, colon, function = text.rpartition(":")
@@ -196,7 +202,7 @@ def _resolve(
     if in_zoo:
         declared = find_family(text).model.configure(inputs=inputs, **config)
         return Resolved(text, declared.graph(), declared)
-    resolved = _from_place(find_folder(text), inputs, config, limits, keep_blocks)
+    resolved = _from_place(find_folder(text), inputs, config, limits, keep_blocks, deferred)
     return _called(text, resolved) if text in PINNED and not Path(text).exists() else resolved
 
 
@@ -207,17 +213,22 @@ def _called(name: str, resolved: Resolved) -> Resolved:
 
 
 def _from_place(
-    place: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits, keep_blocks: bool
+    place: Path,
+    inputs: Sequence[str] | None,
+    config: Mapping[str, Any],
+    limits: Limits,
+    keep_blocks: bool,
+    deferred: bool,
 ) -> Resolved:
     """The model in a folder or a file."""
     if place.suffix == GGUF_SUFFIX and not place.is_dir():
-        return _from_gguf(place, inputs, config, limits, keep_blocks)
+        return _from_gguf(place, inputs, config, limits, keep_blocks, deferred)
     if place.suffix == ONNX_SUFFIX and not place.is_dir():
         return _from_onnx(place, inputs, config, limits)
     converted = find_ctranslate2(place, limits)
     if converted is not None:
         return _from_ctranslate2(converted, place, inputs, config)
-    return _from_folder(place, inputs, config, limits)
+    return _from_folder(place, inputs, config, limits, deferred)
 
 
 def _instead_of(model: object) -> str | None:
@@ -268,32 +279,43 @@ def find_folder(model: str | Path) -> Path:
     return folder
 
 
-def load_weights(graph: Graph, checkpoint: Checkpoint) -> tuple[dict[str, Array], tuple[str, ...]]:
+def load_weights(
+    graph: Graph, checkpoint: Checkpoint, deferred: bool = False
+) -> tuple[dict[str, Array], tuple[str, ...]]:
     """The graph's weights out of a checkpoint, memory-mapped, and the tensors that it leaves unused."""
     family = family_of(checkpoint.config)
     wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    binding = bind(wanted, family.checkpoint(checkpoint.config), checkpoint, prefixes=family.prefixes)
+    binding = bind(
+        wanted, family.checkpoint(checkpoint.config), checkpoint, prefixes=family.prefixes, deferred=deferred
+    )
     return binding.arrays, binding.unused
 
 
-def _from_folder(folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits) -> Resolved:
+def _from_folder(
+    folder: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits, deferred: bool
+) -> Resolved:
     checkpoint = open_checkpoint(folder, limits)
     family = family_of(checkpoint.config)
     declared = family.from_config(checkpoint.config).configure(inputs=inputs, **config)
     graph = declared.graph()
-    weights, unused = load_weights(graph, checkpoint)
+    weights, unused = load_weights(graph, checkpoint, deferred)
     return Resolved(family.name, graph, declared, weights, unused, folder)
 
 
 def _from_gguf(
-    path: Path, inputs: Sequence[str] | None, config: Mapping[str, Any], limits: Limits, keep_blocks: bool
+    path: Path,
+    inputs: Sequence[str] | None,
+    config: Mapping[str, Any],
+    limits: Limits,
+    keep_blocks: bool,
+    deferred: bool,
 ) -> Resolved:
     file = GGUFFile.open(path, limits)
     model, table = read_gguf(file)
     declared = model.configure(inputs=inputs, **config)
     graph = declared.graph()
     wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    binding = bind(wanted, table, file, blocks=file if keep_blocks else None)
+    binding = bind(wanted, table, file, blocks=file if keep_blocks else None, deferred=deferred)
     graph = encode_parameters(graph, binding.encodings)
     blocks = {name: file.record(source.name).blocks for name, source in binding.sources.items()}
     unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # which is in the configuration

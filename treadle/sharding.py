@@ -80,7 +80,7 @@ def shard_model(
 
     Raises UsageError for a mesh, recipe, axis or device that there is not, and what `resolve` does.
     """
-    _, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config)
+    _, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
     return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
 
 
@@ -92,10 +92,15 @@ def recognized(
     widen: str | Iterable[str],
     limits: Mapping[str, int] | None,
     config: Mapping[str, Any],
+    *,
+    deferred: bool = False,
 ) -> tuple[Resolved, Optimized]:
-    """What MODEL names, and its graph in which everything is recognized, computes in `dtype` and is held in blocks."""
+    """What MODEL names, and its graph in which everything is recognized, computes in `dtype` and is held in blocks.
+
+    deferred   weights of a checkpoint are read when parts of them are taken (`treadle.frontends.deferred_arrays`)
+    """
     passes, widen = computing_in(dtype, RECOGNITION, widen, quantize)
-    resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, **config)
+    resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, deferred=deferred, **config)
     return resolved, PassManager(passes).run(resolved.graph)
 
 
@@ -115,9 +120,13 @@ def plan_graph(
     return plan
 
 
-def rank_graph(plan: ShardingPlan, rank: int) -> Graph:
-    """The program of a rank after the rest of the pipeline."""
-    return PassManager(MERGING).run(rank_program(plan, rank)).graph
+def rank_graph(plan: ShardingPlan, rank: int, *, dtype: str | None = None) -> Graph:
+    """The program of a rank after the rest of the pipeline.
+
+    dtype  in which products with weights compute, as `treadle.compile` takes it
+    """
+    passes, _ = computing_in(dtype, MERGING, ())
+    return PassManager(passes).run(rank_program(plan, rank)).graph
 
 
 @dataclass(frozen=True)

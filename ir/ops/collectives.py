@@ -197,6 +197,10 @@ class AllToAll(_Along):
             right[place(axis, len(names))] = sized(size)
         return f"{' '.join(left)} -> {' '.join(right)}"
 
+    def payload(self, taken: int, given: int) -> int:
+        """What a rank brings: where parts are uneven, no two need bring and get as much, and all together do."""
+        return taken
+
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
         cut = [_parted(part, ops, self.axis) for part in parts]
         return [np.concatenate([pieces[n] for pieces in cut], axis=self.onto) for n in range(len(parts))]

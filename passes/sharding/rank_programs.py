@@ -63,10 +63,10 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
 
 
 def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """The parts of the weights that a rank's program takes: views of the whole."""
+    """The parts of the weights that a rank's program takes: views of the whole, of which nothing else is read."""
     types = [plan.graph.parameters[name].type for name in plan.weights]
     return {
-        name: taken_part(np.asarray(weights[name]), type.held.shape, held_placement(type, placed), plan.mesh, rank, {})
+        name: taken_part(weights[name], type.held.shape, held_placement(type, placed), plan.mesh, rank, {})
         for (name, placed), type in zip(plan.weights.items(), types, strict=True)
     }
 

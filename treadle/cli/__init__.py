@@ -1,4 +1,4 @@
-"""The command line: `treadle inspect | compile | explain | run | verify | shard | export | bench | embed | ...`.
+"""The command line: `treadle inspect | compile | explain | run | launch | verify | shard | export | bench | ...`.
 
 docs/cli.md describes each command; each has a file of its name here, or, if it asks a model for something that people
 ask, in `tasks/`.
@@ -18,7 +18,7 @@ from treadle.cli.application import app as app
 from treadle.cli.application import forget_output, print_json, saying
 
 _OWN = (
-    *("inspect", "compile", "explain", "run", "verify", "shard", "export"),
+    *("inspect", "compile", "explain", "run", "launch", "verify", "shard", "export"),
     *("bench", "roofline", "embed", "generate", "serve", "models", "fetch"),
 )
 _TASKS = ("chat", "classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe")

@@ -62,7 +62,7 @@ def command(
     def made(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def guarded(**options: Any) -> None:
-            with _reader_may_leave(LEFT if judges(options) else 0), _errors_told(options["as_json"]):
+            with _reader_may_leave(LEFT if judges(options) else 0), _errors_told(options.get("as_json", False)):
                 function(**options)
 
         return app.command(name, cls=_Command)(guarded)
@@ -97,6 +97,8 @@ def _errors_told(as_json: bool) -> Iterator[None]:
     except (typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except TreadleError as error:
+        if error.told_elsewhere:
+            raise typer.Exit(2) from None
         from treadle.reports import console, error_facts, error_text
 
         error.hint = getattr(error.hint, "command", error.hint)

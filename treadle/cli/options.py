@@ -131,6 +131,19 @@ Device = Annotated[
         "--device", metavar="NAME", help="What each rank is: h100, a100 or cpu. By default h100.", show_default=False
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="AXES",
+        help="Run as one of several ranks that treadle launch or torchrun started, over this mesh, such as tp=2.",
+        show_default=False,
+    ),
+]
+Patience = Annotated[
+    float,
+    typer.Option("--timeout", metavar="SECONDS", min=1, help="With --mesh: how long a rank waits for the others."),
+]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", min=0, help="Draws the weights where no checkpoint gives them.")
 ]

@@ -13,17 +13,22 @@ import treadle
 from treadle.cli.application import command, print_json
 from treadle.cli.options import (
     AsJson,
+    Axis,
     Config,
     Dtype,
     Limit,
+    Mesh,
     ModelName,
+    Patience,
     Quantize,
+    Recipe,
     Seed,
     Threads,
     Widen,
     names_of,
     refuse_for_artifact,
 )
+from treadle.ir.errors import UsageError
 
 
 @command("run")
@@ -59,10 +64,39 @@ def run_model(
         ),
     ] = None,
     threads: Threads = None,
+    mesh: Mesh = None,
+    recipe: Recipe = None,
+    axis: Axis = None,
+    timeout: Patience = 60.0,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a model on arrays."""
+    """Run a model on arrays, by itself or as one of several ranks."""
+    if mesh is not None:
+        from treadle.cli.rank_runs import run_rank
+
+        run_rank(
+            model,
+            values or [],
+            mesh=mesh,
+            recipe=recipe,
+            axis=axis or [],
+            timeout=timeout,
+            output=output,
+            config=config or (),
+            limit=limit or (),
+            dtype=dtype,
+            quantize=quantize,
+            widen=names_of(widen) or (),
+            backend=backend or "numpy",
+            target=target or "cpu",
+            threads=threads,
+            seed=seed,
+            as_json=as_json,
+        )
+        return
+    if recipe is not None or axis:
+        raise UsageError("a model is split over a mesh", received=recipe or ", ".join(axis or ()), hint="--mesh tp=2")
     import numpy as np
 
     from treadle.artifacts import is_artifact, load, open_artifact

@@ -1,0 +1,296 @@
+"""The communicator: how a rank meets the others through torch.distributed, by gloo on processors and NCCL on CUDA.
+
+    communicator = Communicator(plan, rank, waiting=watch.waiting)
+    with communicator.running(sizes):            # in which collectives of the rank's program meet here
+        outputs = executable(**inputs)
+
+Parts need not be equal, and a rank's program knows its own part alone. So when a run of new sizes first comes to a
+collective, the ranks of the group tell each other what they meet in and how large their parts are; later runs of these
+sizes know. Who meets in another collective, or with another dtype, is told so then.
+
+What torch.distributed sends are whole contiguous tensors; parts are laid out for it here, the shorter ones padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from treadle.ir.errors import GraphError, RankError
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.collectives import AllGather, AllReduce, AllToAll, Collective, ReduceScatter
+from treadle.ir.placement.meeting import meeting_at
+from treadle.ir.placement.mesh import Mesh
+from treadle.passes.sharding.plan import PlannedFunction, ShardingPlan
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+Result = TypeVar("Result")
+
+_WORDS = (
+    4  # of i64 that ranks tell each other of a meeting: what, dtype, how long the part that they take is, and bring
+)
+
+
+@dataclass
+class Traffic:
+    """What a rank's calls of one collective were about.
+
+    times  how often
+    bytes  payloads together: what it brought, or got, if that is more
+    """
+
+    times: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The ranks that meet along parts of mesh axes.
+
+    ranks  in the order of their parts
+    at     this rank's place among them
+    """
+
+    ranks: tuple[int, ...]
+    at: int
+    handle: ProcessGroup | None
+
+
+@dataclass
+class Communicator:
+    """A rank's meetings; see `treadle.ir.placement.meeting.Meeting`. torch.distributed must have been started.
+
+    waiting  a context in which a rank waits for others, given what for
+    failed   what is raised in place of an error of torch.distributed
+    traffic  by collective and the axes that it is over
+    """
+
+    plan: ShardingPlan
+    rank: int
+    timeout: float = 60.0
+    waiting: Callable[[str], AbstractContextManager[None]] = lambda told: nullcontext()
+    failed: Callable[[Exception, str], Exception] = lambda error, told: RankError(told, received=str(error))
+    traffic: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.groups = {text: self._group(text) for text in met_over(self.plan)}
+        self._known: dict[tuple[tuple[tuple[str, int], ...], int], list[list[int]]] = {}
+        self._run: tuple[tuple[str, int], ...] = ()
+        self._number = 0
+
+    @property
+    def mesh(self) -> Mesh:
+        """The plan's."""
+        return self.plan.mesh
+
+    def _group(self, over: str) -> _Group:
+        """Its group along parts of axes; every rank makes all groups, in one order, as torch.distributed asks."""
+        import torch.distributed as dist
+
+        parts = self.mesh.parts_of(over)
+        found: _Group | None = None
+        for rank in range(self.mesh.ranks):
+            ranks = self.mesh.group(rank, parts)
+            if ranks[0] != rank:
+                continue
+            handle = (
+                None
+                if len(ranks) == self.mesh.ranks
+                else dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
+            )
+            if self.rank in ranks:
+                found = _Group(ranks, ranks.index(self.rank), handle)
+        assert found is not None
+        return found
+
+    @contextmanager
+    def running(self, sizes: Mapping[str, int]) -> Iterator[None]:
+        """One run of the rank's program, with these sizes of symbols."""
+        self._run, self._number = tuple(sorted(sizes.items())), 0
+        with meeting_at(self):
+            yield
+
+    # -- meeting -----------------------------------------------------------------------------------------------
+
+    def exchange(self, op: Collective, part: Any) -> Any:
+        """See `Meeting.exchange`. Raises RankError where others do not come, or come with something else."""
+        import torch
+
+        group = self.groups.get(op.over)
+        if group is None or len(group.ranks) != op.ways:
+            raise GraphError(f"{op.name} over {op.over} among {op.ways} ranks is no meeting of the plan's")
+        given = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+        given = given.reshape(np.shape(part))
+        told = f"{op.name} over {op.over}" + (f", {op.because}" if op.because else "")
+        with self.waiting(told):
+            try:
+                sizes = self._told(op, given, group)
+                made = _MEETINGS[type(op)](op, given, group, sizes)
+            except RuntimeError as error:  # all that torch.distributed raises
+                raise self.failed(error, told) from error
+        counted = self.traffic.setdefault((op.name, op.over), Traffic())
+        counted.times += 1
+        counted.bytes += op.payload(_bytes(given), _bytes(made))
+        return made if part is given or isinstance(part, torch.Tensor) else made.numpy()
+
+    def _told(self, op: Collective, given: torch.Tensor, group: _Group) -> list[list[int]]:
+        """What each rank of the group has told of this meeting, in order."""
+        key = self._run, self._number
+        self._number += 1
+        if key not in self._known:
+            self._known[key] = self._tell(op, given, group)
+        return self._known[key]
+
+    def _tell(self, op: Collective, given: torch.Tensor, group: _Group) -> list[list[int]]:
+        import torch
+
+        what = int.from_bytes(hashlib.sha256(repr(op.meeting).encode()).digest()[:7])
+        kind = int.from_bytes(hashlib.sha256(str(given.dtype).encode()).digest()[:7])
+        own = op.size.evaluate({}) if hasattr(op, "size") else 0
+        brought = given.shape[place(_joined(op), given.dim())] if given.dim() else 1
+        mine = torch.tensor([what, kind, own, brought], dtype=torch.int64, device=given.device)
+        all_told = torch.empty(len(group.ranks) * _WORDS, dtype=torch.int64, device=given.device)
+        _gather(all_told, mine, group)
+        rows: list[list[int]] = all_told.reshape(-1, _WORDS).tolist()
+        for rank, row in zip(group.ranks, rows, strict=True):
+            if row[0] != what:
+                raise RankError(
+                    f"ranks {self.rank} and {rank} meet in different collectives",
+                    received=f"rank {self.rank}: {op.name} over {op.over}, its {self._number}th",
+                )
+            if row[1] != kind:
+                raise RankError(f"ranks {self.rank} and {rank} meet with different dtypes, in {op.name} over {op.over}")
+        return rows
+
+
+def met_over(plan: ShardingPlan) -> tuple[str, ...]:
+    """The parts of mesh axes along which ranks meet, as their collectives say them, in order."""
+    found: dict[str, None] = {}
+
+    def look(planned: PlannedFunction) -> None:
+        moves = [move for node in planned.nodes for move in node.moves] + list(planned.moves)
+        found.update({plan.mesh.text_of(step.over): None for move in moves for step in move.steps if step.sends})
+        for node in planned.nodes:
+            if node.body is not None:
+                look(node.body)
+
+    for planned in plan.functions:
+        look(planned)
+    return tuple(sorted(found))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# -- each collective -----------------------------------------------------------------------------------------------
+
+
+def _joined(op: Collective) -> int:
+    """The dimension along which parts of ranks are joined."""
+    if isinstance(op, AllToAll):
+        return op.onto
+    return op.axis if isinstance(op, (AllGather, ReduceScatter)) else 0
+
+
+def _all_reduce(op: AllReduce, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]) -> torch.Tensor:
+    import torch
+    import torch.distributed as dist
+
+    by = {"sum": "SUM", "prod": "PRODUCT", "max": "MAX", "min": "MIN", "and": "MIN", "or": "MAX"}[op.monoid]
+    # A copy, which is reduced in place; gloo has no 16-bit integers.
+    made = given.to(torch.int32) if given.dtype == torch.int16 else given.clone(memory_format=torch.contiguous_format)
+    if made.numel():
+        dist.all_reduce(made, op=getattr(dist.ReduceOp, by), group=group.handle)
+    return made.to(given.dtype)
+
+
+def _all_gather(op: AllGather, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]) -> torch.Tensor:
+    import torch
+
+    axis = place(op.axis, given.dim())
+    lengths = [row[3] for row in told]
+    longest = max(lengths)
+    mine = _padded(given.movedim(axis, 0), longest)
+    made = mine.new_empty((len(lengths), *mine.shape))
+    _gather(_as_bytes(made), _as_bytes(mine), group)
+    whole = torch.cat([made[i, :n] for i, n in enumerate(lengths)]) if min(lengths) < longest else made.flatten(0, 1)
+    return whole.movedim(0, axis).contiguous()
+
+
+def _reduce_scatter(
+    op: ReduceScatter, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    import torch
+    import torch.distributed as dist
+
+    axis = place(op.axis, given.dim())
+    lengths = [row[2] for row in told]
+    longest = max(lengths)
+    cut = torch.split(given.movedim(axis, 0), lengths)
+    brought = torch.stack([_padded(piece, longest) for piece in cut])
+    made = brought.new_empty(brought.shape[1:])
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before
+    scatter(made.reshape(-1), brought.reshape(-1), group=group.handle)
+    return made[: lengths[group.at]].movedim(0, axis).contiguous()
+
+
+def _all_to_all(op: AllToAll, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]) -> torch.Tensor:
+    import torch
+    import torch.distributed as dist
+
+    axis, onto = place(op.axis, given.dim()), place(op.onto, given.dim())
+    sent = [piece.contiguous() for piece in torch.split(given, [row[2] for row in told], dim=axis)]
+    shapes = [
+        [told[group.at][2] if d == axis else row[3] if d == onto else n for d, n in enumerate(given.shape)]
+        for row in told
+    ]
+    counts = [int(np.prod(shape, dtype=np.int64)) * given.element_size() for shape in shapes]
+    made = torch.empty(sum(counts), dtype=torch.uint8, device=given.device)
+    brought = torch.cat([_as_bytes(piece) for piece in sent])
+    dist.all_to_all_single(made, brought, counts, [_bytes(piece) for piece in sent], group=group.handle)
+    parts = [
+        piece.clone().view(given.dtype).reshape(shape)
+        for piece, shape in zip(torch.split(made, counts), shapes, strict=True)
+    ]
+    return torch.cat(parts, dim=onto)
+
+
+def _gather(to: torch.Tensor, mine: torch.Tensor, group: _Group) -> None:
+    import torch.distributed as dist
+
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before
+    gather(to, mine, group=group.handle)
+
+
+def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
+    """A contiguous part with so many rows, of which those past its own are zeros."""
+    if part.shape[0] == length:
+        return part.contiguous()
+    made = part.new_zeros((length, *part.shape[1:]))
+    made[: part.shape[0]] = part
+    return made
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory of a contiguous tensor, whatever its dtype: what is not computed with."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+_MEETINGS: Mapping[type[Collective], Callable[..., Any]] = {
+    AllReduce: _all_reduce,
+    AllGather: _all_gather,
+    ReduceScatter: _reduce_scatter,
+    AllToAll: _all_to_all,
+}

@@ -1,0 +1,103 @@
+"""Launching: so many processes of one machine, each a rank, which end together.
+
+Each process has what torchrun would give it: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Ranks notice each
+other's end by themselves (`treadle.runtime.distributed.watching`); whoever has not ended soon after the first that
+failed is ended here. Should this process itself be killed, they notice that, too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from treadle.ir.errors import RankError, UsageError
+from treadle.runtime.distributed.ranks import LAUNCHER
+
+PATIENCE = 3.0
+"""Seconds that ranks have to end by themselves, once one has failed."""
+
+_PAUSE = 0.02
+
+
+def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, str] | None = None) -> int:
+    """Run a command so many times at once, as ranks 0 and on; the greatest of their exit codes.
+
+    environment  variables beside those of this process
+
+    Raises UsageError for a count below 1, RankError where a signal has ended a rank and no other told of it.
+    """
+    if count < 1:
+        raise UsageError(f"there is 1 rank or more, not {count}")
+    shared = {
+        **os.environ,
+        **_threads(count),
+        **(environment or {}),
+        **_meeting_point(count),
+        LAUNCHER: str(os.getpid()),
+    }
+    ranks: list[subprocess.Popen[Any]] = []
+    with _ended_with_us(ranks):
+        for rank in range(count):
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(list(command), env=own))
+        while all(code in (None, 0) for code in (rank.poll() for rank in ranks)):
+            if all(rank.returncode == 0 for rank in ranks):
+                return 0
+            time.sleep(_PAUSE)
+        until = time.monotonic() + PATIENCE
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
+            time.sleep(_PAUSE)
+    own_codes = [rank.returncode for rank in ranks if rank.returncode > 0]
+    if own_codes:
+        return max(own_codes)
+    number, killed = next((i, rank) for i, rank in enumerate(ranks) if rank.returncode < 0)
+    raise RankError(f"rank {number} was ended by {_signal_name(-killed.returncode)}", received=f"{count} ranks")
+
+
+@contextmanager
+def _ended_with_us(ranks: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
+    """Ranks that are left at the end, by whatever way it comes, are asked to end, then killed; a stopped one, too."""
+
+    def asked(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, asked)
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.terminate()
+        for rank in ranks:
+            try:
+                rank.wait(_PAUSE * 10)
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _meeting_point(count: int) -> dict[str, str]:
+    """Where the ranks meet: a port of this machine that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _threads(count: int) -> dict[str, str]:
+    """The cores shared out, unless the user says how many threads libraries take."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // count))}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

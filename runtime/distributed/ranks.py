@@ -1,0 +1,215 @@
+"""Ranks: this process as one of those that run a sharded model together, however it was started.
+
+    with join(timeout=60) as ranks:                 # by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+        plan = ...                                  # every rank makes it
+        ranks.agree({"plan": plan_hash(plan), ...}) # or all of them end with the same error
+        ranks.start(plan)
+        ...
+
+torchrun sets these variables, and so do `treadle launch`, and many schedulers. Whoever ends by an error tells the others
+on the way out (`treadle.runtime.distributed.watching`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from treadle.ir.errors import Hint, RankError, TreadleError, UsageError
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.runtime.distributed.communicator import Communicator
+from treadle.runtime.distributed.watching import Watch
+
+LAUNCHER = "TREADLE_LAUNCHER"
+"""The process that started this one and with which it shall end."""
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_HINT = Hint(
+    "a script under torchrun, or under treadle launch -n 2 -- python SCRIPT",
+    "treadle launch -n 2 -- run MODEL --mesh tp=2, or torchrun --nproc-per-node 2 -m treadle run MODEL --mesh tp=2",
+)
+_PAUSE = 0.01  # between two looks at what others have said
+_SLACK = 30.0  # by how many seconds torch.distributed waits longer than the watch, which knows for whom
+
+
+@dataclass
+class Ranks:
+    """This process among `size`. Made by `join`; `close` it, or use it as a context.
+
+    watch   who looks after all of them
+    store   where they leave each other short texts
+    """
+
+    rank: int
+    size: int
+    timeout: float
+    watch: Watch
+    store: Any
+    _started: bool = False
+    _agreed: int = 0
+
+    def doing(self, told: str) -> None:
+        """Say what comes now, for others' errors. Raises RankError where another rank has failed."""
+        self.watch.doing(told)
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Compare facts with all ranks. Raises UsageError, the same on every rank, for the first that differs."""
+        self._agreed += 1
+        keys = [f"treadle/facts/{self._agreed}/{rank}" for rank in range(self.size)]
+        with self.watch.waiting(f"comparing {', '.join(facts)}"):
+            self.store.set(keys[self.rank], json.dumps(dict(facts)))
+            told = [json.loads(self._read(key)) for key in keys]
+        for name in told[0]:
+            for rank in range(1, self.size):
+                if told[rank].get(name) != told[0][name]:
+                    raise UsageError(
+                        f"ranks differ in their {name}",
+                        received=f"rank 0: {told[0][name]}; rank {rank}: {told[rank].get(name)}",
+                        hint="the same command, version and files on every rank",
+                    )
+
+    def _read(self, key: str) -> str:
+        """What a rank has left under a key, once it is there. Raises RankError where one fails before."""
+        while not self.store.check([key]):
+            self.watch.check()
+            time.sleep(_PAUSE)
+        found: bytes = self.store.get(key)
+        return found.decode()
+
+    def start(self, plan: ShardingPlan, device: str = "cpu") -> Communicator:
+        """Start torch.distributed, if it was not yet, and make the groups in which a plan's ranks meet.
+
+        device  "cpu": by gloo; "cuda": by NCCL
+
+        Raises UsageError for a mesh of another number of ranks, RankError where others do not come.
+        """
+        import torch.distributed as dist
+
+        refuse_other_mesh(plan, self.size)
+        backend = "nccl" if device == "cuda" else "gloo"
+        longest = self.timeout + _SLACK
+        with self.watch.waiting(f"starting {backend}"):
+            try:
+                if not self._started:
+                    dist.init_process_group(
+                        backend,
+                        store=self.store,
+                        rank=self.rank,
+                        world_size=self.size,
+                        timeout=timedelta(seconds=longest),
+                    )
+                    self._started = True
+                return Communicator(plan, self.rank, longest, self.watch.waiting, self.watch.explained)
+            except RuntimeError as error:
+                raise self.watch.explained(error, f"starting {backend}") from error
+
+    def leave(self) -> None:
+        """End well, which rank 0 does when all others have. Raises RankError where one fails before."""
+        self.watch.leave()
+        self._stop()
+
+    def close(self) -> None:
+        """End after an error."""
+        self.watch.close()
+        self._started = False  # torch.distributed would wait for the others
+
+    def _stop(self) -> None:
+        if self._started:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+            self._started = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.leave()
+            return
+        if isinstance(error, TreadleError):
+            received = error.received or ""
+            error.told_elsewhere = not self.watch.settle(f"rank {self.rank} has failed: {error.what}", received)
+        else:
+            self.watch.settle(f"rank {self.rank} has failed: {type(error).__name__}: {error}")
+        self.close()
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one of several ranks."""
+    return all(name in os.environ for name in _NEEDED)
+
+
+def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
+    """Raise UsageError for a plan of another number of ranks than there are."""
+    if plan.mesh.ranks != size:
+        raise UsageError(
+            f"the mesh {plan.mesh} has {plan.mesh.ranks} ranks, and {size} processes were started",
+            hint=f"-n {plan.mesh.ranks}, or a mesh of {size}",
+        )
+
+
+def join(timeout: float = 60.0) -> Ranks:
+    """Join the other ranks, as environment variables say.
+
+    timeout  seconds that a rank waits for others, here and later
+
+    Raises UsageError where this process was not started as a rank, or without PyTorch; RankError where others do not
+    come in time.
+    """
+    rank, size, host = _environment()
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("ranks meet through PyTorch, which is not installed", hint="pip install 'treadle[torch]'")
+    from torch.distributed import rendezvous
+
+    watch = Watch(rank, size, timeout, _orphaned())
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+        ranks = Ranks(rank, size, timeout, watch, store)
+        if rank == 0:
+            store.set("treadle/watch", watch.listen("127.0.0.1" if host in ("127.0.0.1", "localhost") else ""))
+            until = time.monotonic() + timeout
+            while watch.absent():
+                if time.monotonic() > until:
+                    raise RankError(
+                        f"ranks {watch.absent()} did not come within {timeout:g} s".replace("[", "").replace("]", "")
+                    )
+                time.sleep(_PAUSE)
+        else:
+            watch.connect(host, store.get("treadle/watch").decode())
+    except RuntimeError as error:  # of torch.distributed
+        what = str(error).splitlines()[0][:300]
+        raise RankError(f"rank {rank} of {size} met no others at {host} within {timeout:g} s", received=what) from error
+    return ranks
+
+
+def _environment() -> tuple[int, int, str]:
+    """This rank, how many there are, and where rank 0 is. Raises UsageError."""
+    missing = [name for name in _NEEDED if not os.environ.get(name)]
+    if missing:
+        raise UsageError("this process was not started as a rank", received=f"no {', '.join(missing)}", hint=_HINT)
+    texts = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
+        told = ", ".join(f"{name}={os.environ[name]!r}" for name in _NEEDED)
+        raise UsageError("RANK is a number below WORLD_SIZE, and MASTER_PORT a number", received=told, hint=_HINT)
+    return int(texts[0]), int(texts[1]), os.environ["MASTER_ADDR"]
+
+
+def _orphaned() -> Any:
+    """Whether what started this process, and shall not be survived, has ended: launchers of one machine."""
+    told = os.environ.get(LAUNCHER, "")
+    if told.isdecimal():
+        return lambda: os.getppid() != int(told)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = os.getppid()
+        return lambda: os.getppid() != parent
+    return lambda: False

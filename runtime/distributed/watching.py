@@ -1,0 +1,375 @@
+"""The watch: how ranks notice that another one has died, has failed or hangs, and end with the same error.
+
+Every rank has one connection to rank 0. The system closes it when the process at its other end dies, whatever killed it
+and whatever it was doing, so a death is known at once; nothing is guessed from silence. Several times a second a rank
+says what it does and, if it waits for others, for how long. Rank 0 tells everyone what has failed:
+
+    a connection ends               its rank has died, in what it said last
+    a rank says that it has failed  with its own error
+    a rank waits too long           the rank that does not come hangs, in what it said last
+
+Then the main thread raises `RankError` where it is able to: at its next meeting, or where torch.distributed gives up.
+One that is not able to, since it waits for what never comes, is ended together with its process.
+
+One rank tells the user: the one that failed; of a death rank 0, or rank 1 where that is the dead one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from treadle.ir.errors import RankError
+
+PERIOD = 0.2
+"""Seconds between two looks, and between what a rank says."""
+
+GRACE = 1.5
+"""Seconds that a main thread has to end by itself, once a rank has failed."""
+
+LONGEST = 1 << 16
+"""Bytes of what one rank says at once."""
+
+FAILED = 2
+"""The exit code of an error."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What has failed, and who tells the user."""
+
+    what: str
+    received: str
+    teller: int
+
+
+@dataclass
+class Said:
+    """What a rank said last.
+
+    doing    in words
+    since    seconds that it has been doing it
+    waiting  whether it waits for others in it
+    heard    when it said so, by this process's clock
+    """
+
+    doing: str = "starting"
+    since: float = 0.0
+    waiting: bool = False
+    heard: float = field(default_factory=time.monotonic)
+
+    def for_seconds(self) -> float:
+        """How long it has been doing it by now, if nothing has changed since it was heard."""
+        return self.since + time.monotonic() - self.heard
+
+    def __str__(self) -> str:
+        silent = time.monotonic() - self.heard
+        told = f"{'in ' * self.waiting}{self.doing}"
+        return told + (f", not heard of for {silent:.1f} s" if silent > 10 * PERIOD else "")
+
+
+class Watch:
+    """One rank's side of it; rank 0 is the other side of all others'.
+
+    rank, size  of this process
+    timeout     seconds that a rank may wait for others
+    is_orphan   whether what started this process has ended, so that it shall end, too
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float, is_orphan: Callable[[], bool] = lambda: False) -> None:
+        self.rank, self.size, self.timeout, self.is_orphan = rank, size, timeout, is_orphan
+        self.failure: Failure | None = None
+        self._failed = threading.Event()
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._now = ("starting", False, time.monotonic())
+        self._connections: dict[int, _Line] = {}
+        self._said: dict[int, Said] = {}
+        self._left: set[int] = set()
+        self._listener: socket.socket | None = None
+        self._token = ""
+        self._has_told = False
+
+    # -- what the main thread says and asks --------------------------------------------------------------------
+
+    def doing(self, told: str) -> None:
+        """Say what comes now. Raises RankError where a rank has failed."""
+        self.check()
+        self._now = told, False, time.monotonic()
+
+    @contextmanager
+    def waiting(self, told: str) -> Iterator[None]:
+        """Say for what others have to come. Raises RankError where a rank has failed."""
+        self.check()
+        before = self._now[0]
+        self._now = told, True, time.monotonic()
+        try:
+            yield
+        finally:
+            self._now = before, False, time.monotonic()
+
+    def check(self) -> None:
+        """Raise RankError where a rank has failed."""
+        if self.failure is not None:
+            raise self.error()
+
+    def error(self) -> RankError:
+        """The error of the rank that has failed."""
+        assert self.failure is not None
+        return RankError(self.failure.what, received=self.failure.received or None)
+
+    def explained(self, error: Exception, told: str) -> Exception:
+        """In place of an error of torch.distributed: that of the rank which is its cause, once it is known."""
+        if self._failed.wait(GRACE):
+            return self.error()
+        return RankError(f"{told}: the ranks could not meet", received=str(error).splitlines()[0][:300])
+
+    def settle(self, what: str, received: str = "") -> bool:
+        """Tell all ranks that this one has failed; whether it shall tell the user, too."""
+        if self.failure is None:
+            if self.rank == 0:
+                self._fail(Failure(what, received, 0))
+            else:
+                self._say({"failed": what[:2000], "received": received[:2000]})
+                self._failed.wait(GRACE)
+        return (self.failure is None or self.failure.teller == self.rank) and self._first_to_tell()
+
+    def _first_to_tell(self) -> bool:
+        """Whether nobody in this process has told the user yet."""
+        with self._lock:
+            first, self._has_told = not self._has_told, True
+        return first
+
+    def leave(self) -> None:
+        """End the watch. Rank 0 waits for the others: none is left unwatched. Raises RankError where one fails."""
+        if self.rank:
+            self._say({"bye": True})
+        else:
+            with self.waiting("waiting for other ranks to end"):
+                while len(self._left) < self.size - 1:
+                    self.check()
+                    time.sleep(PERIOD / 20)
+        self._end()
+
+    def close(self) -> None:
+        """End the watch after a failure: rank 0 stays until the others have heard of it, or a moment."""
+        until = time.monotonic() + GRACE
+        while self.rank == 0 and len(self._left) < len(self._connections) and time.monotonic() < until:
+            time.sleep(PERIOD / 20)
+        self._end()
+
+    def _end(self) -> None:
+        self._over.set()
+        self._thread.join(5 * PERIOD)
+
+    # -- starting ----------------------------------------------------------------------------------------------
+
+    def listen(self, host: str) -> str:
+        """Rank 0: wait for others' connections from now on. Returns what the others need to `connect`."""
+        self._listener = socket.create_server((host, 0), backlog=self.size)
+        self._token = secrets.token_hex(16)
+        self._start(self._serve)
+        return f"{self._listener.getsockname()[1]} {self._token}"
+
+    def connect(self, host: str, told: str) -> None:
+        """Another rank: connect to rank 0, by what its `listen` gave. Raises RankError where nobody listens."""
+        port, token = told.split()
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=self.timeout)
+        except OSError as error:
+            raise RankError("rank 0 cannot be reached", received=f"{host}:{port}: {error}") from error
+        self._connections[0] = _Line(connection)
+        self._said[0] = Said()
+        self._say({"rank": self.rank, "token": token})
+        self._start(self._attend)
+
+    def absent(self) -> list[int]:
+        """Rank 0: the ranks that have not connected yet."""
+        return [rank for rank in range(1, self.size) if rank not in self._connections]
+
+    def _start(self, run: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=run, name="treadle watch", daemon=True)
+        self._thread.start()
+
+    # -- rank 0's thread ---------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        assert self._listener is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ, None)
+            while not self._over.is_set():
+                for key, _ in selector.select(PERIOD):
+                    if key.data is None:
+                        line = _Line(self._listener.accept()[0])
+                        selector.register(line.socket, selectors.EVENT_READ, line)
+                    elif not self._hear(key.data):
+                        selector.unregister(key.data.socket)
+                self._look()
+        self._listener.close()
+        for line in self._connections.values():
+            line.close()
+
+    def _hear(self, line: _Line) -> bool:
+        """Take what a rank says; whether its connection stands."""
+        told = line.received()
+        for message in told or ():
+            if line.rank is None:
+                rank = message.get("rank")
+                if message.get("token") != self._token or not isinstance(rank, int) or rank in self._connections:
+                    line.close()  # nobody of ours
+                    return False
+                line.rank = rank
+                self._connections[rank], self._said[rank] = line, Said()
+            elif "doing" in message:
+                self._said[line.rank] = Said(message["doing"], message["since"], message["waiting"])
+            elif "failed" in message:
+                self._left.add(line.rank)
+                self._fail(Failure(message["failed"], message["received"], line.rank))
+            elif "bye" in message:
+                self._left.add(line.rank)
+        if told is None and line.rank is not None and line.rank not in self._left:
+            self._left.add(line.rank)
+            self._fail(Failure(f"rank {line.rank} has died", f"{self._said[line.rank]}", 0))
+        return told is not None
+
+    def _look(self) -> None:
+        """What is to be done from time to time."""
+        self._leave_orphan()
+        self._said[0] = self._own()
+        if self.failure is None:
+            self._look_for_hung()
+        self._tell({"beat": True})
+
+    def _look_for_hung(self) -> None:
+        here = {rank: said for rank, said in self._said.items() if rank not in self._left}
+        late = [r for r, said in here.items() if said.waiting and said.for_seconds() > self.timeout]
+        if not late:
+            return
+        first = min(late)
+        told = f"rank {first} waits in {here[first].doing} for {here[first].for_seconds():.1f} s"
+        behind = {r: said for r, said in here.items() if not said.waiting}
+        hung = [r for r, said in behind.items() if said.for_seconds() > self.timeout / 2] or list(behind)
+        if hung:
+            what = f"rank {', '.join(map(str, hung))} does not come"
+            told += "".join(f"; rank {r}: {here[r]}" for r in hung)
+        else:
+            what = "ranks wait for others that do not come"
+            told = "; ".join(f"rank {r}: {said}" for r, said in sorted(here.items()))
+        self._fail(Failure(what, told, 0))
+
+    # -- another rank's thread ---------------------------------------------------------------------------------
+
+    def _attend(self) -> None:
+        line = self._connections[0]
+        with selectors.DefaultSelector() as selector:
+            selector.register(line.socket, selectors.EVENT_READ)
+            while not self._over.is_set():
+                if selector.select(PERIOD) and not self._obey(line):
+                    break
+                self._leave_orphan()
+                own, silent = self._own(), time.monotonic() - self._said[0].heard
+                self._say({"doing": own.doing, "since": own.since, "waiting": own.waiting})
+                if own.waiting and own.since > self.timeout and silent > self.timeout / 2:
+                    self._fail(Failure("rank 0 does not come", f"not heard of for {silent:.1f} s", 1))
+                self._over.wait(PERIOD / 4)
+        line.close()
+
+    def _obey(self, line: _Line) -> bool:
+        """Take what rank 0 says; whether the connection stands."""
+        told = line.received()
+        self._said[0].heard = time.monotonic()
+        for message in told or ():
+            if "teller" in message:
+                self._fail(Failure(**message))
+        if told is None and self.failure is None and not self._over.is_set():
+            self._fail(Failure("rank 0 has died", "", 1))
+        return told is not None
+
+    # -- both --------------------------------------------------------------------------------------------------
+
+    def _own(self) -> Said:
+        doing, waiting, began = self._now
+        return Said(doing, time.monotonic() - began, waiting)
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        """To rank 0; if it does not hear, that is noticed where it is listened to."""
+        with self._lock:
+            self._connections[0].send(message)
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        """To all others."""
+        with self._lock:
+            for rank, line in list(self._connections.items()):
+                if rank not in self._left:
+                    line.send(message)
+
+    def _fail(self, failure: Failure) -> None:
+        """Know the first failure, tell others, and let the process end."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = failure
+        if self.rank == 0:
+            self._tell(asdict(failure))
+        self._failed.set()
+        threading.Thread(target=self._end_process, name="treadle end", daemon=True).start()
+
+    def _end_process(self) -> None:
+        """End a process whose main thread has not ended by itself."""
+        time.sleep(GRACE)
+        if self._over.is_set():
+            return
+        assert self.failure is not None
+        if self.failure.teller == self.rank and self._first_to_tell():
+            told = f"{self.failure.what}\n  received  {self.failure.received}" if self.failure.received else ""
+            print(told or self.failure.what, file=sys.stderr, flush=True)
+        os._exit(FAILED)
+
+    def _leave_orphan(self) -> None:
+        if self.is_orphan():
+            os._exit(FAILED)
+
+
+class _Line:
+    """A connection on which both sides say JSON objects, a line each. A send never waits for long."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.socket.settimeout(PERIOD)
+        self.rank: int | None = None
+        self._begun = b""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # that the other side is gone is known from what is received
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def received(self) -> list[dict[str, Any]] | None:
+        """What came; None where the connection has ended, or says what none of ours does."""
+        try:
+            data = self.socket.recv(LONGEST)
+        except TimeoutError:
+            return []
+        except OSError:
+            return None
+        if not data or len(self._begun) > LONGEST:
+            return None
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        try:
+            found = [json.loads(line) for line in lines]
+        except ValueError:
+            return None
+        return found if all(isinstance(each, dict) for each in found) else None
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.socket.close()

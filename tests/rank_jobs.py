@@ -1,0 +1,117 @@
+"""What ranks do in tests, as a script under `treadle launch` or torchrun: `rank_jobs.py JOB ARGUMENTS...`.
+
+models MESH BACKEND FOLDER   run small models in several ways; rank 0 writes what came out, and all what they counted
+turns MODE                   run one model again and again, each rank having told its process; rank 1 does MODE
+                             in the end: "killed" (from outside), "raises", "stops", "sleeps", "leaves"
+differ WHAT                  rank 1 has another seed, mesh, or version than rank 0
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+import treadle
+from tests.sharded_models import small_options
+from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.rank_models import RankModel, compile_rank
+from treadle.runtime.distributed.ranks import Ranks, join
+
+KINDS = ("gpt2", "t5", "vit", "llama")
+FORMS: dict[str, dict[str, Any]] = {
+    "f32": {},
+    "bf16": {"dtype": "bf16"},
+    "int8": {"quantize": "int8-weights"},
+}
+SMALL = {"layers": 1, "dim": 16, "heads": 4, "vocab": 37, "context": 16}
+
+
+def inputs_of(made: RankModel, uneven: bool) -> dict[str, Any]:
+    """Drawn arrays; of sizes that the mesh does not divide, if so asked."""
+    graph = made.plan.graph
+    size = made.plan.mesh.ranks + 3 if uneven else 8
+    return draw_inputs(graph, {s: min(size, b.upper or size) for s, b in graph.symbols.items()}, [0])
+
+
+def models(ranks: Ranks, mesh: str, backend: str, folder: str) -> None:
+    found: list[dict[str, Any]] = []
+    recipes = ("megatron", "sequence") if "dp" not in mesh else ("megatron-fsdp",)
+    for kind in KINDS:
+        for recipe in recipes:
+            for form, options in FORMS.items():
+                if form == "bf16" and backend == "numpy":
+                    continue
+                chosen = {**small_options(kind), **options}
+                made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
+                given = inputs_of(made, uneven=form == "f32")
+                parts = made(**given)
+                planned = replace(made.plan, sizes=made.sizes(**given)).collectives()
+                counted = sum(each.bytes for each in made.communicator.traffic.values())
+                whole = made.gathered(parts, **given)
+                facts = {"kind": kind, "recipe": recipe, "form": form, "counted": counted}
+                facts |= {"planned": sum(each.payload for each in planned)}
+                if whole is not None:
+                    wanted = treadle.compile(kind, backend=backend, **chosen)(**given)
+                    facts["apart"] = max(float(np.max(np.abs(whole[n] - a))) for n, a in wanted.items())
+                    facts["largest"] = max(float(np.max(np.abs(a))) for a in wanted.values())
+                found.append(facts)
+    Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def turns(ranks: Ranks, mode: str) -> None:
+    made = compile_rank("gpt2", f"tp={ranks.size}", ranks, recipe="megatron", **SMALL)
+    given = inputs_of(made, uneven=False)
+    for turn in range(100_000):
+        if turn == 3:
+            print(f"rank {ranks.rank} is process {os.getpid()}", flush=True)
+        if turn == 5 and ranks.rank == 1:
+            if mode == "raises":
+                raise UsageError("the disk is full")
+            if mode == "stops":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if mode == "sleeps":
+                ranks.doing("sleeping")
+                time.sleep(60)
+            if mode == "leaves":
+                os._exit(0)
+        made(**given)
+
+
+def differ(ranks: Ranks, what: str) -> None:
+    other = ranks.rank == 1
+    if what == "version" and other:
+        treadle.__version__ = "0.0.0"
+    mesh = "dp=2" if what == "plan" and other else "tp=2"
+    recipe = "dp" if mesh == "dp=2" else "megatron"
+    options = {**SMALL, "dim": 32} if what == "shapes" and other else SMALL
+    compile_rank("gpt2", mesh, ranks, recipe=recipe, seed=int(what == "weights" and other), **options)
+
+
+JOBS = {"models": models, "turns": turns, "differ": differ}
+
+
+def main() -> None:
+    """Do a job as a rank; an error is told as a command does it."""
+    job, *arguments = sys.argv[1:]
+    try:
+        with join(timeout=float(os.environ.get("TIMEOUT", "60"))) as ranks:
+            JOBS[job](ranks, *arguments)
+    except TreadleError as error:
+        if not error.told_elsewhere:
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""`treadle run --mesh`: this process as one of the ranks that run a model together; rank 0 tells what came out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treadle.cli.application import print_json
+from treadle.ir.errors import UsageError
+
+
+def run_rank(
+    model: str,
+    values: Sequence[str],
+    *,
+    mesh: str,
+    recipe: str | None,
+    axis: Sequence[str],
+    timeout: float,
+    output: Path | None,
+    config: Sequence[str],
+    limit: Sequence[str],
+    backend: str,
+    target: str,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run a model as a rank. Raises what `compile_rank` and a run raise, and UsageError for an artifact."""
+    import hashlib
+
+    import numpy as np
+
+    from treadle.artifacts import is_artifact
+    from treadle.ir.target import Target
+    from treadle.npy_files import write_npy
+    from treadle.option_values import input_names, parse_axes, parse_config, parse_inputs
+    from treadle.rank_models import compile_rank
+    from treadle.reports import array_facts, array_table, console, human
+    from treadle.runtime.distributed.ranks import join
+
+    if is_artifact(model):
+        raise UsageError(
+            "an artifact was compiled for one device", received=model, hint="the model that it was made of"
+        )
+    with join(timeout) as ranks:
+        made = compile_rank(
+            model,
+            mesh,
+            ranks,
+            recipe=recipe,
+            axes=parse_axes(axis),
+            backend=backend,
+            target=Target(target, threads),
+            inputs=input_names(values),
+            agree={"inputs": " ".join(values)},
+            **options,
+            **parse_config(config, limit),
+        )
+        arrays = parse_inputs(values, {p.name: p.type.rank for p in made.inputs})
+        known = {name: np.asarray(a) for name, a in arrays.items()}
+        digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in known.values())).hexdigest()
+        told = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in known.items())
+        ranks.agree({"inputs": f"{told}, sha256:{digest[:16]}"})
+        started = time.perf_counter()
+        parts = made(**arrays)
+        seconds = time.perf_counter() - started
+        outputs = made.gathered(parts, **arrays)
+    if outputs is None:
+        return
+    files = write_npy(output, outputs) if output is not None else []
+    facts = {name: array_facts(array) for name, array in outputs.items()}
+    traffic = [
+        {"op": op, "over": over, "times": each.times, "bytes": each.bytes}
+        for (op, over), each in sorted(made.communicator.traffic.items())
+    ]
+    weights = f"drawn from seed {made.seed}" if made.seed is not None else f"{human(made.loaded, 'B')} of a checkpoint"
+    if as_json:
+        print_json(
+            {
+                "model": made.name,
+                "mesh": str(made.plan.mesh),
+                "ranks": ranks.size,
+                "backend": backend,
+                "target": target,
+                "weights": weights,
+                "loaded": made.loaded,
+                "seconds": seconds,
+                "collectives": traffic,
+                "outputs": facts,
+                "files": list(map(str, files)),
+            }
+        )
+        return
+    console().print(array_table(facts))
+    for name, shown in facts.items():
+        if "values" in shown:
+            print(f"\n{name} = {json.dumps(shown['values'])}")
+    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {ranks.size} ranks, {made.plan.mesh}")
+    print(f"of rank 0: its weights {weights}")
+    for each in traffic:
+        print(f"  {each['times']} x {each['op']} over {each['over']}, {human(int(each['bytes']), 'B')} together")
+    for file in files:
+        print(f"wrote {file}")

@@ -1,0 +1,226 @@
+"""`compile_rank`: the part of a model that this rank runs, compiled by any backend, its part of the weights loaded.
+
+    with join() as ranks:
+        part = compile_rank("gpt2", "tp=2", ranks, recipe="megatron", backend="torch")
+        logits = part(tokens=ids)["logits"]           # this rank's part of it
+        whole = part.gathered(part(tokens=ids))       # on rank 0, put together
+
+Every rank plans for itself, and they compare versions, plans, weights and inputs before anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import treadle
+from treadle.backends.protocol import Executable, Outputs, Port
+from treadle.backends.registry import find_backend
+from treadle.backends.signature import Signature
+from treadle.backends.staged import build
+from treadle.compiling import initial_weight
+from treadle.computing import computing_in
+from treadle.frontends.declarations import Model
+from treadle.frontends.deferred_arrays import stored_bytes
+from treadle.ir.errors import RankError, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh
+from treadle.ir.placement.placements import MeshPlacement, taken_part
+from treadle.ir.target import Target
+from treadle.ir.transforms.encoded_weights import encode_weights
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.plan_printing import plan_hash
+from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
+from treadle.resolving import resolve
+from treadle.runtime.distributed.communicator import Communicator
+from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
+from treadle.sharding import rank_graph, shard_graph
+
+Array = np.ndarray[Any, Any]
+
+_SAMPLE = 8  # elements at each end of a weight of which ranks compare a hash
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """A rank's part of a sharded model: call it with whole arrays by name, on all ranks.
+
+    executable    of the rank's program
+    communicator  through which its collectives meet; it counts what they moved
+    loaded        bytes of the checkpoint that its parts of the weights take; 0 where they are drawn
+    seed          of weights that are drawn
+    """
+
+    name: str
+    plan: ShardingPlan
+    ranks: Ranks
+    executable: Executable
+    communicator: Communicator
+    loaded: int
+    seed: int | None
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """What a call takes."""
+        return self.executable.inputs
+
+    def sizes(self, **arrays: Any) -> dict[str, int]:
+        """The symbols' sizes at a call. Raises BackendError for what is no such input, PassError for too small ones."""
+        signature = Signature(self.plan.graph, self.plan.main.function)
+        _, sizes = signature.bind_sized(arrays, lambda port, value: np.asarray(value), {})
+        refuse_small_sizes(self.plan, sizes)
+        return sizes
+
+    def __call__(self, /, **arrays: Any) -> Outputs:
+        """This rank's parts of the outputs. Raises as an executable does, and RankError where other ranks fail."""
+        sizes = self.sizes(**arrays)
+        self.ranks.doing("running")
+        with self.communicator.running(sizes):
+            return self.executable(**arrays)
+
+    def gathered(self, parts: Mapping[str, Any], **arrays: Any) -> Outputs | None:
+        """Outputs put together of all ranks' parts: on rank 0, None on the others. All ranks have to call it.
+
+        arrays  the inputs of the call that gave them
+        """
+        sizes, plan = self.sizes(**arrays), self.plan
+        made = Outputs()
+        for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.main.gives, strict=True):
+            own = _array(parts[name])
+            whole = np.zeros(value.type.evaluate(sizes), own.dtype) if self.ranks.rank == 0 else None
+            for rank in _holders(plan.mesh, placed):
+                if whole is not None:
+                    part = taken_part(whole, value.type.shape, placed, plan.mesh, rank, sizes)
+                    part[...] = own if rank == 0 else self._received(part, rank, name)
+                elif rank == self.ranks.rank:
+                    self._send(own, name)
+            if whole is not None:
+                made[name] = whole
+        return made if self.ranks.rank == 0 else None
+
+    def _send(self, array: Array, name: str) -> None:
+        import torch
+        import torch.distributed as dist
+
+        told = f"sending {name} to rank 0"
+        with self.ranks.watch.waiting(told):
+            try:
+                dist.send(torch.from_numpy(np.frombuffer(array.tobytes() or b"\0", np.uint8).copy()), 0)
+            except RuntimeError as error:
+                raise self.ranks.watch.explained(error, told) from error
+
+    def _received(self, like: Array, rank: int, name: str) -> Array:
+        import torch
+        import torch.distributed as dist
+
+        told = f"receiving {name} of rank {rank}"
+        buffer = torch.empty(max(like.nbytes, 1), dtype=torch.uint8)
+        with self.ranks.watch.waiting(told):
+            try:
+                dist.recv(buffer, rank)
+            except RuntimeError as error:
+                raise self.ranks.watch.explained(error, told) from error
+        return buffer.numpy()[: like.nbytes].view(like.dtype).reshape(like.shape)
+
+
+def compile_rank(
+    model: Model | Graph | str | Path,
+    mesh: Mesh | str,
+    ranks: Ranks,
+    *,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    weights: Mapping[str, Array] | None = None,
+    inputs: Sequence[str] | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    agree: Mapping[str, str] | None = None,
+    **config: Any,
+) -> RankModel:
+    """Plan a model over a mesh, and compile this rank's part of it. All ranks call it with the same arguments.
+
+    agree  what ranks compare beside versions, plans and weights
+
+    Other arguments are those of `treadle.sharding.shard_model` and `treadle.compile`. Raises what these raise;
+    UsageError, on all ranks, where ranks differ or the mesh has other ranks; RankError where another rank fails.
+    """
+    ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
+    _, widened = computing_in(dtype, (), widen, quantize)
+    resolved = resolve(model, inputs=inputs, widen=widened, limits=limits, deferred=True, **config)
+    plan = shard_graph(resolved.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, quantize=quantize)
+    refuse_other_mesh(plan, ranks.size)
+    held = weights if weights is not None else resolved.weights
+    where = target if isinstance(target, Target) else Target(target)
+    facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)}
+    facts |= {"computing": f"dtype {dtype}", "weights": _told_weights(held, seed)}
+    ranks.agree({**facts, **(agree or {})})
+    communicator = ranks.start(plan, where.kind)
+    ranks.doing("reading its part of the weights")
+    source = _Weights(plan.graph, held, seed)
+    own = rank_weights(plan, ranks.rank, source)
+    ranks.doing("compiling")
+    program = rank_graph(plan, ranks.rank, dtype=dtype)
+    given = {name: own[name] for name in program.parameters}
+    executable, _ = build(find_backend(backend), program, where, given)
+    loaded = 0 if held is None else sum(stored_bytes(held[name], part) for name, part in own.items())
+    return RankModel(resolved.name, plan, ranks, executable, communicator, loaded, None if held is not None else seed)
+
+
+class _Weights(Mapping[str, Any]):
+    """Weights of a graph, each made when it is asked for: mapped, drawn, or put into blocks."""
+
+    def __init__(self, graph: Graph, held: Mapping[str, Any] | None, seed: int) -> None:
+        self.graph, self.held, self.seed = graph, held, seed
+
+    def __getitem__(self, name: str) -> Any:
+        if self.held is not None and name not in self.held:
+            raise UsageError(f"weights= lacks {name}")
+        array = initial_weight(self.graph, name, self.seed) if self.held is None else self.held[name]
+        return encode_weights(self.graph, {name: array})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.graph.parameters)
+
+    def __len__(self) -> int:
+        return len(self.graph.parameters)
+
+
+def _told_weights(held: Mapping[str, Any] | None, seed: int) -> str:
+    """What ranks compare of weights: all shapes and dtypes, and some numbers of each."""
+    if held is None:
+        return f"drawn from {seed}"
+    digest = hashlib.sha256()
+    for name in sorted(held):
+        array = held[name]
+        flat = (slice(0, _SAMPLE),) * len(array.shape), (slice(-_SAMPLE, None),) * len(array.shape)
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        for where in flat:
+            digest.update(np.ascontiguousarray(array[where]).tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _holders(mesh: Mesh, placed: MeshPlacement) -> list[int]:
+    """The ranks that together hold all parts of an output, each once: of copies the first."""
+    if placed.partial:
+        raise RankError("an output is left as terms of a sum", received=placed.text(mesh))
+    used = set(placed.used)
+    unused = [part for part in mesh.parts if part not in used]
+    return [rank for rank in range(mesh.ranks) if not any(mesh.coordinate(rank, part) for part in unused)]
+
+
+def _array(part: Any) -> Array:
+    """A result as an array of the processor's memory."""
+    return np.ascontiguousarray(part.cpu().numpy() if hasattr(part, "cpu") else part)
