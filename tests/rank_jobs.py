@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,29 +45,37 @@ def inputs_of(made: RankModel, uneven: bool) -> dict[str, Any]:
     return draw_inputs(graph, {s: min(size, b.upper or size) for s, b in graph.symbols.items()}, [0])
 
 
-def models(ranks: Ranks, mesh: str, backend: str, folder: str) -> None:
+def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
     found: list[dict[str, Any]] = []
-    recipes = ("megatron", "sequence") if "dp" not in mesh else ("megatron-fsdp",)
-    for kind in KINDS:
-        for recipe in recipes:
-            for form, options in FORMS.items():
-                if form == "bf16" and backend == "numpy":
-                    continue
-                chosen = {**small_options(kind), **options}
-                made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
-                given = inputs_of(made, uneven=form == "f32")
-                parts = made(**given)
-                planned = replace(made.plan, sizes=made.sizes(**given)).collectives()
-                counted = sum(each.bytes for each in made.communicator.traffic.values())
-                whole = made.gathered(parts, **given)
-                facts = {"kind": kind, "recipe": recipe, "form": form, "counted": counted}
-                facts |= {"planned": sum(each.payload for each in planned)}
-                if whole is not None:
-                    wanted = treadle.compile(kind, backend=backend, **chosen)(**given)
-                    facts["apart"] = max(float(np.max(np.abs(whole[n] - a))) for n, a in wanted.items())
-                    facts["largest"] = max(float(np.max(np.abs(a))) for a in wanted.values())
-                found.append(facts)
+    for backend, kind, recipe, form in cases(mesh, backends.split(",")):
+        chosen = {**small_options(kind), "layers": 1, **FORMS[form]}
+        made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
+        given = inputs_of(made, uneven=form == "f32")
+        parts = made(**given)
+        planned = replace(made.plan, sizes=made.sizes(**given)).collectives()
+        counted = sum(each.bytes for each in made.communicator.traffic.values())
+        whole = made.gathered(parts, **given)
+        facts = {"case": f"{backend} {kind} {recipe} {form}", "form": form, "counted": counted}
+        facts |= {"planned": sum(each.payload for each in planned), "collectives": len(planned)}
+        facts |= {"met": sum(each.times for each in made.communicator.traffic.values())}
+        if whole is not None:
+            wanted = treadle.compile(kind, backend=backend, **chosen)(**given)
+            facts["apart"] = max(float(np.max(np.abs(whole[n] - a))) for n, a in wanted.items())
+            facts["largest"] = max(float(np.max(np.abs(a))) for a in wanted.values())
+        found.append(facts)
     Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str]]:
+    """Backend, kind, recipe and form of each model that is run; the first backend runs all."""
+    first, *others = backends
+    stored = "megatron-fsdp" if "dp" in mesh else "sequence"
+    for kind in KINDS:
+        for form in FORMS if first == "torch" else ("f32", "int8"):
+            yield first, kind, "megatron", form
+        yield first, kind, stored, "f32"
+    for backend in others:
+        yield backend, KINDS[0], stored, "f32"
 
 
 def turns(ranks: Ranks, mode: str) -> None:
@@ -88,14 +97,9 @@ def turns(ranks: Ranks, mode: str) -> None:
         made(**given)
 
 
-def differ(ranks: Ranks, what: str) -> None:
-    other = ranks.rank == 1
-    if what == "version" and other:
-        treadle.__version__ = "0.0.0"
-    mesh = "dp=2" if what == "plan" and other else "tp=2"
-    recipe = "dp" if mesh == "dp=2" else "megatron"
-    options = {**SMALL, "dim": 32} if what == "shapes" and other else SMALL
-    compile_rank("gpt2", mesh, ranks, recipe=recipe, seed=int(what == "weights" and other), **options)
+def differ(ranks: Ranks) -> None:
+    mesh, recipe = ("dp=2", "dp") if ranks.rank == 1 else ("tp=2", "megatron")
+    compile_rank("gpt2", mesh, ranks, recipe=recipe, **SMALL)
 
 
 JOBS = {"models": models, "turns": turns, "differ": differ}

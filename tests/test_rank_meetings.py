@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.graph import Function, Graph
 from treadle.ir.text.parser import parse_graph
+from treadle.ir.types import parse_type
 from treadle.passes.framework.manager import PassManager
+from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.memory.ordering import must_precede
 from treadle.passes.memory.plan_storage import PlanStorage
@@ -73,3 +76,13 @@ def test_steps_keep_their_order() -> None:
     meetings = [i for i, step in enumerate(steps) if step.nodes[0].op.meets_ranks]
     assert len(meetings) == 2
     assert meetings[0] in must_precede(plan.functions["main"].function, steps)[meetings[1]]
+
+
+def test_weights_that_are_gathered_as_numbers_are_not_gathered_as_blocks() -> None:
+    """The plan says how many bytes are moved, and few backends decode at a call."""
+    b = Builder(Graph("gathered"))
+    w = b.apply("decode", b.parameter("w", parse_type("f32[4, 32] as q8_0")), of=parse_encoding("q8_0"))
+    y = b.apply("all_gather", w, over="tp", ways=2, axis=0, size=8)
+    b.outputs(y=b.linear(b.input("x", "f32[B, 32]"), y))
+    text = str(PassManager([DecodeLast()]).run(b.graph).graph)
+    assert text.index("= decode(") < text.index("= all_gather(")

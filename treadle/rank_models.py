@@ -164,19 +164,35 @@ def compile_rank(
     refuse_other_mesh(plan, ranks.size)
     held = weights if weights is not None else resolved.weights
     where = target if isinstance(target, Target) else Target(target)
-    facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)}
+    facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
     facts |= {"computing": f"dtype {dtype}", "weights": _told_weights(held, seed)}
     ranks.agree({**facts, **(agree or {})})
     communicator = ranks.start(plan, where.kind)
     ranks.doing("reading its part of the weights")
-    source = _Weights(plan.graph, held, seed)
-    own = rank_weights(plan, ranks.rank, source)
+    own, loaded = load_part(plan, ranks.rank, held, seed)
     ranks.doing("compiling")
     program = rank_graph(plan, ranks.rank, dtype=dtype)
     given = {name: own[name] for name in program.parameters}
     executable, _ = build(find_backend(backend), program, where, given)
-    loaded = 0 if held is None else sum(stored_bytes(held[name], part) for name, part in own.items())
     return RankModel(resolved.name, plan, ranks, executable, communicator, loaded, None if held is not None else seed)
+
+
+def load_part(
+    plan: ShardingPlan, rank: int, held: Mapping[str, Any] | None, seed: int = 0
+) -> tuple[dict[str, Any], int]:
+    """A rank's parts of the weights, and how many bytes of their files these are.
+
+    held  by name: arrays, mapped or deferred (`treadle.frontends.deferred_arrays`), of which nothing else is read;
+          None: they are drawn from the seed. Those that the plan holds in blocks, and come as numbers, are read whole
+    """
+    own = rank_weights(plan, rank, _Weights(plan.graph, held, seed))
+    if held is None:
+        return own, 0
+    encoded = {
+        name for name, part in own.items() if isinstance(held[name], np.ndarray) and part.dtype != held[name].dtype
+    }
+    whole = {name: held[name] for name in encoded}
+    return own, sum(stored_bytes(held[name], whole.get(name, part)) for name, part in own.items())
 
 
 class _Weights(Mapping[str, Any]):

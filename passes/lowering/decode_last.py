@@ -21,12 +21,16 @@ class DecodeLast(SiteRewrite[Site]):
     and likewise slice, rearrange and what else moves whole lines of blocks. What reads the result may then read blocks,
     and where nobody does it is decoded once either way.
 
+    A collective stays where it is: it moves what its plan says, and what it gives is no weight's.
+
     Refuses: weights in several encodings; parts that are taken along the axis of the blocks.
     """
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():
             if not node.op.moves_blocks or not node.op.only_moves or len(node.results) != 1:
+                continue
+            if node.op.meets_ranks:  # which moves what the plan says; what it gathers is decoded at every call
                 continue
             found = [v for v in node.inputs if _blocks(v) is not None]
             if not found or not all(map(is_made_of_weights, node.inputs)):

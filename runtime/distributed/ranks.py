@@ -6,8 +6,8 @@
         ranks.start(plan)
         ...
 
-torchrun sets these variables, and so do `treadle launch`, and many schedulers. Whoever ends by an error tells the others
-on the way out (`treadle.runtime.distributed.watching`).
+torchrun sets these variables, and so do `treadle launch` and many schedulers. Whoever ends by an error tells the
+others on the way out (`treadle.runtime.distributed.watching`).
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class Ranks:
         with self.watch.waiting(f"comparing {', '.join(facts)}"):
             self.store.set(keys[self.rank], json.dumps(dict(facts)))
             told = [json.loads(self._read(key)) for key in keys]
+            self.store.set(f"{keys[self.rank]}/read", "")
+            for key in keys if self.rank == 0 else ():  # with which the store may end
+                self._read(f"{key}/read")
         for name in told[0]:
             for rank in range(1, self.size):
                 if told[rank].get(name) != told[0][name]:
@@ -77,10 +80,13 @@ class Ranks:
 
     def _read(self, key: str) -> str:
         """What a rank has left under a key, once it is there. Raises RankError where one fails before."""
-        while not self.store.check([key]):
-            self.watch.check()
-            time.sleep(_PAUSE)
-        found: bytes = self.store.get(key)
+        try:
+            while not self.store.check([key]):
+                self.watch.check()
+                time.sleep(_PAUSE)
+            found: bytes = self.store.get(key)
+        except RuntimeError as error:  # of torch.distributed
+            raise self.watch.explained(error, "comparing what ranks have") from error
         return found.decode()
 
     def start(self, plan: ShardingPlan, device: str = "cpu") -> Communicator:
@@ -169,6 +175,7 @@ def join(timeout: float = 60.0) -> Ranks:
     rank, size, host = _environment()
     if importlib.util.find_spec("torch") is None:
         raise UsageError("ranks meet through PyTorch, which is not installed", hint="pip install 'treadle[torch]'")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a connection ends is told here
     from torch.distributed import rendezvous
 
     watch = Watch(rank, size, timeout, _orphaned())

@@ -16,6 +16,7 @@ One rank tells the user: the one that failed; of a death rank 0, or rank 1 where
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import secrets
@@ -72,8 +73,16 @@ class Said:
         """How long it has been doing it by now, if nothing has changed since it was heard."""
         return self.since + time.monotonic() - self.heard
 
+    def silent_for(self) -> float:
+        """Seconds since it was heard."""
+        return time.monotonic() - self.heard
+
+    def message(self) -> dict[str, Any]:
+        """What is sent of it."""
+        return {"doing": self.doing, "since": self.since, "waiting": self.waiting}
+
     def __str__(self) -> str:
-        silent = time.monotonic() - self.heard
+        silent = self.silent_for()
         told = f"{'in ' * self.waiting}{self.doing}"
         return told + (f", not heard of for {silent:.1f} s" if silent > 10 * PERIOD else "")
 
@@ -91,6 +100,7 @@ class Watch:
         self.failure: Failure | None = None
         self._failed = threading.Event()
         self._over = threading.Event()
+        self._closing = threading.Event()
         self._lock = threading.Lock()
         self._now = ("starting", False, time.monotonic())
         self._connections: dict[int, _Line] = {}
@@ -162,11 +172,23 @@ class Watch:
         self._end()
 
     def close(self) -> None:
-        """End the watch after a failure: rank 0 stays until the others have heard of it, or a moment."""
+        """Let the process end after a failure, by its main thread, which has told the user or is about to.
+
+        It then ends without what PyTorch does at its end, which may be to wait for others.
+        """
+        if not self._closing.is_set():
+            self._closing.set()
+            atexit.register(self._end_at_once)
+
+    def _end_at_once(self) -> None:
+        """Rank 0 stays until the others have heard of the failure, or a moment."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         until = time.monotonic() + GRACE
         while self.rank == 0 and len(self._left) < len(self._connections) and time.monotonic() < until:
             time.sleep(PERIOD / 20)
-        self._end()
+        os._exit(FAILED)
 
     def _end(self) -> None:
         self._over.set()
@@ -231,7 +253,7 @@ class Watch:
                 line.rank = rank
                 self._connections[rank], self._said[rank] = line, Said()
             elif "doing" in message:
-                self._said[line.rank] = Said(message["doing"], message["since"], message["waiting"])
+                self._said[line.rank] = Said(**message)
             elif "failed" in message:
                 self._left.add(line.rank)
                 self._fail(Failure(message["failed"], message["received"], line.rank))
@@ -248,7 +270,7 @@ class Watch:
         self._said[0] = self._own()
         if self.failure is None:
             self._look_for_hung()
-        self._tell({"beat": True})
+        self._tell(self._said[0].message())
 
     def _look_for_hung(self) -> None:
         here = {rank: said for rank, said in self._said.items() if rank not in self._left}
@@ -257,7 +279,7 @@ class Watch:
             return
         first = min(late)
         told = f"rank {first} waits in {here[first].doing} for {here[first].for_seconds():.1f} s"
-        behind = {r: said for r, said in here.items() if not said.waiting}
+        behind = {r: said for r, said in here.items() if not said.waiting or said.silent_for() > self.timeout / 2}
         hung = [r for r, said in behind.items() if said.for_seconds() > self.timeout / 2] or list(behind)
         if hung:
             what = f"rank {', '.join(map(str, hung))} does not come"
@@ -277,8 +299,8 @@ class Watch:
                 if selector.select(PERIOD) and not self._obey(line):
                     break
                 self._leave_orphan()
-                own, silent = self._own(), time.monotonic() - self._said[0].heard
-                self._say({"doing": own.doing, "since": own.since, "waiting": own.waiting})
+                own, silent = self._own(), self._said[0].silent_for()
+                self._say(own.message())
                 if own.waiting and own.since > self.timeout and silent > self.timeout / 2:
                     self._fail(Failure("rank 0 does not come", f"not heard of for {silent:.1f} s", 1))
                 self._over.wait(PERIOD / 4)
@@ -287,12 +309,13 @@ class Watch:
     def _obey(self, line: _Line) -> bool:
         """Take what rank 0 says; whether the connection stands."""
         told = line.received()
-        self._said[0].heard = time.monotonic()
         for message in told or ():
             if "teller" in message:
                 self._fail(Failure(**message))
+            else:
+                self._said[0] = Said(**message)
         if told is None and self.failure is None and not self._over.is_set():
-            self._fail(Failure("rank 0 has died", "", 1))
+            self._fail(Failure("rank 0 has died", f"{self._said[0]}", 1))
         return told is not None
 
     # -- both --------------------------------------------------------------------------------------------------
@@ -327,7 +350,7 @@ class Watch:
     def _end_process(self) -> None:
         """End a process whose main thread has not ended by itself."""
         time.sleep(GRACE)
-        if self._over.is_set():
+        if self._closing.is_set():
             return
         assert self.failure is not None
         if self.failure.teller == self.rank and self._first_to_tell():
