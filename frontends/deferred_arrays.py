@@ -26,7 +26,8 @@ class DeferredArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's."""
-        return self.stored.shape
+        shape: tuple[int, ...] = self.stored.shape
+        return shape
 
     def __getitem__(self, where: Any) -> Array:
         """A part, converted: a new array, read-only."""

@@ -19,6 +19,7 @@ from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
 from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
+from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.chains import PLAN
@@ -101,7 +102,7 @@ class TvmBackend(StagedBackend):
         threads = target.cores() or 1
         needed = kernels_of(program)
         kernels = [Runner(), *[k for k in needed if not k.on_host]] if runs_here(isa) else []
-        calls = {k: HostCall(k) for k in needed if isinstance(k, Meet)}
+        calls: dict[Kernel, HostCall] = {k: HostCall(k) for k in needed if isinstance(k, Meet)}
         with ThreadPoolExecutor(max_workers=1) as pool:  # weights are laid out while kernels are compiled
             entries = pool.submit(cache.entries, kernels) if kernels else None
             packed = pack_weights(graph, made, weights, threads=threads)

@@ -74,7 +74,7 @@ def _words(at: int, count: int) -> list[tuple[int, int]]:
 def _memory(at: int, shape: list[int], dtype: DType) -> Any:
     """The memory of a value as an array; of bf16, which NumPy lacks, as a tensor."""
     count = int(np.prod(shape, dtype=np.int64)) * dtype.bytes
-    raw = np.frombuffer((ctypes.c_uint8 * count).from_address(at), np.uint8) if count else np.empty(0, np.uint8)
+    raw = np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(at)) if count else np.empty(0, np.uint8)
     if dtype.numpy is not None:
         return raw.view(dtype.numpy).reshape(shape)
     import torch

@@ -176,7 +176,7 @@ def join(timeout: float = 60.0) -> Ranks:
     if importlib.util.find_spec("torch") is None:
         raise UsageError("ranks meet through PyTorch, which is not installed", hint="pip install 'treadle[torch]'")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a connection ends is told here
-    from torch.distributed import rendezvous
+    from torch.distributed.rendezvous import rendezvous
 
     watch = Watch(rank, size, timeout, _orphaned())
     try:

@@ -73,10 +73,8 @@ def run_rank(
         return
     files = write_npy(output, outputs) if output is not None else []
     facts = {name: array_facts(array) for name, array in outputs.items()}
-    traffic = [
-        {"op": op, "over": over, "times": each.times, "bytes": each.bytes}
-        for (op, over), each in sorted(made.communicator.traffic.items())
-    ]
+    moved = sorted(made.communicator.traffic.items())
+    traffic = [{"op": op, "over": over, "times": each.times, "bytes": each.bytes} for (op, over), each in moved]
     weights = f"drawn from seed {made.seed}" if made.seed is not None else f"{human(made.loaded, 'B')} of a checkpoint"
     if as_json:
         print_json(
@@ -101,7 +99,7 @@ def run_rank(
             print(f"\n{name} = {json.dumps(shown['values'])}")
     print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {ranks.size} ranks, {made.plan.mesh}")
     print(f"of rank 0: its weights {weights}")
-    for each in traffic:
-        print(f"  {each['times']} x {each['op']} over {each['over']}, {human(int(each['bytes']), 'B')} together")
+    for (op, over), each in moved:
+        print(f"  {each.times} x {op} over {over}, {human(each.bytes, 'B')} together")
     for file in files:
         print(f"wrote {file}")
