@@ -55,7 +55,7 @@ class Failure:
 
 
 @dataclass
-class Said:
+class RankStatus:
     """What a rank said last.
 
     doing    in words
@@ -104,7 +104,7 @@ class Watch:
         self._lock = threading.Lock()
         self._now = ("starting", False, time.monotonic())
         self._connections: dict[int, _Line] = {}
-        self._said: dict[int, Said] = {}
+        self._said: dict[int, RankStatus] = {}
         self._left: set[int] = set()
         self._listener: socket.socket | None = None
         self._token = ""
@@ -211,7 +211,7 @@ class Watch:
         except OSError as error:
             raise RankError("rank 0 cannot be reached", received=f"{host}:{port}: {error}") from error
         self._connections[0] = _Line(connection)
-        self._said[0] = Said()
+        self._said[0] = RankStatus()
         self._say({"rank": self.rank, "token": token})
         self._start(self._attend)
 
@@ -251,9 +251,9 @@ class Watch:
                     line.close()  # nobody of ours
                     return False
                 line.rank = rank
-                self._connections[rank], self._said[rank] = line, Said()
+                self._connections[rank], self._said[rank] = line, RankStatus()
             elif "doing" in message:
-                self._said[line.rank] = Said(**message)
+                self._said[line.rank] = RankStatus(**message)
             elif "failed" in message:
                 self._left.add(line.rank)
                 self._fail(Failure(message["failed"], message["received"], line.rank))
@@ -313,16 +313,16 @@ class Watch:
             if "teller" in message:
                 self._fail(Failure(**message))
             else:
-                self._said[0] = Said(**message)
+                self._said[0] = RankStatus(**message)
         if told is None and self.failure is None and not self._over.is_set():
             self._fail(Failure("rank 0 has died", f"{self._said[0]}", 1))
         return told is not None
 
     # -- both --------------------------------------------------------------------------------------------------
 
-    def _own(self) -> Said:
+    def _own(self) -> RankStatus:
         doing, waiting, began = self._now
-        return Said(doing, time.monotonic() - began, waiting)
+        return RankStatus(doing, time.monotonic() - began, waiting)
 
     def _say(self, message: Mapping[str, Any]) -> None:
         """To rank 0; if it does not hear, that is noticed where it is listened to."""
