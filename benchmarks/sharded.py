@@ -2,10 +2,10 @@
 
     python benchmarks/sharded.py [MODEL] [RUNS] [BACKEND]
 
-Takes turns: one rank, two ranks by dp=2, two by tp=2, each time in processes of their own that are bound to a core each.
-A run's time is that of its slowest rank; the least of all runs counts, since others may use the machine, and the load is
-printed. The prediction takes two rates that are measured here: work as fast as one rank does it, and links as fast as an
-all-reduce of the run's mean payload.
+Takes turns: one rank, two ranks by dp=2, two by tp=2, each time in processes of their own that are bound to a core
+each. A run's time is that of its slowest rank; the least of all runs counts, since others may use the machine, and the
+load is printed. The prediction takes two rates that are measured here: work as fast as one rank does it, and links as
+fast as an all-reduce of the run's mean payload.
 """
 
 from __future__ import annotations

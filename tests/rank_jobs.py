@@ -26,8 +26,10 @@ import treadle
 from tests.sharded_models import small_options
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import TreadleError, UsageError
-from treadle.rank_models import RankModel, compile_rank
+from treadle.rank_models import RankModel, compile_rank, open_rank_stepped
 from treadle.runtime.distributed.ranks import Ranks, join
+from treadle.runtime.generation import generate
+from treadle.runtime.session import Session
 
 KINDS = ("gpt2", "t5", "vit", "llama")
 FORMS: dict[str, dict[str, Any]] = {
@@ -78,6 +80,38 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str]]
         yield backend, KINDS[0], stored, "f32"
 
 
+def generates(ranks: Ranks, folder: str) -> None:
+    found: list[dict[str, Any]] = []
+    for kind, backend, form in (
+        ("gpt2", "numpy", "f32"),
+        ("llama", "numpy", "int8"),
+        ("llama", "torch", "bf16"),
+        ("gpt2", "tvm", "f32"),
+    ):
+        chosen = {**small_options(kind), "layers": 1, **FORMS[form]}
+        made = open_rank_stepped(kind, f"tp={ranks.size}", ranks, recipe="megatron", backend=backend, **chosen)
+        session = made.session(rows=2, capacity=16)
+        tokens, logits = written(session)
+        facts = {"case": f"{backend} {kind} {form}", "form": form, "tokens": tokens}
+        facts["bytes"] = sum(state.nbytes for state in session.states.values())
+        if ranks.rank == 0:
+            whole = treadle.compile(kind, backend=backend, **chosen).session(rows=2, capacity=16)
+            facts["wanted"], wanted = written(whole)
+            facts["apart"] = float(np.max(np.abs(logits - wanted)))
+            facts["whole bytes"] = sum(state.nbytes for state in whole.states.values())
+        found.append(facts)
+    Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def written(session: Session) -> tuple[list[list[int]], Any]:
+    """Two rows of other lengths, continued together, and the logits of a prompt."""
+    tokens: list[list[int]] = [[], []]
+    for token in generate(session, [[1, 2, 3], [4]], most=6):
+        tokens[token.row].append(token.id)
+    row = session.open()
+    return tokens, np.asarray(session.prefill({row: [5, 6, 7]})[row], np.float32)
+
+
 def turns(ranks: Ranks, mode: str) -> None:
     made = compile_rank("gpt2", f"tp={ranks.size}", ranks, recipe="megatron", **SMALL)
     given = inputs_of(made, uneven=False)
@@ -102,7 +136,7 @@ def differ(ranks: Ranks) -> None:
     compile_rank("gpt2", mesh, ranks, recipe=recipe, **SMALL)
 
 
-JOBS = {"models": models, "turns": turns, "differ": differ}
+JOBS = {"models": models, "generates": generates, "turns": turns, "differ": differ}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ for piece in writer.continued(["The capital of France is"], most=8):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,9 +124,12 @@ class TextWriter:
         target: str | Target = "cpu",
         limits: Mapping[str, int] | None = None,
         cache: str | None = None,
+        stepped: Callable[..., SteppedModel] = open_stepped,
         **config: Any,
     ) -> TextWriter:
         """Compile a model that has a tokenizer; `cache` is the dtype of its caches, None: the model's own.
+
+        stepped  what opens it, if not `treadle.stepped.open_stepped`, which it is called as
 
         Raises UsageError where MODEL names no weights or no causal language model, and the errors of reading it: what
         no family reads is told before what its tokenizer lacks.
@@ -141,7 +144,7 @@ class TextWriter:
                 family_of(open_checkpoint(place, limits).config)
             tokenizer, end = TextTokenizer.open(place, cut=False), _folder_end_tokens(place)
             template = folder_chat_template(place)
-        made = open_stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
+        made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
                 "text is continued by a model of one input, the tokens [B, S]",

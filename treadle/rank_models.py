@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import treadle
-from treadle.backends.protocol import Executable, Outputs, Port
+from treadle.backends.protocol import Entry, Executable, Outputs, Port, StatefulExecutable
 from treadle.backends.registry import find_backend
 from treadle.backends.signature import Signature
 from treadle.backends.staged import build
+from treadle.backends.states import States
 from treadle.compiling import initial_weight
 from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
@@ -34,13 +35,16 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import MeshPlacement, taken_part
 from treadle.ir.target import Target
 from treadle.ir.transforms.encoded_weights import encode_weights
+from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
+from treadle.passes.sharding.whole_outputs import with_whole_outputs
 from treadle.resolving import resolve
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
 from treadle.sharding import rank_graph, shard_graph
+from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
 
@@ -81,7 +85,7 @@ class RankModel:
         """This rank's parts of the outputs. Raises as an executable does, and RankError where other ranks fail."""
         sizes = self.sizes(**arrays)
         self.ranks.doing("running")
-        with self.communicator.running(sizes):
+        with self.communicator.running(tuple(sorted(sizes.items()))):
             return self.executable(**arrays)
 
     def gathered(self, parts: Mapping[str, Any], **arrays: Any) -> Outputs | None:
@@ -129,52 +133,134 @@ class RankModel:
         return buffer.numpy()[: like.nbytes].view(like.dtype).reshape(like.shape)
 
 
-def compile_rank(
-    model: Model | Graph | str | Path,
-    mesh: Mesh | str,
-    ranks: Ranks,
-    *,
-    recipe: str | None = None,
-    axes: Mapping[str, str] | None = None,
-    sizes: Mapping[str, int] | None = None,
-    device: str | Machine = "h100",
-    backend: str = "numpy",
-    target: str | Target = "cpu",
-    weights: Mapping[str, Array] | None = None,
-    inputs: Sequence[str] | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    widen: str | Iterable[str] = (),
-    limits: Mapping[str, int] | None = None,
-    agree: Mapping[str, str] | None = None,
-    **config: Any,
-) -> RankModel:
+def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
     """Plan a model over a mesh, and compile this rank's part of it. All ranks call it with the same arguments.
 
-    agree  what ranks compare beside versions, plans and weights
+    options  those of `RankPart.of`
 
-    Other arguments are those of `treadle.sharding.shard_model` and `treadle.compile`. Raises what these raise;
-    UsageError, on all ranks, where ranks differ or the mesh has other ranks; RankError where another rank fails.
+    Raises what that raises, and BackendError where the backend refuses the rank's program.
     """
-    ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
-    _, widened = computing_in(dtype, (), widen, quantize)
-    resolved = resolve(model, inputs=inputs, widen=widened, limits=limits, deferred=True, **config)
-    plan = shard_graph(resolved.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, quantize=quantize)
-    refuse_other_mesh(plan, ranks.size)
-    held = weights if weights is not None else resolved.weights
-    where = target if isinstance(target, Target) else Target(target)
-    facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
-    facts |= {"computing": f"dtype {dtype}", "weights": _told_weights(held, seed)}
-    ranks.agree({**facts, **(agree or {})})
-    communicator = ranks.start(plan, where.kind)
-    ranks.doing("reading its part of the weights")
-    own, loaded = load_part(plan, ranks.rank, held, seed)
-    ranks.doing("compiling")
-    program = rank_graph(plan, ranks.rank, dtype=dtype)
-    given = {name: own[name] for name in program.parameters}
-    executable, _ = build(find_backend(backend), program, where, given)
-    return RankModel(resolved.name, plan, ranks, executable, communicator, loaded, None if held is not None else seed)
+    part = RankPart.of(model, mesh, ranks, **options)
+    executable, _ = build(find_backend(part.backend), part.program, part.target, part.weights)
+    return RankModel(part.name, part.plan, ranks, executable, part.communicator, part.loaded, part.seed)
+
+
+def open_rank_stepped(
+    model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, *, cache: str | None = None, **options: Any
+) -> SteppedModel:
+    """The step of generation of this rank's part: sessions hold caches of this rank's heads, and give whole logits.
+
+    All ranks must do the same with theirs. Raises what `compile_rank` and `treadle.stepped.open_stepped` raise;
+    PassError for a plan that splits tokens, or rows of a batch.
+    """
+    part = RankPart.of(model, mesh, ranks, whole=True, **options)
+    made = step_of(part.name, part.program, part.backend, part.target, part.weights, cache)
+    return replace(made, executable=_MetExecutable(made.executable, part.communicator))
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What a rank compiles: its program, and its parts of the weights.
+
+    loaded  bytes of the checkpoint that these take; seed: of weights that are drawn
+    """
+
+    name: str
+    plan: ShardingPlan
+    program: Graph
+    weights: Mapping[str, Any]
+    communicator: Communicator
+    backend: str
+    target: Target
+    loaded: int
+    seed: int | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Model | Graph | str | Path,
+        mesh: Mesh | str,
+        ranks: Ranks,
+        *,
+        recipe: str | None = None,
+        axes: Mapping[str, str] | None = None,
+        sizes: Mapping[str, int] | None = None,
+        device: str | Machine = "h100",
+        backend: str = "numpy",
+        target: str | Target = "cpu",
+        weights: Mapping[str, Array] | None = None,
+        inputs: Sequence[str] | None = None,
+        seed: int = 0,
+        dtype: str | None = None,
+        quantize: str | None = None,
+        widen: str | Iterable[str] = (),
+        limits: Mapping[str, int] | None = None,
+        agree: Mapping[str, str] | None = None,
+        whole: bool = False,
+        **config: Any,
+    ) -> RankPart:
+        """Plan, agree with the other ranks, start torch.distributed, and load.
+
+        agree  what ranks compare beside versions, plans and weights
+        whole  whether every rank gets all of each output
+
+        Other arguments are those of `treadle.sharding.shard_model` and `treadle.compile`. Raises what these raise;
+        UsageError, on all ranks, where ranks differ or the mesh has other ranks; RankError where another rank fails.
+        """
+        ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
+        _, widened = computing_in(dtype, (), widen, quantize)
+        resolved = resolve(model, inputs=inputs, widen=widened, limits=limits, deferred=True, **config)
+        plan = shard_graph(
+            resolved.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, quantize=quantize
+        )
+        if whole:
+            plan = with_whole_outputs(plan)
+            check_sharding(plan)
+        refuse_other_mesh(plan, ranks.size)
+        held = weights if weights is not None else resolved.weights
+        where = target if isinstance(target, Target) else Target(target)
+        facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
+        facts |= {"computing": f"dtype {dtype}", "weights": _told_weights(held, seed)}
+        ranks.agree({**facts, **(agree or {})})
+        communicator = ranks.start(plan, where.kind)
+        ranks.doing("reading its part of the weights")
+        own, loaded = load_part(plan, ranks.rank, held, seed)
+        ranks.doing("compiling")
+        program = rank_graph(plan, ranks.rank, dtype=dtype)
+        given = {name: own[name] for name in program.parameters}
+        drawn = None if held is not None else seed
+        return cls(resolved.name, plan, program, given, communicator, backend, where, loaded, drawn)
+
+
+class _MetExecutable:
+    """Entries of a rank's program, whose collectives meet; see `treadle.backends.protocol.StatefulExecutable`."""
+
+    def __init__(self, executable: StatefulExecutable, communicator: Communicator) -> None:
+        self._executable, self._communicator = executable, communicator
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return self._executable.entries
+
+    def entry(self, name: str) -> Entry:
+        return _MetEntry(name, self._executable.entry(name), self._communicator)
+
+    def new_states(self, **sizes: int) -> States:
+        return self._executable.new_states(**sizes)
+
+    def state_bytes(self, **sizes: int) -> int:
+        return self._executable.state_bytes(**sizes)
+
+
+class _MetEntry:
+    def __init__(self, name: str, entry: Entry, communicator: Communicator) -> None:
+        self._name, self._entry, self._communicator = name, entry, communicator
+        self.inputs, self.outputs = entry.inputs, entry.outputs
+
+    def __call__(self, states: States | None = None, /, **arrays: Any) -> Outputs:
+        shapes = tuple((name, np.shape(array)) for name, array in sorted(arrays.items()))
+        with self._communicator.running((self._name, shapes)):
+            return self._entry(states, **arrays)
 
 
 def load_part(

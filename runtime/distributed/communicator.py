@@ -1,7 +1,7 @@
 """The communicator: how a rank meets the others through torch.distributed, by gloo on processors and NCCL on CUDA.
 
     communicator = Communicator(plan, rank, waiting=watch.waiting)
-    with communicator.running(sizes):            # in which collectives of the rank's program meet here
+    with communicator.running("B=2, S=16"):      # in which collectives of the rank's program meet here
         outputs = executable(**inputs)
 
 Parts need not be equal, and a rank's program knows its own part alone. So when a run of new sizes first comes to a
@@ -14,11 +14,11 @@ What torch.distributed sends are whole contiguous tensors; parts are laid out fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,14 +33,12 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-Result = TypeVar("Result")
-
 _WORDS = (
     4  # of i64 that ranks tell each other of a meeting: what, dtype, how long the part that they take is, and bring
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Traffic:
     """What a rank's calls of one collective were about.
 
@@ -50,6 +48,10 @@ class Traffic:
 
     times: int = 0
     bytes: int = 0
+
+    def beside(self, bytes: int) -> Traffic:
+        """With one call more."""
+        return Traffic(self.times + 1, self.bytes + bytes)
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,28 @@ class _Group:
     handle: ProcessGroup | None
 
 
-@dataclass
 class Communicator:
     """A rank's meetings; see `treadle.ir.placement.meeting.Meeting`. torch.distributed must have been started.
 
+    timeout  seconds after which torch.distributed gives up
     waiting  a context in which a rank waits for others, given what for
     failed   what is raised in place of an error of torch.distributed
     traffic  by collective and the axes that it is over
     """
 
-    plan: ShardingPlan
-    rank: int
-    timeout: float = 60.0
-    waiting: Callable[[str], AbstractContextManager[None]] = lambda told: nullcontext()
-    failed: Callable[[Exception, str], Exception] = lambda error, told: RankError(told, received=str(error))
-    traffic: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.groups = {text: self._group(text) for text in met_over(self.plan)}
-        self._known: dict[tuple[tuple[tuple[str, int], ...], int], list[list[int]]] = {}
-        self._run: tuple[tuple[str, int], ...] = ()
+    def __init__(
+        self,
+        plan: ShardingPlan,
+        rank: int,
+        timeout: float,
+        waiting: Callable[[str], AbstractContextManager[None]],
+        failed: Callable[[Exception, str], Exception],
+    ) -> None:
+        self.plan, self.rank, self.timeout, self.waiting, self.failed = plan, rank, timeout, waiting, failed
+        self.traffic: dict[tuple[str, str], Traffic] = {}
+        self.groups = {text: self._group(text) for text in met_over(plan)}
+        self._known: dict[tuple[Hashable, int], list[list[int]]] = {}
+        self._run: Hashable = ()
         self._number = 0
 
     @property
@@ -113,9 +117,9 @@ class Communicator:
         return found
 
     @contextmanager
-    def running(self, sizes: Mapping[str, int]) -> Iterator[None]:
-        """One run of the rank's program, with these sizes of symbols."""
-        self._run, self._number = tuple(sorted(sizes.items())), 0
+    def running(self, what: Hashable) -> Iterator[None]:
+        """One run of the rank's program: of this entry, with these sizes, what else decides how large parts are."""
+        self._run, self._number = what, 0
         with meeting_at(self):
             yield
 
@@ -137,9 +141,8 @@ class Communicator:
                 made = _MEETINGS[type(op)](op, given, group, sizes)
             except RuntimeError as error:  # all that torch.distributed raises
                 raise self.failed(error, told) from error
-        counted = self.traffic.setdefault((op.name, op.over), Traffic())
-        counted.times += 1
-        counted.bytes += op.payload(_bytes(given), _bytes(made))
+        before = self.traffic.get((op.name, op.over), Traffic())
+        self.traffic[op.name, op.over] = before.beside(op.payload(_bytes(given), _bytes(made)))
         return made if part is given or isinstance(part, torch.Tensor) else made.numpy()
 
     def _told(self, op: Collective, given: torch.Tensor, group: _Group) -> list[list[int]]:

@@ -17,7 +17,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -39,21 +38,18 @@ _PAUSE = 0.01  # between two looks at what others have said
 _SLACK = 30.0  # by how many seconds torch.distributed waits longer than the watch, which knows for whom
 
 
-@dataclass
 class Ranks:
-    """This process among `size`. Made by `join`; `close` it, or use it as a context.
+    """This process among `size`. Made by `join`; used as a context.
 
-    watch   who looks after all of them
-    store   where they leave each other short texts
+    timeout  seconds that a rank waits for others
+    watch    who looks after all of them
+    store    where they leave each other short texts
     """
 
-    rank: int
-    size: int
-    timeout: float
-    watch: Watch
-    store: Any
-    _started: bool = False
-    _agreed: int = 0
+    def __init__(self, rank: int, size: int, timeout: float, watch: Watch, store: Any) -> None:
+        self.rank, self.size, self.timeout, self.watch, self.store = rank, size, timeout, watch, store
+        self._started = False
+        self._agreed = 0
 
     def doing(self, told: str) -> None:
         """Say what comes now, for others' errors. Raises RankError where another rank has failed."""

@@ -54,7 +54,7 @@ class Failure:
     teller: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class RankStatus:
     """What a rank said last.
 

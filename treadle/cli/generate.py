@@ -14,13 +14,17 @@ import typer
 from treadle.cli.application import command, print_json
 from treadle.cli.options import (
     AsJson,
+    Axis,
     BackendName,
     CacheName,
     Config,
     Dtype,
     Limit,
+    Mesh,
     ModelName,
+    Patience,
     Quantize,
+    Recipe,
     TargetName,
     Threads,
 )
@@ -97,9 +101,14 @@ def continue_texts(
     backend: BackendName = "numpy",
     target: TargetName = "cpu",
     threads: Threads = None,
+    mesh: Mesh = None,
+    recipe: Recipe = None,
+    axis: Axis = None,
+    timeout: Patience = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Continue text with a causal language model, such as the fetched smollm2."""
+    """Continue text with a causal language model, such as the fetched smollm2, alone or as one of several ranks."""
+    from treadle.cli.rank_runs import opened_on_ranks
     from treadle.continuation import TextWriter
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
@@ -122,75 +131,88 @@ def continue_texts(
     if not chat:
         _refuse("without --chat there is no", system=system)
     where = Target(target, threads)
-    with working(f"compiling {model}", shown=not as_json):
-        writer = TextWriter.open(
-            model,
-            backend=backend,
-            target=where,
-            dtype=dtype,
-            quantize=quantize,
-            cache=cache,
-            **parse_config(config or (), limit or ()),
-        )
-        guess = None
-        if draft is not None:
-            guess = TextWriter.open(draft, backend=backend, target=where, cache=cache).draft_for(writer)
-    asked = prompts
-    if chat:
-        template = writer.chat_template()
-        told = [] if system is None else [{"role": "system", "content": system}]
-        prompts = [template.render([*told, {"role": "user", "content": text}]) for text in asked]
-    facts: dict[str, Any] = {"model": writer.model.name, "backend": backend}
-    chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    chosen |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
-    if search is not None:
-        with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
-            searched = writer.searched(prompts, most=most, beams=search, rules=rules, special=not chat)
-        if as_json:
-            texts = [{"prompt": p, "found": list(map(asdict, each))} for p, each in zip(asked, searched, strict=True)]
-            print_json({**facts, "beams": asdict(search), "texts": texts})
-        else:
-            _tell_searched([""] * len(asked) if chat else asked, searched)
-        return
-    tally = SpeculationTally() if speculate or draft is not None else None
-    written = [Written(prompt) for prompt in asked]
-    pace = Pace()
-    pieces = writer.continued(
-        prompts,
-        most=most,
-        sampling=sampling,
-        rules=rules,
-        stop=stop or (),
-        likely=logprobs or 0,
-        guess=guess or (PromptLookup() if speculate else None),
-        tally=tally,
-        special=not chat,
+    told_to_all = (
+        f"{prompts} {most} {sampling} {rules} {stop} {search} {logprobs} {chat} {system} {speculate} {draft} {cache}"
     )
-    stream = len(prompts) == 1 and not as_json
-    if stream and not chat:
-        print(prompts[0], end="", flush=True)
-    try:
-        with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json and not stream):
-            for piece in pieces:
-                written[piece.row].add(piece)
-                pace.count()
-                if stream:
-                    print(piece.text, end="", flush=True)
-    finally:
-        if stream:
-            print(flush=True)  # also before an error
-    if as_json:
-        facts |= {"sampling": chosen, "chat_template": writer.template is not None, **pace.facts()}
+    with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
+        with working(f"compiling {model}", shown=not as_json):
+            writer = TextWriter.open(
+                model,
+                backend=backend,
+                target=where,
+                dtype=dtype,
+                quantize=quantize,
+                cache=cache,
+                stepped=stepped,
+                **parse_config(config or (), limit or ()),
+            )
+            guess = None
+            if draft is not None:
+                guess = TextWriter.open(draft, backend=backend, target=where, cache=cache).draft_for(writer)
+        asked = prompts
+        if chat:
+            template = writer.chat_template()
+            told = [] if system is None else [{"role": "system", "content": system}]
+            prompts = [template.render([*told, {"role": "user", "content": text}]) for text in asked]
+        facts: dict[str, Any] = {"model": writer.model.name, "backend": backend}
+        chosen: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+        }
+        chosen |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+        if search is not None:
+            with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
+                searched = writer.searched(prompts, most=most, beams=search, rules=rules, special=not chat)
+            if as_json:
+                texts = [
+                    {"prompt": p, "found": list(map(asdict, each))} for p, each in zip(asked, searched, strict=True)
+                ]
+                print_json({**facts, "beams": asdict(search), "texts": texts})
+            else:
+                _tell_searched([""] * len(asked) if chat else asked, searched)
+            return
+        tally = SpeculationTally() if speculate or draft is not None else None
+        written = [Written(prompt) for prompt in asked]
+        pace = Pace()
+        pieces = writer.continued(
+            prompts,
+            most=most,
+            sampling=sampling,
+            rules=rules,
+            stop=stop or (),
+            likely=logprobs or 0,
+            guess=guess or (PromptLookup() if speculate else None),
+            tally=tally,
+            special=not chat,
+        )
+        stream = len(prompts) == 1 and not as_json
+        if stream and not chat:
+            print(prompts[0], end="", flush=True)
+        try:
+            with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json and not stream):
+                for piece in pieces:
+                    written[piece.row].add(piece)
+                    pace.count()
+                    if stream:
+                        print(piece.text, end="", flush=True)
+        finally:
+            if stream:
+                print(flush=True)  # also before an error
+        if as_json:
+            facts |= {"sampling": chosen, "chat_template": writer.template is not None, **pace.facts()}
+            if tally is not None:
+                facts["speculation"] = _tally_facts(tally)
+            print_json({**facts, "texts": [each.facts(writer, logprobs is not None) for each in written]})
+            return
+        _tell_written(writer, written, shown=stream, without_prompt=chat, with_logprobs=logprobs is not None)
+        if pace.told():
+            print(pace.told(), file=sys.stderr)
         if tally is not None:
-            facts["speculation"] = _tally_facts(tally)
-        print_json({**facts, "texts": [each.facts(writer, logprobs is not None) for each in written]})
-        return
-    _tell_written(writer, written, shown=stream, without_prompt=chat, with_logprobs=logprobs is not None)
-    if pace.told():
-        print(pace.told(), file=sys.stderr)
-    if tally is not None:
-        right = f"{tally.accepted} of {counted(tally.guessed, 'guessed token')} were right"
-        print(f"{right}, {tally.accepted_length:.2f} a call of the model", file=sys.stderr)
+            right = f"{tally.accepted} of {counted(tally.guessed, 'guessed token')} were right"
+            print(f"{right}, {tally.accepted_length:.2f} a call of the model", file=sys.stderr)
 
 
 def _tell_searched(prompts: Sequence[str], searched: Sequence[Sequence[FoundText]]) -> None:

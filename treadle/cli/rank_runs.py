@@ -1,15 +1,53 @@
-"""`treadle run --mesh`: this process as one of the ranks that run a model together; rank 0 tells what came out."""
+"""`treadle run --mesh` and `generate --mesh`: this process as one of the ranks of a model; rank 0 tells the result."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treadle.cli.application import print_json
 from treadle.ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from treadle.stepped import SteppedModel
+
+
+def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
+    """Raise UsageError where a model is to be split in some way, and no mesh is named."""
+    if recipe is not None or axis:
+        raise UsageError("a model is split over a mesh", received=recipe or ", ".join(axis), hint="--mesh tp=2")
+
+
+@contextmanager
+def opened_on_ranks(
+    mesh: str | None, recipe: str | None, axis: Sequence[str], timeout: float, asked: str
+) -> Iterator[Callable[..., SteppedModel]]:
+    """What opens the step of a model: this rank's part of it, where a mesh is named. All but rank 0 print nothing.
+
+    asked  what all ranks must be asked for
+    """
+    from treadle.stepped import open_stepped
+
+    if mesh is None:
+        refuse_without_mesh(recipe, axis)
+        yield open_stepped
+        return
+    from treadle.option_values import parse_axes
+    from treadle.rank_models import open_rank_stepped
+    from treadle.runtime.distributed.ranks import join
+
+    options = {"recipe": recipe, "axes": parse_axes(axis), "agree": {"texts and options": asked}}
+    with join(timeout) as ranks, ExitStack() as quiet:
+        if ranks.rank:
+            nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            quiet.enter_context(redirect_stdout(nowhere))
+            quiet.enter_context(redirect_stderr(nowhere))
+        yield lambda model, **given: open_rank_stepped(model, mesh, ranks, **options, **given)
 
 
 def run_rank(

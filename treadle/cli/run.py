@@ -28,7 +28,6 @@ from treadle.cli.options import (
     names_of,
     refuse_for_artifact,
 )
-from treadle.ir.errors import UsageError
 
 
 @command("run")
@@ -72,9 +71,9 @@ def run_model(
     as_json: AsJson = False,
 ) -> None:
     """Run a model on arrays, by itself or as one of several ranks."""
-    if mesh is not None:
-        from treadle.cli.rank_runs import run_rank
+    from treadle.cli.rank_runs import refuse_without_mesh, run_rank
 
+    if mesh is not None:
         run_rank(
             model,
             values or [],
@@ -95,8 +94,7 @@ def run_model(
             as_json=as_json,
         )
         return
-    if recipe is not None or axis:
-        raise UsageError("a model is split over a mesh", received=recipe or ", ".join(axis or ()), hint="--mesh tp=2")
+    refuse_without_mesh(recipe, axis or ())
     import numpy as np
 
     from treadle.artifacts import is_artifact, load, open_artifact
