@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +48,45 @@ def launched(ranks: int, *words: str, **beside: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize(("ranks", "mesh", "backends"), [(2, "tp=2", "numpy,tvm"), (4, "tp=2,dp=2", "torch,numpy")])
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """For a mesh what each rank wrote, of one job for all tests."""
+
+    @cache
+    def folder_of(mesh: str) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        ranks, backends = {"tp=2": (2, "numpy,tvm"), "tp=2,dp=2": (4, "torch,numpy")}[mesh]
+        done = launched(ranks, str(JOB), "models", mesh, backends, str(folder))
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return lambda mesh: [folder_of(mesh) / f"{rank}.json" for rank in range(4 if "dp" in mesh else 2)]
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "tp=2,dp=2"])
 def test_ranks_compute_what_the_model_does_and_move_what_is_planned(
-    tmp_path: Path, ranks: int, mesh: str, backends: str
+    ran: Callable[[str], list[Path]], mesh: str
 ) -> None:
-    done = launched(ranks, str(JOB), "models", mesh, backends, str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
-    assert len(told[0]) >= 9
+    told = [json.loads(path.read_text()) for path in ran(mesh)]
+    assert len(told[0]) >= 13
     for facts in zip(*told, strict=True):
         first = facts[0]
         assert first["apart"] <= NEAR[first["form"]] * max(1.0, first["largest"]), first
         assert {each["met"] for each in facts} == {first["collectives"]}, first["case"]
         # Parts of ranks are uneven, and a plan says what a rank moves on average.
-        assert sum(each["counted"] for each in facts) == ranks * first["planned"], first["case"]
+        assert sum(each["counted"] for each in facts) == len(told) * first["planned"], first["case"]
         assert first["planned"] > 0
+
+
+def test_sessions_hold_the_caches_of_their_rank_and_continue_as_the_model_does(
+    ran: Callable[[str], list[Path]],
+) -> None:
+    told = [json.loads(path.with_stem(f"generated-{path.stem}").read_text()) for path in ran("tp=2")]
+    for first, second in zip(*told, strict=True):
+        assert first["tokens"] == second["tokens"] == first["wanted"], first["case"]
+        assert first["bytes"] == second["bytes"] == first["whole bytes"] / 2
+        assert first["apart"] < NEAR[first["form"]]
+    assert len({token for first in told[0] for row in first["tokens"] for token in row}) > 4
 
 
 def test_the_command_line_runs_a_model_over_ranks(tmp_path: Path) -> None:

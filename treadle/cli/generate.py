@@ -131,9 +131,7 @@ def continue_texts(
     if not chat:
         _refuse("without --chat there is no", system=system)
     where = Target(target, threads)
-    told_to_all = (
-        f"{prompts} {most} {sampling} {rules} {stop} {search} {logprobs} {chat} {system} {speculate} {draft} {cache}"
-    )
+    said = (prompts, most, sampling, rules, stop, search, logprobs, chat, system, speculate, draft, cache)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
         with working(f"compiling {model}", shown=not as_json):
             writer = TextWriter.open(

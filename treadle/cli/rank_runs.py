@@ -41,7 +41,7 @@ def opened_on_ranks(
     from treadle.rank_models import open_rank_stepped
     from treadle.runtime.distributed.ranks import join
 
-    options = {"recipe": recipe, "axes": parse_axes(axis), "agree": {"texts and options": asked}}
+    options: dict[str, Any] = {"recipe": recipe, "axes": parse_axes(axis), "agree": {"texts and options": asked}}
     with join(timeout) as ranks, ExitStack() as quiet:
         if ranks.rank:
             nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
