@@ -197,10 +197,16 @@ def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(
     script.write_text(
         "import os, pathlib, sys\n"
         "rank, folder = os.environ['RANK'], pathlib.Path(sys.argv[0]).parent\n"
-        "(folder / rank).write_text(os.environ['WORLD_SIZE'])\n"
+        "cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []\n"
+        "(folder / rank).write_text(f\"{os.environ['WORLD_SIZE']} {cores}\")\n"
         "sys.exit(int(rank))\n"
     )
     assert launch_ranks([sys.executable, str(script)], 3) == 2
-    assert (tmp_path / "2").read_text() == "3"
+    told = [(tmp_path / str(rank)).read_text() for rank in range(3)]
+    assert all(text.startswith("3 ") for text in told)
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        assert told[0] == f"3 {cores[: max(1, len(cores) // 3)]}"
+        assert told[2].endswith(f"{cores[-1]}]")
     with pytest.raises(UsageError, match="there is 1 rank or more"):
         launch_ranks(["true"], 0)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from treadle.ir.errors import RankError, UsageError
@@ -36,7 +36,7 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
         raise UsageError(f"there is 1 rank or more, not {count}")
     shared = {
         **os.environ,
-        **_threads(count),
+        **_alone_on_a_core(count),
         **(environment or {}),
         **_meeting_point(count),
         LAUNCHER: str(os.getpid()),
@@ -46,6 +46,7 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
         for rank in range(count):
             own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(list(command), env=own))
+            _bind(ranks[-1].pid, rank, count)
         while all(code in (None, 0) for code in (rank.poll() for rank in ranks)):
             if all(rank.returncode == 0 for rank in ranks):
                 return 0
@@ -90,10 +91,26 @@ def _meeting_point(count: int) -> dict[str, str]:
     return {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _threads(count: int) -> dict[str, str]:
-    """The cores shared out, unless the user says how many threads libraries take."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // count))}
+def _alone_on_a_core(count: int) -> dict[str, str]:
+    """Where a rank has one core: idle threads of TVM's pool sleep at once.
+
+    Else each of them gives its core away 300,000 times first, which on a busy machine takes minutes, at the end, too.
+    """
+    name, cores = "TVM_THREAD_POOL_SPIN_COUNT", os.cpu_count() or 1
+    return {name: "0"} if name not in os.environ and cores < 2 * count else {}
+
+
+def _bind(process: int, rank: int, count: int) -> None:
+    """Give a rank its share of the cores that this process may use, one at least, where the system does so.
+
+    Libraries then take as many threads as there are cores in it. More threads than cores would wait for each other.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        first = rank * len(cores) // count
+        share = cores[first : max(first + 1, (rank + 1) * len(cores) // count)]
+        with suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(process, share)
 
 
 def _signal_name(number: int) -> str:
