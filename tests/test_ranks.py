@@ -33,7 +33,7 @@ NEAR = {"f32": 1e-5, "int8": 1e-5, "bf16": 2e-2}
 """How far outputs may be from the whole model's, beside their greatest: sums in another order. Products of bf16 round
 their sums' operands anew, by 2^-8 each."""
 
-SOON = 20
+SOON = 60
 """Seconds after which a job hangs; those that end as they should take one or two, on a machine that is not busy."""
 
 
@@ -142,7 +142,7 @@ def test_a_rank_that_is_killed_ends_the_others() -> None:
 
 
 def test_a_rank_that_hangs_ends_the_others_at_the_timeout() -> None:
-    job, processes = started(2, "sleeps", TIMEOUT="2")
+    job, processes = started(2, "sleeps", TIMEOUT="5")
     _, told = job.communicate(timeout=SOON)
     assert job.returncode == 2
     assert told.count("rank 1 does not come") == 1

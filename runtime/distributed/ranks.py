@@ -35,6 +35,7 @@ _HINT = Hint(
     "treadle launch -n 2 -- run MODEL --mesh tp=2, or torchrun --nproc-per-node 2 -m treadle run MODEL --mesh tp=2",
 )
 _PAUSE = 0.01  # between two looks at what others have said
+_STARTING = 60.0  # seconds within which processes that were started together have come
 _SLACK = 30.0  # by how many seconds torch.distributed waits longer than the watch, which knows for whom
 
 
@@ -163,7 +164,7 @@ def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
 def join(timeout: float = 60.0) -> Ranks:
     """Join the other ranks, as environment variables say.
 
-    timeout  seconds that a rank waits for others, here and later
+    timeout  seconds that a rank waits for others later; here it waits for a minute at least, while processes start
 
     Raises UsageError where this process was not started as a rank, or without PyTorch; RankError where others do not
     come in time.
@@ -174,24 +175,24 @@ def join(timeout: float = 60.0) -> Ranks:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # that a connection ends is told here
     from torch.distributed.rendezvous import rendezvous
 
-    watch = Watch(rank, size, timeout, _orphaned())
+    watch, start = Watch(rank, size, timeout, _orphaned()), max(timeout, _STARTING)
     try:
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=start)))
         ranks = Ranks(rank, size, timeout, watch, store)
         if rank == 0:
             store.set("treadle/watch", watch.listen("127.0.0.1" if host in ("127.0.0.1", "localhost") else ""))
-            until = time.monotonic() + timeout
+            until = time.monotonic() + start
             while watch.absent():
                 if time.monotonic() > until:
                     raise RankError(
-                        f"ranks {watch.absent()} did not come within {timeout:g} s".replace("[", "").replace("]", "")
+                        f"ranks {watch.absent()} did not come within {start:g} s".replace("[", "").replace("]", "")
                     )
                 time.sleep(_PAUSE)
         else:
             watch.connect(host, store.get("treadle/watch").decode())
     except RuntimeError as error:  # of torch.distributed
         what = str(error).splitlines()[0][:300]
-        raise RankError(f"rank {rank} of {size} met no others at {host} within {timeout:g} s", received=what) from error
+        raise RankError(f"rank {rank} of {size} met no others at {host} within {start:g} s", received=what) from error
     return ranks
 
 
