@@ -1,9 +1,10 @@
 """What ranks do in tests, as a script under `treadle launch` or torchrun: `rank_jobs.py JOB ARGUMENTS...`.
 
-models MESH BACKEND FOLDER   run small models in several ways; rank 0 writes what came out, and all what they counted
-turns MODE                   run one model again and again, each rank having told its process; rank 1 does MODE
-                             in the end: "killed" (from outside), "raises", "stops", "sleeps", "leaves"
-differ WHAT                  rank 1 has another seed, mesh, or version than rank 0
+models MESH BACKENDS FOLDER  run small models in several ways; rank 0 writes what came out, and all what they counted;
+                             over tp=2, continue texts as well
+turns MODE                   run one model again and again, each rank having told its process; rank 1 does MODE in the
+                             end: "killed" (from outside), "raises", "stops", "sleeps", "leaves"
+differ                       rank 1 has another plan than rank 0
 """
 
 from __future__ import annotations
