@@ -25,7 +25,6 @@ from treadle.backends.signature import Signature
 from treadle.backends.staged import build
 from treadle.backends.states import States
 from treadle.compiling import initial_weight
-from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import stored_bytes
 from treadle.ir.errors import RankError, UsageError
@@ -40,10 +39,9 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
-from treadle.resolving import resolve
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
-from treadle.sharding import rank_graph, shard_graph
+from treadle.sharding import plan_graph, rank_graph, recognized
 from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
@@ -208,11 +206,8 @@ class RankPart:
         UsageError, on all ranks, where ranks differ or the mesh has other ranks; RankError where another rank fails.
         """
         ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
-        _, widened = computing_in(dtype, (), widen, quantize)
-        resolved = resolve(model, inputs=inputs, widen=widened, limits=limits, deferred=True, **config)
-        plan = shard_graph(
-            resolved.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, quantize=quantize
-        )
+        resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
+        plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
         if whole:
             plan = with_whole_outputs(plan)
             check_sharding(plan)
@@ -226,7 +221,7 @@ class RankPart:
         ranks.doing("reading its part of the weights")
         own, loaded = load_part(plan, ranks.rank, held, seed)
         ranks.doing("compiling")
-        program = rank_graph(plan, ranks.rank, dtype=dtype)
+        program = rank_graph(plan, ranks.rank)
         given = {name: own[name] for name in program.parameters}
         drawn = None if held is not None else seed
         return cls(resolved.name, plan, program, given, communicator, backend, where, loaded, drawn)
