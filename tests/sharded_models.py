@@ -42,6 +42,7 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
         "text": {**_TOWER, "vocab": 37, "context": 16},
         "vision": {**_TOWER, "patch": 8, "height": 16, "width": 16},
     },
+    "gpt_neox": {"rotary_dims": 2},
     "vit": {"height": 16, "width": 16, "patch": 8},
 }
 

@@ -15,10 +15,12 @@ from treadle.frontends.binding import Source, bind
 from treadle.frontends.deferred_arrays import DeferredArray, stored_bytes
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import CheckpointError
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.rank_models import load_part
 from treadle.resolving import Resolved, resolve
-from treadle.sharding import shard_graph
+from treadle.sharding import plan_graph
 
 DIM, HIDDEN, VOCAB, HEADS = 256, 512, 1024, 8
 Array = np.ndarray[Any, Any]
@@ -67,7 +69,8 @@ def written(folder: Path, dtype: str, vocab: int = VOCAB) -> Path:
 
 
 def planned(resolved: Resolved, recipe: str, mesh: str) -> ShardingPlan:
-    return shard_graph(resolved.graph, mesh, recipe=recipe)
+    graph = PassManager(RECOGNITION).run(resolved.graph).graph
+    return plan_graph(graph, mesh, recipe=recipe)
 
 
 def touched(path: Path) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_rank_that_is_killed_ends_the_others() -> None:
     _, told = job.communicate(timeout=SOON)
     assert job.returncode == 2
     assert told.count("rank 1 has died") == 1
-    assert "all_reduce over tp" in told
+    assert re.search("received  (all_reduce over tp|running|compiling)", told)  # what it did last
     assert not any(map(is_left, processes.values()))
 
 
