@@ -96,7 +96,7 @@ def read_own(file: GGUFFile, kind: str, read: Mapping[str, Any]) -> dict[str, An
             return {"window": file.integer(f"{kind}.attention.sliding_window", 0, least=0) or None}
         case "gemma2" | "gemma3":
             period = file.integer(f"{kind}.attention.sliding_window_pattern", 2 if kind == "gemma2" else 6)
-            largest = len(layers) == _LARGEST_GEMMAS[kind]
+            largest = len(layers) == _LARGEST_GEMMAS[kind] and read["dim"] % read["heads"] == 0
             usual = (50.0, 30.0) if kind == "gemma2" else (0.0, 0.0)
             attention, logits = (
                 file.number(f"{kind}.{part}_logit_softcapping", cap) or None
