@@ -138,7 +138,7 @@ def test_a_rank_that_is_killed_ends_the_others() -> None:
     _, told = job.communicate(timeout=SOON)
     assert job.returncode == 2
     assert told.count("rank 1 has died") == 1
-    assert re.search("received  (all_reduce over tp|running|compiling)", told)  # what it did last
+    assert re.search("received  (in all_reduce over tp|running|compiling)", told)  # what it did last
     assert not any(map(is_left, processes.values()))
 
 

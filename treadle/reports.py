@@ -330,6 +330,8 @@ def zoo_facts() -> Facts:
 
 
 def _config_text(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_config_text(each) for each in value]
     return value if value is None or isinstance(value, bool | int | float | str) else f"t.{value.__name__}"
 
 
