@@ -51,8 +51,10 @@ def test_arguments_mean_what_they_say() -> None:
     assert [record.name for record in made.optimized.log] == ["canonicalize"]
     assert [record.name for record in made.log] == [
         "canonicalize",
+        "open-block-products",
         "legalize",
         "decode-last",
+        "multiply-blocks",
         "hoist-weights",
         "plan-storage",
     ]

@@ -28,7 +28,9 @@ TARGETS = {"tvm": "x86-64-v4", "torch": "cpu"}
 SMALL: dict[str, Any] = {"layers": 2, "dim": 48, "heads": 4, "vocab": 50, "context": 16}
 LOWERING = [
     "legalize",
+    "decode-narrow",
     "decode-last",
+    "multiply-blocks",
     "read-blocks",
     "assign-layouts",
     "hoist-weights",
@@ -125,7 +127,7 @@ def test_inspect_shows_the_graph_as_hoisting_left_it(compiled: treadle.Compiled,
 
 def test_each_stage_of_a_backend_is_kept(compiled: treadle.Compiled) -> None:
     assert [record.name for record in compiled.log] == [*(each.name for each in DEFAULT), *LOWERING]
-    legal, _, _, laid, bound, _, _ = (compiled.optimized.after(name) for name in LOWERING)
+    legal, _, _, _, _, laid, bound, _, _ = (compiled.optimized.after(name) for name in LOWERING)
     assert compiled.optimized.after("dead-code") == compiled.graph
     assert ops(legal).isdisjoint({"relayout", "projections", "add_layer_norm"}) and legal.bind is None
     assert "relayout" in ops(laid) and laid.bind is None
@@ -134,10 +136,10 @@ def test_each_stage_of_a_backend_is_kept(compiled: treadle.Compiled) -> None:
 
 
 def test_the_last_rows_of_the_table_are_the_backends(compiled: treadle.Compiled) -> None:
-    rows = compiled.log.table().splitlines()[-7:]
+    rows = compiled.log.table().splitlines()[-len(LOWERING) :]
     assert [row.split()[0] for row in rows] == LOWERING
-    assert "+5 relayout" in rows[3]  # the table, and four products of the block
-    assert "+2 call" in rows[4]  # of what the block left to its callers
+    assert "+5 relayout" in rows[5]  # the table, and four products of the block
+    assert "+2 call" in rows[6]  # of what the block left to its callers
     assert [record.changes for record in compiled.log[-4:]] == [5, 1 + 2 * 5, 0, 0]
 
 
@@ -159,8 +161,10 @@ def test_an_artifact_holds_no_stage_of_a_backend(tmp_path: Path) -> None:
     portable = [each.name for each in DEFAULT]
     assert [record.name for record in again.log] == [
         *portable,
+        "open-block-products",
         "legalize",
         "decode-last",
+        "multiply-blocks",
         "hoist-weights",
         "plan-storage",
     ]

@@ -80,7 +80,7 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
         {"layer": 2, "layer_2": 2},
     ),
     "llama, norms after": (
-        small(llama, head_dim=6, norm_place="after", qk_norm="whole", scaling=Yarn(2.0, 8, temperature=1.1)),
+        small(llama, head_dim=4, norm_place="after", qk_norm="whole", scaling=Yarn(2.0, 8, temperature=1.5)),
         {"layer": 4},
     ),
     "llama, layer norms": (small(llama, head_dim=6, layer_norms=True, qkv_bias=True, rotary_dims=4), {"layer": 4}),

@@ -271,7 +271,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path, words: str, code: int)
     [
         ("treadle ins", {"inspect"}),
         ("treadle inspect --fol", {"--follow"}),
-        ("treadle inspect gp", {"gpt2"}),
+        ("treadle inspect gp", {"gpt2", "gpt_neox"}),
         ("treadle fetch minilm", {"minilm", "minilm-int8"}),
         ("treadle inspect gpt2 --backend to", {"torch"}),
     ],

@@ -33,6 +33,7 @@ from treadle.ir.errors import FrontendError as FrontendError  # noqa: E402
 from treadle.ir.errors import GraphError as GraphError  # noqa: E402
 from treadle.ir.errors import ParseError as ParseError  # noqa: E402
 from treadle.ir.errors import PassError as PassError  # noqa: E402
+from treadle.ir.errors import RankError as RankError  # noqa: E402
 from treadle.ir.errors import RuleError as RuleError  # noqa: E402
 from treadle.ir.errors import SizeError as SizeError  # noqa: E402
 from treadle.ir.errors import TreadleError as TreadleError  # noqa: E402

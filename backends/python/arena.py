@@ -82,7 +82,7 @@ class PythonArena:
             return self._memories[key]
         needed = self._called_by(entry)
         placed = place_frames({name: frame for name, frame in self.frames.items() if name in needed}, sizes)
-        if placed[entry].size > self.nbytes:
+        if self.array is None or placed[entry].size > self.nbytes:
             self._memories.clear()  # which lie in the old one
             self.array, self.nbytes = None, 0
             self.array, self.nbytes = self.arrays.allocated(placed[entry].size), placed[entry].size

@@ -109,8 +109,8 @@ class TorchBackend(StagedBackend):
         refuse_nodes(graph, self.name, refusal)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What is spelled as it is, oneDNN's layout for weights that only products read, what is done once, and how long
-        each tensor lives."""
+        """What is spelled as it is, oneDNN's layout for weights that only products read, what is done once, and how
+        long each tensor lives."""
         layouts = (AssignLayouts(wants, alone=True),) if target.kind == "cpu" and can_pack() else ()
         plan = PlanStorage(placed=is_placed, over=written_over)
         products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())

@@ -158,7 +158,7 @@ class Communicator:
 
         what = int.from_bytes(hashlib.sha256(repr(op.meeting).encode()).digest()[:7])
         kind = int.from_bytes(hashlib.sha256(str(given.dtype).encode()).digest()[:7])
-        own = op.size.evaluate({}) if hasattr(op, "size") else 0
+        own = op.size.evaluate({}) if isinstance(op, (AllGather, ReduceScatter, AllToAll)) else 0
         brought = given.shape[place(_joined(op), given.dim())] if given.dim() else 1
         mine = torch.tensor([what, kind, own, brought], dtype=torch.int64, device=given.device)
         all_told = torch.empty(len(group.ranks) * _WORDS, dtype=torch.int64, device=given.device)

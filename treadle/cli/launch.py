@@ -35,7 +35,7 @@ def launch_command(
         raise UsageError(
             f"there is no command {words[0]!r} to launch",
             received=" ".join(words)[:80],
-            hint="treadle launch -n 2 -- run MODEL --mesh tp=2, or -- FILE.py",
+            hint="run, generate, or a Python file: a command, what it takes, --mesh among it",
         )
     code = launch_ranks(started, count)
     if code:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.serving.application import Limits, Server
 from treadle.serving.models import Served
 
@@ -79,6 +79,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         made.close()
         raise UsageError(
-            f"the server cannot listen at {host}, port {port}", received=str(error), hint="another --port, or --host"
+            f"the server cannot listen at {host}, port {port}",
+            received=str(error),
+            hint=Hint("another port, or host", "another --port, or --host"),
         ) from error
     return made
