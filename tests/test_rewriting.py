@@ -78,7 +78,7 @@ def wanted(model: Any, tokenizer: Any, text: str, **options: Any) -> list[int]:
 @pytest.mark.parametrize("name", MODELS)
 def test_token_for_token_as_hugging_face(name: str, backend: str, tmp_path: Path) -> None:
     model, tokenizer = saved(tmp_path, name)
-    given = [*texts(49, longest=20), "the cat " * 30]
+    given = [*texts(49 if backend == "numpy" else 11, longest=20), "the cat " * 30]
     rewriter = t.load(tmp_path, backend=backend).rewriter
     for text, ours in zip(given, rewriter.rewrite(given), strict=True):
         tokens = wanted(model, tokenizer, text)

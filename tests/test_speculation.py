@@ -35,7 +35,7 @@ def drawn_prompts(count: int) -> list[list[int]]:
 @pytest.mark.parametrize("rules", [None, TokenRules(repetition_penalty=1.1, no_repeat_ngram=6)])
 def test_it_is_the_text_without_guesses(model: Compiled, sampling: Sampling, rules: TokenRules | None) -> None:
     options: dict[str, Any] = {"most": 30, "sampling": sampling, "rules": rules, "stop": [7], "likely": 2}
-    prompts, tally = drawn_prompts(8), SpeculationTally()
+    prompts, tally = drawn_prompts(4), SpeculationTally()
     wanted: list[list[Any]] = [[] for _ in prompts]
     for token in generate(model.session(), prompts, **options):
         wanted[token.row].append(token)
