@@ -157,7 +157,7 @@ def _continue(out: Console, prompt: str, most: int) -> TextWriter:
         started = time.perf_counter()
         writer = TextWriter.open("smollm2", backend=backend)
         seconds = time.perf_counter() - started
-    out.print(f"\ncompiled for {backend} in {seconds:.1f} s, its 4-bit blocks widened to float32\n")
+    out.print(f"\ncompiled for {backend} in {seconds:.1f} s, from a file with blocks of 4 bits\n")
     out.print(f"[bold]{prompt}[/]", markup=True, end="")
     pace = Pace()
     for piece in writer.continued([prompt], most=most):

@@ -98,14 +98,15 @@ class PlanStorage(Pass):
             planner = _Planner(self, function, functions, function in graph.entries, given_away)
             over = self._over(functions)
             plan = planner.plan(self.grouped(function), over)
-            peak = peak_of(frame_of(plan, functions, self.strided), peaks, graph.symbols)
             if self.ordered:
-                plan, peak = self._reordered(plan, peak, planner, over, peaks, graph.symbols)
+                plan = self._reordered(plan, planner, over, peaks, graph.symbols)
             if self.strided:
                 reuses = reused_arguments(plan, functions)
                 own = plan.donated if function in graph.entries else reuses
                 plan = replace(plan, reuses=tuple([v for v in reuses if v in own and not plan.given_back]))
-            functions[function.name], peaks[function.name] = plan, peak
+            functions[function.name] = plan
+            if function not in graph.entries:  # which nobody calls
+                peaks[function.name] = self._peak(plan, planner, peaks, graph.symbols)
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
         log.plan = StoragePlan(functions, self.strided, self.in_results)
@@ -129,23 +130,33 @@ class PlanStorage(Pass):
     def _reordered(
         self,
         plan: FunctionPlan,
-        peak: tuple[Size, ...],
         planner: _Planner,
         over: Over,
         peaks: Mapping[str, tuple[Size, ...]],
         symbols: Mapping[str, Bounds],
-    ) -> tuple[FunctionPlan, tuple[Size, ...]]:
-        """The plan in the first order that needs less, and its peak; else the plan as it is."""
+    ) -> FunctionPlan:
+        """The plan in the first order that needs less; else the plan as it is."""
         over_some = any(place.how is How.OVER for place in plan.places.values())
         apart = planner.plan(plan.steps, over_nothing) if over_some else plan
         frame = frame_of(apart, planner.callees, self.strided)
+        peak: tuple[Size, ...] | None = None
         for choice in choices(apart, frame, over, peaks, symbols):
+            if peak is None:
+                peak = self._peak(plan, planner, peaks, symbols)
             other = planner.plan(choice.steps, over)
-            reached = peak_of(frame_of(other, planner.callees, self.strided), peaks, symbols)
-            saved = needs_less(peak, reached, choice, symbols)
+            saved = needs_less(peak, self._peak(other, planner, peaks, symbols), choice, symbols)
             if saved is not None:
-                return replace(other, reordered=saved), reached
-        return plan, peak
+                return replace(other, reordered=saved)
+        return plan
+
+    def _peak(
+        self,
+        plan: FunctionPlan,
+        planner: _Planner,
+        peaks: Mapping[str, tuple[Size, ...]],
+        symbols: Mapping[str, Bounds],
+    ) -> tuple[Size, ...]:
+        return peak_of(frame_of(plan, planner.callees, self.strided), peaks, symbols)
 
 
 class _Planner:
