@@ -16,7 +16,7 @@ from treadle.backends.tvm.kernels.finishing import Finishing
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow import tiles
 from treadle.backends.tvm.kernels.narrow.encode_rows import form_of_rows, rows_dtype
-from treadle.backends.tvm.kernels.narrow.pair_product import PART, tile_of
+from treadle.backends.tvm.kernels.narrow.register_tiles import over_tiles
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH, TileProduct
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD
@@ -122,40 +122,11 @@ class QuadProduct(Kernel):
         views["a"] = k.view(given[0], [m, steps * QUAD_STEP])
         views["w"] = k.view(given[1], [panels, steps * (2 * _SQUARE) + _HEAD])
         views["rows"] = k.view(given[2], [m, 2])
-        high, squares = tile_of(k.isa)
-        part = high * PART
-        parts = k.let(k.floor_divide(m + (part - 1), part), "parts")
-        with k.parallel(panels * parts, "task") as task:
-            panel = k.opaque(k.floor_divide(task, parts), "panel")
-            first = k.opaque((task - panel * parts) * part, "first")
-            count = k.let(k.least(m - first, k.index(part)), "count")
-            for square in range(0, 2, squares):
-                self._rows(k, views, panel, square, squares, first, count, columns, steps)
 
-    def _rows(
-        self,
-        k: Emitter,
-        views: Mapping[str, Any],
-        panel: Expr,
-        square: int,
-        squares: int,
-        start: Expr,
-        m: Expr,
-        columns: Expr,
-        steps: Expr,
-    ) -> None:
-        """m rows over some squares of a panel: full tiles, then what is left, in halves."""
-        high, _ = tile_of(k.isa)
-        blocks = k.let(k.floor_divide(m, high), "blocks")
-        rest = k.let(k.floor_mod(m, high), "rest")
-        with k.loop(blocks, "block") as block:
-            self._tile(k, views, panel, square, squares, k.let(start + block * high, "row"), high, columns, steps)
-        for count in (8, 4, 2, 1):
-            if count < high:
-                with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
-                    before = blocks * high + k.floor_divide(rest, 2 * count) * (2 * count)
-                    row = k.let(start + before, "row")
-                    self._tile(k, views, panel, square, squares, row, count, columns, steps)
+        def tile(panel: Expr, square: int, squares: int, row: Expr, rows: int) -> None:
+            self._tile(k, views, panel, square, squares, row, rows, columns, steps)
+
+        over_tiles(k, m, panels, tile)
 
     def _tile(
         self,

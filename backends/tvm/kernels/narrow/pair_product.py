@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.finishing import Finishing
-from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.narrow.register_tiles import over_tiles
 from treadle.backends.tvm.kernels.narrow.round_rows import form_for, held_dtype
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
@@ -25,16 +25,7 @@ if TYPE_CHECKING:
 
 WIDTH = 2 * PAIR_SQUARE
 """Columns of a panel."""
-PART = 16
-"""Tiles of rows that a task has."""
 _HIGH_HALF = -0x10000
-
-
-def tile_of(isa: Isa) -> tuple[int, int]:
-    """Rows of a tile, and how many squares of 16 columns: as many sums as leave some registers for a and w."""
-    squares = 2 if isa.registers >= 32 else 1
-    vectors = squares * PAIR_SQUARE // isa.lanes()
-    return max(1, min(12, (isa.registers - 8) // vectors)), squares
 
 
 @dataclass(frozen=True)
@@ -78,40 +69,11 @@ class PairProduct(Kernel):
         views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
         views["a"] = k.view(given[0], [m, steps * PAIR_STEP])
         views["w"] = k.view(given[1], [panels, steps, 2, PAIR_SQUARE, 2 * PAIR_SQUARE])
-        high, squares = tile_of(k.isa)
-        part = high * PART
-        parts = k.let(k.floor_divide(m + (part - 1), part), "parts")
-        with k.parallel(panels * parts, "task") as task:
-            panel = k.opaque(k.floor_divide(task, parts), "panel")
-            first = k.opaque((task - panel * parts) * part, "first")
-            count = k.let(k.least(m - first, k.index(part)), "count")
-            for square in range(0, 2, squares):
-                self._rows(k, views, panel, square, squares, first, count, columns, steps)
 
-    def _rows(
-        self,
-        k: Emitter,
-        views: Mapping[str, Any],
-        panel: Expr,
-        square: int,
-        squares: int,
-        start: Expr,
-        m: Expr,
-        columns: Expr,
-        steps: Expr,
-    ) -> None:
-        """m rows over some squares of a panel: full tiles, then what is left, in halves, as `Matmul` does."""
-        high, _ = tile_of(k.isa)
-        blocks = k.let(k.floor_divide(m, high), "blocks")
-        rest = k.let(k.floor_mod(m, high), "rest")
-        with k.loop(blocks, "block") as block:
-            self._tile(k, views, panel, square, squares, k.let(start + block * high, "row"), high, columns, steps)
-        for count in (8, 4, 2, 1):
-            if count < high:
-                with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
-                    before = blocks * high + k.floor_divide(rest, 2 * count) * (2 * count)
-                    row = k.let(start + before, "row")
-                    self._tile(k, views, panel, square, squares, row, count, columns, steps)
+        def tile(panel: Expr, square: int, squares: int, row: Expr, rows: int) -> None:
+            self._tile(k, views, panel, square, squares, row, rows, columns, steps)
+
+        over_tiles(k, m, panels, tile)
 
     def _tile(
         self,
