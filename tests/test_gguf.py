@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 import tracemalloc
 from collections.abc import Mapping
@@ -77,6 +78,8 @@ def small(tmp_path: Path) -> Path:
 
 
 def assert_same(path: Path, theirs: Any, runner: str) -> None:
+    """Near theirs in float64; where random blocks condition it badly, as near as theirs in float32 is, twice over."""
+    exact = copy.deepcopy(theirs).double()
     resolved = resolve(path)
     assert resolved.unused == ()
     assert resolved.weights is not None
@@ -84,9 +87,10 @@ def assert_same(path: Path, theirs: Any, runner: str) -> None:
     for shape in ((1, 1), (3, 7), (2, 24)):
         tokens = np.random.default_rng(shape).integers(0, len(vocabulary()), shape)
         with torch.no_grad():
-            expected = theirs(input_ids=torch.from_numpy(tokens)).logits.numpy()
+            rounded, expected = (m(input_ids=torch.from_numpy(tokens)).logits.numpy() for m in (theirs, exact))
         ours = run(tokens=tokens)["logits"]
-        assert np.abs(ours - expected).max() / np.abs(expected).max() < TOLERANCE
+        allowed = max(TOLERANCE * np.abs(expected).max(), 2 * np.abs(rounded - expected).max())
+        assert np.abs(ours - expected).max() < allowed
 
 
 @pytest.mark.parametrize("runner", ["interpreter", *backend_names()])

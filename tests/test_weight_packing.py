@@ -1,20 +1,21 @@
-"""Weights for kernels: in panels, packed once into a file that is mapped from then on."""
+"""Weights for kernels: in panels, packed once into a file that is read from then on."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
 
 from treadle.backends.made_weights import recipes_of
-from treadle.backends.tvm import weight_packing
+from treadle.backends.tvm import panel_memory, weight_packing
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.panel_memory import LARGE_PAGE, finish_writing
-from treadle.backends.tvm.weight_packing import is_mapped, pack, pack_weights, wants
+from treadle.backends.tvm.weight_packing import pack, pack_weights, wants
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
@@ -47,11 +48,22 @@ def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(first, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
     (file,) = (tmp_path / "cache").iterdir()
     monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
+    monkeypatch.setattr(panel_memory, "_held", WeakValueDictionary())
     second = packed(graph, weights, tmp_path / "cache")
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [file.name]
     np.testing.assert_array_equal(first, second)
-    assert is_mapped(first) and is_mapped(second)
-    assert not second.flags.writeable
+    assert first.ctypes.data % ALIGNMENT == second.ctypes.data % ALIGNMENT == 0
+    assert not first.flags.writeable and not second.flags.writeable
+
+
+def test_a_set_of_panels_lies_once_in_a_process(tmp_path: Path) -> None:
+    graph, weights = linear_graph(), mapped_weights(tmp_path)
+    first, second = (packed(graph, weights, tmp_path / "cache") for _ in range(2))
+    assert np.shares_memory(first, second)
+    del first, second
+    assert not panel_memory._held  # which keeps nothing alive
+    third = packed(graph, weights, tmp_path / "cache")
+    np.testing.assert_array_equal(third, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
 
 
 def test_another_content_is_another_file(tmp_path: Path) -> None:
@@ -66,7 +78,7 @@ def test_another_content_is_another_file(tmp_path: Path) -> None:
 def test_a_file_of_another_length_is_packed_again(tmp_path: Path) -> None:
     graph = linear_graph()
     weights = mapped_weights(tmp_path)
-    right = packed(graph, weights, tmp_path / "cache").copy()
+    right = packed(graph, weights, tmp_path / "cache").copy()  # what it copies is let go
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-64])
     np.testing.assert_array_equal(packed(graph, weights, tmp_path / "cache"), right)
@@ -95,7 +107,7 @@ def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:
 def test_weights_in_memory_make_no_file(tmp_path: Path) -> None:
     graph = linear_graph()
     weights = {"w": np.ones(SHAPE, np.float32)}
-    assert not is_mapped(packed(graph, weights, tmp_path / "cache"))
+    packed(graph, weights, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -120,7 +132,8 @@ def test_a_turned_view_of_a_file_is_packed_once(tmp_path: Path, monkeypatch: pyt
     first = packed(graph, turned, tmp_path / "cache")
     np.testing.assert_array_equal(first, pack(np.asarray(turned["w"]), panels(panel_width(SHAPE[0], ISA))))
     monkeypatch.setattr(weight_packing, "_fill", None)  # which would be called to pack
-    assert is_mapped(packed(graph, turned, tmp_path / "cache"))
+    monkeypatch.setattr(panel_memory, "_held", WeakValueDictionary())
+    np.testing.assert_array_equal(packed(graph, turned, tmp_path / "cache"), first)
 
 
 def test_a_matrix_and_its_transpose_are_no_one_file(tmp_path: Path) -> None:

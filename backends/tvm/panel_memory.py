@@ -1,10 +1,10 @@
-"""Where packed weights lie: all of them one after another, in memory or in a file that processes share.
+"""Where packed weights lie: all of them one after another in memory, and in a file that is read the next time.
 
-A product of few rows takes as long as its weight takes to read, so where a weight lies counts. In memory, panels share
-one array that begins with a large page: NumPy asks for large pages in arrays of megabytes, and each of many arrays
-would have its ends in small ones, whose reading takes a fifth longer. All begin at a multiple of a cache line, or else
-every vector would lie in two. In a file of the user's cache, named after what it holds, the pages are the system's, and
-processes share them.
+A product of few rows takes as long as its weight takes to read, so where a weight lies counts. Panels share one array
+that begins with a large page: NumPy asks for large pages in arrays of megabytes, and each of many arrays would have its
+ends in small ones, whose reading takes a fifth longer. All begin at a multiple of a cache line, or else every vector
+would lie in two. The file, in the user's cache and named after what it holds, is read into such an array: mapped, its
+pages would be as large as the system made them, mostly small.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -34,6 +36,7 @@ Kind = tuple[tuple[int, ...], np.dtype[Any]]
 LARGE_PAGE = 2 << 20
 SMALLEST = 1 << 20  # bytes of panels that are worth a file
 _FORMAT = "treadle panels 3"
+_PART = 64 << 20  # bytes that a thread reads at once
 _FILES = re.compile(r"[0-9a-f]{32}\.panels")
 
 
@@ -74,24 +77,44 @@ class Panels:
 
 def in_memory(panels: Panels, pool: ThreadPoolExecutor) -> dict[str, Array]:
     """Panels packed now, in large pages where there are enough of them."""
-    start = LARGE_PAGE if panels.nbytes >= LARGE_PAGE else ALIGNMENT
-    data = np.empty(panels.nbytes + start, np.uint8)
-    return panels.filled(data[-data.ctypes.data % start :][: panels.nbytes], pool)
+    return panels.filled(_room(panels.nbytes), pool)
 
 
 def through_file(
     panels: Panels, content: Callable[[], Sequence[str]], pool: ThreadPoolExecutor, folder: Path | None
 ) -> dict[str, Array]:
-    """Panels mapped from the file that holds them, which is made where it is not there; few go to memory.
+    """Panels read from the file that holds them, or packed now and left in one for the next time; few have no file.
 
     content  what tells each one's elements and layout from others
     folder   where files of panels lie, by default in the user's cache
     """
     path = _path(content, folder) if panels.nbytes >= SMALLEST else None
-    data = None if path is None else _mapped_file(path, panels.nbytes)
-    if path is not None and data is None:
-        data = _written(path, panels, pool)
-    return in_memory(panels, pool) if data is None else panels.views(data)
+    if path is None:
+        return in_memory(panels, pool)
+    held = _held.get(path)
+    data = _read(path, panels.nbytes, pool) if held is None else held[_start(held) :][: panels.nbytes]
+    if data is None:
+        data = _room(panels.nbytes)
+        panels.filled(data, pool)
+        _write(path, data)
+    data.flags.writeable = False
+    assert data.base is not None
+    _held[path] = data.base
+    return panels.views(data)
+
+
+_held: WeakValueDictionary[Path, Array] = WeakValueDictionary()  # arrays with the panels of files, while they are used
+
+
+def _room(size: int) -> Array:
+    """An array of so many bytes that begins with a large page, or with a cache line where it holds none."""
+    owner = np.empty(size + (LARGE_PAGE if size >= LARGE_PAGE else ALIGNMENT), np.uint8)
+    return owner[_start(owner) :][:size]
+
+
+def _start(owner: Array) -> int:
+    """Where panels begin in the array that holds them."""
+    return int(-owner.ctypes.data % (LARGE_PAGE if owner.nbytes >= 2 * LARGE_PAGE else ALIGNMENT))
 
 
 def _nbytes(kind: Kind) -> int:
@@ -111,62 +134,56 @@ def _path(content: Callable[[], Sequence[str]], folder: Path | None) -> Path | N
     return folder / f"{digest.hexdigest()[:32]}.panels"
 
 
-def _mapped_file(path: Path, size: int) -> Array | None:
+def _read(path: Path, size: int, pool: ThreadPoolExecutor) -> Array | None:
     """The file's bytes, if it is there and as long as it should be; it was written whole or not at all.
 
-    Nobody else's: one who can write it can cut it, which kills whoever reads it then.
+    Nobody else's: one who can write it decides what others compute.
     """
     try:
-        if path.stat().st_size != size or not is_private(path.parent):
+        if not is_private(path.parent):
             return None
-        mapped = np.memmap(path, np.uint8, "r")
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != size:
+                return None
+            data = _room(size)
+            parts = [data[at : at + _PART] for at in range(0, size, _PART)]
+            if not all(pool.map(lambda at, part: _read_part(path, at, part), range(0, size, _PART), parts)):
+                return None
     except OSError:
         return None
     mark_used(path)
-    return mapped
+    return data
 
 
-def _written(path: Path, panels: Panels, pool: ThreadPoolExecutor) -> Array | None:
-    """Fill a new file and map it; None where the folder cannot be written.
+def _read_part(path: Path, at: int, part: Array) -> bool:
+    """Fill a part of the array with what begins there; False where the file has become shorter."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(at)
+        rest = part.data
+        while rest.nbytes:
+            count = file.readinto(rest)
+            if not count:
+                return False
+            rest = rest[count:]
+    return True
 
-    The panels can be used as soon as they are there. That they are on the disk, and the file gets its name, which takes
-    as long again, is left to a thread.
-    """
-    filled: Future[Array] = Future()
+
+def _write(path: Path, data: Array) -> None:
+    """Leave panels in a file, if the folder can be written: a thread does it, and nobody waits for the disk."""
 
     def write() -> None:
-        try:
+        with suppress(OSError):  # then they are packed again the next time
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not is_private(path.parent):
-                raise PermissionError(f"others can write {path.parent}")
+                return
             sweep(path.parent)
             forget_unused(path.parent, _FILES)
             with replacing(path) as file:
-                _allocate(file, panels.nbytes)
-                data = np.memmap(file.name, np.uint8, "r+")
-                panels.filled(data, pool)
-                read = data.view()
-                read.flags.writeable = False
-                filled.set_result(read)
-        except Exception as error:
-            if not filled.done():  # else the file alone is lost
-                filled.set_exception(error)
+                file.write(data.data)
 
     writer = threading.Thread(target=write, name=f"write {path.name}")
     writer.start()
     _writers.append(writer)
-    try:
-        return filled.result()
-    except OSError:
-        return None
-
-
-def _allocate(file: IO[bytes], size: int) -> None:
-    """Make a new file that long. Raises OSError on a full disk, where a write to its mapping would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)
 
 
 _writers: list[threading.Thread] = []

@@ -2,8 +2,8 @@
 
 A parameter that is read as it is stays where it is, a mapped file included. One that is read in panels is packed. Where
 the weights come from a file, the panels go to a file of the user's cache, named after a hash of what was packed and
-how, and are memory-mapped from then on: the second compilation packs nothing, and processes share the pages. Weights
-that lie in memory (drawn, or being trained) are packed in memory.
+how, and are read from it the next time, when nothing is packed. Weights that lie in memory (drawn, or being trained)
+are packed in memory.
 """
 
 from __future__ import annotations
