@@ -4,7 +4,9 @@
     panels(16, transposed)   the same of a matrix [k, n]
     pairs(32)                panels of 16-bit numbers, in which two neighbours of a row lie side by side
     pairs(32, transposed)    the same of a matrix [k, n]
+    pairs(48, flat)          the same pairs, those of all columns of a panel one after another
     quads(32)                panels of 8-bit rows with their scales, in which four neighbours of a row lie side by side
+    quads(48, flat)          the same quads, those of all columns of a panel one after another
     onednn                   a matrix [n, k] as oneDNN orders it, which it tells nobody
     onednn(transposed)       the same of a matrix [k, n]
 
@@ -42,6 +44,7 @@ class Layout:
     kind        "panels", "pairs", "quads" or "onednn"
     width       for all but onednn: how many columns of the product a panel has; for pairs and quads a multiple of 16
     transposed  whether the matrix is [k, n], not [n, k]
+    flat        whether pairs or quads lie as elements of panels do, and not in squares
 
     In panels, element (n, k) of a weight [n, k] lies at ((n // width) * k_size + k) * width + n % width; the last panel
     is filled up with zeros.
@@ -54,11 +57,16 @@ class Layout:
     Quads are of rows as `int8_rows` holds them, a scale of four bytes and then a byte an element. A panel begins with
     the scales of its rows. What follows are squares as those of pairs, each of 16 rows and 64 elements of k: 16 times
     16 times four bytes.
+
+    Flat pairs and quads are filled up as those in squares are. Number i of row n's is at ((n // width) * count + i) *
+    width + n % width, count being how many a row has: what an instruction that multiplies them reads lies in the order
+    in which registers of a whole panel take it.
     """
 
     kind: str
     width: int = 0
     transposed: bool = False
+    flat: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("panels", "pairs", "quads", "onednn"):
@@ -69,6 +77,8 @@ class Layout:
         if squares and (not 0 < self.width <= _MOST_WIDE or self.width % PAIR_SQUARE):
             hint = f"{self.kind}(32)"
             raise GraphError(f"{self.kind} have a width of 16 times n", received=str(self.width), hint=hint)
+        if self.flat and not squares:
+            raise GraphError("only pairs and quads are flat", received=str(self))
         if self.kind == "quads" and self.transposed:
             raise GraphError("quads are of rows, which lie along the last axis", received=str(self))
         if self.kind == "onednn" and self.width:
@@ -77,8 +87,8 @@ class Layout:
     def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
         """The shape of the array that holds a matrix of this shape.
 
-        For panels [panels, k, width]; for pairs [panels, steps, width // 16, 16, 16, 2]; for quads [panels, bytes], of
-        held rows.
+        For panels [panels, k, width]; for pairs [panels, steps, width // 16, 16, 16, 2], and flat [panels, pairs,
+        width, 2]; for quads [panels, bytes], of held rows.
         """
         if self.kind == "onednn":
             return tuple(shape)
@@ -89,8 +99,10 @@ class Layout:
         if self.kind == "quads":
             steps = (k - ROW_HEAD + QUAD_STEP - 1) // QUAD_STEP
             return count, steps * (self.width * QUAD_STEP) + self.width * ROW_HEAD
-        square = Size.of(PAIR_SQUARE)
-        return count, (k + PAIR_STEP - 1) // PAIR_STEP, Size.of(self.width // PAIR_SQUARE), square, square, Size.of(2)
+        steps, square = (k + PAIR_STEP - 1) // PAIR_STEP, Size.of(PAIR_SQUARE)
+        if self.flat:
+            return count, steps * PAIR_SQUARE, Size.of(self.width), Size.of(2)
+        return count, steps, Size.of(self.width // PAIR_SQUARE), square, square, Size.of(2)
 
     def elements(self, shape: Sequence[Size]) -> Size:
         """How many elements a matrix of this shape takes, the filling included."""
@@ -98,6 +110,7 @@ class Layout:
 
     def __str__(self) -> str:
         inside = [str(self.width)] if self.width else []
+        inside += ["flat"] if self.flat else []
         inside += ["transposed"] if self.transposed else []
         return f"{self.kind}({', '.join(inside)})" if inside else self.kind
 
@@ -107,14 +120,14 @@ def panels(width: int, transposed: bool = False) -> Layout:
     return Layout("panels", width, transposed)
 
 
-def pairs(width: int, transposed: bool = False) -> Layout:
+def pairs(width: int, transposed: bool = False, *, flat: bool = False) -> Layout:
     """Panels of pairs of so many rows of a matrix [n, k], or of so many columns of a matrix [k, n]."""
-    return Layout("pairs", width, transposed)
+    return Layout("pairs", width, transposed, flat)
 
 
-def quads(width: int) -> Layout:
+def quads(width: int, *, flat: bool = False) -> Layout:
     """Panels of so many rows of 8-bit numbers, by fours, with their scales."""
-    return Layout("quads", width)
+    return Layout("quads", width, flat=flat)
 
 
 def parse_layout(text: str) -> Layout:
@@ -122,15 +135,15 @@ def parse_layout(text: str) -> Layout:
     match = _TEXT.fullmatch(text.strip())
     if match is None:
         raise GraphError("this is no layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
-    width, transposed = 0, False
+    width, words = 0, dict.fromkeys(("flat", "transposed"), False)
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:
         if word.isascii() and word.isdigit() and len(word) < 10 and not width:
             width = int(word)
-        elif word == "transposed" and not transposed:
-            transposed = True
+        elif words.get(word) is False:
+            words[word] = True
         else:
             raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
-    return Layout(match[1], width, transposed)
+    return Layout(match[1], width, words["transposed"], words["flat"])
 
 
 def _read(value: Layout | str) -> Layout:

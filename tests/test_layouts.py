@@ -13,7 +13,7 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import GraphError, PassError, RuleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.interpreter import interpret
-from treadle.ir.layouts import Layout, pairs, panels, parse_layout
+from treadle.ir.layouts import Layout, pairs, panels, parse_layout, quads
 from treadle.ir.literals import Literal
 from treadle.ir.op_registry import OPS
 from treadle.ir.ops.layout import Relayout
@@ -39,6 +39,9 @@ LAYOUTS = {
     "panels(48, transposed)": panels(48, transposed=True),
     "pairs(32)": pairs(32),
     "pairs(16, transposed)": pairs(16, transposed=True),
+    "pairs(48, flat)": pairs(48, flat=True),
+    "pairs(48, flat, transposed)": pairs(48, transposed=True, flat=True),
+    "quads(48, flat)": quads(48, flat=True),
     "onednn": Layout("onednn"),
     "onednn(transposed)": Layout("onednn", transposed=True),
 }
@@ -75,6 +78,8 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("onednn(16)", "onednn has no width"),
         ("pairs", "pairs have a width of 16 times n"),
         ("pairs(24)", "pairs have a width of 16 times n"),
+        ("panels(48, flat)", "only pairs and quads are flat"),
+        ("pairs(48, flat, flat)", "pairs has no 'flat'"),
     ],
 )
 def test_what_is_no_layout_is_refused(text: str, what: str) -> None:

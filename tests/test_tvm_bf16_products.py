@@ -201,7 +201,12 @@ def test_pairs_lie_where_the_layout_says(shape: tuple[int, int]) -> None:
     for n in range(shape[0]):
         for k in range(shape[1]):
             assert packed[n // 32, k // 32, n % 32 // 16, k % 32 // 2, n % 16, k % 2] == matrix[n, k]
-    assert np.count_nonzero(packed) == matrix.size
+    flat = pack(matrix, pairs(48, flat=True))
+    assert flat.shape == tuple(s.evaluate({}) for s in pairs(48, flat=True).shape([Size.of(n) for n in shape]))
+    for n in range(shape[0]):
+        for k in range(shape[1]):
+            assert flat[n // 48, k // 2, n % 48, k % 2] == matrix[n, k]
+    assert np.count_nonzero(packed) == np.count_nonzero(flat) == matrix.size
     np.testing.assert_array_equal(pack(np.ascontiguousarray(matrix.T), pairs(32, transposed=True)), packed)
 
 

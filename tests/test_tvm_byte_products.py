@@ -13,6 +13,7 @@ from tests.op_checks import Array
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
+from treadle.backends.tvm.kernels.narrow.register_tiles import quads_for
 from treadle.backends.tvm.weight_packing import pack
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
@@ -194,7 +195,7 @@ def test_a_table_that_is_picked_from_and_multiplied_with_is_there_once(isa: str)
     exe = compiled(rounded(graph_of(block)), {"t": table}, isa)
     rows = ROWS.decode(ROWS.encode(table))[picked]
     np.testing.assert_array_equal(exe(i=picked)["y"], exact(rows, table))
-    assert [w.nbytes for w in exe.machine.weights.values()] == [pack(ROWS.encode(table), quads(32)).nbytes]
+    assert [w.nbytes for w in exe.machine.weights.values()] == [pack(ROWS.encode(table), quads_for(ISAS[isa])).nbytes]
 
 
 @each_isa
@@ -216,10 +217,11 @@ def test_rounded_rows_that_others_read_are_made_as_they_are_held(isa: str) -> No
 # -- layouts and code ----------------------------------------------------------------------------------------------
 
 
-def test_quads_hold_scales_and_then_four_neighbours_side_by_side() -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_quads_hold_scales_and_then_four_neighbours_side_by_side(flat: bool) -> None:
     w = normal(40, 100)
     held = ROWS.encode(w)
-    made = pack(held, quads(32))
+    made = pack(held, quads(32, flat=flat))
     q, scale = parts(w)
     head = 32 * ROW_HEAD
     for n, k in ((0, 0), (31, 99), (32, 63), (39, 64), (17, 70)):
@@ -227,6 +229,8 @@ def test_quads_hold_scales_and_then_four_neighbours_side_by_side() -> None:
         assert panel[4 * column : 4 * column + 4].view("<f4")[0] == scale[n]
         square = (k // QUAD_STEP) * 2 + column // PAIR_SQUARE
         at = head + square * PAIR_SQUARE * QUAD_STEP + (k % QUAD_STEP // 4) * 64 + column % PAIR_SQUARE * 4 + k % 4
+        if flat:
+            at = head + (k // 4) * 32 * 4 + column * 4 + k % 4
         assert panel[at].view("i1") == q[n, k]
     assert made.shape == (2, head + 2 * 2 * 1024)
     assert not made[1, 4 * 8 : head].any()

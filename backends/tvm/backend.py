@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
@@ -73,7 +74,7 @@ class TvmBackend(StagedBackend):
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         isa = isa_of(target)
-        layouts = (ReadBlocks(wants_blocks(isa), multiplies_rows), AssignLayouts(wants(isa)))
+        layouts = (ReadBlocks(wants_blocks(isa), partial(multiplies_rows, isa=isa)), AssignLayouts(wants(isa)))
         products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks())
         return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 

@@ -23,10 +23,10 @@ from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
-from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH as PAIRS_WIDTH
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pairs_for, quads_for
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
 from treadle.ir.graph import Graph, Node
-from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD, Layout, pairs, panels, quads
+from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_STEP, ROW_HEAD, Layout, panels
 from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
@@ -54,8 +54,8 @@ def wants(isa: Isa) -> Wants:
         if shape is None or len(shape) != 2 or wide:
             return Reads.ROW_MAJOR
         if value.type.dtype is bf16 and isinstance(node.op, (Linear, MatMul)) and position == 1:
-            return pairs(PAIRS_WIDTH, transposed=isinstance(node.op, MatMul))
-        if (rows := multiplies_rows(node, position)) is not None:
+            return pairs_for(isa, transposed=isinstance(node.op, MatMul))
+        if (rows := multiplies_rows(node, position, isa)) is not None:
             return rows
         if value.type.dtype is not f32:
             return Reads.ROW_MAJOR
@@ -97,15 +97,15 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
             tiles = isa.multiplies_tiles and value.type.dtype is bf16
             if not (tiles and reads_in_tiles(packed) and shape[axis] % PAIR_STEP == 0):
                 return f"no kernel reads {encoding} blocks as {value.type.dtype} numbers"
-            return panels(PAIRS_WIDTH, transposed=axis == 0)
+            return panels(narrow_width(isa), transposed=axis == 0)
         return panels(panel_width(shape[1 - axis], isa), transposed=axis == 0)
 
     return read
 
 
-def multiplies_rows(node: Node, position: int) -> Layout | None:
-    """How a product of 8-bit rows reads its weight, on every instruction set."""
-    return quads(PAIRS_WIDTH) if isinstance(node.op, EncodedLinear) and position == 1 else None
+def multiplies_rows(node: Node, position: int, isa: Isa) -> Layout | None:
+    """How a product of 8-bit rows reads its weight."""
+    return quads_for(isa) if isinstance(node.op, EncodedLinear) and position == 1 else None
 
 
 def pack_weights(
@@ -242,7 +242,7 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
         return
     if layout.kind == "quads":
         for panel in range(len(made)):
-            _fill_quads(made[panel], matrix[panel * layout.width : (panel + 1) * layout.width], layout.width)
+            _fill_quads(made[panel], matrix[panel * layout.width : (panel + 1) * layout.width], layout)
         return
     whole = len(matrix) // layout.width
     for panel in range(whole):
@@ -254,26 +254,31 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
 
 
 def _fill_pairs(made: Array, rows: Array) -> None:
-    """One panel [steps, groups, 16, 16, 2] of these rows [at most width, k]."""
-    steps, groups = made.shape[:2]
-    count, depth = rows.shape
-    if rows.shape != (groups * PAIR_SQUARE, steps * PAIR_STEP):
-        whole = np.zeros((groups * PAIR_SQUARE, steps * PAIR_STEP), made.dtype)
-        whole[:count, :depth] = rows
+    """One panel, [steps, groups, 16, 16, 2] or flat [pairs, width, 2], of these rows [at most width, k]."""
+    flat = made.ndim == 3
+    padded = (made.shape[1], 2 * made.shape[0]) if flat else (made.shape[1] * PAIR_SQUARE, made.shape[0] * PAIR_STEP)
+    if rows.shape != padded:
+        whole = np.zeros(padded, made.dtype)
+        whole[: rows.shape[0], : rows.shape[1]] = rows
         rows = whole
+    if flat:
+        made.view(np.uint32)[..., 0] = np.ascontiguousarray(rows).view(np.uint32).T
+        return
+    steps, groups = made.shape[:2]
     pairs_of = np.ascontiguousarray(rows).view(np.uint32).reshape(groups, PAIR_SQUARE, steps, PAIR_SQUARE)
     made.view(np.uint32)[..., 0] = pairs_of.transpose(2, 0, 3, 1)
 
 
-def _fill_quads(made: Array, held: Array, width: int) -> None:
+def _fill_quads(made: Array, held: Array, layout: Layout) -> None:
     """One panel [bytes] of these held rows [at most width, 4 + k]."""
-    head, groups = ROW_HEAD * width, width // PAIR_SQUARE
-    squares = made[head:].reshape(-1, groups, PAIR_SQUARE, PAIR_SQUARE, 4)
+    width, head = layout.width, ROW_HEAD * layout.width
+    groups, side = (1, width) if layout.flat else (width // PAIR_SQUARE, PAIR_SQUARE)
+    squares = made[head:].reshape(-1, groups, PAIR_SQUARE, side, 4)
     rows = np.zeros((width, ROW_HEAD + len(squares) * QUAD_STEP), np.uint8)
     rows[: len(held), : held.shape[1]] = held
     made[:head] = rows[:, :ROW_HEAD].reshape(-1)
     fours = np.ascontiguousarray(rows[:, ROW_HEAD:]).view(np.uint32)
-    of_rows = fours.reshape(groups, PAIR_SQUARE, len(squares), PAIR_SQUARE)
+    of_rows = fours.reshape(groups, side, len(squares), PAIR_SQUARE)
     squares.view(np.uint32)[..., 0] = of_rows.transpose(2, 0, 3, 1)
 
 

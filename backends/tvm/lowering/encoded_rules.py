@@ -17,18 +17,15 @@ from treadle.backends.tvm.kernels.narrow.encode_rows import (
     rows_dtype,
     rows_elements,
 )
-from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH
+from treadle.backends.tvm.kernels.narrow.register_tiles import quads_for
 from treadle.backends.tvm.lowering.routine_writer import Keeps, RoutineWriter, Rule
 from treadle.ir.graph import Node, Value
-from treadle.ir.layouts import quads
 from treadle.ir.operation import Op
 from treadle.ir.ops.blocks import ROWS, EncodedLinear
 from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.storage.views import View
 from treadle.ir.types import DTYPES, Type, f32
 from treadle.passes.memory.storage_plan import How
-
-_QUADS = quads(WIDTH)
 
 
 def _encode(w: RoutineWriter, node: Node) -> None:
@@ -66,11 +63,11 @@ def rows_of(w: RoutineWriter, node: Node, value: Value) -> tuple[View, View]:
 
 def in_quads(w: RoutineWriter, value: Value) -> View:
     """A right side of 8-bit rows as kernels read it; what is no weight is laid out now."""
-    view = w.view(value)
-    if value.layout == _QUADS:
+    view, laid = w.view(value), quads_for(w.isa)
+    if value.layout == laid:
         return view
-    made = w.scratch(view.dtype, (_QUADS.elements(view.shape),), f"{view.storage.name}_quads")
-    w.pack(view, made, _QUADS)
+    made = w.scratch(view.dtype, (laid.elements(view.shape),), f"{view.storage.name}_quads")
+    w.pack(view, made, laid)
     return replace(made, shape=view.shape, strides=view.strides)
 
 

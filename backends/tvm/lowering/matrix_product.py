@@ -16,7 +16,8 @@ from treadle.backends.tvm.kernels.encoded.unpacking import PackedForm
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.matmul import Matmul, Pack, panel_width
 from treadle.backends.tvm.kernels.narrow.byte_product import ByteTileProduct, QuadProduct
-from treadle.backends.tvm.kernels.narrow.pair_product import WIDTH, PairProduct
+from treadle.backends.tvm.kernels.narrow.pair_product import PairProduct
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width
 from treadle.backends.tvm.kernels.narrow.round_rows import RoundRows, form_for, held_dtype, held_elements
 from treadle.backends.tvm.kernels.narrow.tile_product import TileProduct
 from treadle.backends.tvm.kernels.pointwise import Chain
@@ -252,7 +253,7 @@ class MatrixProduct:
         paired = self.packed and self.x.view.dtype is bf16
         wide = paired or self.encoded is not None
         if self.packed:
-            panels, width = self.y.view, WIDTH if wide else panel_width(n.constant, w.isa)
+            panels, width = self.y.view, narrow_width(w.isa) if wide else panel_width(n.constant, w.isa)
             w_batch = [ZERO, ZERO]
         else:
             width = panel_width(n.constant, w.isa)

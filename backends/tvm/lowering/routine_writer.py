@@ -294,7 +294,7 @@ class RoutineWriter:
         n, k = (1, 0) if layout.transposed else (0, 1)
         sizes: list[Size | int] = [view.shape[n], view.shape[k], view.strides[n], view.strides[k]]
         if layout.kind in ("pairs", "quads"):
-            kernel = (PackPairs if layout.kind == "pairs" else PackQuads)(layout.width)
+            kernel = (PackPairs if layout.kind == "pairs" else PackQuads)(layout.width, layout.flat)
             self.step(kernel, [view, to], sizes, None)
         else:
             self.step(Pack(layout.width), [view, to], [*sizes, 1, 1, 0, 0], None)

@@ -17,8 +17,6 @@ from treadle.ir.types import DTYPES, f32, i64, u8
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-_SQUARE = PAIR_SQUARE * QUAD_STEP
-
 
 @dataclass(frozen=True)
 class TakeBlocks(Kernel):
@@ -28,6 +26,7 @@ class TakeBlocks(Kernel):
     indices  their dtype by name
     width    of a panel
     quads    whether x's rows of 8 bits lie by fours, as products of such rows read them
+    flat     whether those of a panel's columns lie one after another
 
     Passed: x, indices, y, the status words; the sizes v, d, i, v being the rows of x; the strides of the indices and of
     y's rows.
@@ -37,6 +36,7 @@ class TakeBlocks(Kernel):
     indices: str
     width: int
     quads: bool = False
+    flat: bool = False
 
     @property
     def title(self) -> str:
@@ -74,11 +74,13 @@ class TakeBlocks(Kernel):
 
         if self.quads:
             scale, _ = form.scales(k, lambda at: k.load(x, [panel, column * ROW_HEAD + at]), k.index(0), 1)
-            square = k.let(k.floor_divide(column, PAIR_SQUARE), "square")
-            first = k.let(self.width * ROW_HEAD + square * _SQUARE + k.floor_mod(column, PAIR_SQUARE) * 4, "first")
+            side = self.width if self.flat else PAIR_SQUARE
+            square = k.let(k.floor_divide(column, side), "square")
+            inside = square * (side * QUAD_STEP) + k.floor_mod(column, side) * 4
+            first = k.let(self.width * ROW_HEAD + inside, "first")
             with k.loop(d, "b") as b:
                 step = k.floor_divide(b, QUAD_STEP) * (self.width * QUAD_STEP)
-                four = k.floor_divide(k.floor_mod(b, QUAD_STEP), 4) * (4 * PAIR_SQUARE)
+                four = k.floor_divide(k.floor_mod(b, QUAD_STEP), 4) * (4 * side)
                 (element,) = form.elements(k, k.load(x, [panel, first + step + four + k.floor_mod(b, 4)]), 1)
                 k.store(y, [row, b], element * scale)
             return

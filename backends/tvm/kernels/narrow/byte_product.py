@@ -16,7 +16,7 @@ from treadle.backends.tvm.kernels.finishing import Finishing
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow import tiles
 from treadle.backends.tvm.kernels.narrow.encode_rows import form_of_rows, rows_dtype
-from treadle.backends.tvm.kernels.narrow.register_tiles import over_tiles
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles
 from treadle.backends.tvm.kernels.narrow.tile_product import WIDTH, TileProduct
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.layouts import PAIR_SQUARE, QUAD_STEP, ROW_HEAD
@@ -88,8 +88,8 @@ class QuadProduct(Kernel):
     extras   how the chain's other inputs lie: see `Finishing`
     whole    whether n is a multiple of a panel's width at every call
 
-    Passed: a, as `EncodeRows` lays out the instruction set's form; w, in quads(32); what that says of rows; the extras,
-    c; m, k, n; `m` and `mn` extras' and c's strides of rows.
+    Passed: a, as `EncodeRows` lays out the instruction set's form; w, in flat quads (`quads_for`); what that says of
+    rows; the extras, c; m, k, n; `m` and `mn` extras' and c's strides of rows.
     """
 
     epilogue: Chain | None = None
@@ -116,15 +116,16 @@ class QuadProduct(Kernel):
         m, depth, columns = k.size("m"), k.size("k"), k.size("n")
         strides = self.finishing.strides(k)
         steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
-        panels = k.let(k.floor_divide(columns + (WIDTH - 1), WIDTH), "panels")
+        width = narrow_width(k.isa)
+        panels = k.let(k.floor_divide(columns + (width - 1), width), "panels")
         shapes = self.finishing.shapes(m, columns, strides)
         views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
         views["a"] = k.view(given[0], [m, steps * QUAD_STEP])
-        views["w"] = k.view(given[1], [panels, steps * (2 * _SQUARE) + _HEAD])
+        views["w"] = k.view(given[1], [panels, (steps * QUAD_STEP + ROW_HEAD) * width])
         views["rows"] = k.view(given[2], [m, 2])
 
-        def tile(panel: Expr, square: int, squares: int, row: Expr, rows: int) -> None:
-            self._tile(k, views, panel, square, squares, row, rows, columns, steps)
+        def tile(panel: Expr, start: int, wide: int, row: Expr, rows: int) -> None:
+            self._tile(k, views, panel, start, wide, row, rows, columns, steps)
 
         over_tiles(k, m, panels, tile)
 
@@ -133,16 +134,16 @@ class QuadProduct(Kernel):
         k: Emitter,
         views: Mapping[str, Any],
         panel: Expr,
-        square: int,
-        squares: int,
+        start: int,
+        wide: int,
         first: Expr,
         high: int,
         columns: Expr,
         steps: Expr,
     ) -> None:
-        """So many rows of some squares."""
+        """So many rows of so many columns of a panel, from `start` on."""
         lanes = k.isa.lanes()
-        vectors = squares * PAIR_SQUARE // lanes
+        vectors = wide // lanes
         tile = k.registers(high * vectors * lanes, _i32, "tile")
         if k.isa.multiplies_quads:
             acc = k.registers(high * vectors * lanes, _i32)
@@ -151,7 +152,7 @@ class QuadProduct(Kernel):
                 for v in range(vectors):
                     k.store(acc, [(i * vectors + v) * lanes], sign, lanes)
             with k.loop(steps, "step") as step:
-                self._step(k, views, panel, square, vectors, first, high, step, acc)
+                self._step(k, views, panel, start, vectors, first, high, step, acc)
             with k.unroll(high * vectors, "r") as r:
                 k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
         else:
@@ -163,16 +164,16 @@ class QuadProduct(Kernel):
                     k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
                 done = k.let(chunk * _EXACT, "done")
                 with k.loop(k.least(steps - done, k.index(_EXACT)), "s") as s:
-                    self._step(k, views, panel, square, vectors, first, high, k.let(done + s, "step"), acc)
+                    self._step(k, views, panel, start, vectors, first, high, k.let(done + s, "step"), acc)
                 with k.unroll(high * vectors, "r") as r:
                     more = k.cast(k.load(acc, [r * lanes], lanes), _i32, lanes)
                     k.store(tile, [r * lanes], k.load(tile, [r * lanes], lanes) + more, lanes)
         with k.loop(high, "i") as i:
             for v in range(vectors):
-                at = square * PAIR_SQUARE + v * lanes
+                at = start + v * lanes
                 total = k.load(tile, [(i * vectors + v) * lanes], lanes)
                 value = _scaled(k, views["w"], views["rows"], panel, at, first + i, total, lanes)
-                column = k.let(panel * WIDTH + at, "column")
+                column = k.let(panel * narrow_width(k.isa) + at, "column")
                 self.finishing.store(k, views, [first + i], column, value, columns, lanes)
 
     def _step(
@@ -180,7 +181,7 @@ class QuadProduct(Kernel):
         k: Emitter,
         views: Mapping[str, Any],
         panel: Expr,
-        square: int,
+        start: int,
         vectors: int,
         first: Expr,
         high: int,
@@ -189,17 +190,13 @@ class QuadProduct(Kernel):
     ) -> None:
         """Add what a step of k gives to the sums, four elements at a time."""
         lanes = k.isa.lanes()
-        base = k.let(step * (2 * _SQUARE) + _HEAD, "base")
-        ahead = 2 * _SQUARE * (k.isa.ahead // (2 * _SQUARE))
+        width = narrow_width(k.isa)
+        base = k.let(step * (QUAD_STEP * width) + ROW_HEAD * width, "base")
         with k.loop(PAIR_SQUARE, "quad") as quad:
             at = k.let(step * QUAD_STEP + quad * 4, "at")
             held = []
             for v in range(vectors):
-                lane = v * lanes
-                place = (square + lane // PAIR_SQUARE) * _SQUARE + 4 * (lane % PAIR_SQUARE)
-                index = [panel, base + (quad * (4 * PAIR_SQUARE) + place)]
-                if ahead:
-                    k.prefetch(views["w"], [panel, base + (quad * (4 * PAIR_SQUARE) + place + ahead)])
+                index = [panel, base + (quad * (4 * width) + 4 * (start + v * lanes))]
                 held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
             if k.isa.multiplies_quads:
                 flipped = [k.let(_flipped(k, w), "w") for w in held]

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackPairs(Kernel):
-    """w = x[n, k] in pairs(width): see `treadle.ir.layouts`. Filled up with zeros.
+    """w = x[n, k] in pairs(width), flat or not: see `treadle.ir.layouts`. Filled up with zeros.
 
     Passed: x, w; n, k; x's strides over n and k. w is contiguous.
     """
 
     width: int
+    flat: bool = False
 
     @property
     def generic(self) -> bool:
@@ -32,10 +33,11 @@ class PackPairs(Kernel):
         x = k.view(px, [n, depth], [k.size("x_n"), k.size("x_k")])
         steps = k.let(k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP), "steps")
         panels = k.floor_divide(n + (self.width - 1), self.width)
-        w = k.view(pw, [panels, steps, self.width // PAIR_SQUARE, PAIR_SQUARE, PAIR_SQUARE, 2])
+        side = self.width if self.flat else PAIR_SQUARE
+        w = k.view(pw, [panels, steps, self.width // side, PAIR_SQUARE, side, 2])
         with k.parallel(panels, "panel") as panel, k.loop(self.width, "i") as i:
             row = k.let(panel * self.width + i, "row")
-            square, column = k.let(k.floor_divide(i, PAIR_SQUARE)), k.let(k.floor_mod(i, PAIR_SQUARE))
+            square, column = k.let(k.floor_divide(i, side)), k.let(k.floor_mod(i, side))
             with k.loop(steps, "step") as step, k.loop(PAIR_STEP, "j") as j:
                 at = [panel, step, square, k.floor_divide(j, 2), column, k.floor_mod(j, 2)]
                 k.store(w, at, k.number(0, bf16))
@@ -45,12 +47,13 @@ class PackPairs(Kernel):
 
 @dataclass(frozen=True)
 class PackQuads(Kernel):
-    """w = x[n, 4 + k], rows as `int8_rows` holds them, in quads(width): see `treadle.ir.layouts`. Filled up with zeros.
+    """w = x[n, 4 + k], rows as `int8_rows` holds them, in quads(width), flat or not. Filled up with zeros.
 
     Passed: x, w; n, 4 + k; x's strides over both. w is contiguous.
     """
 
     width: int
+    flat: bool = False
 
     @property
     def generic(self) -> bool:
@@ -74,10 +77,11 @@ class PackQuads(Kernel):
 
             with k.loop(ROW_HEAD, "j") as j:
                 put(i * ROW_HEAD + j, j, row < n)
-            square, column = k.let(k.floor_divide(i, PAIR_SQUARE)), k.let(k.floor_mod(i, PAIR_SQUARE))
-            first = k.let(self.width * ROW_HEAD + square * (PAIR_SQUARE * QUAD_STEP) + column * 4, "first")
+            side = self.width if self.flat else PAIR_SQUARE
+            square, column = k.let(k.floor_divide(i, side)), k.let(k.floor_mod(i, side))
+            first = k.let(self.width * ROW_HEAD + square * (side * QUAD_STEP) + column * 4, "first")
             with k.loop(steps, "step") as step, k.loop(QUAD_STEP, "j") as j:
-                four = k.floor_divide(j, 4) * (4 * PAIR_SQUARE) + k.floor_mod(j, 4)
+                four = k.floor_divide(j, 4) * (4 * side) + k.floor_mod(j, 4)
                 at = first + step * (self.width * QUAD_STEP) + four
                 element = step * QUAD_STEP + j
                 put(at, element + ROW_HEAD, k.both(row < n, element < depth))

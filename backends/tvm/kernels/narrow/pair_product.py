@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.finishing import Finishing
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.narrow.register_tiles import over_tiles
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles
 from treadle.backends.tvm.kernels.narrow.round_rows import form_for, held_dtype
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
@@ -23,8 +23,6 @@ from treadle.ir.types import DTYPES, bf16, f32
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-WIDTH = 2 * PAIR_SQUARE
-"""Columns of a panel."""
 _HIGH_HALF = -0x10000
 
 
@@ -36,8 +34,8 @@ class PairProduct(Kernel):
     extras   how the chain's other inputs lie: see `Finishing`
     whole    whether n is a multiple of a panel's width at every call
 
-    Passed: a, as `RoundRows` lays out the instruction set's form; w, in pairs(32); the extras, c; m, k, n; `m` and `mn`
-    extras' and c's strides of rows.
+    Passed: a, as `RoundRows` lays out the instruction set's form; w, in flat pairs (`pairs_for`); the extras, c; m, k,
+    n; `m` and `mn` extras' and c's strides of rows.
     """
 
     epilogue: Chain | None = None
@@ -64,14 +62,15 @@ class PairProduct(Kernel):
         m, depth, columns = k.size("m"), k.size("k"), k.size("n")
         rows = self.finishing.strides(k)
         steps = k.let(k.floor_divide(depth + (PAIR_STEP - 1), PAIR_STEP), "steps")
-        panels = k.let(k.floor_divide(columns + (WIDTH - 1), WIDTH), "panels")
+        width = narrow_width(k.isa)
+        panels = k.let(k.floor_divide(columns + (width - 1), width), "panels")
         shapes = self.finishing.shapes(m, columns, rows)
         views = {p.name: k.view(p, *shapes[p.name]) for p in finished}
         views["a"] = k.view(given[0], [m, steps * PAIR_STEP])
-        views["w"] = k.view(given[1], [panels, steps, 2, PAIR_SQUARE, 2 * PAIR_SQUARE])
+        views["w"] = k.view(given[1], [panels, steps * PAIR_SQUARE, 2 * width])
 
-        def tile(panel: Expr, square: int, squares: int, row: Expr, rows: int) -> None:
-            self._tile(k, views, panel, square, squares, row, rows, columns, steps)
+        def tile(panel: Expr, start: int, wide: int, row: Expr, rows: int) -> None:
+            self._tile(k, views, panel, start, wide, row, rows, columns, steps)
 
         over_tiles(k, m, panels, tile)
 
@@ -80,24 +79,24 @@ class PairProduct(Kernel):
         k: Emitter,
         views: Mapping[str, Any],
         panel: Expr,
-        square: int,
-        squares: int,
+        start: int,
+        wide: int,
         first: Expr,
         high: int,
         columns: Expr,
         steps: Expr,
     ) -> None:
-        """So many rows of some squares."""
+        """So many rows of so many columns of a panel, from `start` on."""
         lanes = k.isa.lanes()
-        vectors = squares * PAIR_SQUARE // lanes
+        vectors = wide // lanes
         acc = k.registers(high * vectors * lanes, f32)
         with k.unroll(high * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
-        with k.loop(steps, "step") as step, k.loop(PAIR_SQUARE, "pair") as pair:
-            at = k.let(step * PAIR_STEP + pair * 2, "at")
+        with k.loop(steps * PAIR_SQUARE, "pair") as pair:
+            at = k.let(pair * 2, "at")
             held = []
-            for lane in range(0, vectors * lanes, lanes):
-                place = [panel, step, square + lane // PAIR_SQUARE, pair, 2 * (lane % PAIR_SQUARE)]
+            for lane in range(start, start + wide, lanes):
+                place = [panel, pair, 2 * lane]
                 held.append(k.let(k.bits(k.load(views["w"], place, 2 * lanes), DTYPES["i32"], lanes), "w"))
             self._pairs(k, views["a"], first, high, at, held, acc)
         tile = k.registers(high * vectors * lanes, f32, "tile")
@@ -105,7 +104,7 @@ class PairProduct(Kernel):
             k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
         with k.loop(high, "i") as i, k.loop(vectors, "v") as v:
             value = k.load(tile, [(i * vectors + v) * lanes], lanes)
-            column = k.let(panel * WIDTH + square * PAIR_SQUARE + v * lanes, "column")
+            column = k.let(panel * narrow_width(k.isa) + start + v * lanes, "column")
             self.finishing.store(k, views, [first + i], column, value, columns, lanes)
 
     def _pairs(self, k: Emitter, a: Any, first: Expr, high: int, at: Expr, held: Sequence[Expr], acc: Any) -> None:

@@ -11,36 +11,56 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from treadle.backends.tvm.kernels.isa import Isa
-from treadle.ir.layouts import PAIR_SQUARE
+from treadle.ir.layouts import PAIR_SQUARE, Layout, pairs, quads
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-PART = 16
-"""Tiles of rows that a task has."""
+PART = 128
+"""About how many rows a task has."""
 
 Tile = Callable[["Expr", int, int, "Expr", int], None]
-"""Writes one tile: its panel, its first square of the panel and how many, its first row and how many."""
+"""Writes one tile: its panel, its first column of the panel and how many, its first row and how many."""
+
+
+def narrow_width(isa: Isa) -> int:
+    """Columns of a panel of pairs or quads: two tiles of a matrix unit, or a few vectors."""
+    return 3 * PAIR_SQUARE if _is_widest(isa) else 2 * PAIR_SQUARE
+
+
+def pairs_for(isa: Isa, transposed: bool = False) -> Layout:
+    """How products read a bf16 weight: in squares where they are tiles of a matrix unit."""
+    return pairs(narrow_width(isa), transposed, flat=not isa.multiplies_tiles)
+
+
+def quads_for(isa: Isa) -> Layout:
+    """How products read 8-bit rows of a weight: in squares where they are tiles of a matrix unit."""
+    return quads(narrow_width(isa), flat=not isa.multiplies_tiles)
 
 
 def tile_of(isa: Isa) -> tuple[int, int]:
-    """Rows of a tile, and how many squares of 16 columns: as many sums as leave some registers for a and w."""
-    squares = 2 if isa.registers >= 32 else 1
-    vectors = squares * PAIR_SQUARE // isa.lanes()
-    return max(1, min(12, (isa.registers - 8) // vectors)), squares
+    """Rows of a tile, and its columns: as many sums as leave some registers for a and w."""
+    if _is_widest(isa):
+        return 8, narrow_width(isa)
+    columns = PAIR_SQUARE * (2 if isa.registers >= 32 else 1)
+    return max(1, min(12, (isa.registers - 8) * isa.lanes() // columns)), columns
 
 
 def over_tiles(k: Emitter, m: Expr, panels: Expr, tile: Tile) -> None:
-    """Every tile of m rows and of panels of two squares, shared out among tasks."""
-    high, squares = tile_of(k.isa)
-    part = high * PART
+    """Every tile of m rows and of so many panels, shared out among tasks."""
+    high, columns = tile_of(k.isa)
+    part = PART // high * high
     parts = k.let(k.floor_divide(m + (part - 1), part), "parts")
     with k.parallel(panels * parts, "task") as task:
         panel = k.opaque(k.floor_divide(task, parts), "panel")
         first = k.opaque((task - panel * parts) * part, "first")
         count = k.let(k.least(m - first, k.index(part)), "count")
-        for square in range(0, 2, squares):
-            _rows(k, first, count, high, partial(tile, panel, square, squares))
+        for column in range(0, narrow_width(k.isa), columns):
+            _rows(k, first, count, high, partial(tile, panel, column, columns))
+
+
+def _is_widest(isa: Isa) -> bool:
+    return isa.registers >= 32 and isa.lanes() == PAIR_SQUARE and not isa.multiplies_tiles
 
 
 def _rows(k: Emitter, start: Expr, m: Expr, high: int, tile: Callable[[Expr, int], None]) -> None:
