@@ -14,17 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """A model of the zoo at these sizes."""
+    """A model of the zoo, a family or a file with its function, at these sizes."""
 
     family: str
     config: tuple[str, ...]
     sizes: dict[str, int]
 
 
+MODELS = Path(__file__).parents[1] / "models"
 _MINILM = ("dim=384", "layers=6", "hidden=1536")
 _LLAMA = ("vocab=49152", "dim=576", "heads=9", "kv_heads=3", "layers=30", "hidden=1536", "tied=true")
 
@@ -34,7 +36,7 @@ ROWS = {
     "minilm": Row("bert", _MINILM, {"B": 32, "S": 64}),
     "vit": Row("vit", (), {"B": 1}),
     "gpt2": Row("gpt2", (), {"B": 1, "S": 512}),
-    "t5": Row("t5_encoder", (), {"B": 1, "S": 128}),
+    "t5": Row(f"{MODELS / 't5.py'}:t5_encoder", (), {"B": 1, "S": 128}),
     "llama": Row("llama", _LLAMA, {"B": 1, "S": 256}),
 }
 PEERS = {
