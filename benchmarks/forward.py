@@ -2,9 +2,10 @@
 
     python benchmarks/forward.py [--only bert,minilm] [--threads 1] [--dtype f32|bf16|int8] [--python PATH] [--json]
 
-`--dtype` is of ours: float32, products in bf16, or weights and what they multiply rounded to 8 bits. The peers are
-those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights are drawn, of which times do not
-depend. Outputs are compared first. On one thread times are the processor's, which a neighbour cannot lengthen.
+`--dtype` is of ours: float32; products and attention in bf16; or weights and what they multiply rounded to 8 bits, and
+attention in bf16. The peers are those that one would take instead, and for bf16 and int8 theirs of as few bits. Weights
+are drawn, of which times do not depend. Outputs are compared first. On one thread times are the processor's, which a
+neighbour cannot lengthen.
 `--python` names the Python that has onnxruntime, openvino and nncf.
 A peer that is missing, or cannot run a row, is named.
 """
@@ -44,7 +45,7 @@ PEERS = {
     "bf16": ("openvino", "openvino-bf16"),
     "int8": ("onnxruntime-int8", "openvino-bf16", "openvino-int8"),
 }
-WAYS: dict[str, dict[str, str]] = {"f32": {}, "bf16": {"dtype": "bf16"}, "int8": {"quantize": "int8"}}
+WAYS: dict[str, dict[str, str]] = {"f32": {}, "bf16": {"dtype": "bf16"}, "int8": {"quantize": "int8", "dtype": "bf16"}}
 
 
 def main() -> int:

@@ -191,6 +191,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     start: SizeLike = 0,
+    to: DType | str | None = None,
     name: str | None = None,
 ) -> Tensor:
     """out[b, h, i] = sum_j p[b, h, i, j] v[b, h, j],   p = softmax over the keys j that i may see of
@@ -205,6 +206,8 @@ def attention(
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, to which terms by position look: 0, unless they are a part of others
+    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. Where it is
+             wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
 def attention_parts(

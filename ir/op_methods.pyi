@@ -67,6 +67,7 @@ class OpMethods:
         scale: float | None = None,
         softcap: float | None = None,
         start: SizeLike = 0,
+        to: DType | str | None = None,
         name: str | None = None,
     ) -> Expr: ...
     def attention_parts(

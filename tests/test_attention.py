@@ -268,7 +268,7 @@ def test_a_bias_of_minus_infinity_masks() -> None:
 # -- gradients -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sample", cases())
+@pytest.mark.parametrize("sample", [case for case in cases() if "to" not in case.values[0].attributes])
 def test_gradients_are_finite_differences(sample: Sample) -> None:
     """Central differences of step 1e-5 err by about 1e-10 for their third derivative, 1e-11 for rounding."""
     op = Attention(**sample.attributes)

@@ -8,6 +8,7 @@ from treadle.ir.errors import UsageError
 from treadle.ir.transforms.widening import WIDENED
 from treadle.ir.types import bf16
 from treadle.passes.framework.manager import Pass
+from treadle.passes.products.narrow_attention import NarrowAttention
 from treadle.passes.products.narrow_products import NarrowProducts
 from treadle.passes.quantization.planning import SCHEMES
 from treadle.passes.quantization.quantize import QuantizeWeights
@@ -27,7 +28,7 @@ def computing_in(
     """The passes and the dtypes to widen with which a model computes in `dtype`, its weights quantized.
 
     dtype     None: as it is declared. "f32": bf16 and f16 values are f32. "bf16": so as well, and then products with
-              weights are of bf16 numbers, summed in f32
+              weights and attention are of bf16 numbers, summed in f32
     quantize  a scheme of `QUANTIZED`, or None
 
     Raises UsageError for another name.
@@ -41,6 +42,6 @@ def computing_in(
         return tuple(passes), widen
     if dtype not in COMPUTED:
         raise UsageError(f"a model does not compute in {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
-    narrowing = (NarrowProducts(bf16),) if dtype == "bf16" else ()
+    narrowing = (NarrowProducts(bf16), NarrowAttention(bf16)) if dtype == "bf16" else ()
     given = [widen] if isinstance(widen, str) else list(widen)
     return (*passes, *narrowing), tuple(dict.fromkeys([*given, *WIDENED]))

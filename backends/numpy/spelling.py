@@ -236,7 +236,9 @@ def _log_softmax(line: Line) -> str:
 @_spells("attention")
 @_spells("attention_with_probabilities")
 def _attention(line: Line) -> str:
-    return attention(line, _term)
+    to = getattr(line.op, "to", None)
+    factors = () if to is None else [f"{x}.astype({dtype_text(to)})" for x in (line.q, line.k, line.v)]
+    return attention(line, _term, factors)
 
 
 @_spells("cached_attention")

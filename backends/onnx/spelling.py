@@ -136,8 +136,8 @@ def _not_f64(op: Any, types: Sequence[Type | None]) -> bool:
 
 
 def _from_the_first(op: Any, types: Sequence[Type | None]) -> bool:
-    """The operator counts queries from 0."""
-    return not op.begins_later
+    """The operator counts queries from 0, and has one dtype."""
+    return not op.begins_later and getattr(op, "to", None) is None
 
 
 FORMS: dict[str, Form] = {

@@ -371,14 +371,16 @@ def _attention(line: Line) -> str:
 
     Under `is_causal` it scales the -inf of its mask as well, which only a positive scale leaves -inf.
     """
-    scale = scale_of(line)
+    scale, to = scale_of(line), line.op.to
     own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
     if line.op.softcap is not None or not own:
-        return attention(line, spelled_term)
+        factors = () if to is None else [f"{x}.to({dtype_text(to)})" for x in (line.q, line.k, line.v)]
+        return attention(line, spelled_term, factors)
     options = ", is_causal=True" if line.op.terms else ""
     options += f", scale={float_text(scale)}"
     options += ", enable_gqa=True" if line.type("q").shape[1] != line.type("k").shape[1] else ""
-    return f"F.scaled_dot_product_attention({line.q}, {line.k}, {line.v}{options})"
+    out = f"F.scaled_dot_product_attention({line.q}, {line.k}, {line.v}{options})"
+    return out if to is None else f"{out}.to({dtype_text(to)})"
 
 
 @_spells("attention_with_probabilities")

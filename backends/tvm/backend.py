@@ -39,6 +39,7 @@ from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
 from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks, in_blocks
+from treadle.passes.lowering.round_sooner import RoundSooner
 from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import StoragePlan
 
@@ -75,7 +76,7 @@ class TvmBackend(StagedBackend):
         """What has kernels, panels for weights that products read, what is done once, and where each value lies."""
         isa = isa_of(target)
         layouts = (ReadBlocks(wants_blocks(isa), partial(multiplies_rows, isa=isa)), AssignLayouts(wants(isa)))
-        products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks())
+        products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(), RoundSooner())
         return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:

@@ -35,7 +35,7 @@ from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.transforms.differentiate import backward, operand_gradients
-from treadle.ir.types import Type, f32, f64, i64
+from treadle.ir.types import DType, Type, f32, f64, i64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,11 @@ class Attention(_OverSequence):
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, to which terms by position look: 0, unless they are a part of others
+    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. Where it is
+             wider than v, weights may be rounded to v's dtype before they multiply v
     """
+
+    to: DType | None = None
 
     @property
     def keys_in_parts(self) -> tuple[str, str] | None:
@@ -208,7 +212,7 @@ class Attention(_OverSequence):
 
         ahead  where the first of the keys stands, from the first of the queries
         """
-        q, k, v, *given = operands
+        q, k, v, *given = self._wide(operands)
         offset = b.expand(b.constant(0, i64), shape=(q.shape[0],)) + ahead
         terms, scale, softcap = self.terms, self.scale, self.softcap
         return list(b.attention_parts(q, k, v, offset, *given, terms=terms, scale=scale, softcap=softcap))
@@ -226,22 +230,60 @@ class Attention(_OverSequence):
     v = Operand()
     operand = Operand(variadic=True, optional=True)
 
+    def dtypes(self) -> str:
+        if self.to is None:
+            return super().dtypes()
+        terms = [str(self.to) if dtype == "f" else dtype for dtype in self._term_dtypes()]
+        return f"{', '.join(['f', 'f', 'f', *terms])} -> {self.to}"
+
+    def _wide(self, operands: Sequence[Expr]) -> list[Expr]:
+        """Operands with q, k and v in the result's dtype."""
+        if self.to is None:
+            return list(operands)
+        return [x.cast(self.to) if n < 3 and x.dtype is not self.to else x for n, x in enumerate(operands)]
+
+    def reference(self, q: Any, k: Any, v: Any, *given: Any) -> Any:
+        if self.to is not None:
+            q, k, v = (x.astype(np.promote_types(x.dtype, self.to.numpy or np.float32)) for x in (q, k, v))
+        return super().reference(q, k, v, *given)
+
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
-        return weighted(b, masked_softmax(b, self._scores(b, q, k, given)), v)
+        narrow = v.dtype
+        q, k, v = self._wide([q, k, v])
+        weights = masked_softmax(b, self._scores(b, q, k, given))
+        if self.to is not None and narrow is not self.to:
+            weights = weights.cast(narrow).cast(self.to)
+        return weighted(b, weights, v)
 
     def lowering(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> Expr:
         """The body, with its softmax as one op."""
+        q, k, v = self._wide([q, k, v])
         return weighted(b, b.masked_softmax(self._scores_to_lower(b, q, k, given)), v)
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
         """Attention over the slots of a cache; see `treadle.ir.ops.attention_steps`."""
-        return None if self.begins_later else stepped_attention(self, step, operands, held)
+        return None if self.begins_later or self.to is not None else stepped_attention(self, step, operands, held)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        return self._gradient(b, grads[0], None, inputs, outputs)
+        wide = [None if x is None else self._wide([x])[0] if n < 3 else x for n, x in enumerate(inputs)]
+        found = self._gradient(b, grads[0], None, wide, outputs)
+        return [
+            g.cast(x.dtype) if g is not None and x is not None and g.dtype is not x.dtype else g
+            for g, x in zip(found, inputs, strict=True)
+        ]
 
-    samples = _SAMPLES
-    errors = _ERRORS
+    samples = [
+        *_SAMPLES,
+        S("f16[2,4,5,3]", "f16[2,2,5,3]", "f16[2,2,5,2]", "f32[2,5]", terms=(Causal(), TensorBias("b t")), to="f32"),
+        S("f16[2,2,3,4]", "f16[2,1,6,4]", "f16[2,1,6,2]", to="f32", softcap=2.0),
+    ]
+    errors = [
+        *_ERRORS,
+        (
+            S("f16[2,4,5,3]", "f16[2,4,5,3]", "f16[2,4,5,3]", "f16[5]", terms=(TensorBias("t"),), to="f32"),
+            "bias must be f32",
+        ),
+    ]
 
 
 @op("attention_with_probabilities")

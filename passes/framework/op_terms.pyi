@@ -61,6 +61,7 @@ class OpTerms:
         scale: Any = None,
         softcap: Any = None,
         start: Any = 0,
+        to: Any = None,
     ) -> PatternTerm: ...
     def attention_parts(
         self,

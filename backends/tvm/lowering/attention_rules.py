@@ -24,6 +24,7 @@ from treadle.backends.tvm.kernels.attention.attention_masks import (
 )
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention, steps_at_once
 from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
+from treadle.backends.tvm.kernels.attention.pair_attention_writer import multiplies_pairs
 from treadle.backends.tvm.kernels.attention.scratch import GROUP, SPAN, Scratch
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import STATUS_WORDS
@@ -48,7 +49,7 @@ from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.cached_attention import CachedAttention
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.storage.views import Storage, StorageKind, View
-from treadle.ir.types import Type, bf16, f16, f32, i64
+from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
 WIDEST = 512  # heads: a block of keys and one of values stay in the second-level cache
 ROWS = 256  # about as many rows, queries of the heads that share keys, are a task
@@ -69,9 +70,14 @@ def _covers(op: Op, types: Sequence[Type | None]) -> bool:
         return False
     if isinstance(op, Attention) and op.start != ZERO and not all(isinstance(t, _SHIFTED) for t in op.terms):
         return False
-    held = (f32, bf16, f16) if isinstance(op, CachedAttention) else (f32,)
+    if isinstance(op, CachedAttention):
+        held: Sequence[Sequence[DType]] = [(f32,), (f32, bf16, f16), (f32, bf16, f16)]
+    else:
+        held = [(f32,) if op.to is None else (bf16,)] * 3
+        if op.to not in (None, f32):
+            return False
     for n, t in enumerate(types):
-        if t is None or (t.dtype.is_float and t.dtype not in (held if n in (1, 2) else (f32,))):
+        if t is None or (t.dtype.is_float and t.dtype not in (held[n] if n < 3 else (f32,))):
             return False
     if isinstance(op, CachedAttention) and op.ring and any("t" in o.axes.split() for t in op.terms for o in t.operands):
         return False
@@ -100,14 +106,14 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     to = w.view(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
     most, at_once, ring = _queries_a_task(shared.constant), 0, False
-    spec = (d, e, op.scale_for(d), op.softcap, len(terms.lengths))
+    spec = (d, e, op.scale_for(d), op.softcap, len(terms.lengths), tuple(terms.codes), q.dtype.name)
     if isinstance(op, CachedAttention):
         at_once, ring = _heads_a_step(w, s, shared, d, e), op.ring
-        kernel: Kernel = CachedFlashAttention(*spec, tuple(terms.codes), k.dtype.name, ring, at_once)
+        kernel: Kernel = CachedFlashAttention(*spec, k.dtype.name, ring, at_once)
         most = 1 if at_once else most
     else:
-        kernel = FlashAttention(*spec, tuple(terms.codes))
-    part = Scratch.of(d, e, w.isa, packs=not at_once)
+        kernel = FlashAttention(*spec)
+    part = Scratch.of(d, e, w.isa, packs=not at_once, pairs=multiplies_pairs(d, q.dtype.name, w.isa))
     rows = shared * most
     # One query a row: each span of the keys of a row has memory of its own for its part.
     parts = t // SPAN + (2 if ring else 1)

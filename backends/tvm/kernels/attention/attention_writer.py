@@ -10,7 +10,7 @@ from treadle.backends.tvm.kernels.attention.part_keeping import PartKeeper
 from treadle.backends.tvm.kernels.attention.row_softmax import RowSoftmax, ScoreRow
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, PANEL, SPAN, Scratch, tile_rows
 from treadle.backends.tvm.kernels.square_transpose import transposed
-from treadle.ir.types import DType, boolean, f32, i64
+from treadle.ir.types import DTYPES, DType, boolean, f32, i64
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttention
@@ -39,7 +39,7 @@ class AttentionWriter(PartKeeper):
 
     def _arguments(self) -> None:
         k, spec = self.k, self.spec
-        dtypes = {"q": f32, "keys": self._held, "values": self._held}
+        dtypes = {"q": DTYPES[spec.operands], "keys": self._held, "values": self._held}
         pointers = {name: k.pointer(name, dtype) for name, dtype in dtypes.items()}
         self._ask_read()
         lengths = [k.pointer(f"lengths{n}", i64) for n in range(spec.padded)]
@@ -68,21 +68,31 @@ class AttentionWriter(PartKeeper):
         self.lengths = [k.view(p, [self.b]) for p in lengths]
         for term in self.terms:
             term.bind(self.b, heads, self.s, self.t, self.width)
-        part = Scratch.of(spec.d, spec.e, k.isa)
+        part = self._scratch()
         rows = self.r * self.most
-        held = [[part.keys], [part.values], [GROUP, spec.d], [GROUP, BLOCK], [rows, part.sums], [rows, part.rows]]
+        queries = [GROUP, part.queries // GROUP]
+        held = [[part.keys], [part.values], queries, [GROUP, BLOCK], [rows, part.sums], [rows, part.rows]]
         places = [self.slots] * 4 + [parts] * 2
         made = [k.view(p, [n, *shape]) for p, n, shape in zip(scratch, places, held, strict=True)]
         self.packed_keys, self.packed_values, self.queries, self.scores, self.sums, self.rows = made
-        self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows)
+        self.softmax = RowSoftmax(k, spec.softcap, self.terms, self.scores, self.rows, self._keep_weights)
+
+    def _scratch(self) -> Scratch:
+        """What the kernel holds at a time."""
+        return Scratch.of(self.spec.d, self.spec.e, self.k.isa)
 
     @property
     def _held(self) -> DType:
         """The dtype of keys and values."""
-        return f32
+        return DTYPES[self.spec.operands]
+
+    @property
+    def _depth(self) -> int:
+        """How many words of keys and queries are multiplied: numbers, or pairs of them."""
+        return self.spec.d
 
     def _widened(self, view: Any, index: Sequence[Expr], lanes: int = 1) -> Expr:
-        """Elements of a key or a value, in float32."""
+        """Elements of a query, a key or a value, in float32."""
         read = self.k.load(view, index, lanes)
         return read if self._held is f32 else self.k.let(self.k.cast(self.k.let(read), f32, lanes))
 
@@ -220,9 +230,18 @@ class AttentionWriter(PartKeeper):
 
     # -- packing ---------------------------------------------------------------------------------------------
 
+    @property
+    def _block(self) -> int:
+        """How many words of values a block has: keys, or pairs of them."""
+        return BLOCK
+
+    def _key_words(self, key: Expr, start: Expr, lanes: int = 1) -> Expr:
+        """So many words of a key."""
+        return self._widened(self.key, [self.key_row, self.at_g, key, start], lanes)
+
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
         """Columns c0 up to c1 of the block, in whole vectors."""
-        k, lanes, d = self.k, self.lanes, self.spec.d
+        k, lanes, d = self.k, self.lanes, self._depth
         begin = self._index(k.floor_divide(c0, lanes), "from_vector")
         with k.loop(self._ceil(c1, lanes) - begin, "n") as n:
             column = self._index((begin + n) * lanes, "column")
@@ -231,15 +250,14 @@ class AttentionWriter(PartKeeper):
             to = self._index(panel * (d * self.width) + (column - panel * self.width), "to")
 
             def square(start: Expr) -> None:
-                read = [self._widened(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys]
+                read = [self._key_words(j, start, lanes) for j in keys]
                 for x, vector in enumerate(transposed(k, read)):
                     k.store(self.packed_keys, [self.slot, to + (start + x) * self.width], vector, lanes)
 
             if d < lanes:
                 with k.loop(d, "c") as c:
                     for x, j in enumerate(keys):
-                        value = self._widened(self.key, [self.key_row, self.at_g, j, c])
-                        k.store(self.packed_keys, [self.slot, to + c * self.width + x], value)
+                        k.store(self.packed_keys, [self.slot, to + c * self.width + x], self._key_words(j, c))
                 return
             with k.loop(d // lanes, "c") as c:
                 square(self._index(c * lanes, "start"))
@@ -271,7 +289,7 @@ class AttentionWriter(PartKeeper):
 
     def _packed(self, panel: Any, vectors: int, column: Expr, v: Any) -> Expr:
         """Where a vector of a value lies in a panel of so many."""
-        return panel * (BLOCK * self.width) + column * (vectors * self.lanes) + v * self.lanes
+        return panel * (self._block * self.width) + column * (vectors * self.lanes) + v * self.lanes
 
     # -- a group of queries ----------------------------------------------------------------------------------
 
@@ -315,21 +333,33 @@ class AttentionWriter(PartKeeper):
 
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
         """The group's queries times scale, side by side; zeros up to so many rows."""
-        k, lanes, d = self.k, self.lanes, self.spec.d
+        k, lanes, d = self.k, self.lanes, self._depth
         head = self._head(r)
         step = lanes if d >= lanes else 1
         starts = [*range(0, d - step + 1, step), *([d - step] if d % step else [])]
         with k.loop(count, "row") as row:
             for c in starts:
-                x = k.load(self.q, [self.at_b, head, first + row, c], step)
-                k.store(self.queries, [self.slot, row, c], x * k.number(self.spec.scale, f32, step), step)
+                x = self._query_words([self.at_b, head, first + row], c, step)
+                k.store(self.queries, [self.slot, row, c], x, step)
         with k.loop(k.greatest(rows - count, k.index(0)), "row") as row:
             for c in starts:
                 k.store(self.queries, [self.slot, count + row, c], k.number(0.0, f32, step), step)
 
+    def _query_words(self, at: Sequence[Expr], start: int, lanes: int) -> Expr:
+        """So many words of a query, times scale."""
+        return self._widened(self.q, [*at, start], lanes) * self.k.number(self.spec.scale, f32, lanes)
+
+    def _added(self, sums: Expr, x: Expr, y: Expr) -> Expr:
+        """sums + x y, by word."""
+        return sums + x * y
+
+    def _scaled(self, scores: Expr) -> Expr:
+        """A vector of scores, of queries that were scaled."""
+        return scores
+
     def _score(self, first: Expr, rows: int, panel: Expr) -> None:
         """A tile of scores: rows x a panel of keys, in registers through all of d."""
-        k, lanes, d = self.k, self.lanes, self.spec.d
+        k, lanes, d = self.k, self.lanes, self._depth
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * PANEL, "n") as n:
             k.store(acc, [n * lanes], k.number(0.0, f32, lanes), lanes)
@@ -338,9 +368,9 @@ class AttentionWriter(PartKeeper):
             with k.unroll(PANEL, "j") as j:
                 at = (i * PANEL + j) * lanes
                 y = k.load(self.packed_keys, [self.slot, (panel * d + c) * self.width + j * lanes], lanes)
-                k.store(acc, [at], k.load(acc, [at], lanes) + x * y, lanes)
+                k.store(acc, [at], self._added(k.load(acc, [at], lanes), x, y), lanes)
         with k.unroll(rows, "i") as i, k.unroll(PANEL, "j") as j:
-            value = k.load(acc, [(i * PANEL + j) * lanes], lanes)
+            value = self._scaled(k.load(acc, [(i * PANEL + j) * lanes], lanes))
             k.store(self.scores, [self.slot, first + i, panel * self.width + j * lanes], value, lanes)
 
     def _sum(self, first: Expr, rows: int, state: Expr, panel: Any, vectors: int, c0: Expr, c1: Expr) -> None:
@@ -352,15 +382,29 @@ class AttentionWriter(PartKeeper):
             with k.unroll(vectors, "v") as v:
                 held = k.load(self.sums, [self.part, state + first + i, panel * self.width + v * lanes], lanes)
                 k.store(acc, [(i * vectors + v) * lanes], held * factor, lanes)
-        with k.loop(c1 - c0, "n") as n, k.unroll(rows, "i") as i:
-            x = k.splat(k.load(self.scores, [self.slot, first + i, c0 + n]), lanes)
+        begin, count = self._words_of(c0, c1)
+        with k.loop(count, "n") as n, k.unroll(rows, "i") as i:
+            x = k.splat(self._weight(first + i, begin + n), lanes)
             with k.unroll(vectors, "v") as v:
                 at = (i * vectors + v) * lanes
-                y = k.load(self.packed_values, [self.slot, self._packed(panel, vectors, c0 + n, v)], lanes)
-                k.store(acc, [at], k.load(acc, [at], lanes) + x * y, lanes)
+                y = k.load(self.packed_values, [self.slot, self._packed(panel, vectors, begin + n, v)], lanes)
+                k.store(acc, [at], self._added(k.load(acc, [at], lanes), x, y), lanes)
         with k.unroll(rows, "i") as i, k.unroll(vectors, "v") as v:
             made = k.load(acc, [(i * vectors + v) * lanes], lanes)
             k.store(self.sums, [self.part, state + first + i, panel * self.width + v * lanes], made, lanes)
+
+    def _words_of(self, c0: Expr, c1: Expr) -> tuple[Expr, Expr]:
+        """The first word of these columns' weights and values, and how many there are."""
+        return c0, c1 - c0
+
+    def _weight(self, row: Expr, word: Expr) -> Expr:
+        """A word of a query's weights."""
+        return self.k.load(self.scores, [self.slot, row, word])
+
+    def _keep_weights(self, at: ScoreRow, column: Expr, weights: Sequence[Expr]) -> None:
+        """Store a panel of a query's weights."""
+        for u, weight in enumerate(weights):
+            self.k.store(self.scores, [at.slot, at.row, column + u * self.lanes], weight, self.lanes)
 
     def _softmax(self, head: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
         """The scores of a query in columns c0 up to c1 as weights."""

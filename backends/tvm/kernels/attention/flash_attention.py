@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from treadle.backends.tvm.kernels.attention.attention_masks import WRITERS
 from treadle.backends.tvm.kernels.attention.attention_writer import AttentionWriter
+from treadle.backends.tvm.kernels.attention.pair_attention_writer import PairAttentionWriter, multiplies_pairs
 from treadle.backends.tvm.kernels.kernel import Kernel
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlashAttention(Kernel):
-    """Attention over float32, any number of queries and keys.
+    """Attention, any number of queries and keys.
 
     d, e      the width of queries and keys, and of values
     scale     what the products are multiplied by
     softcap   c: scores become c tanh(scores / c)
     padded    how many operands say how many of a row's keys are real
     terms     the other masks and biases: codes of `attention_masks.WRITERS`
+    operands  the dtype of q, k and v: f32, or bf16 for float32 sums of products of bf16 numbers
 
     Passed: q, k, v; the lengths; the terms' operands; out, and the parts of `Scratch`. Then b, g, r (query heads that
     share keys), s, t; the least and greatest j - i that a query sees; how many queries of a head a task takes at
@@ -51,11 +53,13 @@ class FlashAttention(Kernel):
     softcap: float | None = None
     padded: int = 0
     terms: tuple[str, ...] = ()
+    operands: str = "f32"
 
     @property
     def title(self) -> str:
         more = [WRITERS[code].kind for code in self.terms]
+        more += [self.operands] if self.operands != "f32" else []
         return "_".join(["attention", str(self.d), *["padding"] * self.padded, *more])
 
     def emit(self, k: Emitter) -> None:
-        AttentionWriter(self, k).write()
+        (PairAttentionWriter if multiplies_pairs(self.d, self.operands, k.isa) else AttentionWriter)(self, k).write()

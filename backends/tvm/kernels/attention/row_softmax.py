@@ -6,7 +6,7 @@ that is no normal number is 0: a processor takes as long for one as for a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +54,22 @@ class ScoreRow:
 
 
 class RowSoftmax:
-    """Writes it, for scores [slots, GROUP, BLOCK] and rows [parts, n, 5] of m, l and what the old sums are times."""
+    """Writes it, for scores [slots, GROUP, BLOCK] and rows [parts, n, 5] of m, l and what the old sums are times.
 
-    def __init__(self, k: Emitter, softcap: float | None, terms: Sequence[TermWriter], scores: Any, rows: Any) -> None:
+    keep  stores a panel of weights of a row, from a column on
+    """
+
+    def __init__(
+        self,
+        k: Emitter,
+        softcap: float | None,
+        terms: Sequence[TermWriter],
+        scores: Any,
+        rows: Any,
+        keep: Callable[[ScoreRow, Expr, Sequence[Expr]], None],
+    ) -> None:
         self.k, self.softcap, self.terms, self.scores, self.rows = k, softcap, terms, scores, rows
+        self.keep = keep
         self.lanes = k.isa.lanes()
         self.width = PANEL * self.lanes
 
@@ -89,12 +101,13 @@ class RowSoftmax:
         with k.unroll(PANEL, "u") as u:
             k.store(total, [u * lanes], k.number(0.0, f32, lanes), lanes)
         with k.loop(pairs, "n") as n:
+            column, weights = c0 + n * self.width, []
             for u in range(PANEL):
-                place = [at.slot, at.row, c0 + n * self.width + u * lanes]
+                place = [at.slot, at.row, column + u * lanes]
                 score = k.let(k.load(self.scores, place, lanes) - k.splat(shift, lanes), "score")
-                weight = k.let(exp_nonpositive(k, score, lanes), "weight")
-                k.store(self.scores, place, weight, lanes)
-                k.store(total, [u * lanes], k.load(total, [u * lanes], lanes) + weight, lanes)
+                weights.append(k.let(exp_nonpositive(k, score, lanes), "weight"))
+                k.store(total, [u * lanes], k.load(total, [u * lanes], lanes) + weights[-1], lanes)
+            self.keep(at, column, weights)
         summed = k.load(total, [0], lanes)
         for u in range(1, PANEL):
             summed = summed + k.load(total, [u * lanes], lanes)

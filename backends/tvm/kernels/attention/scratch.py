@@ -19,11 +19,11 @@ def tile_rows(isa: Isa) -> int:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory that a kernel works in, in float32 for each slot.
+    """Memory that a kernel works in, in float32 for each slot; where it multiplies pairs, a word holds one.
 
     keys     a block of keys, as panels [BLOCK / width, d, width]
     values   a block of values, as panels [BLOCK, width], the last one a vector wide if their number is odd
-    queries  a group of queries, scaled
+    queries  a group of queries, scaled; in pairs not scaled, and behind each its weights
     scores   [GROUP, BLOCK]
     sums     for each query of a task the sum of the values so far, filled up to full vectors
     rows     for each query of a task m, l, and what the old sums are multiplied by; then m and l of the parts before
@@ -37,7 +37,10 @@ class Scratch:
     rows: int
 
     @staticmethod
-    def of(d: int, e: int, isa: Isa, *, packs: bool = True) -> Scratch:
+    def of(d: int, e: int, isa: Isa, *, packs: bool = True, pairs: bool = False) -> Scratch:
         """For heads of these widths; `sums` and `rows` for one query. packs: whether keys and values are packed."""
         padded = -(-e // isa.lanes()) * isa.lanes()
+        if pairs:
+            queries = GROUP * (d // 2 + BLOCK // 2)
+            return Scratch(BLOCK * d // 2, BLOCK * padded // 2, queries, GROUP * BLOCK, padded, 5)
         return Scratch(packs * BLOCK * d, packs * BLOCK * padded, GROUP * d, GROUP * BLOCK, padded, 5)

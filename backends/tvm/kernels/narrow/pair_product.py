@@ -116,7 +116,7 @@ class PairProduct(Kernel):
             if k.isa.multiplies_pairs:
                 pair = k.let(k.splat(k.bits(k.load(a, [first + i, at], 2), i32), lanes), "pair")
                 for place, w in zip(places, held, strict=True):
-                    k.store(acc, place, _pairs_added(k, k.load(acc, place, lanes), pair, w), lanes)
+                    k.store(acc, place, pairs_added(k, k.load(acc, place, lanes), pair, w), lanes)
                 continue
             for n in range(2):
                 x = k.let(k.splat(k.load(a, [first + i, at + n]), lanes), "x")
@@ -131,7 +131,7 @@ def _widened(k: Emitter, w: Expr, lanes: int) -> tuple[Expr, Expr]:
     return k.let(low, "low"), k.let(k.bits(w & k.number(_HIGH_HALF, i32, lanes), f32, lanes), "up")
 
 
-def _pairs_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
+def pairs_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
     """sums + left[0] right[0] + left[1] right[1], of a pair of bf16 numbers in each lane."""
 
     def text() -> str:

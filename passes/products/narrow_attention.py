@@ -1,0 +1,41 @@
+"""Attention in a narrower dtype: queries, keys and values are rounded, and scores and sums stay as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Value
+from treadle.ir.ops.attention import Attention
+from treadle.ir.types import DType, bf16, f32
+from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
+
+
+@dataclass(frozen=True)
+class NarrowAttention(SiteRewrite[Site]):
+    """attention(q, k, v, ...)   -->   attention(cast(q, to=bf16), cast(k, to=bf16), cast(v, to=bf16), ..., to=f32)
+
+    Scores, biases, the softmax and sums stay float32. A processor that multiplies pairs rounds weights as well before
+    it multiplies values with them. Attention over a cache stays: it reads what the cache holds.
+    """
+
+    tidying: ClassVar[Pass | None] = CommonSubexpressions()
+    dtype: DType = bf16
+
+    def sites(self, work: Rewriting) -> Iterator[Site]:
+        for node in work.walk():
+            if isinstance(node.op, Attention) and node.op.to is None and node.result.type.dtype is f32:
+                yield Site(node, replaced=(node.result,))
+
+    def build(self, b: Builder, site: Site) -> Sequence[Value]:
+        node = site.root
+        operands: list[Any] = [
+            v if v is None or n >= 3 else b.cast(b.expr(v), to=self.dtype) for n, v in enumerate(node.operands)
+        ]
+        op = dataclasses.replace(node.op, to=node.result.type.dtype)  # type: ignore[type-var]
+        return b.emit(op, [getattr(v, "value", v) for v in operands]).results
