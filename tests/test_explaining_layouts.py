@@ -31,6 +31,7 @@ LOWERING = [
     "decode-narrow",
     "decode-last",
     "multiply-blocks",
+    "round-sooner",
     "read-blocks",
     "assign-layouts",
     "hoist-weights",
@@ -165,6 +166,7 @@ def test_an_artifact_holds_no_stage_of_a_backend(tmp_path: Path) -> None:
         "legalize",
         "decode-last",
         "multiply-blocks",
+        "round-sooner",
         "hoist-weights",
         "plan-storage",
     ]

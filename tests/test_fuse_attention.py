@@ -272,10 +272,12 @@ def applied(sample: Sample) -> Graph:
     return b.graph
 
 
-@pytest.mark.parametrize("sample", Attention.samples, ids=lambda sample: sample.text)
+@pytest.mark.parametrize(
+    "sample", [s for s in Attention.samples if "to" not in s.attributes], ids=lambda sample: sample.text
+)
 def test_decomposed_attention_is_fused_again(sample: Sample) -> None:
     """With fixed sizes positions are folded to constants first, which must be recognised as well. Of queries that begin
-    later, terms become masks and biases."""
+    later, terms become masks and biases. Weights that are rounded on their way stay apart."""
     graph = applied(sample)
     apart = PassManager([Decompose(("attention",))]).run(graph).graph
     assert attentions(apart) == []
