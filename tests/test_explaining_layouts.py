@@ -128,7 +128,7 @@ def test_inspect_shows_the_graph_as_hoisting_left_it(compiled: treadle.Compiled,
 
 def test_each_stage_of_a_backend_is_kept(compiled: treadle.Compiled) -> None:
     assert [record.name for record in compiled.log] == [*(each.name for each in DEFAULT), *LOWERING]
-    legal, _, _, _, _, laid, bound, _, _ = (compiled.optimized.after(name) for name in LOWERING)
+    legal, *_, laid, bound, _, _ = (compiled.optimized.after(name) for name in LOWERING)
     assert compiled.optimized.after("dead-code") == compiled.graph
     assert ops(legal).isdisjoint({"relayout", "projections", "add_layer_norm"}) and legal.bind is None
     assert "relayout" in ops(laid) and laid.bind is None
@@ -166,7 +166,6 @@ def test_an_artifact_holds_no_stage_of_a_backend(tmp_path: Path) -> None:
         "legalize",
         "decode-last",
         "multiply-blocks",
-        "round-sooner",
         "hoist-weights",
         "plan-storage",
     ]
