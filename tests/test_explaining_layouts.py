@@ -139,8 +139,8 @@ def test_each_stage_of_a_backend_is_kept(compiled: treadle.Compiled) -> None:
 def test_the_last_rows_of_the_table_are_the_backends(compiled: treadle.Compiled) -> None:
     rows = compiled.log.table().splitlines()[-len(LOWERING) :]
     assert [row.split()[0] for row in rows] == LOWERING
-    assert "+5 relayout" in rows[5]  # the table, and four products of the block
-    assert "+2 call" in rows[6]  # of what the block left to its callers
+    assert "+5 relayout" in rows[6]  # the table, and four products of the block
+    assert "+2 call" in rows[7]  # of what the block left to its callers
     assert [record.changes for record in compiled.log[-4:]] == [5, 1 + 2 * 5, 0, 0]
 
 
