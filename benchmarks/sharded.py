@@ -34,8 +34,8 @@ def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
     from treadle.ir.analysis.drawn_inputs import draw_inputs
     from treadle.ir.target import Target
     from treadle.passes.sharding.plan_costs import step_time
-    from treadle.rank_models import compile_rank
     from treadle.runtime.distributed.ranks import join
+    from treadle.sharding.rank_models import compile_rank
 
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})

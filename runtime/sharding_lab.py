@@ -17,7 +17,7 @@ import numpy as np
 from treadle.ir.errors import GraphError, TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret, solve_sizes
-from treadle.ir.ops.collectives import Collective
+from treadle.ir.ops.collectives import Collective, StartGather
 from treadle.ir.placement.meeting import meeting_at
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import taken_part
@@ -67,19 +67,19 @@ def run_lab(
     Raises GraphError where ranks do not meet, or hold different copies of one part of an output, and for too many
     ranks; what a rank raised.
     """
-    mesh = plan.mesh
+    mesh = plan.devices
     refuse_many_ranks(mesh)
     sizes: dict[str, int] = {}
     for value in plan.graph.main.inputs:
         solve_sizes(value.type, np.shape(inputs[value.name]), sizes)
     refuse_small_sizes(plan, sizes)
     programs = programs or [rank_program(plan, rank) for rank in range(mesh.ranks)]
-    room = _Room(mesh)
+    room = Room(mesh)
     found: list[dict[str, Array]] = [{}] * mesh.ranks
 
     def run(rank: int) -> None:
         try:
-            with meeting_at(_Door(room, rank)):
+            with meeting_at(Door(room, rank)):
                 parts = rank_weights(plan, rank, weights)
                 mine = {name: parts[name] for name in programs[rank].parameters}
                 found[rank] = interpret(programs[rank], inputs, mine, float64=float64)
@@ -105,11 +105,14 @@ def run_lab(
 def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: Mapping[str, int]) -> dict[str, Array]:
     """Outputs put together. Raises GraphError where two ranks hold other numbers of one part."""
     outputs: dict[str, Array] = {}
-    for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.main.gives, strict=True):
-        whole = np.zeros(value.type.evaluate(sizes), found[0][name].dtype)
+    for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.gives, strict=True):
+        first = next(own[name] for own in found if name in own)
+        whole = np.zeros(value.type.evaluate(sizes), first.dtype)
         known = np.zeros(whole.shape, bool)
         for rank, own in enumerate(found):
-            part, seen = (taken_part(a, value.type.shape, placed, plan.mesh, rank, sizes) for a in (whole, known))
+            if name not in own:
+                continue  # of another stage
+            part, seen = (taken_part(a, value.type.shape, placed, plan.devices, rank, sizes) for a in (whole, known))
             if part.shape != own[name].shape:
                 raise GraphError(f"rank {rank} gives {name} of {list(own[name].shape)}, not {list(part.shape)}")
             if not np.array_equal(part[seen], own[name][seen], equal_nan=part.dtype.kind == "f"):
@@ -119,7 +122,7 @@ def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: 
     return outputs
 
 
-class _Room:
+class Room:
     """Where threads of ranks meet: the last of a group to come computes what each gets."""
 
     def __init__(self, mesh: Mesh) -> None:
@@ -134,7 +137,8 @@ class _Room:
         self.meetings: list[tuple[Collective, int]] = []
 
     def exchange(self, rank: int, op: Collective, part: Any) -> Any:
-        group = self.mesh.group(rank, self.mesh.parts_of(op.over))
+        """What a rank gets for its part, when all others of its group have come."""
+        group = op.among(self.mesh.group(rank, self.mesh.parts_of(op.over)))
         with self.condition:
             number = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
             key = group, number
@@ -170,8 +174,9 @@ class _Room:
                     f"ranks {group[0]} and {rank} meet in different collectives",
                     received=f"{first.meeting} and {op.meeting}",
                 )
-        if first.ways != len(group):
-            raise GraphError(f"{first.name} is among {first.ways} ranks, and {len(group)} meet over {first.over}")
+        ways = len(self.mesh.group(group[0], self.mesh.parts_of(first.over)))
+        if first.ways != ways:
+            raise GraphError(f"{first.name} is among {first.ways} ranks, and {ways} meet over {first.over}")
         found = first.combined(ops, parts)
         self.meetings.append((first, first.payload(parts[0].size, found[0].size)))
         return dict(zip(group, found, strict=True))
@@ -183,23 +188,29 @@ class _Room:
             self.condition.notify_all()
 
     def leave(self, rank: int) -> None:
+        """A rank comes no more."""
         with self.condition:
             self.left.add(rank)
             if self.waiting:
                 self._look_for_deadlock()
 
     def fail(self, error: BaseException) -> None:
+        """A rank has failed: nobody waits for it."""
         with self.condition:
             self.failure = self.failure or error
             self.condition.notify_all()
 
 
 @dataclass(frozen=True)
-class _Door:
-    """How one rank gets into the room."""
+class Door:
+    """How one rank gets into the room; see `treadle.ir.placement.meeting.Meeting`."""
 
-    room: _Room
+    room: Room
     rank: int
 
     def exchange(self, op: Collective, part: Any) -> Any:
+        """See `Meeting.exchange`."""
         return self.room.exchange(self.rank, op, part)
+
+    def begin(self, op: StartGather, part: Any) -> None:
+        """Ranks in lockstep begin nothing before they meet."""

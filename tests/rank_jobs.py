@@ -1,9 +1,10 @@
 """What ranks do in tests, as a script under `treadle launch` or torchrun: `rank_jobs.py JOB ARGUMENTS...`.
 
 models MESH BACKENDS FOLDER  run small models in several ways; rank 0 writes what came out, and all what they counted;
-                             over tp=2, continue texts as well
+                             gather weights ahead; over tp alone, continue texts as well
 turns MODE                   run one model again and again, each rank having told its process; rank 1 does MODE in the
-                             end: "killed" (from outside), "raises", "stops", "sleeps", "leaves"
+                             end: "killed" (from outside), "raises", "stops", "sleeps", "leaves"; "lingers": all
+                             ranks leave, tell their process, and do not end
 differ                       rank 1 has another plan than rank 0
 """
 
@@ -25,12 +26,19 @@ import numpy as np
 
 import treadle
 from tests.sharded_models import small_options
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import build
+from treadle.compiling import initial_weights
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import TreadleError, UsageError
-from treadle.rank_models import RankModel, compile_rank, open_rank_stepped
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import PassManager
+from treadle.passes.pipelines import MERGING
+from treadle.passes.sharding.rank_programs import rank_program, rank_weights
 from treadle.runtime.distributed.ranks import Ranks, join
 from treadle.runtime.generation import generate
 from treadle.runtime.session import Session
+from treadle.sharding.rank_models import RankModel, compile_rank, open_rank_stepped
 
 KINDS = ("gpt2", "t5", "vit", "llama")
 FORMS: dict[str, dict[str, Any]] = {
@@ -44,22 +52,24 @@ SMALL = {"layers": 1, "dim": 16, "heads": 4, "vocab": 37, "context": 16}
 def inputs_of(made: RankModel, uneven: bool) -> dict[str, Any]:
     """Drawn arrays; of sizes that the mesh does not divide, if so asked."""
     graph = made.plan.graph
-    size = made.plan.mesh.ranks + 3 if uneven else 8
+    size = made.plan.devices.ranks + 3 if uneven else 8
     return draw_inputs(graph, {s: min(size, b.upper or size) for s, b in graph.symbols.items()}, [0])
 
 
 def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
     found: list[dict[str, Any]] = []
-    for backend, kind, recipe, form in cases(mesh, backends.split(",")):
+    for backend, kind, recipe, form, over in cases(mesh, backends.split(",")):
         chosen = {**small_options(kind), "layers": 1, **FORMS[form]}
-        made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
+        made = compile_rank(kind, over, ranks, recipe=recipe, backend=backend, **chosen)
         given = inputs_of(made, uneven=form == "f32")
         parts = made(**given)
         planned = replace(made.plan, sizes=made.sizes(**given)).collectives()
         counted = sum(each.bytes for each in made.communicator.traffic.values())
         whole = made.gathered(parts, **given)
-        facts = {"case": f"{backend} {kind} {recipe} {form}", "form": form, "counted": counted}
-        facts |= {"planned": sum(each.payload for each in planned), "collectives": len(planned)}
+        facts = {"case": f"{backend} {kind} {over} {recipe} {form}", "form": form, "counted": counted}
+        facts |= {"planned": sum(each.payload * each.ranks for each in planned)}
+        # Of what is handed on, the rank that gets it counts the meeting, too.
+        facts |= {"meetings": sum(each.ranks * (2 if each.op == "hand_on" else 1) for each in planned)}
         facts |= {"met": sum(each.times for each in made.communicator.traffic.values())}
         if whole is not None:
             wanted = treadle.compile(kind, backend=backend, **chosen)(**given)
@@ -67,31 +77,62 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
             facts["largest"] = max(float(np.max(np.abs(a))) for a in wanted.values())
         found.append(facts)
     Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
-    if mesh == "tp=2":
-        generates(ranks, folder)
+    gathers_ahead(ranks, backends.split(",")[-1], folder)
+    generates(ranks, folder)
 
 
-def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str]]:
-    """Backend, kind, recipe and form of each model that is run; the first backend runs all."""
+def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Backend, kind, recipe, form and mesh of each model that is run; the first backend runs all."""
     first, *others = backends
     stored = "megatron-fsdp" if "dp" in mesh else "sequence"
     for kind in KINDS:
         for form in FORMS if first == "torch" else ("f32", "int8"):
-            yield first, kind, "megatron", form
-        yield first, kind, stored, "f32"
+            yield first, kind, "megatron", form, mesh
+        yield first, kind, stored, "f32", mesh
     for backend in others:
-        yield backend, KINDS[0], stored, "f32"
+        yield backend, KINDS[0], stored, "f32", mesh
+    ring, line = ("tp=2,cp=2", "pp=2,tp=2,micro=3") if "dp" in mesh else ("cp=2", "pp=2,micro=3")
+    for backend in backends:
+        yield backend, "llama", "context", "f32", ring
+        yield backend, "gpt2", "gpipe", "f32", line
+    if "dp" in mesh:
+        yield first, "gpt2", "context", "f32", "cp=4"
+        yield first, "t5", "gpipe", "f32", "pp=4,micro=5"
+
+
+def gathers_ahead(ranks: Ranks, backend: str, folder: str) -> None:
+    """Run a model that gathers weights ahead, tell in which order, and run it once more with nothing begun before."""
+    chosen = {**small_options("gpt2"), "layers": 3}
+    made = compile_rank("gpt2", f"dp={ranks.size}", ranks, recipe="fsdp", backend=backend, **chosen)
+    given = inputs_of(made, uneven=True)
+    order: list[str] = []
+    begin, finished = made.communicator.begin, made.communicator._finished
+
+    def begun(op: Any, part: Any) -> None:
+        order.append("start")
+        begin(op, part)
+
+    def waited(op: Any, part: Any) -> Any:
+        order.append("wait")
+        return finished(op, part)
+
+    made.communicator.begin, made.communicator._finished = begun, waited  # type: ignore[method-assign]
+    ahead = made(**given)
+    weights = initial_weights(made.plan.graph, 0)
+    program = PassManager(MERGING).run(rank_program(made.plan, ranks.rank)).graph
+    parts = rank_weights(made.plan, ranks.rank, weights)
+    plain, _ = build(find_backend(backend), program, Target("cpu"), {n: parts[n] for n in program.parameters})
+    with made.communicator.running("plain"):
+        later = plain(**given)
+    same = all(np.array_equal(np.asarray(ahead[name]), np.asarray(array)) for name, array in later.items())
+    Path(folder, f"ahead-{ranks.rank}.json").write_text(json.dumps({"order": order, "same": same}))
 
 
 def generates(ranks: Ranks, folder: str) -> None:
     """Continue texts by sessions with a cache in every rank, and write what came out."""
     found: list[dict[str, Any]] = []
-    for kind, backend, form in (
-        ("gpt2", "numpy", "f32"),
-        ("llama", "numpy", "int8"),
-        ("llama", "torch", "bf16"),
-        ("gpt2", "tvm", "f32"),
-    ):
+    cases = [("gpt2", "numpy", "f32"), ("llama", "numpy", "int8"), ("llama", "torch", "bf16"), ("gpt2", "tvm", "f32")]
+    for kind, backend, form in cases if ranks.size == 2 else cases[1:3]:
         chosen = {**small_options(kind), "layers": 1, **FORMS[form]}
         made = open_rank_stepped(kind, f"tp={ranks.size}", ranks, recipe="megatron", backend=backend, **chosen)
         session = made.session(rows=2, capacity=16)
@@ -117,6 +158,8 @@ def written(session: Session) -> tuple[list[list[int]], Any]:
 
 
 def turns(ranks: Ranks, mode: str) -> None:
+    if mode == "lingers":
+        return
     made = compile_rank("gpt2", f"tp={ranks.size}", ranks, recipe="megatron", **SMALL)
     given = inputs_of(made, uneven=False)
     for turn in range(100_000):
@@ -149,6 +192,9 @@ def main() -> None:
     try:
         with join(timeout=float(os.environ.get("TIMEOUT", "60"))) as ranks:
             JOBS[job](ranks, *arguments)
+        if arguments == ["lingers"]:
+            print(f"rank {ranks.rank} is process {os.getpid()}", flush=True)
+            time.sleep(600)
     except TreadleError as error:
         if not error.told_elsewhere:
             print(error, file=sys.stderr, flush=True)

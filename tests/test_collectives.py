@@ -66,6 +66,23 @@ def test_pass_on_gives_each_rank_the_part_of_the_one_before() -> None:
     assert op.payload(40, 60) * op.rounds / op.ways == 40, "all of its own part"
 
 
+def test_hand_on_is_between_two_of_a_line() -> None:
+    given, unread = np.arange(3), np.zeros(3, int)
+    sent, got = combined("hand_on", [{"source": 0, "target": 1}] * 2, [given, unread])
+    assert (list(sent), list(got)) == ([0, 0, 0], [0, 1, 2])
+    op = find_op("hand_on").make(over="pp", ways=4, source=2, target=3)
+    assert op.among((1, 3, 5, 7)) == (5, 7)  # type: ignore[attr-defined]
+
+
+def test_a_gather_that_has_begun_means_what_the_gather_does() -> None:
+    op = find_op("start_gather").make(over="dp", ways=2, axis=0, size=5, because="why")
+    x = np.ones((2, 3), np.float32)
+    assert op.reference(x).shape == (1, 1)
+    assert op.reference(x).dtype == np.float32
+    gather = op.gather  # type: ignore[attr-defined]
+    assert gather == find_op("all_gather").make(over="dp", ways=2, axis=0, size=5, because="why", ahead=True)
+
+
 def test_parts_that_are_not_the_whole_are_refused() -> None:
     with pytest.raises(GraphError, match="parts of 4 elements together, of a dimension of 5"):
         combined("reduce_scatter", [{"axis": 0, "size": 2}] * 2, [np.arange(5)] * 2)
@@ -85,10 +102,11 @@ CASES = [
     ("reduce_scatter", {"axis": -1, "size": 6}),
     ("all_to_all", {"axis": 1, "size": 6, "onto": 0, "whole": 4}),
     ("pass_on", {"axis": 1, "size": 6}),
+    ("hand_on", {"source": 0, "target": 1}),
 ]
 
 
-@pytest.mark.parametrize(("name", "attributes"), CASES)
+@pytest.mark.parametrize(("name", "attributes"), CASES[:-1])
 def test_among_one_rank_it_is_the_identity(name: str, attributes: dict[str, Any]) -> None:
     x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     assert np.array_equal(everywhere(name, {**attributes, "ways": 1})(x), x)
@@ -115,6 +133,8 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
         ("all_reduce", {"ways": 0}, "among 1 rank or more"),
         ("all_reduce", {"ways": 2, "monoid": "mean"}, "no monoid 'mean'"),
         ("all_gather", {"ways": 2, "axis": 2, "size": 3}, "there is no axis 2"),
+        ("hand_on", {"ways": 2, "source": 1, "target": 1}, "from one of 2 ranks to another, not from 1 to 1"),
+        ("hand_on", {"ways": 2, "source": 1, "target": 2}, "not from 1 to 2"),
     ],
 )
 def test_what_it_cannot_be_is_refused(name: str, attributes: dict[str, Any], told: str) -> None:
@@ -128,12 +148,14 @@ GRADIENTS = {
     "all_gather": [{"axis": 0, "size": 5}] * 2,
     "reduce_scatter": [{"axis": 0, "size": 2}, {"axis": 0, "size": 3}],
     "all_to_all": [{"axis": 1, "size": 2, "onto": 0, "whole": 5}, {"axis": 1, "size": 4, "onto": 0, "whole": 5}],
+    "hand_on": [{"source": 0, "target": 1}] * 2,
 }
 BRINGS = {
     "all_reduce": [(5, 6), (5, 6)],
     "all_gather": [(2, 6), (3, 6)],
     "reduce_scatter": [(5, 6), (5, 6)],
     "all_to_all": [(2, 6), (3, 6)],
+    "hand_on": [(2, 6), (2, 6)],
 }
 
 
@@ -146,7 +168,9 @@ def test_the_gradient_is_the_transpose_over_all_ranks(name: str) -> None:
     ys = made[0].combined(made, xs)
     gs = [rng.normal(size=y.shape) for y in ys]
     transposed = [gradient_op(op, x, g) for op, x, g in zip(made, xs, gs, strict=True)]
-    back = transposed[0].combined(transposed, gs)  # type: ignore[attr-defined]
+    order = sorted(range(2), key=lambda n: transposed[0].among(range(2)).index(n))  # type: ignore[attr-defined]
+    back = transposed[0].combined(transposed, [gs[n] for n in order])  # type: ignore[attr-defined]
+    back = [back[order.index(n)] for n in range(2)]
     assert [x.shape for x in back] == [x.shape for x in xs]
     given, taken = (
         sum(float(np.sum(a * b)) for a, b in pairs) for pairs in (zip(ys, gs, strict=True), zip(xs, back, strict=True))

@@ -18,9 +18,9 @@ from treadle.ir.errors import CheckpointError
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
-from treadle.rank_models import load_part
 from treadle.resolving import Resolved, resolve
 from treadle.sharding import plan_graph
+from treadle.sharding.rank_models import load_part
 
 DIM, HIDDEN, VOCAB, HEADS = 256, 512, 1024, 8
 Array = np.ndarray[Any, Any]

@@ -38,15 +38,17 @@ def apart(backend: str, family: str, plan: ShardingPlan) -> tuple[float, set[str
     drawn, inputs, wanted = numbers(family)
     weights = {n: a.astype(np.float32) for n, a in drawn.items()}
     calls = []
-    for rank in range(plan.mesh.ranks):
+    for rank in range(plan.devices.ranks):
         exe = compiled(backend, rank_graph(plan, rank), rank_weights(plan, rank, weights))
         calls.append(lambda exe=exe: exe(**inputs))
-    found, room = run_ranks(plan.mesh, calls)
+    found, room = run_ranks(plan.devices, calls)
     sizes = {s: min(11, bounds.upper or 11) for s, bounds in graph.symbols.items()}
     far = 0.0
-    for (name, value), placed in zip(graph.main.outputs.items(), plan.main.gives, strict=True):
-        for rank, own in enumerate(found):
-            part = taken_part(wanted[name], value.type.shape, placed, plan.mesh, rank, sizes)
+    for (name, value), placed in zip(graph.main.outputs.items(), plan.gives, strict=True):
+        holding = [rank for rank in range(len(found)) if plan.holds_output(rank, name)]
+        for rank in holding:
+            own = found[rank]
+            part = taken_part(wanted[name], value.type.shape, placed, plan.devices, rank, sizes)
             assert own[name].shape == part.shape
             far = max(far, float(np.max(np.abs(own[name] - part))))
     return far, room.kinds
@@ -60,6 +62,8 @@ def apart(backend: str, family: str, plan: ShardingPlan) -> tuple[float, set[str
         ("llama", "tp=4", "sequence"),
         ("t5", "tp=2", "megatron"),
         ("vit", "dp=2", "fsdp"),
+        ("llama", "tp=2,cp=2", "context"),
+        ("gpt2", "pp=2,tp=2,micro=3", "gpipe"),
     ],
 )
 def test_ranks_on_a_backend_compute_their_parts(backend: str, family: str, mesh: str, recipe: str) -> None:

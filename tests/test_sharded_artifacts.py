@@ -25,8 +25,8 @@ from treadle.passes.sharding.plan_printing import plan_hash, plan_record
 from treadle.passes.sharding.plan_reading import read_plan
 from treadle.passes.sharding.recipes import RECIPES, shard
 from treadle.runtime.sharding_lab import run_lab
-from treadle.sharded_models import ShardedModel, load_sharded, sharded
 from treadle.sharding import try_in_lab
+from treadle.sharding.sharded_models import ShardedModel, load_sharded, sharded
 
 SMALL: dict[str, Any] = {"layers": 2, "dim": 32, "heads": 4, "vocab": 37, "context": 16}
 
@@ -38,7 +38,7 @@ def again(record: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_plan_reads_back(family: str) -> None:
     graph = recognized(family)
-    for recipe in RECIPES:
+    for recipe in [name for name, known in RECIPES.items() if not known.staged]:  # of these tests/test_pipelines.py
         plan = shard(graph, "tp=2,cp=2,dp=2", recipe=recipe)
         read = read_plan(again(plan_record(plan)), graph)
         assert read.functions == plan.functions

@@ -9,6 +9,8 @@ ranks of the group bring (`combined`); among one rank it is the identity.
     reduce_scatter    every rank gets its part of the sum
     all_to_all        parts along one dimension become parts along another
     pass_on           every rank sends its part to the next one, and receives the part of the one before
+    hand_on           one rank of a line sends a value to another one
+    start_gather      an all_gather begins, which is waited for where its result is read
 
 Bytes are of a ring, in which each rank sends to the next (Patarasuk & Yuan 2009): what each rank sends.
 """
@@ -28,7 +30,7 @@ from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Grads, Operand, Primitive
 from treadle.ir.ops.axis_names import axis_letters, place, resized, sized, symbols_in
-from treadle.ir.placement.meeting import exchanged
+from treadle.ir.placement.meeting import begun, exchanged
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 
@@ -72,6 +74,10 @@ class Collective(Primitive):
     def group(self) -> dict[str, Any]:
         """The attributes that say who meets, and why."""
         return {"over": self.over, "ways": self.ways, "because": self.because}
+
+    def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Who meets, of the ranks that differ along `over`, in order."""
+        return tuple(ranks)
 
     @property
     def meeting(self) -> tuple[Any, ...]:
@@ -148,10 +154,14 @@ class _Along(Collective):
 
 @op("all_gather", dtypes="t -> t", linear="x", flops=0)
 class AllGather(_Along):
-    """y = [x_0, x_1, ...] along a dimension, on every rank"""
+    """y = [x_0, x_1, ...] along a dimension, on every rank
+
+    ahead  whether a `start_gather` has begun it: of those over the same axes the first that is not waited for yet
+    """
 
     moves_blocks = True
     x = Operand()
+    ahead: bool = False
 
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
         return [np.concatenate(parts, axis=self.axis)] * len(parts)
@@ -243,6 +253,65 @@ class PassOn(_Along):
         (g,), (x,) = grads, inputs
         size = x.shape[place(self.axis, x.rank)]
         return [b.apply("pass_on", g, **self.group, axis=self.axis, size=size, steps=-self.steps)]
+
+
+@op("hand_on", axes="... -> ...", dtypes="t -> t", linear="x", flops=0)
+class HandOn(Collective):
+    """y = x of the rank at `source`, on the rank at `target`; zeros on the rank at `source`
+
+    These two of the `ways` ranks of a line meet, and no others. What the rank at `target` brings tells the type alone.
+    """
+
+    x = Operand()
+    source: int
+    target: int
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        super().check(types)
+        if self.source == self.target or not {self.source, self.target} <= set(range(self.ways)):
+            raise RuleError(f"from one of {self.ways} ranks to another, not from {self.source} to {self.target}")
+
+    def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        return ranks[self.source], ranks[self.target]
+
+    def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        return [np.zeros_like(parts[0]), parts[0]]
+
+    @property
+    def rounds(self) -> float:
+        """All of it is sent, which is `ways` shares of it."""
+        return self.ways
+
+    @property
+    def messages(self) -> float:
+        """One."""
+        return 1
+
+    def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
+        """Gradients go back."""
+        return [b.apply("hand_on", grads[0], **self.group, source=self.target, target=self.source)]
+
+
+@op("start_gather", dtypes="t -> t", flops=0)
+class StartGather(_Along):
+    """y = 0, and the `all_gather` of x with the same attributes begins
+
+    That one says `ahead=True`, reads the same x, and waits. Who runs ranks in lockstep does nothing here.
+    """
+
+    x = Operand()
+
+    def axis_rule(self, ranks: Sequence[int | None]) -> str:
+        names = axis_letters(ranks[0] or 0, symbols_in([self.size]))
+        return f"{' '.join(f'[{name}]' for name in names)} -> {' '.join('1' for _ in names)}"
+
+    def reference(self, x: Any) -> Any:
+        return begun(self, x)
+
+    @property
+    def gather(self) -> AllGather:
+        """What is begun."""
+        return AllGather(**self.group, axis=self.axis, size=self.size, ahead=True)
 
 
 def _parted(whole: Any, ops: Sequence[Any], axis: int) -> list[Any]:

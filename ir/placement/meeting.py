@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from treadle.ir.errors import GraphError, Hint
 
 if TYPE_CHECKING:
-    from treadle.ir.ops.collectives import Collective
+    from treadle.ir.ops.collectives import Collective, StartGather
 
 
 class Meeting(Protocol):
@@ -25,6 +27,9 @@ class Meeting(Protocol):
 
         part  an array or a tensor, which stays as it is; the result is a new one of the same kind
         """
+
+    def begin(self, op: StartGather, part: Any) -> None:
+        """Begin what the next exchange of `op.gather` waits for. The part stays as it is until then."""
 
 
 _CURRENT: ContextVar[Meeting | None] = ContextVar("meeting", default=None)
@@ -51,3 +56,12 @@ def exchanged(op: Collective, part: Any) -> Any:
             hint=Hint("run_lab(plan, inputs, weights)", "treadle shard MODEL --mesh tp=2 --recipe megatron --lab"),
         )
     return meeting.exchange(op, part)
+
+
+def begun(op: StartGather, part: Any) -> Any:
+    """Begin a gather, where there are other ranks to meet; a zero, of as many dimensions as the part."""
+    meeting = _CURRENT.get()
+    if op.ways > 1 and meeting is not None:
+        meeting.begin(op, part)
+    shape = (1,) * len(part.shape)
+    return np.zeros(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_zeros(shape)

@@ -14,6 +14,7 @@ the result:
 - a step between two placements gives each rank positions that its group had before; terms are combined by the monoid by
   which they are terms
 - what leaves a function is no terms
+- what a pipeline adds is right by `stage_checking`
 - the factors that an op is said to split, and where weights are said to be stored, are what placements say
 """
 
@@ -33,6 +34,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.passes.sharding.conversions import PlacementStep, StepKind
 from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
 from treadle.passes.sharding.rank_groups import Interval, covers, group_of, holds_factor, index_of, ranks_along
+from treadle.passes.sharding.stage_checking import check_stages
 
 Terms = frozenset[SubAxis]
 _Held = tuple[Value, AxisDim, Size, Split | None]
@@ -52,6 +54,8 @@ def check_sharding(plan: ShardingPlan) -> None:
         if plan.main.function is not plan.graph.main:
             raise PassError("the plan is of another graph", received=plan.main.function.name)
         check.weights()
+    if plan.pipeline is not None:
+        check_stages(plan, plan.pipeline)
 
 
 class _Check:

@@ -12,7 +12,7 @@ from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.ir.types import Type
 from treadle.passes.sharding.conversions import PlacementStep, seconds_of, seconds_to_pass
-from treadle.passes.sharding.plan import PlannedFunction
+from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,18 @@ class Costs:
 
     def of(self, planned: PlannedFunction) -> float:
         """Seconds of one call: of work, and of what moves."""
-        total = 0.0
-        for each in planned.nodes:
-            inner = each.callee or each.body
-            if inner is not None:
-                total += self.of(inner)
-            else:
-                total += self.work(each.node) / ways({p for s in each.shares.values() for p in s.over})
-            if each.ring:
-                total += self.ring(each.node, each.reads, each.ring)
-            total += sum(self.seconds(m.value.type, m.steps) for m in each.moves)
-        return total + sum(self.seconds(m.value.type, m.steps) for m in planned.moves)
+        return sum(map(self.step, planned.steps))
+
+    def step(self, step: Move | PlannedNode) -> float:
+        """Seconds of one step of a function."""
+        if isinstance(step, Move):
+            return self.seconds(step.value.type, step.steps)
+        inner = step.callee or step.body
+        if inner is not None:
+            total = self.of(inner)
+        else:
+            total = self.work(step.node) / ways({p for s in step.shares.values() for p in s.over})
+        return total + (self.ring(step.node, step.reads, step.ring) if step.ring else 0.0)
 
     def work(self, node: Node) -> float:
         """Seconds that a node takes on one device."""

@@ -18,22 +18,34 @@ from typing import Any
 from treadle.ir.graph import Function, Node, Value
 from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.ir.text.printer import value_names
-from treadle.passes.sharding.conversions import payload_of
-from treadle.passes.sharding.plan import Move, PlannedCollective, PlannedFunction, PlannedNode, ShardingPlan
+from treadle.passes.sharding.conversions import bytes_of, payload_of
+from treadle.passes.sharding.plan import (
+    Move,
+    Pipeline,
+    PlannedCollective,
+    PlannedFunction,
+    PlannedNode,
+    ShardingPlan,
+    Stage,
+    made_items,
+)
 
 _COLUMN = 58
+_TURNS_SHOWN = 16
 
 
 def plan_text(plan: ShardingPlan) -> str:
     """The whole plan: what was asked, where weights lie, every function, and the collectives by reason."""
     asked = ", ".join(f"{name} over {over}" for name, over in plan.axes.items())
-    lines = [f"sharding of {plan.graph.name} over {plan.mesh}, {plan.mesh.ranks} ranks, {plan.recipe}: {asked}"]
+    lines = [f"sharding of {plan.graph.name} over {plan.mesh}, {plan.devices.ranks} ranks, {plan.recipe}: {asked}"]
     if plan.stored:
         lines.append(f"weights are stored in parts over {plan.stored}, and gathered for use")
     lines += [f"note: {note}" for note in plan.notes]
     lines += ["", "weights", *_weight_lines(plan)]
     for planned in plan.functions:
         lines += ["", *_function_lines(plan, planned)]
+    if plan.pipeline is not None:
+        lines += ["", *pipeline_lines(plan, plan.pipeline)]
     return "\n".join([*lines, "", *collective_lines(plan), ""])
 
 
@@ -49,8 +61,42 @@ def collective_lines(plan: ShardingPlan) -> list[str]:
         lines.append(
             f"  {each.times:3} x {each.op} over {each.over}: {each.because}, {_megabytes(each.sent)}  ({place})"
         )
+    if plan.pipeline is not None:  # of which a rank sends those of its stage
+        sent = sum(c.times * c.sent * c.ranks for c in found)
+        return [*lines, f"  in all {_megabytes(sent)} sent by all ranks together"]
     sent, seconds = (sum(n) for n in zip(*((c.times * c.sent, c.times * c.seconds) for c in found), strict=True))
     return [*lines, f"  in all {_megabytes(sent)} sent a rank, {seconds * 1e3:.3f} ms at least"]
+
+
+def pipeline_lines(plan: ShardingPlan, pipeline: Pipeline) -> list[str]:
+    """The stages, who computes which micro-batch when, and how long ranks wait."""
+    count, turns = len(pipeline.stages), plan.times_of(made_items(plan.main))
+    lines = [f"stages over {pipeline.over}, through which {turns} micro-batches go one after another"]
+    for number, stage in enumerate(pipeline.stages):
+        held = sum(map(plan.weight_part, stage.weights))
+        lines.append(f"  stage {number}: {stage_places(plan, stage)}, {_megabytes(held)} of weights a rank")
+        if stage.receives:
+            handed = ", ".join(value.name for value, _ in stage.receives)
+            bytes = sum(bytes_of(value.type, placed, plan.sizes) for value, placed in stage.receives)
+            lines.append(f"    goes on from {handed}: {_megabytes(bytes)} a micro-batch")
+    shown = min(turns, _TURNS_SHOWN)
+    wide = len(str(shown - 1)) + 1
+    lines.append(
+        f"  micro-batches by time, if stages take equally long{'' if shown == turns else f', the first {shown}'}"
+    )
+    for number in range(count):
+        row = [""] * number + [str(turn) for turn in range(shown)] + [""] * (count - 1 - number)
+        lines.append(f"    stage {number}".ljust(14) + "".join((cell or ".").rjust(wide) for cell in row))
+    waits = (count - 1) / (turns + count - 1)
+    return [*lines, f"  ranks wait {waits:.0%} of the time, if stages take equally long"]
+
+
+def stage_places(plan: ShardingPlan, stage: Stage) -> str:
+    """The calls of a stage, and else what it begins and ends with: `h.0 to h.5`."""
+    steps = plan.main.steps
+    nodes = [step.node for step in (steps[at] for at in stage.steps) if isinstance(step, PlannedNode)]
+    named = list(dict.fromkeys(node.scope or node.op.name for node in nodes if not node.op.is_view)) or ["nothing"]
+    return named[0] if len(named) == 1 else f"{named[0]} to {named[-1]}"
 
 
 def grouped_collectives(plan: ShardingPlan) -> list[PlannedCollective]:
@@ -78,6 +124,7 @@ def plan_json(plan: ShardingPlan) -> dict[str, Any]:
                 "payload": c.payload,
                 "sent": c.sent,
                 "seconds": c.seconds,
+                "ranks": c.ranks,
             }
             for c in grouped_collectives(plan)
         ],
@@ -102,6 +149,25 @@ def plan_record(plan: ShardingPlan) -> dict[str, Any]:
         "machine": asdict(plan.machine),
         "weights": {name: placed.text(plan.mesh) for name, placed in plan.weights.items()},
         "functions": [_function_json(plan, planned) for planned in plan.functions],
+        **({} if plan.pipeline is None else {"pipeline": _pipeline_json(plan, plan.pipeline)}),
+    }
+
+
+def _pipeline_json(plan: ShardingPlan, pipeline: Pipeline) -> dict[str, Any]:
+    """Stages by numbers: of steps of `main`, and of what these make."""
+    numbers = {item: number for number, item in enumerate(made_items(plan.main))}
+    return {
+        "over": pipeline.over,
+        "turns": pipeline.turns,
+        "stages": [
+            {
+                "steps": list(stage.steps),
+                "receives": [numbers[item] for item in stage.receives],
+                "weights": list(stage.weights),
+                "outputs": list(stage.outputs),
+            }
+            for stage in pipeline.stages
+        ],
     }
 
 

@@ -23,7 +23,7 @@ from treadle.ir.placement.placements import MeshPlacement, parse_placement
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.conversions import conversion
 from treadle.passes.sharding.factors import Share
-from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode, ShardingPlan
+from treadle.passes.sharding.plan import Move, Pipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage, made_items
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,99}")
 _MOST_TEXT = 1000
@@ -96,7 +96,21 @@ class _Reader:
             tuple([_text(note) for note in _list(record["notes"])]),
             sizes,
             _machine(record["machine"]),
+            self.pipeline(record["pipeline"], last[0]) if "pipeline" in record else None,
         )
+
+    def pipeline(self, said: Mapping[str, Any], main: PlannedFunction) -> Pipeline:
+        made = made_items(main)
+        stages = [
+            Stage(
+                tuple([_count(at, least=0) for at in _list(each["steps"])]),
+                tuple([made[_count(at, least=0)] for at in _list(each["receives"])]),
+                tuple([_text(name) for name in _list(each["weights"])]),
+                tuple([_text(name) for name in _list(each["outputs"])]),
+            )
+            for each in _list(said["stages"])
+        ]
+        return Pipeline(_text(said["over"]), _text(said["turns"]), tuple(stages))
 
     def placed(self, said: Any) -> MeshPlacement:
         text = _text(said)

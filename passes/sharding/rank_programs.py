@@ -46,15 +46,22 @@ Array = np.ndarray[Any, Any]
 
 def rank_program(plan: ShardingPlan, rank: int) -> Graph:
     """The program of a rank. Raises PassError for one that the mesh has not, or a plan that does not fit its graph."""
-    if not 0 <= rank < plan.mesh.ranks:
-        raise PassError(f"the mesh {plan.mesh} has no rank {rank}", hint=f"0 to {plan.mesh.ranks - 1}")
+    if not 0 <= rank < plan.devices.ranks:
+        raise PassError(f"the mesh {plan.devices} has no rank {rank}", hint=f"0 to {plan.devices.ranks - 1}")
     made = Graph(plan.graph.name)
     made.symbols, made.initial = dict(plan.graph.symbols), dict(plan.graph.initial)
+    if plan.pipeline is not None:
+        from treadle.passes.sharding.stage_programs import StageProgram
+
+        StageProgram(plan, rank, made).build(plan.main)
+        made.initial = {name: how for name, how in made.initial.items() if name in made.parameters}
+        verify(made)
+        return made
     functions: dict[str, Function] = {}
     for planned in plan.functions:
         is_main = planned is plan.main
         function = made.main if is_main else Function(planned.name)
-        _Program(plan, rank, made, function, functions).build(planned)
+        RankProgram(plan, rank, made, function, functions).build(planned)
         functions[planned.name] = function
         if not is_main:
             made.add_function(function)
@@ -64,11 +71,12 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
 
 def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:
     """The parts of the weights that a rank's program takes: views of the whole, of which nothing else is read."""
-    types = [plan.graph.parameters[name].type for name in plan.weights]
-    return {
-        name: taken_part(weights[name], type.held.shape, held_placement(type, placed), plan.mesh, rank, {})
-        for (name, placed), type in zip(plan.weights.items(), types, strict=True)
-    }
+    found = {}
+    for name in plan.weights_at(rank):
+        type = plan.graph.parameters[name].type
+        placed = held_placement(type, plan.weights[name])
+        found[name] = taken_part(weights[name], type.held.shape, placed, plan.mesh, rank, {})
+    return found
 
 
 def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
@@ -81,16 +89,20 @@ def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
                         continue
                     units = size.evaluate(sizes) // split.grain.evaluate(sizes)
                     if units < ways(split.over):
+                        who = "ranks" if plan.pipeline is None else "micro-batches or ranks"
                         raise PassError(
-                            f"{value.name}: {units} along {size} do not give each of {ways(split.over)} ranks a part",
+                            f"{value.name}: {units} along {size} do not give each of {ways(split.over)} {who} a part",
                             received=", ".join(f"{name}={n}" for name, n in sizes.items()),
                             source=str(each.node.source or "") or None,
                             hint=f"{size} of {ways(split.over)} or more, or a smaller mesh",
                         )
 
 
-class _Program:
-    """One function of a rank's program while it is built."""
+class RankProgram:
+    """One function of a rank's program while it is built.
+
+    functions  those of the program by the planned ones' names
+    """
 
     def __init__(
         self, plan: ShardingPlan, rank: int, graph: Graph, function: Function, functions: Mapping[str, Function]
@@ -102,23 +114,32 @@ class _Program:
         """In how many composites, whose bodies stand at their place."""
 
     def build(self, planned: PlannedFunction) -> None:
+        """Build all of it."""
         inputs = set(planned.function.inputs)
         for value, placed in zip(planned.function.arguments, planned.takes, strict=True):
             declare = self.b.input if value in inputs else self.b.parameter
             self.exprs[value, placed] = declare(value.name, self.local(value.type, placed))
-        self.nodes(planned)
+        self.steps(planned)
         self.b.function.outputs = {
             name: self.read(value, placed).value
             for (name, value), placed in zip(planned.function.outputs.items(), planned.gives, strict=True)
         }
 
-    def nodes(self, planned: PlannedFunction) -> None:
-        for each in planned.nodes:
-            for move in each.moves:
-                self.move(move)
-            self.node(each)
-        for move in planned.moves:
-            self.move(move)
+    def steps(self, planned: PlannedFunction) -> None:
+        """Do all that a function does."""
+        for step in planned.steps:
+            self.step(step)
+
+    def step(self, step: Move | PlannedNode) -> None:
+        """Do a move, or a node."""
+        if isinstance(step, Move):
+            self.move(step)
+        else:
+            self.node(step)
+
+    def callee(self, planned: PlannedFunction) -> Function:
+        """The function of the program for a planned one."""
+        return self.functions[planned.name]
 
     def local(self, type: Type, placed: MeshPlacement) -> Type:
         return local_type(type, placed, self.mesh, self.rank)
@@ -142,7 +163,7 @@ class _Program:
                 for v, p in zip(node.operands, self._reads(each), strict=True)
             ]
             if each.callee is not None:
-                made = list(self.b.call(self.functions[each.callee.name], [x for x in operands if x is not None]))
+                made = list(self.b.call(self.callee(each.callee), [x for x in operands if x is not None]))
             elif each.body is not None:
                 made = self.opened(each.body, operands)
             elif each.ring:
@@ -171,7 +192,7 @@ class _Program:
             given = [x for x in operands if x is not None]
             self.exprs.update(zip(zip(body.function.arguments, body.takes, strict=True), given, strict=True))
             self.inside += 1
-            self.nodes(body)
+            self.steps(body)
             return [self.read(v, p) for v, p in zip(body.function.results, body.gives, strict=True)]
         finally:
             self.exprs = outer
@@ -254,18 +275,19 @@ class _Program:
     # -- moves -------------------------------------------------------------------------------------------------
 
     def move(self, move: Move) -> None:
+        """Bring a value to another placement."""
         made = self.read(move.value, move.source)
         reasons = iter(move.because)
         with self.placed_as(move.at):
             for step in move.steps:
-                made = self.step(step, made, move.value, next(reasons) if step.sends else "")
+                made = self.moved(step, made, move.value, next(reasons) if step.sends else "")
         self.exprs[move.value, move.target] = made
 
     def placed_as(self, node: Node) -> AbstractContextManager[None]:
         """At a node's place; in a composite's body at the composite's."""
         return nullcontext() if self.inside else self.b.placed_as(node)
 
-    def step(self, step: PlacementStep, x: Expr, value: Value, because: str) -> Expr:
+    def moved(self, step: PlacementStep, x: Expr, value: Value, because: str) -> Expr:
         b = self.b
         met = {"over": self.mesh.text_of(step.over), "ways": ways(step.over), "because": because}
         made: Expr

@@ -10,7 +10,10 @@
     context    tokens over cp everywhere: keys and values pass around a ring (Liu et al. 2023); the batch over dp, and
                heads, ffn and vocab over tp, if the mesh has them
     megatron-fsdp    both: what megatron leaves of each weight is stored in parts over dp
+    gpipe      layers in stages over pp, which micro-batches go through one after another (Huang et al. 2019); what
+               megatron splits over tp, and the batch over dp, if the mesh has them
 
+The mesh of `gpipe` gets an axis `micro` of micro-batches as its last: four for each stage, or as many as one says.
 A mesh may have more axes than a recipe splits by tp or dp: `megatron` takes the batch over dp if the mesh has it.
 """
 
@@ -22,11 +25,13 @@ from dataclasses import dataclass, replace
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine, find_machine
-from treadle.ir.placement.mesh import Mesh, SubAxes, ways
+from treadle.ir.placement.mesh import MOST_RANKS, Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement, Split
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.planning import plan_sharding
+from treadle.passes.sharding.stages import TURNS, cut_in_stages
 from treadle.passes.sharding.wanted import blocked_dim, has_axis, wanted_splits
 
 
@@ -36,11 +41,13 @@ class SplitRecipe:
 
     needs   mesh axes without which the recipe splits nothing
     stored  the mesh axis over which weights are stored in parts and gathered for use
+    staged  the mesh axis of the stages of a pipeline
     """
 
     axes: Mapping[str, str]
     needs: tuple[str, ...]
     stored: str = ""
+    staged: str = ""
 
 
 _TENSOR = {"heads": "tp", "ffn": "tp", "vocab": "tp", "batch": "dp"}
@@ -51,7 +58,11 @@ RECIPES: dict[str, SplitRecipe] = {
     "dp": SplitRecipe({"batch": "dp"}, ("dp",)),
     "fsdp": SplitRecipe({"batch": "dp"}, ("dp",), stored="dp"),
     "megatron-fsdp": SplitRecipe(_TENSOR, ("tp", "dp"), stored="dp"),
+    "gpipe": SplitRecipe(_TENSOR, ("pp",), staged="pp"),
 }
+
+FOR_EACH_STAGE = 4
+"""Micro-batches, if nobody says how many: stages then wait for each other a fifth of the time at most."""
 
 
 def shard(
@@ -79,6 +90,7 @@ def shard(
     machine = find_machine(device) if isinstance(device, str) else device
     chosen = dict(axes or {})
     stored: SubAxes = ()
+    staged = ""
     if recipe is not None:
         known = _find(recipe, mesh)
         names = {name for name, _ in mesh.axes}
@@ -86,10 +98,16 @@ def shard(
             if axis not in chosen and over in names and has_axis(graph, axis):
                 chosen[axis] = over
         stored = mesh.parts_of(known.stored) if known.stored else ()
+        staged = known.staged
     elif not chosen:
         told = " or ".join(RECIPES)
         raise UsageError("nothing says how to split the model", hint=Hint(f"recipe={told}", f"--recipe {told}"))
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
+    if staged:
+        if not has_axis(graph, "batch"):
+            raise UsageError(f"{graph.name} has no batch to part into micro-batches", received=f"recipe {recipe}")
+        mesh = _with_turns(graph, mesh, staged, chosen.get("batch", ""), sizes or {})
+        chosen["batch"] = f"{chosen.get('batch', '')} {TURNS}".strip()
     wanted = wanted_splits(graph, mesh, chosen)
     if stored:
         types = {name: value.type for name, value in graph.parameters.items()}
@@ -97,7 +115,26 @@ def shard(
         wanted = replace(wanted, weights=weights)
     given = _default_sizes(graph, ways(mesh.parts_of(chosen.get("batch", "")))) | dict(sizes or {})
     told = recipe or "by hand"
-    return plan_sharding(graph, mesh, wanted, machine, given, recipe=told, axes=chosen, stored=stored)
+    plan = plan_sharding(graph, mesh, wanted, machine, given, recipe=told, axes=chosen, stored=stored)
+    return cut_in_stages(plan, staged) if staged else plan
+
+
+def _with_turns(graph: Graph, mesh: Mesh, staged: str, batch: str, sizes: Mapping[str, int]) -> Mesh:
+    """The mesh with an axis of micro-batches as its last: as many as it says, or some for each stage, if rows do."""
+    told = dict(mesh.axes)
+    count = told.pop(TURNS, None)
+    if count is None:
+        rows = [n for v in graph.main.inputs if v.type.rank for n in _known(graph, v.type.shape[0], sizes)]
+        most = max(min(rows, default=MOST_RANKS) // ways(mesh.parts_of(batch)), 1)
+        count = min(FOR_EACH_STAGE * told[staged], most)
+    return Mesh.of(",".join(f"{name}={size}" for name, size in {**told, TURNS: count}.items()))
+
+
+def _known(graph: Graph, size: Size, sizes: Mapping[str, int]) -> list[int]:
+    """What a size is, at these sizes of symbols, or at most by their bounds; nothing where neither is known."""
+    upper = {s: sizes.get(s, graph.symbols[s].upper) for s in size.symbols}
+    known = {s: n for s, n in upper.items() if n is not None}
+    return [size.evaluate(known)] if len(known) == len(upper) else []
 
 
 def _find(name: str, mesh: Mesh) -> SplitRecipe:

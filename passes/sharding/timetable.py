@@ -2,21 +2,23 @@
 
 Every node takes the time of its roofline on the rank's parts; every collective, of a ring. A device works and sends at
 once, and sends over one mesh axis while it sends over another: each does its own in the order of the program, and
-begins when what it reads is there. So weights that are stored in parts are gathered ahead of their use, one call of a
-block ahead at most, since what is gathered takes memory.
+begins when what it reads is there. A gather begins where the program comes to it: to its `start_gather`, if it has one
+(`gather_ahead`). What a stage of a pipeline hands on, the next one has when it has been sent.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.graph import Function, Graph, Node, Value
-from treadle.ir.ops.collectives import Collective
+from treadle.ir.ops.axis_names import place
+from treadle.ir.ops.collectives import AllGather, Collective, HandOn, StartGather
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 
@@ -74,11 +76,13 @@ class Cause:
 class Timetable:
     """What a rank does in a step, in the order of its program.
 
-    calls  the scopes of the calls of `main`
+    calls   the scopes of the calls of `main`
+    handed  when each value that it hands on to the next stage of a pipeline is there
     """
 
     busy: tuple[Busy, ...]
     calls: tuple[str, ...]
+    handed: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -116,12 +120,74 @@ class Timetable:
         return found
 
 
-def timetable_of(program: Graph, mesh: Mesh, machine: Machine, sizes: Mapping[str, int]) -> Timetable:
-    """The timetable of a rank's program, where symbols have these sizes."""
-    made = _Walk(program, mesh, machine, sizes)
+def timetable_of(
+    program: Graph,
+    mesh: Mesh,
+    machine: Machine,
+    sizes: Mapping[str, int],
+    *,
+    stage: int = 0,
+    handed: Sequence[float] = (),
+) -> Timetable:
+    """The timetable of a rank's program, where symbols have these sizes.
+
+    stage   of a pipeline that the rank is of
+    handed  when each value is there that the stage before hands on
+    """
+    made = _Walk(program, mesh, machine, sizes, stage, handed)
     main = program.main
     made.function(main, dict.fromkeys(main.arguments, 0.0), "", -1)
-    return Timetable(tuple(made.busy), tuple(made.calls))
+    return Timetable(tuple(made.busy), tuple(made.calls), tuple(made.handed))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A micro-batch in a stage, in seconds from the start of the step."""
+
+    stage: int
+    turn: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PipelineTimes:
+    """When the stages of a pipeline work, by the timetables of a rank of each.
+
+    turns  each micro-batch in each stage, stage by stage
+    """
+
+    stages: tuple[Timetable, ...]
+    turns: tuple[Turn, ...] = field(repr=False)
+
+    @staticmethod
+    def of(stages: Sequence[Timetable], word: str) -> PipelineTimes:
+        """By timetables whose scopes begin with a word and the number of the micro-batch."""
+        found: list[Turn] = []
+        for number, times in enumerate(stages):
+            spans: dict[int, tuple[float, float]] = {}
+            for each in times.busy:
+                told = re.match(rf"{word}\.(\d+)(?=\.|$)", each.scope)
+                if told is not None and each.op != HandOn.name:
+                    first, last = spans.get(int(told[1]), (each.start, each.end))
+                    spans[int(told[1])] = min(first, each.start), max(last, each.end)
+            found += [Turn(number, turn, *span) for turn, span in sorted(spans.items())]
+        return PipelineTimes(tuple(stages), tuple(found))
+
+    @property
+    def seconds(self) -> float:
+        """Until the last stage is done."""
+        return max((times.seconds for times in self.stages), default=0.0)
+
+    @property
+    def waits(self) -> float:
+        """The share of all ranks' time in which they have no micro-batch: the bubble."""
+        worked = sum(each.end - each.start for each in self.turns)
+        return 1 - worked / max(len(self.stages) * self.seconds, 1e-30)
+
+    def __str__(self) -> str:
+        count = len({each.turn for each in self.turns})
+        return f"ranks wait {self.waits:.0%} of the time: {len(self.stages)} stages, {count} micro-batches"
 
 
 @dataclass(frozen=True)
@@ -142,8 +208,19 @@ class _Walk:
     begins  when each call of `main` began
     """
 
-    def __init__(self, program: Graph, mesh: Mesh, machine: Machine, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        program: Graph,
+        mesh: Mesh,
+        machine: Machine,
+        sizes: Mapping[str, int],
+        stage: int,
+        handed: Sequence[float],
+    ) -> None:
         self.program, self.mesh, self.machine, self.sizes = program, mesh, machine, sizes
+        self.stage, self.arrivals = stage, deque(handed)
+        self.handed: list[float] = []
+        self.begun: dict[str, deque[int]] = {}
         self.busy: list[Busy] = []
         self.calls: list[str] = []
         self.begins: list[float] = []
@@ -168,33 +245,47 @@ class _Walk:
                 ready.update(zip(node.results, ends, strict=True))
             elif takes is None:
                 ready.update(dict.fromkeys(node.results, there))
+            elif self.is_handed(node):
+                ready.update(dict.fromkeys(node.results, self.arrivals.popleft()))
+            elif isinstance(node.op, AllGather) and node.op.ahead:
+                at = self.begun[takes.over].popleft()
+                begun = self.busy[at]
+                self.busy[at] = self.during(node, takes, begun.start, scope, call)
+                ready.update(dict.fromkeys(node.results, max(begun.end, there)))
             else:
                 last = len(self.calls) - 1 if call < 0 else call - 1
                 floor = self.begins[last] if takes.over and last >= 0 else 0.0
+                if isinstance(node.op, AllGather | StartGather):
+                    floor = self.free.get("", 0.0)
                 start = max(there, self.free.get(takes.over, 0.0), floor)
-                ready.update(dict.fromkeys(node.results, start + takes.seconds))
-                self.free[takes.over] = start + takes.seconds
-                self.busy.append(
-                    Busy(
-                        node.op.name,
-                        takes.over,
-                        takes.because,
-                        joined_scope(scope, node.scope),
-                        str(node.source or ""),
-                        start,
-                        takes.seconds,
-                        takes.sent,
-                        takes.limit,
-                        call,
-                    )
-                )
+                end = start + takes.seconds
+                ready.update(dict.fromkeys(node.results, end))
+                self.free[takes.over] = end
+                if isinstance(node.op, StartGather):
+                    self.begun.setdefault(takes.over, deque()).append(len(self.busy))
+                if isinstance(node.op, HandOn):
+                    self.handed.append(end)
+                self.busy.append(self.during(node, takes, start, scope, call))
         return [ready.get(v, 0.0) for v in function.results]
 
+    def is_handed(self, node: Node) -> bool:
+        """Whether the stage before hands on what a node gives."""
+        return isinstance(node.op, HandOn) and node.op.target == self.stage
+
+    def during(self, node: Node, takes: _Takes, start: float, scope: str, call: int) -> Busy:
+        """A node while it runs."""
+        place, line = joined_scope(scope, node.scope), str(node.source or "")
+        told = takes.over, takes.because, place, line, start, takes.seconds, takes.sent, takes.limit
+        return Busy(node.op.name, *told, call)
+
     def taken(self, function: Function) -> Iterator[tuple[Node, _Takes | None]]:
-        """What each node takes; None for a call, and for what is done once, when weights are bound."""
-        once = weight_only_nodes(function)
+        """What each node takes; None for a call, for what is done once, when weights are bound, and for what tells
+        only the type of what is handed on."""
+        once, uses = weight_only_nodes(function), function.uses()
         for node in function.nodes:
-            if node.op.callee is not None or node in once:
+            readers = [reader for value in node.results for reader, _ in uses.get(value, ())]
+            types = bool(readers) and all(self.is_handed(reader) for reader in readers)
+            if node.op.callee is not None or node in once or types:
                 yield node, None
             elif isinstance(node.op, Collective):
                 yield node, self.meeting(node, node.op)
@@ -205,6 +296,11 @@ class _Walk:
 
     def meeting(self, node: Node, op: Collective) -> _Takes:
         taken, given = (v.type.bytes_at(self.sizes) for v in (node.inputs[0], node.results[0]))
+        if isinstance(op, StartGather):
+            shape = node.inputs[0].type.shape
+            part = shape[place(op.axis, len(shape))].evaluate(self.sizes)
+            given = taken // part * op.size.evaluate(self.sizes)
+            op = op.gather
         sent = op.payload(taken, given) * op.rounds / op.ways
         on_links = sent / self.machine.link(self.mesh, self.mesh.parts_of(op.over))
         waits = op.messages * self.machine.latency

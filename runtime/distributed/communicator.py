@@ -8,12 +8,16 @@ Parts need not be equal, and a rank's program knows its own part alone. So when 
 collective, the ranks of the group tell each other what they meet in and how large their parts are; later runs of these
 sizes know. Who meets in another collective, or with another dtype, is told so then.
 
+A rank that hands a value on goes on at once; so does one that begins to gather (`start_gather`), until it needs what is
+gathered.
+
 What torch.distributed sends are whole contiguous tensors; parts are laid out for it here, the shorter ones padded.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,7 +28,16 @@ import numpy as np
 
 from treadle.ir.errors import GraphError, RankError
 from treadle.ir.ops.axis_names import place
-from treadle.ir.ops.collectives import AllGather, AllReduce, AllToAll, Collective, ReduceScatter
+from treadle.ir.ops.collectives import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Collective,
+    HandOn,
+    PassOn,
+    ReduceScatter,
+    StartGather,
+)
 from treadle.ir.placement.meeting import meeting_at
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.sharding.plan import PlannedFunction, ShardingPlan
@@ -67,6 +80,20 @@ class _Group:
     handle: ProcessGroup | None
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A gather that runs.
+
+    op      what waits for it
+    wait    until it is done
+    finish  what it gives, once it is
+    """
+
+    op: AllGather
+    wait: Callable[[], Any]
+    finish: Callable[[], torch.Tensor]
+
+
 class Communicator:
     """A rank's meetings; see `treadle.ir.placement.meeting.Meeting`. torch.distributed must have been started.
 
@@ -88,13 +115,15 @@ class Communicator:
         self.traffic: dict[tuple[str, str], Traffic] = {}
         self.groups = {text: self._group(text) for text in met_over(plan)}
         self._known: dict[tuple[Hashable, int], list[list[int]]] = {}
+        self._begun: dict[str, deque[_Begun]] = {}
+        self._sent: list[tuple[Any, torch.Tensor]] = []
         self._run: Hashable = ()
         self._number = 0
 
     @property
     def mesh(self) -> Mesh:
-        """The plan's."""
-        return self.plan.mesh
+        """The plan's, of its ranks."""
+        return self.plan.devices
 
     def _group(self, over: str) -> _Group:
         """Its group along parts of axes; every rank makes all groups, in one order, as torch.distributed asks."""
@@ -120,30 +149,95 @@ class Communicator:
     def running(self, what: Hashable) -> Iterator[None]:
         """One run of the rank's program: of this entry, with these sizes, what else decides how large parts are."""
         self._run, self._number = what, 0
+        self._begun.clear()
         with meeting_at(self):
             yield
+        with self.waiting("handing on"):
+            while self._sent:
+                work, _ = self._sent[0]
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise self.failed(error, "handing on") from error
+                del self._sent[0]
 
     # -- meeting -----------------------------------------------------------------------------------------------
 
     def exchange(self, op: Collective, part: Any) -> Any:
         """See `Meeting.exchange`. Raises RankError where others do not come, or come with something else."""
-        import torch
-
-        group = self.groups.get(op.over)
-        if group is None or len(group.ranks) != op.ways:
-            raise GraphError(f"{op.name} over {op.over} among {op.ways} ranks is no meeting of the plan's")
-        given = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part))
-        given = given.reshape(np.shape(part))
+        group, given = self._group_of(op), _tensor(part)
         told = f"{op.name} over {op.over}" + (f", {op.because}" if op.because else "")
         with self.waiting(told):
             try:
-                sizes = self._told(op, given, group)
-                made = _MEETINGS[type(op)](op, given, group, sizes)
+                if isinstance(op, AllGather) and op.ahead:
+                    made = self._finished(op, given)
+                else:
+                    sizes = self._told(op, given, group)
+                    made = self._hand_on(given, group) if isinstance(op, HandOn) else self._met(op, given, group, sizes)
             except RuntimeError as error:  # all that torch.distributed raises
                 raise self.failed(error, told) from error
+        self._count(op, group, given, made)
+        return made if isinstance(part, type(given)) else made.numpy()
+
+    def begin(self, op: StartGather, part: Any) -> None:
+        """See `Meeting.begin`."""
+        group, given = self._group_of(op), _tensor(part)
+        told = f"{op.name} over {op.over}"
+        with self.waiting(told):
+            try:
+                # A copy: what is no weight may be written over before all of it is sent.
+                begun = _begin_gather(op.gather, given.clone(), group, self._told(op, given, group))
+            except RuntimeError as error:
+                raise self.failed(error, told) from error
+        self._begun.setdefault(op.over, deque()).append(begun)
+
+    def _group_of(self, op: Collective) -> _Group:
+        """Who meets in an op. Raises GraphError where the plan says no such meeting."""
+        if isinstance(op, HandOn):
+            line = self.mesh.group(self.rank, self.mesh.parts_of(op.over))
+            pair = op.among(line) if len(line) == op.ways else ()
+            if self.rank in pair:
+                return _Group(pair, pair.index(self.rank), None)
+        else:
+            group = self.groups.get(op.over)
+            if group is not None and len(group.ranks) == op.ways:
+                return group
+        raise GraphError(f"{op.name} over {op.over} among {op.ways} ranks is no meeting of the plan's")
+
+    def _met(self, op: Collective, given: torch.Tensor, group: _Group, sizes: list[list[int]]) -> torch.Tensor:
+        made: torch.Tensor = _MEETINGS[type(op)](op, given, group, sizes)
+        return made
+
+    def _hand_on(self, given: torch.Tensor, group: _Group) -> torch.Tensor:
+        """Send and go on, or receive; in the order of the program, in which a line of ranks waits for those before."""
+        import torch
+        import torch.distributed as dist
+
+        if group.at == 0:
+            sent = _as_bytes(given.contiguous().clone())
+            self._sent = [each for each in self._sent if not each[0].is_completed()]
+            if sent.numel():
+                self._sent.append((dist.isend(sent, group.ranks[1]), sent))
+            return torch.zeros_like(given)
+        made = torch.empty_like(given, memory_format=torch.contiguous_format)
+        if made.numel():
+            dist.recv(_as_bytes(made), group.ranks[0])
+        return made
+
+    def _finished(self, op: AllGather, given: torch.Tensor) -> torch.Tensor:
+        """What a gather gives that has begun before."""
+        waiting = self._begun.get(op.over)
+        if not waiting or waiting[0].op.meeting != op.meeting:
+            raise GraphError(f"{op.name} over {op.over} has not begun", received=op.because or None)
+        begun = waiting.popleft()
+        begun.wait()
+        return begun.finish()
+
+    def _count(self, op: Collective, group: _Group, given: torch.Tensor, made: torch.Tensor) -> None:
         before = self.traffic.get((op.name, op.over), Traffic())
-        self.traffic[op.name, op.over] = before.beside(op.payload(_bytes(given), _bytes(made)))
-        return made if part is given or isinstance(part, torch.Tensor) else made.numpy()
+        is_got = isinstance(op, HandOn) and group.at == 1
+        moved = 0 if is_got else op.payload(_bytes(given), _bytes(made))
+        self.traffic[op.name, op.over] = before.beside(moved)
 
     def _told(self, op: Collective, given: torch.Tensor, group: _Group) -> list[list[int]]:
         """What each rank of the group has told of this meeting, in order."""
@@ -158,11 +252,14 @@ class Communicator:
 
         what = int.from_bytes(hashlib.sha256(repr(op.meeting).encode()).digest()[:7])
         kind = int.from_bytes(hashlib.sha256(str(given.dtype).encode()).digest()[:7])
-        own = op.size.evaluate({}) if isinstance(op, (AllGather, ReduceScatter, AllToAll)) else 0
+        own = op.size.evaluate({}) if isinstance(op, (AllGather, ReduceScatter, AllToAll)) else given.numel()
         brought = given.shape[place(_joined(op), given.dim())] if given.dim() else 1
         mine = torch.tensor([what, kind, own, brought], dtype=torch.int64, device=given.device)
         all_told = torch.empty(len(group.ranks) * _WORDS, dtype=torch.int64, device=given.device)
-        _gather(all_told, mine, group)
+        if isinstance(op, HandOn):
+            _swap(all_told, mine, group)
+        else:
+            _gather(all_told, mine, group)
         rows: list[list[int]] = all_told.reshape(-1, _WORDS).tolist()
         for rank, row in zip(group.ranks, rows, strict=True):
             if row[0] != what:
@@ -172,6 +269,8 @@ class Communicator:
                 )
             if row[1] != kind:
                 raise RankError(f"ranks {self.rank} and {rank} meet with different dtypes, in {op.name} over {op.over}")
+            if isinstance(op, HandOn) and row[2] != own:
+                raise RankError(f"ranks {self.rank} and {rank} hand on {own} and {row[2]} elements over {op.over}")
         return rows
 
 
@@ -182,6 +281,7 @@ def met_over(plan: ShardingPlan) -> tuple[str, ...]:
     def look(planned: PlannedFunction) -> None:
         moves = [move for node in planned.nodes for move in node.moves] + list(planned.moves)
         found.update({plan.mesh.text_of(step.over): None for move in moves for step in move.steps if step.sends})
+        found.update({plan.mesh.text_of(node.ring): None for node in planned.nodes if node.ring})
         for node in planned.nodes:
             if node.body is not None:
                 look(node.body)
@@ -202,7 +302,7 @@ def _joined(op: Collective) -> int:
     """The dimension along which parts of ranks are joined."""
     if isinstance(op, AllToAll):
         return op.onto
-    return op.axis if isinstance(op, (AllGather, ReduceScatter)) else 0
+    return op.axis if isinstance(op, (AllGather, ReduceScatter, PassOn, StartGather)) else 0
 
 
 def _all_reduce(op: AllReduce, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -218,6 +318,13 @@ def _all_reduce(op: AllReduce, given: torch.Tensor, group: _Group, told: Sequenc
 
 
 def _all_gather(op: AllGather, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]) -> torch.Tensor:
+    begun = _begin_gather(op, given, group, told)
+    begun.wait()
+    return begun.finish()
+
+
+def _begin_gather(op: AllGather, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]) -> _Begun:
+    """Give the part to the others, and do not wait for theirs."""
     import torch
 
     axis = place(op.axis, given.dim())
@@ -225,9 +332,24 @@ def _all_gather(op: AllGather, given: torch.Tensor, group: _Group, told: Sequenc
     longest = max(lengths)
     mine = _padded(given.movedim(axis, 0), longest)
     made = mine.new_empty((len(lengths), *mine.shape))
-    _gather(_as_bytes(made), _as_bytes(mine), group)
-    whole = torch.cat([made[i, :n] for i, n in enumerate(lengths)]) if min(lengths) < longest else made.flatten(0, 1)
-    return whole.movedim(0, axis).contiguous()
+    work = _gather(_as_bytes(made), _as_bytes(mine), group, begin=True)
+
+    def whole() -> torch.Tensor:
+        uneven = min(lengths) < longest
+        joined = torch.cat([made[i, :n] for i, n in enumerate(lengths)]) if uneven else made.flatten(0, 1)
+        return joined.movedim(0, axis).contiguous()
+
+    return _Begun(op, work.wait, whole)
+
+
+def _pass_on(op: PassOn, given: torch.Tensor, group: _Group, told: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Send to one rank and receive from another at once: nobody waits until another one has sent."""
+    axis, count = place(op.axis, given.dim()), len(group.ranks)
+    to, source = (group.at + op.steps) % count, (group.at - op.steps) % count
+    shape = [told[source][3] if d == axis else n for d, n in enumerate(given.shape)]
+    made = given.new_empty(shape)
+    _exchange(made, given.contiguous(), source, to, group)
+    return made
 
 
 def _reduce_scatter(
@@ -268,11 +390,40 @@ def _all_to_all(op: AllToAll, given: torch.Tensor, group: _Group, told: Sequence
     return torch.cat(parts, dim=onto)
 
 
-def _gather(to: torch.Tensor, mine: torch.Tensor, group: _Group) -> None:
+def _gather(to: torch.Tensor, mine: torch.Tensor, group: _Group, *, begin: bool = False) -> Any:
     import torch.distributed as dist
 
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before
-    gather(to, mine, group=group.handle)
+    return gather(to, mine, group=group.handle, async_op=begin)
+
+
+def _swap(to: torch.Tensor, mine: torch.Tensor, pair: _Group) -> None:
+    """What both of a pair have, in order."""
+    other = 1 - pair.at
+    rows = to.reshape(2, -1)
+    rows[pair.at] = mine
+    _exchange(rows[other], mine, other, other, pair)
+
+
+def _exchange(made: torch.Tensor, given: torch.Tensor, source: int, to: int, group: _Group) -> None:
+    """Receive from a rank of the group what it sends, while another receives ours."""
+    import torch.distributed as dist
+
+    if to == group.at:
+        made.copy_(given)
+        return
+    pairs = ((dist.isend, given, to), (dist.irecv, made, source))
+    calls = [dist.P2POp(call, _as_bytes(each), group.ranks[at]) for call, each, at in pairs if each.numel()]
+    for work in dist.batch_isend_irecv(calls) if calls else ():
+        work.wait()
+
+
+def _tensor(part: Any) -> torch.Tensor:
+    """A part as a tensor over the same memory."""
+    import torch
+
+    given = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+    return given.reshape(np.shape(part))
 
 
 def _padded(part: torch.Tensor, length: int) -> torch.Tensor:
@@ -296,4 +447,5 @@ _MEETINGS: Mapping[type[Collective], Callable[..., Any]] = {
     AllGather: _all_gather,
     ReduceScatter: _reduce_scatter,
     AllToAll: _all_to_all,
+    PassOn: _pass_on,
 }

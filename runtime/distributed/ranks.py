@@ -12,11 +12,15 @@ others on the way out (`treadle.runtime.distributed.watching`).
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +38,7 @@ _HINT = Hint(
     "a script under torchrun, or under treadle launch -n 2 -- python SCRIPT",
     "treadle launch -n 2 -- run MODEL --mesh tp=2, or torchrun --nproc-per-node 2 -m treadle run MODEL --mesh tp=2",
 )
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PAUSE = 0.01  # between two looks at what others have said
 _STARTING = 60.0  # seconds within which processes that were started together have come
 _SLACK = 30.0  # by how many seconds torch.distributed waits longer than the watch, which knows for whom
@@ -154,10 +159,11 @@ def is_rank() -> bool:
 
 def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
     """Raise UsageError for a plan of another number of ranks than there are."""
-    if plan.mesh.ranks != size:
+    mesh = plan.devices
+    if mesh.ranks != size:
         raise UsageError(
-            f"the mesh {plan.mesh} has {plan.mesh.ranks} ranks, and {size} processes were started",
-            hint=f"-n {plan.mesh.ranks}, or a mesh of {size}",
+            f"the mesh {mesh} has {mesh.ranks} ranks, and {size} processes were started",
+            hint=f"-n {mesh.ranks}, or a mesh of {size}",
         )
 
 
@@ -212,8 +218,19 @@ def _orphaned() -> Any:
     """Whether what started this process, and shall not be survived, has ended: launchers of one machine."""
     told = os.environ.get(LAUNCHER, "")
     if told.isdecimal():
+        _end_with_parent()
         return lambda: os.getppid() != int(told)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
         return lambda: os.getppid() != parent
     return lambda: False
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this process when its parent ends, where the system does (prctl of Linux).
+
+    It does so even at the process's own end, when no thread of Python runs and a library's threads are waited for.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -348,10 +348,11 @@ class Watch:
         threading.Thread(target=self._end_process, name="treadle end", daemon=True).start()
 
     def _end_process(self) -> None:
-        """End a process whose main thread has not ended by itself."""
+        """End a process whose main thread has not ended by itself, or does not come to its end."""
         time.sleep(GRACE)
         if self._closing.is_set():
-            return
+            time.sleep(GRACE)
+            os._exit(FAILED)
         assert self.failure is not None
         if self.failure.teller == self.rank and self._first_to_tell():
             told = f"{self.failure.what}\n  received  {self.failure.received}" if self.failure.received else ""

@@ -113,7 +113,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME",
-        help="megatron, sequence, context, dp, fsdp or megatron-fsdp (see docs/sharding.md).",
+        help="megatron, sequence, context, dp, fsdp, megatron-fsdp or gpipe (see docs/sharding.md).",
         show_default=False,
     ),
 ]

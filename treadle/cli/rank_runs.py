@@ -38,8 +38,8 @@ def opened_on_ranks(
         yield open_stepped
         return
     from treadle.option_values import parse_axes
-    from treadle.rank_models import open_rank_stepped
     from treadle.runtime.distributed.ranks import join
+    from treadle.sharding.rank_models import open_rank_stepped
 
     options: dict[str, Any] = {"recipe": recipe, "axes": parse_axes(axis), "agree": {"texts and options": asked}}
     with join(timeout) as ranks, ExitStack() as quiet:
@@ -76,9 +76,9 @@ def run_rank(
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_axes, parse_config, parse_inputs
-    from treadle.rank_models import compile_rank
     from treadle.reports import array_facts, array_table, console, human
     from treadle.runtime.distributed.ranks import join
+    from treadle.sharding.rank_models import compile_rank
 
     if is_artifact(model):
         raise UsageError(

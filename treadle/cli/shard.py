@@ -72,8 +72,8 @@ def shard_command(
     from treadle.passes.sharding.plan_printing import plan_json
     from treadle.progress import working
     from treadle.reports import human
-    from treadle.sharded_models import ShardedModel, load_sharded, sharded
     from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
+    from treadle.sharding.sharded_models import ShardedModel, load_sharded, sharded
 
     made: ShardedModel | None = None
     if output is not None and not is_artifact(output):
@@ -124,7 +124,7 @@ def shard_command(
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}")
     tried = None
     if lab:
-        with working(f"running {plan.mesh.ranks} ranks", shown=not as_json):
+        with working(f"running {plan.devices.ranks} ranks", shown=not as_json):
             tried = try_in_lab(plan, weights=None if made is None else made.weights, seed=seed)
     if as_json:
         facts = {

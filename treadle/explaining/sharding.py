@@ -19,9 +19,10 @@ from treadle.ir.placement.machines import MACHINES, Machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.memory.storage_plan import aligned
 from treadle.passes.sharding.plan import ShardingPlan
-from treadle.passes.sharding.timetable import Cause
+from treadle.passes.sharding.timetable import Cause, PipelineTimes
 from treadle.reports import human, sizes_text
-from treadle.sharding import DeviceNeeds, device_needs, milliseconds, shard_model
+from treadle.sharding.needs import DeviceNeeds, device_needs, milliseconds
+from treadle.sharding.plans import shard_model
 
 SHOWN = 3
 """How many changes are told."""
@@ -55,7 +56,7 @@ class ShardingTold:
     def title(self) -> str:
         """What is told of, in one line."""
         where = f", at {sizes_text(self.plan.sizes)}" if self.plan.sizes else ""
-        ranks = f"{self.plan.mesh.ranks} ranks of {self.device}"
+        ranks = f"{self.plan.devices.ranks} ranks of {self.device}"
         return f"{self.name} over {self.plan.mesh}: {self.plan.recipe}, {ranks}{where}"
 
     @property
@@ -73,7 +74,7 @@ class ShardingTold:
         return {
             "model": self.name,
             "mesh": str(self.plan.mesh),
-            "ranks": self.plan.mesh.ranks,
+            "ranks": self.plan.devices.ranks,
             "device_name": self.device,
             "recipe": self.plan.recipe,
             "axes": dict(self.plan.axes),
@@ -82,7 +83,7 @@ class ShardingTold:
             "notes": list(self.plan.notes),
             "device": self.needs.facts(),
             "weights": dict(self.weights),
-            "collectives": [dict(cause.__dict__) for cause in self.needs.times.causes()],
+            "collectives": [dict(cause.__dict__) for cause in self.needs.causes()],
             "changes": [change.as_dict() for change in self.changes],
             "best": None if best is None else best.told,
         }
@@ -101,10 +102,24 @@ class ShardingTold:
         limits = self.needs.times.by_limit()
         total = max(sum(limits.values()), 1e-30)
         rows = [(name, milliseconds(took), f"{took / total:.0%}") for name, took in limits.items()]
-        return [self.needs.run_line(), self.needs.limit_line(), *_table(rows)]
+        lines = [self.needs.run_line(), self.needs.limit_line(), *_table(rows)]
+        return lines if self.needs.stages is None else [*lines, *self._stages(self.needs.stages)]
+
+    def _stages(self, stages: PipelineTimes) -> list[str]:
+        """When each stage of a pipeline works."""
+        assert self.plan.pipeline is not None
+        rows = [("stage", "weights", "a micro-batch", "works from", "to", "waits")]
+        for number, stage in enumerate(self.plan.pipeline.stages):
+            own = [each for each in stages.turns if each.stage == number]
+            worked, count = sum(each.end - each.start for each in own), max(len(own), 1)
+            ends = [milliseconds(at) for at in (own[0].start, own[-1].end)] if own else ["", ""]
+            held = human(int(sum(map(self.plan.weight_part, stage.weights))), "B")
+            waits = f"{1 - worked / max(stages.seconds, 1e-30):.0%}"
+            rows.append((str(number), held, milliseconds(worked / count), *ends, waits))
+        return [str(stages), *_table(rows)]
 
     def _collectives(self) -> list[str]:
-        causes = self.needs.times.causes()
+        causes = self.needs.causes()
         if not causes:
             return ["ranks do not meet"]
         total = sum(cause.seconds for cause in causes)
@@ -188,13 +203,14 @@ def explain_sharding(
 
 def told_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingTold:
     """The same of a plan; `axes` are those that were asked by name, beside its recipe."""
-    return ShardingTold(plan, device_needs(plan), _weights_by_split(plan), tuple(changes_of(plan, axes)))
+    needs = device_needs(plan)
+    return ShardingTold(plan, needs, _weights_by_split(plan, needs.stage), tuple(changes_of(plan, axes)))
 
 
-def _weights_by_split(plan: ShardingPlan) -> dict[str, float]:
-    """Bytes of the parts of weights, on average, by the mesh axes that they are split over."""
+def _weights_by_split(plan: ShardingPlan, stage: int) -> dict[str, float]:
+    """Bytes of the parts of weights, on average, by the mesh axes that they are split over; of one stage."""
     found: dict[str, float] = {}
-    for name in plan.weights:
+    for name in plan.weights if plan.pipeline is None else plan.pipeline.stages[stage].weights:
         used = {part.axis for part in plan.weights[name].used}
         over = " ".join(axis for axis, _ in plan.mesh.axes if axis in used)
         found[over] = found.get(over, 0.0) + plan.weight_part(name)

@@ -15,7 +15,7 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import refuse_small_sizes
 from treadle.passes.sharding.recipes import RECIPES, shard
-from treadle.sharding import device_needs
+from treadle.sharding.needs import device_needs
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def _asked(plan: ShardingPlan, axes: Mapping[str, str]) -> Iterator[_Asked]:
     recipe = plan.recipe if plan.recipe in RECIPES else None
     for other in RECIPES:
         if other != recipe:
-            yield f"recipe {other}", plan.mesh, other, axes
+            yield f"recipe {other}", plan.devices, other, axes
     for axis in plan.axes:
         yield f"{axis} whole", plan.mesh, recipe, {**axes, axis: "-"}
-    for mesh in _meshes(plan.mesh, plan.machine.node):
+    for mesh in _meshes(plan.devices, plan.machine.node):
         yield f"mesh {mesh}", mesh, recipe, axes
 
 

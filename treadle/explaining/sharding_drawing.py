@@ -3,7 +3,8 @@
     Path("gpt2.svg").write_text(draw_sharding(explain_sharding("gpt2", mesh="tp=2,dp=2", recipe="megatron")))
 
 The timetable has a lane for work and one for each way of meeting. Below the whole step stands the block that takes the
-longest, larger. Ops, reasons, times and the user's lines appear under the pointer.
+longest, larger. Of a pipeline each stage has a lane before these, with its micro-batches. Ops, reasons, times and the
+user's lines appear under the pointer.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from math import prod
 from treadle.explaining.sharding import ShardingTold
 from treadle.ir.ops.collectives import PassOn
 from treadle.passes.sharding.conversions import COLLECTIVES
-from treadle.passes.sharding.timetable import LIMITS, Busy
+from treadle.passes.sharding.timetable import LIMITS, Busy, PipelineTimes
 from treadle.reports import human
-from treadle.sharding import milliseconds
+from treadle.sharding.needs import milliseconds
 
 WIDTH = 1200
 _LEFT, _RIGHT = 96, 24
@@ -40,6 +41,9 @@ def draw_sharding(told: ShardingTold) -> str:
     """The drawing as the text of an SVG file."""
     lanes = ["", *dict.fromkeys(each.over for each in told.needs.times.busy if each.over)]
     top = 326
+    staged = list(_stages(told.needs.stages, top)) if told.needs.stages is not None else []
+    if told.needs.stages is not None:
+        top += 52 + len(told.needs.stages.stages) * (_LANE + _GAP)
     whole = list(_whole(told, lanes, top))
     at = top + 52 + len(lanes) * (_LANE + _GAP)
     zoomed = list(_block(told, lanes, at))
@@ -53,6 +57,7 @@ def draw_sharding(told: ShardingTold) -> str:
         _text(24, 48, " ".join(told.needs.run_line().split()) + "; " + told.needs.limit_line(), fill=_GREY),
         *_mesh(told, 24, 74),
         *_sides(told, 516, 74),
+        *staged,
         *whole,
         *zoomed,
         *_legend(told, height - 22),
@@ -103,7 +108,7 @@ def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[
 
 def _mesh(told: ShardingTold, left: float, top: float) -> Iterator[str]:
     """Ranks in a grid, the first axis along one side, all others along the other; those of a node in one colour."""
-    mesh, machine = told.plan.mesh, told.plan.machine
+    mesh, machine = told.plan.devices, told.plan.machine
     first, *others = mesh.axes
     rest = prod(size for _, size in others)
     flat = first[1] >= rest  # the longer side to the right
@@ -210,7 +215,7 @@ class _Window:
         return self.top + 32 + lane * (_LANE + _GAP)
 
     def frame(self, told: str, lanes: Sequence[str]) -> Iterator[str]:
-        """Its head, its lanes, and ticks of time."""
+        """Its head, its lanes by what they are called, and ticks of time."""
         yield _text(24, self.top + 8, told, weight=600)
         bottom = self.y(len(lanes)) - _GAP
         for part in range(9):
@@ -221,7 +226,25 @@ class _Window:
             yield _text(x, self.top + 22, milliseconds(time), size=10, fill=_GREY, at=at)
         for i, lane in enumerate(lanes):
             yield _rect(_LEFT, self.y(i), WIDTH - _LEFT - _RIGHT, _LANE, "#f7f7f8")
-            yield _text(_LEFT - 8, self.y(i) + 19, f"over {lane}" if lane else "work", at="end")
+            yield _text(_LEFT - 8, self.y(i) + 19, lane, at="end")
+
+
+def _lane_names(lanes: Sequence[str]) -> list[str]:
+    return [f"over {lane}" if lane else "work" for lane in lanes]
+
+
+def _stages(times: PipelineTimes, top: float) -> Iterator[str]:
+    """Which micro-batch is in which stage when; neighbours differ in shade."""
+    window = _Window(0.0, times.seconds, top)
+    names = [f"stage {number}" for number in range(len(times.stages))]
+    yield from window.frame(str(times), names)
+    for each in times.turns:
+        left, right = window.x(each.start), window.x(each.end)
+        told = f"micro-batch {each.turn} in stage {each.stage}, {milliseconds(each.end - each.start)}"
+        yield _rect(left, window.y(each.stage), max(right - left, 0.3), _LANE, _HELD[each.turn % 3], told)
+        if _fits(str(each.turn), right - left):
+            middle = (left + right) / 2
+            yield _text(middle, window.y(each.stage) + 19, str(each.turn), fill="#ffffff", size=11, at="middle")
 
 
 def _colour(each: Busy) -> str:
@@ -239,7 +262,7 @@ def _whole(told: ShardingTold, lanes: Sequence[str], top: float) -> Iterator[str
     """The step; neighbours that are too narrow to be seen are one bar, of the colour that most of it has."""
     times = told.needs.times
     window = _Window(0.0, times.seconds, top)
-    yield from window.frame(f"the step of the last rank, {milliseconds(times.seconds)}", lanes)
+    yield from window.frame(f"the step of the last rank, {milliseconds(times.seconds)}", _lane_names(lanes))
     for lane, over in enumerate(lanes):
         gathered: list[Busy] = []
         for each in times.busy:
@@ -285,7 +308,7 @@ def _block(told: ShardingTold, lanes: Sequence[str], top: float) -> Iterator[str
     ends = [each.end for each in times.busy if each.call == call]
     window = _Window(work[0].start, max(ends), top)
     head = f"{times.calls[call]}, {milliseconds(window.end - window.begin)}, one of {len(calls)} calls of its kind"
-    yield from window.frame(head, lanes)
+    yield from window.frame(head, _lane_names(lanes))
     for each in times.busy:
         if each.end <= window.begin or each.start >= window.end:
             continue

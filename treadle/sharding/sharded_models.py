@@ -28,7 +28,7 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
-from treadle.sharding import plan_graph, rank_graph, recognized
+from treadle.sharding.plans import plan_graph, rank_graph, recognized
 
 Array = np.ndarray[Any, Any]
 

@@ -27,7 +27,7 @@ from treadle.backends.states import States
 from treadle.compiling import initial_weight
 from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import stored_bytes
-from treadle.ir.errors import RankError, UsageError
+from treadle.ir.errors import PassError, RankError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
@@ -41,7 +41,7 @@ from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_siz
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
-from treadle.sharding import plan_graph, rank_graph, recognized
+from treadle.sharding.plans import plan_graph, rank_graph, recognized
 from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
@@ -93,15 +93,17 @@ class RankModel:
         """
         sizes, plan = self.sizes(**arrays), self.plan
         made = Outputs()
-        for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.main.gives, strict=True):
-            own = _array(parts[name])
-            whole = np.zeros(value.type.evaluate(sizes), own.dtype) if self.ranks.rank == 0 else None
-            for rank in _holders(plan.mesh, placed):
+        for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.gives, strict=True):
+            whole = None
+            if self.ranks.rank == 0:
+                dtype = _array(parts[name]).dtype if name in parts else value.type.dtype.numpy
+                whole = np.zeros(value.type.evaluate(sizes), dtype)
+            for rank in _holders(plan, name, placed):
                 if whole is not None:
-                    part = taken_part(whole, value.type.shape, placed, plan.mesh, rank, sizes)
-                    part[...] = own if rank == 0 else self._received(part, rank, name)
+                    part = taken_part(whole, value.type.shape, placed, plan.devices, rank, sizes)
+                    part[...] = _array(parts[name]) if rank == 0 else self._received(part, rank, name)
                 elif rank == self.ranks.rank:
-                    self._send(own, name)
+                    self._send(_array(parts[name]), name)
             if whole is not None:
                 made[name] = whole
         return made if self.ranks.rank == 0 else None
@@ -209,6 +211,12 @@ class RankPart:
         resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
         plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
         if whole:
+            if plan.pipeline is not None:
+                raise PassError(
+                    "a pipeline has no step of generation: its stages take whole batches, one part after another",
+                    received=f"recipe {plan.recipe}",
+                    hint="a recipe without stages: megatron",
+                )
             plan = with_whole_outputs(plan)
             check_sharding(plan)
         refuse_other_mesh(plan, ranks.size)
@@ -309,13 +317,15 @@ def _told_weights(held: Mapping[str, Any] | None, seed: int) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def _holders(mesh: Mesh, placed: MeshPlacement) -> list[int]:
+def _holders(plan: ShardingPlan, name: str, placed: MeshPlacement) -> list[int]:
     """The ranks that together hold all parts of an output, each once: of copies the first."""
+    mesh = plan.devices
     if placed.partial:
         raise RankError("an output is left as terms of a sum", received=placed.text(mesh))
-    used = set(placed.used)
+    used = set(placed.used) | set(() if plan.pipeline is None else mesh.parts_of(plan.pipeline.over))
     unused = [part for part in mesh.parts if part not in used]
-    return [rank for rank in range(mesh.ranks) if not any(mesh.coordinate(rank, part) for part in unused)]
+    holding = [rank for rank in range(mesh.ranks) if plan.holds_output(rank, name)]
+    return [rank for rank in holding if not any(mesh.coordinate(rank, part) for part in unused)]
 
 
 def _array(part: Any) -> Array:

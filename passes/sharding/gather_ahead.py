@@ -1,0 +1,111 @@
+"""Weights that are stored in parts are gathered ahead: those of a layer while the layer before it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from treadle.ir.builder import Builder
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.ops.collectives import AllGather, StartGather
+from treadle.passes.framework.manager import Pass
+from treadle.passes.framework.pass_log import PassRecord
+
+
+@dataclass(frozen=True)
+class GatherAhead(Pass):
+    """a = h(x, u); b = h(a, v)   -->   start_gather(u); start_gather(v); a = h(x, u); b = h(a, v)
+
+    of a function h that gathers its weight: it then waits for what has begun (`ahead=True`). So the gathers of a call
+    run while the call before computes, and one call's at most, since what is gathered takes memory. Those of the first
+    call begin where ranks have met the last time before it.
+
+    Refuses: gathers of what is not made of one weight alone; of weights in blocks; functions that are called by others
+    than `main`.
+    """
+
+    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+        main = graph.main
+        called = {node.op.callee for f in graph.functions.values() if f is not main for node in f.nodes}
+        functions = [f for f in graph.functions.values() if f is not main and f.name not in called]
+        gathers = {f.name: list(_gathers(f)) for f in functions}
+        calls = [node for node in main.nodes if gathers.get(node.op.callee or "")]
+        if any(actual.kind != "parameter" for call in calls for actual in _weights(call, graph, gathers)):
+            return 0
+        for call in calls:
+            for node, _ in gathers[call.op.callee or ""]:
+                assert isinstance(node.op, AllGather)
+                node.op = dataclasses.replace(node.op, ahead=True)
+        begun = 0
+        for at, call in enumerate(calls):
+            before = main.nodes.index(calls[at - 1]) if at else _last_meeting(main, main.nodes.index(call))
+            started = list(_started(graph, call, gathers[call.op.callee or ""]))
+            main.nodes[before:before] = started
+            begun += sum(isinstance(node.op, StartGather) for node in started)
+        return begun
+
+
+def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes of what is gathered ahead for one call, at most."""
+    found = [
+        sum(n.results[0].type.bytes_at(sizes) for n in f.nodes if isinstance(n.op, AllGather) and n.op.ahead)
+        for f in program.functions.values()
+    ]
+    return max(found, default=0)
+
+
+_Gather = tuple[Node, list[Node]]
+"""A gather in a function, and the nodes that make what it gathers of a weight."""
+
+
+def _gathers(function: Function) -> Iterator[_Gather]:
+    weights = set(function.parameters.values())
+    for node in function.nodes:
+        if not isinstance(node.op, AllGather) or node.results[0].type.encoding is not None:
+            continue
+        chain: list[Node] = []
+        value = node.inputs[0]
+        while value.node is not None and len(value.node.inputs) == 1 and not value.node.op.meets_ranks:
+            chain.insert(0, value.node)
+            value = value.node.inputs[0]
+        if value in weights and all(each.op.callee is None for each in chain):
+            yield node, chain
+
+
+def _source(gather: _Gather) -> Value:
+    node, chain = gather
+    return (chain[0] if chain else node).inputs[0]
+
+
+def _weights(call: Node, graph: Graph, gathers: dict[str, list[_Gather]]) -> Iterator[Value]:
+    """What a call passes for the weights that its function gathers."""
+    callee = graph.callee(call)
+    assert callee is not None
+    passed = dict(zip(callee.arguments, call.inputs, strict=True))
+    for gather in gathers[callee.name]:
+        yield passed[_source(gather)]
+
+
+def _last_meeting(main: Function, before: int) -> int:
+    """The place after the last node before a place in which ranks meet."""
+    met = [at for at, node in enumerate(main.nodes[:before]) if node.op.meets_ranks]
+    return met[-1] + 1 if met else 0
+
+
+def _started(graph: Graph, call: Node, gathers: list[_Gather]) -> Iterator[Node]:
+    """The nodes that begin the gathers of a call, in the order in which they are waited for."""
+    main, b = graph.main, Builder(graph)
+    count = len(main.nodes)
+    for gather, weight in zip(gathers, _weights(call, graph, {call.op.callee or "": gathers}), strict=True):
+        node, chain = gather
+        assert isinstance(node.op, AllGather)
+        value = weight
+        with b.placed_as(call):
+            for each in chain:
+                value = b.emit(each.op, [value], each.results[0].name).result
+            op = StartGather(**node.op.group, axis=node.op.axis, size=node.op.size)
+            b.emit(op, [value], f"{node.results[0].name}_begun")
+    made = main.nodes[count:]
+    del main.nodes[count:]
+    yield from made

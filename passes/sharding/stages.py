@@ -1,0 +1,203 @@
+"""Cuts `main` into the stages of a pipeline, each on ranks of its own (GPipe, Huang et al. 2019).
+
+    plan = cut_in_stages(plan, "pp")     # of a plan whose batch is split over micro-batches, the last axis of its mesh
+
+Stages are cut between nodes of `main`, so that the slowest stage takes as little as can be: its seconds for a
+micro-batch, by the costs that plans are made by, or the seconds in which it hands on what the next one needs, if that
+is more. Of all such cuts one is taken that hands on the least. Both are exact, by dynamic programming over the nodes.
+
+What is made of inputs alone, or of one stage's weights alone, is made again where it is needed: it is handed on by no
+stage, counts nothing and belongs to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import inf
+
+from treadle.ir.errors import PassError
+from treadle.passes.sharding.conversions import seconds_to_pass
+from treadle.passes.sharding.costs import Costs
+from treadle.passes.sharding.plan import Item, Move, Pipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage
+
+TURNS = "micro"
+"""The mesh axis of micro-batches."""
+
+
+def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
+    """The plan with a pipeline over a mesh axis; the last axis of its mesh is of micro-batches.
+
+    Raises PassError where micro-batches would have to meet, and for fewer nodes than stages.
+    """
+    pipeline = Pipeline(over, TURNS, ())
+    staged = replace(plan, pipeline=pipeline)
+    _refuse_meetings(staged, pipeline)
+    line = _Line(staged)
+    count = dict(plan.mesh.axes)[over]
+    if len(line.groups) < count:
+        raise PassError(
+            f"{len(line.groups)} steps cannot be cut into {count} stages",
+            received=f"{plan.graph.name} over {plan.mesh}",
+            hint=f"{over}={max(len(line.groups), 1)}",
+        )
+    ends = balanced_cut(line.seconds, line.handing, count)
+    stages = [line.stage(first, last) for first, last in zip((0, *ends[:-1]), ends, strict=True)]
+    return replace(plan, pipeline=replace(pipeline, stages=tuple(stages)))
+
+
+def _refuse_meetings(plan: ShardingPlan, pipeline: Pipeline) -> None:
+    """Raise PassError where something lies over stages, or micro-batches have to meet."""
+    turns, line = set(plan.turns), set(plan.mesh.parts_of(pipeline.over))
+
+    def look(planned: PlannedFunction) -> None:
+        for step in planned.steps:
+            if isinstance(step, Move):
+                reasons = iter(step.because)
+                for each in step.steps:
+                    because = next(reasons) if each.sends else ""
+                    if each.sends and turns.intersection(each.over):
+                        raise _needs_rows(because, step.at)
+            elif turns.intersection(step.ring):
+                raise _needs_rows(f"{step.node.op.name} sees all keys", step)
+            if any(line.intersection(placed.used) for _, placed in (*step.needs, *step.makes)):
+                raise PassError(f"values lie over {pipeline.over}, which is of stages", hint="another mesh axis")
+            if isinstance(step, PlannedNode) and step.body is not None:
+                look(step.body)
+
+    for planned in plan.functions:
+        look(planned)
+
+
+def _needs_rows(because: str, at: object) -> PassError:
+    node = at.node if isinstance(at, PlannedNode) else at
+    source, scope = getattr(node, "source", None), getattr(node, "scope", "")
+    return PassError(
+        f"micro-batches would have to meet: {because}",
+        received=scope or None,
+        source=str(source or "") or None,
+        hint="a recipe without stages: megatron, dp, fsdp",
+    )
+
+
+class _Line:
+    """The steps of `main` that belong to one stage alone, node by node.
+
+    groups   for each such node the numbers of its steps
+    seconds  that each takes for a micro-batch
+    handing  seconds in which what is needed after a group is handed on, for each group but the last
+    """
+
+    def __init__(self, plan: ShardingPlan) -> None:
+        self.plan, self.main = plan, plan.main
+        self.steps = self.main.steps
+        self.maker: dict[Item, int] = {item: at for at, step in enumerate(self.steps) for item in step.makes}
+        arguments = zip(self.main.function.arguments, self.main.takes, strict=True)
+        self.inputs = set(self.main.function.inputs)
+        self.weights = {(v, p): v.name for v, p in arguments if v not in self.inputs}
+        self.free = self._free()
+        self.groups = list(self._groups())
+        costs = Costs(plan.mesh, plan.machine, plan.sizes)
+        self.seconds = [sum(costs.step(self.steps[at]) for at in group) for group in self.groups]
+        self.crossing = [self._needed_after(number + 1) for number in range(len(self.groups) - 1)]
+        over = plan.mesh.parts_of(plan.pipeline.over) if plan.pipeline is not None else ()
+        self.handing = [
+            sum(seconds_to_pass(v.type, p, plan.sizes, over, plan.mesh, plan.machine) for v, p in items)
+            for items in self.crossing
+        ]
+
+    def _free(self) -> set[int]:
+        """Steps that every stage may do for itself: of inputs alone, or of weights alone; no calls."""
+        kinds: dict[Item, str] = dict.fromkeys(self.weights, "weights")
+        found: set[int] = set()
+        for at, step in enumerate(self.steps):
+            is_call = isinstance(step, PlannedNode) and step.callee is not None
+            of = {"inputs" if v in self.inputs else kinds.get((v, p), "") for v, p in step.needs}
+            if not is_call and (of <= {"inputs"} or of == {"weights"}):
+                found.add(at)
+                kinds.update(dict.fromkeys(step.makes, next(iter(of), "inputs")))
+        return found
+
+    def _groups(self) -> Iterator[list[int]]:
+        """The steps of each node that is not free; those at the end are of the last one."""
+        group: list[int] = []
+        groups: list[list[int]] = []
+        for at, step in enumerate(self.steps):
+            if at not in self.free:
+                group.append(at)
+                if isinstance(step, PlannedNode):
+                    groups.append(group)
+                    group = []
+        if groups:
+            groups[-1] += group
+        yield from groups
+
+    def _needed_after(self, number: int) -> list[Item]:
+        """What groups from this one on need of those before, in the order in which it is made."""
+        before = {at for group in self.groups[:number] for at in group}
+        needed = {item for group in self.groups[number:] for at in group for item in self.steps[at].needs}
+        made = [(self.maker[item], item) for item in needed if self.maker.get(item) in before]
+        return [item for _, item in sorted(made, key=lambda each: (each[0], self._place(each)))]
+
+    def _place(self, made: tuple[int, Item]) -> int:
+        return self.steps[made[0]].makes.index(made[1])
+
+    def stage(self, first: int, last: int) -> Stage:
+        """The groups from `first` up to `last`, and what these ranks do beside them."""
+        own = {at for group in self.groups[first:last] for at in group}
+        outputs = []
+        for (name, value), placed in zip(self.main.function.outputs.items(), self.main.gives, strict=True):
+            at = self.maker.get((value, placed))
+            if at in own or (first == 0 and (at is None or at in self.free)):
+                outputs.append(name)
+                own |= set() if at is None else {at}
+        waiting = sorted(own)
+        while waiting:  # what these steps need that is free
+            for item in self.steps[waiting.pop()].needs:
+                at = self.maker.get(item)
+                if at in self.free and at not in own:
+                    own.add(at)
+                    waiting.append(at)
+        read = {self.weights[item] for at in own for item in self.steps[at].needs if item in self.weights}
+        given = zip(self.main.function.outputs.items(), self.main.gives, strict=True)
+        read |= {self.weights[v, p] for (name, v), p in given if name in outputs and (v, p) in self.weights}
+        receives = tuple(self.crossing[first - 1]) if first else ()
+        weights = tuple(name for name in self.plan.weights if name in read)
+        return Stage(tuple(sorted(own)), receives, weights, tuple(outputs))
+
+
+def balanced_cut(seconds: Sequence[float], handing: Sequence[float], count: int) -> tuple[int, ...]:
+    """Where each of so many stages ends: none is empty, and the slowest takes the least.
+
+    handing  seconds in which what is needed after each place but the last is handed on, while the stage works
+
+    Of cuts with the least slowest stage, one that hands on the least. Raises PassError for fewer places than stages.
+    """
+    if not 0 < count <= len(seconds):
+        raise PassError(f"{len(seconds)} steps cannot be cut into {count} stages")
+    slowest, _ = _best(seconds, handing, count, inf)
+    return _best(seconds, handing, count, slowest * (1 + 1e-9))[1]
+
+
+def _best(
+    seconds: Sequence[float], handing: Sequence[float], count: int, limit: float
+) -> tuple[float, tuple[int, ...]]:
+    """The least slowest stage, or where there is a limit to it, the least that is handed on; and where stages end."""
+    places = len(seconds)
+    best = [(0.0 if end == 0 else inf, ()) for end in range(places + 1)]
+    for stage in range(1, count + 1):
+        found: list[tuple[float, tuple[int, ...]]] = [(inf, ())] * (places + 1)
+        for end in range(stage, places + 1 if stage == count else places):
+            sent = handing[end - 1] if end < places else 0.0
+            work = 0.0
+            for first in range(end - 1, stage - 2, -1):
+                work += seconds[first]
+                own = max(work, sent)
+                if own > limit or (limit == inf and own >= found[end][0]):
+                    break
+                before = best[first][0]
+                cost = max(before, own) if limit == inf else before + sent
+                if cost < found[end][0]:
+                    found[end] = cost, (*best[first][1], end)
+        best = found
+    return best[places]

@@ -1,0 +1,104 @@
+"""`try_in_lab`: the programs of all ranks of a plan, run without any device and held against the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treadle.compiling import initial_weights
+from treadle.files.errors import Hint
+from treadle.ir.analysis.drawn_inputs import draw_inputs
+from treadle.ir.errors import UsageError
+from treadle.ir.interpreter import interpret
+from treadle.ir.transforms.encoded_weights import encode_weights
+from treadle.option_values import choose_sizes
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.runtime.sharding_lab import refuse_many_ranks, run_lab
+from treadle.sharding.plans import rank_graph
+
+Array = np.ndarray[Any, Any]
+
+NEAR = 1e-11
+"""How far the lab's outputs may be from the whole model's, beside the greatest: sums of float64 in another order."""
+
+
+@dataclass(frozen=True)
+class LabTrial:
+    """How near the ranks together came to the whole model.
+
+    differences  by output: the greatest difference, beside the greatest element
+    sizes        of the symbols
+    meetings     how many times a group of ranks met
+    """
+
+    differences: Mapping[str, float]
+    sizes: Mapping[str, int]
+    meetings: int
+    ranks: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is as near as float64 lets it be."""
+        return all(difference <= NEAR for difference in self.differences.values())
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        told = {"differences": dict(self.differences), "sizes": dict(self.sizes), "meetings": self.meetings}
+        return {"passed": self.passed, "ranks": self.ranks, **told}
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
+        head = (
+            f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} meetings of groups"
+        )
+        lines = [f"  {name}: {difference:.1e} from the whole model" for name, difference in self.differences.items()]
+        return "\n".join([head, *lines, "  equal" if self.passed else "  NOT equal"])
+
+
+def try_in_lab(
+    plan: ShardingPlan,
+    *,
+    weights: Mapping[str, Array] | None = None,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+) -> LabTrial:
+    """Run the programs of all ranks in lockstep, and the whole model, in float64 on drawn inputs.
+
+    weights  by name; without, initial values, and a little of noise in each, so that no bias is zero
+    sizes    of the symbols; by default such that they are uneven over the mesh
+
+    Raises GraphError where ranks do not meet as they should, and for more ranks than the lab runs; UsageError for
+    weights in blocks that are not written.
+    """
+    refuse_many_ranks(plan.devices)
+    graph = plan.graph
+    stages = 1 if plan.pipeline is None else len(plan.pipeline.stages)
+    least = max(plan.devices.ranks, plan.mesh.ranks // stages) + 3
+    uneven = {s: least for s, bounds in graph.symbols.items() if least in bounds}
+    chosen = choose_sizes(graph, {**uneven, **dict(sizes or {})})
+    if weights is None:
+        rng = np.random.default_rng(seed)
+        drawn = initial_weights(graph, seed)
+        noisy = {name: array + 0.02 * rng.standard_normal(array.shape) for name, array in drawn.items()}
+        weights = encode_weights(graph, noisy)
+        for name, value in graph.parameters.items():
+            if value.type.encoding is not None and weights[name] is noisy[name]:
+                hint = Hint('weights=, or widen="blocks" when the model is planned', "--widen blocks")
+                raise UsageError(f"the lab draws no blocks of {value.type.encoding}", received=name, hint=hint)
+    given = draw_inputs(graph, chosen, [seed])
+    whole = interpret(graph, given, weights, float64=True)
+    programs = [rank_graph(plan, rank) for rank in range(plan.devices.ranks)]
+    found = run_lab(plan, given, weights, programs=programs)
+    differences = {name: _difference(found.outputs[name], wanted) for name, wanted in whole.items()}
+    return LabTrial(differences, chosen, len(found.meetings), plan.devices.ranks)
+
+
+def _difference(found: Array, wanted: Array) -> float:
+    """The greatest difference beside the greatest element, or beside 1."""
+    if not wanted.size:
+        return 0.0
+    apart = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))
+    return float(np.max(apart) / max(1.0, float(np.max(np.abs(wanted)))))

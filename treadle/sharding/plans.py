@@ -1,0 +1,104 @@
+"""`shard_model`: a model split over a mesh, planned and checked, and the programs of its ranks.
+
+What is split is the graph in which everything is recognized and nothing is merged (`treadle.passes.pipelines`); the
+programs of ranks go through the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from treadle.computing import computing_in
+from treadle.frontends.declarations import Model
+from treadle.ir.graph import Graph
+from treadle.ir.placement.machines import Machine
+from treadle.ir.placement.mesh import Mesh
+from treadle.option_values import choose_sizes
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.pipelines import MERGING, RECOGNITION
+from treadle.passes.sharding.checking import check_sharding
+from treadle.passes.sharding.gather_ahead import GatherAhead
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.rank_programs import rank_program
+from treadle.passes.sharding.recipes import shard
+from treadle.resolving import Resolved, resolve
+
+
+def shard_model(
+    model: Model | Graph | str | Path,
+    mesh: Mesh | str,
+    *,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+    inputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    **config: Any,
+) -> ShardingPlan:
+    """Plan a model over a mesh, and check the plan. No weight is read or drawn.
+
+    model            as `treadle.compile` takes it
+    mesh             axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
+    recipe           "megatron", "sequence", "context", "dp", "fsdp", "megatron-fsdp" or "gpipe"
+    axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
+                     leaves one whole that the recipe splits
+    sizes            of symbols, for which costs are compared
+    device           what each rank is: "h100", "a100", "cpu", or a `Machine`
+    dtype, quantize  in what the model computes, and in how many bits its weights are, as `treadle.compile` takes them
+    config           of the declaration
+
+    Raises UsageError for a mesh, recipe, axis or device that there is not, and what `resolve` does.
+    """
+    _, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
+    return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
+
+
+def recognized(
+    model: Model | Graph | str | Path,
+    inputs: Sequence[str] | None,
+    dtype: str | None,
+    quantize: str | None,
+    widen: str | Iterable[str],
+    limits: Mapping[str, int] | None,
+    config: Mapping[str, Any],
+    *,
+    deferred: bool = False,
+) -> tuple[Resolved, Optimized]:
+    """What MODEL names, and its graph in which everything is recognized, computes in `dtype` and is held in blocks.
+
+    deferred   weights of a checkpoint are read when parts of them are taken (`treadle.frontends.deferred_arrays`)
+    """
+    passes, widen = computing_in(dtype, RECOGNITION, widen, quantize)
+    resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, deferred=deferred, **config)
+    return resolved, PassManager(passes).run(resolved.graph)
+
+
+def plan_graph(
+    graph: Graph,
+    mesh: Mesh | str,
+    *,
+    recipe: str | None = None,
+    axes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | Machine = "h100",
+) -> ShardingPlan:
+    """Plan a graph in which everything is recognized, and check the plan: see `shard_model`."""
+    choose_sizes(graph, sizes or {})  # which refuses what no size of the graph can be
+    plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
+    check_sharding(plan)
+    return plan
+
+
+def rank_graph(plan: ShardingPlan, rank: int, *, dtype: str | None = None) -> Graph:
+    """The program of a rank after the rest of the pipeline.
+
+    dtype  in which products with weights compute, as `treadle.compile` takes it
+    """
+    passes, _ = computing_in(dtype, MERGING, ())
+    return PassManager([*passes, GatherAhead()]).run(rank_program(plan, rank)).graph
