@@ -273,7 +273,9 @@ def test_the_plan_and_its_explanation_show_the_timetable() -> None:
     assert "stages over pp, through which 3 micro-batches go one after another" in text
     assert "    stage 0    0 1 2 .\n    stage 1    . 0 1 2\n" in text
     assert "3 x hand_on over pp: stage 1 goes on from what stage 0 made" in text
-    told = explain_sharding("gpt2", mesh="pp=2,tp=2,micro=3", recipe="gpipe", sizes={"B": 6, "S": 16}, **{**SMALL, "layers": 2})
+    told = explain_sharding(
+        "gpt2", mesh="pp=2,tp=2,micro=3", recipe="gpipe", sizes={"B": 6, "S": 16}, **{**SMALL, "layers": 2}
+    )
     assert max(map(len, str(told).splitlines())) <= 80
     assert "ranks wait" in str(told)
     assert "stage 1 goes on from what stage 0 made" in str(told)

@@ -120,7 +120,10 @@ class PlannedFunction:
     @property
     def steps(self) -> tuple[Move | PlannedNode, ...]:
         """All that it does, in order: the moves before a node, the node, ..., the moves at the end."""
-        return (*[step for node in self.nodes for step in (*node.moves, node)], *self.moves)
+        found: list[Move | PlannedNode] = []
+        for node in self.nodes:
+            found += [*node.moves, node]
+        return (*found, *self.moves)
 
 
 def made_items(planned: PlannedFunction) -> list[Item]:

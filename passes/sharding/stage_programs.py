@@ -96,7 +96,7 @@ class StageProgram(RankProgram):
         met: dict[str, Any] = {"over": line[0], "ways": line[1], "because": hand_on_reason(number)}
         with self.placed_as(value.node):
             brought = zeros(self.b, self.local(value.type, placed)) if x is None else x
-            made = self.b.apply(HandOn.name, brought, **met, source=number - 1, target=number, name=value.name)
+            made: Expr = self.b.apply(HandOn.name, brought, **met, source=number - 1, target=number, name=value.name)
         return made
 
     def joined(self, parts: list[Expr], at: int) -> Expr:

@@ -184,7 +184,7 @@ def _best(
 ) -> tuple[float, tuple[int, ...]]:
     """The least slowest stage, or where there is a limit to it, the least that is handed on; and where stages end."""
     places = len(seconds)
-    best = [(0.0 if end == 0 else inf, ()) for end in range(places + 1)]
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0 if end == 0 else inf, ()) for end in range(places + 1)]
     for stage in range(1, count + 1):
         found: list[tuple[float, tuple[int, ...]]] = [(inf, ())] * (places + 1)
         for end in range(stage, places + 1 if stage == count else places):

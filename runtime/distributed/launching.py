@@ -19,8 +19,8 @@ from typing import Any
 from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed.ranks import LAUNCHER
 
-PATIENCE = 3.0
-"""Seconds that ranks have to end by themselves, once one has failed."""
+PATIENCE = 2.5
+"""Seconds that ranks have to end by themselves, once one has failed: a second more than they need where they hang."""
 
 _PAUSE = 0.02
 
@@ -51,14 +51,14 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
             if all(rank.returncode == 0 for rank in ranks):
                 return 0
             time.sleep(_PAUSE)
+        number, first = next((i, rank) for i, rank in enumerate(ranks) if rank.returncode)
         until = time.monotonic() + PATIENCE
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
             time.sleep(_PAUSE)
     own_codes = [rank.returncode for rank in ranks if rank.returncode > 0]
     if own_codes:
         return max(own_codes)
-    number, killed = next((i, rank) for i, rank in enumerate(ranks) if rank.returncode < 0)
-    raise RankError(f"rank {number} was ended by {_signal_name(-killed.returncode)}", received=f"{count} ranks")
+    raise RankError(f"rank {number} was ended by {_signal_name(-first.returncode)}", received=f"{count} ranks")
 
 
 @contextmanager
@@ -75,12 +75,14 @@ def _ended_with_us(ranks: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
         for rank in ranks:
             if rank.poll() is None:
                 rank.terminate()
+        until = time.monotonic() + _PAUSE * 10
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
+            time.sleep(_PAUSE)
         for rank in ranks:
-            try:
-                rank.wait(_PAUSE * 10)
-            except subprocess.TimeoutExpired:
+            if rank.poll() is None:
                 rank.kill()
-                rank.wait()
+        for rank in ranks:
+            rank.wait()
         signal.signal(signal.SIGTERM, before)
 
 

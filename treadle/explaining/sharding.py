@@ -108,7 +108,7 @@ class ShardingTold:
     def _stages(self, stages: PipelineTimes) -> list[str]:
         """When each stage of a pipeline works."""
         assert self.plan.pipeline is not None
-        rows = [("stage", "weights", "a micro-batch", "works from", "to", "waits")]
+        rows: list[tuple[str, ...]] = [("stage", "weights", "a micro-batch", "works from", "to", "waits")]
         for number, stage in enumerate(self.plan.pipeline.stages):
             own = [each for each in stages.turns if each.stage == number]
             worked, count = sum(each.end - each.start for each in own), max(len(own), 1)

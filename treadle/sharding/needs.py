@@ -144,8 +144,8 @@ def device_needs(plan: ShardingPlan) -> DeviceNeeds:
     for number, program in enumerate(programs):
         before = stages[-1].handed if stages else ()
         stages.append(timetable_of(program, plan.mesh, plan.machine, sizes, stage=number, handed=before))
-    times = PipelineTimes.of(stages, plan.pipeline.turns)
-    return DeviceNeeds(*held[most], plan.machine.memory, stages[-1], times, most)
+    staged = PipelineTimes.of(stages, plan.pipeline.turns)
+    return DeviceNeeds(*held[most], plan.machine.memory, stages[-1], staged, most)
 
 
 def _held(program: Graph, sizes: Mapping[str, int]) -> tuple[int, int, int]:
