@@ -21,7 +21,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError, UsageError
 from treadle.ir.graph import Graph
 from treadle.passes.sharding.checking import check_sharding
-from treadle.passes.sharding.plan import Pipeline, ShardingPlan
+from treadle.passes.sharding.plan import PlannedPipeline, ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash, plan_record
 from treadle.passes.sharding.plan_reading import read_plan
 from treadle.passes.sharding.rank_programs import rank_program, rank_weights
@@ -39,7 +39,7 @@ MEETING = ("clip",)
 SMALL: dict[str, Any] = {"layers": 8, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
 
 
-def pipeline_of(plan: ShardingPlan) -> Pipeline:
+def pipeline_of(plan: ShardingPlan) -> PlannedPipeline:
     assert plan.pipeline is not None
     return plan.pipeline
 
@@ -143,52 +143,52 @@ def test_what_follows_from_inputs_is_not_handed_on() -> None:
 # -- wrong pipelines ---------------------------------------------------------------------------------------------------
 
 
-def without_a_step(made: Pipeline) -> Pipeline:
+def without_a_step(made: PlannedPipeline) -> PlannedPipeline:
     first, *others = made.stages
     return replace(made, stages=(replace(first, steps=first.steps[:-1]), *others))
 
 
-def without_what_is_handed_on(made: Pipeline) -> Pipeline:
+def without_what_is_handed_on(made: PlannedPipeline) -> PlannedPipeline:
     first, second, *others = made.stages
     return replace(made, stages=(first, replace(second, receives=()), *others))
 
 
-def handed_on_too_early(made: Pipeline) -> Pipeline:
+def handed_on_too_early(made: PlannedPipeline) -> PlannedPipeline:
     first, second, *others = made.stages
     later = made.stages[-1].receives
     return replace(made, stages=(first, replace(second, receives=(*second.receives, *later)), *others))
 
 
-def without_a_weight(made: Pipeline) -> Pipeline:
+def without_a_weight(made: PlannedPipeline) -> PlannedPipeline:
     *others, last = made.stages
     return replace(made, stages=(*others, replace(last, weights=last.weights[1:])))
 
 
-def with_all_weights(made: Pipeline) -> Pipeline:
+def with_all_weights(made: PlannedPipeline) -> PlannedPipeline:
     first, *others = made.stages
     every = tuple(dict.fromkeys(name for stage in made.stages for name in stage.weights))
     return replace(made, stages=(replace(first, weights=every), *others))
 
 
-def without_an_output(made: Pipeline) -> Pipeline:
+def without_an_output(made: PlannedPipeline) -> PlannedPipeline:
     *others, last = made.stages
     return replace(made, stages=(*others, replace(last, outputs=())))
 
 
-def with_an_output_twice(made: Pipeline) -> Pipeline:
+def with_an_output_twice(made: PlannedPipeline) -> PlannedPipeline:
     first, *others = made.stages
     return replace(made, stages=(replace(first, outputs=made.stages[-1].outputs), *others))
 
 
-def of_one_stage_less(made: Pipeline) -> Pipeline:
+def of_one_stage_less(made: PlannedPipeline) -> PlannedPipeline:
     return replace(made, stages=made.stages[:-1])
 
 
-def over_the_batch(made: Pipeline) -> Pipeline:
+def over_the_batch(made: PlannedPipeline) -> PlannedPipeline:
     return replace(made, over=made.turns)
 
 
-def along_stages(made: Pipeline) -> Pipeline:
+def along_stages(made: PlannedPipeline) -> PlannedPipeline:
     return replace(made, turns=made.over)
 
 
@@ -207,7 +207,7 @@ def along_stages(made: Pipeline) -> Pipeline:
         (along_stages, "which is not the last axis"),
     ],
 )
-def test_a_wrong_pipeline_is_refused(change: Callable[[Pipeline], Pipeline], told: str) -> None:
+def test_a_wrong_pipeline_is_refused(change: Callable[[PlannedPipeline], PlannedPipeline], told: str) -> None:
     plan = shard_model("gpt2", "pp=4", recipe="gpipe", **SMALL)
     with pytest.raises(PassError, match=told):
         check_sharding(replace(plan, pipeline=change(pipeline_of(plan))))

@@ -5,7 +5,7 @@ A plan is frozen. It belongs to a graph, whose functions it holds once for each 
     PlannedFunction   where its arguments lie, its nodes in order, where its results lie
     PlannedNode       which factors of its rule are split, what moves before it, how operands are read, results given
     Move              a value that is wanted in another placement: the steps, the reason, and who is the reason
-    Pipeline          which ranks do which steps of `main`, where its layers lie on ranks in turn
+    PlannedPipeline   which ranks do which steps of `main`, where its layers lie on ranks in turn
 
 `treadle.passes.sharding.planning` makes it, `checking` checks it, `rank_programs` applies it.
 """
@@ -148,7 +148,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class PlannedPipeline:
     """`main` in stages, each on ranks of its own, through which micro-batches go one after another.
 
     over   the mesh axis of stages, along which nothing else lies
@@ -212,7 +212,7 @@ class ShardingPlan:
     notes: tuple[str, ...]
     sizes: Mapping[str, int]
     machine: Machine
-    pipeline: Pipeline | None = None
+    pipeline: PlannedPipeline | None = None
 
     @property
     def main(self) -> PlannedFunction:
@@ -322,7 +322,7 @@ class ShardingPlan:
             met = PassOn.name, planned.ring, count, ring_reason(node)
             yield from [self._sent(met, (value, placed), joined_scope(scope, at.scope), at)] * (count - 1)
 
-    def _handed(self, pipeline: Pipeline, number: int, item: Item) -> PlannedCollective:
+    def _handed(self, pipeline: PlannedPipeline, number: int, item: Item) -> PlannedCollective:
         """What a stage gets of the one before."""
         node = item[0].node
         over = self.mesh.parts_of(pipeline.over)

@@ -21,7 +21,7 @@ from treadle.ir.text.printer import value_names
 from treadle.passes.sharding.conversions import bytes_of, payload_of
 from treadle.passes.sharding.plan import (
     Move,
-    Pipeline,
+    PlannedPipeline,
     PlannedCollective,
     PlannedFunction,
     PlannedNode,
@@ -68,7 +68,7 @@ def collective_lines(plan: ShardingPlan) -> list[str]:
     return [*lines, f"  in all {_megabytes(sent)} sent a rank, {seconds * 1e3:.3f} ms at least"]
 
 
-def pipeline_lines(plan: ShardingPlan, pipeline: Pipeline) -> list[str]:
+def pipeline_lines(plan: ShardingPlan, pipeline: PlannedPipeline) -> list[str]:
     """The stages, who computes which micro-batch when, and how long ranks wait."""
     count, turns = len(pipeline.stages), plan.times_of(made_items(plan.main))
     lines = [f"stages over {pipeline.over}, through which {turns} micro-batches go one after another"]
@@ -153,7 +153,7 @@ def plan_record(plan: ShardingPlan) -> dict[str, Any]:
     }
 
 
-def _pipeline_json(plan: ShardingPlan, pipeline: Pipeline) -> dict[str, Any]:
+def _pipeline_json(plan: ShardingPlan, pipeline: PlannedPipeline) -> dict[str, Any]:
     """Stages by numbers: of steps of `main`, and of what these make."""
     numbers = {item: number for number, item in enumerate(made_items(plan.main))}
     return {

@@ -23,7 +23,15 @@ from treadle.ir.placement.placements import MeshPlacement, parse_placement
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.conversions import conversion
 from treadle.passes.sharding.factors import Share
-from treadle.passes.sharding.plan import Move, Pipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage, made_items
+from treadle.passes.sharding.plan import (
+    Move,
+    PlannedPipeline,
+    PlannedFunction,
+    PlannedNode,
+    ShardingPlan,
+    Stage,
+    made_items,
+)
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,99}")
 _MOST_TEXT = 1000
@@ -99,7 +107,7 @@ class _Reader:
             self.pipeline(record["pipeline"], last[0]) if "pipeline" in record else None,
         )
 
-    def pipeline(self, said: Mapping[str, Any], main: PlannedFunction) -> Pipeline:
+    def pipeline(self, said: Mapping[str, Any], main: PlannedFunction) -> PlannedPipeline:
         made = made_items(main)
         stages = [
             Stage(
@@ -110,7 +118,7 @@ class _Reader:
             )
             for each in _list(said["stages"])
         ]
-        return Pipeline(_text(said["over"]), _text(said["turns"]), tuple(stages))
+        return PlannedPipeline(_text(said["over"]), _text(said["turns"]), tuple(stages))
 
     def placed(self, said: Any) -> MeshPlacement:
         text = _text(said)

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from treadle.ir.errors import PassError
-from treadle.passes.sharding.plan import Item, Move, Pipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage
+from treadle.passes.sharding.plan import Item, Move, PlannedPipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage
 
 
-def check_stages(plan: ShardingPlan, pipeline: Pipeline) -> None:
+def check_stages(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
     """Raise PassError where the pipeline is wrong."""
     sizes = dict(plan.mesh.axes)
     if [pipeline.turns] != [name for name, _ in plan.mesh.axes[-1:]] or pipeline.over == pipeline.turns:
@@ -36,7 +36,7 @@ def _wrong(what: str, received: str | None = None) -> PassError:
     return PassError(f"sharding plan: {what}", received=received, within="its pipeline")
 
 
-def _check_axes(planned: PlannedFunction, plan: ShardingPlan, pipeline: Pipeline) -> None:
+def _check_axes(planned: PlannedFunction, plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
     line = {part for part in plan.mesh.parts if part.axis == pipeline.over}
     turns = {part for part in plan.mesh.parts if part.axis == pipeline.turns}
     for step in planned.steps:
@@ -60,7 +60,9 @@ def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item
     has: set[Item] = set()
     for value, placed in stage.receives:
         if (value, placed) not in before:
-            raise _wrong(f"stage {number} is handed {value.name}, which the one before has not so", str(placed))
+            raise _wrong(
+                f"stage {number} is handed {value.name}, which the one before has not so", placed.text(plan.mesh)
+            )
         has.add((value, placed))
     if len(set(stage.receives)) != len(stage.receives) or list(stage.steps) != sorted(set(stage.steps)):
         raise _wrong(f"stage {number} does or takes something twice, or in another order")
@@ -84,7 +86,7 @@ def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item
     return has
 
 
-def _check_outputs(plan: ShardingPlan, pipeline: Pipeline) -> None:
+def _check_outputs(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
     named: Sequence[str] = [name for stage in pipeline.stages for name in stage.outputs]
     if sorted(named) != sorted(plan.main.function.outputs):
         raise _wrong("outputs are not each of one stage", ", ".join(named[:8]))

@@ -20,7 +20,7 @@ from treadle.ir.hashing import function_key
 from treadle.ir.ops.collectives import HandOn
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.placement.mesh import ways
-from treadle.passes.sharding.plan import Item, Pipeline, PlannedFunction, ShardingPlan, hand_on_reason
+from treadle.passes.sharding.plan import Item, PlannedPipeline, PlannedFunction, ShardingPlan, hand_on_reason
 from treadle.passes.sharding.rank_programs import RankProgram
 from treadle.passes.sharding.stages import TURNS
 
@@ -34,7 +34,7 @@ class StageProgram(RankProgram):
     def __init__(self, plan: ShardingPlan, rank: int, graph: Graph) -> None:
         super().__init__(plan, rank, graph, graph.main, {})
         assert plan.pipeline is not None
-        self.pipeline: Pipeline = plan.pipeline
+        self.pipeline: PlannedPipeline = plan.pipeline
         self.device, self.turn = rank, -1
         self.made: dict[tuple[str, int], Function] = {}
         self.keys: dict[tuple[str, str], Function] = {}

@@ -19,7 +19,7 @@ from math import inf
 from treadle.ir.errors import PassError
 from treadle.passes.sharding.conversions import seconds_to_pass
 from treadle.passes.sharding.costs import Costs
-from treadle.passes.sharding.plan import Item, Move, Pipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage
+from treadle.passes.sharding.plan import Item, Move, PlannedPipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage
 
 TURNS = "micro"
 """The mesh axis of micro-batches."""
@@ -30,7 +30,7 @@ def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
 
     Raises PassError where micro-batches would have to meet, and for fewer nodes than stages.
     """
-    pipeline = Pipeline(over, TURNS, ())
+    pipeline = PlannedPipeline(over, TURNS, ())
     staged = replace(plan, pipeline=pipeline)
     _refuse_meetings(staged, pipeline)
     line = _Line(staged)
@@ -46,7 +46,7 @@ def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
     return replace(plan, pipeline=replace(pipeline, stages=tuple(stages)))
 
 
-def _refuse_meetings(plan: ShardingPlan, pipeline: Pipeline) -> None:
+def _refuse_meetings(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
     """Raise PassError where something lies over stages, or micro-batches have to meet."""
     turns, line = set(plan.turns), set(plan.mesh.parts_of(pipeline.over))
 
