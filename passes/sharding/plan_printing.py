@@ -21,10 +21,10 @@ from treadle.ir.text.printer import value_names
 from treadle.passes.sharding.conversions import bytes_of, payload_of
 from treadle.passes.sharding.plan import (
     Move,
-    PlannedPipeline,
     PlannedCollective,
     PlannedFunction,
     PlannedNode,
+    PlannedPipeline,
     ShardingPlan,
     Stage,
     made_items,

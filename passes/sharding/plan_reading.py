@@ -25,9 +25,9 @@ from treadle.passes.sharding.conversions import conversion
 from treadle.passes.sharding.factors import Share
 from treadle.passes.sharding.plan import (
     Move,
-    PlannedPipeline,
     PlannedFunction,
     PlannedNode,
+    PlannedPipeline,
     ShardingPlan,
     Stage,
     made_items,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from treadle.ir.errors import PassError
-from treadle.passes.sharding.plan import Item, Move, PlannedPipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage
+from treadle.passes.sharding.plan import Item, Move, PlannedFunction, PlannedNode, PlannedPipeline, ShardingPlan, Stage
 
 
 def check_stages(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:

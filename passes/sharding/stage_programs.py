@@ -20,7 +20,7 @@ from treadle.ir.hashing import function_key
 from treadle.ir.ops.collectives import HandOn
 from treadle.ir.ops.shapes import zeros
 from treadle.ir.placement.mesh import ways
-from treadle.passes.sharding.plan import Item, PlannedPipeline, PlannedFunction, ShardingPlan, hand_on_reason
+from treadle.passes.sharding.plan import Item, PlannedFunction, PlannedPipeline, ShardingPlan, hand_on_reason
 from treadle.passes.sharding.rank_programs import RankProgram
 from treadle.passes.sharding.stages import TURNS
 

@@ -19,7 +19,7 @@ from math import inf
 from treadle.ir.errors import PassError
 from treadle.passes.sharding.conversions import seconds_to_pass
 from treadle.passes.sharding.costs import Costs
-from treadle.passes.sharding.plan import Item, Move, PlannedPipeline, PlannedFunction, PlannedNode, ShardingPlan, Stage
+from treadle.passes.sharding.plan import Item, Move, PlannedFunction, PlannedNode, PlannedPipeline, ShardingPlan, Stage
 
 TURNS = "micro"
 """The mesh axis of micro-batches."""
