@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -110,9 +111,9 @@ def test_the_legend_has_the_colour_of_each_ops_boxes() -> None:
         end = text[0] + 6 * len(word.text or "")
 
 
-def test_a_backend_without_an_arena_has_no_drawing() -> None:
+def test_what_lies_in_no_arena_has_no_drawing() -> None:
     with pytest.raises(UsageError, match="there is no arena to draw"):
-        draw_memory(gpt2("numpy"))
+        draw_memory(replace(gpt2("numpy"), placed=None))
 
 
 def test_two_builds_are_compared(tmp_path: Path) -> None:

@@ -325,6 +325,7 @@ def test_a_call_has_no_facts() -> None:
 
 SPELLERS = (
     *("backends/numpy/spelling.py", "backends/torch/spelling.py", "backends/torch/destinations.py"),
+    *("backends/numpy/destinations.py", "backends/numpy/workspaces.py"),
     *("backends/onnx", "backends/tvm/kernels"),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "encoded", "indexing")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("normalization", "product", "reduction", "shape")),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import treadle.ir.ops  # noqa: F401  (registers the ops)
-from treadle.backends.numpy.spelling import NUMPY
+from treadle.backends.numpy.destinations import NUMPY
 from treadle.backends.onnx.spelling import SPELLINGS as ONNX
 from treadle.backends.torch.spelling import TORCH
 from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED, FUNCTIONS

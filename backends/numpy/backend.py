@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.made_weights import as_numpy_weight, notes_on, recipes_of
-from treadle.backends.numpy.spelling import NUMPY, keeps, written_over
+from treadle.backends.numpy.destinations import NUMPY, is_placed, written_over
+from treadle.backends.numpy.spelling import keeps
+from treadle.backends.numpy.workspaces import workspace
 from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Port
+from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, collect_weights
 from treadle.backends.refusals import refuse_misfit, refuse_nodes
@@ -27,6 +31,7 @@ from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
+from treadle.passes.memory.frame_placement import ALIGNMENT
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 
@@ -76,9 +81,10 @@ class NumpyBackend(StagedBackend):
         refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16_CACHES if held else _WITHOUT_BF16)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """What is spelled as it is, what is done once, and how long each array lives."""
+        """What is spelled as it is, what is done once, and where each array lies for how long."""
         products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
-        return (*products, HoistWeights(), PlanStorage(over=written_over))
+        plan = PlanStorage(placed=is_placed, over=written_over, workspaces=workspace, copies=True)
+        return (*products, HoistWeights(), plan)
 
     def emit(
         self,
@@ -103,9 +109,9 @@ class NumpyBackend(StagedBackend):
         if poison:
             arrays = {name: _read_only(array) for name, array in arrays.items()}
         donated = frozenset(value.name for each in plan.functions.values() for value in each.donated)
-        return PythonExecutable(
-            declared, program, arrays, namespace, _NumpyArrays(poison, donated), self.name, None, plan
-        )
+        ours = _NumpyArrays(poison, donated)
+        arena = PythonArena(plan, program, ours, _poison if poison else None)
+        return PythonExecutable(declared, program, arrays, namespace, ours, self.name, arena, plan)
 
 
 class _Reference:
@@ -129,14 +135,15 @@ def _read_only(array: Array) -> Array:
     return view
 
 
-def _poison(array: Any) -> None:
-    """Fill an array, and so all that lies in its memory, unless that cannot be written: a scalar, what is broadcast."""
-    if isinstance(array, np.ndarray) and array.flags.writeable:
-        array[...] = np.frombuffer(bytes([BYTE]) * array.itemsize, array.dtype)[0]
+def _poison(*arrays: Any) -> None:
+    """Fill arrays, and so all that lies in their memory, unless that cannot be written: a scalar, what is broadcast."""
+    for array in arrays:
+        if isinstance(array, np.ndarray) and array.flags.writeable:
+            array[...] = np.frombuffer(bytes([BYTE]) * array.itemsize, array.dtype)[0]
 
 
 class _NumpyArrays:
-    """NumPy arrays; see `treadle.backends.python.executable.Arrays`.
+    """NumPy arrays; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`.
 
     kept     what a caller gave is read-only during the run
     donated  but for these inputs, which the caller gave away
@@ -159,6 +166,18 @@ class _NumpyArrays:
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> Array:
         return np.zeros(shape, dtype.numpy)
+
+    def allocated(self, count: int) -> Array:
+        try:
+            held = np.empty(count + ALIGNMENT, np.uint8)
+        except MemoryError as error:
+            raise BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for a run") from error
+        begin = -held.__array_interface__["data"][0] % ALIGNMENT
+        return held[begin : begin + count]
+
+    def laid(self, arena: Array, offset: int, shape: tuple[int, ...], dtype: DType) -> Array:
+        assert dtype.numpy is not None
+        return arena[offset : offset + math.prod(shape) * dtype.numpy.itemsize].view(dtype.numpy).reshape(shape)
 
     def give(self, array: Any, given: Sequence[Any], shared: bool) -> Array:
         result = np.asarray(array)

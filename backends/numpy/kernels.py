@@ -2,29 +2,40 @@
 
 Each gives results in the dtype of its operands, and sums in it: emitted source passes float16 in float32. Attention
 alone takes it as it is, and rounds scores and probabilities as its body does. Nothing here loops over elements.
+
+    out    where the result is written; None: in a new array
+    work   what a call needs beside, as arrays by name (`treadle.backends.numpy.workspaces`); of those that it does not
+           have, it makes new ones
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from treadle.backends.numpy.attention_kernels import alibi as alibi  # which emitted source calls, as all of these
+from treadle.backends.numpy.attention_kernels import attention as attention
+from treadle.backends.numpy.attention_kernels import attention_with_probabilities as attention_with_probabilities
+from treadle.backends.numpy.attention_kernels import causal as causal
+from treadle.backends.numpy.attention_kernels import hidden_by as hidden_by
+from treadle.backends.numpy.attention_kernels import counted
+from treadle.backends.numpy.attention_kernels import laid_out as laid_out
+from treadle.backends.numpy.attention_kernels import padding as padding
+from treadle.backends.numpy.attention_kernels import segments as segments
+from treadle.backends.numpy.attention_kernels import t5_relative as t5_relative
+from treadle.backends.numpy.attention_kernels import term as term
+from treadle.backends.numpy.attention_kernels import window as window
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
-from treadle.ir.attention.attention_terms import parse_term
-from treadle.ir.ops.along_axes import wide_array
+from treadle.backends.python.workspace import NOTHING, Workspace
 from treadle.ir.ops.error_function import erf as exact_erf
 
 Array = np.ndarray[Any, Any]
 
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
 """Elements that a function of one element works on at a time, so that its temporaries stay in the cache."""
-
-_SCORES = 1 << 22
-"""Scores that attention holds at a time."""
 
 
 # -- functions of an element ---------------------------------------------------------------------------------
@@ -35,8 +46,8 @@ _ERF_P = (1.12837911, 0.193525076, 0.0530990697, 0.00388249033, 0.000284547103, 
 _ERF_Q = (1.0, 0.504839718, 0.115341716, 0.0152055258, 0.00118536584, 3.74207593e-05)
 
 
-def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
-    value = x * coefficients[-1]
+def _polynomial(coefficients: Sequence[float], x: Array, out: Array | None) -> Array:
+    value: Array = np.multiply(x, coefficients[-1], out=out)
     for coefficient in coefficients[-2:0:-1]:
         value += coefficient
         value *= x
@@ -44,26 +55,26 @@ def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return value
 
 
-def _erf(x: Array) -> Array:
+def _erf(x: Array, y: Array, work: Workspace) -> None:
     if x.dtype != np.float32:
-        return exact_erf(x)
-    clipped = np.clip(x, -4.0, 4.0)
-    square = clipped * clipped
-    clipped *= _polynomial(_ERF_P, square)
-    clipped /= _polynomial(_ERF_Q, square)
-    return np.clip(clipped, -1.0, 1.0, out=clipped)
+        y[...] = exact_erf(x)
+        return
+    np.clip(x, -4.0, 4.0, out=y)
+    square = np.multiply(y, y, out=work.square)
+    y *= _polynomial(_ERF_P, square, work.polynomial)
+    y /= _polynomial(_ERF_Q, square, work.polynomial)
+    np.clip(y, -1.0, 1.0, out=y)
 
 
-def _gelu(x: Array) -> Array:
-    y = _erf(x * math.sqrt(0.5))
+def _gelu(x: Array, y: Array, work: Workspace) -> None:
+    _erf(np.multiply(x, math.sqrt(0.5), out=y), y, work)
     y += 1.0
     y *= x
     y *= 0.5
-    return y
 
 
-def _gelu_tanh(x: Array) -> Array:
-    y = x * x
+def _gelu_tanh(x: Array, y: Array, work: Workspace) -> None:
+    np.multiply(x, x, out=y)
     y *= 0.044715
     y += 1.0
     y *= x
@@ -72,55 +83,161 @@ def _gelu_tanh(x: Array) -> Array:
     y += 1.0
     y *= x
     y *= 0.5
-    return y
 
 
-def _chunked(function: Callable[[Array], Array], x: Array) -> Array:
-    flat = np.ascontiguousarray(x).reshape(-1)
-    out = np.empty_like(flat)
-    for start in range(0, flat.size, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        out[part] = function(flat[part])
-    return out.reshape(np.shape(x))
+def _chunked(function: Callable[[Array, Array, Workspace], None], x: Array, out: Array | None, work: Workspace) -> Array:
+    """A function of x by chunks; x, y, and what it needs beside are as long. `work.kept` holds a chunk of an x with
+    gaps."""
+    x = np.asarray(x)
+    made = np.empty(x.shape, x.dtype) if out is None else out
+    parts: dict[str, Array] = vars(work)
+    chunk = next((len(part) for part in parts.values()), CHUNK)
+    to = made.reshape(-1)
+    if "kept" in parts:
+        np.copyto(made, x)
+    flat = to if "kept" in parts else x.reshape(-1)
+    for start in range(0, flat.size, chunk):
+        here = flat[start : start + chunk]
+        some = {name: part[: len(here)] for name, part in parts.items()}
+        if "kept" in some:
+            np.copyto(some["kept"], here)
+            here = some["kept"]
+        function(here, to[start : start + chunk], Workspace(**some))
+    return made
 
 
-def erf(x: Array) -> Array:
+def erf(x: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
     """The error function; in float32 within 3.2e-7."""
-    return _chunked(_erf, x)
+    return _chunked(_erf, x, out, work)
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
     """x/2 (1 + erf(x / sqrt 2))"""
-    return _chunked(_gelu, x)
+    return _chunked(_gelu, x, out, work)
 
 
-def gelu_tanh(x: Array) -> Array:
+def gelu_tanh(x: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))"""
-    return _chunked(_gelu_tanh, x)
+    return _chunked(_gelu_tanh, x, out, work)
+
+
+def sigmoid(x: Array, out: Array | None = None) -> Array:
+    """1 / (1 + e^-x)"""
+    y = np.asarray(np.negative(x, out=out))
+    np.exp(y, out=y)
+    y += 1.0
+    return np.divide(1.0, y, out=y)
+
+
+def silu(x: Array, out: Array | None = None) -> Array:
+    """x / (1 + e^-x)"""
+    return _x_over(x, np.negative(x, out=out))
+
+
+def quick_gelu(x: Array, out: Array | None = None) -> Array:
+    """x / (1 + e^(-1.702 x))"""
+    return _x_over(x, np.multiply(x, -1.702, out=out))
+
+
+def rsqrt(x: Array, out: Array | None = None) -> Array:
+    """1 / sqrt(x)"""
+    y = np.asarray(np.sqrt(x, out=out))
+    return np.divide(1.0, y, out=y)
+
+
+def _x_over(x: Array, y: Any) -> Array:
+    """x / (1 + e^y), over y"""
+    y = np.asarray(y)
+    np.exp(y, out=y)
+    y += 1.0
+    return np.divide(x, y, out=y)
+
+
+# -- shapes and choices --------------------------------------------------------------------------------------
+
+
+def copied(x: Array, shape: tuple[int, ...], out: Array | None = None) -> Array:
+    """The elements of x in row-major order under another shape, in memory of their own."""
+    made = np.empty(shape, x.dtype) if out is None else out
+    np.copyto(made.reshape(x.shape), x)
+    return made
+
+
+def cast(x: Array, dtype: Any, out: Array | None = None) -> Array:
+    """x in another dtype"""
+    if out is None:
+        return x.astype(dtype)
+    np.copyto(out, x, casting="unsafe")
+    return out
+
+
+def where(condition: Array, x: Any, y: Any, out: Array | None = None) -> Array:
+    """x where the condition holds, else y"""
+    if out is None:
+        return np.where(condition, x, y)
+    np.copyto(out, y)
+    np.copyto(out, x, where=condition)
+    return out
+
+
+def pad(x: Array, axis: int, before: int, after: int, value: float, out: Array | None = None) -> Array:
+    """x with margins along an axis, which are filled with a number"""
+    axis %= x.ndim
+    size = x.shape[axis]
+    shape = (*x.shape[:axis], before + size + after, *x.shape[axis + 1 :])
+    made = np.empty(shape, x.dtype) if out is None else out
+    along = np.moveaxis(made, axis, 0)
+    along[:before] = along[before + size :] = value
+    along[before : before + size] = np.moveaxis(x, axis, 0)
+    return made
+
+
+def iota(size: int, dtype: Any, out: Array | None = None) -> Array:
+    """0, 1, ..., size - 1"""
+    return np.arange(size, dtype=dtype) if out is None else counted(out)
+
+
+def positions(x: Array, out: Array | None = None) -> Array:
+    """0, 1, ... along the last axis, in the shape of x"""
+    if out is None:
+        return np.broadcast_to(np.arange(x.shape[-1]), x.shape)
+    return counted(out)
 
 
 # -- along an axis -------------------------------------------------------------------------------------------
 
 
-def softmax(x: Array, axis: int) -> Array:
+def softmax(x: Array, axis: int, out: Array | None = None, work: Workspace = NOTHING) -> Array:
     """e^(x - max) / sum of e^(x - max)"""
-    weights = np.asarray(x - np.max(x, axis=axis, keepdims=True))
-    np.exp(weights, out=weights)
-    weights /= np.sum(weights, axis=axis, keepdims=True)
-    return weights
+    y = np.asarray(np.subtract(x, np.max(x, axis=axis, keepdims=True, out=work.row), out=out))
+    np.exp(y, out=y)
+    y /= np.sum(y, axis=axis, keepdims=True, out=work.row)
+    return y
 
 
-def log_softmax(x: Array, axis: int) -> Array:
+def log_softmax(x: Array, axis: int, out: Array | None = None, work: Workspace = NOTHING) -> Array:
     """x - max - ln(sum of e^(x - max))"""
-    shifted = np.asarray(x - np.max(x, axis=axis, keepdims=True))
-    shifted -= np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
-    return shifted
+    y = np.asarray(np.subtract(x, np.max(x, axis=axis, keepdims=True, out=work.row), out=out))
+    total = np.asarray(np.sum(np.exp(y, out=work.powers), axis=axis, keepdims=True, out=work.row))
+    y -= np.log(total, out=total)
+    return y
 
 
-def layer_norm(x: Array, weight: Array | None, bias: Array | None, eps: float) -> Array:
+def mean(x: Array, axes: tuple[int, ...], keepdims: bool = False, out: Array | None = None) -> Array:
+    """The sum along axes, divided by how many elements they have."""
+    total = np.add.reduce(x, axis=axes, keepdims=keepdims, out=out)
+    count = math.prod(x.shape[axis] for axis in axes)
+    return np.divide(total, count, out=total if isinstance(total, np.ndarray) else None)
+
+
+def layer_norm(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None = None, work: Workspace = NOTHING
+) -> Array:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis"""
-    y: Array = x - np.mean(x, axis=-1, keepdims=True)
-    y /= np.sqrt(np.mean(y * y, axis=-1, keepdims=True) + eps)
+    y: Array = np.subtract(x, mean(x, (-1,), True, work.row), out=out)
+    row = mean(np.multiply(y, y, out=work.squares), (-1,), True, work.row)
+    row += eps
+    y /= np.sqrt(row, out=row)
     if weight is not None:
         y *= weight
     if bias is not None:
@@ -128,25 +245,43 @@ def layer_norm(x: Array, weight: Array | None, bias: Array | None, eps: float) -
     return y
 
 
-def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
+def rms_norm(x: Array, weight: Array | None, eps: float, out: Array | None = None, work: Workspace = NOTHING) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis"""
-    y: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    y: Array = np.multiply(x, x, out=out)
+    row = mean(y, (-1,), True, work.row)
+    row += eps
+    np.divide(x, np.sqrt(row, out=row), out=y)
     if weight is not None:
         y *= weight
     return y
 
 
-def take(x: Array, indices: Array, axis: int) -> Array:
+def take(x: Array, indices: Array, axis: int, out: Array | None = None) -> Array:
     """Slices of x along an axis. Raises OutsideAxis for an index that is outside: NumPy would count from the end."""
-    return np.take(x, within(indices, x.shape[axis]), axis=axis)
+    return np.take(x, within(indices, x.shape[axis]), axis=axis, out=out, mode="clip")
 
 
 def within(indices: Array, size: int) -> Array:
     """The indices of an axis of this size. Raises OutsideAxis for one that is outside."""
-    outside = (indices < 0) | (indices >= size)
-    if np.any(outside):
-        raise OutsideAxis(int(np.asarray(indices)[outside].flat[0]), size)
+    if np.size(indices) and (np.min(indices) < 0 or np.max(indices) >= size):
+        given = np.asarray(indices)
+        raise OutsideAxis(int(given[(given < 0) | (given >= size)].flat[0]), size)
     return indices
+
+
+def take_along_axis(x: Array, indices: Array, axis: int, out: Array | None = None, work: Workspace = NOTHING) -> Array:
+    """x[..., indices[..., i, ...], ...], of x row-major where there is a workspace. Raises OutsideAxis."""
+    within(indices, x.shape[axis])
+    if work.places is None:
+        return np.take_along_axis(x, indices, axis)
+    places, axis = work.places, axis % x.ndim
+    np.multiply(indices, math.prod(x.shape[axis + 1 :]), out=places)
+    for other in range(x.ndim):
+        if other != axis:
+            steps = counted(work.steps[: x.shape[other]])
+            steps *= math.prod(x.shape[other + 1 :])
+            places += steps.reshape([-1 if a == other else 1 for a in range(x.ndim)])
+    return np.take(x.reshape(-1), places, out=out, mode="clip")
 
 
 def append(state: Array, x: Array, rows: Array, start: Array, axis: int, *, ring: bool) -> Array:
@@ -162,30 +297,86 @@ def append(state: Array, x: Array, rows: Array, start: Array, axis: int, *, ring
     return state
 
 
+def rotary(
+    x: Array, positions: Array, frequencies: Array, layout: str, out: Array | None = None, work: Workspace = NOTHING
+) -> Array:
+    """x [b, h, s, d], whose first 2f dimensions are turned in pairs; see `treadle.ir.ops.rotary`."""
+    f = frequencies.shape[0]
+    at = np.empty(positions.shape, frequencies.dtype) if work.positions is None else work.positions
+    np.copyto(at, positions, casting="unsafe")
+    cos = np.multiply(at[:, None, :, None], frequencies, out=work.cos)
+    sin = np.sin(cos, out=work.sin)
+    np.cos(cos, out=cos)
+    first, second = (slice(0, f), slice(f, 2 * f)) if layout == "half" else (slice(0, 2 * f, 2), slice(1, 2 * f, 2))
+    y = np.empty(x.shape, x.dtype) if out is None else out
+    one, other = x[..., first], x[..., second]
+    turned, beside = y[..., first], y[..., second]
+    np.multiply(one, cos, out=turned)
+    turned -= np.multiply(other, sin, out=work.part)
+    np.multiply(other, cos, out=beside)
+    beside += np.multiply(one, sin, out=work.part)
+    y[..., 2 * f :] = x[..., 2 * f :]
+    return y
+
+
 # -- products ------------------------------------------------------------------------------------------------
 
 
-def einsum(equation: str, *operands: Array) -> Array:
-    """NumPy's einsum; a product of two operands goes through matmul, which is BLAS."""
+def linear(x: Array, weight: Array, bias: Array, out: Array | None = None) -> Array:
+    """x weight^T + bias, of weight [n, k]"""
+    y: Array = np.matmul(x, weight.T, out=out)
+    y += bias
+    return y
+
+
+class EinsumOrder:
+    """A product of two operands as one of matrices, [batch, rows, inner] by [batch, inner, columns]: letters of axes.
+
+    made      the axes of what matmul gives, of which the result is a permutation
+    operands  for each operand the axes in that order, and where they are parted into dimensions
+    """
+
+    def __init__(self, terms: Sequence[str], right: str) -> None:
+        x, y = terms
+        shared = [c for c in x if c in y]
+        self.batch, inner = [c for c in shared if c in right], [c for c in shared if c not in right]
+        self.rows, self.columns = ([c for c in term if c not in shared] for term in (x, y))
+        self.made = [*self.batch, *self.rows, *self.columns]
+        self.operands = ((self.rows, inner), (inner, self.columns))
+
+
+def einsum(equation: str, *operands: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
+    """NumPy's einsum; a product of two operands goes through matmul, which is BLAS.
+
+    With a workspace, no operand has an axis that it alone has and the result has not.
+    """
     left, right = equation.split("->")
     terms = left.split(",")
     if len(operands) != 2 or "." in equation:
         return np.asarray(np.einsum(equation, *operands, optimize=len(operands) > 2))
     x = _summed(terms[0], operands[0], right + terms[1])
     y = _summed(terms[1], operands[1], right + terms[0])
-    shared = [c for c in x[0] if c in y[0]]
-    batch, inner = [c for c in shared if c in right], [c for c in shared if c not in right]
-    rows, columns = ([c for c in term if c not in shared] for term, _ in (x, y))
+    order = EinsumOrder((x[0], y[0]), right)
     sizes = dict(zip(x[0] + y[0], x[1].shape + y[1].shape, strict=True))
+    batch = [sizes[c] for c in order.batch]
 
-    def laid_out(term: str, operand: Array, *groups: list[str]) -> Array:
-        order = [c for group in groups for c in group]
-        shape = [sizes[c] for c in batch] + [math.prod(sizes[c] for c in group) for group in groups[1:]]
-        return operand.transpose([term.index(c) for c in order]).reshape(shape)
+    def laid_out(term: str, operand: Array, groups: Sequence[list[str]], to: Array | None) -> Array:
+        axes = [c for group in (order.batch, *groups) for c in group]
+        permuted = operand.transpose([term.index(c) for c in axes])
+        if to is None:
+            return permuted.reshape(batch + [math.prod(sizes[c] for c in group) for group in groups])
+        np.copyto(to.reshape(permuted.shape), permuted)
+        return to
 
-    product: Array = np.matmul(laid_out(*x, batch, rows, inner), laid_out(*y, batch, inner, columns))
-    made = [*batch, *rows, *columns]
-    return product.reshape([sizes[c] for c in made]).transpose([made.index(c) for c in right])
+    one, other = laid_out(*x, order.operands[0], work.x), laid_out(*y, order.operands[1], work.y)
+    is_made = order.made == list(right)
+    whole = [*batch, math.prod(sizes[c] for c in order.rows), math.prod(sizes[c] for c in order.columns)]
+    to = work.product if not is_made or out is None else out.reshape(whole)
+    product = np.matmul(one, other, out=to).reshape([sizes[c] for c in order.made])
+    result: Array = product.transpose([order.made.index(c) for c in right])
+    if (is_made and out is not None) or (out is None and to is None):
+        return result if out is None else out
+    return copied(result, result.shape, out)
 
 
 def _summed(term: str, x: Array, kept: str) -> tuple[str, Array]:
@@ -193,108 +384,3 @@ def _summed(term: str, x: Array, kept: str) -> tuple[str, Array]:
     axes = tuple(i for i, c in enumerate(term) if c not in kept)
     return "".join(c for c in term if c in kept), np.sum(x, axis=axes, dtype=x.dtype) if axes else x
 
-
-# -- attention -----------------------------------------------------------------------------------------------
-
-
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    scale: float,
-    masks: Sequence[Array] = (),
-    biases: Sequence[Array] = (),
-    softcap: float | None = None,
-) -> Array:
-    """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see `treadle.ir.ops.attention`.
-
-    Works on some rows and queries at a time, so that the scores take bounded memory. A query that may see no key gets
-    zeros.
-    """
-    rows, heads, queries, _ = q.shape
-    groups, keys = k.shape[1], k.shape[2]
-    keys_across = np.swapaxes(k, -1, -2)
-    out = np.empty((rows, heads, queries, v.shape[-1]), q.dtype)
-    some_queries = min(queries, max(1, _SCORES // max(1, heads * keys)))
-    some_rows = max(1, _SCORES // max(1, heads * keys * some_queries))
-    for row in range(0, rows, some_rows):
-        for query in range(0, queries, some_queries):
-            b, s = slice(row, row + some_rows), slice(query, query + some_queries)
-            some_masks, some_biases = ([_part(x, b, s) for x in parts] for parts in (masks, biases))
-            p = _probabilities(q[b, :, s], keys_across[b], scale, some_masks, some_biases, softcap)
-            out[b, :, s] = _product(_grouped(p, groups), v[b, :, None]).reshape(out[b, :, s].shape)
-    return out
-
-
-def attention_with_probabilities(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    scale: float,
-    masks: Sequence[Array] = (),
-    biases: Sequence[Array] = (),
-    softcap: float | None = None,
-) -> tuple[Array, Array]:
-    """The same, and the probabilities [b, h, s, t], which are zeros too for a query that may see no key."""
-    groups = k.shape[1]
-    p = _probabilities(q, np.swapaxes(k, -1, -2), scale, masks, biases, softcap)
-    out = _product(_grouped(p, groups), v[:, :, None])
-    return out.reshape(*q.shape[:3], v.shape[-1]), p
-
-
-def _probabilities(
-    q: Array,
-    keys_across: Array,
-    scale: float,
-    masks: Sequence[Array],
-    biases: Sequence[Array],
-    softcap: float | None,
-) -> Array:
-    """[b, h, s, t], of keys [b, g, d, t]"""
-    heads, groups, keys = q.shape[1], keys_across.shape[1], keys_across.shape[-1]
-    scores = _product(_grouped(q * scale, groups), keys_across[:, :, None])
-    scores = scores.reshape(scores.shape[0], heads, -1, keys)
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-    for bias in biases:
-        scores += bias
-    for mask in masks:
-        np.copyto(scores, -np.inf, where=~mask)
-    return _safe_softmax(wide_array(scores)).astype(q.dtype, copy=False)
-
-
-def _product(x: Array, y: Array) -> Array:
-    """x @ y, of float16 summed in float32"""
-    made: Array = (wide_array(x) @ wide_array(y)).astype(x.dtype, copy=False)
-    return made
-
-
-def _grouped(x: Array, groups: int) -> Array:
-    """[b, (g r), s, d] -> [b, g, r, s, d]"""
-    return x.reshape(x.shape[0], groups, -1, *x.shape[2:])
-
-
-def _part(x: Array, rows: slice, queries: slice) -> Array:
-    """Some rows and queries of what broadcasts against [b, h, s, t]."""
-    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
-    return x[rows if x.shape[0] > 1 else slice(None), :, queries if x.shape[2] > 1 else slice(None)]
-
-
-def _safe_softmax(scores: Array) -> Array:
-    """In place; zeros for a row that is -inf throughout."""
-    peak = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
-    scores -= np.where(peak > -np.inf, peak, 0.0)
-    np.exp(scores, out=scores)
-    total = np.sum(scores, axis=-1, keepdims=True)
-    scores /= np.where(total > 0, total, 1.0)
-    return scores
-
-
-def term(text: str, queries: int, keys: int, *operands: Array) -> Array:
-    """A mask or bias, written as `window(128)`, by its own meaning; broadcasts against [b, h, s, t]."""
-    return _read(text).reference(np.arange(queries)[:, None], np.arange(keys), *operands)
-
-
-_read = lru_cache(maxsize=64)(parse_term)

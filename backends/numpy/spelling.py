@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
+from itertools import count
 
+from treadle.backends.numpy.written_terms import written_term
 from treadle.backends.python.attention_spelling import attention
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
-from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
+from treadle.backends.python.spelled_line import Line, Spelling, float_text
 from treadle.ir.attention.attention_terms import Term
 from treadle.ir.graph import Value
 from treadle.ir.op_registry import find_op
@@ -18,7 +20,6 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.attending import Attending
 from treadle.ir.ops.axis_names import place
 from treadle.ir.types import DType, Type, f16
-from treadle.passes.memory.storage_plan import Step
 
 # -- 16 bits ---------------------------------------------------------------------------------------------------
 
@@ -64,11 +65,11 @@ SPELLINGS: dict[str, Spelling] = {
     "exp": "np.exp({x})",
     "log": "np.log({x})",
     "sqrt": "np.sqrt({x})",
-    "rsqrt": _in_f32("1.0 / np.sqrt({x})"),
+    "rsqrt": _in_f32("kernels.rsqrt({x}{told})"),
     "reciprocal": "1.0 / {x}",
     "tanh": "np.tanh({x})",
-    "erf": _in_f32("kernels.erf({x})"),
-    "sigmoid": _in_f32("1.0 / (1.0 + np.exp(-{x}))"),
+    "erf": _in_f32("kernels.erf({x}{told})"),
+    "sigmoid": _in_f32("kernels.sigmoid({x}{told})"),
     "sin": "np.sin({x})",
     "cos": "np.cos({x})",
     "abs": "np.abs({x})",
@@ -76,10 +77,10 @@ SPELLINGS: dict[str, Spelling] = {
     "floor": "np.floor({x})",
     "round": "np.rint({x})",
     "relu": "np.maximum({x}, 0.0)",
-    "gelu": _in_f32("kernels.gelu({x})"),
-    "gelu_tanh": _in_f32("kernels.gelu_tanh({x})"),
-    "silu": _in_f32("{x} / (1.0 + np.exp(-{x}))"),
-    "quick_gelu": _in_f32("{x} / (1.0 + np.exp(-1.702 * {x}))"),
+    "gelu": _in_f32("kernels.gelu({x}{told})"),
+    "gelu_tanh": _in_f32("kernels.gelu_tanh({x}{told})"),
+    "silu": _in_f32("kernels.silu({x}{told})"),
+    "quick_gelu": _in_f32("kernels.quick_gelu({x}{told})"),
     # logic
     "equal": "{x} == {y}",
     "not_equal": "{x} != {y}",
@@ -99,7 +100,7 @@ SPELLINGS: dict[str, Spelling] = {
     "rearrange": lambda line: rearranged(line, "transpose"),
     "relayout": "{x}",
     "slice": sliced,
-    "embedding": "kernels.take({table}, {indices}, 0)",
+    "embedding": "kernels.take({table}, {indices}, 0{told})",
     "positions": "np.broadcast_to(np.arange({x}.shape[-1]), {x}.shape)",
 }
 
@@ -136,13 +137,15 @@ def _factor(line: Line, name: str) -> str:
 
 @_spells("linear")
 def _linear(line: Line) -> str:
-    product = f"{_factor(line, 'x')} @ {_factor(line, 'weight')}.T"
-    return f"{product} + {line.bias}" if line.has("bias") else product
+    x, weight = _factor(line, "x"), _factor(line, "weight")
+    if line.has("bias"):
+        return f"kernels.linear({x}, {weight}, {line.array('bias')}{line.told})"
+    return f"np.matmul({x}, {weight}.T{line.told})" if line.is_told else f"{x} @ {weight}.T"
 
 
 @_spells("einsum")
 def _einsum(line: Line) -> str:
-    return f'kernels.einsum("{einsum_letters(line.op.equation)}", {line.arrays})'
+    return f'kernels.einsum("{einsum_letters(line.op.equation)}", {line.arrays}{line.told})'
 
 
 @_spells("expand")
@@ -162,17 +165,14 @@ def _concat(line: Line) -> str:
 
 @_spells("pad")
 def _pad(line: Line) -> str:
-    rank = line.type("x").rank
-    widths = ["(0, 0)"] * rank
-    widths[line.op.axis] = f"({line.size(line.op.before)}, {line.size(line.op.after)})"
-    fill = float_text(line.op.value)
-    value = f", constant_values={fill}" if fill != "0.0" else ""
-    return f"np.pad({line.array('x')}, ({', '.join(widths)},){value})"
+    widths = f"{line.size(line.op.before)}, {line.size(line.op.after)}"
+    axis = place(line.op.axis, line.type("x").rank)
+    return f"kernels.pad({line.array('x')}, {axis}, {widths}, {float_text(line.op.value)}{line.told})"
 
 
 @_spells("gather")
 def _gather(line: Line) -> str:
-    return f"kernels.take({line.array('x')}, {line.array('indices')}, {line.op.axis})"
+    return f"kernels.take({line.array('x')}, {line.array('indices')}, {line.op.axis}{line.told})"
 
 
 @_spells("append")
@@ -225,12 +225,12 @@ def _argmax(line: Line) -> str:
 
 @_spells("softmax")
 def _softmax(line: Line) -> str:
-    return f"kernels.softmax({line.array('x')}, {line.op.axis})"
+    return f"kernels.softmax({line.array('x')}, {line.op.axis}{line.told})"
 
 
 @_spells("log_softmax")
 def _log_softmax(line: Line) -> str:
-    return f"kernels.log_softmax({line.array('x')}, {line.op.axis})"
+    return f"kernels.log_softmax({line.array('x')}, {line.op.axis}{line.told})"
 
 
 @_spells("attention")
@@ -239,6 +239,13 @@ def _attention(line: Line) -> str:
     to = getattr(line.op, "to", None)
     factors = () if to is None else [f"{x}.astype({dtype_text(to)})" for x in (line.q, line.k, line.v)]
     return attention(line, _term, factors)
+
+
+def attention_told(line: Line) -> str:
+    """The same, with masks and biases written to the workspace."""
+    work, numbers = line.work, count()
+    assert work is not None
+    return attention(line, lambda term, operands, *_: written_term(term, operands, work, next(numbers)), hidden=True)
 
 
 @_spells("cached_attention")
@@ -255,47 +262,17 @@ def _term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:
 
 @_spells("layer_norm")
 def _layer_norm(line: Line) -> str:
-    return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {float_text(line.op.eps)})"
+    return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {float_text(line.op.eps)}{line.told})"
 
 
 @_spells("rms_norm")
 def _rms_norm(line: Line) -> str:
-    return f"kernels.rms_norm({line.x}, {line.weight}, {float_text(line.op.eps)})"
+    return f"kernels.rms_norm({line.x}, {line.weight}, {float_text(line.op.eps)}{line.told})"
 
 
 # Attention's kernels sum in float32 themselves.
 _SUMMING = [n for n in SPELLINGS if find_op(n).accumulates is not None and not issubclass(find_op(n), Attending)]
 SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
-
-_OVER = {
-    **{"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "maximum": "maximum", "minimum": "minimum"},
-    **{name: name for name in ("exp", "log", "sqrt", "tanh", "sin", "cos")},
-    **{"neg": "negative", "abs": "absolute"},
-}
-"""Ops by name, and functions of NumPy's that give the same numbers when they write over an operand."""
-
-
-def _into(function: str) -> Callable[[Line], str]:
-    return lambda line: f"np.{function}({', '.join(line[name] for name in line.names)}, out={line.out})"
-
-
-NUMPY = Dialect(
-    name="numpy",
-    imports=("import numpy as np", "import treadle.backends.numpy.kernels as kernels"),
-    spellings=SPELLINGS,
-    copied="{}.copy()",
-    otherwise=Line.by_reference,
-    into={name: _into(function) for name, function in _OVER.items()},
-)
-
-
-def written_over(step: Step) -> Sequence[Value]:
-    """The operands over which a step may write, where they are donated: NumPy's functions take one as `out`."""
-    node = step.root
-    if node.op.name not in _OVER or node.result.type.dtype is f16:  # which is computed in float32
-        return ()
-    return [v for v in node.inputs if v.literal is None and v.type == node.result.type]
-
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""

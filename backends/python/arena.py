@@ -2,6 +2,7 @@
 
     memory.x_1    the array into which a line writes x_1; None where it makes a new one, since the caller hands it out
     memory.h_1    the memory of the call that gives h_1
+    memory.x_1_work   what the call that gives x_1 needs beside: `memory.x_1_work.scores`
 
 What a library call gives lies outside: it is allocated when the line runs, and is foreign to the plan.
 """
@@ -16,8 +17,9 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from treadle.backends.python.emission import Program
+from treadle.backends.python.workspace import Workspace
 from treadle.ir.errors import BackendError
-from treadle.ir.storage.views import Storage, StorageKind
+from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import DType
 from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
 from treadle.passes.memory.frames import frames_of, parts_of
@@ -62,7 +64,7 @@ class PythonArena:
 
         Raises BackendError where there is not so much memory.
         """
-        if not self.program.destinations[entry] and not self.program.frames[entry]:
+        if not self.program.has_memory(entry):
             yield ()
             return
         with self._lock:
@@ -127,6 +129,9 @@ class _Laying:
                 setattr(made, attribute, self._laid(storage, offsets.get(storage), shape))
             for attribute, at in program.frames[name].items():
                 setattr(made, attribute, self._called(name, at, base, offsets))
+            for attribute, at in program.workspaces[name].items():
+                views = plan.workspaces[at].items()
+                setattr(made, attribute, Workspace(**{n: self._beside(v, offsets) for n, v in views}))
             self._known[key] = made
         return self._known[key]
 
@@ -135,6 +140,10 @@ class _Laying:
             return None
         assert storage.nbytes.evaluate(self.sizes) + offset <= self.arena.nbytes
         return self.arena.arrays.laid(self.arena.array, offset, shape, storage.dtype)
+
+    def _beside(self, view: View, offsets: Mapping[Storage, int]) -> Any:
+        shape = tuple(size.evaluate(self.sizes) for size in view.shape)
+        return self._laid(view.storage, offsets[view.storage], shape)
 
     def _called(self, name: str, at: int, base: int, offsets: Mapping[Storage, int]) -> SimpleNamespace:
         """The memory of the function that a step calls."""

@@ -19,14 +19,18 @@ TermSpelling = Callable[[Term, Sequence[str], str, str], str]
 """A term as an expression, of the term, its operands, and how many queries and keys there are."""
 
 
-def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = ()) -> str:
-    """The kernel call. factors: queries, keys and values as expressions, where they are not just the operands."""
+def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *, hidden: bool = False) -> str:
+    """The kernel call.
+
+    factors  queries, keys and values as expressions, where they are not just the operands
+    hidden   masks are true where a query may not see a key
+    """
     masks, biases = _terms_of(line, spelling)
     arguments = [*(factors or (line.q, line.k, line.v)), f"scale={float_text(scale_of(line))}"]
-    arguments += [f"masks=[{', '.join(masks)}]"] if masks else []
+    arguments += [f"{'hidden' if hidden else 'masks'}=[{', '.join(masks)}]"] if masks else []
     arguments += [f"biases=[{', '.join(biases)}]"] if biases else []
     arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
-    return f"kernels.{line.op.name}({', '.join(arguments)})"
+    return f"kernels.{line.op.name}({', '.join(arguments)}{line.told})"
 
 
 def scale_of(line: Line) -> float:

@@ -9,8 +9,11 @@ from treadle.backends.python.spelled_line import Line, as_tuple
 from treadle.ir.axes import AxisDim
 
 
-def rearranged(line: Line, permute: str) -> str:
-    """`x.reshape(B, S, 12, 64).transpose(0, 2, 1, 3)`: only the steps that are needed. permute is the method."""
+def rearranged(line: Line, permute: str, joined: bool = True) -> str:
+    """`x.reshape(B, S, 12, 64).transpose(0, 2, 1, 3)`: only the steps that are needed. permute is the method.
+
+    joined  whether axes that are one dimension of the result are joined
+    """
     application = line.op.apply([line.type("x")])
     (operand,), (result,) = application.operands, application.results
     before = [name for dim in operand or () for name in dim.factors]
@@ -20,7 +23,7 @@ def rearranged(line: Line, permute: str) -> str:
         text += f".reshape({', '.join(line.size(application.dims[name].size) for name in before)})"
     if before != after:
         text += f".{permute}({', '.join(str(before.index(name)) for name in after)})"
-    if _merges(result):
+    if joined and _merges(result):
         text += f".reshape({', '.join(line.size(size) for size in line.result.shape) or '()'})"
     return text.replace(".reshape()", ".reshape(())")
 

@@ -14,7 +14,8 @@ What a node looks like is the dialect's business: a table from op names to Pytho
 is done here, once: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their
 weights and states, and `del` of what no later line reads, so that memory falls as the program runs. A state is one
 array under one name, whatever version of it is meant: what updates it writes in place. What the plan places lies in
-`memory.x_1` (`treadle.backends.python.arena`), and a call is given the memory of its callee.
+`memory.x_1` (`treadle.backends.python.arena`), what a call needs beside its result in `memory.x_1_work`, and a call of
+a block is given the memory of its callee.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Program:
     nodes       the node that a line number of the text is about
     destinations  by function what its `memory` holds: for each name the value that is written there
     frames      by function what else: for each name the step whose callee it is the memory of
+    workspaces  and for each name the step for whose call it holds arrays, by their names
     """
 
     text: str
@@ -64,6 +66,11 @@ class Program:
     nodes: Mapping[int, Node]
     destinations: Mapping[str, Mapping[str, Value]]
     frames: Mapping[str, Mapping[str, int]]
+    workspaces: Mapping[str, Mapping[str, int]]
+
+    def has_memory(self, function: str) -> bool:
+        """Whether a function is given arrays to write to."""
+        return any(told[function] for told in (self.destinations, self.frames, self.workspaces))
 
 
 def emit(
@@ -130,6 +137,7 @@ class _ProgramWriter:
         self.needs: dict[str, list[str]] = {}
         self.destinations: dict[str, dict[str, Value]] = {}
         self.frames: dict[str, dict[str, int]] = {}
+        self.workspaces: dict[str, dict[str, int]] = {}
 
     def program(self) -> Program:
         bodies = [FunctionWriter(self, function).write() for function in self.functions]
@@ -145,6 +153,7 @@ class _ProgramWriter:
             nodes={at: node for at, (_, node) in enumerate(lines, 1) if node is not None},
             destinations=self.destinations,
             frames=self.frames,
+            workspaces=self.workspaces,
         )
 
     def _header(self) -> list[str]:
@@ -160,8 +169,8 @@ class _ProgramWriter:
         return [title, *self.dialect.imports, *([""] if notes else []), *(f"# {on_one_line(n)}" for n in notes)]
 
     def has_memory(self, function: str) -> bool:
-        """Whether a function that is written already is given where to write values."""
-        return bool(self.destinations[function] or self.frames[function])
+        """Whether a function that is written already is given arrays to write to."""
+        return bool(self.destinations[function] or self.frames[function] or self.workspaces[function])
 
     def constant(self, literal: Literal) -> str:
         return f"constants[{self.constants.setdefault(literal, len(self.constants))}]"
@@ -226,6 +235,7 @@ class FunctionWriter:
         plan = self.program.plan.functions[self.function.name]
         destinations = self.program.destinations[self.function.name] = {}
         frames = self.program.frames[self.function.name] = {}
+        workspaces = self.program.workspaces[self.function.name] = {}
         poisoned = _owners_dead_after(plan) if self.program.poison else {}
         dead = {at: list(values) for at, values in plan.dead_after().items()}
         for at, owners in poisoned.items():  # which have their names until their storage dies
@@ -236,8 +246,12 @@ class FunctionWriter:
             made = [r for r in node.results if r.state is None]
             self.text |= {r: self.read(r.before) for r in node.results if r.before is not None and r not in made}
             names = [self.names.new(result.name) for result in made]
+            beside: str | None = None
             if node.op.callee is None:
-                expression = self._spelled(node, self._destination(plan, made, names, destinations))
+                if at in plan.workspaces:
+                    beside = self.names.new(f"{names[0]}_work")
+                    workspaces[beside] = at
+                expression = self._spelled(plan, node, self._destination(plan, made, names, destinations), beside)
             elif self.program.has_memory(node.op.callee):
                 frame = names[0] if names else self.names.new(node.op.callee)
                 frames[frame] = at
@@ -249,6 +263,8 @@ class FunctionWriter:
             types = ", ".join(str(r.type) for r in node.named_results) or "()"
             code = f"{target} = {expression}" if target else expression
             body.add(f"    {code}", f"{types}  {node.scope}".rstrip(), node)
+            if beside is not None and self.program.poison:
+                body.add(f"    poison(*vars(memory.{beside}).values())")
             for value in poisoned.get(at, ()):
                 body.add(f"    poison({self.text[value]})")
             if dead.get(at):
@@ -266,7 +282,7 @@ class FunctionWriter:
                 head.add("    states,")
         for symbol in self.program.needs[self.function.name]:
             head.add(f"    {self.program.symbols[symbol]},")
-        if destinations or frames:
+        if destinations or frames or workspaces:
             head.add("    memory,")
         head.add("):")
         for line in bindings:
@@ -286,8 +302,10 @@ class FunctionWriter:
                 return f"memory.{name}"
         return None
 
-    def _spelled(self, node: Node, out: str | None) -> str:
-        line, dialect = Line(self, node, out), self.program.dialect
+    def _spelled(self, plan: FunctionPlan, node: Node, out: str | None, beside: str | None) -> str:
+        work = None if beside is None else f"memory.{beside}"
+        copies = node.op.is_view and plan.places[node.results[0]].how is How.OWN
+        line, dialect = Line(self, node, out, work, copies), self.program.dialect
         text = dialect.spell(line)
         if not line.updates_state or node.op.name in dialect.spellings:
             return text

@@ -30,7 +30,8 @@ class Dialect:
     copied       a template of an array's copy, such as `{}.copy()`
     otherwise    the spelling of any other primitive op, which leaves its operands as they are; None: there is none
     into         op name -> an expression that writes the result to the array `{out}` and gives it, for ops that the
-                 storage plan places; where `{out}` is None, in a new one
+                 storage plan places; where `{out}` is None, in a new one. `{told}` names both it and the workspace, and
+                 stands in `spellings` for what is spelled alike when it is told nothing
     """
 
     name: str
@@ -55,8 +56,8 @@ class Dialect:
 
     def spell(self, line: Line) -> str:
         """The expression of a node. Raises BackendError for an op that the dialect cannot say."""
-        known = self.spellings if line.out is None else self.into
-        spelling = known.get(line.op.name, self.otherwise)
+        told = self.into.get(line.op.name) if line.is_told else None
+        spelling = told or self.spellings.get(line.op.name, self.otherwise)
         if spelling is None:
             raise BackendError(f"the {self.name} backend has no spelling of op {line.op.name!r}")
         return spelling.format_map(line) if isinstance(spelling, str) else spelling(line)
@@ -68,11 +69,16 @@ class Line:
     A scalar constant stands as a number, but only beside an operand of the same dtype, so that it cannot change
     the result's dtype.
 
-    out  where the plan has the result written, as text; None where the expression gives what a library allocates
+    out      where the plan has the result written, as text; None where the expression gives what a library allocates
+    work     the arrays that the plan has for the call beside its result, as text; None: none are
+    is_told  whether the call is told either, or shall copy what might be a view
     """
 
-    def __init__(self, writer: FunctionWriter, node: Node, out: str | None = None) -> None:
-        self._writer, self.out = writer, out
+    def __init__(
+        self, writer: FunctionWriter, node: Node, out: str | None = None, work: str | None = None, copies: bool = False
+    ) -> None:
+        self._writer, self.out, self.work = writer, out, work
+        self.is_told = out is not None or work is not None or copies
         self.node = node
         self.op: Any = node.op
         self.names = node.op.operand_names(len(node.operands))
@@ -85,6 +91,8 @@ class Line:
     def __getitem__(self, name: str) -> str:
         if name == "out" and self.out is not None:
             return self.out
+        if name == "told":
+            return self.told
         value = self._values[name]
         return "None" if value is None else self._text(value)
 
@@ -93,9 +101,15 @@ class Line:
             raise AttributeError(name)
         return self[name]
 
+    @property
+    def told(self) -> str:
+        """`, out=memory.x, work=memory.x_work`: what the call is told, after its arguments."""
+        told = (("out", self.out), ("work", self.work))
+        return "".join(f", {name}={text}" for name, text in told if text is not None)
+
     def as_read_by(self, kind: type[Line]) -> Line:
         """The same node as another kind of line sees it."""
-        return kind(self._writer, self.node, self.out)
+        return kind(self._writer, self.node, self.out, self.work)
 
     def _text(self, value: Value) -> str:
         if value.literal is not None and value.literal.shape == () and value.type.dtype in self._dtypes:

@@ -264,6 +264,33 @@ class Conv(Composite):
             y = b.rearrange(y, pattern=f"b g o {places} -> b (g o) {places}")
         return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
 
+    def lowering(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
+        """Windows that do not overlap as rows of a matrix, so that backends lay the weight out once, as that of linear;
+        others would be copied several times."""
+        spatial = x.rank - 2
+        each = self.spatial(spatial)
+        kernel = [weight.shape[axis].constant for axis in range(2, x.rank)]
+        apart = all(
+            k is not None and stride > (k - 1) * dilation for k, (*_, stride, dilation) in zip(kernel, each, strict=True)
+        )
+        if self.groups != 1 or not apart or kernel == [1] * spatial:
+            return self.body(b, x, weight, bias)
+        for axis, (before, after, stride, dilation) in enumerate(each, start=2):
+            if before or after:
+                x = b.pad(x, axis=axis, before=before, after=after)
+            x = b.windows(x, axis=axis, size=weight.shape[axis], stride=stride, dilation=dilation)
+        names = axis_letters(2 * spatial, "bcgo")
+        places, within = " ".join(names[:spatial]), " ".join(names[spatial:])
+        counts = [x.shape[axis].constant for axis in range(2, 2 + spatial)]
+        if None in counts:  # which of several places a row is, is told by numbers
+            rows = b.rearrange(x, pattern=f"b c {places} {within} -> b {places} (c {within})")
+            given = places
+        else:
+            rows = b.rearrange(x, pattern=f"b c {places} {within} -> b ({places}) (c {within})")
+            given = "(" + " ".join(f"{name}={n}" for name, n in zip(names, counts, strict=False)) + ")"
+        y = b.linear(rows, b.rearrange(weight, pattern=f"o c {within} -> o (c {within})"), bias)
+        return b.rearrange(y, pattern=f"b {given} o -> b o {places}")
+
     samples = [
         S("f32[2,3,8]", "f32[4,3,3]", "f32[4]", padding=(2, 0)),
         S("f32[2,4,5,6]", "f32[6,2,3,2]", None, strides=(2, 1), padding=(1, 0), groups=2),

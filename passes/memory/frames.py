@@ -54,6 +54,11 @@ class Frame:
         made = self.calls[at].made if at in self.calls else ()
         return [x for x in self.lives if x.first <= at <= x.last and x.storage not in made]
 
+    def made_at(self, at: int) -> list[Storage]:
+        """What lives at a step and a callee makes then."""
+        made = self.calls[at].made if at in self.calls else ()
+        return [x.storage for x in self.lives if x.first <= at <= x.last and x.storage in made] if made else []
+
 
 def frames_of(plan: StoragePlan) -> dict[str, Frame]:
     """The frames of a plan, callees first."""
@@ -108,11 +113,23 @@ def peaks_of(frames: Mapping[str, Frame], symbols: Mapping[str, Bounds]) -> dict
 def peak_of(frame: Frame, callees: Mapping[str, Sequence[Size]], symbols: Mapping[str, Bounds]) -> tuple[Size, ...]:
     """The sizes of which the largest is the peak of one function."""
     sizes: dict[Size, None] = {}
+    live, begins, ends = ZERO, _by_step(frame, first=True), _by_step(frame, first=False)
     for at in range(len(frame.steps) + 1):
-        live = sum((x.storage.nbytes for x in frame.alive(at)), ZERO)
-        inner = callees[frame.calls[at].callee] if at in frame.calls else (ZERO,)
-        sizes |= dict.fromkeys(live + each for each in inner)
+        live = sum((storage.nbytes for storage in begins.get(at, ())), live)
+        here, inner = live, callees[frame.calls[at].callee] if at in frame.calls else (ZERO,)
+        for storage in frame.made_at(at):
+            here = here - storage.nbytes
+        sizes |= dict.fromkeys(here + each for each in inner)
+        live = sum((-storage.nbytes for storage in ends.get(at, ())), live)
     return largest(sizes, symbols)
+
+
+def _by_step(frame: Frame, first: bool) -> dict[int, list[Storage]]:
+    """The storages that begin to live at each step, or that live at it for the last time."""
+    found: dict[int, list[Storage]] = {}
+    for life in frame.lives:
+        found.setdefault(max(life.first, 0) if first else life.last, []).append(life.storage)
+    return found
 
 
 def largest(sizes: Sequence[Size] | Mapping[Size, None], symbols: Mapping[str, Bounds]) -> tuple[Size, ...]:
@@ -149,16 +166,19 @@ def live_at(
     def flat(name: str) -> list[tuple[tuple[tuple[str, int], ...], int]]:
         if name in known:
             return known[name]
-        frame, found = frames[name], []
+        frame, found, count = frames[name], [], 0
+        begins, ends = _by_step(frame, first=True), _by_step(frame, first=False)
         taken = {x.storage: aligned(x.storage.nbytes.evaluate(sizes), alignment) for x in frame.lives}
         if without is not None:
             taken[without] = 0
         for at in range(len(frame.steps) + 1):
-            live = sum(taken[x.storage] for x in frame.alive(at))
+            count += sum(taken[storage] for storage in begins.get(at, ()))
+            live = count - sum(taken[storage] for storage in frame.made_at(at))
             if at in frame.calls:
                 found += [(((name, at), *path), live + inner) for path, inner in flat(frame.calls[at].callee)]
             elif at < len(frame.steps) or live:
                 found.append((((name, at),), live))
+            count -= sum(taken[storage] for storage in ends.get(at, ()))
         known[name] = found
         return found
 

@@ -108,6 +108,9 @@ class _Making:
                 storage = plan.places[value].storage
                 if storage in self.number:
                     touched[self.number[storage]].add(at)
+        for at, beside in plan.workspaces.items():
+            for view in beside.values():
+                touched[self.number[view.storage]].add(at)
         self.touched = [tuple(sorted(steps)) for steps in touched]
         self.kept = [life.last >= plan.end for life in frame.lives] + [False] * (len(self.storages) - len(own))
         self.before = must_precede(plan.function, plan.steps)

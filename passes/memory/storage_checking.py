@@ -167,6 +167,13 @@ class _Lives:
             if kind in (StorageKind.ARGUMENT, StorageKind.CONSTANT) and place.storage not in donated:
                 raise wrong_plan(f"a step writes into {place.storage}", plan, value)
             self._expect(value.node is not None, "no step makes what is given", value)
+        held = {place.storage for place in plan.places.values()}
+        for at, beside in plan.workspaces.items():
+            for view in beside.values():
+                life = self.lives.get(view.storage)
+                alone = view.storage not in held and view.storage.kind is StorageKind.LOCAL
+                if not alone or life is None or (life.first, life.last) != (at, at):
+                    raise wrong_plan(f"a workspace is not that of step {at} alone", plan, None, str(view.storage))
 
     def _place(self, value: Value) -> ValuePlace:
         place = self.plan.places.get(value)
@@ -194,14 +201,17 @@ class _Lives:
 
 
 class _Shared:
-    """What a library allocates: views, and no others, lie in their operand's storage; a call's results as the callee
-    says."""
+    """What a library allocates: views that are not copied, and no others, lie in their operand's storage; a call's
+    results as the callee says."""
 
     def __init__(self, function: Function, plan: FunctionPlan, whole: StoragePlan) -> None:
         self.function, self.plan, self.whole = function, plan, whole
+        self.held: dict[Storage | None, list[Value]] = {}
 
     def check(self) -> None:
         owners: dict[Storage, Value] = {}
+        for value, place in self.plan.places.items():
+            self.held.setdefault(place.storage, []).append(value)
         for value, place in self.plan.places.items():
             if place.storage is None or place.storage.kind is StorageKind.CONSTANT:
                 continue
@@ -226,9 +236,9 @@ class _Shared:
         if not mine or x.type.shape != value.type.shape or x.type.dtype is not value.type.dtype:
             raise wrong_plan(f"it does not lie where {x.name} does, whole", plan, value)
         at = plan.places[value].first
-        for other, held in plan.places.items():
-            earlier = held.storage is place.storage and held.first < at
-            if earlier and (held.last > at or (other is not x and other in node.inputs)):
+        for other in self.held[place.storage]:
+            held = plan.places[other]
+            if held.first < at and (held.last > at or (other is not x and other in node.inputs)):
                 raise wrong_plan(f"it is written over {other.name}, which is read then or later", plan, value)
 
     def _shares(self, value: Value) -> Value | None:
@@ -239,7 +249,9 @@ class _Shared:
         if value.state is not None:
             return value.before
         if node.op.callee is None:
-            return node.inputs[0] if node.op.is_view else None
+            place = self.plan.places[value]
+            copied = place.how is How.OWN and place.written
+            return node.inputs[0] if node.op.is_view and not copied else None
         callee = self.whole.functions[node.op.callee]
         outputs = list(callee.function.outputs.values())
         held = callee.places[outputs[value.index]].storage

@@ -14,8 +14,8 @@ and concat itself only moves x:
     0  linear   storage joined  [B, S, 64] of 128 apart  0 to 1  written straight to joined
     1  joined   storage joined  [B, S, 128]              0 to 2  own storage
 
-For a library that allocates what it gives (NumPy), both have storages of their own, in the order that the library
-chooses; linear's name is deleted after step 1.
+For a library (NumPy, PyTorch), which chooses strides, both have storages of their own; linear's name is deleted after
+step 1.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from treadle.ir.builder import describe_source
@@ -52,7 +53,7 @@ class Step:
         """The nodes without the product, and without what unpacks blocks for one of them."""
         return tuple([node for node in self.nodes if node is not self.product and not node.op.decodes])
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Value, ...]:
         """What it reads from outside, each once, in the order in which it does."""
         inside = {value for node in self.nodes for value in node.results}
@@ -148,6 +149,7 @@ class FunctionPlan:
                output, where they die at the call; of an entry, only those that are donated
     donated    arguments that the caller gives away: steps may write over them
     given_back  outputs by name that lie in a donated argument: the caller has that as the result
+    workspaces  by step, what the call of a library needs beside its result while it runs, by name: storages of their own
     """
 
     function: Function
@@ -161,11 +163,26 @@ class FunctionPlan:
     reuses: tuple[Value, ...] = ()
     donated: tuple[Value, ...] = ()
     given_back: Mapping[str, Value] = field(default_factory=dict)
+    workspaces: Mapping[int, Mapping[str, View]] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
         """The step after all others, in which outputs are handed out."""
         return len(self.steps)
+
+    @property
+    def own(self) -> int:
+        """How many storages its values have that are its own."""
+        beside = sum(len(each) for each in self.workspaces.values())
+        return sum(life.storage.kind.is_own for life in self.lives) - beside
+
+    def beside(self) -> list[str]:
+        """A line on each step that needs a workspace: `beside attn, at step 8: scores f32[B, 12, S, S]`."""
+        lines = []
+        for at, arrays in self.workspaces.items():
+            told = [f"{name} {view.dtype}[{', '.join(map(str, view.shape))}]" for name, view in arrays.items()]
+            lines.append(f"beside {self.names[self.steps[at].root.results[0]]}, at step {at}: {', '.join(told)}")
+        return lines
 
     def dead_after(self) -> dict[int, list[Value]]:
         """By step: what no later one reads, of what steps made and have a storage for."""
@@ -213,6 +230,7 @@ class FunctionPlan:
             node = value.node
             source = (describe_source(node.source, node.scope) or "") if node is not None else ""
             lines.append("  " + "  ".join([*row, told, source]).rstrip())
+        lines += [f"  {line}" for line in self.beside()]
         lines += [
             f"  output {name} is copied from {names[self.function.outputs[name]]} at the end" for name in self.copied
         ]
@@ -226,11 +244,13 @@ class StoragePlan:
     strided     whether kernels read and write by strides, as views say; else a library chooses them, and gives what it
                 allocates
     in_results  whether what dies before a result is written may lie where that will
+    copies      of a library, whether a view that strides cannot say has a storage of its own
     """
 
     functions: Mapping[str, FunctionPlan]
     strided: bool
     in_results: bool = False
+    copies: bool = False
     name: str = field(default="", compare=False)
 
     @property
@@ -238,8 +258,10 @@ class StoragePlan:
         """What the plan came to, on a line."""
         places = [place for each in self.functions.values() for _, place in each.rows() if place.first != BEFORE]
         counts = [(how, sum(place.how is how for place in places)) for how in _COUNTED]
-        own = sum(life.storage.kind.is_own for each in self.functions.values() for life in each.lives)
+        own = sum(each.own for each in self.functions.values())
+        beside = sum(len(arrays) for each in self.functions.values() for arrays in each.workspaces.values())
         told = [f"{count} {_COUNTED[how]}" for how, count in counts if count]
+        told += [f"{beside} arrays of workspaces"] if beside else []
         return f"{len(places)} values in {own} storages: " + ", ".join(told)
 
     def as_dict(self) -> dict[str, Any]:
@@ -260,8 +282,7 @@ _COUNTED = {
 
 
 def _locals(plan: FunctionPlan) -> str:
-    count = sum(life.storage.kind.is_own for life in plan.lives)
-    return f"{count} storage{'s' * (count != 1)} of its own"
+    return f"{plan.own} storage{'s' * (plan.own != 1)} of its own"
 
 
 def _where(place: ValuePlace) -> tuple[str, str, str]:

@@ -77,7 +77,9 @@ class StoredFunction:
     steps: tuple[str, ...]
     values: tuple[Stored, ...]
     own: int
-    """How many storages of its own it has."""
+    """How many storages its values have that are its own."""
+    workspaces: tuple[str, ...] = ()
+    """Lines on what calls of a library need beside their results."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class StorageTold:
     note: str
     strided: bool
     functions: tuple[StoredFunction, ...]
+    copies: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         functions = [
@@ -97,6 +100,7 @@ class StorageTold:
                 "calls": each.calls,
                 "steps": list(each.steps),
                 "own_storages": each.own,
+                "workspaces": list(each.workspaces),
                 "values": [value.as_dict() for value in each.values],
             }
             for each in self.functions
@@ -107,7 +111,8 @@ class StorageTold:
     def __str__(self) -> str:
         lines = [f"{self.model} for {self.backend}: {self.note}"]
         if not self.strided:
-            lines.append(f"{self.backend} chooses strides itself: a view may be a copy where it finds none that say it")
+            copy = "is a copy with a storage of its own" if self.copies else "may be a copy, which the plan does not count"
+            lines.append(f"{self.backend} chooses strides itself: a view that none can say {copy}")
         for each in self.functions:
             times = "" if each.name == "main" else f", called {each.calls} time{'s' * (each.calls != 1)}"
             steps, own = counted(len(each.steps), "step"), counted(each.own, "storage")
@@ -116,6 +121,7 @@ class StorageTold:
             rows = aligned([_HEAD, *(value.cells for value in shown)])
             sources = ["", *(value.line for value in shown)]
             lines += ["  " + "  ".join([*row, source]).rstrip() for row, source in zip(rows, sources, strict=True)]
+            lines += [f"  {line}" for line in each.workspaces]
             if len(shown) < len(each.values):
                 left = counted(len(each.values) - len(shown), "weight")
                 lines.append(f"  {left} that it only passes on: told where they are read")
@@ -148,10 +154,10 @@ def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> Stor
     for each in plan.functions.values():
         passing = _only_passed(each.function)
         values = tuple(_stored(each, v, place, made, passed, passing) for v, place in each.rows())
-        own = sum(life.storage.kind.is_own for life in each.lives)
         steps = tuple("+".join(node.op.name for node in step.nodes) for step in each.steps)
-        functions.append(StoredFunction(each.function.name, calls[each.function.name], steps, values, own))
-    return StorageTold(name, backend, plan.note, plan.strided, tuple(functions))
+        count, beside = calls[each.function.name], tuple(each.beside())
+        functions.append(StoredFunction(each.function.name, count, steps, values, each.own, beside))
+    return StorageTold(name, backend, plan.note, plan.strided, tuple(functions), plan.copies)
 
 
 def _only_passed(function: Function) -> set[Value]:

@@ -1,0 +1,139 @@
+"""How ops are spelled in NumPy that write their result where the storage plan has it: by `out=`.
+
+Kernels of ours take it in the spelling that they have anyway (`treadle.backends.numpy.spelling`); here is what is an
+operator or a method there. What is run by its reference, of float16, or of several results allocates what it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from treadle.backends.numpy.spelling import SPELLINGS, attention_told, dtype_text
+from treadle.backends.numpy.workspaces import is_product_of_two
+from treadle.backends.python.axis_spelling import axes_of, keeping, rearranged
+from treadle.backends.python.spelled_line import Dialect, Line, Spelling
+from treadle.ir.graph import Node, Value
+from treadle.ir.ops.attention import Attention
+from treadle.ir.ops.indexing import Iota, TakeAlongAxis
+from treadle.ir.ops.products import Einsum, Linear, MatMul
+from treadle.ir.ops.reductions import CumSum
+from treadle.ir.ops.rotary import Rotary
+from treadle.ir.types import f16, f32
+from treadle.passes.memory.storage_plan import Step
+
+
+def _of_operands(function: str) -> Callable[[Line], str]:
+    return lambda line: f"np.{function}({', '.join(line[name] for name in line.names)}{line.told})"
+
+
+_FUNCTIONS = {
+    **{"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "pow": "power"},
+    **{name: name for name in ("maximum", "minimum", "floor_divide", "mod")},
+    **{name: name for name in ("exp", "log", "sqrt", "tanh", "sin", "cos", "sign", "floor")},
+    **{"neg": "negative", "abs": "absolute", "round": "rint"},
+    **{name: name for name in ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")},
+    **{"logical_and": "bitwise_and", "logical_or": "bitwise_or", "logical_not": "invert"},
+}
+"""Ops by name, and functions of NumPy's that give the same numbers."""
+
+_ELEMENTWISE: dict[str, Spelling] = {
+    **{ours: _of_operands(theirs) for ours, theirs in _FUNCTIONS.items()},
+    "reciprocal": "np.divide(1.0, {x}{told})",
+    "relu": "np.maximum({x}, 0.0{told})",
+}
+
+
+def _reduction(function: str) -> Callable[[Line], str]:
+    def spelled(line: Line) -> str:
+        dtype = f", dtype={dtype_text(line.result.dtype)}" if function == "np.sum" and line.result.dtype.is_int else ""
+        return f"{function}({line.array('x')}, {axes_of(line)}{keeping(line, 'keepdims')}{dtype}{line.told})"
+
+    return spelled
+
+
+def _copied(text: str, line: Line) -> str:
+    return f"kernels.copied({text}, {line.shape(line.result.shape)}{line.told})"
+
+
+def _rearranged(line: Line) -> str:
+    """The axes in their new order, before those that are one dimension are joined: that is a view."""
+    return _copied(rearranged(line, "transpose", joined=False), line)
+
+
+def _iota(line: Line) -> str:
+    return f"kernels.iota({line.size(line.op.size)}, {dtype_text(line.op.dtype)}{line.told})"
+
+
+_WRITTEN: dict[str, Spelling] = {
+    **_ELEMENTWISE,
+    "where": "kernels.where({condition}, {x}, {y}{told})",
+    "cast": lambda line: f"kernels.cast({line.array('x')}, {dtype_text(line.op.to)}{line.told})",
+    "matmul": "np.matmul({x}, {y}{told})",
+    "concat": lambda line: f"np.concatenate(({line.arrays},), {line.op.axis}{line.told})",
+    "rearrange": _rearranged,
+    "reshape": lambda line: _copied(line.array("x"), line),
+    "positions": "kernels.positions({x}{told})",
+    "iota": _iota,
+    "cumsum": lambda line: (
+        f"np.cumsum({line.array('x')}, {line.op.axis}, dtype={dtype_text(line.result.dtype)}{line.told})"
+    ),
+    "argmax": lambda line: f"np.argmax({line.array('x')}, {line.op.axis}{keeping(line, 'keepdims')}{line.told})",
+    "rotary": lambda line: f'kernels.rotary({line.arrays}, "{line.op.layout}"{line.told})',
+    "take_along_axis": lambda line: f"kernels.take_along_axis({line.arrays}, {line.op.axis}{line.told})",
+    "attention": attention_told,
+    **{f"reduce_{name}": _reduction(f"np.{name}") for name in ("sum", "max", "min")},
+    "reduce_mean": _reduction("kernels.mean"),
+}
+
+_KERNELS = (
+    *("linear", "einsum", "embedding", "gather", "pad", "softmax", "log_softmax", "layer_norm", "rms_norm"),
+    *("erf", "gelu", "gelu_tanh", "sigmoid", "silu", "quick_gelu", "rsqrt"),
+)
+"""Ops whose one spelling tells a kernel where to write."""
+
+NUMPY = Dialect(
+    name="numpy",
+    imports=("import numpy as np", "import treadle.backends.numpy.kernels as kernels"),
+    spellings=SPELLINGS,
+    copied="{}.copy()",
+    otherwise=Line.by_reference,
+    into=_WRITTEN,
+)
+
+_MOVES = ("rearrange", "reshape", "concat", "pad", "cast")
+"""Ops that add up nothing, so that they are placed in float16, too."""
+
+
+def is_placed(node: Node) -> bool:
+    """Whether a node is spelled so that it writes its result where it is told to."""
+    op, types = node.op, [v.type for v in (*node.inputs, *node.results)]
+    if op.name not in {*_WRITTEN, *_KERNELS} or op.updates or len(node.results) != 1:
+        return False
+    if any(each.encoding is not None for each in types):
+        return False
+    if any(each.dtype is f16 for each in types) and op.name not in _MOVES:
+        return False
+    if isinstance(op, (MatMul, Linear)):
+        return op.to in (None, types[0].dtype)
+    if isinstance(op, Einsum):
+        return is_product_of_two(node)
+    if isinstance(op, CumSum):
+        return not (op.exclusive or op.reverse)
+    if isinstance(op, (Attention, Rotary)):
+        return all(each.dtype is f32 for each in types if each.dtype.is_float)
+    if op.name in ("erf", "gelu"):
+        return types[0].dtype is f32
+    if isinstance(op, Iota):
+        return types[-1].dtype.name in ("i64", "i32", "f32")
+    if isinstance(op, TakeAlongAxis):
+        return types[1].dtype.name == "i64"
+    return True
+
+
+def written_over(step: Step) -> Sequence[Value]:
+    """The operands over which a step may write: NumPy's functions of elements take one as `out`."""
+    node = step.root
+    if node.op.name not in _ELEMENTWISE or node.result.type.dtype is f16:
+        return ()
+    return [v for v in node.inputs if v.literal is None and v.type == node.result.type]
+

@@ -1,0 +1,138 @@
+"""Where values lie for a library, which allocates what it gives, or writes whole arrays where it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from treadle.ir.graph import Node, Value
+from treadle.ir.storage.views import Storage, StorageKind, View
+from treadle.ir.types import Type
+from treadle.passes.memory.storage_plan import How, Step
+from treadle.passes.memory.value_places import Over, PlannedFunction, Planning
+
+Lies = Callable[[Value], View]
+"""How a value lies, where all that a run makes is row-major."""
+
+
+def allocates(node: Node) -> bool:
+    """A library allocates what each node gives."""
+    return False
+
+
+Workspaces = Callable[[Node, Lies], Mapping[str, Type]]
+"""What the call of a node needs beside its result while it runs, by name."""
+
+
+def nothing_beside(node: Node, lies: Lies) -> Mapping[str, Type]:
+    """No call needs memory of the plan beside its result."""
+    return {}
+
+
+class LibraryPlanning(Planning):
+    """What a library allocates, or writes where it is told to, whole: whatever is no view has a storage of its own, or
+    that of an operand.
+
+    A view is one of memory. Where strides cannot say it, the library copies the elements: if `copies` are planned, to a
+    storage of their own, else its operand's storage is counted as alive.
+    """
+
+    def __init__(
+        self,
+        planned: PlannedFunction,
+        steps: Sequence[Step],
+        over: Over,
+        placed: Callable[[Node], bool],
+        workspaces: Workspaces,
+        copies: bool,
+    ) -> None:
+        super().__init__(planned, steps)
+        self.over, self.placed, self.needed = over, placed, workspaces
+        self.copies = planned.row_major.copies if copies else frozenset[Value]()
+        outputs = self.function.outputs.values() if planned.is_entry else ()
+        self.handed_out = frozenset(self._owner(v) for v in outputs)
+
+    def _owner(self, value: Value) -> Value:
+        """In whose storage a value lies."""
+        node = value.node
+        while node is not None and value.state is None:
+            shared = self._shared(value, node) if node.op.callee is not None else None
+            if node.op.callee is None and node.op.is_view and value not in self.copies:
+                (shared,) = node.inputs
+            if shared is None:
+                break
+            value, node = shared, shared.node
+        return value
+
+    def _place(self, value: Value, node: Node) -> None:
+        if node.op.callee is not None:
+            self._place_result(value, node)
+        elif node.op.is_view and value not in self.copies:
+            (x,) = node.inputs
+            self._view(value, x)
+        else:
+            step = self.steps[self.at[node]]
+            dying = next((x for x in self.over(step) if self._dies_in(x, step, value)), None)
+            storage = None if dying is None else self.places[dying].storage
+            placed = self.placed(node)
+            if dying is None or storage is None:
+                told = placed and value not in self.handed_out
+                self._put(value, self._whole(value, StorageKind.LOCAL if told else StorageKind.FOREIGN), How.OWN, written=True)
+            else:
+                self._put(value, storage, How.OVER, dying, written=True)
+            if placed:
+                self._beside(value, node)
+
+    def _beside(self, value: Value, node: Node) -> None:
+        """What a call needs beside its result."""
+        views = {}
+        for name, each in self.needed(node, self.planned.row_major.of).items():
+            told = self._new_name(f"{self.names[value]}_{name}")
+            storage = Storage(told, each.dtype, each.elements, StorageKind.LOCAL)
+            views[name] = View.contiguous(storage, each.shape)
+        if views:
+            self.workspaces[self.at[node]] = views
+
+    def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
+        """Whether a value may take the storage of x: that is x's alone and as large, and is read for the last time."""
+        place = self.places[x]
+        if place.storage is None or not self._may_be_written(place.storage) or place.how is How.VIEW:
+            return False
+        if value in self.handed_out and place.storage.kind is StorageKind.LOCAL:
+            return False  # which the caller shall not have
+        alike = x.type.dtype is value.type.dtype and x.type.shape == value.type.shape
+        alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
+        return alike and alone and self.last_reads[place.storage] <= self.at[step.root]
+
+    def _view(self, value: Value, of: Value) -> None:
+        storage = self.places[of].storage
+        assert storage is not None
+        self._put(value, storage, How.VIEW, of)
+
+    def _shared(self, value: Value, node: Node) -> Value | None:
+        """What a callee may give that the caller has already: what it was given, a view of it, or one storage twice."""
+        callee = self.callees[str(node.op.callee)]
+        gives = [callee.places[output].storage for output in callee.function.outputs.values()]
+        for argument, operand in zip(callee.function.arguments, node.inputs, strict=True):
+            if callee.places[argument].storage is gives[value.index]:
+                return operand
+        earlier = gives.index(gives[value.index])
+        return node.results[earlier] if earlier < value.index else None
+
+    def _place_result(self, value: Value, node: Node) -> None:
+        shared = self._shared(value, node)
+        callee = self.callees[str(node.op.callee)]
+        made = callee.places[[*callee.function.outputs.values()][value.index]].storage
+        if shared is not None:
+            self._view(value, shared)
+        elif made is not None and made.kind is StorageKind.CONSTANT:
+            self._put(value, made, How.CONSTANT)
+        else:
+            lies = self._whole(value, StorageKind.LOCAL)
+            assert made is not None
+            assert isinstance(lies, Storage)
+            alike = (made.kind, made.dtype, made.elements) == (lies.kind, lies.dtype, lies.elements)
+            told = alike and value not in self.handed_out
+            self._put(value, lies if told else replace(lies, kind=StorageKind.FOREIGN), How.OWN, written=True)
+
+
