@@ -20,7 +20,16 @@ from treadle.backends.numpy import attention_kernels, kernels
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.python.executable import PythonExecutable
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
-from treadle.ir.attention.attention_terms import Causal
+from treadle.ir.attention.attention_terms import (
+    Alibi,
+    BooleanMask,
+    Causal,
+    Padding,
+    Segments,
+    T5Relative,
+    TensorBias,
+    Window,
+)
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError
 from treadle.ir.interpreter import interpret
@@ -114,6 +123,28 @@ def test_attention_is_done_in_parts_that_the_plan_knows(monkeypatch: pytest.Monk
         (beside,) = exe.arena.plan.functions["main"].workspaces.values()
         held.append(beside["scores"].storage.elements.evaluate({"B": 3, "S": 11}))
     assert held == [2 * 11, 2 * 3 * 11, 2 * 11 * 11 * 2, 3 * 2 * 11 * 11]
+
+
+def test_masks_and_biases_have_a_place() -> None:
+    """Of every kind, in one attention."""
+    operands = {
+        "lengths": "i64[B]",
+        **{"query_segments": "i64[B, S]", "key_segments": "i64[B, T]", "mask": "bool[B, S, T]", "bias": "f32[S, T]"},
+        **{"table": "f32[8, 4]", "slopes": "f32[4]"},
+    }
+    terms = (Causal(), Window(3), Padding(), Segments(), BooleanMask("b s t"), TensorBias("s t"), T5Relative(8, 9), Alibi())
+
+    def build(b: Builder) -> Expr:
+        q, k, v = (b.input(name, f"f32[B, {heads}, {n}, 4]") for name, heads, n in (("q", 4, "S"), *(("k", 2, "T"), ("v", 2, "T"))))
+        others = [b.input(name, type) for name, type in operands.items()]
+        return b.tanh(b.attention(q, k, v, *others, terms=terms, softcap=3.0))
+
+    graph = graph_of(build)
+    given = draw_inputs(graph, {"B": 2, "S": 5, "T": 7}, [0]) | {"lengths": np.array([7, 4])}
+    exe = compiled("numpy", graph)
+    exe(**given)
+    assert beside_outputs(exe, given) == []
+    np.testing.assert_allclose(exe(**given)["y"], interpret(graph, given, float64=True)["y"], rtol=1e-4, atol=1e-6)
 
 
 def gapped(b: Builder) -> dict[str, Expr]:

@@ -104,4 +104,4 @@ class _Needed(TermVisitor[Type, Mapping[str, Type]]):
     def alibi(self, term: Alibi, slopes: Type) -> Mapping[str, Type]:
         dtype, (queries, keys) = slopes.dtype, self.grid
         counts = {f"{self.beside}_queries": dtype[(queries,)], f"{self.beside}_keys": dtype[(keys,)]}
-        return {**counts, self.beside: dtype[self.grid], self.out: dtype[(slopes.shape[0], *self.grid)]}
+        return {**counts, self.beside: dtype[self.grid], self.out: dtype[(ONE, slopes.shape[0], *self.grid)]}
