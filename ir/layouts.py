@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from treadle.ir.attribute_values import attribute_codec
 from treadle.ir.errors import GraphError
@@ -106,13 +107,18 @@ class Layout:
 
     def elements(self, shape: Sequence[Size]) -> Size:
         """How many elements a matrix of this shape takes, the filling included."""
-        return product(self.shape(shape))
+        return _elements(self, tuple(shape))
 
     def __str__(self) -> str:
         inside = [str(self.width)] if self.width else []
         inside += ["flat"] if self.flat else []
         inside += ["transposed"] if self.transposed else []
         return f"{self.kind}({', '.join(inside)})" if inside else self.kind
+
+
+@lru_cache(maxsize=1024)
+def _elements(layout: Layout, shape: tuple[Size, ...]) -> Size:
+    return product(layout.shape(shape))
 
 
 def panels(width: int, transposed: bool = False) -> Layout:

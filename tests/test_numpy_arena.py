@@ -132,10 +132,22 @@ def test_masks_and_biases_have_a_place() -> None:
         **{"query_segments": "i64[B, S]", "key_segments": "i64[B, T]", "mask": "bool[B, S, T]", "bias": "f32[S, T]"},
         **{"table": "f32[8, 4]", "slopes": "f32[4]"},
     }
-    terms = (Causal(), Window(3), Padding(), Segments(), BooleanMask("b s t"), TensorBias("s t"), T5Relative(8, 9), Alibi())
+    terms = (
+        Causal(),
+        Window(3),
+        Padding(),
+        Segments(),
+        BooleanMask("b s t"),
+        TensorBias("s t"),
+        T5Relative(8, 9),
+        Alibi(),
+    )
 
     def build(b: Builder) -> Expr:
-        q, k, v = (b.input(name, f"f32[B, {heads}, {n}, 4]") for name, heads, n in (("q", 4, "S"), *(("k", 2, "T"), ("v", 2, "T"))))
+        q, k, v = (
+            b.input(name, f"f32[B, {heads}, {n}, 4]")
+            for name, heads, n in (("q", 4, "S"), *(("k", 2, "T"), ("v", 2, "T")))
+        )
         others = [b.input(name, type) for name, type in operands.items()]
         return b.tanh(b.attention(q, k, v, *others, terms=terms, softcap=3.0))
 
@@ -221,7 +233,9 @@ def test_threads_take_turns() -> None:
 
 
 def test_without_memory_for_the_arena_it_says_so() -> None:
-    exe = compiled("numpy", graph_of(lambda b: b.exp(b.softmax(b.expand(b.input("x", "f32[S, 1]"), shape=(None, 2**48))))))
+    exe = compiled(
+        "numpy", graph_of(lambda b: b.exp(b.softmax(b.expand(b.input("x", "f32[S, 1]"), shape=(None, 2**48)))))
+    )
     assert "there is not enough memory" in message(lambda: exe(x=np.ones((1, 1), np.float32)))
 
 

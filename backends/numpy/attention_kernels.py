@@ -1,6 +1,6 @@
 """Attention in NumPy, and what its masks and biases are, as arrays that broadcast against its scores [b, h, s, t].
 
-    hidden   masks that are true where a query may not see a key; `masks` are true where it may
+hidden   masks that are true where a query may not see a key; `masks` are true where it may
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def attention(
     for row in range(0, rows, max(1, some_rows)):
         for query in range(0, queries, max(1, some_queries)):
             b, s = slice(row, row + some_rows), slice(query, query + some_queries)
-            parts = [[_part(x, b, s) for x in each] for each in (masks, hidden, biases)]
+            seen, unseen, added = ([_part(x, b, s) for x in each] for each in (masks, hidden, biases))
             some_q = q[b, :, s]
-            p = _probabilities(some_q, keys_across[b], scale, *parts, softcap, _some(work, some_q.shape))
+            p = _probabilities(some_q, keys_across[b], scale, seen, unseen, added, softcap, _some(work, some_q.shape))
             _product(_grouped(p, groups), v[b, :, None], by_group[b, :, :, s])
     return made
 

@@ -136,4 +136,3 @@ def written_over(step: Step) -> Sequence[Value]:
     if node.op.name not in _ELEMENTWISE or node.result.type.dtype is f16:
         return ()
     return [v for v in node.inputs if v.literal is None and v.type == node.result.type]
-

@@ -20,8 +20,8 @@ from treadle.backends.numpy.attention_kernels import alibi as alibi  # which emi
 from treadle.backends.numpy.attention_kernels import attention as attention
 from treadle.backends.numpy.attention_kernels import attention_with_probabilities as attention_with_probabilities
 from treadle.backends.numpy.attention_kernels import causal as causal
-from treadle.backends.numpy.attention_kernels import hidden_by as hidden_by
 from treadle.backends.numpy.attention_kernels import counted
+from treadle.backends.numpy.attention_kernels import hidden_by as hidden_by
 from treadle.backends.numpy.attention_kernels import laid_out as laid_out
 from treadle.backends.numpy.attention_kernels import padding as padding
 from treadle.backends.numpy.attention_kernels import segments as segments
@@ -85,7 +85,9 @@ def _gelu_tanh(x: Array, y: Array, work: Workspace) -> None:
     y *= 0.5
 
 
-def _chunked(function: Callable[[Array, Array, Workspace], None], x: Array, out: Array | None, work: Workspace) -> Array:
+def _chunked(
+    function: Callable[[Array, Array, Workspace], None], x: Array, out: Array | None, work: Workspace
+) -> Array:
     """A function of x by chunks; x, y, and what it needs beside are as long. `work.kept` holds a chunk of an x with
     gaps."""
     x = np.asarray(x)
@@ -123,10 +125,11 @@ def gelu_tanh(x: Array, out: Array | None = None, work: Workspace = NOTHING) -> 
 
 def sigmoid(x: Array, out: Array | None = None) -> Array:
     """1 / (1 + e^-x)"""
-    y = np.asarray(np.negative(x, out=out))
+    y: Array = np.asarray(np.negative(x, out=out))
     np.exp(y, out=y)
     y += 1.0
-    return np.divide(1.0, y, out=y)
+    np.divide(1.0, y, out=y)
+    return y
 
 
 def silu(x: Array, out: Array | None = None) -> Array:
@@ -141,16 +144,18 @@ def quick_gelu(x: Array, out: Array | None = None) -> Array:
 
 def rsqrt(x: Array, out: Array | None = None) -> Array:
     """1 / sqrt(x)"""
-    y = np.asarray(np.sqrt(x, out=out))
-    return np.divide(1.0, y, out=y)
+    y: Array = np.asarray(np.sqrt(x, out=out))
+    np.divide(1.0, y, out=y)
+    return y
 
 
 def _x_over(x: Array, y: Any) -> Array:
     """x / (1 + e^y), over y"""
-    y = np.asarray(y)
-    np.exp(y, out=y)
-    y += 1.0
-    return np.divide(x, y, out=y)
+    made: Array = np.asarray(y)
+    np.exp(made, out=made)
+    made += 1.0
+    np.divide(x, made, out=made)
+    return made
 
 
 # -- shapes and choices --------------------------------------------------------------------------------------
@@ -174,7 +179,8 @@ def cast(x: Array, dtype: Any, out: Array | None = None) -> Array:
 def where(condition: Array, x: Any, y: Any, out: Array | None = None) -> Array:
     """x where the condition holds, else y"""
     if out is None:
-        return np.where(condition, x, y)
+        made: Array = np.where(condition, x, y)
+        return made
     np.copyto(out, y)
     np.copyto(out, x, where=condition)
     return out
@@ -225,9 +231,10 @@ def log_softmax(x: Array, axis: int, out: Array | None = None, work: Workspace =
 
 def mean(x: Array, axes: tuple[int, ...], keepdims: bool = False, out: Array | None = None) -> Array:
     """The sum along axes, divided by how many elements they have."""
-    total = np.add.reduce(x, axis=axes, keepdims=keepdims, out=out)
+    total: Any = np.sum(x, axis=axes, keepdims=keepdims, out=out)
     count = math.prod(x.shape[axis] for axis in axes)
-    return np.divide(total, count, out=total if isinstance(total, np.ndarray) else None)
+    made: Array = np.divide(total, count, out=total if isinstance(total, np.ndarray) else None)
+    return made
 
 
 def layer_norm(
@@ -383,4 +390,3 @@ def _summed(term: str, x: Array, kept: str) -> tuple[str, Array]:
     """An operand without the axes that it alone has and the result has not, summed."""
     axes = tuple(i for i, c in enumerate(term) if c not in kept)
     return "".join(c for c in term if c in kept), np.sum(x, axis=axes, dtype=x.dtype) if axes else x
-

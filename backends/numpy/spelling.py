@@ -274,6 +274,7 @@ def _rms_norm(line: Line) -> str:
 _SUMMING = [n for n in SPELLINGS if find_op(n).accumulates is not None and not issubclass(find_op(n), Attending)]
 SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
 
+
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
     """Whether an op is spelled as it is; else a composite's body is."""
     return op.name in SPELLINGS and (not isinstance(op, Attending) or (op.has_standard_terms and not op.begins_later))

@@ -271,7 +271,8 @@ class Conv(Composite):
         each = self.spatial(spatial)
         kernel = [weight.shape[axis].constant for axis in range(2, x.rank)]
         apart = all(
-            k is not None and stride > (k - 1) * dilation for k, (*_, stride, dilation) in zip(kernel, each, strict=True)
+            k is not None and stride > (k - 1) * dilation
+            for k, (*_, stride, dilation) in zip(kernel, each, strict=True)
         )
         if self.groups != 1 or not apart or kernel == [1] * spatial:
             return self.body(b, x, weight, bias)

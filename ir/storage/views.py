@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from treadle.ir.layouts import Layout
@@ -182,6 +182,11 @@ class View:
 
 def row_major(shape: Sequence[Size]) -> tuple[Size, ...]:
     """The strides of an array whose elements lie in row-major order without gaps."""
+    return _row_major(tuple(shape))
+
+
+@lru_cache(maxsize=4096)
+def _row_major(shape: tuple[Size, ...]) -> tuple[Size, ...]:
     strides: list[Size] = []
     stride = ONE
     for size in reversed(shape):

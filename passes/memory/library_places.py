@@ -77,7 +77,9 @@ class LibraryPlanning(Planning):
             placed = self.placed(node)
             if dying is None or storage is None:
                 told = placed and value not in self.handed_out
-                self._put(value, self._whole(value, StorageKind.LOCAL if told else StorageKind.FOREIGN), How.OWN, written=True)
+                self._put(
+                    value, self._whole(value, StorageKind.LOCAL if told else StorageKind.FOREIGN), How.OWN, written=True
+                )
             else:
                 self._put(value, storage, How.OVER, dying, written=True)
             if placed:
@@ -134,5 +136,3 @@ class LibraryPlanning(Planning):
             alike = (made.kind, made.dtype, made.elements) == (lies.kind, lies.dtype, lies.elements)
             told = alike and value not in self.handed_out
             self._put(value, lies if told else replace(lies, kind=StorageKind.FOREIGN), How.OWN, written=True)
-
-

@@ -160,5 +160,3 @@ class PlanStorage(Pass):
         symbols: Mapping[str, Bounds],
     ) -> tuple[Size, ...]:
         return peak_of(frame_of(plan, planned.callees, self.strided), peaks, symbols)
-
-

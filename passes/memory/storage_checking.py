@@ -49,9 +49,10 @@ def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
     drawn = list(_drawn(graph)) if plan.strided else []
     if plan.strided and not drawn:
         notes.append("no sizes were found at which to check views")
+    shown = StateViews(graph)
     for function in needed:
         planned = plan.functions[function.name]
-        _Order(function, planned, StateViews(graph).bases(function)).check()
+        _Order(function, planned, shown.bases(function)).check()
         _Lives(function, planned, function in graph.entries).check()
         for sizes, small in drawn:
             notes += StridesCheck(function, planned, sizes, plan.functions).check(small)

@@ -149,7 +149,7 @@ class FunctionPlan:
                output, where they die at the call; of an entry, only those that are donated
     donated    arguments that the caller gives away: steps may write over them
     given_back  outputs by name that lie in a donated argument: the caller has that as the result
-    workspaces  by step, what the call of a library needs beside its result while it runs, by name: storages of their own
+    workspaces  by step, what the call of a library needs beside its result while it runs, by name: storages of its own
     """
 
     function: Function

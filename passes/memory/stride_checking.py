@@ -6,13 +6,17 @@ made the plan. `storage_checking.py` says what holds of a plan, and calls this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from treadle.ir.graph import Function, Node, Value
+from treadle.ir.operation import Op
+from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.memory.storage_plan import FunctionPlan, How, ValuePlace
 from treadle.passes.memory.wrong_plans import wrong_plan
@@ -28,6 +32,7 @@ MOST_PLACES = 1 << 12
 """Elements of a view whose places are compared: of more, so many, the first and the last among them."""
 
 
+@lru_cache(maxsize=256)
 def _some(count: int) -> Array:
     """The numbers below a count, or so many of them that are drawn, always the same ones."""
     if count <= MOST_PLACES:
@@ -50,6 +55,8 @@ class StridesCheck:
         callees: Mapping[str, FunctionPlan] | None = None,
     ) -> None:
         self.function, self.plan, self.sizes, self.callees = function, plan, sizes, callees or {}
+        self._known: dict[Size, int] = {}
+        self._moved: dict[tuple[Op, tuple[int, ...]], Array] = {}
 
     def check(self, small: bool) -> list[str]:
         """Lines on what is too large to be gone through; at small sizes elements are looked at one by one."""
@@ -68,8 +75,13 @@ class StridesCheck:
             return self._nothing_is_lost()
         return []
 
-    def _number(self, size: Any) -> int:
-        return int(size.evaluate(self.sizes))
+    def _number(self, size: Size) -> int:
+        found = size.constant
+        if found is None:
+            found = self._known.get(size)
+        if found is None:
+            found = self._known[size] = int(size.evaluate(self.sizes))
+        return found
 
     # -- one place -------------------------------------------------------------------------------------------
 
@@ -79,6 +91,9 @@ class StridesCheck:
             raise wrong_plan("a view has another shape, dtype or storage than its value", self.plan, value, str(view))
         if value.layout != view.storage.layout:
             raise wrong_plan(f"it lies in {view.storage.layout}, not in {value.layout}", self.plan, value)
+        whole = view.offset == ZERO and (value.layout is not None or view.is_contiguous)
+        if value.node is None and whole and view.storage.elements == self._taken(value):
+            return  # it fills its storage at all sizes
         held = self._number(view.storage.elements)
         if value.layout is not None:
             needed, last = self._number(value.layout.elements(view.shape)), self._number(view.offset)
@@ -95,6 +110,11 @@ class StridesCheck:
             raise wrong_plan("a destination is too small", self.plan, value, told)
         if place.written and not self._apart(value, shape, strides):
             raise wrong_plan("two elements are written to one place", self.plan, value, str(strides))
+
+    @staticmethod
+    def _taken(value: Value) -> Size:
+        held = value.type.held
+        return held.elements if value.layout is None else value.layout.elements(held.shape)
 
     def _apart(self, value: Value, shape: Sequence[int], strides: Sequence[int]) -> bool:
         """Whether each element has a place of its own, but for axes along which all are alike."""
@@ -162,9 +182,11 @@ class StridesCheck:
 
     def _views(self, node: Node, value: Value) -> Array:
         """For each element of a view's result the number of the operand's element that it is."""
-        shape = [self._number(n) for n in node.inputs[0].type.held.shape]
-        numbers = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
-        return np.asarray(node.op.at(self.sizes).reference(numbers))
+        key = node.op, tuple(self._numbers(node.inputs[0].type.held.shape))
+        if key not in self._moved:  # of one op on one shape it is the same
+            numbers = np.arange(math.prod(key[1]), dtype=np.int64).reshape(key[1])
+            self._moved[key] = np.asarray(node.op.at(self.sizes).reference(numbers))
+        return self._moved[key]
 
     def _numbered(self, node: Node, position: int) -> Array:
         """The same of one operand of several, or with margins; -1 where it is no element of that operand."""
@@ -209,7 +231,7 @@ class StridesCheck:
         strides = zip(shape, self._numbers(one.strides), self._numbers(other.strides), strict=True)
         return all(n == 1 or s == o for n, s, o in strides)
 
-    def _numbers(self, sizes: Sequence[Any]) -> list[int]:
+    def _numbers(self, sizes: Sequence[Size]) -> list[int]:
         return [self._number(size) for size in sizes]
 
     # -- what is written and read ----------------------------------------------------------------------------
@@ -249,6 +271,8 @@ class _Run:
         if one is not None:
             self.cells[one[1]] = self.cells[one[0]]
         self.holds: dict[Value, Array] = {}
+        written = [v for v in filter(self._is_shared, self.plan.places) if self.plan.places[v].how is not How.VIEW]
+        self.numbers = np.arange(sum(math.prod(at._numbers(v.type.held.shape)) for v in written), dtype=np.int64)
         self.count = 0
 
     def run(self) -> None:
@@ -290,7 +314,7 @@ class _Run:
 
     def _write(self, value: Value) -> None:
         seen = self._seen(value)
-        made = np.arange(self.count, self.count + seen.size).reshape(seen.shape)
+        made = self.numbers[self.count : self.count + seen.size].reshape(seen.shape)
         self.count += seen.size
         seen[...] = made
         self.holds[value] = made

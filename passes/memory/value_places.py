@@ -1,8 +1,8 @@
 """Where the values of one function lie when its steps run in one order: what all ways of planning share.
 
-    PlannedFunction   what is known of a function whatever its order is
-    Planning          goes through the steps, and gives each value a place; derived by who writes by strides
-                      (`strided_places.py`) and by who calls a library (`library_places.py`)
+PlannedFunction   what is known of a function whatever its order is
+Planning          goes through the steps, and gives each value a place; derived by who writes by strides
+                  (`strided_places.py`) and by who calls a library (`library_places.py`)
 """
 
 from __future__ import annotations
@@ -209,5 +209,3 @@ class Planning(ABC):
         return [
             Life(s, BEFORE, end) if s.kind in outlive else Life(s, first, last) for s, (first, last) in found.items()
         ]
-
-

@@ -111,7 +111,9 @@ class StorageTold:
     def __str__(self) -> str:
         lines = [f"{self.model} for {self.backend}: {self.note}"]
         if not self.strided:
-            copy = "is a copy with a storage of its own" if self.copies else "may be a copy, which the plan does not count"
+            copy = (
+                "is a copy with a storage of its own" if self.copies else "may be a copy, which the plan does not count"
+            )
             lines.append(f"{self.backend} chooses strides itself: a view that none can say {copy}")
         for each in self.functions:
             times = "" if each.name == "main" else f", called {each.calls} time{'s' * (each.calls != 1)}"
