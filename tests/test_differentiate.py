@@ -271,33 +271,29 @@ def test_gradients_of_gradients() -> None:
     np.testing.assert_allclose(curved, -2 * tanh * (1 - tanh**2), rtol=1e-13)
 
 
-@op("test_twins", axes="... -> ..., ...", dtypes="f -> f, f")
-class Twins(Composite):
-    """y, z = 2 x, 2 x: one value of the body is both results."""
-
-    x = Operand()
-
-    def body(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
-        y = x * 2.0
-        return y, y
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forget_the_ops_of_this_file() -> Any:
-    """The suites run every registered op: the one above is for this file only."""
-    yield
-    OPS.pop("test_twins", None)
-
-
 def test_a_value_that_is_two_results_at_once() -> None:
-    b = Builder(Graph("g"))
-    x = b.input("x", "f64[3]")
-    seeds = [b.constant(np.full(3, s)) for s in (1.0, 10.0)]
-    (gradient,) = body_gradient(Twins(), b, seeds, [x])
-    assert gradient is not None
-    b.outputs(dx=gradient)
-    assert interpret(b.graph, {"x": X})["dx"].tolist() == [22.0, 22.0, 22.0]
-    assert len(body_of(Twins(), [x.type]).outputs) == 2
+    try:  # registered here, and not by the import: the suites run every op that is registered when they are collected
+
+        @op("test_twins", axes="... -> ..., ...", dtypes="f -> f, f")
+        class Twins(Composite):
+            """y, z = 2 x, 2 x: one value of the body is both results."""
+
+            x = Operand()
+
+            def body(self, b: Builder, x: Expr) -> tuple[Expr, Expr]:
+                y = x * 2.0
+                return y, y
+
+        b = Builder(Graph("g"))
+        x = b.input("x", "f64[3]")
+        seeds = [b.constant(np.full(3, s)) for s in (1.0, 10.0)]
+        (gradient,) = body_gradient(Twins(), b, seeds, [x])
+        assert gradient is not None
+        b.outputs(dx=gradient)
+        assert interpret(b.graph, {"x": X})["dx"].tolist() == [22.0, 22.0, 22.0]
+        assert len(body_of(Twins(), [x.type]).outputs) == 2
+    finally:
+        OPS.pop("test_twins", None)
 
 
 def test_a_gradient_of_another_type_than_its_operand_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
