@@ -1,8 +1,15 @@
-"""What all tests share: the option --update-golden, the fixture `golden`, and certificates."""
+"""What all tests share: the option --update-golden, the fixture `golden`, certificates, and how many threads work."""
 
 from __future__ import annotations
 
+import gc
 import os
+
+# Said before NumPy and PyTorch are loaded, which ask once. Tests run side by side, and their arrays are small: further
+# threads only wait for each other, and a test that is about threads asks for so many.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")  # idle threads of TVM's pool sleep at once
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Every rewrite in every test is tried before and after, unless TREADLE_CERTIFY=0 is set."""
     os.environ.setdefault("TREADLE_CERTIFY", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What there is now stays: the cyclic collector need not look at thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
