@@ -74,4 +74,4 @@ $(VENV_PYTHON):
 # The package as type checkers can follow it: links, laid anew each time since files come and go.
 .typecheck:
 	@rm -rf .typecheck && mkdir -p .typecheck/treadle
-	@for path in treadle/*.py treadle/py.typed treadle/benching treadle/cli treadle/explaining treadle/wheels $(FOLDERS); do ln -s ../../$$path .typecheck/treadle/; done
+	@for path in $(filter-out treadle/__pycache__,$(wildcard treadle/*)) $(FOLDERS); do ln -s ../../$$path .typecheck/treadle/; done

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -50,14 +49,17 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def imports_of(path: Path) -> list[tuple[int, str]]:
     """Give the line and the full dotted name of everything that a file imports, inside functions too."""
+    found: list[tuple[int, str]] = []
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+            found += ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+    return found
 
 
 def layer_of(module: str) -> str | None:
@@ -134,6 +136,17 @@ def packaged_files() -> set[str]:
             inside = where(path)
             found.add(inside if inside.startswith("treadle/") else f"treadle/{inside}")
     return found
+
+
+def test_type_checkers_see_every_file_of_the_packages(tmp_path: Path) -> None:
+    """`make .typecheck` lays links to all of them, so that none is left out of `make lint`."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    for layer in LAYERS:
+        (tmp_path / layer).symlink_to(ROOT / layer)
+    subprocess.run(["make", "-f", str(ROOT / "Makefile"), ".typecheck"], cwd=tmp_path, check=True)
+    seen = tmp_path / ".typecheck"
+    assert sorted(file for file in packaged_files() if not (seen / file).is_file()) == []
 
 
 def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
