@@ -67,7 +67,8 @@ def wordpiece() -> Any:
     """A BERT tokenizer of a small vocabulary."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    lower = [transformers.BertTokenizer().backend_tokenizer.normalizer.normalize_str(word) for word in WORDS]
+    normalizer = transformers.BertTokenizer().backend_tokenizer.normalizer
+    lower = [normalizer.normalize_str(word) for word in WORDS]
     names = list(dict.fromkeys([*special, *lower, *PIECES, *letters, *("##" + letter for letter in letters)]))
     return transformers.BertTokenizer(vocab={name: i for i, name in enumerate(names)}, model_max_length=40)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +78,50 @@ def wanted(model: Any, tokenizer: Any, text: str, **options: Any) -> list[int]:
     return [int(token) for token in made[0, 1:]]
 
 
+@dataclass
+class Kept:
+    """A model's folder, and what Hugging Face makes of texts, computed once for all backends."""
+
+    place: Path
+    model: Any
+    tokenizer: Any
+    known: dict[str, list[int]] = field(default_factory=dict)
+
+    def wanted(self, text: str, **options: Any) -> list[int]:
+        key = json.dumps([text, options])
+        if key not in self.known:
+            self.known[key] = wanted(self.model, self.tokenizer, text, **options)
+        return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kept]:
+    @cache
+    def made(name: str) -> Kept:
+        place = tmp_path_factory.mktemp(name)
+        return Kept(place, *saved(place, name))
+
+    return made
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_token_for_token_as_hugging_face(name: str, backend: str, tmp_path: Path) -> None:
-    model, tokenizer = saved(tmp_path, name)
+def test_token_for_token_as_hugging_face(name: str, backend: str, kept: Callable[[str], Kept]) -> None:
+    theirs = kept(name)
     given = [*texts(49 if backend == "numpy" else 11, longest=20), "the cat " * 30]
-    rewriter = t.load(tmp_path, backend=backend).rewriter
+    rewriter = t.load(theirs.place, backend=backend).rewriter
     for text, ours in zip(given, rewriter.rewrite(given), strict=True):
-        tokens = wanted(model, tokenizer, text)
+        tokens = theirs.wanted(text)
         assert list(ours.tokens) == tokens[: len(ours.tokens)], text
         assert set(tokens[len(ours.tokens) :]) <= {1}
-        assert ours.text == tokenizer.decode(tokens, skip_special_tokens=True)
-        assert ours.cut == (len(tokenizer(text).input_ids) > 40)
+        assert ours.text == theirs.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert ours.cut == (len(theirs.tokenizer(text).input_ids) > 40)
     options = {"num_beams": 2, "length_penalty": 0.5, "early_stopping": False, "max_new_tokens": 9}
     options |= {"max_length": None, "min_length": 0}
     for text, ours in zip(
         given[:10], rewriter.rewrite(given[:10], most=9, beams=Beams(2, length_penalty=0.5)), strict=True
     ):
         if name == "t5":
-            assert list(ours.tokens) == wanted(model, tokenizer, text, **options)[: len(ours.tokens)]
+            assert list(ours.tokens) == theirs.wanted(text, **options)[: len(ours.tokens)]
         assert len(ours.tokens) <= 9
 
 

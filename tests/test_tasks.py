@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,37 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+Folders = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Folders that all backends read, each with its model, made once."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def folder_of(architecture: str, tokenizer: Any, **config: Any) -> tuple[Path, Any]:
+        key = json.dumps([architecture, tokenizer.__name__, config])
+        if key not in made:
+            place = tmp_path_factory.mktemp(architecture)
+            made[key] = place, save(place, architecture, tokenizer(), **config)
+        return made[key]
+
+    return folder_of
+
+
 def pipeline(task: str, place: Path, **options: Any) -> Any:
     return transformers.pipeline(task, model=str(place), device="cpu", **options)
+
+
+_ANSWERS: dict[str, Any] = {}
+
+
+def answered(task: str, place: Path, given: Any, **options: Any) -> Any:
+    """What Hugging Face's pipeline gives for a folder that is kept, computed once."""
+    key = json.dumps([task, str(place), given, options])
+    if key not in _ANSWERS:
+        _ANSWERS[key] = pipeline(task, place, **options)(given)
+    return _ANSWERS[key]
 
 
 def invoked(*words: str) -> Any:
@@ -55,17 +85,18 @@ def invoked(*words: str) -> Any:
     ],
 )
 def test_classifies_as_hugging_face(
-    architecture: str, tokenizer: Any, config: dict[str, Any], backend: str, tmp_path: Path
+    architecture: str, tokenizer: Any, config: dict[str, Any], backend: str, kept: Folders
 ) -> None:
-    save(tmp_path, architecture, tokenizer(), **config)
+    place, _ = kept(architecture, tokenizer, **config)
     first, second = texts(50), texts(50, seed=1)
-    model = t.load(tmp_path, backend=backend)
-    theirs = pipeline("text-classification", tmp_path, top_k=None)
-    for ours, wanted in zip(model.classify(first), theirs(first), strict=True):
+    model = t.load(place, backend=backend)
+    theirs = answered("text-classification", place, first, top_k=None)
+    for ours, wanted in zip(model.classify(first), theirs, strict=True):
         assert [each.label for each in ours.scores] == [each["label"] for each in wanted]
         np.testing.assert_allclose([each.score for each in ours.scores], [each["score"] for each in wanted], atol=1e-5)
     pairs = [{"text": a, "text_pair": b} for a, b in zip(first, second, strict=True)]
-    for ours, wanted in zip(model.classify(list(zip(first, second, strict=True))), theirs(pairs), strict=True):
+    theirs = answered("text-classification", place, pairs, top_k=None)
+    for ours, wanted in zip(model.classify(list(zip(first, second, strict=True))), theirs, strict=True):
         assert [each.label for each in ours.scores] == [each["label"] for each in wanted]
         np.testing.assert_allclose([each.score for each in ours.scores], [each["score"] for each in wanted], atol=1e-5)
     assert model.classify(first[0]).label == model.classify(first)[0].label
@@ -86,13 +117,13 @@ def test_a_text_that_is_too_long_loses_its_end(tmp_path: Path) -> None:
     ("architecture", "tokenizer"),
     [("BertForTokenClassification", wordpiece), ("RobertaForTokenClassification", byte_level)],
 )
-def test_tags_as_hugging_face(architecture: str, tokenizer: Any, backend: str, tmp_path: Path) -> None:
-    save(tmp_path, architecture, tokenizer(), id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
-    tagger = TokenTagger.open(ModelOptions(tmp_path, backend))
+def test_tags_as_hugging_face(architecture: str, tokenizer: Any, backend: str, kept: Folders) -> None:
+    place, _ = kept(architecture, tokenizer, id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
+    tagger = TokenTagger.open(ModelOptions(place, backend))
     for grouping in GROUPINGS:
         given = texts(50 if grouping == GROUPINGS[0] else 10)
-        theirs = pipeline("token-classification", tmp_path, aggregation_strategy=grouping)
-        for text, ours, wanted in zip(given, tagger.tag(given, grouping=grouping), theirs(given), strict=True):
+        theirs = answered("token-classification", place, given, aggregation_strategy=grouping)
+        for text, ours, wanted in zip(given, tagger.tag(given, grouping=grouping), theirs, strict=True):
             named = [each.get("entity", each.get("entity_group")) for each in wanted]
             assert [(span.label, span.start, span.end) for span in ours] == [
                 (name, each["start"], each["end"]) for name, each in zip(named, wanted, strict=True)
@@ -113,18 +144,18 @@ def test_tags_as_hugging_face(architecture: str, tokenizer: Any, backend: str, t
         ("DistilBertForMaskedLM", wordpiece, "[MASK]"),
     ],
 )
-def test_fills_as_hugging_face(architecture: str, tokenizer: Any, mask: str, backend: str, tmp_path: Path) -> None:
-    save(tmp_path, architecture, tokenizer())
+def test_fills_as_hugging_face(architecture: str, tokenizer: Any, mask: str, backend: str, kept: Folders) -> None:
+    place, _ = kept(architecture, tokenizer)
     draw = np.random.default_rng(3)
     given = []
     for number, text in enumerate(texts(50)):
         words = text.split(" ")
-        for place in draw.choice(len(words), min(len(words), 1 + number % 2), replace=False):
-            words[place] = mask
+        for at in draw.choice(len(words), min(len(words), 1 + number % 2), replace=False):
+            words[at] = mask
         given.append(" ".join(words))
-    found = t.load(tmp_path, backend=backend).fill(given, top=4)
-    theirs = pipeline("fill-mask", tmp_path, top_k=4)
-    for text, ours, wanted in zip(given, found, [theirs(text) for text in given], strict=True):
+    found = t.load(place, backend=backend).fill(given, top=4)
+    theirs = answered("fill-mask", place, given, top_k=4)
+    for text, ours, wanted in zip(given, found, theirs, strict=True):
         rows = wanted if isinstance(wanted[0], list) else [wanted]
         assert len(ours.masks) == len(rows) == text.count(mask)
         for mine, row in zip(ours.masks, rows, strict=True):
@@ -196,17 +227,20 @@ def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longe
         ("RobertaForQuestionAnswering", byte_level),
     ],
 )
-def test_answers_by_the_best_span(architecture: str, tokenizer: Any, backend: str, tmp_path: Path) -> None:
+def test_answers_by_the_best_span(architecture: str, tokenizer: Any, backend: str, kept: Folders) -> None:
     """transformers 5 has no such pipeline: held to the definition of the one that transformers 4 had."""
     made = tokenizer()
-    theirs = save(tmp_path, architecture, made)
+    place, theirs = kept(architecture, tokenizer)
     questions, given = texts(50, longest=5), texts(50, seed=2, longest=60)
-    model = t.load(tmp_path, backend=backend)
+    model = t.load(place, backend=backend)
     windows = 0
     for question, text, ours in zip(
         questions, given, model.answer(list(zip(questions, given, strict=True))), strict=True
     ):
-        score, start, end = reference_answer(theirs, made, question, text, 15)
+        key = json.dumps([architecture, question, text])
+        if key not in _ANSWERS:
+            _ANSWERS[key] = reference_answer(theirs, made, question, text, 15)
+        score, start, end = _ANSWERS[key]
         assert ours.score == pytest.approx(score, abs=1e-5)
         assert (ours.start, ours.end, ours.text) == (start, end, text[start:end]), (question, text)
         windows += len(made(question, text)["input_ids"]) > 40
