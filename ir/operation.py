@@ -309,9 +309,17 @@ class Op:
         return parse_rule(self.axis_rule(ranks))
 
     def apply(self, types: Sequence[Type | None]) -> Application:
-        """The axis rule matched against operand types. Raises RuleError."""
-        rule = self.rule([None if t is None else t.rank for t in types])
-        return rule.apply(types, self.operand_names(len(types)))
+        """The axis rule matched against operand types, which is remembered. Raises RuleError."""
+        key = tuple([None if t is None else t.text for t in types])  # labels tell equal types apart
+        found = self._applied.get(key)
+        if found is None:
+            rule = self.rule([None if t is None else t.rank for t in types])
+            found = self._applied[key] = rule.apply(types, self.operand_names(len(types)))
+        return found
+
+    @cached_property
+    def _applied(self) -> dict[tuple[str | None, ...], Application]:
+        return {}
 
     def infer(self, types: Sequence[Type | None]) -> tuple[Type, ...]:
         """The results' types. Raises RuleError, its text led by the op's name, where the operands do not fit."""

@@ -9,6 +9,7 @@ import pytest
 
 from treadle.ir.axes import Application, Role
 from treadle.ir.errors import RuleError
+from treadle.ir.op_registry import find_op
 from treadle.ir.rules.axis_rule_text import parse_rule
 from treadle.ir.rules.dtype_rules import infer_dtypes, number_dtype, operand_entries
 from treadle.ir.types import DTYPES, DType, boolean, f16, f32, i64, parse_type
@@ -337,3 +338,11 @@ def test_dtypes_that_do_not_fit(rule: str, dtypes: list[DType | None], said: str
 )
 def test_the_dtype_of_a_number(rule: str, dtypes: list[DType | None], position: int, wanted: DType | None) -> None:
     assert number_dtype(operand_entries(rule, len(dtypes)), position, dtypes) is wanted
+
+
+def test_what_a_rule_gives_is_remembered_for_types_with_their_labels() -> None:
+    tanh = find_op("tanh")()
+    plain, labelled = parse_type("f32[B, 8]"), parse_type("f32[B, heads=8]")
+    assert plain == labelled
+    assert tanh.apply([plain]) is tanh.apply([parse_type("f32[B, 8]")])
+    assert [str(tanh.apply([each]).shapes[0][1]) for each in (plain, labelled)] == ["8", "heads=8"]
