@@ -237,18 +237,15 @@ class LoadedModel:
         """See `treadle.embedding`."""
         from treadle.embedding import SentenceEmbedder
 
-        o = self.options
-        how: dict[str, Any] = {"dtype": o.dtype, "quantize": o.quantize, "limits": o.limits, **o.config}
-        return SentenceEmbedder.open(o.model, backend=o.backend, target=o.target, **how)
+        return SentenceEmbedder.open(self.options.model, backend=self.options.backend, **self.options.how())
 
     @cached_property
     def writer(self) -> TextWriter:
         """See `treadle.continuation`."""
         from treadle.continuation import TextWriter
 
-        o = self.options
-        how: dict[str, Any] = {"dtype": o.dtype, "quantize": o.quantize, "limits": o.limits, **o.config}
-        return TextWriter.open(o.model, backend=o.backend, target=o.target, cache=o.cache, **how)
+        chosen = self.options
+        return TextWriter.open(chosen.model, backend=chosen.backend, cache=chosen.cache, **chosen.how())
 
     def __repr__(self) -> str:
         return f"<model {self.options.model} for tasks, on {self.options.backend}>"

@@ -36,12 +36,13 @@ class ModelOptions:
 
     def compile(self, inputs: Sequence[str] = ()) -> Compiled:
         """The model as it is declared, with these optional inputs. Raises what `treadle.compile` does."""
-        return compile(self.model, backend=self.backend, inputs=inputs, **self._shared())
+        return compile(self.model, backend=self.backend, inputs=inputs, **self.how())
 
     def stepped(self) -> SteppedModel:
         """The step of generation. Raises what `treadle.stepped.open_stepped` does."""
-        return open_stepped(self.model, backend=self.backend, cache=self.cache, **self._shared())
+        return open_stepped(self.model, backend=self.backend, cache=self.cache, **self.how())
 
-    def _shared(self) -> dict[str, Any]:
+    def how(self) -> dict[str, Any]:
+        """How it is compiled, as keywords that what opens a model takes, but for the backend."""
         how = {"target": self.target, "dtype": self.dtype, "quantize": self.quantize, "limits": self.limits}
         return {**how, **self.config}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
-from treadle.cli.tasks.asking import Top, model_options
+from treadle.cli.application import print_json
+from treadle.cli.tasks.asking import Top, task_command
+
+if TYPE_CHECKING:
+    from treadle.tasks.options import ModelOptions
 
 
-@command("answer")
+@task_command("answer")
 def answer_questions(
-    model: ModelName,
+    options: ModelOptions,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What is asked.", show_default=False)],
     texts: Annotated[
         list[str] | None,
@@ -23,38 +25,25 @@ def answer_questions(
     file: Annotated[str | None, typer.Option(metavar="PATH", help="A text file; - is standard input.")] = None,
     top: Top = 1,
     longest: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer, at most.", min=1)] = 15,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    as_json: AsJson = False,
+    as_json: bool = False,
 ) -> None:
     """Answer a question by a span of a text, by a folder whose class ends in ForQuestionAnswering."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.answering import QuestionAnswerer
 
-    options = model_options(
-        model,
-        backend=backend,
-        target=target,
-        threads=threads,
-        dtype=dtype,
-        quantize=quantize,
-        config=config,
-        limit=limit,
+    given = (
+        list(texts)
+        if texts and file is None
+        else ["\n".join(read_sentences(texts or [], file, f"answer {options.model}"))]
     )
-    given = list(texts) if texts and file is None else ["\n".join(read_sentences(texts or [], file, f"answer {model}"))]
-    with working(f"compiling {model}", shown=not as_json):
+    with working(f"compiling {options.model}", shown=not as_json):
         answerer = QuestionAnswerer.open(options)
     with counting("reading", len(given), shown=not as_json) as progress:
         found = answerer.answer([(question, text) for text in given], top=top, longest=longest, progress=progress)
     if as_json:
         told = [{"text": text, "answers": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": answerer.opened.name, "backend": backend, "question": question, "texts": told})
+        print_json({"model": answerer.opened.name, "backend": options.backend, "question": question, "texts": told})
         return
     for each in found:
         for answer in each:

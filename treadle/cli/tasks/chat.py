@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treadle.cli.application import command, print_json
-from treadle.cli.options import (
-    AsJson,
-    BackendName,
-    CacheName,
-    Config,
-    Dtype,
-    Limit,
-    ModelName,
-    Quantize,
-    TargetName,
-    Threads,
-)
+from treadle.cli.application import print_json
+from treadle.cli.options import CacheName
+from treadle.cli.tasks.asking import task_command
+
+if TYPE_CHECKING:
+    from treadle.tasks.options import ModelOptions
 
 _NEW, _BYE = "/new", "/bye"
 
 
-@command("chat")
+@task_command("chat")
 def talk_with_model(
-    model: ModelName,
+    options: ModelOptions,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the model is told before.", show_default=False)
     ] = None,
@@ -50,36 +44,19 @@ def talk_with_model(
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws: the same seed gives the same replies.")] = 0,
     cache: CacheName = None,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    as_json: AsJson = False,
+    as_json: bool = False,
 ) -> None:
     """Talk with a model: a line is a message, /new begins again, /bye or the end of input ends it."""
     from treadle.chatting.conversation import Conversation
-    from treadle.continuation import TextWriter
-    from treadle.ir.target import Target
-    from treadle.option_values import parse_config
     from treadle.progress import working
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.token_rules import TokenRules
+    from treadle.tasks.loaded import LoadedModel
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)
     rules = TokenRules(repetition_penalty=repetition_penalty)
-    with working(f"compiling {model}", shown=not as_json):
-        writer = TextWriter.open(
-            model,
-            backend=backend,
-            target=Target(target, threads),
-            dtype=dtype,
-            quantize=quantize,
-            cache=cache,
-            **parse_config(config or (), limit or ()),
-        )
+    with working(f"compiling {options.model}", shown=not as_json):
+        writer = LoadedModel(replace(options, cache=cache)).writer
         talk = Conversation.open(writer, system=system, capacity=context)
     for line in _lines(shown=not as_json):
         if line == _NEW:
@@ -91,7 +68,7 @@ def talk_with_model(
         if not as_json:
             print(flush=True)
     if as_json:
-        print_json({"model": writer.model.name, "backend": backend, "messages": list(map(dict, talk.messages))})
+        print_json({"model": writer.model.name, "backend": options.backend, "messages": list(map(dict, talk.messages))})
 
 
 def _lines(*, shown: bool) -> Iterator[str]:

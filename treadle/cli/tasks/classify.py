@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
-from treadle.cli.tasks.asking import File, Top, model_options, scored_facts, scored_text
+from treadle.cli.application import print_json
+from treadle.cli.tasks.asking import File, Top, scored_facts, scored_text, task_command
+
+if TYPE_CHECKING:
+    from treadle.tasks.options import ModelOptions
 
 
-@command("classify")
+@task_command("classify")
 def classify_texts(
-    model: ModelName,
+    options: ModelOptions,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -26,14 +28,7 @@ def classify_texts(
         typer.Option(metavar="TEXT", help="The second text of each text, in their order. Repeatable."),
     ] = None,
     top: Top = 1,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    as_json: AsJson = False,
+    as_json: bool = False,
 ) -> None:
     """Tell the labels of texts, by a folder whose class ends in ForSequenceClassification."""
     from treadle.ir.errors import UsageError
@@ -41,21 +36,11 @@ def classify_texts(
     from treadle.progress import counting, working
     from treadle.tasks.classifying import Text, TextClassifier
 
-    options = model_options(
-        model,
-        backend=backend,
-        target=target,
-        threads=threads,
-        dtype=dtype,
-        quantize=quantize,
-        config=config,
-        limit=limit,
-    )
-    given = read_sentences(texts or [], file, f"classify {model}")
+    given = read_sentences(texts or [], file, f"classify {options.model}")
     if pair and len(pair) != len(given):
         raise UsageError(f"{len(pair)} second texts for {len(given)} texts", hint="--pair for each text")
     asked: list[Text] = [*zip(given, pair, strict=True)] if pair else [*given]
-    with working(f"compiling {model}", shown=not as_json):
+    with working(f"compiling {options.model}", shown=not as_json):
         classifier = TextClassifier.open(options)
     with counting("classifying", len(asked), shown=not as_json) as progress:
         found = classifier.classify(asked, progress=progress)
@@ -70,7 +55,7 @@ def classify_texts(
             }
             for number, each in enumerate(given)
         ]
-        print_json({"model": classifier.opened.name, "backend": backend, "texts": told})
+        print_json({"model": classifier.opened.name, "backend": options.backend, "texts": told})
         return
     for text, each in zip(given, found, strict=True):
         print(f"{scored_text(each.scores[:top])}  {text}{' (cut)' if each.cut else ''}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
-from treadle.cli.tasks.asking import File, Top, model_options
+from treadle.cli.application import print_json
+from treadle.cli.tasks.asking import File, Top, task_command
+
+if TYPE_CHECKING:
+    from treadle.tasks.options import ModelOptions
 
 
-@command("fill")
+@task_command("fill")
 def fill_masks(
-    model: ModelName,
+    options: ModelOptions,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -30,32 +32,15 @@ def fill_masks(
             metavar="TOKEN", help="Look at this token of the vocabulary, and others so named, alone. Repeatable."
         ),
     ] = None,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    as_json: AsJson = False,
+    as_json: bool = False,
 ) -> None:
     """Tell the likeliest tokens behind the masks of texts, by a folder whose class ends in ForMaskedLM."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.filling import MaskFiller
 
-    options = model_options(
-        model,
-        backend=backend,
-        target=target,
-        threads=threads,
-        dtype=dtype,
-        quantize=quantize,
-        config=config,
-        limit=limit,
-    )
-    given = read_sentences(texts or [], file, f"fill {model}")
-    with working(f"compiling {model}", shown=not as_json):
+    given = read_sentences(texts or [], file, f"fill {options.model}")
+    with working(f"compiling {options.model}", shown=not as_json):
         filler = MaskFiller.open(options)
     with counting("filling", len(given), shown=not as_json) as progress:
         found = filler.fill(given, top=top, among=among or None, progress=progress)
@@ -64,7 +49,7 @@ def fill_masks(
             {"text": text, "masks": [list(map(asdict, fillings)) for fillings in each.masks]}
             for text, each in zip(given, found, strict=True)
         ]
-        print_json({"model": filler.opened.name, "backend": backend, "mask": filler.mask, "texts": told})
+        print_json({"model": filler.opened.name, "backend": options.backend, "mask": filler.mask, "texts": told})
         return
     for text, each in zip(given, found, strict=True):
         print(text)

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
-from treadle.cli.tasks.asking import model_options, scored_facts, scored_text
+from treadle.cli.application import print_json
+from treadle.cli.tasks.asking import scored_facts, scored_text, task_command
+
+if TYPE_CHECKING:
+    from treadle.tasks.options import ModelOptions
 
 
-@command("match")
+@task_command("match")
 def match_images(
-    model: ModelName,
+    options: ModelOptions,
     images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files.", show_default=False)],
     texts: Annotated[
         list[str], typer.Option("--text", metavar="TEXT", help="A text that may fit. Repeatable.", show_default=False)
     ],
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    as_json: AsJson = False,
+    as_json: bool = False,
 ) -> None:
     """Tell which of some texts says best what image files show, by a folder of CLIPModel."""
     from treadle.progress import counting, working
     from treadle.tasks.matching import ImageMatcher
 
-    options = model_options(
-        model,
-        backend=backend,
-        target=target,
-        threads=threads,
-        dtype=dtype,
-        quantize=quantize,
-        config=config,
-        limit=limit,
-    )
-    with working(f"compiling {model}", shown=not as_json):
+    with working(f"compiling {options.model}", shown=not as_json):
         matcher = ImageMatcher.open(options)
     with counting("matching", len(images), shown=not as_json) as progress:
         found = matcher.match(images, texts, progress=progress)
@@ -50,7 +35,7 @@ def match_images(
             {"image": path, "texts": scored_facts(each.scores), "similarities": list(each.similarities)}
             for path, each in zip(images, found, strict=True)
         ]
-        print_json({"model": matcher.model.name, "backend": backend, "texts": texts, "images": told})
+        print_json({"model": matcher.model.name, "backend": options.backend, "texts": texts, "images": told})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each.scores)}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
-from treadle.cli.tasks.asking import File, model_options
+from treadle.cli.application import print_json
+from treadle.cli.tasks.asking import File, task_command
+
+if TYPE_CHECKING:
+    from treadle.tasks.options import ModelOptions
 
 
-@command("tag")
+@task_command("tag")
 def tag_texts(
-    model: ModelName,
+    options: ModelOptions,
     texts: Annotated[
         list[str] | None,
         typer.Argument(metavar="TEXTS", help="Texts to tag; without any, the lines of --file or of standard input."),
@@ -24,38 +26,21 @@ def tag_texts(
         str,
         typer.Option(metavar="HOW", help="How tokens become spans: none, simple, first, average or max."),
     ] = "simple",
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    as_json: AsJson = False,
+    as_json: bool = False,
 ) -> None:
     """Tell the spans of texts that have labels, by a folder whose class ends in ForTokenClassification."""
     from treadle.option_values import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.tagging import TokenTagger
 
-    options = model_options(
-        model,
-        backend=backend,
-        target=target,
-        threads=threads,
-        dtype=dtype,
-        quantize=quantize,
-        config=config,
-        limit=limit,
-    )
-    given = read_sentences(texts or [], file, f"tag {model}")
-    with working(f"compiling {model}", shown=not as_json):
+    given = read_sentences(texts or [], file, f"tag {options.model}")
+    with working(f"compiling {options.model}", shown=not as_json):
         tagger = TokenTagger.open(options)
     with counting("tagging", len(given), shown=not as_json) as progress:
         found = tagger.tag(given, grouping=grouping, progress=progress)
     if as_json:
         told = [{"text": text, "spans": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": tagger.opened.name, "backend": backend, "texts": told})
+        print_json({"model": tagger.opened.name, "backend": options.backend, "texts": told})
         return
     for text, each in zip(given, found, strict=True):
         print(text)
