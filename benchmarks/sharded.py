@@ -33,8 +33,8 @@ def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
 
     from treadle.ir.analysis.drawn_inputs import draw_inputs
     from treadle.ir.target import Target
-    from treadle.passes.sharding.plan_costs import step_time
     from treadle.runtime.distributed.ranks import join
+    from treadle.sharding import device_needs
     from treadle.sharding.rank_models import compile_rank
 
     cores = sorted(os.sched_getaffinity(0))
@@ -55,7 +55,7 @@ def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
             seconds = min(_timed(lambda: dist.all_reduce(tensor)) for _ in range(9))
             link = payload * (ranks.size - 1) / ranks.size * 2 / seconds
         facts = {"seconds": min(times), "median": float(np.median(times)), "link": link}
-        told = step_time(planned)
+        told = device_needs(planned).times
         sent = sum(c.sent for c in meetings)
         facts |= {"work": told.work, "sent": sent, "meetings": len(meetings)}
         if ranks.rank == 0:
