@@ -20,6 +20,7 @@ from treadle.ir.target import Target
 from treadle.ir.text.printer import print_graph
 from treadle.ir.types import bf16, f32
 from treadle.models.bert import bert
+from treadle.models.llama import llama
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.round_sooner import RoundSooner
 from treadle.passes.products.narrow_attention import NarrowAttention
@@ -144,6 +145,19 @@ def test_pytorch_gives_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert got.dtype == np.float32
         assert np.abs(got - wanted).max() <= EPSILON["bf16"] * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=needs_torch), pytest.param("tvm", marks=needs_tvm)])
+def test_a_model_in_bf16_goes_on_token_by_token(backend: str) -> None:
+    """Over a cache in float32, whose numbers are those before they were rounded."""
+    model = llama.configure(layers=2, dim=64, heads=4, kv_heads=2, hidden=96, vocab=80)
+    exe = treadle.compile(model, backend=backend, seed=0, dtype="bf16")
+    tokens = np.random.default_rng(1).integers(0, 80, 24)
+    session = exe.session(rows=1, capacity=32)
+    row = session.open()
+    made = [session.prefill({row: tokens[:20]})[row], *(session.step({row: token})[row] for token in tokens[20:])]
+    wanted = exe(tokens=tokens[None])["logits"][0, 19:]
+    assert np.abs(np.stack(made) - wanted).max() <= 4 * EPSILON["bf16"] * np.abs(wanted).max()
 
 
 @needs_tvm

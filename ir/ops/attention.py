@@ -26,11 +26,13 @@ from treadle.ir.attention.attention_terms import (
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import RuleError
+from treadle.ir.graph import Node
 from treadle.ir.op_registry import op
 from treadle.ir.operation import Demand, Grads, Op, Operand
 from treadle.ir.ops.along_axes import not_empty
 from treadle.ir.ops.attending import Attending, grouped, heads_merged, masked, masked_softmax, weighted
 from treadle.ir.ops.attention_steps import stepped_attention
+from treadle.ir.ops.elementwise import Cast
 from treadle.ir.samples import S
 from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.ir.stepping import Held, Kept, Stepping
@@ -261,8 +263,22 @@ class Attention(_OverSequence):
         return weighted(b, b.masked_softmax(self._scores_to_lower(b, q, k, given)), v)
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """Attention over the slots of a cache; see `treadle.ir.ops.attention_steps`."""
-        return None if self.begins_later or self.to is not None else stepped_attention(self, step, operands, held)
+        """Attention over the slots of a cache; see `treadle.ir.ops.attention_steps`.
+
+        With `to` its queries, and the keys and values that a cache takes, are those before they were rounded.
+        """
+        if self.begins_later:
+            return None
+        if self.to is None:
+            return stepped_attention(self, step, operands, held)
+        wide = [self._unrounded(step.b, x) if n < 3 and isinstance(x, Expr) else x for n, x in enumerate(operands)]
+        return stepped_attention(dataclasses.replace(self, to=None), step, wide, held)
+
+    def _unrounded(self, b: Builder, x: Expr) -> Expr:
+        node = x.value.node
+        if isinstance(node, Node) and isinstance(node.op, Cast) and node.inputs[0].type.dtype is self.to:
+            return b.expr(node.inputs[0])
+        return self._wide([x])[0]
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         wide = [None if x is None else self._wide([x])[0] if n < 3 else x for n, x in enumerate(inputs)]
